@@ -1,0 +1,43 @@
+# `make demo`, `make test`, `make check`: the first run of any of them makes .venv; nothing else is to be
+# installed by hand. PYTHON picks the interpreter, VARIANT (cpu or cuda) the build, ARGS is passed on.
+PYTHON  ?= python3
+VARIANT ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+VENV    ?= .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.$(VARIANT)
+
+.PHONY: demo test check format wheel clean
+
+demo: $(STAMP)
+	$(PY) -m deepfm_dist.demo $(ARGS)
+
+# One thread a rank: several ranks share the cores here. DEEPFM_DATA, where set, names a folder of real
+# data sets; it reaches the tests through the environment, and the tests that need it skip without it.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --cov=deepfm_dist $(ARGS)
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	@$(MAKE) --no-print-directory test
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+wheel: $(STAMP)
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+# A stamp that is merely old means "install what changed"; no stamp means another variant or an install
+# that broke off, and the two fbgemm builds share a folder, so that only an empty venv is safe.
+$(STAMP): pyproject.toml requirements/base.txt requirements/$(VARIANT).txt requirements/torchrec.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("$(PYTHON) is Python %d.%d; 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12" % sys.version_info[:2])'
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install -r requirements/$(VARIANT).txt -r requirements/dev.txt
+	$(PY) -m pip install --no-deps -r requirements/torchrec.txt -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,197 @@
+"""Configuration + manifest -> the model, sharded: the one place where both meet."""
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from deepfm_dist.config import Config, ModelConfig, config_from
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.optimizers import TableOptimizer
+from deepfm_dist.distributed.sharding import Placement, init_tables, shard
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
+from deepfm_dist.model.losses import DeepFMTrain
+
+log = logging.getLogger(__name__)
+
+
+def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int) -> DeepFMTrain:
+    """The unsharded model: tables on the meta device, the rest initialised from the seed.
+
+    Raises:
+        ConfigError: ``model.over_arch`` cannot be imported or built.
+    """
+    torch.manual_seed(seed)
+    over_arch: Callable[[int], nn.Module] | None = None
+    if config.deep and config.over_arch == "mlp":
+        over_arch = partial(
+            OverArch,
+            layer_sizes=config.over_arch_layer_sizes,
+            activation=config.activation,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
+            all_reduce=world.differentiable_sum,
+        )
+    elif config.deep:
+        over_arch = partial(_import_class(config.over_arch), **config.over_arch_options)
+    tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
+    try:
+        model = build_deepfm(
+            tables,
+            [f.name for f in manifest.categorical],
+            len(manifest.dense),
+            config.embedding_dim,
+            config.first_order,
+            config.fm,
+            over_arch,
+            config.init_std,
+            [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
+            torch.device("meta"),
+        )
+    except TypeError as error:
+        raise ConfigError(
+            f"model.over_arch={config.over_arch}: cannot be built: {error}; it is called with "
+            f"in_features and model.over_arch_options"
+        ) from None
+    return DeepFMTrain(model)
+
+
+def _import_class(path: str) -> type[nn.Module]:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.over_arch={path}: {error}; give mlp or package.module:Class"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"model.over_arch={path}: not a torch.nn.Module class")
+    return found
+
+
+def shard_for_training(
+    config: Config, manifest: Manifest, world: World, tables: TableOptimizer
+) -> DistributedModelParallel:
+    """The model as the configuration places it, initialised, its plan logged. All ranks."""
+    task = build_model(config.model, manifest, world, config.run.seed)
+    arch = task.model.embedding_arch
+    tables.attach(arch.ebc.parameters())
+    placements = {
+        name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
+    }
+    default = Placement(config.sharding.kind)
+    sharded, plan = shard(
+        task,
+        world,
+        dict.fromkeys(manifest.tables, default) | placements,
+        tables.kernel,
+    )
+    init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
+    if world.is_first:
+        lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
+        log.info("%s on %d x %s", "sharding plan", world.world_size, world.device.type)
+        log.info("%s", lines.to_string(index=False))
+        log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
+    return sharded
+
+
+def shard_for_inference(
+    config: Config, manifest: Manifest, world: World
+) -> DistributedModelParallel:
+    """The model without optimizers, for scores that do not depend on the world size. All ranks.
+
+    A table read by several values at once lies whole on one rank: cut by rows, the ranks'
+    partial sums would be added in another order at every world size. Look-ups of single rows are
+    exact under any plan.
+    """
+    task = build_model(config.model, manifest, world, config.run.seed)
+    several = {f.table_name for f in manifest.categorical if f.multi_valued}
+    single_kind = "row_wise" if config.sharding.kind == "row_wise" else "auto"
+    placements = {
+        name: Placement("table_wise" if name in several else single_kind)
+        for name in manifest.tables
+    }
+    sharded, _ = shard(task, world, placements, EmbeddingComputeKernel.DENSE)
+    sharded.eval()
+    return sharded
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model, ready for inference.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        sharded: the task, in eval mode.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    sharded: DistributedModelParallel
+
+
+def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
+    """Loads a run's latest checkpoint. All ranks.
+
+    A checkpoint knows its data and model, and these settings are taken from it.
+
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        world: the ranks.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    path = checkpoint.latest_checkpoint(config.run_dir)
+    state = checkpoint.read_state(path)
+    merged = config.model_dump(mode="json")
+    for section in ("data", "model"):
+        for override in overrides:
+            name = override.partition("=")[0]
+            if name.startswith(f"{section}.") and name not in ("data.root", "data.name"):
+                wanted, trained = _at(merged, name), _at(state["config"], name)
+                if wanted != trained:
+                    raise ConfigError(
+                        f"{name}={wanted}: {path} was trained with {trained}; train with the new "
+                        f"value first, or leave the override out"
+                    )
+        kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
+        merged[section] = state["config"][section] | kept
+    config = config_from(merged, origin=str(path))
+    dataset = PreparedDataset(config.prepared_dir)
+    checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
+    sharded = shard_for_inference(config, dataset.manifest, world)
+    checkpoint.load_model(path, sharded)
+    log.info("%s, step %s", path, f"{state['step']:,}")
+    return Trained(config, dataset, sharded)
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:
+    """The DeepFM inside the wrappers."""
+    module: nn.Module = sharded.module
+    while not isinstance(module, DeepFMTrain):
+        inner = module.module
+        assert isinstance(inner, nn.Module)
+        module = inner
+    return module.model

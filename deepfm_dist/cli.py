@@ -1,0 +1,104 @@
+"""What every command shares: arguments, start-up check, exit codes."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.errors import DeepFMError
+
+EXIT_OK, EXIT_BUG, EXIT_MISTAKE = 0, 1, 2
+
+_EXAMPLES = """\
+examples:
+  python -m deepfm_dist.{name}
+  python -m deepfm_dist.{name} --config sample model.embedding_dim=32
+  torchrun --nproc_per_node=4 -m deepfm_dist.{name} --config my.yaml data.root=/data
+"""
+
+
+def run(
+    name: str,
+    description: str,
+    work: Callable[[Config, argparse.Namespace], None],
+    argv: Sequence[str] | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> int:
+    """Parses the command line, checks the installation, calls the work.
+
+    Args:
+        name: of the command.
+        description: one line for --help.
+        work: takes the configuration and the command's own arguments.
+        argv: arguments; default: the process's.
+        add_arguments: adds the command's own arguments.
+
+    Returns:
+        0 done, 2 the user's mistake (one line on stderr). A bug leaves its traceback, and 1.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m deepfm_dist.{name}",
+        description=description,
+        epilog=_EXAMPLES.format(name=name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file or name of a bundled one (default: sample)"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings to override"
+    )
+    if add_arguments:
+        add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    _log_to_stderr(arguments.quiet)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(config.to_yaml(), end="")
+            return EXIT_OK
+        from deepfm_dist.environment import require
+
+        require(config.run.device)
+        _run_recorded(work, config, arguments)
+    except DeepFMError as error:
+        # Every rank of a launch makes the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "of_one_rank", False):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        return 130
+    return EXIT_OK
+
+
+def _run_recorded(
+    work: Callable[[Config, argparse.Namespace], None],
+    config: Config,
+    arguments: argparse.Namespace,
+) -> None:
+    """Under torchrun, a bug's traceback goes into the file that torchrun shows as root cause."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        work = record(work)
+    work(config, arguments)
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """Our lines at INFO, others' from WARNING on, without the noise we know to be harmless."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    is_first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if is_first and not quiet else logging.WARNING
+    logging.getLogger("deepfm_dist").setLevel(level)
+    for noisy in ("torchrec", "torch.fx", "fbgemm_gpu", "torch.distributed.checkpoint"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+    warnings.filterwarnings("ignore", module="torch.distributed._shard")

@@ -1,0 +1,326 @@
+"""All settings: sections with defaults, read from YAML, overridden on the command line."""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.section import Section
+
+PACKAGE = Path(__file__).parent
+BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
+"""Where ``configs/`` and ``data/sample/`` lie: in the wheel, or at the root of a clone."""
+
+
+class RunConfig(Section):
+    """What the run is called and where it computes."""
+
+    name: str = "default"
+    """Name of the run's folder under ``runs_root``."""
+    seed: int = Field(1, ge=0)
+    """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
+    prepared_root: str = "prepared"
+    """Folder of prepared datasets."""
+    runs_root: str = "runs"
+    """Folder of runs: checkpoints, metrics, recommendations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where torch and fbgemm both support it, else the CPU."""
+    threads: int = Field(1, ge=1)
+    """CPU threads per process. More than one may change the last digits of results."""
+    timeout_s: float = Field(120, gt=0)
+    """Seconds after which a rank that waits for a lost or hanging one gives up."""
+
+
+class ModelConfig(Section):
+    """The DeepFM."""
+
+    embedding_dim: int = Field(16, ge=1)
+    """Length D of each field's factor vector."""
+    init_std: float = Field(0.01, ge=0)
+    """Standard deviation of the tables' initial values."""
+    first_order: bool = True
+    """The linear part."""
+    fm: bool = True
+    """The pairwise part."""
+    deep: bool = True
+    """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
+    over_arch: str = "mlp"
+    """mlp, or the import path ``package.module:Class`` of a module [B, in] -> [B]; it is called
+    with in_features and over_arch_options."""
+    over_arch_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of an over-arch given by import path."""
+    over_arch_layer_sizes: tuple[int, ...] = (400, 400, 400)
+    """Hidden layers of the MLP."""
+    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
+    """Activation of the MLP."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout after each hidden layer."""
+    batch_norm: bool = False
+    """Batch norm (over the global batch) after each hidden linear layer."""
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if not (self.first_order or self.fm or self.deep):
+            raise ValueError("first_order, fm and deep are all off: nothing is left to train")
+        if any(size < 1 for size in self.over_arch_layer_sizes):
+            raise ValueError(
+                f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
+            )
+        if self.over_arch == "mlp" and self.over_arch_options:
+            raise ValueError("over_arch_options go with an over_arch given by import path")
+        return self
+
+
+class TableOptimizerConfig(Section):
+    """Optimizer of the embedding tables."""
+
+    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lazy_adam"] = "rowwise_adagrad"
+    """adam moves every row at every step; lazy_adam (CUDA only) the looked-up ones."""
+    lr: float = Field(0.05, gt=0)
+    """Learning rate."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root in the denominator (not for sgd)."""
+
+
+class DenseOptimizerConfig(Section):
+    """Optimizer of everything but the tables."""
+
+    name: Literal["adam", "adagrad", "sgd"] = "adam"
+    """torch.optim's class."""
+    lr: float = Field(0.001, gt=0)
+    """Learning rate."""
+
+
+class OptimizerConfig(Section):
+    """Who updates what."""
+
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    """The embedding tables."""
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    """Bias, over-arch, numeric fields."""
+
+
+class TablePlan(Section):
+    """Where one table lies."""
+
+    kind: Literal["table_wise", "row_wise"]
+    """Whole on one rank, or cut by rows over all."""
+    rank: int | None = Field(None, ge=0)
+    """For table_wise: the rank that holds it; default: dealt by the planner's order."""
+
+
+class ShardingConfig(Section):
+    """How the tables are cut over the ranks."""
+
+    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
+    """auto asks TorchRec's planner to choose between the other two for each table."""
+    tables: dict[str, TablePlan] = Field(default_factory=dict)
+    """An explicit plan for single tables; the rest follows ``kind``."""
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    batch_size: int = Field(8192, ge=1)
+    """Rows per step over all ranks."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, whatever the epochs say."""
+    log_every_steps: int = Field(50, ge=1)
+    """Steps between two lines of training loss."""
+    validate_every_epochs: int = Field(1, ge=0)
+    """Epochs between two validations; 0: never."""
+    checkpoint_every_epochs: int = Field(0, ge=0)
+    """Epochs between two checkpoints; 0: only after the last step."""
+
+
+class EvaluateConfig(Section):
+    """The figures on held-out rows."""
+
+    split: Literal["valid", "test"] = "test"
+    """Which rows."""
+    k: tuple[int, ...] = (10,)
+    """Cut-offs of the ranking metrics."""
+    reference: str | None = None
+    """A parquet file (``user, item, score``) under ``data.root`` whose ranking is shown beside the
+    model's: the sample's generator writes its true log-odds there."""
+
+    @model_validator(mode="after")
+    def _cutoffs_are_positive(self) -> Self:
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k needs positive cut-offs (got {list(self.k)})")
+        return self
+
+
+class RecommendConfig(Section):
+    """Every user's top-K items."""
+
+    k: int = Field(10, ge=1)
+    """Items per user."""
+    mask: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
+    """A user's items in these splits are never recommended."""
+    context: dict[str, str | float] = Field(default_factory=dict)
+    """Values of the context fields to recommend for."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    recommend: RecommendConfig = RecommendConfig()
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Folder of the prepared dataset."""
+        return Path(self.run.prepared_root) / (self.data.name or self.run.name)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run.runs_root) / self.run.name
+
+    @property
+    def data_root(self) -> Path:
+        """Folder of the input files, variables filled in.
+
+        Raises:
+            ConfigError: a variable of ``data.root`` is not set.
+        """
+        text = os.path.expandvars(os.path.expanduser(self.data.root))
+        if "$" in text:
+            raise ConfigError(
+                f"data.root={self.data.root}: the variable is not set; export it, or pass "
+                f"data.root=FOLDER"
+            )
+        path = Path(text)
+        bundled = BUNDLE / path
+        return bundled if not path.is_dir() and bundled.is_dir() else path
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as YAML that loads back to it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration.
+
+    Args:
+        path: a YAML file, or the name of a bundled one (``sample``); default: the sample.
+        overrides: ``section.field=value`` each; the value is YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or a field is unknown or has a bad value.
+    """
+    file = _find(path or "sample")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
+    for override in overrides:
+        _apply(tree, override)
+    return config_from(tree, origin=str(file))
+
+
+def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
+    """Checks a tree of settings and fills in the defaults.
+
+    Raises:
+        ConfigError: names each bad field, its value, and for an unknown field the nearest one.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(problem, tree) for problem in error.errors()]
+    if len(problems) == 1:
+        raise ConfigError(f"{origin}: {problems[0]}")
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
+
+
+def _find(path: str) -> Path:
+    bundled = BUNDLE / "configs"
+    for candidate in (Path(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in bundled.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(path).stem, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; bundled are: {', '.join(names)}"
+    raise ConfigError(f"--config {path}: no such file{hint}")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r}: overrides look like section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+    *parents, last = name.split(".")
+    node = tree
+    for parent in parents:
+        below = node.setdefault(parent, {})
+        if below is None:
+            below = node[parent] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"{override!r}: {parent} is not a section")
+        node = below
+    node[last] = value
+
+
+def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
+    loc = problem["loc"]
+    where = ".".join(str(part) for part in loc) or "config"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _fields_at(loc[:-1]), n=1)
+        if near:
+            return (
+                f"{where}: unknown field; did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+            )
+        return f"{where}: unknown field; there are: {', '.join(_fields_at(loc[:-1]))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if problem["type"] in ("missing", "value_error"):
+        return f"{where}: {message}"
+    return f"{where}: {message} (got {problem['input']!r})"
+
+
+def _fields_at(loc: Sequence[str | int]) -> list[str]:
+    kind: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return []
+        if part not in kind.model_fields:
+            continue
+        kind = _section_of(kind.model_fields[part].annotation)
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_of(inner)) is not None:
+            return found
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

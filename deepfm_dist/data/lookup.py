@@ -1,0 +1,102 @@
+"""Rows from outside the dataset -> rows in its indices."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.dataset import PreparedDataset, Rows, Values
+from deepfm_dist.data.encode import numbers_of, split_cells, transformed
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.sources import Column
+from deepfm_dist.errors import ConfigError
+
+
+class RowEncoder:
+    """Looks up users, items and context fields of new rows.
+
+    Unknown ids get the out-of-vocabulary row; missing numbers get 0 after the transform, as in
+    training.
+
+    Args:
+        dataset: whose vocabularies and statistics are used.
+    """
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        self._manifest = dataset.manifest
+        rows = dataset.manifest.data.interactions
+        self._entities = {
+            name: (getattr(rows, name), dataset.entity_ids(name).slice(1))
+            for name in dataset.manifest.entities
+        }
+        self._context = [f for f in dataset.manifest.features if f.entity == "context"]
+        self._vocabularies = {
+            f.name: dataset.vocabulary(f.table_name)
+            for f in self._context
+            if f.kind == "categorical"
+        }
+
+    @property
+    def columns(self) -> list[Column]:
+        """What a file of rows must hold."""
+        entities = [Column(column) for column, _ in self._entities.values()]
+        return entities + [
+            Column(f.column or f.name, "number" if f.kind == "numeric" else "text", required=False)
+            for f in self._context
+        ]
+
+    def encode(self, table: pa.Table) -> Rows:
+        """Encodes a table that has `columns`."""
+        found: dict[str, np.ndarray] = {}
+        for name, (column, ids) in self._entities.items():
+            place = pc.index_in(table[column], value_set=ids).fill_null(-1)
+            found[name] = place.to_numpy().astype(np.int32) + np.int32(1)
+        context = {f.name: self._values(f, table[f.column or f.name]) for f in self._context}
+        return Rows(found.get("user"), found.get("item"), None, context, table.num_rows)
+
+    def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
+        """One row of context from the configuration, for recommendations.
+
+        Raises:
+            ConfigError: a context field has no value, an unknown field has one, or a value was
+                never seen in training.
+        """
+        for feature in self._context:
+            if feature.name not in values:
+                raise ConfigError(
+                    f"recommend.context.{feature.name}: this model looks at {feature.name}; say "
+                    f"which value to recommend for: recommend.context.{feature.name}=VALUE"
+                )
+        for name in values:
+            if name not in {f.name for f in self._context}:
+                known = ", ".join(f.name for f in self._context) or "none"
+                raise ConfigError(f"recommend.context.{name}: no such context field; has: {known}")
+        return {f.name: self._fixed(f, values[f.name]) for f in self._context}
+
+    def _fixed(self, feature: Feature, value: str | float) -> Values:
+        if feature.kind == "numeric":
+            try:
+                return self._values(feature, pa.chunked_array([pa.array([float(value)])]))
+            except ValueError:
+                raise ConfigError(
+                    f"recommend.context.{feature.name}={value!r}: expected a number"
+                ) from None
+        found = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
+        rows = found.values if isinstance(found, Jagged) else found
+        if (rows == 0).any():
+            raise ConfigError(f"recommend.context.{feature.name}={value!r}: never seen in training")
+        return found
+
+    def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:
+        if feature.kind == "numeric":
+            spec = self._manifest.numeric[feature.name]
+            return np.nan_to_num(transformed(numbers_of(cells, feature), feature, spec))
+        owners, texts = split_cells(cells, feature)
+        rows = self._vocabularies[feature.name].lookup(texts)
+        if feature.multi_valued:
+            return Jagged.from_pairs(owners, rows, len(cells))
+        single = np.zeros(len(cells), np.int32)
+        single[owners[::-1]] = rows[::-1]  # backwards: the first value of a row stays
+        return single

@@ -1,0 +1,160 @@
+"""The manifest: what a prepared dataset holds, where it came from, whether it is still current."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.errors import DataError
+from deepfm_dist.section import Section
+
+FORMAT = 1
+"""Version of the layout; a dataset of another version is prepared anew."""
+
+
+class TableSpec(Section):
+    """One embedding table."""
+
+    rows: int
+    """Rows, the out-of-vocabulary row 0 included."""
+    features: tuple[str, ...]
+    """The fields that read it."""
+
+
+class SplitSpec(Section):
+    """One split."""
+
+    rows: int
+    """Rows on disk."""
+    positives: int
+    """Rows with label 1."""
+
+
+class NumericSpec(Section):
+    """Statistics of a numeric field, fitted on training data."""
+
+    mean: float
+    """Subtracted by the ``standard`` transform."""
+    std: float
+    """Divided by in the ``standard`` transform."""
+
+
+class Manifest(Section):
+    """``manifest.json`` of a prepared dataset."""
+
+    format: int
+    """Layout version."""
+    fingerprint: str
+    """Of the configuration and the input files; decides whether the dataset is current."""
+    vocabulary_hash: str
+    """Of every table's ids in row order; a checkpoint fits only the same one."""
+    seed: int
+    """Seed of splits, negatives and row order."""
+    data: DataConfig
+    """The configuration it was prepared with."""
+    tables: dict[str, TableSpec]
+    """Embedding tables by name."""
+    entities: dict[str, int]
+    """Rows of the entity tables (user, item), row 0 included."""
+    numeric: dict[str, NumericSpec]
+    """Numeric fields by name."""
+    splits: dict[str, SplitSpec]
+    """train, valid, test."""
+    dropped: dict[str, int]
+    """What was left out of the input, by reason."""
+    inputs: dict[str, int]
+    """Input files and their bytes."""
+    versions: dict[str, str]
+    """Software that wrote it."""
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The model's fields, in order."""
+        return self.data.features
+
+    @property
+    def categorical(self) -> tuple[Feature, ...]:
+        """Fields that are looked up in tables: the keys of every batch, in order."""
+        return tuple(f for f in self.features if f.kind == "categorical")
+
+    @property
+    def dense(self) -> tuple[Feature, ...]:
+        """Numeric fields, in order."""
+        return tuple(f for f in self.features if f.kind == "numeric")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether training draws fresh negatives (else every training row carries a label)."""
+        return self.data.task == "implicit" and self.data.negatives.fixed_per_user is None
+
+    def write(self, folder: Path) -> None:
+        """Writes ``manifest.json``."""
+        (folder / "manifest.json").write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Reads ``manifest.json``.
+
+        Raises:
+            DataError: there is no dataset, or one of another layout.
+        """
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (ValidationError, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path}: not a manifest of this version ({reason}); delete {folder} and run "
+                f"python -m deepfm_dist.prepare"
+            ) from None
+
+
+def input_files(data: DataConfig) -> list[str]:
+    """Names of every file a configuration reads, without repeats."""
+    names = [data.interactions.file, data.split.valid_file, data.split.test_file]
+    names += [f.file for f in data.features]
+    names += [data.titles.file if data.titles else None]
+    return list(dict.fromkeys(n for n in names if n))
+
+
+def fingerprint(data: DataConfig, root: Path, seed: int) -> str:
+    """A hash that changes when the configuration or an input file does.
+
+    Files count by name, size and time of change; where they lie does not.
+
+    Raises:
+        DataError: an input file is missing.
+    """
+    settings = data.model_dump(mode="json", exclude={"name", "root"})
+    files = []
+    for name in input_files(data):
+        try:
+            stat = (root / name).stat()
+        except OSError:
+            raise DataError(f"{root / name}: no such file; is data.root right?") from None
+        files.append([name, stat.st_size, stat.st_mtime_ns])
+    return hash_of([FORMAT, seed, settings, files])
+
+
+def hash_of(value: Any) -> str:
+    """Short hex digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions(packages: Sequence[str] = ("deepfm-dist", "numpy", "pyarrow")) -> dict[str, str]:
+    """Versions of Python and of some packages, as installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,175 @@
+"""Negatives: uniform over the items a user has not interacted with, without rejection."""
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.errors import DataError
+from deepfm_dist.seeding import derive_seed, mix
+
+
+def draw_per_positive(
+    positives: Int64Array,
+    slots: npt.NDArray[np.integer],
+    users: Int32Array,
+    per_positive: int,
+    history: Jagged,
+    n_items: int,
+    seed: int,
+) -> Int32Array:
+    """The negatives of some (positive, slot) pairs: a pure function of its arguments.
+
+    The ``per_positive`` negatives of one positive are distinct. The user's unseen items, in item
+    order, are cut into that many stretches, rotated by a random offset, and one item is drawn
+    from each: every unseen item is equally likely.
+
+    Args:
+        positives: ``[m]`` number of the positive each negative belongs to.
+        slots: ``[m]`` which of its negatives, in ``[0, per_positive)``.
+        users: ``[m]`` the positive's user, a row of ``history``.
+        per_positive: negatives per positive.
+        history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
+        n_items: number of items.
+        seed: of this epoch's draws.
+
+    Returns:
+        ``[m]`` int32 items.
+    """
+    out: Int32Array = _draw_per_positive(
+        positives,
+        slots.astype(np.int64),
+        users,
+        per_positive,
+        history.offsets,
+        history.values,
+        n_items,
+        seed,
+    )
+    return out
+
+
+def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> Int32Array:
+    """``per_user`` distinct negatives for every user.
+
+    Args:
+        per_user: negatives per user.
+        history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
+        n_items: number of items.
+        seed: of the draws.
+
+    Returns:
+        ``[users, per_user]`` int32 items.
+
+    Source: sampling without replacement by Floyd's algorithm (Bentley, Floyd, 1987) over the
+    ranks of the unseen items.
+    """
+    out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed)
+    return out
+
+
+def check_enough_unseen(
+    wanted: int, history: Jagged, users: npt.NDArray[np.integer], n_items: int, option: str
+) -> None:
+    """Refuses to draw more negatives than there are unseen items.
+
+    Args:
+        wanted: distinct negatives to draw at a time.
+        history: each user's items to avoid.
+        users: ``[m]`` users that negatives are drawn for.
+        n_items: number of items.
+        option: the setting to name.
+
+    Raises:
+        DataError: for the user with the fewest unseen items, if these are too few.
+    """
+    if len(users) == 0:
+        return
+    seen = history.lengths[users]
+    most = int(seen.max())
+    if n_items - most < wanted:
+        raise DataError(
+            f"{option}={wanted}: a user has interacted with {most} of {n_items} items, so only "
+            f"{n_items - most} unseen ones exist; set it to {n_items - most} or less"
+            if n_items > most
+            else f"{option}={wanted}: a user has interacted with all {n_items} items and leaves "
+            f"no unseen one; drop that user or add items"
+        )
+
+
+def epoch_seed(seed: int, purpose: str, epoch: int) -> int:
+    """The seed of one epoch's draws."""
+    return derive_seed(seed, purpose, epoch)
+
+
+@numba.njit(cache=True, nogil=True)
+def _below(word: Any, bound: int) -> Any:
+    """A draw in [0, bound) from a random 64-bit word; off uniform by less than bound / 2**32."""
+    return np.int64(((word >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _unseen(rank: int, seen: Int32Array, begin: int, end: int) -> int:
+    """The rank-th item that is not in ``seen[begin:end]``.
+
+    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a binary search finds how many seen
+    items come before the one wanted.
+    """
+    low, high = begin, end
+    while low < high:
+        middle = (low + high) // 2
+        if seen[middle] - (middle - begin) <= rank:
+            low = middle + 1
+        else:
+            high = middle
+    return rank + low - begin
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw_per_positive(
+    positives: Int64Array,
+    slots: Int64Array,
+    users: Int32Array,
+    per_positive: int,
+    offsets: Int64Array,
+    seen: Int32Array,
+    n_items: int,
+    seed: int,
+) -> Int32Array:
+    out = np.empty(len(positives), np.int32)
+    key = mix(np.uint64(seed))
+    for i in range(len(positives)):
+        begin, end = offsets[users[i]], offsets[users[i] + 1]
+        free = n_items - (end - begin)
+        word = mix(key ^ np.uint64(positives[i]))
+        low = slots[i] * free // per_positive
+        high = (slots[i] + 1) * free // per_positive
+        rank = low + _below(mix(word ^ np.uint64(slots[i] + 1)), high - low)
+        rank = (rank + _below(word, free)) % free
+        out[i] = _unseen(rank, seen, begin, end)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw_distinct(
+    per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int
+) -> Int32Array:
+    n_users = len(offsets) - 1
+    out = np.empty((n_users, per_user), np.int32)
+    taken_by = np.full(n_items, -1, np.int64)  # rank -> last user who drew it
+    key = mix(np.uint64(seed))
+    for user in range(n_users):
+        begin, end = offsets[user], offsets[user + 1]
+        free = n_items - (end - begin)
+        word = mix(key ^ np.uint64(user))
+        for k in range(per_user):
+            last = free - per_user + k
+            word = mix(word)
+            rank = _below(word, last + 1)
+            if taken_by[rank] == user:
+                rank = last
+            taken_by[rank] = user
+            out[user, k] = _unseen(rank, seen, begin, end)
+    return out

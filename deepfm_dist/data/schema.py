@@ -1,0 +1,247 @@
+"""What the input is: files, columns, features, splits and negatives."""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deepfm_dist.section import Section
+
+Entity = Literal["user", "item", "context"]
+
+OUT_OF_VOCABULARY = 0
+"""The row of every table that stands for ids not seen in training."""
+
+
+class FileFormat(Section):
+    """How one input file is laid out, where its name does not tell."""
+
+    columns: tuple[str, ...] | None = None
+    """Column names of a file without a header line."""
+    delimiter: str | None = None
+    """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
+    encoding: str | None = None
+    """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
+
+
+class Interactions(Section):
+    """The rows to learn from: who did what, and perhaps when and how."""
+
+    file: str
+    """File name under ``data.root``: csv, tsv, dat or parquet."""
+    user: str | None = None
+    """Column of the user's id; needed for implicit data."""
+    item: str | None = None
+    """Column of the item's id; needed for implicit data."""
+    time: str | None = None
+    """Column of the time (a number, or a timestamp); orders histories and temporal splits."""
+    label: str | None = None
+    """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
+    rating: str | None = None
+    """Column of a rating, with ``min_rating``: rows below it are no positives and are dropped."""
+    min_rating: float | None = None
+    """Least rating that counts as a positive."""
+    split: str | None = None
+    """Column that says where a row belongs: 0 / train, 1 / valid, 2 / test."""
+
+    @model_validator(mode="after")
+    def _rating_needs_a_threshold(self) -> Self:
+        if (self.rating is None) != (self.min_rating is None):
+            raise ValueError("rating and min_rating go together")
+        return self
+
+
+class Feature(Section):
+    """One field of the model."""
+
+    name: str
+    """Name of the field."""
+    entity: Entity = "context"
+    """What it describes: the user, the item, or the row itself (context)."""
+    file: str | None = None
+    """File that holds it; default: the interactions file."""
+    key: str | None = None
+    """Column of that file with the entity's id; default: the interactions' column of the entity."""
+    column: str | None = None
+    """Column that holds the value; default: the field's name (for a user or item field without
+    a file: the entity's own id)."""
+    kind: Literal["categorical", "numeric"] = "categorical"
+    """Whether the value is looked up in a table or multiplied into the field's vector."""
+    separator: str | None = None
+    """Splits one cell into several values: ``Comedy|Drama``."""
+    missing: tuple[str, ...] = ()
+    """Cell values that mean "no value", beside the empty cell."""
+    keep: Literal["all", "first"] = "all"
+    """Keep all values of an entity, or only the first one of the file."""
+    pooling: Literal["mean", "sum"] = "mean"
+    """How several values of one row become one vector."""
+    table: str | None = None
+    """Embedding table; fields that name the same table share its rows. Default: its own."""
+    min_count: int = Field(1, ge=1)
+    """Values seen less often in training share the out-of-vocabulary row."""
+    transform: Literal["none", "log", "standard"] = "none"
+    """For numeric fields: as it is, sign(x) * log(1 + |x|), or (x - mean) / standard deviation."""
+
+    @property
+    def table_name(self) -> str:
+        """The embedding table this field reads."""
+        return self.table or self.name
+
+    @property
+    def is_id(self) -> bool:
+        """Whether the field is the user's or item's own id."""
+        return self.entity != "context" and self.file is None and self.column is None
+
+    @property
+    def multi_valued(self) -> bool:
+        """Whether one row may hold several values."""
+        many = self.separator is not None or (self.file is not None and self.entity != "context")
+        return many and self.keep == "all"
+
+    @model_validator(mode="after")
+    def _options_fit_the_kind(self) -> Self:
+        if self.kind == "numeric":
+            for option in ("separator", "table"):
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{option} is for categorical fields; {self.name} is numeric")
+            if self.is_id:
+                raise ValueError(f"{self.name} is an id and cannot be numeric; name its column")
+        elif self.transform != "none":
+            raise ValueError(f"transform is for numeric fields; {self.name} is categorical")
+        if self.entity == "context" and self.file is not None:
+            raise ValueError(f"{self.name}: a context field is a column of the interactions file")
+        return self
+
+
+class Titles(Section):
+    """Where items' titles stand, for people who read recommendations."""
+
+    file: str
+    """File under ``data.root``."""
+    key: str | None = None
+    """Column of the item's id; default: the interactions' item column."""
+    column: str = "title"
+    """Column of the title."""
+
+
+class Split(Section):
+    """Which rows are held out."""
+
+    method: Literal["random", "per_user", "temporal", "leave_last"] = "random"
+    """random: by row; per_user: a share of each user's rows, at random; temporal: the last rows of
+    all; leave_last: each user's last rows (by time)."""
+    valid: float = Field(0.1, ge=0)
+    """Share of the rows (leave_last: number of rows per user) for validation."""
+    test: float = Field(0.1, ge=0)
+    """Share of the rows (leave_last: number of rows per user) for the test."""
+    valid_file: str | None = None
+    """A file of held-out rows with the interactions' columns; replaces ``valid``."""
+    test_file: str | None = None
+    """A file of held-out rows with the interactions' columns; replaces ``test``."""
+
+    @model_validator(mode="after")
+    def _sizes_fit_the_method(self) -> Self:
+        if self.method == "leave_last":
+            if self.valid != int(self.valid) or self.test != int(self.test):
+                raise ValueError("leave_last holds out whole rows per user: give whole numbers")
+        elif self.valid + self.test >= 1:
+            raise ValueError(f"valid + test leave no training rows (got {self.valid + self.test})")
+        return self
+
+
+class Negatives(Section):
+    """Unobserved pairs that stand for "no", for implicit data."""
+
+    per_positive: int = Field(4, ge=1)
+    """Fresh negatives drawn for each training positive in each epoch."""
+    fixed_per_user: int | None = Field(None, ge=1)
+    """Draw this many distinct negatives per user once, before the split, and split them together
+    with the positives (the notebook's way); replaces ``per_positive``."""
+    evaluation_per_positive: int = Field(4, ge=1)
+    """Negatives per held-out positive, drawn once; they avoid all of the user's positives."""
+
+
+class DataConfig(Section):
+    """The input and how it becomes a prepared dataset."""
+
+    name: str | None = None
+    """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
+    root: str = "."
+    """Folder (may hold ``${VARIABLES}``) of the input files; relative ones are looked for here,
+    then beside the bundled sample."""
+    task: Literal["implicit", "ctr"] = "implicit"
+    """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
+    interactions: Interactions
+    """The rows."""
+    features: tuple[Feature, ...] = Field(min_length=1)
+    """The model's fields."""
+    files: dict[str, FileFormat] = Field(default_factory=dict)
+    """Formats of files whose name does not tell."""
+    titles: Titles | None = None
+    """Titles of the items."""
+    split: Split = Split()
+    """Held-out rows."""
+    negatives: Negatives = Negatives()
+    """Unobserved pairs."""
+    refit: bool = False
+    """Train on all rows, held-out ones included: for the last fit before a submission."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row whose id, label, time or number cannot be read."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        rows = self.interactions
+        if self.task == "implicit":
+            if rows.user is None or rows.item is None:
+                raise ValueError("implicit data needs interactions.user and interactions.item")
+            if rows.label is not None:
+                raise ValueError("interactions.label goes with task: ctr")
+        else:
+            if rows.label is None:
+                raise ValueError("task: ctr needs interactions.label")
+            if self.negatives != Negatives():
+                raise ValueError("negatives go with task: implicit; ctr rows carry their labels")
+        for entity in ("user", "item"):
+            uses = [f.name for f in self.features if f.entity == entity]
+            if uses and getattr(rows, entity) is None:
+                raise ValueError(f"{uses[0]} describes the {entity}: name interactions.{entity}")
+        names = [f.name for f in self.features]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two features are called {twice[0]!r}")
+        if reserved := sorted({"id", "history", "count", "title", "label"} & set(names)):
+            raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
+        _check_shared_tables(self.features)
+        if self.negatives.fixed_per_user is not None:
+            self._check_fixed_negatives()
+        needs_time = self.split.method in ("temporal", "leave_last")
+        if needs_time and rows.time is None and rows.split is None:
+            raise ValueError(f"split.method={self.split.method} needs interactions.time")
+        return self
+
+    def _check_fixed_negatives(self) -> None:
+        rows, split = self.interactions, self.split
+        if rows.split or split.valid_file or split.test_file:
+            raise ValueError(
+                "negatives.fixed_per_user are split together with the positives: "
+                "it cannot go with a given split"
+            )
+        if split.method not in ("random", "per_user"):
+            raise ValueError(
+                f"negatives.fixed_per_user have no time: split.method={split.method} cannot be used"
+            )
+        for feature in self.features:
+            if feature.file is None and not feature.is_id:
+                raise ValueError(
+                    f"negatives.fixed_per_user have no {feature.column or feature.name}: "
+                    f"the field {feature.name} cannot come from the interactions file"
+                )
+
+
+def _check_shared_tables(features: Sequence[Feature]) -> None:
+    first_of: dict[str, Feature] = {}
+    for feature in features:
+        if feature.kind == "numeric":
+            continue
+        first = first_of.setdefault(feature.table_name, feature)
+        if first is not feature and (first.is_id or feature.is_id):
+            raise ValueError(f"table {feature.table_name!r}: the table of an id cannot be shared")

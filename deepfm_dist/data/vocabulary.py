@@ -1,0 +1,109 @@
+"""External ids <-> rows of a table; row 0 is out-of-vocabulary."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.seeding import permute
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What stands in each row of a table.
+
+    Attributes:
+        ids: ``[rows - 1]`` string: the external id of row ``r`` is ``ids[r - 1]``.
+        counts: ``[rows - 1]`` int64: how often it came in training.
+    """
+
+    ids: pa.Array
+    counts: Int64Array
+
+    @classmethod
+    def fit(cls, ids: pa.Array, counts: Int64Array, min_count: int, seed: int) -> Self:
+        """Gives rows to the ids seen at least ``min_count`` times.
+
+        They are ordered by falling count, then id, then spread over the table by a seeded
+        bijection: the same rows again for the same input, and no hot stretch of rows for a
+        row-wise shard to choke on.
+
+        Args:
+            ids: ``[n]`` distinct strings.
+            counts: ``[n]`` int64.
+            min_count: least count that earns a row; an id never seen gets none.
+            seed: of the bijection.
+        """
+        kept = np.flatnonzero(counts >= max(1, min_count))
+        ids, counts = ids.take(pa.array(kept)), counts[kept]
+        by_count = np.lexsort((id_order(ids), -counts))
+        at = np.empty(len(kept), np.int64)
+        at[permute(np.arange(len(kept)), len(kept), seed)] = by_count
+        return cls(ids.take(pa.array(at)), counts[at])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table, the out-of-vocabulary one included."""
+        return len(self.ids) + 1
+
+    def lookup(self, ids: pa.Array | pa.ChunkedArray) -> Int32Array:
+        """Rows of external ids: ``[n]`` string -> ``[n]`` int32; unknown ones and nulls get 0."""
+        if isinstance(ids, pa.ChunkedArray):
+            ids = ids.combine_chunks()
+        found = pc.index_in(ids, value_set=self.ids).fill_null(-1)
+        return np.asarray(found, dtype=np.int32) + np.int32(1)
+
+    def write(self, path: Path) -> None:
+        """Writes ``row, id, count`` as parquet, the out-of-vocabulary row (a null id) included."""
+        ids = pa.concat_arrays([pa.nulls(1, pa.string()), self.ids])
+        counts = np.concatenate([[0], self.counts])
+        columns = {"row": pa.array(np.arange(self.rows, dtype=np.int32)), "id": ids}
+        pq.write_table(pa.table(columns | {"count": pa.array(counts)}), path, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads what `write` wrote."""
+        table = pq.read_table(path).slice(1)
+        return cls(table["id"].combine_chunks(), np.asarray(table["count"], dtype=np.int64))
+
+
+def external(ids: pa.Array) -> pa.Array:
+    """Ids as they go out: int64 where every one is a plain integer, else strings."""
+    try:
+        numbers = ids.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return ids
+    return numbers if numbers.cast(pa.string()).equals(ids) else ids
+
+
+def id_order(ids: pa.Array) -> Int64Array:
+    """``[n]`` int64: each id's place among all, numbers by value, texts by code point."""
+    order = np.asarray(pc.sort_indices(external(ids)), dtype=np.int64)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
+
+
+def encode_distinct(ids: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int32], pa.Array]:
+    """Strings -> a code for each row and the distinct strings, in `id_order`.
+
+    Returns:
+        codes ``[n]`` int32 and ids ``[distinct]`` string with ``ids[codes[i]] == input[i]``.
+    """
+    encoded = ids.dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+        if isinstance(encoded, pa.ChunkedArray):  # nothing to combine: no rows
+            encoded = pa.array([], pa.string()).dictionary_encode()
+    distinct = encoded.dictionary
+    place = id_order(distinct)
+    codes = place[np.asarray(encoded.indices)].astype(np.int32)
+    order = np.empty_like(place)
+    order[place] = np.arange(len(place))
+    return codes, distinct.take(pa.array(order))

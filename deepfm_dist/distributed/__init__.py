@@ -1,0 +1,1 @@
+"""Process groups, sharding, optimizers, checkpoints: alone in importing torchrec.distributed."""

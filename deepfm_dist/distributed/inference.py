@@ -1,0 +1,47 @@
+"""Scores of many rows, in blocks of one height, so that no result depends on the world size."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from deepfm_dist.distributed.world import World
+from deepfm_dist.model.losses import LabelledRows
+
+
+def dealt_blocks(n_blocks: int, world: World) -> Iterator[int]:
+    """This rank's blocks, contiguous; every rank gets as many, numbers past the end included.
+
+    Look-ups are collective: a rank that has run out of blocks still takes part, with an empty one.
+    """
+    per_rank = -(-n_blocks // world.world_size)
+    return iter(range(world.rank * per_rank, (world.rank + 1) * per_rank))
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    world: World,
+    n_rows: int,
+    height: int,
+    collate: Callable[[int, int], LabelledRows],
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Logits of this rank's rows. All ranks.
+
+    Args:
+        model: the sharded task; its forward returns (loss, logits).
+        world: the ranks.
+        n_rows: rows in all.
+        height: rows per block; a GEMM's last digits depend on it.
+        collate: (begin, end) -> these rows as a batch of ``height``; (n, n) is an empty one.
+
+    Yields:
+        (first row, logits ``[m]``) for each block, in order; rows of ranks follow one another.
+    """
+    for block in dealt_blocks(-(-n_rows // height), world):
+        begin, end = min(block * height, n_rows), min((block + 1) * height, n_rows)
+        _, logits = model(collate(begin, end).to(world.device))
+        if end > begin:
+            yield begin, logits[: end - begin].cpu().numpy()

@@ -1,0 +1,232 @@
+"""A plan for the tables -> DistributedModelParallel, the over-arch in DDP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.seeding import derive_seed
+
+_KINDS = ("table_wise", "row_wise")
+_INIT_ROWS = 4096  # rows drawn from one seed
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a table is asked to lie.
+
+    Attributes:
+        kind: table_wise (whole on one rank), row_wise (cut by rows over all), or auto.
+        rank: for table_wise, the rank; None: as the planner says, else dealt in turn.
+    """
+
+    kind: str = "auto"
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class PlacedTable:
+    """One line of the plan.
+
+    Attributes:
+        table: its name.
+        rows: its rows.
+        row_width: floats per row.
+        sharding: table_wise or row_wise.
+        ranks: the ranks that hold it.
+        kernel: fused or dense.
+    """
+
+    table: str
+    rows: int
+    row_width: int
+    sharding: str
+    ranks: str
+    kernel: str
+
+
+class _Sharder(EmbeddingBagCollectionSharder):
+    """On CPU the stock sharder hides row-wise sharding from the planner, although it works."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types: list[str] = super().sharding_types(compute_device_type)
+        return list(dict.fromkeys([*types, ShardingType.ROW_WISE.value]))
+
+
+def shard(
+    module: nn.Module,
+    world: World,
+    placements: Mapping[str, Placement],
+    kernel: EmbeddingComputeKernel,
+) -> tuple[DistributedModelParallel, list[PlacedTable]]:
+    """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
+
+    Args:
+        module: holds one EmbeddingBagCollection, on the meta device.
+        world: the ranks.
+        placements: by table name; a missing one is ``auto``.
+        kernel: of all tables.
+
+    Returns:
+        The sharded module and its plan, a line per table.
+
+    Raises:
+        ConfigError: a placement names an unknown table or a rank that is not there.
+    """
+    path, ebc = next(
+        (name, m) for name, m in module.named_modules() if isinstance(m, EmbeddingBagCollection)
+    )
+    tables = {config.name: config for config in ebc.embedding_bag_configs()}
+    for name, placement in placements.items():
+        if name not in tables:
+            raise ConfigError(
+                f"sharding.tables.{name}: no such table; there are: {', '.join(tables)}"
+            )
+        if placement.rank is not None and placement.rank >= world.world_size:
+            raise ConfigError(
+                f"sharding.tables.{name}.rank={placement.rank}: there are only "
+                f"{world.world_size} ranks, 0 to {world.world_size - 1}"
+            )
+    # An id that is out of range is a bug to stop at, never a look-up of another row.
+    sharder = _Sharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+    wanted = {name: placements.get(name, Placement()) for name in tables}
+    if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
+        wanted = _planned(module, path, sharder, world, wanted)
+    plan, lines = {}, []
+    for turn, (name, placement) in enumerate(wanted.items()):
+        generator: ParameterShardingGenerator
+        if placement.kind == "row_wise":
+            generator, ranks = row_wise(compute_kernel=kernel.value), "all"
+        else:
+            rank = turn % world.world_size if placement.rank is None else placement.rank
+            generator, ranks = table_wise(rank=rank, compute_kernel=kernel.value), str(rank)
+        plan[name] = generator
+        kind = "row_wise" if placement.kind == "row_wise" else "table_wise"
+        config = tables[name]
+        lines.append(
+            PlacedTable(
+                name, config.num_embeddings, config.embedding_dim, kind, ranks, kernel.value
+            )
+        )
+    module_plan = construct_module_sharding_plan(
+        ebc,
+        plan,
+        sharder=sharder,
+        local_size=world.local_world_size,
+        world_size=world.world_size,
+        device_type=world.device.type,
+    )
+    sharded = DistributedModelParallel(
+        module,
+        env=ShardingEnv(
+            world_size=world.world_size,
+            rank=world.rank,
+            pg=dist.group.WORLD,
+            output_dtensor=True,
+        ),
+        device=world.device,
+        plan=ShardingPlan({path: module_plan}),
+        sharders=[sharder],
+    )
+    return sharded, lines
+
+
+def _planned(
+    module: nn.Module,
+    path: str,
+    sharder: _Sharder,
+    world: World,
+    wanted: Mapping[str, Placement],
+) -> dict[str, Placement]:
+    """Asks TorchRec's planner about the tables left to it; it agrees on all ranks."""
+    topology = Topology(
+        world_size=world.world_size,
+        local_world_size=world.local_world_size,
+        compute_device=world.device.type,
+    )
+    constraints = {
+        name: ParameterConstraints(
+            sharding_types=list(_KINDS) if p.kind == "auto" else [p.kind],
+            # The planner knows fused kernels only; the kernel we use changes no placement.
+            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        )
+        for name, p in wanted.items()
+    }
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    plan = planner.collective_plan(module, [sharder], dist.group.WORLD).plan[path]
+    placed = {}
+    for name, placement in wanted.items():
+        found = plan[name]
+        rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
+        placed[name] = (
+            Placement(found.sharding_type, rank)
+            if placement.kind == "auto"
+            else replace(placement, rank=rank if placement.rank is None else placement.rank)
+        )
+    return placed
+
+
+@torch.no_grad()
+def init_tables(
+    sharded: DistributedModelParallel, used_width: int, init_std: float, seed: int
+) -> None:
+    """Fills the tables from N(0, init_std^2); a row's values depend on seed, table and row only.
+
+    Args:
+        sharded: the sharded model.
+        used_width: leading columns that are used; the rest is padding and stays 0.
+        init_std: standard deviation.
+        seed: of all tables.
+    """
+    for name, rows, columns, shard_tensor in local_shards(sharded):
+        shard_tensor.zero_()
+        width = columns.stop - columns.start
+        first_block = rows.start // _INIT_ROWS
+        for block in range(first_block, -(-rows.stop // _INIT_ROWS)):
+            generator = torch.Generator().manual_seed(derive_seed(seed, "init", name, block))
+            drawn = torch.empty(_INIT_ROWS, used_width).normal_(0, init_std, generator=generator)
+            begin, end = block * _INIT_ROWS, (block + 1) * _INIT_ROWS
+            low, high = max(begin, rows.start), min(end, rows.stop)
+            piece = drawn[low - begin : high - begin, columns.start : columns.start + width]
+            target = shard_tensor[low - rows.start : high - rows.start, : piece.shape[1]]
+            target.copy_(piece)
+
+
+def local_shards(
+    sharded: DistributedModelParallel,
+) -> list[tuple[str, slice, slice, Tensor]]:
+    """This rank's pieces of the tables: (table, its rows, its columns, the piece itself)."""
+    pieces = []
+    for key, value in sharded.state_dict().items():
+        if ".embedding_bags." not in key:
+            continue
+        table = key.split(".embedding_bags.")[1].removesuffix(".weight")
+        local = value.to_local()
+        # A rank without a piece of the table still lists an offset.
+        for piece, (row, column) in zip(local.local_shards(), local.local_offsets(), strict=False):
+            pieces.append(
+                (
+                    table,
+                    slice(row, row + piece.shape[0]),
+                    slice(column, column + piece.shape[1]),
+                    piece,
+                )
+            )
+    return pieces

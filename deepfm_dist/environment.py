@@ -1,0 +1,240 @@
+"""The start-up check: do Python, torch, fbgemm, torchrec and the driver go together?
+
+TorchRec names no torch version and neither does fbgemm, so pip installs sets that die at import
+with an ``undefined symbol``. Only package metadata is read here, nothing heavy is imported: call
+:func:`require` before the first ``import torchrec``.
+
+Source: FBGEMM's release compatibility table, and trying the pairs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from deepfm_dist.errors import EnvironmentProblem
+
+logger = logging.getLogger(__name__)
+
+Version = tuple[int, ...]
+
+# torch -> fbgemm, whose number torchrec carries too. A torch that is not here is too old for us, or
+# too new: no fbgemm has been built against it.
+FBGEMM_OF_TORCH: dict[Version, Version] = {
+    (2, 11): (1, 6),
+    (2, 12): (1, 7),
+    (2, 13): (1, 8),
+    (2, 14): (1, 9),
+}
+TESTED_TORCH = (2, 13)
+
+_TAKE_CPU = "take the CPU build: `make clean`, then `make VARIANT=cpu demo`"
+_TAKE_CUDA = "take the CUDA build: `make clean`, then `make VARIANT=cuda demo`"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What was observed of the machine and its Python.
+
+    Attributes:
+        python: Version of the interpreter, such as ``(3, 11, 7)``.
+        platform: ``sys.platform``, such as ``"linux"``.
+        versions: Installed version by package name (torch, fbgemm-gpu, fbgemm-gpu-cpu, torchrec);
+            ``None`` or absent where it is not installed.
+        has_nvidia_driver: Whether the driver's ``libnvidia-ml.so.1`` loads.
+        torch_cuda: ``"cpu"`` or a tag such as ``"cu130"``, where torch's version carries one.
+    """
+
+    python: Version
+    platform: str
+    versions: dict[str, str | None]
+    has_nvidia_driver: bool
+    torch_cuda: str | None
+
+    @property
+    def fbgemm(self) -> str | None:
+        """The build here, ``"fbgemm-gpu"`` or ``"fbgemm-gpu-cpu"``; ``None`` for none or both."""
+        builds = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if self.versions.get(name)]
+        return builds[0] if len(builds) == 1 else None
+
+    @property
+    def variant(self) -> str | None:
+        """Where tables can live, ``"cuda"`` or ``"cpu"``; ``None`` without one clear fbgemm."""
+        return {"fbgemm-gpu": "cuda", "fbgemm-gpu-cpu": "cpu"}.get(self.fbgemm or "")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, what to do about it, and whether nothing can run before that is done."""
+
+    what: str
+    cure: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.cure}"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of ``package`` in this environment, ``None`` where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def observe() -> Installation:
+    """Look at the interpreter, the packages' metadata and the driver."""
+    names = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec")
+    versions = {name: installed_version(name) for name in names}
+    tag = re.search(r"\+(cpu|cu\d+)", versions["torch"] or "")
+    return Installation(
+        python=sys.version_info[:3],
+        platform=sys.platform,
+        versions=versions,
+        has_nvidia_driver=_has_nvidia_driver(),
+        torch_cuda=tag[1] if tag else None,
+    )
+
+
+def problems(installation: Installation, device: str = "auto") -> list[Problem]:
+    """Everything that keeps ``installation`` from running on ``device``, causes before effects.
+
+    Args:
+        installation: As :func:`observe` returns it.
+        device: ``"auto"``, ``"cpu"``, or ``"cuda"`` with or without an index.
+    """
+    return [
+        *_platform_problems(installation),
+        *_version_problems(installation),
+        *_device_problems(installation, device),
+    ]
+
+
+def require(device: str = "auto") -> None:
+    """Stop with one line if nothing can run on ``device`` here; log what is merely unusual.
+
+    Args:
+        device: As for :func:`problems`.
+
+    Raises:
+        EnvironmentProblem: The first fatal problem and its cure.
+    """
+    found = problems(observe(), device)
+    for problem in found:
+        if problem.fatal:
+            raise EnvironmentProblem(str(problem))
+    for problem in found:
+        logger.warning("%s", problem)
+
+
+def _platform_problems(installation: Installation) -> Iterator[Problem]:
+    if installation.platform != "linux":
+        yield Problem(
+            f"torchrec and fbgemm exist for Linux only, this is {installation.platform}",
+            "use Linux, WSL2 or Docker",
+        )
+    if not (3, 11) <= installation.python < (3, 14):
+        yield Problem(
+            f"Python {_dotted(installation.python)} is not supported",
+            "use Python 3.11, 3.12 or 3.13: `make clean`, then `make PYTHON=python3.12 demo`",
+        )
+
+
+def _version_problems(installation: Installation) -> Iterator[Problem]:
+    versions = installation.versions
+    if versions.get("fbgemm-gpu") and versions.get("fbgemm-gpu-cpu"):
+        yield Problem(
+            f"fbgemm-gpu {versions['fbgemm-gpu']} and fbgemm-gpu-cpu {versions['fbgemm-gpu-cpu']} "
+            "are both installed, over each other",
+            "run `make clean`, then `make demo` (removing one of them would break the other)",
+        )
+        return  # what else is seen may come from either
+
+    can_use_gpu = installation.has_nvidia_driver and installation.torch_cuda != "cpu"
+    build = installation.fbgemm or ("fbgemm-gpu" if can_use_gpu else "fbgemm-gpu-cpu")
+    torch, fbgemm, torchrec = (versions.get(name) for name in ("torch", build, "torchrec"))
+    minor = _minor(torch or "")
+    trouble = None
+    if not torch:
+        trouble = "torch is not installed"
+    elif minor < min(FBGEMM_OF_TORCH):
+        trouble = f"torch {torch} is older than {_dotted(min(FBGEMM_OF_TORCH))}"
+    elif minor not in FBGEMM_OF_TORCH:
+        trouble = f"torch {torch} has no fbgemm yet"
+    if trouble:
+        tested = _dotted(FBGEMM_OF_TORCH[TESTED_TORCH])
+        yield Problem(
+            trouble,
+            f"take torch {_dotted(TESTED_TORCH)} with fbgemm {tested} and torchrec {tested}: "
+            "`make clean`, then `make demo`",
+        )
+        return  # that cure replaces the rest too
+
+    series = FBGEMM_OF_TORCH[minor]
+    # --no-deps: pip must not follow torchrec's own wish for fbgemm-gpu of any version.
+    cure = f'pip install --no-deps "{build}=={_dotted(series)}.*" "torchrec=={_dotted(series)}.*"'
+    for name, package, version in (("fbgemm", build, fbgemm), ("torchrec", "torchrec", torchrec)):
+        if not version:
+            yield Problem(f"{name} is not installed", cure)
+        elif _minor(version) != series:
+            wanted = f"torch {torch} goes with {name} {_dotted(series)}"
+            yield Problem(f"{wanted}, not with {package} {version}", cure)
+    if minor != TESTED_TORCH and _minor(fbgemm or "") == _minor(torchrec or "") == series:
+        yield Problem(
+            f"torch {torch} with {build} {fbgemm} match but are not the tested versions",
+            f"if anything fails, try torch {_dotted(TESTED_TORCH)} "
+            f"with fbgemm {_dotted(FBGEMM_OF_TORCH[TESTED_TORCH])}",
+            fatal=False,
+        )
+
+
+def _device_problems(installation: Installation, device: str) -> Iterator[Problem]:
+    fbgemm = f"{installation.fbgemm} {installation.versions.get(installation.fbgemm or '')}"
+    driver = installation.has_nvidia_driver
+    if installation.variant == "cuda":
+        if installation.torch_cuda == "cpu":
+            yield Problem(
+                f"{fbgemm} needs a CUDA build of torch, not {installation.versions['torch']}",
+                f"{_TAKE_CUDA}, with PIP_EXTRA_INDEX_URL unset" if driver else _TAKE_CPU,
+            )
+        elif not driver:
+            yield Problem(
+                f"{fbgemm} needs NVIDIA's driver: libnvidia-ml.so.1 is not found",
+                f"install the driver (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility) "
+                f"or {_TAKE_CPU}",
+            )
+    elif installation.variant == "cpu":
+        if device.startswith("cuda"):
+            yield Problem(
+                f"device={device}, but {fbgemm} has no CUDA kernels",
+                _TAKE_CUDA if driver else "this machine has no NVIDIA driver: use device=cpu",
+            )
+        elif device == "auto" and driver:
+            yield Problem(
+                f"an NVIDIA driver is here, but {fbgemm} has no CUDA kernels: GPUs stay unused",
+                f"{_TAKE_CUDA}; or say device=cpu",
+                fatal=False,
+            )
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _minor(version: str) -> Version:
+    """``"2.13.0+cpu"`` -> ``(2, 13)``: what decides whether binaries fit; patches do not."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

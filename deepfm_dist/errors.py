@@ -1,0 +1,21 @@
+"""What a user can do wrong, told in one line: what is wrong, the value, where, what to do."""
+
+
+class DeepFMError(Exception):
+    """A mistake of the user's or the machine's; commands print it as one line and exit 2."""
+
+
+class ConfigError(DeepFMError):
+    """A configuration that cannot work: an unknown field, a bad value, options at odds."""
+
+
+class DataError(DeepFMError):
+    """Input that cannot be used: a missing file or column, a bad cell, too few unseen items."""
+
+
+class CheckpointError(DeepFMError):
+    """A checkpoint that is missing, incomplete, or made for other data or another model."""
+
+
+class EnvironmentProblem(DeepFMError):
+    """An installation that cannot run: versions at odds, a missing driver, no such device."""

@@ -1,0 +1,43 @@
+"""``torchrun -m deepfm_dist.predict``: a score for each row of a file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    return run("predict", "Score the rows of a file.", _predict, argv, _add_arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", metavar="FILE", help="rows to score (default: the interactions file)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="parquet file (default: predictions.parquet of the run)"
+    )
+
+
+def _predict(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.build import open_trained
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.training.prediction import predict
+
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        trained = open_trained(config, arguments.overrides, ranks)
+        data = trained.config.data
+        source = Path(arguments.input or config.data_root / data.interactions.file)
+        target = Path(arguments.output or config.run_dir / "predictions.parquet")
+        layout = data.files.get(source.name) or data.files.get(data.interactions.file)
+        rows = predict(trained.sharded, ranks, trained.dataset, source, layout, target)
+        if ranks.is_first:
+            print(f"{target}: {rows:,} rows scored")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The whole catalogue: scores, top-K, ranking metrics, baselines."""

@@ -1,0 +1,38 @@
+"""``torchrun -m deepfm_dist.recommend``: every user's top-K unseen items."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    return run("recommend", "Write every user's best unseen items.", _recommend, argv)
+
+
+def _recommend(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.build import deepfm_of, open_trained
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.ranking.recommendation import recommend
+    from deepfm_dist.report import recommendations_table
+
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        trained = open_trained(config, arguments.overrides, ranks)
+        written = recommend(
+            deepfm_of(trained.sharded),
+            ranks,
+            trained.dataset,
+            config.recommend.k,
+            config.recommend.mask,
+            config.recommend.context,
+            config.run_dir,
+        )
+        if written is not None:
+            print(recommendations_table(written, trained.dataset))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

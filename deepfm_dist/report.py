@@ -1,0 +1,42 @@
+"""What people look at: tables in plain text."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.vocabulary import external
+from deepfm_dist.ranking.recommendation import Recommendations
+
+SHOWN_USERS = 3
+
+
+def metrics_table(
+    split: str, rows: Mapping[str, float], rankings: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Figures on rows, and rankings side by side."""
+    figures = pd.Series(dict(rows)).map("{:.4f}".format)
+    text = f"{split} rows\n{figures.to_string()}"
+    if rankings:
+        frame = pd.DataFrame(rankings).T.map("{:.4f}".format)
+        text += f"\n\n{split} rankings, whole catalogue\n{frame.to_string()}"
+    return text
+
+
+def recommendations_table(written: Recommendations, dataset: PreparedDataset) -> str:
+    """The first users' items by title, and the files."""
+    shown = pq.read_table(written.parquet).slice(0, SHOWN_USERS * written.k).to_pandas()
+    titles = dataset.titles()
+    if titles is not None:
+        ids = external(dataset.entity_ids("item").slice(1)).to_pylist()
+        by_id = dict(zip(ids, titles.slice(1).to_pylist(), strict=True))
+        shown["title"] = shown["item_id"].map(by_id)
+    users = shown["user_id"].drop_duplicates().head(SHOWN_USERS)
+    blocks = []
+    for user in users:
+        rows = shown[shown["user_id"] == user].drop(columns="user_id").set_index("rank")
+        blocks.append(f"user {user}\n{rows.to_string(float_format='{:.4f}'.format)}")
+    total = f"{written.users:,} users, {written.rows:,} rows"
+    files = f"written: {written.csv}\nwritten: {written.parquet}"
+    return "\n\n".join([*blocks, f"{total}\n{files}"])

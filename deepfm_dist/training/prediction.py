@@ -1,0 +1,105 @@
+"""Scores of the rows of a file."""
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
+from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
+from deepfm_dist.data.sources import read_batches
+from deepfm_dist.distributed.inference import score_rows
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import DeepFMError
+from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
+
+log = logging.getLogger(__name__)
+ROWS_AT_A_TIME = 64 * BLOCK_ROWS
+
+
+def predict(
+    model: nn.Module,
+    world: World,
+    dataset: PreparedDataset,
+    source: Path,
+    layout: FileFormat | None,
+    target: Path,
+) -> int:
+    """Scores a file, row by row in its order. All ranks.
+
+    Writes a parquet file with the columns that were read, ``score`` (float32 logit) and
+    ``probability`` (float32); the same bytes at any world size. It appears when it is whole.
+
+    Args:
+        model: the sharded task in eval mode.
+        world: the ranks.
+        dataset: the prepared dataset the model was trained on.
+        source: csv, tsv, dat or parquet with the columns of the interactions.
+        layout: of ``source``, where its name does not tell.
+        target: the parquet file to write.
+
+    Returns:
+        Number of rows.
+
+    Raises:
+        DataError: ``source`` cannot be read.
+        DeepFMError: ``target`` cannot be written.
+    """
+    encoder, collate = RowEncoder(dataset), Collator(dataset)
+    aside = target.with_name(f".{target.name}.part")
+    writer: pq.ParquetWriter | None = None
+    n_rows = unknown = 0
+    try:
+        for table in _in_tables(read_batches(source, encoder.columns, layout)):
+            rows = encoder.encode(table)
+            block = partial(_block, collate, rows)
+            scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
+            pieces = world.gather([logits for _, logits in scored])
+            n_rows += rows.n
+            for ids in (rows.users, rows.items):
+                unknown += 0 if ids is None else int((ids == OUT_OF_VOCABULARY).sum())
+            if pieces is not None:
+                logits = np.concatenate([block for piece in pieces for block in piece])
+                table = table.append_column("score", pa.array(logits))
+                probability = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+                table = table.append_column("probability", pa.array(probability))
+                if writer is None:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    writer = pq.ParquetWriter(aside, table.schema, compression="zstd")
+                writer.write_table(table)
+        if writer is not None:
+            writer.close()
+            os.replace(aside, target)
+    except OSError as error:
+        raise DeepFMError(f"{target}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if world.is_first:
+            aside.unlink(missing_ok=True)
+    if unknown:
+        log.info("%s ids were never seen in training: scored as unknown", f"{unknown:,}")
+    return n_rows
+
+
+def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:
+    return collate_rows(collate, rows, begin, end, BLOCK_ROWS)
+
+
+def _in_tables(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Record batches of any size -> tables of ROWS_AT_A_TIME rows, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(len(b) for b in waiting) >= ROWS_AT_A_TIME:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, ROWS_AT_A_TIME).combine_chunks()
+            waiting = table.slice(ROWS_AT_A_TIME).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting).combine_chunks()
