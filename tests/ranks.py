@@ -1,0 +1,100 @@
+"""Several ranks in one test: forked from the process that has already imported everything."""
+
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or hung; the message is its traceback."""
+
+
+def run_ranks(
+    work: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any
+) -> list[Any]:
+    """Calls ``work(*args, **kwargs)`` on every rank as torchrun would, and returns what each gave.
+
+    ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must not
+    have started threads of its own (OpenMP's pool in particular: one thread only).
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = Path(tempfile.mkdtemp())
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            _be_rank(rank, world_size, port, folder, work, args, kwargs)
+        children.append(child)
+    _wait(children, time.monotonic() + timeout_s)
+    results = []
+    failures = []
+    for rank in range(world_size):
+        path = folder / f"{rank}.pickle"
+        ok, value = (
+            pickle.loads(path.read_bytes()) if path.exists() else (False, "died or was killed")
+        )
+        results.append(value)
+        if not ok:
+            failures.append(f"rank {rank} of {world_size}: {value}")
+    if failures:
+        raise RankFailed("\n".join(failures))
+    return results
+
+
+def _be_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    work: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    code = 1
+    try:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        torch.set_num_threads(1)
+        outcome = (True, work(*args, **kwargs))
+        code = 0
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    part = folder / f"{rank}.part"
+    part.write_bytes(pickle.dumps(outcome))
+    part.rename(folder / f"{rank}.pickle")
+    os._exit(code)
+
+
+def _wait(children: list[int], deadline: float) -> None:
+    """Waits for all; kills those left some seconds after a failure, or at the deadline."""
+    left = set(children)
+    while left:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                left.discard(child)
+                if status != 0:
+                    deadline = min(deadline, time.monotonic() + 5)
+        if left and time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            return
+        time.sleep(0.01)
