@@ -99,6 +99,6 @@ def _log_to_stderr(quiet: bool) -> None:
     logging.getLogger("deepfm_dist").setLevel(level)
     for noisy in ("torchrec", "torch.fx", "fbgemm_gpu", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-    warnings.filterwarnings("ignore", module="torch.distributed._shard")
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        # What torch and torchrec say about each other is not the user's to cure.
+        warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)")

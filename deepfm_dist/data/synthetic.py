@@ -94,7 +94,7 @@ _SPAN_SECONDS = 10 * 365 * 86_400
 _LAST_YEAR = 2014
 _REPEAT_AFTER_SECONDS = 3_600
 
-SCORES_FILE = "best_scores.parquet"
+SCORES_FILE = "best_possible.parquet"
 
 
 @dataclass(frozen=True)

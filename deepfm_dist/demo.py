@@ -1,0 +1,57 @@
+"""``python -m deepfm_dist.demo``: the whole job on the bundled sample, command by command."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs prepare, train, evaluate and recommend; stops at the first that fails.
+
+    Returns:
+        The exit code of the last command that ran.
+    """
+    parser = argparse.ArgumentParser(prog="python -m deepfm_dist.demo", description=__doc__)
+    parser.add_argument("--nproc", type=int, help="ranks (default: every GPU, or 2 on CPU)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments = parser.parse_intermixed_args(argv)
+    ranks = arguments.nproc or _ranks()
+    torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    alone = ["python", "-m"]
+    started = time.perf_counter()
+    for launcher, name in (
+        (alone, "prepare"),
+        (torchrun, "train"),
+        (torchrun, "evaluate"),
+        (torchrun, "recommend"),
+    ):
+        command = [*launcher, f"deepfm_dist.{name}", *arguments.overrides]
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        code = subprocess.run(_here(command), check=False).returncode
+        if code != 0:
+            print(f"{name} failed: exit code {code}", file=sys.stderr)
+            return code
+    print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
+    return 0
+
+
+def _ranks() -> int:
+    import torch
+
+    from deepfm_dist.environment import observe
+
+    usable = torch.cuda.is_available() and observe().variant == "cuda"
+    return torch.cuda.device_count() if usable else 2
+
+
+def _here(command: list[str]) -> list[str]:
+    """The same command with this interpreter, whether or not its folder is on the PATH."""
+    module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+    return [sys.executable, *module, *command[1:]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
