@@ -62,6 +62,11 @@ def evaluate_ranking(
     left_out = len(relevant_of_all) - 1 - len(users)
     if left_out:
         log.info("%s users have no held-out items: not ranked for", f"{left_out:,}")
+    if of_unknown := int(relevant_of_all.lengths[0]):
+        log.info(
+            "%s held-out items are of users without training rows: not ranked for",
+            f"{of_unknown:,}",
+        )
     catalogue = Catalogue(dataset)
     before = SPLITS[: SPLITS.index(split)]
     seen = catalogue.seen_by(users, [dataset.positives(s) for s in before])
