@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.errors import DeepFMError
 
-EXIT_OK, EXIT_BUG, EXIT_MISTAKE = 0, 1, 2
+EXIT_OK, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 2, 130
 
 _EXAMPLES = """\
 examples:
@@ -67,28 +67,28 @@ def run(
         from deepfm_dist.environment import require
 
         require(config.run.device)
-        _run_recorded(work, config, arguments)
+        work(config, arguments)
     except DeepFMError as error:
-        # Every rank of a launch makes the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "of_one_rank", False):
+        # Every rank of a launch makes the same mistake; rank 0 says so. A mistake of one rank
+        # alone shows as root cause in torchrun's own summary.
+        if os.environ.get("RANK", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell_torchrun(error)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        _tell_torchrun(error)
+        raise
     return EXIT_OK
 
 
-def _run_recorded(
-    work: Callable[[Config, argparse.Namespace], None],
-    config: Config,
-    arguments: argparse.Namespace,
-) -> None:
-    """Under torchrun, a bug's traceback goes into the file that torchrun shows as root cause."""
+def _tell_torchrun(error: Exception) -> None:
+    """Writes the error where torchrun looks for a root cause, if torchrun is there."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        work = record(work)
-    work(config, arguments)
+        get_error_handler().record_exception(error)
 
 
 def _log_to_stderr(quiet: bool) -> None:
@@ -97,7 +97,7 @@ def _log_to_stderr(quiet: bool) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if is_first and not quiet else logging.WARNING
     logging.getLogger("deepfm_dist").setLevel(level)
-    for noisy in ("torchrec", "torch.fx", "fbgemm_gpu", "torch.distributed.checkpoint"):
+    for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         # What torch and torchrec say about each other is not the user's to cure.

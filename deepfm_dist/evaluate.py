@@ -17,10 +17,10 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, open_trained
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
+    from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.evaluation import evaluate_ranking
     from deepfm_dist.report import metrics_table
     from deepfm_dist.training.evaluation import HeldOut
-    from deepfm_dist.training.log import MetricsLog
 
     split = config.evaluate.split
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:

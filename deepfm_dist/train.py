@@ -20,8 +20,8 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed import checkpoint
     from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
     from deepfm_dist.distributed.world import world
+    from deepfm_dist.log import MetricsLog
     from deepfm_dist.training.evaluation import HeldOut
-    from deepfm_dist.training.log import MetricsLog
     from deepfm_dist.training.trainer import Schedule, train
 
     run_dir, seed = config.run_dir, config.run.seed

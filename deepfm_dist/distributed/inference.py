@@ -8,16 +8,25 @@ import torch
 from torch import nn
 
 from deepfm_dist.distributed.world import World
+from deepfm_dist.log import progress
 from deepfm_dist.model.losses import LabelledRows
 
 
-def dealt_blocks(n_blocks: int, world: World) -> Iterator[int]:
+def dealt_blocks(n_blocks: int, world: World, description: str) -> Iterator[int]:
     """This rank's blocks, contiguous; every rank gets as many, numbers past the end included.
 
     Look-ups are collective: a rank that has run out of blocks still takes part, with an empty one.
+
+    Args:
+        n_blocks: blocks of all ranks.
+        world: the ranks.
+        description: of the progress bar.
     """
     per_rank = -(-n_blocks // world.world_size)
-    return iter(range(world.rank * per_rank, (world.rank + 1) * per_rank))
+    with progress(per_rank, description, "block", world.is_first) as bar:
+        for block in range(world.rank * per_rank, (world.rank + 1) * per_rank):
+            yield block
+            bar.update()
 
 
 @torch.no_grad()
@@ -40,7 +49,7 @@ def score_rows(
     Yields:
         (first row, logits ``[m]``) for each block, in order; rows of ranks follow one another.
     """
-    for block in dealt_blocks(-(-n_rows // height), world):
+    for block in dealt_blocks(-(-n_rows // height), world, "score rows"):
         begin, end = min(block * height, n_rows), min((block + 1) * height, n_rows)
         _, logits = model(collate(begin, end).to(world.device))
         if end > begin:

@@ -1,5 +1,6 @@
 """The process group: 1 to N ranks, on CPU or CUDA, started by torchrun or by hand."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,6 +107,8 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
             machines without the variable they need.
     """
     torch.set_num_threads(threads)
+    # TorchRec's tracing makes torch say, once a process, which of two functions it should call.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     env = os.environ
     launched = "RANK" in env and "WORLD_SIZE" in env
     rank, size = (int(env["RANK"]), int(env["WORLD_SIZE"])) if launched else (0, 1)

@@ -126,7 +126,7 @@ class ModelScores:
         """The item side of the whole catalogue, computed in shares and gathered on every rank."""
         n_blocks = -(-len(rows) // ITEM_BLOCK)
         sides = []
-        for block in dealt_blocks(n_blocks, self._world):
+        for block in dealt_blocks(n_blocks, self._world, "items"):
             mine = rows[block * ITEM_BLOCK : (block + 1) * ITEM_BLOCK]
             sides.append(self._side("item", padded(mine, ITEM_BLOCK, ABSENT)))
 
@@ -157,7 +157,7 @@ def rank_users(scores: Scores, seen: Jagged, k: int, world: World) -> Iterator[R
     """
     n_users = len(seen)
     mask = mask_of(seen, world.device)
-    for block in dealt_blocks(-(-n_users // USER_BLOCK), world):
+    for block in dealt_blocks(-(-n_users // USER_BLOCK), world, "rank items"):
         begin, end = min(block * USER_BLOCK, n_users), min((block + 1) * USER_BLOCK, n_users)
         block_scores = scores(begin, end)[: end - begin]
         if end > begin:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from torchrec.optim.keyed import CombinedOptimizer
 from deepfm_dist.data.dataset import TrainingBatches
 from deepfm_dist.distributed.pipeline import NonFiniteLoss, TrainPipeline
 from deepfm_dist.distributed.world import World
+from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed
-from deepfm_dist.training.log import MetricsLog, log, logging_redirect_tqdm, progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def train(
     losses: list[float] = []
     begun, logged_at = time.perf_counter(), 0
     sharded.train()
-    with logging_redirect_tqdm(), progress(last, "train", "step", world.is_first) as bar:
+    with progress(last, "train", "step", world.is_first) as bar:
         for step in range(1, last + 1):
             # Dropout of a step on a rank is the same whatever came before it.
             torch.manual_seed(derive_seed(seed, "dropout", step, world.rank))

@@ -50,7 +50,9 @@ def test_the_demo_runs_from_an_installed_wheel(fresh_venv: Path, tmp_path: Path)
 
 
 def test_console_scripts_know_the_bundled_configurations(fresh_venv: Path, tmp_path: Path) -> None:
-    shown = run([fresh_venv / "bin/deepfm-train", "--config", "notebook", "--print-config"], tmp_path)
+    shown = run(
+        [fresh_venv / "bin/deepfm-train", "--config", "notebook", "--print-config"], tmp_path
+    )
     assert shown.returncode == 0, shown.stderr
     assert "fixed_per_user: 50" in shown.stdout
     wrong = run([fresh_venv / "bin/deepfm-train", "--config", "notebok"], tmp_path)

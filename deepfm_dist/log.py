@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,26 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
 
-__all__ = ["MetricsLog", "logging_redirect_tqdm", "progress"]
 
-log = logging.getLogger(__name__)
+@contextmanager
+def progress(total: int, description: str, unit: str, is_first: bool) -> Iterator[Any]:
+    """A progress bar on stderr, log lines above it.
 
+    Args:
+        total: units to go.
+        description: what goes on.
+        unit: what is counted.
+        is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
+            no terminal or the log is quiet.
 
-def progress(total: int, description: str, unit: str, is_first: bool, initial: int = 0) -> Any:
-    """A progress bar on stderr; silent on other ranks and where stderr is no terminal."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        initial=initial,
-        disable=not (is_first and sys.stderr.isatty()),
-        leave=False,
-    )
+    Yields:
+        The bar; ``update(n)`` moves it.
+    """
+    quiet = logging.getLogger("deepfm_dist").level > logging.INFO
+    shown = is_first and sys.stderr.isatty() and not quiet
+    bar = tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=False)
+    with logging_redirect_tqdm(), bar:
+        yield bar
 
 
 class MetricsLog:
