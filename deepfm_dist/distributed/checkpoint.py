@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.world import World
@@ -69,7 +72,8 @@ def save(
     """
     name = f"save_{path.name}"
     world.first_does(f"{name}_begin", lambda: _make_room(path))
-    tensors = {"model": sharded.state_dict(), "optimizer": _without_empty(optimizer.state_dict())}
+    model = sharded.state_dict()
+    tensors = {"model": model, "optimizer": _optimizer_state(optimizer, model)}
     _translated(lambda: dcp.save(tensors, checkpoint_id=path), path, "cannot be written")
     text = json.dumps(dict(state), indent=2)
     world.first_does(f"{name}_end", lambda: _write_marker(path, text))
@@ -131,10 +135,37 @@ def _write_marker(path: Path, text: str) -> None:
     aside.rename(path / MARKER)
 
 
-def _without_empty(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
-    # A stateless optimizer (SGD) leaves an empty dict per table, which cannot be resharded.
-    state = {k: v for k, v in optimizer_state["state"].items() if v}
-    return {"state": state}
+def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's tensors in a form that can be resharded, over the same memory.
+
+    Fused optimizers describe their pieces of a table as DTensors. A torch optimizer over a table
+    (the dense kernel) knows only its local piece, and every rank's would go under one name.
+    """
+    state: dict[str, Any] = {}
+    for name, values in optimizer.state_dict()["state"].items():
+        if not values:  # a stateless optimizer (SGD); an empty dict cannot be resharded
+            continue
+        group, _, parameter = name.partition(".")
+        if group == "tables":
+            values = {k: _pieced_like(model[parameter], v) for k, v in values.items()}
+        state[name] = values
+    return state
+
+
+def _pieced_like(table: DTensor, piece: Tensor) -> Tensor:
+    """This rank's piece of an optimizer's state as part of a DTensor cut as the table is."""
+    if piece.dim() == 0:  # a step count
+        return piece
+    local: Any = table.to_local()
+    assert [shard.shape for shard in local.local_shards()] == [piece.shape]
+    return DTensor.from_local(
+        LocalShardsWrapper([piece], local.local_offsets()),
+        device_mesh=table.device_mesh,
+        placements=table.placements,
+        run_check=False,
+        shape=table.shape,
+        stride=table.stride(),
+    )
 
 
 def _translated(work: Callable[[], object], path: Path, what: str) -> None:
