@@ -23,8 +23,8 @@ def run_ranks(
 ) -> list[Any]:
     """Calls ``work(*args, **kwargs)`` on every rank as torchrun would, and returns what each gave.
 
-    ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must not
-    have started threads of its own (OpenMP's pool in particular: one thread only).
+    ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must never
+    have joined one: gloo's threads and locks do not survive a fork. A world of one is forked too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,6 +50,11 @@ def run_ranks(
     if failures:
         raise RankFailed("\n".join(failures))
     return results
+
+
+def run_alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`run_ranks` with a world of one."""
+    return run_ranks(work, 1, *args, **kwargs)[0]
 
 
 def _be_rank(

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem
 
@@ -49,9 +48,7 @@ class World:
 
     def differentiable_sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks; gradients are summed on the way back. All ranks."""
-        if self.world_size == 1:
-            return tensor
-        summed: Tensor = differentiable_all_reduce(tensor)
+        summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
         return summed
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -92,6 +89,22 @@ class World:
         return result
 
 
+class _Sum(torch.autograd.Function):
+    """An all-reduce whose gradient is an all-reduce: each rank's input reaches each rank's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        return summed
+
+
 @contextmanager
 def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Iterator[World]:
     """Joins the process group that torchrun describes, or makes one of a single rank.
@@ -126,6 +139,7 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
     )
     try:
         yield World(rank, size, local_size, chosen, dist.PrefixStore("deepfm_dist", store))
+        dist.barrier()  # rank 0 may hold the store that others still read
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,365 @@
+"""The same model at any world size, plan and optimizer; failures that stop cleanly."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchrec import KeyedJaggedTensor
+
+from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed import world as world_module
+from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
+from deepfm_dist.distributed.pipeline import NonFiniteLoss, TrainPipeline
+from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.world import World, world
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from tests.plain_deepfm import PlainDeepFM
+from tests.ranks import RankFailed, run_alone, run_ranks
+
+SMALL = ("model.over_arch_layer_sizes=[30, 20, 10]", "model.embedding_dim=10")
+LARGE = ("model.over_arch_layer_sizes=[400, 400, 400]", "model.embedding_dim=10")
+MIXED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}}"
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config("sample", ["model.init_std=0.05", *overrides])
+
+
+class Run:
+    """A model being trained on one rank."""
+
+    def __init__(self, folder: Path, config: Config, ranks: World) -> None:
+        self.dataset = PreparedDataset(folder)
+        self.config, self.world = config, ranks
+        of = config.optimizer
+        tables = table_optimizer(of.tables.name, of.tables.lr, of.tables.eps, ranks.device)
+        self.sharded = shard_for_training(config, self.dataset.manifest, ranks, tables)
+        self.optimizer = combined_optimizer(self.sharded, tables, of.dense.name, of.dense.lr)
+        self.batches = TrainingBatches(
+            self.dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, config.run.seed
+        )
+
+    def losses(
+        self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
+    ) -> list[float]:
+        pipeline = TrainPipeline(self.sharded, self.optimizer, self.world)
+        stream = (change(batch) for batch in self.batches.steps(first, last))
+        losses = []
+        for _ in range(first, last + 1):
+            pipeline.progress(stream)
+            losses.append(pipeline.mean_loss)
+        pipeline.detach()
+        return losses
+
+
+def train(folder: Path, config: Config, steps: int, shuffled: bool = False) -> list[float]:
+    with world("cpu") as ranks:
+        return Run(folder, config, ranks).losses(1, steps, permuted if shuffled else lambda b: b)
+
+
+def permuted(batch: Batch) -> Batch:
+    """The same rows in another order."""
+    order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(7))
+    by_key = [jagged.to_dense() for jagged in batch.sparse.to_dict().values()]
+    bags = [[bag[i] for i in order.tolist()] for bag in by_key]
+    sparse = KeyedJaggedTensor(
+        batch.sparse.keys(),
+        torch.cat([torch.cat(b) for b in bags]).int(),
+        lengths=torch.tensor([len(x) for b in bags for x in b], dtype=torch.int32),
+    )
+    return Batch(
+        sparse, batch.dense[order], batch.labels[order], batch.weights[order], batch.global_weight
+    )
+
+
+def difference(a: list[float], b: list[float]) -> float:
+    return float(np.abs(np.subtract(a, b)).max())
+
+
+ELSEWHERE = [
+    (2, "sharding.kind=table_wise"),
+    (2, "sharding.kind=row_wise"),
+    (2, MIXED),
+    (4, "sharding.kind=auto"),
+    (4, "sharding.kind=row_wise"),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam", "adagrad"])
+def test_losses_do_not_depend_on_world_size_or_plan(
+    sample: PreparedDataset, optimizer: str
+) -> None:
+    lr = 0.003 if optimizer == "adam" else 0.05
+    common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}")
+    alone = run_alone(train, sample.folder, config_of(*common), 30)
+    assert alone[-1] < alone[0]
+    for size, plan in ELSEWHERE:
+        config = config_of(*common, plan)
+        for losses in run_ranks(train, size, sample.folder, config, 30):
+            assert difference(losses, alone) <= 1e-6, (size, plan)
+
+
+def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDataset) -> None:
+    config = config_of(*LARGE)
+    alone = run_alone(train, sample.folder, config, 50)
+    reordered = run_alone(train, sample.folder, config, 50, shuffled=True)
+    for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
+        losses = run_ranks(train, size, sample.folder, config_of(*LARGE, plan), 50)[0]
+        assert difference(losses[:10], alone[:10]) <= 1e-6
+        assert difference(losses, alone) <= 3 * max(difference(reordered, alone), 1e-7)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_batch_norm_and_padding_leave_the_losses_alone(sample: PreparedDataset, size: int) -> None:
+    config = config_of(*SMALL, "model.batch_norm=true", "trainer.batch_size=1003")
+    alone = run_alone(train, sample.folder, config, 30)
+    assert difference(run_ranks(train, size, sample.folder, config, 30)[0], alone) <= 2e-6
+
+
+class RowWiseAdagrad:
+    """One accumulator a row: the mean square of its gradient over the whole width."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], lr: float, width: int) -> None:
+        self.weights, self.lr, self.width = weights, lr, width
+        self.sums = [torch.zeros(len(w)) for w in weights]
+
+    def step(self) -> None:
+        for weight, total in zip(self.weights, self.sums, strict=True):
+            assert weight.grad is not None
+            total += weight.grad.square().sum(1) / self.width
+            weight.data -= self.lr * weight.grad / (total.sqrt() + 1e-8)[:, None]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam"])
+def test_losses_equal_an_independent_models(sample: PreparedDataset, optimizer: str) -> None:
+    losses, expected = run_alone(_ours_and_plain, sample, optimizer)
+    assert expected[-1] < expected[0]
+    assert difference(losses, expected) <= 2e-6
+
+
+def _ours_and_plain(sample: PreparedDataset, optimizer: str) -> tuple[list[float], list[float]]:
+    lr = 0.003 if optimizer == "adam" else 0.05
+    config = config_of(
+        *SMALL, "trainer.batch_size=200", f"optimizer.tables={{name: {optimizer}, lr: {lr}}}"
+    )
+    torch.manual_seed(0)
+    plain = PlainDeepFM(
+        {n: spec.rows for n, spec in sample.manifest.tables.items()},
+        [("user", "user", "sum"), ("item", "item", "sum"), ("genre", "genre", "mean")],
+        0,
+        10,
+        (30, 20, 10),
+    )
+    with world("cpu") as ranks:
+        run = Run(sample.folder, config, ranks)
+        arch = deepfm_of(run.sharded).interaction_arch
+        with torch.no_grad():
+            for table, _, _, piece in local_shards(run.sharded):
+                plain.tables[table].weight.copy_(piece[:, :11])
+            plain.bias.copy_(arch.bias)
+            linears = [m for m in plain.mlp if isinstance(m, torch.nn.Linear)]
+            mine = [*arch.over_arch.hidden, arch.over_arch.output]
+            for theirs, ours in zip(linears, mine, strict=True):
+                theirs.load_state_dict(ours.state_dict())
+        losses = run.losses(1, 30)
+    tables = list(plain.tables.parameters())
+    in_tables = {id(p) for p in tables}
+    rest = [p for p in plain.parameters() if id(p) not in in_tables and p.numel()]
+    of_tables: Any = {
+        "sgd": lambda: torch.optim.SGD(tables, lr=lr),
+        "adam": lambda: torch.optim.Adam(tables, lr=lr, eps=1e-8),
+        "rowwise_adagrad": lambda: RowWiseAdagrad(tables, lr, width=12),
+    }[optimizer]()
+    dense = torch.optim.Adam(rest, lr=1e-3)
+    expected = []
+    for step in range(1, 31):
+        batch = run.batches.batch(step)
+        bags = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            plain(bags, batch.dense), batch.labels
+        )
+        plain.zero_grad()
+        loss.backward()
+        of_tables.step()
+        dense.step()
+        expected.append(float(loss))
+    return losses, expected
+
+
+def _pieces(folder: Path, config: Config) -> list[tuple[str, slice, np.ndarray]]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
+
+
+@pytest.mark.parametrize(("size", "plan"), ELSEWHERE)
+def test_tables_start_the_same_everywhere(sample: PreparedDataset, size: int, plan: str) -> None:
+    config = config_of(*SMALL)
+    whole = {table: piece for table, _, piece in run_alone(_pieces, sample.folder, config)}
+    for piece in whole.values():
+        assert (piece[:, 11:] == 0).all()
+        assert 0.04 < piece[:, :11].std() < 0.06
+    found = {table: np.full_like(piece, np.nan) for table, piece in whole.items()}
+    for pieces in run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan)):
+        for table, rows, piece in pieces:
+            found[table][rows] = piece
+    for table, piece in whole.items():
+        np.testing.assert_array_equal(found[table], piece)
+
+
+def _save(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 3)
+        checkpoint.save(path, ranks, run.sharded, run.optimizer, {"step": 3})
+        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
+
+
+def _load(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
+    with world("cpu") as ranks:
+        sharded = shard_for_inference(config, PreparedDataset(folder).manifest, ranks)
+        checkpoint.load_model(path, sharded)
+        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(sharded)]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam"])
+def test_a_checkpoint_loads_at_any_world_size_and_plan(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str
+) -> None:
+    path = checkpoint.checkpoint_path(tmp_path, 3)
+    saving = config_of(*SMALL, f"optimizer.tables.name={optimizer}", "sharding.kind=row_wise")
+    whole = {t: np.zeros((s.rows, 12), np.float32) for t, s in sample.manifest.tables.items()}
+    for pieces in run_ranks(_save, 4, sample.folder, saving, path):
+        for table, rows, piece in pieces:
+            whole[table][rows] = piece
+    assert checkpoint.latest_checkpoint(tmp_path) == path
+    assert checkpoint.read_state(path)["step"] == 3
+    for size, kind in [(1, "table_wise"), (2, "table_wise"), (4, "row_wise")]:
+        config = config_of(*SMALL, f"sharding.kind={kind}")
+        for pieces in run_ranks(_load, size, sample.folder, config, path):
+            for table, rows, piece in pieces:
+                np.testing.assert_array_equal(piece, whole[table][rows])
+
+
+def test_incomplete_foreign_and_damaged_checkpoints_are_refused(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    config = config_of(*SMALL)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.latest_checkpoint(tmp_path)
+    path = checkpoint.checkpoint_path(tmp_path, 3)
+    run_alone(_save, sample.folder, config, path)
+    later = checkpoint.checkpoint_path(tmp_path, 4)
+    shutil.copytree(path, later)
+    (later / checkpoint.MARKER).unlink()
+    assert checkpoint.latest_checkpoint(tmp_path) == path
+    with pytest.raises(CheckpointError, match=r"vocabulary 51aa.*has 8f2c.*train anew"):
+        checkpoint.check_vocabulary(path, {"vocabulary_hash": "51aa"}, "8f2c")
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
+        run_alone(_load, sample.folder, config_of("model.embedding_dim=30"), path)
+    [piece] = path.glob("*.distcp")
+    piece.write_bytes(piece.read_bytes()[:100])
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read.*\n$"):
+        run_alone(_load, sample.folder, config, path)
+
+
+def _poisoned(folder: Path, config: Config) -> tuple[str, bool]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+
+        def poison(batch: Batch) -> Batch:
+            if ranks.rank == ranks.world_size - 1:
+                batch.labels[0] = float("nan")
+            return batch
+
+        with pytest.raises(NonFiniteLoss) as caught:
+            run.losses(1, 2, poison)
+        pieces = [piece for *_, piece in local_shards(run.sharded)]
+        return str(caught.value), any(bool(p.isnan().any()) for p in pieces)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_nan_on_one_rank_stops_all_before_it_reaches_a_table(
+    sample: PreparedDataset, size: int
+) -> None:
+    for message, in_tables in run_ranks(_poisoned, size, sample.folder, config_of(*SMALL)):
+        assert "the loss is nan" in message
+        assert not in_tables
+
+
+def test_an_id_out_of_range_is_an_error_not_another_row(sample: PreparedDataset) -> None:
+    with pytest.raises(RankFailed, match="idx < num_rows"):
+        run_alone(_out_of_range, sample.folder)
+
+
+def _out_of_range(folder: Path) -> None:
+    def shifted(batch: Batch) -> Batch:
+        batch.sparse.values()[0] = 10_000
+        return batch
+
+    with world("cpu") as ranks:
+        Run(folder, config_of(*SMALL), ranks).losses(1, 1, shifted)
+
+
+def _first_does(fails: bool) -> int | None:
+    def work() -> int:
+        if fails:
+            raise DataError("rank 0 could not")
+        return 5
+
+    with world("cpu") as ranks:
+        return ranks.first_does("something", work)
+
+
+def test_rank_zero_works_while_the_others_wait() -> None:
+    assert run_ranks(_first_does, 2, False) == [5, None]
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(_first_does, 2, True)
+    assert "DataError: rank 0 could not" in str(caught.value)
+    assert "SystemExit: 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sharding.tables={users: {kind: row_wise}}", "no such table; there are: user, item"),
+        ("sharding.tables={user: {kind: table_wise, rank: 3}}", "only 1 ranks, 0 to 0"),
+        ("optimizer.tables.name=lazy_adam", "no such kernel on cpu; use adam"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    sample: PreparedDataset, override: str, message: str
+) -> None:
+    with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
+        run_alone(train, sample.folder, config_of(override), 1)
+
+
+def test_more_processes_than_gpus_are_refused_with_the_right_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(EnvironmentProblem, match="torch sees no GPU"):
+        world_module._device("cuda", 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(world_module, "_fbgemm_has_cuda", lambda: True)
+    with pytest.raises(ConfigError, match=r"4 processes .* 2 GPUs: start .*--nproc_per_node=2"):
+        world_module._device("auto", 0, 4)
+    assert world_module._device("cpu", 0, 4) == torch.device("cpu")
+
+
+def test_restarts_over_machines_without_their_variable_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        world_module._store(world_module._LONG)

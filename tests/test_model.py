@@ -1,0 +1,220 @@
+"""The model against brute force and an independent implementation."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from deepfm_dist.build import build_model
+from deepfm_dist.config import ModelConfig
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.world import world
+from deepfm_dist.model.deepfm import (
+    DeepFM,
+    EmbeddingArch,
+    FactorizationMachine,
+    OverArch,
+    Table,
+    build_deepfm,
+)
+from deepfm_dist.model.losses import weighted_bce_sum
+from deepfm_dist.model.norm import GlobalBatchNorm
+from tests.plain_deepfm import Bags, PlainDeepFM
+from tests.ranks import RankFailed, run_alone, run_ranks
+
+TABLES = {"user": 11, "item": 13, "tag": 7}
+FIELDS = [
+    ("user", "user", "sum"),
+    ("item", "item", "sum"),
+    ("genre", "tag", "mean"),
+    ("liked", "tag", "sum"),
+]
+N_DENSE = 2
+
+
+def pair(
+    dim: int = 6, hidden: tuple[int, ...] = (5, 4), **options: bool
+) -> tuple[DeepFM, PlainDeepFM]:
+    """Our model and the plain one with the same weights."""
+    torch.manual_seed(0)
+    batch_norm = options.pop("batch_norm", False)
+    plain = PlainDeepFM(TABLES, FIELDS, N_DENSE, dim, hidden, batch_norm=batch_norm, **options)
+    deep = options.pop("deep", True)
+    ours = build_deepfm(
+        {n: Table(r, tuple(f for f, t, _ in FIELDS if t == n)) for n, r in TABLES.items()},
+        [f for f, _, _ in FIELDS],
+        N_DENSE,
+        dim,
+        over_arch=partial(OverArch, layer_sizes=hidden, batch_norm=batch_norm) if deep else None,
+        mean_pooled=[f for f, _, pooling in FIELDS if pooling == "mean"],
+        **options,
+    )
+    copy_weights(plain, ours)
+    return ours, plain
+
+
+def copy_weights(plain: PlainDeepFM, ours: DeepFM) -> None:
+    arch, dim = ours.interaction_arch, ours.embedding_arch.embedding_dim
+    with torch.no_grad():
+        for name, bag in ours.embedding_arch.ebc.embedding_bags.items():
+            bag.weight.zero_()
+            weight = plain.tables[name].weight
+            bag.weight[:, :dim] = weight[:, :dim]
+            bag.weight[:, dim] = weight[:, -1]
+        arch.bias.copy_(plain.bias)
+        if arch.dense_factors is not None:
+            arch.dense_factors.copy_(plain.dense_factors)
+        if arch.dense_first_order is not None:
+            arch.dense_first_order.copy_(plain.dense_first)
+        if isinstance(arch.over_arch, OverArch):
+            linears = [m for m in plain.mlp if isinstance(m, nn.Linear)]
+            mine = [*arch.over_arch.hidden, arch.over_arch.output]
+            for a, b in zip(mine, linears, strict=True):
+                a.load_state_dict(b.state_dict())
+
+
+def example() -> tuple[Bags, KeyedJaggedTensor, Tensor]:
+    """Nine rows: multi-valued, repeated and empty bags."""
+    generator = torch.Generator().manual_seed(3)
+    bags = {}
+    for name, table, _ in FIELDS:
+        several = table == "tag"
+        bags[name] = [
+            torch.randint(0, TABLES[table], (int(n),), generator=generator).tolist()
+            for n in (torch.randint(0, 5, (9,), generator=generator) if several else torch.ones(9))
+        ]
+    flat = [row for name, _, _ in FIELDS for bag in bags[name] for row in bag]
+    lengths = [len(bag) for name, _, _ in FIELDS for bag in bags[name]]
+    sparse = KeyedJaggedTensor(
+        [f for f, _, _ in FIELDS],
+        torch.tensor(flat, dtype=torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+    )
+    return bags, sparse, torch.randn(9, N_DENSE, generator=generator)
+
+
+def test_fm_is_the_sum_over_all_pairs() -> None:
+    factors = torch.randn(8, 5, 3, dtype=torch.float64)
+    pairs = sum(
+        (factors[:, a] * factors[:, b]).sum(1) for a, b in itertools.combinations(range(5), 2)
+    )
+    torch.testing.assert_close(FactorizationMachine()(factors), pairs)
+
+
+SWITCHES = [s for s in itertools.product([True, False], repeat=3) if any(s)]
+
+
+@pytest.mark.parametrize(("first_order", "fm", "deep"), SWITCHES)
+def test_logits_and_gradients_equal_the_plain_models(
+    first_order: bool, fm: bool, deep: bool
+) -> None:
+    ours, plain = pair(first_order=first_order, fm=fm, deep=deep)
+    bags, sparse, dense = example()
+    logits, expected = ours(sparse, dense), plain(bags, dense)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    dim = ours.embedding_arch.embedding_dim
+    for name, bag in ours.embedding_arch.ebc.embedding_bags.items():
+        gradient = plain.tables[name].weight.grad
+        assert gradient is not None
+        if dim:
+            torch.testing.assert_close(
+                bag.weight.grad[:, :dim], gradient[:, :dim], rtol=1e-5, atol=1e-5
+            )
+        torch.testing.assert_close(bag.weight.grad[:, dim], gradient[:, -1], rtol=1e-5, atol=1e-5)
+        assert (bag.weight.grad[:, dim + 1 :] == 0).all()  # padding stays out of it
+    arch = ours.interaction_arch
+    if arch.dense_factors is not None:
+        torch.testing.assert_close(
+            arch.dense_factors.grad, plain.dense_factors.grad, rtol=1e-5, atol=1e-5
+        )
+    if isinstance(arch.over_arch, OverArch):
+        torch.testing.assert_close(
+            arch.over_arch.hidden[0].weight.grad, plain.mlp[0].weight.grad, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_batch_norm_equals_pytorchs_in_training_and_inference() -> None:
+    ours, plain = pair(batch_norm=True)
+    bags, sparse, dense = example()
+    for _ in range(3):
+        torch.testing.assert_close(ours(sparse, dense), plain(bags, dense), rtol=1e-4, atol=1e-5)
+    ours.eval()
+    plain.eval()
+    torch.testing.assert_close(ours(sparse, dense), plain(bags, dense), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_ignores_rows_of_weight_zero() -> None:
+    x = torch.randn(6, 4)
+    weights = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    padded, short = GlobalBatchNorm(4), GlobalBatchNorm(4)
+    torch.testing.assert_close(padded(x, weights)[:4], short(x[:4]))
+    torch.testing.assert_close(padded.running_var, short.running_var)
+
+
+def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    with world("cpu") as ranks:
+        norm = GlobalBatchNorm(3, ranks.differentiable_sum)
+        mine = x.chunk(ranks.world_size)[ranks.rank].clone().requires_grad_()
+        out = norm(mine)
+        (out**3).sum().backward()
+        assert mine.grad is not None
+        return out.detach(), mine.grad
+
+
+def test_batch_norm_over_two_ranks_equals_one_process() -> None:
+    x = torch.randn(10, 3)
+    whole = x.clone().requires_grad_()
+    out = nn.BatchNorm1d(3)(whole)
+    (out**3).sum().backward()
+    parts = run_ranks(_norm_on_a_rank, 2, x)
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), out.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), whole.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_weighted_sum_of_cross_entropies() -> None:
+    logits, labels = torch.tensor([2.0, -1, 0.5]), torch.tensor([1.0, 0, 0])
+    weights = torch.tensor([1.0, 0, 2])
+    p = torch.sigmoid(logits)
+    expected = -(p[0].log() + 2 * (1 - p[2]).log())
+    torch.testing.assert_close(weighted_bce_sum(logits, labels, weights), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 3, 10, 127, 128])
+def test_rows_are_padded_to_a_multiple_of_four(dim: int) -> None:
+    arch = EmbeddingArch({"user": Table(3, ("user",))}, ["user"], dim)
+    assert arch.row_width % 4 == 0
+    assert dim < arch.row_width <= dim + 4
+    factors, first = arch(
+        KeyedJaggedTensor(["user"], torch.tensor([2, 0]), lengths=torch.tensor([1, 1]))
+    )
+    assert factors.shape == (2, 1, dim)
+    assert first.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"over_arch": "tests.cross_net:Nothing"}, "no attribute 'Nothing'"),
+        ({"over_arch": "no_such_module:CrossNet"}, "No module named"),
+        ({"over_arch": "tests.ranks:run_ranks"}, "not a torch.nn.Module"),
+        (
+            {"over_arch": "tests.cross_net:CrossNet", "over_arch_options": {"depth": 3}},
+            "unexpected keyword argument 'depth'",
+        ),
+    ],
+)
+def test_an_over_arch_that_cannot_be_built_is_refused(
+    sample: PreparedDataset, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
+        run_alone(_build, ModelConfig.model_validate(options), sample)
+
+
+def _build(config: ModelConfig, sample: PreparedDataset) -> None:
+    with world("cpu") as ranks:
+        build_model(config, sample.manifest, ranks, seed=1)
