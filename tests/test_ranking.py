@@ -1,0 +1,319 @@
+"""Catalogue scores, top-K and ranking metrics against brute force."""
+
+import copy
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.distributed.optimizers import table_optimizer
+from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.world import world
+from deepfm_dist.model.deepfm import InteractionArch, OverArch
+from deepfm_dist.model.norm import GlobalBatchNorm
+from deepfm_dist.ranking import catalogue
+from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.evaluation import evaluate_ranking
+from deepfm_dist.ranking.metrics import ranking_metrics
+from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.topk import NO_ITEM, top_k
+from deepfm_dist.training import prediction
+from deepfm_dist.training.evaluation import HeldOut
+from tests.cross_net import CrossNet
+from tests.ranks import run_alone, run_ranks
+
+OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones
+N_CATEGORICAL, N_DENSE = 4, 2
+
+
+def random_arch(
+    seed: int, hidden: tuple[int, ...] | None, custom: bool, **options: object
+) -> InteractionArch:
+    torch.manual_seed(seed)
+    dim = int(options.pop("dim", 5))  # type: ignore[call-overload]
+    in_features = (N_CATEGORICAL + N_DENSE) * dim
+    over_arch: nn.Module | None = None
+    if custom:
+        over_arch = CrossNet(in_features)
+    elif hidden is not None:
+        over_arch = OverArch(
+            in_features,
+            hidden,
+            activation=str(options.pop("activation", "relu")),
+            dropout=0.5,
+            batch_norm=bool(options.pop("batch_norm", False)),
+        )
+        for module in over_arch.modules():
+            if isinstance(module, GlobalBatchNorm):
+                for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                    tensor.normal_()
+                module.running_var.uniform_(0.5, 2)
+    first_order, fm = bool(options.get("first_order", True)), bool(options.get("fm", True))
+    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, init_std=0.5)
+    arch.bias.data.normal_()
+    return arch.eval()
+
+
+def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
+    """Largest error of the factorised scores, in units of max(1, |logit|)."""
+    n_users, n_items = 7, 11
+    of_item = torch.tensor(OF_ITEM)
+    users, items = (
+        [torch.randn(n, *shape) for shape in ((N_CATEGORICAL, dim), (N_CATEGORICAL,), (N_DENSE,))]
+        for n in (n_users, n_items)
+    )
+    scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
+    found = scorer.scores(scorer.side("user", *users), scorer.side("item", *items))
+    double = copy.deepcopy(arch).double()
+    pairs = []
+    for u, i in itertools.product(range(n_users), range(n_items)):
+        rows = []
+        for user, item, mask in zip(
+            users,
+            items,
+            (of_item[:N_CATEGORICAL, None], of_item[:N_CATEGORICAL], of_item[N_CATEGORICAL:]),
+            strict=True,
+        ):
+            rows.append(torch.where(mask, item[i], user[u]).double())
+        pairs.append(rows)
+    factors, first, dense = (torch.stack([p[k] for p in pairs]) for k in range(3))
+    with torch.no_grad():
+        expected = double(factors, first, dense).view(n_users, n_items)
+    return float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
+@pytest.mark.parametrize("hidden", [None, (), (6,), (30, 20, 10), (3, 17, 1, 8)])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"fm": False}, {"first_order": False}])
+def test_factorised_scores_equal_the_forward_pass(
+    hidden: tuple[int, ...] | None, batch_norm: bool, switches: dict[str, bool]
+) -> None:
+    if hidden is None and (batch_norm or switches.get("fm") is False):
+        switches = {}
+    arch = random_arch(1, hidden, custom=False, batch_norm=batch_norm, **switches)
+    assert difference_from_forward(arch) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "sigmoid"])
+def test_every_activation_is_scored_exactly(activation: str) -> None:
+    assert difference_from_forward(random_arch(2, (9, 4), False, activation=activation)) <= 1e-5
+
+
+def test_an_over_arch_of_ones_own_is_scored_exactly() -> None:
+    assert difference_from_forward(random_arch(3, None, custom=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 13, 40])
+def test_blocks_of_any_size_give_the_same_scores(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalogue.PAIRS_PER_STEP, "cpu", pairs)
+    assert difference_from_forward(random_arch(4, (8, 3), False)) <= 1e-5
+    assert difference_from_forward(random_arch(4, None, custom=True)) <= 1e-5
+
+
+values = st.sampled_from([-float("inf"), -2.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 3.0, 3.0000002])
+
+
+@given(
+    st.lists(st.lists(values, min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 9)
+)
+def test_top_k_equals_a_full_sort(rows: list[list[float]], k: int) -> None:
+    positions, scores = top_k(torch.tensor(rows), k)
+    for row, found, best in zip(
+        torch.tensor(rows).tolist(), positions.tolist(), scores.tolist(), strict=True
+    ):
+        order = sorted((i for i in range(6) if row[i] > -float("inf")), key=lambda i: (-row[i], i))
+        expected = (order + [NO_ITEM] * k)[:k]
+        assert found == expected
+        assert best == [row[i] if i >= 0 else -float("inf") for i in expected]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_ranking_metrics_equal_a_loop_over_users(data: st.DataObject) -> None:
+    n_users = data.draw(st.integers(1, 5))
+    ranked, relevant = [], []
+    for _ in range(n_users):
+        items = data.draw(st.permutations(range(1, 9)))
+        filled = data.draw(st.integers(0, 5))
+        ranked.append([*items[:filled], *[-1] * (5 - filled)])
+        known = data.draw(st.sets(st.integers(1, 12), min_size=1))
+        relevant.append(sorted(known) + [0] * data.draw(st.integers(0, 2)))
+    jagged = Jagged.from_pairs(
+        np.repeat(np.arange(n_users), [len(r) for r in relevant]), np.concatenate(relevant), n_users
+    )
+    found = ranking_metrics(np.array(ranked), jagged, [1, 3, 5])
+    for k in (1, 3, 5):
+        recalls, gains, hit_rates = [], [], []
+        for best, wanted in zip(ranked, relevant, strict=True):
+            hits = [item > 0 and item in wanted for item in best[:k]]
+            recalls.append(sum(hits) / len(wanted))
+            ideal = sum(1 / np.log2(r + 2) for r in range(min(k, len(wanted))))
+            gains.append(sum(h / np.log2(r + 2) for r, h in enumerate(hits)) / ideal)
+            hit_rates.append(any(hits))
+        assert found[f"recall@{k}"] == pytest.approx(np.mean(recalls), abs=1e-12)
+        assert found[f"ndcg@{k}"] == pytest.approx(np.mean(gains), abs=1e-12)
+        assert found[f"hit_rate@{k}"] == pytest.approx(np.mean(hit_rates), abs=1e-12)
+
+
+def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, object]:
+    """Ranks, predicts and evaluates with an untrained model whose rows depend on the seed only."""
+    dataset = PreparedDataset(folder)
+    with world("cpu") as ranks:
+        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, ranks.device)
+        sharded = shard_for_training(config, dataset.manifest, ranks, tables).eval()
+        model = deepfm_of(sharded)
+        recommend(model, ranks, dataset, k, ("train", "valid", "test"), {}, out)
+        prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
+        source = config.data_root / "train_ratings.csv"
+        n_rows = prediction.predict(
+            sharded, ranks, dataset, source, None, out / "predictions.parquet"
+        )
+        pieces = {t: p.numpy().copy() for t, _, _, p in local_shards(sharded)}
+        over = model.interaction_arch.over_arch
+        assert isinstance(over, OverArch)
+        return {
+            "rankings": evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}),
+            "rows": dict(HeldOut(dataset, "test").metrics(sharded, ranks)),
+            "n_rows": n_rows,
+            "tables": pieces,
+            "layers": [
+                (m.weight.detach().numpy(), m.bias.detach().numpy())
+                for m in [*over.hidden, over.output]
+            ],
+            "bias": float(model.interaction_arch.bias),
+        }
+
+
+def config_of(*overrides: str) -> Config:
+    wide = "model={embedding_dim: 10, over_arch_layer_sizes: [30, 20, 10], init_std: 0.5}"
+    return load_config("sample", [wide, *overrides])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_files_are_byte_identical_at_any_world_size_and_the_ranking_is_right(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    results, digests = {}, {}
+    for size in (1, 2, 4):
+        out = tmp_path / str(size)
+        out.mkdir()
+        config = config_of("sharding.tables={genre: {kind: table_wise}}")
+        results[size] = run_ranks(_everything, size, sample.folder, config, out, 10)[0]
+        digests[size] = [digest(p) for p in sorted(out.iterdir())]
+        assert [p.name for p in sorted(out.iterdir())] == [
+            "predictions.parquet",
+            "recommendations.csv",
+            "recommendations.parquet",
+        ]
+    assert digests[1] == digests[2] == digests[4]
+    for size in (2, 4):
+        assert results[size]["rankings"] == results[1]["rankings"]
+        assert results[size]["rows"] == results[1]["rows"]
+    out = tmp_path / "1"
+    assert (out / "recommendations.csv").read_text().splitlines()[0] == "user,item"
+    frame = pd.read_parquet(out / "recommendations.parquet")
+    assert list(frame.columns) == ["user_id", "item_id", "score", "rank"]
+    assert frame["user_id"].is_monotonic_increasing
+    assert len(frame) == 700 * 10
+    pairs = pd.read_csv(out / "recommendations.csv")
+    assert (pairs.to_numpy() == frame[["user_id", "item_id"]].to_numpy()).all()
+    check_against_brute_force(sample, results[1], frame)
+
+
+def check_against_brute_force(
+    sample: PreparedDataset, model: dict[str, object], frame: pd.DataFrame
+) -> None:
+    """Scores every pair in float64 and compares rank by rank."""
+    tables = {t: w.astype(np.float64) for t, w in model["tables"].items()}  # type: ignore[attr-defined]
+    genres = sample.entity_fields["genre"]
+    assert isinstance(genres, Jagged)
+    genre = np.zeros((len(genres), 12))
+    for item in range(len(genres)):
+        rows = genres.values[genres.offsets[item] : genres.offsets[item + 1]]
+        if len(rows):
+            genre[item] = tables["genre"][rows].mean(0)
+    layers = model["layers"]
+    users = sample.entity_ids("user").to_pylist()
+    items = sample.entity_ids("item").to_pylist()
+    seen = [sample.positives(s) for s in ("train", "valid", "test")]
+    ids = np.array([int(i) for i in items[1:]])
+    for user, of_user in list(frame.groupby("user_id"))[::7]:
+        row = users.index(str(user))
+        v = np.broadcast_to(tables["user"][row], (len(ids), 12))
+        fields = np.stack([v, tables["item"][1:], genre[1:]], 1)
+        f = fields[:, :, :10]
+        score = model["bias"] + fields[:, :, 10].sum(1)
+        score = score + 0.5 * ((f.sum(1) ** 2).sum(1) - (f**2).sum((1, 2)))
+        x = f.reshape(len(ids), -1)
+        for weight, bias in layers[:-1]:  # type: ignore[index]
+            x = np.maximum(x @ weight.T.astype(np.float64) + bias, 0)
+        weight, bias = layers[-1]  # type: ignore[index]
+        score = score + x @ weight[0].astype(np.float64) + bias[0]
+        for part in seen:
+            known = part.values[part.offsets[row] : part.offsets[row + 1]]
+            score[known[known > 0] - 1] = -np.inf
+        best = np.lexsort((ids, -score))[:10]
+        mine = np.searchsorted(np.sort(ids), of_user["item_id"])
+        mine = np.argsort(ids)[mine]
+        tolerance = 1e-5 * np.maximum(1, np.abs(score[best]))
+        assert (np.abs(of_user["score"].to_numpy() - score[mine]) <= tolerance).all()
+        assert (np.abs(score[mine] - score[best]) <= tolerance).all()
+        assert list(of_user["rank"]) == list(range(1, 11))
+
+
+def test_predictions_keep_the_files_rows(sample: PreparedDataset, tmp_path: Path) -> None:
+    config = config_of()
+    result = run_alone(_everything, sample.folder, config, tmp_path, 10)
+    given_rows = pd.read_csv(config.data_root / "train_ratings.csv")
+    frame = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert result["n_rows"] == len(frame) == len(given_rows)
+    assert (frame["user"].astype(int) == given_rows["user"]).all()
+    assert (frame["item"].astype(int) == given_rows["item"]).all()
+    expected = 1 / (1 + np.exp(-frame["score"].astype(np.float64)))
+    np.testing.assert_allclose(frame["probability"], expected, rtol=1e-6)
+
+
+def test_users_with_few_unseen_items_get_fewer_rows(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    run_alone(_everything, sample.folder, config_of(), tmp_path, 500)
+    frame = pd.read_parquet(tmp_path / "recommendations.parquet")
+    n_items = sample.manifest.entities["item"] - 1
+    parts = [sample.positives(split) for split in ("train", "valid", "test")]
+    known = sum(int((p.values > 0).sum()) for p in parts)
+    assert len(frame) == 700 * n_items - known
+
+
+def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: Path) -> None:
+    found = run_alone(_everything, sample.folder, config_of(), tmp_path, 10)["rankings"]
+    train, valid, test = (sample.positives(s) for s in ("train", "valid", "test"))
+    counts = np.bincount(train.values, minlength=sample.manifest.entities["item"]).astype(float)
+    ids = np.array([0, *map(int, sample.entity_ids("item").to_pylist()[1:])])
+    recalls = []
+    for user in range(1, len(test)):
+        wanted = test.values[test.offsets[user] : test.offsets[user + 1]]
+        if len(wanted) == 0:
+            continue
+        score = counts.copy()
+        score[0] = -np.inf
+        for part in (train, valid):
+            score[part.values[part.offsets[user] : part.offsets[user + 1]]] = -np.inf
+        best = np.lexsort((ids, -score))[:10]
+        recalls.append(len(set(best) & set(wanted)) / len(wanted))
+    assert found["popularity"]["recall@10"] == pytest.approx(np.mean(recalls), abs=1e-12)
