@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct, draw_per_positive
+from deepfm_dist.errors import DataError
+
+N_ITEMS = 30
+SEEN = [[0, 3, 4, 29], [], list(range(25))]
+HISTORY = Jagged.from_pairs(np.repeat([0, 1, 2], [4, 0, 25]), sum(SEEN, []), 3)  # noqa: RUF017
+
+
+def draw(user: int, k: int, positives: int, seed: int = 1) -> np.ndarray:
+    n = positives * k
+    return draw_per_positive(
+        np.repeat(np.arange(positives), k),
+        np.tile(np.arange(k), positives),
+        np.full(n, user, np.int32),
+        k,
+        HISTORY,
+        N_ITEMS,
+        seed,
+    ).reshape(positives, k)
+
+
+@pytest.mark.parametrize("user", [0, 1, 2])
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_negatives_are_unseen_distinct_and_uniform(user: int, k: int) -> None:
+    drawn = draw(user, k, 20_000)
+    unseen = sorted(set(range(N_ITEMS)) - set(SEEN[user]))
+    assert set(drawn.ravel()) == set(unseen)
+    assert all(len(set(row)) == k for row in drawn)
+    counts = np.bincount(drawn.ravel(), minlength=N_ITEMS)[unseen]
+    expected = drawn.size / len(unseen)
+    assert ((counts - expected) ** 2 / expected).sum() < 2 * len(unseen) + 20
+
+
+def test_a_draw_depends_on_its_own_row_alone() -> None:
+    whole = draw(0, 4, 100)
+    alone = draw_per_positive(
+        np.array([7]), np.array([2]), np.zeros(1, np.int32), 4, HISTORY, N_ITEMS, 1
+    )
+    assert alone[0] == whole[7, 2]
+    assert (whole != draw(0, 4, 100, seed=2)).any()
+
+
+def test_distinct_draws_reach_every_unseen_item() -> None:
+    assert sorted(draw_distinct(5, HISTORY, N_ITEMS, 1)[2]) == [25, 26, 27, 28, 29]
+    counts = np.zeros(N_ITEMS)
+    for seed in range(3000):
+        drawn = draw_distinct(3, HISTORY, N_ITEMS, seed)
+        for user in range(3):
+            assert len(set(drawn[user])) == 3
+            assert not set(drawn[user]) & set(SEEN[user])
+        counts[drawn[0]] += 1
+    free = counts[[i for i in range(N_ITEMS) if i not in SEEN[0]]]
+    assert ((free - free.mean()) ** 2 / free.mean()).sum() < 2 * len(free) + 20
+
+
+def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None:
+    users = np.array([0, 2])
+    check_enough_unseen(5, HISTORY, users, N_ITEMS, "k")
+    with pytest.raises(DataError, match=r"k=6: .* 25 of 30 items, so only 5 .* set it to 5"):
+        check_enough_unseen(6, HISTORY, users, N_ITEMS, "k")

@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepfm_dist.seeding import derive_seed, permute
+
+
+@given(st.integers(1, 400), st.integers(0, 2**62))
+def test_permute_is_a_bijection_with_random_access(n: int, seed: int) -> None:
+    whole = permute(np.arange(n), n, seed)
+    assert sorted(whole) == list(range(n))
+    some = np.arange(0, n, 3)
+    assert (permute(some, n, seed) == whole[some]).all()
+
+
+def test_permute_mixes() -> None:
+    p = permute(np.arange(100_000), 100_000, 5)
+    assert abs(np.corrcoef(p, np.arange(100_000))[0, 1]) < 0.01
+    assert abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.01
+    assert (p != permute(np.arange(100_000), 100_000, 6)).mean() > 0.99
+
+
+def test_indices_outside_the_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        permute([3], 3, 1)
+
+
+def test_seeds_differ_by_every_part() -> None:
+    seeds = [derive_seed(a, b, c) for a in range(9) for b in ("x", "y", "a" * 30) for c in range(9)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, "x") == derive_seed(1, "x")
