@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.data.dataset import TrainingBatches
@@ -38,7 +38,7 @@ class Schedule:
 
 
 def train(
-    sharded: DistributedModelParallel,
+    sharded: nn.Module,
     optimizer: CombinedOptimizer,
     batches: TrainingBatches,
     world: World,

@@ -1,0 +1,68 @@
+"""Imports go downwards, as CONTRIBUTING says."""
+
+import ast
+from pathlib import Path
+
+import deepfm_dist
+
+PACKAGE = Path(deepfm_dist.__file__).parent
+LEVELS = {
+    "errors": 0, "section": 0, "seeding": 0, "log": 1, "environment": 1,
+    "model": 2, "data": 3, "distributed": 3, "training": 4, "ranking": 4,
+}  # fmt: skip
+"""Everything else (commands, config, build, report, cli) is on top."""
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_bundled" not in p.parts)
+
+
+def test_no_module_imports_from_above_or_beside() -> None:
+    wrong = []
+    for path in MODULES:
+        room = room_of(path)
+        for name in imports_of(path):
+            if not name.startswith("deepfm_dist."):
+                continue
+            target = name.split(".")[1]
+            if target == room or target.startswith("__"):
+                continue
+            if LEVELS.get(room, 5) < LEVELS.get(target, 5) or (
+                room in LEVELS and LEVELS[room] == LEVELS.get(target, 5)
+            ):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert wrong == []
+
+
+def test_special_libraries_stay_in_their_rooms() -> None:
+    wrong = []
+    for path in MODULES:
+        room = room_of(path)
+        for name in imports_of(path):
+            if name.startswith("torchrec.distributed") and room not in (
+                "distributed",
+                "build",
+                "training",
+            ):
+                wrong.append(f"{path}: {name}")
+            if name.startswith("torch.distributed.checkpoint") and room != "distributed":
+                wrong.append(f"{path}: {name}")
+            if name.split(".")[0] == "pandas" and room in LEVELS:
+                wrong.append(f"{path}: {name}")
+            if name.split(".")[0] == "torchx":
+                wrong.append(f"{path}: {name}")
+    assert wrong == []
