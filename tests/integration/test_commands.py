@@ -36,6 +36,12 @@ def test_the_whole_job_from_an_empty_folder(home: Path) -> None:
     done = run([*train[:-3], "deepfm_dist.recommend", "recommend.k=3"], home)
     assert done.returncode == 0, done.stderr
     assert "700 users, 2,100 rows" in done.stdout
+    rows = home / "rows.csv"
+    rows.write_text("user,item\n4,276\nnobody,276\n")
+    done = run(["python", "-m", "deepfm_dist.predict", "--input", str(rows)], home)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows scored" in done.stdout
+    assert "1 ids were never seen in training" in done.stderr
     events = [json.loads(x) for x in (home / "runs/sample/metrics.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events] == ["train", "valid", "evaluate"]
 
