@@ -164,6 +164,13 @@ def test_a_changed_input_or_setting_is_prepared_anew(root: Path) -> None:
     assert [p.name for p in (root / "out").iterdir()] == ["d"]
 
 
+def test_what_a_killed_preparation_left_is_cleared(root: Path) -> None:
+    left = root / "out" / ".d.part-999999999"
+    (left / "train").mkdir(parents=True)
+    made(root)
+    assert [p.name for p in (root / "out").iterdir()] == ["d"]
+
+
 def test_refit_trains_on_everything(root: Path) -> None:
     dataset = made(root, refit=True)
     assert dataset.manifest.splits["train"].rows == 11

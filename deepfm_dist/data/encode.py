@@ -86,6 +86,7 @@ def prepare(data: DataConfig, root: Path, folder: Path, seed: int) -> Manifest:
     started = time.perf_counter()
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
+        _remove_leftovers(folder)
         part.mkdir(parents=True)
         manifest = _Preparation(data, root, seed).write(part, wanted)
         if folder.exists():
@@ -97,6 +98,13 @@ def prepare(data: DataConfig, root: Path, folder: Path, seed: int) -> Manifest:
         shutil.rmtree(part, ignore_errors=True)
     _report(manifest, folder, time.perf_counter() - started)
     return manifest
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what preparations of this folder left that were killed."""
+    for part in folder.parent.glob(f".{folder.name}.part-*"):
+        if not Path("/proc", part.name.rpartition("-")[2]).exists():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
