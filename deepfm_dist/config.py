@@ -23,7 +23,7 @@ class RunConfig(Section):
 
     name: str = "default"
     """Name of the run's folder under ``runs_root``."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
     prepared_root: str = "prepared"
     """Folder of prepared datasets."""
@@ -166,7 +166,7 @@ class RecommendConfig(Section):
     """Items per user."""
     mask: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
     """A user's items in these splits are never recommended."""
-    context: dict[str, str | float] = Field(default_factory=dict)
+    context: dict[str, str | int | float] = Field(default_factory=dict)
     """Values of the context fields to recommend for."""
 
 

@@ -1,4 +1,9 @@
+from pathlib import Path
+
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepfm_dist.config import BUNDLE, config_from, load_config
 from deepfm_dist.errors import ConfigError
@@ -31,6 +36,8 @@ def test_overrides_are_yaml_values() -> None:
 
 
 FIXED = "data.negatives.fixed_per_user=5"
+CTR = "data={task: ctr, interactions: {file: a.csv, user: u, label: y}, features: [{name: user, entity: user}]}"  # noqa: E501
+TIMELESS = "data.interactions.time=null"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +65,40 @@ FIXED = "data.negatives.fixed_per_user=5"
         (["data.features=[{name: count}]"], "reserved name"),
         (["data.features=[{name: user, entity: user, kind: numeric}]"], "cannot be numeric"),
         (["data.features=[{name: a, transform: log}]"], "for numeric fields"),
+        (
+            ["data.features=[{name: a, seperator: x}]"],
+            r"data\.features\.0\.seperator: unknown field; did you mean .*\.0\.separator\?$",
+        ),
+        (["data.features=[{name: a, kind: numeric}]"], "at least one categorical field"),
+        (["data.features=[]"], "at least one categorical field"),
+        (["data.features=[{name: a, kind: numeric, table: t}]"], "table is for categorical"),
+        (
+            ["data.features=[{name: a, kind: numeric, separator: x}]"],
+            "separator is for categorical",
+        ),
+        (["data.features=[{name: a, file: x.csv}]"], "a: a context field is a column of the inter"),
+        (["data.features=[{name: a, min_count: 0}]"], r"features\.0\.min_count: .* \(got 0\)"),
+        (
+            ["data.features=[{name: user, entity: user}, {name: b, table: user}]"],
+            "'user': the table of an id cannot be shared",
+        ),
+        (["data.interactions.label=y"], "goes with task: ctr"),
+        (
+            [CTR, "data.negatives.per_positive=2"],
+            "negatives go with task: implicit",
+        ),
+        ([CTR, "data.interactions.user=null"], "user describes the user: name interactions.user"),
+        ([TIMELESS, "data.split.method=temporal"], "method=temporal needs interactions.time"),
+        ([FIXED, "data.split={valid_file: x.csv}"], "cannot go with a given split"),
+        ([FIXED, "data.interactions.split=s"], "cannot go with a given split"),
+        (["data.files={a.csv: {encoding: latin-O}}"], "encoding: Python knows no 'latin-O'"),
+        (["model.over_arch_layer_sizes=[8, 0]"], r"must be positive: \(8, 0\)"),
+        (["model.over_arch_options={a: 1}"], "go with an over_arch given by import path"),
+        (["evaluate.k=[0]"], r"evaluate: k needs positive cut-offs \(got \[0\]\)"),
+        (["run.device=tpu"], r"run\.device: .*'cuda' \(got 'tpu'\)"),
+        (["run.seed=9223372036854775808"], r"run\.seed: .* \(got 9223372036854775808\)"),
+        (["model=3"], r"model: .* \(got 3\)"),
+        (["data.features.0.name=a"], "features is not a section"),
     ],
 )
 def test_what_cannot_work_is_named(overrides: list[str], message: str) -> None:
@@ -80,3 +121,62 @@ def test_unknown_files_and_variables_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert str(load_config("aistages").data_root) == "/somewhere/aistages"
     with pytest.raises(ConfigError, match=r"data: .*required"):
         config_from({})
+    with pytest.raises(ConfigError, match=r"--config nothing_near: .*bundled are: aistages, "):
+        load_config("nothing_near")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: [", "not readable as YAML"),
+        (b"\xff", "not readable as YAML"),
+        (b"[run]", "expected sections"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_said_has_its_default() -> None:
+    features = [{"name": "u", "entity": "user"}]
+    rows = {"file": "a.csv", "user": "u", "item": "i"}
+    config = config_from({"data": {"interactions": rows, "features": features}})
+    assert (config.run.seed, config.model.embedding_dim, config.trainer.epochs) == (1, 16, 10)
+    assert str(config.prepared_dir) == "prepared/default"
+    named = load_config("sample", ["run.name=mine", "run.runs_root=/r", "data.name=d"])
+    assert (str(named.run_dir), str(named.prepared_dir)) == ("/r/mine", "prepared/d")
+
+
+def test_the_sample_is_found_from_anywhere_and_an_own_folder_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config()
+    assert config.data_root == BUNDLE / "data/sample"
+    (tmp_path / "data/sample").mkdir(parents=True)
+    assert config.data_root == Path("data/sample")
+    assert load_config("sample", ["data.root=~/x"]).data_root == tmp_path / "x"
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=5),
+        st.text(max_size=6) | st.integers(-(2**40), 2**40) | st.floats(-1e9, 1e9),
+        max_size=4,
+    )
+)
+def test_values_keep_value_and_type_through_yaml(context: dict[str, object]) -> None:
+    tree = yaml.safe_load((BUNDLE / "configs/sample.yaml").read_text())
+    config = config_from(tree | {"recommend": {"context": context}})
+    assert {k: (type(v), v) for k, v in config.recommend.context.items()} == {
+        k: (type(v), v) for k, v in context.items()
+    }
+    assert config_from(yaml.safe_load(config.to_yaml())) == config

@@ -104,7 +104,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
         ("c", "v", "10", ["calm"], round(np.log1p(90), 4)),
     ]
     assert dataset.manifest.dropped == {
-        "genres.tsv rows of items without training rows": 2,
+        "genres.tsv rows of items without training rows": 1,
         "repeated (user, item) rows": 1,
         "repeated first values of one item": 1,
         "repeated genre values of one item": 1,

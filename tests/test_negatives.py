@@ -1,8 +1,15 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct, draw_per_positive
+from deepfm_dist.data.negatives import (
+    _unseen,
+    check_enough_unseen,
+    draw_distinct,
+    draw_per_positive,
+)
 from deepfm_dist.errors import DataError
 
 N_ITEMS = 30
@@ -62,3 +69,27 @@ def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None
     check_enough_unseen(5, HISTORY, users, N_ITEMS, "k")
     with pytest.raises(DataError, match=r"k=6: .* 25 of 30 items, so only 5 .* set it to 5"):
         check_enough_unseen(6, HISTORY, users, N_ITEMS, "k")
+    with pytest.raises(DataError, match="k=1: a user has interacted with all 25 items"):
+        check_enough_unseen(1, HISTORY, users, 25, "k")
+    check_enough_unseen(99, HISTORY, users[:0], N_ITEMS, "k")
+
+
+@given(st.sets(st.integers(0, 39)), st.integers(0, 5))
+def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
+    others = [7] * before  # of the users before this one
+    values = np.array([*others, *sorted(seen), 0, 1], np.int32)
+    found = [_unseen(r, values, before, before + len(seen)) for r in range(40 - len(seen))]
+    assert found == sorted(set(range(40)) - seen)
+
+
+def test_pairs_of_negatives_are_drawn_alike() -> None:
+    drawn = np.sort(draw(2, 2, 30_000), axis=1) - 25  # two of five: the stretches are 2 and 3 long
+    pairs = np.bincount(drawn[:, 0] * 5 + drawn[:, 1], minlength=25).reshape(5, 5)
+    assert (pairs[np.triu_indices(5, 1)] > 0).all()
+
+
+def test_a_positives_negatives_change_with_the_seed_and_the_positive() -> None:
+    whole = draw(1, 4, 500)
+    assert (whole == draw(1, 4, 500)).all()
+    for other in (draw(1, 4, 500, seed=2), np.roll(whole, 1, axis=0)):
+        assert abs((whole == other).mean() - 1 / N_ITEMS) < 0.02  # no more alike than by chance

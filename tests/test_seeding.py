@@ -31,3 +31,30 @@ def test_seeds_differ_by_every_part() -> None:
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, "x") == derive_seed(1, "x")
+
+
+def test_every_index_is_as_likely_at_every_place() -> None:
+    n, seeds = 13, 4000
+    places = np.array([permute(np.arange(n), n, seed) for seed in range(seeds)])
+    table = np.array([np.bincount(places[:, i], minlength=n) for i in range(n)])
+    chi_square = ((table - seeds / n) ** 2 / (seeds / n)).sum()
+    freedom = (n - 1) ** 2
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+    neighbours = np.bincount((places[:, 1] - places[:, 0]) % n, minlength=n)[1:]
+    expected = seeds / (n - 1)
+    assert ((neighbours - expected) ** 2 / expected).sum() < (n - 2) + 5 * np.sqrt(2 * (n - 2))
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**63 - 1), st.data())
+def test_large_ranges_stay_in_range_without_collisions(
+    n: int, seed: int, data: st.DataObject
+) -> None:
+    some = data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=20))
+    out = permute(some, n, seed)
+    assert len(set(out.tolist())) == len(some)
+    assert all(0 <= value < n for value in out.tolist())
+
+
+@given(*[st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))] * 2)
+def test_different_parts_give_different_seeds(a: tuple[int, int], b: tuple[int, int]) -> None:
+    assert (derive_seed(*a) == derive_seed(*b)) == (a == b)

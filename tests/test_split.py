@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepfm_dist.data.schema import Split
 from deepfm_dist.data.split import split_rows
+from deepfm_dist.seeding import permute
 
 RNG = np.random.default_rng(1)
 USERS = RNG.integers(0, 12, 200).astype(np.int32)
@@ -43,3 +46,45 @@ def test_methods_by_user_equal_a_loop(method: str, valid: float, test: float) ->
             order = sorted(rows, key=lambda i: (TIMES[i], i))
             assert parts[order].tolist() == sorted(parts[order])
     assert parts[0] == 0
+
+
+@given(st.data(), st.sampled_from(["random", "per_user", "temporal", "leave_last"]))
+def test_any_rows_are_cut_in_order_of_key_then_file(data: st.DataObject, method: str) -> None:
+    n = data.draw(st.integers(1, 25))
+    users, times = (
+        np.array(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)), dtype)
+        for dtype in (np.int32, np.int64)
+    )
+    shares = st.integers(0, 3) if method == "leave_last" else st.sampled_from([0, 0.1, 0.25, 0.45])
+    split = Split(method=method, valid=data.draw(shares), test=data.draw(shares))  # type: ignore[arg-type]
+    seed = data.draw(st.integers(0, 9))
+    key = permute(np.arange(n), n, seed) if method in ("random", "per_user") else times
+    groups = users if method in ("per_user", "leave_last") else np.zeros(n, np.int32)
+    expected = [0] * n
+    for group in set(groups.tolist()):
+        rows = sorted(np.flatnonzero(groups == group).tolist(), key=lambda r: (key[r], r))
+        size = len(rows)
+        last = split.test if method == "leave_last" else round(size * split.test)
+        before = split.valid if method == "leave_last" else round(size * split.valid)
+        if method in ("per_user", "leave_last"):  # something is left to train on
+            last = min(last, size - 1)
+            before = min(before, size - 1 - last)
+        for place, row in enumerate(reversed(rows)):
+            expected[row] = 2 if place < last else 1 if place < last + before else 0
+    assert split_rows(split, n, users, times, seed).tolist() == expected
+
+
+def test_a_given_file_replaces_its_share() -> None:
+    split = Split(valid_file="v.csv", test=0.25)
+    assert np.bincount(split_rows(split, 200, USERS, None, 1)).tolist() == [150, 0, 50]
+    split = Split(valid=0.1, test_file="t.csv", method="per_user")
+    assert 2 not in split_rows(split, 200, USERS, None, 1)
+
+
+def test_random_methods_change_with_the_seed_and_hold_out_evenly() -> None:
+    split = Split(method="random", valid=0.2, test=0.3)
+    parts = np.array([split_rows(split, 100, None, None, seed) for seed in range(400)])
+    assert abs((parts[0] == parts[1]).mean() - 0.38) < 0.2
+    for part, share in ((0, 0.5), (1, 0.2), (2, 0.3)):
+        often = (parts == part).mean(axis=0)  # of each row: binomial, 400 draws
+        assert np.abs(often - share).max() < 5 * np.sqrt(share * (1 - share) / 400)

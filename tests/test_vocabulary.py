@@ -2,10 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.data.vocabulary import Vocabulary, encode_distinct, external
+from deepfm_dist.data.vocabulary import Vocabulary, encode_distinct, external, id_order
+from deepfm_dist.seeding import permute
 
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=30))
@@ -28,7 +30,12 @@ def test_rare_and_unknown_ids_share_row_zero(tmp_path: Path) -> None:
     assert vocabulary.rows == 2
     assert vocabulary.lookup(pa.array(["a", "b", "c", "zz", None])).tolist() == [1, 0, 0, 0, 0]
     vocabulary.write(tmp_path / "v.parquet")
-    assert Vocabulary.read(tmp_path / "v.parquet").ids.equals(vocabulary.ids)
+    again = Vocabulary.read(tmp_path / "v.parquet")
+    assert again.ids.equals(vocabulary.ids)
+    assert again.counts.tolist() == [5]
+    nobody = Vocabulary.fit(ids, counts, 9, seed=1)
+    nobody.write(tmp_path / "v.parquet")
+    assert Vocabulary.read(tmp_path / "v.parquet").lookup(ids).tolist() == [0, 0, 0]
 
 
 def test_ids_go_out_as_numbers_only_if_all_are_plain_ones() -> None:
@@ -37,11 +44,44 @@ def test_ids_go_out_as_numbers_only_if_all_are_plain_ones() -> None:
     assert encode_distinct(pa.array(["10", "9"]))[1].to_pylist() == ["9", "10"]
 
 
-def test_no_row_wise_shard_is_hot() -> None:
+@given(st.lists(st.integers(-(10**12), 10**12), unique=True), st.lists(st.text(), unique=True))
+def test_numbers_are_ordered_by_value_and_texts_by_code_point(
+    numbers: list[int], texts: list[str]
+) -> None:
+    texts = [*texts, "x"]  # one that is no number makes all of them texts
+    for ids, place in (
+        ([str(n) for n in numbers], {str(n): i for i, n in enumerate(sorted(numbers))}),
+        ([*dict.fromkeys(texts)], {t: i for i, t in enumerate(sorted(set(texts)))}),
+    ):
+        assert id_order(pa.array(ids, pa.string())).tolist() == [place[i] for i in ids]
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1), st.integers(0, 99))
+def test_rows_go_by_count_then_id_then_the_bijection(count: dict[str, int], seed: int) -> None:
+    ids = pa.array([*count], pa.string())
+    vocabulary = Vocabulary.fit(ids, np.array([*count.values()]), 2, seed)
+    by_value = dict(zip(count, id_order(ids).tolist(), strict=True))
+    ranked = sorted((i for i in count if count[i] >= 2), key=lambda i: (-count[i], by_value[i]))
+    rows = permute(np.arange(len(ranked)), len(ranked), seed)
+    assert {i: vocabulary.ids[int(r)].as_py() for i, r in zip(ranked, rows, strict=True)} == {
+        i: i for i in ranked
+    }
+    assert vocabulary.counts.tolist() == [count[i] for i in vocabulary.ids.to_pylist()]
+
+
+def test_chunks_and_no_rows_are_encoded_too() -> None:
+    codes, distinct = encode_distinct(pa.chunked_array([["b", "a"], ["c", "b"]]))
+    assert distinct.take(pa.array(codes)).to_pylist() == ["b", "a", "c", "b"]
+    codes, distinct = encode_distinct(pa.chunked_array([], pa.string()))
+    assert (len(codes), len(distinct)) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_row_wise_shard_is_hot(seed: int) -> None:
     n = 6807
     counts = (1e6 / (np.arange(n) + 20) ** 1.1).astype(np.int64) + 1
-    vocabulary = Vocabulary.fit(pa.array([str(i) for i in range(n)]), counts, 1, seed=1)
-    block = -(-vocabulary.rows // 4)
+    vocabulary = Vocabulary.fit(pa.array([str(i) for i in range(n)]), counts, 1, seed)
+    block = -(-vocabulary.rows // 4)  # TorchRec cuts ceil(rows / ranks) rows for each rank
     in_rows = np.concatenate([[0], vocabulary.counts])
     shards = np.add.reduceat(in_rows, np.arange(0, vocabulary.rows, block))
     assert shards.max() <= 1.15 * shards.mean()

@@ -76,7 +76,7 @@ class PreparedDataset:
 
     def vocabulary(self, table: str) -> Vocabulary:
         """External ids of a table's rows."""
-        return Vocabulary.read(self.folder / "vocabulary" / f"{table}.parquet")
+        return Vocabulary.from_table(self._read(f"vocabulary/{table}.parquet"))
 
     @cached_property
     def entity_fields(self) -> dict[str, Values]:

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from deepfm_dist.data.negatives import (
     epoch_seed,
 )
 from deepfm_dist.data.schema import DataConfig, Feature
-from deepfm_dist.data.sources import Column, ColumnType, read_table
+from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS, TEST, TRAIN, VALID, split_rows
 from deepfm_dist.data.vocabulary import Vocabulary, encode_distinct
 from deepfm_dist.errors import ConfigError, DataError
@@ -83,6 +84,11 @@ def prepare(data: DataConfig, root: Path, folder: Path, seed: int) -> Manifest:
             log.info("%s is up to date", folder)
             return manifest
         log.info("%s is of other inputs or settings: preparing it anew", folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise DataError(
+            f"{folder}: holds files but no prepared dataset; delete it, or set data.name or "
+            f"run.prepared_root to another folder"
+        )
     started = time.perf_counter()
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
@@ -214,7 +220,7 @@ class _Preparation:
             if file is None:
                 continue
             table = self._table(file, _row_columns(self.data, with_split=part == -1))
-            parts.append(self._rows_of(table, part))
+            parts.append(self._rows_of(table, part, file))
             log.info("read %s: %s rows", file, f"{table.num_rows:,}")
         columns = {
             name: pa.chunked_array([c for p in parts for c in p.columns[name].chunks])
@@ -226,7 +232,7 @@ class _Preparation:
             np.concatenate([p.labels for p in parts]),
         )
 
-    def _rows_of(self, table: pa.Table, part: int) -> _Rows:
+    def _rows_of(self, table: pa.Table, part: int, file: str) -> _Rows:
         spec = self.data.interactions
         columns = {name: table[name] for name in table.column_names}
         parts = np.full(table.num_rows, part, np.int8)
@@ -238,7 +244,7 @@ class _Preparation:
             wrong = (labels != 0) & (labels != 1)
             if wrong.any():
                 raise DataError(
-                    f"{spec.file}: label {spec.label} holds {labels[wrong][0]:g}; labels are 0 or 1"
+                    f"{file}: label {spec.label} holds {labels[wrong][0]:g}; labels are 0 or 1"
                 )
         rows = _Rows(columns, parts, labels)
         if spec.rating is not None:
@@ -247,7 +253,7 @@ class _Preparation:
             rows = rows.filter(~low)
             if len(rows) == 0:
                 raise DataError(
-                    f"{spec.file}: no row is rated {spec.min_rating:g} or more; "
+                    f"{file}: no row is rated {spec.min_rating:g} or more; "
                     f"lower interactions.min_rating"
                 )
         return rows
@@ -265,7 +271,10 @@ class _Preparation:
 
     def _table(self, file: str, columns: Sequence[Column]) -> pa.Table:
         layout = self.data.files.get(file)
-        return read_table(self.root / file, columns, layout, self.data.on_bad_row, self.dropped)
+        dropped: Counter[str] = Counter()
+        table = read_table(self.root / file, columns, layout, self.data.on_bad_row, dropped)
+        self.dropped |= dropped  # a file that several fields read counts once
+        return table
 
     def _count(self, reason: str, mask: npt.NDArray[np.bool_] | int) -> None:
         if count := int(np.sum(mask)):
@@ -352,6 +361,9 @@ class _Preparation:
         if feature.kind == "numeric":
             return _Values(numbers=numbers_of(cells, feature))
         owners, values = split_cells(cells, feature)
+        if feature.keep == "first":
+            first = np.unique(owners, return_index=True)[1]
+            owners, values = owners[first], values.take(pa.array(first))
         return _Values(owners=owners, texts=values, n=len(rows))
 
     def _entity_values(self, feature: Feature, rows: _Rows, entity: _Entity) -> "_Values":
@@ -364,11 +376,11 @@ class _Preparation:
             owner_rows, cells = owner_rows[keep], cells.take(pa.array(keep))
         else:
             key = feature.key or getattr(self.data.interactions, feature.entity)
-            kind: ColumnType = "number" if feature.kind == "numeric" else "text"
-            table = self._table(feature.file, [Column(key), Column(column, kind, required=False)])
+            table = self._table(feature.file, [Column(key), column_of(feature)])
             owner_rows, cells = entity.vocabulary.lookup(table[key]), table[column]
             known = owner_rows > 0
-            self._count(f"{feature.file} rows of {feature.entity}s without training rows", ~known)
+            reason = f"{feature.file} rows of {feature.entity}s without training rows"
+            self.dropped |= Counter({reason: int((~known).sum())})
             owner_rows, cells = owner_rows[known], cells.filter(pa.array(known))
         if feature.kind == "numeric":
             numbers = np.full(n, np.nan, np.float32)
@@ -618,10 +630,17 @@ def _row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         add(spec.split, Column(spec.split or ""))
     for feature in data.features:
         if not feature.is_id and feature.file is None:
-            name = feature.column or feature.name
-            kind: ColumnType = "number" if feature.kind == "numeric" else "text"
-            add(name, Column(name, kind, required=False))
+            column = column_of(feature)
+            add(column.name, column)
     return list(wanted.values())
+
+
+def column_of(feature: Feature) -> Column:
+    """The column that holds a field's values."""
+    name = feature.column or feature.name
+    if feature.kind == "numeric":
+        return Column(name, "number", required=False, missing=feature.missing)
+    return Column(name, required=False)
 
 
 def split_cells(
@@ -655,8 +674,9 @@ def split_cells(
 def numbers_of(cells: pa.ChunkedArray, feature: Feature) -> FloatArray:
     """Cells of a numeric field as float32, missing ones as NaN."""
     numbers = cells.cast(pa.float64()).to_numpy()
-    for text in feature.missing:
-        numbers = np.where(numbers == float(text), np.nan, numbers)
+    for word in feature.missing:
+        with suppress(ValueError):  # words that are no numbers were missing from the start
+            numbers = np.where(numbers == float(word), np.nan, numbers)
     return numbers.astype(np.float32)
 
 

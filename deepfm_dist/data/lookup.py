@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset, Rows, Values
-from deepfm_dist.data.encode import numbers_of, split_cells, transformed
+from deepfm_dist.data.encode import column_of, numbers_of, split_cells, transformed
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
@@ -41,11 +41,9 @@ class RowEncoder:
     @property
     def columns(self) -> list[Column]:
         """What a file of rows must hold."""
-        entities = [Column(column) for column, _ in self._entities.values()]
-        return entities + [
-            Column(f.column or f.name, "number" if f.kind == "numeric" else "text", required=False)
-            for f in self._context
-        ]
+        wanted = [Column(column) for column, _ in self._entities.values()]
+        wanted += [column_of(f) for f in self._context]
+        return list({c.name: c for c in reversed(wanted)}.values())  # each once, ids as required
 
     def encode(self, table: pa.Table) -> Rows:
         """Encodes a table that has `columns`."""

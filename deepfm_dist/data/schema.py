@@ -1,5 +1,6 @@
 """What the input is: files, columns, features, splits and negatives."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -22,6 +23,14 @@ class FileFormat(Section):
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
     """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
+
+    @model_validator(mode="after")
+    def _encoding_exists(self) -> Self:
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"encoding: Python knows no {self.encoding!r}") from None
+        return self
 
 
 class Interactions(Section):
@@ -173,7 +182,7 @@ class DataConfig(Section):
     """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
     interactions: Interactions
     """The rows."""
-    features: tuple[Feature, ...] = Field(min_length=1)
+    features: tuple[Feature, ...]
     """The model's fields."""
     files: dict[str, FileFormat] = Field(default_factory=dict)
     """Formats of files whose name does not tell."""
@@ -191,6 +200,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         rows = self.interactions
+        if all(f.kind == "numeric" for f in self.features):
+            raise ValueError("features need at least one categorical field: the model is its table")
         if self.task == "implicit":
             if rows.user is None or rows.item is None:
                 raise ValueError("implicit data needs interactions.user and interactions.item")

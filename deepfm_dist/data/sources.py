@@ -1,9 +1,11 @@
 """Input files -> Arrow record batches; a bad cell is named by file, line and value."""
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +35,13 @@ class Column:
         type: text -> string; number -> float64; time -> int64 seconds (from a number or a
             timestamp such as ``2020-01-31 12:00:00``).
         required: whether an empty cell makes the row a bad one (else it becomes null).
+        missing: words that count as an empty cell.
     """
 
     name: str
     type: ColumnType = "text"
     required: bool = True
+    missing: tuple[str, ...] = ()
 
 
 def read_batches(
@@ -115,8 +119,11 @@ class _Reader:
             raise DataError(f"{self.path}: not a readable parquet file: {_brief(error)}") from None
         self._check_columns(file.schema_arrow.names)
         names = [c.name for c in self.columns]
-        for batch in file.iter_batches(columns=names, batch_size=1 << 20):
-            yield batch.select(names)
+        try:
+            for batch in file.iter_batches(columns=names, batch_size=1 << 20):
+                yield batch.select(names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path}: a damaged parquet file: {_brief(error)}") from None
 
     def _text(self) -> Iterator[pa.RecordBatch]:
         ragged: list[pa_csv.InvalidRow] = []
@@ -129,13 +136,17 @@ class _Reader:
             return "error"
 
         names = list(self.layout.columns) if self.layout.columns else None
-        wide = len(self.delimiter) > 1
-        try:
+        wide = len(self.delimiter.encode()) > 1
+        wanted = [c.name for c in self.columns]
+
+        def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
             stream = pa.input_stream(str(self.path))
             if wide:
-                stream = stream.read().replace(self.delimiter.encode(), _UNIT_SEPARATOR)
+                stream = stream.read().replace(
+                    self.delimiter.encode(self.encoding), _UNIT_SEPARATOR
+                )
                 stream = pa.BufferReader(stream)
-            reader = pa_csv.open_csv(
+            return pa_csv.open_csv(
                 stream,
                 pa_csv.ReadOptions(
                     block_size=BLOCK_BYTES, column_names=names, encoding=self.encoding
@@ -146,15 +157,21 @@ class _Reader:
                     invalid_row_handler=on_ragged,
                 ),
                 pa_csv.ConvertOptions(
-                    column_types={c.name: pa.string() for c in self.columns},
-                    include_columns=None,
+                    column_types={name: pa.string() for name in wanted},
+                    # The others' types would be guessed from the first block and then held to.
+                    include_columns=only,
                     strings_can_be_null=True,
                     null_values=[""],
                 ),
             )
-            self._check_columns(reader.schema.names)
-            for batch in reader:
-                yield batch.select([c.name for c in self.columns])
+
+        try:
+            try:
+                reader = opened(wanted)
+            except KeyError:  # a column is missing: look what there is
+                self._check_columns(opened(None).schema.names)
+                raise
+            yield from reader
         except pa.ArrowInvalid as error:
             if ragged:
                 row = ragged[0]
@@ -182,8 +199,14 @@ class _Reader:
     def _typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
         arrays, bad = [], np.zeros(batch.num_rows, bool)
         for column in self.columns:
-            cells = batch.column(column.name)
-            values = _convert(cells, column.type)
+            cells = _without(batch.column(column.name), column.missing)
+            try:
+                values = _convert(cells, column.type)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                raise DataError(
+                    f"{self.path}: column {column.name!r} holds {cells.type} and cannot be read "
+                    f"as {column.type}"
+                ) from None
             unreadable = pc.and_(pc.is_null(values), pc.is_valid(cells))
             if column.required:
                 unreadable = pc.is_null(values)
@@ -217,7 +240,7 @@ class _Reader:
         # Only read again to report an error; blank lines do not count as rows.
         with pa.input_stream(str(self.path)) as stream:
             text = stream.read().decode(self.encoding, errors="replace")
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
             if line:
                 yield number, line
 
@@ -232,6 +255,14 @@ class _Reader:
         return next((number for number, line in self._lines() if line == text.rstrip("\r\n")), 0)
 
 
+def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
+    """Cells of text with some words turned to null."""
+    if not words or not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        return cells
+    found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
+    return pc.if_else(found, None, cells)
+
+
 def _convert(cells: pa.Array, kind: str) -> pa.Array:
     """Cells -> the column's type; what cannot be read becomes null."""
     if pa.types.is_dictionary(cells.type):
@@ -242,10 +273,12 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         return cells.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
         cells = _numbers(cells) if kind == "number" else _times(cells)
-    cells = cells.cast(pa.float64()) if kind == "number" else cells.cast(pa.int64(), safe=False)
-    if kind == "number":  # NaN and infinity are no numbers to learn from
-        cells = pc.if_else(pc.is_finite(cells), cells, None)
-    return cells
+    if kind == "number":
+        cells = cells.cast(pa.float64(), safe=False)
+    if pa.types.is_floating(cells.type):  # NaN and infinity, in float32, are nothing to learn from
+        finite = pc.is_finite(cells.cast(pa.float32(), safe=False))
+        cells = pc.if_else(finite, cells, None)
+    return cells if kind == "number" else cells.cast(pa.int64(), pa.types.is_integer(cells.type))
 
 
 def _numbers(cells: pa.Array) -> pa.Array:
@@ -278,13 +311,16 @@ def _time_or_none(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return int(float(text))
+        seconds = int(float(text))
     except (ValueError, OverflowError):
         pass
+    else:
+        return seconds if abs(seconds) < 1 << 63 else None
     try:
-        return int(pa.scalar(text).cast(pa.timestamp("s")).cast(pa.int64()).as_py())
-    except pa.ArrowInvalid:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
         return None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def _brief(error: Exception) -> str:

@@ -69,7 +69,12 @@ class Vocabulary:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Reads what `write` wrote."""
-        table = pq.read_table(path).slice(1)
+        return cls.from_table(pq.read_table(path))
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """The columns that `write` wrote."""
+        table = table.slice(1)
         return cls(table["id"].combine_chunks(), np.asarray(table["count"], dtype=np.int64))
 
 
