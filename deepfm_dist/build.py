@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -25,6 +26,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
 
 log = logging.getLogger(__name__)
+_OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 
 
 def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int) -> DeepFMTrain:
@@ -91,13 +93,7 @@ def shard_for_training(
     placements = {
         name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
     }
-    default = Placement(config.sharding.kind)
-    sharded, plan = shard(
-        task,
-        world,
-        dict.fromkeys(manifest.tables, default) | placements,
-        tables.kernel,
-    )
+    sharded, plan = shard(task, world, placements, tables.kernel, config.sharding.kind)
     init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
@@ -118,12 +114,9 @@ def shard_for_inference(
     """
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
-    single_kind = "row_wise" if config.sharding.kind == "row_wise" else "auto"
-    placements = {
-        name: Placement("table_wise" if name in several else single_kind)
-        for name in manifest.tables
-    }
-    sharded, _ = shard(task, world, placements, EmbeddingComputeKernel.DENSE)
+    placements = dict.fromkeys(several, Placement("table_wise"))
+    kind = "row_wise" if config.sharding.kind == "row_wise" else "auto"
+    sharded, _ = shard(task, world, placements, EmbeddingComputeKernel.DENSE, kind)
     sharded.eval()
     return sharded
 
@@ -160,16 +153,15 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     path = checkpoint.latest_checkpoint(config.run_dir)
     state = checkpoint.read_state(path)
     merged = config.model_dump(mode="json")
-    for section in ("data", "model"):
-        for override in overrides:
-            name = override.partition("=")[0]
-            if name.startswith(f"{section}.") and name not in ("data.root", "data.name"):
-                wanted, trained = _at(merged, name), _at(state["config"], name)
-                if wanted != trained:
-                    raise ConfigError(
-                        f"{name}={wanted}: {path} was trained with {trained}; train with the new "
-                        f"value first, or leave the override out"
-                    )
+    for name in (name for override in overrides for name in _settings_of(override)):
+        if name.partition(".")[0] in _OF_TRAINING and name not in ("data.root", "data.name"):
+            wanted, trained = _at(merged, name), _at(state["config"], name)
+            if wanted != trained:
+                raise ConfigError(
+                    f"{name}={wanted}: {path} was trained with {trained}; train with the new "
+                    f"value first, or leave the override out"
+                )
+    for section in _OF_TRAINING:
         kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
         merged[section] = state["config"][section] | kept
     config = config_from(merged, origin=str(path))
@@ -179,6 +171,13 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     checkpoint.load_model(path, sharded)
     log.info("%s, step %s", path, f"{state['step']:,}")
     return Trained(config, dataset, sharded)
+
+
+def _settings_of(override: str) -> list[str]:
+    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
+    name, _, text = override.partition("=")
+    value = None if "." in name else yaml.safe_load(text)
+    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
 def _at(tree: Any, dotted: str) -> Any:

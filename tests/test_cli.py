@@ -1,7 +1,9 @@
 """Exit codes and one-line mistakes."""
 
+import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,29 @@ from deepfm_dist import cli, evaluate, predict, prepare, recommend, train
 from deepfm_dist.config import load_config
 
 Main = Callable[[Sequence[str] | None], int]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands set the level of our log."""
+    log = logging.getLogger("deepfm_dist")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+@pytest.fixture
+def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose file has an empty cell in line 4."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "rows.csv").write_text("user,item\n1,2\n\n,3\n")
+    data = {
+        "root": str(folder),
+        "interactions": {"file": "rows.csv", "user": "user", "item": "item"},
+        "features": [{"name": "user", "entity": "user"}],
+    }
+    (folder / "bad.yaml").write_text(json.dumps({"data": data}))
+    return folder / "bad.yaml"
 
 
 @pytest.mark.parametrize(
@@ -23,22 +48,32 @@ Main = Callable[[Sequence[str] | None], int]
             ["data.interactions.user=usr"],
             "DataError: .*no column 'usr'; did you mean",
         ),
+        (prepare.main, ["--config", "BAD"], r"DataError: .*rows.csv, line 4: user '' is empty; "),
+        (prepare.main, ["data.root=${NOT_SET}/x"], "ConfigError: .*variable is not set"),
+        (train.main, ["trainer.batch_size=0"], r"ConfigError: .*batch_size: .*\(got 0\)"),
+        (evaluate.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
+        (recommend.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
+        (predict.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
     main: Main,
     arguments: list[str],
     message: str,
+    bad_rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["--quiet", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = captured.err.splitlines()
-    assert re.search(message, line)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
+    arguments = [str(bad_rows) if a == "BAD" else a for a in arguments]
+    for quiet in ([], ["--quiet"]):
+        assert main([*quiet, *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        [line] = captured.err.splitlines()
+        assert re.search(message, line)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     monkeypatch.setenv("RANK", "1")
     assert main(["--quiet", *arguments]) == 2
@@ -66,3 +101,32 @@ def test_prepare_succeeds_and_a_bug_keeps_its_traceback(
 
     with pytest.raises(RuntimeError, match="a bug"):
         cli.run("prepare", "", broken, [])
+
+
+def test_what_is_done_is_said_unless_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quiet in (False, True):
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        arguments = [f"run.prepared_root={tmp_path}", "--quiet"]
+        assert prepare.main(arguments if quiet else arguments[:1]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("read train_ratings.csv" in captured.err) == (not quiet)
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        assert prepare.main(arguments if quiet else arguments[:1]) == 0
+        assert ("is up to date" in capsys.readouterr().err) == (not quiet)
+        (tmp_path / "sample" / "manifest.json").write_text("{}")
+
+
+def test_an_interrupt_is_no_bug() -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert cli.run("prepare", "", interrupted, []) == cli.EXIT_INTERRUPTED
+
+
+def test_torchrun_is_told_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert prepare.main(["data.root=/nowhere"]) == 2
+    assert "no such file" in (tmp_path / "error.json").read_text()

@@ -1,12 +1,17 @@
 """Batches: the same global batch at any world size, every row used, fields looked up right."""
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data.batch import Batch
@@ -14,6 +19,7 @@ from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Training
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.sources import read_table
 from deepfm_dist.errors import ConfigError, DataError
 
@@ -146,3 +152,210 @@ def test_the_dataset_is_parquet_that_other_tools_read(sample: PreparedDataset) -
     frame = pd.read_parquet(sample.folder / "test")
     assert set(frame.columns) == {"user", "item", "label", "time"}
     assert len(frame) == sample.manifest.splits["test"].rows
+
+
+FEATURES = """
+- {name: user, entity: user}
+- {name: item, entity: item}
+- {name: tags, entity: item, file: items.csv, column: t, separator: "|"}
+- {name: price, entity: item, file: items.csv, column: p, kind: numeric}
+- {name: job, entity: user, column: j}
+- {name: h}
+- {name: m, separator: "+"}
+- {name: n, kind: numeric}
+- {name: log_n, column: n, kind: numeric, transform: log}
+"""
+ITEMS = {"x": (["k", "l"], 3.5), "y": ([], 0.0), "z": (["l"], -1.0)}
+ROWS: list[tuple[str, str, str, str, str, float, int]] = [
+    ("a", "x", "q", "8", "u+v", 1.0, 1),
+    ("a", "y", "q", "9", "", 2.0, 0),
+    ("b", "z", "r", "8", "v", 0.0, 1),
+    ("c", "x", "", "9", "w+u", 4.0, 0),
+    ("c", "z", "", "9", "u", 5.0, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """A few labelled rows with fields of every kind."""
+    root = tmp_path_factory.mktemp("clicks")
+    (root / "rows.csv").write_text(
+        "u,i,j,h,m,n,y\n" + "".join(",".join(map(str, row)) + "\n" for row in ROWS)
+    )
+    (root / "items.csv").write_text(
+        "i,t,p\n" + "".join(f"{i},{'|'.join(t)},{p or ''}\n" for i, (t, p) in ITEMS.items())
+    )
+    data = DataConfig.model_validate(
+        {
+            "task": "ctr",
+            "interactions": {"file": "rows.csv", "user": "u", "item": "i", "label": "y"},
+            "features": yaml.safe_load(FEATURES),
+            "split": {"valid": 0, "test": 0},
+        }
+    )
+    prepare(data, root, root / "d", seed=4)
+    return PreparedDataset(root / "d")
+
+
+def in_words(dataset: PreparedDataset, batch: Batch) -> list[tuple[dict[str, list[str]], object]]:
+    """Each row's bags as external ids, and its numbers."""
+    tables = {f.name: f.table_name for f in dataset.manifest.categorical}
+    ids = {n: [None, *dataset.vocabulary(t).ids.to_pylist()] for n, t in tables.items()}
+    bags = {
+        key: [[ids[key][v] for v in bag.tolist()] for bag in jagged.to_dense()]
+        for key, jagged in batch.sparse.to_dict().items()
+    }
+    height = len(batch.labels)
+    return [({k: bags[k][r] for k in bags}, batch.dense[r].tolist()) for r in range(height)]
+
+
+def expected_row(user: int | None, item: int | None, context: int | None) -> tuple[object, object]:
+    """What the fields of (the user of row, the item of row, the context of row) are."""
+    bags: dict[str, list[str | None]] = {"user": [], "item": [], "tags": [], "job": []}
+    bags |= {"h": [], "m": []}
+    price = number = 0.0
+    if user is not None:
+        bags["user"], bags["job"] = [ROWS[user][0]], [ROWS[user][2]] if ROWS[user][2] else []
+    if item is not None:
+        tags, price = ITEMS[ROWS[item][1]]
+        bags["item"], bags["tags"] = [ROWS[item][1]], [*tags]
+    if context is not None:
+        bags["h"], number = [ROWS[context][3]], ROWS[context][5]
+        bags["m"] = [*filter(None, ROWS[context][4].split("+"))]
+    return bags, [price, number, float(np.log1p(np.float32(number)))]
+
+
+PLACE = st.none() | st.integers(0, len(ROWS) - 1)
+
+
+@given(st.lists(st.tuples(PLACE, PLACE, PLACE), min_size=1, max_size=8))
+def test_the_collator_equals_a_loop_over_the_rows(
+    clicks: PreparedDataset, places: list[tuple[int | None, int | None, int | None]]
+) -> None:
+    rows = clicks.rows("train")
+    assert rows.users is not None
+    assert rows.items is not None
+    users, items, context = (
+        np.array([ABSENT if p is None else column[p] for p in of_rows], np.int32)
+        for column, of_rows in zip(
+            (rows.users, rows.items, np.arange(rows.n)), zip(*places, strict=True), strict=True
+        )
+    )
+    batch = Collator(clicks)(users, items, rows.context, context)
+    found = in_words(clicks, batch)
+    for (bags, numbers), place in zip(found, places, strict=True):
+        expected_bags, expected_numbers = expected_row(*place)
+        assert bags == expected_bags
+        assert numbers == pytest.approx(expected_numbers)
+    assert batch.weights.tolist() == [1] * len(places)
+    assert float(batch.global_weight) == len(places)
+    assert batch.sparse.keys() == [f.name for f in clicks.manifest.categorical]
+
+
+def test_whole_sides_may_be_left_out(clicks: PreparedDataset) -> None:
+    items = clicks.rows("train").items
+    batch = Collator(clicks)(None, items)
+    expected = [expected_row(None, place, None) for place in range(len(ROWS))]
+    assert [bags for bags, _ in in_words(clicks, batch)] == [bags for bags, _ in expected]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_labelled_rows_come_once_an_epoch_each_with_its_own_fields(
+    clicks: PreparedDataset, size: int
+) -> None:
+    orders = []
+    for epoch in range(3):
+        seen = []
+        for step in (1 + 2 * epoch, 2 + 2 * epoch):  # five rows, three a step
+            parts = [TrainingBatches(clicks, 3, r, size, seed=2).batch(step) for r in range(size)]
+            for part in parts:
+                real = int(part.weights.sum())
+                for (bags, numbers), label in list(
+                    zip(in_words(clicks, part), part.labels.tolist(), strict=True)
+                )[:real]:
+                    match = [
+                        place
+                        for place in range(len(ROWS))
+                        if expected_row(place, place, place)[0] == bags
+                    ]
+                    assert len(match) == 1
+                    assert label == ROWS[match[0]][-1]
+                    assert numbers == pytest.approx(expected_row(*match * 3)[1])
+                    seen += match
+        assert sorted(seen) == list(range(len(ROWS)))
+        orders.append(tuple(seen))
+    assert len(set(orders)) > 1  # another order in every epoch
+
+
+def test_an_own_seed_has_its_own_order(sample: PreparedDataset) -> None:
+    one, two = (rows_of(TrainingBatches(sample, 500, 0, 1, s).batch(1)) for s in (1, 2))
+    assert len(set(one) & set(two)) < 50
+
+
+@pytest.mark.parametrize("columns", ["user,item", "item,extra,user"])
+def test_new_rows_are_looked_up_and_unknown_ones_are_row_0(
+    sample: PreparedDataset, tmp_path: Path, columns: str
+) -> None:
+    known = sample.entity_ids("user")[5].as_py(), sample.entity_ids("item")[9].as_py()
+    cells = {"user": [known[0], "nobody"], "item": ["nothing", known[1]], "extra": ["?", "!"]}
+    order = columns.split(",")
+    lines = [",".join(cells[c][r] for c in order) for r in range(2)]
+    (tmp_path / "new.csv").write_text("\n".join([columns, *lines]))
+    encoder = RowEncoder(sample)
+    rows = encoder.encode(read_table(tmp_path / "new.csv", encoder.columns))
+    assert rows.users is not None
+    assert rows.items is not None
+    assert (rows.users.tolist(), rows.items.tolist()) == ([5, 0], [0, 9])
+    assert rows.labels is None
+    assert encoder.fixed_context({}) == {}
+    with pytest.raises(ConfigError, match=r"context\.h: no such context field; has: none"):
+        encoder.fixed_context({"h": 1})
+
+
+def test_rows_read_again_equal_the_prepared_ones_in_every_field(clicks: PreparedDataset) -> None:
+    encoder = RowEncoder(clicks)  # two fields read the column n
+    again = encoder.encode(read_table(clicks.folder.parent / "rows.csv", encoder.columns))
+    rows = clicks.rows("train")
+    assert again.context.keys() == rows.context.keys() == {"h", "m", "n", "log_n"}
+    place = np.arange(rows.n)
+    batches = [Collator(clicks)(r.users, r.items, r.context, place) for r in (rows, again)]
+    assert in_words(clicks, batches[0]) == in_words(clicks, batches[1])
+
+
+def test_a_value_of_the_configuration_is_the_same_as_in_a_file(clicks: PreparedDataset) -> None:
+    said = load_config("sample", ["recommend.context={h: 8, m: u+v, n: 1, log_n: 1}"])
+    context = RowEncoder(clicks).fixed_context(said.recommend.context)
+    one = Collator(clicks)(None, None, context, np.zeros(1, np.int32))
+    [(bags, numbers)] = in_words(clicks, one)
+    expected_bags, expected_numbers = expected_row(None, None, 0)
+    assert bags == expected_bags
+    assert numbers == pytest.approx(expected_numbers)
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("vocabulary/user.parquet", lambda d: d.vocabulary("user")),
+        ("entities/user.parquet", lambda d: d.history),
+        ("entities/item.parquet", lambda d: d.entity_fields),
+        ("entities/item.parquet", lambda d: d.titles()),
+        ("test/part-00000.parquet", lambda d: d.positives("test")),
+    ],
+)
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+def test_a_damaged_file_is_named(
+    sample: PreparedDataset,
+    tmp_path: Path,
+    file: str,
+    read: Callable[[PreparedDataset], object],
+    damage: str,
+) -> None:
+    shutil.copytree(sample.folder, tmp_path / "d")
+    path = tmp_path / "d" / file
+    read(PreparedDataset(tmp_path / "d"))
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    with pytest.raises(DataError, match=f"{file}: missing or damaged .*delete .*/d and prepare"):
+        read(PreparedDataset(tmp_path / "d"))

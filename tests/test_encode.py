@@ -1,5 +1,6 @@
 """Every file of a prepared dataset against what plain Python makes of the same input."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 
 ROWS = """u,i,at,stars,hour,mood,amount
 a,x,5,5,9,happy|calm,10
@@ -104,7 +105,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
         ("c", "v", "10", ["calm"], round(np.log1p(90), 4)),
     ]
     assert dataset.manifest.dropped == {
-        "genres.tsv rows of items without training rows": 1,
+        "genres.tsv rows of items without training rows": 1,  # though two fields read them
         "repeated (user, item) rows": 1,
         "repeated first values of one item": 1,
         "repeated genre values of one item": 1,
@@ -219,6 +220,291 @@ def test_a_folder_that_cannot_be_written_is_named(root: Path) -> None:
     (root / "out").write_text("a file where the folder should be")
     with pytest.raises(DataError, match="cannot be written"):
         made(root)
+
+
+USER_AND_ITEM = [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}]
+
+
+def small(
+    root: Path, rows: str, features: str = "[{name: user, entity: user}]", **changes: Any
+) -> PreparedDataset:
+    """A dataset of one file ``s.csv`` with users ``u`` and items ``i``, nothing held out."""
+    (root / "s.csv").write_text(rows)
+    spec = {
+        "interactions": {"file": "s.csv", "user": "u", "item": "i"},
+        "features": yaml.safe_load(features),
+        "split": {"valid": 0, "test": 0},
+    }
+    return made_of(root, spec | changes)
+
+
+def made_of(root: Path, spec: dict[str, Any], seed: int = 1) -> PreparedDataset:
+    prepare(DataConfig.model_validate(spec), root, root / "out" / "s", seed)
+    return PreparedDataset(root / "out" / "s")
+
+
+def pairs_of(dataset: PreparedDataset, split: str) -> list[tuple[str | None, str | None]]:
+    """(user, item) of a split's rows as external ids; None is unknown."""
+    rows = dataset.rows(split)
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    assert rows.users is not None
+    assert rows.items is not None
+    return [(users[u], items[i]) for u, i in zip(rows.users, rows.items, strict=True)]
+
+
+def test_the_manifest_tells_what_is_there(root: Path) -> None:
+    manifest = made(root).manifest
+    assert {n: (t.rows, t.features) for n, t in manifest.tables.items()} == {
+        "user": (4, ("user",)),
+        "item": (5, ("item",)),
+        "genre": (3, ("genre", "first")),  # one shared table
+        "hour": (4, ("hour",)),
+        "mood": (3, ("mood",)),
+    }
+    assert manifest.entities == {"user": 4, "item": 5}
+    assert {n: (s.rows, s.positives) for n, s in manifest.splits.items()} == {
+        "train": (8, 8),
+        "valid": (0, 0),
+        "test": (6, 3),
+    }
+    assert manifest.inputs == {
+        name: (root / name).stat().st_size
+        for name in ("rows.csv", "heldout.csv", "genres.tsv", "people.csv", "titles.csv")
+    }
+    assert (manifest.numeric["age"].mean, manifest.numeric["age"].std) == (40, 10)  # 30, 50
+
+
+def test_no_split_but_train_reaches_vocabularies_and_statistics(root: Path) -> None:
+    rows = "u,i,p,h,part\na,x,1,k,0\nb,y,3,k,train\na,z,100,new,1\nc,x,100,k,valid\nb,q,100,k,2\n"
+    fields = """[{name: user, entity: user}, {name: item, entity: item}, {name: h},
+      {name: p, kind: numeric, transform: standard}]"""
+    spec = {"file": "s.csv", "user": "u", "item": "i", "split": "part"}
+    only = {"negatives": {"evaluation_per_positive": 1}, "interactions": spec}
+    dataset = small(root, rows, fields, **only)
+    assert dataset.manifest.entities == {"user": 3, "item": 3}
+    assert dataset.vocabulary("h").ids.to_pylist() == ["k"]
+    assert (dataset.manifest.numeric["p"].mean, dataset.manifest.numeric["p"].std) == (2, 1)
+    assert pairs_of(dataset, "train") == [("a", "x"), ("b", "y")]
+    valid, test = pairs_of(dataset, "valid"), pairs_of(dataset, "test")
+    assert (valid[::2], test[::2]) == ([("a", None), (None, "x")], [("b", None)])
+    assert (valid[1::2], test[1::2]) == ([("a", "y"), (None, "y")], [("b", "x")])
+    held_out = dataset.rows("valid")
+    assert np.asarray(held_out.context["h"]).tolist() == [0, 0, 1, 1]  # negatives keep the context
+    assert np.asarray(held_out.context["p"]).tolist() == [98] * 4
+    (root / "s.csv").write_text(rows.replace("valid", "perhaps"))
+    with pytest.raises(
+        DataError, match=r"s\.csv: split part holds 'perhaps'; use 0, 1, 2 or train"
+    ):
+        made_of(root, dataset.manifest.data.model_dump())
+    (root / "s.csv").write_text("u,i,p,h,part\na,x,1,k,2\n")
+    with pytest.raises(DataError, match=r"s\.csv: the split leaves no training rows"):
+        made_of(root, dataset.manifest.data.model_dump())
+
+
+def test_held_out_files_are_held_out_and_rows_repeated_there_are_dropped(root: Path) -> None:
+    (root / "v.csv").write_text("u,i,s\na,y,5\na,x,5\nb,y,1\n")
+    rated = {"file": "s.csv", "user": "u", "item": "i", "rating": "s", "min_rating": 3}
+    dataset = small(
+        root,
+        "u,i,s\na,x,5\nb,x,4\nb,z,3\nb,y,2\n",
+        interactions=rated,
+        split={"valid_file": "v.csv", "test": 0},
+        negatives={"evaluation_per_positive": 1},
+    )
+    assert pairs_of(dataset, "train") == [("a", "x"), ("b", "x"), ("b", "z")]
+    assert pairs_of(dataset, "valid") == [("a", None), ("a", "z")]
+    assert dataset.manifest.dropped == {
+        "rows rated below 3": 2,
+        "repeated (user, item) rows": 1,
+    }
+    (root / "v.csv").write_text("u,i,s\na,y,1\n")
+    with pytest.raises(DataError, match=r"^v\.csv: no row is rated 3 or more"):
+        made_of(root, dataset.manifest.data.model_dump())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_held_out_negatives_avoid_a_users_positives_of_every_split(root: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    liked = {(f"u{rng.integers(6)}", f"i{rng.integers(12)}") for _ in range(50)}
+    (root / "s.csv").write_text("u,i\n" + "".join(f"{u},{i}\n" for u, i in sorted(liked)))
+    spec = {
+        "interactions": {"file": "s.csv", "user": "u", "item": "i"},
+        "features": USER_AND_ITEM,
+        "split": {"valid": 0.2, "test": 0.2},
+        "negatives": {"evaluation_per_positive": 2},
+    }
+    dataset = made_of(root, spec, seed)
+    positives: list[tuple[str | None, str | None]] = pairs_of(dataset, "train")
+    known_users = {u for u, _ in positives}
+    known_items = {i for _, i in positives}
+    for split in ("valid", "test"):
+        labels, pairs = dataset.rows(split).labels, pairs_of(dataset, split)
+        assert labels is not None
+        assert labels.tolist() == [1, 0, 0] * (len(pairs) // 3)
+        for place in range(0, len(pairs), 3):
+            (user, _), *negatives = group = pairs[place : place + 3]
+            assert {u for u, _ in group} == {user}
+            assert {i for _, i in negatives} <= known_items
+            assert len(set(negatives)) == 2
+            if user is not None:
+                assert not set(negatives) & liked
+        positives += pairs[::3]
+    expected = sorted(
+        str((u if u in known_users else None, i if i in known_items else None)) for u, i in liked
+    )
+    assert sorted(map(str, positives)) == expected
+
+
+def test_fixed_negatives_are_distinct_unseen_and_as_many_for_each_user(root: Path) -> None:
+    liked = {("a", "w"), ("a", "x"), ("b", "x"), ("c", "y"), ("c", "z"), ("c", "w")}
+    rows = "u,i\n" + "".join(f"{u},{i}\n" for u, i in sorted(liked))
+    features = str(USER_AND_ITEM)
+    dataset = small(root, rows, features, negatives={"fixed_per_user": 1})
+    found = pairs_of(dataset, "train")
+    labels = dataset.rows("train").labels
+    assert labels is not None
+    assert {p for p, y in zip(found, labels, strict=True) if y == 1} == liked
+    negatives = [p for p, y in zip(found, labels, strict=True) if y == 0]
+    assert sorted(u for u, _ in negatives) == ["a", "b", "c"]
+    assert not set(negatives) & liked
+    assert not dataset.manifest.sampled
+    with pytest.raises(DataError, match=r"fixed_per_user=2: .* 3 of 4 items, so only 1 .* exist"):
+        small(root, rows, features, negatives={"fixed_per_user": 2})
+
+
+def test_ids_are_text(root: Path) -> None:
+    dataset = small(root, "u,i\n007,1e3\n7,1000\n007,01\n", str(USER_AND_ITEM))
+    assert pairs_of(dataset, "train") == [("007", "1e3"), ("7", "1000"), ("007", "01")]
+
+
+def test_rare_ids_share_the_unknown_row(root: Path) -> None:
+    features = "[{name: user, entity: user, min_count: 2}, {name: item, entity: item}]"
+    dataset = small(root, "u,i\na,x\na,y\nb,x\n", features)
+    assert pairs_of(dataset, "train") == [("a", "x"), ("a", "y"), (None, "x")]
+    assert dataset.manifest.tables["user"].rows == 2
+
+
+@pytest.mark.parametrize(("keep", "bags"), [("all", ["pq", "r", "", "s"]), ("first", "pr s")])
+def test_a_context_field_keeps_all_or_the_first_of_its_values(
+    root: Path, keep: str, bags: list[str]
+) -> None:
+    features = f"[{{name: user, entity: user}}, {{name: m, separator: '|', keep: {keep}}}]"
+    dataset = small(root, "u,i,m\na,x,p|q\na,y,|r|\nb,x,\nb,z,s\n", features)
+    ids = ["", *dataset.vocabulary("m").ids.to_pylist()]
+    values = dataset.rows("train").context["m"]
+    if keep == "all":
+        assert ["".join(ids[v] for v in bag_of(values, r)) for r in range(4)] == bags
+    else:  # a row without a value has the unknown one
+        assert "".join(ids[v] or " " for v in np.asarray(values)) == bags
+
+
+@pytest.mark.parametrize(
+    ("missing", "cells", "expected"),
+    [
+        ("[]", "4,,9", [4, 0, 9]),
+        ("[NA, '-1']", "NA,-1.0,9", [0, 0, 9]),
+        ("['?']", "?,?,9", [0, 0, 9]),
+    ],
+)
+def test_a_missing_number_is_0(root: Path, missing: str, cells: str, expected: list[float]) -> None:
+    rows = "u,i,n\n" + "".join(f"u{k},x,{c}\n" for k, c in enumerate(cells.split(",")))
+    features = f"[{{name: user, entity: user}}, {{name: n, kind: numeric, missing: {missing}}}]"
+    values = small(root, rows, features).rows("train").context["n"]
+    assert np.asarray(values).tolist() == expected
+
+
+def test_numbers_are_transformed_as_their_formulas_say(root: Path) -> None:
+    cells = [4.0, -2.5, 0.0, 11.0]
+    kinds = ("none", "log", "standard")
+    fields = [{"name": t, "column": "n", "kind": "numeric", "transform": t} for t in kinds]
+    rows = "u,i,n\n" + "".join(f"u{k},x,{c}\n" for k, c in enumerate(cells))
+    context = small(root, rows, str(USER_AND_ITEM + fields)).rows("train").context
+    mean = sum(cells) / 4
+    std = (sum((c - mean) ** 2 for c in cells) / 4) ** 0.5
+    for name, expected in {
+        "none": cells,
+        "log": [math.copysign(math.log1p(abs(c)), c) for c in cells],
+        "standard": [(c - mean) / std for c in cells],
+    }.items():
+        np.testing.assert_allclose(np.asarray(context[name]), expected, rtol=1e-6)
+    features = "[{name: user, entity: user}, {name: n, kind: numeric, transform: standard}]"
+    constant = small(root, "u,i,n\na,x,7\nb,x,7\n", features)
+    assert np.asarray(constant.rows("train").context["n"]).tolist() == [0, 0]
+
+
+def test_an_entitys_field_may_stand_in_the_interactions(root: Path) -> None:
+    features = "[{name: user, entity: user}, {name: job, entity: user, column: j, separator: '+'}]"
+    dataset = small(root, "u,i,j\na,x,p+q\na,y,r\nb,x,\nc,x,q\n", features)
+    jobs = [None, *dataset.vocabulary("job").ids.to_pylist()]
+    users = dataset.entity_ids("user").to_pylist()
+    bags = {u: bag_of(dataset.entity_fields["job"], users.index(u)) for u in "abc"}
+    first_rows = {"a": ["p", "q"], "b": [], "c": ["q"]}
+    assert {u: [jobs[v] for v in bag] for u, bag in bags.items()} == first_rows
+
+
+def test_a_column_cannot_be_text_and_number(root: Path) -> None:
+    features = "[{name: user, entity: user}, {name: u, kind: numeric}]"
+    with pytest.raises(ConfigError, match="column 'u' is asked for both as text and as number"):
+        small(root, "u,i\n1,x\n", features)
+
+
+def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
+    (root / "who.csv").write_text("u,g,age\na,k,1\n,k,2\nb,k,x\n")
+    features = """[{name: user, entity: user}, {name: g, entity: user, file: who.csv},
+      {name: h, entity: user, file: who.csv, column: g}]"""
+    rows = "u,i\na,x\n\nb,\nb,y\n"
+    with pytest.raises(DataError, match=r"s\.csv, line 4: i '' is empty; .*on_bad_row=skip"):
+        small(root, rows, features)
+    with pytest.raises(DataError, match=r"who\.csv, line 3: u '' is empty"):
+        small(root, rows.replace("b,\n", ""), features)
+    assert not list((root / "out").iterdir())
+    dataset = small(root, rows, features, on_bad_row="skip")
+    assert pairs_of(dataset, "train") == [("a", "x"), ("b", "y")]
+    assert dataset.manifest.dropped == {
+        "s.csv: rows with an unreadable cell": 1,
+        "who.csv: rows with an unreadable cell": 1,
+    }
+
+
+def test_the_seed_decides_splits_and_rows_and_nothing_else_does(root: Path) -> None:
+    def files(folder: str, seed: int) -> dict[str, bytes]:
+        data = DataConfig.model_validate(
+            {
+                "interactions": {"file": "s.csv", "user": "u", "item": "i"},
+                "features": USER_AND_ITEM,
+            }
+        )
+        prepare(data, root, root / folder, seed)
+        parts = (root / folder).rglob("*.parquet")
+        return {str(p.relative_to(root / folder)): p.read_bytes() for p in parts}
+
+    (root / "s.csv").write_text("u,i\n" + "".join(f"{k % 7},{k % 60}\n" for k in range(99)))
+    one, same, other = files("one", 5), files("two", 5), files("three", 6)
+    assert one == same
+    assert [name for name in one if one[name] == other[name]] == []
+
+
+def test_an_error_leaves_the_earlier_dataset_as_it_was(root: Path) -> None:
+    dataset = small(root, "u,i\na,x\n")
+    before = {p: p.read_bytes() for p in dataset.folder.rglob("*.parquet")}
+    with pytest.raises(DataError, match="line 2: u '' is empty"):
+        small(root, "u,i\n,x\n")
+    assert {p: p.read_bytes() for p in (root / "out").rglob("*.parquet")} == before
+    assert [p.name for p in (root / "out").iterdir()] == ["s"]
+    (dataset.folder / "manifest.json").write_text("{}")  # as of another version: made anew
+    assert pairs_of(small(root, "u,i\nb,x\n"), "train") == [("b", "x")]
+
+
+def test_a_folder_of_other_things_is_never_replaced(root: Path) -> None:
+    thesis = root / "out" / "s" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    small(root, "u,i\na,x\n")  # an empty folder is no loss
+    for path in [p for p in thesis.parent.rglob("*") if p.is_file()]:
+        path.unlink()
+    thesis.write_text("years of work")
+    with pytest.raises(DataError, match="holds files but no prepared dataset"):
+        small(root, "u,i\na,x\n")
+    assert thesis.read_text() == "years of work"
 
 
 @pytest.mark.parametrize("name", ["aistages", "movielens_latest_small", "movielens_1m", "notebook"])

@@ -82,7 +82,7 @@ def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     assert found == sorted(set(range(40)) - seen)
 
 
-def test_pairs_of_negatives_are_drawn_alike() -> None:
+def test_every_pair_of_unseen_items_can_be_drawn_together() -> None:
     drawn = np.sort(draw(2, 2, 30_000), axis=1) - 25  # two of five: the stretches are 2 and 3 long
     pairs = np.bincount(drawn[:, 0] * 5 + drawn[:, 1], minlength=25).reshape(5, 5)
     assert (pairs[np.triu_indices(5, 1)] > 0).all()

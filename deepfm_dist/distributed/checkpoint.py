@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -85,6 +86,8 @@ def load_model(path: Path, sharded: DistributedModelParallel) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
+    # Before dcp.load, which would log two tracebacks over a missing or damaged index.
+    _translated(dcp.FileSystemReader(path).read_metadata, path, "cannot be read")
     tensors = {"model": sharded.state_dict()}
     _translated(lambda: dcp.load(tensors, checkpoint_id=path), path, "cannot be read")
     sharded.load_state_dict(tensors["model"])
@@ -174,5 +177,5 @@ def _translated(work: Callable[[], object], path: Path, what: str) -> None:
     except CheckpointException as error:
         reason = next((str(failure[0]) for failure in error.failures.values()), str(error))
         raise CheckpointError(f"{path}: {what}: {' '.join(reason.split())[:300]}") from None
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{path}: {what}: {' '.join(str(error).split())[:300]}") from None

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -75,20 +75,24 @@ def shard(
     world: World,
     placements: Mapping[str, Placement],
     kernel: EmbeddingComputeKernel,
+    default: str = "auto",
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
         world: the ranks.
-        placements: by table name; a missing one is ``auto``.
+        placements: by table name.
         kernel: of all tables.
+        default: kind of the tables that ``placements`` does not name; one that is too small to
+            give every rank a row is never cut.
 
     Returns:
         The sharded module and its plan, a line per table.
 
     Raises:
-        ConfigError: a placement names an unknown table or a rank that is not there.
+        ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
+            table that is too small.
     """
     path, ebc = next(
         (name, m) for name, m in module.named_modules() if isinstance(m, EmbeddingBagCollection)
@@ -104,9 +108,17 @@ def shard(
                 f"sharding.tables.{name}.rank={placement.rank}: there are only "
                 f"{world.world_size} ranks, 0 to {world.world_size - 1}"
             )
+        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
+            raise ConfigError(
+                f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
+                f"over {world.world_size} ranks leave a rank without any; use table_wise"
+            )
     # An id that is out of range is a bug to stop at, never a look-up of another row.
     sharder = _Sharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-    wanted = {name: placements.get(name, Placement()) for name in tables}
+    wanted = {
+        name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
+        for name, c in tables.items()
+    }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
         wanted = _planned(module, path, sharder, world, wanted)
     plan, lines = {}, []
@@ -146,6 +158,12 @@ def shard(
         sharders=[sharder],
     )
     return sharded, lines
+
+
+def _can_be_cut(table: EmbeddingBagConfig, world: World) -> bool:
+    """Whether every rank gets a row: FBGEMM's fused kernels fail on an empty piece."""
+    per_rank = -(-table.num_embeddings // world.world_size)
+    return per_rank * (world.world_size - 1) < table.num_embeddings
 
 
 def _planned(
