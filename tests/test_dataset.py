@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
@@ -228,6 +228,7 @@ def expected_row(user: int | None, item: int | None, context: int | None) -> tup
 PLACE = st.none() | st.integers(0, len(ROWS) - 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(PLACE, PLACE, PLACE), min_size=1, max_size=8))
 def test_the_collator_equals_a_loop_over_the_rows(
     clicks: PreparedDataset, places: list[tuple[int | None, int | None, int | None]]
@@ -285,6 +286,17 @@ def test_labelled_rows_come_once_an_epoch_each_with_its_own_fields(
         assert sorted(seen) == list(range(len(ROWS)))
         orders.append(tuple(seen))
     assert len(set(orders)) > 1  # another order in every epoch
+
+
+def test_only_clicks_are_history_and_popularity(clicks: PreparedDataset) -> None:
+    users, items = (clicks.entity_ids(e).to_pylist() for e in ("user", "item"))
+    history = {
+        users[u]: [items[i] for i in clicks.history.values[slice(*clicks.history.offsets[u:][:2])]]
+        for u in range(1, len(users))
+    }
+    assert history == {"a": ["x"], "b": ["z"], "c": []}
+    counts = dict(zip(items, clicks.popularity().tolist(), strict=True))
+    assert counts == {None: 0, "x": 1, "y": 0, "z": 1}
 
 
 def test_an_own_seed_has_its_own_order(sample: PreparedDataset) -> None:

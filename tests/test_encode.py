@@ -1,6 +1,7 @@
 """Every file of a prepared dataset against what plain Python makes of the same input."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,24 @@ def test_a_changed_input_or_setting_is_prepared_anew(root: Path) -> None:
     (root / "rows.csv").write_text(ROWS + "c,y2,9,5,10,calm,80\n")
     assert made(root, titles=None).manifest.entities["item"] == 6
     assert [p.name for p in (root / "out").iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("change", ["seed", "setting", "contents", "unreadable row", "nothing"])
+def test_any_change_counts(root: Path, change: str) -> None:
+    rows = "u,i\n" + "".join(f"{k % 3},{k}\n" for k in range(10, 20))
+    small(root, rows, str(USER_AND_ITEM))
+    before = PreparedDataset(root / "out" / "s").manifest
+    spec = before.data.model_dump() | {"name": "other", "root": "elsewhere"}  # these do not count
+    if change == "setting":
+        spec["negatives"] = {"per_positive": 2}
+    if change == "contents":  # of the same length
+        (root / "s.csv").write_text(rows.replace("19", "20"))
+        os.utime(root / "s.csv", ns=(1, 1))
+    if change == "unreadable row":
+        spec["on_bad_row"] = "skip"
+    after = made_of(root, spec, seed=1 + (change == "seed")).manifest
+    assert (after.fingerprint == before.fingerprint) == (change == "nothing")
+    assert (after.vocabulary_hash == before.vocabulary_hash) == (change not in ("seed", "contents"))
 
 
 def test_what_a_killed_preparation_left_is_cleared(root: Path) -> None:
@@ -382,6 +401,20 @@ def test_rare_ids_share_the_unknown_row(root: Path) -> None:
     dataset = small(root, "u,i\na,x\na,y\nb,x\n", features)
     assert pairs_of(dataset, "train") == [("a", "x"), ("a", "y"), (None, "x")]
     assert dataset.manifest.tables["user"].rows == 2
+    features = "[{name: user, entity: user}, {name: h, min_count: 2}]"
+    dataset = small(root, "u,i,h\na,x,p\na,y,q\nb,x,p\n", features)
+    assert dataset.vocabulary("h").ids.to_pylist() == ["p"]
+    assert np.asarray(dataset.rows("train").context["h"]).tolist() == [1, 0, 1]
+
+
+def test_histories_are_in_time_order_ties_in_file_order(root: Path) -> None:
+    timed = {"file": "s.csv", "user": "u", "item": "i", "time": "at"}
+    rows = "u,i,at\na,x,1970-01-03\nb,y,5\na,y,1970-01-02\na,z,172800\na,w,86400\n"
+    for spec, order in ((timed, "ywxz"), ({**timed, "time": None}, "xyzw")):
+        dataset = small(root, rows, str(USER_AND_ITEM), interactions=spec)
+        items = dataset.entity_ids("item").to_pylist()
+        user = dataset.entity_ids("user").to_pylist().index("a")
+        assert [items[v] for v in bag_of(dataset.history, user)] == [*order]
 
 
 @pytest.mark.parametrize(("keep", "bags"), [("all", ["pq", "r", "", "s"]), ("first", "pr s")])

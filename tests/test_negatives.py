@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
@@ -74,6 +74,7 @@ def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None
     check_enough_unseen(99, HISTORY, users[:0], N_ITEMS, "k")
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 39)), st.integers(0, 5))
 def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     others = [7] * before  # of the users before this one

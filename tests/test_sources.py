@@ -204,6 +204,21 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read_table(tmp_path / "a.csv", COLUMNS[:1])
 
 
+def test_an_empty_cell_that_need_not_be_there_is_null(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('a,n,c\nx,1,y\n,,\n"","",""\n')
+    optional = [Column("c", required=False), Column("n", "number", required=False)]
+    assert read_table(tmp_path / "a.csv", optional).to_pydict() == {
+        "c": ["y", None, None],
+        "n": [1.0, None, None],
+    }
+
+
+def test_lines_of_a_file_without_header_are_counted_from_its_first(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("\nx\t1\n\ny\ttwo\n")
+    with pytest.raises(DataError, match="line 4: score 'two'"):
+        read_table(tmp_path / "a.tsv", COLUMNS[:2], FileFormat(columns=("user", "score")))
+
+
 def test_words_for_missing_are_no_cells(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n\n1\n NA \n\nN/A\n")
     column = Column("n", "number", required=False, missing=("NA", "N/A"))

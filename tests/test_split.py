@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.schema import Split
@@ -48,6 +48,7 @@ def test_methods_by_user_equal_a_loop(method: str, valid: float, test: float) ->
     assert parts[0] == 0
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(["random", "per_user", "temporal", "leave_last"]))
 def test_any_rows_are_cut_in_order_of_key_then_file(data: st.DataObject, method: str) -> None:
     n = data.draw(st.integers(1, 25))

@@ -3,13 +3,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.vocabulary import Vocabulary, encode_distinct, external, id_order
 from deepfm_dist.seeding import permute
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=30))
 def test_ids_survive_the_round_trip(ids: list[str]) -> None:
     codes, distinct = encode_distinct(pa.array(ids))
@@ -44,6 +45,7 @@ def test_ids_go_out_as_numbers_only_if_all_are_plain_ones() -> None:
     assert encode_distinct(pa.array(["10", "9"]))[1].to_pylist() == ["9", "10"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-(10**12), 10**12), unique=True), st.lists(st.text(), unique=True))
 def test_numbers_are_ordered_by_value_and_texts_by_code_point(
     numbers: list[int], texts: list[str]
@@ -56,6 +58,7 @@ def test_numbers_are_ordered_by_value_and_texts_by_code_point(
         assert id_order(pa.array(ids, pa.string())).tolist() == [place[i] for i in ids]
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1), st.integers(0, 99))
 def test_rows_go_by_count_then_id_then_the_bijection(count: dict[str, int], seed: int) -> None:
     ids = pa.array([*count], pa.string())
