@@ -1,5 +1,6 @@
 """The same model at any world size, plan and optimizer; failures that stop cleanly."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training
@@ -18,9 +20,11 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import NonFiniteLoss, TrainPipeline
-from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from deepfm_dist.model.deepfm import Table, build_deepfm
+from deepfm_dist.model.losses import DeepFMTrain
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
 
@@ -124,6 +128,29 @@ def test_batch_norm_and_padding_leave_the_losses_alone(sample: PreparedDataset, 
     assert difference(run_ranks(train, size, sample.folder, config, 30)[0], alone) <= 2e-6
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_wide_over_arch_trains_alike_under_every_optimizer(
+    sample: PreparedDataset, optimizer: str
+) -> None:
+    of_tables = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"
+    common = (*LARGE, of_tables, "trainer.batch_size=1024")
+    alone = run_alone(train, sample.folder, config_of(*common), 10)
+    for size, plan in [(2, MIXED), (4, "sharding.kind=row_wise")]:
+        losses = run_ranks(train, size, sample.folder, config_of(*common, plan), 10)[0]
+        assert difference(losses, alone) <= 1e-6
+
+
+@pytest.mark.parametrize("parts", ["first_order", "fm", "deep"])
+def test_a_part_of_the_model_alone_trains_alike_on_two_ranks(
+    sample: PreparedDataset, parts: str
+) -> None:
+    switches = [f"model.{name}={name == parts}" for name in ("first_order", "fm", "deep")]
+    config = config_of(*SMALL, *switches, "model.init_std=0.2")
+    alone = run_alone(train, sample.folder, config, 15)
+    assert alone[-1] < alone[0]
+    assert difference(run_ranks(train, 2, sample.folder, config, 15)[1], alone) <= 1e-6
+
+
 class RowWiseAdagrad:
     """One accumulator a row: the mean square of its gradient over the whole width."""
 
@@ -215,6 +242,75 @@ def test_tables_start_the_same_everywhere(sample: PreparedDataset, size: int, pl
         np.testing.assert_array_equal(found[table], piece)
 
 
+@pytest.mark.parametrize(
+    ("size", "plan", "expected"),
+    [
+        (2, "sharding.kind=table_wise", {"user": [701, 0], "item": [0, 401], "genre": [19, 0]}),
+        (2, "sharding.kind=row_wise", {"user": [351, 350], "item": [201, 200], "genre": [10, 9]}),
+        (2, MIXED, {"user": [351, 350], "item": [0, 401]}),
+        (4, "sharding.tables={genre: {kind: table_wise, rank: 3}}", {"genre": [0, 0, 0, 19]}),
+    ],
+)
+def test_tables_lie_where_the_plan_says(
+    sample: PreparedDataset, size: int, plan: str, expected: dict[str, list[int]]
+) -> None:
+    found = run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan))
+    for table, rows in expected.items():
+        assert [sum(len(p) for t, _, p in of_rank if t == table) for of_rank in found] == rows
+
+
+def _with_small_tables(
+    default: str, placements: dict[str, Placement]
+) -> tuple[list[float], set[str]]:
+    """Losses of three steps, and the tables that this rank has rows of."""
+    rows = {"gender": 3, "age": 9, "user": 10}
+    with world("cpu") as ranks:
+        torch.manual_seed(0)
+        model = build_deepfm(
+            {name: Table(n, (name,)) for name, n in rows.items()},
+            list(rows),
+            n_dense=0,
+            embedding_dim=3,
+            device=torch.device("meta"),
+        )
+        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, ranks.device)
+        tables.attach(model.embedding_arch.ebc.parameters())
+        sharded, _ = shard(DeepFMTrain(model), ranks, placements, tables.kernel, default)
+        init_tables(sharded, 4, 0.5, seed=1)
+        optimizer = combined_optimizer(sharded, tables, "sgd", 0.1)
+        mine = torch.arange(24).chunk(ranks.world_size)[ranks.rank]
+        batch = Batch(
+            KeyedJaggedTensor(
+                list(rows),
+                torch.cat([mine % n for n in rows.values()]).int(),
+                lengths=torch.ones(len(rows) * len(mine), dtype=torch.int32),
+            ),
+            torch.zeros(len(mine), 0),
+            (mine % 5 < 2).float(),
+            torch.ones(len(mine)),
+            torch.tensor(24.0),
+        )
+        pipeline, losses = TrainPipeline(sharded, optimizer, ranks), []
+        stream = iter([batch] * 3)
+        for _ in range(3):
+            pipeline.progress(stream)
+            losses.append(pipeline.mean_loss)
+        return losses, {table for table, _, _, piece in local_shards(sharded) if len(piece)}
+
+
+@pytest.mark.parametrize("default", ["row_wise", "auto"])
+def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(default: str) -> None:
+    alone, _ = run_alone(_with_small_tables, "table_wise", {})
+    found = run_ranks(_with_small_tables, 4, default, {})
+    for losses, _ in found:
+        assert difference(losses, alone) <= 1e-6
+    holders = {t: sum(t in tables for _, tables in found) for t in ("gender", "age", "user")}
+    assert holders["gender"] == holders["age"] == 1  # nine rows go 3, 3, 3, 0
+    assert default == "auto" or holders["user"] == 4
+    with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
+        run_ranks(_with_small_tables, 4, default, {"age": Placement("row_wise")})
+
+
 def _save(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
     with world("cpu") as ranks:
         run = Run(folder, config, ranks)
@@ -249,6 +345,48 @@ def test_a_checkpoint_loads_at_any_world_size_and_plan(
                 np.testing.assert_array_equal(piece, whole[table][rows])
 
 
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
+def test_a_checkpoint_of_four_ranks_holds_the_optimizer_state_of_one(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str, kind: str
+) -> None:
+    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", f"sharding.kind={kind}")
+    states = []
+    for size in (1, 4):
+        path = checkpoint.checkpoint_path(tmp_path / str(size), 3)
+        run_ranks(_save, size, sample.folder, config, path)
+        dcp_to_torch_save(path, tmp_path / "whole.pt")
+        states.append(torch.load(tmp_path / "whole.pt")["optimizer"])
+    alone, sharded = states
+    assert {k: v.keys() for k, v in alone.items()} == {k: v.keys() for k, v in sharded.items()}
+    of_tables = [name for name in alone if ".ebc." in name]
+    assert len(of_tables) == (0 if optimizer == "sgd" else 3)
+    for name in alone:
+        for key, value in alone[name].items():
+            torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
+
+
+def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 5):
+        checkpoint.checkpoint_path(tmp_path, step).mkdir(parents=True)
+        (checkpoint.checkpoint_path(tmp_path, step) / checkpoint.MARKER).write_text("{}")
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step_100000000"
+    checkpoint.remove_all(tmp_path)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.latest_checkpoint(tmp_path)
+
+
+def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    path = checkpoint.checkpoint_path(tmp_path, 3)
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(_save, 2, sample.folder, config_of(*SMALL), path)
+    assert f"CheckpointError: {path}: cannot be written: Not a directory" in str(caught.value)
+    assert "SystemExit: 2" in str(caught.value)
+
+
 def test_incomplete_foreign_and_damaged_checkpoints_are_refused(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
@@ -266,9 +404,23 @@ def test_incomplete_foreign_and_damaged_checkpoints_are_refused(
     with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
         run_alone(_load, sample.folder, config_of("model.embedding_dim=30"), path)
     [piece] = path.glob("*.distcp")
-    piece.write_bytes(piece.read_bytes()[:100])
-    with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read.*\n$"):
-        run_alone(_load, sample.folder, config, path)
+    for damaged, part in ((piece, 100), (path / ".metadata", 100), (path / ".metadata", 0)):
+        damaged.write_bytes(damaged.read_bytes()[:part])
+        message, logged = run_alone(_said_about, sample.folder, config, path)
+        assert message.startswith(f"{path}: cannot be read: ")
+        assert "\n" not in message
+        assert logged == []
+
+
+def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str]]:
+    """The error on loading a checkpoint, and what libraries logged with a traceback."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    with pytest.raises(CheckpointError) as caught:
+        _load(folder, config, path)
+    return str(caught.value), [r.getMessage() for r in records if r.exc_info]
 
 
 def _poisoned(folder: Path, config: Config) -> tuple[str, bool]:

@@ -7,8 +7,10 @@ import torch
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.world import world
+from deepfm_dist.ranking.catalogue import CatalogueScorer
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import Run, difference
+from tests.test_ranking import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,3 +38,17 @@ def test_two_gpus_give_the_losses_of_one(sample: PreparedDataset) -> None:
     alone = run_alone(losses_on, "cuda", sample, "rowwise_adagrad")
     for losses in run_ranks(losses_on, 2, "cuda", sample, "rowwise_adagrad"):
         assert difference(losses, alone) <= 1e-5
+
+
+def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
+    arch, found = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
+    sides = [
+        [torch.randn(n, N_CATEGORICAL, 5), torch.randn(n, N_CATEGORICAL), torch.randn(n, N_DENSE)]
+        for n in (7, 11)
+    ]
+    for device in ("cpu", "cuda"):
+        scorer = CatalogueScorer(arch.to(device), OF_ITEM, N_CATEGORICAL)
+        users, items = ([tensor.to(device) for tensor in side] for side in sides)
+        scores = scorer.scores(scorer.side("user", *users), scorer.side("item", *items))
+        found.append(scores.cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

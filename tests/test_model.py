@@ -11,6 +11,7 @@ from torchrec import KeyedJaggedTensor
 from deepfm_dist.build import build_model
 from deepfm_dist.config import ModelConfig
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.world import world
 from deepfm_dist.model.deepfm import (
     DeepFM,
@@ -156,24 +157,35 @@ def test_batch_norm_ignores_rows_of_weight_zero() -> None:
     torch.testing.assert_close(padded.running_var, short.running_var)
 
 
-def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, ...]:
     with world("cpu") as ranks:
         norm = GlobalBatchNorm(3, ranks.differentiable_sum)
         mine = x.chunk(ranks.world_size)[ranks.rank].clone().requires_grad_()
         out = norm(mine)
         (out**3).sum().backward()
         assert mine.grad is not None
-        return out.detach(), mine.grad
+        return out.detach(), mine.grad, norm.running_mean, norm.running_var
 
 
 def test_batch_norm_over_two_ranks_equals_one_process() -> None:
     x = torch.randn(10, 3)
     whole = x.clone().requires_grad_()
-    out = nn.BatchNorm1d(3)(whole)
+    norm = nn.BatchNorm1d(3)
+    out = norm(whole)
     (out**3).sum().backward()
     parts = run_ranks(_norm_on_a_rank, 2, x)
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), out.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), whole.grad, rtol=1e-4, atol=1e-5)
+    for _, _, mean, var in parts:
+        torch.testing.assert_close(mean, norm.running_mean)
+        torch.testing.assert_close(var, norm.running_var)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid])
+def test_activations_are_called_by_their_names(activation: type[nn.Module]) -> None:
+    over_arch, x = OverArch(4, (3,), activation.__name__.lower()), torch.randn(5, 4)
+    expected = over_arch.output(activation()(over_arch.hidden[0](x)))[:, 0]
+    torch.testing.assert_close(over_arch(x), expected)
 
 
 def test_loss_is_the_weighted_sum_of_cross_entropies() -> None:
@@ -212,9 +224,21 @@ def test_an_over_arch_that_cannot_be_built_is_refused(
     sample: PreparedDataset, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
-        run_alone(_build, ModelConfig.model_validate(options), sample)
+        run_alone(_mean_pooled, ModelConfig.model_validate(options), sample.manifest)
 
 
-def _build(config: ModelConfig, sample: PreparedDataset) -> None:
+def _mean_pooled(config: ModelConfig, manifest: Manifest) -> list[str]:
     with world("cpu") as ranks:
-        build_model(config, sample.manifest, ranks, seed=1)
+        return build_model(config, manifest, ranks, seed=1).model.embedding_arch.mean_pooled
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [("mean", ["genre"]), ("sum", [])])
+def test_fields_are_pooled_as_configured(
+    sample: PreparedDataset, pooling: str, expected: list[str]
+) -> None:
+    features = tuple(
+        f.model_copy(update={"pooling": pooling}) for f in sample.manifest.data.features
+    )
+    data = sample.manifest.data.model_copy(update={"features": features})
+    manifest = sample.manifest.model_copy(update={"data": data})
+    assert run_alone(_mean_pooled, ModelConfig(), manifest) == expected

@@ -7,22 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepfm_dist.build import deepfm_of, shard_for_training
-from deepfm_dist.config import Config, load_config
+from deepfm_dist.build import deepfm_of, open_trained, shard_for_training
+from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
-from deepfm_dist.ranking import catalogue
+from deepfm_dist.ranking import catalogue, output
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.evaluation import evaluate_ranking
 from deepfm_dist.ranking.metrics import ranking_metrics
@@ -31,7 +35,8 @@ from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import HeldOut
 from tests.cross_net import CrossNet
-from tests.ranks import run_alone, run_ranks
+from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.test_distributed import Run
 
 OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones
 N_CATEGORICAL, N_DENSE = 4, 2
@@ -233,13 +238,20 @@ def test_files_are_byte_identical_at_any_world_size_and_the_ranking_is_right(
     assert len(frame) == 700 * 10
     pairs = pd.read_csv(out / "recommendations.csv")
     assert (pairs.to_numpy() == frame[["user_id", "item_id"]].to_numpy()).all()
-    check_against_brute_force(sample, results[1], frame)
+    assert pq.read_schema(out / "recommendations.parquet").types == [
+        pa.int64(),
+        pa.int64(),
+        pa.float32(),
+        pa.int32(),
+    ]
+    predicted = pd.read_parquet(out / "predictions.parquet")
+    check_against_brute_force(sample, results[1], frame, predicted)
 
 
 def check_against_brute_force(
-    sample: PreparedDataset, model: dict[str, object], frame: pd.DataFrame
+    sample: PreparedDataset, model: dict[str, object], frame: pd.DataFrame, predicted: pd.DataFrame
 ) -> None:
-    """Scores every pair in float64 and compares rank by rank."""
+    """Scores every pair in float64; compares rank by rank, and the predicted rows."""
     tables = {t: w.astype(np.float64) for t, w in model["tables"].items()}  # type: ignore[attr-defined]
     genres = sample.entity_fields["genre"]
     assert isinstance(genres, Jagged)
@@ -265,6 +277,11 @@ def check_against_brute_force(
             x = np.maximum(x @ weight.T.astype(np.float64) + bias, 0)
         weight, bias = layers[-1]  # type: ignore[index]
         score = score + x @ weight[0].astype(np.float64) + bias[0]
+        rows = predicted[(predicted["user"].astype(int) == user)]
+        rows = rows[rows["item"].astype(int).isin(ids)]
+        exact = pd.Series(score, ids)[rows["item"].astype(int)].to_numpy()
+        assert len(rows) > 0
+        assert (np.abs(rows["score"] - exact) <= 1e-5 * np.maximum(1, np.abs(exact))).all()
         for part in seen:
             known = part.values[part.offsets[row] : part.offsets[row + 1]]
             score[known[known > 0] - 1] = -np.inf
@@ -317,3 +334,153 @@ def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: P
         best = np.lexsort((ids, -score))[:10]
         recalls.append(len(set(best) & set(wanted)) / len(wanted))
     assert found["popularity"]["recall@10"] == pytest.approx(np.mean(recalls), abs=1e-12)
+
+
+@pytest.mark.parametrize("cuts", [[0, 23], [0, 5, 5, 21, 23], [0, 7, 14, 23, 23]])
+def test_merged_tables_do_not_depend_on_how_users_were_dealt(
+    tmp_path: Path, cuts: list[int]
+) -> None:
+    parts = [tmp_path / f"{rank}.parquet" for rank in range(len(cuts) - 1)]
+    for path, (begin, end) in zip(parts, itertools.pairwise(cuts), strict=True):
+        pq.write_table(pa.table({"row": pa.array(range(begin, end), pa.int64())}), path)
+    found = [table["row"].to_pylist() for table in output._rebatched(parts, rows=7)]
+    assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
+
+
+def _ranked_by_reference(folder: Path, reference: Path) -> dict[str, dict[str, float]]:
+    config = config_of()
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        tables = table_optimizer("sgd", 0.1, 1e-8, ranks.device)
+        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks, tables).eval())
+        return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, reference)
+
+
+def test_a_reference_of_counts_ranks_as_popularity_does(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    users, items = (sample.entity_ids(e).to_pylist()[1:] for e in ("user", "item"))
+    counts = np.bincount(sample.history.values, minlength=len(items) + 1)[1:].astype(float)
+    pairs = pd.MultiIndex.from_product([[*users, "nobody"], [*items, "nothing"]])
+    table = pd.DataFrame({"score": np.tile([*counts, 1e9], len(users) + 1)}, index=pairs)
+    path = tmp_path / "counts.parquet"
+    table.rename_axis(["user", "item"]).reset_index().sample(frac=1).to_parquet(path)
+    found = run_alone(_ranked_by_reference, sample.folder, path)
+    assert found["counts"] == found["popularity"] != found["model"]
+    pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
+    with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):
+        run_alone(_ranked_by_reference, sample.folder, path)
+
+
+def every_kind_of_field(folder: Path) -> Config:
+    """Single and several values and numbers on both sides, a shared table, two context fields."""
+    rng = np.random.default_rng(0)
+    users, items = (
+        np.repeat(np.arange(60), 8),
+        rng.permuted(np.tile(np.arange(40), (60, 1)), axis=1),
+    )
+    frame = pd.DataFrame({"user": users, "item": items[:, :8].ravel()})
+    frame["hour"], frame["warmth"] = rng.integers(0, 3, len(frame)), rng.normal(size=len(frame))
+    frame.to_csv(folder / "rows.csv", index=False)
+    for entity, n in (("user", 60), ("item", 40)):
+        tags = ["|".join(map(str, rng.permutation(12)[: rng.integers(0, 8)])) for _ in range(n)]
+        numbers = rng.normal(5, 2, n).round(2)
+        side = pd.DataFrame({entity: range(n), "tags": tags, "number": numbers})
+        side.to_csv(folder / f"{entity}s.csv", index=False)
+    tags = {"column": "tags", "separator": "|", "table": "tag"}
+    number = {"column": "number", "kind": "numeric", "transform": "standard"}
+    of_user, of_item = ({"entity": entity, "file": f"{entity}s.csv"} for entity in ("user", "item"))
+    features: list[dict[str, object]] = [
+        {"name": "hour"},
+        {"name": "item_tags", "pooling": "sum", **of_item, **tags},
+        {"name": "item_number", **of_item, **number},
+        {"name": "user", "entity": "user"},
+        {"name": "user_tags", **of_user, **tags},
+        {"name": "warmth", "kind": "numeric"},
+        {"name": "item", "entity": "item"},
+        {"name": "user_number", **of_user, **number},
+    ]
+    rows = {"file": "rows.csv", "user": "user", "item": "item"}
+    return config_from(
+        {
+            "run": {"prepared_root": str(folder / "prepared"), "runs_root": str(folder / "runs")},
+            "data": {"root": str(folder), "interactions": rows, "features": features},
+            "model": {
+                "embedding_dim": 6,
+                "init_std": 0.3,
+                "over_arch_layer_sizes": [16, 8],
+                "batch_norm": True,
+                "dropout": 0.1,
+            },
+            "trainer": {"batch_size": 200},
+            "sharding": {"kind": "row_wise"},
+            "recommend": {"context": {"hour": "2", "warmth": 1.5}},
+        }
+    )
+
+
+def _trained_and_saved(config: Config) -> None:
+    with world("cpu") as ranks:
+        run = Run(config.prepared_dir, config, ranks)
+        run.losses(1, 10)
+        state = {
+            "step": 10,
+            "vocabulary_hash": run.dataset.manifest.vocabulary_hash,
+            "config": config.model_dump(mode="json"),
+        }
+        path = checkpoint.checkpoint_path(config.run_dir, 10)
+        checkpoint.save(path, ranks, run.sharded, run.optimizer, state)
+
+
+def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> None:
+    with world("cpu") as ranks:
+        trained = open_trained(config, overrides, ranks)
+        context, dataset = config.recommend.context, trained.dataset
+        recommend(deepfm_of(trained.sharded), ranks, dataset, 12, ("train",), context, out)
+
+        def write_pairs() -> None:
+            pairs = pd.read_parquet(out / "recommendations.parquet")[["user_id", "item_id"]]
+            pairs.columns = pd.Index(["user", "item"])
+            pairs.assign(**context).to_csv(out / "pairs.csv", index=False)
+
+        ranks.first_does("pairs", write_pairs)
+        source, target = out / "pairs.csv", out / "predictions.parquet"
+        prediction.predict(trained.sharded, ranks, dataset, source, None, target)
+
+
+def test_a_checkpoint_gives_the_same_files_anywhere_and_scores_as_its_forward_pass_does(
+    tmp_path: Path,
+) -> None:
+    config = every_kind_of_field(tmp_path)
+    prepare(config.data, config.data_root, config.prepared_dir, seed=1)
+    run_ranks(_trained_and_saved, 4, config)
+    files = ("recommendations.csv", "recommendations.parquet", "predictions.parquet")
+    digests = set()
+    for size, kind in [(1, "auto"), (2, "row_wise"), (4, "row_wise"), (4, "auto")]:
+        out = tmp_path / f"{size}_{kind}"
+        out.mkdir()
+        sharding = config.sharding.model_copy(update={"kind": kind})
+        elsewhere = config.model_copy(update={"sharding": sharding})
+        run_ranks(_recommended_and_predicted, size, elsewhere, out)
+        digests.add(tuple(digest(out / name) for name in files))
+    assert len(digests) == 1
+    ranked = pd.read_parquet(out / "recommendations.parquet")["score"].to_numpy()
+    forward = pd.read_parquet(out / "predictions.parquet")["score"].to_numpy()
+    assert len(ranked) == 60 * 12
+    assert ranked.std() > 0.1
+    assert (np.abs(ranked - forward) <= 1e-5 * np.maximum(1, np.abs(forward))).all()
+
+
+def test_a_checkpoint_refuses_other_settings_and_other_data(tmp_path: Path) -> None:
+    config = every_kind_of_field(tmp_path)
+    prepare(config.data, config.data_root, config.prepared_dir, seed=1)
+    run_alone(_trained_and_saved, config)
+    model = config.model.model_copy(update={"embedding_dim": 8})
+    other = config.model_copy(update={"model": model})
+    for override in ("model.embedding_dim=8", "model={embedding_dim: 8}"):
+        refusal = r"ConfigError: model\.embedding_dim=8: .* was trained with 6"
+        with pytest.raises(RankFailed, match=refusal):
+            run_alone(_recommended_and_predicted, other, tmp_path, override)
+    prepare(config.data, config.data_root, config.prepared_dir, seed=2)
+    with pytest.raises(RankFailed, match=r"CheckpointError: .* was trained on vocabulary"):
+        run_alone(_recommended_and_predicted, config, tmp_path)

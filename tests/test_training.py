@@ -1,13 +1,21 @@
 """The loop: it learns, keeps its schedule, and repeats itself exactly."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from deepfm_dist.build import deepfm_of
+from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.pipeline import NonFiniteLoss
+from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.log import MetricsLog
+from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.trainer import Schedule, train
 from tests.ranks import run_alone, run_ranks
@@ -50,8 +58,11 @@ def test_training_learns_and_keeps_its_schedule(sample: PreparedDataset, tmp_pat
     assert figures["auc"] > 0.78
     assert figures["accuracy"] > figures["majority_rate"]
     found = events(tmp_path)
-    trained = [e["step"] for e in found if e["event"] == "train"]
-    assert trained == [*range(50, len(losses), 50), len(losses)]
+    trained = [e for e in found if e["event"] == "train"]
+    steps = [*range(50, len(losses), 50), len(losses)]
+    assert [e["step"] for e in trained] == steps
+    means = [np.mean(losses[a:b]) for a, b in itertools.pairwise([0, *steps])]
+    assert [e["loss"] for e in trained] == pytest.approx(means)
     assert [e["epoch"] for e in found if e["event"] == "valid"] == [4, 8]
 
 
@@ -73,6 +84,76 @@ def test_dropout_repeats_bit_for_bit_and_does_something(
     assert first == second
     plain = run_alone(_train, sample, tmp_path, schedule)
     assert difference(plain[0], first[0]) > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_validation_measures_in_eval_mode_and_leaves_training_alone(
+    sample: PreparedDataset, tmp_path: Path, size: int
+) -> None:
+    options = ("trainer.batch_size=30000", "model.dropout=0.5", "model.batch_norm=true")
+    validated, plain = (
+        run_ranks(
+            _train, size, sample, tmp_path / str(every), Schedule(3, None, 50, every), *options
+        )
+        for every in (1, 0)
+    )
+    for (losses, _, _), (expected, _, _) in zip(validated, plain, strict=True):
+        assert len(losses) == 15
+        assert losses == expected
+    found = [e for e in events(tmp_path / "1") if e["event"] == "valid"]
+    assert [e["epoch"] for e in found] == [1, 2, 3]
+    assert {k: found[-1][k] for k in validated[0][2]} == validated[0][2]
+
+
+def _masks(folder: Path, first_draws: int) -> list[bytes]:
+    """What dropout leaves of the first hidden layer in each of three steps."""
+    config = config_of("model={over_arch_layer_sizes: [40], activation: sigmoid, dropout: 0.5}")
+    with world("cpu") as ranks:
+        run, masks = Run(folder, config, ranks), list[bytes]()
+        over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
+        assert isinstance(over_arch, OverArch)
+        over_arch.dropout.register_forward_hook(
+            lambda _, __, out: masks.append((out != 0).numpy().tobytes())
+        )
+        torch.rand(first_draws)
+        log = MetricsLog(folder, is_first=False)
+        train(run.sharded, run.optimizer, run.batches, ranks, Schedule(1, max_steps=3), 1, log)
+        return masks
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) -> None:
+    first, second = (run_ranks(_masks, 2, sample.folder, draws) for draws in (0, 7))
+    assert first == second
+    masks = [mask for of_rank in first for mask in of_rank]
+    assert len(set(masks)) == len(masks) == 6
+
+
+@pytest.mark.parametrize("field", ["labels", "weights"])
+def test_a_nan_on_one_rank_ends_all_ranks_naming_the_step(
+    sample: PreparedDataset, field: str
+) -> None:
+    for message, in_tables in run_ranks(_poisoned_at_step_3, 2, sample.folder, field):
+        assert message.startswith("step 3: the loss is nan; lower the learning rates")
+        assert not in_tables
+
+
+def _poisoned_at_step_3(folder: Path, field: str) -> tuple[str, bool]:
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        batch_of = run.batches.batch
+
+        def batch(step: int) -> Batch:
+            made = batch_of(step)
+            if step == 3 and ranks.rank == 1:
+                getattr(made, field)[0] = float("nan")
+            return made
+
+        run.batches.batch = batch  # type: ignore[method-assign]
+        log = MetricsLog(folder, is_first=False)
+        with pytest.raises(NonFiniteLoss) as caught:
+            train(run.sharded, run.optimizer, run.batches, ranks, Schedule(1, 9), 1, log)
+        pieces = [piece for *_, piece in local_shards(run.sharded)]
+        return str(caught.value), any(bool(p.isnan().any()) for p in pieces)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem
 
-_LONG = timedelta(days=7)
+_LONG, _SHORT = timedelta(days=7), timedelta(seconds=5)
 T = TypeVar("T")
 
 
@@ -77,13 +77,19 @@ class World:
         """
         if not self.is_first:
             self.store.wait([name], _LONG)
-            if self.store.get(name) != b"done":
-                raise SystemExit(int(self.store.get(name)))
+            outcome = self.store.get(name)
+            if outcome != b"done":
+                if self.store.add(f"{name}_heard", 1) == self.world_size - 1:
+                    self.store.set(f"{name}_heard_by_all", "")
+                raise SystemExit(int(outcome))
             return None
         try:
             result = work()
         except BaseException as error:
             self.store.set(name, "2" if isinstance(error, DeepFMError) else "1")
+            if isinstance(error, Exception) and self.world_size > 1:
+                with suppress(dist.DistStoreError):  # rank 0 may hold the store: not to leave first
+                    self.store.wait([f"{name}_heard_by_all"], _SHORT)
             raise
         self.store.set(name, "done")
         return result
