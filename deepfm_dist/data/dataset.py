@@ -16,7 +16,7 @@ from torchrec import KeyedJaggedTensor
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive, epoch_seed
+from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
@@ -296,7 +296,7 @@ class TrainingBatches:
                 self._per_positive,
                 self._history,
                 self._n_items,
-                epoch_seed(self._seed, "negatives", epoch),
+                derive_seed(self._seed, "negatives", epoch),
             )
         height = self.local_batch_size
         return self._collate(

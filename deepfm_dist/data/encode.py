@@ -42,7 +42,6 @@ from deepfm_dist.data.negatives import (
     check_enough_unseen,
     draw_distinct,
     draw_per_positive,
-    epoch_seed,
 )
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Column, read_table
@@ -576,7 +575,7 @@ class _Preparation:
             k,
             history,
             n_items,
-            epoch_seed(self.seed, "evaluation", number),
+            derive_seed(self.seed, "evaluation", number),
         )
         positive = np.asarray(part["item"]).reshape(-1, 1)
         items = np.hstack([positive, drawn.reshape(-1, k) + 1]).ravel().astype(np.int32)

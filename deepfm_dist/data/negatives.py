@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import DataError
-from deepfm_dist.seeding import derive_seed, mix
+from deepfm_dist.seeding import mix
 
 
 def draw_per_positive(
@@ -97,11 +97,6 @@ def check_enough_unseen(
             else f"{option}={wanted}: a user has interacted with all {n_items} items and leaves "
             f"no unseen one; drop that user or add items"
         )
-
-
-def epoch_seed(seed: int, purpose: str, epoch: int) -> int:
-    """The seed of one epoch's draws."""
-    return derive_seed(seed, purpose, epoch)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -67,11 +67,6 @@ class Vocabulary:
         pq.write_table(pa.table(columns | {"count": pa.array(counts)}), path, compression="zstd")
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Reads what `write` wrote."""
-        return cls.from_table(pq.read_table(path))
-
-    @classmethod
     def from_table(cls, table: pa.Table) -> Self:
         """The columns that `write` wrote."""
         table = table.slice(1)
