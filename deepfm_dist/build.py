@@ -2,9 +2,10 @@
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,20 +14,26 @@ import yaml
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import Config, ModelConfig, config_from
+from deepfm_dist.config import Config, LearningRateConfig, ModelConfig, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.optimizers import TableOptimizer
+from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.training.metrics import CLICK_FIGURES
+from deepfm_dist.training.schedule import LearningRate
+from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_WHERE_DATA_IS = ("data.root", "data.name")
 
 
 def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int) -> DeepFMTrain:
@@ -47,7 +54,10 @@ def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
-        over_arch = partial(_import_class(config.over_arch), **config.over_arch_options)
+        kind = _imported(config.over_arch, "model.over_arch")
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ConfigError(f"model.over_arch={config.over_arch}: not a torch.nn.Module class")
+        over_arch = partial(kind, **config.over_arch_options)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
     try:
         model = build_deepfm(
@@ -70,37 +80,132 @@ def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int
     return DeepFMTrain(model)
 
 
-def _import_class(path: str) -> type[nn.Module]:
+def _imported(path: str, setting: str) -> Any:
+    """What ``package.module:name`` names."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"model.over_arch={path}: {error}; give mlp or package.module:Class"
+            f"{setting}={path}: {error}; it has the form package.module:name"
         ) from None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model.over_arch={path}: not a torch.nn.Module class")
-    return found
 
 
 def shard_for_training(
-    config: Config, manifest: Manifest, world: World, tables: TableOptimizer
-) -> DistributedModelParallel:
-    """The model as the configuration places it, initialised, its plan logged. All ranks."""
+    config: Config, manifest: Manifest, world: World
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The model as the configuration places it, initialised, and its optimizer. All ranks.
+
+    Logs the plan.
+    """
+    of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
+    tables = table_optimizer(
+        of_tables.name,
+        of_tables.lr,
+        of_tables.eps,
+        world.device,
+        of_tables.l2,
+        of_tables.max_gradient,
+    )
     task = build_model(config.model, manifest, world, config.run.seed)
     arch = task.model.embedding_arch
     tables.attach(arch.ebc.parameters())
     placements = {
         name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
     }
-    sharded, plan = shard(task, world, placements, tables.kernel, config.sharding.kind)
+    sharded, plan = shard(
+        task, world, placements, tables.kernel, config.sharding.kind, tables.fused_params
+    )
     init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
-    return sharded
+    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The loop's schedule.
+
+    Raises:
+        ConfigError: ``trainer.monitor`` is no validation figure.
+    """
+    trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
+    if trainer.monitor is not None and trainer.monitor not in CLICK_FIGURES:
+        raise ConfigError(
+            f"trainer.monitor={trainer.monitor}: no validation figure; there are: "
+            f"{', '.join(CLICK_FIGURES)}"
+        )
+    return Schedule(
+        trainer.epochs,
+        _rate_of(tables),
+        _rate_of(dense),
+        trainer.max_steps,
+        trainer.log_every_steps,
+        trainer.validate_every_epochs,
+        config.checkpoint.every_epochs,
+        config.checkpoint.every_steps,
+        trainer.accumulate_steps,
+        trainer.max_skipped,
+        trainer.monitor,
+        trainer.patience,
+        trainer.plateau_factor,
+        dense.max_norm,
+        tables.max_gradient if tables.name == "adam" else None,
+    )
+
+
+def _rate_of(config: LearningRateConfig) -> LearningRate:
+    return LearningRate(
+        config.lr,
+        config.warmup_steps,
+        config.decay,
+        config.decay_steps or 1,
+        config.final_lr / config.lr,
+        config.power,
+    )
+
+
+def begin(
+    config: Config, manifest: Manifest, schedule: Schedule, last_step: int
+) -> tuple[Path | None, LoopState]:
+    """Makes the run folder ready: to go on from a checkpoint, or to begin anew. Rank 0.
+
+    Returns:
+        the checkpoint to go on from, or None, and the state of the loop.
+    """
+    path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
+    if path is not None:
+        state = LoopState(**checkpoint.read_state(path)["trainer"])
+        is_over = state.is_over(schedule, last_step)
+        if is_over and config.checkpoint.resume == "auto" and not restarted():
+            log.info("%s: the run is over; it is trained anew", path)
+            path, state = None, LoopState()
+        else:
+            log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.keep_checkpoints(
+        config.run_dir, [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step]
+    )
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    return path, state
+
+
+def loggers(config: Config, world: World) -> list[Logger]:
+    """What hears of metrics beside the run's own file, on rank 0.
+
+    Raises:
+        ConfigError: an import path of ``run.loggers`` leads nowhere.
+    """
+    if not world.is_first:
+        return []
+    return [
+        TensorBoard(config.run_dir / "tensorboard")
+        if name == "tensorboard"
+        else _imported(name, "run.loggers")
+        for name in config.run.loggers
+    ]
 
 
 def shard_for_inference(
@@ -137,7 +242,7 @@ class Trained:
 
 
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
-    """Loads a run's latest checkpoint. All ranks.
+    """Loads a run's checkpoint. All ranks.
 
     A checkpoint knows its data and model, and these settings are taken from it.
 
@@ -150,11 +255,11 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
         CheckpointError: there is no complete checkpoint, or it is of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    path = checkpoint.latest_checkpoint(config.run_dir)
+    path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
     state = checkpoint.read_state(path)
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):
-        if name.partition(".")[0] in _OF_TRAINING and name not in ("data.root", "data.name"):
+        if name.partition(".")[0] in _OF_TRAINING and name not in _WHERE_DATA_IS:
             wanted, trained = _at(merged, name), _at(state["config"], name)
             if wanted != trained:
                 raise ConfigError(
@@ -168,9 +273,58 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
     sharded = shard_for_inference(config, dataset.manifest, world)
-    checkpoint.load_model(path, sharded)
+    checkpoint.load(path, world, sharded)
     log.info("%s, step %s", path, f"{state['step']:,}")
     return Trained(config, dataset, sharded)
+
+
+def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
+    """The checkpoint from which a run of these settings can go on.
+
+    Returns:
+        None where there is none, or where the run is to begin anew.
+
+    Raises:
+        ConfigError: ``checkpoint.resume=always``, but the checkpoint is of other settings or data.
+        CheckpointError: the checkpoint that was asked for is not there.
+    """
+    resume, use = config.checkpoint.resume, config.checkpoint.use
+    if resume == "never" or not checkpoint.complete_steps(config.run_dir):
+        return None
+    path = checkpoint.find_checkpoint(config.run_dir, "latest" if use == "auto" else use)
+    state = checkpoint.read_state(path)
+    differing = [
+        f"{name}={new}, not {old}"
+        for name, old, new in _differences(state["config"], config.model_dump(mode="json"))
+        if _fixes_a_run(name)
+    ]
+    if state["vocabulary_hash"] != vocabulary_hash:
+        differing.append(f"the vocabulary is {vocabulary_hash}, not {state['vocabulary_hash']}")
+    if not differing:
+        return path
+    if resume == "always":
+        raise ConfigError(
+            f"checkpoint.resume=always: {path} was trained with other settings: "
+            f"{'; '.join(differing)}; take its settings, or begin anew with checkpoint.resume=never"
+        )
+    log.info("%s is of other settings (%s): training begins anew", path, "; ".join(differing))
+    return None
+
+
+def _fixes_a_run(name: str) -> bool:
+    """Whether a setting decides what is trained, not how long, where, or what is reported."""
+    if name in ("run.seed", "trainer.batch_size", "trainer.accumulate_steps"):
+        return True
+    return name.startswith(("data.", "model.", "optimizer.")) and name not in _WHERE_DATA_IS
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings whose values differ: dotted name, old and new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
 
 
 def _settings_of(override: str) -> list[str]:

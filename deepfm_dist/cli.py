@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.errors import DeepFMError
+from deepfm_dist.errors import DeepFMError, RankLost
 
-EXIT_OK, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 2, 130
+# Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
 _EXAMPLES = """\
 examples:
@@ -71,10 +74,10 @@ def run(
     except DeepFMError as error:
         # Every rank of a launch makes the same mistake; rank 0 says so. A mistake of one rank
         # alone shows as root cause in torchrun's own summary.
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         _tell_torchrun(error)
-        return EXIT_MISTAKE
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -98,7 +101,7 @@ def _log_to_stderr(quiet: bool) -> None:
     level = logging.INFO if is_first and not quiet else logging.WARNING
     logging.getLogger("deepfm_dist").setLevel(level)
     for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their errors reach us as exceptions
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         # What torch and torchrec say about each other is not the user's to cure.
         warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)")

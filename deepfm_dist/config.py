@@ -35,6 +35,9 @@ class RunConfig(Section):
     """CPU threads per process. More than one may change the last digits of results."""
     timeout_s: float = Field(120, gt=0)
     """Seconds after which a rank that waits for a lost or hanging one gives up."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """What hears of metrics beside metrics.jsonl: tensorboard, or import paths
+    ``package.module:function``; called with (event, values) on rank 0."""
 
 
 class ModelConfig(Section):
@@ -77,24 +80,56 @@ class ModelConfig(Section):
         return self
 
 
-class TableOptimizerConfig(Section):
+class LearningRateConfig(Section):
+    """A learning rate over the steps: linear warm-up, then decay."""
+
+    lr: float = Field(gt=0)
+    """Learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises to lr."""
+    decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
+    """Shape of what follows."""
+    decay_steps: int | None = Field(None, ge=1)
+    """Steps from the end of warm-up to the end of decay; needed unless decay is constant."""
+    final_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of decay."""
+    power: float = Field(2.0, gt=0)
+    """Exponent of polynomial decay."""
+
+    @model_validator(mode="after")
+    def _decay_has_a_length(self) -> Self:
+        if self.decay != "constant" and self.decay_steps is None:
+            raise ValueError(f"decay={self.decay} needs decay_steps")
+        return self
+
+
+class TableOptimizerConfig(LearningRateConfig):
     """Optimizer of the embedding tables."""
 
     name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lazy_adam"] = "rowwise_adagrad"
     """adam moves every row at every step; lazy_adam (CUDA only) the looked-up ones."""
     lr: float = Field(0.05, gt=0)
-    """Learning rate."""
+    """Learning rate after warm-up."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root in the denominator (not for sgd)."""
+    l2: float = Field(0.0, ge=0)
+    """Adds l2 * row to a row's gradient: under adam every row's at every step (l2 / 2 * |table|^2
+    in the loss); on CUDA under rowwise_adagrad and lazy_adam the looked-up rows'."""
+    max_gradient: float | None = Field(None, gt=0)
+    """Bound of each element of a row's gradient."""
 
 
-class DenseOptimizerConfig(Section):
+class DenseOptimizerConfig(LearningRateConfig):
     """Optimizer of everything but the tables."""
 
     name: Literal["adam", "adagrad", "sgd"] = "adam"
     """torch.optim's class."""
     lr: float = Field(0.001, gt=0)
-    """Learning rate."""
+    """Learning rate after warm-up."""
+    l2: float = Field(0.0, ge=0)
+    """Adds l2 * weight to the gradient."""
+    max_norm: float | None = Field(None, gt=0)
+    """Bound of the norm of the whole gradient."""
 
 
 class OptimizerConfig(Section):
@@ -133,12 +168,48 @@ class TrainerConfig(Section):
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, whatever the epochs say."""
+    accumulate_steps: int = Field(1, ge=1)
+    """Parts of a batch that are computed one after the other, to save memory; needs adam on the
+    tables (fused ones are updated by every part). Batch norm sees each part alone."""
+    max_skipped: int = Field(10, ge=0)
+    """A step whose loss is NaN or infinite is skipped; more than so many in a row end the run."""
     log_every_steps: int = Field(50, ge=1)
-    """Steps between two lines of training loss."""
+    """Steps between two lines of training figures."""
     validate_every_epochs: int = Field(1, ge=0)
     """Epochs between two validations; 0: never."""
-    checkpoint_every_epochs: int = Field(0, ge=0)
-    """Epochs between two checkpoints; 0: only after the last step."""
+    monitor: str | None = None
+    """Validation figure that is watched (auc, log_loss, ...): its best checkpoint is kept."""
+    patience: int | None = Field(None, ge=1)
+    """Validations without a better figure after which training stops."""
+    plateau_factor: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rates after each validation without a better figure."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step whose trace torch's profiler writes to the run's folder."""
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> Self:
+        if self.monitor is None and (self.patience is not None or self.plateau_factor < 1):
+            raise ValueError("patience and plateau_factor need monitor, the figure to watch")
+        if self.monitor is not None and self.validate_every_epochs == 0:
+            raise ValueError(f"monitor={self.monitor} needs validate_every_epochs")
+        return self
+
+
+class CheckpointConfig(Section):
+    """What is saved, and what is read again."""
+
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between two checkpoints; there is always one of the last step."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between two checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """How many stay, the newest ones (and the best one, where trainer.monitor is set)."""
+    resume: Literal["auto", "always", "never"] = "auto"
+    """auto continues an unfinished run of the same settings, else begins anew; always refuses
+    other settings; never begins anew. Restarted by a launcher, auto never begins anew."""
+    use: Literal["auto", "latest", "best"] | int = "auto"
+    """The checkpoint to read: a step; latest; best by trainer.monitor; auto: the latest to
+    continue training, else the best one if a figure was watched."""
 
 
 class EvaluateConfig(Section):
@@ -179,8 +250,19 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
     trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch_can_be_added(self) -> Self:
+        if self.trainer.accumulate_steps > 1 and self.optimizer.tables.name != "adam":
+            raise ValueError(
+                f"trainer.accumulate_steps={self.trainer.accumulate_steps}: "
+                f"{self.optimizer.tables.name} updates tables in the backward pass of each part; "
+                f"use optimizer.tables.name=adam"
+            )
+        return self
 
     @property
     def prepared_dir(self) -> Path:

@@ -4,6 +4,8 @@
 class DeepFMError(Exception):
     """A mistake of the user's or the machine's; commands print it as one line and exit 2."""
 
+    exit_code = 2
+
 
 class ConfigError(DeepFMError):
     """A configuration that cannot work: an unknown field, a bad value, options at odds."""
@@ -19,3 +21,9 @@ class CheckpointError(DeepFMError):
 
 class EnvironmentProblem(DeepFMError):
     """An installation that cannot run: versions at odds, a missing driver, no such device."""
+
+
+class RankLost(DeepFMError):
+    """Other ranks were killed or hang; says which. Raised on one rank, nobody's mistake."""
+
+    exit_code = 1

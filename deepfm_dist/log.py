@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from deepfm_dist.errors import DeepFMError
 
 
 @contextmanager
-def progress(total: int, description: str, unit: str, is_first: bool) -> Iterator[Any]:
+def progress(
+    total: int, description: str, unit: str, is_first: bool, done: int = 0
+) -> Iterator[Any]:
     """A progress bar on stderr, log lines above it.
 
     Args:
@@ -24,38 +27,78 @@ def progress(total: int, description: str, unit: str, is_first: bool) -> Iterato
         unit: what is counted.
         is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
             no terminal or the log is quiet.
+        done: units done before.
 
     Yields:
         The bar; ``update(n)`` moves it.
     """
     quiet = logging.getLogger("deepfm_dist").level > logging.INFO
     shown = is_first and sys.stderr.isatty() and not quiet
-    bar = tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=False)
+    bar = tqdm(
+        total=total, desc=description, unit=unit, initial=done, disable=not shown, leave=False
+    )
     with logging_redirect_tqdm(), bar:
         yield bar
 
 
+Logger = Callable[[str, Mapping[str, Any]], None]
+"""Hears of an event: its name and its values."""
+
+
+class TensorBoard:
+    """Writes every number of an event that has a step as a scalar.
+
+    Args:
+        folder: of TensorBoard's files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def __call__(self, event: str, values: Mapping[str, Any]) -> None:
+        """Writes ``event/name`` at ``step``."""
+        if "step" not in values:
+            return
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"{event}/{name}", value, values["step"])
+        self._writer.flush()
+
+
 class MetricsLog:
-    """Appends events to ``metrics.jsonl``.
+    """Events of a run: a line of JSON each in ``metrics.jsonl``, and what else is to hear of them.
 
     Args:
         folder: of the run; made if missing.
         is_first: whether this rank writes.
-        fresh: whether to start the file anew.
+        from_step: events of later steps are dropped: a resumed run writes them anew; None: none is.
+        loggers: what else hears of events.
 
     Raises:
         DeepFMError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, is_first: bool, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        is_first: bool,
+        from_step: int | None = None,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        self._is_first = is_first
+        self._is_first, self._loggers = is_first, loggers
         if not is_first:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("w" if fresh else "a"):
-                pass
+            with self.path.open("a+") as file:
+                if from_step is not None:
+                    file.seek(0)
+                    kept = [line for line in file if json.loads(line).get("step", 0) <= from_step]
+                    file.truncate(0)
+                    file.writelines(kept if from_step else [])
         except OSError as error:
             raise DeepFMError(
                 f"{folder}: cannot be written: {error.strerror}; set run.runs_root to a folder "
@@ -63,7 +106,16 @@ class MetricsLog:
             ) from None
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends one event as a line of JSON."""
-        if self._is_first:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"event": event} | values) + "\n")
+        """Appends one event; NaN, which JSON does not know, becomes null."""
+        if not self._is_first:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event} | _without_nan(values)) + "\n")
+        for logger in self._loggers:
+            logger(event, values)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

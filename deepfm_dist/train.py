@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
@@ -14,15 +15,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import shard_for_training
+    from deepfm_dist.build import begin, loggers, schedule_of, shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
     from deepfm_dist.data.encode import prepare
-    from deepfm_dist.distributed import checkpoint
-    from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
+    from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.training.evaluation import HeldOut
-    from deepfm_dist.training.trainer import Schedule, train
+    from deepfm_dist.training.profiling import profiler
+    from deepfm_dist.training.stopping import StopSignals
+    from deepfm_dist.training.trainer import LoopState, train
 
     run_dir, seed = config.run_dir, config.run.seed
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
@@ -30,47 +32,55 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
             "prepare", lambda: prepare(config.data, config.data_root, config.prepared_dir, seed)
         )
         dataset = PreparedDataset(config.prepared_dir)
-        manifest = dataset.manifest
         batches = TrainingBatches(
             dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, seed
         )
-        of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
-        tables = table_optimizer(of_tables.name, of_tables.lr, of_tables.eps, ranks.device)
-        sharded = shard_for_training(config, manifest, ranks, tables)
-        optimizer = combined_optimizer(sharded, tables, of_dense.name, of_dense.lr)
+        schedule = schedule_of(config)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        held_out = HeldOut(dataset, "valid") if dataset.manifest.splits["valid"].rows else None
 
-        metrics = MetricsLog(run_dir, ranks.is_first, fresh=True)
-        ranks.first_does("run", lambda: _new_run(config))
-        held_out = HeldOut(dataset, "valid") if manifest.splits["valid"].rows else None
-
-        def save(step: int) -> None:
-            state = {
-                "step": step,
-                "vocabulary_hash": manifest.vocabulary_hash,
-                "config": config.model_dump(mode="json"),
-            }
-            path = checkpoint.checkpoint_path(run_dir, step)
-            checkpoint.save(path, ranks, sharded, optimizer, state)
-
-        train(
-            sharded,
-            optimizer,
-            batches,
-            ranks,
-            Schedule(**config.trainer.model_dump(exclude={"batch_size"})),
-            seed,
-            metrics,
-            (lambda: held_out.metrics(sharded, ranks)) if held_out else None,
-            save,
+        path, state = ranks.agreed(
+            ranks.first_does(
+                "begin",
+                lambda: begin(
+                    config,
+                    dataset.manifest,
+                    schedule,
+                    schedule.last_step(batches.steps_per_epoch),
+                ),
+            )
+            or (None, LoopState())
         )
+        if path is not None:
+            load(path, ranks, sharded, optimizer)
+        checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
+        belongs_to = {
+            "vocabulary_hash": dataset.manifest.vocabulary_hash,
+            "config": config.model_dump(mode="json"),
+        }
 
+        def save(state: LoopState) -> None:
+            keep = [step for step in (state.best_step,) if step is not None]
+            checkpoints.save(
+                state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
+            )
 
-def _new_run(config: Config) -> None:
-    """Clears the run folder of an earlier run's checkpoints; writes the resolved configuration."""
-    from deepfm_dist.distributed import checkpoint
-
-    checkpoint.remove_all(config.run_dir)
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        with StopSignals() as asked_to_stop:
+            train(
+                sharded,
+                optimizer,
+                batches,
+                ranks,
+                schedule,
+                state,
+                seed,
+                MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
+                (lambda: ranks.agreed(held_out.metrics(sharded, ranks))) if held_out else None,
+                save,
+                asked_to_stop,
+                profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+            )
+            checkpoints.wait()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The same model at any world size, plan and optimizer; failures that stop cleanly."""
 
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,20 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec import KeyedJaggedTensor
 
-from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training
+from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
-from deepfm_dist.distributed.pipeline import NonFiniteLoss, TrainPipeline
+from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.distributed.world import World, world
-from deepfm_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.model.deepfm import Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
 from tests.plain_deepfm import PlainDeepFM
@@ -43,10 +40,7 @@ class Run:
     def __init__(self, folder: Path, config: Config, ranks: World) -> None:
         self.dataset = PreparedDataset(folder)
         self.config, self.world = config, ranks
-        of = config.optimizer
-        tables = table_optimizer(of.tables.name, of.tables.lr, of.tables.eps, ranks.device)
-        self.sharded = shard_for_training(config, self.dataset.manifest, ranks, tables)
-        self.optimizer = combined_optimizer(self.sharded, tables, of.dense.name, of.dense.lr)
+        self.sharded, self.optimizer = shard_for_training(config, self.dataset.manifest, ranks)
         self.batches = TrainingBatches(
             self.dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, config.run.seed
         )
@@ -54,14 +48,28 @@ class Run:
     def losses(
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
     ) -> list[float]:
-        pipeline = TrainPipeline(self.sharded, self.optimizer, self.world)
-        stream = (change(batch) for batch in self.batches.steps(first, last))
-        losses = []
-        for _ in range(first, last + 1):
-            pipeline.progress(stream)
-            losses.append(pipeline.mean_loss)
+        of, parts = self.config.optimizer, self.config.trainer.accumulate_steps
+        pipeline = TrainPipeline(
+            self.sharded,
+            self.optimizer,
+            self.world,
+            parts,
+            of.dense.max_norm,
+            of.tables.max_gradient if of.tables.name == "adam" else None,
+        )
+        stream = (p for b in self.batches.steps(first, last) for p in change(b).split(parts))
+        losses = [pipeline.train_step(stream).loss for _ in range(first, last + 1)]
         pipeline.detach()
         return losses
+
+    def save(self, run_dir: Path, step: int) -> None:
+        checkpoints = checkpoint.Checkpoints(run_dir, self.world, keep_last=9)
+        state = {
+            "vocabulary_hash": self.dataset.manifest.vocabulary_hash,
+            "config": self.config.model_dump(mode="json"),
+        }
+        checkpoints.save(step, self.sharded, self.optimizer, state)
+        checkpoints.wait()
 
 
 def train(folder: Path, config: Config, steps: int, shuffled: bool = False) -> list[float]:
@@ -290,11 +298,8 @@ def _with_small_tables(
             torch.ones(len(mine)),
             torch.tensor(24.0),
         )
-        pipeline, losses = TrainPipeline(sharded, optimizer, ranks), []
-        stream = iter([batch] * 3)
-        for _ in range(3):
-            pipeline.progress(stream)
-            losses.append(pipeline.mean_loss)
+        pipeline, stream = TrainPipeline(sharded, optimizer, ranks), iter([batch] * 3)
+        losses = [pipeline.train_step(stream).loss for _ in range(3)]
         return losses, {table for table, _, _, piece in local_shards(sharded) if len(piece)}
 
 
@@ -309,142 +314,6 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(default: str) -> 
     assert default == "auto" or holders["user"] == 4
     with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
         run_ranks(_with_small_tables, 4, default, {"age": Placement("row_wise")})
-
-
-def _save(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
-        run.losses(1, 3)
-        checkpoint.save(path, ranks, run.sharded, run.optimizer, {"step": 3})
-        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
-
-
-def _load(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
-    with world("cpu") as ranks:
-        sharded = shard_for_inference(config, PreparedDataset(folder).manifest, ranks)
-        checkpoint.load_model(path, sharded)
-        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(sharded)]
-
-
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam"])
-def test_a_checkpoint_loads_at_any_world_size_and_plan(
-    sample: PreparedDataset, tmp_path: Path, optimizer: str
-) -> None:
-    path = checkpoint.checkpoint_path(tmp_path, 3)
-    saving = config_of(*SMALL, f"optimizer.tables.name={optimizer}", "sharding.kind=row_wise")
-    whole = {t: np.zeros((s.rows, 12), np.float32) for t, s in sample.manifest.tables.items()}
-    for pieces in run_ranks(_save, 4, sample.folder, saving, path):
-        for table, rows, piece in pieces:
-            whole[table][rows] = piece
-    assert checkpoint.latest_checkpoint(tmp_path) == path
-    assert checkpoint.read_state(path)["step"] == 3
-    for size, kind in [(1, "table_wise"), (2, "table_wise"), (4, "row_wise")]:
-        config = config_of(*SMALL, f"sharding.kind={kind}")
-        for pieces in run_ranks(_load, size, sample.folder, config, path):
-            for table, rows, piece in pieces:
-                np.testing.assert_array_equal(piece, whole[table][rows])
-
-
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
-def test_a_checkpoint_of_four_ranks_holds_the_optimizer_state_of_one(
-    sample: PreparedDataset, tmp_path: Path, optimizer: str, kind: str
-) -> None:
-    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", f"sharding.kind={kind}")
-    states = []
-    for size in (1, 4):
-        path = checkpoint.checkpoint_path(tmp_path / str(size), 3)
-        run_ranks(_save, size, sample.folder, config, path)
-        dcp_to_torch_save(path, tmp_path / "whole.pt")
-        states.append(torch.load(tmp_path / "whole.pt")["optimizer"])
-    alone, sharded = states
-    assert {k: v.keys() for k, v in alone.items()} == {k: v.keys() for k, v in sharded.items()}
-    of_tables = [name for name in alone if ".ebc." in name]
-    assert len(of_tables) == (0 if optimizer == "sgd" else 3)
-    for name in alone:
-        for key, value in alone[name].items():
-            torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
-
-
-def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
-    for step in (99_999_999, 100_000_000, 5):
-        checkpoint.checkpoint_path(tmp_path, step).mkdir(parents=True)
-        (checkpoint.checkpoint_path(tmp_path, step) / checkpoint.MARKER).write_text("{}")
-    assert checkpoint.latest_checkpoint(tmp_path).name == "step_100000000"
-    checkpoint.remove_all(tmp_path)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.latest_checkpoint(tmp_path)
-
-
-def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
-    path = checkpoint.checkpoint_path(tmp_path, 3)
-    with pytest.raises(RankFailed) as caught:
-        run_ranks(_save, 2, sample.folder, config_of(*SMALL), path)
-    assert f"CheckpointError: {path}: cannot be written: Not a directory" in str(caught.value)
-    assert "SystemExit: 2" in str(caught.value)
-
-
-def test_incomplete_foreign_and_damaged_checkpoints_are_refused(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
-    config = config_of(*SMALL)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.latest_checkpoint(tmp_path)
-    path = checkpoint.checkpoint_path(tmp_path, 3)
-    run_alone(_save, sample.folder, config, path)
-    later = checkpoint.checkpoint_path(tmp_path, 4)
-    shutil.copytree(path, later)
-    (later / checkpoint.MARKER).unlink()
-    assert checkpoint.latest_checkpoint(tmp_path) == path
-    with pytest.raises(CheckpointError, match=r"vocabulary 51aa.*has 8f2c.*train anew"):
-        checkpoint.check_vocabulary(path, {"vocabulary_hash": "51aa"}, "8f2c")
-    with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
-        run_alone(_load, sample.folder, config_of("model.embedding_dim=30"), path)
-    [piece] = path.glob("*.distcp")
-    for damaged, part in ((piece, 100), (path / ".metadata", 100), (path / ".metadata", 0)):
-        damaged.write_bytes(damaged.read_bytes()[:part])
-        message, logged = run_alone(_said_about, sample.folder, config, path)
-        assert message.startswith(f"{path}: cannot be read: ")
-        assert "\n" not in message
-        assert logged == []
-
-
-def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str]]:
-    """The error on loading a checkpoint, and what libraries logged with a traceback."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logging.getLogger().addHandler(handler)
-    with pytest.raises(CheckpointError) as caught:
-        _load(folder, config, path)
-    return str(caught.value), [r.getMessage() for r in records if r.exc_info]
-
-
-def _poisoned(folder: Path, config: Config) -> tuple[str, bool]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
-
-        def poison(batch: Batch) -> Batch:
-            if ranks.rank == ranks.world_size - 1:
-                batch.labels[0] = float("nan")
-            return batch
-
-        with pytest.raises(NonFiniteLoss) as caught:
-            run.losses(1, 2, poison)
-        pieces = [piece for *_, piece in local_shards(run.sharded)]
-        return str(caught.value), any(bool(p.isnan().any()) for p in pieces)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_nan_on_one_rank_stops_all_before_it_reaches_a_table(
-    sample: PreparedDataset, size: int
-) -> None:
-    for message, in_tables in run_ranks(_poisoned, size, sample.folder, config_of(*SMALL)):
-        assert "the loss is nan" in message
-        assert not in_tables
 
 
 def test_an_id_out_of_range_is_an_error_not_another_row(sample: PreparedDataset) -> None:

@@ -20,8 +20,6 @@ from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
@@ -177,8 +175,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
     """Ranks, predicts and evaluates with an untrained model whose rows depend on the seed only."""
     dataset = PreparedDataset(folder)
     with world("cpu") as ranks:
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, ranks.device)
-        sharded = shard_for_training(config, dataset.manifest, ranks, tables).eval()
+        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
         model = deepfm_of(sharded)
         recommend(model, ranks, dataset, k, ("train", "valid", "test"), {}, out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
@@ -351,8 +348,7 @@ def _ranked_by_reference(folder: Path, reference: Path) -> dict[str, dict[str, f
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
-        tables = table_optimizer("sgd", 0.1, 1e-8, ranks.device)
-        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks, tables).eval())
+        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
         return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, reference)
 
 
@@ -423,13 +419,7 @@ def _trained_and_saved(config: Config) -> None:
     with world("cpu") as ranks:
         run = Run(config.prepared_dir, config, ranks)
         run.losses(1, 10)
-        state = {
-            "step": 10,
-            "vocabulary_hash": run.dataset.manifest.vocabulary_hash,
-            "config": config.model_dump(mode="json"),
-        }
-        path = checkpoint.checkpoint_path(config.run_dir, 10)
-        checkpoint.save(path, ranks, run.sharded, run.optimizer, state)
+        run.save(config.run_dir, 10)
 
 
 def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> None:

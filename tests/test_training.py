@@ -1,89 +1,168 @@
-"""The loop: it learns, keeps its schedule, and repeats itself exactly."""
+"""The loop: it learns, keeps its schedule, repeats itself exactly, and never trains on garbage."""
 
 import itertools
 import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from deepfm_dist.build import deepfm_of
+from deepfm_dist.build import deepfm_of, schedule_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.pipeline import NonFiniteLoss
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training.evaluation import HeldOut
-from deepfm_dist.training.trainer import Schedule, train
+from deepfm_dist.training.stopping import StopSignals
+from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 
-
-def _train(
-    sample: PreparedDataset, out: Path, schedule: Schedule, *overrides: str
-) -> tuple[list[float], list[int], dict[str, float]]:
-    """Losses, steps of the checkpoints, final figures on validation rows."""
-    with world("cpu") as ranks:
-        run = Run(sample.folder, config_of(*SMALL, *overrides), ranks)
-        held_out, saved = HeldOut(sample, "valid"), list[int]()
-        losses = train(
-            run.sharded,
-            run.optimizer,
-            run.batches,
-            ranks,
-            schedule,
-            seed=1,
-            metrics=MetricsLog(out, ranks.is_first, fresh=True),
-            validate=lambda: held_out.metrics(run.sharded, ranks),
-            save=saved.append,
-        )
-        run.sharded.eval()
-        return losses, saved, dict(held_out.metrics(run.sharded, ranks))
+Change = Callable[[Batch, int, int], None]
 
 
-def events(out: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+class Trained:
+    """What a rank saw of a training run.
+
+    Attributes:
+        losses: of each step.
+        saved: states of the loop that were saved.
+        figures: on validation rows, at the end.
+        weights: this rank's pieces of the tables, and the over-arch's first layer.
+    """
+
+    def __init__(
+        self,
+        sample: PreparedDataset,
+        out: Path,
+        *overrides: str,
+        state: LoopState | None = None,
+        change: Change | None = None,
+        validations: list[float] | None = None,
+        signal_at: int | None = None,
+    ) -> None:
+        with world("cpu") as ranks:
+            config = config_of(*SMALL, "trainer.log_every_steps=1", *overrides)
+            run = Run(sample.folder, config, ranks)
+            batch_of = run.batches.batch
+
+            def batch(step: int) -> Batch:
+                made = batch_of(step)
+                if change:
+                    change(made, step, ranks.rank)
+                return made
+
+            def validate() -> dict[str, float]:
+                found = ranks.agreed(dict(held_out.metrics(run.sharded, ranks)))
+                return found | ({"auc": validations.pop(0)} if validations else {})
+
+            def save(state: LoopState) -> None:
+                self.saved.append(replace(state, lifetime=[*state.lifetime]))
+                if state.step == signal_at and ranks.rank == ranks.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            run.batches.batch = batch  # type: ignore[method-assign]
+            held_out = HeldOut(sample, "valid")
+            self.losses: list[float] = []
+            self.saved: list[LoopState] = []
+            metrics = MetricsLog(out, ranks.is_first, 0, [self._note])
+            with StopSignals() as asked_to_stop:
+                state = train(
+                    run.sharded,
+                    run.optimizer,
+                    run.batches,
+                    ranks,
+                    schedule_of(config),
+                    state or LoopState(),
+                    1,
+                    metrics,
+                    validate,
+                    save,
+                    asked_to_stop,
+                )
+            self.steps, self.state = state.step, state
+            run.sharded.eval()
+            self.figures = dict(held_out.metrics(run.sharded, ranks))
+            self.weights = [piece.numpy().copy() for *_, piece in local_shards(run.sharded)]
+            over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
+            assert over_arch is not None
+            self.weights += [p.detach().numpy().copy() for p in over_arch.state_dict().values()]
+
+    def _note(self, event: str, values: Any) -> None:
+        if event == "train":
+            self.losses.append(values["log_loss"])
+
+
+def trained(sample: PreparedDataset, out: Path, *overrides: str, **more: Any) -> Trained:
+    return Trained(sample, out, *overrides, **more)
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [e for e in found if e["event"] == kind]
+
+
+SHORT = ("trainer.epochs=1", "trainer.max_steps=20", "trainer.validate_every_epochs=0")
 
 
 def test_training_learns_and_keeps_its_schedule(sample: PreparedDataset, tmp_path: Path) -> None:
-    schedule = Schedule(8, log_every_steps=50, validate_every_epochs=4, checkpoint_every_epochs=2)
-    losses, saved, figures = run_alone(_train, sample, tmp_path, schedule)
+    options = (
+        "trainer={epochs: 8, validate_every_epochs: 4, log_every_steps: 50, batch_size: 2048}",
+        "checkpoint.every_epochs=2",
+    )
+    run = run_alone(trained, sample, tmp_path, *options, "trainer.log_every_steps=50")
     per_epoch = -(-28_798 * 5 // 2048)
-    assert len(losses) == 8 * per_epoch
-    assert saved == [per_epoch * epoch for epoch in (2, 4, 6, 8)]
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
-    assert figures["auc"] > 0.78
-    assert figures["accuracy"] > figures["majority_rate"]
-    found = events(tmp_path)
-    trained = [e for e in found if e["event"] == "train"]
-    steps = [*range(50, len(losses), 50), len(losses)]
-    assert [e["step"] for e in trained] == steps
-    means = [np.mean(losses[a:b]) for a, b in itertools.pairwise([0, *steps])]
-    assert [e["loss"] for e in trained] == pytest.approx(means)
-    assert [e["epoch"] for e in found if e["event"] == "valid"] == [4, 8]
+    assert run.steps == 8 * per_epoch
+    assert [state.step for state in run.saved] == [per_epoch * epoch for epoch in (2, 4, 6, 8)]
+    assert run.figures["auc"] > 0.78
+    assert run.figures["accuracy"] > run.figures["majority_rate"]
+    lines = events(tmp_path, "train")
+    steps = {*range(50, run.steps + 1, 50), *(per_epoch * epoch for epoch in (2, 4, 6, 8))}
+    assert [line["step"] for line in lines] == sorted(steps)
+    assert lines[-1]["log_loss"] < 0.8 * lines[0]["log_loss"]
+    assert {*lines[0]["seconds"]} >= {"data", "exchange", "forward", "backward", "optimizer"}
+    assert [e["epoch"] for e in events(tmp_path, "valid")] == [4, 8]
+    assert events(tmp_path, "end")[0]["step"] == run.steps
+
+
+def test_a_line_holds_the_mean_of_its_window_and_of_all_steps(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    single = run_alone(trained, sample, tmp_path / "1", *SHORT)
+    for size in (1, 2):
+        out = tmp_path / f"many{size}"
+        run_ranks(trained, size, sample, out, *SHORT, "trainer.log_every_steps=8")
+        lines = events(out, "train")
+        assert [line["step"] for line in lines] == [8, 16, 20]
+        for line, (a, b) in zip(lines, itertools.pairwise([0, 8, 16, 20]), strict=True):
+            assert line["log_loss"] == pytest.approx(np.mean(single.losses[a:b]), abs=1e-6)
+            assert line["lifetime_log_loss"] == pytest.approx(np.mean(single.losses[:b]), abs=1e-6)
 
 
 def test_max_steps_ends_the_run_with_a_checkpoint(sample: PreparedDataset, tmp_path: Path) -> None:
-    schedule = Schedule(4, max_steps=7, validate_every_epochs=0)
-    losses, saved, _ = run_alone(_train, sample, tmp_path, schedule)
-    assert len(losses) == 7
-    assert saved == [7]
-    assert [e["event"] for e in events(tmp_path)] == ["train"]
+    run = run_alone(trained, sample, tmp_path, *SHORT, "trainer.max_steps=7")
+    assert run.steps == len(run.losses) == 7
+    assert [(s.step, s.saved_step, s.logged_step) for s in run.saved] == [(7, 7, 7)]
+    assert not events(tmp_path, "valid")
 
 
 def test_dropout_repeats_bit_for_bit_and_does_something(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
-    schedule = Schedule(1, max_steps=20, validate_every_epochs=0)
     first, second = (
-        run_alone(_train, sample, tmp_path, schedule, "model.dropout=0.5") for _ in range(2)
+        run_alone(trained, sample, tmp_path, *SHORT, "model.dropout=0.5") for _ in range(2)
     )
-    assert first == second
-    plain = run_alone(_train, sample, tmp_path, schedule)
-    assert difference(plain[0], first[0]) > 1e-4
+    assert first.losses == second.losses
+    plain = run_alone(trained, sample, tmp_path, *SHORT)
+    assert difference(plain.losses, first.losses) > 1e-4
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -93,21 +172,29 @@ def test_validation_measures_in_eval_mode_and_leaves_training_alone(
     options = ("trainer.batch_size=30000", "model.dropout=0.5", "model.batch_norm=true")
     validated, plain = (
         run_ranks(
-            _train, size, sample, tmp_path / str(every), Schedule(3, None, 50, every), *options
-        )
+            trained,
+            size,
+            sample,
+            tmp_path / str(every),
+            *options,
+            "trainer.epochs=3",
+            f"trainer.validate_every_epochs={every}",
+        )[0]
         for every in (1, 0)
     )
-    for (losses, _, _), (expected, _, _) in zip(validated, plain, strict=True):
-        assert len(losses) == 15
-        assert losses == expected
-    found = [e for e in events(tmp_path / "1") if e["event"] == "valid"]
+    assert len(validated.losses) == 15
+    assert validated.losses == plain.losses
+    found = events(tmp_path / "1", "valid")
     assert [e["epoch"] for e in found] == [1, 2, 3]
-    assert {k: found[-1][k] for k in validated[0][2]} == validated[0][2]
+    assert {k: found[-1][k] for k in validated.figures} == validated.figures
 
 
 def _masks(folder: Path, first_draws: int) -> list[bytes]:
     """What dropout leaves of the first hidden layer in each of three steps."""
-    config = config_of("model={over_arch_layer_sizes: [40], activation: sigmoid, dropout: 0.5}")
+    config = config_of(
+        "model={over_arch_layer_sizes: [40], activation: sigmoid, dropout: 0.5}",
+        "trainer.max_steps=3",
+    )
     with world("cpu") as ranks:
         run, masks = Run(folder, config, ranks), list[bytes]()
         over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
@@ -116,8 +203,8 @@ def _masks(folder: Path, first_draws: int) -> list[bytes]:
             lambda _, __, out: masks.append((out != 0).numpy().tobytes())
         )
         torch.rand(first_draws)
-        log = MetricsLog(folder, is_first=False)
-        train(run.sharded, run.optimizer, run.batches, ranks, Schedule(1, max_steps=3), 1, log)
+        log, schedule = MetricsLog(folder, is_first=False), schedule_of(config)
+        train(run.sharded, run.optimizer, run.batches, ranks, schedule, LoopState(), 1, log)
         return masks
 
 
@@ -128,39 +215,108 @@ def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) ->
     assert len(set(masks)) == len(masks) == 6
 
 
+def _nan_at(steps: range, field: str) -> Change:
+    def change(batch: Batch, step: int, rank: int) -> None:
+        if step in steps and rank == 1:
+            getattr(batch, field)[0] = float("nan")
+
+    return change
+
+
 @pytest.mark.parametrize("field", ["labels", "weights"])
-def test_a_nan_on_one_rank_ends_all_ranks_naming_the_step(
-    sample: PreparedDataset, field: str
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_nan_on_one_rank_is_a_step_that_never_was(
+    sample: PreparedDataset, tmp_path: Path, field: str, optimizer: str
 ) -> None:
-    for message, in_tables in run_ranks(_poisoned_at_step_3, 2, sample.folder, field):
-        assert message.startswith("step 3: the loss is nan; lower the learning rates")
-        assert not in_tables
+    options = (*SHORT, f"optimizer.tables.name={optimizer}", "model.batch_norm=true")
+    ends = run_ranks(
+        trained,
+        2,
+        sample,
+        tmp_path,
+        *options,
+        "trainer.max_steps=6",
+        change=_nan_at(range(6, 7), field),
+    )
+    expected = run_ranks(trained, 2, sample, tmp_path / "5", *options, "trainer.max_steps=5")
+    for with_nan, without in zip(ends, expected, strict=True):
+        assert (with_nan.steps, with_nan.state.skipped) == (6, 1)
+        for a, b in zip(with_nan.weights, without.weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+    line = events(tmp_path, "train")[-1]
+    assert (line["step"], line["skipped"], line["log_loss"]) == (6, 1, None)
 
 
-def _poisoned_at_step_3(folder: Path, field: str) -> tuple[str, bool]:
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
-        batch_of = run.batches.batch
+def test_training_goes_on_after_a_skipped_step(sample: PreparedDataset, tmp_path: Path) -> None:
+    change = _nan_at(range(3, 5), "labels")
+    run = run_ranks(trained, 2, sample, tmp_path, *SHORT, change=change)[0]
+    assert (run.steps, run.state.skipped, run.state.skipped_in_a_row) == (20, 2, 0)
+    assert np.isfinite(run.losses[4:]).all()
+    assert all(np.isfinite(w).all() for w in run.weights)
 
-        def batch(step: int) -> Batch:
-            made = batch_of(step)
-            if step == 3 and ranks.rank == 1:
-                getattr(made, field)[0] = float("nan")
-            return made
 
-        run.batches.batch = batch  # type: ignore[method-assign]
-        log = MetricsLog(folder, is_first=False)
-        with pytest.raises(NonFiniteLoss) as caught:
-            train(run.sharded, run.optimizer, run.batches, ranks, Schedule(1, 9), 1, log)
-        pieces = [piece for *_, piece in local_shards(run.sharded)]
-        return str(caught.value), any(bool(p.isnan().any()) for p in pieces)
+def _gives_up(sample: PreparedDataset, out: Path) -> str:
+    with pytest.raises(NonFiniteLoss) as caught:
+        Trained(
+            sample,
+            out,
+            *SHORT,
+            "trainer.max_skipped=3",
+            "checkpoint.every_steps=5",
+            change=_nan_at(range(12, 30), "labels"),
+        )
+    return str(caught.value)
+
+
+def test_too_many_skipped_steps_end_all_ranks_naming_step_and_checkpoint(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    for message in run_ranks(_gives_up, 2, sample, tmp_path):
+        assert message.startswith("step 15: the loss is nan, as in the 3 steps before")
+        assert "the last checkpoint is that of step 15" not in message
+        assert "the last checkpoint is that of step 10; lower the learning rates" in message
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_to_one_rank_saves_and_ends_all(
+    sample: PreparedDataset, tmp_path: Path, size: int
+) -> None:
+    for run in run_ranks(
+        trained, size, sample, tmp_path, *SHORT, "checkpoint.every_steps=4", signal_at=8
+    ):
+        assert run.steps == 9
+        assert [state.step for state in run.saved] == [4, 8, 9]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    options = (
+        "trainer.batch_size=30000",
+        "trainer.epochs=9",
+        "trainer.monitor=auc",
+        "trainer.patience=2",
+        "trainer.plateau_factor=0.1",
+        "optimizer={tables: {lr: 0.5}, dense: {lr: 0.25}}",
+    )
+    aucs = [0.6, 0.7, 0.65, 0.8, 0.7, 0.75, 0.9]
+    run = run_alone(trained, sample, tmp_path, *options, validations=aucs)
+    assert run.steps == 6 * 5
+    assert (run.state.best, run.state.best_step, run.state.without_better) == (0.8, 20, 2)
+    assert [s.step for s in run.saved] == [5, 10, 20, 30]
+    by_epoch = [line["lr_tables"] for line in events(tmp_path, "train")[::5]]
+    assert by_epoch == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05, 0.005])
+    again = run_alone(trained, sample, tmp_path, *options, state=run.saved[-1])
+    assert again.steps == 30  # nothing left to do
+    assert json.loads(json.dumps(asdict(run.state))) == asdict(run.state)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_an_over_arch_of_ones_own_is_trained(
     sample: PreparedDataset, tmp_path: Path, size: int
 ) -> None:
-    schedule = Schedule(1, max_steps=60, validate_every_epochs=0)
     cross = ("model.over_arch=tests.cross_net:CrossNet", "model.over_arch_options={layers: 3}")
-    losses, _, _ = run_ranks(_train, size, sample, tmp_path, schedule, *cross)[0]
+    options = (*SHORT, "trainer.max_steps=60", *cross)
+    losses = run_ranks(trained, size, sample, tmp_path, *options)[0].losses
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -1,11 +1,14 @@
 """What the model consumes in one step on one rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+from deepfm_dist.errors import ConfigError
 
 
 @dataclass
@@ -26,6 +29,32 @@ class Batch(Pipelineable):
     labels: Tensor
     weights: Tensor
     global_weight: Tensor
+
+    def split(self, pieces: int) -> Iterator["Batch"]:
+        """The same rows in several batches, the last ones shorter where they do not divide.
+
+        ``global_weight`` stays the whole batch's, so that the pieces' losses add up to its loss.
+
+        Raises:
+            ConfigError: there are more pieces than rows.
+        """
+        if pieces == 1:
+            yield self
+            return
+        height, keys = len(self.labels), self.sparse.keys()
+        if height < pieces:
+            raise ConfigError(
+                f"trainer.accumulate_steps={pieces}: a rank has only {height} rows of a batch; use "
+                f"a larger trainer.batch_size"
+            )
+        lengths = self.sparse.lengths().view(len(keys), height).tensor_split(pieces, 1)
+        bags = [self.sparse[key].values() for key in keys]
+        by_key = [b.split([int(n[f].sum()) for n in lengths]) for f, b in enumerate(bags)]
+        rows = [tensor.tensor_split(pieces) for tensor in (self.dense, self.labels, self.weights)]
+        for i, length in enumerate(lengths):
+            values = torch.cat([of_key[i] for of_key in by_key])
+            sparse = KeyedJaggedTensor(keys, values, lengths=length.flatten())
+            yield Batch(sparse, *(column[i] for column in rows), self.global_weight)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same on another device."""

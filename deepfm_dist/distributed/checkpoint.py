@@ -1,32 +1,52 @@
-"""Checkpoints: sharded tensors by torch.distributed.checkpoint, complete or not there.
+"""Checkpoints: sharded tensors by torch.distributed.checkpoint (DCP), whole or not there.
 
 Layout of ``runs/<name>/checkpoints/step_00001000/``::
 
-    .metadata, __0_0.distcp, ...   model and optimizer, written by all ranks
-    state.json                     step, data and model it belongs to; written last, the marker
+    __0_0.distcp, ...   model and optimizer, written by all ranks in the background
+    .metadata           where DCP finds which tensor
+    state.json          the marker, written last: step, settings, data, state of the loop, and the
+                        CRC-32 of every other file
+
+DCP keeps ``.metadata`` as a pickle, and unpickles it to read a checkpoint; everything else is read
+as plain tensors or JSON. Open only checkpoints you trust.
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
-from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 
 MARKER = "state.json"
+_SUMS = "crc32"
 _NAME = re.compile(r"step_(\d{8,})")
+_TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -34,63 +54,214 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def latest_checkpoint(run_dir: Path) -> Path:
-    """The complete checkpoint with the highest step.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = [
-        path
+def complete_steps(run_dir: Path) -> list[int]:
+    """Steps of which there is a complete checkpoint, in order."""
+    return sorted(
+        int(path.name.removeprefix("step_"))
         for path in (run_dir / "checkpoints").glob("step_*")
         if _NAME.fullmatch(path.name) and (path / MARKER).is_file()
-    ]
-    if not found:
+    )
+
+
+def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
+    """A run's checkpoint.
+
+    Args:
+        run_dir: folder of the run.
+        which: latest; best, by the metric that training watched; auto, which is best where a metric
+            was watched, else latest; or a step.
+
+    Raises:
+        CheckpointError: there is none, or not this one.
+    """
+    steps = complete_steps(run_dir)
+    if not steps:
         raise CheckpointError(
             f"{run_dir}: no complete checkpoint; run python -m deepfm_dist.train first"
         )
-    return max(found, key=lambda path: int(path.name.removeprefix("step_")))
+    step = steps[-1]
+    if which in ("best", "auto"):
+        best = read_state(checkpoint_path(run_dir, step)).get("trainer", {}).get("best_step")
+        if best is None and which == "best":
+            raise CheckpointError(
+                f"{run_dir}: checkpoint.use=best, but training watched no metric; set "
+                f"trainer.monitor, or take latest"
+            )
+        step = step if best is None else best
+    elif isinstance(which, int):
+        step = which
+    if step not in steps:
+        raise CheckpointError(
+            f"{run_dir}: no complete checkpoint of step {step}; there are: "
+            f"{', '.join(map(str, steps))}"
+        )
+    return checkpoint_path(run_dir, step)
 
 
-def save(
+class Checkpoints:
+    """Writes a run's checkpoints while training goes on. All ranks.
+
+    DCP's own exchanges go over a process group of their own: on training's they would meet its
+    collectives in another order on every rank.
+
+    Args:
+        run_dir: folder of the run.
+        world: the ranks.
+        keep_last: how many checkpoints stay, the newest ones.
+    """
+
+    def __init__(self, run_dir: Path, world: World, keep_last: int) -> None:
+        self._run_dir, self._world, self._keep_last = run_dir, world, keep_last
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._pending: tuple[Path, Future[Any]] | None = None
+
+    def save(
+        self,
+        step: int,
+        sharded: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        state: Mapping[str, Any],
+        keep: Collection[int] = (),
+    ) -> None:
+        """Copies model and optimizer, and begins to write the copy. All ranks.
+
+        Args:
+            step: optimizer steps taken; a checkpoint of it that is there is replaced.
+            sharded: the model.
+            optimizer: its optimizer.
+            state: JSON values for the marker.
+            keep: steps whose checkpoints are not to be deleted.
+
+        Raises:
+            CheckpointError: the one before, or this one, cannot be written.
+        """
+        self.wait()
+        path = checkpoint_path(self._run_dir, step)
+        self._world.first_does(f"save_{path.name}", lambda: _make_room(path))
+        model = sharded.state_dict()
+
+        def clear() -> None:
+            keep_checkpoints(
+                self._run_dir, {*complete_steps(self._run_dir)[-self._keep_last :], *keep}
+            )
+
+        writer = _Writer(path, {"step": step} | dict(state), clear)
+        future = dcp.async_save(
+            {"model": model, "optimizer": _optimizer_state(optimizer, model)},
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        assert isinstance(future, Future)
+        self._pending = path, future
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is whole. All ranks.
+
+        Raises:
+            CheckpointError: it cannot be written; the one before is still there.
+        """
+        if self._pending is not None:
+            path, future = self._pending
+            self._pending = None
+            _translated(future.result, path, "cannot be written")
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's files, a checksum of each, and the marker when all of them are there."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any], then: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._folder, self._state, self._then = path, state, then
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        results: list[WriteResult] = super().write_data(plan, planner).value()
+        files = {result.storage_data.relative_path for result in results}
+        sums = {name: crc32(self._folder / name) for name in sorted(files)}
+        # They travel to rank 0 as one more thing that was written.
+        future = torch.futures.Future[list[WriteResult]]()
+        future.set_result([*results, WriteResult(MetadataIndex(_SUMS), 0, sums)])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        sums: dict[str, int] = {}
+        for result in [r for of_rank in results for r in of_rank if r.index.fqn == _SUMS]:
+            sums |= result.storage_data
+        super().finish(metadata, [[r for r in part if r.index.fqn != _SUMS] for part in results])
+        sums[".metadata"] = crc32(self._folder / ".metadata")
+        aside = self._folder / f"{MARKER}.part"
+        with aside.open("w") as file:
+            json.dump({**self._state, _SUMS: sums}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(self._folder / MARKER)
+        self._then()
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def load(
     path: Path,
     world: World,
     sharded: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    state: Mapping[str, Any],
+    optimizer: CombinedOptimizer | None = None,
 ) -> None:
-    """Writes model and optimizer. All ranks.
+    """Reads weights, and the optimizer's state, under any plan and at any world size. All ranks.
 
     Args:
-        path: folder; one that is there is replaced.
+        path: a complete checkpoint.
         world: the ranks.
         sharded: the model.
-        optimizer: its optimizer.
-        state: JSON values that go into the marker: step, vocabulary hash, model, configuration.
+        optimizer: its optimizer; None reads the weights only.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the checkpoint is damaged, or of another model or optimizer.
     """
-    name = f"save_{path.name}"
-    world.first_does(f"{name}_begin", lambda: _make_room(path))
+    _check_files(path, world)
+    # Before dcp.load, which would log two tracebacks over a damaged index.
+    reader = dcp.FileSystemReader(path)
+    _translated(reader.read_metadata, path, "cannot be read")
     model = sharded.state_dict()
-    tensors = {"model": model, "optimizer": _optimizer_state(optimizer, model)}
-    _translated(lambda: dcp.save(tensors, checkpoint_id=path), path, "cannot be written")
-    text = json.dumps(dict(state), indent=2)
-    world.first_does(f"{name}_end", lambda: _write_marker(path, text))
+    tensors: dict[str, Any] = {"model": model}
+    if optimizer is not None:
+        for _, part in optimizer.optimizers:
+            if isinstance(part, KeyedOptimizerWrapper):
+                part.init_state()  # else torch makes it at the first step, and DCP skips it
+        tensors["optimizer"] = _optimizer_state(optimizer, model)
+    _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
+    sharded.load_state_dict(model)
+    if optimizer is not None:
+        for module in sharded.modules():
+            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                module.set_optimizer_step(read_state(path)["step"])  # for bias corrections
 
 
-def load_model(path: Path, sharded: DistributedModelParallel) -> None:
-    """Reads the weights into a model of any plan and world size. All ranks.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
-    """
-    # Before dcp.load, which would log two tracebacks over a missing or damaged index.
-    _translated(dcp.FileSystemReader(path).read_metadata, path, "cannot be read")
-    tensors = {"model": sharded.state_dict()}
-    _translated(lambda: dcp.load(tensors, checkpoint_id=path), path, "cannot be read")
-    sharded.load_state_dict(tensors["model"])
+def _check_files(path: Path, world: World) -> None:
+    """Compares the files with the checksums in the marker, each rank some of them."""
+    problem = None
+    for name, expected in [*read_state(path)[_SUMS].items()][world.rank :: world.world_size]:
+        try:
+            if crc32(path / name) != expected:
+                problem = f"{path / name}: damaged: its checksum differs from the one in {MARKER}"
+        except OSError as error:
+            problem = f"{path / name}: cannot be read: {error.strerror}"
+    found = next((p for p in world.all_gather(problem) if p is not None), None)
+    if found is not None:
+        others = [
+            step for step in complete_steps(path.parent.parent) if f"{step:08d}" not in path.name
+        ]
+        hint = f"checkpoint.use={others[-1]} takes an earlier one" if others else "train anew"
+        raise CheckpointError(f"{found}; {hint}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -101,8 +272,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / MARKER).read_text())
-    except (OSError, ValueError) as error:
+        missing = {"step", "config", "vocabulary_hash", _SUMS} - state.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: no complete checkpoint ({error})") from None
+    if missing:
+        raise CheckpointError(f"{path / MARKER}: damaged: {', '.join(sorted(missing))} missing")
     return state
 
 
@@ -119,9 +293,12 @@ def check_vocabulary(path: Path, state: Mapping[str, Any], vocabulary_hash: str)
         )
 
 
-def remove_all(run_dir: Path) -> None:
-    """Deletes a run's checkpoints."""
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
+    """Deletes a run's other checkpoints, incomplete ones included."""
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        if _NAME.fullmatch(path.name) and int(path.name.removeprefix("step_")) not in steps:
+            (path / MARKER).unlink(missing_ok=True)  # first: what is left is no checkpoint
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_room(path: Path) -> None:
@@ -130,12 +307,6 @@ def _make_room(path: Path) -> None:
         path.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _write_marker(path: Path, text: str) -> None:
-    aside = path / f"{MARKER}.part"
-    aside.write_text(text)
-    aside.rename(path / MARKER)
 
 
 def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,9 +331,10 @@ def _pieced_like(table: DTensor, piece: Tensor) -> Tensor:
     if piece.dim() == 0:  # a step count
         return piece
     local: Any = table.to_local()
-    assert [shard.shape for shard in local.local_shards()] == [piece.shape]
+    pieces = [piece] if local.local_shards() else []  # a rank may hold nothing of a table
+    assert [shard.shape for shard in local.local_shards()] == [p.shape for p in pieces]
     return DTensor.from_local(
-        LocalShardsWrapper([piece], local.local_offsets()),
+        LocalShardsWrapper(pieces, local.local_offsets()),
         device_mesh=table.device_mesh,
         placements=table.placements,
         run_check=False,

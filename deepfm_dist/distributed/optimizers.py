@@ -1,12 +1,12 @@
 """Which kernel and optimizer each table gets on this device, and why."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchrec.optim
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -25,14 +25,16 @@ class TableOptimizer:
         kernel: fused: updated in backward; dense: by a torch optimizer after it.
         kind: the optimizer's class.
         arguments: its arguments.
+        fused_params: what FBGEMM's kernel is told besides.
         reason: why this kernel.
     """
 
     name: str
     kernel: EmbeddingComputeKernel
     kind: type[torch.optim.Optimizer]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
+    reason: str
+    arguments: dict[str, Any]
+    fused_params: dict[str, Any]
 
     def attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Marks tables for updates in backward; to be called before they are sharded."""
@@ -40,7 +42,14 @@ class TableOptimizer:
             _apply_optimizer_in_backward(self.kind, parameters, self.arguments)
 
 
-def table_optimizer(name: str, lr: float, eps: float, device: torch.device) -> TableOptimizer:
+def table_optimizer(
+    name: str,
+    lr: float,
+    eps: float,
+    device: torch.device,
+    l2: float = 0.0,
+    max_gradient: float | None = None,
+) -> TableOptimizer:
     """Chooses the kernel.
 
     Args:
@@ -48,38 +57,62 @@ def table_optimizer(name: str, lr: float, eps: float, device: torch.device) -> T
         lr: learning rate.
         eps: added to the root in the denominator.
         device: where the tables are.
+        l2: adds ``l2 * row`` to a row's gradient: under adam every row's at every step, which is
+            ``l2 / 2 * |table|^2`` in the loss; under fused kernels the looked-up rows' only.
+        max_gradient: bound of each element of a row's gradient.
 
     Raises:
         ConfigError: the device cannot do it.
     """
     fused, dense = EmbeddingComputeKernel.FUSED, EmbeddingComputeKernel.DENSE
-    in_backward = "updated in backward"
     adaptive = {"lr": lr, "eps": eps}
-    match name:
-        case "rowwise_adagrad":
-            return TableOptimizer(name, fused, torchrec.optim.RowWiseAdagrad, adaptive, in_backward)
-        case "adagrad":
-            return TableOptimizer(name, fused, torch.optim.Adagrad, adaptive, in_backward)
-        case "sgd":
-            return TableOptimizer(name, fused, torch.optim.SGD, {"lr": lr}, in_backward)
-        case "adam":
-            reason = "every row moves at every step, which no fused kernel does"
-            return TableOptimizer(name, dense, torch.optim.Adam, adaptive | {"fused": True}, reason)
-        case "lazy_adam" if device.type == "cuda":
-            return TableOptimizer(name, fused, torch.optim.Adam, adaptive, in_backward)
-        case "lazy_adam":
-            raise ConfigError(
-                f"optimizer.tables.name=lazy_adam: FBGEMM has no such kernel on {device.type}; "
-                f"use adam (every row moves) or rowwise_adagrad, or run on CUDA"
-            )
-    raise ConfigError(f"optimizer.tables.name={name}: unknown")
+    if name == "adam":
+        return TableOptimizer(
+            name,
+            dense,
+            torch.optim.Adam,
+            "every row moves at every step, which no fused kernel does",
+            adaptive | {"weight_decay": l2, "fused": True},
+            {},
+        )
+    if name == "lazy_adam" and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.tables.name=lazy_adam: FBGEMM has no such kernel on {device.type}; "
+            f"use adam (every row moves) or rowwise_adagrad, or run on CUDA"
+        )
+    if name not in _FUSED:
+        raise ConfigError(f"optimizer.tables.name={name}: unknown")
+    decays = name in ("rowwise_adagrad", "lazy_adam") and device.type == "cuda"
+    if l2 and not decays:
+        raise ConfigError(
+            f"optimizer.tables.l2={l2:g}: FBGEMM's {name} on {device.type} ignores it; use adam"
+            + ("" if device.type == "cuda" else ", or rowwise_adagrad on CUDA")
+        )
+    return TableOptimizer(
+        name,
+        fused,
+        _FUSED[name],
+        "updated in backward",
+        {"lr": lr} if name == "sgd" else adaptive | ({"weight_decay": l2} if l2 else {}),
+        {} if max_gradient is None else {"gradient_clipping": True, "max_gradient": max_gradient},
+    )
 
 
+_FUSED: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+    "lazy_adam": torch.optim.Adam,
+}
 _DENSE = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 
 
 def combined_optimizer(
-    sharded: DistributedModelParallel, tables: TableOptimizer, dense_name: str, dense_lr: float
+    sharded: DistributedModelParallel,
+    tables: TableOptimizer,
+    dense_name: str,
+    dense_lr: float,
+    dense_l2: float = 0.0,
 ) -> CombinedOptimizer:
     """One optimizer over the fused tables, the dense tables and everything else.
 
@@ -88,6 +121,7 @@ def combined_optimizer(
         tables: how the tables are updated.
         dense_name: adam, adagrad or sgd.
         dense_lr: learning rate of everything but the tables.
+        dense_l2: adds ``dense_l2 * weight`` to their gradients.
     """
     left = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     in_tables = {k: p for k, p in left.items() if ".ebc." in k}
@@ -100,7 +134,23 @@ def combined_optimizer(
                 KeyedOptimizerWrapper(in_tables, lambda p: tables.kind(p, **tables.arguments)),
             )
         )
-    parts.append(
-        ("dense", KeyedOptimizerWrapper(others, lambda p: _DENSE[dense_name](p, lr=dense_lr)))
-    )
+    dense = {"lr": dense_lr, "weight_decay": dense_l2}
+    parts.append(("dense", KeyedOptimizerWrapper(others, lambda p: _DENSE[dense_name](p, **dense))))
     return CombinedOptimizer(parts)
+
+
+def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
+    """What a part of a `combined_optimizer` updates: ``tables`` (dense kernel) or ``dense``."""
+    return [
+        parameter
+        for name, keyed in optimizer.optimizers
+        if name == part
+        for parameter in keyed.params.values()
+    ]
+
+
+def set_learning_rates(optimizer: CombinedOptimizer, tables: float, dense: float) -> None:
+    """Takes effect at the optimizer's next ``zero_grad``: FBGEMM's kernels hear of it there."""
+    for name, keyed in optimizer.optimizers:
+        for group in keyed.param_groups:
+            group["lr"] = dense if name == "dense" else tables

@@ -1,18 +1,49 @@
-"""TorchRec's train pipeline with a check that every step's loss is finite."""
+"""TorchRec's train pipeline with what every step has to pass before it touches a weight."""
 
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
 
+from deepfm_dist.distributed.optimizers import parameters_of
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import DeepFMError
+
+PHASES = ("data", "exchange", "forward", "backward", "optimizer")
 
 
-class NonFiniteLoss(DeepFMError):
-    """The loss of a step is NaN or infinite; no weight has been touched by it."""
+class _Unused:
+    """The pipeline's own idea of when to update would leave no room between backward and step."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+@dataclass
+class Step:
+    """What one optimizer step saw.
+
+    Attributes:
+        loss: mean over the global batch, the same on every rank.
+        stop: whether any rank was asked to stop.
+        rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each.
+    """
+
+    loss: float = 0.0
+    stop: bool = False
+    rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was taken; one with a NaN or infinite loss touches no weight."""
+        return math.isfinite(self.loss)
 
 
 class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
@@ -22,24 +53,93 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     that a NaN found later would already be in them.
 
     Args:
-        model: the sharded module; its forward returns (loss, output).
+        model: the sharded task; its forward returns (loss, logits).
         optimizer: the combined optimizer.
         world: the ranks.
+        micro_batches: batches per optimizer step, whose gradients add up.
+        max_norm: bound of the norm of the gradient of everything but the tables.
+        max_gradient: bound of each element of the gradient of tables under the dense kernel.
+        asked_to_stop: whether this process was asked to.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, world: World) -> None:
-        super().__init__(model, optimizer, world.device)
-        self._world = world
-        self.mean_loss = float("nan")
-        """The last step's loss over the global batch."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: CombinedOptimizer,
+        world: World,
+        micro_batches: int = 1,
+        max_norm: float | None = None,
+        max_gradient: float | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(model, _Unused(), world.device, custom_model_fwd=self._forward)
+        self._updates = optimizer
+        self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
+        self._max_norm, self._max_gradient = max_norm, max_gradient
+        self._of_dense = parameters_of(optimizer, "dense")
+        self._of_tables = parameters_of(optimizer, "tables")
+        # What forward changes by itself (running statistics); a skipped step puts it back.
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self._step = Step()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        """Host seconds by phase. exchange: of ids; embeddings travel in forward and backward."""
+
+    def train_step(self, micro_batches: Iterator[Any]) -> Step:
+        """Takes one optimizer step. All ranks."""
+        step = self._step = Step()
+        before = [buffer.clone() for buffer in self._buffers]
+        self._updates.zero_grad()
+        for _ in range(self._micro_batches):
+            self.progress(micro_batches)
+        if step.is_finite:
+            with self._timed("optimizer"):
+                if self._max_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(self._of_dense, self._max_norm)
+                if self._max_gradient is not None:
+                    torch.nn.utils.clip_grad_value_(self._of_tables, self._max_gradient)
+                self._updates.step()
+        else:
+            for buffer, value in zip(self._buffers, before, strict=True):
+                buffer.copy_(value)
+        return step
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        with self._timed("forward"):
+            loss, logits = self._model(batch)
+        self._step.rows.append((logits, batch.labels, batch.weights))
+        return loss, logits
 
     def _backward(self, losses: Tensor) -> None:
-        # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
-        # the ranks, so that the shares must be scaled up to add up to the mean's gradient.
-        self.mean_loss = float(self._world.sum(losses.detach().clone()))
-        if not math.isfinite(self.mean_loss):
-            raise NonFiniteLoss(
-                f"the loss is {self.mean_loss}; lower the learning rates (optimizer.tables.lr, "
-                f"optimizer.dense.lr) or look for extreme values in numeric fields"
-            )
-        super()._backward(losses * self._world.world_size)
+        with self._timed("backward"):
+            asked = losses.new_tensor(float(self._asked_to_stop()))
+            loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
+            self._step.loss += loss
+            self._step.stop |= stop > 0
+            if self._step.is_finite:
+                # A rank's loss is its share of the global mean; DDP and TorchRec average gradients
+                # over the ranks, so that the shares must be scaled up to add up to the mean's.
+                super()._backward(losses * self._world.world_size)
+
+    def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
+        """Takes the next batch and copies it to the device."""
+        with self._timed("data"):
+            found: bool = super().enqueue_batch(dataloader_iter)
+            return found
+
+    def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
+        """Begins to exchange a batch's ids."""
+        with self._timed("exchange"):
+            super().start_sparse_data_dist(batch, context)
+
+    def wait_sparse_data_dist(self, context: Any) -> None:
+        """Ends the exchange of a batch's ids."""
+        with self._timed("exchange"):
+            super().wait_sparse_data_dist(context)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - begun

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import (
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+)
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
@@ -76,6 +80,7 @@ def shard(
     placements: Mapping[str, Placement],
     kernel: EmbeddingComputeKernel,
     default: str = "auto",
+    fused_params: Mapping[str, Any] | None = None,
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
 
@@ -86,6 +91,7 @@ def shard(
         kernel: of all tables.
         default: kind of the tables that ``placements`` does not name; one that is too small to
             give every rank a row is never cut.
+        fused_params: further settings of FBGEMM's kernels.
 
     Returns:
         The sharded module and its plan, a line per table.
@@ -114,7 +120,9 @@ def shard(
                 f"over {world.world_size} ranks leave a rank without any; use table_wise"
             )
     # An id that is out of range is a bug to stop at, never a look-up of another row.
-    sharder = _Sharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+    sharder = _Sharder(
+        fused_params={"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})}
+    )
     wanted = {
         name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
         for name, c in tables.items()
@@ -156,6 +164,11 @@ def shard(
         device=world.device,
         plan=ShardingPlan({path: module_plan}),
         sharders=[sharder],
+        # Otherwise DDP lays out its buckets anew after the first backward pass; the order in which
+        # four ranks are summed changes with them, and a resumed run's first step would differ.
+        data_parallel_wrapper=DefaultDataParallelWrapper(
+            static_graph=False, find_unused_parameters=True
+        ),
     )
     return sharded, lines
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem
+from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 
 _LONG, _SHORT = timedelta(days=7), timedelta(seconds=5)
+_LOST = re.compile(r"gloo|NCCL|timed? ?out|connection|broken pipe", re.IGNORECASE)
 T = TypeVar("T")
 
 
@@ -51,6 +54,18 @@ class World:
         summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
         return summed
 
+    def agreed(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank. All ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def all_gather(self, value: T) -> list[T]:
+        """Picklable values of all ranks, by rank, on every rank. All ranks."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def gather(self, value: Any) -> list[Any] | None:
         """Picklable values of all ranks, on rank 0; None elsewhere. All ranks."""
         values: list[Any] | None = [None] * self.world_size if self.is_first else None
@@ -86,7 +101,8 @@ class World:
         try:
             result = work()
         except BaseException as error:
-            self.store.set(name, "2" if isinstance(error, DeepFMError) else "1")
+            code = error.exit_code if isinstance(error, DeepFMError) else 1
+            self.store.set(name, str(code))
             if isinstance(error, Exception) and self.world_size > 1:
                 with suppress(dist.DistStoreError):  # rank 0 may hold the store: not to leave first
                     self.store.wait([f"{name}_heard_by_all"], _SHORT)
@@ -109,6 +125,12 @@ class _Sum(torch.autograd.Function):
         summed = gradients[0].clone()
         dist.all_reduce(summed)
         return summed
+
+
+def restarted() -> bool:
+    """Whether a launcher started this process again after an attempt that failed or was moved."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name, 0)) > 0 for name in counts)
 
 
 @contextmanager
@@ -143,11 +165,46 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
         timeout=timeout,
         device_id=chosen if chosen.type == "cuda" else None,
     )
+    ranks = World(rank, size, local_size, chosen, dist.PrefixStore("deepfm_dist", store))
     try:
-        yield World(rank, size, local_size, chosen, dist.PrefixStore("deepfm_dist", store))
+        yield ranks
         dist.barrier()  # rank 0 may hold the store that others still read
+    except RuntimeError as error:
+        if size > 1 and _LOST.search(str(error)):
+            _call_the_roll(ranks, timeout_s, error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _call_the_roll(world: World, timeout_s: float, error: RuntimeError) -> None:
+    """After an exchange failed: who is still there?
+
+    Raises:
+        RankLost: on the lowest rank that answers, when others do not.
+        SystemExit: on the others that do.
+    """
+    missing = []
+    try:
+        world.store.set(f"here_{world.rank}", "")
+        deadline = time.monotonic() + _SHORT.total_seconds()
+        for rank in range(world.world_size):
+            left = max(deadline - time.monotonic(), 0.1)
+            try:
+                world.store.wait([f"here_{rank}"], timedelta(seconds=left))
+            except dist.DistStoreError:
+                missing.append(rank)
+    except RuntimeError:  # rank 0 held the store
+        missing = [0]
+    if not missing:
+        return
+    if world.rank > min(set(range(world.world_size)) - {*missing}):
+        raise SystemExit(RankLost.exit_code) from error
+    names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+    raise RankLost(
+        f"{names} of {world.world_size} did not answer: killed, or hanging for run.timeout_s="
+        f"{timeout_s:g} seconds; look into {'their' if len(missing) > 1 else 'its'} log"
+    ) from error
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:

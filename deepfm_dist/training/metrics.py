@@ -1,4 +1,6 @@
-"""Figures on labelled rows: AUC, log loss, accuracy."""
+"""Figures on labelled rows: AUC, log loss, NE, calibration, accuracy."""
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +50,33 @@ def majority_rate(labels: FloatArray) -> float:
     return max(rate, 1 - rate)
 
 
+def normalized_entropy(log_loss: float, rate: float) -> float:
+    """Log loss as a share of what always answering the mean label would give; below 1 is better.
+
+    Args:
+        log_loss: mean cross-entropy, in nats.
+        rate: mean label; where it is 0 or 1 the answer is NaN.
+
+    Source: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", 2014.
+    """
+    if not 0 < rate < 1:
+        return float("nan")
+    return log_loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
 def click_metrics(labels: FloatArray, logits: FloatArray) -> dict[str, float]:
     """All figures of this module for ``[n]`` labels and ``[n]`` logits."""
+    loss, rate = log_loss(labels, logits), float(np.mean(labels))
+    predicted = float(np.mean(1 / (1 + np.exp(-logits.astype(np.float64)))))
     return {
         "auc": auc(labels, logits),
-        "log_loss": log_loss(labels, logits),
+        "log_loss": loss,
+        "ne": normalized_entropy(loss, rate),
+        "calibration": predicted / rate if rate else float("nan"),
         "accuracy": accuracy(labels, logits),
         "majority_rate": majority_rate(labels),
     }
+
+
+CLICK_FIGURES = tuple(click_metrics(np.array([0.0, 1.0]), np.zeros(2)))
+"""Names of `click_metrics`."""

@@ -1,21 +1,33 @@
 """The training loop."""
 
 import logging
+import resource
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.data.dataset import TrainingBatches
-from deepfm_dist.distributed.pipeline import NonFiniteLoss, TrainPipeline
+from deepfm_dist.distributed.optimizers import set_learning_rates
+from deepfm_dist.distributed.pipeline import Step, TrainPipeline
 from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import DeepFMError
 from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed
+from deepfm_dist.training.figures import TrainingFigures
+from deepfm_dist.training.schedule import LearningRate
 
 log = logging.getLogger(__name__)
+LOWER_IS_BETTER = ("log_loss", "ne")
+
+
+class NonFiniteLoss(DeepFMError):
+    """The losses of several steps in a row were NaN or infinite; no weight was touched by them."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +36,108 @@ class Schedule:
 
     Attributes:
         epochs: passes over the training rows.
+        tables: learning rate of the tables.
+        dense: learning rate of everything else.
         max_steps: upper bound on the steps, or None.
-        log_every_steps: steps between two lines of training loss.
+        log_every_steps: steps between two lines of training figures.
         validate_every_epochs: epochs between two validations; 0: never.
-        checkpoint_every_epochs: epochs between two checkpoints; 0: only after the last step.
+        save_every_epochs: epochs between two checkpoints; 0: by steps or at the end.
+        save_every_steps: steps between two checkpoints; 0: by epochs or at the end.
+        accumulate_steps: micro-batches per step.
+        max_skipped: steps in a row that may be skipped for a loss that is not finite.
+        monitor: the validation figure that is watched.
+        patience: validations without a better figure after which training stops.
+        plateau_factor: learning rates are multiplied by it at each validation without a better one.
+        max_norm: bound of the norm of the gradient of everything but the tables.
+        max_gradient: bound of each element of the tables' gradient, under the dense kernel.
     """
 
     epochs: int
+    tables: LearningRate
+    dense: LearningRate
     max_steps: int | None = None
     log_every_steps: int = 50
     validate_every_epochs: int = 1
-    checkpoint_every_epochs: int = 0
+    save_every_epochs: int = 0
+    save_every_steps: int = 0
+    accumulate_steps: int = 1
+    max_skipped: int = 10
+    monitor: str | None = None
+    patience: int | None = None
+    plateau_factor: float = 1.0
+    max_norm: float | None = None
+    max_gradient: float | None = None
+
+    def last_step(self, steps_per_epoch: int) -> int:
+        """The step after which training ends, if nothing ends it before."""
+        steps = self.epochs * steps_per_epoch
+        return min(steps, self.max_steps or steps)
+
+
+@dataclass
+class LoopState:
+    """What the loop knows beside the step it is at: everything else follows from the step.
+
+    Attributes:
+        step: optimizer steps taken or skipped.
+        skipped: steps that were skipped, in all.
+        skipped_in_a_row: of these, the last ones.
+        logged_step: step of the last line of training figures.
+        saved_step: step of the last checkpoint.
+        best: best value of the monitored figure.
+        best_step: step it was measured at.
+        without_better: validations since.
+        lr_scale: what plateaus have left of the learning rates.
+        lifetime: sums of `TrainingFigures`.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    logged_step: int = 0
+    saved_step: int | None = None
+    best: float | None = None
+    best_step: int | None = None
+    without_better: int = 0
+    lr_scale: float = 1.0
+    lifetime: list[float] = field(default_factory=list)
+
+    def count(self, outcome: Step, schedule: Schedule) -> None:
+        """Counts a step in.
+
+        Raises:
+            NonFiniteLoss: too many in a row were skipped.
+        """
+        self.step += 1
+        self.skipped_in_a_row = 0 if outcome.is_finite else self.skipped_in_a_row + 1
+        self.skipped += not outcome.is_finite
+        if not outcome.is_finite:
+            log.warning("step %d skipped: its loss is %s", self.step, outcome.loss)
+        if self.skipped_in_a_row > schedule.max_skipped:
+            saved = "none" if self.saved_step is None else f"that of step {self.saved_step}"
+            raise NonFiniteLoss(
+                f"step {self.step}: the loss is {outcome.loss}, as in the "
+                f"{schedule.max_skipped} steps before, all of them skipped; the last checkpoint "
+                f"is {saved}; lower the learning rates (optimizer.tables.lr, optimizer.dense.lr) "
+                f"or look for extreme values in numeric fields"
+            )
+
+    def is_over(self, schedule: Schedule, last: int) -> bool:
+        """Whether nothing is left to do."""
+        out_of_patience = schedule.patience is not None and self.without_better >= schedule.patience
+        return self.step >= last or out_of_patience
+
+    def judge(self, figures: Mapping[str, float], schedule: Schedule) -> None:
+        """Compares the monitored figure with the best one."""
+        if schedule.monitor is None:
+            return
+        value = figures[schedule.monitor]
+        sign = -1 if schedule.monitor in LOWER_IS_BETTER else 1
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.best_step, self.without_better = value, self.step, 0
+        else:
+            self.without_better += 1
+            self.lr_scale *= schedule.plateau_factor
 
 
 def train(
@@ -43,72 +146,135 @@ def train(
     batches: TrainingBatches,
     world: World,
     schedule: Schedule,
+    state: LoopState,
     seed: int,
     metrics: MetricsLog,
     validate: Callable[[], Mapping[str, float]] | None = None,
-    save: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Trains a model. All ranks.
+    save: Callable[[LoopState], None] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    profiler: torch.profiler.profile | None = None,
+) -> LoopState:
+    """Trains a model from where ``state`` says. All ranks.
 
     Args:
         sharded: the sharded task.
         optimizer: its optimizer.
         batches: the global batches, sliced for this rank.
         world: the ranks.
-        schedule: when to stop, log, validate, save.
+        schedule: when to stop, log, validate, save, and at which learning rates.
+        state: of the loop; changed in place.
         seed: of dropout.
         metrics: where events are written.
-        validate: figures on held-out rows, called on all ranks.
-        save: writes a checkpoint of a step, called on all ranks.
+        validate: figures on held-out rows; called on all ranks, which get the same.
+        save: writes a checkpoint; called on all ranks.
+        asked_to_stop: whether this process was told to; one is enough for all to stop.
+        profiler: stepped with the loop.
 
     Returns:
-        The loss of each step over the global batch, the same on every rank.
+        ``state``.
 
     Raises:
-        NonFiniteLoss: a step's loss is NaN or infinite; names the step.
+        NonFiniteLoss: more than ``schedule.max_skipped`` steps in a row had a loss that is not
+            finite.
     """
     per_epoch = batches.steps_per_epoch
-    last = min(schedule.epochs * per_epoch, schedule.max_steps or schedule.epochs * per_epoch)
-    pipeline = TrainPipeline(sharded, optimizer, world)
-    stream = batches.steps(1, last)
-    losses: list[float] = []
-    begun, logged_at = time.perf_counter(), 0
+    last = schedule.last_step(per_epoch)
+    pipeline = TrainPipeline(
+        sharded,
+        optimizer,
+        world,
+        schedule.accumulate_steps,
+        schedule.max_norm,
+        schedule.max_gradient,
+        asked_to_stop,
+    )
+    micro_batches = (
+        piece
+        for batch in batches.steps(state.step + 1, last)
+        for piece in batch.split(schedule.accumulate_steps)
+    )
+    figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
+    going_on = not state.is_over(schedule, last)
     sharded.train()
-    with progress(last, "train", "step", world.is_first) as bar:
-        for step in range(1, last + 1):
+    with (
+        profiler or nullcontext(),
+        progress(last, "train", "step", world.is_first, state.step) as bar,
+    ):
+        while going_on:
+            step = state.step + 1
             # Dropout of a step on a rank is the same whatever came before it.
             torch.manual_seed(derive_seed(seed, "dropout", step, world.rank))
-            try:
-                pipeline.progress(stream)
-            except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"step {step}: {error}") from None
-            losses.append(pipeline.mean_loss)
+            rates = [rate.at(step) * state.lr_scale for rate in (schedule.tables, schedule.dense)]
+            set_learning_rates(optimizer, *rates)
+            outcome = pipeline.train_step(micro_batches)
+            state.count(outcome, schedule)
+            figures.add(outcome)
             bar.update()
-            if step % schedule.log_every_steps == 0 or step == last:
-                now = time.perf_counter()
-                rows_per_s = (step - logged_at) * batches.batch_size / (now - begun)
-                mean = sum(losses[logged_at:]) / (step - logged_at)
-                begun, logged_at = now, step
-                metrics.write("train", step=step, loss=mean, rows_per_s=round(rows_per_s))
-                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            if profiler:
+                profiler.step()
+
             epoch, inside = divmod(step, per_epoch)
-            if inside and step != last:
-                continue
-            if validate and _due(schedule.validate_every_epochs, epoch, step == last):
+            if validate and _due(schedule.validate_every_epochs, epoch, inside, step == last):
                 pipeline.detach()  # validation calls the model directly
                 sharded.eval()
-                figures = validate()
+                with clock.timed("validation"):
+                    found = validate()
                 sharded.train()
-                if world.is_first:
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-                    log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, losses[-1], shown)
-                    metrics.write("valid", step=step, epoch=epoch, **figures)
-                begun = time.perf_counter()
-            if save and (step == last or _due(schedule.checkpoint_every_epochs, epoch, False)):
-                save(step)
+                state.judge(found, schedule)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+                log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, shown)
+                metrics.write("valid", step=step, epoch=epoch, **found)
+            going_on = not (state.is_over(schedule, last) or outcome.stop)
+            saving = save is not None and (
+                not going_on
+                or state.best_step == step
+                or _due(schedule.save_every_epochs, epoch, inside)
+                or (schedule.save_every_steps > 0 and step % schedule.save_every_steps == 0)
+            )
+            if saving or not going_on or step % schedule.log_every_steps == 0:
+                # A checkpoint ends a window, so that a resumed run begins one where this run does.
+                line = figures.line(world)
+                bar.set_postfix(loss=f"{line['log_loss']:.4f}", refresh=False)
+                spent = clock.read(step - state.logged_step, batches.batch_size)
+                line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
+                metrics.write("train", step=step, **line, **spent)
+                state.logged_step, state.lifetime = step, figures.lifetime.tolist()
+            if save and saving:
+                with clock.timed("checkpoint"):
+                    state.saved_step = step
+                    save(state)
+            if outcome.stop:
+                log.warning("told to stop: step %d is saved, the same command goes on", step)
     pipeline.detach()
-    return losses
+    peak_gib = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    metrics.write("end", step=state.step, peak_memory_gib=peak_gib)
+    return state
 
 
-def _due(every: int, epoch: int, is_last: bool) -> bool:
-    return every > 0 and (is_last or epoch % every == 0)
+class _Clock:
+    """Where the time between two lines went; host seconds."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._begun = seconds, time.perf_counter()
+        self._before = dict(seconds)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds what happens inside to a phase."""
+        begun = time.perf_counter()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+    def read(self, steps: int, batch_size: int) -> dict[str, Any]:
+        """Seconds by phase and rows per second of training since the last call."""
+        now, before, after = time.perf_counter(), self._before, dict(self._seconds)
+        spent = {phase: after[phase] - before.get(phase, 0.0) for phase in after}
+        aside = spent.get("validation", 0.0) + spent.get("checkpoint", 0.0)
+        rows_per_s = round(steps * batch_size / (now - self._begun - aside))
+        self._begun, self._before = now, after
+        return {"rows_per_s": rows_per_s, "seconds": {k: round(v, 4) for k, v in spent.items()}}
+
+
+def _due(every_epochs: int, epoch: int, inside: int, is_last: bool = False) -> bool:
+    """Whether a step, the ``inside``-th of an epoch, ends one of every so many epochs."""
+    return every_epochs > 0 and (is_last or (inside == 0 and epoch % every_epochs == 0))

@@ -1,0 +1,86 @@
+"""Figures on the rows that training has just seen, before it learned from them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from deepfm_dist.distributed.pipeline import Step
+from deepfm_dist.distributed.world import World
+from deepfm_dist.training.metrics import normalized_entropy
+
+_BINS = 1 << 16
+
+
+class TrainingFigures:
+    """Log loss, NE, AUC and calibration of a window of steps and of all steps so far.
+
+    Rows count by their weight, so that padding does not. The AUC of a window takes logits that
+    agree in sign, exponent and the first 7 bits of the fraction (bfloat16) for tied.
+
+    Args:
+        lifetime: sums over all earlier steps, as `lifetime` holds them.
+    """
+
+    def __init__(self, lifetime: Sequence[float] = ()) -> None:
+        self.lifetime = torch.tensor([*lifetime] or [0.0] * 4, dtype=torch.float64)
+        """``[4]`` sums over rows: cross-entropy, weight, label, probability."""
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, step: Step) -> None:
+        """Counts a step's rows in; those of a skipped step are not learned from and not counted."""
+        if step.is_finite:
+            self._rows += step.rows
+
+    def line(self, world: World) -> dict[str, float]:
+        """The figures since the last call, and in all; begins a new window. All ranks."""
+        logits, labels, weights = (
+            (torch.cat(columns) for columns in zip(*self._rows, strict=True))
+            if self._rows
+            else (torch.zeros(0, device=world.device) for _ in range(3))
+        )
+        self._rows = []
+        sums = torch.stack(
+            [
+                binary_cross_entropy_with_logits(logits, labels, weights, reduction="none"),
+                weights,
+                weights * labels,
+                weights * torch.sigmoid(logits),
+            ]
+        ).sum(1, dtype=torch.float64)
+        counts = torch.stack(
+            [_histogram(logits, weights * labels), _histogram(logits, weights * (1 - labels))]
+        )
+        world.sum(sums)
+        world.sum(counts)
+        self.lifetime += sums.cpu()
+        return {
+            **_figures(sums.cpu()),
+            "auc": _auc(counts[0], counts[1]),
+            **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
+        }
+
+
+def _figures(sums: Tensor) -> dict[str, float]:
+    entropy, weight, label, probability = sums.tolist()
+    if weight == 0:
+        return dict.fromkeys(("log_loss", "ne", "calibration"), float("nan"))
+    return {
+        "log_loss": entropy / weight,
+        "ne": normalized_entropy(entropy / weight, label / weight),
+        "calibration": probability / label if label else float("nan"),
+    }
+
+
+def _histogram(logits: Tensor, weights: Tensor) -> Tensor:
+    """Weight by bin, bins in the order of the logits."""
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there are two zeros
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16
+    return torch.bincount(ordered.long() + _BINS // 2, weights.double(), minlength=_BINS)
+
+
+def _auc(positive: Tensor, negative: Tensor) -> float:
+    below = negative.cumsum(0) - negative
+    pairs = positive.sum() * negative.sum()
+    return float((positive * (below + negative / 2)).sum() / pairs)

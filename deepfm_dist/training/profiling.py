@@ -1,0 +1,33 @@
+"""A trace of some steps, by torch's profiler."""
+
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from deepfm_dist.distributed.world import World
+
+
+def profiler(
+    steps: tuple[int, int] | None, done: int, folder: Path, world: World
+) -> profile | None:
+    """A profiler that is to be stepped with the training loop.
+
+    Args:
+        steps: first and last step to be traced; None: no trace.
+        done: steps taken before the loop begins.
+        folder: where ``profile_rank0.json`` (Chrome's trace format) goes, one for each rank.
+        world: the ranks.
+    """
+    if steps is None or steps[1] <= done:
+        return None
+    first = max(steps[0], done + 1)
+    activities = [ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=first - done - 1, warmup=0, active=steps[1] - first + 1, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(
+            str(folder / f"profile_rank{world.rank}.json")
+        ),
+    )

@@ -1,0 +1,39 @@
+"""Being told to stop: by a scheduler's signal, or by a validation metric."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGUSR1 ask training to stop instead of ending the process.
+
+    Both are what schedulers send before they take a machine away. A launcher may pass on what each
+    process has received already, so that a second signal means no more than the first.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the first signal."""
+
+    def __call__(self) -> bool:
+        """Whether one has come."""
+        return self.received is not None
+
+    def __enter__(self) -> Self:
+        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._note) for s in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name

@@ -1,0 +1,124 @@
+"""Training under torchrun: killed at any moment, stopped by a scheduler, it ends with one model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint
+
+KILLS = 10
+OPTIONS = (
+    "trainer={epochs: 14, batch_size: 4096, log_every_steps: 25, validate_every_epochs: 2}",
+    "checkpoint={every_steps: 10, keep_last: 3}",
+    "model={dropout: 0.2, over_arch_layer_sizes: [32, 16], batch_norm: true}",
+    "run.loggers=[]",
+)
+
+
+def start(home: Path, max_restarts: int, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--max-restarts={max_restarts}", "--monitor-interval=0.1"]
+    command += ["-m", "deepfm_dist.train", *OPTIONS, *overrides]
+    home.mkdir(exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    return subprocess.Popen(
+        command,
+        cwd=home,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def workers(torchrun: subprocess.Popen[str], unlike: Collection[int] = ()) -> list[int]:
+    """Process ids of both ranks, none of them one of ``unlike``, as soon as they are there."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
+    found: list[int] = []
+    while torchrun.poll() is None and (len(found) < 2 or {*found} & {*unlike}):
+        time.sleep(0.02)
+        found = [int(pid) for pid in children.read_text().split()]
+    return found
+
+
+def weights(home: Path) -> dict[str, Any]:
+    dcp_to_torch_save(find_checkpoint(home / "runs/sample"), home / "whole.pt")
+    whole: dict[str, Any] = torch.load(home / "whole.pt")
+    return whole
+
+
+def lines(home: Path) -> list[dict[str, Any]]:
+    """Figures of the run, without those of the clock."""
+    text = (home / "runs/sample/metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    clock = ("seconds", "rows_per_s", "peak_memory_gib")
+    return [{k: v for k, v in event.items() if k not in clock} for event in found]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("undisturbed")
+    run = start(home, 0)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    return home
+
+
+@pytest.mark.slow  # ten restarts, each of which imports torch anew
+def test_ten_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 30)
+    print("moments drawn from seed", seed)
+    draw, home = random.Random(seed), tmp_path / "killed"
+    run, ranks = start(home, KILLS), list[int]()
+    for _ in range(KILLS):
+        ranks, begun = workers(run, unlike=ranks), complete_steps(home / "runs/sample")
+        while complete_steps(home / "runs/sample") == begun and run.poll() is None:
+            time.sleep(0.02)  # importing and resuming, until a checkpoint more is there
+        time.sleep(draw.uniform(0, 0.15))
+        assert run.poll() is None, "the run was over before it was killed often enough"
+        os.kill(draw.choice(ranks), signal.SIGKILL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert output.count("training goes on after step") == KILLS, output
+    assert same(weights(home), weights(undisturbed))
+    assert lines(home) == lines(undisturbed)
+
+
+def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    home = tmp_path / "preempted"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        run, begun = start(home, 0), complete_steps(home / "runs/sample")
+        while complete_steps(home / "runs/sample") == begun and run.poll() is None:
+            time.sleep(0.02)
+        os.kill(workers(run)[1], number)
+        asked = time.monotonic()
+        output = run.communicate()[0]
+        assert run.returncode == 0, output
+        assert time.monotonic() - asked < 10
+        stopped = complete_steps(home / "runs/sample")[-1]
+        assert f"told to stop: step {stopped} is saved, the same command goes on" in output
+    run = start(home, 0)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert f"training goes on after step {stopped:,}" in output
+    assert same(weights(home), weights(undisturbed))
+    for event in ("valid", "end"):  # each stop also ended a window of training figures
+        ours, theirs = ([e for e in lines(h) if e["event"] == event] for h in (home, undisturbed))
+        assert ours == theirs

@@ -1,0 +1,258 @@
+"""Checkpoints: whole or not there, exact, and readable at any world size and plan."""
+
+import json
+import logging
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from deepfm_dist.build import shard_for_inference
+from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import CheckpointError
+from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.test_distributed import SMALL, Run, config_of, difference
+
+OPTIMIZERS = ["rowwise_adagrad", "adagrad", "sgd", "adam"]
+
+
+def _saved(folder: Path, config: Config, run_dir: Path) -> list[tuple[str, slice, np.ndarray]]:
+    """Trains three steps and saves; this rank's pieces of the tables."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 3)
+        run.save(run_dir, 3)
+        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
+
+
+def _loaded(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
+    with world("cpu") as ranks:
+        sharded = shard_for_inference(config, PreparedDataset(folder).manifest, ranks)
+        checkpoint.load(path, ranks, sharded)
+        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(sharded)]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam"])
+def test_weights_are_read_at_any_world_size_and_plan(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str
+) -> None:
+    saving = config_of(*SMALL, f"optimizer.tables.name={optimizer}", "sharding.kind=row_wise")
+    whole = {t: np.zeros((s.rows, 12), np.float32) for t, s in sample.manifest.tables.items()}
+    for pieces in run_ranks(_saved, 4, sample.folder, saving, tmp_path):
+        for table, rows, piece in pieces:
+            whole[table][rows] = piece
+    path = checkpoint.find_checkpoint(tmp_path)
+    assert checkpoint.read_state(path)["step"] == 3
+    for size, kind in [(1, "table_wise"), (2, "table_wise"), (4, "row_wise")]:
+        config = config_of(*SMALL, f"sharding.kind={kind}")
+        for pieces in run_ranks(_loaded, size, sample.folder, config, path):
+            for table, rows, piece in pieces:
+                np.testing.assert_array_equal(piece, whole[table][rows])
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_four_ranks_save_the_optimizer_state_of_one(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str, kind: str
+) -> None:
+    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", f"sharding.kind={kind}")
+    states = []
+    for size in (1, 4):
+        run_ranks(_saved, size, sample.folder, config, tmp_path / str(size))
+        path = checkpoint.find_checkpoint(tmp_path / str(size))
+        dcp_to_torch_save(path, tmp_path / "whole.pt")
+        states.append(torch.load(tmp_path / "whole.pt")["optimizer"])
+    alone, sharded = states
+    assert {k: v.keys() for k, v in alone.items()} == {k: v.keys() for k, v in sharded.items()}
+    of_tables = [name for name in alone if ".ebc." in name]
+    assert len(of_tables) == (0 if optimizer == "sgd" else 3)
+    for name in alone:
+        for key, value in alone[name].items():
+            torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
+
+
+def _trained_through(folder: Path, config: Config, run_dir: Path) -> list[float]:
+    """Forty steps; the checkpoints of steps 10 and 20 are written while training goes on."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        checkpoints = checkpoint.Checkpoints(run_dir, ranks, keep_last=2)
+        losses: list[float] = []
+        for step in (10, 20):
+            losses += run.losses(step - 9, step)
+            state = {"config": {}, "vocabulary_hash": ""}
+            checkpoints.save(step, run.sharded, run.optimizer, state)
+        losses += run.losses(21, 40)
+        checkpoints.wait()
+        return losses
+
+
+def _resumed(folder: Path, config: Config, run_dir: Path) -> list[float]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        checkpoint.load(checkpoint.find_checkpoint(run_dir), ranks, run.sharded, run.optimizer)
+        return run.losses(21, 40)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_goes_on_exactly_and_anywhere(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str
+) -> None:
+    lr = 0.003 if optimizer == "adam" else 0.05
+    common = (
+        *SMALL,
+        "model.batch_norm=true",
+        f"optimizer.tables={{name: {optimizer}, lr: {lr}}}",
+    )
+    row_wise, table_wise = (config_of(*common, f"sharding.kind={k}_wise") for k in ("row", "table"))
+    for size in (1, 4):
+        run_dir = tmp_path / str(size)
+        whole = run_ranks(_trained_through, size, sample.folder, row_wise, run_dir)[0]
+        assert run_ranks(_resumed, size, sample.folder, row_wise, run_dir)[0] == whole[20:]
+    for size in (1, 2, 4):
+        losses = run_ranks(_resumed, size, sample.folder, table_wise, run_dir)[0]
+        assert difference(losses, whole[20:]) <= 1e-6, size
+
+
+def _fake(run_dir: Path, step: int, best_step: int | None = None) -> None:
+    path = checkpoint.checkpoint_path(run_dir, step)
+    path.mkdir(parents=True)
+    state = {"step": step, "config": {}, "vocabulary_hash": "", "crc32": {}}
+    text = json.dumps({**state, "trainer": {"best_step": best_step}})
+    (path / checkpoint.MARKER).write_text(text)
+
+
+def test_a_checkpoint_is_found_by_its_step_or_as_latest_or_best(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint; run python -m"):
+        checkpoint.find_checkpoint(tmp_path)
+    for step in (99_999_999, 100_000_000, 5):
+        _fake(tmp_path, step)
+    assert checkpoint.find_checkpoint(tmp_path).name == "step_100000000"
+    assert checkpoint.find_checkpoint(tmp_path, "auto").name == "step_100000000"
+    assert checkpoint.find_checkpoint(tmp_path, 5).name == "step_00000005"
+    with pytest.raises(CheckpointError, match="of step 7; there are: 5, 99999999, 100000000"):
+        checkpoint.find_checkpoint(tmp_path, 7)
+    with pytest.raises(CheckpointError, match=r"use=best, but training watched no metric"):
+        checkpoint.find_checkpoint(tmp_path, "best")
+    _fake(tmp_path, 100_000_001, best_step=5)
+    for which in ("best", "auto"):
+        assert checkpoint.find_checkpoint(tmp_path, which).name == "step_00000005"
+    checkpoint.keep_checkpoints(tmp_path, [5])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def _many_saved(folder: Path, run_dir: Path) -> None:
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        checkpoints = checkpoint.Checkpoints(run_dir, ranks, keep_last=2)
+        for step in range(1, 7):
+            state = {"config": {}, "vocabulary_hash": ""}
+            checkpoints.save(step, run.sharded, run.optimizer, state, keep=[2])
+        checkpoints.wait()
+
+
+def test_the_newest_and_the_best_stay(sample: PreparedDataset, tmp_path: Path) -> None:
+    checkpoint.checkpoint_path(tmp_path, 3).mkdir(parents=True)  # what a killed run left
+    run_ranks(_many_saved, 2, sample.folder, tmp_path)
+    assert checkpoint.complete_steps(tmp_path) == [2, 5, 6]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    path = checkpoint.checkpoint_path(tmp_path, 3)
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(_saved, 2, sample.folder, config_of(*SMALL), tmp_path)
+    assert f"CheckpointError: {path}: cannot be written: Not a directory" in str(caught.value)
+    assert "SystemExit: 2" in str(caught.value)
+
+
+def _disk_gets_full(folder: Path, run_dir: Path) -> str:
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        run.save(run_dir, 3)
+        if ranks.rank == ranks.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        with pytest.raises(CheckpointError) as caught:
+            run.save(run_dir, 4)
+        return str(caught.value)
+
+
+def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    for message in run_ranks(_disk_gets_full, 2, sample.folder, run_dir):
+        assert message.startswith(f"{checkpoint.checkpoint_path(run_dir, 4)}: cannot be written: ")
+        assert "File too large" in message
+        assert "\n" not in message
+    assert checkpoint.complete_steps(run_dir) == [3]
+    run_alone(_loaded, sample.folder, config_of(*SMALL), checkpoint.find_checkpoint(run_dir))
+
+
+def test_incomplete_and_foreign_checkpoints_are_refused(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path)
+    path, later = (checkpoint.checkpoint_path(tmp_path, step) for step in (3, 4))
+    shutil.copytree(path, later)
+    (later / checkpoint.MARKER).unlink()
+    assert checkpoint.find_checkpoint(tmp_path) == path
+    with pytest.raises(CheckpointError, match=r"vocabulary 51aa.*has 8f2c.*train anew"):
+        checkpoint.check_vocabulary(path, {"vocabulary_hash": "51aa"}, "8f2c")
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
+        run_alone(_loaded, sample.folder, config_of("model.embedding_dim=30"), path)
+    for text, said in (("{", "no complete checkpoint"), ('{"step": 3}', "config, crc32, voc")):
+        (path / checkpoint.MARKER).write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.read_state(path)
+
+
+def _flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
+    sample: PreparedDataset, tmp_path: Path, size: int
+) -> None:
+    config = config_of(*SMALL)
+    run_ranks(_saved, size, sample.folder, config, tmp_path)
+    path = checkpoint.find_checkpoint(tmp_path)
+    files = [*path.glob("*.distcp"), path / ".metadata"]
+    assert len(files) == size + 1
+    for file in files:
+        whole = file.read_bytes()
+        for damage in (_flipped(whole), None) if size == 1 else (whole[:100],):
+            file.unlink() if damage is None else file.write_bytes(damage)
+            what = "cannot be read: No such file" if damage is None else "damaged: its checksum"
+            for message, logged in run_ranks(_said_about, size, sample.folder, config, path):
+                assert message.startswith(f"{file}: {what}")
+                assert message.endswith("; train anew")
+                assert logged == []
+        file.write_bytes(whole)
+    _fake(tmp_path, 1)
+    files[0].unlink()
+    message, _ = run_ranks(_said_about, size, sample.folder, config, path)[0]
+    assert message.endswith("; checkpoint.use=1 takes an earlier one")
+
+
+def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str]]:
+    """The error on loading a checkpoint, and what libraries logged with a traceback."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    with pytest.raises(CheckpointError) as caught:
+        _loaded(folder, config, path)
+    return str(caught.value), [r.getMessage() for r in records if r.exc_info]
