@@ -1,5 +1,6 @@
 """The same model at any world size, plan and optimizer; failures that stop cleanly."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,120 @@ def test_restarts_over_machines_without_their_variable_are_refused(
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         world_module._store(world_module._LONG)
+
+
+def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:
+    with world("cpu", timeout_s) as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        run.losses(1, 2)
+        if ranks.rank == asleep:
+            time.sleep(600)
+        run.losses(3, 4)
+
+
+@pytest.mark.parametrize("asleep", [0, 2])
+def test_a_hanging_rank_is_named_within_the_time_out(sample: PreparedDataset, asleep: int) -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(_one_hangs, 3, sample.folder, asleep, 3.0)
+    assert time.monotonic() - begun < 60
+    said = f"rank {asleep} of 3 did not answer: killed, or hanging for run.timeout_s=3 seconds"
+    assert str(caught.value).count(f"RankLost: {said}; look into its log") == 1
+    assert str(caught.value).count("SystemExit: 1") == 1
+
+
+def _weights_after(folder: Path, config: Config, steps: int) -> dict[str, np.ndarray]:
+    """Whole tables and the over-arch, of one rank."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, steps)
+        state = run.sharded.state_dict()
+        return {
+            name: (t.to_local().local_shards()[0] if ".ebc." in name else t).numpy().copy()
+            for name, t in state.items()
+        }
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(sample: PreparedDataset) -> None:
+    common = (*SMALL, "optimizer.tables={name: adam, lr: 0.003}", "trainer.batch_size=999")
+    whole = run_alone(train, sample.folder, config_of(*common), 20)
+    for size in (1, 2):
+        config = config_of(*common, "trainer.accumulate_steps=3", "sharding.kind=row_wise")
+        assert difference(run_ranks(train, size, sample.folder, config, 20)[0], whole) <= 1e-6
+    with pytest.raises(ConfigError, match=r"accumulate_steps=3: rowwise_adagrad updates tables"):
+        config_of("trainer.accumulate_steps=3")
+    many = config_of(*common, "trainer.accumulate_steps=1000")
+    with pytest.raises(RankFailed, match=r"accumulate_steps=1000: a rank has only 999 rows"):
+        run_alone(train, sample.folder, many, 1)
+
+
+def test_l2_is_half_the_squared_norm_in_the_loss(sample: PreparedDataset) -> None:
+    """SGD on everything but the tables: one step, w - lr (g + l2 w)."""
+    common = (*SMALL, "optimizer.dense={name: sgd, lr: 0.1}", "optimizer.tables.name=adam")
+    start, plain, decayed = (
+        run_alone(_weights_after, sample.folder, config_of(*common, f"optimizer.dense.l2={l2}"), n)
+        for l2, n in ((0, 0), (0, 1), (0.5, 1))
+    )
+    name = next(n for n in start if n.endswith("over_arch.hidden.0.weight"))
+    expected = plain[name] - 0.1 * 0.5 * start[name]
+    np.testing.assert_allclose(decayed[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_l2_of_tables_moves_every_row_at_any_world_size(sample: PreparedDataset) -> None:
+    l2 = 0.01
+    common = (*SMALL, f"optimizer.tables={{name: adam, lr: 0.003, l2: {l2}}}")
+    alone = run_alone(train, sample.folder, config_of(*common), 30)
+    for losses in run_ranks(train, 2, sample.folder, config_of(*common), 30):
+        assert difference(losses, alone) <= 1e-6
+    # A row that no batch touched: Adam's first step is lr * sign(l2 * w), whatever the size.
+    few = (*common, "trainer.batch_size=8")
+    start, moved = (
+        run_alone(_weights_after, sample.folder, config_of(*few), steps) for steps in (0, 1)
+    )
+    name = next(n for n in start if "t_user" in n or ".user." in n)
+    used = np.abs(start[name]) > 1e-3  # not the padding, nor where eps matters
+    step = (start[name] - moved[name])[used] / np.sign(start[name][used])
+    assert np.mean(np.abs(step - 0.003) < 1e-5) > 0.95
+    with pytest.raises(RankFailed, match=r"l2=0.01: FBGEMM's rowwise_adagrad on cpu ignores it"):
+        run_alone(train, sample.folder, config_of("optimizer.tables.l2=0.01"), 1)
+
+
+def test_the_gradient_of_tables_is_bounded_element_by_element(sample: PreparedDataset) -> None:
+    """Adam's first step is lr * g / (|g| + eps): with eps = 1 it tells the gradient."""
+    bound = 1e-4
+    common = "optimizer.tables={name: adam, lr: 1.0, eps: 1.0}"
+    start, free, moved = (
+        run_alone(_weights_after, sample.folder, config_of(*SMALL, common, *more), steps)
+        for steps, more in (
+            (0, ()),
+            (1, ()),
+            (1, (f"optimizer.tables.max_gradient={bound}",)),
+        )
+    )
+    for name in (n for n in start if ".ebc." in n):
+        step, bounded = start[name] - free[name], start[name] - moved[name]
+        gradient = step / (1 - np.abs(step))
+        assert np.abs(gradient).max() > 10 * bound
+        clipped = np.clip(gradient, -bound, bound)
+        np.testing.assert_allclose(bounded, clipped / (1 + np.abs(clipped)), atol=2e-7)
+    with pytest.raises(RankFailed, match=r"max_gradient=0.1: FBGEMM's sgd on cpu bounds the grad"):
+        config = config_of("optimizer.tables={name: sgd, max_gradient: 0.1}")
+        run_alone(train, sample.folder, config, 1)
+
+
+def test_the_norm_of_the_dense_gradient_is_bounded(sample: PreparedDataset) -> None:
+    common = (*SMALL, "optimizer.dense={name: sgd, lr: 1.0}", "trainer.batch_size=999")
+    start, free, bounded = (
+        run_alone(_weights_after, sample.folder, config_of(*common, *more), steps)
+        for steps, more in ((0, ()), (1, ()), (1, ("optimizer.dense.max_norm=0.001",)))
+    )
+    names = [n for n in start if ".ebc." not in n]
+    gradient, taken = (
+        np.concatenate([(start[n] - after[n]).ravel() for n in names]) for after in (free, bounded)
+    )
+    norm = np.linalg.norm(gradient)
+    assert norm > 0.01
+    np.testing.assert_allclose(taken, gradient * 0.001 / norm, rtol=1e-2, atol=1e-7)
+    config = config_of(*common, "optimizer.dense.max_norm=0.001", "sharding.kind=row_wise")
+    alone, two = (run_ranks(train, size, sample.folder, config, 30)[0] for size in (1, 2))
+    assert difference(alone, two) <= 1e-6

@@ -59,7 +59,7 @@ def table_optimizer(
         device: where the tables are.
         l2: adds ``l2 * row`` to a row's gradient: under adam every row's at every step, which is
             ``l2 / 2 * |table|^2`` in the loss; under fused kernels the looked-up rows' only.
-        max_gradient: bound of each element of a row's gradient.
+        max_gradient: bound of each element of a row's gradient, summed over its look-ups.
 
     Raises:
         ConfigError: the device cannot do it.
@@ -87,6 +87,11 @@ def table_optimizer(
         raise ConfigError(
             f"optimizer.tables.l2={l2:g}: FBGEMM's {name} on {device.type} ignores it; use adam"
             + ("" if device.type == "cuda" else ", or rowwise_adagrad on CUDA")
+        )
+    if max_gradient is not None and device.type == "cpu":
+        raise ConfigError(
+            f"optimizer.tables.max_gradient={max_gradient:g}: FBGEMM's {name} on cpu bounds the "
+            f"gradient of each look-up instead of their sum; use adam, or run on CUDA"
         )
     return TableOptimizer(
         name,
