@@ -23,7 +23,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World, restarted
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
@@ -173,7 +173,11 @@ def begin(
     """Makes the run folder ready: to go on from a checkpoint, or to begin anew. Rank 0.
 
     Returns:
-        the checkpoint to go on from, or None, and the state of the loop.
+        the checkpoint to read, or None, and the state of the loop.
+
+    Raises:
+        CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
+            does not extend.
     """
     path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
     if path is not None:
@@ -184,6 +188,16 @@ def begin(
             path, state = None, LoopState()
         else:
             log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+    elsewhere = config.checkpoint.start_from
+    if path is None and elsewhere is not None:
+        path = checkpoint.find_checkpoint(Path(elsewhere), "auto")
+        known = {manifest.vocabulary_hash, manifest.grown_from}
+        if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
+            raise CheckpointError(
+                f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
+                f"this run's data does not extend; prepare it with data.vocabulary_from"
+            )
+        log.info("%s: training starts from its weights", path)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.keep_checkpoints(
         config.run_dir, [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step]

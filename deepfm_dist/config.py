@@ -207,6 +207,9 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run of the same settings, else begins anew; always refuses
     other settings; never begins anew. Restarted by a launcher, auto never begins anew."""
+    start_from: str | None = None
+    """Folder of another run: training begins with its weights and optimizer state. Its data must be
+    the same, or what this run's grew from (data.vocabulary_from): new rows start afresh."""
     use: Literal["auto", "latest", "best"] | int = "auto"
     """The checkpoint to read: a step; latest; best by trainer.monitor; auto: the latest to
     continue training, else the best one if a figure was watched."""

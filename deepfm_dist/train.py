@@ -52,7 +52,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
             or (None, LoopState())
         )
         if path is not None:
-            load(path, ranks, sharded, optimizer)
+            load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
         checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
         belongs_to = {
             "vocabulary_hash": dataset.manifest.vocabulary_hash,

@@ -5,13 +5,14 @@ import logging
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from deepfm_dist.build import shard_for_inference
+from deepfm_dist.build import shard_for_inference, shard_for_training
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
@@ -119,6 +120,65 @@ def test_a_resumed_run_goes_on_exactly_and_anywhere(
     for size in (1, 2, 4):
         losses = run_ranks(_resumed, size, sample.folder, table_wise, run_dir)[0]
         assert difference(losses, whole[20:]) <= 1e-6, size
+
+
+def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dict[str, Any]:
+    """Whole tables and row-wise accumulators of a model whose tables have ``more`` rows."""
+    with world("cpu") as ranks:
+        manifest = PreparedDataset(folder).manifest
+        tables = {
+            name: spec.model_copy(update={"rows": spec.rows + more})
+            for name, spec in manifest.tables.items()
+        }
+        sharded, optimizer = shard_for_training(
+            config, manifest.model_copy(update={"tables": tables}), ranks
+        )
+        if run_dir is not None:
+            path = checkpoint.find_checkpoint(run_dir)
+            checkpoint.load(path, ranks, sharded, optimizer, may_have_grown=True)
+        state = {f"t.{name}": value for name, value in sharded.state_dict().items()}
+        for name, values in optimizer.state_dict()["state"].items():
+            state |= {f"o.{name}.{key}": value for key, value in values.items()}
+        return {
+            name: [
+                (o[0], p.numpy().copy())
+                for p, o in zip(w.local_shards(), w.local_offsets(), strict=False)
+            ]
+            for name, value in state.items()
+            if ".ebc." in name
+            for w in [value.to_local()]
+        }
+
+
+def _whole(of_ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for of_rank in of_ranks:
+        for name, found in of_rank.items():
+            pieces.setdefault(name, []).extend(found)
+    return {
+        name: np.concatenate([p for _, p in sorted(found, key=lambda x: x[0])])
+        for name, found in pieces.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+def test_larger_tables_keep_what_was_saved_and_start_new_rows_afresh(
+    sample: PreparedDataset, tmp_path: Path, kind: str
+) -> None:
+    saving = config_of(*SMALL, "sharding.kind=row_wise")
+    run_ranks(_saved, 2, sample.folder, saving, tmp_path)
+    config = config_of(*SMALL, f"sharding.kind={kind}")
+    for size, more in ((1, 7), (2, 7), (4, 900)):
+        saved = _whole(run_ranks(_grown, 1, sample.folder, config, tmp_path, 0))
+        fresh = _whole(run_ranks(_grown, size, sample.folder, config, None, more))
+        grown = _whole(run_ranks(_grown, size, sample.folder, config, tmp_path, more))
+        assert grown.keys() == saved.keys()
+        assert any(name.startswith("o.") for name in grown)
+        for name, values in grown.items():
+            rows = len(saved[name])
+            assert len(values) == rows + more
+            np.testing.assert_array_equal(values[:rows], saved[name])
+            np.testing.assert_array_equal(values[rows:], fresh[name][rows:])
 
 
 def _fake(run_dir: Path, step: int, best_step: int | None = None) -> None:

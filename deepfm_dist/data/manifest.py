@@ -54,6 +54,8 @@ class Manifest(Section):
     """Of the configuration and the input files; decides whether the dataset is current."""
     vocabulary_hash: str
     """Of every table's ids in row order; a checkpoint fits only the same one."""
+    grown_from: str | None = None
+    """``vocabulary_hash`` of the dataset whose vocabularies these extend."""
     seed: int
     """Seed of splits, negatives and row order."""
     data: DataConfig

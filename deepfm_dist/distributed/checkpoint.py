@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ MARKER = "state.json"
 _SUMS = "crc32"
 _NAME = re.compile(r"step_(\d{8,})")
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
+T = TypeVar("T")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -215,6 +216,7 @@ def load(
     world: World,
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer | None = None,
+    may_have_grown: bool = False,
 ) -> None:
     """Reads weights, and the optimizer's state, under any plan and at any world size. All ranks.
 
@@ -223,6 +225,8 @@ def load(
         world: the ranks.
         sharded: the model.
         optimizer: its optimizer; None reads the weights only.
+        may_have_grown: whether tables may have more rows than were saved; those rows are left as
+            they are.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
@@ -230,7 +234,7 @@ def load(
     _check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
     reader = dcp.FileSystemReader(path)
-    _translated(reader.read_metadata, path, "cannot be read")
+    saved = _translated(reader.read_metadata, path, "cannot be read").state_dict_metadata
     model = sharded.state_dict()
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
@@ -238,6 +242,8 @@ def load(
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()  # else torch makes it at the first step, and DCP skips it
         tensors["optimizer"] = _optimizer_state(optimizer, model)
+    if may_have_grown:
+        tensors = _without_new_rows(tensors, saved)
     _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
     sharded.load_state_dict(model)
     if optimizer is not None:
@@ -333,19 +339,51 @@ def _pieced_like(table: DTensor, piece: Tensor) -> Tensor:
     local: Any = table.to_local()
     pieces = [piece] if local.local_shards() else []  # a rank may hold nothing of a table
     assert [shard.shape for shard in local.local_shards()] == [p.shape for p in pieces]
+    return _of_pieces(table, pieces, local.local_offsets(), table.shape)
+
+
+def _without_new_rows(
+    tensors: Mapping[str, Any], saved: Mapping[str, Any], above: str = ""
+) -> dict[str, Any]:
+    """The same tensors over the same memory, tables cut to the number of rows that were saved."""
+    cut: dict[str, Any] = {}
+    for key, value in tensors.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            cut[key] = _without_new_rows(value, saved, f"{name}.")
+        elif not isinstance(value, DTensor) or name not in saved:
+            cut[key] = value
+        elif pieces := [
+            (piece[: saved[name].size[0] - offset[0]], offset)
+            for piece, offset in _pieces_of(value)
+            if offset[0] < saved[name].size[0]
+        ]:  # a rank all of whose rows are new reads nothing
+            shape = torch.Size([min(saved[name].size[0], len(value)), *value.shape[1:]])
+            kept, offsets = [p for p, _ in pieces], [offset for _, offset in pieces]
+            cut[key] = _of_pieces(value, kept, offsets, shape)
+    return cut
+
+
+def _pieces_of(table: DTensor) -> list[tuple[Tensor, Any]]:
+    """This rank's pieces and their offsets; a rank without one still lists an offset."""
+    local: Any = table.to_local()
+    return list(zip(local.local_shards(), local.local_offsets(), strict=False))
+
+
+def _of_pieces(like: DTensor, pieces: list[Tensor], offsets: Any, shape: torch.Size) -> DTensor:
     return DTensor.from_local(
-        LocalShardsWrapper(pieces, local.local_offsets()),
-        device_mesh=table.device_mesh,
-        placements=table.placements,
+        LocalShardsWrapper(pieces, offsets),
+        device_mesh=like.device_mesh,
+        placements=like.placements,
         run_check=False,
-        shape=table.shape,
-        stride=table.stride(),
+        shape=shape,
+        stride=like.stride(),
     )
 
 
-def _translated(work: Callable[[], object], path: Path, what: str) -> None:
+def _translated(work: Callable[[], T], path: Path, what: str) -> T:
     try:
-        work()
+        return work()
     except CheckpointException as error:
         reason = next((str(failure[0]) for failure in error.failures.values()), str(error))
         raise CheckpointError(f"{path}: {what}: {' '.join(reason.split())[:300]}") from None

@@ -43,7 +43,7 @@ def test_the_whole_job_from_an_empty_folder(home: Path) -> None:
     assert "2 rows scored" in done.stdout
     assert "1 ids were never seen in training" in done.stderr
     events = [json.loads(x) for x in (home / "runs/sample/metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["train", "valid", "evaluate"]
+    assert [e["event"] for e in events] == ["valid", "train", "end", "evaluate"]
 
 
 def test_asking_for_another_model_than_was_trained_is_refused(home: Path) -> None:
