@@ -36,7 +36,9 @@ _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 _WHERE_DATA_IS = ("data.root", "data.name")
 
 
-def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int) -> DeepFMTrain:
+def build_model(
+    config: ModelConfig, manifest: Manifest, world: World, seed: int, half: bool = False
+) -> DeepFMTrain:
     """The unsharded model: tables on the meta device, the rest initialised from the seed.
 
     Raises:
@@ -71,6 +73,7 @@ def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int
             config.init_std,
             [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
             torch.device("meta"),
+            half,
         )
     except TypeError as error:
         raise ConfigError(
@@ -107,15 +110,29 @@ def shard_for_training(
         of_tables.l2,
         of_tables.max_gradient,
     )
-    task = build_model(config.model, manifest, world, config.run.seed)
-    arch = task.model.embedding_arch
+    half = config.trainer.table_precision == "fp16"
+    task = build_model(config.model, manifest, world, config.run.seed, half)
+    arch, above = task.model.embedding_arch, task.model.interaction_arch
+    above.in_bfloat16 = config.trainer.precision == "bf16"
+    if config.trainer.precision == "tf32":
+        if world.device.type != "cuda":
+            raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
+        torch.set_float32_matmul_precision("high")
     tables.attach(arch.ebc.parameters())
     placements = {
         name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
     }
     sharded, plan = shard(
-        task, world, placements, tables.kernel, config.sharding.kind, tables.fused_params
+        task,
+        world,
+        placements,
+        tables.kernel,
+        config.sharding.kind,
+        tables.fused_params,
+        config.sharding.communication,
     )
+    if config.trainer.compile:
+        above.compile()
     init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)

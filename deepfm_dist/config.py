@@ -157,6 +157,8 @@ class ShardingConfig(Section):
     """auto asks TorchRec's planner to choose between the other two for each table."""
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     """An explicit plan for single tables; the rest follows ``kind``."""
+    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In which embeddings and their gradients travel between ranks."""
 
 
 class TrainerConfig(Section):
@@ -183,6 +185,13 @@ class TrainerConfig(Section):
     """Validations without a better figure after which training stops."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rates after each validation without a better figure."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of the over-arch's matrix products while training; tf32 on CUDA only. There is no fp16: it
+    needs a scaled loss, which tables updated in the backward pass would take for the loss."""
+    table_precision: Literal["fp32", "fp16"] = "fp32"
+    """In which tables are kept while training (fp16: not with adam)."""
+    compile: bool = False
+    """Compile everything above the tables with torch.compile (on CPU it needs a C++ compiler)."""
     profile_steps: tuple[int, int] | None = None
     """First and last step whose trace torch's profiler writes to the run's folder."""
 
@@ -258,7 +267,12 @@ class Config(Section):
     recommend: RecommendConfig = RecommendConfig()
 
     @model_validator(mode="after")
-    def _parts_of_a_batch_can_be_added(self) -> Self:
+    def _table_optimizer_can(self) -> Self:
+        if self.trainer.table_precision == "fp16" and self.optimizer.tables.name == "adam":
+            raise ValueError(
+                "trainer.table_precision=fp16: adam on the tables computes in their precision, "
+                "which is too little for its sums; use rowwise_adagrad"
+            )
         if self.trainer.accumulate_steps > 1 and self.optimizer.tables.name != "adam":
             raise ValueError(
                 f"trainer.accumulate_steps={self.trainer.accumulate_steps}: "

@@ -502,3 +502,40 @@ def test_the_norm_of_the_dense_gradient_is_bounded(sample: PreparedDataset) -> N
     config = config_of(*common, "optimizer.dense.max_norm=0.001", "sharding.kind=row_wise")
     alone, two = (run_ranks(train, size, sample.folder, config, 30)[0] for size in (1, 2))
     assert difference(alone, two) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "sizes", "least", "most"),
+    [
+        ("trainer.precision=bf16", (1, 2), 1e-5, 2e-3),
+        ("trainer.table_precision=fp16", (1, 2), 1e-7, 1e-4),
+        ("sharding={communication: fp16, kind: row_wise}", (2,), 1e-7, 1e-4),
+        ("sharding={communication: fp16, kind: table_wise}", (2,), 1e-7, 1e-4),
+        ("trainer.compile=true", (1,), 0.0, 1e-6),
+    ],
+)
+def test_less_precision_and_compilation_stay_near_and_repeat_exactly(
+    sample: PreparedDataset, override: str, sizes: tuple[int, ...], least: float, most: float
+) -> None:
+    exact = run_alone(train, sample.folder, config_of(*SMALL), 30)
+    for size in sizes:
+        first, second = (
+            run_ranks(train, size, sample.folder, config_of(*SMALL, override), 30)[0]
+            for _ in range(2)
+        )
+        assert first == second
+        assert least <= difference(first, exact) <= most
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.precision=tf32", "trainer.precision=tf32: a CPU has no such thing"),
+        ("sharding.communication=bf16", "communication=bf16: gloo would send fp16"),
+    ],
+)
+def test_what_a_cpu_has_not_is_refused(sample: PreparedDataset, override: str, said: str) -> None:
+    with pytest.raises(RankFailed, match=said):
+        run_alone(train, sample.folder, config_of(override), 1)
+    with pytest.raises(ConfigError, match=r"table_precision=fp16: adam on the tables"):
+        config_of("trainer.table_precision=fp16", "optimizer.tables.name=adam")

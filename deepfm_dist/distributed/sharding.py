@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import (
+    CommType,
+    QCommsConfig,
+    get_qcomm_codecs_registry,
+)
 from torchrec.distributed.model_parallel import (
     DefaultDataParallelWrapper,
     DistributedModelParallel,
@@ -81,6 +86,7 @@ def shard(
     kernel: EmbeddingComputeKernel,
     default: str = "auto",
     fused_params: Mapping[str, Any] | None = None,
+    communication: str = "fp32",
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
 
@@ -92,6 +98,7 @@ def shard(
         default: kind of the tables that ``placements`` does not name; one that is too small to
             give every rank a row is never cut.
         fused_params: further settings of FBGEMM's kernels.
+        communication: fp32, fp16 or bf16: how embeddings and gradients travel.
 
     Returns:
         The sharded module and its plan, a line per table.
@@ -121,7 +128,8 @@ def shard(
             )
     # An id that is out of range is a bug to stop at, never a look-up of another row.
     sharder = _Sharder(
-        fused_params={"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})}
+        fused_params={"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})},
+        qcomm_codecs_registry=_codecs(communication, world),
     )
     wanted = {
         name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
@@ -171,6 +179,21 @@ def shard(
         ),
     )
     return sharded, lines
+
+
+def _codecs(communication: str, world: World) -> dict[str, Any] | None:
+    if communication == "fp32":
+        return None
+    if communication == "bf16" and world.device.type == "cpu":
+        raise ConfigError("sharding.communication=bf16: gloo would send fp16; ask for fp16")
+    kind = CommType(communication)
+    # Gradients smaller than fp16 knows become 0 unless they travel scaled.
+    scale = 128.0 if kind == CommType.FP16 else None
+    codecs: dict[str, Any] = get_qcomm_codecs_registry(
+        QCommsConfig(forward_precision=kind, backward_precision=kind, backward_loss_scale=scale),
+        device=world.device,
+    )
+    return codecs
 
 
 def _can_be_cut(table: EmbeddingBagConfig, world: World) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torchrec import (
+    DataType,
     EmbeddingBagCollection,
     EmbeddingBagConfig,
     KeyedJaggedTensor,
@@ -53,6 +54,7 @@ class EmbeddingArch(nn.Module):
         embedding_dim: D; 0 leaves only the first-order weight.
         mean_pooled: fields whose several values are averaged; the others' are summed.
         device: where the tables are; ``meta`` before sharding.
+        half: whether they are kept in float16; what is looked up is float32 all the same.
     """
 
     is_mean_F: Tensor
@@ -64,6 +66,7 @@ class EmbeddingArch(nn.Module):
         embedding_dim: int,
         mean_pooled: Collection[str] = (),
         device: torch.device | None = None,
+        half: bool = False,
     ) -> None:
         super().__init__()
         self.features = list(features)
@@ -83,6 +86,7 @@ class EmbeddingArch(nn.Module):
                     # The mean is taken here: where row-wise and table-wise tables meet in one
                     # collection, TorchRec 1.8 divides the table-wise ones twice.
                     pooling=PoolingType.SUM,
+                    data_type=DataType.FP16 if half else DataType.FP32,
                 )
                 for name, table in tables.items()
             ],
@@ -192,6 +196,9 @@ class InteractionArch(nn.Module):
         fm: whether the pairwise part counts.
         over_arch: the deep part, ``[B, (F + n_dense) * D] -> [B]``, or None.
         init_std: standard deviation of the numeric fields' vectors.
+
+    Attributes:
+        in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
     """
 
     def __init__(
@@ -204,7 +211,7 @@ class InteractionArch(nn.Module):
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
-        self.first_order = first_order
+        self.first_order, self.in_bfloat16 = first_order, False
         self.bias = nn.Parameter(torch.zeros(1))
         self.fm = FactorizationMachine() if fm else None
         self.over_arch = over_arch
@@ -245,10 +252,10 @@ class InteractionArch(nn.Module):
             logits = logits + self.fm(factors_BFD)
         if self.over_arch is not None:
             x_BI = factors_BFD.flatten(1)
-            if isinstance(self.over_arch, OverArch):
-                logits = logits + self.over_arch(x_BI, weights_B)
-            else:
-                logits = logits + self.over_arch(x_BI)
+            weighted = (weights_B,) if isinstance(self.over_arch, OverArch) else ()
+            with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+                deep = self.over_arch(x_BI, *weighted)
+            logits = logits + deep.float()
         return logits
 
 
@@ -294,6 +301,7 @@ def build_deepfm(
     init_std: float = 0.01,
     mean_pooled: Collection[str] = (),
     device: torch.device | None = None,
+    half: bool = False,
 ) -> DeepFM:
     """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
 
@@ -308,10 +316,11 @@ def build_deepfm(
         init_std: standard deviation of the numeric fields' vectors (tables are filled elsewhere).
         mean_pooled: fields whose several values are averaged; the others' are summed.
         device: of the tables; ``meta`` before sharding.
+        half: whether tables are kept in float16.
     """
     width = embedding_dim if fm or over_arch is not None else 0
     return DeepFM(
-        EmbeddingArch(tables, features, width, mean_pooled, device),
+        EmbeddingArch(tables, features, width, mean_pooled, device, half),
         InteractionArch(
             n_dense,
             width,
