@@ -96,7 +96,9 @@ class MetricsLog:
             with self.path.open("a+") as file:
                 if from_step is not None:
                     file.seek(0)
-                    kept = [line for line in file if json.loads(line).get("step", 0) <= from_step]
+                    # A line that a kill cut short is none.
+                    lines = [line for line in file if line.endswith("\n")]
+                    kept = [line for line in lines if json.loads(line).get("step", 0) <= from_step]
                     file.truncate(0)
                     file.writelines(kept if from_step else [])
         except OSError as error:

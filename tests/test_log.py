@@ -1,0 +1,103 @@
+"""What a run writes down: JSON Lines, TensorBoard, listeners of one's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deepfm_dist.build import loggers
+from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import ConfigError, DeepFMError
+from deepfm_dist.log import MetricsLog, TensorBoard
+from tests.ranks import run_ranks
+from tests.test_distributed import config_of
+
+heard: list[tuple[str, dict[str, Any]]] = []
+
+
+def listener(event: str, values: dict[str, Any]) -> None:
+    heard.append((event, values))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(x, parse_constant=refuse) for x in path.read_text().splitlines()]
+
+
+def test_events_are_lines_of_strict_json(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "run", is_first=True)
+    log.write("train", step=1, auc=float("nan"), seconds={"data": float("nan"), "forward": 0.5})
+    MetricsLog(tmp_path / "run", is_first=True).write("end", step=2)
+    assert read(log.path) == [
+        {"event": "train", "step": 1, "auc": None, "seconds": {"data": None, "forward": 0.5}},
+        {"event": "end", "step": 2},
+    ]
+
+
+def test_a_resumed_run_keeps_the_lines_up_to_its_step_and_a_new_one_none(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_first=True, from_step=0)
+    for step in (5, 10, 15):
+        log.write("train", step=step)
+    assert [e["step"] for e in read(log.path)] == [5, 10, 15]
+    MetricsLog(tmp_path, is_first=True, from_step=10).write("train", step=12)
+    assert [e["step"] for e in read(log.path)] == [5, 10, 12]
+    MetricsLog(tmp_path, is_first=True, from_step=0)
+    assert read(log.path) == []
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_first=True)
+    log.write("train", step=5)
+    with log.path.open("a") as file:
+        file.write('{"event": "train", "st')
+    MetricsLog(tmp_path, is_first=True, from_step=9).write("train", step=10)
+    assert [e["step"] for e in read(log.path)] == [5, 10]
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "run", is_first=False, loggers=[listener]).write("train", step=1)
+    assert not (tmp_path / "run").exists()
+    assert not heard
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeepFMError, match=r"cannot be written: Not a directory; set run\.runs_root"):
+        MetricsLog(tmp_path / "file" / "run", is_first=True)
+
+
+def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_first=True, loggers=[TensorBoard(tmp_path / "tb")])
+    for step in (1, 2):
+        log.write("train", step=step, log_loss=0.5 / step, seconds={"data": 1.0}, note="no number")
+    log.write("evaluate", rows={"auc": 0.5})
+    found = EventAccumulator(str(tmp_path / "tb"))
+    found.Reload()
+    assert found.Tags()["scalars"] == ["train/log_loss"]
+    assert [(e.step, e.value) for e in found.Scalars("train/log_loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def _listeners(root: Path, names: str) -> list[str]:
+    with world("cpu") as ranks:
+        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), ranks)
+        return [getattr(logger, "__name__", type(logger).__name__) for logger in found]
+
+
+def test_listeners_are_found_by_import_path_on_rank_zero(tmp_path: Path) -> None:
+    names = "[tensorboard, 'tests.test_log:listener']"
+    assert run_ranks(_listeners, 2, tmp_path, names) == [["TensorBoard", "listener"], []]
+
+
+def _unknown(root: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _listeners(root, "['tests.test_log:nobody']")
+    return str(caught.value)
+
+
+def test_a_listener_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    [message] = run_ranks(_unknown, 1, tmp_path)
+    assert message.startswith("run.loggers=tests.test_log:nobody: module 'tests.test_log' has no")
