@@ -66,7 +66,7 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DeepFMError, match=r"cannot be written: Not a directory; set run\.runs_root"):
+    with pytest.raises(DeepFMError, match=r"cannot be written: Not a directory; set run\.runs"):
         MetricsLog(tmp_path / "file" / "run", is_first=True)
 
 
