@@ -5,12 +5,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -21,7 +22,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
 
@@ -47,40 +48,50 @@ def build_model(config: ModelConfig, manifest: Manifest, world: World, seed: int
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
-        over_arch = partial(_import_class(config.over_arch), **config.over_arch_options)
+        over_arch = partial(_own_over_arch, config)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
-    try:
-        model = build_deepfm(
-            tables,
-            [f.name for f in manifest.categorical],
-            len(manifest.dense),
-            config.embedding_dim,
-            config.first_order,
-            config.fm,
-            over_arch,
-            config.init_std,
-            [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
-            torch.device("meta"),
-        )
-    except TypeError as error:
-        raise ConfigError(
-            f"model.over_arch={config.over_arch}: cannot be built: {error}; it is called with "
-            f"in_features and model.over_arch_options"
-        ) from None
+    model = build_deepfm(
+        tables,
+        [f.name for f in manifest.categorical],
+        len(manifest.dense),
+        config.embedding_dim,
+        config.first_order,
+        config.fm,
+        over_arch,
+        config.init_std,
+        [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
+        torch.device("meta"),
+    )
     return DeepFMTrain(model)
 
 
-def _import_class(path: str) -> type[nn.Module]:
-    module, _, name = path.partition(":")
+def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
+    """The over-arch of an import path, tried on two rows: whatever it raises is the user's."""
+    where = f"model.over_arch={config.over_arch}"
+    module, _, name = config.over_arch.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        kind = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(f"{where}: {_told(error)}; give mlp or package.module:Class") from None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"{where}: not a torch.nn.Module class")
+    try:
+        over_arch = kind(in_features, **config.over_arch_options).eval()
+        with torch.no_grad():
+            out = over_arch(torch.zeros(2, in_features))
+    except Exception as error:
         raise ConfigError(
-            f"model.over_arch={path}: {error}; give mlp or package.module:Class"
+            f"{where}: cannot be built: {_told(error)}; it is called with in_features and "
+            f"model.over_arch_options, then with [B, in_features]"
         ) from None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model.over_arch={path}: not a torch.nn.Module class")
-    return found
+    if not isinstance(out, Tensor) or out.shape != (2,):
+        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"{where}: gives {found} for 2 rows; expected [2], a logit for each row")
+    return over_arch.train()
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def shard_for_training(
@@ -147,15 +158,15 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
         world: the ranks.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is of other data.
+        CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
     path = checkpoint.latest_checkpoint(config.run_dir)
-    state = checkpoint.read_state(path)
+    state, trained_with = _state_and_settings(path)
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):
         if name.partition(".")[0] in _OF_TRAINING and name not in ("data.root", "data.name"):
-            wanted, trained = _at(merged, name), _at(state["config"], name)
+            wanted, trained = _at(merged, name), _at(trained_with, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "
@@ -163,7 +174,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
                 )
     for section in _OF_TRAINING:
         kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
-        merged[section] = state["config"][section] | kept
+        merged[section] = trained_with[section] | kept
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
@@ -171,6 +182,18 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     checkpoint.load_model(path, sharded)
     log.info("%s, step %s", path, f"{state['step']:,}")
     return Trained(config, dataset, sharded)
+
+
+def _state_and_settings(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    state = checkpoint.read_state(path)
+    try:
+        settings = {section: {**state["config"][section]} for section in _OF_TRAINING}
+        return {"step": int(state["step"]), "vocabulary_hash": state["vocabulary_hash"]}, settings
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / checkpoint.MARKER}: damaged ({_told(error)}); delete {path} to use the "
+            f"checkpoint before it, or train anew"
+        ) from None
 
 
 def _settings_of(override: str) -> list[str]:
@@ -188,9 +211,6 @@ def _at(tree: Any, dotted: str) -> Any:
 
 def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:
     """The DeepFM inside the wrappers."""
-    module: nn.Module = sharded.module
-    while not isinstance(module, DeepFMTrain):
-        inner = module.module
-        assert isinstance(inner, nn.Module)
-        module = inner
-    return module.model
+    task = sharded.module  # TorchRec takes DDP's wrapper off as well
+    assert isinstance(task, DeepFMTrain)
+    return task.model
