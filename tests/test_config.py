@@ -117,7 +117,7 @@ TIMELESS = "data.interactions.time=null"
         ),
         (
             ["data.features=[{name: item, entity: item, file: genres.tsv}]"],
-            "item: the column 'item' is the key of genres.tsv; name the column that holds the value",
+            "item: the column 'item' is the key of genres.tsv; name the column that holds",
         ),
         (
             ["data.features=[{name: g, entity: user, file: g.tsv, key: x, column: x}]"],
