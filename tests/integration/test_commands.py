@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,16 +88,21 @@ BLOCKS = blocks_of("README.md", "CONTRIBUTING.md")
 Done = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
-@functools.cache
-def typed(block: Block) -> Done:
-    """Runs a block in a folder that holds nothing but what the document says is there."""
-    home = Path(tempfile.mkdtemp(prefix="home"))
-    (home / ".venv/bin").mkdir(parents=True)
-    (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
-    (home / "benchmarks").symlink_to(ROOT / "benchmarks")
-    if block == OWN_DATA:
-        write_shop(home)
-    return home, run(["bash", "-c", block.script], home)
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block], Done]:
+    """Runs a block, once, in a folder that holds nothing but what the document says is there."""
+
+    @functools.cache
+    def typed(block: Block) -> Done:
+        home = tmp_path_factory.mktemp("home")
+        (home / ".venv/bin").mkdir(parents=True)
+        (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
+        (home / "benchmarks").symlink_to(ROOT / "benchmarks")
+        if block == OWN_DATA:
+            write_shop(home)
+        return home, run(["bash", "-c", block.script], home)
+
+    return typed
 
 
 def write_shop(home: Path) -> None:
@@ -134,14 +139,16 @@ def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.where)
-def test_what_the_documents_say_to_type_works(block: Block, request: pytest.FixtureRequest) -> None:
+def test_what_the_documents_say_to_type_works(
+    block: Block, typed: Callable[[Block], Done], request: pytest.FixtureRequest
+) -> None:
     if block.needs_real_data:
         request.getfixturevalue("real_data")
     _, done = typed(block)
     assert done.returncode == 0, f"{block.script}\n{done.stdout}\n{done.stderr}"
 
 
-def test_a_run_leaves_what_the_readme_names() -> None:
+def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> None:
     home, done = typed(OWN_DATA)
     assert done.returncode == 0, done.stderr
     assert "sharding plan on 2 x cpu" in done.stderr
@@ -165,7 +172,9 @@ def test_a_run_leaves_what_the_readme_names() -> None:
     assert events[-1]["event"] == "evaluate"
 
 
-def test_asking_for_another_model_than_was_trained_is_refused() -> None:
+def test_asking_for_another_model_than_was_trained_is_refused(
+    typed: Callable[[Block], Done],
+) -> None:
     home, _ = typed(OWN_DATA)
     command = ["python", "-m", "deepfm_dist.recommend", "--config", "mine.yaml"]
     done = run([*command, "model.embedding_dim=8"], home)
@@ -174,7 +183,7 @@ def test_asking_for_another_model_than_was_trained_is_refused() -> None:
     assert "was trained with 32" in done.stderr
 
 
-def test_a_mistake_on_every_rank_is_said_once() -> None:
+def test_a_mistake_on_every_rank_is_said_once(typed: Callable[[Block], Done]) -> None:
     home, _ = typed(OWN_DATA)
     command = ["torchrun", "--nproc_per_node=2", "-m", "deepfm_dist.train", "--config", "mine.yaml"]
     done = run([*command, "trainer.batch_size=1"], home)
