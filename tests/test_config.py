@@ -127,6 +127,12 @@ TIMELESS = "data.interactions.time=null"
             "g: the column 'x' is the key of g.tsv",
         ),
         (["data.titles={file: titles.tsv, column: item}"], "titles: the column 'item' is the key"),
+        (["data.features=[{name: a/b}]"], r"features\.0\.name: 'a/b' is no name; use letters"),
+        (["data.features=[{name: ''}]"], r"features\.0\.name: '' is no name"),
+        (["data.features=[{name: a, table: ../b}]"], r"features\.0\.table: '\.\./b' is no name"),
+        (["data.features=[{name: a, table: b.c}]"], r"features\.0\.table: 'b\.c' is no name"),
+        (["data.features=[{name: a, separator: ''}]"], r"separator: .*at least 1 character"),
+        (["data.files={a.csv: {delimiter: ''}}"], r"delimiter: .*at least 1 character"),
         (["data.features=[{name: a, missing: [yes]}]"], r"missing\.0: .*string \(got True\)"),
     ],
 )

@@ -1,10 +1,11 @@
 """What the input is: files, columns, features, splits and negatives."""
 
 import codecs
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from deepfm_dist.section import Section
 
@@ -17,12 +18,22 @@ _NOT_FOR_THE_MODEL = ("label", "rating", "split")
 """Columns of the interactions that say what a row is: no fields of the model."""
 
 
+def _named(text: str) -> str:
+    # A table's name is also that of a file and of a torch module, which may hold no dot.
+    if not re.fullmatch(r"\w[\w -]*", text):
+        raise ValueError(f"{text!r} is no name; use letters, digits, underscores, hyphens, spaces")
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_named)]
+
+
 class FileFormat(Section):
     """How one input file is laid out, where its name does not tell."""
 
     columns: tuple[str, ...] | None = None
     """Column names of a file without a header line."""
-    delimiter: str | None = None
+    delimiter: str | None = Field(None, min_length=1)
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
     """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
@@ -71,7 +82,7 @@ class Interactions(Section):
 class Feature(Section):
     """One field of the model."""
 
-    name: str
+    name: _Name
     """Name of the field."""
     entity: Entity = "context"
     """What it describes: the user, the item, or the row itself (context)."""
@@ -85,7 +96,7 @@ class Feature(Section):
     first training row of each tells."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
-    separator: str | None = None
+    separator: str | None = Field(None, min_length=1)
     """Splits one cell into several values: ``Comedy|Drama``."""
     missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
     """Cell values that mean "no value", beside the empty cell."""
@@ -93,7 +104,7 @@ class Feature(Section):
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sum"] = "mean"
     """How several values of one row become one vector."""
-    table: str | None = None
+    table: _Name | None = None
     """Embedding table; fields that name the same table share its rows. Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
