@@ -9,7 +9,6 @@ least: 3 are padding, and row-wise Adagrad takes the mean of a row's squared gra
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -18,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torchrec
+from notebook_reference import cpu_model
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
@@ -101,8 +101,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
-    print(f"machine: {platform.platform()}, {os.cpu_count()} CPUs")
-    print(f"versions: torch {torch.__version__}, torchrec {torchrec.__version__}")
+    print(f"machine: {cpu_model()}, 1 thread")
+    print(
+        f"versions: python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchrec {torchrec.__version__}"
+    )
     print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
     figures: dict[str, list[dict[str, float]]] = {layout: [] for layout in LAYOUTS}
     for seed in range(1, args.seeds + 1):

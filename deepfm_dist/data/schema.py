@@ -99,7 +99,7 @@ class Feature(Section):
     separator: str | None = Field(None, min_length=1)
     """Splits one cell into several values: ``Comedy|Drama``."""
     missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
-    """Cell values that mean "no value", beside the empty cell."""
+    """Words or numbers that mean "no value", beside the empty cell."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sum"] = "mean"
