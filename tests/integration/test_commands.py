@@ -172,6 +172,15 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
     assert events[-1]["event"] == "evaluate"
 
 
+def test_the_doctor_says_what_it_found_and_nothing_else(
+    typed: Callable[[Block], Done],
+) -> None:
+    [block] = [b for b in BLOCKS if b.text == "python -m deepfm_dist.doctor"]
+    _, done = typed(block)
+    assert done.stdout.endswith("no problems found\n")
+    assert done.stderr == ""
+
+
 def test_asking_for_another_model_than_was_trained_is_refused(
     typed: Callable[[Block], Done],
 ) -> None:
