@@ -27,6 +27,7 @@ NOT_AS_TYPED = [
     # Shorter, that is all: fewer steps, and two ranks where the block before has shown four.
     (r"(-m deepfm_dist\.(?:train|\$command)\b[^&\n]*)", r"\1 trainer.max_steps=20 "),
     (r"(notebook_reference\.py [^\n]*)", r"\1 --epochs 1"),
+    (r"(first_order_tables\.py [^\n]*)", r"\1 --seeds 1 trainer.max_steps=5"),
     (r"--nproc_per_node=4 (.* --config)", r"--nproc_per_node=2 \1"),
     # test_wheel.py runs the demo to its end.
     (r"^make demo$", "make demo ARGS=--help"),
