@@ -130,6 +130,7 @@ def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
         port = free.getsockname()[1]
     environment = {
         **os.environ,
+        "MAKEFLAGS": "",  # what the make that runs the tests was told
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PET_MASTER_PORT": str(port),  # torchrun's --master_port: tests beside this one run too
         "COVERAGE_FILE": str(cwd / ".coverage"),
