@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -56,42 +56,56 @@ def build_model(
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
-        kind = _imported(config.over_arch, "model.over_arch")
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ConfigError(f"model.over_arch={config.over_arch}: not a torch.nn.Module class")
-        over_arch = partial(kind, **config.over_arch_options)
+        over_arch = partial(_own_over_arch, config)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
-    try:
-        model = build_deepfm(
-            tables,
-            [f.name for f in manifest.categorical],
-            len(manifest.dense),
-            config.embedding_dim,
-            config.first_order,
-            config.fm,
-            over_arch,
-            config.init_std,
-            [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
-            torch.device("meta"),
-            half,
-        )
-    except TypeError as error:
-        raise ConfigError(
-            f"model.over_arch={config.over_arch}: cannot be built: {error}; it is called with "
-            f"in_features and model.over_arch_options"
-        ) from None
+    model = build_deepfm(
+        tables,
+        [f.name for f in manifest.categorical],
+        len(manifest.dense),
+        config.embedding_dim,
+        config.first_order,
+        config.fm,
+        over_arch,
+        config.init_std,
+        [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
+        torch.device("meta"),
+        half,
+    )
     return DeepFMTrain(model)
 
 
-def _imported(path: str, setting: str) -> Any:
+def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
+    """The over-arch of an import path, tried on two rows: whatever it raises is the user's."""
+    where = f"model.over_arch={config.over_arch}"
+    kind = _imported(config.over_arch, where, "mlp or package.module:Class")
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"{where}: not a torch.nn.Module class")
+    try:
+        over_arch = kind(in_features, **config.over_arch_options).eval()
+        with torch.no_grad():
+            out = over_arch(torch.zeros(2, in_features))
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: cannot be built: {_told(error)}; it is called with in_features and "
+            f"model.over_arch_options, then with [B, in_features]"
+        ) from None
+    if not isinstance(out, Tensor) or out.shape != (2,):
+        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"{where}: gives {found} for 2 rows; expected [2], a logit for each row")
+    return over_arch.train()
+
+
+def _imported(path: str, where: str, form: str) -> Any:
     """What ``package.module:name`` names."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}={path}: {error}; it has the form package.module:name"
-        ) from None
+    except Exception as error:
+        raise ConfigError(f"{where}: {_told(error)}; give {form}") from None
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def shard_for_training(
@@ -234,7 +248,7 @@ def loggers(config: Config, world: World) -> list[Logger]:
     return [
         TensorBoard(config.run_dir / "tensorboard")
         if name == "tensorboard"
-        else _imported(name, "run.loggers")
+        else _imported(name, f"run.loggers={name}", "tensorboard or package.module:function")
         for name in config.run.loggers
     ]
 
@@ -283,15 +297,16 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
         world: the ranks.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is of other data.
+        CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
     path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
     state = checkpoint.read_state(path)
+    trained_with = state["config"]
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):
         if name.partition(".")[0] in _OF_TRAINING and name not in _WHERE_DATA_IS:
-            wanted, trained = _at(merged, name), _at(state["config"], name)
+            wanted, trained = _at(merged, name), _at(trained_with, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "
@@ -299,7 +314,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
                 )
     for section in _OF_TRAINING:
         kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
-        merged[section] = state["config"][section] | kept
+        merged[section] = trained_with[section] | kept
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
@@ -373,9 +388,6 @@ def _at(tree: Any, dotted: str) -> Any:
 
 def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:
     """The DeepFM inside the wrappers."""
-    module: nn.Module = sharded.module
-    while not isinstance(module, DeepFMTrain):
-        inner = module.module
-        assert isinstance(inner, nn.Module)
-        module = inner
-    return module.model
+    task = sharded.module  # TorchRec takes DDP's wrapper off as well
+    assert isinstance(task, DeepFMTrain)
+    return task.model

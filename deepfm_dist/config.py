@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +22,7 @@ BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.pa
 class RunConfig(Section):
     """What the run is called and where it computes."""
 
-    name: str = "default"
+    name: str = Field("default", min_length=1)
     """Name of the run's folder under ``runs_root``."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
@@ -394,6 +395,8 @@ def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
         return f"{where}: unknown field; there are: {', '.join(_fields_at(loc[:-1]))}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    message = message.replace("valid tuple", "valid list")  # in the words of YAML
+    message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
     return f"{where}: {message} (got {problem['input']!r})"

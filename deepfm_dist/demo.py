@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code of the last command that ran.
     """
     parser = argparse.ArgumentParser(prog="python -m deepfm_dist.demo", description=__doc__)
-    parser.add_argument("--nproc", type=int, help="ranks (default: every GPU, or 2 on CPU)")
+    parser.add_argument(
+        "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args(argv)
     ranks = arguments.nproc or _ranks()
@@ -36,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
     return 0
+
+
+def _number_of_ranks(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks")
 
 
 def _ranks() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -99,6 +100,7 @@ def self_test(device: str) -> None:
         Exception: Whatever a broken import or kernel raises; ``AssertionError`` for a wrong sum.
     """
     importlib.import_module("fbgemm_gpu")
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # torchrec's call to it is deprecated
     import torch
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 

@@ -212,13 +212,13 @@ def _device_problems(installation: Installation, device: str) -> Iterator[Proble
     elif installation.variant == "cpu":
         if device.startswith("cuda"):
             yield Problem(
-                f"device={device}, but {fbgemm} has no CUDA kernels",
-                _TAKE_CUDA if driver else "this machine has no NVIDIA driver: use device=cpu",
+                f"run.device={device}, but {fbgemm} has no CUDA kernels",
+                _TAKE_CUDA if driver else "this machine has no NVIDIA driver: use run.device=cpu",
             )
         elif device == "auto" and driver:
             yield Problem(
                 f"an NVIDIA driver is here, but {fbgemm} has no CUDA kernels: GPUs stay unused",
-                f"{_TAKE_CUDA}; or say device=cpu",
+                f"{_TAKE_CUDA}; or say run.device=cpu",
                 fatal=False,
             )
 

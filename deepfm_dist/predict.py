@@ -26,8 +26,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import open_trained
     from deepfm_dist.distributed.world import world
+    from deepfm_dist.errors import ConfigError, DataError
     from deepfm_dist.training.prediction import predict
 
+    if arguments.input and not Path(arguments.input).is_file():
+        raise DataError(f"--input {arguments.input}: no such file")
+    if arguments.output and Path(arguments.output).suffix != ".parquet":
+        better = Path(arguments.output).with_suffix(".parquet")
+        raise ConfigError(f"--output {arguments.output}: predictions are parquet; call it {better}")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         data = trained.config.data

@@ -10,6 +10,7 @@ from deepfm_dist.data.vocabulary import external
 from deepfm_dist.ranking.recommendation import Recommendations
 
 SHOWN_USERS = 3
+SHOWN_ITEMS = 10
 
 
 def metrics_table(
@@ -25,7 +26,7 @@ def metrics_table(
 
 
 def recommendations_table(written: Recommendations, dataset: PreparedDataset) -> str:
-    """The first users' items by title, and the files."""
+    """The first users' best items by title, and the files."""
     shown = pq.read_table(written.parquet).slice(0, SHOWN_USERS * written.k).to_pandas()
     titles = dataset.titles()
     if titles is not None:
@@ -35,7 +36,8 @@ def recommendations_table(written: Recommendations, dataset: PreparedDataset) ->
     users = shown["user_id"].drop_duplicates().head(SHOWN_USERS)
     blocks = []
     for user in users:
-        rows = shown[shown["user_id"] == user].drop(columns="user_id").set_index("rank")
+        rows = shown[shown["user_id"] == user].head(SHOWN_ITEMS)
+        rows = rows.drop(columns="user_id").set_index("rank")
         blocks.append(f"user {user}\n{rows.to_string(float_format='{:.4f}'.format)}")
     total = f"{written.users:,} users, {written.rows:,} rows"
     files = f"written: {written.csv}\nwritten: {written.parquet}"

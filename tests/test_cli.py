@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepfm_dist import cli, evaluate, predict, prepare, recommend, train
+from deepfm_dist import cli, demo, evaluate, predict, prepare, recommend, train
 from deepfm_dist.config import load_config
 
 Main = Callable[[Sequence[str] | None], int]
@@ -54,6 +54,12 @@ def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (evaluate.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
         (recommend.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
         (predict.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
+        (predict.main, ["--input=no.csv"], r"DataError: --input no\.csv: no such file$"),
+        (
+            predict.main,
+            ["--output=out.csv"],
+            r"ConfigError: --output out\.csv: predictions are parquet; call it out\.parquet$",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -130,3 +136,12 @@ def test_torchrun_is_told_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert prepare.main(["data.root=/nowhere"]) == 2
     assert "no such file" in (tmp_path / "error.json").read_text()
+
+
+@pytest.mark.parametrize("nproc", ["0", "-1", "two"])
+def test_the_demo_refuses_a_number_of_ranks_that_is_none(
+    nproc: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--nproc", nproc])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"'{nproc}' is no number of ranks")

@@ -37,6 +37,7 @@ def test_overrides_are_yaml_values() -> None:
 
 FIXED = "data.negatives.fixed_per_user=5"
 CTR = "data={task: ctr, interactions: {file: a.csv, user: u, label: y}, features: [{name: user, entity: user}]}"  # noqa: E501
+RATED = "data.interactions={file: a.csv, user: user, item: item, rating: stars, min_rating: 4}"
 TIMELESS = "data.interactions.time=null"
 
 
@@ -97,13 +98,52 @@ TIMELESS = "data.interactions.time=null"
         (["evaluate.k=[0]"], r"evaluate: k needs positive cut-offs \(got \[0\]\)"),
         (["run.device=tpu"], r"run\.device: .*'cuda' \(got 'tpu'\)"),
         (["run.seed=9223372036854775808"], r"run\.seed: .* \(got 9223372036854775808\)"),
-        (["model=3"], r"model: .* \(got 3\)"),
+        (["model=3"], r"model: input should be a section of fields \(got 3\)"),
+        (["data.features=3"], r"data\.features: input should be a valid list \(got 3\)"),
+        (["data.files=3"], r"data\.files: input should be a section of fields \(got 3\)"),
+        (["run.name=''"], r"run\.name: .*at least 1 character \(got ''\)"),
         (["data.features.0.name=a"], "features is not a section"),
+        (["optimizer.tables.lr=.inf"], r"tables\.lr: .*finite number \(got inf\)"),
+        (["optimizer.dense.lr=.nan"], r"dense\.lr: .* \(got nan\)"),
+        (["data.split.valid=.nan"], r"split\.valid: .* \(got nan\)"),
+        (["recommend.context={hour: .nan}"], r"context\.hour.*finite number \(got nan\)"),
+        (["data.interactions.user=item"], "user and item are both the column 'item'"),
+        (["data.interactions.split=time"], "time and split are both the column 'time'"),
+        (
+            [RATED, "data.features=[{name: item, entity: item}, {name: stars}]"],
+            "stars: the column 'stars' is interactions.rating, and no field of the model",
+        ),
+        ([CTR, "data.features=[{name: y}]"], "y: the column 'y' is interactions.label"),
+        (
+            ["data.interactions.split=part", "data.features=[{name: p, column: part}]"],
+            "p: the column 'part' is interactions.split",
+        ),
+        (
+            ["data.features=[{name: item, entity: item, file: genres.tsv}]"],
+            "item: the column 'item' is the key of genres.tsv; name the column that holds",
+        ),
+        (
+            ["data.features=[{name: g, entity: user, file: g.tsv, key: x, column: x}]"],
+            "g: the column 'x' is the key of g.tsv",
+        ),
+        (["data.titles={file: titles.tsv, column: item}"], "titles: the column 'item' is the key"),
+        (["data.features=[{name: a/b}]"], r"features\.0\.name: 'a/b' is no name; use letters"),
+        (["data.features=[{name: ''}]"], r"features\.0\.name: '' is no name"),
+        (["data.features=[{name: a, table: ../b}]"], r"features\.0\.table: '\.\./b' is no name"),
+        (["data.features=[{name: a, table: b.c}]"], r"features\.0\.table: 'b\.c' is no name"),
+        (["data.features=[{name: a, separator: ''}]"], r"separator: .*at least 1 character"),
+        (["data.files={a.csv: {delimiter: ''}}"], r"delimiter: .*at least 1 character"),
+        (["data.features=[{name: a, missing: [yes]}]"], r"missing\.0: .*string \(got True\)"),
     ],
 )
 def test_what_cannot_work_is_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("sample", overrides)
+
+
+def test_words_for_missing_may_be_numbers() -> None:
+    config = load_config("sample", ["data.features=[{name: user, missing: [-1, 99.5, NA]}]"])
+    assert config.data.features[0].missing == ("-1", "99.5", "NA")
 
 
 def test_all_problems_are_listed() -> None:

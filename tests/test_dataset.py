@@ -137,6 +137,17 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
             encoder.fixed_context(values)
 
 
+def test_a_manifest_that_may_not_be_read_is_named(
+    sample: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(DataError, match=r"manifest.json: .*Permission denied"):
+        PreparedDataset(sample.folder)
+
+
 def test_a_damaged_dataset_is_named(sample: PreparedDataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prepared dataset"):
         PreparedDataset(tmp_path)

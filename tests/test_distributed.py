@@ -68,6 +68,7 @@ class Run:
         state = {
             "vocabulary_hash": self.dataset.manifest.vocabulary_hash,
             "config": self.config.model_dump(mode="json"),
+            "trainer": {},
         }
         checkpoints.save(step, self.sharded, self.optimizer, state)
         checkpoints.wait()

@@ -152,13 +152,13 @@ def test_what_a_plain_pip_install_of_torchrec_brings_is_told_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "cure"), [(True, "make VARIANT=cuda"), (False, "use device=cpu")]
+    ("driver", "cure"), [(True, "make VARIANT=cuda"), (False, "use run.device=cpu")]
 )
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_cuda_is_refused_by_the_cpu_variant(device: str, driver: bool, cure: str) -> None:
     (problem,) = problems(replace(CPU, has_nvidia_driver=driver), device)
     assert problem.fatal
-    assert problem.what == f"device={device}, but fbgemm-gpu-cpu 1.8.0 has no CUDA kernels"
+    assert problem.what == f"run.device={device}, but fbgemm-gpu-cpu 1.8.0 has no CUDA kernels"
     assert cure in problem.cure
 
 
@@ -311,5 +311,5 @@ def test_a_missing_library_and_a_fatal_problem_are_lines_too(
     assert doctor.main(["--device", "cuda"]) == 2
     out = capsys.readouterr().out
     assert "PROBLEM: torchrec is not installed" in out
-    assert "PROBLEM: device=cuda" in out
+    assert "PROBLEM: run.device=cuda" in out
     assert "PROBLEM: not installed: numba" in out

@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
-from deepfm_dist.build import build_model
-from deepfm_dist.config import ModelConfig
-from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.world import world
 from deepfm_dist.model.deepfm import (
     DeepFM,
@@ -24,7 +20,7 @@ from deepfm_dist.model.deepfm import (
 from deepfm_dist.model.losses import weighted_bce_sum
 from deepfm_dist.model.norm import GlobalBatchNorm
 from tests.plain_deepfm import Bags, PlainDeepFM
-from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.ranks import run_ranks
 
 TABLES = {"user": 11, "item": 13, "tag": 7}
 FIELDS = [
@@ -206,39 +202,3 @@ def test_rows_are_padded_to_a_multiple_of_four(dim: int) -> None:
     )
     assert factors.shape == (2, 1, dim)
     assert first.shape == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"over_arch": "tests.cross_net:Nothing"}, "no attribute 'Nothing'"),
-        ({"over_arch": "no_such_module:CrossNet"}, "No module named"),
-        ({"over_arch": "tests.ranks:run_ranks"}, "not a torch.nn.Module"),
-        (
-            {"over_arch": "tests.cross_net:CrossNet", "over_arch_options": {"depth": 3}},
-            "unexpected keyword argument 'depth'",
-        ),
-    ],
-)
-def test_an_over_arch_that_cannot_be_built_is_refused(
-    sample: PreparedDataset, options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
-        run_alone(_mean_pooled, ModelConfig.model_validate(options), sample.manifest)
-
-
-def _mean_pooled(config: ModelConfig, manifest: Manifest) -> list[str]:
-    with world("cpu") as ranks:
-        return build_model(config, manifest, ranks, seed=1).model.embedding_arch.mean_pooled
-
-
-@pytest.mark.parametrize(("pooling", "expected"), [("mean", ["genre"]), ("sum", [])])
-def test_fields_are_pooled_as_configured(
-    sample: PreparedDataset, pooling: str, expected: list[str]
-) -> None:
-    features = tuple(
-        f.model_copy(update={"pooling": pooling}) for f in sample.manifest.data.features
-    )
-    data = sample.manifest.data.model_copy(update={"features": features})
-    manifest = sample.manifest.model_copy(update={"data": data})
-    assert run_alone(_mean_pooled, ModelConfig(), manifest) == expected

@@ -111,7 +111,7 @@ class Manifest(Section):
             raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
         try:
             return cls.model_validate_json(path.read_text())
-        except (ValidationError, UnicodeDecodeError) as error:
+        except (ValidationError, UnicodeDecodeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{path}: not a manifest of this version ({reason}); delete {folder} and run "

@@ -1,10 +1,11 @@
 """What the input is: files, columns, features, splits and negatives."""
 
 import codecs
+import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from deepfm_dist.section import Section
 
@@ -13,13 +14,26 @@ Entity = Literal["user", "item", "context"]
 OUT_OF_VOCABULARY = 0
 """The row of every table that stands for ids not seen in training."""
 
+_NOT_FOR_THE_MODEL = ("label", "rating", "split")
+"""Columns of the interactions that say what a row is: no fields of the model."""
+
+
+def _named(text: str) -> str:
+    # A table's name is also that of a file and of a torch module, which may hold no dot.
+    if not re.fullmatch(r"\w[\w -]*", text):
+        raise ValueError(f"{text!r} is no name; use letters, digits, underscores, hyphens, spaces")
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_named)]
+
 
 class FileFormat(Section):
     """How one input file is laid out, where its name does not tell."""
 
     columns: tuple[str, ...] | None = None
     """Column names of a file without a header line."""
-    delimiter: str | None = None
+    delimiter: str | None = Field(None, min_length=1)
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
     """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
@@ -54,16 +68,21 @@ class Interactions(Section):
     """Column that says where a row belongs: 0 / train, 1 / valid, 2 / test."""
 
     @model_validator(mode="after")
-    def _rating_needs_a_threshold(self) -> Self:
+    def _columns_go_together(self) -> Self:
         if (self.rating is None) != (self.min_rating is None):
             raise ValueError("rating and min_rating go together")
+        role_of: dict[str, str] = {}
+        for role in ("user", "item", "time", *_NOT_FOR_THE_MODEL):
+            column = getattr(self, role)
+            if column is not None and role_of.setdefault(column, role) != role:
+                raise ValueError(f"{role_of[column]} and {role} are both the column {column!r}")
         return self
 
 
 class Feature(Section):
     """One field of the model."""
 
-    name: str
+    name: _Name
     """Name of the field."""
     entity: Entity = "context"
     """What it describes: the user, the item, or the row itself (context)."""
@@ -73,18 +92,19 @@ class Feature(Section):
     """Column of that file with the entity's id; default: the interactions' column of the entity."""
     column: str | None = None
     """Column that holds the value; default: the field's name (for a user or item field without
-    a file: the entity's own id)."""
+    a file: the entity's own id). Where the interactions file holds a user's or item's field, the
+    first training row of each tells."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
-    separator: str | None = None
+    separator: str | None = Field(None, min_length=1)
     """Splits one cell into several values: ``Comedy|Drama``."""
-    missing: tuple[str, ...] = ()
-    """Cell values that mean "no value", beside the empty cell."""
+    missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
+    """Words or numbers that mean "no value", beside the empty cell."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sum"] = "mean"
     """How several values of one row become one vector."""
-    table: str | None = None
+    table: _Name | None = None
     """Embedding table; fields that name the same table share its rows. Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
@@ -216,6 +236,11 @@ class DataConfig(Section):
             uses = [f.name for f in self.features if f.entity == entity]
             if uses and getattr(rows, entity) is None:
                 raise ValueError(f"{uses[0]} describes the {entity}: name interactions.{entity}")
+        for feature in self.features:
+            self._check_column(feature)
+        titles = self.titles
+        if titles is not None and titles.column == (titles.key or rows.item):
+            raise ValueError(f"titles: the column {titles.column!r} is the key of {titles.file}")
         names = [f.name for f in self.features]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two features are called {twice[0]!r}")
@@ -228,6 +253,23 @@ class DataConfig(Section):
         if needs_time and rows.time is None and rows.split is None:
             raise ValueError(f"split.method={self.split.method} needs interactions.time")
         return self
+
+    def _check_column(self, feature: Feature) -> None:
+        rows, column = self.interactions, feature.column or feature.name
+        if feature.is_id:
+            return
+        if feature.file is None:
+            for role in _NOT_FOR_THE_MODEL:
+                if column == getattr(rows, role):
+                    raise ValueError(
+                        f"{feature.name}: the column {column!r} is interactions.{role}, and no "
+                        f"field of the model"
+                    )
+        elif column == (feature.key or getattr(rows, feature.entity)):
+            raise ValueError(
+                f"{feature.name}: the column {column!r} is the key of {feature.file}; name the "
+                f"column that holds the value"
+            )
 
     def _check_fixed_negatives(self) -> None:
         rows, split = self.interactions, self.split

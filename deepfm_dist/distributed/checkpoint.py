@@ -82,7 +82,7 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
         )
     step = steps[-1]
     if which in ("best", "auto"):
-        best = read_state(checkpoint_path(run_dir, step)).get("trainer", {}).get("best_step")
+        best = read_state(checkpoint_path(run_dir, step))["trainer"].get("best_step")
         if best is None and which == "best":
             raise CheckpointError(
                 f"{run_dir}: checkpoint.use=best, but training watched no metric; set "
@@ -276,13 +276,22 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    marker = path / MARKER
     try:
-        state: dict[str, Any] = json.loads((path / MARKER).read_text())
-        missing = {"step", "config", "vocabulary_hash", _SUMS} - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        state: dict[str, Any] = json.loads(marker.read_text())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no complete checkpoint ({error})") from None
-    if missing:
-        raise CheckpointError(f"{path / MARKER}: damaged: {', '.join(sorted(missing))} missing")
+    kinds = {"step": int, "vocabulary_hash": str, "config": dict, "config.data": dict}
+    kinds |= {"config.model": dict, "trainer": dict, _SUMS: dict}
+    for name, kind in kinds.items():
+        found: Any = state
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, kind):
+            raise CheckpointError(
+                f"{marker}: damaged ({name} is {found!r}); delete {path} to use the checkpoint "
+                f"before it, or train anew"
+            )
     return state
 
 

@@ -46,7 +46,7 @@ class EmbeddingArch(nn.Module):
     """One row per value: ``[embedding_dim factors | 1 first-order weight | padding]``.
 
     One table instead of two means one lookup and one all-to-all; the price is that both share
-    initialisation and, for row-wise optimizers, the accumulator.
+    initialisation and, for row-wise optimizers, the accumulator (CONTRIBUTING.md has the figures).
 
     Args:
         tables: tables by name.

@@ -1,63 +1,206 @@
-"""The real commands, started as the README shows."""
+"""What README.md and CONTRIBUTING.md say to type is typed here, as it stands there."""
 
+import functools
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
+from deepfm_dist.config import BUNDLE
+
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-QUICK = ["trainer.max_steps=20", "model.over_arch_layer_sizes=[8]"]
+MAKE = ["make", "-C", str(ROOT), f"VENV={sys.prefix}", "VARIANT=cpu", "-o", f"{sys.prefix}/.cpu"]
+
+NOT_AS_TYPED = [
+    # Shorter, that is all: fewer steps, and two ranks where the block before has shown four.
+    (r"(-m deepfm_dist\.(?:train|\$command)\b[^&\n]*)", r"\1 trainer.max_steps=20 "),
+    (r"(notebook_reference\.py [^\n]*)", r"\1 --epochs 1"),
+    (r"(first_order_tables\.py [^\n]*)", r"\1 --seeds 1 trainer.max_steps=5"),
+    (r"--nproc_per_node=4 (.* --config)", r"--nproc_per_node=2 \1"),
+    # test_wheel.py runs the demo to its end.
+    (r"^make demo$", "make demo ARGS=--help"),
+    # This very test runs in them, or they make another environment, or they change the tree or the
+    # environment under the running tests: make says what it would do.
+    (r"^make (test|check|format|clean|VARIANT=|PYTHON=)", r"make -n \1"),
+    # What stands in for the reader's own.
+    (r"^export DEEPFM_DATA=.*$", ""),
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands of a document, and where they stand."""
+
+    where: str
+    text: str
+
+    @property
+    def needs_real_data(self) -> bool:
+        names = re.findall(r"--config (\w+)", self.text)
+        files = [BUNDLE / "configs" / f"{name}.yaml" for name in names]
+        return any("${DEEPFM_DATA}" in f.read_text() for f in files if f.is_file())
+
+    @property
+    def script(self) -> str:
+        text = self.text
+        for pattern, instead in NOT_AS_TYPED:
+            text = re.sub(pattern, instead, text, flags=re.M)
+        return f'set -eo pipefail\nmake() {{ {shlex.join(["command", *MAKE])} "$@"; }}\n{text}'
+
+
+SHELL = (
+    r"^```sh\n(?P<fenced>[^`]*)^```$|^```\w*\n[^`]*^```$|(?P<indented>(?:^ {4}\S.*\n)+)"
+    r"|`(?P<inline>(?:make|python -m|torchrun) [^`\n]+)`"
+)
+
+
+def blocks_of(*documents: str) -> list[Block]:
+    """Fenced and indented shell blocks, and commands between backticks; each text once."""
+    found = {}
+    for document in documents:
+        text = (ROOT / document).read_text()
+        for m in re.finditer(SHELL, text, re.M):
+            if m.lastgroup is None:  # a block of something else
+                continue
+            commands = re.sub("^ +(?=make)", "", m[m.lastgroup], flags=re.M)
+            # Lines of make stand alone; others go on where the one before has ended.
+            alone = all(line.startswith("make") for line in commands.splitlines())
+            for number, command in enumerate(commands.splitlines() if alone else [commands]):
+                line = text[: m.start()].count("\n") + 1 + bool(m["fenced"]) + number
+                command = re.sub(r"\s+#.*$", "", command, flags=re.M).strip()
+                found.setdefault(command, Block(f"{document}:{line}", command))
+    return list(found.values())
+
+
+BLOCKS = blocks_of("README.md", "CONTRIBUTING.md")
+[OWN_DATA] = [b for b in BLOCKS if "--config mine.yaml" in b.text]
+Done = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block], Done]:
+    """Runs a block, once, in a folder that holds nothing but what the document says is there."""
+
+    @functools.cache
+    def typed(block: Block) -> Done:
+        home = tmp_path_factory.mktemp("home")
+        (home / ".venv/bin").mkdir(parents=True)
+        (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
+        (home / "benchmarks").symlink_to(ROOT / "benchmarks")
+        if block == OWN_DATA:
+            write_shop(home)
+        return home, run(["bash", "-c", block.script], home)
+
+    return typed
 
 
-def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+def write_shop(home: Path) -> None:
+    """The README's configuration of one's own data, and files that fit it."""
+    [config] = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    (home / "mine.yaml").write_text(config.replace("/data/shop", str(home / "shop")))
+    (home / "shop").mkdir()
+    rng = np.random.default_rng(1)
+    articles = pd.DataFrame({"article": [f"a{i}" for i in range(50)]})
+    articles["brand"] = [f"b{i % 7}" for i in range(50)]
+    articles["tags"] = [f"t{i % 3}|t{i % 5}" for i in range(50)]
+    articles.to_parquet(home / "shop/articles.parquet")
+    orders = pd.DataFrame({"customer": np.repeat(np.arange(80), 10)})
+    orders["article"] = [f"a{int(50 * x * x)}" for x in rng.random(800)]
+    orders["ordered_at"] = pd.Timestamp("2026-01-01") + pd.to_timedelta(rng.random(800) * 365, "D")
+    orders["device"] = rng.choice(["phone", "desk"], 800)
+    orders.to_csv(home / "shop/orders.csv", index=False)
+    (home / "rows.csv").write_text("customer,article,device\n7,a1,phone\nnobody,a2,desk\n")
+
+
+def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MAKEFLAGS": "",  # what the make that runs the tests was told
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PET_MASTER_PORT": str(port),  # torchrun's --master_port: tests beside this one run too
+        "COVERAGE_FILE": str(cwd / ".coverage"),
+    }
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_the_whole_job_from_an_empty_folder(home: Path) -> None:
-    train = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "deepfm_dist.train", *QUICK]
-    done = run(train, home)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.where)
+def test_what_the_documents_say_to_type_works(
+    block: Block, typed: Callable[[Block], Done], request: pytest.FixtureRequest
+) -> None:
+    if block.needs_real_data:
+        request.getfixturevalue("real_data")
+    _, done = typed(block)
+    assert done.returncode == 0, f"{block.script}\n{done.stdout}\n{done.stderr}"
+
+
+def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> None:
+    home, done = typed(OWN_DATA)
     assert done.returncode == 0, done.stderr
     assert "sharding plan on 2 x cpu" in done.stderr
-    assert (home / "runs/sample/checkpoints/step_00000020/state.json").is_file()
-    done = run(["python", "-m", "deepfm_dist.evaluate"], home)
-    assert done.returncode == 0, done.stderr
     assert "popularity" in done.stdout
-    done = run([*train[:-3], "deepfm_dist.recommend", "recommend.k=3"], home)
-    assert done.returncode == 0, done.stderr
-    assert "700 users, 2,100 rows" in done.stdout
-    rows = home / "rows.csv"
-    rows.write_text("user,item\n4,276\nnobody,276\n")
-    done = run(["python", "-m", "deepfm_dist.predict", "--input", str(rows)], home)
-    assert done.returncode == 0, done.stderr
     assert "2 rows scored" in done.stdout
     assert "1 ids were never seen in training" in done.stderr
-    events = [json.loads(x) for x in (home / "runs/sample/metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["valid", "train", "end", "evaluate"]
+    run_dir = home / "runs/mine"
+    assert {p.name for p in run_dir.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "recommendations.csv",
+        "recommendations.parquet",
+        "tensorboard",
+    }
+    assert (run_dir / "recommendations.csv").read_text().startswith("user,item\n")
+    recommended = pq.read_table(run_dir / "recommendations.parquet")
+    assert recommended.column_names == ["user_id", "item_id", "score", "rank"]
+    assert recommended.num_rows == 80 * 20
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {e["event"] for e in events[:-1]} == {"train", "valid", "end"}
+    assert events[-1]["event"] == "evaluate"
 
 
-def test_asking_for_another_model_than_was_trained_is_refused(home: Path) -> None:
-    done = run(["python", "-m", "deepfm_dist.recommend", "model.embedding_dim=8"], home)
+def test_the_doctor_says_what_it_found_and_nothing_else(
+    typed: Callable[[Block], Done],
+) -> None:
+    [block] = [b for b in BLOCKS if b.text == "python -m deepfm_dist.doctor"]
+    _, done = typed(block)
+    assert done.stdout.endswith("no problems found\n")
+    assert done.stderr == ""
+
+
+def test_asking_for_another_model_than_was_trained_is_refused(
+    typed: Callable[[Block], Done],
+) -> None:
+    home, _ = typed(OWN_DATA)
+    command = ["python", "-m", "deepfm_dist.recommend", "--config", "mine.yaml"]
+    done = run([*command, "model.embedding_dim=8"], home)
     assert done.returncode == 2
     assert "embedding_dim=8" in done.stderr
-    assert "was trained with 16" in done.stderr
+    assert "was trained with 32" in done.stderr
 
 
-def test_a_mistake_on_every_rank_is_said_once(home: Path) -> None:
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "deepfm_dist.train"]
+def test_a_mistake_on_every_rank_is_said_once(typed: Callable[[Block], Done]) -> None:
+    home, _ = typed(OWN_DATA)
+    command = ["torchrun", "--nproc_per_node=2", "-m", "deepfm_dist.train", "--config", "mine.yaml"]
     done = run([*command, "trainer.batch_size=1"], home)
     assert done.returncode != 0
     said = [x for x in done.stderr.splitlines() if x.startswith("ConfigError: a batch of 1 rows")]
     assert len(said) == 1
     # The earlier run is untouched.
-    assert (home / "runs/sample/checkpoints/step_00000020/state.json").is_file()
+    assert list((home / "runs/mine/checkpoints").glob("step_*/state.json"))
