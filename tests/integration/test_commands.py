@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,14 +124,11 @@ def write_shop(home: Path) -> None:
 
 
 def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "MAKEFLAGS": "",  # what the make that runs the tests was told
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PET_MASTER_PORT": str(port),  # torchrun's --master_port: tests beside this one run too
+        "PET_STANDALONE": "1",  # torchrun --standalone: another launch may hold the default port
         "COVERAGE_FILE": str(cwd / ".coverage"),
     }
     return subprocess.run(
