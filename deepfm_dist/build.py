@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -129,11 +130,13 @@ class Trained:
         config: the settings in force: the run's own for data and model, the command's otherwise.
         dataset: the prepared dataset it was trained on.
         sharded: the task, in eval mode.
+        checkpoint: where the weights were read from.
     """
 
     config: Config
     dataset: PreparedDataset
     sharded: DistributedModelParallel
+    checkpoint: Path
 
 
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
@@ -170,7 +173,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     sharded = shard_for_inference(config, dataset.manifest, world)
     checkpoint.load_model(path, sharded)
     log.info("%s, step %s", path, f"{state['step']:,}")
-    return Trained(config, dataset, sharded)
+    return Trained(config, dataset, sharded, path)
 
 
 def _settings_of(override: str) -> list[str]:

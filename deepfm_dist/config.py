@@ -168,6 +168,23 @@ class RecommendConfig(Section):
     """A user's items in these splits are never recommended."""
     context: dict[str, str | int | float] = Field(default_factory=dict)
     """Values of the context fields to recommend for."""
+    users: str | tuple[str | int, ...] | None = None
+    """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
+    allow_items: str | tuple[str | int, ...] | None = None
+    """Only these: a list of ids, or a file with a column ``item``."""
+    block_items: str | tuple[str | int, ...] | None = None
+    """None of these: a list of ids, or a file with a column ``item``."""
+    candidates: int | None = Field(None, ge=1)
+    """Score in full only this many items of each user, the best without the over-arch; it is
+    measured on a sample of users what that misses and saves. Default: all items."""
+    memory_bytes: int = Field(1 << 30, ge=1)
+    """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> Self:
+        if self.candidates is not None and self.candidates < self.k:
+            raise ValueError(f"candidates={self.candidates} cannot give k={self.k} items")
+        return self
 
 
 class Config(Section):

@@ -30,7 +30,15 @@ def progress(total: int, description: str, unit: str, is_first: bool) -> Iterato
     """
     quiet = logging.getLogger("deepfm_dist").level > logging.INFO
     shown = is_first and sys.stderr.isatty() and not quiet
-    bar = tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=False)
+    scale = total >= 1_000_000
+    bar = tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=scale,
+        disable=not shown,
+        leave=False,
+    )
     with logging_redirect_tqdm(), bar:
         yield bar
 
