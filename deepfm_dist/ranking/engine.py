@@ -175,9 +175,8 @@ class KernelEngine:
         first, blocks = begin // kernel.BLOCK, -(-n // kernel.BLOCK)
         for packed, values in ((items.factors, side.factor_sum), (items.hidden, side.hidden)):
             size = values.shape[1]
-            if size == 0:
-                continue
-            room = torch.from_numpy(packed).view(-1, size, kernel.BLOCK)[first : first + blocks]
+            room = torch.from_numpy(packed).view(-(-items.n // kernel.BLOCK), size, kernel.BLOCK)
+            room = room[first : first + blocks]
             rows = values[: blocks * kernel.BLOCK]
             room.copy_(rows.view(blocks, kernel.BLOCK, size).transpose(1, 2))
 
@@ -194,7 +193,9 @@ class KernelEngine:
         users.hidden[: n * units] = side.hidden.flatten().numpy()
         factors = np.zeros((height, dim), np.float32)
         factors[:n] = side.factor_sum.numpy()
-        users.factors[:] = factors.reshape(-1, kernel.ROWS, dim).transpose(0, 2, 1).ravel()
+        users.factors[:] = (
+            factors.reshape(height // kernel.ROWS, kernel.ROWS, dim).transpose(0, 2, 1).ravel()
+        )
         return users
 
     def update(

@@ -93,14 +93,19 @@ class Catalogue:
             users: ``[n]`` rows of the user table.
             positives: item rows of every user.
         """
-        owners, items = [], []
-        for part in positives:
-            lengths, values = part.take(users)
-            owners.append(np.repeat(np.arange(len(users)), lengths))
-            items.append(self._position[values])
-        if not owners:
-            return Jagged(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int32))
-        return Jagged.from_pairs(np.concatenate(owners), np.concatenate(items), len(users))
+        parts = [part.take(users) for part in positives]
+        offsets = np.zeros(len(users) + 1, np.int64)
+        for lengths, _ in parts:
+            offsets[1:] += lengths
+        np.cumsum(offsets, out=offsets)
+        values = np.empty(offsets[-1], np.int32)
+        room = offsets[:-1].copy()
+        for lengths, items in parts:
+            # Each value's place: its user's next free one, and how many of its own came before.
+            first = np.repeat(room - (np.cumsum(lengths) - lengths), lengths)
+            values[first + np.arange(len(items))] = self._position[items]
+            room += lengths
+        return Jagged(offsets, values)
 
 
 def in_id_order(
