@@ -187,6 +187,15 @@ class RecommendConfig(Section):
         return self
 
 
+class SimilarConfig(Section):
+    """Every item's most similar items."""
+
+    k: int = Field(10, ge=1)
+    """Items per item."""
+    metric: Literal["cosine", "inner_product"] = "cosine"
+    """Of two items' sums of factor vectors."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -198,6 +207,7 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    similar: SimilarConfig = SimilarConfig()
 
     @property
     def prepared_dir(self) -> Path:

@@ -17,7 +17,7 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, open_trained
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.recommendation import Wanted, recommend
-    from deepfm_dist.report import recommendations_table
+    from deepfm_dist.report import ranking_table
 
     asked = config.recommend
     wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
@@ -32,7 +32,7 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
             trained.checkpoint,
         )
         if written is not None:
-            print(recommendations_table(written, trained.dataset))
+            print(ranking_table(written, trained.dataset))
 
 
 if __name__ == "__main__":

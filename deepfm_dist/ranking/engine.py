@@ -176,9 +176,9 @@ class KernelEngine:
         for packed, values in ((items.factors, side.factor_sum), (items.hidden, side.hidden)):
             size = values.shape[1]
             room = torch.from_numpy(packed).view(-(-items.n // kernel.BLOCK), size, kernel.BLOCK)
-            room = room[first : first + blocks]
-            rows = values[: blocks * kernel.BLOCK]
-            room.copy_(rows.view(blocks, kernel.BLOCK, size).transpose(1, 2))
+            rows = values.new_zeros(blocks * kernel.BLOCK, size)
+            rows[:n] = values[:n]
+            room[first : first + blocks] = rows.view(blocks, kernel.BLOCK, size).transpose(1, 2)
 
     def users(self, sides: Sequence[Side]) -> kernel.Users:
         """Prepares users."""

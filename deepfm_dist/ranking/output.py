@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,25 @@ from deepfm_dist.errors import DeepFMError
 from deepfm_dist.ranking.ranker import Ranked, stretch_of
 
 _KEY = "key.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        parquet: owner (user or item), item, score, rank.
+        csv: owner and item.
+        owners: number of owners.
+        rows: number of rows.
+        k: items per owner asked for.
+    """
+
+    parquet: Path
+    csv: Path
+    owners: int
+    rows: int
+    k: int
 
 
 class Parts:
@@ -45,7 +65,7 @@ class Parts:
         self, folder: Path, name: str, n_users: int, key: Mapping[str, object] | None, world: World
     ) -> None:
         self.target, self.aside = folder / name, folder / f".{name}.parts"
-        self._size, self._world = stretch_of(n_users), world
+        self._size, self._n_users, self._world = stretch_of(n_users), n_users, world
         text = json.dumps(key, indent=2, sort_keys=True)
         world.first_does(f"{name}_begin", lambda: self._open(text, key is not None))
         n = -(-n_users // self._size)
@@ -96,7 +116,7 @@ class Parts:
             }
             self.write(begin, pa.table(columns))
 
-    def merge(self, csv: Path, csv_columns: Mapping[str, str]) -> int | None:
+    def merge(self, csv: Path, csv_columns: Mapping[str, str], k: int) -> Written | None:
         """Joins all parts into the file, and some columns of them into a CSV file. All ranks.
 
         Neither file appears before it is whole.
@@ -104,14 +124,16 @@ class Parts:
         Args:
             csv: the CSV file.
             csv_columns: columns by their name there.
+            k: items per owner asked for.
 
         Returns:
-            On rank 0 the number of rows; None elsewhere.
+            On rank 0 what was written; None elsewhere.
         """
         self._world.barrier()
-        return self._world.first_does(
+        rows = self._world.first_does(
             f"{self.target.name}_end", lambda: self._merged(csv, csv_columns)
         )
+        return None if rows is None else Written(self.target, csv, self._n_users, rows, k)
 
     def _merged(self, csv: Path, csv_columns: Mapping[str, str]) -> int:
         parts = sorted(self.aside.glob("*.parquet"))

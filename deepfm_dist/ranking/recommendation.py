@@ -19,7 +19,7 @@ from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.output import Parts, hash_of, state_of
+from deepfm_dist.ranking.output import Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
@@ -36,25 +36,6 @@ SAMPLE_PAIRS, SAMPLE_USERS = 2_000_000, (16, 512)
 
 Ids = str | Sequence[str | int]
 """A file with a column of ids, or the ids themselves."""
-
-
-@dataclass(frozen=True)
-class Recommendations:
-    """What was written.
-
-    Attributes:
-        parquet: ``user_id, item_id, score, rank``.
-        csv: ``user,item``.
-        users: number of users.
-        rows: number of rows.
-        k: items per user asked for.
-    """
-
-    parquet: Path
-    csv: Path
-    users: int
-    rows: int
-    k: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +71,7 @@ def recommend(
     wanted: Wanted,
     folder: Path,
     checkpoint: Path | None = None,
-) -> Recommendations | None:
+) -> Written | None:
     """Ranks the catalogue for every user. All ranks.
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
@@ -145,11 +126,9 @@ def recommend(
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
-    csv = folder / "recommendations.csv"
-    rows = parts.merge(csv, {"user": "user_id", "item": "item_id"})
-    if rows is None:
-        return None
-    if not parts.found:
+    columns = {"user": "user_id", "item": "item_id"}
+    written = parts.merge(folder / "recommendations.csv", columns, wanted.k)
+    if written is not None and not parts.found:
         pairs = len(users) * len(catalogue)
         log.info(
             "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.0f MB",
@@ -158,11 +137,11 @@ def recommend(
             pairs / took / 1e6,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-    if short := _short(seen, len(catalogue), wanted.k):
+    if world.is_first and (short := _short(seen, len(catalogue), wanted.k)):
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
-    return Recommendations(parts.target, csv, len(users), rows, wanted.k)
+    return written
 
 
 def _short(seen: Jagged, n_items: int, k: int) -> int:
