@@ -14,7 +14,6 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
@@ -22,6 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array
 
 FloatArray = npt.NDArray[np.float32]
@@ -365,7 +365,7 @@ def _lowest_bit(typing: Any, bits: Any) -> Any:
     return types.int64(types.uint64), emit
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _keep(
     above: Any,
     scores: FloatArray,
@@ -390,7 +390,7 @@ def _keep(
             positions[user, at] = places[lane]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def update_top_k(
     users: Users,
     begin: int,
@@ -441,7 +441,7 @@ def update_top_k(
                     _keep(above, scores, places, user, best, positions)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def update_top_k_of_candidates(
     users: Users,
     begin: int,
@@ -499,7 +499,7 @@ def update_top_k_of_candidates(
             _keep(above, scores, places, user, best, positions)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def all_scores(
     users: Users,
     begin: int,
