@@ -179,6 +179,9 @@ class RecommendConfig(Section):
     measured on a sample of users what that misses and saves. Default: all items."""
     memory_bytes: int = Field(1 << 30, ge=1)
     """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
+    matrix: Literal["int8", "fp16", "fp32"] | None = None
+    """Also write score_matrix.parquet, a row for each user, a column for each item: logits as fp16
+    or fp32, or probabilities in units of 1/127 as int8."""
 
     @model_validator(mode="after")
     def _enough_candidates(self) -> Self:

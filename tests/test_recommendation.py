@@ -4,8 +4,9 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -49,11 +50,11 @@ def _recommended(
     written = 0
     write = Parts.write
 
-    def counted(self: Parts, begin: int, table: Any) -> None:
+    def counted(self: Parts, begin: int, schema: Any, tables: Any) -> None:
         nonlocal written
         if written == dies_after:
             raise KeyboardInterrupt
-        write(self, begin, table)
+        write(self, begin, schema, tables)
         written += 1
 
     Parts.write = counted  # type: ignore[method-assign]
@@ -223,6 +224,29 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     assert run_alone(_recommended, sample.folder, SETTINGS, few, other, checkpoint)[0] == 3
     (checkpoint / "weights").write_text("22")
     assert run_alone(_recommended, *arguments, killed, checkpoint)[0] == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp16", "fp32"])
+def test_the_score_matrix_holds_every_score(
+    sample: PreparedDataset, tmp_path: Path, kind: Literal["int8", "fp16", "fp32"]
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for out, size in ((once, 1), (twice, 2)):
+        out.mkdir()
+        wanted = Wanted(400, masked_splits=(), matrix=kind)
+        run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out)
+    assert digest(once / "score_matrix.parquet") == digest(twice / "score_matrix.parquet")
+    matrix = pd.read_parquet(once / "score_matrix.parquet").set_index("user_id")
+    assert matrix.shape == (700, 400)
+    ranked = frame_of(once)
+    logits = ranked.pivot(index="user_id", columns="item_id", values="score")
+    assert list(matrix.index) == list(logits.index)
+    assert [int(name) for name in matrix.columns] == list(logits.columns)
+    found, expected = matrix.to_numpy(), logits.to_numpy()
+    if kind == "int8":
+        expected = np.rint(127 / (1 + np.exp(-expected.astype(np.float64)))).astype(np.int8)
+    assert found.dtype == {"int8": np.int8, "fp16": np.float16, "fp32": np.float32}[kind]
+    assert (found == expected.astype(found.dtype)).all()
 
 
 def test_fewer_candidates_than_items_wanted_are_refused() -> None:

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -16,8 +18,14 @@ import pyarrow.parquet as pq
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
-from deepfm_dist.ranking.ranker import Ranked, stretch_of
+from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
 
+FloatArray = npt.NDArray[np.float32]
+MatrixKind = Literal["int8", "fp16", "fp32"]
+
+MATRIX_USERS = 512
+"""Users whose scores of the whole catalogue are in memory at once."""
+_CELLS = {"int8": pa.int8(), "fp16": pa.float16(), "fp32": pa.float32()}
 _KEY = "key.json"
 
 
@@ -87,11 +95,13 @@ class Parts:
             folder = self.aside.parent
             raise DeepFMError(f"{folder}: cannot be written: {error.strerror}") from None
 
-    def write(self, begin: int, table: pa.Table) -> None:
+    def write(self, begin: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
         """Writes the part of the stretch that begins with user ``begin``."""
         path = self._path(begin // self._size)
         aside = path.with_suffix(".part")
-        pq.write_table(table, aside)
+        with pq.ParquetWriter(aside, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
         os.replace(aside, path)
 
     def write_ranked(
@@ -114,45 +124,96 @@ class Parts:
                 "score": pa.array(scores[owner, rank]),
                 "rank": pa.array((rank + 1).astype(np.int32)),
             }
-            self.write(begin, pa.table(columns))
+            table = pa.table(columns)
+            self.write(begin, table.schema, [table])
 
-    def merge(self, csv: Path, csv_columns: Mapping[str, str], k: int) -> Written | None:
+    def write_matrix(
+        self,
+        scores: Callable[[int, int, int], FloatArray],
+        users: pa.Array,
+        items: pa.Array,
+        kind: MatrixKind,
+    ) -> None:
+        """Writes stretches as ``user_id`` and one column of scores for each item. All ranks.
+
+        Args:
+            scores: (first user, last + 1, users that any rank asks for) -> ``[users, I]`` logits.
+            users: ``[U]`` external ids.
+            items: ``[I]`` external ids by position.
+            kind: of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in int8.
+        """
+        user_ids = external(users)
+        names, cell = items.to_pylist(), _CELLS[kind]
+        schema = pa.schema([("user_id", user_ids.type), *((name, cell) for name in names)])
+
+        def tables(begin: int, end: int) -> Iterator[pa.Table]:
+            for first in range(begin, begin + self._size, MATRIX_USERS):
+                low, high = min(first, end), min(first + MATRIX_USERS, end)
+                found = scores(low, high, MATRIX_USERS)
+                if kind == "int8":
+                    found = np.rint(127 / (1 + np.exp(-found.astype(np.float64))))
+                columns = np.ascontiguousarray(found.T.astype(cell.to_pandas_dtype()))
+                if high > low:
+                    yield pa.table([user_ids[low:high], *map(pa.array, columns)], schema=schema)
+
+        dealt = dealt_stretches(
+            self._n_users, len(items), self._world, self.missing, "score matrix"
+        )
+        for begin, end in dealt:
+            if end > begin:
+                self.write(begin, schema, tables(begin, end))
+            else:
+                list(tables(begin, end))  # looking up is for all ranks
+
+    def merge(self, csv_columns: Mapping[str, str], rows_at_a_time: int = 1 << 20) -> int | None:
         """Joins all parts into the file, and some columns of them into a CSV file. All ranks.
 
         Neither file appears before it is whole.
 
         Args:
-            csv: the CSV file.
-            csv_columns: columns by their name there.
-            k: items per owner asked for.
+            csv_columns: columns by their name in the CSV file; none: there is no such file.
+            rows_at_a_time: rows in memory.
 
         Returns:
-            On rank 0 what was written; None elsewhere.
+            On rank 0 the number of rows; None elsewhere.
         """
         self._world.barrier()
-        rows = self._world.first_does(
-            f"{self.target.name}_end", lambda: self._merged(csv, csv_columns)
+        return self._world.first_does(
+            f"{self.target.name}_end", lambda: self._merged(csv_columns, rows_at_a_time)
         )
-        return None if rows is None else Written(self.target, csv, self._n_users, rows, k)
 
-    def _merged(self, csv: Path, csv_columns: Mapping[str, str]) -> int:
+    @property
+    def csv(self) -> Path:
+        """The CSV file."""
+        return self.target.with_suffix(".csv")
+
+    def written(self, rows: int | None, k: int) -> Written | None:
+        """What `merge` has made of K items each; None where it gave none."""
+        return None if rows is None else Written(self.target, self.csv, self._n_users, rows, k)
+
+    def _merged(self, csv_columns: Mapping[str, str], rows_at_a_time: int) -> int:
         parts = sorted(self.aside.glob("*.parquet"))
         whole, text = self.aside / "whole", self.aside / "csv"
         schema = pq.read_schema(parts[0])
         narrow = pa.schema([(new, schema.field(old).type) for new, old in csv_columns.items()])
         options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
         rows = 0
-        with pq.ParquetWriter(whole, schema, compression="zstd") as writer, text.open("wb") as file:
+        with (
+            pq.ParquetWriter(whole, schema, compression="zstd") as writer,
+            text.open("wb") as file,
+        ):
             # Arrow would put the names into quotes.
             file.write((",".join(csv_columns) + "\n").encode())
             with pa_csv.CSVWriter(file, narrow, write_options=options) as lines:
-                for table in _rebatched(parts):
+                for table in _rebatched(parts, rows_at_a_time):
                     writer.write_table(table)
-                    picked = table.select(list(csv_columns.values()))
-                    lines.write_table(picked.rename_columns(narrow.names))
                     rows += table.num_rows
+                    if csv_columns:
+                        picked = table.select(list(csv_columns.values()))
+                        lines.write_table(picked.rename_columns(narrow.names))
         os.replace(whole, self.target)
-        os.replace(text, csv)
+        if csv_columns:
+            os.replace(text, self.csv)
         shutil.rmtree(self.aside)
         return rows
 

@@ -19,7 +19,7 @@ from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.output import Parts, Written, hash_of, state_of
+from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
@@ -52,6 +52,7 @@ class Wanted:
         candidates: how many items of each user, the best without the over-arch, are scored in
             full; default: all.
         memory_bytes: limit of what a rank keeps of the items.
+        matrix: also write every score, in this type; see `Parts.write_matrix`.
     """
 
     k: int
@@ -62,6 +63,7 @@ class Wanted:
     block_items: Ids | None = None
     candidates: int | None = None
     memory_bytes: int = MEMORY_BYTES
+    matrix: MatrixKind | None = None
 
 
 def recommend(
@@ -75,7 +77,8 @@ def recommend(
     """Ranks the catalogue for every user. All ranks.
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
-    1) and ``recommendations.csv`` (``user,item``); both go by user, then rank.
+    1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
+    ``score_matrix.parquet`` (``user_id`` and a column for each item, seen ones included).
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -127,7 +130,7 @@ def recommend(
     world.barrier()
     took = time.monotonic() - start
     columns = {"user": "user_id", "item": "item_id"}
-    written = parts.merge(folder / "recommendations.csv", columns, wanted.k)
+    written = parts.written(parts.merge(columns), wanted.k)
     if written is not None and not parts.found:
         pairs = len(users) * len(catalogue)
         log.info(
@@ -141,6 +144,12 @@ def recommend(
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
+    if wanted.matrix is not None:
+        of_matrix = key and {**key, "matrix": wanted.matrix}
+        matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
+        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
+        matrix.merge({}, MATRIX_USERS)
+        log.info("written: %s", matrix.target)
     return written
 
 

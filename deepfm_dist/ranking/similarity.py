@@ -90,4 +90,4 @@ def similar_items(
     ranked = rank_users(ranker, itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.merge(folder / "similar_items.csv", columns, k)
+    return parts.written(parts.merge(columns), k)
