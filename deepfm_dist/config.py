@@ -180,8 +180,8 @@ class RecommendConfig(Section):
     memory_bytes: int = Field(1 << 30, ge=1)
     """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
-    """Also write score_matrix.parquet, a row for each user, a column for each item: logits as fp16
-    or fp32, or probabilities in units of 1/127 as int8."""
+    """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
+    fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
 
     @model_validator(mode="after")
     def _enough_candidates(self) -> Self:

@@ -442,6 +442,14 @@ def update_top_k(
 
 
 @compiled
+def _gather(packed: FloatArray, places: Int64Array, n: int, out: FloatArray) -> None:
+    """``n`` rows of `BLOCK` items that lie in different blocks."""
+    for j in range(n):
+        for lane in range(BLOCK):
+            out[j * BLOCK + lane] = packed[places[lane] + j * BLOCK]
+
+
+@compiled
 def update_top_k_of_candidates(
     users: Users,
     begin: int,
@@ -470,6 +478,7 @@ def update_top_k_of_candidates(
     """
     scores = scratch[network.rows * BLOCK :]
     dim, units, last = items.dim, items.units, best.shape[1] - 1
+    of_factors, of_hidden = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
     picked = Items(
         np.empty(BLOCK, np.float32),
         np.zeros(dim * BLOCK, np.float32),
@@ -488,12 +497,10 @@ def update_top_k_of_candidates(
             for lane in range(len(places)):
                 block, source = divmod(places[lane] - offset, BLOCK)
                 picked.constant[lane] = items.constant[block * BLOCK + source]
-                for d in range(dim):
-                    value = items.factors[(block * dim + d) * BLOCK + source]
-                    picked.factors[d * BLOCK + lane] = value
-                for j in range(units):
-                    value = items.hidden[(block * units + j) * BLOCK + source]
-                    picked.hidden[j * BLOCK + lane] = value
+                of_factors[lane] = block * dim * BLOCK + source
+                of_hidden[lane] = block * units * BLOCK + source
+            _gather(items.factors, of_factors, dim, picked.factors)
+            _gather(items.hidden, of_hidden, units, picked.hidden)
             _pairwise(users, user - user % ROWS, picked, 0, network, scratch)
             above = _complete(users, user, picked, 0, network, scratch, best[user, last])
             _keep(above, scores, places, user, best, positions)

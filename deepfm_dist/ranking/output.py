@@ -134,7 +134,10 @@ class Parts:
         items: pa.Array,
         kind: MatrixKind,
     ) -> None:
-        """Writes stretches as ``user_id`` and one column of scores for each item. All ranks.
+        """Writes stretches as ``user_id`` and ``scores``, a list of one length. All ranks.
+
+        A column for each item would take thousands of times as many pages as one of lists. The
+        items are told in the schema's metadata: JSON under ``item_ids``.
 
         Args:
             scores: (first user, last + 1, users that any rank asks for) -> ``[users, I]`` logits.
@@ -143,8 +146,11 @@ class Parts:
             kind: of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in int8.
         """
         user_ids = external(users)
-        names, cell = items.to_pylist(), _CELLS[kind]
-        schema = pa.schema([("user_id", user_ids.type), *((name, cell) for name in names)])
+        cell = _CELLS[kind]
+        schema = pa.schema(
+            [("user_id", user_ids.type), ("scores", pa.list_(cell, len(items)))],
+            {"item_ids": json.dumps(external(items).to_pylist())},
+        )
 
         def tables(begin: int, end: int) -> Iterator[pa.Table]:
             for first in range(begin, begin + self._size, MATRIX_USERS):
@@ -152,9 +158,10 @@ class Parts:
                 found = scores(low, high, MATRIX_USERS)
                 if kind == "int8":
                     found = np.rint(127 / (1 + np.exp(-found.astype(np.float64))))
-                columns = np.ascontiguousarray(found.T.astype(cell.to_pandas_dtype()))
                 if high > low:
-                    yield pa.table([user_ids[low:high], *map(pa.array, columns)], schema=schema)
+                    cells = pa.array(found.ravel().astype(cell.to_pandas_dtype()))
+                    lists = pa.FixedSizeListArray.from_arrays(cells, len(items))
+                    yield pa.table([user_ids[low:high], lists], schema=schema)
 
         dealt = dealt_stretches(
             self._n_users, len(items), self._world, self.missing, "score matrix"

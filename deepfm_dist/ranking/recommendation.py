@@ -78,7 +78,7 @@ def recommend(
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
     1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
-    ``score_matrix.parquet`` (``user_id`` and a column for each item, seen ones included).
+    ``score_matrix.parquet`` (``user_id, scores``; see `Parts.write_matrix`), seen items included.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
