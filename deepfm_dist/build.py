@@ -279,11 +279,13 @@ class Trained:
         config: the settings in force: the run's own for data and model, the command's otherwise.
         dataset: the prepared dataset it was trained on.
         sharded: the task, in eval mode.
+        checkpoint: where the weights were read from.
     """
 
     config: Config
     dataset: PreparedDataset
     sharded: DistributedModelParallel
+    checkpoint: Path
 
 
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
@@ -321,7 +323,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     sharded = shard_for_inference(config, dataset.manifest, world)
     checkpoint.load(path, world, sharded)
     log.info("%s, step %s", path, f"{state['step']:,}")
-    return Trained(config, dataset, sharded)
+    return Trained(config, dataset, sharded, path)
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:

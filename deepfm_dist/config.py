@@ -252,6 +252,35 @@ class RecommendConfig(Section):
     """A user's items in these splits are never recommended."""
     context: dict[str, str | int | float] = Field(default_factory=dict)
     """Values of the context fields to recommend for."""
+    users: str | tuple[str | int, ...] | None = None
+    """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
+    allow_items: str | tuple[str | int, ...] | None = None
+    """Only these: a list of ids, or a file with a column ``item``."""
+    block_items: str | tuple[str | int, ...] | None = None
+    """None of these: a list of ids, or a file with a column ``item``."""
+    candidates: int | None = Field(None, ge=1)
+    """Score in full only this many items of each user, the best without the over-arch; it is
+    measured on a sample of users what that misses and saves. Default: all items."""
+    memory_bytes: int = Field(1 << 30, ge=1)
+    """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
+    matrix: Literal["int8", "fp16", "fp32"] | None = None
+    """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
+    fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> Self:
+        if self.candidates is not None and self.candidates < self.k:
+            raise ValueError(f"candidates={self.candidates} cannot give k={self.k} items")
+        return self
+
+
+class SimilarConfig(Section):
+    """Every item's most similar items."""
+
+    k: int = Field(10, ge=1)
+    """Items per item."""
+    metric: Literal["cosine", "inner_product"] = "cosine"
+    """Of two items' sums of factor vectors."""
 
 
 class Config(Section):
@@ -266,6 +295,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    similar: SimilarConfig = SimilarConfig()
 
     @model_validator(mode="after")
     def _table_optimizer_can(self) -> Self:

@@ -34,8 +34,15 @@ def progress(
     """
     quiet = logging.getLogger("deepfm_dist").level > logging.INFO
     shown = is_first and sys.stderr.isatty() and not quiet
+    scale = total >= 1_000_000
     bar = tqdm(
-        total=total, desc=description, unit=unit, initial=done, disable=not shown, leave=False
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=scale,
+        initial=done,
+        disable=not shown,
+        leave=False,
     )
     with logging_redirect_tqdm(), bar:
         yield bar

@@ -16,22 +16,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, open_trained
     from deepfm_dist.distributed.world import world
-    from deepfm_dist.ranking.recommendation import recommend
-    from deepfm_dist.report import recommendations_table
+    from deepfm_dist.ranking.recommendation import Wanted, recommend
+    from deepfm_dist.report import ranking_table
 
+    asked = config.recommend
+    wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         written = recommend(
             deepfm_of(trained.sharded),
             ranks,
             trained.dataset,
-            config.recommend.k,
-            config.recommend.mask,
-            config.recommend.context,
+            wanted,
             config.run_dir,
+            trained.checkpoint,
         )
         if written is not None:
-            print(recommendations_table(written, trained.dataset))
+            print(ranking_table(written, trained.dataset))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import external
-from deepfm_dist.ranking.recommendation import Recommendations
+from deepfm_dist.ranking.output import Written
 
-SHOWN_USERS = 3
-SHOWN_ITEMS = 10
+SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
 
 
 def metrics_table(
@@ -25,20 +24,21 @@ def metrics_table(
     return text
 
 
-def recommendations_table(written: Recommendations, dataset: PreparedDataset) -> str:
-    """The first users' best items by title, and the files."""
-    shown = pq.read_table(written.parquet).slice(0, SHOWN_USERS * written.k).to_pandas()
+def ranking_table(written: Written, dataset: PreparedDataset) -> str:
+    """The first users' (or items') items by title, and the files."""
+    shown = pq.read_table(written.parquet).slice(0, SHOWN_OWNERS * written.k).to_pandas()
+    owner, item = shown.columns[:2]
     titles = dataset.titles()
     if titles is not None:
         ids = external(dataset.entity_ids("item").slice(1)).to_pylist()
         by_id = dict(zip(ids, titles.slice(1).to_pylist(), strict=True))
-        shown["title"] = shown["item_id"].map(by_id)
-    users = shown["user_id"].drop_duplicates().head(SHOWN_USERS)
+        shown["title"] = shown[item].map(by_id)
+    kind = owner.removesuffix("_id")
     blocks = []
-    for user in users:
-        rows = shown[shown["user_id"] == user].head(SHOWN_ITEMS)
-        rows = rows.drop(columns="user_id").set_index("rank")
-        blocks.append(f"user {user}\n{rows.to_string(float_format='{:.4f}'.format)}")
-    total = f"{written.users:,} users, {written.rows:,} rows"
+    for one in shown[owner].drop_duplicates().head(SHOWN_OWNERS):
+        rows = shown[shown[owner] == one].head(SHOWN_ITEMS)
+        rows = rows.drop(columns=owner).set_index("rank")
+        blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format)}")
+    total = f"{written.owners:,} {kind}s, {written.rows:,} rows"
     files = f"written: {written.csv}\nwritten: {written.parquet}"
     return "\n\n".join([*blocks, f"{total}\n{files}"])

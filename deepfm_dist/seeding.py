@@ -1,17 +1,20 @@
 """Seeds and shuffles that are pure functions: the same on any rank, at any time, without memory."""
 
+from functools import partial
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from deepfm_dist.compiled import compiled
+
 IntArray = npt.NDArray[np.int64]
 
 _ROUNDS = 6
 
 
-@numba.njit(numba.uint64(numba.uint64), cache=True)
+@partial(compiled, signature=numba.uint64(numba.uint64))
 def mix(x: Any) -> Any:
     """SplitMix64's finaliser: a well-mixing bijection of 64-bit words.
 
@@ -23,7 +26,7 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@compiled
 def _permute(indices: IntArray, n: int, seed: int, half_bits: int) -> IntArray:
     out = np.empty_like(indices)
     mask = np.uint64((1 << half_bits) - 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepfm_dist import cli, demo, evaluate, predict, prepare, recommend, train
+from deepfm_dist import cli, demo, evaluate, predict, prepare, recommend, similar, train
 from deepfm_dist.config import load_config
 
 Main = Callable[[Sequence[str] | None], int]
@@ -86,7 +86,7 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("module", [prepare, train, evaluate, recommend, predict])
+@pytest.mark.parametrize("module", [prepare, train, evaluate, recommend, similar, predict])
 def test_every_command_prints_its_configuration(
     module: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,13 +7,13 @@ import deepfm_dist
 
 PACKAGE = Path(deepfm_dist.__file__).parent
 LEVELS = {
-    "errors": 0, "section": 0, "seeding": 0, "log": 1, "environment": 1,
+    "errors": 0, "section": 0, "compiled": 0, "seeding": 1, "log": 1, "environment": 1,
     "model": 2, "data": 3, "distributed": 3, "training": 4, "ranking": 4,
 }  # fmt: skip
 """Everything else (commands, config, build, report, cli) is on top."""
 
 
-COMMANDS = {"prepare", "train", "evaluate", "recommend", "predict", "doctor", "demo"}
+COMMANDS = {"prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo"}
 EDGES = COMMANDS | {"report", "build"}
 """Where tables are made for people."""
 

@@ -28,7 +28,7 @@ from deepfm_dist.ranking import catalogue, output
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.evaluation import evaluate_ranking
 from deepfm_dist.ranking.metrics import ranking_metrics
-from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import HeldOut
@@ -177,7 +177,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
     with world("cpu") as ranks:
         sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
         model = deepfm_of(sharded)
-        recommend(model, ranks, dataset, k, ("train", "valid", "test"), {}, out)
+        recommend(model, ranks, dataset, Wanted(k), out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
         n_rows = prediction.predict(
@@ -426,7 +426,8 @@ def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> No
     with world("cpu") as ranks:
         trained = open_trained(config, overrides, ranks)
         context, dataset = config.recommend.context, trained.dataset
-        recommend(deepfm_of(trained.sharded), ranks, dataset, 12, ("train",), context, out)
+        wanted = Wanted(12, ("train",), context)
+        recommend(deepfm_of(trained.sharded), ranks, dataset, wanted, out, trained.checkpoint)
 
         def write_pairs() -> None:
             pairs = pd.read_parquet(out / "recommendations.parquet")[["user_id", "item_id"]]

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.ranking.recommendation import Recommendations
-from deepfm_dist.report import metrics_table, recommendations_table
+from deepfm_dist.ranking.output import Written
+from deepfm_dist.report import metrics_table, ranking_table
 
 
 def test_figures_stand_beside_each_other() -> None:
@@ -27,7 +27,7 @@ def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_p
     table = {"user_id": [7] * 40 + [5] * 40 + [6] * 40 + [9] * 40, "item_id": ids * 4}
     table |= {"score": [0.5] * 160, "rank": [*range(1, 41)] * 4}
     pq.write_table(pa.table(table), path)
-    text = recommendations_table(Recommendations(path, tmp_path / "r.csv", 4, 160, 40), sample)
+    text = ranking_table(Written(path, tmp_path / "r.csv", 4, 160, 40), sample)
     blocks = text.split("\n\n")
     assert [b.splitlines()[0] for b in blocks[:3]] == ["user 7", "user 5", "user 6"]
     for block in blocks[:3]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from deepfm_dist.compiled import compiled
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -75,7 +76,7 @@ class Jagged:
         return type(self)(self.offsets, self.values[np.lexsort((self.values, rows))])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _lengths(offsets: Int64Array, rows: npt.NDArray[np.integer]) -> Int32Array:
     out = np.zeros(len(rows), np.int32)
     for i in range(len(rows)):
@@ -84,7 +85,7 @@ def _lengths(offsets: Int64Array, rows: npt.NDArray[np.integer]) -> Int32Array:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _gather(
     offsets: Int64Array, values: Int32Array, rows: npt.NDArray[np.integer], total: int
 ) -> Int32Array:

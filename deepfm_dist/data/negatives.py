@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
@@ -99,13 +99,13 @@ def check_enough_unseen(
         )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _below(word: Any, bound: int) -> Any:
     """A draw in [0, bound) from a random 64-bit word; off uniform by less than bound / 2**32."""
     return np.int64(((word >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unseen(rank: int, seen: Int32Array, begin: int, end: int) -> int:
     """The rank-th item that is not in ``seen[begin:end]``.
 
@@ -122,7 +122,7 @@ def _unseen(rank: int, seen: Int32Array, begin: int, end: int) -> int:
     return rank + low - begin
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_per_positive(
     positives: Int64Array,
     slots: Int64Array,
@@ -147,7 +147,7 @@ def _draw_per_positive(
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_distinct(
     per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int
 ) -> Int32Array:

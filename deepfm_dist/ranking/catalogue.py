@@ -39,8 +39,13 @@ class Side:
     factor_sum: Tensor
     hidden: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it."""
+        return self.constant, self.factor_sum, self.hidden
+
     def __getitem__(self, rows: slice) -> "Side":
-        return Side(self.constant[rows], self.factor_sum[rows], self.hidden[rows])
+        return Side(*(t[rows] for t in self.tensors))
 
 
 class CatalogueScorer:
@@ -51,6 +56,11 @@ class CatalogueScorer:
         item_fields: for each categorical field and then each numeric one, whether it describes
             the item (else the user or the context).
         n_categorical: number of categorical fields.
+
+    Attributes:
+        layers: the over-arch's hidden layers above the first and its output, float64, batch norm
+            folded in; empty without a hidden layer, None where the over-arch cannot be split.
+        activation: between them.
     """
 
     def __init__(
@@ -61,8 +71,11 @@ class CatalogueScorer:
         of_item = torch.tensor(item_fields, dtype=torch.bool, device=arch.bias.device)
         self._fields = {"user": (~of_item).nonzero()[:, 0], "item": of_item.nonzero()[:, 0]}
         over = arch.over_arch
-        self._layers = _folded(over) if isinstance(over, OverArch) else None
-        self._activation = over.activation if isinstance(over, OverArch) else nn.Identity()
+        folded = _folded(over) if isinstance(over, OverArch) else None
+        self._first = None if folded is None else folded[0]
+        self._output_bias = 0.0 if folded is None or len(folded) == 1 else float(folded[-1][1])
+        self.layers = [] if over is None else None if folded is None else folded[1:]
+        self.activation = over.activation if isinstance(over, OverArch) else nn.Identity()
 
     @torch.no_grad()
     def side(self, which: str, factors_BFD: Tensor, first_BF: Tensor, dense_BN: Tensor) -> Side:
@@ -79,7 +92,7 @@ class CatalogueScorer:
         # In float64: these sums are few, and their rounding would reach every pair.
         constant = factors_BFD.new_zeros(n, dtype=torch.float64)
         if which == "user":
-            constant += arch.bias.double()
+            constant += arch.bias.double() + self._output_bias
         categorical = fields[fields < self._n_categorical]
         numeric = fields[fields >= self._n_categorical] - self._n_categorical
         numbers = dense_BN[:, numeric].double()
@@ -95,33 +108,36 @@ class CatalogueScorer:
         if arch.fm is not None:
             constant += 0.5 * (factor_sum.square() - vectors.square().sum(1)).sum(1)
         hidden = vectors.flatten(1)
-        if self._layers is not None:
-            weight, bias = self._layers[0]
+        if arch.fm is None:
+            factor_sum = factor_sum[:, :0]
+        if self._first is not None:
+            weight, bias = self._first
             dim = factors_BFD.shape[2]
             columns = (fields[:, None] * dim + torch.arange(dim, device=fields.device)).flatten()
             hidden = hidden @ weight[:, columns].T
             if which == "user":
                 hidden = hidden + bias
-            if len(self._layers) == 1:  # no hidden layer: the output is a sum of both sides
+            if not self.layers:  # no hidden layer: the output is a sum of both sides
                 constant += hidden[:, 0]
-                hidden = hidden[:, :0]
+        if self.layers is not None and not self.layers:
+            hidden = hidden[:, :0]
         return Side(constant.float(), factor_sum.float(), hidden.float())
 
     @torch.no_grad()
-    def scores(self, users: Side, items: Side) -> Tensor:
+    def scores(self, users: Side, items: Side, deep: bool = True) -> Tensor:
         """Logits of all pairs.
 
         Args:
             users: U users.
             items: I items.
+            deep: whether the over-arch counts.
 
         Returns:
             ``[U, I]`` float32.
         """
         scores = users.constant[:, None] + items.constant
-        if self._arch.fm is not None:
-            scores.addmm_(users.factor_sum, items.factor_sum.T)
-        if self._arch.over_arch is None or (self._layers is not None and len(self._layers) == 1):
+        scores.addmm_(users.factor_sum, items.factor_sum.T)
+        if not deep or self.layers == []:
             return scores
         n_users, n_items = scores.shape
         limit = PAIRS_PER_STEP[scores.device.type]
@@ -131,29 +147,53 @@ class CatalogueScorer:
             for i in range(0, n_items, item_step):
                 user, item = users.hidden[u : u + user_step], items.hidden[i : i + item_step]
                 block = scores[u : u + user_step, i : i + item_step]
-                block += self._deep(user, item).view(block.shape)
+                block += self._deep(user[:, None], item[None])
+        return scores
+
+    @torch.no_grad()
+    def scores_of_pairs(self, users: Side, items: Side, positions: Tensor) -> Tensor:
+        """Logits of each user and some items of its own.
+
+        Args:
+            users: U users.
+            items: I items.
+            positions: ``[U, N]`` int64 in [0, I).
+
+        Returns:
+            ``[U, N]`` float32.
+        """
+        scores = users.constant[:, None] + items.constant[positions]
+        step = max(1, PAIRS_PER_STEP[scores.device.type] // positions.shape[1])
+        for u in range(0, len(scores), step):
+            wanted = positions[u : u + step]
+            factors, hidden = items.factor_sum[wanted], items.hidden[wanted]
+            block = scores[u : u + step]
+            block += (factors @ users.factor_sum[u : u + step, :, None])[:, :, 0]
+            if self.layers != []:
+                block += self._deep(users.hidden[u : u + step, None], hidden)
         return scores
 
     def _deep(self, user: Tensor, item: Tensor) -> Tensor:
-        if self._layers is None:
-            assert self._arch.over_arch is not None
-            return self._unsplit(user, item)
-        x = self._activation(user[:, None] + item).flatten(0, 1)
-        for weight, bias in self._layers[1:-1]:
-            x = self._activation(torch.addmm(bias.float(), x, weight.float().T))
-        weight, bias = self._layers[-1]
-        return torch.addmv(bias.float().expand(len(x)), x, weight.float()[0])
+        """The over-arch but its output's bias: ``[u, 1, H]``, ``[u or 1, i, H]`` -> ``[u, i]``."""
+        shape = len(user), item.shape[1]
+        if self.layers is None:
+            return self._unsplit(user, item).view(shape)
+        x = self.activation(user + item).flatten(0, 1)
+        for weight, bias in self.layers[:-1]:
+            x = self.activation(torch.addmm(bias.float(), x, weight.float().T))
+        return (x @ self.layers[-1][0].float()[0]).view(shape)
 
     def _unsplit(self, user: Tensor, item: Tensor) -> Tensor:
         """An over-arch of the user's own: its input is put together for each pair."""
         over_arch = self._arch.over_arch
         assert over_arch is not None
         n_fields = sum(len(fields) for fields in self._fields.values())
-        dim = (user.shape[1] + item.shape[1]) // n_fields
-        x = user.new_empty(len(user), len(item), n_fields, dim)
-        x[:, :, self._fields["user"]] = user.view(len(user), 1, -1, dim)
-        x[:, :, self._fields["item"]] = item.view(1, len(item), -1, dim)
-        out: Tensor = over_arch(x.view(len(user) * len(item), -1))
+        dim = (user.shape[2] + item.shape[2]) // n_fields
+        n, m = len(user), item.shape[1]
+        x = user.new_empty(n, m, n_fields, dim)
+        x[:, :, self._fields["user"]] = user.view(n, 1, -1, dim)
+        x[:, :, self._fields["item"]] = item.view(len(item), m, -1, dim)
+        out: Tensor = over_arch(x.view(n * m, -1))
         return out
 
 

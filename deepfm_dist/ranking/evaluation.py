@@ -20,9 +20,10 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.metrics import ranking_metrics
 from deepfm_dist.ranking.ranker import (
     Catalogue,
-    ModelScores,
-    Scores,
-    constant_scores,
+    FixedRanker,
+    ModelRanker,
+    Ranker,
+    constant_ranker,
     gather_ranked,
     rank_users,
 )
@@ -76,16 +77,16 @@ def evaluate_ranking(
         len(users),
     )
     fixed = RowEncoder(dataset).fixed_context(context)
-    scores: dict[str, Scores] = {
-        "model": ModelScores(model, world, dataset, catalogue, users, fixed),
-        "popularity": constant_scores(dataset.popularity()[catalogue.rows], world.device),
+    rankers: dict[str, Ranker] = {
+        "model": ModelRanker(model, world, dataset, catalogue, users, fixed),
+        "popularity": constant_ranker(dataset.popularity()[catalogue.rows], world.device),
     }
     if reference is not None:
-        scores[reference.stem] = _reference_scores(reference, dataset, catalogue, users, world)
+        rankers[reference.stem] = _reference_ranker(reference, dataset, catalogue, users, world)
     found = {}
-    for name, of_users in scores.items():
+    for name, ranker in rankers.items():
         positions = gather_ranked(
-            rank_users(of_users, seen, max(cutoffs), world), max(cutoffs), world
+            rank_users(ranker, seen, max(cutoffs), world), max(cutoffs), world
         )
         if positions is not None:
             ranked = np.where(positions >= 0, catalogue.rows[positions], -1)
@@ -93,9 +94,9 @@ def evaluate_ranking(
     return found
 
 
-def _reference_scores(
+def _reference_ranker(
     path: Path, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array, world: World
-) -> Scores:
+) -> FixedRanker:
     columns = [Column("user"), Column("item"), Column("score", "number")]
     table = read_table(path, columns)
     user_ids = dataset.entity_ids("user").take(pa.array(users))
@@ -108,4 +109,6 @@ def _reference_scores(
     dense[rows[known], places[known]] = torch.from_numpy(
         np.asarray(table["score"])[known].astype(np.float32)
     )
-    return lambda begin, end: dense[begin:end].to(world.device, copy=True)
+    return FixedRanker(
+        lambda begin, end: dense[begin:end].to(world.device, copy=True), len(catalogue)
+    )

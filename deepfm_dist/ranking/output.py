@@ -1,11 +1,16 @@
-"""Recommendations in files: one parquet part per rank, merged into parquet and CSV by rank 0."""
+"""Rankings in files: a parquet part for each stretch, merged into parquet and CSV by rank 0."""
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -13,87 +18,226 @@ import pyarrow.parquet as pq
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
-from deepfm_dist.ranking.ranker import Ranked
+from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
+
+FloatArray = npt.NDArray[np.float32]
+MatrixKind = Literal["int8", "fp16", "fp32"]
+
+MATRIX_USERS = 512
+"""Users whose scores of the whole catalogue are in memory at once."""
+_CELLS = {"int8": pa.int8(), "fp16": pa.float16(), "fp32": pa.float32()}
+_KEY = "key.json"
 
 
-def write_recommendations(
-    ranked: Iterator[Ranked], user_ids: pa.Array, item_ids: pa.Array, folder: Path, world: World
-) -> tuple[Path, Path, int] | None:
-    """Writes ``recommendations.parquet`` and ``recommendations.csv``. All ranks.
+@dataclass(frozen=True)
+class Written:
+    """What was written.
 
-    The parquet file has ``user_id, item_id, score, rank`` (score: logit; rank from 1), the CSV
-    file ``user,item``; both go by user, then rank. Neither appears before it is whole.
+    Attributes:
+        parquet: owner (user or item), item, score, rank.
+        csv: owner and item.
+        owners: number of owners.
+        rows: number of rows.
+        k: items per owner asked for.
+    """
+
+    parquet: Path
+    csv: Path
+    owners: int
+    rows: int
+    k: int
+
+
+class Parts:
+    """The parts of a file that is being made, each complete or not there. All ranks.
+
+    A run that was killed left its parts behind; they are taken over if they were made from the
+    same key.
 
     Args:
-        ranked: this rank's users.
-        user_ids: ``[U]`` external ids of all users, in ranking order.
-        item_ids: ``[I]`` external ids by position.
-        folder: of the run.
-        world: the ranks; the folder must be the same disk for all.
+        folder: of the run; the same disk for all ranks.
+        name: of the file to be.
+        n_users: users of all ranks; each `stretch_of` them has a part.
+        key: what the parts depend on, as JSON values; None: parts found are never taken over.
+        world: the ranks.
 
-    Returns:
-        On rank 0: both paths and the number of rows; None elsewhere.
+    Attributes:
+        missing: the stretches left to do.
+        found: how many parts were there already.
 
     Raises:
         DeepFMError: the folder cannot be written.
     """
-    aside = folder / ".recommendations.part"
-    world.first_does("recommendations_begin", lambda: _emptied(aside))
-    users, items = external(user_ids), external(item_ids)
-    schema = pa.schema(
-        [
-            ("user_id", users.type),
-            ("item_id", items.type),
-            ("score", pa.float32()),
-            ("rank", pa.int32()),
-        ]
-    )
-    with pq.ParquetWriter(aside / f"{world.rank:05d}.parquet", schema) as writer:
+
+    def __init__(
+        self, folder: Path, name: str, n_users: int, key: Mapping[str, object] | None, world: World
+    ) -> None:
+        self.target, self.aside = folder / name, folder / f".{name}.parts"
+        self._size, self._n_users, self._world = stretch_of(n_users), n_users, world
+        text = json.dumps(key, indent=2, sort_keys=True)
+        world.first_does(f"{name}_begin", lambda: self._open(text, key is not None))
+        n = -(-n_users // self._size)
+        self.missing = [s for s in range(n) if not self._path(s).exists()]
+        self.found = n - len(self.missing)
+        world.barrier()  # nobody writes a part before all have looked
+
+    def _path(self, stretch: int) -> Path:
+        return self.aside / f"{stretch:06d}.parquet"
+
+    def _open(self, text: str, lasting: bool) -> None:
+        key = self.aside / _KEY
+        try:
+            if not (lasting and key.is_file() and key.read_text() == text):
+                shutil.rmtree(self.aside, ignore_errors=True)
+                self.aside.mkdir(parents=True)
+                key.write_text(text)
+        except OSError as error:
+            folder = self.aside.parent
+            raise DeepFMError(f"{folder}: cannot be written: {error.strerror}") from None
+
+    def write(self, begin: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        """Writes the part of the stretch that begins with user ``begin``."""
+        path = self._path(begin // self._size)
+        aside = path.with_suffix(".part")
+        with pq.ParquetWriter(aside, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+        os.replace(aside, path)
+
+    def write_ranked(
+        self, ranked: Iterator[Ranked], owners: pa.Array, items: pa.Array, names: tuple[str, str]
+    ) -> None:
+        """Writes ranked stretches as ``owner, item, score, rank``. All ranks.
+
+        Args:
+            ranked: this rank's.
+            owners: ``[U]`` external ids of all users (or of what is ranked for), in ranking order.
+            items: ``[I]`` external ids by position.
+            names: of the first two columns.
+        """
+        owner_ids, item_ids = external(owners), external(items)
         for begin, positions, scores in ranked:
             owner, rank = np.nonzero(positions >= 0)
-            writer.write_batch(
-                pa.record_batch(
-                    [
-                        users.take(pa.array(begin + owner)),
-                        items.take(pa.array(positions[owner, rank])),
-                        pa.array(scores[owner, rank]),
-                        pa.array((rank + 1).astype(np.int32)),
-                    ],
-                    schema=schema,
-                )
-            )
-    world.barrier()
-    return world.first_does("recommendations_end", lambda: _merged(aside, folder, schema))
+            columns = {
+                names[0]: owner_ids.take(pa.array(begin + owner)),
+                names[1]: item_ids.take(pa.array(positions[owner, rank])),
+                "score": pa.array(scores[owner, rank]),
+                "rank": pa.array((rank + 1).astype(np.int32)),
+            }
+            table = pa.table(columns)
+            self.write(begin, table.schema, [table])
+
+    def write_matrix(
+        self,
+        scores: Callable[[int, int, int], FloatArray],
+        users: pa.Array,
+        items: pa.Array,
+        kind: MatrixKind,
+    ) -> None:
+        """Writes stretches as ``user_id`` and ``scores``, a list of one length. All ranks.
+
+        A column for each item would take thousands of times as many pages as one of lists. The
+        items are told in the schema's metadata: JSON under ``item_ids``.
+
+        Args:
+            scores: (first user, last + 1, users that any rank asks for) -> ``[users, I]`` logits.
+            users: ``[U]`` external ids.
+            items: ``[I]`` external ids by position.
+            kind: of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in int8.
+        """
+        user_ids = external(users)
+        cell = _CELLS[kind]
+        schema = pa.schema(
+            [("user_id", user_ids.type), ("scores", pa.list_(cell, len(items)))],
+            {"item_ids": json.dumps(external(items).to_pylist())},
+        )
+
+        def tables(begin: int, end: int) -> Iterator[pa.Table]:
+            for first in range(begin, begin + self._size, MATRIX_USERS):
+                low, high = min(first, end), min(first + MATRIX_USERS, end)
+                found = scores(low, high, MATRIX_USERS)
+                if kind == "int8":
+                    found = np.rint(127 / (1 + np.exp(-found.astype(np.float64))))
+                if high > low:
+                    cells = pa.array(found.ravel().astype(cell.to_pandas_dtype()))
+                    lists = pa.FixedSizeListArray.from_arrays(cells, len(items))
+                    yield pa.table([user_ids[low:high], lists], schema=schema)
+
+        dealt = dealt_stretches(
+            self._n_users, len(items), self._world, self.missing, "score matrix"
+        )
+        for begin, end in dealt:
+            if end > begin:
+                self.write(begin, schema, tables(begin, end))
+            else:
+                list(tables(begin, end))  # looking up is for all ranks
+
+    def merge(self, csv_columns: Mapping[str, str], rows_at_a_time: int = 1 << 20) -> int | None:
+        """Joins all parts into the file, and some columns of them into a CSV file. All ranks.
+
+        Neither file appears before it is whole.
+
+        Args:
+            csv_columns: columns by their name in the CSV file; none: there is no such file.
+            rows_at_a_time: rows in memory.
+
+        Returns:
+            On rank 0 the number of rows; None elsewhere.
+        """
+        self._world.barrier()
+        return self._world.first_does(
+            f"{self.target.name}_end", lambda: self._merged(csv_columns, rows_at_a_time)
+        )
+
+    @property
+    def csv(self) -> Path:
+        """The CSV file."""
+        return self.target.with_suffix(".csv")
+
+    def written(self, rows: int | None, k: int) -> Written | None:
+        """What `merge` has made of K items each; None where it gave none."""
+        return None if rows is None else Written(self.target, self.csv, self._n_users, rows, k)
+
+    def _merged(self, csv_columns: Mapping[str, str], rows_at_a_time: int) -> int:
+        parts = sorted(self.aside.glob("*.parquet"))
+        whole, text = self.aside / "whole", self.aside / "csv"
+        schema = pq.read_schema(parts[0])
+        narrow = pa.schema([(new, schema.field(old).type) for new, old in csv_columns.items()])
+        options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
+        rows = 0
+        with (
+            pq.ParquetWriter(whole, schema, compression="zstd") as writer,
+            text.open("wb") as file,
+        ):
+            # Arrow would put the names into quotes.
+            file.write((",".join(csv_columns) + "\n").encode())
+            with pa_csv.CSVWriter(file, narrow, write_options=options) as lines:
+                for table in _rebatched(parts, rows_at_a_time):
+                    writer.write_table(table)
+                    rows += table.num_rows
+                    if csv_columns:
+                        picked = table.select(list(csv_columns.values()))
+                        lines.write_table(picked.rename_columns(narrow.names))
+        os.replace(whole, self.target)
+        if csv_columns:
+            os.replace(text, self.csv)
+        shutil.rmtree(self.aside)
+        return rows
 
 
-def _emptied(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise DeepFMError(f"{folder.parent}: cannot be written: {error.strerror}") from None
+def state_of(folder: Path) -> str:
+    """A hash of the names, sizes and times of a folder's files: of a checkpoint, say."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _merged(aside: Path, folder: Path, schema: pa.Schema) -> tuple[Path, Path, int]:
-    parquet, csv = aside / "recommendations.parquet", aside / "recommendations.csv"
-    rows = 0
-    submission = pa.schema([("user", schema.field(0).type), ("item", schema.field(1).type)])
-    options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
-    with (
-        pq.ParquetWriter(parquet, schema, compression="zstd") as writer,
-        csv.open("wb") as file,
-    ):
-        file.write(b"user,item\n")  # Arrow would put the names into quotes
-        text = pa_csv.CSVWriter(file, submission, write_options=options)
-        for batch in _rebatched(sorted(aside.glob("[0-9]*.parquet"))):
-            writer.write_table(batch)
-            text.write_table(batch.select(["user_id", "item_id"]).rename_columns(submission.names))
-            rows += batch.num_rows
-        text.close()
-    for path in (parquet, csv):
-        os.replace(path, folder / path.name)
-    shutil.rmtree(aside)
-    return folder / parquet.name, folder / csv.name, rows
+def hash_of(*arrays: np.ndarray) -> str:
+    """A hash of the values of some arrays."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _rebatched(parts: list[Path], rows: int = 1 << 20) -> Iterator[pa.Table]:

@@ -1,7 +1,12 @@
 """Every user's best items from the sharded model."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +18,45 @@ from torch import Tensor
 from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Values, padded
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.vocabulary import id_order
-from deepfm_dist.distributed.inference import dealt_blocks
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
+from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
+from deepfm_dist.ranking.engine import USER_BLOCK, Best, engine_for
 from deepfm_dist.ranking.topk import mask_of, masked_top_k
 
-USER_BLOCK = 256
-ITEM_BLOCK = 4096
+log = logging.getLogger(__name__)
 
-Scores = Callable[[int, int], Tensor]
-"""(first, last + 1) of a stretch of users -> ``[at least that many, I]`` scores. All ranks."""
+ITEM_BLOCK = 1024
+"""Items looked up and multiplied together."""
+MEMORY_BYTES = 1 << 30
+"""Default limit of what a rank keeps of the items."""
+SAY_EVERY_S = 30.0
+"""Seconds between two lines of progress where there is no bar."""
 
 Ranked = tuple[int, Int64Array, npt.NDArray[np.float32]]
 """(first user, positions ``[m, K]``, scores ``[m, K]``)"""
+
+
+class Ranker(Protocol):
+    """Ranks the catalogue for stretches of users."""
+
+    def best(
+        self, begin: int, end: int, height: int, seen: Jagged, k: int
+    ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        """Positions and scores, ``[end - begin, K]`` each. All ranks.
+
+        Args:
+            begin: first user.
+            end: last user + 1; ``begin`` for a rank that has run out of users.
+            height: users of the longest stretch of any rank.
+            seen: the users' masked positions.
+            k: K.
+        """
+
+    def __len__(self) -> int:
+        """Number of items."""
 
 
 class Catalogue:
@@ -35,25 +64,24 @@ class Catalogue:
 
     Args:
         dataset: the prepared dataset.
+        rows: item rows that can be recommended; default: all.
 
     Raises:
         DataError: its rows have no users or no items.
     """
 
-    def __init__(self, dataset: PreparedDataset) -> None:
+    def __init__(
+        self, dataset: PreparedDataset, rows: npt.NDArray[np.integer] | None = None
+    ) -> None:
         if set(dataset.manifest.entities) != {"user", "item"}:
             raise DataError(
                 f"{dataset.folder}: top items need rows with users and items; name "
                 f"data.interactions.user and .item"
             )
-        ids = dataset.entity_ids("item").slice(1)
-        order = np.argsort(id_order(ids))
-        self.rows: Int32Array = (order + 1).astype(np.int32)
-        """``[I]`` item rows by position."""
-        self.ids: pa.Array = ids.take(pa.array(order))
-        """``[I]`` external ids by position."""
-        self._position = np.full(len(ids) + 1, -1, np.int32)
-        self._position[self.rows] = np.arange(len(ids))
+        self.rows, self.ids = in_id_order(dataset, "item", rows)
+        """``[I]`` item rows and external ids by position."""
+        self._position = np.full(dataset.manifest.entities["item"], -1, np.int32)
+        self._position[self.rows] = np.arange(len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,18 +93,34 @@ class Catalogue:
             users: ``[n]`` rows of the user table.
             positives: item rows of every user.
         """
-        owners, items = [], []
-        for part in positives:
-            lengths, values = part.take(users)
-            owners.append(np.repeat(np.arange(len(users)), lengths))
-            items.append(self._position[values])
-        if not owners:
-            return Jagged(np.zeros(len(users) + 1, np.int64), np.zeros(0, np.int32))
-        return Jagged.from_pairs(np.concatenate(owners), np.concatenate(items), len(users))
+        parts = [part.take(users) for part in positives]
+        offsets = np.zeros(len(users) + 1, np.int64)
+        for lengths, _ in parts:
+            offsets[1:] += lengths
+        np.cumsum(offsets, out=offsets)
+        values = np.empty(offsets[-1], np.int32)
+        room = offsets[:-1].copy()
+        for lengths, items in parts:
+            # Each value's place: its user's next free one, and how many of its own came before.
+            first = np.repeat(room - (np.cumsum(lengths) - lengths), lengths)
+            values[first + np.arange(len(items))] = self._position[items]
+            room += lengths
+        return Jagged(offsets, values)
 
 
-class ModelScores:
-    """The model's logits for stretches of users and the whole catalogue. All ranks.
+def in_id_order(
+    dataset: PreparedDataset, entity: str, rows: npt.NDArray[np.integer] | None = None
+) -> tuple[Int32Array, pa.Array]:
+    """Rows of users or items, by default all, and their external ids, in the order of the ids."""
+    ids = dataset.entity_ids(entity).slice(1)
+    order = np.argsort(id_order(ids))
+    if rows is not None:
+        order = order[np.isin(order + 1, rows)]
+    return (order + 1).astype(np.int32), ids.take(pa.array(order))
+
+
+class ModelRanker:
+    """Ranks by the model's logits. All ranks.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -85,6 +129,8 @@ class ModelScores:
         catalogue: its items.
         users: ``[n]`` rows of the user table, in the order they will be asked for.
         context: one row of context fields.
+        memory_bytes: limit of what a rank keeps of the items; a larger catalogue is worked off in
+            blocks, computed anew for every stretch of users.
     """
 
     def __init__(
@@ -95,22 +141,89 @@ class ModelScores:
         catalogue: Catalogue,
         users: Int32Array,
         context: Mapping[str, Values],
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._model, self._world, self._users, self._context = model, world, users, context
         self._collate = Collator(dataset)
         manifest = dataset.manifest
         fields = [*manifest.categorical, *manifest.dense]
-        self._scorer = CatalogueScorer(
+        scorer = CatalogueScorer(
             model.interaction_arch,
             [f.entity == "item" for f in fields],
             len(manifest.categorical),
         )
-        self._items = self._all_items(catalogue.rows)
+        self._scorer = scorer
+        self.has_deep_part = scorer.layers != []
+        self.engine = engine_for(scorer, world.device)
+        self._rows = catalogue.rows
+        self._candidates: int | None = None
+        one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))
+        item_bytes = sum(t[0].nbytes for t in one.tensors)
+        per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
+        self._item_begins = range(0, len(self._rows), per_block)
+        total = item_bytes * len(self._rows)
+        log.info(
+            "%s items, %s of them in memory at a time, %.1f MB of %.1f MB",
+            f"{len(self._rows):,}",
+            f"{min(per_block, len(self._rows)):,}",
+            min(total, item_bytes * per_block) / 1e6,
+            total / 1e6,
+        )
+        self._kept = self._item_block(0, per_block) if len(self._item_begins) == 1 else None
 
-    def __call__(self, begin: int, end: int) -> Tensor:
-        """``[USER_BLOCK, I]`` logits of users ``begin`` to ``end``; the rest is padding."""
-        users = padded(self._users[begin:end], USER_BLOCK, ABSENT)
-        return self._scorer.scores(self._side("user", users), self._items)
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._rows)
+
+    def of(self, users: Int32Array, candidates: int | None) -> Self:
+        """The same for other users.
+
+        Args:
+            users: ``[n]`` rows of the user table.
+            candidates: how many items, the best without the over-arch, are scored in full; None:
+                all.
+        """
+        other = copy.copy(self)
+        other._users, other._candidates = users, candidates
+        return other
+
+    def best(
+        self, begin: int, end: int, height: int, seen: Jagged, k: int
+    ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        """Ranks a stretch of users; see `Ranker`."""
+        users = self._user_sides(begin, end, height)
+        found = Best.none(end - begin, k, self._world.device)
+        if self._candidates is None:
+            for offset, items in self._item_blocks():
+                self.engine.update(users, items, offset, seen, found)
+        else:
+            first = Best.none(end - begin, max(k, self._candidates), self._world.device)
+            for offset, items in self._item_blocks():
+                self.engine.update(users, items, offset, seen, first, deep=False)
+            wanted = first.positions.sort(dim=1).values
+            for offset, items in self._item_blocks():
+                self.engine.update_of_candidates(users, items, offset, wanted, found)
+        return found.positions.cpu().numpy(), found.scores.cpu().numpy()
+
+    def scores(self, begin: int, end: int, height: int) -> npt.NDArray[np.float32]:
+        """``[end - begin, I]`` logits of a stretch of users; arguments as of `best`. All ranks."""
+        users = self._user_sides(begin, end, height)
+        blocks = [self.engine.scores(users, end - begin, i) for _, i in self._item_blocks()]
+        return torch.cat(blocks, 1).cpu().numpy()
+
+    def item_vectors(self) -> Tensor:
+        """``[I, D]`` each item's sum of factor vectors: how users meet it in the pairwise part."""
+        return torch.cat([side.factor_sum for _, side in self._item_sides(0, len(self._rows))])
+
+    def _user_sides(self, begin: int, end: int, height: int) -> Any:
+        """Users ``begin`` to ``end``, looked up in as many steps as every rank takes."""
+        sides: list[Side] = []
+        for first in range(begin, begin + height, USER_BLOCK):
+            rows = self._users[min(first, end) : min(first + USER_BLOCK, end)]
+            side = self._side("user", padded(rows, USER_BLOCK, ABSENT))
+            if len(rows) or not sides:
+                sides.append(side)
+        return self.engine.users(sides)
 
     @torch.no_grad()
     def _side(self, which: str, rows: Int32Array) -> Side:
@@ -122,47 +235,149 @@ class ModelScores:
         factors, first_order = self._model.embedding_arch(batch.sparse)
         return self._scorer.side(which, factors, first_order, batch.dense)
 
-    def _all_items(self, rows: Int32Array) -> Side:
-        """The item side of the whole catalogue, computed in shares and gathered on every rank."""
-        n_blocks = -(-len(rows) // ITEM_BLOCK)
-        sides = []
-        for block in dealt_blocks(n_blocks, self._world, "items"):
-            mine = rows[block * ITEM_BLOCK : (block + 1) * ITEM_BLOCK]
-            sides.append(self._side("item", padded(mine, ITEM_BLOCK, ABSENT)))
+    def _item_blocks(self) -> Iterator[tuple[int, Any]]:
+        """(position of the first, items) in order; kept where one block holds them all."""
+        for begin in self._item_begins:
+            kept = self._kept
+            yield begin, self._item_block(begin, self._item_begins.step) if kept is None else kept
 
-        def gathered(pieces: list[Tensor]) -> Tensor:
-            mine = torch.cat(pieces).contiguous()
-            parts = [torch.empty_like(mine) for _ in range(self._world.world_size)]
-            dist.all_gather(parts, mine)
-            return torch.cat(parts)[: len(rows)].contiguous()
+    def _item_block(self, begin: int, n: int) -> Any:
+        items = None
+        n = min(n, len(self._rows) - begin)
+        for at, side in self._item_sides(begin, begin + n):
+            if items is None:
+                items = self.engine.allocate(n, side)
+            self.engine.fill(items, at - begin, side)
+        return items
 
-        return Side(
-            gathered([s.constant for s in sides]),
-            gathered([s.factor_sum for s in sides]),
-            gathered([s.hidden for s in sides]),
-        )
+    def _item_sides(self, begin: int, end: int) -> Iterator[tuple[int, Side]]:
+        """Items computed in shares and gathered on every rank, a block of each rank's at a time."""
+        size = self._world.world_size
+        for first in range(begin, end, size * ITEM_BLOCK):
+            mine = first + self._world.rank * ITEM_BLOCK
+            rows = self._rows[min(mine, end) : min(mine + ITEM_BLOCK, end)]
+            side = self._side("item", padded(rows, ITEM_BLOCK, ABSENT))
+            gathered = []
+            for tensor in side.tensors:
+                parts = [torch.empty_like(tensor) for _ in range(size)]
+                dist.all_gather(parts, tensor.contiguous())
+                gathered.append(torch.cat(parts))
+            yield first, Side(*gathered)
 
 
-def rank_users(scores: Scores, seen: Jagged, k: int, world: World) -> Iterator[Ranked]:
+class FixedRanker:
+    """Ranks by scores that are there already, such as popularity.
+
+    Args:
+        scores: (first user, last + 1) -> ``[users, I]`` scores, which may be changed.
+        n_items: I.
+    """
+
+    def __init__(self, scores: Callable[[int, int], Tensor], n_items: int) -> None:
+        self._scores, self._n_items = scores, n_items
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return self._n_items
+
+    def best(
+        self, begin: int, end: int, height: int, seen: Jagged, k: int
+    ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        """Ranks a stretch of users; see `Ranker`."""
+        scores = self._scores(begin, end)
+        mask = mask_of(seen, scores.device)(0, end - begin)
+        positions, best = masked_top_k(scores, mask, k)
+        return positions.cpu().numpy(), best.cpu().numpy()
+
+
+def constant_ranker(per_item: npt.NDArray[np.number], device: torch.device) -> FixedRanker:
+    """The same score of an item for every user: popularity."""
+    row = torch.from_numpy(per_item.astype(np.float32)).to(device)
+    return FixedRanker(partial(_repeated, row), len(row))
+
+
+def _repeated(row: Tensor, begin: int, end: int) -> Tensor:
+    return row.repeat(end - begin, 1)
+
+
+def stretch_of(n_users: int) -> int:
+    """Users that are ranked and written together: about 64 stretches, of 256 to 65,536 users.
+
+    It is the same at every world size.
+    """
+    return min(max(math.ceil(n_users / 64 / USER_BLOCK), 1), 256) * USER_BLOCK
+
+
+def rank_users(
+    ranker: Ranker,
+    seen: Jagged,
+    k: int,
+    world: World,
+    stretches: Sequence[int] | None = None,
+    description: str = "rank items",
+) -> Iterator[Ranked]:
     """This rank's users' best K items. All ranks.
 
     Args:
-        scores: of stretches of users.
+        ranker: of the catalogue.
         seen: each user's masked positions; its length is the number of users.
         k: K.
         world: the ranks.
+        stretches: which stretches of `stretch_of` users, the same on all ranks; default: all.
+        description: of the progress bar.
 
     Yields:
-        A block of users at a time, in order; the users of ranks follow one another.
+        A stretch of users at a time, in order; the users of ranks follow one another.
     """
     n_users = len(seen)
-    mask = mask_of(seen, world.device)
-    for block in dealt_blocks(-(-n_users // USER_BLOCK), world, "rank items"):
-        begin, end = min(block * USER_BLOCK, n_users), min((block + 1) * USER_BLOCK, n_users)
-        block_scores = scores(begin, end)[: end - begin]
+    for begin, end in dealt_stretches(n_users, len(ranker), world, stretches, description):
+        low, high = seen.offsets[begin], seen.offsets[end]
+        masked = Jagged(seen.offsets[begin : end + 1] - low, seen.values[low:high])
+        positions, scores = ranker.best(begin, end, stretch_of(n_users), masked, k)
         if end > begin:
-            positions, best = masked_top_k(block_scores, mask(begin, end), k)
-            yield begin, positions.cpu().numpy(), best.cpu().numpy()
+            yield begin, positions, scores
+
+
+def dealt_stretches(
+    n_users: int,
+    n_items: int,
+    world: World,
+    stretches: Sequence[int] | None = None,
+    description: str = "rank items",
+) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of this rank's stretches; every rank gets as many, empty ones included.
+
+    Args:
+        n_users: of all ranks.
+        n_items: in the catalogue, for the pairs per second that rank 0 reports.
+        world: the ranks.
+        stretches: which ones; default: all.
+        description: of the progress bar.
+    """
+    size = stretch_of(n_users)
+    left = list(range(-(-n_users // size))) if stretches is None else list(stretches)
+    per_rank = -(-len(left) // world.world_size)
+    mine = left[world.rank * per_rank : (world.rank + 1) * per_rank]
+    pairs = [(min((s + 1) * size, n_users) - s * size) * n_items for s in mine]
+    total, done, start, said = sum(pairs), 0, time.monotonic(), time.monotonic()
+    with progress(total, description, "pair", world.is_first) as bar:
+        for at in range(per_rank):
+            if at >= len(mine):
+                yield n_users, n_users
+                continue
+            yield mine[at] * size, min((mine[at] + 1) * size, n_users)
+            bar.update(pairs[at])
+            done += pairs[at]
+            now = time.monotonic()
+            if bar.disable and now - said > SAY_EVERY_S and done < total:
+                said, rate = now, done / (now - start)
+                log.info(
+                    "%s: %.0f %% of this rank's pairs, %.3g M pairs/s, %.0f s left",
+                    description,
+                    100 * done / total,
+                    rate / 1e6,
+                    (total - done) / rate,
+                )
 
 
 def gather_ranked(ranked: Iterator[Ranked], k: int, world: World) -> Int64Array | None:
@@ -172,13 +387,3 @@ def gather_ranked(ranked: Iterator[Ranked], k: int, world: World) -> Int64Array 
         return None
     blocks = [block for piece in pieces for block in piece]
     return np.concatenate(blocks) if blocks else np.zeros((0, k), np.int64)
-
-
-def constant_scores(per_item: npt.NDArray[np.number], device: torch.device) -> Scores:
-    """The same score of an item for every user: popularity."""
-    row = torch.from_numpy(per_item.astype(np.float32)).to(device)
-    return partial(_repeated, row)
-
-
-def _repeated(row: Tensor, begin: int, end: int) -> Tensor:
-    return row.repeat(end - begin, 1)

@@ -1,79 +1,257 @@
 """Every user's top-K items, written to files."""
 
 import logging
+import resource
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.vocabulary import id_order
+from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.output import write_recommendations
-from deepfm_dist.ranking.ranker import Catalogue, ModelScores, rank_users
+from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
+from deepfm_dist.ranking.ranker import (
+    MEMORY_BYTES,
+    Catalogue,
+    ModelRanker,
+    gather_ranked,
+    in_id_order,
+    rank_users,
+)
 
 log = logging.getLogger(__name__)
 
+SAMPLE_PAIRS, SAMPLE_USERS = 2_000_000, (16, 512)
+"""Pairs that are scored to see what a short list misses, and the fewest and most users for it."""
+
+Ids = str | Sequence[str | int]
+"""A file with a column of ids, or the ids themselves."""
+
 
 @dataclass(frozen=True)
-class Recommendations:
-    """What was written.
+class Wanted:
+    """Whom and what to recommend.
 
     Attributes:
-        parquet: ``user_id, item_id, score, rank``.
-        csv: ``user,item``.
-        users: number of users.
-        rows: number of rows.
-        k: items per user asked for.
+        k: items per user.
+        masked_splits: a user's positives in these are never recommended.
+        context: values of the context fields.
+        users: only these users; default: all.
+        allow_items: only these items; default: all.
+        block_items: none of these items.
+        candidates: how many items of each user, the best without the over-arch, are scored in
+            full; default: all.
+        memory_bytes: limit of what a rank keeps of the items.
+        matrix: also write every score, in this type; see `Parts.write_matrix`.
     """
 
-    parquet: Path
-    csv: Path
-    users: int
-    rows: int
     k: int
+    masked_splits: Sequence[str] = ("train", "valid", "test")
+    context: Mapping[str, str | float] = field(default_factory=dict)
+    users: Ids | None = None
+    allow_items: Ids | None = None
+    block_items: Ids | None = None
+    candidates: int | None = None
+    memory_bytes: int = MEMORY_BYTES
+    matrix: MatrixKind | None = None
 
 
 def recommend(
     model: DeepFM,
     world: World,
     dataset: PreparedDataset,
-    k: int,
-    masked_splits: Sequence[str],
-    context: Mapping[str, str | float],
+    wanted: Wanted,
     folder: Path,
-) -> Recommendations | None:
+    checkpoint: Path | None = None,
+) -> Written | None:
     """Ranks the catalogue for every user. All ranks.
+
+    Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
+    1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
+    ``score_matrix.parquet`` (``user_id, scores``; see `Parts.write_matrix`), seen items included.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        k: items per user.
-        masked_splits: a user's positives in these are never recommended.
-        context: values of the context fields.
+        wanted: whom and what.
         folder: where the files go.
+        checkpoint: where the weights are from; a run that was killed is continued if they have
+            not changed.
 
     Returns:
         On rank 0 what was written; None elsewhere.
+
+    Raises:
+        DataError: a list names nothing that is known, or users who are not.
     """
-    catalogue = Catalogue(dataset)
-    ids = dataset.entity_ids("user").slice(1)
-    order = np.argsort(id_order(ids))
-    users = (order + 1).astype(np.int32)
-    fixed = RowEncoder(dataset).fixed_context(context)
-    scores = ModelScores(model, world, dataset, catalogue, users, fixed)
-    seen = catalogue.seen_by(users, [dataset.positives(split) for split in masked_splits])
-    ranked = rank_users(scores, seen, k, world)
-    written = write_recommendations(ranked, ids.take(pa.array(order)), catalogue.ids, folder, world)
-    if written is None:
+    catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
+    users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
+    context = RowEncoder(dataset).fixed_context(wanted.context)
+    ranker = ModelRanker(model, world, dataset, catalogue, users, context, wanted.memory_bytes)
+    positives = [dataset.positives(split) for split in wanted.masked_splits]
+    seen = catalogue.seen_by(users, positives)
+    if wanted.candidates is not None and not ranker.has_deep_part:
+        log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
+    elif wanted.candidates is not None and wanted.candidates < len(catalogue):
+        chosen = _sample(len(users), len(catalogue))
+        of_sample = catalogue.seen_by(users[chosen], positives)
+        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, world)
+        ranker = ranker.of(users, wanted.candidates)
+    key = None
+    if checkpoint is not None:
+        key = {
+            "weights": state_of(checkpoint),
+            "data": dataset.manifest.fingerprint,
+            "users": hash_of(users),
+            "items": hash_of(catalogue.rows),
+            "seen": hash_of(seen.offsets, seen.values),
+            "context": dict(wanted.context),
+            "k": wanted.k,
+            "candidates": wanted.candidates,
+            "engine": ranker.engine.name,
+        }
+    parts = Parts(folder, "recommendations.parquet", len(users), key, world)
+    if parts.found:
+        log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
+    start = time.monotonic()
+    ranked = rank_users(ranker, seen, wanted.k, world, parts.missing)
+    parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
+    world.barrier()
+    took = time.monotonic() - start
+    columns = {"user": "user_id", "item": "item_id"}
+    written = parts.written(parts.merge(columns), wanted.k)
+    if written is not None and not parts.found:
+        pairs = len(users) * len(catalogue)
+        log.info(
+            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.0f MB",
+            f"{pairs:,}",
+            took,
+            pairs / took / 1e6,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+    if world.is_first and (short := _short(seen, len(catalogue), wanted.k)):
+        log.info(
+            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
+        )
+    if wanted.matrix is not None:
+        of_matrix = key and {**key, "matrix": wanted.matrix}
+        matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
+        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
+        matrix.merge({}, MATRIX_USERS)
+        log.info("written: %s", matrix.target)
+    return written
+
+
+def _short(seen: Jagged, n_items: int, k: int) -> int:
+    """How many users have fewer than K unseen items."""
+    short = 0
+    for user in np.flatnonzero(n_items - seen.lengths < k):
+        # Items outside the catalogue, and in several splits, are in the lengths too.
+        mine = np.unique(seen.values[seen.offsets[user] : seen.offsets[user + 1]])
+        short += int(n_items - np.count_nonzero(mine >= 0) < k)
+    return short
+
+
+def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
+    if ids is None:
         return None
-    parquet, csv, rows = written
-    if rows < k * len(users):
-        short = int((len(catalogue) - seen.lengths < k).sum())
-        log.info("%s users have fewer than %d unseen items", f"{short:,}", k)
-    return Recommendations(parquet, csv, len(users), rows, k)
+    rows, unknown = _rows_of(dataset, "user", ids, "recommend.users")
+    if unknown:
+        raise DataError(
+            f"recommend.users: {len(unknown):,} of {len(unknown) + len(rows):,} are not in the "
+            f"training data (such as {unknown[0]!r}), and this model knows its users by id alone: "
+            f"leave them out, or add their rows to {dataset.manifest.data.interactions.file}, "
+            f"prepare and train anew"
+        )
+    return rows
+
+
+def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> Int32Array | None:
+    """Item rows that can be recommended; None: all."""
+    if allow is None and block is None:
+        return None
+    kept = np.zeros(dataset.manifest.entities["item"], bool)
+    if allow is None:
+        kept[1:] = True
+    for ids, option, value in ((allow, "allow_items", True), (block, "block_items", False)):
+        if ids is None:
+            continue
+        rows, unknown = _rows_of(dataset, "item", ids, f"recommend.{option}")
+        kept[rows] = value
+        if unknown:
+            text = "recommend.%s: %s items are not in the catalogue (such as %r)"
+            log.info(text, option, f"{len(unknown):,}", unknown[0])
+    if not kept.any():
+        raise DataError(
+            "recommend.allow_items and recommend.block_items leave no item of the catalogue"
+        )
+    return np.flatnonzero(kept).astype(np.int32)
+
+
+def _rows_of(
+    dataset: PreparedDataset, entity: str, ids: Ids, option: str
+) -> tuple[Int32Array, list[str]]:
+    """Rows of the known ids, each once, and the unknown ids."""
+    if isinstance(ids, str):
+        column = read_table(Path(ids), [Column(entity)])[entity]
+    else:
+        column = pa.chunked_array([pa.array([str(i) for i in ids], pa.string())])
+    if len(column) == 0:
+        raise DataError(f"{option}: the list is empty; leave it out, or name some {entity}s")
+    column = column.unique()
+    place = pc.index_in(column, value_set=dataset.entity_ids(entity).slice(1))
+    rows = np.asarray(place.drop_null(), np.int32) + np.int32(1)
+    return rows, column.filter(pc.is_null(place)).to_pylist()
+
+
+def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:
+    """Users, evenly spaced, to compare a short list with the whole catalogue for."""
+    fewest, most = SAMPLE_USERS
+    n = min(n_users, max(fewest, min(most, SAMPLE_PAIRS // n_items)))
+    return np.unique(np.linspace(0, n_users - 1, n).astype(np.int64))
+
+
+def _compare(
+    ranker: ModelRanker, users: Int32Array, seen: Jagged, k: int, candidates: int, world: World
+) -> None:
+    """Says what the short list misses, what it saves and what the over-arch changes. All ranks."""
+    found, took = {}, {}
+    # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
+    for name, n in (("exact", None), ("short", candidates), ("pairwise", k)):
+        world.barrier()
+        start = time.monotonic()
+        found[name] = gather_ranked(
+            rank_users(ranker.of(users, n), seen, k, world, description="compare"), k, world
+        )
+        took[name] = time.monotonic() - start
+    exact, short, pairwise = found["exact"], found["short"], found["pairwise"]
+    if exact is None or short is None or pairwise is None:
+        return
+    log.info(
+        "recommend.candidates=%d, on %d users: %.4f of the exact top %d found, %.1f times as fast; "
+        "the over-arch changes %.3f of the pairwise part's top %d",
+        candidates,
+        len(users),
+        _shared(exact, short),
+        k,
+        took["exact"] / took["short"],
+        1 - _shared(exact, pairwise),
+        k,
+    )
+
+
+def _shared(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:
+    """Which share of the items of some users' rankings, ``[n, K]``, is in others' too."""
+    both = (wanted[:, :, None] == found[:, None, :]) & (wanted >= 0)[:, :, None]
+    return float(both.sum() / max(1, (wanted >= 0).sum()))

@@ -1,0 +1,302 @@
+"""What scores and ranks: the compiled kernel, or torch for the models and devices it is not for."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.ranking import kernel
+from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
+from deepfm_dist.ranking.topk import NO_ITEM, mask_of, masked_top_k, top_k
+
+log = logging.getLogger(__name__)
+
+USER_BLOCK = 256
+"""Users looked up and multiplied together: a GEMM's last digits depend on its height."""
+USERS_PER_TASK = 64
+"""Users that a thread takes at a time."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best items of some users so far.
+
+    Attributes:
+        scores: ``[n, K]`` float32, best first; ``-inf`` in empty places.
+        positions: ``[n, K]`` int64; `NO_ITEM` in empty places.
+    """
+
+    scores: Tensor
+    positions: Tensor
+
+    @classmethod
+    def none(cls, n: int, k: int, device: torch.device) -> Self:
+        """No item for any of n users."""
+        scores = torch.full((n, k), float("-inf"), device=device)
+        return cls(scores, torch.full((n, k), NO_ITEM, dtype=torch.int64, device=device))
+
+
+class Engine(Protocol):
+    """Ranks items for users, both prepared by it."""
+
+    name: str
+
+    def allocate(self, n: int, like: Side) -> Any:
+        """Room for n items."""
+
+    def fill(self, items: Any, begin: int, side: Side) -> None:
+        """Puts items into their place; what is past the end is left out."""
+
+    def users(self, sides: Sequence[Side]) -> Any:
+        """Prepares users, in blocks of `USER_BLOCK`."""
+
+    def update(
+        self, users: Any, items: Any, offset: int, seen: Jagged, best: Best, deep: bool = True
+    ) -> None:
+        """Runs items past the first ``len(best.scores)`` users.
+
+        Args:
+            users: from `users`.
+            items: from `allocate`, filled; of higher positions than any that came before.
+            offset: position of the first.
+            seen: each user's masked positions.
+            best: changed in place.
+            deep: whether the over-arch counts.
+        """
+
+    def update_of_candidates(
+        self, users: Any, items: Any, offset: int, candidates: Tensor, best: Best
+    ) -> None:
+        """`update` for each user's own items, ``[n, N]`` positions, ascending, `NO_ITEM` first."""
+
+    def scores(self, users: Any, n_users: int, items: Any) -> Tensor:
+        """``[n_users, items]`` float32."""
+
+
+class TorchEngine:
+    """Any model on any device.
+
+    Args:
+        scorer: of the model.
+    """
+
+    def __init__(self, scorer: CatalogueScorer) -> None:
+        self.name = "torch"
+        self._scorer = scorer
+
+    def allocate(self, n: int, like: Side) -> Side:
+        """Room for n items."""
+        return Side(*(t.new_empty(n, *t.shape[1:]) for t in like.tensors))
+
+    def fill(self, items: Side, begin: int, side: Side) -> None:
+        """Puts items into their place; what is past the end is left out."""
+        for target, source in zip(items.tensors, side.tensors, strict=True):
+            room = target[begin : begin + len(source)]
+            room.copy_(source[: len(room)])
+
+    def users(self, sides: Sequence[Side]) -> Side:
+        """Prepares users."""
+        return Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
+
+    def update(
+        self, users: Side, items: Side, offset: int, seen: Jagged, best: Best, deep: bool = True
+    ) -> None:
+        """Runs items past users; see `Engine`."""
+        n, k = best.scores.shape
+        mask = mask_of(seen, best.scores.device)
+        for begin in range(0, n, USER_BLOCK):
+            end = min(begin + USER_BLOCK, n)
+            scores = self._scorer.scores(users[begin : begin + USER_BLOCK], items, deep)
+            rows, places = mask(begin, end)
+            places -= offset
+            here = (places >= 0) & (places < scores.shape[1])
+            found = masked_top_k(scores[: end - begin], (rows[here], places[here]), k)
+            self._merge(best, slice(begin, end), found[1], found[0] + offset)
+
+    def update_of_candidates(
+        self, users: Side, items: Side, offset: int, candidates: Tensor, best: Best
+    ) -> None:
+        """Runs each user's own items past it; see `Engine`."""
+        for begin in range(0, len(best.scores), USER_BLOCK):
+            block = slice(begin, min(begin + USER_BLOCK, len(best.scores)))
+            places = candidates[block] - offset
+            here = (places >= 0) & (places < len(items.constant))
+            scores = self._scorer.scores_of_pairs(users[block], items, places.where(here, 0))
+            scores[~here] = float("-inf")
+            self._merge(best, block, scores, candidates[block])
+
+    def _merge(self, best: Best, users: slice, scores: Tensor, positions: Tensor) -> None:
+        """Equal scores stay in the order of their positions: those before come first."""
+        joined = torch.cat([best.scores[users], scores], 1)
+        order, merged = top_k(joined, best.scores.shape[1])
+        positions = torch.cat([best.positions[users], positions], 1)
+        best.scores[users] = merged
+        best.positions[users] = positions.gather(1, order.clamp(min=0)).where(order >= 0, NO_ITEM)
+
+    def scores(self, users: Side, n_users: int, items: Side) -> Tensor:
+        """``[n_users, items]`` float32."""
+        blocks = range(0, n_users, USER_BLOCK)
+        found = [self._scorer.scores(users[b : b + USER_BLOCK], items) for b in blocks]
+        return torch.cat(found)[:n_users]
+
+
+class KernelEngine:
+    """ReLU layers on CPU: one compiled pass over the catalogue.
+
+    Args:
+        layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
+        threads: how many users are worked on at a time.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], threads: int) -> None:
+        self.name = f"compiled kernel, {kernel.LANES * 32}-bit vectors"
+        self._network = kernel.network_of([(w.numpy(), b.numpy()) for w, b in layers])
+        self._pairwise = kernel.network_of([])
+        self._threads = threads
+
+    def allocate(self, n: int, like: Side) -> kernel.Items:
+        """Room for n items."""
+        blocks, dim, units = -(-n // kernel.BLOCK), like.factor_sum.shape[1], like.hidden.shape[1]
+        constant = kernel.aligned(blocks * kernel.BLOCK)
+        constant[n:] = -np.inf
+        factors, hidden = (kernel.aligned(blocks * size * kernel.BLOCK) for size in (dim, units))
+        return kernel.Items(constant, factors, hidden, n, dim, units)
+
+    def fill(self, items: kernel.Items, begin: int, side: Side) -> None:
+        """Puts items into their place; ``begin`` is that of a block of the kernel's."""
+        n = min(items.n - begin, len(side.constant))
+        items.constant[begin : begin + n] = side.constant[:n].numpy()
+        first, blocks = begin // kernel.BLOCK, -(-n // kernel.BLOCK)
+        for packed, values in ((items.factors, side.factor_sum), (items.hidden, side.hidden)):
+            size = values.shape[1]
+            room = torch.from_numpy(packed).view(-(-items.n // kernel.BLOCK), size, kernel.BLOCK)
+            rows = values.new_zeros(blocks * kernel.BLOCK, size)
+            rows[:n] = values[:n]
+            room[first : first + blocks] = rows.view(blocks, kernel.BLOCK, size).transpose(1, 2)
+
+    def users(self, sides: Sequence[Side]) -> kernel.Users:
+        """Prepares users."""
+        n = sum(len(s.constant) for s in sides)
+        dim, units = sides[0].factor_sum.shape[1], sides[0].hidden.shape[1]
+        height = -(-n // kernel.ROWS) * kernel.ROWS
+        users = kernel.Users(
+            kernel.aligned(height), kernel.aligned(height * dim), kernel.aligned(height * units)
+        )
+        side = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
+        users.constant[:n] = side.constant.numpy()
+        users.hidden[: n * units] = side.hidden.flatten().numpy()
+        factors = np.zeros((height, dim), np.float32)
+        factors[:n] = side.factor_sum.numpy()
+        users.factors[:] = (
+            factors.reshape(height // kernel.ROWS, kernel.ROWS, dim).transpose(0, 2, 1).ravel()
+        )
+        return users
+
+    def update(
+        self,
+        users: kernel.Users,
+        items: kernel.Items,
+        offset: int,
+        seen: Jagged,
+        best: Best,
+        deep: bool = True,
+    ) -> None:
+        """Runs items past users; see `Engine`."""
+        network = self._network if deep else self._pairwise
+        if not deep:
+            items = items._replace(units=0)
+        found = best.scores.numpy(), best.positions.numpy()
+
+        def work(begin: int, end: int) -> None:
+            kernel.update_top_k(
+                users,
+                begin,
+                end,
+                items,
+                offset,
+                network,
+                seen.offsets,
+                seen.values,
+                *found,
+                self._scratch(network),
+            )
+
+        self._over_users(work, len(best.scores))
+
+    def update_of_candidates(
+        self,
+        users: kernel.Users,
+        items: kernel.Items,
+        offset: int,
+        candidates: Tensor,
+        best: Best,
+    ) -> None:
+        """Runs each user's own items past it; see `Engine`."""
+        network, wanted = self._network, candidates.numpy()
+        found = best.scores.numpy(), best.positions.numpy()
+
+        def work(begin: int, end: int) -> None:
+            scratch = self._scratch(network)
+            kernel.update_top_k_of_candidates(
+                users, begin, end, items, offset, network, wanted, *found, scratch
+            )
+
+        self._over_users(work, len(best.scores))
+
+    def scores(self, users: kernel.Users, n_users: int, items: kernel.Items) -> Tensor:
+        """``[n_users, items]`` float32."""
+        out = np.empty((n_users, items.n), np.float32)
+
+        def work(begin: int, end: int) -> None:
+            scratch = self._scratch(self._network)
+            kernel.all_scores(users, begin, end, items, self._network, out, scratch)
+
+        self._over_users(work, n_users)
+        return torch.from_numpy(out)
+
+    def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
+        return kernel.aligned((network.rows + kernel.ROWS) * kernel.BLOCK)
+
+    def _over_users(self, work: Callable[[int, int], None], n: int) -> None:
+        step = -(-USERS_PER_TASK // kernel.ROWS) * kernel.ROWS
+        begins = range(0, n, step)
+        if self._threads == 1 or len(begins) < 2:
+            work(0, n)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            for done in [pool.submit(work, b, min(b + step, n)) for b in begins]:
+                done.result()
+
+
+def engine_for(scorer: CatalogueScorer, device: torch.device) -> Engine:
+    """The kernel where it can be used, else torch; says which, and why.
+
+    Args:
+        scorer: of the model.
+        device: where it is.
+    """
+    reason = None
+    if device.type != "cpu":
+        reason = f"the device is {device.type}"
+    elif scorer.layers is None:
+        reason = "the over-arch cannot be split into a user's and an item's part"
+    elif scorer.layers and not isinstance(scorer.activation, nn.ReLU):
+        reason = f"the activation is {type(scorer.activation).__name__}, not ReLU"
+    elif not kernel.HAS_FMA:
+        reason = "this processor has no fused multiply-add"
+    engine: Engine
+    if reason is None:
+        assert scorer.layers is not None
+        threads = torch.get_num_threads()
+        engine = KernelEngine(scorer.layers, threads)
+        log.info("catalogue: %s, %d thread%s", engine.name, threads, "s" * (threads > 1))
+    else:
+        engine = TorchEngine(scorer)
+        log.info("catalogue: torch, since %s", reason)
+    return engine

@@ -1,0 +1,527 @@
+"""Scores, mask and running top-K of user-item pairs in one pass over the catalogue, on CPU.
+
+`BLOCK` items are scored for `ROWS` users at a time; hidden units live in a scratch that stays in
+the cache, and no matrix of scores is ever in memory. What the compilers' loops do not give is the
+register blocking of the products, so these are written as LLVM IR: `ROWS` outputs of `BLOCK`
+items in registers, one broadcast weight and one fused multiply-add for each vector. Layer sizes
+are arguments, so that one compilation serves every model.
+
+A score is one fixed chain of fused multiply-adds. Which user, item, block, thread or vector width
+it is computed with does not change a bit of it.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int64Array
+
+FloatArray = npt.NDArray[np.float32]
+Layer = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Weights ``[out, in]`` and biases ``[out]``."""
+
+_HAS = binding.get_host_cpu_features()
+LANES, VECTORS, ROWS = (
+    (16, 2, 10) if _HAS.get("avx512f") else (8, 2, 5) if _HAS.get("avx2") else (4, 4, 6)
+)
+"""Floats in a vector, vectors in a block, rows of a block's outputs held in registers together."""
+BLOCK = LANES * VECTORS
+"""Items scored at a time."""
+HAS_FMA = bool(_HAS.get("fma")) or platform.machine() in ("aarch64", "arm64")
+"""Whether this processor multiplies and adds in one instruction; without, the kernel crawls."""
+
+_FLOAT, _INDEX, _BIT = ir.FloatType(), ir.IntType(64), ir.IntType(1)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+GROUP = ("outputs", "inputs", "first weight", "first bias", "input row", "output row")
+"""What describes a group of a layer's units."""
+
+
+class Network(NamedTuple):
+    """The layers above the first, cut into groups of at most `ROWS` outputs.
+
+    Attributes:
+        groups: ``[G, len(GROUP)]``.
+        weights: for each group ``[inputs, outputs]``, flat.
+        biases: of all groups' outputs.
+        output: ``[H_last]`` weights of the last, linear layer.
+        first: scratch row of the first layer's units.
+        last: scratch row of the last hidden layer's units.
+        rows: scratch rows in all.
+    """
+
+    groups: Int64Array
+    weights: FloatArray
+    biases: FloatArray
+    output: FloatArray
+    first: int
+    last: int
+    rows: int
+
+
+class Users(NamedTuple):
+    """The user side; users go in chunks of `ROWS`, the last one padded.
+
+    Attributes:
+        constant: ``[chunks * ROWS]``.
+        factors: ``[chunks, D, ROWS]``, flat.
+        hidden: ``[chunks * ROWS, H]``, flat.
+    """
+
+    constant: FloatArray
+    factors: FloatArray
+    hidden: FloatArray
+
+
+class Items(NamedTuple):
+    """The item side in blocks of `BLOCK`; what pads the last one has a constant of ``-inf``.
+
+    Attributes:
+        constant: ``[blocks * BLOCK]``.
+        factors: ``[blocks, D, BLOCK]``, flat.
+        hidden: ``[blocks, H, BLOCK]``, flat.
+        n: number of items.
+        dim: D.
+        units: H, the first layer's size.
+    """
+
+    constant: FloatArray
+    factors: FloatArray
+    hidden: FloatArray
+    n: int
+    dim: int
+    units: int
+
+
+def network_of(layers: Sequence[Layer]) -> Network:
+    """Lays out the layers above the first.
+
+    Args:
+        layers: every hidden layer but the first, then the output, whose bias is left out; empty
+            for a model without hidden layers.
+    """
+    if not layers:
+        none = np.zeros(0, np.float32)
+        return Network(np.zeros((0, len(GROUP)), np.int64), none, none, none, 0, 0, 0)
+    sizes = [weight.shape[1] for weight, _ in layers]
+    # Two halves in turn, so that no layer overwrites its own input.
+    starts = [index % 2 * max(sizes) for index in range(len(sizes))]
+    groups: list[tuple[int, ...]] = []
+    weights: list[FloatArray] = []
+    biases: list[FloatArray] = []
+    n_weights = n_biases = 0
+    for index, (weight, bias) in enumerate(layers[:-1]):
+        begin = 0
+        # As even as can be: a group of few rows leaves registers idle.
+        for rows in np.array_split(np.arange(len(bias)), -(-len(bias) // ROWS)):
+            source, target = starts[index], starts[index + 1] + begin
+            groups.append((len(rows), weight.shape[1], n_weights, n_biases, source, target))
+            weights.append(weight[rows].T.astype(np.float32).ravel())
+            biases.append(bias[rows].astype(np.float32))
+            begin += len(rows)
+            n_weights += weights[-1].size
+            n_biases += len(rows)
+    nothing = [np.zeros(0, np.float32)]
+    return Network(
+        np.array(groups, np.int64).reshape(-1, len(GROUP)),
+        np.concatenate(nothing + weights),
+        np.concatenate(nothing + biases),
+        layers[-1][0][0].astype(np.float32),
+        starts[0],
+        starts[-1],
+        2 * max(sizes),
+    )
+
+
+def aligned(*shape: int) -> FloatArray:
+    """Zeros that begin on a cache line, so that no vector of theirs crosses one."""
+    size = int(np.prod(shape))
+    room = np.zeros(size + 16, np.float32)
+    skip = -(room.ctypes.data // 4) % 16
+    return room[skip : skip + size].reshape(shape)
+
+
+_Typed = tuple[Any, Any]
+"""A numba type and a value of it in LLVM."""
+
+
+class _Code:
+    """The few instructions the kernel is made of."""
+
+    def __init__(self, context: Any, builder: Any) -> None:
+        self.context, self.b = context, builder
+
+    def index(self, value: int) -> Any:
+        return ir.Constant(_INDEX, value)
+
+    def field(self, value: _Typed, name: str) -> _Typed:
+        """A field of a named tuple."""
+        number = value[0].fields.index(name)
+        return value[0].types[number], self.b.extract_value(value[1], number)
+
+    def address(self, array: _Typed, element: Any = None) -> Any:
+        """Address of an element of an array, by default its first."""
+        data = self.context.make_array(array[0])(self.context, self.b, value=array[1]).data
+        return data if element is None else self.forward(data, element)
+
+    def length(self, array: _Typed) -> Any:
+        """An array's first dimension."""
+        shape = self.context.make_array(array[0])(self.context, self.b, value=array[1]).shape
+        return self.b.extract_value(shape, 0)
+
+    def forward(self, address: Any, elements: Any) -> Any:
+        return self.b.gep(address, [elements])
+
+    def row(self, address: Any, number: Any) -> Any:
+        """Address of row ``number`` of `BLOCK` floats."""
+        return self.forward(address, self.b.mul(number, self.index(BLOCK)))
+
+    def _vectors(self, address: Any) -> list[Any]:
+        places = [self.forward(address, self.index(v * LANES)) for v in range(VECTORS)]
+        return [self.b.bitcast(place, _VECTOR.as_pointer()) for place in places]
+
+    def load(self, address: Any) -> list[Any]:
+        """The `VECTORS` vectors of a row."""
+        return [self.b.load(place, align=4) for place in self._vectors(address)]
+
+    def store(self, values: list[Any], address: Any) -> None:
+        for value, place in zip(values, self._vectors(address), strict=True):
+            self.b.store(value, place, align=4)
+
+    def splat(self, scalar: Any) -> Any:
+        """A vector of one value."""
+        empty = ir.Constant(_VECTOR, ir.Undefined)
+        first = ir.Constant(ir.IntType(32), 0)
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return self.b.shuffle_vector(self.b.insert_element(empty, scalar, first), empty, lanes)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        name = f"llvm.fma.v{LANES}f32"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [a, b, c])
+
+    def relu(self, value: Any) -> Any:
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        return self.b.select(self.b.fcmp_ordered(">", value, zero), value, zero)
+
+    def loop(
+        self, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Runs ``body(j, values) -> values`` for j in [0, count); the values stay in registers."""
+        before = self.b.block
+        head, inside, after = (self.b.append_basic_block() for _ in range(3))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        j = self.b.phi(_INDEX)
+        j.add_incoming(self.index(0), before)
+        values = [self.b.phi(_VECTOR) for _ in start]
+        for phi, value in zip(values, start, strict=True):
+            phi.add_incoming(value, before)
+        self.b.cbranch(self.b.icmp_signed("<", j, count), inside, after)
+        self.b.position_at_end(inside)
+        for phi, value in zip(values, body(j, values), strict=True):
+            phi.add_incoming(value, self.b.block)
+        j.add_incoming(self.b.add(j, self.index(1)), self.b.block)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+        return values
+
+    def product(self, rows: int, weights: Any, biases: Any, inputs: Any, n: Any) -> list[list[Any]]:
+        """``biases[r] + sum_j weights[j, r] inputs[j]`` for some rows r: `VECTORS` vectors each."""
+
+        def step(j: Any, sums: list[Any]) -> list[Any]:
+            x = self.load(self.row(inputs, j))
+            line = self.forward(weights, self.b.mul(j, self.index(rows)))
+            found = []
+            for r in range(rows):
+                weight = self.splat(self.b.load(self.forward(line, self.index(r))))
+                found += [self.fma(weight, x[v], sums[r * VECTORS + v]) for v in range(VECTORS)]
+            return found
+
+        start = []
+        for r in range(rows):
+            start += [self.splat(self.b.load(self.forward(biases, self.index(r))))] * VECTORS
+        sums = self.loop(n, start, step)
+        return [sums[r * VECTORS : (r + 1) * VECTORS] for r in range(rows)]
+
+
+@intrinsic
+def _pairwise(typing: Any, users: Any, chunk: Any, items: Any, block: Any, n: Any, s: Any) -> Any:
+    """Scores from the constants and factors of `ROWS` users from ``chunk`` on, into ``s``."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        code = _Code(context, builder)
+        users, chunk, items, block, network, scratch = zip(signature.args, arguments, strict=True)
+        dim = code.field(items, "dim")[1]
+        sums = code.product(
+            ROWS,
+            code.address(code.field(users, "factors"), builder.mul(chunk[1], dim)),
+            code.address(code.field(users, "constant"), chunk[1]),
+            code.row(code.address(code.field(items, "factors")), builder.mul(block[1], dim)),
+            dim,
+        )
+        scores = code.row(code.address(scratch), code.field(network, "rows")[1])
+        for r, of_user in enumerate(sums):
+            code.store(of_user, code.row(scores, code.index(r)))
+        return context.get_dummy_value()
+
+    return types.void(users, chunk, items, block, n, s), emit
+
+
+@intrinsic
+def _complete(
+    typing: Any, users: Any, user: Any, items: Any, block: Any, n: Any, s: Any, least: Any
+) -> Any:
+    """Adds the over-arch and the items' constants to a user's row; the bits above ``least``."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        code = _Code(context, builder)
+        users, user, items, block, network, scratch, least = zip(
+            signature.args, arguments, strict=True
+        )
+        hidden = code.address(scratch)
+        units = code.field(items, "units")[1]
+        of_user = code.address(code.field(users, "hidden"), builder.mul(user[1], units))
+        of_items = code.row(code.address(code.field(items, "hidden")), builder.mul(block[1], units))
+        first = code.row(hidden, code.field(network, "first")[1])
+
+        def first_layer(j: Any, _: list[Any]) -> list[Any]:
+            part = code.splat(builder.load(code.forward(of_user, j)))
+            sums = [builder.fadd(part, item) for item in code.load(code.row(of_items, j))]
+            code.store([code.relu(x) for x in sums], code.row(first, j))
+            return []
+
+        code.loop(units, [], first_layer)
+        groups = code.field(network, "groups")
+        weights, biases, output = (
+            code.address(code.field(network, name)) for name in ("weights", "biases", "output")
+        )
+
+        def group(g: Any, _: list[Any]) -> list[Any]:
+            place = code.address(groups, builder.mul(g, code.index(len(GROUP))))
+            count, n, weight, bias, source, target = (
+                builder.load(code.forward(place, code.index(k))) for k in range(len(GROUP))
+            )
+            end = builder.append_basic_block()
+            switch = builder.switch(count, end)
+            for rows in range(1, ROWS + 1):
+                case = builder.append_basic_block()
+                switch.add_case(code.index(rows), case)
+                builder.position_at_end(case)
+                sums = code.product(
+                    rows,
+                    code.forward(weights, weight),
+                    code.forward(biases, bias),
+                    code.row(hidden, source),
+                    n,
+                )
+                for r, of_unit in enumerate(sums):
+                    place = code.row(hidden, builder.add(target, code.index(r)))
+                    code.store([code.relu(x) for x in of_unit], place)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return []
+
+        code.loop(code.length(groups), [], group)
+        row = builder.urem(user[1], code.index(ROWS))
+        scores = code.row(hidden, builder.add(code.field(network, "rows")[1], row))
+        constants = code.load(code.row(code.address(code.field(items, "constant")), block[1]))
+        last = code.row(hidden, code.field(network, "last")[1])
+
+        def output_layer(j: Any, sums: list[Any]) -> list[Any]:
+            weight = code.splat(builder.load(code.forward(output, j)))
+            x = code.load(code.row(last, j))
+            return [code.fma(weight, x[v], sums[v]) for v in range(VECTORS)]
+
+        start = [builder.fadd(s, c) for s, c in zip(code.load(scores), constants, strict=True)]
+        sums = code.loop(code.length(code.field(network, "output")), start, output_layer)
+        code.store(sums, scores)
+        above = code.index(0)
+        for v, total in enumerate(sums):
+            bits = builder.fcmp_ordered(">", total, code.splat(least[1]))
+            mask = builder.zext(builder.bitcast(bits, ir.IntType(LANES)), _INDEX)
+            above = builder.or_(above, builder.shl(mask, code.index(v * LANES)))
+        return above
+
+    return types.uint64(users, user, items, block, n, s, least), emit
+
+
+@intrinsic
+def _lowest_bit(typing: Any, bits: Any) -> Any:
+    """Number of the lowest bit that is set."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(_BIT, 1))
+
+    return types.int64(types.uint64), emit
+
+
+@compiled
+def _keep(
+    above: Any,
+    scores: FloatArray,
+    places: Int64Array,
+    user: int,
+    best: FloatArray,
+    positions: Int64Array,
+) -> None:
+    """Puts marked scores into their places among a user's best, each after equal ones."""
+    first, last = user % ROWS * BLOCK, best.shape[1] - 1
+    while above:
+        lane = _lowest_bit(above)
+        above &= above - np.uint64(1)
+        score = scores[first + lane]
+        if score > best[user, last]:
+            at = last
+            while at > 0 and best[user, at - 1] < score:
+                best[user, at] = best[user, at - 1]
+                positions[user, at] = positions[user, at - 1]
+                at -= 1
+            best[user, at] = score
+            positions[user, at] = places[lane]
+
+
+@compiled
+def update_top_k(
+    users: Users,
+    begin: int,
+    end: int,
+    items: Items,
+    offset: int,
+    network: Network,
+    seen_offsets: Int64Array,
+    seen: npt.NDArray[np.int32],
+    best: FloatArray,
+    positions: Int64Array,
+    scratch: FloatArray,
+) -> None:
+    """Runs items past some users and keeps each one's K best.
+
+    Args:
+        users: the user side.
+        begin: first user, a multiple of `ROWS`.
+        end: last user + 1.
+        items: some items, of higher positions than any that came before.
+        offset: position of the first one.
+        network: layers above the first.
+        seen_offsets: ``[users + 1]``.
+        seen: each user's masked positions, in any order.
+        best: ``[users, K]`` best scores so far, best first; ``-inf`` where there is none.
+        positions: ``[users, K]`` their positions.
+        scratch: ``[network.rows + ROWS, BLOCK]``, flat.
+    """
+    scores, places = scratch[network.rows * BLOCK :], np.empty(BLOCK, np.int64)
+    blocks, last = len(items.constant) // BLOCK, best.shape[1] - 1
+    masked = np.empty((ROWS, blocks), np.uint64)
+    for chunk in range(begin, end, ROWS):
+        masked[:] = 0
+        for r in range(min(ROWS, end - chunk)):
+            for at in range(seen_offsets[chunk + r], seen_offsets[chunk + r + 1]):
+                item = seen[at] - offset
+                if 0 <= item < items.n:
+                    masked[r, item // BLOCK] |= np.uint64(1) << np.uint64(item % BLOCK)
+        for block in range(blocks):
+            _pairwise(users, chunk, items, block, network, scratch)
+            for user in range(chunk, min(chunk + ROWS, end)):
+                least = best[user, last]
+                above = _complete(users, user, items, block, network, scratch, least)
+                above &= ~masked[user - chunk, block]
+                if above:
+                    for lane in range(BLOCK):
+                        places[lane] = offset + block * BLOCK + lane
+                    _keep(above, scores, places, user, best, positions)
+
+
+@compiled
+def _gather(packed: FloatArray, places: Int64Array, n: int, out: FloatArray) -> None:
+    """``n`` rows of `BLOCK` items that lie in different blocks."""
+    for j in range(n):
+        for lane in range(BLOCK):
+            out[j * BLOCK + lane] = packed[places[lane] + j * BLOCK]
+
+
+@compiled
+def update_top_k_of_candidates(
+    users: Users,
+    begin: int,
+    end: int,
+    items: Items,
+    offset: int,
+    network: Network,
+    candidates: Int64Array,
+    best: FloatArray,
+    positions: Int64Array,
+    scratch: FloatArray,
+) -> None:
+    """`update_top_k` for each user's own few items.
+
+    Args:
+        users: the user side.
+        begin: first user, a multiple of `ROWS`.
+        end: last user + 1.
+        items: some items, of higher positions than any that came before.
+        offset: position of the first one.
+        network: layers above the first.
+        candidates: ``[users, N]`` positions, ascending; others' than these items' are skipped.
+        best: ``[users, K]`` best scores so far, best first; ``-inf`` where there is none.
+        positions: ``[users, K]`` their positions.
+        scratch: ``[network.rows + ROWS, BLOCK]``, flat.
+    """
+    scores = scratch[network.rows * BLOCK :]
+    dim, units, last = items.dim, items.units, best.shape[1] - 1
+    of_factors, of_hidden = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
+    picked = Items(
+        np.empty(BLOCK, np.float32),
+        np.zeros(dim * BLOCK, np.float32),
+        np.zeros(units * BLOCK, np.float32),
+        BLOCK,
+        dim,
+        units,
+    )
+    for user in range(begin, end):
+        mine = candidates[user]
+        low = np.searchsorted(mine, offset)
+        high = np.searchsorted(mine, offset + items.n)
+        for start in range(low, high, BLOCK):
+            places = mine[start : min(start + BLOCK, high)]
+            picked.constant[:] = -np.inf
+            for lane in range(len(places)):
+                block, source = divmod(places[lane] - offset, BLOCK)
+                picked.constant[lane] = items.constant[block * BLOCK + source]
+                of_factors[lane] = block * dim * BLOCK + source
+                of_hidden[lane] = block * units * BLOCK + source
+            _gather(items.factors, of_factors, dim, picked.factors)
+            _gather(items.hidden, of_hidden, units, picked.hidden)
+            _pairwise(users, user - user % ROWS, picked, 0, network, scratch)
+            above = _complete(users, user, picked, 0, network, scratch, best[user, last])
+            _keep(above, scores, places, user, best, positions)
+
+
+@compiled
+def all_scores(
+    users: Users,
+    begin: int,
+    end: int,
+    items: Items,
+    network: Network,
+    out: FloatArray,
+    scratch: FloatArray,
+) -> None:
+    """Scores of users ``begin`` to ``end`` and all items, into those rows of ``out``."""
+    scores = scratch[network.rows * BLOCK :]
+    for chunk in range(begin, end, ROWS):
+        for block in range(len(items.constant) // BLOCK):
+            _pairwise(users, chunk, items, block, network, scratch)
+            for user in range(chunk, min(chunk + ROWS, end)):
+                _complete(users, user, items, block, network, scratch, np.float32(np.inf))
+                for lane in range(min(BLOCK, items.n - block * BLOCK)):
+                    out[user, block * BLOCK + lane] = scores[user % ROWS * BLOCK + lane]

@@ -1,0 +1,93 @@
+"""Every item's most similar items, by the vectors with which users meet it."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.ranking.catalogue import Side
+from deepfm_dist.ranking.engine import Best, KernelEngine
+from deepfm_dist.ranking.output import Parts, Written
+from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, rank_users
+
+
+class _VectorRanker:
+    """Ranks items by inner products with items."""
+
+    def __init__(self, vectors: torch.Tensor, threads: int) -> None:
+        n = len(vectors)
+        self._side = Side(torch.zeros(n), vectors, torch.zeros(n, 0))
+        self._engine = KernelEngine([], threads)
+        self._items = self._engine.allocate(n, self._side)
+        self._engine.fill(self._items, 0, self._side)
+
+    def __len__(self) -> int:
+        return self._items.n
+
+    def best(
+        self, begin: int, end: int, height: int, seen: Jagged, k: int
+    ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        found = Best.none(end - begin, k, torch.device("cpu"))
+        if end > begin:
+            items = self._engine.users([self._side[begin:end]])
+            self._engine.update(items, self._items, 0, seen, found)
+        return found.positions.numpy(), found.scores.numpy()
+
+
+def similar_items(
+    model: DeepFM,
+    world: World,
+    dataset: PreparedDataset,
+    k: int,
+    metric: Literal["cosine", "inner_product"],
+    folder: Path,
+) -> Written | None:
+    """Ranks all other items for every item. All ranks.
+
+    Compared are sums of an item's factor vectors, its side features' included: what a user's
+    vector is multiplied with in the pairwise part.
+
+    Writes ``similar_items.parquet`` (``item_id, similar_item_id, score, rank``) and
+    ``similar_items.csv`` (``item,similar_item``).
+
+    Args:
+        model: the DeepFM, sharded, in eval mode.
+        world: the ranks.
+        dataset: the prepared dataset.
+        k: items per item.
+        metric: of two vectors.
+        folder: where the files go.
+
+    Returns:
+        On rank 0 what was written; None elsewhere.
+
+    Raises:
+        ConfigError: the model has no pairwise part.
+    """
+    if model.interaction_arch.fm is None:
+        raise ConfigError(
+            "model.fm=false: similar items compare the vectors of the pairwise part, which this "
+            "model has not; train one with model.fm=true"
+        )
+    catalogue = Catalogue(dataset)
+    n = len(catalogue)
+    nobody = np.zeros(0, np.int32)
+    vectors = (
+        ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu().double()
+    )
+    if metric == "cosine":
+        vectors /= vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    ranker = _VectorRanker(vectors.float(), torch.get_num_threads())
+    itself = Jagged(np.arange(n + 1, dtype=np.int64), np.arange(n, dtype=np.int32))
+    parts = Parts(folder, "similar_items.parquet", n, None, world)
+    ranked = rank_users(ranker, itself, k, world, description="compare items")
+    parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
+    columns = {"item": "item_id", "similar_item": "similar_item_id"}
+    return parts.written(parts.merge(columns), k)

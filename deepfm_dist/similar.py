@@ -1,0 +1,34 @@
+"""``torchrun -m deepfm_dist.similar``: every item's most similar items."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    return run("similar", "Write every item's most similar items.", _similar, argv)
+
+
+def _similar(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.build import deepfm_of, open_trained
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.ranking.similarity import similar_items
+    from deepfm_dist.report import ranking_table
+
+    asked = config.similar
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        trained = open_trained(config, arguments.overrides, ranks)
+        model = deepfm_of(trained.sharded)
+        written = similar_items(
+            model, ranks, trained.dataset, asked.k, asked.metric, config.run_dir
+        )
+        if written is not None:
+            print(ranking_table(written, trained.dataset))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Whom and what to recommend, in blocks, from short lists, and after a kill."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import Config, config_from, load_config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking import engine, ranker
+from deepfm_dist.ranking.output import Parts
+from deepfm_dist.ranking.recommendation import Wanted, recommend
+from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.test_ranking import config_of, digest
+
+# A table of bags cut by rows sums them in another order at every world size.
+SETTINGS = config_of("sharding.tables={genre: {kind: table_wise}}")
+FILES = ("recommendations.csv", "recommendations.parquet")
+
+
+def _recommended(
+    folder: Path,
+    config: Config,
+    wanted: Wanted,
+    out: Path,
+    checkpoint: Path | None = None,
+    item_block: int = ranker.ITEM_BLOCK,
+    dies_after: int | None = None,
+    by_torch: bool = False,
+) -> tuple[int, list[str]]:
+    """Recommends by a model that depends on the seed alone; (parts written, lines logged)."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("deepfm_dist")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    ranker.ITEM_BLOCK = item_block
+    if by_torch:
+        engine.kernel.HAS_FMA = False
+    written = 0
+    write = Parts.write
+
+    def counted(self: Parts, begin: int, schema: Any, tables: Any) -> None:
+        nonlocal written
+        if written == dies_after:
+            raise KeyboardInterrupt
+        write(self, begin, schema, tables)
+        written += 1
+
+    Parts.write = counted  # type: ignore[method-assign]
+    dataset = PreparedDataset(folder)
+    with world("cpu", threads=1) as ranks:
+        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+        recommend(deepfm_of(sharded), ranks, dataset, wanted, out, checkpoint)
+    return written, lines
+
+
+def frame_of(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "recommendations.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every user's unseen items, all of them."""
+    out = tmp_path_factory.mktemp("whole")
+    run_alone(_recommended, sample.folder, SETTINGS, Wanted(400), out)
+    return out
+
+
+def of_lists(frame: pd.DataFrame, users: set[int], items: set[int], k: int) -> pd.DataFrame:
+    """The whole ranking cut down to some users and items, K each."""
+    kept = frame[frame["user_id"].isin(users) & frame["item_id"].isin(items)]
+    kept = kept.groupby("user_id", sort=False).head(k).reset_index(drop=True)
+    return kept.assign(rank=kept.groupby("user_id").cumcount().astype("int32") + 1)
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_lists_of_users_and_items_are_kept_to(
+    sample: PreparedDataset, whole: Path, tmp_path: Path, as_files: bool
+) -> None:
+    all_users, all_items = (
+        [int(i) for i in sample.entity_ids(e).to_pylist()[1:]] for e in ("user", "item")
+    )
+    users, allowed, blocked = all_users[5:40:3], all_items[:60], [*all_items[::4], 10**9]
+    wanted = Wanted(40, users=users[::-1], allow_items=[*allowed, "none"], block_items=blocked)
+    if as_files:
+        names = {}
+        for name, column, ids in (
+            ("users", "user", users),
+            ("allow_items", "item", [*allowed, "none"]),
+            ("block_items", "item", blocked),
+        ):
+            names[name] = str(tmp_path / f"{name}.csv")
+            pd.DataFrame({column: ids, "note": "x"}).to_csv(names[name], index=False)
+        wanted = replace(wanted, **names)
+    _, lines = run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
+    expected = of_lists(frame_of(whole), set(users), set(allowed) - set(blocked), 40)
+    pd.testing.assert_frame_equal(frame_of(tmp_path), expected)
+    short = int((expected.groupby("user_id").size() < 40).sum()) + len(users)
+    short -= expected["user_id"].nunique()
+    assert short > 0
+    assert f"{short} users have fewer than 40 candidates and get fewer rows" in lines
+    assert "recommend.allow_items: 1 items are not in the catalogue (such as 'none')" in lines
+    assert "recommend.block_items: 1 items are not in the catalogue (such as '1000000000')" in lines
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"users": ["4", "zz", "yy"]}, r"DataError: recommend\.users: 2 of 3 .*'zz'.*train anew"),
+        ({"users": []}, r"DataError: recommend\.users: the list is empty"),
+        ({"allow_items": ["zz"]}, r"DataError: .* leave no item"),
+        ({"users": "nowhere.csv"}, r"DataError: nowhere\.csv: no such file"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused(
+    sample: PreparedDataset, tmp_path: Path, lists: dict[str, Any], message: str
+) -> None:
+    wanted = Wanted(3, **lists)
+    with pytest.raises(RankFailed, match=message):
+        run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
+    sample: PreparedDataset, whole: Path, tmp_path: Path, world_size: int, by_torch: bool
+) -> None:
+    wanted = Wanted(400, memory_bytes=20_000)
+    _, lines = run_ranks(
+        _recommended,
+        world_size,
+        sample.folder,
+        SETTINGS,
+        wanted,
+        tmp_path,
+        item_block=64,
+        by_torch=by_torch,
+    )[0]
+    assert any("items, 64 of them in memory at a time" in line for line in lines)
+    assert ("catalogue: torch, since this processor has no fused" in "".join(lines)) == by_torch
+    if not by_torch:
+        assert [digest(tmp_path / f) for f in FILES] == [digest(whole / f) for f in FILES]
+        return
+    found, expected = frame_of(tmp_path), frame_of(whole)
+    assert len(found) == len(expected)
+    both = found.merge(expected, on=["user_id", "item_id"])
+    difference = (both["score_x"] - both["score_y"]).abs()
+    assert (difference <= 2e-5 * both["score_y"].abs().clip(lower=1)).all()
+    assert (found["score"] - expected["score"]).abs().max() < 1e-4  # rank by rank
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_short_lists_are_scored_in_full(
+    sample: PreparedDataset, whole: Path, tmp_path: Path, by_torch: bool
+) -> None:
+    shallow = load_config("sample", ["model={embedding_dim: 10, deep: false, init_std: 0.5}"])
+    fm, full, short = tmp_path / "fm", tmp_path / "full", tmp_path / "short"
+    for out, config, wanted in (
+        (fm, shallow, Wanted(30)),
+        (full, SETTINGS, Wanted(5, candidates=399)),
+        (short, SETTINGS, Wanted(5, candidates=30)),
+    ):
+        out.mkdir()
+        arguments = (sample.folder, config, wanted, out)
+        _, lines = run_alone(_recommended, *arguments, by_torch=by_torch)
+    best_by_fm = frame_of(fm)[["user_id", "item_id"]]
+    everything = frame_of(whole)
+    expected = everything.merge(best_by_fm).groupby("user_id", sort=False).head(5)
+    exact = everything.groupby("user_id", sort=False).head(5)
+    found = frame_of(short)
+    keys = ["user_id", "item_id"]
+    if not by_torch:
+        assert (found[keys].to_numpy() == expected[keys].to_numpy()).all()
+        assert (found["score"].to_numpy() == expected["score"].to_numpy()).all()
+    else:
+        assert len(found.merge(expected[keys])) > 0.999 * len(found)
+    assert len(frame_of(full).merge(exact[keys])) > 0.999 * len(exact)
+    (line,) = [x for x in lines if x.startswith("recommend.candidates=30, on 512 users: ")]
+    overlap = float(line.split("users: ")[1].split()[0])
+    changed = float(line.split("changes ")[1].split()[0])
+    users = sorted(exact["user_id"].unique())
+    assert overlap == pytest.approx(len(exact.merge(found[keys])) / len(exact), abs=0.02)
+    of_fm = best_by_fm.groupby("user_id", sort=False).head(5)
+    assert changed == pytest.approx(1 - len(exact.merge(of_fm)) / len(exact), abs=0.02)
+    assert len(users) == 700
+
+
+def test_a_killed_run_is_continued_if_nothing_has_changed(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_text("1")
+    once, again = tmp_path / "once", tmp_path / "again"
+    once.mkdir()
+    arguments = (sample.folder, SETTINGS, Wanted(10))
+    assert run_alone(_recommended, *arguments, once, checkpoint)[0] == 3
+    with pytest.raises(RankFailed, match="KeyboardInterrupt"):
+        run_alone(_recommended, *arguments, again, checkpoint, dies_after=2)
+    assert not (again / "recommendations.csv").exists()
+    killed = tmp_path / "killed"
+    shutil.copytree(again, killed)
+    results = run_ranks(_recommended, 2, *arguments, again, checkpoint)
+    assert [written for written, _ in results] == [1, 0]
+    assert "2 parts of an interrupted run are taken over" in results[0][1]
+    assert [digest(again / f) for f in FILES] == [digest(once / f) for f in FILES]
+    assert sorted(p.name for p in again.iterdir()) == list(FILES)
+
+    other = tmp_path / "other"
+    shutil.copytree(killed, other)
+    few = Wanted(9)
+    assert run_alone(_recommended, sample.folder, SETTINGS, few, other, checkpoint)[0] == 3
+    (checkpoint / "weights").write_text("22")
+    assert run_alone(_recommended, *arguments, killed, checkpoint)[0] == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp16", "fp32"])
+def test_the_score_matrix_holds_every_score(
+    sample: PreparedDataset, tmp_path: Path, kind: Literal["int8", "fp16", "fp32"]
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for out, size in ((once, 1), (twice, 2)):
+        out.mkdir()
+        wanted = Wanted(400, masked_splits=(), matrix=kind)
+        run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out)
+    assert digest(once / "score_matrix.parquet") == digest(twice / "score_matrix.parquet")
+    table = pq.read_table(once / "score_matrix.parquet")
+    found = np.stack(table["scores"].to_pandas().to_list())
+    ranked = frame_of(once)
+    logits = ranked.pivot(index="user_id", columns="item_id", values="score")
+    assert table["user_id"].to_pylist() == list(logits.index)
+    assert json.loads(table.schema.metadata[b"item_ids"]) == list(logits.columns)
+    expected = logits.to_numpy()
+    assert found.shape == expected.shape == (700, 400)
+    if kind == "int8":
+        expected = np.rint(127 / (1 + np.exp(-expected.astype(np.float64)))).astype(np.int8)
+    assert found.dtype == {"int8": np.int8, "fp16": np.float16, "fp32": np.float32}[kind]
+    assert (found == expected.astype(found.dtype)).all()
+
+
+def test_fewer_candidates_than_items_wanted_are_refused() -> None:
+    tree = {"data": load_config("sample").data.model_dump(), "recommend": {"candidates": 3}}
+    with pytest.raises(ConfigError, match=r"candidates=3 cannot give k=10 items"):
+        config_from(tree)
