@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -122,6 +123,23 @@ def shard_for_inference(
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What a run has left on disk.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        checkpoint: the latest complete one.
+        state: what its marker says.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    checkpoint: Path
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trained:
     """A run's model, ready for inference.
 
@@ -139,12 +157,30 @@ class Trained:
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
     """Loads a run's latest checkpoint. All ranks.
 
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        world: the ranks.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    found = find_finished(config, overrides)
+    sharded = shard_for_inference(found.config, found.dataset.manifest, world)
+    checkpoint.load_model(found.checkpoint, sharded)
+    log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
+    return Trained(found.config, found.dataset, sharded)
+
+
+def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
+    """Finds a run's latest checkpoint and its dataset.
+
     A checkpoint knows its data and model, and these settings are taken from it.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
-        world: the ranks.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of other data.
@@ -167,10 +203,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
-    sharded = shard_for_inference(config, dataset.manifest, world)
-    checkpoint.load_model(path, sharded)
-    log.info("%s, step %s", path, f"{state['step']:,}")
-    return Trained(config, dataset, sharded)
+    return Finished(config, dataset, path, state)
 
 
 def _settings_of(override: str) -> list[str]:

@@ -13,7 +13,10 @@ LEVELS = {
 """Everything else (commands, config, build, report, cli) is on top."""
 
 
-COMMANDS = {"prepare", "train", "evaluate", "recommend", "predict", "doctor", "demo"}
+COMMANDS = {
+    "prepare", "train", "evaluate", "recommend", "predict", "doctor", "demo",
+    "export",
+}  # fmt: skip
 EDGES = COMMANDS | {"report", "build"}
 """Where tables are made for people."""
 
