@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,22 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from deepfm_dist.config import Config, ModelConfig, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.model.notebook import NotebookWeights
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
@@ -204,6 +206,73 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
     return Finished(config, dataset, path, state)
+
+
+def from_notebook(
+    config: Config,
+    dataset: PreparedDataset,
+    weights: NotebookWeights,
+    id_files: Mapping[str, Path],
+    fields: str | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A notebook's weights as ours.
+
+    Args:
+        config: of the run that is made of them.
+        dataset: the prepared dataset.
+        weights: the notebook's.
+        id_files: files with the notebook's ids of single fields.
+        fields: names in the notebook's order, between commas; None: as in ``data.features``.
+
+    Returns:
+        Values ``[rows, D + 1]`` by table, and the state of the interaction arch.
+
+    Raises:
+        ConfigError: the configuration is of another model, or of data no notebook can have.
+        DataError: the fields' ids do not add up to the rows of the offset table.
+    """
+    model = config.model
+    wanted: dict[str, Any] = {
+        "embedding_dim": weights.embedding_dim,
+        "over_arch_layer_sizes": weights.layer_sizes,
+        "over_arch": "mlp",
+        "activation": "relu",
+        "batch_norm": False,
+        "first_order": True,
+        "fm": True,
+        "deep": True,
+    }
+    differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}
+    if differ:
+        overrides = (
+            f"model.{k}={str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}"
+            for k, v in differ.items()
+        )
+        raise ConfigError(f"the notebook's model is another; set {' '.join(overrides)}")
+    ours = notebook_fields(dataset, id_files)
+    order = fields.split(",") if fields else list(ours)
+    if sorted(order) != sorted(ours):
+        raise ConfigError(f"--fields {fields}: must name each of {', '.join(ours)} once")
+    sizes = {name: len(ours[name].places) for name in order}
+    width = weights.layers[0][0].shape[1]
+    if width != len(order) * weights.embedding_dim:
+        raise ConfigError(
+            f"mlp_layers.0 takes {width} numbers, {width / weights.embedding_dim:g} fields of "
+            f"{weights.embedding_dim}; data.features has {len(order)}: {', '.join(order)}"
+        )
+    if sum(sizes.values()) != len(weights.rows):
+        told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        raise DataError(
+            f"embedding.weight has {len(weights.rows):,} rows, the fields' ids are "
+            f"{sum(sizes.values()):,} ({told}); give the notebook's ids by --ids FIELD=FILE where "
+            f"they are not those of the training rows"
+        )
+    of_field = dict(zip(order, weights.rows.split(list(sizes.values())), strict=True))
+    tables = {
+        feature.table_name: ours[feature.name].table(of_field[feature.name])
+        for feature in dataset.manifest.categorical
+    }
+    return tables, weights.interaction_arch([order.index(name) for name in ours])
 
 
 def _settings_of(override: str) -> list[str]:

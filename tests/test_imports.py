@@ -15,7 +15,7 @@ LEVELS = {
 
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "predict", "doctor", "demo",
-    "export",
+    "export", "import_weights",
 }  # fmt: skip
 EDGES = COMMANDS | {"report", "build"}
 """Where tables are made for people."""

@@ -227,6 +227,20 @@ def init_tables(
             target.copy_(piece)
 
 
+@torch.no_grad()
+def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor]) -> None:
+    """Copies given values into the tables.
+
+    Args:
+        sharded: the sharded model.
+        values: ``[rows, columns]`` by table; columns beyond these (the padding) become 0.
+    """
+    for name, rows, columns, shard_tensor in local_shards(sharded):
+        piece = values[name][rows, columns]
+        shard_tensor.zero_()
+        shard_tensor[:, : piece.shape[1]].copy_(piece)
+
+
 def local_shards(
     sharded: DistributedModelParallel,
 ) -> list[tuple[str, slice, slice, Tensor]]:
