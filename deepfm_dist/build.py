@@ -17,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from deepfm_dist.config import Config, ModelConfig, config_from
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import TableOptimizer
@@ -86,6 +86,52 @@ def _import_class(path: str) -> type[nn.Module]:
     return found
 
 
+def placements_of(config: Config) -> dict[str, Placement]:
+    """The explicit part of the plan."""
+    return {name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()}
+
+
+def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
+    """What the manifest of data with so many rows would say, as far as the model asks.
+
+    Args:
+        config: names the fields.
+        rows: rows by table; those of a prepared dataset, where there is one, fill the gaps.
+
+    Raises:
+        ConfigError: a table's rows are not known, or an unknown table is named.
+    """
+    readers: dict[str, list[str]] = {}
+    for feature in config.data.features:
+        if feature.kind == "categorical":
+            readers.setdefault(feature.table_name, []).append(feature.name)
+    known = dict(rows)
+    if (config.prepared_dir / "manifest.json").is_file():
+        tables = Manifest.read(config.prepared_dir).tables
+        known = {name: spec.rows for name, spec in tables.items()} | known
+    if strange := sorted(rows.keys() - readers.keys()):
+        raise ConfigError(f"--rows {strange[0]}: no such table; there are: {', '.join(readers)}")
+    if unknown := [name for name in readers if name not in known]:
+        raise ConfigError(
+            f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "
+            f"data: python -m deepfm_dist.prepare"
+        )
+    return Manifest(
+        format=FORMAT,
+        fingerprint="",
+        vocabulary_hash="",
+        seed=config.run.seed,
+        data=config.data,
+        tables={n: TableSpec(rows=known[n], features=tuple(f)) for n, f in readers.items()},
+        entities={},
+        numeric={},
+        splits={},
+        dropped={},
+        inputs={},
+        versions={},
+    )
+
+
 def shard_for_training(
     config: Config, manifest: Manifest, world: World, tables: TableOptimizer
 ) -> DistributedModelParallel:
@@ -93,10 +139,14 @@ def shard_for_training(
     task = build_model(config.model, manifest, world, config.run.seed)
     arch = task.model.embedding_arch
     tables.attach(arch.ebc.parameters())
-    placements = {
-        name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
-    }
-    sharded, plan = shard(task, world, placements, tables.kernel, config.sharding.kind)
+    sharded, plan = shard(
+        task,
+        world,
+        placements_of(config),
+        tables.kernel,
+        config.sharding.kind,
+        config.trainer.batch_size,
+    )
     init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)

@@ -15,7 +15,7 @@ LEVELS = {
 
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "predict", "doctor", "demo",
-    "export", "import_weights",
+    "export", "import_weights", "plan",
 }  # fmt: skip
 EDGES = COMMANDS | {"report", "build"}
 """Where tables are made for people."""

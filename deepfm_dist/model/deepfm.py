@@ -25,7 +25,8 @@ _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-_ROW_ALIGNMENT = 4  # FBGEMM's kernels want rows of a multiple of 4 floats
+ROW_ALIGNMENT = 4
+"""FBGEMM's kernels want rows of a multiple of 4 floats."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class EmbeddingArch(nn.Module):
         is_mean_F = torch.tensor([name in mean_pooled for name in features])
         self.register_buffer("is_mean_F", is_mean_F, persistent=False)
         self.embedding_dim = embedding_dim
-        self.row_width = -(-(embedding_dim + 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        self.row_width = -(-(embedding_dim + 1) // ROW_ALIGNMENT) * ROW_ALIGNMENT
         self.ebc = EmbeddingBagCollection(
             device=device,
             tables=[
