@@ -157,6 +157,8 @@ def shard(
         device=world.device,
         plan=ShardingPlan({path: module_plan}),
         sharders=[sharder],
+        # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
+        init_data_parallel=world.world_size > 1,
     )
     return sharded, lines
 
