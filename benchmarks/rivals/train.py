@@ -117,6 +117,7 @@ def fuxictr(
     np.savez(path, **rows)
     loader = NpzDataLoader(feature_map, str(path), batch_size, shuffle=True, num_workers=0)
     model = DeepFM(feature_map)
+    model._max_gradient_norm = 10.0  # what fit() sets
     model.train()
 
     def epoch() -> None:  # train_epoch without the evaluation that needs a validation set
