@@ -4,8 +4,8 @@
     python benchmarks/training.py --batch-size 8192 --layers 30-20-10 --threads 1
     python benchmarks/training.py --batch-size 65536 --device cuda --ranks 1,2,4,8 --only ours
 
-Data of the notebook's shape (31,360 users, 6,807 items, 5.15 million interactions, each item's first
-genre) are generated once. Every contestant has factors of 10 and the same layers, no dropout.
+Data of the notebook's shape (31,360 users, 6,807 items, 5.15 million interactions, the items' first
+genres) are generated once. Every contestant has factors of 10 and the same layers, no dropout.
 
 - ours: ``python -m deepfm_dist.train``, or torchrun for several ranks, as its own log says;
 - bare: stock TorchRec, steps over batches that are ready: no reading, no negatives;
