@@ -85,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run of two ranks on the sample, its tables cut by rows; and the settings that find it."""
     home = tmp_path_factory.mktemp("trained")
     where = [f"run.runs_root={home / 'runs'}", f"run.prepared_root={home / 'prepared'}"]
-    how = ["sharding.kind=row_wise", "model.batch_norm=true", "model.init_std=0.3"]
+    how = ["sharding.kind=row_wise", "model.init_std=0.3"]
     run_ranks(train.main, 2, ["--quiet", *where, *how, "trainer.max_steps=40"])
     return home, where
 
@@ -107,7 +107,16 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model", [[], ["model.first_order=false"], ["model.deep=false"]])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model.batch_norm=true"],
+        ["model.first_order=false"],
+        ["model.deep=false"],
+        ["model.deep=false", "model.fm=false"],
+        ["model.fm=false", "model.activation=tanh"],
+    ],
+)
 def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: list[str]) -> None:
     rng = np.random.default_rng(1)
     n = 600
