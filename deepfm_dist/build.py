@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,17 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import Config, LearningRateConfig, ModelConfig, config_from
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
+from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World, restarted
-from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.trainer import LoopState, Schedule
@@ -108,6 +110,52 @@ def _told(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def placements_of(config: Config) -> dict[str, Placement]:
+    """The explicit part of the plan."""
+    return {name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()}
+
+
+def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
+    """What the manifest of data with so many rows would say, as far as the model asks.
+
+    Args:
+        config: names the fields.
+        rows: rows by table; those of a prepared dataset, where there is one, fill the gaps.
+
+    Raises:
+        ConfigError: a table's rows are not known, or an unknown table is named.
+    """
+    readers: dict[str, list[str]] = {}
+    for feature in config.data.features:
+        if feature.kind == "categorical":
+            readers.setdefault(feature.table_name, []).append(feature.name)
+    known = dict(rows)
+    if (config.prepared_dir / "manifest.json").is_file():
+        tables = Manifest.read(config.prepared_dir).tables
+        known = {name: spec.rows for name, spec in tables.items()} | known
+    if strange := sorted(rows.keys() - readers.keys()):
+        raise ConfigError(f"--rows {strange[0]}: no such table; there are: {', '.join(readers)}")
+    if unknown := [name for name in readers if name not in known]:
+        raise ConfigError(
+            f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "
+            f"data: python -m deepfm_dist.prepare"
+        )
+    return Manifest(
+        format=FORMAT,
+        fingerprint="",
+        vocabulary_hash="",
+        seed=config.run.seed,
+        data=config.data,
+        tables={n: TableSpec(rows=known[n], features=tuple(f)) for n, f in readers.items()},
+        entities={},
+        numeric={},
+        splits={},
+        dropped={},
+        inputs={},
+        versions={},
+    )
+
+
 def shard_for_training(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -133,15 +181,13 @@ def shard_for_training(
             raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
         torch.set_float32_matmul_precision("high")
     tables.attach(arch.ebc.parameters())
-    placements = {
-        name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()
-    }
     sharded, plan = shard(
         task,
         world,
-        placements,
+        placements_of(config),
         tables.kernel,
         config.sharding.kind,
+        config.trainer.batch_size,
         tables.fused_params,
         config.sharding.communication,
     )
@@ -272,6 +318,23 @@ def shard_for_inference(
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What a run has left on disk.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        checkpoint: the latest complete one.
+        state: what its marker says.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    checkpoint: Path
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trained:
     """A run's model, ready for inference.
 
@@ -291,12 +354,30 @@ class Trained:
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
     """Loads a run's checkpoint. All ranks.
 
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        world: the ranks.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    found = find_finished(config, overrides)
+    sharded = shard_for_inference(found.config, found.dataset.manifest, world)
+    checkpoint.load(found.checkpoint, world, sharded)
+    log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
+    return Trained(found.config, found.dataset, sharded, found.checkpoint)
+
+
+def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
+    """Finds a run's latest checkpoint and its dataset.
+
     A checkpoint knows its data and model, and these settings are taken from it.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
-        world: the ranks.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
@@ -320,10 +401,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
-    sharded = shard_for_inference(config, dataset.manifest, world)
-    checkpoint.load(path, world, sharded)
-    log.info("%s, step %s", path, f"{state['step']:,}")
-    return Trained(config, dataset, sharded, path)
+    return Finished(config, dataset, path, state)
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
@@ -373,6 +451,73 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, old, new
+
+
+def from_notebook(
+    config: Config,
+    dataset: PreparedDataset,
+    weights: NotebookWeights,
+    id_files: Mapping[str, Path],
+    fields: str | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A notebook's weights as ours.
+
+    Args:
+        config: of the run that is made of them.
+        dataset: the prepared dataset.
+        weights: the notebook's.
+        id_files: files with the notebook's ids of single fields.
+        fields: names in the notebook's order, between commas; None: as in ``data.features``.
+
+    Returns:
+        Values ``[rows, D + 1]`` by table, and the state of the interaction arch.
+
+    Raises:
+        ConfigError: the configuration is of another model, or of data no notebook can have.
+        DataError: the fields' ids do not add up to the rows of the offset table.
+    """
+    model = config.model
+    wanted: dict[str, Any] = {
+        "embedding_dim": weights.embedding_dim,
+        "over_arch_layer_sizes": weights.layer_sizes,
+        "over_arch": "mlp",
+        "activation": "relu",
+        "batch_norm": False,
+        "first_order": True,
+        "fm": True,
+        "deep": True,
+    }
+    differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}
+    if differ:
+        overrides = (
+            f"model.{k}={str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}"
+            for k, v in differ.items()
+        )
+        raise ConfigError(f"the notebook's model is another; set {' '.join(overrides)}")
+    ours = notebook_fields(dataset, id_files)
+    order = fields.split(",") if fields else list(ours)
+    if sorted(order) != sorted(ours):
+        raise ConfigError(f"--fields {fields}: must name each of {', '.join(ours)} once")
+    sizes = {name: len(ours[name].places) for name in order}
+    width = weights.layers[0][0].shape[1]
+    if width != len(order) * weights.embedding_dim:
+        raise ConfigError(
+            f"mlp_layers.0 takes {width} numbers, {width / weights.embedding_dim:g} fields of "
+            f"{weights.embedding_dim}; data.features has {len(order)}: {', '.join(order)}"
+        )
+    if sum(sizes.values()) != len(weights.rows):
+        told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        raise DataError(
+            f"embedding.weight has {len(weights.rows):,} rows, the fields' ids are "
+            f"{sum(sizes.values()):,} ({told}); give the notebook's ids by --ids FIELD=FILE where "
+            f"they are not those of the training rows"
+        )
+    of_field = dict(zip(order, weights.rows.split(list(sizes.values())), strict=True))
+    tables = {
+        feature.table_name: ours[feature.name].table(of_field[feature.name])
+        for feature in dataset.manifest.categorical
+    }
+    return tables, weights.interaction_arch([order.index(name) for name in ours])
 
 
 def _settings_of(override: str) -> list[str]:

@@ -55,11 +55,11 @@ def run(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
     parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    if add_arguments:
+        add_arguments(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings to override"
     )
-    if add_arguments:
-        add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     _log_to_stderr(arguments.quiet)
     try:

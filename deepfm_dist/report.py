@@ -7,6 +7,8 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import external
+from deepfm_dist.distributed.planning import Plan, RankDemand
+from deepfm_dist.distributed.sharding import RESERVED
 from deepfm_dist.ranking.output import Written
 
 SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
@@ -42,3 +44,60 @@ def ranking_table(written: Written, dataset: PreparedDataset) -> str:
     total = f"{written.owners:,} {kind}s, {written.rows:,} rows"
     files = f"written: {written.csv}\nwritten: {written.parquet}"
     return "\n\n".join([*blocks, f"{total}\n{files}"])
+
+
+def plan_table(plan: Plan) -> str:
+    """A plan: a line per table, and one per rank or stretch of ranks that are alike."""
+    job = plan.job
+    tables = pd.DataFrame(
+        {
+            "table": table.table,
+            "rows": f"{table.rows:,}",
+            "weights": _size(table.weight_bytes),
+            "optimizer": _size(table.state_bytes),
+            "sharding": table.sharding,
+            "ranks": _stretch(table.ranks[0], table.ranks[-1]),
+            "network/step": _size(table.traffic_bytes),
+        }
+        for table in plan.tables
+    )
+    stretches: list[tuple[int, int, RankDemand]] = []
+    for number, rank in enumerate(plan.ranks):
+        if stretches and stretches[-1][2] == rank:
+            stretches[-1] = (stretches[-1][0], number, rank)
+        else:
+            stretches.append((number, number, rank))
+    ranks = pd.DataFrame(
+        {
+            "ranks": _stretch(first, last),
+            "tables": _size(rank.table_bytes),
+            "buffers": _size(rank.buffer_bytes),
+            "dense": _size(rank.dense_bytes),
+            "memory": _size(rank.total_bytes),
+            "of limit": f"{rank.total_bytes / job.hbm_bytes:.1%}",
+            "sends/step": _size(rank.sent_bytes),
+        }
+        for first, last, rank in stretches
+    )
+    size = job.world.world_size
+    machines = size // job.world.local_world_size
+    return (
+        f"{tables.to_string(index=False)}\n\n{ranks.to_string(index=False)}\n\n"
+        f"{size} GPU{'s' * (size > 1)} on {machines} machine{'s' * (machines > 1)}, "
+        f"{_size(job.hbm_bytes)} each, {RESERVED:.0%} of it to stay free; "
+        f"{job.optimizer.name}; {job.batch_size:,} rows a step\n"
+        f"fullest rank: {_size(plan.fullest.total_bytes)}, {plan.share:.1%} of the limit; "
+        f"about {plan.seconds_sending * 1000:.2f} ms of a step go to sending"
+    )
+
+
+def _stretch(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.4g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.1f} TiB"

@@ -109,7 +109,8 @@ def _unwrapped(folder: Path, config: Config) -> tuple[bool, bool]:
 def test_the_model_is_found_inside_its_wrappers(
     sample: PreparedDataset, sample_config: Config, size: int
 ) -> None:
-    assert run_ranks(_unwrapped, size, sample.folder, sample_config) == [(True, True)] * size
+    expected = (size > 1, True)  # one rank has nobody to average gradients with
+    assert run_ranks(_unwrapped, size, sample.folder, sample_config) == [expected] * size
 
 
 @pytest.mark.parametrize(

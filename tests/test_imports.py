@@ -13,7 +13,10 @@ LEVELS = {
 """Everything else (commands, config, build, report, cli) is on top."""
 
 
-COMMANDS = {"prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo"}
+COMMANDS = {
+    "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
+    "export", "import_weights", "plan",
+}  # fmt: skip
 EDGES = COMMANDS | {"report", "build"}
 """Where tables are made for people."""
 

@@ -98,7 +98,13 @@ def test_fm_is_the_sum_over_all_pairs() -> None:
     pairs = sum(
         (factors[:, a] * factors[:, b]).sum(1) for a, b in itertools.combinations(range(5), 2)
     )
-    torch.testing.assert_close(FactorizationMachine()(factors), pairs)
+    weights, padding = torch.randn(8, 5, 1).double(), torch.full((8, 5, 2), 7.0).double()
+    rows = torch.cat([factors, weights, padding], 2).requires_grad_()
+    for first_order in (True, False):
+        fm = FactorizationMachine(3, first_order)
+        expected = weights.sum((1, 2)) + pairs if first_order else pairs
+        torch.testing.assert_close(fm(rows), expected)
+        assert torch.autograd.gradcheck(fm, rows)
 
 
 SWITCHES = [s for s in itertools.product([True, False], repeat=3) if any(s)]

@@ -21,6 +21,8 @@ from torchrec.distributed.model_parallel import (
     DistributedModelParallel,
 )
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     construct_module_sharding_plan,
@@ -35,6 +37,16 @@ from deepfm_dist.seeding import derive_seed
 
 _KINDS = ("table_wise", "row_wise")
 _INIT_ROWS = 4096  # rows drawn from one seed
+BATCH_SIZE = 8192
+RESERVED = 0.15
+"""Share of a GPU's memory that plans leave free: CUDA's context, NCCL, fragmentation."""
+
+
+_NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS)
+
+
+class NoRoom(ConfigError):
+    """No placement of the tables fits the ranks' memory."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ def shard(
     placements: Mapping[str, Placement],
     kernel: EmbeddingComputeKernel,
     default: str = "auto",
+    batch_size: int = BATCH_SIZE,
     fused_params: Mapping[str, Any] | None = None,
     communication: str = "fp32",
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
@@ -97,6 +110,7 @@ def shard(
         kernel: of all tables.
         default: kind of the tables that ``placements`` does not name; one that is too small to
             give every rank a row is never cut.
+        batch_size: rows per step over all ranks, by which the planner judges.
         fused_params: further settings of FBGEMM's kernels.
         communication: fp32, fp16 or bf16: how embeddings and gradients travel.
 
@@ -106,51 +120,38 @@ def shard(
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
             table that is too small.
+        NoRoom: the tables do not fit.
     """
-    path, ebc = next(
-        (name, m) for name, m in module.named_modules() if isinstance(m, EmbeddingBagCollection)
-    )
-    tables = {config.name: config for config in ebc.embedding_bag_configs()}
-    for name, placement in placements.items():
-        if name not in tables:
-            raise ConfigError(
-                f"sharding.tables.{name}: no such table; there are: {', '.join(tables)}"
-            )
-        if placement.rank is not None and placement.rank >= world.world_size:
-            raise ConfigError(
-                f"sharding.tables.{name}.rank={placement.rank}: there are only "
-                f"{world.world_size} ranks, 0 to {world.world_size - 1}"
-            )
-        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
-            raise ConfigError(
-                f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
-                f"over {world.world_size} ranks leave a rank without any; use table_wise"
-            )
+    path, ebc = _collection(module)
     # An id that is out of range is a bug to stop at, never a look-up of another row.
     sharder = _Sharder(
         fused_params={"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})},
         qcomm_codecs_registry=_codecs(communication, world),
     )
-    wanted = {
-        name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
-        for name, c in tables.items()
-    }
-    if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
-        wanted = _planned(module, path, sharder, world, wanted)
+    hbm_bytes = (
+        torch.cuda.get_device_properties(world.device).total_memory
+        if world.device.type == "cuda"
+        else 0
+    )
+    placed = place(module, world, placements, default, batch_size, hbm_bytes)
     plan, lines = {}, []
-    for turn, (name, placement) in enumerate(wanted.items()):
+    for config in ebc.embedding_bag_configs():
+        name, placement = config.name, placed[config.name]
         generator: ParameterShardingGenerator
-        if placement.kind == "row_wise":
+        if placement.rank is None:
             generator, ranks = row_wise(compute_kernel=kernel.value), "all"
         else:
-            rank = turn % world.world_size if placement.rank is None else placement.rank
-            generator, ranks = table_wise(rank=rank, compute_kernel=kernel.value), str(rank)
+            generator = table_wise(rank=placement.rank, compute_kernel=kernel.value)
+            ranks = str(placement.rank)
         plan[name] = generator
-        kind = "row_wise" if placement.kind == "row_wise" else "table_wise"
-        config = tables[name]
         lines.append(
             PlacedTable(
-                name, config.num_embeddings, config.embedding_dim, kind, ranks, kernel.value
+                name,
+                config.num_embeddings,
+                config.embedding_dim,
+                placement.kind,
+                ranks,
+                kernel.value,
             )
         )
     module_plan = construct_module_sharding_plan(
@@ -172,6 +173,8 @@ def shard(
         device=world.device,
         plan=ShardingPlan({path: module_plan}),
         sharders=[sharder],
+        # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
+        init_data_parallel=world.world_size > 1,
         # Otherwise DDP lays out its buckets anew after the first backward pass; the order in which
         # four ranks are summed changes with them, and a resumed run's first step would differ.
         data_parallel_wrapper=DefaultDataParallelWrapper(
@@ -179,6 +182,71 @@ def shard(
         ),
     )
     return sharded, lines
+
+
+def place(
+    module: nn.Module,
+    world: World,
+    placements: Mapping[str, Placement],
+    default: str,
+    batch_size: int,
+    hbm_bytes: int,
+) -> dict[str, Placement]:
+    """Decides where each table lies. All ranks, or none: the ranks may be imagined.
+
+    Args:
+        module: holds one EmbeddingBagCollection, on the meta device.
+        world: the ranks; without a process group, as many as it says are planned for.
+        placements: by table name.
+        default: kind of the tables that ``placements`` does not name.
+        batch_size: rows per step over all ranks.
+        hbm_bytes: memory of a GPU; not asked for on CPU.
+
+    Returns:
+        By table: row_wise, or table_wise with its rank.
+
+    Raises:
+        ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
+            table that is too small.
+        NoRoom: the tables do not fit.
+    """
+    path, ebc = _collection(module)
+    tables = {config.name: config for config in ebc.embedding_bag_configs()}
+    for name, placement in placements.items():
+        if name not in tables:
+            raise ConfigError(
+                f"sharding.tables.{name}: no such table; there are: {', '.join(tables)}"
+            )
+        if placement.rank is not None and placement.rank >= world.world_size:
+            raise ConfigError(
+                f"sharding.tables.{name}.rank={placement.rank}: there are only "
+                f"{world.world_size} ranks, 0 to {world.world_size - 1}"
+            )
+        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
+            raise ConfigError(
+                f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
+                f"over {world.world_size} ranks leave a rank without any; use table_wise"
+            )
+    wanted = {
+        name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
+        for name, c in tables.items()
+    }
+    if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
+        wanted = _planned(module, path, world, wanted, batch_size, hbm_bytes)
+    return {
+        name: placement
+        if placement.kind == "row_wise"
+        else Placement(
+            "table_wise", turn % world.world_size if placement.rank is None else placement.rank
+        )
+        for turn, (name, placement) in enumerate(wanted.items())
+    }
+
+
+def _collection(module: nn.Module) -> tuple[str, EmbeddingBagCollection]:
+    return next(
+        (name, m) for name, m in module.named_modules() if isinstance(m, EmbeddingBagCollection)
+    )
 
 
 def _codecs(communication: str, world: World) -> dict[str, Any] | None:
@@ -205,15 +273,17 @@ def _can_be_cut(table: EmbeddingBagConfig, world: World) -> bool:
 def _planned(
     module: nn.Module,
     path: str,
-    sharder: _Sharder,
     world: World,
     wanted: Mapping[str, Placement],
+    batch_size: int,
+    hbm_bytes: int,
 ) -> dict[str, Placement]:
     """Asks TorchRec's planner about the tables left to it; it agrees on all ranks."""
     topology = Topology(
         world_size=world.world_size,
         local_world_size=world.local_world_size,
         compute_device=world.device.type,
+        hbm_cap=hbm_bytes,
     )
     constraints = {
         name: ParameterConstraints(
@@ -223,8 +293,26 @@ def _planned(
         )
         for name, p in wanted.items()
     }
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    plan = planner.collective_plan(module, [sharder], dist.group.WORLD).plan[path]
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=-(-batch_size // world.world_size),
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED),
+    )
+    sharders = [_Sharder()]
+    try:
+        plan = (
+            planner.collective_plan(module, sharders, dist.group.WORLD)
+            if dist.is_initialized()
+            else planner.plan(module, sharders)
+        ).plan[path]
+    except PlannerError as error:
+        if error.error_type not in _NO_ROOM:
+            raise
+        raise NoRoom(
+            f"the tables do not fit {world.world_size} ranks; python -m deepfm_dist.plan says what "
+            f"to change"
+        ) from None
     placed = {}
     for name, placement in wanted.items():
         found = plan[name]
@@ -261,6 +349,20 @@ def init_tables(
             piece = drawn[low - begin : high - begin, columns.start : columns.start + width]
             target = shard_tensor[low - rows.start : high - rows.start, : piece.shape[1]]
             target.copy_(piece)
+
+
+@torch.no_grad()
+def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor]) -> None:
+    """Copies given values into the tables.
+
+    Args:
+        sharded: the sharded model.
+        values: ``[rows, columns]`` by table; columns beyond these (the padding) become 0.
+    """
+    for name, rows, columns, shard_tensor in local_shards(sharded):
+        piece = values[name][rows, columns]
+        shard_tensor.zero_()
+        shard_tensor[:, : piece.shape[1]].copy_(piece)
 
 
 def local_shards(

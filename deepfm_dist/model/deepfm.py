@@ -6,6 +6,7 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-_ROW_ALIGNMENT = 4  # FBGEMM's kernels want rows of a multiple of 4 floats
+ROW_ALIGNMENT = 4
+"""FBGEMM's kernels want rows of a multiple of 4 floats."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class EmbeddingArch(nn.Module):
         is_mean_F = torch.tensor([name in mean_pooled for name in features])
         self.register_buffer("is_mean_F", is_mean_F, persistent=False)
         self.embedding_dim = embedding_dim
-        self.row_width = -(-(embedding_dim + 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        self.row_width = -(-(embedding_dim + 1) // ROW_ALIGNMENT) * ROW_ALIGNMENT
         self.ebc = EmbeddingBagCollection(
             device=device,
             tables=[
@@ -92,44 +94,92 @@ class EmbeddingArch(nn.Module):
             ],
         )
 
-    def forward(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+    def rows(self, sparse: KeyedJaggedTensor) -> Tensor:
         """Looks up and pools.
 
         Args:
             sparse: F keys, in the order of ``features``, of B bags each.
 
         Returns:
-            factors ``[B, F, D]`` and first-order weights ``[B, F]``.
+            ``[B, F, row_width]``: ``[factors | first-order weight | padding]``.
         """
-        pooled = self.ebc(sparse)
-        # By name: a sharded collection returns its keys grouped by owner, not in our order.
-        rows = KeyedTensor.regroup([pooled], [self.features])[0]
-        rows_BFW = rows.view(-1, len(self.features), self.row_width)
+        rows = _in_order(self.ebc(sparse), self.features)
+        rows_BFW: Tensor = rows.view(-1, len(self.features), self.row_width)
         if self.mean_pooled:
             lengths_FB = sparse.lengths().view(len(self.features), -1)
             counts_BF = lengths_FB.T.to(rows_BFW.dtype).clamp(min=1)
             rows_BFW = rows_BFW / torch.where(self.is_mean_F, counts_BF, 1.0)[:, :, None]
+        return rows_BFW
+
+    def forward(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """`rows` as factors ``[B, F, D]`` and first-order weights ``[B, F]``."""
+        rows_BFW = self.rows(sparse)
         return rows_BFW[:, :, : self.embedding_dim], rows_BFW[:, :, self.embedding_dim]
 
 
-class FactorizationMachine(nn.Module):
-    """Second-order interactions of a factorization machine.
+@torch.fx.wrap  # TorchRec's pipeline traces what is around the lookup
+def _in_order(pooled: KeyedTensor, features: list[str]) -> Tensor:
+    """``[B, F * row_width]`` by name: a sharded collection groups its keys by owner."""
+    if pooled.keys() == features:
+        return pooled.values()
+    return KeyedTensor.regroup([pooled], [features])[0]
 
-    Source: Rendle, "Factorization Machines", 2010, Lemma 3.1; Guo et al., 2017, eq. 2.
+
+class FactorizationMachine(nn.Module):
+    """First and second order of a factorization machine.
+
+    Args:
+        dim: D.
+        first_order: whether the linear part counts.
+
+    Source: Rendle, "Factorization Machines", 2010, eq. 1, Lemma 3.1; Guo et al., 2017, eq. 2.
     """
 
-    def forward(self, factors_BFD: Tensor) -> Tensor:
-        """Sums the inner products of all pairs of fields.
+    def __init__(self, dim: int, first_order: bool = True) -> None:
+        super().__init__()
+        self.dim, self.first_order = dim, first_order
+
+    def forward(self, rows_BFW: Tensor) -> Tensor:
+        """Sums the weights of all fields, and the inner products of all pairs of fields.
 
         Args:
-            factors_BFD: ``[B, F, D]`` one factor vector per field.
+            rows_BFW: ``[B, F, W]`` one row per field: D factors ``v``, a weight ``w``, padding.
 
         Returns:
-            ``[B]``: ``sum_{i<j} <v_i, v_j>``, as ``1/2 sum_d ((sum_f v)^2 - sum_f v^2)``.
+            ``[B]``: ``sum_i w_i + sum_{i<j} <v_i, v_j>``.
         """
-        of_sum = factors_BFD.sum(1).square()
-        sum_of = factors_BFD.square().sum(1)
-        return 0.5 * (of_sum - sum_of).sum(1)
+        score: Tensor = _Interactions.apply(  # type: ignore[no-untyped-call]
+            rows_BFW, self.dim, self.first_order
+        )
+        return score
+
+
+class _Interactions(torch.autograd.Function):
+    """The sums with their gradient in one pass; autograd would fill and add up one for each part.
+
+    The pairs' sum is ``1/2 sum_d ((sum_f v)^2 - sum_f v^2)``; its gradient by ``v_f`` is
+    ``sum_g v_g - v_f``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_BFW: Tensor, dim: int, first_order: bool) -> Tensor:
+        sum_BW = rows_BFW.sum(1)
+        ctx.save_for_backward(rows_BFW, sum_BW)
+        ctx.dim, ctx.first_order = dim, first_order
+        of_sum = sum_BW[:, :dim].square().sum(1)
+        sum_of = rows_BFW[:, :, :dim].square().sum((1, 2))
+        pairs = 0.5 * (of_sum - sum_of)
+        return sum_BW[:, dim] + pairs if first_order else pairs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None]:
+        rows_BFW, sum_BW = ctx.saved_tensors
+        gradient = sum_BW[:, None, :] - rows_BFW
+        gradient[:, :, ctx.dim :] = 0
+        if ctx.first_order:
+            gradient[:, :, ctx.dim] = 1
+        return gradient.mul_(gradient_B[:, None, None]), None, None
 
 
 class OverArch(nn.Module):
@@ -211,9 +261,10 @@ class InteractionArch(nn.Module):
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
+        self.embedding_dim = embedding_dim
         self.first_order, self.in_bfloat16 = first_order, False
         self.bias = nn.Parameter(torch.zeros(1))
-        self.fm = FactorizationMachine() if fm else None
+        self.fm = FactorizationMachine(embedding_dim, first_order) if fm else None
         self.over_arch = over_arch
         self.dense_factors = self.dense_first_order = None
         if n_dense:
@@ -224,39 +275,46 @@ class InteractionArch(nn.Module):
                 self.dense_first_order = nn.Parameter(torch.randn(n_dense) * init_std)
 
     def forward(
-        self,
-        factors_BFD: Tensor,
-        first_order_BF: Tensor,
-        dense_BN: Tensor,
-        weights_B: Tensor | None = None,
+        self, rows_BFW: Tensor, dense_BN: Tensor, weights_B: Tensor | None = None
     ) -> Tensor:
         """Scores rows.
 
         Args:
-            factors_BFD: ``[B, F, D]``.
-            first_order_BF: ``[B, F]``.
+            rows_BFW: ``[B, F, W]`` looked-up rows: D factors, first-order weight, padding.
             dense_BN: ``[B, n_dense]``.
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
             ``[B]`` logits.
         """
-        logits = self.bias.expand(factors_BFD.shape[0])
-        if self.first_order:
-            logits = logits + first_order_BF.sum(1)
-            if self.dense_first_order is not None:
-                logits = logits + dense_BN @ self.dense_first_order
-        if self.dense_factors is not None:
-            factors_BFD = torch.cat([factors_BFD, dense_BN[:, :, None] * self.dense_factors], 1)
+        if dense_BN.shape[1]:
+            rows_NW = self._dense_rows(dense_BN.shape[1], rows_BFW)
+            rows_BFW = torch.cat([rows_BFW, dense_BN[:, :, None] * rows_NW], 1)
+        logits = self.bias.expand(rows_BFW.shape[0])
         if self.fm is not None:
-            logits = logits + self.fm(factors_BFD)
+            logits = logits + self.fm(rows_BFW)
+        elif self.first_order:
+            logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
         if self.over_arch is not None:
-            x_BI = factors_BFD.flatten(1)
+            x_BI = rows_BFW[:, :, : self.embedding_dim].flatten(1)
             weighted = (weights_B,) if isinstance(self.over_arch, OverArch) else ()
             with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                 deep = self.over_arch(x_BI, *weighted)
             logits = logits + deep.float()
         return logits
+
+    def _dense_rows(self, n: int, rows_BFW: Tensor) -> Tensor:
+        """``[n_dense, W]``: what numeric fields would have in a table."""
+        dim, width = self.embedding_dim, rows_BFW.shape[2]
+        factors, first = self.dense_factors, self.dense_first_order
+        return torch.cat(
+            [
+                rows_BFW.new_zeros(n, dim) if factors is None else factors,
+                rows_BFW.new_zeros(n, 1) if first is None else first[:, None],
+                rows_BFW.new_zeros(n, width - dim - 1),
+            ],
+            1,
+        )
 
 
 class DeepFM(nn.Module):
@@ -285,8 +343,8 @@ class DeepFM(nn.Module):
         Returns:
             ``[B]`` logits.
         """
-        factors_BFD, first_order_BF = self.embedding_arch(sparse)
-        logits: Tensor = self.interaction_arch(factors_BFD, first_order_BF, dense_BN, weights_B)
+        rows_BFW = self.embedding_arch.rows(sparse)
+        logits: Tensor = self.interaction_arch(rows_BFW, dense_BN, weights_B)
         return logits
 
 

@@ -1,0 +1,112 @@
+"""A notebook's indices of ids -> rows of a prepared dataset's tables."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.vocabulary import id_order
+from deepfm_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NotebookField:
+    """How a notebook numbers the ids of a field.
+
+    Attributes:
+        places: ``[n]`` int32: for each of the notebook's indices, the row of our table; 0 where
+            our vocabulary has no such id.
+        rows: of our table.
+    """
+
+    places: np.ndarray
+    rows: int
+
+    def table(self, of_field: Tensor) -> Tensor:
+        """``[n, columns]`` in the notebook's order -> ``[rows, columns]`` in ours.
+
+        Rows that the notebook does not have, row 0 among them, become 0: they add nothing.
+        """
+        table = of_field.new_zeros(self.rows, of_field.shape[1])
+        known = torch.from_numpy(self.places > 0)
+        table[torch.from_numpy(self.places).long()[known]] = of_field[known]
+        return table
+
+
+def notebook_fields(
+    dataset: PreparedDataset, id_files: Mapping[str, Path]
+) -> dict[str, NotebookField]:
+    """The indices that a notebook gives to ids, by field.
+
+    Args:
+        dataset: the prepared dataset.
+        id_files: text files with one id a line, in the notebook's order, by field. The others'
+            ids are the vocabulary's, sorted: numbers by value, texts by code point.
+
+    Raises:
+        ConfigError: the data has fields that such a notebook cannot have.
+        DataError: a file of ids cannot be read, or repeats an id.
+    """
+    manifest = dataset.manifest
+    if manifest.dense:
+        raise ConfigError(
+            f"{manifest.dense[0].name} is numeric, and an offset table has no such field; leave it "
+            f"out of data.features"
+        )
+    fields = {}
+    for feature in manifest.categorical:
+        if feature.multi_valued:
+            raise ConfigError(
+                f"{feature.name} may have several values a row, and a field of an offset table has "
+                f"one; set keep: first"
+            )
+        if len(manifest.tables[feature.table_name].features) > 1:
+            raise ConfigError(
+                f"{feature.name} shares the table {feature.table_name}, and those of an offset "
+                f"table share no rows; leave data.features.table out"
+            )
+        vocabulary = dataset.vocabulary(feature.table_name)
+        if feature.name in id_files:
+            ids = _read_ids(id_files[feature.name])
+        else:
+            ids = vocabulary.ids.take(pa.array(np.argsort(id_order(vocabulary.ids))))
+        places = vocabulary.lookup(ids)
+        left_out = int((places == 0).sum())
+        unset = len(vocabulary.ids) - (len(ids) - left_out)
+        if left_out or unset:
+            log.info(
+                "%s: %s of the notebook's ids are not in our vocabulary: left out; %s of ours are "
+                "not in the notebook: their rows are 0",
+                feature.name,
+                f"{left_out:,}",
+                f"{unset:,}",
+            )
+        fields[feature.name] = NotebookField(places, vocabulary.rows)
+    if strange := sorted(id_files.keys() - fields.keys()):
+        raise ConfigError(f"--ids {strange[0]}=...: no such field; there are: {', '.join(fields)}")
+    return fields
+
+
+def _read_ids(path: Path) -> pa.Array:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if line in seen:
+            raise DataError(
+                f"{path}, line {number}: {line!r} stands in line {seen[line]} already; one id a "
+                f"line, in the notebook's order"
+            )
+        seen[line] = number
+    return pa.array(lines, pa.string())

@@ -1,0 +1,285 @@
+"""Will it fit? Memory and traffic of a plan on ranks that need not exist."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
+
+from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
+from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, place
+from deepfm_dist.distributed.world import World
+from deepfm_dist.model.deepfm import ROW_ALIGNMENT
+from deepfm_dist.model.losses import DeepFMTrain
+
+FLOAT_BYTES = ID_BYTES = 4
+IN_FLIGHT = 3
+"""Batches whose ids are on a rank at once: in training, being exchanged, being copied."""
+_SPREAD = "row_wise"
+MOST_RANKS = 8192
+"""More are not proposed."""
+DENSE_COPIES = 5
+"""Floats per parameter of the over-arch: value, gradient, DDP's bucket, Adam's two moments."""
+
+
+def imagined_world(world_size: int, local_world_size: int) -> World:
+    """GPUs to plan for; there is no process group, nor need there be a GPU."""
+    return World(0, world_size, local_world_size, torch.device("cuda"), dist.HashStore())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and on what.
+
+    Attributes:
+        task: the model, its tables on the meta device.
+        world: the ranks, as `imagined_world` makes them.
+        optimizer: of the tables.
+        placements: of tables, by name.
+        default: kind of the other tables.
+        batch_size: rows per step over all ranks.
+        hbm_bytes: memory of a GPU.
+    """
+
+    task: DeepFMTrain
+    world: World
+    optimizer: TableOptimizer
+    placements: Mapping[str, Placement]
+    default: str
+    batch_size: int
+    hbm_bytes: int
+
+
+@dataclass(frozen=True)
+class TableDemand:
+    """One table in a plan.
+
+    Attributes:
+        table: its name.
+        rows: its rows.
+        weight_bytes: of all its rows.
+        state_bytes: of the optimizer's state and, for dense kernels, the gradient.
+        sharding: table_wise or row_wise.
+        ranks: the ranks that hold it.
+        traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
+            gradients.
+    """
+
+    table: str
+    rows: int
+    weight_bytes: int
+    state_bytes: int
+    sharding: str
+    ranks: range
+    traffic_bytes: int
+
+
+@dataclass(frozen=True)
+class RankDemand:
+    """One rank in a plan.
+
+    Attributes:
+        table_bytes: weights and optimizer state of its pieces of tables.
+        buffer_bytes: ids, pooled rows and their gradients.
+        dense_bytes: the over-arch with its gradients, state and activations.
+        sent_bytes: what it sends in a step, the over-arch's all-reduce included.
+    """
+
+    table_bytes: int
+    buffer_bytes: int
+    dense_bytes: int
+    sent_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory."""
+        return self.table_bytes + self.buffer_bytes + self.dense_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan and what it takes.
+
+    Attributes:
+        job: what was planned.
+        tables: a line per table.
+        ranks: a line per rank.
+        remedies: what would make it fit, each by itself; empty where it fits.
+    """
+
+    job: Job
+    tables: Sequence[TableDemand]
+    ranks: Sequence[RankDemand]
+    remedies: Sequence[str] = ()
+
+    @property
+    def fullest(self) -> RankDemand:
+        """The rank that needs most memory."""
+        return max(self.ranks, key=lambda rank: rank.total_bytes)
+
+    @property
+    def share(self) -> float:
+        """Of a GPU's memory that the fullest rank needs."""
+        return self.fullest.total_bytes / self.job.hbm_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room, the reserve left free."""
+        return self.share <= 1 - RESERVED
+
+    @property
+    def seconds_sending(self) -> float:
+        """Of the rank that sends most, at TorchRec's figures for NVLink and InfiniBand."""
+        sent = max(rank.sent_bytes for rank in self.ranks)
+        world = self.job.world
+        outside = (world.world_size - world.local_world_size) / max(1, world.world_size - 1)
+        per_ms = outside / CROSS_NODE_BANDWIDTH + (1 - outside) / INTRA_NODE_BANDWIDTH
+        return sent * per_ms / 1000
+
+
+def plan(job: Job) -> Plan:
+    """Places the tables by TorchRec's planner, and adds up what they need.
+
+    Where it finds no plan, the one shown cuts every table by rows, which spreads them most evenly.
+
+    Raises:
+        ConfigError: a placement cannot be.
+    """
+    found = _asked(job) or _asked(_spread(job))
+    assert found is not None  # nothing is left to the planner
+    return found if found.fits else replace(found, remedies=tuple(_remedies(job)))
+
+
+def _asked(job: Job) -> Plan | None:
+    """As the job says; None where the planner finds no room."""
+    try:
+        return _added_up(job, _placed(job))
+    except NoRoom:
+        return None
+
+
+def _spread(job: Job) -> Job:
+    return replace(job, default=_SPREAD)
+
+
+def _placed(job: Job) -> dict[str, Placement]:
+    return place(job.task, job.world, job.placements, job.default, job.batch_size, job.hbm_bytes)
+
+
+def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None = None) -> Plan:
+    """What a placement needs; with another width of the rows, if wanted."""
+    arch = job.task.model.embedding_arch
+    width = row_width or arch.row_width
+    ranks, batch = job.world.world_size, job.batch_size
+    dense = sum(p.numel() for p in job.task.model.interaction_arch.parameters())
+    activations = sum(
+        m.in_features + m.out_features for m in job.task.modules() if isinstance(m, nn.Linear)
+    )
+    dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * -(-batch // ranks) * activations)
+    all_reduced = FLOAT_BYTES * 2 * dense * (ranks - 1) // ranks
+    held, buffers, sent = [0] * ranks, [0] * ranks, [all_reduced] * ranks
+    tables = []
+    for config in arch.ebc.embedding_bag_configs():
+        fields, rows = len(config.feature_names), config.num_embeddings
+        row_floats = width + _state_floats(job.optimizer, width)
+        pooled_bytes = batch * fields * width * FLOAT_BYTES
+        # Ids and lengths, of which each is one number where a row has one value of a field.
+        id_bytes = batch * fields * ID_BYTES
+        owner = placed[config.name].rank
+        holders = range(ranks) if owner is None else range(owner, owner + 1)
+        per_rank = -(-rows // len(holders))
+        for turn, rank in enumerate(holders):
+            mine = max(0, min(per_rank, rows - turn * per_rank))
+            held[rank] += mine * row_floats * FLOAT_BYTES
+            # Pooled rows and their gradient, of the global batch.
+            buffers[rank] += 2 * pooled_bytes + IN_FLIGHT * 2 * id_bytes // len(holders)
+        for rank in range(ranks):
+            # The same of the local batch, as it is received.
+            buffers[rank] += 2 * pooled_bytes // ranks + IN_FLIGHT * 2 * id_bytes // ranks
+        traffic = [_sent(owner, rank, ranks, pooled_bytes, id_bytes) for rank in range(ranks)]
+        sent = [a + b for a, b in zip(sent, traffic, strict=True)]
+        tables.append(
+            TableDemand(
+                config.name,
+                rows,
+                rows * width * FLOAT_BYTES,
+                rows * (row_floats - width) * FLOAT_BYTES,
+                placed[config.name].kind,
+                holders,
+                sum(traffic),
+            )
+        )
+    columns = zip(held, buffers, sent, strict=True)
+    return Plan(job, tables, [RankDemand(h, b, dense_bytes, s) for h, b, s in columns])
+
+
+def _state_floats(optimizer: TableOptimizer, width: int) -> int:
+    """Floats per row besides its weights."""
+    if optimizer.kernel is EmbeddingComputeKernel.DENSE:
+        return 3 * width  # gradient and two moments: it is Adam's kernel
+    return {"rowwise_adagrad": 1, "adagrad": width, "lazy_adam": 2 * width, "sgd": 0}[
+        optimizer.name
+    ]
+
+
+def _sent(owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int) -> int:
+    """Bytes of one table that a rank sends in a step.
+
+    Cut by rows, every rank holds a part of every row's pool: forward scatters the parts and adds
+    them up, backward gathers the gradients of all. Whole on one rank, that rank sends the pooled
+    rows and the others their gradients. Lengths go where ids go, and cut by rows to every rank.
+    """
+    others = ranks - 1
+    if owner is None:
+        return others * (2 * pooled_bytes + id_bytes // ranks + id_bytes) // ranks
+    if rank == owner:
+        return others * pooled_bytes // ranks
+    return (pooled_bytes + 2 * id_bytes) // ranks
+
+
+def _remedies(job: Job) -> Iterator[str]:
+    """Single changes that make it fit, as they are to be typed."""
+
+    def fits(changed: Job, row_width: int | None = None) -> bool:
+        changed = _spread(changed)
+        return _added_up(changed, _placed(changed), row_width).fits
+
+    def typed(setting: str, changed: Job | None = None) -> str:
+        as_asked = changed and _asked(changed)
+        if job.default == _SPREAD or (as_asked and as_asked.fits):
+            return setting
+        return f"{setting} sharding.kind={_SPREAD}"
+
+    if job.default != _SPREAD and fits(job):
+        yield f"sharding.kind={_SPREAD}"
+    if job.placements and fits(replace(job, placements={})):
+        yield typed(
+            f"no sharding.tables ({', '.join(job.placements)})", replace(job, placements={})
+        )
+    local = job.world.local_world_size
+    sizes = range(job.world.world_size + local, MOST_RANKS + 1, local)
+    enough = bisect_left(
+        sizes, True, key=lambda n: fits(replace(job, world=imagined_world(n, local)))
+    )
+    if enough < len(sizes):
+        more = replace(job, world=imagined_world(sizes[enough], local))
+        yield typed(f"--world-size {sizes[enough]}", more)
+    if job.optimizer.name != "rowwise_adagrad":
+        smaller = table_optimizer("rowwise_adagrad", 0.1, 1e-8, job.world.device)
+        if fits(changed := replace(job, optimizer=smaller)):
+            yield typed("optimizer.tables.name=rowwise_adagrad", changed)
+    width = job.task.model.embedding_arch.row_width
+    narrower = range(width - ROW_ALIGNMENT, 0, -ROW_ALIGNMENT)
+    enough = bisect_left(narrower, True, key=lambda w: fits(job, w))
+    if enough < len(narrower):
+        yield typed(f"model.embedding_dim={narrower[enough] - 1}")
+    batch_size = job.batch_size // 2
+    while batch_size >= job.world.world_size:
+        if fits(changed := replace(job, batch_size=batch_size)):
+            yield typed(f"trainer.batch_size={batch_size}", changed)
+            break
+        batch_size //= 2

@@ -1,0 +1,83 @@
+"""``python -m deepfm_dist.import_weights``: a notebook's state dict -> a checkpoint of ours."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+from deepfm_dist.errors import CheckpointError, ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    description = "Make a checkpoint of a notebook's DeepFM."
+    return run("import_weights", description, _import, argv, _add_arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="state dict, as torch.save wrote it")
+    parser.add_argument(
+        "--fields",
+        metavar="A,B,C",
+        help="the fields in the notebook's order (default: as in data.features)",
+    )
+    parser.add_argument(
+        "--ids",
+        action="append",
+        default=[],
+        metavar="FIELD=FILE",
+        help="a field's ids in the notebook's order, one a line (default: sorted)",
+    )
+
+
+def _import(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.build import deepfm_of, from_notebook, shard_for_training
+    from deepfm_dist.data.dataset import PreparedDataset
+    from deepfm_dist.data.encode import prepare
+    from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path
+    from deepfm_dist.distributed.sharding import fill_tables
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.model.notebook import NotebookWeights
+    from deepfm_dist.training.trainer import LoopState
+
+    seed = config.run.seed
+    weights = NotebookWeights.read(Path(arguments.file))
+    id_files = dict(_id_file(text) for text in arguments.ids)
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        ranks.first_does(
+            "prepare", lambda: prepare(config.data, config.data_root, config.prepared_dir, seed)
+        )
+        dataset = PreparedDataset(config.prepared_dir)
+        values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)
+        if any((config.run_dir / "checkpoints").glob("step_*")):
+            raise CheckpointError(
+                f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"
+            )
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        fill_tables(sharded, values)
+        deepfm_of(sharded).interaction_arch.load_state_dict(state)
+        checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
+        marker = {
+            "vocabulary_hash": dataset.manifest.vocabulary_hash,
+            "config": config.model_dump(mode="json"),
+            "trainer": asdict(LoopState()),
+        }
+        checkpoints.save(0, sharded, optimizer, marker)
+        checkpoints.wait()
+        if ranks.is_first:
+            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+            print(f"{checkpoint_path(config.run_dir, 0)}: {len(values)} tables of {arguments.file}")
+
+
+def _id_file(text: str) -> tuple[str, Path]:
+    field, equals, file = text.partition("=")
+    if not (field and equals and file):
+        raise ConfigError(f"--ids {text}: give FIELD=FILE")
+    return field, Path(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""``python -m deepfm_dist.plan``: whether a model fits a cluster, without the cluster."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+from deepfm_dist.errors import ConfigError
+
+GIB = 1 << 30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    return run("plan", "Say whether a model fits so many GPUs.", _plan, argv, _add_arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument(
+        "--local-world-size",
+        type=int,
+        metavar="N",
+        help="GPUs of a machine (default: 8, or all where there are fewer)",
+    )
+    parser.add_argument(
+        "--hbm-gib", type=float, default=80, metavar="N", help="memory of a GPU (default: 80)"
+    )
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="TABLE=N",
+        help="rows of a table (default: those of the prepared dataset)",
+    )
+
+
+def _plan(config: Config, arguments: argparse.Namespace) -> None:
+    import torch
+
+    from deepfm_dist.build import build_model, imagined_manifest, placements_of
+    from deepfm_dist.distributed.optimizers import table_optimizer
+    from deepfm_dist.distributed.planning import Job, imagined_world, plan
+    from deepfm_dist.distributed.sharding import NoRoom
+    from deepfm_dist.report import plan_table
+
+    size = arguments.world_size
+    per_machine = arguments.local_world_size or min(8, size)
+    if size < 1 or per_machine < 1 or size % per_machine or arguments.hbm_gib <= 0:
+        raise ConfigError(
+            f"--world-size {size} --local-world-size {per_machine} --hbm-gib "
+            f"{arguments.hbm_gib:g}: positive numbers are needed, as many GPUs on every machine"
+        )
+    of_tables = config.optimizer.tables
+    optimizer = table_optimizer(of_tables.name, of_tables.lr, of_tables.eps, torch.device("cuda"))
+    manifest = imagined_manifest(config, dict(_rows(text) for text in arguments.rows))
+    ranks = imagined_world(size, per_machine)
+    task = build_model(config.model, manifest, ranks, config.run.seed)
+    optimizer.attach(task.model.embedding_arch.ebc.parameters())
+    found = plan(
+        Job(
+            task,
+            ranks,
+            optimizer,
+            placements_of(config),
+            config.sharding.kind,
+            config.trainer.batch_size,
+            round(arguments.hbm_gib * GIB),
+        )
+    )
+    print(plan_table(found))
+    if not found.fits:
+        gpus = f"{size} GPU{'s' * (size > 1)} of {arguments.hbm_gib:g} GiB"
+        remedies = "; or ".join(found.remedies) or "more and larger GPUs, fewer rows"
+        raise NoRoom(f"does not fit {gpus}; use {remedies}")
+
+
+def _rows(text: str) -> tuple[str, int]:
+    table, _, number = text.partition("=")
+    try:
+        rows = int(number)
+    except ValueError:
+        rows = 0
+    if rows < 1:
+        raise ConfigError(f"--rows {text}: give TABLE=N, such as user=1_000_000_000")
+    return table, rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Exported weights: the documented reader scores as `predict` does, and memory stays bounded."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from deepfm_dist import export, predict, train
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.export import export_folder, write_weights
+from deepfm_dist.errors import CheckpointError, DeepFMError
+from tests.ranks import run_alone, run_ranks
+from tests.test_checkpoint import _saved
+from tests.test_distributed import SMALL, config_of
+
+DOCS = Path(__file__).parents[1] / "docs" / "export.md"
+TABLE = "model.model.embedding_arch.ebc.embedding_bags.{}.weight"
+OTHER = "model.model.interaction_arch.{}"
+MIB = 1 << 20
+
+CLICKS = """
+run: {name: clicks}
+data:
+  root: ROOT
+  task: ctr
+  interactions: {file: rows.csv, user: u, item: i, label: y}
+  features:
+    - {name: user, entity: user}
+    - {name: item, entity: item}
+    - {name: tags, entity: item, file: items.csv, key: i, column: t, separator: "|", pooling: sum}
+    - {name: price, entity: item, file: items.csv, key: i, column: p, kind: numeric, transform: log}
+    - {name: hour, column: h}
+    - {name: words, column: m, separator: "+", missing: [none], table: hour}
+    - {name: first_word, column: m, separator: "+", keep: first}
+    - {name: n, kind: numeric, missing: ["-1"], transform: standard}
+  split: {valid: 0, test: 0}
+model: {embedding_dim: 6, init_std: 0.3, over_arch_layer_sizes: [9, 5], activation: gelu}
+optimizer: {dense: {lr: 0.02}}
+trainer: {batch_size: 60, epochs: 3}
+"""
+
+
+def documented(*blocks: int) -> str:
+    """Blocks of Python code of the page, in the order asked for."""
+    found = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(found) == 3
+    return "".join(found[n] for n in blocks)
+
+
+def scored_by_documented_code(code: str, folder: Path, rows: Path) -> np.ndarray:
+    """What an interpreter without TorchRec, FBGEMM and this package makes of a file's rows."""
+    absent = "import sys\nfor name in ('torchrec', 'fbgemm_gpu', 'deepfm_dist'):\n"
+    absent += "    sys.modules[name] = None\n"
+    assert 'Path("runs/sample/export")' in code
+    code = code.replace('"runs/sample/export"', repr(str(folder)))
+    driver = f"""
+rows = pd.read_csv({str(rows)!r}, dtype=str, keep_default_na=False)
+pd.DataFrame({{"score": score(rows).numpy()}}).to_parquet({str(rows) + ".scores"!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", absent + code + driver], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return pd.read_parquet(f"{rows}.scores")["score"].to_numpy()
+
+
+def scored_by_predict(home: Path, rows: Path, *settings: str) -> np.ndarray:
+    out = rows.with_suffix(".parquet")
+    assert run_alone(predict.main, ["--input", str(rows), "--output", str(out), *settings]) == 0
+    return pd.read_parquet(out)["score"].to_numpy()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of two ranks on the sample, its tables cut by rows; and the settings that find it."""
+    home = tmp_path_factory.mktemp("trained")
+    where = [f"run.runs_root={home / 'runs'}", f"run.prepared_root={home / 'prepared'}"]
+    how = ["sharding.kind=row_wise", "model.init_std=0.3"]
+    run_ranks(train.main, 2, ["--quiet", *where, *how, "trainer.max_steps=40"])
+    return home, where
+
+
+def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[str]]) -> None:
+    home, where = trained
+    rng = np.random.default_rng(5)
+    users = [*PreparedDataset(home / "prepared/sample").entity_ids("user").to_pylist()[1:], "?"]
+    items = [*PreparedDataset(home / "prepared/sample").entity_ids("item").to_pylist()[1:], "?"]
+    frame = pd.DataFrame({"user": rng.choice(users, 3000), "item": rng.choice(items, 3000)})
+    frame.to_csv(home / "rows.csv", index=False)
+    expected = scored_by_predict(home, home / "rows.csv", *where)
+    assert expected.std() > 0.1
+    for limit in ([], ["--max-file-bytes", "30000"]):
+        assert run_alone(export.main, ["--quiet", *where, *limit]) == 0
+        folder = home / "runs/sample/export"
+        assert len(list(folder.glob("*.safetensors"))) == (3 if limit else 1)
+        found = scored_by_documented_code(documented(0), folder, home / "rows.csv")
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model.batch_norm=true"],
+        ["model.first_order=false"],
+        ["model.deep=false"],
+        ["model.deep=false", "model.fm=false"],
+        ["model.fm=false", "model.activation=tanh"],
+    ],
+)
+def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: list[str]) -> None:
+    rng = np.random.default_rng(1)
+    n = 600
+    words = ["a", "b", " c", "none", "", "d"]
+    rows = pd.DataFrame(
+        {
+            "u": rng.integers(0, 30, n),
+            "i": rng.integers(0, 20, n),
+            "h": rng.choice(["9", "12", "", "late"], n),
+            "m": ["+".join(rng.choice(words, rng.integers(0, 4))) for _ in range(n)],
+            "n": rng.choice(["-1", "", "3", "4.5", "100"], n),
+            "y": rng.integers(0, 2, n),
+        }
+    )
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    tags = ["|".join(rng.choice(["x", "y", "z"], rng.integers(0, 3))) for _ in range(20)]
+    items = pd.DataFrame({"i": range(20), "t": tags, "p": rng.choice(["", "7", "900"], 20)})
+    items.to_csv(tmp_path / "items.csv", index=False)
+    (tmp_path / "c.yaml").write_text(CLICKS.replace("ROOT", str(tmp_path)))
+    settings = ["--config", str(tmp_path / "c.yaml"), f"run.runs_root={tmp_path}"]
+    settings += [f"run.prepared_root={tmp_path / 'prepared'}"]
+    assert run_alone(train.main, ["--quiet", *settings, *model]) == 0
+    rows["u"] += rng.integers(0, 5, n)  # some are unknown now
+    rows["m"] = rows["m"].str.replace("d", "new")
+    rows.drop(columns="y").to_csv(tmp_path / "new.csv", index=False)
+    expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)
+    assert run_alone(export.main, [*settings, "--output", str(tmp_path / "out")]) == 0
+    assert "history" not in pd.read_parquet(tmp_path / "out/entities/user.parquet")
+    code = documented(0, 2)
+    found = scored_by_documented_code(code, tmp_path / "out", tmp_path / "new.csv")
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1, "auto"), (4, "row_wise"), (3, "table_wise")])
+def test_weights_are_the_checkpoints_at_any_slice_and_file_size(
+    sample: PreparedDataset, tmp_path: Path, size: int, kind: str
+) -> None:
+    path = checkpoint.checkpoint_path(tmp_path, 3)
+    pieces = run_ranks(
+        _saved, size, sample.folder, config_of(*SMALL, f"sharding.kind={kind}"), tmp_path
+    )
+    for number, (buffer, limit) in enumerate([(1, 1), (1000, 40_000), (1 << 30, 1 << 30)]):
+        out = tmp_path / str(number)
+        out.mkdir()
+        shapes = write_weights(path, out, 11, limit, buffer)
+        files = sorted(out.glob("*.safetensors"))
+        weights = {k: t for file in files for k, t in load_file(file).items()}
+        assert {k: tuple(t.shape) for k, t in weights.items()} == shapes
+        for table, rows, piece in (p for of_rank in pieces for p in of_rank):
+            np.testing.assert_array_equal(weights[f"tables.{table}"][rows], piece[:, :11])
+        index = out / "model.safetensors.index.json"
+        assert index.exists() == (len(files) > 1)
+        if index.exists():
+            told = json.loads(index.read_text())
+            assert told["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
+            for name, file in told["weight_map"].items():
+                with safe_open(out / file, "pt") as opened:
+                    assert name in list(opened.keys())
+        of_file = [sum(t.nbytes for t in load_file(file).values()) for file in files]
+        alone = [len(load_file(file)) == 1 for file in files]
+        assert all(n <= limit or single for n, single in zip(of_file, alone, strict=True))
+    assert set(shapes) == {
+        *("tables.user", "tables.item", "tables.genre", "bias"),
+        *(f"over_arch.{n}.{p}" for n in ("hidden.0", "hidden.1", "hidden.2", "output")
+          for p in ("weight", "bias")),
+    }  # fmt: skip
+
+
+def _peak_growth(work: object, *arguments: object) -> int:
+    """Bytes by which this process' resident memory grew at its highest."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = _high_water()
+    work(*arguments)  # type: ignore[operator]
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+def _whole(path: Path) -> None:
+    reader = dcp.FileSystemReader(path)
+    table = {TABLE.format("user"): torch.empty(4 * MIB, 16)}
+    dcp.load(table, storage_reader=reader, no_dist=True)
+
+
+def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
+    def save() -> None:
+        table = torch.arange(4 * MIB, dtype=torch.float32)[:, None].expand(-1, 16).contiguous()
+        tensors = {TABLE.format("user"): table, OTHER.format("bias"): torch.ones(1)}
+        dcp.save(tensors, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+
+    run_alone(save)  # one piece of 256 MiB
+    (tmp_path / "out").mkdir()
+    buffer = 8 * MIB
+    arguments = (tmp_path / "checkpoint", tmp_path / "out", 13, 1 << 40, buffer)
+    grown = run_alone(_peak_growth, write_weights, *arguments)
+    assert grown < 4 * buffer
+    assert run_alone(_peak_growth, _whole, tmp_path / "checkpoint") > 256 * MIB  # the usual way
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as opened:
+        table = opened.get_slice("tables.user")
+        assert table.get_shape() == [4 * MIB, 13]
+        for row in (0, buffer // 64 - 1, buffer // 64, 4 * MIB - 1):
+            assert table[row : row + 1].tolist() == [[float(row)] * 13]
+        assert opened.get_tensor("bias").tolist() == [1.0]
+
+
+def test_a_damaged_checkpoint_and_a_foreign_folder_are_refused_and_leave_nothing(
+    sample: PreparedDataset, tmp_path: Path, trained: tuple[Path, list[str]]
+) -> None:
+    path = checkpoint.checkpoint_path(tmp_path / "run", 3)
+    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path / "run")
+    [piece] = path.glob("*.distcp")
+    whole, target = piece.read_bytes(), tmp_path / "out"
+    for damaged in (piece, path / ".metadata"):
+        for kept in (100, len(damaged.read_bytes()) // 2):
+            content = damaged.read_bytes()
+            damaged.write_bytes(content[:kept])
+            message = f"{path}: cannot be read: ."
+            with pytest.raises(CheckpointError, match=message), export_folder(target) as folder:
+                write_weights(path, folder, 11, 1 << 30)
+            damaged.write_bytes(content)
+    assert piece.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    target.mkdir()
+    (target / "precious").write_text("")
+    with pytest.raises(DeepFMError, match="holds files but no export"), export_folder(target):
+        raise AssertionError
+    (tmp_path / "file").write_text("")
+    blocked = pytest.raises(DeepFMError, match="cannot be written: Not a directory")
+    with blocked, export_folder(tmp_path / "file" / "out"):
+        raise AssertionError
+    _, where = trained
+    refused = run_alone(export.main, [*where, "model.embedding_dim=4"])
+    assert refused == 2
+
+
+def test_the_page_tells_the_fields_that_are_written(trained: tuple[Path, list[str]]) -> None:
+    home, where = trained
+    assert run_alone(export.main, ["--quiet", *where]) == 0
+    config = json.loads((home / "runs/sample/export/config.json").read_text())
+    assert (
+        yaml.safe_load((home / "runs/sample/config.yaml").read_text())["model"] == config["model"]
+    )
+    assert config["step"] == 40
+    assert (
+        config["vocabulary_hash"]
+        == PreparedDataset(home / "prepared/sample").manifest.vocabulary_hash
+    )

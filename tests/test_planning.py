@@ -1,0 +1,214 @@
+"""Plans for clusters that are not there: memory as it really is, traffic message by message."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deepfm_dist import plan as command
+from deepfm_dist.build import build_model, imagined_manifest, placements_of
+from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.optimizers import table_optimizer
+from deepfm_dist.distributed.planning import Job, Plan, imagined_world, plan
+from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.world import world
+from tests.ranks import run_ranks
+from tests.test_distributed import Run, config_of
+
+BILLION = {"user": 1_000_000_000, "item": 50_000_000, "genre": 18}
+ALL_NAMED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}, "
+ALL_NAMED += "genre: {kind: table_wise, rank: 0}}"
+GIB = 1 << 30
+
+
+def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: float) -> Plan:
+    of = config.optimizer.tables
+    optimizer = table_optimizer(of.name, of.lr, of.eps, torch.device("cuda"))
+    ranks = imagined_world(size, local)
+    task = build_model(config.model, imagined_manifest(config, rows), ranks, 1)
+    optimizer.attach(task.model.embedding_arch.ebc.parameters())
+    where = (placements_of(config), config.sharding.kind)
+    return plan(Job(task, ranks, optimizer, *where, config.trainer.batch_size, int(gib * GIB)))
+
+
+def said(*arguments: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = command.main(["--quiet", *arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+ROWS = [f"--rows={table}={n}" for table, n in BILLION.items()]
+
+
+def test_a_billion_rows_over_64_gpus() -> None:
+    found = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
+    user, item, genre = found.tables
+    assert found.fits
+    assert (user.sharding, user.ranks) == ("row_wise", range(64))
+    assert genre.sharding == "table_wise"
+    assert (user.weight_bytes, user.state_bytes) == (10**9 * 20 * 4, 10**9 * 4)  # 16 + 1 -> 20
+    assert item.weight_bytes == 50_000_000 * 80
+    assert sum(rank.table_bytes for rank in found.ranks) == sum(
+        table.weight_bytes + table.state_bytes for table in found.tables
+    )
+    least = 10**9 // 64 * 84
+    assert all(rank.table_bytes >= least for rank in found.ranks)
+    code, out, _ = said(*ROWS, "--world-size=64", "trainer.batch_size=65536")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["user", "1,000,000,000", "74.51", "GiB", "3.725", "GiB", "row_wise", "0-63"] in [
+        line[:8] for line in lines
+    ]
+    assert f"fullest rank: {found.fullest.total_bytes / GIB:.4g} GiB, {found.share:.1%}" in out
+
+
+@pytest.mark.parametrize("wanted", ["auto", "table_wise"])
+def test_what_does_not_fit_is_told_with_changes_that_help_and_no_more_than_needed(
+    wanted: str,
+) -> None:
+    settings = ["model.embedding_dim=127", "optimizer.tables.name=adam"]
+    settings += [f"sharding.kind={wanted}"]
+    code, out, err = said(*ROWS, "--world-size=16", *settings)
+    assert code == 2
+    assert re.search(r"fullest rank: .* [GT]iB, [2-9]\d{2,3}\.\d% of the limit", out)
+    [line] = err.splitlines()
+    assert line.startswith("NoRoom: does not fit 16 GPUs of 80 GiB; use --world-size ")
+    remedies = line.partition("; use ")[2].split("; or ")
+    assert len(remedies) == 3
+    for remedy in remedies:
+        asked = remedy.replace("size ", "size=").split()
+        assert said(*ROWS, "--world-size=16", *settings, *asked)[0] == 0, remedy
+    found = re.match(r"--world-size (\d+).*model.embedding_dim=(\d+)", "".join(remedies))
+    assert found is not None
+    size, width = map(int, found.groups())
+    settings.append("sharding.kind=row_wise")
+    assert said(*ROWS, f"--world-size={size - 8}", *settings)[0] == 2
+    assert said(*ROWS, "--world-size=16", *settings, f"model.embedding_dim={width + 4}")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size=64", "sharding.tables={user: {kind: table_wise}}"],
+         r"use no sharding.tables \(user\); or model.embedding_dim=15 sharding.kind=row_wise$"),
+        (["--world-size=64", "sharding.kind=table_wise", "model.embedding_dim=120"],
+         "use sharding.kind=row_wise"),
+        (["--world-size=8", "--hbm-gib=0.5", "trainer.batch_size=4000000", "--rows=user=1000",
+          "--rows=item=1000"], "use trainer.batch_size=500000$"),
+        (["--world-size=1", "--hbm-gib=0.001"], "1 GPU of 0.001 GiB; use more and larger GPUs"),
+    ],
+)  # fmt: skip
+def test_the_cause_is_what_is_to_be_changed(arguments: list[str], message: str) -> None:
+    code, _, err = said(*ROWS, *arguments)
+    assert code == 2
+    assert re.search(message, err.strip()), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size=0"], "ConfigError: --world-size 0 "),
+        (["--world-size=12"], "as many GPUs on every machine"),
+        (["--world-size=2", "--hbm-gib=0"], "positive numbers are needed"),
+        (["--world-size=2", "--rows=user=-1"], "--rows user=-1: give TABLE=N, such as user=1_000"),
+        (["--world-size=2", "--rows=users=1"], "--rows users: no such table; there are: user, it"),
+        (["--world-size=2", "--rows=user"], "--rows user: give TABLE=N"),
+        (["--world-size=2", "run.prepared_root=/nowhere"], "how many rows has the table user?"),
+    ],
+)
+def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
+    code, out, err = said(*arguments)
+    assert (code, out) == (2, "")
+    [line] = err.splitlines()
+    assert re.search(message, line)
+
+
+def test_rows_come_from_the_prepared_dataset(sample: PreparedDataset) -> None:
+    where = f"run={{name: {sample.folder.name}, prepared_root: {sample.folder.parent}}}"
+    found = planned(config_of(where), {"item": 5}, 2, 2, 80)
+    assert [table.rows for table in found.tables] == [701, 5, 19]
+
+
+def _bytes_held(folder: Path, config: Config) -> int:
+    """Weights, optimizer state and dense gradients of this rank's pieces of the tables."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 2)
+        held = [piece for *_, piece in local_shards(run.sharded)]
+        for name, values in run.optimizer.state_dict()["state"].items():
+            if ".ebc." in name:
+                held += [piece for value in values.values() for piece in _local(value)]
+        if config.optimizer.tables.name == "adam":  # in backward there is none of a whole table
+            tables = [p for k, p in run.sharded.named_parameters() if ".ebc." in k]
+            held += [p.grad for p in tables if p.grad is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+def _local(value: Any) -> list[torch.Tensor]:
+    if value.dim() == 0:
+        return []  # a step count
+    return value.to_local().local_shards() if hasattr(value, "to_local") else [value]
+
+
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
+def test_ranks_hold_as_many_bytes_as_planned(
+    sample: PreparedDataset, name: str, where: str
+) -> None:
+    settings = (f"optimizer.tables.name={name}", where, "model.embedding_dim=10")
+    held = run_ranks(_bytes_held, 2, sample.folder, config_of(*settings))
+    rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
+    found = planned(config_of(*settings), rows, 2, 2, 80)
+    assert [rank.table_bytes for rank in found.ranks] == held
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "table_wise"])
+def test_traffic_is_the_sum_of_all_messages(kind: str) -> None:
+    size, batch, width = 4, 64, 12
+    config = config_of(f"sharding.kind={kind}", "model.embedding_dim=10", "trainer.batch_size=64")
+    found = planned(config, {"user": 100, "item": 100, "genre": 100}, size, 2, 80)
+    sent, local = [0] * size, batch // size
+    traffic = []
+    for turn in range(3):  # tables
+        before = sum(sent)
+        holders = range(size) if kind == "row_wise" else [turn]
+        for a in range(size):
+            for b in range(size):
+                if a == b:
+                    continue
+                if b in holders:
+                    # Ids to the rank that has the row, evenly; lengths; the gradient of a's rows.
+                    sent[a] += local * 4 // len(holders) + local * 4 + local * width * 4
+                if a in holders:
+                    sent[a] += local * width * 4  # pooled rows of b, or a's part of them
+        traffic.append(sum(sent) - before)
+    assert [table.traffic_bytes for table in found.tables] == traffic
+    arch = found.job.task.model.interaction_arch
+    reduced = 2 * 3 * sum(p.numel() for p in arch.parameters()) * 4 // 4  # ring: 2 (W-1)/W
+    assert [rank.sent_bytes - reduced for rank in found.ranks] == sent
+    # Two of three others are on the other machine of two ranks.
+    seconds = max(r.sent_bytes for r in found.ranks) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
+    assert found.seconds_sending == pytest.approx(seconds)
+
+
+def test_the_over_arch_and_the_buffers_count() -> None:
+    small, wide = (
+        planned(config_of(f"model.over_arch_layer_sizes={layers}"), BILLION, 64, 8, 80)
+        for layers in ("[8]", "[800, 8]")
+    )
+    linears = [m for m in wide.job.task.modules() if isinstance(m, nn.Linear)]
+    n = sum(p.numel() for m in linears for p in m.parameters()) + 1
+    assert n == 48 * 800 + 800 + 800 * 8 + 8 + 8 + 1 + 1
+    ends = 48 + 800 + 800 + 8 + 8 + 1
+    assert wide.ranks[0].dense_bytes == 4 * (5 * n + 2 * 2048 // 64 * ends)
+    assert small.ranks[0].dense_bytes < wide.ranks[0].dense_bytes
+    larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
+    base = planned(config_of(), BILLION, 64, 8, 80)
+    assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
