@@ -231,7 +231,7 @@ def test_click_rows_keep_their_labels(root: Path) -> None:
         table["n"].to_pylist(), (np.array([1, 3, 3, 5]) - 3) / np.std([1, 3, 5]), rtol=1e-6
     )
     (root / "clicks.csv").write_text("y,ad,n\n2,p,1\n")
-    with pytest.raises(DataError, match="label y holds 2; labels are 0 or 1"):
+    with pytest.raises(DataError, match=r"clicks\.csv, line 2: y '2' is no label: 0 or 1"):
         prepare(data, root, root / "ctr", seed=1)
 
 
@@ -312,7 +312,7 @@ def test_no_split_but_train_reaches_vocabularies_and_statistics(root: Path) -> N
     assert np.asarray(held_out.context["p"]).tolist() == [98] * 4
     (root / "s.csv").write_text(rows.replace("valid", "perhaps"))
     with pytest.raises(
-        DataError, match=r"s\.csv: split part holds 'perhaps'; use 0, 1, 2 or train"
+        DataError, match=r"s\.csv, line 5: part 'perhaps' is no split: 0, 1, 2 or train"
     ):
         made_of(root, dataset.manifest.data.model_dump())
     (root / "s.csv").write_text("u,i,p,h,part\na,x,1,k,2\n")

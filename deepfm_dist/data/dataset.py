@@ -14,17 +14,13 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values, from_arrow
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import derive_seed, permute
-
-FloatArray = npt.NDArray[np.float32]
-Values = npt.NDArray[np.int32] | FloatArray | Jagged
-"""A field of many rows: one table row each, one number each, or several table rows each."""
 
 ABSENT = -1
 """Row number that stands for "nobody": all of its bags are empty."""
@@ -65,13 +61,14 @@ class PreparedDataset:
 
     def rows(self, split: str) -> Rows:
         """All rows of train, valid or test."""
-        table = self._read(f"{split}/part-00000.parquet")
+        files = range(self.manifest.files)
+        table = pa.concat_tables([self._read(f"{split}/part-{p:05d}.parquet") for p in files])
         of_row = [f.name for f in self.manifest.features if f.entity == "context"]
         users, items, labels = (
             table[name].to_numpy() if name in table.column_names else None
             for name in ("user", "item", "label")
         )
-        context = {name: _values(table[name]) for name in of_row}
+        context = {name: from_arrow(table[name]) for name in of_row}
         return Rows(users, items, labels, context, table.num_rows)
 
     def vocabulary(self, table: str) -> Vocabulary:
@@ -86,7 +83,7 @@ class PreparedDataset:
             of_entity = [f for f in self.manifest.features if f.entity == name and not f.is_id]
             if of_entity:
                 table = self._read(f"entities/{name}.parquet", [f.name for f in of_entity])
-                fields |= {f.name: _values(table[f.name]) for f in of_entity}
+                fields |= {f.name: from_arrow(table[f.name]) for f in of_entity}
         return fields
 
     def entity_ids(self, entity: str) -> pa.Array:
@@ -320,10 +317,3 @@ def padded(array: Any, height: int, value: float) -> Any:
     if array is None or len(array) == height:
         return array
     return np.concatenate([array, np.full(height - len(array), value, array.dtype)])
-
-
-def _values(column: pa.ChunkedArray) -> Values:
-    if pa.types.is_list(column.type):
-        return Jagged.from_arrow(column)
-    array: npt.NDArray[np.int32] = column.to_numpy()
-    return array

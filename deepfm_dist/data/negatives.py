@@ -51,7 +51,9 @@ def draw_per_positive(
     return out
 
 
-def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> Int32Array:
+def draw_distinct(
+    per_user: int, history: Jagged, n_items: int, seed: int, users: Int64Array | None = None
+) -> Int32Array:
     """``per_user`` distinct negatives for every user.
 
     Args:
@@ -59,6 +61,8 @@ def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> In
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of the draws.
+        users: ``[users]`` number of each row of ``history``, which its draws depend on; default:
+            its place.
 
     Returns:
         ``[users, per_user]`` int32 items.
@@ -66,7 +70,8 @@ def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> In
     Source: sampling without replacement by Floyd's algorithm (Bentley, Floyd, 1987) over the
     ranks of the unseen items.
     """
-    out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed)
+    keys = np.arange(len(history)) if users is None else users
+    out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed, keys)
     return out
 
 
@@ -149,7 +154,7 @@ def _draw_per_positive(
 
 @numba.njit(cache=True, nogil=True)
 def _draw_distinct(
-    per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int
+    per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int, keys: Int64Array
 ) -> Int32Array:
     n_users = len(offsets) - 1
     out = np.empty((n_users, per_user), np.int32)
@@ -158,7 +163,7 @@ def _draw_distinct(
     for user in range(n_users):
         begin, end = offsets[user], offsets[user + 1]
         free = n_items - (end - begin)
-        word = mix(key ^ np.uint64(user))
+        word = mix(key ^ np.uint64(keys[user]))
         for k in range(per_user):
             last = free - per_user + k
             word = mix(word)

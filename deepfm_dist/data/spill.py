@@ -1,0 +1,66 @@
+"""Rows on their way: dealt to partitions, in memory or, where they are too many, on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from deepfm_dist.data.jagged import grouped
+
+
+class Spill:
+    """One rank's rows by partition: an Arrow file whose record batches hold one partition each.
+
+    Args:
+        path: the file to write; None keeps the rows in memory.
+        n_partitions: number of partitions.
+    """
+
+    def __init__(self, path: Path | None, n_partitions: int) -> None:
+        self.path = path
+        self.places: list[list[int]] = [[] for _ in range(n_partitions)]
+        """The numbers of each partition's record batches."""
+        self._in_memory: list[pa.RecordBatch] = []
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._written = 0
+
+    def add(self, batch: pa.RecordBatch, partitions: npt.NDArray[np.integer]) -> None:
+        """Appends rows, ``partitions [n]`` saying where each belongs; their order stays."""
+        if len(self.places) == 1:
+            self._put(batch, 0)
+            return
+        offsets, order = grouped(partitions, len(self.places))
+        batch = batch.take(pa.array(order))
+        for p in np.flatnonzero(np.diff(offsets)):
+            self._put(batch.slice(offsets[p], offsets[p + 1] - offsets[p]), int(p))
+
+    def _put(self, batch: pa.RecordBatch, partition: int) -> None:
+        self.places[partition].append(self._written)
+        self._written += 1
+        if self.path is None:
+            self._in_memory.append(batch)
+            return
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self.path), batch.schema)
+        self._writer.write_batch(batch)
+
+    def close(self) -> None:
+        """Ends the writing."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def read(self, partition: int) -> list[pa.RecordBatch]:
+        """A partition's rows as they came."""
+        if self.path is None:
+            return [self._in_memory[i] for i in self.places[partition]]
+        return read_spilled(self.path, self.places[partition])
+
+
+def read_spilled(path: Path, places: Sequence[int]) -> list[pa.RecordBatch]:
+    """Some record batches of a `Spill`'s file, mapped into memory."""
+    if not places:
+        return []
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(i) for i in places]
