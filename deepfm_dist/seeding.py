@@ -23,26 +23,52 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True)
-def _permute(indices: IntArray, n: int, seed: int, half_bits: int) -> IntArray:
-    out = np.empty_like(indices)
-    mask = np.uint64((1 << half_bits) - 1)
-    shift = np.uint64(half_bits)
+@numba.njit(cache=True, nogil=True)
+def _keys(seed: int) -> Any:
     keys = np.empty(_ROUNDS, np.uint64)
     key = mix(np.uint64(seed))
     for r in range(_ROUNDS):
         key = mix(key)
         keys[r] = key
+    return keys
+
+
+@numba.njit(cache=True, nogil=True)
+def _half_bits(n: int) -> int:
+    bits = 0
+    while (n - 1) >> bits:
+        bits += 1
+    return max(1, (bits + 1) // 2)
+
+
+@numba.njit(cache=True, nogil=True)
+def _sent(x: Any, n: Any, keys: Any, shift: Any) -> Any:
+    mask = (np.uint64(1) << shift) - np.uint64(1)
+    while True:  # walk the cycle until it is back inside the range: at most 4 steps on average
+        left, right = x >> shift, x & mask
+        for r in range(_ROUNDS):
+            left, right = right, left ^ (mix(right ^ keys[r]) & mask)
+        x = (left << shift) | right
+        if x < n:
+            return x
+
+
+@numba.njit(cache=True, nogil=True)
+def _permute(indices: IntArray, n: int, seed: int) -> IntArray:
+    out = np.empty_like(indices)
+    keys, shift = _keys(seed), np.uint64(_half_bits(n))
     for i in range(len(indices)):
-        x = np.uint64(indices[i])
-        while True:  # walk the cycle until it is back inside the range: at most 4 steps on average
-            left, right = x >> shift, x & mask
-            for r in range(_ROUNDS):
-                left, right = right, left ^ (mix(right ^ keys[r]) & mask)
-            x = (left << shift) | right
-            if x < np.uint64(n):
-                break
-        out[i] = x
+        out[i] = _sent(np.uint64(indices[i]), np.uint64(n), keys, shift)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def permuted_range(low: int, high: int, n: int, seed: int) -> IntArray:
+    """`permute` of ``low`` to ``high`` (excluded), unchecked, for compiled code."""
+    out = np.empty(high - low, np.int64)
+    keys, shift = _keys(seed), np.uint64(_half_bits(n))
+    for i in range(len(out)):
+        out[i] = _sent(np.uint64(low + i), np.uint64(n), keys, shift)
     return out
 
 
@@ -66,8 +92,7 @@ def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
     array = np.ascontiguousarray(indices, dtype=np.int64)
     if array.size and (array.min() < 0 or array.max() >= n):
         raise ValueError(f"indices must lie in [0, {n}), got {array.min()}..{array.max()}")
-    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    result: IntArray = _permute(array.ravel(), n, seed, half_bits)
+    result: IntArray = _permute(array.ravel(), n, seed)
     return result.reshape(array.shape)
 
 

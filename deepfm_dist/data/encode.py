@@ -70,6 +70,7 @@ from deepfm_dist.data.manifest import (
     NumericSpec,
     SplitSpec,
     TableSpec,
+    cuts_of,
     fingerprint,
     hash_of,
     input_files,
@@ -914,6 +915,7 @@ class _Preparation:
         if self.crew.is_first and before is not None:
             bags = Jagged.from_arrow(before)
             self.histories.add(np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
+        sizes = np.zeros(len(SPLITS), np.int64)
         for p in self.mine:
             part, parts = self._load(p), np.asarray(self._kept_at(p, "parts"))
             columns = self._columns(part, fitted)
@@ -929,25 +931,28 @@ class _Preparation:
                     table = self._with_negatives(table, positives, part, split, first, fitted)
                 path = self.folder / name / f"part-{p:05d}.parquet"
                 if split == TRAIN:
-                    _write_groups(table, path, self._cuts(n_train), first)
+                    _write_groups(table, path, cuts_of(n_train, self.groups), first)
                 else:
-                    pq.write_table(
-                        table, path, compression="zstd", row_group_size=HELD_OUT_GROUP_ROWS
-                    )
+                    n = first + table.num_rows
+                    _write_groups(table, path, np.arange(first, n, HELD_OUT_GROUP_ROWS), first)
+                without_time = [
+                    c for n, c in zip(table.column_names, table.columns, strict=True) if n != "time"
+                ]
+                sizes[split] += sum(c.nbytes for c in without_time)
             if {"user", "item"} <= columns.keys():
                 self.histories.add(*self._liked(part, parts, columns))
+        sizes = self.crew.add_up(sizes)
         rows = np.sum([self.counts.rows[p] for p in range(self.n_parts)], axis=0)
         positives_of = np.sum([self.counts.positives[p] for p in range(self.n_parts)], axis=0)
         several = [1, 1, 1] if labelled else [1, 1 + k, 1 + k]
         return {
-            name: SplitSpec(rows=int(rows[s]) * several[s], positives=int(positives_of[s]))
+            name: SplitSpec(
+                rows=int(rows[s]) * several[s],
+                positives=int(positives_of[s]),
+                size_bytes=int(sizes[s]),
+            )
             for s, name in enumerate(SPLITS)
         }
-
-    def _cuts(self, n_train: int) -> Int64Array:
-        size, larger = divmod(n_train, self.groups)
-        g = np.arange(self.groups + 1)
-        return g * size + np.minimum(g, larger)
 
     def _columns(self, part: _Part, fitted: _Fitted) -> dict[str, Values]:
         """What stands in the files, for all rows of a partition."""
@@ -1244,7 +1249,8 @@ def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> 
     """Writes rows ``first`` and those behind it of a split, cut at some of its row numbers."""
     inside = cuts[(cuts > first) & (cuts < first + table.num_rows)] - first
     ends = np.unique(np.concatenate([[0], inside, [table.num_rows]]))
-    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+    # Few values repeat within a group: a dictionary of them costs more than it saves.
+    with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False) as writer:
         for begin, end in zip(ends[:-1], ends[1:], strict=True):
             writer.write_table(table.slice(begin, end - begin), row_group_size=int(end - begin))
 

@@ -1,7 +1,10 @@
 """Rows of different lengths in two flat arrays."""
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numba
@@ -184,3 +187,29 @@ def _gather(
                 out[at] = values[j]
                 at += 1
     return out
+
+
+def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
+    """Rows in files mapped into memory, which all processes of a machine share.
+
+    Args:
+        folder: of the files; made from ``pieces`` where it is missing, whole or not at all.
+        pieces: the rows, stretch by stretch.
+    """
+    if not folder.is_dir():
+        aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+        aside.mkdir(parents=True)
+        lengths = []
+        with (aside / "values.bin").open("wb") as file:
+            for piece in pieces():
+                lengths.append(piece.lengths)
+                file.write(np.ascontiguousarray(piece.values).data)
+        np.save(aside / "offsets.npy", offsets_of(np.concatenate(lengths)))
+        try:
+            aside.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(aside)
+    offsets = np.asarray(np.load(folder / "offsets.npy", mmap_mode="r"))
+    if offsets[-1] == 0:
+        return Jagged(offsets, np.zeros(0, np.int32))
+    return Jagged(offsets, np.asarray(np.memmap(folder / "values.bin", np.int32, mode="r")))

@@ -37,6 +37,8 @@ class SplitSpec(Section):
     """Rows on disk."""
     positives: int
     """Rows with label 1."""
+    size_bytes: int
+    """What training needs of them, in memory."""
 
 
 class NumericSpec(Section):
@@ -105,9 +107,7 @@ class Manifest(Section):
 
         The groups differ by a row at most, and so do the lanes.
         """
-        size, larger = divmod(self.splits["train"].rows, self.groups)
-        g = np.arange(self.groups + 1)
-        return g * size + np.minimum(g, larger)
+        return cuts_of(self.splits["train"].rows, self.groups)
 
     @property
     def sampled(self) -> bool:
@@ -136,6 +136,13 @@ class Manifest(Section):
                 f"{path}: not a manifest of this version ({reason}); delete {folder} and run "
                 f"python -m deepfm_dist.prepare"
             ) from None
+
+
+def cuts_of(rows: int, groups: int) -> npt.NDArray[np.int64]:
+    """Cuts rows into groups of the same size, the first ``rows mod groups`` larger by one."""
+    size, larger = divmod(rows, groups)
+    g = np.arange(groups + 1)
+    return g * size + np.minimum(g, larger)
 
 
 def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]]:

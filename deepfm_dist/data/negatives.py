@@ -19,6 +19,7 @@ def draw_per_positive(
     history: Jagged,
     n_items: int,
     seed: int,
+    weights: Int64Array | None = None,
 ) -> Int32Array:
     """The negatives of some (positive, slot) pairs: a pure function of its arguments.
 
@@ -34,10 +35,18 @@ def draw_per_positive(
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of this epoch's draws.
+        weights: ``[n_items]`` int64 of `item_weights`, to draw in proportion to; default: all
+            items alike.
 
     Returns:
         ``[m]`` int32 items.
     """
+    if weights is not None:
+        total = np.concatenate([[0], np.cumsum(weights)])
+        weighted: Int32Array = _draw_weighted(
+            positives, slots.astype(np.int64), users, history.offsets, history.values, total, seed
+        )
+        return weighted
     out: Int32Array = _draw_per_positive(
         positives,
         slots.astype(np.int64),
@@ -49,6 +58,16 @@ def draw_per_positive(
         seed,
     )
     return out
+
+
+def item_weights(counts: Int64Array, power: float) -> Int64Array:
+    """``[items]`` training positives -> ``[items]`` int64 in proportion to counts ** power.
+
+    They are at least 1 and add up to less than 2**31 + items, so that sums are exact.
+    """
+    raw = np.maximum(counts, 1).astype(np.float64) ** power
+    scaled: Int64Array = np.maximum(1, np.floor(raw * (2.0**31 / raw.sum()))).astype(np.int64)
+    return scaled
 
 
 def draw_distinct(
@@ -172,4 +191,62 @@ def _draw_distinct(
                 rank = last
             taken_by[rank] = user
             out[user, k] = _unseen(rank, seen, begin, end)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _weighted(target: int, seen: Int32Array, begin: int, end: int, total: Int64Array) -> int:
+    """The unseen item that ``target``, a point on the line of the unseen items' weights, lies in.
+
+    ``total[i]`` is the weight of the items below i.
+    """
+    for j in range(begin, end):  # what lies at or above a seen item moves up by its weight
+        if target < total[seen[j]]:
+            break
+        target += total[seen[j] + 1] - total[seen[j]]
+    low, high = 0, len(total) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if total[middle] <= target:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw_weighted(
+    positives: Int64Array,
+    slots: Int64Array,
+    users: Int32Array,
+    offsets: Int64Array,
+    seen: Int32Array,
+    total: Int64Array,
+    seed: int,
+) -> Int32Array:
+    """Without replacement: what a positive's earlier slots drew is seen by its later ones."""
+    out = np.empty(len(positives), np.int32)
+    key = mix(np.uint64(seed))
+    for i in range(len(positives)):
+        begin, end = offsets[users[i]], offsets[users[i] + 1]
+        avoid = np.empty(end - begin + slots[i], np.int32)
+        avoid[: end - begin] = seen[begin:end]
+        free = total[-1]
+        for j in range(begin, end):
+            free -= total[seen[j] + 1] - total[seen[j]]
+        word = mix(key ^ np.uint64(positives[i]))
+        n = end - begin
+        item = 0
+        for _ in range(slots[i] + 1):
+            word = mix(word)
+            item = _weighted(_below(word, free), avoid, 0, n, total)
+            free -= total[item + 1] - total[item]
+            if n < len(avoid):
+                at = n
+                while at > 0 and avoid[at - 1] > item:
+                    avoid[at] = avoid[at - 1]
+                    at -= 1
+                avoid[at] = item
+                n += 1
+        out[i] = item
     return out

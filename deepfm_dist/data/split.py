@@ -54,7 +54,7 @@ def split_by_user(
 
 
 def split_at(keyed: Keyed, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Parts:
-    """random and temporal: the rows from a bound on are held out.
+    """Random and temporal: the rows from a bound on are held out.
 
     Args:
         keyed: keys and row numbers.
