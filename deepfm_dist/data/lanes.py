@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numba
 import numpy as np
@@ -106,7 +107,9 @@ class Lanes:
         of_lane = -(-batch_size // self._lanes) + copies
         self._depth = 1 + -(-of_lane // least)
         self._here: OrderedDict[int, int] = OrderedDict()  # lane -> its first place
-        self._free = list(range(min(self._lanes, int(np.ceil(self._lanes * share)) + 3)))
+        # An epoch's last batch, being short, may want more lanes of a rank: it takes several turns.
+        self._width = min(self._lanes, int(np.ceil(self._lanes * share)) + 3)
+        self._free = list(range(self._width))
         self._height = height
         self._holds = np.full(len(self._free) * self._depth, -1, np.int64)
         self._coming: dict[int, Future[None]] = {}
@@ -132,28 +135,37 @@ class Lanes:
         after = consumed(self._rows, self._lanes, self._copies, end)
         stops = np.cumsum(after - before)
         starts = stops - (after - before)
-        pieces = []
-        for lane in range(
-            int(np.searchsorted(stops, first, side="right")),
-            int(np.searchsorted(starts, last, side="left")),
-        ):
-            low = int(before[lane] + max(0, first - starts[lane]))
-            high = int(after[lane] - max(0, stops[lane] - last))
-            pieces += self._pieces(epoch, lane, low, high)
-        table = np.array(pieces, np.int64).reshape(-1, 5)
-        sizes = np.diff(self._cuts)
-        index, row, slot = _gather(
-            table, self._cuts, sizes, self._height, self._copies, int(last - first)
+        low = before + np.maximum(0, first - starts)
+        high = after - np.maximum(0, stops - last)
+        lanes = np.flatnonzero(low < high)
+        parts = [
+            self._of_lanes(epoch, lanes[at : at + self._width], low, high)
+            for at in range(0, max(1, len(lanes)), self._width)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return Taken(
+            {name: joined([p.columns[name] for p in parts]) for name in parts[0].columns},
+            np.arange(last - first),
+            np.concatenate([p.row for p in parts]),
+            np.concatenate([p.slot for p in parts]),
         )
-        columns = dict(self._columns)
+
+    def _of_lanes(self, epoch: int, lanes: Int64Array, low: Int64Array, high: Int64Array) -> Taken:
+        """Rows ``low[l]`` to ``high[l]`` of the streams of no more lanes than there is room for."""
+        pieces = [
+            piece
+            for lane in lanes
+            for piece in self._pieces(epoch, int(lane), int(low[lane]), int(high[lane]))
+        ]
+        table = np.array(pieces, np.int64).reshape(-1, 5)
+        total = int((table[:, 3] - table[:, 2]).sum())
+        index, row, slot = _gather(table, self._cuts, self._height, self._copies, total)
+        columns = {name: taken(values, index) for name, values in self._columns.items()}
         for name, bags in self._lists.items():
             columns[name] = self._bags(bags, table, index)
-        columns = {
-            name: values if name in self._lists else values[index]  # type: ignore[index]
-            for name, values in columns.items()
-        }
         self._read_ahead(epoch, table)
-        return Taken(columns, np.arange(len(row)), row, slot)
+        return Taken(columns, np.arange(total), row, slot)
 
     def _pieces(
         self, epoch: int, lane: int, low: int, high: int
@@ -240,7 +252,7 @@ class Lanes:
 
 @numba.njit(cache=True, nogil=True)
 def _gather(
-    table: Int64Array, cuts: Int64Array, sizes: Int64Array, height: int, copies: int, total: int
+    table: Int64Array, cuts: Int64Array, height: int, copies: int, total: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     index = np.empty(total, np.int64)
     row = np.empty(total, np.int64)
@@ -248,7 +260,7 @@ def _gather(
     at = 0
     for t in range(len(table)):
         place, group, low, high, seed = table[t]
-        shuffled = permuted_range(low, high, sizes[group] * copies, seed)
+        shuffled = permuted_range(low, high, (cuts[group + 1] - cuts[group]) * copies, seed)
         for i in range(len(shuffled)):
             inside = shuffled[i] // copies
             index[at] = place * height + inside
@@ -264,6 +276,7 @@ class _GroupFiles:
     def __init__(self, folder: Path, files: int, columns: list[str], rows: int) -> None:
         self._folder, self._columns = folder, columns
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._one_at_a_time = Lock()  # Arrow's reader of a file is not for two threads
         of_groups: list[tuple[int, int, int]] = []
         for number in range(files):
             metadata = self._file(number).metadata
@@ -293,18 +306,20 @@ class _GroupFiles:
 
     def read(self, begin: int, end: int) -> dict[str, Values]:
         """Rows ``begin`` to ``end`` of training, which lie between two cuts."""
-        tables = [pa.schema([self._schema.field(c) for c in self._columns]).empty_table()]
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right")
-        for number, group, _ in self._groups[first : last + 1] if end > begin else []:
-            try:
-                tables.append(
-                    self._file(number).read_row_group(group, self._columns, use_threads=False)
-                )
-            except (OSError, pa.ArrowInvalid) as error:
-                path = self._folder / "train" / f"part-{number:05d}.parquet"
-                raise DataError(damaged(self._folder, path, error)) from None
+        wanted = self._groups[first : last + 1] if end > begin else []
+        tables = [pa.schema([self._schema.field(c) for c in self._columns]).empty_table()]
+        with self._one_at_a_time:
+            tables += [self._read_group(number, group) for number, group, _ in wanted]
         table = pa.concat_tables(tables)
         return {name: from_arrow(table[name]) for name in self._columns}
+
+    def _read_group(self, number: int, group: int) -> pa.Table:
+        try:
+            return self._file(number).read_row_group(group, self._columns, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            path = self._folder / "train" / f"part-{number:05d}.parquet"
+            raise DataError(damaged(self._folder, path, error)) from None
 
 
 def damaged(folder: Path, path: Path, error: Exception) -> str:
