@@ -29,7 +29,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
         ranks.first_does(
             "prepare", lambda: prepare(config.data, config.data_root, config.prepared_dir, seed)
         )
-        dataset = PreparedDataset(config.prepared_dir)
+        dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
         manifest = dataset.manifest
         batches = TrainingBatches(
             dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, seed

@@ -2,6 +2,12 @@
 
 import math
 import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +18,12 @@ import pytest
 import yaml
 
 from deepfm_dist.config import load_config
+from deepfm_dist.data import encode, sources
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.encode import Crew, prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import ConfigError, DataError
 
 ROWS = """u,i,at,stars,hour,mood,amount
@@ -515,6 +523,159 @@ def test_the_seed_decides_splits_and_rows_and_nothing_else_does(root: Path) -> N
     one, same, other = files("one", 5), files("two", 5), files("three", 6)
     assert one == same
     assert [name for name in one if one[name] == other[name]] == []
+
+
+MANY: dict[str, Any] = yaml.safe_load("""
+interactions: {file: "day*.csv", user: u, item: i, time: at}
+features:
+  - {name: user, entity: user, min_count: 3}
+  - {name: item, entity: item}
+  - {name: genre, entity: item, file: genres.csv, column: g}
+  - {name: city, entity: user, column: c}
+  - {name: weight, entity: item, column: w, kind: numeric, transform: standard}
+  - {name: h, column: c, table: city}
+  - {name: m, separator: "|", min_count: 2}
+  - {name: hashed, column: m, separator: "|", hash_rows: 7}
+  - {name: w, kind: numeric, transform: standard}
+  - {name: b, column: w, kind: numeric, transform: bucket, buckets: 4}
+negatives: {evaluation_per_positive: 2, per_positive: 1}
+""")
+
+
+def many_days(folder: Path, rows: int = 900) -> Path:
+    """Four files of rows, some of them repeated, and one of items."""
+    rng = np.random.default_rng(5)
+    for day in range(4):
+        lines = [
+            f"u{rng.integers(60)},{rng.integers(400)},{rng.integers(500)},"
+            f"{'abc'[rng.integers(3)]},{'|'.join(rng.choice([*'pqrst'], rng.integers(3)))},"
+            f"{rng.integers(50) if rng.random() < 0.9 else ''}\n"
+            for _ in range(rows // 4)
+        ]
+        (folder / f"day{day}.csv").write_text("u,i,at,c,m,w\n" + "".join(lines))
+    genres = "".join(f"{i},{'xyz'[i % 3]}\n{i},k\n" for i in range(0, 450, 2))
+    (folder / "genres.csv").write_text("i,g\n" + genres)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder below it, by name."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+SPLIT_METHODS = [
+    {"method": "random", "valid": 0.1, "test": 0.2},
+    {"method": "per_user", "valid": 0.1, "test": 0.2},
+    {"method": "temporal", "valid": 0.1, "test": 0.2},
+    {"method": "leave_last", "valid": 1, "test": 2},
+]
+
+
+@pytest.mark.parametrize("split", SPLIT_METHODS, ids=lambda s: s["method"])
+def test_nothing_depends_on_blocks_and_little_on_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any]
+) -> None:
+    data = DataConfig.model_validate(MANY | {"split": split})
+    many_days(tmp_path)
+    prepare(data, tmp_path, tmp_path / "whole", seed=2)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    prepare(data, tmp_path, tmp_path / "blocks", seed=2)
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+    monkeypatch.setattr(encode, "PARTITION_BYTES", 3000)
+    prepare(data, tmp_path, tmp_path / "parts", seed=2)
+    whole, parts = (PreparedDataset(tmp_path / name) for name in ("whole", "parts"))
+    assert parts.manifest.files > 5
+    for name in ("tables", "entities", "dropped", "vocabulary_hash"):
+        assert getattr(parts.manifest, name) == getattr(whole.manifest, name)
+    for name, rows in whole.manifest.splits.items():
+        assert parts.manifest.splits[name].rows == rows.rows
+    for name, spec in whole.manifest.numeric.items():
+        again = parts.manifest.numeric[name]
+        assert (again.mean, again.std) == pytest.approx((spec.mean, spec.std))
+        assert again.boundaries == spec.boundaries
+    assert bag_rows(parts.history) == bag_rows(whole.history)
+    for field, values in whole.entity_fields.items():
+        found = parts.entity_fields[field]
+        if isinstance(values, Jagged):
+            assert bag_rows(found) == bag_rows(values)
+        else:
+            np.testing.assert_allclose(np.asarray(found), values, rtol=1e-5)
+    for name in SPLITS:
+        frames = []
+        for dataset in (whole, parts):
+            frame = pd.read_parquet(dataset.folder / name)
+            if name != "train":  # which negatives were drawn goes by the order of rows
+                frame = frame[frame["label"] == 1]
+            frame = frame.assign(w=frame["w"].round(4))
+            frames.append(sorted(map(repr, frame.itertuples(index=False))))
+        assert frames[0] == frames[1]
+
+
+def bag_rows(jagged: object) -> list[list[int]]:
+    assert isinstance(jagged, Jagged)
+    return [bag_of(jagged, r) for r in range(len(jagged))]
+
+
+@pytest.mark.parametrize("split", SPLIT_METHODS, ids=lambda s: s["method"])
+@pytest.mark.parametrize("partition_bytes", [3000, 1 << 30])
+def test_several_ranks_prepare_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any], partition_bytes: int
+) -> None:
+    monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+    data = DataConfig.model_validate(MANY | {"split": split})
+    many_days(tmp_path)
+    manifest = prepare(data, tmp_path, tmp_path / "alone", seed=2)
+    for size in (2, 4):
+        together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+        assert contents(tmp_path / "d") == contents(tmp_path / "alone")
+        found = together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+        assert found == [manifest] * size  # up to date
+        shutil.rmtree(tmp_path / "d")
+
+
+def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
+    """Calls ``work`` on every rank of a crew of threads."""
+    barrier, said = threading.Barrier(size), [None] * size
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        said[rank] = pickle.dumps(value)
+        barrier.wait(timeout=60)
+        values = [pickle.loads(v) for v in said]
+        barrier.wait(timeout=60)
+        return values
+
+    with ThreadPoolExecutor(size) as pool:
+        crews = [Crew(r, size, partial(gather, r)) for r in range(size)]
+        return list(pool.map(work, crews))
+
+
+def test_clicks_without_users_are_partitioned_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_FILE_BLOCK_ROWS", 20)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    lines = "".join(f"{i % 2},a{i % 13},{i}\n" for i in range(500))
+    (tmp_path / "c.csv").write_text("y,a,n\n" + lines)
+    spec = {
+        "task": "ctr",
+        "interactions": {"file": "c.csv", "label": "y"},
+        "features": [{"name": "a"}, {"name": "n", "kind": "numeric"}],
+    }
+    data = DataConfig.model_validate(spec)
+    found = []
+    for partition_bytes in (1 << 30, 500):
+        monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+        prepare(data, tmp_path, tmp_path / str(partition_bytes), seed=1)
+        frames = {s: pd.read_parquet(tmp_path / str(partition_bytes) / s) for s in SPLITS}
+        assert [len(f) for f in frames.values()] == [400, 50, 50]
+        found.append({s: sorted(map(tuple, f.to_numpy())) for s, f in frames.items()})
+    assert found[0] == found[1]
+    together(3, lambda crew: prepare(data, tmp_path, tmp_path / "three", 1, crew))
+    assert contents(tmp_path / "three") == contents(tmp_path / "500")
 
 
 def test_an_error_leaves_the_earlier_dataset_as_it_was(root: Path) -> None:

@@ -57,6 +57,12 @@ class World:
         dist.gather_object(value, values)
         return values
 
+    def all_gather(self, value: Any) -> list[Any]:
+        """Picklable values of all ranks, on every rank. All ranks."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()
