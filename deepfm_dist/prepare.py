@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.data.encode import Crew, prepare
+    from deepfm_dist.data.crew import Crew
+    from deepfm_dist.data.encode import prepare
 
     given = config.data, config.data_root, config.prepared_dir, config.run.seed
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

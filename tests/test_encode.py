@@ -19,8 +19,9 @@ import yaml
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data import encode, sources
+from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import Crew, prepare
+from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
@@ -561,9 +562,7 @@ def many_days(folder: Path, rows: int = 900) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder below it, by name."""
     return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
     }
 
 

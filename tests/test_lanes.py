@@ -1,6 +1,7 @@
 """Streamed training rows: every row once an epoch, the same batches at any number of ranks."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_lanes_take_turns_until_each_is_done(
 
 
 def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr") -> Path:
-    """``rows`` labelled rows (or positives) that know their number: ``n`` is i, ``m`` i's digits."""
+    """``rows`` labelled rows (or positives) that know their number: n is i, m i's digits."""
     lines = "".join(
         f"u{i % 7},i{i % 1009},{i % 3 % 2},{i},{'|'.join(str(i)[:2])}\n" for i in range(rows)
     )
@@ -71,7 +72,9 @@ def numbers(batches: list[TrainingBatches], step: int) -> list[int]:
         found += [int(n) for n in batch.dense[:real, 0]]
         assert batch.weights.tolist() == [1.0] * real + [0.0] * (len(batch.weights) - real)
         bags = batch.sparse.to_dict()["m"].to_dense()
-        assert [len(bag) for bag in bags[:real]] == [min(2, len(str(n))) for n in found[len(found) - real :]]
+        assert [len(bag) for bag in bags[:real]] == [
+            min(2, len(str(n))) for n in found[len(found) - real :]
+        ]
         assert [y % 1 for y in batch.labels.tolist()] == [0] * len(batch.labels)
         labels = batch.labels[:real].tolist()
         assert labels == [n % 3 % 2 for n in found[len(found) - real :]]
@@ -143,7 +146,7 @@ def test_negatives_are_the_same_at_any_world_size_and_avoid_positives(tmp_path: 
 def bags(dataset: PreparedDataset) -> list[list[int]]:
     history = dataset.history
     ends = history.offsets.tolist()
-    return [history.values[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    return [history.values[a:b].tolist() for a, b in pairwise(ends)]
 
 
 def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
     assert sorted(p.name for p in (folder / "mapped").rglob("*.*")) == ["offsets.npy", "values.bin"]
     for seen in (held.seen(False), mapped.seen(False), PreparedDataset(folder, 0).seen(False)):
         ends = seen.offsets.tolist()
-        rows = [seen.values[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+        rows = [seen.values[a:b].tolist() for a, b in pairwise(ends)]
         assert rows == [sorted(i - 1 for i in bag) for bag in bags(held)]
     assert not mapped.history.values.flags.writeable
 

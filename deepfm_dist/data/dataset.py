@@ -176,11 +176,11 @@ class PreparedDataset:
         path = self._file(f"entities/{entity}.parquet")
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-            leaf = [
+            leaf = next(
                 i
                 for i in range(file.metadata.num_columns)
                 if file.metadata.schema.column(i).path.split(".")[0] == column
-            ][0]
+            )
         name = f"entities/{entity}.parquet"
         if 4 * sum(group.column(leaf).num_values for group in groups) <= self.memory_bytes:
             return change(Jagged.from_arrow(self._read(name, [column])[column]))

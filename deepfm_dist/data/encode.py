@@ -26,18 +26,20 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.counts import Counts, Firsts, summed
+from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import (
     NumericFit,
     coded,
@@ -51,15 +53,14 @@ from deepfm_dist.data.fields import (
     table_names,
     transformed,
 )
+from deepfm_dist.data.histories import Histories, first_pairs
 from deepfm_dist.data.jagged import (
-    FloatArray,
     Int32Array,
     Int64Array,
     Jagged,
     Values,
     from_arrow,
     grouped,
-    joined,
     offsets_of,
     taken,
     to_arrow,
@@ -79,7 +80,7 @@ from deepfm_dist.data.manifest import (
 from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct, draw_per_positive
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Column, InputFile, read_batches, read_table
-from deepfm_dist.data.spill import Spill, read_spilled
+from deepfm_dist.data.spill import Part, Spill, read_spilled
 from deepfm_dist.data.split import (
     SPLITS,
     TEST,
@@ -105,35 +106,6 @@ LANE_WINDOW_ROWS = 1 << 22
 HELD_OUT_GROUP_ROWS = 1 << 20
 _FILE_BLOCK_ROWS = 1 << 16
 _OPEN = -1
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The ranks that prepare together.
-
-    Attributes:
-        rank: this one.
-        size: how many there are.
-        gather: every rank's value, in their order, on every rank. All ranks.
-    """
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-    def add_up(self, array: Int64Array) -> Int64Array:
-        """The sum of the ranks' arrays. All ranks."""
-        total: Int64Array = np.sum(self.gather(array), axis=0)
-        return total
-
-    def first_says(self, value: Any) -> Any:
-        """Rank 0's value. All ranks."""
-        return self.gather(value if self.is_first else None)[0]
 
 
 def prepare(
@@ -229,82 +201,11 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
 
 
 @dataclass
-class _Part:
-    """The rows of a partition, in file order.
-
-    Attributes:
-        row: ``[n]`` int64: place among all rows read.
-        user: ``[n]`` int32 codes, or None; item: the same.
-        local: ``[n]`` int32: the user's place among the partition's users.
-        label: ``[n]`` int8.
-        given: ``[n]`` int8: train, valid or test where the input says so, else -1.
-        time: ``[n]`` int64, or None.
-        fields: raw numbers and codes of the fields that stand in the rows.
-        repeated: how many rows were dropped because an earlier one has their user and item.
-    """
-
-    row: Int64Array
-    user: Int32Array | None
-    item: Int32Array | None
-    local: Int32Array | None
-    label: Parts
-    given: Parts
-    time: Int64Array | None
-    fields: dict[str, Values]
-    repeated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def where(self, mask: npt.NDArray[np.bool_]) -> "_Part":
-        if mask.all():
-            return self
-        at = np.flatnonzero(mask)
-        arrays = {
-            name: None if (array := getattr(self, name)) is None else array[at]
-            for name in ("row", "user", "item", "local", "label", "given", "time")
-        }
-        return _Part(**arrays, fields={name: taken(v, at) for name, v in self.fields.items()})
-
-
-@dataclass
-class _Firsts:
-    """A field of users or items that stands in the rows: what the first training row says."""
-
-    entity: Int32Array  # codes, each once
-    row: Int64Array  # the row that says it
-    values: Values
-
-    @classmethod
-    def merged(cls, pieces: Sequence["_Firsts"]) -> "_Firsts":
-        entity = np.concatenate([p.entity for p in pieces])
-        row = np.concatenate([p.row for p in pieces])
-        order = np.lexsort((row, entity))
-        keep = order[np.flatnonzero(np.diff(entity[order], prepend=-1))]
-        return cls(entity[keep], row[keep], taken(joined([p.values for p in pieces]), keep))
-
-
-@dataclass
-class _Counts:
-    """What a rank's partitions add to the statistics."""
-
-    tables: dict[str, Int64Array]  # training rows by code, of each table that has a vocabulary
-    liked: Int64Array  # training positives by item code
-    numeric: dict[str, NumericFit]
-    firsts: dict[str, _Firsts]
-    rows: dict[int, Int64Array] = field(default_factory=dict)  # by partition: of each split
-    positives: dict[int, Int64Array] = field(default_factory=dict)
-    repeated: int = 0
-
-
-@dataclass
 class _SideFile:
     """A field of users or items in a file of its own: the file's ids, and their values."""
 
     keys: pa.Array
-    numbers: FloatArray | None = None
-    owners: Int64Array | None = None  # the line of each value
-    codes: Int32Array | None = None  # or table rows, of a hashed field
+    values: Values
 
 
 @dataclass
@@ -346,7 +247,7 @@ class _Preparation:
         self.earlier: Manifest | None = None
         if data.vocabulary_from is not None:
             self.earlier = Manifest.read(Path(data.vocabulary_from))
-        self._cached: _Part | None = None
+        self._cached: Part | None = None
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self.vocabularies: dict[str, Vocabulary] = {}
 
@@ -486,11 +387,13 @@ class _Preparation:
         table = self._side_table(feature.file, [Column(key), column_of(feature)])
         keys, cells = table[key].combine_chunks(), table[column_of(feature).name].combine_chunks()
         if feature.kind == "numeric":
-            return _SideFile(keys, numbers=numbers_of(cells, feature))
+            return _SideFile(keys, numbers_of(cells, feature))
         owners, texts = split_cells(cells, feature)
-        if feature.hash_rows is not None:
-            return _SideFile(keys, owners=owners, codes=hashed_rows(texts, feature))
-        return _SideFile(keys, owners=owners, codes=self.codes[feature.table_name].encode(texts))
+        if feature.has_vocabulary:
+            codes = self.codes[feature.table_name].encode(texts)
+        else:
+            codes = hashed_rows(texts, feature)
+        return _SideFile(keys, Jagged.from_pairs(owners, codes, len(keys)))
 
     def _side_table(self, name: str, columns: Sequence[Column]) -> pa.Table:
         dropped: Counter[str] = Counter()
@@ -530,21 +433,22 @@ class _Preparation:
         self.places = [places for *_, places in said]
         for feature in self.data.features:
             side = self.side_files.get(feature.name)
-            if side is not None and side.codes is not None and feature.has_vocabulary:
-                side.codes = self.code_maps[0][feature.table_name][side.codes]
+            if side is not None and feature.has_vocabulary:
+                side.values = _mapped(side.values, self.code_maps[0][feature.table_name])
         if "user" in self.entities:
             hashes = hash_texts(self.ids[_of_entity("user")])
             of_user = (hashes % np.uint64(self.n_parts)).astype(np.int64)
             offsets, order = grouped(of_user, self.n_parts)
             self.members = Jagged(offsets, order.astype(np.int32))
             self.local = np.empty(len(of_user), np.int32)
-            self.local[order] = np.arange(len(order)) - np.repeat(offsets[:-1], np.diff(offsets))
+            begins = np.repeat(offsets[:-1], np.diff(offsets))
+            self.local[order] = (np.arange(len(order)) - begins).astype(np.int32)
 
     def _members(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""
         return self.members.values[self.members.offsets[p] : self.members.offsets[p + 1]]
 
-    def _load(self, p: int) -> _Part:
+    def _load(self, p: int) -> Part:
         """A partition, without repeated rows, with its fixed negatives."""
         if self._cached is not None:
             return self._cached
@@ -554,7 +458,7 @@ class _Preparation:
             assert part.item is not None
             n_items = len(self.ids[_of_entity("item")])
             offsets, order = grouped(part.local, len(self._members(p)))
-            first = _first_pairs(offsets, order, part.item, n_items)
+            first = first_pairs(offsets, order, part.item, n_items)
             part = replace(part.where(first), repeated=int((~first).sum()))
             if self.data.negatives.fixed_per_user is not None:
                 part = self._with_fixed_negatives(part, p)
@@ -562,28 +466,16 @@ class _Preparation:
             self._cached = part
         return part
 
-    def _spilled(self, p: int) -> _Part:
-        pieces: list[_Part] = []
+    def _spilled(self, p: int) -> Part:
+        found: list[Part] = []
         for rank, places in enumerate(self.places):
             if rank == self.crew.rank:
                 batches = self.spill.read(p)
             else:
                 batches = read_spilled(self._spill_path(rank), places[p])
             if batches:
-                pieces.append(self._united(pa.Table.from_batches(batches), rank))
-        if not pieces:
-            pieces.append(self._united(self._no_rows(), 0))
-        first = pieces[0]
-        if len(pieces) == 1:
-            return first
-
-        def column(name: str) -> Any:
-            arrays = [getattr(p, name) for p in pieces]
-            return None if arrays[0] is None else np.concatenate(arrays)
-
-        names = ("row", "user", "item", "local", "label", "given", "time")
-        fields = {name: joined([p.fields[name] for p in pieces]) for name in first.fields}
-        return _Part(**{name: column(name) for name in names}, fields=fields)
+                found.append(self._united(pa.Table.from_batches(batches), rank))
+        return Part.joined(found or [self._united(self._no_rows(), 0)])
 
     def _no_rows(self) -> pa.Table:
         fields: list[tuple[str, pa.DataType]] = [("row", pa.int64())]
@@ -595,7 +487,7 @@ class _Preparation:
             fields.append((f"field {f.name}", pa.float32() if f.kind == "numeric" else several))
         return pa.schema(fields).empty_table()
 
-    def _united(self, table: pa.Table, rank: int) -> _Part:
+    def _united(self, table: pa.Table, rank: int) -> Part:
         """One rank's rows of a partition in the numbering of all."""
         maps, names = self.code_maps[rank], table.column_names
         n = table.num_rows
@@ -607,7 +499,7 @@ class _Preparation:
                 values = _mapped(values, maps[feature.table_name])
             fields[feature.name] = values
         user = entities.get("user")
-        return _Part(
+        return Part(
             row=table["row"].to_numpy() + self.first_row[rank],
             user=user,
             item=entities.get("item"),
@@ -618,10 +510,13 @@ class _Preparation:
             fields=fields,
         )
 
-    def _with_fixed_negatives(self, part: _Part, p: int) -> _Part:
+    def _with_fixed_negatives(self, part: Part, p: int) -> Part:
         per_user = self.data.negatives.fixed_per_user
         assert per_user is not None
         members, n_items = self._members(p), len(self.ids[_of_entity("item")])
+        assert part.user is not None
+        assert part.item is not None
+        assert part.local is not None
         history = Jagged.from_pairs(part.local, part.item, len(members)).sorted()
         check_enough_unseen(
             per_user, history, np.arange(len(members)), n_items, "data.negatives.fixed_per_user"
@@ -631,11 +526,8 @@ class _Preparation:
         )
         users = np.repeat(members, per_user)
         slots = np.tile(np.arange(per_user), len(members))
-        assert part.user is not None
-        assert part.item is not None
-        assert part.local is not None
         n = len(users)
-        return _Part(  # the schema allows no times and no fields in the rows beside these
+        return Part(  # the schema allows no times and no fields in the rows beside these
             row=np.concatenate([part.row, self.n_open + users.astype(np.int64) * per_user + slots]),
             user=np.concatenate([part.user, users]),
             item=np.concatenate([part.item, drawn.ravel()]),
@@ -670,7 +562,7 @@ class _Preparation:
             self._keep(p, "parts", parts)
             self._add_counts(self.counts, part, parts, p)
         said = self.crew.gather(self.counts)
-        self.counts = _summed(said)
+        self.counts = summed(said)
         self._count("repeated (user, item) rows", self.counts.repeated if self.crew.is_first else 0)
         if self._rows_of_split(TRAIN).sum() == 0:
             raise DataError(f"{self.data.interactions.file}: the split leaves no training rows")
@@ -690,7 +582,7 @@ class _Preparation:
         for p in self.mine:
             yield self._kept_at(p, "keys"), self._kept_at(p, "row")
 
-    def _keys(self, part: _Part) -> Int64Array:
+    def _keys(self, part: Part) -> Int64Array:
         """What rows are ordered by for the split: a shuffle, or the time."""
         if self.data.split.method in ("random", "per_user"):
             keys = np.full(len(part), -1, np.int64)
@@ -700,7 +592,7 @@ class _Preparation:
         assert part.time is not None
         return part.time
 
-    def _parts(self, part: _Part, p: int) -> Parts:
+    def _parts(self, part: Part, p: int) -> Parts:
         if self.data.refit:
             return np.zeros(len(part), np.int8)
         parts = part.given.copy()
@@ -716,9 +608,9 @@ class _Preparation:
             parts[at] = split_by_user(self.data.split, part.local[at], n_users, keys)
         return parts
 
-    def _no_counts(self) -> _Counts:
+    def _no_counts(self) -> Counts:
         """Nothing counted yet; `NumericFit` of each numeric field that stands in context."""
-        return _Counts(
+        return Counts(
             tables={name: np.zeros(len(ids), np.int64) for name, ids in self.ids.items()},
             liked=np.zeros(len(self.ids.get(_of_entity("item"), ())), np.int64),
             numeric={
@@ -729,7 +621,7 @@ class _Preparation:
             firsts={},
         )
 
-    def _add_counts(self, counts: _Counts, part: _Part, parts: Parts, p: int) -> None:
+    def _add_counts(self, counts: Counts, part: Part, parts: Parts, p: int) -> None:
         in_train = parts == TRAIN
         for name in self.entities:
             codes = getattr(part, name)[in_train]
@@ -746,9 +638,9 @@ class _Preparation:
                 offsets, order = grouped(codes, len(self.ids[_of_entity(feature.entity)]))
                 there = np.flatnonzero(np.diff(offsets))
                 first = order[offsets[there]]
-                found = _Firsts(there.astype(np.int32), part.row[at[first]], taken(values, first))
+                found = Firsts(there.astype(np.int32), part.row[at[first]], taken(values, first))
                 before = [counts.firsts[feature.name]] if feature.name in counts.firsts else []
-                counts.firsts[feature.name] = _Firsts.merged([*before, found])
+                counts.firsts[feature.name] = Firsts.merged([*before, found])
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
                 counts.numeric[feature.name].add(p, values.astype(np.float32))
@@ -853,8 +745,7 @@ class _Preparation:
                 rows = vocabulary.lookup(side.keys)
                 reason = f"{feature.file} rows of {feature.entity}s without training rows"
                 self.dropped |= Counter({reason: int((rows == 0).sum())})
-                found = side.numbers if side.numbers is not None else self._lists(side)
-            assert found is not None
+                found = side.values
             known = np.flatnonzero(rows > 0)
             values[feature.name] = self._by_row(
                 feature, rows[known], taken(found, known), vocabulary.rows
@@ -866,10 +757,6 @@ class _Preparation:
                 counts[table] = counts.get(table, 0) + more
         return values, counts
 
-    @staticmethod
-    def _lists(side: _SideFile) -> Jagged:
-        return Jagged.from_pairs(side.owners, side.codes, len(side.keys))
-
     def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
         """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
@@ -878,7 +765,8 @@ class _Preparation:
             numbers[rows[::-1]] = found[::-1]  # backwards: the first line of an entity stays
             return numbers
         if not isinstance(found, Jagged):
-            found = Jagged(offsets_of(found >= 0), found[found >= 0])
+            there = found >= 0
+            found = Jagged(offsets_of(there), found[there].astype(np.int32))
         owners = np.repeat(rows, found.lengths).astype(np.int64)
         values = found.values
         pair = owners * (int(values.max(initial=0)) + 1) + values
@@ -908,7 +796,7 @@ class _Preparation:
         self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
         first_of = [offsets_of(self._rows_of_split(split)) for split in range(len(SPLITS))]
         self._number_rare_users(fitted)
-        self.histories = _Histories(
+        self.histories = Histories(
             fitted.entity_rows.get("user", 1), self.n_rare, self.n_parts, self.folder, self.crew
         )
         before = self._earlier_column("user", "history")
@@ -954,9 +842,9 @@ class _Preparation:
             for s, name in enumerate(SPLITS)
         }
 
-    def _columns(self, part: _Part, fitted: _Fitted) -> dict[str, Values]:
+    def _columns(self, part: Part, fitted: _Fitted) -> dict[str, Any]:
         """What stands in the files, for all rows of a partition."""
-        columns: dict[str, Values] = {}
+        columns: dict[str, Any] = {}
         for name in self.entities:
             columns[name] = fitted.row_of_code[_of_entity(name)][getattr(part, name)]
         if self.rare_row is not None:
@@ -999,8 +887,8 @@ class _Preparation:
     def _with_negatives(
         self,
         table: pa.Table,
-        positives: _Part,
-        part: _Part,
+        positives: Part,
+        part: Part,
         split: int,
         first: int,
         fitted: _Fitted,
@@ -1038,13 +926,9 @@ class _Preparation:
         return table
 
     @staticmethod
-    def _liked(
-        part: _Part, parts: Parts, columns: dict[str, Values]
-    ) -> tuple[Int32Array, Int32Array]:
+    def _liked(part: Part, parts: Parts, columns: dict[str, Any]) -> tuple[Int32Array, Int32Array]:
         """Training positives as (row of the history, item), each user's in time order."""
         users, items = columns.get("drawer", columns["user"]), columns["item"]
-        assert not isinstance(users, Jagged)
-        assert not isinstance(items, Jagged)
         at = np.flatnonzero((parts == TRAIN) & (part.label == 1) & (users > 0) & (items > 0))
         assert part.local is not None
         if part.time is not None:
@@ -1159,85 +1043,12 @@ class _Preparation:
         return hash_of(digests)
 
 
-class _Histories:
-    """Everyone's training items, put aside until those of neighbouring rows come together.
-
-    Args:
-        n_users: rows of the user table.
-        n_rare: users without a row, numbered behind it.
-        n_buckets: stretches of rows that are finished one after the other.
-        folder: of the dataset.
-        crew: the ranks.
-    """
-
-    def __init__(self, n_users: int, n_rare: int, n_buckets: int, folder: Path, crew: Crew) -> None:
-        self.n_users, self.n_rare, self.folder, self.crew = n_users, n_rare, folder, crew
-        self.n_buckets = n_buckets
-        self.height = -(-(n_users + n_rare) // n_buckets)
-
-    def _path(self, bucket: int, rank: int) -> Path:
-        return self.folder / "spill" / f"history-{bucket}-{rank}.bin"
-
-    def add(self, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
-        """Appends ``[m]`` pairs; those of one row stay in their order."""
-        offsets, order = grouped(rows // self.height, self.n_buckets)
-        pairs = np.stack([rows.astype(np.int32), items], axis=1)[order]
-        for bucket in np.flatnonzero(np.diff(offsets)):
-            with self._path(int(bucket), self.crew.rank).open("ab") as file:
-                file.write(pairs[offsets[bucket] : offsets[bucket + 1]])
-
-    def write(self, path: Path, table: pa.Table) -> None:
-        """Writes the user table with its history, and the histories of users without a row."""
-        schema = table.schema.append(pa.field("history", pa.list_(pa.int32())))
-        rare: list[Jagged] = []
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for bucket in range(self.n_buckets):
-                begin = bucket * self.height
-                bags = self._bags(bucket, begin)
-                n = max(0, min(self.height, self.n_users - begin))
-                own = Jagged(bags.offsets[: n + 1], bags.values[: bags.offsets[n]])
-                piece = table.slice(begin, n).append_column(schema.field("history"), own.to_arrow())
-                writer.write_table(piece, row_group_size=max(1, n))
-                rare.append(Jagged(bags.offsets[n:], bags.values))
-        if self.n_rare:
-            histories = pa.table({"history": Jagged.concatenated(rare).to_arrow()})
-            pq.write_table(histories, path.with_name("rare.parquet"), compression="zstd")
-
-    def _bags(self, bucket: int, begin: int) -> Jagged:
-        """The distinct items of each row of a bucket, in their order."""
-        paths = [self._path(bucket, rank) for rank in range(self.crew.size)]
-        flat = [np.fromfile(path, np.int32) for path in paths if path.exists()]
-        pairs = np.concatenate([np.zeros(0, np.int32), *flat]).reshape(-1, 2)
-        n = max(0, min(self.height, self.n_users + self.n_rare - begin))
-        offsets, order = grouped(pairs[:, 0] - begin, n)
-        items = pairs[order, 1]
-        first = _first_pairs(offsets, np.arange(len(items)), items, int(items.max(initial=0)) + 1)
-        kept = np.add.reduceat(np.append(first, False), offsets[:-1]) * (np.diff(offsets) > 0)
-        return Jagged(offsets_of(kept), items[first])
-
-
 def _mapped(values: Values, code_map: Int32Array) -> Values:
     """Codes in another numbering; -1 stays."""
     padded = np.append(code_map, np.int32(-1))
     if isinstance(values, Jagged):
         return Jagged(values.offsets, padded[values.values])
     return padded[values]
-
-
-def _summed(said: Sequence[_Counts]) -> _Counts:
-    """What all ranks counted."""
-    total = said[0]
-    for more in said[1:]:
-        total.tables = {name: total.tables[name] + more.tables[name] for name in total.tables}
-        total.liked = total.liked + more.liked
-        total.numeric = {name: total.numeric[name] + more.numeric[name] for name in total.numeric}
-        for name in more.firsts:
-            pieces = [c.firsts[name] for c in (total, more) if name in c.firsts]
-            total.firsts[name] = _Firsts.merged(pieces)
-        total.rows |= more.rows
-        total.positives |= more.positives
-        total.repeated += more.repeated
-    return total
 
 
 def _default_lanes(rows: int) -> int:
@@ -1251,21 +1062,5 @@ def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> 
     ends = np.unique(np.concatenate([[0], inside, [table.num_rows]]))
     # Few values repeat within a group: a dictionary of them costs more than it saves.
     with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False) as writer:
-        for begin, end in zip(ends[:-1], ends[1:], strict=True):
+        for begin, end in pairwise(ends):
             writer.write_table(table.slice(begin, end - begin), row_group_size=int(end - begin))
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_pairs(
-    offsets: Int64Array, order: Int64Array, items: Int32Array, n_items: int
-) -> npt.NDArray[np.bool_]:
-    """Whether a row is its group's first with its item; groups as `jagged.grouped` gives them."""
-    first = np.zeros(len(items), np.bool_)
-    last_group = np.full(n_items, -1, np.int64)
-    for g in range(len(offsets) - 1):
-        for i in range(offsets[g], offsets[g + 1]):
-            row = order[i]
-            if last_group[items[row]] != g:
-                last_group[items[row]] = g
-                first[row] = True
-    return first

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numba
 import numpy as np
@@ -113,7 +114,7 @@ class Lanes:
         self._height = height
         self._holds = np.full(len(self._free) * self._depth, -1, np.int64)
         self._coming: dict[int, Future[None]] = {}
-        self._columns: dict[str, Values] = {}
+        self._columns: dict[str, Any] = {}  # one flat array each, a stretch for each place
         self._lists: dict[str, list[Jagged]] = {}
         self._allocate(columns)
         self._orders: OrderedDict[tuple[int, int], tuple[Int64Array, Int64Array]] = OrderedDict()
@@ -221,9 +222,7 @@ class Lanes:
             if isinstance(values, Jagged):
                 self._lists[name][place] = values
             else:
-                column = self._columns[name]
-                assert not isinstance(column, Jagged)
-                column[first : first + end - begin] = values
+                self._columns[name][first : first + end - begin] = values
         self._holds[place] = group
 
     def _read_ahead(self, epoch: int, table: Int64Array) -> None:

@@ -455,7 +455,7 @@ class _Rewritten(io.RawIOBase):
 
 
 def _half(cells: pa.Array, which: int) -> pa.Array:
-    """Libsvm's ``index:value`` -> one of them; a cell without colon, such as the label, as it is."""
+    """One half of libsvm's ``index:value``; a cell without colon, such as the label, as it is."""
     pattern = (r":.*$", r"^[^:]*:")[which]
     return pc.replace_substring_regex(cells, pattern, "")
 
