@@ -79,7 +79,7 @@ def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None
 def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     others = [7] * before  # of the users before this one
     values = np.array([*others, *sorted(seen), 0, 1], np.int32)
-    found = [_unseen(r, values, before, before + len(seen)) for r in range(40 - len(seen))]
+    found = [_unseen(r, values, before, before + len(seen), 40) for r in range(40 - len(seen))]
     assert found == sorted(set(range(40)) - seen)
 
 

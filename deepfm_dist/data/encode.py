@@ -59,6 +59,7 @@ from deepfm_dist.data.jagged import (
     Int64Array,
     Jagged,
     Values,
+    counted,
     from_arrow,
     grouped,
     offsets_of,
@@ -98,7 +99,7 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed, permute
 
 log = logging.getLogger(__name__)
-PARTITION_BYTES = 256 << 20
+PARTITION_BYTES = 128 << 20
 """Of input, as plain text, that one partition is meant for."""
 MOST_PARTITIONS = 512
 LANE_WINDOW_ROWS = 1 << 22
@@ -437,12 +438,11 @@ class _Preparation:
                 side.values = _mapped(side.values, self.code_maps[0][feature.table_name])
         if "user" in self.entities:
             hashes = hash_texts(self.ids[_of_entity("user")])
-            of_user = (hashes % np.uint64(self.n_parts)).astype(np.int64)
+            of_user: Int64Array = (hashes % np.uint64(self.n_parts)).astype(np.int64)
             offsets, order = grouped(of_user, self.n_parts)
             self.members = Jagged(offsets, order.astype(np.int32))
-            self.local = np.empty(len(of_user), np.int32)
-            begins = np.repeat(offsets[:-1], np.diff(offsets))
-            self.local[order] = (np.arange(len(order)) - begins).astype(np.int32)
+            self.local: Int32Array = np.empty(len(of_user), np.int32)
+            self.local[order] = np.arange(len(order)) - np.repeat(offsets[:-1], np.diff(offsets))
 
     def _members(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""
@@ -622,15 +622,13 @@ class _Preparation:
         )
 
     def _add_counts(self, counts: Counts, part: Part, parts: Parts, p: int) -> None:
-        in_train = parts == TRAIN
+        at = np.flatnonzero(parts == TRAIN)
         for name in self.entities:
-            codes = getattr(part, name)[in_train]
             table = counts.tables[_of_entity(name)]
-            table += np.bincount(codes, minlength=len(table))
+            table += counted(getattr(part, name)[at], len(table))
         if part.item is not None:
-            liked = part.item[in_train & (part.label == 1)]
-            counts.liked += np.bincount(liked, minlength=len(counts.liked))
-        at = np.flatnonzero(in_train)
+            liked = part.item[at[part.label[at] == 1]]
+            counts.liked += counted(liked, len(counts.liked))
         for feature in self.of_rows:
             values = taken(part.fields[feature.name], at)
             if feature.entity != "context":
@@ -645,9 +643,9 @@ class _Preparation:
                 assert not isinstance(values, Jagged)
                 counts.numeric[feature.name].add(p, values.astype(np.float32))
             elif feature.has_vocabulary:
-                flat = values.values if isinstance(values, Jagged) else values
+                flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
                 table = counts.tables[feature.table_name]
-                table += np.bincount(flat[flat >= 0], minlength=len(table))
+                table += counted(flat, len(table))
         counts.rows[p] = np.bincount(parts, minlength=len(SPLITS))
         counts.positives[p] = np.bincount(parts[part.label == 1], minlength=len(SPLITS))
         counts.repeated += part.repeated
@@ -806,6 +804,7 @@ class _Preparation:
         sizes = np.zeros(len(SPLITS), np.int64)
         for p in self.mine:
             part, parts = self._load(p), np.asarray(self._kept_at(p, "parts"))
+            known = None if labelled else self._known_items(part, p, fitted)
             columns = self._columns(part, fitted)
             for split, name in enumerate(SPLITS):
                 at = np.flatnonzero(parts == split)
@@ -814,9 +813,9 @@ class _Preparation:
                     {n: to_arrow(taken(v, at)) for n, v in columns.items() if n not in unused}
                 )
                 first = int(first_of[split][p])
-                if split != TRAIN and not labelled and len(at):
-                    positives = part.where(parts == split)
-                    table = self._with_negatives(table, positives, part, split, first, fitted)
+                if split != TRAIN and known is not None and len(at):
+                    assert part.local is not None
+                    table = self._with_negatives(table, part.local[at], known, split, first, fitted)
                 path = self.folder / name / f"part-{p:05d}.parquet"
                 if split == TRAIN:
                     _write_groups(table, path, cuts_of(n_train, self.groups), first)
@@ -884,11 +883,18 @@ class _Preparation:
             first = fitted.entity_rows["user"]
             self.rare_row[rare] = first + np.arange(self.n_rare, dtype=np.int32)
 
+    def _known_items(self, part: Part, p: int, fitted: _Fitted) -> Jagged:
+        """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
+        assert part.local is not None
+        items = fitted.row_of_code[_of_entity("item")][part.item]
+        at = np.flatnonzero(items > 0)
+        return Jagged.from_pairs(part.local[at], items[at] - 1, len(self._members(p))).sorted()
+
     def _with_negatives(
         self,
         table: pa.Table,
-        positives: Part,
-        part: Part,
+        users: Int32Array,
+        history: Jagged,
         split: int,
         first: int,
         fitted: _Fitted,
@@ -897,22 +903,13 @@ class _Preparation:
 
         Negatives are items of the table, none of them a positive of the user in any split.
         """
-        assert part.local is not None
-        assert positives.local is not None
-        item_rows = fitted.row_of_code[_of_entity("item")][part.item]
-        known = item_rows > 0
-        history = Jagged.from_pairs(
-            part.local[known], item_rows[known] - 1, int(part.local.max()) + 1
-        ).sorted()
         k, n_items = self.data.negatives.evaluation_per_positive, fitted.entity_rows["item"] - 1
-        check_enough_unseen(
-            k, history, positives.local, n_items, "data.negatives.evaluation_per_positive"
-        )
-        n = len(positives)
+        check_enough_unseen(k, history, users, n_items, "data.negatives.evaluation_per_positive")
+        n = len(users)
         drawn = draw_per_positive(
             np.repeat(np.arange(first, first + n), k),
             np.tile(np.arange(k), n),
-            np.repeat(positives.local, k),
+            np.repeat(users, k),
             k,
             history,
             n_items,

@@ -142,8 +142,23 @@ def grouped(groups: npt.NDArray[np.integer], n_groups: int) -> tuple[Int64Array,
         offsets ``[n_groups + 1]`` int64 and order ``[n]`` int64: the elements of group g are
         ``order[offsets[g]:offsets[g + 1]]``, ascending.
     """
-    offsets = offsets_of(np.bincount(groups, minlength=n_groups))
+    offsets = offsets_of(counted(groups, n_groups))
     return offsets, _placed(groups, offsets[:-1].copy())
+
+
+def counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
+    """``[n]`` int64: how often each of the codes 0 to n - 1 comes; negative ones do not count."""
+    counts: Int64Array = _counted(codes, n)
+    return counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
+    counts = np.zeros(n, np.int64)
+    for code in codes:
+        if code >= 0:
+            counts[code] += 1
+    return counts
 
 
 @numba.njit(cache=True, nogil=True)

@@ -10,6 +10,7 @@ up to 2**22 / L rows each. Two rows of one group come within about 2**22 rows of
 other rows in any distance.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,6 +72,15 @@ class Taken:
     slot: Int64Array
 
 
+@dataclass(frozen=True)
+class _Order:
+    """A lane's groups in an epoch's order, where each ends in the lane's stream, and its seed."""
+
+    groups: list[int]
+    ends: list[int]
+    seeds: list[int]
+
+
 class Lanes:
     """The training rows as lanes; holds the groups in use, and reads ahead.
 
@@ -117,7 +127,7 @@ class Lanes:
         self._columns: dict[str, Any] = {}  # one flat array each, a stretch for each place
         self._lists: dict[str, list[Jagged]] = {}
         self._allocate(columns)
-        self._orders: OrderedDict[tuple[int, int], tuple[Int64Array, Int64Array]] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], _Order] = OrderedDict()
         self._reader = ThreadPoolExecutor(1)
 
     def _allocate(self, columns: list[str]) -> None:
@@ -173,26 +183,28 @@ class Lanes:
     ) -> list[tuple[int, int, int, int, int]]:
         """(place, group, low, high, seed) of rows ``low`` to ``high`` of a lane's stream."""
         found = []
-        order, ends = self._order(epoch, lane)
-        first, last = np.searchsorted(ends, [low, high - 1], side="right")
-        for ordinal in range(int(first), int(last) + 1) if low < high else ():
-            group, begin = int(order[ordinal]), int(ends[ordinal - 1]) if ordinal else 0
-            place = self._place(epoch, lane, ordinal)
-            self._hold(place, group)
-            seed = derive_seed(self._seed, "rows", epoch, group)
-            stop = min(high, int(ends[ordinal])) - begin
-            found.append((place, group, max(low - begin, 0), stop, seed))
-        return [piece for piece in found if piece[2] < piece[3]]
+        order = self._order(epoch, lane)
+        ordinal = bisect_right(order.ends, low)
+        while low < high:
+            group, begin = order.groups[ordinal], order.ends[ordinal - 1] if ordinal else 0
+            stop = min(high, order.ends[ordinal])
+            if low < stop:
+                place = self._place(epoch, lane, ordinal)
+                self._hold(place, group)
+                found.append((place, group, low - begin, stop - begin, order.seeds[ordinal]))
+            low = stop
+            ordinal += 1
+        return found
 
-    def _order(self, epoch: int, lane: int) -> tuple[Int64Array, Int64Array]:
-        """A lane's groups in the epoch's order, and where each ends in the lane's stream."""
+    def _order(self, epoch: int, lane: int) -> "_Order":
         key = (epoch, lane)
         if key not in self._orders:
             seed = derive_seed(self._seed, "groups", epoch, lane)
             order = permute(np.arange(self._per_lane), self._per_lane, seed)
             groups = lane + self._lanes * order
             ends = np.cumsum(self._cuts[groups + 1] - self._cuts[groups]) * self._copies
-            self._orders[key] = groups, ends
+            seeds = [derive_seed(self._seed, "rows", epoch, int(group)) for group in groups]
+            self._orders[key] = _Order(groups.tolist(), ends.tolist(), seeds)
             if len(self._orders) > 3 * self._lanes:
                 self._orders.popitem(last=False)
         return self._orders[key]
@@ -232,10 +244,10 @@ class Lanes:
             if not low <= size // 2 < high:
                 continue
             lane = int(group) % self._lanes
-            ordinal = int(np.flatnonzero(self._order(epoch, lane)[0] == group)[0]) + 1
+            ordinal = self._order(epoch, lane).groups.index(int(group)) + 1
             next_epoch, ordinal = epoch + ordinal // self._per_lane, ordinal % self._per_lane
             place = self._place(next_epoch, lane, ordinal)
-            wanted = int(self._order(next_epoch, lane)[0][ordinal])
+            wanted = self._order(next_epoch, lane).groups[ordinal]
             if self._holds[place] != wanted and place not in self._coming:
                 self._coming[place] = self._reader.submit(self._load, place, wanted)
 

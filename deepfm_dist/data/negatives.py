@@ -11,6 +11,9 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 
+_STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
+
+
 def draw_per_positive(
     positives: Int64Array,
     slots: npt.NDArray[np.integer],
@@ -86,8 +89,8 @@ def draw_distinct(
     Returns:
         ``[users, per_user]`` int32 items.
 
-    Source: sampling without replacement by Floyd's algorithm (Bentley, Floyd, 1987) over the
-    ranks of the unseen items.
+    Source: rejection where most items are free; else sampling without replacement by Floyd's
+    algorithm (Bentley, Floyd, 1987) over the ranks of the unseen items.
     """
     keys = np.arange(len(history)) if users is None else users
     out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed, keys)
@@ -130,13 +133,36 @@ def _below(word: Any, bound: int) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _unseen(rank: int, seen: Int32Array, begin: int, end: int) -> int:
+def _guess(rank: int, begin: int, end: int, n_items: int) -> int:
+    """Where the rank-th unseen item would stand among evenly spread seen ones."""
+    n = end - begin
+    return begin + min(n - 1, np.int64(np.float64(rank) * n / (n_items - n)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> int:
     """The rank-th item that is not in ``seen[begin:end]``.
 
-    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a binary search finds how many seen
-    items come before the one wanted.
+    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a search finds how many seen items
+    come before the one wanted: binary, in steps that grow away from where evenly spread items
+    would have it, since rows are spread evenly.
     """
     low, high = begin, end
+    if high - low > 8:
+        guess = _guess(rank, begin, end, n_items)
+        step = 4
+        if seen[guess] - (guess - begin) <= rank:
+            low = guess + 1
+            while low + step < end and seen[low + step] - (low + step - begin) <= rank:
+                low += step + 1
+                step *= 2
+            high = min(end, low + step)
+        else:
+            high = guess
+            while high - step > begin and seen[high - step] - (high - step - begin) > rank:
+                high -= step
+                step *= 2
+            low = max(begin, high - step)
     while low < high:
         middle = (low + high) // 2
         if seen[middle] - (middle - begin) <= rank:
@@ -158,6 +184,7 @@ def _draw_per_positive(
     seed: int,
 ) -> Int32Array:
     out = np.empty(len(positives), np.int32)
+    ranks = np.empty(len(positives), np.int64)
     key = mix(np.uint64(seed))
     for i in range(len(positives)):
         begin, end = offsets[users[i]], offsets[users[i] + 1]
@@ -166,8 +193,13 @@ def _draw_per_positive(
         low = slots[i] * free // per_positive
         high = (slots[i] + 1) * free // per_positive
         rank = low + _below(mix(word ^ np.uint64(slots[i] + 1)), high - low)
-        rank = (rank + _below(word, free)) % free
-        out[i] = _unseen(rank, seen, begin, end)
+        rank += _below(word, free)
+        ranks[i] = rank - free if rank >= free else rank
+        # The search begins there: asked for all at once, the memory answers several at a time.
+        out[i] = seen[_guess(ranks[i], begin, end, n_items)] if end > begin else 0
+    for i in range(len(positives)):
+        begin, end = offsets[users[i]], offsets[users[i] + 1]
+        out[i] = _unseen(ranks[i], seen, begin, end, n_items)
     return out
 
 
@@ -177,20 +209,32 @@ def _draw_distinct(
 ) -> Int32Array:
     n_users = len(offsets) - 1
     out = np.empty((n_users, per_user), np.int32)
-    taken_by = np.full(n_items, -1, np.int64)  # rank -> last user who drew it
+    taken_by = np.full(n_items, -1, np.int32)  # item, or rank of an unseen one -> last user
     key = mix(np.uint64(seed))
     for user in range(n_users):
         begin, end = offsets[user], offsets[user + 1]
         free = n_items - (end - begin)
         word = mix(key ^ np.uint64(keys[user]))
+        if 2 * (end - begin + per_user) <= n_items:  # try again: seldom, most items are free
+            for j in range(begin, end):
+                taken_by[seen[j]] = user
+            for k in range(per_user):
+                while True:
+                    word += _STEP
+                    item = _below(mix(word), n_items)
+                    if taken_by[item] != user:
+                        break
+                taken_by[item] = user
+                out[user, k] = item
+            continue
         for k in range(per_user):
             last = free - per_user + k
-            word = mix(word)
-            rank = _below(word, last + 1)
+            word += _STEP
+            rank = _below(mix(word), last + 1)
             if taken_by[rank] == user:
                 rank = last
             taken_by[rank] = user
-            out[user, k] = _unseen(rank, seen, begin, end)
+            out[user, k] = _unseen(rank, seen, begin, end, n_items)
     return out
 
 
