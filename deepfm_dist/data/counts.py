@@ -38,6 +38,7 @@ class Counts:
     rows: dict[int, Int64Array] = field(default_factory=dict)  # by partition: of each split
     positives: dict[int, Int64Array] = field(default_factory=dict)
     repeated: int = 0
+    full: int = 0
 
 
 def summed(said: Sequence[Counts]) -> Counts:
@@ -53,4 +54,5 @@ def summed(said: Sequence[Counts]) -> Counts:
         total.rows |= more.rows
         total.positives |= more.positives
         total.repeated += more.repeated
+        total.full += more.full
     return total

@@ -143,7 +143,7 @@ class PreparedDataset:
             those without a row (`column drawer` of the training rows).
         """
         seen = self._mapped_if_large("user", "history", _ascending_from_0)
-        if (self.folder / "entities" / "rare.parquet").exists():
+        if self.has_rare_users:
             rare = self._mapped_if_large("rare", "history", _ascending_from_0)
             seen = Jagged.concatenated([seen, rare])
         if held_out:
@@ -155,6 +155,11 @@ class PreparedDataset:
             users, items = np.divmod(pairs, self.manifest.entities["item"])
             seen = Jagged.from_pairs(users, items, len(seen))
         return seen
+
+    @property
+    def has_rare_users(self) -> bool:
+        """Whether training rows belong to users without a row in the user table."""
+        return (self.folder / "entities" / "rare.parquet").exists()
 
     def positives(self, split: str) -> Jagged:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
@@ -432,6 +437,7 @@ class Negatives:
             np.arange(len(self._seen)),
             self._n_items,
             "data.negatives.per_positive",
+            None if dataset.has_rare_users else dataset.entity_ids("user"),
         )
 
     def draw(

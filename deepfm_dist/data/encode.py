@@ -448,6 +448,9 @@ class _Preparation:
         """Codes of a partition's users, ascending."""
         return self.members.values[self.members.offsets[p] : self.members.offsets[p + 1]]
 
+    def _user_ids(self, p: int) -> pa.Array:
+        return self.ids[_of_entity("user")].take(pa.array(self._members(p)))
+
     def _load(self, p: int) -> Part:
         """A partition, without repeated rows, with its fixed negatives."""
         if self._cached is not None:
@@ -460,6 +463,11 @@ class _Preparation:
             offsets, order = grouped(part.local, len(self._members(p)))
             first = first_pairs(offsets, order, part.item, n_items)
             part = replace(part.where(first), repeated=int((~first).sum()))
+            if self.data.on_bad_row == "skip":
+                assert part.local is not None
+                sizes = counted(part.local, len(self._members(p)))
+                full = sizes[part.local] == n_items
+                part = replace(part.where(~full), repeated=part.repeated, full=int(full.sum()))
             if self.data.negatives.fixed_per_user is not None:
                 part = self._with_fixed_negatives(part, p)
         if self.n_parts == 1:  # several rounds go over it
@@ -519,7 +527,12 @@ class _Preparation:
         assert part.local is not None
         history = Jagged.from_pairs(part.local, part.item, len(members)).sorted()
         check_enough_unseen(
-            per_user, history, np.arange(len(members)), n_items, "data.negatives.fixed_per_user"
+            per_user,
+            history,
+            np.arange(len(members)),
+            n_items,
+            "data.negatives.fixed_per_user",
+            self._user_ids(p),
         )
         drawn = draw_distinct(
             per_user, history, n_items, derive_seed(self.seed, "fixed"), members.astype(np.int64)
@@ -537,6 +550,7 @@ class _Preparation:
             time=None,
             fields={},
             repeated=part.repeated,
+            full=part.full,
         )
 
     # -- split: and what training rows say -------------------------------------------------------
@@ -563,7 +577,9 @@ class _Preparation:
             self._add_counts(self.counts, part, parts, p)
         said = self.crew.gather(self.counts)
         self.counts = summed(said)
-        self._count("repeated (user, item) rows", self.counts.repeated if self.crew.is_first else 0)
+        if self.crew.is_first:
+            self._count("repeated (user, item) rows", self.counts.repeated)
+            self._count("rows of users who have seen every item", self.counts.full)
         if self._rows_of_split(TRAIN).sum() == 0:
             raise DataError(f"{self.data.interactions.file}: the split leaves no training rows")
 
@@ -649,6 +665,7 @@ class _Preparation:
         counts.rows[p] = np.bincount(parts, minlength=len(SPLITS))
         counts.positives[p] = np.bincount(parts[part.label == 1], minlength=len(SPLITS))
         counts.repeated += part.repeated
+        counts.full += part.full
 
     def _rows_of_split(self, split: int) -> Int64Array:
         """``[partitions]``: rows of a split."""
@@ -815,7 +832,9 @@ class _Preparation:
                 first = int(first_of[split][p])
                 if split != TRAIN and known is not None and len(at):
                     assert part.local is not None
-                    table = self._with_negatives(table, part.local[at], known, split, first, fitted)
+                    table = self._with_negatives(
+                        table, part.local[at], known, p, split, first, fitted
+                    )
                 path = self.folder / name / f"part-{p:05d}.parquet"
                 if split == TRAIN:
                     _write_groups(table, path, cuts_of(n_train, self.groups), first)
@@ -895,6 +914,7 @@ class _Preparation:
         table: pa.Table,
         users: Int32Array,
         history: Jagged,
+        p: int,
         split: int,
         first: int,
         fitted: _Fitted,
@@ -904,7 +924,8 @@ class _Preparation:
         Negatives are items of the table, none of them a positive of the user in any split.
         """
         k, n_items = self.data.negatives.evaluation_per_positive, fitted.entity_rows["item"] - 1
-        check_enough_unseen(k, history, users, n_items, "data.negatives.evaluation_per_positive")
+        option = "data.negatives.evaluation_per_positive"
+        check_enough_unseen(k, history, users, n_items, option, self._user_ids(p))
         n = len(users)
         drawn = draw_per_positive(
             np.repeat(np.arange(first, first + n), k),
@@ -1016,6 +1037,9 @@ class _Preparation:
             format=FORMAT,
             fingerprint=wanted,
             vocabulary_hash=self._vocabulary_hash(),
+            grown_from=(*self.earlier.grown_from, self.earlier.vocabulary_hash)
+            if self.earlier
+            else (),
             seed=self.seed,
             data=self.data,
             tables=tables,

@@ -5,11 +5,11 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
-
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
 
@@ -98,7 +98,12 @@ def draw_distinct(
 
 
 def check_enough_unseen(
-    wanted: int, history: Jagged, users: npt.NDArray[np.integer], n_items: int, option: str
+    wanted: int,
+    history: Jagged,
+    users: npt.NDArray[np.integer],
+    n_items: int,
+    option: str,
+    ids: pa.Array | None = None,
 ) -> None:
     """Refuses to draw more negatives than there are unseen items.
 
@@ -108,6 +113,7 @@ def check_enough_unseen(
         users: ``[m]`` users that negatives are drawn for.
         n_items: number of items.
         option: the setting to name.
+        ids: external ids of the history's rows, to name the user.
 
     Raises:
         DataError: for the user with the fewest unseen items, if these are too few.
@@ -116,12 +122,13 @@ def check_enough_unseen(
         return
     seen = history.lengths[users]
     most = int(seen.max())
+    who = "a user" if ids is None else f"user {ids[int(users[seen.argmax()])].as_py()!r}"
     if n_items - most < wanted:
         raise DataError(
-            f"{option}={wanted}: a user has interacted with {most} of {n_items} items, so only "
+            f"{option}={wanted}: {who} has interacted with {most} of {n_items} items, so only "
             f"{n_items - most} unseen ones exist; set it to {n_items - most} or less"
             if n_items > most
-            else f"{option}={wanted}: a user has interacted with all {n_items} items and leaves "
+            else f"{option}={wanted}: {who} has interacted with all {n_items} items and leaves "
             f"no unseen one; drop that user or add items"
         )
 
@@ -133,14 +140,14 @@ def _below(word: Any, bound: int) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _guess(rank: int, begin: int, end: int, n_items: int) -> int:
+def _guess(rank: int, begin: int, end: int, n_items: int) -> Any:
     """Where the rank-th unseen item would stand among evenly spread seen ones."""
     n = end - begin
     return begin + min(n - 1, np.int64(np.float64(rank) * n / (n_items - n)))
 
 
 @numba.njit(cache=True, nogil=True)
-def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> int:
+def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> Any:
     """The rank-th item that is not in ``seen[begin:end]``.
 
     Below the j-th seen item lie ``seen[j] - j`` unseen ones; a search finds how many seen items

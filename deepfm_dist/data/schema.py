@@ -205,8 +205,8 @@ class DataConfig(Section):
     name: str | None = None
     """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
     root: str = "."
-    """Folder (may hold ``${VARIABLES}``) of the input files; relative ones are looked for here,
-    then beside the bundled sample."""
+    """Folder (may hold ``${VARIABLES}``) of the input files, or a URL that fsspec opens, such as
+    ``s3://bucket/logs``; relative ones are looked for here, then beside the bundled sample."""
     task: Literal["implicit", "ctr"] = "implicit"
     """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
     interactions: Interactions
@@ -258,6 +258,11 @@ class DataConfig(Section):
             raise ValueError(f"two features are called {twice[0]!r}")
         if reserved := sorted({"id", "history", "count", "title", "label"} & set(names)):
             raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
+        of_rows = {f.name for f in self.features if f.entity == "context"}
+        if reserved := sorted({"user", "item", "time", "drawer"} & of_rows):
+            raise ValueError(
+                f"{reserved[0]!r} is a reserved name; call the context field otherwise"
+            )
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()

@@ -81,6 +81,7 @@ class Part:
         time: ``[n]`` int64, or None.
         fields: raw numbers and codes of the fields that stand in the rows.
         repeated: how many rows were dropped because an earlier one has their user and item.
+        full: how many rows were dropped because their users have seen every item.
     """
 
     row: Int64Array
@@ -92,6 +93,7 @@ class Part:
     time: Int64Array | None
     fields: dict[str, Values]
     repeated: int = 0
+    full: int = 0
 
     def __len__(self) -> int:
         return len(self.row)
