@@ -36,7 +36,7 @@ def _keys(seed: int) -> Any:
 @numba.njit(cache=True, nogil=True)
 def _half_bits(n: int) -> int:
     bits = 0
-    while (n - 1) >> bits:
+    while (n - 1) >> bits > 0:
         bits += 1
     return max(1, (bits + 1) // 2)
 

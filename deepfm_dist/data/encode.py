@@ -438,11 +438,12 @@ class _Preparation:
                 side.values = _mapped(side.values, self.code_maps[0][feature.table_name])
         if "user" in self.entities:
             hashes = hash_texts(self.ids[_of_entity("user")])
-            of_user: Int64Array = (hashes % np.uint64(self.n_parts)).astype(np.int64)
+            of_user = np.asarray(hashes % np.uint64(self.n_parts), np.int64)
             offsets, order = grouped(of_user, self.n_parts)
-            self.members = Jagged(offsets, order.astype(np.int32))
+            self.members = Jagged(offsets, np.asarray(order, np.int32))
             self.local: Int32Array = np.empty(len(of_user), np.int32)
-            self.local[order] = np.arange(len(order)) - np.repeat(offsets[:-1], np.diff(offsets))
+            begins = np.repeat(offsets[:-1], np.diff(offsets))
+            self.local[order] = np.asarray(np.arange(len(order)) - begins, np.int32)
 
     def _members(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""

@@ -143,7 +143,8 @@ def _below(word: Any, bound: int) -> Any:
 def _guess(rank: int, begin: int, end: int, n_items: int) -> Any:
     """Where the rank-th unseen item would stand among evenly spread seen ones."""
     n = end - begin
-    return begin + min(n - 1, np.int64(np.float64(rank) * n / (n_items - n)))
+    place = np.int64(np.float64(rank) * n / (n_items - n))
+    return begin + (place if place < n else n - 1)
 
 
 @numba.njit(cache=True, nogil=True)
