@@ -150,6 +150,9 @@ def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
         entities={},
         numeric={},
         splits={},
+        files=0,
+        lanes=0,
+        groups=0,
         dropped={},
         inputs={},
         versions={},
@@ -268,7 +271,7 @@ def begin(
     elsewhere = config.checkpoint.start_from
     if path is None and elsewhere is not None:
         path = checkpoint.find_checkpoint(Path(elsewhere), "auto")
-        known = {manifest.vocabulary_hash, manifest.grown_from}
+        known = {manifest.vocabulary_hash, *manifest.grown_from}
         if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
             raise CheckpointError(
                 f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "

@@ -329,15 +329,24 @@ class Config(Section):
         Raises:
             ConfigError: a variable of ``data.root`` is not set.
         """
+        path = Path(self._expanded_root())
+        bundled = BUNDLE / path
+        return bundled if not path.is_dir() and bundled.is_dir() else path
+
+    @property
+    def input_root(self) -> Path | str:
+        """What the preparation reads from: `data_root`, or its URL (``s3://bucket/logs``)."""
+        text = self._expanded_root()
+        return text if "://" in text else self.data_root
+
+    def _expanded_root(self) -> str:
         text = os.path.expandvars(os.path.expanduser(self.data.root))
         if "$" in text:
             raise ConfigError(
                 f"data.root={self.data.root}: the variable is not set; export it, or pass "
                 f"data.root=FOLDER"
             )
-        path = Path(text)
-        bundled = BUNDLE / path
-        return bundled if not path.is_dir() and bundled.is_dir() else path
+        return text
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that loads back to it."""

@@ -37,12 +37,23 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         data = trained.config.data
-        source = Path(arguments.input or config.data_root / data.interactions.file)
+        source = Path(arguments.input or _only_file(config, data.interactions.file))
         target = Path(arguments.output or config.run_dir / "predictions.parquet")
         layout = data.files.get(source.name) or data.files.get(data.interactions.file)
         rows = predict(trained.sharded, ranks, trained.dataset, source, layout, target)
         if ranks.is_first:
             print(f"{target}: {rows:,} rows scored")
+
+
+def _only_file(config: Config, name: str) -> str:
+    """The interactions file, where there is one."""
+    from deepfm_dist.data.sources import find_files
+    from deepfm_dist.errors import ConfigError
+
+    files = find_files(config.data_root, name)
+    if len(files) > 1:
+        raise ConfigError(f"--input: {name} stands for {len(files)} files; say which one to score")
+    return files[0].path
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""``python -m deepfm_dist.prepare``: input files -> a prepared dataset."""
+"""``torchrun -m deepfm_dist.prepare``: input files -> a prepared dataset."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+
+_DAY_S = 24 * 3600.0
+"""How long a rank waits for another that reads larger files; torchrun notices dead ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,9 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.data.crew import Crew
     from deepfm_dist.data.encode import prepare
 
-    prepare(config.data, config.data_root, config.prepared_dir, config.run.seed)
+    given = config.data, config.input_root, config.prepared_dir, config.run.seed
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        prepare(*given)  # without torch.distributed, which takes longer to load than many datasets
+        return
+    from deepfm_dist.distributed.world import world
+
+    with world("cpu", _DAY_S, config.run.threads) as ranks:
+        prepare(*given, Crew(ranks.rank, ranks.world_size, ranks.all_gather))
 
 
 if __name__ == "__main__":

@@ -27,26 +27,56 @@ def mix(x: Any) -> Any:
 
 
 @compiled
-def _permute(indices: IntArray, n: int, seed: int, half_bits: int) -> IntArray:
-    out = np.empty_like(indices)
-    mask = np.uint64((1 << half_bits) - 1)
-    shift = np.uint64(half_bits)
+def _keys(seed: int) -> Any:
     keys = np.empty(_ROUNDS, np.uint64)
     key = mix(np.uint64(seed))
     for r in range(_ROUNDS):
         key = mix(key)
         keys[r] = key
-    for i in range(len(indices)):
-        x = np.uint64(indices[i])
-        while True:  # walk the cycle until it is back inside the range: at most 4 steps on average
-            left, right = x >> shift, x & mask
-            for r in range(_ROUNDS):
-                left, right = right, left ^ (mix(right ^ keys[r]) & mask)
-            x = (left << shift) | right
-            if x < np.uint64(n):
-                break
-        out[i] = x
-    return out
+    return keys
+
+
+@compiled
+def _half_bits(n: int) -> int:
+    bits = 0
+    while (n - 1) >> bits > 0:
+        bits += 1
+    return max(1, (bits + 1) // 2)
+
+
+@compiled
+def _rounds(words: Any, keys: Any, shift: Any) -> None:
+    """One pass through the network for all words; without branches, so that it vectorises."""
+    mask = (np.uint64(1) << shift) - np.uint64(1)
+    k0, k1, k2, k3, k4, k5 = keys[0], keys[1], keys[2], keys[3], keys[4], keys[5]
+    for i in range(len(words)):
+        left, right = words[i] >> shift, words[i] & mask
+        left ^= mix(right ^ k0) & mask
+        right ^= mix(left ^ k1) & mask
+        left ^= mix(right ^ k2) & mask
+        right ^= mix(left ^ k3) & mask
+        left ^= mix(right ^ k4) & mask
+        right ^= mix(left ^ k5) & mask
+        words[i] = (left << shift) | right
+
+
+@compiled
+def _permuted(words: Any, n: int, seed: int) -> IntArray:
+    keys, shift = _keys(seed), np.uint64(_half_bits(n))
+    _rounds(words, keys, shift)
+    outside = np.flatnonzero(words >= np.uint64(n))
+    while len(outside):  # walk the cycle until it is back inside: at most 4 steps on average
+        walking = words[outside]
+        _rounds(walking, keys, shift)
+        words[outside] = walking
+        outside = outside[walking >= np.uint64(n)]
+    return words.view(np.int64)
+
+
+@compiled
+def permuted_range(low: int, high: int, n: int, seed: int) -> IntArray:
+    """`permute` of ``low`` to ``high`` (excluded), unchecked, for compiled code."""
+    return _permuted(np.arange(low, high).view(np.uint64), n, seed)
 
 
 def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
@@ -69,8 +99,7 @@ def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
     array = np.ascontiguousarray(indices, dtype=np.int64)
     if array.size and (array.min() < 0 or array.max() >= n):
         raise ValueError(f"indices must lie in [0, {n}), got {array.min()}..{array.max()}")
-    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    result: IntArray = _permute(array.ravel(), n, seed, half_bits)
+    result: IntArray = _permuted(array.ravel().astype(np.uint64), n, seed)
     return result.reshape(array.shape)
 
 

@@ -29,9 +29,9 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     run_dir, seed = config.run_dir, config.run.seed
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         ranks.first_does(
-            "prepare", lambda: prepare(config.data, config.data_root, config.prepared_dir, seed)
+            "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
         )
-        dataset = PreparedDataset(config.prepared_dir)
+        dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
         batches = TrainingBatches(
             dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, seed
         )

@@ -113,13 +113,15 @@ def test_a_resumed_run_goes_on_exactly_and_anywhere(
         f"optimizer.tables={{name: {optimizer}, lr: {lr}}}",
     )
     row_wise, table_wise = (config_of(*common, f"sharding.kind={k}_wise") for k in ("row", "table"))
+    whole = {}
     for size in (1, 4):
         run_dir = tmp_path / str(size)
-        whole = run_ranks(_trained_through, size, sample.folder, row_wise, run_dir)[0]
-        assert run_ranks(_resumed, size, sample.folder, row_wise, run_dir)[0] == whole[20:]
+        whole[size] = run_ranks(_trained_through, size, sample.folder, row_wise, run_dir)[0][20:]
+        assert run_ranks(_resumed, size, sample.folder, row_wise, run_dir)[0] == whole[size]
+    apart = max(1e-6, 3 * difference(whole[1], whole[4]))  # what two world sizes differ by
     for size in (1, 2, 4):
         losses = run_ranks(_resumed, size, sample.folder, table_wise, run_dir)[0]
-        assert difference(losses, whole[20:]) <= 1e-6, size
+        assert difference(losses, whole[4]) <= apart <= 1e-4, size
 
 
 def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dict[str, Any]:

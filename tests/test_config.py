@@ -142,7 +142,7 @@ def test_what_cannot_work_is_named(overrides: list[str], message: str) -> None:
 
 
 def test_words_for_missing_may_be_numbers() -> None:
-    config = load_config("sample", ["data.features=[{name: user, missing: [-1, 99.5, NA]}]"])
+    config = load_config("sample", ["data.features=[{name: city, missing: [-1, 99.5, NA]}]"])
     assert config.data.features[0].missing == ("-1", "99.5", "NA")
 
 

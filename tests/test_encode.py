@@ -1,10 +1,18 @@
 """Every file of a prepared dataset against what plain Python makes of the same input."""
 
+import gzip
 import math
 import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -12,11 +20,17 @@ import pytest
 import yaml
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data import encode, sources
+from deepfm_dist.data.crew import Crew
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.sources import read_table
+from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.seeding import mix
 
 ROWS = """u,i,at,stars,hour,mood,amount
 a,x,5,5,9,happy|calm,10
@@ -231,7 +245,7 @@ def test_click_rows_keep_their_labels(root: Path) -> None:
         table["n"].to_pylist(), (np.array([1, 3, 3, 5]) - 3) / np.std([1, 3, 5]), rtol=1e-6
     )
     (root / "clicks.csv").write_text("y,ad,n\n2,p,1\n")
-    with pytest.raises(DataError, match="label y holds 2; labels are 0 or 1"):
+    with pytest.raises(DataError, match=r"clicks\.csv, line 2: y '2' is no label: 0 or 1"):
         prepare(data, root, root / "ctr", seed=1)
 
 
@@ -312,7 +326,7 @@ def test_no_split_but_train_reaches_vocabularies_and_statistics(root: Path) -> N
     assert np.asarray(held_out.context["p"]).tolist() == [98] * 4
     (root / "s.csv").write_text(rows.replace("valid", "perhaps"))
     with pytest.raises(
-        DataError, match=r"s\.csv: split part holds 'perhaps'; use 0, 1, 2 or train"
+        DataError, match=r"s\.csv, line 5: part 'perhaps' is no split: 0, 1, 2 or train"
     ):
         made_of(root, dataset.manifest.data.model_dump())
     (root / "s.csv").write_text("u,i,p,h,part\na,x,1,k,2\n")
@@ -517,6 +531,157 @@ def test_the_seed_decides_splits_and_rows_and_nothing_else_does(root: Path) -> N
     assert [name for name in one if one[name] == other[name]] == []
 
 
+MANY: dict[str, Any] = yaml.safe_load("""
+interactions: {file: "day*.csv", user: u, item: i, time: at}
+features:
+  - {name: user, entity: user, min_count: 3}
+  - {name: item, entity: item}
+  - {name: genre, entity: item, file: genres.csv, column: g}
+  - {name: city, entity: user, column: c}
+  - {name: weight, entity: item, column: w, kind: numeric, transform: standard}
+  - {name: h, column: c, table: city}
+  - {name: m, separator: "|", min_count: 2}
+  - {name: hashed, column: m, separator: "|", hash_rows: 7}
+  - {name: w, kind: numeric, transform: standard}
+  - {name: b, column: w, kind: numeric, transform: bucket, buckets: 4}
+negatives: {evaluation_per_positive: 2, per_positive: 1}
+""")
+
+
+def many_days(folder: Path, rows: int = 900) -> Path:
+    """Four files of rows, some of them repeated, and one of items."""
+    rng = np.random.default_rng(5)
+    for day in range(4):
+        lines = [
+            f"u{rng.integers(60)},{rng.integers(400)},{rng.integers(500)},"
+            f"{'abc'[rng.integers(3)]},{'|'.join(rng.choice([*'pqrst'], rng.integers(3)))},"
+            f"{rng.integers(50) if rng.random() < 0.9 else ''}\n"
+            for _ in range(rows // 4)
+        ]
+        (folder / f"day{day}.csv").write_text("u,i,at,c,m,w\n" + "".join(lines))
+    genres = "".join(f"{i},{'xyz'[i % 3]}\n{i},k\n" for i in range(0, 450, 2))
+    (folder / "genres.csv").write_text("i,g\n" + genres)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder below it, by name."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+SPLIT_METHODS = [
+    {"method": "random", "valid": 0.1, "test": 0.2},
+    {"method": "per_user", "valid": 0.1, "test": 0.2},
+    {"method": "temporal", "valid": 0.1, "test": 0.2},
+    {"method": "leave_last", "valid": 1, "test": 2},
+]
+
+
+@pytest.mark.parametrize("split", SPLIT_METHODS, ids=lambda s: s["method"])
+def test_nothing_depends_on_blocks_and_little_on_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any]
+) -> None:
+    data = DataConfig.model_validate(MANY | {"split": split})
+    many_days(tmp_path)
+    prepare(data, tmp_path, tmp_path / "whole", seed=2)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    prepare(data, tmp_path, tmp_path / "blocks", seed=2)
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+    monkeypatch.setattr(encode, "PARTITION_BYTES", 3000)
+    prepare(data, tmp_path, tmp_path / "parts", seed=2)
+    whole, parts = (PreparedDataset(tmp_path / name) for name in ("whole", "parts"))
+    assert parts.manifest.files > 5
+    for name in ("tables", "entities", "dropped", "vocabulary_hash"):
+        assert getattr(parts.manifest, name) == getattr(whole.manifest, name)
+    for name, rows in whole.manifest.splits.items():
+        assert parts.manifest.splits[name].rows == rows.rows
+    for name, spec in whole.manifest.numeric.items():
+        again = parts.manifest.numeric[name]
+        assert (again.mean, again.std) == pytest.approx((spec.mean, spec.std))
+        assert again.boundaries == spec.boundaries
+    assert bag_rows(parts.history) == bag_rows(whole.history)
+    for field, values in whole.entity_fields.items():
+        found = parts.entity_fields[field]
+        if isinstance(values, Jagged):
+            assert bag_rows(found) == bag_rows(values)
+        else:
+            np.testing.assert_allclose(np.asarray(found), values, rtol=1e-5)
+    for name in SPLITS:
+        frames = []
+        for dataset in (whole, parts):
+            frame = pd.read_parquet(dataset.folder / name)
+            if name != "train":  # which negatives were drawn goes by the order of rows
+                frame = frame[frame["label"] == 1]
+            frame = frame.assign(w=frame["w"].round(4))
+            frames.append(sorted(map(repr, frame.itertuples(index=False))))
+        assert frames[0] == frames[1]
+
+
+def bag_rows(jagged: object) -> list[list[int]]:
+    assert isinstance(jagged, Jagged)
+    return [bag_of(jagged, r) for r in range(len(jagged))]
+
+
+@pytest.mark.parametrize("split", SPLIT_METHODS, ids=lambda s: s["method"])
+@pytest.mark.parametrize("partition_bytes", [3000, 1 << 30])
+def test_several_ranks_prepare_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any], partition_bytes: int
+) -> None:
+    monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+    data = DataConfig.model_validate(MANY | {"split": split})
+    many_days(tmp_path)
+    manifest = prepare(data, tmp_path, tmp_path / "alone", seed=2)
+    for size in (2, 4):
+        together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+        assert contents(tmp_path / "d") == contents(tmp_path / "alone")
+        found = together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+        assert found == [manifest] * size  # up to date
+        shutil.rmtree(tmp_path / "d")
+
+
+def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
+    """Calls ``work`` on every rank of a crew of threads."""
+    barrier, said = threading.Barrier(size), [None] * size
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        said[rank] = pickle.dumps(value)
+        barrier.wait(timeout=60)
+        values = [pickle.loads(v) for v in said]
+        barrier.wait(timeout=60)
+        return values
+
+    with ThreadPoolExecutor(size) as pool:
+        crews = [Crew(r, size, partial(gather, r)) for r in range(size)]
+        return list(pool.map(work, crews))
+
+
+def test_clicks_without_users_are_partitioned_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_FILE_BLOCK_ROWS", 20)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    lines = "".join(f"{i % 2},a{i % 13},{i}\n" for i in range(500))
+    (tmp_path / "c.csv").write_text("y,a,n\n" + lines)
+    spec = {
+        "task": "ctr",
+        "interactions": {"file": "c.csv", "label": "y"},
+        "features": [{"name": "a"}, {"name": "n", "kind": "numeric"}],
+    }
+    data = DataConfig.model_validate(spec)
+    found = []
+    for partition_bytes in (1 << 30, 500):
+        monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+        prepare(data, tmp_path, tmp_path / str(partition_bytes), seed=1)
+        frames = {s: pd.read_parquet(tmp_path / str(partition_bytes) / s) for s in SPLITS}
+        assert [len(f) for f in frames.values()] == [400, 50, 50]
+        found.append({s: sorted(map(tuple, f.to_numpy())) for s, f in frames.items()})
+    assert found[0] == found[1]
+    together(3, lambda crew: prepare(data, tmp_path, tmp_path / "three", 1, crew))
+    assert contents(tmp_path / "three") == contents(tmp_path / "500")
+
+
 def test_an_error_leaves_the_earlier_dataset_as_it_was(root: Path) -> None:
     dataset = small(root, "u,i\na,x\n")
     before = {p: p.read_bytes() for p in dataset.folder.rglob("*.parquet")}
@@ -548,3 +713,272 @@ def test_real_data_is_prepared(name: str, real_data: Path, tmp_path: Path) -> No
     manifest = prepare(config.data, config.data_root, tmp_path / name, 1)
     assert manifest.splits["train"].rows > 30_000
     assert manifest.splits["test"].rows > 20_000
+
+
+def test_a_users_field_in_the_rows_comes_from_a_training_row(root: Path) -> None:
+    rows = "u,i,at,city\na,x,9,late\na,y,1,early\na,z,2,early\nb,x,1,town\nb,y,2,town\nb,w,1,town\n"
+    dataset = small(
+        root,
+        rows,
+        """[{name: user, entity: user}, {name: item, entity: item},
+          {name: city, entity: user, column: city}]""",
+        interactions={"file": "s.csv", "user": "u", "item": "i", "time": "at"},
+        split={"method": "leave_last", "valid": 0, "test": 1},
+        negatives={"evaluation_per_positive": 1},
+    )
+    cities = [None, *dataset.vocabulary("city").ids.to_pylist()]
+    assert sorted(cities[1:]) == ["early", "town"]
+    users = dataset.entity_ids("user").to_pylist()
+    bags = [bag_of(dataset.entity_fields["city"], users.index(u)) for u in ("a", "b")]
+    assert [[cities[v] for v in bag] for bag in bags] == [["early"], ["town"]]
+
+
+@pytest.mark.parametrize("memory_bytes", [1 << 30, 0])
+def test_users_below_min_count_draw_none_of_their_own_items(root: Path, memory_bytes: int) -> None:
+    rng = np.random.default_rng(3)
+    liked = {(f"u{u}", f"i{i}") for u in range(30) for i in rng.choice(10, 3 + 2 * (u % 2), False)}
+    rows = "u,i,who\n" + "".join(f"{u},{i},{u}\n" for u, i in sorted(liked))
+    dataset = small(
+        root,
+        rows,
+        "[{name: user, entity: user, min_count: 4}, {name: item, entity: item}, {name: who}]",
+        negatives={"per_positive": 3},
+    )
+    assert dataset.manifest.entities["user"] == 16
+    dataset = PreparedDataset(dataset.folder, memory_bytes)
+    who = [None, *dataset.vocabulary("who").ids.to_pylist()]
+    items = dataset.entity_ids("item").to_pylist()
+    batches = TrainingBatches(dataset, 50, 0, 1, seed=2)
+    negatives = set()
+    for batch in batches.steps(1, 3 * batches.steps_per_epoch):
+        bags = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
+        for row in range(int(batch.weights.sum())):
+            pair = who[bags["who"][row][0]], items[bags["item"][row][0]]
+            assert (pair in liked) == bool(batch.labels[row])
+            if not batch.labels[row]:
+                negatives.add(pair)
+    assert len(negatives) > 0.9 * (300 - len(liked))  # and nothing else is avoided
+
+
+def test_values_are_hashed_onto_rows_everywhere_alike(root: Path) -> None:
+    features = """[{name: user, entity: user, hash_rows: 5}, {name: item, entity: item},
+      {name: tags, separator: '|', hash_rows: 3}, {name: h, hash_rows: 4}]"""
+    dataset = small(root, "u,i,tags,h\na,x,p|q,\nb,y,,r\nc,x,q,r\n", features)
+
+    def fnv(text: str) -> int:
+        word = 0xCBF29CE484222325
+        for byte in text.encode():
+            word = (word ^ byte) * 0x100000001B3 % 2**64
+        return int(mix(np.uint64(word)))
+
+    assert {n: t.rows for n, t in dataset.manifest.tables.items()} == {
+        "user": 6,
+        "item": 3,
+        "tags": 4,
+        "h": 5,
+    }
+    rows = dataset.rows("train")
+    tags = [[1 + fnv(t) % 3 for t in bag] for bag in ("pq", "", "q")]
+    assert [bag_of(rows.context["tags"], r) for r in range(3)] == tags
+    assert np.asarray(rows.context["h"]).tolist() == [0, 1 + fnv("r") % 4, 1 + fnv("r") % 4]
+    users = dataset.entity_ids("user").to_pylist()
+    found = [bag_of(dataset.entity_fields["user"], users.index(u)) for u in "abc"]
+    assert found == [[1 + fnv(u) % 5] for u in "abc"]
+    again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
+    assert bag_rows(again.context["tags"]) == tags
+    assert np.asarray(again.context["h"]).tolist() == np.asarray(rows.context["h"]).tolist()
+
+
+def test_numbers_fall_into_buckets_of_about_as_many_rows(root: Path) -> None:
+    rng = np.random.default_rng(2)
+    numbers = np.round(rng.lognormal(3, 2, 3000) * np.where(rng.random(3000) < 0.2, -1, 1), 3)
+    cells = ["" if k % 10 == 0 else str(n) for k, n in enumerate(numbers)]
+    rows = "u,i,n\n" + "".join(f"u{k},x,{c}\n" for k, c in enumerate(cells))
+    features = (
+        "[{name: user, entity: user}, {name: n, kind: numeric, transform: bucket, buckets: 8}]"
+    )
+    dataset = small(root, rows, features)
+    found = np.asarray(dataset.rows("train").context["n"])
+    bounds = dataset.manifest.numeric["n"].boundaries
+    assert len(bounds) == 7
+    assert dataset.manifest.tables["n"].rows == 9
+    assert found[::10].tolist() == [0] * 300
+    for cell, row in zip(cells, found.tolist(), strict=True):
+        if cell:
+            assert row == 1 + sum(np.float32(cell) >= np.float32(b) for b in bounds)
+    shares = np.bincount(found[found > 0], minlength=9)[1:] / 2700
+    assert np.abs(shares - 1 / 8).max() < 0.02  # exact but for bins of 1 in 128
+    again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
+    assert np.asarray(again.context["n"]).tolist() == found.tolist()
+    few = small(root, "u,i,n\na,x,1\nb,x,1\nc,x,2\n", features)
+    assert np.asarray(few.rows("train").context["n"]).tolist() == [1, 1, 2]
+
+
+GROWING: dict[str, Any] = yaml.safe_load("""
+interactions: {file: day1.csv, user: u, item: i, time: t}
+features:
+  - {name: user, entity: user}
+  - {name: item, entity: item}
+  - {name: tag, entity: item, file: tags.csv}
+  - {name: city, entity: user, column: city}
+  - {name: h}
+  - {name: n, kind: numeric, transform: standard}
+split: {valid: 0, test: 0}
+""")
+
+
+@pytest.mark.parametrize("partition_bytes", [40, 1 << 30])
+def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
+) -> None:
+    monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+    day1 = [(f"u{k % 9}", f"i{k % 14}", k, "pqr"[k % 9 % 3], k % 4, k % 5) for k in range(60)]
+    day2 = [(f"u{k % 13}", f"i{k % 20}", 99 + k, "", k % 6, 50 + k) for k in range(3, 60)]
+    for name, rows in (("day1", day1), ("day2", day2)):
+        lines = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        (tmp_path / f"{name}.csv").write_text("u,i,t,city,h,n\n" + lines)
+    (tmp_path / "tags.csv").write_text("i,tag\n" + "".join(f"i{k},t{k % 3}\n" for k in range(14)))
+    prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=1)
+    (tmp_path / "tags.csv").write_text(
+        "i,tag\n" + "".join(f"i{k},t{k % 5}\n" for k in range(7, 20))
+    )
+    spec = GROWING | {"vocabulary_from": str(tmp_path / "old")}
+    spec["interactions"] = GROWING["interactions"] | {"file": "day2.csv"}
+    prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
+    old, new = PreparedDataset(tmp_path / "old"), PreparedDataset(tmp_path / "new")
+    assert new.manifest.grown_from == (old.manifest.vocabulary_hash,)
+    for table in old.manifest.tables:
+        before, after = (d.vocabulary(table).ids.to_pylist() for d in (old, new))
+        assert after[: len(before)] == before
+        assert len(set(after)) == len(after)
+    assert sorted(new.entity_ids("user").to_pylist()[1:]) == sorted(f"u{k}" for k in range(13))
+    assert sorted(new.entity_ids("item").to_pylist()[1:]) == sorted(f"i{k}" for k in range(20))
+    assert new.manifest.numeric == old.manifest.numeric
+    users, items = (new.entity_ids(e).to_pylist() for e in ("user", "item"))
+    cities = [None, *new.vocabulary("city").ids.to_pylist()]
+    tags = [None, *new.vocabulary("tag").ids.to_pylist()]
+    for k in range(9):  # told on the first day only
+        bag = bag_of(new.entity_fields["city"], users.index(f"u{k}"))
+        assert [cities[v] for v in bag] == ["pqr"[k % 3]]
+    for k in range(20):  # told anew where it is told
+        bag = bag_of(new.entity_fields["tag"], items.index(f"i{k}"))
+        assert [tags[v] for v in bag] == [f"t{k % 3}" if k < 7 else f"t{k % 5}"]
+    for user in range(13):
+        liked = [r[1] for r in (*day1, *day2) if r[0] == f"u{user}"]
+        bag = bag_of(new.history, users.index(f"u{user}"))
+        assert [items[v] for v in bag] == [*dict.fromkeys(liked)]
+    counts = dict(zip(items, new.popularity().tolist(), strict=True))
+    pairs = [p for day in (day1, day2) for p in {r[:2] for r in day}]
+    assert all(counts[f"i{k}"] == sum(p[1] == f"i{k}" for p in pairs) for k in range(20))
+    unchanged = new.manifest.fingerprint
+    prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
+    prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
+    assert PreparedDataset(tmp_path / "new").manifest.fingerprint != unchanged
+
+
+def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None:
+    rows = "u,i\n" + "".join(f"a,{i}\n" for i in "vwxyz") + "b,v\nb,w\n"
+    spec = {"negatives": {"per_positive": 1, "fixed_per_user": 1}}
+    with pytest.raises(DataError, match="fixed_per_user=1: user 'a' has interacted with all 5"):
+        small(root, rows, str(USER_AND_ITEM), **spec)
+    with pytest.raises(DataError, match="per_positive=1: user 'a' has interacted with all 5"):
+        TrainingBatches(
+            small(root, rows, str(USER_AND_ITEM), negatives={"per_positive": 1}), 4, 0, 1, 1
+        )
+    dataset = small(root, rows, str(USER_AND_ITEM), on_bad_row="skip")
+    assert dataset.manifest.dropped == {"rows of users who have seen every item": 5}
+    assert pairs_of(dataset, "train") == [("b", "v"), ("b", "w")]
+
+
+def test_an_empty_split_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "deepfm_dist")
+    split = {"method": "random", "valid": 0.1, "test": 0}
+    small(root, "u,i\na,x\nb,y\n", str(USER_AND_ITEM), split=split)
+    assert "the valid split is empty: split.valid=0.1 holds out no row" in caplog.text
+
+
+def test_files_come_from_any_file_system(root: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    lines = [f"{'abc'[k % 3]},{'xyz'[k % 7 % 3]}\n" for k in range(30)]
+    for day in range(3):
+        text = "u,i\n" + "".join(lines[10 * day : 10 * day + 10])
+        (root / f"day{day}.csv.gz").write_bytes(gzip.compress(text.encode()))
+        memory.pipe(f"/logs/day{day}.csv.gz", gzip.compress(text.encode()))
+    spec = {
+        "interactions": {"file": "day*.csv.gz", "user": "u", "item": "i"},
+        "features": USER_AND_ITEM,
+        "split": {"valid": 0, "test": 0},
+    }
+    data = DataConfig.model_validate(spec)
+    prepare(data, root, root / "local", seed=1)
+    prepare(data, "memory://logs", root / "remote", seed=1)
+    local, remote = contents(root / "local"), contents(root / "remote")
+    assert [n for n in local if local[n] != remote[n]] == ["manifest.json"]
+    manifests = [PreparedDataset(root / n).manifest for n in ("local", "remote")]
+    assert manifests[0].inputs == manifests[1].inputs
+    with pytest.raises(DataError, match=r"memory://logs/night\*\.csv: no such file"):
+        spec["interactions"] = {"file": "night*.csv", "user": "u", "item": "i"}
+        prepare(DataConfig.model_validate(spec), "memory://logs", root / "remote", seed=1)
+    memory.pipe("/logs/day1.csv.gz", gzip.compress(b"u,j\na,x\n"))
+    with pytest.raises(DataError, match=r"day1\.csv\.gz: no column 'i'; it has: u, j"):
+        prepare(data, "memory://logs", root / "remote", seed=1)
+
+
+def test_criteo_rows_real_and_generated_are_prepared(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+
+    def cell(column: int) -> str:
+        if rng.random() < 0.2:
+            return ""
+        return str(rng.integers(-2, 99)) if column < 13 else f"{rng.integers(30) + column:08x}"
+
+    lines = ["\t".join([str(k % 4 // 3), *(cell(c) for c in range(39))]) for k in range(2000)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    config = load_config("criteo", [f"data.root={tmp_path}"])
+    manifest = prepare(config.data, config.input_root, tmp_path / "d", 1)
+    assert (len(manifest.dense), len(manifest.categorical)) == (13, 26)
+    assert [s.rows for s in manifest.splits.values()] == [1600, 200, 200]
+    rows = PreparedDataset(tmp_path / "d").rows("train")
+    order = np.sort(np.asarray(rows.context["I1"]))
+    assert order[0] == pytest.approx(-np.log1p(2))
+    assert all(manifest.tables[f"C{c}"].rows <= 31 for c in range(1, 27))
+    lines[7] += "\textra"
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"train\.txt, line 8: 41 cells where 40 are expected"):
+        prepare(config.data, config.input_root, tmp_path / "d", 1)
+
+
+def test_avazu_rows_are_prepared(tmp_path: Path) -> None:
+    config = load_config("avazu", [f"data.root={tmp_path}"])
+    names = ["id", "click", *(f.name for f in config.data.features)]
+    lines = [",".join(names)]
+    for k in range(500):
+        values = [f"{k * 7919 % 97:08x}" for _ in config.data.features]
+        lines.append(",".join([str(10**19 + k), str(k % 5 // 4), *values]))
+    (tmp_path / "train.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
+    manifest = prepare(config.data, config.input_root, tmp_path / "d", 1)
+    assert manifest.splits["train"].positives + manifest.splits["valid"].positives <= 100
+    assert manifest.tables["device_ip"].rows == 1_000_001
+    assert manifest.tables["hour"].rows <= 98
+
+
+def test_criteo_and_frappe_as_they_are(real_data: Path, tmp_path: Path) -> None:
+    shutil.copy(real_data / "criteo-sample" / "criteo_7200.tsv", tmp_path / "train.txt")
+    config = load_config("criteo", [f"data.root={tmp_path}"])
+    manifest = prepare(config.data, config.input_root, tmp_path / "criteo", 1)
+    assert sum(s.rows for s in manifest.splits.values()) == 7200
+    config = load_config("frappe", [f"data.root={real_data / 'frappe-x1'}"])
+    manifest = prepare(config.data, config.input_root, tmp_path / "frappe", 1)
+    assert (manifest.splits["train"].rows, manifest.splits["valid"].rows) == (202_027, 57_722)
+    assert [t.rows - 1 for t in manifest.tables.values()][2:7] == [7, 7, 2, 3, 2]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_row_wise_shard_of_real_items_is_hot(real_data: Path, tmp_path: Path, seed: int) -> None:
+    config = load_config("aistages", [f"data.root={real_data / 'aistages'}"])
+    prepare(config.data, config.input_root, tmp_path / "d", seed)
+    counts = PreparedDataset(tmp_path / "d").popularity()
+    block = -(-len(counts) // 4)  # TorchRec cuts ceil(rows / ranks) rows for each rank
+    shards = np.add.reduceat(counts, np.arange(0, len(counts), block))
+    assert shards.max() <= 1.15 * shards.mean()
+    assert np.sort(counts)[::-1][:block].sum() > 0.8 * counts.sum()  # what sorting would do

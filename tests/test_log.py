@@ -100,4 +100,5 @@ def _unknown(root: Path) -> str:
 
 def test_a_listener_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [message] = run_ranks(_unknown, 1, tmp_path)
-    assert message.startswith("run.loggers=tests.test_log:nobody: module 'tests.test_log' has no")
+    assert message.startswith("run.loggers=tests.test_log:nobody: AttributeError: module 'tests.")
+    assert message.endswith("; give tensorboard or package.module:function")

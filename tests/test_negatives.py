@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2, chisquare
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.negatives import (
@@ -9,6 +10,7 @@ from deepfm_dist.data.negatives import (
     check_enough_unseen,
     draw_distinct,
     draw_per_positive,
+    item_weights,
 )
 from deepfm_dist.errors import DataError
 
@@ -79,7 +81,7 @@ def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None
 def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     others = [7] * before  # of the users before this one
     values = np.array([*others, *sorted(seen), 0, 1], np.int32)
-    found = [_unseen(r, values, before, before + len(seen)) for r in range(40 - len(seen))]
+    found = [_unseen(r, values, before, before + len(seen), 40) for r in range(40 - len(seen))]
     assert found == sorted(set(range(40)) - seen)
 
 
@@ -94,3 +96,67 @@ def test_a_positives_negatives_change_with_the_seed_and_the_positive() -> None:
     assert (whole == draw(1, 4, 500)).all()
     for other in (draw(1, 4, 500, seed=2), np.roll(whole, 1, axis=0)):
         assert abs((whole == other).mean() - 1 / N_ITEMS) < 0.02  # no more alike than by chance
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_popular_items_are_drawn_in_proportion(power: float) -> None:
+    counts = np.arange(1, N_ITEMS + 1) ** 2
+    weights = item_weights(counts, power)
+    assert weights / weights.sum() == pytest.approx(counts**power / (counts**power).sum(), rel=1e-5)
+    n = 60_000
+    args = np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.int32), 1, HISTORY, N_ITEMS, 4
+    drawn = np.bincount(draw_per_positive(*args, weights), minlength=N_ITEMS)
+    unseen = [i for i in range(N_ITEMS) if i not in SEEN[0]]
+    assert drawn[SEEN[0]].sum() == 0
+    expected = n * weights[unseen] / weights[unseen].sum()
+    statistic = ((drawn[unseen] - expected) ** 2 / expected).sum()
+    assert chi2.sf(statistic, len(unseen) - 1) > 1e-4
+
+
+def test_weighted_negatives_of_a_positive_are_distinct_as_drawn_one_after_the_other() -> None:
+    weights = item_weights(np.arange(N_ITEMS) ** 3, 1)
+    for user, seen in enumerate(SEEN):
+        k, n = 4, 4000
+        drawn = draw_per_positive(
+            np.repeat(np.arange(n), k),
+            np.tile(np.arange(k), n),
+            np.full(n * k, user, np.int32),
+            k,
+            HISTORY,
+            N_ITEMS,
+            5,
+            weights,
+        ).reshape(n, k)
+        assert not set(drawn.ravel()) & set(seen)
+        assert all(len(set(row)) == k for row in drawn)
+        # P(second = j) = sum over i of P(first = i) w_j / (W - w_i)
+        free = np.array([0 if i in seen else w for i, w in enumerate(weights)], float)
+        first = free / free.sum()
+        after = free[None, :] / (free.sum() - free[:, None])
+        np.fill_diagonal(after, 0)
+        expected = n * (first @ after)
+        there = expected > 5
+        found = np.bincount(drawn[:, 1], minlength=N_ITEMS)
+        statistic = ((found - expected)[there] ** 2 / expected[there]).sum()
+        assert chi2.sf(statistic, there.sum() - 1) > 1e-4
+
+
+@pytest.mark.parametrize("user", [0, 1, 2])
+def test_draws_pass_a_chi_square_test_of_uniformity(user: int) -> None:
+    unseen = sorted(set(range(N_ITEMS)) - set(SEEN[user]))
+    per_positive = np.bincount(draw(user, 1, 50_000, seed=6).ravel(), minlength=N_ITEMS)
+    distinct = np.zeros(N_ITEMS)
+    for seed in range(3000):
+        distinct[draw_distinct(1, HISTORY, N_ITEMS, seed)[user]] += 1
+    for counts in (per_positive, distinct):
+        assert counts.sum() == counts[unseen].sum()
+        assert chisquare(counts[unseen]).pvalue > 1e-4
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 199)), st.integers(0, 9))
+def test_the_rth_unseen_item_of_a_long_history_is_found(seen: set[int], before: int) -> None:
+    values = np.array([5] * before + sorted(seen) + [0, 199], np.int32)
+    end = before + len(seen)
+    found = [_unseen(r, values, before, end, 200) for r in range(200 - len(seen))]
+    assert found == sorted(set(range(200)) - seen)

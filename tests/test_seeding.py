@@ -63,3 +63,8 @@ def test_large_ranges_stay_in_range_without_collisions(
 @given(*[st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))] * 2)
 def test_different_parts_give_different_seeds(a: tuple[int, int], b: tuple[int, int]) -> None:
     assert (derive_seed(*a) == derive_seed(*b)) == (a == b)
+
+
+def test_nothing_is_permuted_to_nothing() -> None:
+    assert permute([], 0, 1).tolist() == []
+    assert permute([0], 1, 1).tolist() == [0]

@@ -1,10 +1,15 @@
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.schema import Split
-from deepfm_dist.data.split import split_rows
+from deepfm_dist.data.split import bounds_of, split_at, split_by_user
 from deepfm_dist.seeding import permute
 
 RNG = np.random.default_rng(1)
@@ -12,6 +17,21 @@ USERS = RNG.integers(0, 12, 200).astype(np.int32)
 USERS[USERS == 11] = 10
 USERS[0] = 11  # a user with a single row
 TIMES = RNG.integers(0, 50, 200)
+
+
+def split_rows(
+    split: Split, n: int, users: np.ndarray | None, times: np.ndarray | None, seed: int
+) -> np.ndarray:
+    """What preparation does, with the rows in three pieces where pieces are possible."""
+    rows = np.arange(n)
+    keys = permute(rows, n, seed) if split.method in ("random", "per_user") else times
+    assert keys is not None
+    if split.method in ("per_user", "leave_last"):
+        assert users is not None
+        return split_by_user(split, users, int(users.max()) + 1, keys)
+    pieces = [(keys[p], rows[p]) for p in np.array_split(rows, 3)]
+    bounds = bounds_of(split, n, lambda: pieces, lambda counts: counts)
+    return np.concatenate([split_at(piece, bounds) for piece in pieces])
 
 
 def parts_of(method: str, valid: float, test: float) -> np.ndarray:
@@ -89,3 +109,46 @@ def test_random_methods_change_with_the_seed_and_hold_out_evenly() -> None:
     for part, share in ((0, 0.5), (1, 0.2), (2, 0.3)):
         often = (parts == part).mean(axis=0)  # of each row: binomial, 400 draws
         assert np.abs(often - share).max() < 5 * np.sqrt(share * (1 - share) / 400)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1, max_size=60),
+    st.sampled_from([0.0, 0.1, 0.34, 0.6]),
+    st.integers(1, 4),
+)
+def test_bounds_equal_a_sort_whatever_the_keys_and_ranks(
+    keys: list[int], share: float, ranks: int
+) -> None:
+    split = Split(method="temporal", valid=share / 2, test=share / 2)
+    n = len(keys)
+    order = sorted(range(n), key=lambda r: (keys[r], r))
+    n_test, n_valid = round(n * share / 2), round(n * share / 2)
+    expected = np.zeros(n, int)
+    expected[order[n - n_test - n_valid :]] = 1
+    expected[order[n - n_test :]] = 2 if n_test else expected[order[n - n_test :]]
+    of_rank = [(np.array(keys[r::ranks], np.int64), np.arange(r, n, ranks)) for r in range(ranks)]
+
+    def work(rank: int, add_up: Callable[[np.ndarray], np.ndarray]) -> object:
+        return bounds_of(split, n, lambda: [of_rank[rank]], add_up)
+
+    bounds = in_step(ranks, work)
+    found = np.zeros(n, int)
+    for (_, rows), piece, bound in zip(of_rank, of_rank, bounds, strict=True):
+        found[rows] = split_at(piece, bound)
+    assert found.tolist() == expected.tolist()
+
+
+def in_step(ranks: int, work: Callable[..., object]) -> list[object]:
+    """Calls ``work(rank, add_up)`` in as many threads, whose sums are of all."""
+    barrier, said = threading.Barrier(ranks), [np.zeros(0)] * ranks
+
+    def add_up(rank: int, counts: np.ndarray) -> np.ndarray:
+        said[rank] = counts
+        barrier.wait()
+        total = np.sum(said, axis=0)
+        barrier.wait()
+        return total
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(lambda r: work(r, partial(add_up, r)), range(ranks)))

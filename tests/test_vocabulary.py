@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfm_dist.data.vocabulary import Vocabulary, encode_distinct, external, id_order
+from deepfm_dist.data.codes import Codes
+from deepfm_dist.data.vocabulary import Vocabulary, external, id_order
 from deepfm_dist.seeding import permute
+
+
+def encode_distinct(ids: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    codes = Codes()
+    return codes.encode(ids), codes.texts()
 
 
 @settings(deadline=None)
@@ -47,7 +53,6 @@ def test_rare_and_unknown_ids_share_row_zero(tmp_path: Path) -> None:
 def test_ids_go_out_as_numbers_only_if_all_are_plain_ones() -> None:
     assert external(pa.array(["10", "9"])).to_pylist() == [10, 9]
     assert external(pa.array(["10", "007"])).to_pylist() == ["10", "007"]
-    assert encode_distinct(pa.array(["10", "9"]))[1].to_pylist() == ["9", "10"]
 
 
 @settings(deadline=None)
@@ -77,11 +82,18 @@ def test_rows_go_by_count_then_id_then_the_bijection(count: dict[str, int], seed
     assert vocabulary.counts.tolist() == [count[i] for i in vocabulary.ids.to_pylist()]
 
 
-def test_chunks_and_no_rows_are_encoded_too() -> None:
-    codes, distinct = encode_distinct(pa.chunked_array([["b", "a"], ["c", "b"]]))
-    assert distinct.take(pa.array(codes)).to_pylist() == ["b", "a", "c", "b"]
-    codes, distinct = encode_distinct(pa.chunked_array([], pa.string()))
-    assert (len(codes), len(distinct)) == (0, 0)
+def test_later_ids_are_appended_and_spread_among_themselves() -> None:
+    first = pa.array([f"a{i}" for i in range(50)])
+    earlier = Vocabulary.fit(first, np.arange(50), 1, seed=1)  # a0, never seen, has no row
+    ids = pa.array([f"a{i}" for i in range(40, 90)])
+    counts = np.where(np.arange(50) == 20, 1, 2)  # a60 comes once
+    grown = Vocabulary.fit(ids, counts, 2, 9, earlier)
+    assert grown.ids.slice(0, 49).equals(earlier.ids)
+    appended = grown.ids.slice(49).to_pylist()
+    assert sorted(appended) == sorted(f"a{i}" for i in range(50, 90) if i != 60)
+    assert appended != sorted(appended)
+    of = dict(zip(grown.ids.to_pylist(), grown.counts.tolist(), strict=True))
+    assert (of["a3"], of["a45"], of["a88"]) == (3, 47, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))

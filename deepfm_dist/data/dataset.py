@@ -1,6 +1,6 @@
 """A prepared dataset -> batches that do not depend on the world size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +14,23 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.jagged import (
+    FloatArray,
+    Int32Array,
+    Int64Array,
+    Jagged,
+    Values,
+    from_arrow,
+    mapped,
+    taken,
+)
+from deepfm_dist.data.lanes import Lanes, Taken, damaged
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
+from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive, item_weights
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import derive_seed, permute
-
-FloatArray = npt.NDArray[np.float32]
-Values = npt.NDArray[np.int32] | FloatArray | Jagged
-"""A field of many rows: one table row each, one number each, or several table rows each."""
 
 ABSENT = -1
 """Row number that stands for "nobody": all of its bags are empty."""
@@ -54,25 +60,38 @@ class PreparedDataset:
 
     Args:
         folder: ``prepared/<name>``.
+        memory_bytes: up to which size something is held in memory; larger training rows are
+            streamed and larger histories mapped. Default: as it was prepared with.
 
     Raises:
         DataError: there is no dataset, or a file of it is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
+        self.memory_bytes = wanted
+
+    def row_columns(self, split: str) -> list[str]:
+        """What the model and the sampler need of a split's rows."""
+        present = pq.read_schema(self._file(f"{split}/part-00000.parquet")).names
+        of_rows = [f.name for f in self.manifest.features if f.entity == "context"]
+        return [n for n in ("user", "item", "label", "drawer", *of_rows) if n in present]
+
+    def columns(self, split: str, names: list[str]) -> dict[str, Values]:
+        """Some columns of all rows of train, valid or test."""
+        files = range(self.manifest.files)
+        tables = [self._read(f"{split}/part-{p:05d}.parquet", names) for p in files]
+        table = pa.concat_tables(tables)
+        return {name: from_arrow(table[name]) for name in names}
 
     def rows(self, split: str) -> Rows:
         """All rows of train, valid or test."""
-        table = self._read(f"{split}/part-00000.parquet")
-        of_row = [f.name for f in self.manifest.features if f.entity == "context"]
-        users, items, labels = (
-            table[name].to_numpy() if name in table.column_names else None
-            for name in ("user", "item", "label")
-        )
-        context = {name: _values(table[name]) for name in of_row}
-        return Rows(users, items, labels, context, table.num_rows)
+        columns = self.columns(split, self.row_columns(split))
+        n = len(next(iter(columns.values())))
+        users, items, labels = (columns.pop(name, None) for name in ("user", "item", "label"))
+        return Rows(users, items, labels, columns, n)  # type: ignore[arg-type]
 
     def vocabulary(self, table: str) -> Vocabulary:
         """External ids of a table's rows."""
@@ -85,8 +104,13 @@ class PreparedDataset:
         for name in self.manifest.entities:
             of_entity = [f for f in self.manifest.features if f.entity == name and not f.is_id]
             if of_entity:
-                table = self._read(f"entities/{name}.parquet", [f.name for f in of_entity])
-                fields |= {f.name: _values(table[f.name]) for f in of_entity}
+                path = f"entities/{name}.parquet"
+                kinds = pq.read_schema(self._file(path))
+                for f in of_entity:
+                    if pa.types.is_list(kinds.field(f.name).type):
+                        fields[f.name] = self._mapped_if_large(name, f.name, _as_it_is)
+                    else:
+                        fields[f.name] = from_arrow(self._read(path, [f.name])[f.name])
         return fields
 
     def entity_ids(self, entity: str) -> pa.Array:
@@ -106,7 +130,36 @@ class PreparedDataset:
     @cached_property
     def history(self) -> Jagged:
         """Each user's training items, in time order where times are known."""
-        return Jagged.from_arrow(self._read("entities/user.parquet", ["history"])["history"])
+        return self._mapped_if_large("user", "history", _as_it_is)
+
+    def seen(self, held_out: bool) -> Jagged:
+        """What the sampler avoids.
+
+        Args:
+            held_out: whether the positives of valid and test are avoided too.
+
+        Returns:
+            Row r: distinct items, ascending, from 0 (row - 1), of user r; behind the users, of
+            those without a row (`column drawer` of the training rows).
+        """
+        seen = self._mapped_if_large("user", "history", _ascending_from_0)
+        if self.has_rare_users:
+            rare = self._mapped_if_large("rare", "history", _ascending_from_0)
+            seen = Jagged.concatenated([seen, rare])
+        if held_out:
+            parts = [seen, *(_ascending_from_0(self.positives(s)) for s in ("valid", "test"))]
+            users = np.concatenate([np.repeat(np.arange(len(p)), p.lengths) for p in parts])
+            items = np.concatenate([p.values for p in parts])
+            kept = (items >= 0) & (users > 0)
+            pairs = np.unique(users[kept] * np.int64(self.manifest.entities["item"]) + items[kept])
+            users, items = np.divmod(pairs, self.manifest.entities["item"])
+            seen = Jagged.from_pairs(users, items, len(seen))
+        return seen
+
+    @property
+    def has_rare_users(self) -> bool:
+        """Whether training rows belong to users without a row in the user table."""
+        return (self.folder / "entities" / "rare.parquet").exists()
 
     def positives(self, split: str) -> Jagged:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
@@ -118,14 +171,45 @@ class PreparedDataset:
         mask = np.ones(rows.n, bool) if rows.labels is None else rows.labels == 1
         return Jagged.from_pairs(rows.users[mask], rows.items[mask], self.manifest.entities["user"])
 
+    def _mapped_if_large(
+        self, entity: str, column: str, change: Callable[[Jagged], Jagged]
+    ) -> Jagged:
+        """A list column of an entity table; a large one is unpacked once and then mapped.
+
+        Every rank of a machine maps the same pages, where otherwise each would hold a copy.
+        """
+        path = self._file(f"entities/{entity}.parquet")
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+            leaf = next(
+                i
+                for i in range(file.metadata.num_columns)
+                if file.metadata.schema.column(i).path.split(".")[0] == column
+            )
+        name = f"entities/{entity}.parquet"
+        if 4 * sum(group.column(leaf).num_values for group in groups) <= self.memory_bytes:
+            return change(Jagged.from_arrow(self._read(name, [column])[column]))
+
+        def pieces() -> Iterator[Jagged]:
+            with pq.ParquetFile(path) as file:
+                for g in range(file.num_row_groups):
+                    yield change(Jagged.from_arrow(file.read_row_group(g, [column])[column]))
+
+        return mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+
+    def _file(self, name: str) -> Path:
+        """A file's path; its metadata can be read."""
+        try:
+            pq.read_metadata(self.folder / name)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(damaged(self.folder, self.folder / name, error)) from None
+        return self.folder / name
+
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
             return pq.read_table(self.folder / name, columns=columns)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{self.folder / name}: missing or damaged ({' '.join(str(error).split())[:80]}); "
-                f"delete {self.folder} and prepare it anew"
-            ) from None
+            raise DataError(damaged(self.folder, self.folder / name, error)) from None
 
 
 class Collator:
@@ -220,7 +304,10 @@ class TrainingBatches:
 
     Where negatives are sampled, a positive is followed by its ``per_positive`` negatives in a
     virtual list of rows, and it is that list which is shuffled: a batch has exactly
-    ``batch_size`` rows, and every epoch draws new negatives.
+    ``batch_size`` rows, and every epoch draws new negatives unless they are to stay.
+
+    Training rows are held in memory where they fit, shuffled as a whole; else they are streamed
+    from disk (`deepfm_dist.data.lanes`).
 
     Args:
         dataset: the prepared dataset.
@@ -237,24 +324,12 @@ class TrainingBatches:
     def __init__(
         self, dataset: PreparedDataset, batch_size: int, rank: int, world_size: int, seed: int
     ) -> None:
-        self._rows = dataset.rows("train")
+        manifest = dataset.manifest
         self._collate = Collator(dataset)
         self._seed = seed
-        self._per_positive = 0
-        if dataset.manifest.sampled:
-            assert self._rows.users is not None
-            self._per_positive = dataset.manifest.data.negatives.per_positive
-            self._n_items = dataset.manifest.entities["item"] - 1
-            history = dataset.history
-            self._history = Jagged(history.offsets, history.values - np.int32(1)).sorted()
-            check_enough_unseen(
-                self._per_positive,
-                self._history,
-                self._rows.users,
-                self._n_items,
-                "data.negatives.per_positive",
-            )
-        self.rows_per_epoch = self._rows.n * (1 + self._per_positive)
+        self._negatives = Negatives(dataset, seed) if manifest.sampled else None
+        copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
+        self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
         self.local_batch_size = -(-self.batch_size // world_size)
         if self.local_batch_size * (world_size - 1) >= self.batch_size:
@@ -265,47 +340,49 @@ class TrainingBatches:
             )
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
         self._first = rank * self.local_batch_size
+        columns = dataset.row_columns("train")
+        self._source: InMemory | Lanes
+        if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
+            self._source = InMemory(dataset.columns("train", columns), copies, seed)
+        else:
+            share = self.local_batch_size / self.batch_size
+            self._source = Lanes(
+                dataset.folder, manifest, columns, copies, share, self.batch_size, seed
+            )
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of global step ``step``, counted from 1."""
         epoch, at = divmod(step - 1, self.steps_per_epoch)
         begin = at * self.batch_size
         end = min(begin + self.batch_size, self.rows_per_epoch)
-        mine = np.arange(
-            min(begin + self._first, end),
-            min(begin + self._first + self.local_batch_size, end),
-        )
-        order = derive_seed(self._seed, "order", epoch)
-        return self._collated(permute(mine, self.rows_per_epoch, order), epoch, float(end - begin))
+        first = min(self._first, end - begin)
+        last = min(self._first + self.local_batch_size, end - begin)
+        taken_rows = self._source.take(epoch, begin, end, first, last)
+        return self._collated(taken_rows, epoch, float(end - begin))
 
-    def _collated(self, virtual: Int64Array, epoch: int, global_weight: float) -> Batch:
-        rows, slots = np.divmod(virtual, 1 + self._per_positive)
-        users = None if self._rows.users is None else self._rows.users[rows]
-        items = None if self._rows.items is None else self._rows.items[rows]
-        labels = np.ones(len(rows), np.float32)
-        if self._rows.labels is not None:
-            labels = self._rows.labels[rows]
-        if self._per_positive:
+    def _collated(self, found: Taken, epoch: int, global_weight: float) -> Batch:
+        index, columns = found.index, found.columns
+        users, items, labels, drawers = (
+            _picked(columns.get(name), index) for name in ("user", "item", "label", "drawer")
+        )
+        if labels is None:
+            labels = np.ones(len(index), np.float32)
+        if self._negatives is not None:
             assert users is not None and items is not None
-            negative = slots > 0
+            negative = found.slot > 0
             labels[negative] = 0
-            items[negative] = 1 + draw_per_positive(
-                rows[negative],
-                slots[negative] - 1,
-                users[negative],
-                self._per_positive,
-                self._history,
-                self._n_items,
-                derive_seed(self._seed, "negatives", epoch),
+            drawers = users if drawers is None else drawers
+            items[negative] = self._negatives.draw(
+                found.row[negative], found.slot[negative] - 1, drawers[negative], epoch
             )
         height = self.local_batch_size
         return self._collate(
             padded(users, height, ABSENT),
             padded(items, height, ABSENT),
-            self._rows.context,
-            padded(rows, height, ABSENT),
+            columns,
+            padded(index, height, ABSENT),
             padded(labels, height, 0),
-            n_real=len(rows),
+            n_real=len(index),
             global_weight=global_weight,
         )
 
@@ -315,15 +392,91 @@ class TrainingBatches:
             yield self.batch(step)
 
 
+class InMemory:
+    """All training rows, shuffled as a whole in every epoch.
+
+    Args:
+        columns: the rows' columns.
+        copies: times that each row comes: once, and once for each negative.
+        seed: of the order.
+    """
+
+    def __init__(self, columns: Mapping[str, Values], copies: int, seed: int) -> None:
+        self._columns, self._copies, self._seed = columns, copies, seed
+        self._n = len(next(iter(columns.values()))) * copies
+
+    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> Taken:
+        """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
+        order = derive_seed(self._seed, "order", epoch)
+        virtual = permute(np.arange(begin + first, begin + last), self._n, order)
+        rows, slots = np.divmod(virtual, self._copies)
+        return Taken(self._columns, rows, rows, slots)
+
+
+class Negatives:
+    """Draws the negatives of training rows, as the configuration says.
+
+    Args:
+        dataset: the prepared dataset.
+        seed: of the draws.
+
+    Raises:
+        DataError: a user has fewer unseen items than negatives are wanted.
+    """
+
+    def __init__(self, dataset: PreparedDataset, seed: int) -> None:
+        self._spec, self._seed = dataset.manifest.data.negatives, seed
+        self._n_items = dataset.manifest.entities["item"] - 1
+        self._seen = dataset.seen(self._spec.avoid == "all")
+        self._weights = None
+        if self._spec.popularity_power:
+            self._weights = item_weights(dataset.popularity()[1:], self._spec.popularity_power)
+        check_enough_unseen(
+            self._spec.per_positive,
+            self._seen,
+            np.arange(len(self._seen)),
+            self._n_items,
+            "data.negatives.per_positive",
+            None if dataset.has_rare_users else dataset.entity_ids("user"),
+        )
+
+    def draw(
+        self,
+        rows: Int64Array,
+        slots: Int64Array,
+        drawers: Int32Array,
+        epoch: int,
+    ) -> Int32Array:
+        """Items of some (training row, slot) pairs in an epoch, as rows of the item table."""
+        seed = derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0)
+        drawn = draw_per_positive(
+            rows,
+            slots,
+            drawers,
+            self._spec.per_positive,
+            self._seen,
+            self._n_items,
+            seed,
+            self._weights,
+        )
+        return drawn + np.int32(1)
+
+
+def _as_it_is(bags: Jagged) -> Jagged:
+    return bags
+
+
+def _ascending_from_0(bags: Jagged) -> Jagged:
+    """Rows of the item table -> items counted from 0, ascending."""
+    return Jagged(bags.offsets, bags.values - np.int32(1)).sorted()
+
+
+def _picked(values: Values | None, index: Int64Array) -> Any:
+    return None if values is None else taken(values, index)
+
+
 def padded(array: Any, height: int, value: float) -> Any:
     """``[m]`` -> ``[height]`` by appending ``value``; None stays None."""
     if array is None or len(array) == height:
         return array
     return np.concatenate([array, np.full(height - len(array), value, array.dtype)])
-
-
-def _values(column: pa.ChunkedArray) -> Values:
-    if pa.types.is_list(column.type):
-        return Jagged.from_arrow(column)
-    array: npt.NDArray[np.int32] = column.to_numpy()
-    return array

@@ -1,6 +1,10 @@
 """Rows of different lengths in two flat arrays."""
 
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -12,6 +16,7 @@ from deepfm_dist.compiled import compiled
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,7 @@ class Jagged:
     @classmethod
     def from_pairs(cls, rows: npt.ArrayLike, values: npt.ArrayLike, n_rows: int) -> Self:
         """Groups (row, value) pairs by row, pairs of one row in their given order."""
-        row_array = np.asarray(rows, dtype=np.int64)
-        order = np.argsort(row_array, kind="stable")
-        counts = np.bincount(row_array, minlength=n_rows)
-        offsets = np.zeros(n_rows + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
+        offsets, order = grouped(np.asarray(rows, dtype=np.int64), n_rows)
         return cls(offsets, np.asarray(values, dtype=np.int32)[order])
 
     @classmethod
@@ -41,14 +42,13 @@ class Jagged:
         """Arrow's list column as flat arrays; null lists are empty."""
         if isinstance(lists, pa.ChunkedArray):
             lists = lists.combine_chunks()
-        lengths = np.asarray(pc.list_value_length(lists).fill_null(0), dtype=np.int64)
-        offsets = np.zeros(len(lists) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        return cls(offsets, np.asarray(lists.flatten(), dtype=np.int32))
+        lengths = np.asarray(pc.list_value_length(lists).fill_null(0))
+        return cls(offsets_of(lengths), np.asarray(lists.flatten(), dtype=np.int32))
 
     def to_arrow(self) -> pa.Array:
         """The same as an Arrow ``list<int32>`` column."""
-        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), self.values)
+        offsets = pa.array((self.offsets - self.offsets[0]).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, self.values[self.offsets[0] : self.offsets[-1]])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,8 +72,114 @@ class Jagged:
 
     def sorted(self) -> Self:
         """The same with each row's values in ascending order."""
-        rows = np.repeat(np.arange(len(self)), self.lengths)
-        return type(self)(self.offsets, self.values[np.lexsort((self.values, rows))])
+        return type(self)(self.offsets, _sorted_rows(self.offsets, self.values))
+
+    def firsts(self) -> Self:
+        """The same with each row's first value only."""
+        there = np.flatnonzero(self.lengths)
+        return type(self)(offsets_of(self.lengths > 0), self.values[self.offsets[there]])
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, one after the other."""
+        lengths = np.concatenate([p.lengths for p in parts])
+        values = [p.values[p.offsets[0] : p.offsets[-1]] for p in parts]
+        return cls(offsets_of(lengths), np.concatenate(values))
+
+
+Values = Int32Array | FloatArray | Jagged
+"""A field of many rows: one table row each, one number each, or several table rows each."""
+
+
+def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:
+    """Some rows of a field."""
+    if not isinstance(values, Jagged):
+        return values[rows]
+    lengths, flat = values.take(rows)
+    return Jagged(offsets_of(lengths), flat)
+
+
+def joined(parts: Sequence[Values]) -> Values:
+    """A field's rows from several places, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = [p for p in parts if isinstance(p, Jagged)]
+    if lists:
+        return Jagged.concatenated(lists)
+    return np.concatenate([p for p in parts if not isinstance(p, Jagged)])
+
+
+def to_arrow(values: Values) -> pa.Array:
+    """A field as an Arrow column."""
+    return values.to_arrow() if isinstance(values, Jagged) else pa.array(values)
+
+
+def from_arrow(column: pa.ChunkedArray | pa.Array) -> Values:
+    """What `to_arrow` made."""
+    if pa.types.is_list(column.type):
+        return Jagged.from_arrow(column)
+    array: Int32Array = (
+        column.to_numpy() if len(column) else np.zeros(0, column.type.to_pandas_dtype())
+    )
+    return array
+
+
+def offsets_of(lengths: npt.ArrayLike) -> Int64Array:
+    """``[n]`` lengths -> ``[n + 1]`` int64: where each begins, and the end of all."""
+    lengths = np.asarray(lengths, np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def grouped(groups: npt.NDArray[np.integer], n_groups: int) -> tuple[Int64Array, Int64Array]:
+    """Counting sort.
+
+    Args:
+        groups: ``[n]`` group of each element, in ``[0, n_groups)``.
+        n_groups: number of groups.
+
+    Returns:
+        offsets ``[n_groups + 1]`` int64 and order ``[n]`` int64: the elements of group g are
+        ``order[offsets[g]:offsets[g + 1]]``, ascending.
+    """
+    offsets = offsets_of(counted(groups, n_groups))
+    return offsets, _placed(groups, offsets[:-1].copy())
+
+
+def counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
+    """``[n]`` int64: how often each of the codes 0 to n - 1 comes; negative ones do not count."""
+    counts: Int64Array = _counted(codes, n)
+    return counts
+
+
+@compiled
+def _counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
+    counts = np.zeros(n, np.int64)
+    for code in codes:
+        if code >= 0:
+            counts[code] += 1
+    return counts
+
+
+@compiled
+def _placed(groups: npt.NDArray[np.integer], next_place: Int64Array) -> Int64Array:
+    order = np.empty(len(groups), np.int64)
+    for i in range(len(groups)):
+        group = groups[i]
+        order[next_place[group]] = i
+        next_place[group] += 1
+    return order
+
+
+@compiled
+def _sorted_rows(offsets: Int64Array, values: Int32Array) -> Int32Array:
+    out = values.copy()
+    for r in range(len(offsets) - 1):
+        begin, end = offsets[r], offsets[r + 1]
+        if end - begin > 1:
+            out[begin:end] = np.sort(values[begin:end])
+    return out
 
 
 @compiled
@@ -97,3 +203,29 @@ def _gather(
                 out[at] = values[j]
                 at += 1
     return out
+
+
+def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
+    """Rows in files mapped into memory, which all processes of a machine share.
+
+    Args:
+        folder: of the files; made from ``pieces`` where it is missing, whole or not at all.
+        pieces: the rows, stretch by stretch.
+    """
+    if not folder.is_dir():
+        aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+        aside.mkdir(parents=True)
+        lengths = []
+        with (aside / "values.bin").open("wb") as file:
+            for piece in pieces():
+                lengths.append(piece.lengths)
+                file.write(np.ascontiguousarray(piece.values).data)
+        np.save(aside / "offsets.npy", offsets_of(np.concatenate(lengths)))
+        try:
+            aside.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(aside)
+    offsets = np.asarray(np.load(folder / "offsets.npy", mmap_mode="r"))
+    if offsets[-1] == 0:
+        return Jagged(offsets, np.zeros(0, np.int32))
+    return Jagged(offsets, np.asarray(np.memmap(folder / "values.bin", np.int32, mode="r")))

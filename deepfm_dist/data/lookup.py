@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepfm_dist.data.dataset import PreparedDataset, Rows, Values
-from deepfm_dist.data.encode import column_of, numbers_of, split_cells, transformed
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.dataset import PreparedDataset, Rows
+from deepfm_dist.data.fields import column_of, hashed_rows, numbers_of, split_cells, transformed
+from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.errors import ConfigError
@@ -33,9 +33,7 @@ class RowEncoder:
         }
         self._context = [f for f in dataset.manifest.features if f.entity == "context"]
         self._vocabularies = {
-            f.name: dataset.vocabulary(f.table_name)
-            for f in self._context
-            if f.kind == "categorical"
+            f.name: dataset.vocabulary(f.table_name) for f in self._context if f.has_vocabulary
         }
 
     @property
@@ -83,18 +81,23 @@ class RowEncoder:
                 ) from None
         found = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
         rows = found.values if isinstance(found, Jagged) else found
-        if (rows == 0).any():
+        if feature.has_vocabulary and (rows == 0).any():
             raise ConfigError(f"recommend.context.{feature.name}={value!r}: never seen in training")
         return found
 
     def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:
         if feature.kind == "numeric":
             spec = self._manifest.numeric[feature.name]
-            return np.nan_to_num(transformed(numbers_of(cells, feature), feature, spec))
-        owners, texts = split_cells(cells, feature)
-        rows = self._vocabularies[feature.name].lookup(texts)
+            return transformed(numbers_of(cells, feature), feature, spec)
+        owners, texts = split_cells(
+            pa.concat_arrays(cells.chunks or [pa.array([], pa.string())]), feature
+        )
+        if feature.hash_rows is not None:
+            rows = hashed_rows(texts, feature)
+        else:
+            rows = self._vocabularies[feature.name].lookup(texts)
         if feature.multi_valued:
             return Jagged.from_pairs(owners, rows, len(cells))
         single = np.zeros(len(cells), np.int32)
-        single[owners[::-1]] = rows[::-1]  # backwards: the first value of a row stays
+        single[owners] = rows
         return single

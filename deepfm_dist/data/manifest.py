@@ -3,18 +3,21 @@
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import DataError
 from deepfm_dist.section import Section
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a dataset of another version is prepared anew."""
 
 
@@ -34,6 +37,8 @@ class SplitSpec(Section):
     """Rows on disk."""
     positives: int
     """Rows with label 1."""
+    size_bytes: int
+    """What training needs of them, in memory."""
 
 
 class NumericSpec(Section):
@@ -43,6 +48,8 @@ class NumericSpec(Section):
     """Subtracted by the ``standard`` transform."""
     std: float
     """Divided by in the ``standard`` transform."""
+    boundaries: tuple[float, ...] = ()
+    """Least values of the second bucket and those above, ascending."""
 
 
 class Manifest(Section):
@@ -54,8 +61,9 @@ class Manifest(Section):
     """Of the configuration and the input files; decides whether the dataset is current."""
     vocabulary_hash: str
     """Of every table's ids in row order; a checkpoint fits only the same one."""
-    grown_from: str | None = None
-    """``vocabulary_hash`` of the dataset whose vocabularies these extend."""
+    grown_from: tuple[str, ...] = ()
+    """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
+    their checkpoints are the first rows of this one's."""
     seed: int
     """Seed of splits, negatives and row order."""
     data: DataConfig
@@ -68,6 +76,12 @@ class Manifest(Section):
     """Numeric fields by name."""
     splits: dict[str, SplitSpec]
     """train, valid, test."""
+    files: int
+    """Files that each split is written in."""
+    lanes: int
+    """Streams that training rows are dealt to."""
+    groups: int
+    """Groups of training rows, a multiple of ``lanes``; group g belongs to lane g mod lanes."""
     dropped: dict[str, int]
     """What was left out of the input, by reason."""
     inputs: dict[str, int]
@@ -83,12 +97,20 @@ class Manifest(Section):
     @property
     def categorical(self) -> tuple[Feature, ...]:
         """Fields that are looked up in tables: the keys of every batch, in order."""
-        return tuple(f for f in self.features if f.kind == "categorical")
+        return tuple(f for f in self.features if f.in_table)
 
     @property
     def dense(self) -> tuple[Feature, ...]:
-        """Numeric fields, in order."""
-        return tuple(f for f in self.features if f.kind == "numeric")
+        """Fields whose numbers enter the model, in order."""
+        return tuple(f for f in self.features if not f.in_table)
+
+    @property
+    def cuts(self) -> npt.NDArray[np.int64]:
+        """``[groups + 1]``: group g holds the training rows from cut g to cut g + 1.
+
+        The groups differ by a row at most, and so do the lanes.
+        """
+        return cuts_of(self.splits["train"].rows, self.groups)
 
     @property
     def sampled(self) -> bool:
@@ -119,31 +141,43 @@ class Manifest(Section):
             ) from None
 
 
-def input_files(data: DataConfig) -> list[str]:
-    """Names of every file a configuration reads, without repeats."""
+def cuts_of(rows: int, groups: int) -> npt.NDArray[np.int64]:
+    """Cuts rows into groups of the same size, the first ``rows mod groups`` larger by one."""
+    size, larger = divmod(rows, groups)
+    g = np.arange(groups + 1)
+    return g * size + np.minimum(g, larger)
+
+
+def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]]:
+    """Every file a configuration reads, by its name or pattern there.
+
+    Raises:
+        DataError: there is no such file.
+    """
     names = [data.interactions.file, data.split.valid_file, data.split.test_file]
     names += [f.file for f in data.features]
     names += [data.titles.file if data.titles else None]
-    return list(dict.fromkeys(n for n in names if n))
+    return {name: find_files(root, name) for name in dict.fromkeys(n for n in names if n)}
 
 
-def fingerprint(data: DataConfig, root: Path, seed: int) -> str:
+def fingerprint(
+    data: DataConfig, files: Mapping[str, Sequence[InputFile]], seed: int, earlier: str | None
+) -> str:
     """A hash that changes when the configuration or an input file does.
 
     Files count by name, size and time of change; where they lie does not.
 
-    Raises:
-        DataError: an input file is missing.
+    Args:
+        data: the configuration.
+        files: `input_files`.
+        seed: of the preparation.
+        earlier: fingerprint of the dataset that vocabularies are taken from.
     """
-    settings = data.model_dump(mode="json", exclude={"name", "root"})
-    files = []
-    for name in input_files(data):
-        try:
-            stat = (root / name).stat()
-        except OSError:
-            raise DataError(f"{root / name}: no such file; is data.root right?") from None
-        files.append([name, stat.st_size, stat.st_mtime_ns])
-    return hash_of([FORMAT, seed, settings, files])
+    settings = data.model_dump(
+        mode="json", exclude={"name", "root", "memory_bytes", "vocabulary_from"}
+    )
+    stats = [[f.name, f.size, f.stamp] for of_name in files.values() for f in of_name]
+    return hash_of([FORMAT, seed, settings, stats, earlier])
 
 
 def hash_of(value: Any) -> str:

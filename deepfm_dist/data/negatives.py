@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
 
 
 def draw_per_positive(
@@ -19,6 +22,7 @@ def draw_per_positive(
     history: Jagged,
     n_items: int,
     seed: int,
+    weights: Int64Array | None = None,
 ) -> Int32Array:
     """The negatives of some (positive, slot) pairs: a pure function of its arguments.
 
@@ -34,10 +38,18 @@ def draw_per_positive(
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of this epoch's draws.
+        weights: ``[n_items]`` int64 of `item_weights`, to draw in proportion to; default: all
+            items alike.
 
     Returns:
         ``[m]`` int32 items.
     """
+    if weights is not None:
+        total = np.concatenate([[0], np.cumsum(weights)])
+        weighted: Int32Array = _draw_weighted(
+            positives, slots.astype(np.int64), users, history.offsets, history.values, total, seed
+        )
+        return weighted
     out: Int32Array = _draw_per_positive(
         positives,
         slots.astype(np.int64),
@@ -51,7 +63,19 @@ def draw_per_positive(
     return out
 
 
-def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> Int32Array:
+def item_weights(counts: Int64Array, power: float) -> Int64Array:
+    """``[items]`` training positives -> ``[items]`` int64 in proportion to counts ** power.
+
+    They are at least 1 and add up to less than 2**31 + items, so that sums are exact.
+    """
+    raw = np.maximum(counts, 1).astype(np.float64) ** power
+    scaled: Int64Array = np.maximum(1, np.floor(raw * (2.0**31 / raw.sum()))).astype(np.int64)
+    return scaled
+
+
+def draw_distinct(
+    per_user: int, history: Jagged, n_items: int, seed: int, users: Int64Array | None = None
+) -> Int32Array:
     """``per_user`` distinct negatives for every user.
 
     Args:
@@ -59,19 +83,27 @@ def draw_distinct(per_user: int, history: Jagged, n_items: int, seed: int) -> In
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of the draws.
+        users: ``[users]`` number of each row of ``history``, which its draws depend on; default:
+            its place.
 
     Returns:
         ``[users, per_user]`` int32 items.
 
-    Source: sampling without replacement by Floyd's algorithm (Bentley, Floyd, 1987) over the
-    ranks of the unseen items.
+    Source: rejection where most items are free; else sampling without replacement by Floyd's
+    algorithm (Bentley, Floyd, 1987) over the ranks of the unseen items.
     """
-    out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed)
+    keys = np.arange(len(history)) if users is None else users
+    out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed, keys)
     return out
 
 
 def check_enough_unseen(
-    wanted: int, history: Jagged, users: npt.NDArray[np.integer], n_items: int, option: str
+    wanted: int,
+    history: Jagged,
+    users: npt.NDArray[np.integer],
+    n_items: int,
+    option: str,
+    ids: pa.Array | None = None,
 ) -> None:
     """Refuses to draw more negatives than there are unseen items.
 
@@ -81,6 +113,7 @@ def check_enough_unseen(
         users: ``[m]`` users that negatives are drawn for.
         n_items: number of items.
         option: the setting to name.
+        ids: external ids of the history's rows, to name the user.
 
     Raises:
         DataError: for the user with the fewest unseen items, if these are too few.
@@ -89,12 +122,13 @@ def check_enough_unseen(
         return
     seen = history.lengths[users]
     most = int(seen.max())
+    who = "a user" if ids is None else f"user {ids[int(users[seen.argmax()])].as_py()!r}"
     if n_items - most < wanted:
         raise DataError(
-            f"{option}={wanted}: a user has interacted with {most} of {n_items} items, so only "
+            f"{option}={wanted}: {who} has interacted with {most} of {n_items} items, so only "
             f"{n_items - most} unseen ones exist; set it to {n_items - most} or less"
             if n_items > most
-            else f"{option}={wanted}: a user has interacted with all {n_items} items and leaves "
+            else f"{option}={wanted}: {who} has interacted with all {n_items} items and leaves "
             f"no unseen one; drop that user or add items"
         )
 
@@ -106,13 +140,37 @@ def _below(word: Any, bound: int) -> Any:
 
 
 @compiled
-def _unseen(rank: int, seen: Int32Array, begin: int, end: int) -> int:
+def _guess(rank: int, begin: int, end: int, n_items: int) -> Any:
+    """Where the rank-th unseen item would stand among evenly spread seen ones."""
+    n = end - begin
+    place = np.int64(np.float64(rank) * n / (n_items - n))
+    return begin + (place if place < n else n - 1)
+
+
+@compiled
+def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> Any:
     """The rank-th item that is not in ``seen[begin:end]``.
 
-    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a binary search finds how many seen
-    items come before the one wanted.
+    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a search finds how many seen items
+    come before the one wanted: binary, in steps that grow away from where evenly spread items
+    would have it, since rows are spread evenly.
     """
     low, high = begin, end
+    if high - low > 8:
+        guess = _guess(rank, begin, end, n_items)
+        step = 4
+        if seen[guess] - (guess - begin) <= rank:
+            low = guess + 1
+            while low + step < end and seen[low + step] - (low + step - begin) <= rank:
+                low += step + 1
+                step *= 2
+            high = min(end, low + step)
+        else:
+            high = guess
+            while high - step > begin and seen[high - step] - (high - step - begin) > rank:
+                high -= step
+                step *= 2
+            low = max(begin, high - step)
     while low < high:
         middle = (low + high) // 2
         if seen[middle] - (middle - begin) <= rank:
@@ -134,6 +192,7 @@ def _draw_per_positive(
     seed: int,
 ) -> Int32Array:
     out = np.empty(len(positives), np.int32)
+    ranks = np.empty(len(positives), np.int64)
     key = mix(np.uint64(seed))
     for i in range(len(positives)):
         begin, end = offsets[users[i]], offsets[users[i] + 1]
@@ -142,29 +201,104 @@ def _draw_per_positive(
         low = slots[i] * free // per_positive
         high = (slots[i] + 1) * free // per_positive
         rank = low + _below(mix(word ^ np.uint64(slots[i] + 1)), high - low)
-        rank = (rank + _below(word, free)) % free
-        out[i] = _unseen(rank, seen, begin, end)
+        rank += _below(word, free)
+        ranks[i] = rank - free if rank >= free else rank
+        # The search begins there: asked for all at once, the memory answers several at a time.
+        out[i] = seen[_guess(ranks[i], begin, end, n_items)] if end > begin else 0
+    for i in range(len(positives)):
+        begin, end = offsets[users[i]], offsets[users[i] + 1]
+        out[i] = _unseen(ranks[i], seen, begin, end, n_items)
     return out
 
 
 @compiled
 def _draw_distinct(
-    per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int
+    per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int, keys: Int64Array
 ) -> Int32Array:
     n_users = len(offsets) - 1
     out = np.empty((n_users, per_user), np.int32)
-    taken_by = np.full(n_items, -1, np.int64)  # rank -> last user who drew it
+    taken_by = np.full(n_items, -1, np.int32)  # item, or rank of an unseen one -> last user
     key = mix(np.uint64(seed))
     for user in range(n_users):
         begin, end = offsets[user], offsets[user + 1]
         free = n_items - (end - begin)
-        word = mix(key ^ np.uint64(user))
+        word = mix(key ^ np.uint64(keys[user]))
+        if 2 * (end - begin + per_user) <= n_items:  # try again: seldom, most items are free
+            for j in range(begin, end):
+                taken_by[seen[j]] = user
+            for k in range(per_user):
+                while True:
+                    word += _STEP
+                    item = _below(mix(word), n_items)
+                    if taken_by[item] != user:
+                        break
+                taken_by[item] = user
+                out[user, k] = item
+            continue
         for k in range(per_user):
             last = free - per_user + k
-            word = mix(word)
-            rank = _below(word, last + 1)
+            word += _STEP
+            rank = _below(mix(word), last + 1)
             if taken_by[rank] == user:
                 rank = last
             taken_by[rank] = user
-            out[user, k] = _unseen(rank, seen, begin, end)
+            out[user, k] = _unseen(rank, seen, begin, end, n_items)
+    return out
+
+
+@compiled
+def _weighted(target: int, seen: Int32Array, begin: int, end: int, total: Int64Array) -> int:
+    """The unseen item that ``target``, a point on the line of the unseen items' weights, lies in.
+
+    ``total[i]`` is the weight of the items below i.
+    """
+    for j in range(begin, end):  # what lies at or above a seen item moves up by its weight
+        if target < total[seen[j]]:
+            break
+        target += total[seen[j] + 1] - total[seen[j]]
+    low, high = 0, len(total) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if total[middle] <= target:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def _draw_weighted(
+    positives: Int64Array,
+    slots: Int64Array,
+    users: Int32Array,
+    offsets: Int64Array,
+    seen: Int32Array,
+    total: Int64Array,
+    seed: int,
+) -> Int32Array:
+    """Without replacement: what a positive's earlier slots drew is seen by its later ones."""
+    out = np.empty(len(positives), np.int32)
+    key = mix(np.uint64(seed))
+    for i in range(len(positives)):
+        begin, end = offsets[users[i]], offsets[users[i] + 1]
+        avoid = np.empty(end - begin + slots[i], np.int32)
+        avoid[: end - begin] = seen[begin:end]
+        free = total[-1]
+        for j in range(begin, end):
+            free -= total[seen[j] + 1] - total[seen[j]]
+        word = mix(key ^ np.uint64(positives[i]))
+        n = end - begin
+        item = 0
+        for _ in range(slots[i] + 1):
+            word = mix(word)
+            item = _weighted(_below(word, free), avoid, 0, n, total)
+            free -= total[item + 1] - total[item]
+            if n < len(avoid):
+                at = n
+                while at > 0 and avoid[at - 1] > item:
+                    avoid[at] = avoid[at - 1]
+                    at -= 1
+                avoid[at] = item
+                n += 1
+        out[i] = item
     return out

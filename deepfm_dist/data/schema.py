@@ -32,7 +32,7 @@ class FileFormat(Section):
     """How one input file is laid out, where its name does not tell."""
 
     columns: tuple[str, ...] | None = None
-    """Column names of a file without a header line."""
+    """Column names of a file without a header line; of libsvm: the label's, then one a field."""
     delimiter: str | None = Field(None, min_length=1)
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
@@ -51,7 +51,8 @@ class Interactions(Section):
     """The rows to learn from: who did what, and perhaps when and how."""
 
     file: str
-    """File name under ``data.root``: csv, tsv, dat or parquet."""
+    """File name under ``data.root``: csv, tsv, dat, libsvm or parquet, also gz and zst; with ``*``
+    it names many files, read in the order of their names."""
     user: str | None = None
     """Column of the user's id; needed for implicit data."""
     item: str | None = None
@@ -108,8 +109,23 @@ class Feature(Section):
     """Embedding table; fields that name the same table share its rows. Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
-    transform: Literal["none", "log", "standard"] = "none"
-    """For numeric fields: as it is, sign(x) * log(1 + |x|), or (x - mean) / standard deviation."""
+    hash_rows: int | None = Field(None, ge=1)
+    """Hash values onto this many rows instead of fitting a vocabulary."""
+    transform: Literal["none", "log", "standard", "bucket"] = "none"
+    """For numeric fields: as it is, sign(x) * log(1 + |x|), (x - mean) / standard deviation, or
+    the row of its bucket in a table of its own."""
+    buckets: int = Field(32, ge=2)
+    """For ``transform: bucket``: how many, each of about as many training rows."""
+
+    @property
+    def in_table(self) -> bool:
+        """Whether the field is looked up in a table (else its number enters the model)."""
+        return self.kind == "categorical" or self.transform == "bucket"
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the rows of its table stand for values seen in training."""
+        return self.kind == "categorical" and self.hash_rows is None
 
     @property
     def table_name(self) -> str:
@@ -118,7 +134,12 @@ class Feature(Section):
 
     @property
     def is_id(self) -> bool:
-        """Whether the field is the user's or item's own id."""
+        """Whether the field is the user's or item's own id, with a row of its own for each."""
+        return self.names_entity and self.hash_rows is None
+
+    @property
+    def names_entity(self) -> bool:
+        """Whether the field is the user's or item's own id, hashed or not."""
         return self.entity != "context" and self.file is None and self.column is None
 
     @property
@@ -130,13 +151,15 @@ class Feature(Section):
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         if self.kind == "numeric":
-            for option in ("separator", "table"):
+            for option in ("separator", "table", "hash_rows"):
                 if getattr(self, option) is not None:
                     raise ValueError(f"{option} is for categorical fields; {self.name} is numeric")
-            if self.is_id:
+            if self.names_entity:
                 raise ValueError(f"{self.name} is an id and cannot be numeric; name its column")
         elif self.transform != "none":
             raise ValueError(f"transform is for numeric fields; {self.name} is categorical")
+        if self.hash_rows is not None and self.min_count > 1:
+            raise ValueError(f"{self.name}: hash_rows keeps no counts; leave min_count out")
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
         return self
@@ -188,6 +211,12 @@ class Negatives(Section):
     with the positives (the notebook's way); replaces ``per_positive``."""
     evaluation_per_positive: int = Field(4, ge=1)
     """Negatives per held-out positive, drawn once; they avoid all of the user's positives."""
+    popularity_power: float = Field(0.0, ge=0)
+    """Training draws items in proportion to (training positives) ** this; 0: all alike."""
+    avoid: Literal["train", "all"] = "train"
+    """Whose positives training negatives avoid: the training rows', or the held-out rows' too."""
+    redraw: bool = True
+    """Whether every epoch draws new negatives; else all epochs have the first one's."""
 
 
 class DataConfig(Section):
@@ -196,8 +225,8 @@ class DataConfig(Section):
     name: str | None = None
     """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
     root: str = "."
-    """Folder (may hold ``${VARIABLES}``) of the input files; relative ones are looked for here,
-    then beside the bundled sample."""
+    """Folder (may hold ``${VARIABLES}``) of the input files, or a URL that fsspec opens, such as
+    ``s3://bucket/logs``; relative ones are looked for here, then beside the bundled sample."""
     task: Literal["implicit", "ctr"] = "implicit"
     """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
     interactions: Interactions
@@ -216,11 +245,19 @@ class DataConfig(Section):
     """Train on all rows, held-out ones included: for the last fit before a submission."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row whose id, label, time or number cannot be read."""
+    vocabulary_from: str | None = None
+    """Folder of an earlier prepared dataset: its ids keep their rows, new ones are appended, and
+    its statistics of numeric fields stay in force."""
+    lanes: int | None = Field(None, ge=1, le=4096)
+    """Streams of row groups that training rows are dealt to, for reading from disk; default: 64,
+    more (up to 4,096) from a thousand million rows on."""
+    memory_bytes: int = Field(2 << 30, ge=0)
+    """Training rows are read into memory up to this size, and streamed from disk beyond it."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         rows = self.interactions
-        if all(f.kind == "numeric" for f in self.features):
+        if not any(f.in_table for f in self.features):
             raise ValueError("features need at least one categorical field: the model is its table")
         if self.task == "implicit":
             if rows.user is None or rows.item is None:
@@ -246,9 +283,16 @@ class DataConfig(Section):
             raise ValueError(f"two features are called {twice[0]!r}")
         if reserved := sorted({"id", "history", "count", "title", "label"} & set(names)):
             raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
+        of_rows = {f.name for f in self.features if f.entity == "context"}
+        if reserved := sorted({"user", "item", "time", "drawer"} & of_rows):
+            raise ValueError(
+                f"{reserved[0]!r} is a reserved name; call the context field otherwise"
+            )
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()
+        if self.vocabulary_from is not None and self.negatives.fixed_per_user is not None:
+            raise ValueError("vocabulary_from cannot go with negatives.fixed_per_user")
         needs_time = self.split.method in ("temporal", "leave_last")
         if needs_time and rows.time is None and rows.split is None:
             raise ValueError(f"split.method={self.split.method} needs interactions.time")
@@ -283,7 +327,7 @@ class DataConfig(Section):
                 f"negatives.fixed_per_user have no time: split.method={split.method} cannot be used"
             )
         for feature in self.features:
-            if feature.file is None and not feature.is_id:
+            if feature.file is None and not feature.names_entity:
                 raise ValueError(
                     f"negatives.fixed_per_user have no {feature.column or feature.name}: "
                     f"the field {feature.name} cannot come from the interactions file"
@@ -293,8 +337,15 @@ class DataConfig(Section):
 def _check_shared_tables(features: Sequence[Feature]) -> None:
     first_of: dict[str, Feature] = {}
     for feature in features:
-        if feature.kind == "numeric":
+        if not feature.in_table:
             continue
         first = first_of.setdefault(feature.table_name, feature)
         if first is not feature and (first.is_id or feature.is_id):
             raise ValueError(f"table {feature.table_name!r}: the table of an id cannot be shared")
+        if first is not feature and "bucket" in (first.transform, feature.transform):
+            raise ValueError(f"table {feature.table_name!r}: a table of buckets cannot be shared")
+        if first.hash_rows != feature.hash_rows:
+            raise ValueError(
+                f"table {feature.table_name!r}: {first.name} and {feature.name} need the same "
+                f"hash_rows to share it"
+            )

@@ -1,14 +1,17 @@
 """Input files -> Arrow record batches; a bad cell is named by file, line and value."""
 
+import csv
 import difflib
+import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,11 +22,25 @@ from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.errors import DataError
 
 BLOCK_BYTES = 16 << 20
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
-_TYPES = {"text": pa.string(), "number": pa.float64(), "time": pa.int64()}
+_TYPES = {
+    "text": pa.string(),
+    "number": pa.float64(),
+    "time": pa.int64(),
+    "label": pa.int8(),
+    "split": pa.int8(),
+}
+_WANTED = {
+    "text": "text",
+    "number": "number",
+    "time": "time",
+    "label": "label: 0 or 1 is expected",
+    "split": "split: 0, 1, 2 or train, valid, test is expected",
+}
+_SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
-
-ColumnType = Literal["text", "number", "time"]
+ColumnType = Literal["text", "number", "time", "label", "split"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,8 @@ class Column:
     Attributes:
         name: its name in the file.
         type: text -> string; number -> float64; time -> int64 seconds (from a number or a
-            timestamp such as ``2020-01-31 12:00:00``).
+            timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1; split -> int8 0, 1
+            or 2 (train, valid, test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
     """
@@ -44,17 +62,85 @@ class Column:
     missing: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class InputFile:
+    """A file that a configuration's name or pattern stands for.
+
+    Attributes:
+        path: a local path, or a URL that fsspec opens.
+        name: as it stands in the configuration, below ``data.root``.
+        size: in bytes.
+        stamp: changes when the contents do, as far as the file system tells.
+    """
+
+    path: str
+    name: str
+    size: int
+    stamp: str
+
+    @property
+    def text_bytes(self) -> int:
+        """About as many bytes as its rows would take as plain text."""
+        suffix = Path(self.path).suffix.lower()
+        return self.size * (4 if suffix in _PACKED or suffix == ".parquet" else 1)
+
+
+def find_files(root: str | Path, name: str) -> list[InputFile]:
+    """The files that a name or a pattern with ``*`` stands for, in the order of their names.
+
+    Args:
+        root: folder: a local one, or a URL such as ``s3://bucket/logs``.
+        name: file name or pattern below it.
+
+    Raises:
+        DataError: there is none, or the file system cannot be reached.
+    """
+    if "://" not in str(root):
+        base = Path(root)
+        if "*" in name:
+            found = sorted(p for p in base.glob(name) if p.is_file())
+        else:
+            found = [base / name] if (base / name).is_file() else []
+        if not found:
+            raise DataError(f"{base / name}: no such file; is data.root right?")
+        stats = [(p, p.stat()) for p in found]
+        return [
+            InputFile(str(p), str(p.relative_to(base)), s.st_size, str(s.st_mtime_ns))
+            for p, s in stats
+        ]
+    url = f"{str(root).rstrip('/')}/{name}"
+    try:
+        system, below = fsspec.core.url_to_fs(url)
+        paths = sorted(system.glob(below)) if "*" in name else [below]
+        infos = [system.info(path) for path in paths]
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{url}: cannot be read: {_brief(error)}") from None
+    if not infos:
+        raise DataError(f"{url}: no such file; is data.root right?")
+    # A change shows in whichever of these the file system keeps.
+    marks = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
+    return [
+        InputFile(
+            system.unstrip_protocol(info["name"]),
+            info["name"][len(below) - len(name) :],
+            int(info["size"] or 0),
+            str(next((info[m] for m in marks if m in info), "")),
+        )
+        for info in infos
+    ]
+
+
 def read_batches(
-    path: Path,
+    path: str | Path,
     columns: Sequence[Column],
     layout: FileFormat | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     dropped: Counter[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Streams some columns of a csv, tsv, dat (``::``) or parquet file, gz and zst as well.
+    """Streams some columns of a csv, tsv, dat (``::``), libsvm or parquet file, gz and zst as well.
 
     Args:
-        path: the file; its suffix tells the format.
+        path: the file, or its URL; the suffix tells the format.
         columns: what to read, in the order wanted.
         layout: what the name does not tell: column names, delimiter, encoding.
         on_bad_row: whether a row with an unreadable or empty required cell is an error or dropped.
@@ -66,14 +152,12 @@ def read_batches(
     Raises:
         DataError: the file is missing, empty or malformed, lacks a column, or has a bad row.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; is data.root right?")
-    reader = _Reader(path, tuple(columns), layout or FileFormat(), on_bad_row, dropped)
+    reader = _Reader(str(path), tuple(columns), layout or FileFormat(), on_bad_row, dropped)
     yield from reader.batches()
 
 
 def read_table(
-    path: Path,
+    path: str | Path,
     columns: Sequence[Column],
     layout: FileFormat | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
@@ -87,23 +171,33 @@ def read_table(
 class _Reader:
     def __init__(
         self,
-        path: Path,
+        path: str,
         columns: tuple[Column, ...],
         layout: FileFormat,
         on_bad_row: str,
         dropped: Counter[str] | None,
     ) -> None:
         self.path, self.columns, self.layout = path, columns, layout
+        self.name = Path(path).name
         self.skip_bad = on_bad_row == "skip"
         self.dropped = Counter[str]() if dropped is None else dropped
-        suffixes = [s.lower() for s in path.suffixes]
-        self.suffix = next((s for s in reversed(suffixes) if s not in (".gz", ".zst")), "")
+        suffixes = [s.lower() for s in Path(path).suffixes]
+        self.packing = _PACKED.get(suffixes[-1]) if suffixes else None
+        self.suffix = next((s for s in reversed(suffixes) if s not in _PACKED), "")
+        self.libsvm = self.suffix in (".libsvm", ".svm")
         dat = self.suffix == ".dat"
         default = "::" if dat else "\t" if self.suffix in (".tsv", ".tab") else ","
-        self.delimiter = layout.delimiter or default
+        self.delimiter = " " if self.libsvm else layout.delimiter or default
         self.encoding = layout.encoding or ("latin-1" if dat else "utf-8")
+        self.wide = len(self.delimiter.encode()) > 1
+        self.quoted = not (self.wide or self.libsvm)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
+        if self.libsvm and not self.layout.columns:
+            raise DataError(
+                f"{self.path}: libsvm has no column names; give them in data.files: "
+                f"{{{self.name}: {{columns: [label, first, second, ...]}}}}"
+            )
         rows = 0
         raw = self._parquet() if self.suffix == ".parquet" else self._text()
         for batch in raw:
@@ -112,17 +206,35 @@ class _Reader:
         if rows == 0:
             raise DataError(f"{self.path}: no rows; expected at least one below the header")
 
+    # -- files ----------------------------------------------------------------------------------
+
+    def _opened(self) -> Any:
+        """The file as stored."""
+        try:
+            if "://" in self.path:
+                return pa.PythonFile(fsspec.open(self.path, "rb").open(), "r")
+            return pa.OSFile(self.path)
+        except (FileNotFoundError, IsADirectoryError):
+            raise DataError(f"{self.path}: no such file; is data.root right?") from None
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"{self.path}: cannot be read: {_brief(error)}") from None
+
+    def _stream(self) -> Any:
+        """The file's text as bytes, unpacked."""
+        file = self._opened()
+        return pa.CompressedInputStream(file, self.packing) if self.packing else file
+
     def _parquet(self) -> Iterator[pa.RecordBatch]:
         try:
-            file = pq.ParquetFile(self.path)
-        except (pa.ArrowInvalid, OSError) as error:
+            file = pq.ParquetFile(self._opened())
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path}: not a readable parquet file: {_brief(error)}") from None
         self._check_columns(file.schema_arrow.names)
         names = [c.name for c in self.columns]
         try:
             for batch in file.iter_batches(columns=names, batch_size=1 << 20):
                 yield batch.select(names)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path}: a damaged parquet file: {_brief(error)}") from None
 
     def _text(self) -> Iterator[pa.RecordBatch]:
@@ -130,30 +242,30 @@ class _Reader:
 
         def on_ragged(row: pa_csv.InvalidRow) -> str:
             if self.skip_bad:
-                self.dropped[f"{self.path.name}: rows with a wrong number of cells"] += 1
+                self.dropped[f"{self.name}: rows with a wrong number of cells"] += 1
                 return "skip"
             ragged.append(row)
             return "error"
 
         names = list(self.layout.columns) if self.layout.columns else None
-        wide = len(self.delimiter.encode()) > 1
         wanted = [c.name for c in self.columns]
 
         def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
-            stream = pa.input_stream(str(self.path))
-            if wide:
-                stream = stream.read().replace(
-                    self.delimiter.encode(self.encoding), _UNIT_SEPARATOR
-                )
-                stream = pa.BufferReader(stream)
+            stream = self._stream()
+            if self.wide:
+                wide = self.delimiter.encode(self.encoding)
+                stream = _Rewritten(stream, lambda lines: lines.replace(wide, _UNIT_SEPARATOR))
+            elif self.libsvm:
+                stream = _Rewritten(stream, lambda lines: re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines))
             return pa_csv.open_csv(
                 stream,
                 pa_csv.ReadOptions(
                     block_size=BLOCK_BYTES, column_names=names, encoding=self.encoding
                 ),
                 pa_csv.ParseOptions(
-                    delimiter=_UNIT_SEPARATOR.decode() if wide else self.delimiter,
-                    quote_char=False if wide else '"',
+                    delimiter=_UNIT_SEPARATOR.decode() if self.wide else self.delimiter,
+                    quote_char='"' if self.quoted else False,
+                    newlines_in_values=self.quoted,
                     invalid_row_handler=on_ragged,
                 ),
                 pa_csv.ConvertOptions(
@@ -174,18 +286,12 @@ class _Reader:
             yield from reader
         except pa.ArrowInvalid as error:
             if ragged:
-                row = ragged[0]
-                text = row.text.replace(_UNIT_SEPARATOR.decode(), self.delimiter)
-                raise DataError(
-                    f"{self.path}, line {self._line_of_text(text)}: {row.actual_columns} cells "
-                    f"where {row.expected_columns} are expected: {text!r}; mend the row or set "
-                    f"data.on_bad_row=skip"
-                ) from None
+                raise DataError(self._ragged(ragged[0])) from None
             if "Empty CSV" in str(error):
                 raise DataError(f"{self.path}: the file is empty") from None
-            raise DataError(f"{self.path}: not readable: {_brief(error)}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.path}: not readable: {_brief(error)}") from None
+            raise DataError(self._unreadable(error)) from None
+        except (OSError, EOFError, UnicodeError) as error:
+            raise DataError(self._unreadable(error)) from None
 
     def _check_columns(self, present: Sequence[str]) -> None:
         for column in self.columns:
@@ -195,11 +301,18 @@ class _Reader:
                 raise DataError(
                     f"{self.path}: no column {column.name!r}; {hint}it has: {', '.join(present)}"
                 )
+            if list(present).count(column.name) > 1:
+                raise DataError(f"{self.path}: two columns are called {column.name!r}; rename one")
+
+    # -- cells ----------------------------------------------------------------------------------
 
     def _typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
         arrays, bad = [], np.zeros(batch.num_rows, bool)
         for column in self.columns:
-            cells = _without(batch.column(column.name), column.missing)
+            cells = batch.column(column.name)
+            if self.libsvm:
+                cells = _half(cells, 1 if column.type == "number" else 0)
+            cells = _without(cells, column.missing)
             try:
                 values = _convert(cells, column.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -212,47 +325,139 @@ class _Reader:
                 unreadable = pc.is_null(values)
                 if column.type == "text":
                     unreadable = pc.or_kleene(unreadable, pc.equal(values, ""))
-            wrong = np.asarray(unreadable.fill_null(True))
-            if wrong.any() and not self.skip_bad:
-                self._refuse(column, int(wrong.argmax()), cells, first_row)
-            bad |= wrong
+            if pc.any(unreadable, min_count=0).as_py() is not False:
+                wrong = np.asarray(unreadable.fill_null(True))
+                if wrong.any() and not self.skip_bad:
+                    self._refuse(column, int(wrong.argmax()), cells, first_row)
+                bad |= wrong
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.name for c in self.columns])
         if bad.any():
-            self.dropped[f"{self.path.name}: rows with an unreadable cell"] += int(bad.sum())
+            self.dropped[f"{self.name}: rows with an unreadable cell"] += int(bad.sum())
             typed = typed.filter(pa.array(~bad))
         return typed
 
     def _refuse(self, column: Column, at: int, cells: pa.Array, first_row: int) -> None:
         cell = cells[at].as_py()
-        what = "is empty" if cell in (None, "") else f"is no {column.type}"
+        what = "is empty" if cell in (None, "") else f"is no {_WANTED[column.type]}"
         where = (
             f"row {first_row + at + 1}"
             if self.suffix == ".parquet"
-            else f"line {self._line_of_row(first_row + at)}"
+            else self._where(lambda row, _: row == first_row + at, f"row {first_row + at + 1}")
         )
+        shown = _short("" if cell is None else cell)
         raise DataError(
-            f"{self.path}, {where}: {column.name} {'' if cell is None else cell!r} {what}; "
+            f"{self.path}, {where}: {column.name} {shown} {what}; "
             f"mend the row or set data.on_bad_row=skip"
         )
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        # Only read again to report an error; blank lines do not count as rows.
-        with pa.input_stream(str(self.path)) as stream:
-            text = stream.read().decode(self.encoding, errors="replace")
-        for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
-            if line:
-                yield number, line
+    # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
 
-    def _line_of_row(self, row: int) -> int:
-        header = 0 if self.layout.columns else 1
-        for index, (number, _) in enumerate(self._lines()):
-            if index == row + header:
-                return number
-        return row + header + 1
+    def _parsed(self) -> Iterator[tuple[int, int, Sequence[str]]]:
+        """(row below the header, line it begins on, cells) of every row that is not blank."""
+        text = io.TextIOWrapper(
+            io.BufferedReader(_Raw(self._stream())),
+            "utf-8-sig" if self.encoding.lower() in ("utf-8", "utf8") else self.encoding,
+            errors="replace",
+            newline="" if self.quoted else None,
+        )
+        row = 0 if self.layout.columns else -1
+        if not self.quoted:
+            for line, cells in enumerate(text, start=1):
+                if cells := cells.rstrip("\r\n"):
+                    yield row, line, cells.rstrip(" ").split(self.delimiter)
+                    row += 1
+            return
+        reader = csv.reader(text, delimiter=self.delimiter)
+        while True:
+            line = reader.line_num + 1
+            values = next(reader, None)
+            if values is None:
+                return
+            if values:
+                yield row, line, values
+                row += 1
 
-    def _line_of_text(self, text: str) -> int:
-        return next((number for number, line in self._lines() if line == text.rstrip("\r\n")), 0)
+    def _where(self, found: Callable[[int, Sequence[str]], bool], otherwise: str) -> str:
+        try:
+            for row, line, cells in self._parsed():
+                if found(row, cells):
+                    return f"line {line}"
+        except (csv.Error, OSError, pa.ArrowException):
+            pass
+        return otherwise
+
+    def _ragged(self, row: pa_csv.InvalidRow) -> str:
+        def is_it(number: int, cells: Sequence[str]) -> bool:
+            return len(cells) != row.expected_columns
+
+        text = row.text.replace(_UNIT_SEPARATOR.decode(), self.delimiter)
+        where = self._where(is_it, f"row {row.number}" if row.number else "a row")
+        return (
+            f"{self.path}, {where}: {row.actual_columns} cells where {row.expected_columns} are "
+            f"expected: {_short(text)}; mend the row or set data.on_bad_row=skip"
+        )
+
+    def _unreadable(self, error: Exception) -> str:
+        if isinstance(error, UnicodeError) or "UTF8" in str(error):
+            with io.BufferedReader(_Raw(self._stream())) as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        line.decode(self.encoding)
+                    except UnicodeError:
+                        return (
+                            f"{self.path}, line {number}: not readable: {_short(line)} is no "
+                            f"{self.encoding.upper()} text; name the encoding in data.files: "
+                            f"{{{self.name}: {{encoding: ...}}}}"
+                        )
+        return f"{self.path}: not readable: {_brief(error)}"
+
+
+class _Raw(io.RawIOBase):
+    """An Arrow stream as Python's io sees one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._of_arrow = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._of_arrow.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+
+class _Rewritten(io.RawIOBase):
+    """A stream whose lines are rewritten, whole ones at a time."""
+
+    def __init__(self, stream: Any, rewrite: Callable[[bytes], bytes]) -> None:
+        self._of_arrow, self._rewrite = stream, rewrite
+        self._ready = memoryview(b"")
+        self._begun = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._of_arrow.read(1 << 20)
+            whole, newline, self._begun = (self._begun + block).rpartition(b"\n")
+            if not block:
+                whole, newline, self._begun = self._begun, b"", b""
+            self._ready = memoryview(self._rewrite(whole + newline))
+            if not block and not self._ready:
+                return 0
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+
+def _half(cells: pa.Array, which: int) -> pa.Array:
+    """One half of libsvm's ``index:value``; a cell without colon, such as the label, as it is."""
+    pattern = (r":.*$", r"^[^:]*:")[which]
+    return pc.replace_substring_regex(cells, pattern, "")
 
 
 def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
@@ -269,15 +474,21 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         cells = cells.dictionary_decode()
     if kind == "text":
         return cells.cast(pa.string())
+    if kind == "split":
+        place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
+        return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
     if kind == "time" and pa.types.is_temporal(cells.type):
         return cells.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-        cells = _numbers(cells) if kind == "number" else _times(cells)
-    if kind == "number":
+        cells = _times(cells) if kind == "time" else _numbers(cells)
+    if kind in ("number", "label"):
         cells = cells.cast(pa.float64(), safe=False)
     if pa.types.is_floating(cells.type):  # NaN and infinity, in float32, are nothing to learn from
         finite = pc.is_finite(cells.cast(pa.float32(), safe=False))
         cells = pc.if_else(finite, cells, None)
+    if kind == "label":
+        binary = pc.is_in(cells, pa.array([0.0, 1.0]))
+        return pc.if_else(binary, cells, None).cast(pa.int8())
     return cells if kind == "number" else cells.cast(pa.int64(), pa.types.is_integer(cells.type))
 
 
@@ -325,3 +536,8 @@ def _time_or_none(text: str | None) -> int | None:
 
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,63 +1,151 @@
 """Which rows are held out: pure functions of the rows' order, users, times and the seed."""
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int64Array, grouped
 from deepfm_dist.data.schema import Split
-from deepfm_dist.seeding import permute
 
 TRAIN, VALID, TEST = 0, 1, 2
 SPLITS = ("train", "valid", "test")
+Parts = npt.NDArray[np.int8]
+Keyed = tuple[Int64Array, Int64Array]
+"""Keys and row numbers of some rows."""
+
+_DIGIT_BITS = 16
 
 
-def split_rows(
-    split: Split, n: int, users: Int32Array | None, times: Int64Array | None, seed: int
-) -> npt.NDArray[np.int8]:
-    """Assigns rows to train, valid and test.
+def shares(split: Split) -> tuple[float, float]:
+    """How much goes to valid and to test where no file of its own is given for them."""
+    return 0.0 if split.valid_file else split.valid, 0.0 if split.test_file else split.test
+
+
+def split_by_user(
+    split: Split, users: npt.NDArray[np.integer], n_users: int, keys: Int64Array
+) -> Parts:
+    """per_user and leave_last: each user's last rows by key are held out.
 
     Args:
         split: the method and the sizes.
-        n: number of rows.
-        users: ``[n]`` user codes, for the methods that work per user.
-        times: ``[n]`` seconds, for the methods that go by time; ties keep file order.
-        seed: of the random methods.
+        users: ``[n]`` in ``[0, n_users)``.
+        n_users: number of users.
+        keys: ``[n]`` times, or a shuffle; rows with equal keys keep their order.
 
     Returns:
-        ``[n]`` int8: 0 train, 1 valid, 2 test. A user's only row is never held out by the
-        methods that work per user.
+        ``[n]`` int8: 0 train, 1 valid, 2 test. A user's only row is never held out.
     """
-    valid = 0.0 if split.valid_file else split.valid
-    test = 0.0 if split.test_file else split.test
-    if split.method in ("random", "temporal"):
-        if split.method == "random":
-            place = permute(np.arange(n), n, seed)
-        else:
-            assert times is not None
-            place = np.empty(n, np.int64)
-            place[np.argsort(times, kind="stable")] = np.arange(n)
-        return _cut(n - 1 - place, np.full(n, round(n * valid)), np.full(n, round(n * test)))
-    assert users is not None
-    key = permute(np.arange(n), n, seed) if split.method == "per_user" else times
-    assert key is not None
-    order = np.lexsort((np.arange(n), key, users))
-    sizes = np.bincount(users)
-    begin = np.cumsum(sizes) - sizes
-    from_last = np.empty(n, np.int64)
-    from_last[order] = (begin + sizes - 1)[users[order]] - np.arange(n)
+    valid, test = shares(split)
+    offsets, order = grouped(users, n_users)
+    sort_groups(offsets, order, keys)
+    sizes = np.diff(offsets)
     if split.method == "per_user":
         n_valid, n_test = np.rint(sizes * valid), np.rint(sizes * test)
     else:
-        n_valid, n_test = np.full(len(sizes), valid), np.full(len(sizes), test)
-    n_test = np.minimum(n_test, sizes - 1)
-    n_valid = np.minimum(n_valid, sizes - 1 - n_test)
-    return _cut(from_last, n_valid[users], n_test[users])
+        n_valid, n_test = np.full(n_users, valid), np.full(n_users, test)
+    n_test = np.minimum(n_test, np.maximum(sizes - 1, 0)).astype(np.int64)
+    n_valid = np.minimum(n_valid, np.maximum(sizes - 1 - n_test, 0)).astype(np.int64)
+    parts = np.zeros(len(users), np.int8)
+    _mark_last(offsets, order, n_valid, n_test, parts)
+    return parts
 
 
-def _cut(
-    from_last: Int64Array, n_valid: npt.NDArray[np.number], n_test: npt.NDArray[np.number]
-) -> npt.NDArray[np.int8]:
-    part = np.zeros(len(from_last), np.int8)
-    part[from_last < n_valid + n_test] = VALID
-    part[from_last < n_test] = TEST
-    return part
+def split_at(keyed: Keyed, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Parts:
+    """Random and temporal: the rows from a bound on are held out.
+
+    Args:
+        keyed: keys and row numbers.
+        bounds: (key, row) of the first validation row and of the first test row.
+    """
+    keys, rows = keyed
+    parts = np.zeros(len(keys), np.int8)
+    for part, (key, row) in zip((VALID, TEST), bounds, strict=True):
+        parts[(keys > key) | ((keys == key) & (rows >= row))] = part
+    return parts
+
+
+def bounds_of(
+    split: Split,
+    n: int,
+    pieces: Callable[[], Iterable[Keyed]],
+    add_up: Callable[[Int64Array], Int64Array],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the held-out rows of all pieces begin, by key, then row number.
+
+    Nothing is sorted: digit by digit, histograms say where the bound lies.
+
+    Args:
+        split: the sizes, shares of ``n``.
+        n: rows over all pieces and ranks.
+        pieces: gives this rank's pieces, as often as it is called.
+        add_up: sums an array over the ranks.
+
+    Returns:
+        (key, row) of the first validation row and of the first test row.
+    """
+    valid, test = shares(split)
+    n_test = round(n * test)
+    found = []
+    for last in (n_test + round(n * valid), n_test):
+        if last == 0:
+            found.append((np.iinfo(np.int64).max, np.iinfo(np.int64).max))
+            continue
+        key, above = _from_top(lambda: (keys for keys, _ in pieces()), last, add_up)
+        of_key = partial(_rows_of_key, pieces, key)
+        row, _ = _from_top(of_key, last - above, add_up)
+        found.append((key, row))
+    return found[0], found[1]
+
+
+def _rows_of_key(pieces: Callable[[], Iterable[Keyed]], key: int) -> Iterator[Int64Array]:
+    for keys, rows in pieces():
+        yield rows[keys == key]
+
+
+def _from_top(
+    pieces: Callable[[], Iterable[Int64Array]], k: int, add_up: Callable[[Int64Array], Int64Array]
+) -> tuple[int, int]:
+    """The k-th largest value over all ranks, k from 1, and how many are larger."""
+    bins = 1 << _DIGIT_BITS
+    prefix, above = 0, 0
+    for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        counts = np.zeros(bins, np.int64)
+        for values in pieces():
+            words = values.view(np.uint64) ^ np.uint64(1 << 63)  # the order of signed numbers
+            if shift < 64 - _DIGIT_BITS:
+                words = words[words >> np.uint64(shift + _DIGIT_BITS) == prefix]
+            digits = (words >> np.uint64(shift)).astype(np.int64) & (bins - 1)
+            counts += np.bincount(digits, minlength=bins)
+        from_top = np.cumsum(add_up(counts)[::-1])
+        place = int(np.searchsorted(from_top, k - above))
+        above += int(from_top[place - 1]) if place else 0
+        prefix = prefix << _DIGIT_BITS | (bins - 1 - place)
+    return prefix - (1 << 63), above
+
+
+def sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> None:
+    """Sorts each group of `jagged.grouped` by key, in place; equal keys keep their order."""
+    _sort_groups(offsets, order, keys)
+
+
+@compiled
+def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> None:
+    for g in range(len(offsets) - 1):
+        group = order[offsets[g] : offsets[g + 1]]
+        for i in range(1, len(group)):
+            if keys[group[i]] < keys[group[i - 1]]:
+                group[:] = group[np.argsort(keys[group], kind="mergesort")]
+                break
+
+
+@compiled
+def _mark_last(
+    offsets: Int64Array, order: Int64Array, n_valid: Int64Array, n_test: Int64Array, parts: Parts
+) -> None:
+    for g in range(len(offsets) - 1):
+        end = offsets[g + 1]
+        for i in range(end - n_test[g] - n_valid[g], end):
+            parts[order[i]] = 2 if i >= end - n_test[g] else 1

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,7 +26,14 @@ class Vocabulary:
     counts: Int64Array
 
     @classmethod
-    def fit(cls, ids: pa.Array, counts: Int64Array, min_count: int, seed: int) -> Self:
+    def fit(
+        cls,
+        ids: pa.Array,
+        counts: Int64Array,
+        min_count: int,
+        seed: int,
+        earlier: Self | None = None,
+    ) -> Self:
         """Gives rows to the ids seen at least ``min_count`` times.
 
         They are ordered by falling count, then id, then spread over the table by a seeded
@@ -39,7 +45,18 @@ class Vocabulary:
             counts: ``[n]`` int64.
             min_count: least count that earns a row; an id never seen gets none.
             seed: of the bijection.
+            earlier: a vocabulary whose ids keep their rows, whatever their counts; new ids are
+                appended, spread over the new rows.
         """
+        if earlier is not None:
+            place = earlier.lookup(ids)
+            known = place > 0
+            old_counts = earlier.counts.copy()
+            np.add.at(old_counts, place[known] - 1, counts[known])
+            new = cls.fit(ids.filter(pa.array(~known)), counts[~known], min_count, seed)
+            return cls(
+                pa.concat_arrays([earlier.ids, new.ids]), np.concatenate([old_counts, new.counts])
+            )
         kept = np.flatnonzero(counts >= max(1, min_count))
         ids, counts = ids.take(pa.array(kept)), counts[kept]
         by_count = np.lexsort((id_order(ids), -counts))
@@ -88,22 +105,3 @@ def id_order(ids: pa.Array) -> Int64Array:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return place
-
-
-def encode_distinct(ids: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int32], pa.Array]:
-    """Strings -> a code for each row and the distinct strings, in `id_order`.
-
-    Returns:
-        codes ``[n]`` int32 and ids ``[distinct]`` string with ``ids[codes[i]] == input[i]``.
-    """
-    encoded = ids.dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-        if isinstance(encoded, pa.ChunkedArray):  # nothing to combine: no rows
-            encoded = pa.array([], pa.string()).dictionary_encode()
-    distinct = encoded.dictionary
-    place = id_order(distinct)
-    codes = place[np.asarray(encoded.indices)].astype(np.int32)
-    order = np.empty_like(place)
-    order[place] = np.arange(len(place))
-    return codes, distinct.take(pa.array(order))

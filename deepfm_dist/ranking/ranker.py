@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Values, padded
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, padded
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError

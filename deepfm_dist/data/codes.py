@@ -1,0 +1,171 @@
+"""Texts -> small integers, as they stream by; and a hash of texts that never changes."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.seeding import mix
+
+Bytes = npt.NDArray[np.uint8]
+Hashes = npt.NDArray[np.uint64]
+
+
+class Codes:
+    """Numbers texts in the order of their first appearance: an exact hash table in flat arrays.
+
+    Its memory grows with the distinct texts alone: about 24 bytes each, and the text itself.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._used = 0  # bytes of the arena
+        self._slots = np.full(1 << 12, -1, np.int32)
+        self._hashes = np.zeros(1 << 11, np.uint64)
+        self._ends = np.zeros((1 << 11) + 1, np.int64)  # text i lies in arena[ends[i]:ends[i + 1]]
+        self._arena = np.zeros(1 << 15, np.uint8)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def hashes(self) -> Hashes:
+        """``[n]`` uint64: `hash_texts` of each text, by code."""
+        return self._hashes[: self._n]
+
+    def encode(self, texts: pa.Array) -> Int32Array:
+        """Codes of ``[n]`` string, new ones for texts not seen before; nulls get -1."""
+        out = np.full(len(texts), -1, np.int32)
+        offsets, data, valid = _buffers(texts)
+        at = 0
+        while True:
+            at, self._n, self._used = _encode(
+                at,
+                offsets,
+                data,
+                valid,
+                self._slots,
+                self._hashes,
+                self._ends,
+                self._arena,
+                self._n,
+                self._used,
+                out,
+            )
+            if at == len(texts):
+                return out
+            self._grow(int(offsets[at + 1] - offsets[at]))
+
+    def _grow(self, wanted_bytes: int) -> None:
+        if self._n == len(self._hashes):
+            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
+            self._ends = np.concatenate([self._ends, np.zeros(self._n, np.int64)])
+            self._slots = _slots_of(self._hashes[: self._n], 2 * len(self._slots))
+        else:
+            more = max(len(self._arena), wanted_bytes)
+            self._arena = np.concatenate([self._arena, np.zeros(more, np.uint8)])
+
+    def texts(self) -> pa.Array:
+        """``[n]`` string: the text of each code."""
+        offsets = self._ends[: self._n + 1]
+        if self._used >= 1 << 31:
+            raise MemoryError(f"{self._n:,} distinct texts hold more than 2 GiB")
+        data = pa.py_buffer(self._arena[: self._used].tobytes())
+        return pa.StringArray.from_buffers(self._n, pa.py_buffer(offsets.astype(np.int32)), data)
+
+
+def hash_texts(texts: pa.Array) -> Hashes:
+    """``[n]`` string -> ``[n]`` uint64, the same on every machine and in every version.
+
+    Source: FNV-1a (Fowler, Noll, Vo) over the UTF-8 bytes, finished by SplitMix64's mixer.
+    """
+    offsets, data, _ = _buffers(texts)
+    return _hash_all(offsets, data)
+
+
+def _buffers(texts: pa.Array) -> tuple[Int32Array, Bytes, npt.NDArray[np.bool_]]:
+    _, offsets, data = texts.buffers()
+    valid = np.ones(len(texts), bool)
+    if texts.null_count:
+        valid = np.asarray(texts.is_valid())
+    if offsets is None:
+        return np.zeros(len(texts) + 1, np.int32), np.zeros(0, np.uint8), valid
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return ends, np.frombuffer(data or b"", np.uint8), valid
+
+
+@compiled
+def _hash(data: Bytes, begin: int, end: int) -> Any:
+    word = np.uint64(0xCBF29CE484222325)
+    for i in range(begin, end):
+        word = (word ^ np.uint64(data[i])) * np.uint64(0x100000001B3)
+    return mix(word)
+
+
+@compiled
+def _hash_all(offsets: Int32Array, data: Bytes) -> Hashes:
+    out = np.empty(len(offsets) - 1, np.uint64)
+    for i in range(len(out)):
+        out[i] = _hash(data, offsets[i], offsets[i + 1])
+    return out
+
+
+@compiled
+def _encode(
+    at: int,
+    offsets: Int32Array,
+    data: Bytes,
+    valid: npt.NDArray[np.bool_],
+    slots: Int32Array,
+    hashes: Hashes,
+    ends: Int64Array,
+    arena: Bytes,
+    n: int,
+    used: int,
+    out: Int32Array,
+) -> tuple[int, int, int]:
+    """Goes on at row ``at`` until the end, or until something is full; open addressing."""
+    mask = np.uint64(len(slots) - 1)
+    while at < len(out):
+        if valid[at]:
+            begin, end = offsets[at], offsets[at + 1]
+            word = _hash(data, begin, end)
+            place = word & mask
+            while True:
+                code = slots[place]
+                if code < 0:
+                    if n == len(hashes) or used + end - begin > len(arena):
+                        return at, n, used
+                    for i in range(begin, end):
+                        arena[used + i - begin] = data[i]
+                    used += end - begin
+                    slots[place], hashes[n], ends[n + 1] = n, word, used
+                    out[at] = n
+                    n += 1
+                    break
+                if hashes[code] == word and ends[code + 1] - ends[code] == end - begin:
+                    first = ends[code]
+                    i = 0
+                    while i < end - begin and arena[first + i] == data[begin + i]:
+                        i += 1
+                    if i == end - begin:
+                        out[at] = code
+                        break
+                place = (place + np.uint64(1)) & mask
+        at += 1
+    return at, n, used
+
+
+@compiled
+def _slots_of(hashes: Hashes, size: int) -> Int32Array:
+    slots = np.full(size, -1, np.int32)
+    mask = np.uint64(size - 1)
+    for code in range(len(hashes)):
+        place = hashes[code] & mask
+        while slots[place] >= 0:
+            place = (place + np.uint64(1)) & mask
+        slots[place] = code
+    return slots

@@ -1,0 +1,236 @@
+"""A field's cells -> values: columns to read, several values in one cell, numbers, statistics."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
+from deepfm_dist.data.manifest import NumericSpec
+from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.sources import Column
+from deepfm_dist.errors import ConfigError
+
+_BINS = 1 << 16
+
+
+def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
+    """Columns of the interactions that a configuration needs, each once.
+
+    Raises:
+        ConfigError: a column is wanted as text and as number.
+    """
+    spec = data.interactions
+    wanted: dict[str, Column] = {}
+
+    def add(name: str | None, column: Column) -> None:
+        if name is None:
+            return
+        if wanted.setdefault(name, column).type != column.type:
+            raise ConfigError(
+                f"data: column {name!r} is asked for both as {wanted[name].type} and as "
+                f"{column.type}; copy it under another name"
+            )
+
+    add(spec.user, Column(spec.user or ""))
+    add(spec.item, Column(spec.item or ""))
+    add(spec.label, Column(spec.label or "", "label"))
+    add(spec.time, Column(spec.time or "", "time"))
+    add(spec.rating, Column(spec.rating or "", "number"))
+    if with_split:
+        add(spec.split, Column(spec.split or "", "split"))
+    for feature in in_rows(data):
+        column = column_of(feature)
+        add(column.name, column)
+    return list(wanted.values())
+
+
+def in_rows(data: DataConfig) -> list[Feature]:
+    """Fields whose values stand in the interactions, ids aside."""
+    return [f for f in data.features if f.file is None and not f.names_entity]
+
+
+def column_of(feature: Feature) -> Column:
+    """The column that holds a field's values."""
+    name = feature.column or feature.name
+    if feature.kind == "numeric":
+        return Column(name, "number", required=False, missing=feature.missing)
+    return Column(name, required=False)
+
+
+def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
+    """Cells -> (row of each value, value): empty and missing cells gone, several values split.
+
+    Args:
+        cells: ``[n]`` string.
+        feature: its separator and its words for "missing"; where it keeps the first value only,
+            a row has at most one.
+
+    Returns:
+        rows ``[m]`` int64 ascending, and values ``[m]`` string.
+    """
+    owners = np.arange(len(cells), dtype=np.int64)
+    if feature.separator is not None:
+        lists = pc.split_pattern(cells, feature.separator)
+        owners = np.asarray(pc.list_parent_indices(lists), dtype=np.int64)
+        cells = lists.flatten()
+    cells = pc.utf8_trim_whitespace(cells)
+    missing = pa.array(["", *feature.missing])
+    valid = pc.and_(pc.is_valid(cells), pc.invert(pc.is_in(cells, value_set=missing)))
+    mask = np.asarray(valid.fill_null(False)).astype(bool)
+    if not mask.all():
+        owners, cells = owners[mask], cells.filter(pa.array(mask))
+    if feature.separator is not None and feature.keep == "first":
+        first = np.flatnonzero(np.diff(owners, prepend=-1))
+        owners, cells = owners[first], cells.take(pa.array(first))
+    return owners, cells
+
+
+def coded(cells: pa.Array, feature: Feature, codes: Codes | None) -> Values:
+    """A categorical field's cells as codes, one or several a row.
+
+    Args:
+        cells: ``[n]`` string.
+        feature: the field.
+        codes: of the field's table, added to; None for a hashed field, which has table rows.
+
+    Returns:
+        ``[n]`` int32, -1 where there is no value; jagged for a field of several values.
+    """
+    owners, texts = split_cells(cells, feature)
+    numbers = hashed_rows(texts, feature) if codes is None else codes.encode(texts)
+    if feature.multi_valued:
+        return Jagged.from_pairs(owners, numbers, len(cells))
+    single = np.full(len(cells), -1, np.int32)
+    single[owners] = numbers
+    return single
+
+
+def hashed_rows(texts: pa.Array, feature: Feature) -> Int32Array:
+    """Rows of a hashed field's table: 1 + hash mod ``hash_rows``; row 0 is for no value."""
+    assert feature.hash_rows is not None
+    places = hash_texts(texts) % np.uint64(feature.hash_rows)
+    rows: Int32Array = places.astype(np.int32) + np.int32(1)
+    return rows
+
+
+def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> FloatArray:
+    """Cells of a numeric field as float32, missing ones as NaN."""
+    numbers = cells.cast(pa.float64())
+    if isinstance(numbers, pa.ChunkedArray):
+        numbers = numbers.combine_chunks()
+    numbers = numbers.to_numpy(zero_copy_only=False)
+    for word in feature.missing:
+        with suppress(ValueError):  # words that are no numbers were missing from the start
+            numbers = np.where(numbers == float(word), np.nan, numbers)
+    return numbers.astype(np.float32)
+
+
+def transformed(
+    numbers: FloatArray, feature: Feature, spec: NumericSpec | None
+) -> FloatArray | Int32Array:
+    """Applies a numeric field's transform; what is fitted is left out where ``spec`` is None.
+
+    log is ``sign(x) * log(1 + |x|)``; standard is ``(x - mean) / std``; NaN becomes 0. bucket is
+    1 + the number of boundaries at or below x, and 0 for NaN.
+    """
+    if feature.transform == "bucket" and spec is not None:
+        rows = 1 + np.searchsorted(np.array(spec.boundaries, np.float32), numbers, side="right")
+        return np.where(np.isnan(numbers), 0, rows).astype(np.int32)
+    if feature.transform == "log":
+        numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
+    if spec is None:
+        return numbers
+    if feature.transform == "standard":
+        numbers = ((numbers - spec.mean) / spec.std).astype(np.float32)
+    return np.nan_to_num(numbers)
+
+
+@dataclass
+class NumericFit:
+    """Statistics of a numeric field that can be added up, whatever the order of the pieces.
+
+    Attributes:
+        feature: the field.
+        moments: by piece: number of values, their mean, their summed squared deviation.
+        histogram: of the upper half of each value's float32 bits, for buckets.
+    """
+
+    feature: Feature
+    moments: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+    histogram: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, piece: int, numbers: FloatArray) -> None:
+        """Takes in the raw numbers of a piece; NaN does not count."""
+        values = transformed(numbers, self.feature, None)
+        values = values[~np.isnan(values)]
+        if self.feature.transform == "bucket":
+            if len(self.histogram) == 0:
+                self.histogram = np.zeros(_BINS, np.int64)
+            places = _ordered(values.astype(np.float32)) >> np.uint32(16)
+            self.histogram += np.bincount(places.astype(np.int64), minlength=_BINS)
+        elif len(values):
+            wide = values.astype(np.float64)
+            mean = float(wide.mean())
+            self.moments[piece] = (len(wide), mean, float(((wide - mean) ** 2).sum()))
+
+    def __add__(self, other: Self) -> Self:
+        histogram = self.histogram if len(self.histogram) else other.histogram
+        if len(self.histogram) and len(other.histogram):
+            histogram = self.histogram + other.histogram
+        return type(self)(self.feature, self.moments | other.moments, histogram)
+
+    def spec(self) -> NumericSpec:
+        """The fitted statistics.
+
+        Source of the sum of moments: Chan, Golub, LeVeque, "Updating formulae and a pairwise
+        algorithm for computing sample variances", 1979.
+        """
+        if self.feature.transform == "bucket":
+            return NumericSpec(mean=0, std=1, boundaries=self._boundaries())
+        n, mean, squares = 0, 0.0, 0.0
+        for piece in sorted(self.moments):
+            more, its_mean, its_squares = self.moments[piece]
+            away = its_mean - mean
+            squares += its_squares + away * away * n * more / (n + more)
+            mean += away * more / (n + more)
+            n += more
+        return NumericSpec(mean=mean, std=float(np.sqrt(squares / max(n, 1))) or 1.0)
+
+    def _boundaries(self) -> tuple[float, ...]:
+        """Quantiles, at the lower edge of a bin: exact to 1 part in 128."""
+        if not self.histogram.sum():
+            return ()
+        below = np.cumsum(self.histogram)
+        wanted = below[-1] * np.arange(1, self.feature.buckets) / self.feature.buckets
+        bins = np.unique(np.searchsorted(below, wanted, side="right"))
+        bins = bins[bins > np.flatnonzero(self.histogram)[0]]
+        bits = bins.astype(np.uint32) << np.uint32(16)
+        negative = bits < np.uint32(1 << 31)
+        raw = np.where(negative, ~bits, bits ^ np.uint32(1 << 31))
+        return tuple(float(v) for v in raw.astype(np.uint32).view(np.float32))
+
+
+def _ordered(values: FloatArray) -> npt.NDArray[np.uint32]:
+    """float32 bits as integers that sort as the numbers do."""
+    bits = (values + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+
+
+def lookup_rows(values: Values, row_of_code: Int32Array) -> Values:
+    """Codes -> table rows; -1, no value, becomes row 0."""
+    padded = np.append(row_of_code, np.int32(0))
+    if isinstance(values, Jagged):
+        return Jagged(values.offsets, padded[values.values])
+    return padded[values]
+
+
+def table_names(features: Sequence[Feature]) -> list[str]:
+    """Tables of the fields, in the order of their first use."""
+    return list(dict.fromkeys(f.table_name for f in features if f.in_table))

@@ -1,0 +1,85 @@
+"""Each user's training items, gathered from all partitions."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.crew import Crew
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, grouped, offsets_of
+
+
+class Histories:
+    """Everyone's training items, put aside until those of neighbouring rows come together.
+
+    Args:
+        n_users: rows of the user table.
+        n_rare: users without a row, numbered behind it.
+        n_buckets: stretches of rows that are finished one after the other.
+        folder: of the dataset.
+        crew: the ranks.
+    """
+
+    def __init__(self, n_users: int, n_rare: int, n_buckets: int, folder: Path, crew: Crew) -> None:
+        self.n_users, self.n_rare, self.folder, self.crew = n_users, n_rare, folder, crew
+        self.n_buckets = n_buckets
+        self.height = -(-(n_users + n_rare) // n_buckets)
+
+    def _path(self, bucket: int, rank: int) -> Path:
+        return self.folder / "spill" / f"history-{bucket}-{rank}.bin"
+
+    def add(self, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
+        """Appends ``[m]`` pairs; those of one row stay in their order."""
+        offsets, order = grouped(rows // self.height, self.n_buckets)
+        pairs = np.stack([rows.astype(np.int32), items], axis=1)[order]
+        for bucket in np.flatnonzero(np.diff(offsets)):
+            with self._path(int(bucket), self.crew.rank).open("ab") as file:
+                file.write(pairs[offsets[bucket] : offsets[bucket + 1]].data)
+
+    def write(self, path: Path, table: pa.Table) -> None:
+        """Writes the user table with its history, and the histories of users without a row."""
+        schema = table.schema.append(pa.field("history", pa.list_(pa.int32())))
+        rare: list[Jagged] = []
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for bucket in range(self.n_buckets):
+                begin = bucket * self.height
+                bags = self._bags(bucket, begin)
+                n = max(0, min(self.height, self.n_users - begin))
+                own = Jagged(bags.offsets[: n + 1], bags.values[: bags.offsets[n]])
+                piece = table.slice(begin, n).append_column(schema.field("history"), own.to_arrow())
+                writer.write_table(piece, row_group_size=max(1, n))
+                rare.append(Jagged(bags.offsets[n:], bags.values))
+        if self.n_rare:
+            histories = pa.table({"history": Jagged.concatenated(rare).to_arrow()})
+            pq.write_table(histories, path.with_name("rare.parquet"), compression="zstd")
+
+    def _bags(self, bucket: int, begin: int) -> Jagged:
+        """The distinct items of each row of a bucket, in their order."""
+        paths = [self._path(bucket, rank) for rank in range(self.crew.size)]
+        flat = [np.fromfile(path, np.int32) for path in paths if path.exists()]
+        pairs = np.concatenate([np.zeros(0, np.int32), *flat]).reshape(-1, 2)
+        n = max(0, min(self.height, self.n_users + self.n_rare - begin))
+        offsets, order = grouped(pairs[:, 0] - begin, n)
+        items = pairs[order, 1]
+        first = first_pairs(offsets, np.arange(len(items)), items, int(items.max(initial=0)) + 1)
+        kept = np.add.reduceat(np.append(first, False), offsets[:-1]) * (np.diff(offsets) > 0)
+        return Jagged(offsets_of(kept), items[first])
+
+
+@compiled
+def first_pairs(
+    offsets: Int64Array, order: Int64Array, items: Int32Array, n_items: int
+) -> npt.NDArray[np.bool_]:
+    """Whether a row is its group's first with its item; groups as `jagged.grouped` gives them."""
+    first = np.zeros(len(items), np.bool_)
+    last_group = np.full(n_items, -1, np.int64)
+    for g in range(len(offsets) - 1):
+        for i in range(offsets[g], offsets[g + 1]):
+            row = order[i]
+            if last_group[items[row]] != g:
+                last_group[items[row]] = g
+                first[row] = True
+    return first

@@ -1,0 +1,127 @@
+"""Rows on their way: partitions of them, in memory or, where they are too many, on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, grouped, joined, taken
+
+
+class Spill:
+    """One rank's rows by partition: an Arrow file whose record batches hold one partition each.
+
+    Args:
+        path: the file to write; None keeps the rows in memory.
+        n_partitions: number of partitions.
+    """
+
+    def __init__(self, path: Path | None, n_partitions: int) -> None:
+        self.path = path
+        self.places: list[list[int]] = [[] for _ in range(n_partitions)]
+        """The numbers of each partition's record batches."""
+        self._in_memory: list[pa.RecordBatch] = []
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._written = 0
+
+    def add(self, batch: pa.RecordBatch, partitions: npt.NDArray[np.integer]) -> None:
+        """Appends rows, ``partitions [n]`` saying where each belongs; their order stays."""
+        if len(self.places) == 1:
+            self._put(batch, 0)
+            return
+        offsets, order = grouped(partitions, len(self.places))
+        batch = batch.take(pa.array(order))
+        for p in np.flatnonzero(np.diff(offsets)):
+            self._put(batch.slice(offsets[p], offsets[p + 1] - offsets[p]), int(p))
+
+    def _put(self, batch: pa.RecordBatch, partition: int) -> None:
+        self.places[partition].append(self._written)
+        self._written += 1
+        if self.path is None:
+            self._in_memory.append(batch)
+            return
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self.path), batch.schema)
+        self._writer.write_batch(batch)
+
+    def close(self) -> None:
+        """Ends the writing."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def read(self, partition: int) -> list[pa.RecordBatch]:
+        """A partition's rows as they came."""
+        if self.path is None:
+            return [self._in_memory[i] for i in self.places[partition]]
+        return read_spilled(self.path, self.places[partition])
+
+
+def read_spilled(path: Path, places: Sequence[int]) -> list[pa.RecordBatch]:
+    """Some record batches of a `Spill`'s file, mapped into memory."""
+    if not places:
+        return []
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(i) for i in places]
+
+
+@dataclass
+class Part:
+    """The rows of a partition, in file order.
+
+    Attributes:
+        row: ``[n]`` int64: place among all rows read.
+        user: ``[n]`` int32 codes, or None; item: the same.
+        local: ``[n]`` int32: the user's place among the partition's users.
+        label: ``[n]`` int8.
+        given: ``[n]`` int8: train, valid or test where the input says so, else -1.
+        time: ``[n]`` int64, or None.
+        fields: raw numbers and codes of the fields that stand in the rows.
+        repeated: how many rows were dropped because an earlier one has their user and item.
+        full: how many rows were dropped because their users have seen every item.
+    """
+
+    row: Int64Array
+    user: Int32Array | None
+    item: Int32Array | None
+    local: Int32Array | None
+    label: npt.NDArray[np.int8]
+    given: npt.NDArray[np.int8]
+    time: Int64Array | None
+    fields: dict[str, Values]
+    repeated: int = 0
+    full: int = 0
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Part":
+        """Some of the rows."""
+        if mask.all():
+            return self
+        at = np.flatnonzero(mask)
+        arrays: dict[str, Any] = {
+            name: None if (array := getattr(self, name)) is None else array[at] for name in _ARRAYS
+        }
+        return Part(**arrays, fields={name: taken(v, at) for name, v in self.fields.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["Part"]) -> "Part":
+        """The rows of all, one after the other."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        arrays: dict[str, Any] = {
+            name: None
+            if getattr(first, name) is None
+            else np.concatenate([getattr(p, name) for p in parts])
+            for name in _ARRAYS
+        }
+        fields = {name: joined([p.fields[name] for p in parts]) for name in first.fields}
+        return cls(**arrays, fields=fields)
+
+
+_ARRAYS = ("row", "user", "item", "local", "label", "given", "time")

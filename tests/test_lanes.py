@@ -1,0 +1,181 @@
+"""Streamed training rows: every row once an epoch, the same batches at any number of ranks."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepfm_dist.data import encode
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.lanes import consumed
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.errors import DataError
+from tests.test_dataset import rows_of
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.data())
+def test_lanes_take_turns_until_each_is_done(
+    rows: int, lanes: int, copies: int, data: st.DataObject
+) -> None:
+    sizes = [copies * (rows // lanes + (lane < rows % lanes)) for lane in range(lanes)]
+    left, order = list(sizes), []
+    while any(left):  # one row at a time from each lane that still has one
+        for lane in range(lanes):
+            if left[lane]:
+                left[lane] -= 1
+                order.append(lane)
+    total = data.draw(st.integers(0, rows * copies))
+    found = consumed(rows, lanes, copies, total)
+    assert found.tolist() == [order[:total].count(lane) for lane in range(lanes)]
+
+
+def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr") -> Path:
+    """``rows`` labelled rows (or positives) that know their number: n is i, m i's digits."""
+    lines = "".join(
+        f"u{i % 7},i{i % 1009},{i % 3 % 2},{i},{'|'.join(str(i)[:2])}\n" for i in range(rows)
+    )
+    (folder / "r.csv").write_text("u,i,y,n,m\n" + lines)
+    spec: dict[str, Any] = {
+        "task": task,
+        "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+        "features": [
+            {"name": "user", "entity": "user"},
+            {"name": "item", "entity": "item"},
+            {"name": "m", "separator": "|"},
+            {"name": "n", "kind": "numeric"},
+        ],
+        "split": {"valid": 0, "test": 0},
+        "lanes": lanes,
+    }
+    if task == "ctr":
+        spec["interactions"]["label"] = "y"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "LANE_WINDOW_ROWS", window)
+        patch.setattr(encode, "PARTITION_BYTES", 4000)
+        prepare(DataConfig.model_validate(spec), folder, folder / "d", seed=3)
+    return folder / "d"
+
+
+def numbers(batches: list[TrainingBatches], step: int) -> list[int]:
+    """The numbers of the rows of a step, in the order of the ranks."""
+    found: list[int] = []
+    for of_rank in batches:
+        batch = of_rank.batch(step)
+        real = int(batch.weights.sum())
+        found += [int(n) for n in batch.dense[:real, 0]]
+        assert batch.weights.tolist() == [1.0] * real + [0.0] * (len(batch.weights) - real)
+        bags = batch.sparse.to_dict()["m"].to_dense()
+        assert [len(bag) for bag in bags[:real]] == [
+            min(2, len(str(n))) for n in found[len(found) - real :]
+        ]
+        assert [y % 1 for y in batch.labels.tolist()] == [0] * len(batch.labels)
+        labels = batch.labels[:real].tolist()
+        assert labels == [n % 3 % 2 for n in found[len(found) - real :]]
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(2, 400),
+    lanes=st.integers(1, 9),
+    window=st.sampled_from([10, 100, 1000]),
+    size=st.integers(1, 5),
+    batch_size=st.integers(1, 150),
+    seed=st.integers(0, 5),
+)
+def test_every_row_comes_once_an_epoch_at_any_world_size(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: int,
+    lanes: int,
+    window: int,
+    size: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    dataset = PreparedDataset(
+        prepared(tmp_path_factory.mktemp("lanes"), rows, lanes, window), memory_bytes=0
+    )
+    assert (dataset.manifest.lanes, dataset.manifest.splits["train"].rows) == (lanes, rows)
+    batch_size = min(batch_size, rows)
+    alone = [TrainingBatches(dataset, batch_size, 0, 1, seed)]
+    steps = alone[0].steps_per_epoch
+    orders = []
+    for epoch in range(2):
+        order = []
+        for step in range(1 + epoch * steps, 1 + (epoch + 1) * steps):
+            order += numbers(alone, step)
+        assert sorted(order) == list(range(rows))
+        orders.append(order)
+    assert rows < 10 or orders[0] != orders[1]
+    if -(-batch_size // size) * (size - 1) >= batch_size:
+        return
+    ranks = [TrainingBatches(dataset, batch_size, r, size, seed) for r in range(size)]
+    for step in (2 * steps, 1, steps, max(1, steps // 2)):  # from anywhere, in any order
+        epoch, at = divmod(step - 1, steps)
+        expected = orders[epoch][at * batch_size : (at + 1) * batch_size]
+        assert numbers(ranks, step) == expected
+
+
+def test_negatives_are_the_same_at_any_world_size_and_avoid_positives(tmp_path: Path) -> None:
+    dataset = PreparedDataset(prepared(tmp_path, 300, 5, 20, "implicit"), memory_bytes=0)
+    k = dataset.manifest.data.negatives.per_positive
+    ranks = [TrainingBatches(dataset, 64, r, 3, 9) for r in range(3)]
+    alone = TrainingBatches(dataset, 64, 0, 1, 9)
+    liked = {(u, i) for u, bag in enumerate(bags(dataset)) for i in bag}
+    found: Counter[tuple[int, int]] = Counter()
+    for step in range(1, alone.steps_per_epoch + 1):
+        whole = rows_of(alone.batch(step))
+        assert [row for of_rank in ranks for row in rows_of(of_rank.batch(step))] == whole
+        for users, items, *_, label in whole:
+            pair = (users[0], items[0])  # type: ignore[index]
+            assert (pair in liked) == (label == 1)
+            found[pair] += label == 1
+    assert {p for p, n in found.items() if n} == liked
+    assert sum(found.values()) == 300 == alone.rows_per_epoch // (1 + k)
+    held = PreparedDataset(dataset.folder)  # in memory: the same rows and as many batches
+    assert TrainingBatches(held, 64, 0, 1, 9).steps_per_epoch == alone.steps_per_epoch
+
+
+def bags(dataset: PreparedDataset) -> list[list[int]]:
+    history = dataset.history
+    ends = history.offsets.tolist()
+    return [history.values[a:b].tolist() for a, b in pairwise(ends)]
+
+
+def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, 300, 5, 20, "implicit")
+    held, mapped = PreparedDataset(folder), PreparedDataset(folder, memory_bytes=0)
+    assert bags(held) == bags(mapped)
+    assert not (folder / "mapped" / "user-history-_as_it_is").is_file()
+    assert sorted(p.name for p in (folder / "mapped").rglob("*.*")) == ["offsets.npy", "values.bin"]
+    for seen in (held.seen(False), mapped.seen(False), PreparedDataset(folder, 0).seen(False)):
+        ends = seen.offsets.tolist()
+        rows = [seen.values[a:b].tolist() for a, b in pairwise(ends)]
+        assert rows == [sorted(i - 1 for i in bag) for bag in bags(held)]
+    assert not mapped.history.values.flags.writeable
+
+
+def test_a_streamed_batch_mixes_many_groups(tmp_path: Path) -> None:
+    dataset = PreparedDataset(prepared(tmp_path, 4000, 16, 500), memory_bytes=0)
+    order = numbers([TrainingBatches(dataset, 200, 0, 1, 1)], 1)
+    assert len({n // 100 for n in order}) > 14
+    assert abs(np.std(order) / (4000 / 12**0.5) - 1) < 0.2  # of evenly drawn rows
+
+
+def test_damaged_training_files_are_named(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, 900, 4, 100)
+    path = sorted((folder / "train").iterdir())[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"part-00001\.parquet: missing or damaged"):
+        TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
+    path.write_bytes(sorted((folder / "train").iterdir())[0].read_bytes())
+    with pytest.raises(DataError, match=r"train: \d+ rows where the manifest says 900"):
+        TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
