@@ -38,9 +38,10 @@ class SeparateTables(deepfm.EmbeddingArch):
         embedding_dim: int,
         mean_pooled: Collection[str] = (),
         device: torch.device | None = None,
+        half: bool = False,
     ) -> None:
         """Replaces the collection of the one-table layout; pooling stays as it is."""
-        super().__init__(tables, features, embedding_dim, mean_pooled, device)
+        super().__init__(tables, features, embedding_dim, mean_pooled, device, half)
         self.factors_width = -(-embedding_dim // 4) * 4
         configs = []
         for config in self.ebc.embedding_bag_configs():
@@ -59,17 +60,20 @@ class SeparateTables(deepfm.EmbeddingArch):
         self.first_order_keys = [f"{key}_first_order" for key in self.factor_keys]
         self.ebc = EmbeddingBagCollection(device=device, tables=configs)
 
-    def forward(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
-        """Factors ``[B, F, D]`` and first-order weights ``[B, F]``, as the one-table layout's."""
+    def rows(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """``[B, F, row_width]``, as the one-table layout's."""
         keys = [self.factor_keys, self.first_order_keys]
         pooled = KeyedTensor.regroup([self.ebc(sparse)], keys)  # traced: no iterating over it
         factors = pooled[0].view(-1, len(self.features), self.factors_width)
         first_order = pooled[1].view(-1, len(self.features), 4)
+        rows = torch.cat([factors[:, :, : self.embedding_dim], first_order[:, :, :1]], 2)
+        rows_BFW = torch.nn.functional.pad(rows, (0, self.row_width - self.embedding_dim - 1))
         if self.mean_pooled:
-            counts_BF = sparse.lengths().view(len(self.features), -1).T.to(factors.dtype)
-            share = 1 / torch.where(self.is_mean_F, counts_BF.clamp(min=1), 1.0)[:, :, None]
-            factors, first_order = factors * share, first_order * share
-        return factors[:, :, : self.embedding_dim], first_order[:, :, 0]
+            counts_BF = sparse.lengths().view(len(self.features), -1).T.to(rows_BFW.dtype)
+            rows_BFW = (
+                rows_BFW / torch.where(self.is_mean_F, counts_BF.clamp(min=1), 1.0)[..., None]
+            )
+        return rows_BFW
 
 
 LAYOUTS["separate"] = SeparateTables

@@ -74,14 +74,15 @@ class Run:
         checkpoints.wait()
 
 
-def train(folder: Path, config: Config, steps: int, shuffled: bool = False) -> list[float]:
+def train(folder: Path, config: Config, steps: int, shuffled: int | None = None) -> list[float]:
     with world("cpu") as ranks:
-        return Run(folder, config, ranks).losses(1, steps, permuted if shuffled else lambda b: b)
+        run = Run(folder, config, ranks)
+        return run.losses(1, steps, lambda b: b if shuffled is None else permuted(b, shuffled))
 
 
-def permuted(batch: Batch) -> Batch:
+def permuted(batch: Batch, seed: int) -> Batch:
     """The same rows in another order."""
-    order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(7))
+    order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(seed))
     by_key = [jagged.to_dense() for jagged in batch.sparse.to_dict().values()]
     bags = [[bag[i] for i in order.tolist()] for bag in by_key]
     sparse = KeyedJaggedTensor(
@@ -124,11 +125,12 @@ def test_losses_do_not_depend_on_world_size_or_plan(
 def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDataset) -> None:
     config = config_of(*LARGE)
     alone = run_alone(train, sample.folder, config, 50)
-    reordered = run_alone(train, sample.folder, config, 50, shuffled=True)
+    reordered = [run_alone(train, sample.folder, config, 50, shuffled=seed) for seed in (7, 8, 9)]
+    apart = max(difference(losses, alone) for losses in reordered)
     for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
         losses = run_ranks(train, size, sample.folder, config_of(*LARGE, plan), 50)[0]
         assert difference(losses[:10], alone[:10]) <= 1e-6
-        assert difference(losses, alone) <= 3 * max(difference(reordered, alone), 1e-7)
+        assert difference(losses, alone) <= 3 * max(apart, 1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -209,7 +209,8 @@ def _complaint(arguments: list[str]) -> str:
         ),
         (
             ["data={interactions: {file: train_ratings.csv, user: user, item: item}, features: "
-             "[{name: user, entity: user}, {name: when, column: time, kind: numeric}], root: data/sample}"],
+             "[{name: user, entity: user}, {name: when, column: time, kind: numeric}], "
+             "root: data/sample}"],
             "ConfigError: when is numeric",
         ),
         (
