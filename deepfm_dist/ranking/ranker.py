@@ -158,7 +158,7 @@ class ModelRanker:
         self._rows = catalogue.rows
         self._candidates: int | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))
-        item_bytes = sum(t[0].nbytes for t in one.tensors)
+        item_bytes = sum(t[0].nbytes for t in one.tensors) + self.engine.work_bytes
         per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
         self._item_begins = range(0, len(self._rows), per_block)
         total = item_bytes * len(self._rows)
@@ -284,10 +284,16 @@ class FixedRanker:
         self, begin: int, end: int, height: int, seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a stretch of users; see `Ranker`."""
-        scores = self._scores(begin, end)
-        mask = mask_of(seen, scores.device)(0, end - begin)
-        positions, best = masked_top_k(scores, mask, k)
-        return positions.cpu().numpy(), best.cpu().numpy()
+        positions, best = (
+            np.zeros((end - begin, k), np.int64),
+            np.zeros((end - begin, k), np.float32),
+        )
+        for first in range(0, end - begin, USER_BLOCK):
+            last = min(first + USER_BLOCK, end - begin)
+            scores = self._scores(begin + first, begin + last)
+            found = masked_top_k(scores, mask_of(seen, scores.device)(first, last), k)
+            positions[first:last], best[first:last] = (tensor.cpu() for tensor in found)
+        return positions, best
 
 
 def constant_ranker(per_item: npt.NDArray[np.number], device: torch.device) -> FixedRanker:
