@@ -213,7 +213,8 @@ class ModelRanker:
 
     def item_vectors(self) -> Tensor:
         """``[I, D]`` each item's sum of factor vectors: how users meet it in the pairwise part."""
-        return torch.cat([side.factor_sum for _, side in self._item_sides(0, len(self._rows))])
+        n = len(self._rows)
+        return torch.cat([side.factor_sum for _, side in self._item_sides(0, n)])[:n]
 
     def _user_sides(self, begin: int, end: int, height: int) -> Any:
         """Users ``begin`` to ``end``, looked up in as many steps as every rank takes."""
@@ -251,7 +252,10 @@ class ModelRanker:
         return items
 
     def _item_sides(self, begin: int, end: int) -> Iterator[tuple[int, Side]]:
-        """Items computed in shares and gathered on every rank, a block of each rank's at a time."""
+        """Items computed in shares and gathered on every rank, a block of each rank's at a time.
+
+        What pads the last one comes after all items.
+        """
         size = self._world.world_size
         for first in range(begin, end, size * ITEM_BLOCK):
             mine = first + self._world.rank * ITEM_BLOCK
@@ -284,12 +288,10 @@ class FixedRanker:
         self, begin: int, end: int, height: int, seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a stretch of users; see `Ranker`."""
-        positions, best = (
-            np.zeros((end - begin, k), np.int64),
-            np.zeros((end - begin, k), np.float32),
-        )
-        for first in range(0, end - begin, USER_BLOCK):
-            last = min(first + USER_BLOCK, end - begin)
+        n = end - begin
+        positions, best = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+        for first in range(0, n, USER_BLOCK):
+            last = min(first + USER_BLOCK, n)
             scores = self._scores(begin + first, begin + last)
             found = masked_top_k(scores, mask_of(seen, scores.device)(first, last), k)
             positions[first:last], best[first:last] = (tensor.cpu() for tensor in found)
