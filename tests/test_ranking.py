@@ -100,7 +100,7 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
         pairs.append(rows)
     factors, first, dense = (torch.stack([p[k] for p in pairs]) for k in range(3))
     with torch.no_grad():
-        expected = double(factors, first, dense).view(n_users, n_items)
+        expected = double(factors, first, dense).detach().view(n_users, n_items)
     difference = torch.stack(found) - expected
     return float((difference.abs() / expected.abs().clamp(min=1)).max())
 

@@ -17,7 +17,7 @@ from deepfm_dist.ranking.topk import NO_ITEM, mask_of, masked_top_k, top_k
 
 log = logging.getLogger(__name__)
 
-USER_BLOCK = 256
+USER_BLOCK = 512
 """Users looked up and multiplied together: a GEMM's last digits depend on its height."""
 USERS_PER_TASK = 64
 """Users that a thread takes at a time."""

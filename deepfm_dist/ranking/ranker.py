@@ -309,11 +309,11 @@ def _repeated(row: Tensor, begin: int, end: int) -> Tensor:
 
 
 def stretch_of(n_users: int) -> int:
-    """Users that are ranked and written together: about 64 stretches, of 256 to 65,536 users.
+    """Users that are ranked and written together: about 64 stretches, of 512 to 65,536 users.
 
     It is the same at every world size.
     """
-    return min(max(math.ceil(n_users / 64 / USER_BLOCK), 1), 256) * USER_BLOCK
+    return min(max(math.ceil(n_users / 64 / USER_BLOCK), 1), 128) * USER_BLOCK
 
 
 def rank_users(
