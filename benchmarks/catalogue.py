@@ -129,12 +129,12 @@ def main() -> int:
     # torch takes whole blocks of users; where layers are wide, fewer items keep a run short.
     some = min(options.items, max(1024, int(RUN_S * expected / 256)))
     pairs = rows(FORWARD_ROWS)
-    a, b = torch.randn(1024, 512), torch.randn(512, 512)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     work_of = {
         "pairs_per_s": (ranked(compiled, n_users, options.items), n_users * options.items),
         "torch_pairs_per_s": (ranked(TorchEngine(scorer), 256, some), 256 * some),
         "naive_pairs_per_s": (torch.inference_mode()(lambda: arch(*pairs)), FORWARD_ROWS),
-        "limit_pairs_per_s": (lambda: torch.mm(a, b), 2 * 1024 * 512 * 512 / flops),
+        "limit_pairs_per_s": (lambda: torch.mm(a, b), 2 * 1024**3 / flops),
     }
     # One thread's processor time is its time on a machine of its own, near enough.
     clock = time.process_time if options.threads == 1 else time.perf_counter

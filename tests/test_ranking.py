@@ -24,8 +24,9 @@ from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
-from deepfm_dist.ranking import catalogue, output
+from deepfm_dist.ranking import catalogue, kernel, output
 from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
 from deepfm_dist.ranking.evaluation import evaluate_ranking
 from deepfm_dist.ranking.metrics import ranking_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
@@ -69,7 +70,7 @@ def random_arch(
 
 
 def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
-    """Largest error of the factorised scores, in units of max(1, |logit|)."""
+    """Largest error of either engine's scores, in units of max(1, |logit|)."""
     n_users, n_items = 7, 11
     of_item = torch.tensor(OF_ITEM)
     users, items = (
@@ -77,7 +78,12 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
         for n in (n_users, n_items)
     )
     scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
-    found = scorer.scores(scorer.side("user", *users), scorer.side("item", *items))
+    cpu, sides = torch.device("cpu"), (scorer.side("user", *users), scorer.side("item", *items))
+    found = []
+    for engine in (TorchEngine(scorer), engine_for(scorer, cpu)):
+        packed = engine.allocate(n_items, sides[1])
+        engine.fill(packed, 0, sides[1])
+        found.append(engine.scores(engine.users([sides[0]]), n_users, packed))
     double = copy.deepcopy(arch).double()
     pairs = []
     for u, i in itertools.product(range(n_users), range(n_items)):
@@ -92,8 +98,9 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
         pairs.append(rows)
     factors, first, dense = (torch.stack([p[k] for p in pairs]) for k in range(3))
     with torch.no_grad():
-        expected = double(torch.cat([factors, first[:, :, None]], 2), dense).view(n_users, n_items)
-    return float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+        expected = double(torch.cat([factors, first[:, :, None]], 2), dense).detach().view(n_users, n_items)
+    difference = torch.stack(found) - expected
+    return float((difference.abs() / expected.abs().clamp(min=1)).max())
 
 
 @pytest.mark.parametrize("hidden", [None, (), (6,), (30, 20, 10), (3, 17, 1, 8)])
@@ -108,6 +115,23 @@ def test_factorised_scores_equal_the_forward_pass(
     assert difference_from_forward(arch) <= 1e-5
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    hidden=st.none() | st.lists(st.integers(1, 45), max_size=4).map(tuple),
+    dim=st.integers(1, 40),
+    first_order=st.booleans(),
+    fm=st.booleans(),
+    batch_norm=st.booleans(),
+    activation=st.sampled_from(["relu", "relu", "gelu", "tanh", "sigmoid"]),
+    seed=st.integers(0, 2**31),
+)
+def test_factorised_scores_of_any_shape_equal_the_forward_pass(
+    hidden: tuple[int, ...] | None, dim: int, seed: int, **options: object
+) -> None:
+    arch = random_arch(seed, hidden, custom=False, dim=dim, **options)
+    assert difference_from_forward(arch, dim) <= 1e-5
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "sigmoid"])
 def test_every_activation_is_scored_exactly(activation: str) -> None:
     assert difference_from_forward(random_arch(2, (9, 4), False, activation=activation)) <= 1e-5
@@ -115,6 +139,25 @@ def test_every_activation_is_scored_exactly(activation: str) -> None:
 
 def test_an_over_arch_of_ones_own_is_scored_exactly() -> None:
     assert difference_from_forward(random_arch(3, None, custom=True)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("hidden", "custom", "activation", "kind"),
+    [
+        ((9, 4), False, "relu", KernelEngine),
+        ((), False, "gelu", KernelEngine),
+        (None, False, "relu", KernelEngine),
+        ((9, 4), False, "gelu", TorchEngine),
+        (None, True, "relu", TorchEngine),
+    ],
+)
+def test_the_kernel_is_taken_where_it_can_be(
+    hidden: tuple[int, ...] | None, custom: bool, activation: str, kind: type
+) -> None:
+    arch = random_arch(5, hidden, custom, activation=activation)
+    scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
+    expected = kind if kernel.HAS_FMA else TorchEngine
+    assert type(engine_for(scorer, torch.device("cpu"))) is expected
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 13, 40])

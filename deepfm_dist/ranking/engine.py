@@ -17,7 +17,7 @@ from deepfm_dist.ranking.topk import NO_ITEM, mask_of, masked_top_k, top_k
 
 log = logging.getLogger(__name__)
 
-USER_BLOCK = 256
+USER_BLOCK = 512
 """Users looked up and multiplied together: a GEMM's last digits depend on its height."""
 USERS_PER_TASK = 64
 """Users that a thread takes at a time."""
@@ -43,9 +43,15 @@ class Best:
 
 
 class Engine(Protocol):
-    """Ranks items for users, both prepared by it."""
+    """Ranks items for users, both prepared by it.
+
+    Attributes:
+        name: what it is.
+        work_bytes: memory it works in, beside the item itself, for every item of a block.
+    """
 
     name: str
+    work_bytes: int
 
     def allocate(self, n: int, like: Side) -> Any:
         """Room for n items."""
@@ -88,6 +94,8 @@ class TorchEngine:
 
     def __init__(self, scorer: CatalogueScorer) -> None:
         self.name = "torch"
+        # Scores, and in the top-K keys of eight bytes, their shifted halves and the mask's copy.
+        self.work_bytes = USER_BLOCK * (4 + 3 * 8)
         self._scorer = scorer
 
     def allocate(self, n: int, like: Side) -> Side:
@@ -155,6 +163,7 @@ class KernelEngine:
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], threads: int) -> None:
+        self.work_bytes = 0
         self.name = f"compiled kernel, {kernel.LANES * 32}-bit vectors"
         self._network = kernel.network_of([(w.numpy(), b.numpy()) for w, b in layers])
         self._pairwise = kernel.network_of([])

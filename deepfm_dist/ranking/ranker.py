@@ -158,7 +158,7 @@ class ModelRanker:
         self._rows = catalogue.rows
         self._candidates: int | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))
-        item_bytes = sum(t[0].nbytes for t in one.tensors)
+        item_bytes = sum(t[0].nbytes for t in one.tensors) + self.engine.work_bytes
         per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
         self._item_begins = range(0, len(self._rows), per_block)
         total = item_bytes * len(self._rows)
@@ -213,7 +213,8 @@ class ModelRanker:
 
     def item_vectors(self) -> Tensor:
         """``[I, D]`` each item's sum of factor vectors: how users meet it in the pairwise part."""
-        return torch.cat([side.factor_sum for _, side in self._item_sides(0, len(self._rows))])
+        n = len(self._rows)
+        return torch.cat([side.factor_sum for _, side in self._item_sides(0, n)])[:n]
 
     def _user_sides(self, begin: int, end: int, height: int) -> Any:
         """Users ``begin`` to ``end``, looked up in as many steps as every rank takes."""
@@ -251,7 +252,10 @@ class ModelRanker:
         return items
 
     def _item_sides(self, begin: int, end: int) -> Iterator[tuple[int, Side]]:
-        """Items computed in shares and gathered on every rank, a block of each rank's at a time."""
+        """Items computed in shares and gathered on every rank, a block of each rank's at a time.
+
+        What pads the last one comes after all items.
+        """
         size = self._world.world_size
         for first in range(begin, end, size * ITEM_BLOCK):
             mine = first + self._world.rank * ITEM_BLOCK
@@ -284,10 +288,14 @@ class FixedRanker:
         self, begin: int, end: int, height: int, seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a stretch of users; see `Ranker`."""
-        scores = self._scores(begin, end)
-        mask = mask_of(seen, scores.device)(0, end - begin)
-        positions, best = masked_top_k(scores, mask, k)
-        return positions.cpu().numpy(), best.cpu().numpy()
+        n = end - begin
+        positions, best = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+        for first in range(0, n, USER_BLOCK):
+            last = min(first + USER_BLOCK, n)
+            scores = self._scores(begin + first, begin + last)
+            found = masked_top_k(scores, mask_of(seen, scores.device)(first, last), k)
+            positions[first:last], best[first:last] = (tensor.cpu() for tensor in found)
+        return positions, best
 
 
 def constant_ranker(per_item: npt.NDArray[np.number], device: torch.device) -> FixedRanker:
@@ -301,11 +309,11 @@ def _repeated(row: Tensor, begin: int, end: int) -> Tensor:
 
 
 def stretch_of(n_users: int) -> int:
-    """Users that are ranked and written together: about 64 stretches, of 256 to 65,536 users.
+    """Users that are ranked and written together: about 64 stretches, of 512 to 65,536 users.
 
     It is the same at every world size.
     """
-    return min(max(math.ceil(n_users / 64 / USER_BLOCK), 1), 256) * USER_BLOCK
+    return min(max(math.ceil(n_users / 64 / USER_BLOCK), 1), 128) * USER_BLOCK
 
 
 def rank_users(
