@@ -74,6 +74,51 @@ def test_an_epoch_has_every_positive_once_and_its_negatives(sample: PreparedData
     assert rows_of(again) == rows_of(batches.batch(3))
 
 
+@pytest.mark.parametrize("avoid", ["train", "all"])
+@pytest.mark.parametrize("redraw", [True, False])
+def test_negatives_avoid_and_change_as_they_are_told(
+    tmp_path: Path, avoid: str, redraw: bool
+) -> None:
+    rng = np.random.default_rng(1)
+    pairs = sorted({(int(u), int(i)) for u, i in rng.integers(0, (12, 15), (90, 2))})
+    (tmp_path / "r.csv").write_text("u,i\n" + "".join(f"{u},{i}\n" for u, i in pairs))
+    data = DataConfig.model_validate(
+        {
+            "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+            "features": [{"name": n, "entity": n} for n in ("user", "item")],
+            "split": {"method": "per_user", "valid": 0.2, "test": 0.2},
+            "negatives": {
+                "per_positive": 2,
+                "evaluation_per_positive": 1,
+                "avoid": avoid,
+                "redraw": redraw,
+                "popularity_power": 0.5 if redraw else 0.0,
+            },
+        }
+    )
+    prepare(data, tmp_path, tmp_path / "d", seed=1)
+    dataset = PreparedDataset(tmp_path / "d")
+    held_out = {
+        (u, i)
+        for split in ("valid", "test")
+        for u, bag in enumerate(dataset.positives(split).lists())
+        for i in bag
+    }
+    batches = TrainingBatches(dataset, 30, 0, 1, seed=2)
+    epochs = []
+    for epoch in range(6):
+        first = 1 + epoch * batches.steps_per_epoch
+        rows = [
+            row
+            for b in batches.steps(first, first + batches.steps_per_epoch - 1)
+            for row in rows_of(b)
+        ]
+        epochs.append(sorted((u[0], i[0]) for u, i, y in rows if not y))  # type: ignore[index]
+    assert (epochs[0] == epochs[1]) != redraw
+    drawn = {pair for epoch in epochs for pair in epoch}
+    assert bool(drawn & held_out) == (avoid == "train")
+
+
 def test_ranks_without_rows_are_refused(sample: PreparedDataset) -> None:
     with pytest.raises(ConfigError, match="batch of 4 rows over 3 ranks leaves a rank without"):
         TrainingBatches(sample, 4, 0, 3, seed=1)

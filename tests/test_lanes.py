@@ -1,7 +1,6 @@
 """Streamed training rows: every row once an epoch, the same batches at any number of ranks."""
 
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def test_negatives_are_the_same_at_any_world_size_and_avoid_positives(tmp_path: 
     k = dataset.manifest.data.negatives.per_positive
     ranks = [TrainingBatches(dataset, 64, r, 3, 9) for r in range(3)]
     alone = TrainingBatches(dataset, 64, 0, 1, 9)
-    liked = {(u, i) for u, bag in enumerate(bags(dataset)) for i in bag}
+    liked = {(u, i) for u, bag in enumerate(dataset.history.lists()) for i in bag}
     found: Counter[tuple[int, int]] = Counter()
     for step in range(1, alone.steps_per_epoch + 1):
         whole = rows_of(alone.batch(step))
@@ -143,22 +142,14 @@ def test_negatives_are_the_same_at_any_world_size_and_avoid_positives(tmp_path: 
     assert TrainingBatches(held, 64, 0, 1, 9).steps_per_epoch == alone.steps_per_epoch
 
 
-def bags(dataset: PreparedDataset) -> list[list[int]]:
-    history = dataset.history
-    ends = history.offsets.tolist()
-    return [history.values[a:b].tolist() for a, b in pairwise(ends)]
-
-
 def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
     folder = prepared(tmp_path, 300, 5, 20, "implicit")
     held, mapped = PreparedDataset(folder), PreparedDataset(folder, memory_bytes=0)
-    assert bags(held) == bags(mapped)
+    assert held.history.lists() == mapped.history.lists()
     assert not (folder / "mapped" / "user-history-_as_it_is").is_file()
     assert sorted(p.name for p in (folder / "mapped").rglob("*.*")) == ["offsets.npy", "values.bin"]
     for seen in (held.seen(False), mapped.seen(False), PreparedDataset(folder, 0).seen(False)):
-        ends = seen.offsets.tolist()
-        rows = [seen.values[a:b].tolist() for a, b in pairwise(ends)]
-        assert rows == [sorted(i - 1 for i in bag) for bag in bags(held)]
+        assert seen.lists() == [sorted(i - 1 for i in bag) for bag in held.history.lists()]
     assert not mapped.history.values.flags.writeable
 
 

@@ -98,7 +98,11 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
         pairs.append(rows)
     factors, first, dense = (torch.stack([p[k] for p in pairs]) for k in range(3))
     with torch.no_grad():
-        expected = double(torch.cat([factors, first[:, :, None]], 2), dense).detach().view(n_users, n_items)
+        expected = (
+            double(torch.cat([factors, first[:, :, None]], 2), dense)
+            .detach()
+            .view(n_users, n_items)
+        )
     difference = torch.stack(found) - expected
     return float((difference.abs() / expected.abs().clamp(min=1)).max())
 

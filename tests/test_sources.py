@@ -1,9 +1,14 @@
+import csv
+import gzip
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepfm_dist.data import sources
 from deepfm_dist.data.schema import FileFormat
@@ -236,3 +241,142 @@ def test_delimiters_may_have_any_length_and_alphabet(tmp_path: Path) -> None:
             "user": ["é"],
             "score": [1.0],
         }
+
+
+def test_line_breaks_within_quotes_do_not_shift_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('user,score\n"a\nb",1\n,2\n')
+    with pytest.raises(DataError, match="line 4: user '' is empty"):
+        read_table(path, COLUMNS[:2])
+    path.write_text('user,score\n"a\n\nb",1\nc,2,3\n')
+    with pytest.raises(DataError, match="line 5: 3 cells where 2 are expected: 'c,2,3'"):
+        read_table(path, COLUMNS[:2])
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    path.write_text("user,score\n" + '"a\nb",1\n' * 99)
+    assert read_table(path, COLUMNS[:2])["user"].to_pylist() == ["a\nb"] * 99
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it begins as UTF-16 does"),
+        (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is no UTF-8 text"),
+        (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
+        (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is no number"),
+    ],
+)
+def test_what_is_no_text_of_its_encoding_is_told_by_line(
+    tmp_path: Path, raw: bytes, message: str
+) -> None:
+    (tmp_path / "a.csv").write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / "a.csv", COLUMNS[:2])
+
+
+def test_gz_files_of_several_members_are_read_whole(tmp_path: Path) -> None:
+    whole = gzip.compress(b"user,score\na,1\n") + gzip.compress(b"b,2\n")
+    (tmp_path / "a.csv.gz").write_bytes(whole)
+    assert read_table(tmp_path / "a.csv.gz", COLUMNS[:2])["user"].to_pylist() == ["a", "b"]
+
+
+def test_ids_may_be_larger_than_int64(tmp_path: Path) -> None:
+    ids = [2**64 - 1, 2**63]
+    pq.write_table(pa.table({"user": pa.array(ids, pa.uint64())}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("user\n" + "".join(f"{i}\n" for i in ids))
+    for name in ("a.parquet", "a.csv"):
+        assert read_table(tmp_path / name, COLUMNS[:1])["user"].to_pylist() == [*map(str, ids)]
+
+
+def test_libsvm_gives_indices_to_texts_and_values_to_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.libsvm"
+    path.write_text("1 7:1 3:0.5 \n0 8:1 3:2\r\n")
+    columns = [Column("y", "label"), Column("who"), Column("n", "number")]
+    layout = FileFormat(columns=("y", "who", "n"))
+    assert read_table(path, columns, layout).to_pydict() == {
+        "y": [1, 0],
+        "who": ["7", "8"],
+        "n": [0.5, 2.0],
+    }
+    with pytest.raises(DataError, match=r"libsvm has no column names; give them in data\.files"):
+        read_table(path, columns)
+    path.write_text("1 7:1 3:0.5\n\n0 8:1\n")
+    with pytest.raises(DataError, match="line 3: 2 cells where 3 are expected: '0 8:1'"):
+        read_table(path, columns, layout)
+    path.write_text("1 7:1 3:0.5\n-1 8:1 3:1\n")
+    with pytest.raises(DataError, match="line 2: y '-1' is no label: 0 or 1 is expected"):
+        read_table(path, columns, layout)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_wide_delimiters_are_found_wherever_blocks_end(tmp_path: Path, packing: str) -> None:
+    rows = [(f"user: {i}", str(i)) for i in range(150_000)]
+    path = tmp_path / f"a.dat{packing}"
+    with pa.output_stream(path) as file:
+        file.write(("user::score\n" + "\n".join(map("::".join, rows))).encode())
+    found = read_table(path, COLUMNS[:2])
+    assert found["user"].to_pylist() == [u for u, _ in rows]
+
+
+PIECES = st.sampled_from(
+    [*'aé1,;|"\t :-.\0\x1f\x85\ufeff\n\r', "\r\n", "::", '""', "nan", "1e999", "user", "score"]
+)
+NAMES = ("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parquet")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(PIECES, max_size=40).map("".join) | st.binary(max_size=60),
+    st.sampled_from(NAMES),
+    st.sampled_from(["error", "skip"]),
+    st.sampled_from([None, "|", "::", "latin-1"]),
+    st.booleans(),
+)
+def test_any_file_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    body: str | bytes,
+    name: str,
+    on_bad_row: Literal["error", "skip"],
+    option: str | None,
+    headed: bool,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    raw = body.encode() if isinstance(body, str) else body
+    if headed:
+        raw = b"user,score\n" + raw
+    path.write_bytes(raw)
+    layout = FileFormat(
+        columns=None if headed else ("user", "score"),
+        delimiter=None if option == "latin-1" else option,
+        encoding="latin-1" if option == "latin-1" else None,
+    )
+    dropped: Counter[str] = Counter()
+    try:
+        table = read_table(path, COLUMNS[:2], layout, on_bad_row, dropped)
+    except DataError as error:
+        assert str(path) in str(error)
+        assert len(str(error).splitlines()) == 1
+        return
+    assert table["user"].null_count == table["score"].null_count == 0
+    assert on_bad_row == "skip" or not dropped
+    assert "" not in table["user"].to_pylist()
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(CELL, st.floats(width=32, allow_nan=False, allow_infinity=False))))
+def test_what_a_csv_writer_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, float]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("user", "score"), *rows])
+    if not rows:
+        with pytest.raises(DataError, match="no rows"):
+            read_table(path, COLUMNS[:2])
+        return
+    table = read_table(path, COLUMNS[:2])
+    assert list(zip(table["user"].to_pylist(), table["score"].to_pylist(), strict=True)) == rows

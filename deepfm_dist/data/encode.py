@@ -439,11 +439,11 @@ class _Preparation:
         if "user" in self.entities:
             hashes = hash_texts(self.ids[_of_entity("user")])
             of_user = np.asarray(hashes % np.uint64(self.n_parts), np.int64)
-            offsets, in_parts = grouped(of_user, self.n_parts)
-            self.members = Jagged(offsets, np.asarray(in_parts, np.int32))
+            offsets, by_part = grouped(of_user, self.n_parts)
+            self.members = Jagged(offsets, by_part.astype(np.int32))
             self.local: Int32Array = np.empty(len(of_user), np.int32)
             begins = np.repeat(offsets[:-1], np.diff(offsets))
-            self.local[in_parts] = np.asarray(np.arange(len(in_parts)) - begins, np.int32)
+            self.local[by_part] = (np.arange(len(by_part)) - begins).astype(np.int32)
 
     def _members(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -73,6 +74,10 @@ class Jagged:
     def sorted(self) -> Self:
         """The same with each row's values in ascending order."""
         return type(self)(self.offsets, _sorted_rows(self.offsets, self.values))
+
+    def lists(self) -> list[list[int]]:
+        """Each row's values, for few rows."""
+        return [self.values[a:b].tolist() for a, b in pairwise(self.offsets.tolist())]
 
     def firsts(self) -> Self:
         """The same with each row's first value only."""

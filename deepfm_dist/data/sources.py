@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -277,6 +278,7 @@ class _Reader:
                 ),
             )
 
+        self._check_beginning()
         try:
             try:
                 reader = opened(wanted)
@@ -293,9 +295,25 @@ class _Reader:
         except (OSError, EOFError, UnicodeError) as error:
             raise DataError(self._unreadable(error)) from None
 
-    def _check_columns(self, present: Sequence[str]) -> None:
+    def _check_beginning(self) -> None:
+        """Refuses what Arrow would misread: UTF-16 taken for UTF-8, a column that comes twice."""
+        try:
+            begin = self._stream().read(2)
+        except (OSError, EOFError, pa.ArrowException):
+            return  # the reader says why
+        if begin in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
+            raise DataError(
+                f"{self.path}, line 1: not readable: it begins as UTF-16 does; name the encoding "
+                f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
+            )
+        if self.layout.columns is None:
+            with suppress(csv.Error, OSError, EOFError, pa.ArrowException):
+                _, _, header = next(self._parsed(), (0, 0, ()))
+                self._check_columns(header, only_twice=True)
+
+    def _check_columns(self, present: Sequence[str], only_twice: bool = False) -> None:
         for column in self.columns:
-            if column.name not in present:
+            if column.name not in present and not only_twice:
                 near = difflib.get_close_matches(column.name, present, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise DataError(
