@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking.topk import top_k
 
 MAX_ITEMS = 30_000
 """Items up to which an item-item matrix is computed: float64 of this side takes 7 GB."""
@@ -58,8 +59,8 @@ class ItemKNN:
         together = torch.from_numpy(_together(train, n_items, "item_knn"))
         norm = together.diagonal().sqrt().clamp(min=1)
         cosine = (together / norm[:, None] / norm).fill_diagonal_(0)
-        best = cosine.topk(min(self.neighbours, n_items), dim=1)
-        weights = torch.zeros(n_items, n_items).scatter_(1, best.indices, best.values.float())
+        nearest, cosines = top_k(cosine.float(), min(self.neighbours, n_items))
+        weights = torch.zeros(n_items, n_items).scatter_(1, nearest, cosines)
         return partial(_linear, weights)
 
 

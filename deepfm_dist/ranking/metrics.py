@@ -78,10 +78,10 @@ def user_metrics(
         figures |= {
             f"recall@{k}": np.asarray(at_k.sum(1) / n_relevant),
             f"ndcg@{k}": np.asarray(at_k @ discounts[:k] / ideal[best_possible]),
-            f"hit_rate@{k}": at_k.any(1).astype(np.float64),
-            f"precision@{k}": at_k.sum(1) / k,
+            f"hit_rate@{k}": np.asarray(at_k.any(1), np.float64),
+            f"precision@{k}": np.asarray(at_k.sum(1) / k),
             f"map@{k}": (at_k * precisions[:, :k]).sum(1) / best_possible,
-            f"mrr@{k}": (at_k / ranks[:k]).max(1, initial=0),
+            f"mrr@{k}": np.asarray((at_k / ranks[:k]).max(1, initial=0)),
             f"popularity@{k}": popularity[:, :k].sum(1) / n_filled,
             f"novelty@{k}": novelty[:, :k].sum(1) / n_filled,
         }
