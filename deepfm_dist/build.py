@@ -29,6 +29,7 @@ from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
+from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.trainer import LoopState, Schedule
@@ -217,6 +218,10 @@ def schedule_of(config: Config) -> Schedule:
             f"trainer.monitor={trainer.monitor}: no validation figure; there are: "
             f"{', '.join(CLICK_FIGURES)}"
         )
+    if trainer.monitor == "user_auc" and config.data.interactions.user is None:
+        raise ConfigError(
+            "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
+        )
     return Schedule(
         trainer.epochs,
         _rate_of(tables),
@@ -245,6 +250,22 @@ def _rate_of(config: LearningRateConfig) -> LearningRate:
         config.final_lr / config.lr,
         config.power,
     )
+
+
+def baselines_of(config: Config) -> dict[str, Baseline]:
+    """The baselines that the configuration names.
+
+    Raises:
+        ConfigError: one needs a library that is not installed.
+    """
+    settings, ials = config.evaluate, config.evaluate.ials
+    makers: dict[str, Callable[[], Baseline]] = {
+        "popularity": Popularity,
+        "item_knn": lambda: ItemKNN(settings.item_knn_neighbours),
+        "ease": lambda: Ease(settings.ease_l2),
+        "ials": lambda: Ials(ials.factors, ials.l2, ials.alpha, ials.iterations, config.run.seed),
+    }
+    return {name: makers[name]() for name in settings.baselines}
 
 
 def begin(

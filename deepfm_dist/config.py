@@ -225,6 +225,19 @@ class CheckpointConfig(Section):
     continue training, else the best one if a figure was watched."""
 
 
+class IalsConfig(Section):
+    """Weighted matrix factorisation."""
+
+    factors: int = Field(128, ge=1)
+    """Length of a user's and an item's vector."""
+    l2: float = Field(0.1, ge=0)
+    """Weight of their squared norms."""
+    alpha: float = Field(1.0, gt=0)
+    """Weight of a positive; everything else has 1."""
+    iterations: int = Field(15, ge=1)
+    """Passes over users and items."""
+
+
 class EvaluateConfig(Section):
     """The figures on held-out rows."""
 
@@ -232,6 +245,15 @@ class EvaluateConfig(Section):
     """Which rows."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of the ranking metrics."""
+    baselines: tuple[Literal["popularity", "item_knn", "ease", "ials"], ...] = ("popularity",)
+    """Rankings beside the model's, fitted on the same training positives; ials needs the library
+    ``implicit``."""
+    item_knn_neighbours: int = Field(100, ge=1)
+    """Items that an item votes for."""
+    ease_l2: float = Field(500.0, gt=0)
+    """Weight of the squared norm of EASE's matrix."""
+    ials: IalsConfig = IalsConfig()
+    """Settings of iALS."""
     reference: str | None = None
     """A parquet file (``user, item, score``) under ``data.root`` whose ranking is shown beside the
     model's: the sample's generator writes its true log-odds there."""

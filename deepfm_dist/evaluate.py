@@ -14,7 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import deepfm_of, open_trained
+    from dataclasses import asdict
+
+    from deepfm_dist.build import baselines_of, deepfm_of, open_trained
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
     from deepfm_dist.log import MetricsLog
@@ -22,7 +24,8 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.report import metrics_table
     from deepfm_dist.training.evaluation import HeldOut
 
-    split = config.evaluate.split
+    split, cutoffs = config.evaluate.split, config.evaluate.k
+    baselines = baselines_of(config)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         dataset = trained.dataset
@@ -32,22 +35,24 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 + ("; it was refit on all of them" if dataset.manifest.data.refit else "")
             )
         rows = HeldOut(dataset, split).metrics(trained.sharded, ranks)
-        rankings = {}
+        comparison = None
         if dataset.manifest.data.task == "implicit":
             reference = config.evaluate.reference
-            rankings = evaluate_ranking(
+            comparison = evaluate_ranking(
                 deepfm_of(trained.sharded),
                 ranks,
                 dataset,
                 split,
-                config.evaluate.k,
+                cutoffs,
                 config.recommend.context,
+                baselines,
                 config.data_root / reference if reference else None,
             )
         metrics = MetricsLog(config.run_dir, ranks.is_first)
         if ranks.is_first:
-            metrics.write("evaluate", split=split, rows=rows, rankings=rankings)
-            print(metrics_table(split, rows, rankings))
+            rankings = asdict(comparison) if comparison else {}
+            metrics.write("evaluate", split=split, rows=rows, **rankings)
+            print(metrics_table(split, rows, comparison, cutoffs))
             print(f"\nwritten: {metrics.path}")
 
 

@@ -1,6 +1,6 @@
 """What people look at: tables in plain text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -9,21 +9,43 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.planning import Plan, RankDemand
 from deepfm_dist.distributed.sharding import RESERVED
+from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import Written
 
 SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
 
 
 def metrics_table(
-    split: str, rows: Mapping[str, float], rankings: Mapping[str, Mapping[str, float]]
+    split: str, rows: Mapping[str, float], comparison: Comparison | None, cutoffs: Sequence[int]
 ) -> str:
-    """Figures on rows, and rankings side by side."""
+    """Figures on rows, and rankings side by side: one table for each K."""
     figures = pd.Series(dict(rows)).map("{:.4f}".format)
-    text = f"{split} rows\n{figures.to_string()}"
-    if rankings:
-        frame = pd.DataFrame(rankings).T.map("{:.4f}".format)
-        text += f"\n\n{split} rankings, whole catalogue\n{frame.to_string()}"
-    return text
+    blocks = [f"{split} rows\n{figures.to_string()}"]
+    for k in cutoffs if comparison else ():
+        assert comparison is not None
+        labels, lines = [], []
+        for name, of_ranking in comparison.figures.items():
+            labels.append(name)
+            lines.append(_at_cutoff(of_ranking, k))
+            for label, bounds in (
+                ("95 %", comparison.intervals[name]),
+                ("model minus it", comparison.differences.get(name, {})),
+            ):
+                for end, side in enumerate(("from", "to") if bounds else ()):
+                    labels.append(f"  {label}, {side}")
+                    lines.append(_at_cutoff({m: pair[end] for m, pair in bounds.items()}, k))
+        text = pd.DataFrame(lines, labels).to_string(float_format=_four_digits, na_rep="")
+        blocks.append(f"{split} rankings, whole catalogue, K = {k}\n{text}")
+    return "\n\n".join(blocks)
+
+
+def _at_cutoff(line: Mapping[str, float], k: int) -> dict[str, float]:
+    named = (name.split("@") for name in line)
+    return {figure: line[f"{figure}@{at}"] for figure, at in named if at == str(k)}
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def ranking_table(written: Written, dataset: PreparedDataset) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.data.codes import Codes, hash_texts
@@ -12,7 +12,6 @@ from deepfm_dist.seeding import mix
 TEXTS = st.none() | st.text(max_size=5) | st.sampled_from(["a", "b", "0", "00", ""])
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(TEXTS, max_size=30), max_size=6), st.integers(0, 3))
 def test_codes_equal_a_dictionary_over_any_batches(
     batches: list[list[str | None]], skipped: int

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.config import BUNDLE, config_from, load_config
@@ -206,7 +206,6 @@ def test_the_sample_is_found_from_anywhere_and_an_own_folder_comes_first(
     assert load_config("sample", ["data.root=~/x"]).data_root == tmp_path / "x"
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=5),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
@@ -284,7 +284,6 @@ def expected_row(user: int | None, item: int | None, context: int | None) -> tup
 PLACE = st.none() | st.integers(0, len(ROWS) - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(PLACE, PLACE, PLACE), min_size=1, max_size=8))
 def test_the_collator_equals_a_loop_over_the_rows(
     clicks: PreparedDataset, places: list[tuple[int | None, int | None, int | None]]

@@ -98,7 +98,7 @@ class Ranking:
 sizes = st.lists(st.integers(1, 37), max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 33), st.integers(1, 90), st.integers(0, 19), sizes, st.integers(0, 2**31))
 def test_scores_equal_float64(
     n_users: int, n_items: int, dim: int, sizes: list[int], seed: int
@@ -118,7 +118,7 @@ def sorted_top_k(scores: torch.Tensor, candidates: list[list[int]], k: int) -> l
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 33),
     st.integers(1, 90),

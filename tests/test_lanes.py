@@ -18,7 +18,6 @@ from deepfm_dist.errors import DataError
 from tests.test_dataset import rows_of
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.data())
 def test_lanes_take_turns_until_each_is_done(
     rows: int, lanes: int, copies: int, data: st.DataObject
@@ -80,7 +79,7 @@ def numbers(batches: list[TrainingBatches], step: int) -> list[int]:
     return found
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.integers(2, 400),
     lanes=st.integers(1, 9),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chisquare
 
@@ -76,7 +76,6 @@ def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None
     check_enough_unseen(99, HISTORY, users[:0], N_ITEMS, "k")
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 39)), st.integers(0, 5))
 def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     others = [7] * before  # of the users before this one
@@ -153,7 +152,6 @@ def test_draws_pass_a_chi_square_test_of_uniformity(user: int) -> None:
         assert chisquare(counts[unseen]).pvalue > 1e-4
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 199)), st.integers(0, 9))
 def test_the_rth_unseen_item_of_a_long_history_is_found(seen: set[int], before: int) -> None:
     values = np.array([5] * before + sorted(seen) + [0, 199], np.int32)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,15 @@ from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
 from deepfm_dist.ranking import catalogue, kernel, output
+from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
-from deepfm_dist.ranking.evaluation import evaluate_ranking
-from deepfm_dist.ranking.metrics import ranking_metrics
+from deepfm_dist.ranking.evaluation import Comparison, evaluate_ranking
+from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.training import prediction
@@ -37,6 +40,7 @@ from tests.cross_net import CrossNet
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import Run
 
+BASELINES = {"popularity": Popularity(), "item_knn": ItemKNN(20), "ease": Ease(100.0)}
 OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones
 N_CATEGORICAL, N_DENSE = 4, 2
 
@@ -119,7 +123,7 @@ def test_factorised_scores_equal_the_forward_pass(
     assert difference_from_forward(arch) <= 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hidden=st.none() | st.lists(st.integers(1, 45), max_size=4).map(tuple),
     dim=st.integers(1, 40),
@@ -190,10 +194,35 @@ def test_top_k_equals_a_full_sort(rows: list[list[float]], k: int) -> None:
         assert best == [row[i] if i >= 0 else -float("inf") for i in expected]
 
 
+def figures_by_loops(
+    best: list[int], wanted: list[int], k: int, counts: list[int], n_users: int
+) -> dict[str, float]:
+    """One user's figures, read off their definitions."""
+    shown = [item for item in best[:k] if item >= 0]
+    hit = [item >= 0 and item in wanted for item in best[:k]]
+    at = [rank for rank, is_hit in enumerate(hit, 1) if is_hit]
+    possible = min(k, len(wanted))
+    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, possible + 1))
+    nothing = float("nan")
+    return {
+        "recall": len(at) / len(wanted),
+        "ndcg": sum(1 / math.log2(rank + 1) for rank in at) / ideal,
+        "hit_rate": float(len(at) > 0),
+        "precision": len(at) / k,
+        "map": sum(sum(hit[:rank]) / rank for rank in at) / possible,
+        "mrr": 1 / at[0] if at else 0.0,
+        "popularity": sum(counts[i] for i in shown) / len(shown) if shown else nothing,
+        "novelty": sum(-math.log2(max(counts[i], 1) / n_users) for i in shown) / len(shown)
+        if shown
+        else nothing,
+    }
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_ranking_metrics_equal_a_loop_over_users(data: st.DataObject) -> None:
     n_users = data.draw(st.integers(1, 5))
+    counts = data.draw(st.lists(st.integers(0, 9), min_size=13, max_size=13))
     ranked, relevant = [], []
     for _ in range(n_users):
         items = data.draw(st.permutations(range(1, 9)))
@@ -204,18 +233,59 @@ def test_ranking_metrics_equal_a_loop_over_users(data: st.DataObject) -> None:
     jagged = Jagged.from_pairs(
         np.repeat(np.arange(n_users), [len(r) for r in relevant]), np.concatenate(relevant), n_users
     )
-    found = ranking_metrics(np.array(ranked), jagged, [1, 3, 5])
+    found = user_metrics(np.array(ranked), jagged, [1, 3, 5], np.array(counts), 9)
+    share = coverage(np.array(ranked), [1, 3, 5], 12)
+    average = means(found)
     for k in (1, 3, 5):
-        recalls, gains, hit_rates = [], [], []
-        for best, wanted in zip(ranked, relevant, strict=True):
-            hits = [item > 0 and item in wanted for item in best[:k]]
-            recalls.append(sum(hits) / len(wanted))
-            ideal = sum(1 / np.log2(r + 2) for r in range(min(k, len(wanted))))
-            gains.append(sum(h / np.log2(r + 2) for r, h in enumerate(hits)) / ideal)
-            hit_rates.append(any(hits))
-        assert found[f"recall@{k}"] == pytest.approx(np.mean(recalls), abs=1e-12)
-        assert found[f"ndcg@{k}"] == pytest.approx(np.mean(gains), abs=1e-12)
-        assert found[f"hit_rate@{k}"] == pytest.approx(np.mean(hit_rates), abs=1e-12)
+        expected = pd.DataFrame(
+            [figures_by_loops(b, w, k, counts, 9) for b, w in zip(ranked, relevant, strict=True)]
+        )
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[f"{name}@{k}"], values, rtol=0, atol=1e-9)
+            assert average[f"{name}@{k}"] == pytest.approx(values.mean(), abs=1e-9, nan_ok=True)
+        shown = {item for best in ranked for item in best[:k] if item >= 0}
+        assert share[f"coverage@{k}"] == len(shown) / 12
+
+
+def test_bootstrap_intervals_are_those_of_the_mean_and_of_paired_differences() -> None:
+    rng = np.random.default_rng(3)
+    hard = rng.normal(0, 5, 400)  # what both rankings find hard in a user cancels in pairs
+    ours, theirs = {"m": hard + rng.normal(0.3, 1, 400)}, {"m": hard + rng.normal(0, 1, 400)}
+    a, b = resampled_means(ours)["m"], resampled_means(theirs)["m"]
+    for samples, values in ((a, ours["m"]), (a - b, ours["m"] - theirs["m"])):
+        error = values.std() / 20
+        low, high = interval(samples)
+        assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+        assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_ease_and_item_knn_are_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.random((30, 9)) < 0.4).astype(np.float64)
+    users, items = x.nonzero()
+    train = Jagged.from_pairs(users, items, 30)
+    everyone = np.arange(30, dtype=np.int32)
+    # EASE: each column is the ridge regression on the other items.
+    found = Ease(3.0).fit(train, 9)(train, everyone)
+    for item in range(9):
+        others = np.delete(x, item, 1)
+        weights = np.linalg.solve(others.T @ others + 3 * np.eye(8), others.T @ x[:, item])
+        np.testing.assert_allclose(found[:, item], others @ weights, atol=1e-5)
+    norm = np.linalg.norm(x, axis=0)
+    cosine = (x.T @ x / norm[:, None] / norm).astype(np.float32)
+    np.fill_diagonal(cosine, 0)
+    for row in cosine:
+        row[np.argsort(-row, kind="stable")[4:]] = 0
+    votes = ItemKNN(4).fit(train, 9)(train, everyone)
+    np.testing.assert_allclose(votes, x @ cosine, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"ease needs a matrix of 30,001 x 30,001 items \(7 GB\)"):
+        Ease(3.0).fit(train, 30_001)
+
+
+def test_ials_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"ials needs the library implicit.*pip install"):
+        Ials(8, 0.1, 1.0, 2, 1)
 
 
 def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, object]:
@@ -234,7 +304,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
         over = model.interaction_arch.over_arch
         assert isinstance(over, OverArch)
         return {
-            "rankings": evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}),
+            "rankings": evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES),
             "rows": dict(HeldOut(dataset, "test").metrics(sharded, ranks)),
             "n_rows": n_rows,
             "tables": pieces,
@@ -362,7 +432,7 @@ def test_users_with_few_unseen_items_get_fewer_rows(
 
 
 def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: Path) -> None:
-    found = run_alone(_everything, sample.folder, config_of(), tmp_path, 10)["rankings"]
+    found = run_alone(_everything, sample.folder, config_of(), tmp_path, 10)["rankings"].figures
     train, valid, test = (sample.positives(s) for s in ("train", "valid", "test"))
     counts = np.bincount(train.values, minlength=sample.manifest.entities["item"]).astype(float)
     ids = np.array([0, *map(int, sample.entity_ids("item").to_pylist()[1:])])
@@ -391,12 +461,12 @@ def test_merged_tables_do_not_depend_on_how_users_were_dealt(
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
 
 
-def _ranked_by_reference(folder: Path, reference: Path) -> dict[str, dict[str, float]]:
+def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
         model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
-        return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, reference)
+        return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES, reference)
 
 
 def test_a_reference_of_counts_ranks_as_popularity_does(
@@ -408,7 +478,7 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
     table = pd.DataFrame({"score": np.tile([*counts, 1e9], len(users) + 1)}, index=pairs)
     path = tmp_path / "counts.parquet"
     table.rename_axis(["user", "item"]).reset_index().sample(frac=1).to_parquet(path)
-    found = run_alone(_ranked_by_reference, sample.folder, path)
+    found = run_alone(_ranked_by_reference, sample.folder, path).figures
     assert found["counts"] == found["popularity"] != found["model"]
     pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
     with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):

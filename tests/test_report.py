@@ -6,17 +6,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import Written
 from deepfm_dist.report import metrics_table, ranking_table
 
 
 def test_figures_stand_beside_each_other() -> None:
-    rankings = {"model": {"recall@5": 0.5, "ndcg@5": 1}, "popularity": {"recall@5": 0, "ndcg@5": 0}}
-    lines = metrics_table("valid", {"auc": 0.75}, rankings).splitlines()
+    figures = {"model": {"recall@5": 0.5, "recall@10": 0.6}, "ease": {"recall@5": 0.25}}
+    intervals = {"model": {"recall@5": (0.4, 0.6)}, "ease": {"recall@5": (0.2, 0.3)}}
+    comparison = Comparison(figures, intervals, {"ease": {"recall@5": (0.1, 0.4)}})
+    lines = metrics_table("valid", {"auc": 0.75}, comparison, (5,)).splitlines()
     assert lines[0] == "valid rows"
     assert lines[1].split() == ["auc", "0.7500"]
-    assert lines[-1].split() == ["popularity", "0.0000", "0.0000"]
-    assert metrics_table("test", {"auc": 1}, {}) == "test rows\nauc    1.0000"
+    assert lines[3] == "valid rankings, whole catalogue, K = 5"
+    assert [line.split()[-1] for line in lines[4:]] == [
+        "recall",
+        *["0.5000", "0.4000", "0.6000"],
+        *["0.2500", "0.2000", "0.3000", "0.1000", "0.4000"],
+    ]
+    assert lines[-1].startswith("  model minus it, to")
+    assert metrics_table("test", {"auc": 1}, None, (5,)) == "test rows\nauc    1.0000"
 
 
 def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.seeding import derive_seed, permute
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(0, 2**62))
 def test_permute_is_a_bijection_with_random_access(n: int, seed: int) -> None:
     whole = permute(np.arange(n), n, seed)
@@ -48,7 +47,6 @@ def test_every_index_is_as_likely_at_every_place() -> None:
     assert ((neighbours - expected) ** 2 / expected).sum() < (n - 2) + 5 * np.sqrt(2 * (n - 2))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2**40), st.integers(0, 2**63 - 1), st.data())
 def test_large_ranges_stay_in_range_without_collisions(
     n: int, seed: int, data: st.DataObject
@@ -59,7 +57,6 @@ def test_large_ranges_stay_in_range_without_collisions(
     assert all(0 <= value < n for value in out.tolist())
 
 
-@settings(deadline=None)
 @given(*[st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))] * 2)
 def test_different_parts_give_different_seeds(a: tuple[int, int], b: tuple[int, int]) -> None:
     assert (derive_seed(*a) == derive_seed(*b)) == (a == b)

@@ -7,7 +7,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.data import sources
@@ -325,7 +325,6 @@ PIECES = st.sampled_from(
 NAMES = ("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parquet")
 
 
-@settings(deadline=None)
 @given(
     st.lists(PIECES, max_size=40).map("".join) | st.binary(max_size=60),
     st.sampled_from(NAMES),
@@ -366,7 +365,6 @@ def test_any_file_is_read_or_refused_in_one_line(
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(CELL, st.floats(width=32, allow_nan=False, allow_infinity=False))))
 def test_what_a_csv_writer_writes_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, float]]

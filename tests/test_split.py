@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.data.schema import Split
@@ -68,7 +68,6 @@ def test_methods_by_user_equal_a_loop(method: str, valid: float, test: float) ->
     assert parts[0] == 0
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(["random", "per_user", "temporal", "leave_last"]))
 def test_any_rows_are_cut_in_order_of_key_then_file(data: st.DataObject, method: str) -> None:
     n = data.draw(st.integers(1, 25))
@@ -111,7 +110,6 @@ def test_random_methods_change_with_the_seed_and_hold_out_evenly() -> None:
         assert np.abs(often - share).max() < 5 * np.sqrt(share * (1 - share) / 400)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1, max_size=60),
     st.sampled_from([0.0, 0.1, 0.34, 0.6]),

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.data.codes import Codes
@@ -17,7 +17,6 @@ def encode_distinct(ids: pa.Array) -> tuple[np.ndarray, pa.Array]:
     return codes.encode(ids), codes.texts()
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=30))
 def test_ids_survive_the_round_trip(ids: list[str]) -> None:
     codes, distinct = encode_distinct(pa.array(ids))
@@ -55,7 +54,6 @@ def test_ids_go_out_as_numbers_only_if_all_are_plain_ones() -> None:
     assert external(pa.array(["10", "007"])).to_pylist() == ["10", "007"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-(10**12), 10**12), unique=True), st.lists(st.text(), unique=True))
 def test_numbers_are_ordered_by_value_and_texts_by_code_point(
     numbers: list[int], texts: list[str]
@@ -68,7 +66,6 @@ def test_numbers_are_ordered_by_value_and_texts_by_code_point(
         assert id_order(pa.array(ids, pa.string())).tolist() == [place[i] for i in ids]
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1), st.integers(0, 99))
 def test_rows_go_by_count_then_id_then_the_bijection(count: dict[str, int], seed: int) -> None:
     ids = pa.array([*count], pa.string())

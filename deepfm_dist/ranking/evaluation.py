@@ -1,13 +1,16 @@
 """How well the whole catalogue is ranked for users with held-out items."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
@@ -17,18 +20,34 @@ from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.metrics import ranking_metrics
+from deepfm_dist.ranking.baselines import Baseline, distinct
+from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.ranker import (
     Catalogue,
     FixedRanker,
     ModelRanker,
     Ranker,
-    constant_ranker,
     gather_ranked,
     rank_users,
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How well several rankings serve the same users.
+
+    Attributes:
+        figures: by ranking, `means` of `user_metrics`, and `coverage`.
+        intervals: by ranking, the 95 % bootstrap interval of each mean over users.
+        differences: by ranking but the model's, the same of the model's mean minus this ranking's,
+            user by user.
+    """
+
+    figures: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    differences: dict[str, dict[str, tuple[float, float]]]
 
 
 def evaluate_ranking(
@@ -38,9 +57,10 @@ def evaluate_ranking(
     split: str,
     cutoffs: Sequence[int],
     context: Mapping[str, str | float],
+    baselines: Mapping[str, Baseline],
     reference: Path | None = None,
-) -> dict[str, dict[str, float]]:
-    """Ranking metrics of the model, of popularity, and of a reference's scores. All ranks.
+) -> Comparison | None:
+    """Compares the model's ranking with others of the same users. All ranks.
 
     Users are those known from training with a held-out positive; masked are their positives in
     the splits that come before: train, and for the test also valid.
@@ -52,10 +72,14 @@ def evaluate_ranking(
         split: valid or test.
         cutoffs: values of K.
         context: values of the context fields.
+        baselines: by name; fitted here on the training positives.
         reference: parquet file ``user, item, score`` with another system's scores.
 
     Returns:
-        By ranking, the metrics of `ranking_metrics`; empty on ranks other than 0.
+        On rank 0 the rankings' figures, the model's first; None elsewhere.
+
+    Raises:
+        ConfigError: a baseline cannot be fitted on so many items.
     """
     relevant_of_all = dataset.positives(split)
     users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
@@ -77,21 +101,61 @@ def evaluate_ranking(
         len(users),
     )
     fixed = RowEncoder(dataset).fixed_context(context)
-    rankers: dict[str, Ranker] = {
-        "model": ModelRanker(model, world, dataset, catalogue, users, fixed),
-        "popularity": constant_ranker(dataset.popularity()[catalogue.rows], world.device),
+    makers: dict[str, Callable[[], Ranker]] = {
+        "model": lambda: ModelRanker(model, world, dataset, catalogue, users, fixed)
     }
+    for name, baseline in baselines.items():
+        makers[name] = partial(_fitted, name, baseline, dataset, catalogue, users, world)
     if reference is not None:
-        rankers[reference.stem] = _reference_ranker(reference, dataset, catalogue, users, world)
-    found = {}
-    for name, ranker in rankers.items():
+        makers[reference.stem] = lambda: _reference_ranker(
+            reference, dataset, catalogue, users, world
+        )
+    counts = dataset.popularity()
+    n_active = int((dataset.history.lengths > 0).sum())
+    figures, samples = {}, {}
+    for name, ranker in makers.items():
         positions = gather_ranked(
-            rank_users(ranker, seen, max(cutoffs), world), max(cutoffs), world
+            rank_users(ranker(), seen, max(cutoffs), world), max(cutoffs), world
         )
         if positions is not None:
             ranked = np.where(positions >= 0, catalogue.rows[positions], -1)
-            found[name] = ranking_metrics(ranked, relevant, cutoffs)
-    return found
+            of_users = user_metrics(ranked, relevant, cutoffs, counts, n_active)
+            figures[name] = means(of_users) | coverage(ranked, cutoffs, len(catalogue))
+            samples[name] = resampled_means(of_users)
+    if not world.is_first:
+        return None
+    ours = samples["model"]
+    return Comparison(
+        figures,
+        {name: {m: interval(v) for m, v in of.items()} for name, of in samples.items()},
+        {
+            name: {m: interval(ours[m] - v) for m, v in of.items()}
+            for name, of in samples.items()
+            if name != "model"
+        },
+    )
+
+
+def _fitted(
+    name: str,
+    baseline: Baseline,
+    dataset: PreparedDataset,
+    catalogue: Catalogue,
+    users: Int32Array,
+    world: World,
+) -> FixedRanker:
+    """Fitted on rank 0, so that all ranks score by the same numbers."""
+    everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
+    train = distinct(catalogue.seen_by(everyone, [dataset.history]))
+    fitted = world.agreed(
+        world.first_does(f"fit_{name}", lambda: baseline.fit(train, len(catalogue)))
+    )
+    assert fitted is not None
+
+    def scores(begin: int, end: int) -> Tensor:
+        return fitted(train, users[begin:end]).to(world.device)
+
+    return FixedRanker(scores, len(catalogue))
 
 
 def _reference_ranker(

@@ -1,6 +1,6 @@
-"""Ranking metrics over the whole catalogue."""
+"""Ranking metrics over the whole catalogue, user by user, and how sure their means are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,9 @@ import numpy.typing as npt
 from deepfm_dist.data.jagged import Int64Array, Jagged
 
 FloatArray = npt.NDArray[np.float64]
+
+RESAMPLES = 2000
+"""Bootstrap samples behind an interval."""
 
 
 def hits(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
@@ -27,33 +30,113 @@ def hits(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
     return np.isin(found, wanted) & (ranked >= 0)
 
 
-def ranking_metrics(
-    ranked: Int64Array, relevant: Jagged, cutoffs: Sequence[int]
-) -> dict[str, float]:
-    """Means over users of Recall@K, NDCG@K and HitRate@K.
+def user_metrics(
+    ranked: Int64Array,
+    relevant: Jagged,
+    cutoffs: Sequence[int],
+    counts: Int64Array,
+    n_users: int,
+) -> dict[str, FloatArray]:
+    """Every user's figures; a ranking's are their means.
 
     Args:
-        ranked: ``[U, K]`` items, best first, K at least the largest cut-off.
+        ranked: ``[U, K]`` items, best first, K at least the largest cut-off; negative ones are
+            empty places.
         relevant: each user's relevant items, at least one each; those that cannot be
             recommended (outside the vocabulary) still count.
         cutoffs: values of K.
+        counts: ``[items]`` training positives of each item.
+        n_users: users with training positives.
 
     Returns:
-        ``recall@K`` = hits / |relevant|; ``ndcg@K`` with binary gain, discount
-        ``1 / log2(rank + 1)`` and the ideal cut at ``min(|relevant|, K)``; ``hit_rate@K`` = share
-        of users with a hit.
+        ``[U]`` each, NaN where a user has none: ``recall@K`` = hits / |relevant|;
+        ``precision@K`` = hits / K; ``hit_rate@K`` = 1 if there is a hit; ``ndcg@K`` with binary
+        gain, discount ``1 / log2(rank + 1)`` and the ideal cut at ``min(|relevant|, K)``;
+        ``map@K`` = sum of the precisions at the ranks of hits / ``min(|relevant|, K)``;
+        ``mrr@K`` = 1 / rank of the first hit, or 0; ``popularity@K`` = mean training positives of
+        the recommended items; ``novelty@K`` = their mean ``-log2(max(count, 1) / n_users)``.
 
-    Source: Järvelin, Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002.
+    Source: Järvelin, Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002 (NDCG);
+    Castells et al., "Novelty and Diversity in Recommender Systems", 2015 (novelty).
     """
     hit = hits(ranked, relevant)
     n_relevant = relevant.lengths
-    discounts = 1 / np.log2(np.arange(2, max(cutoffs) + 2))
-    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
-    figures = {}
+    ranks = np.arange(1, ranked.shape[1] + 1)
+    discounts = 1 / np.log2(ranks + 1)
+    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, max(cutoffs) + 2)))])
+    precisions = hit.cumsum(1) / ranks
+    filled = ranked >= 0
+    items = np.where(filled, ranked, 0)
+    popularity = np.where(filled, counts[items], 0)
+    novelty = np.where(filled, -np.log2(np.maximum(counts[items], 1) / n_users), 0.0)
+    has_items = filled[:, :1].any(1)
+    figures: dict[str, FloatArray] = {}
     for k in cutoffs:
         at_k = hit[:, :k]
-        gain = at_k @ discounts[: at_k.shape[1]]
-        figures[f"recall@{k}"] = float(np.mean(at_k.sum(1) / n_relevant))
-        figures[f"ndcg@{k}"] = float(np.mean(gain / ideal[np.minimum(n_relevant, k)]))
-        figures[f"hit_rate@{k}"] = float(np.mean(at_k.any(1)))
+        best_possible = np.minimum(n_relevant, k)
+        n_filled = np.where(has_items, filled[:, :k].sum(1), np.nan)
+        figures |= {
+            f"recall@{k}": np.asarray(at_k.sum(1) / n_relevant),
+            f"ndcg@{k}": np.asarray(at_k @ discounts[:k] / ideal[best_possible]),
+            f"hit_rate@{k}": np.asarray(at_k.any(1), np.float64),
+            f"precision@{k}": np.asarray(at_k.sum(1) / k),
+            f"map@{k}": (at_k * precisions[:, :k]).sum(1) / best_possible,
+            f"mrr@{k}": np.asarray((at_k / ranks[:k]).max(1, initial=0)),
+            f"popularity@{k}": popularity[:, :k].sum(1) / n_filled,
+            f"novelty@{k}": novelty[:, :k].sum(1) / n_filled,
+        }
     return figures
+
+
+def coverage(ranked: Int64Array, cutoffs: Sequence[int], n_items: int) -> dict[str, float]:
+    """``coverage@K``: share of the catalogue's ``n_items`` items that some user is recommended.
+
+    Args:
+        ranked: as `user_metrics` takes it.
+        cutoffs: values of K.
+        n_items: size of the catalogue.
+    """
+    shown = {k: np.unique(ranked[:, :k]) for k in cutoffs}
+    return {f"coverage@{k}": int((items >= 0).sum()) / n_items for k, items in shown.items()}
+
+
+def means(of_users: Mapping[str, FloatArray]) -> dict[str, float]:
+    """Means over the users that have a figure; NaN if none has."""
+    return {name: float(_means(values[:, None])[0]) for name, values in of_users.items()}
+
+
+def resampled_means(of_users: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Means over users drawn with replacement, `RESAMPLES` times.
+
+    Args:
+        of_users: ``[U]`` figures by name.
+
+    Returns:
+        ``[RESAMPLES]`` by name. The draws depend on U alone, so that those of two rankings of the
+        same users are pairs: the percentiles of their differences are a paired bootstrap.
+
+    Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    """
+    values = np.stack(list(of_users.values()), 1)
+    n_users = len(values)
+    random = np.random.default_rng(n_users)
+    found = np.empty((RESAMPLES, values.shape[1]))
+    for sample in range(RESAMPLES):
+        times_drawn = np.bincount(random.integers(0, n_users, n_users), minlength=n_users)
+        found[sample] = _means(values, times_drawn.astype(np.float64))
+    return dict(zip(of_users, found.T, strict=True))
+
+
+def interval(samples: FloatArray) -> tuple[float, float]:
+    """The middle 95 % of resampled means."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _means(values: FloatArray, weights: FloatArray | None = None) -> FloatArray:
+    """``[U, M]`` -> ``[M]``."""
+    known = ~np.isnan(values)
+    weights = np.ones(len(values)) if weights is None else weights
+    with np.errstate(invalid="ignore"):
+        result: FloatArray = (weights @ np.where(known, values, 0)) / (weights @ known)
+    return result

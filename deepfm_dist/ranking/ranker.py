@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -288,24 +287,15 @@ class FixedRanker:
         self, begin: int, end: int, height: int, seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a stretch of users; see `Ranker`."""
-        n = end - begin
-        positions, best = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
-        for first in range(0, n, USER_BLOCK):
-            last = min(first + USER_BLOCK, n)
-            scores = self._scores(begin + first, begin + last)
-            found = masked_top_k(scores, mask_of(seen, scores.device)(first, last), k)
-            positions[first:last], best[first:last] = (tensor.cpu() for tensor in found)
+        positions = np.empty((end - begin, k), np.int64)
+        best = np.empty((end - begin, k), np.float32)
+        for first in range(begin, end, USER_BLOCK):
+            last = min(first + USER_BLOCK, end)
+            scores = self._scores(first, last)
+            mask = mask_of(seen, scores.device)(first - begin, last - begin)
+            block = slice(first - begin, last - begin)
+            positions[block], best[block] = (t.cpu() for t in masked_top_k(scores, mask, k))
         return positions, best
-
-
-def constant_ranker(per_item: npt.NDArray[np.number], device: torch.device) -> FixedRanker:
-    """The same score of an item for every user: popularity."""
-    row = torch.from_numpy(per_item.astype(np.float32)).to(device)
-    return FixedRanker(partial(_repeated, row), len(row))
-
-
-def _repeated(row: Tensor, begin: int, end: int) -> Tensor:
-    return row.repeat(end - begin, 1)
 
 
 def stretch_of(n_users: int) -> int:

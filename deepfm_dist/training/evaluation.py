@@ -28,7 +28,7 @@ class HeldOut:
         self._collate = Collator(dataset)
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
-        """AUC, log loss, accuracy and the majority's rate; on rank 0, empty elsewhere. All ranks.
+        """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks.
 
         Args:
             model: the sharded task in eval mode.
@@ -40,7 +40,7 @@ class HeldOut:
             return {}
         logits = np.concatenate([block for piece in pieces for block in piece])
         assert self.rows.labels is not None
-        return click_metrics(self.rows.labels, logits)
+        return click_metrics(self.rows.labels, logits, self.rows.users)
 
     def _block(self, begin: int, end: int) -> Batch:
         return collate_rows(self._collate, self.rows, begin, end, BLOCK_ROWS)

@@ -1,0 +1,182 @@
+"""Rankings without a neural network, fitted on the same training positives as the model."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking.topk import top_k
+
+MAX_ITEMS = 30_000
+"""Items up to which an item-item matrix is computed: float64 of this side takes 7 GB."""
+
+Fitted = Callable[[Jagged, Int32Array], Tensor]
+"""(each user's training items, ``[n]`` users) -> ``[n, I]`` float32 scores. Picklable."""
+
+
+class Baseline(Protocol):
+    """A way to rank."""
+
+    def fit(self, train: Jagged, n_items: int) -> Fitted:
+        """Learns from each user's training items, numbers below ``n_items``, each once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Items by their number of training positives, for everyone the same."""
+
+    def fit(self, train: Jagged, n_items: int) -> Fitted:
+        """See `Baseline`."""
+        counts = np.bincount(train.values, minlength=n_items)
+        return partial(_the_same, torch.from_numpy(counts.astype(np.float32)))
+
+
+@dataclass(frozen=True)
+class ItemKNN:
+    """Every training item of a user votes for the items most similar to it.
+
+    Attributes:
+        neighbours: items that one item votes for; the weight is the cosine of both items' users.
+
+    Source: Deshpande, Karypis, "Item-Based Top-N Recommendation Algorithms", 2004.
+    """
+
+    neighbours: int
+
+    def fit(self, train: Jagged, n_items: int) -> Fitted:
+        """See `Baseline`."""
+        together = torch.from_numpy(_together(train, n_items, "item_knn"))
+        norm = together.diagonal().sqrt().clamp(min=1)
+        cosine = (together / norm[:, None] / norm).fill_diagonal_(0)
+        nearest, cosines = top_k(cosine.float(), min(self.neighbours, n_items))
+        weights = torch.zeros(n_items, n_items).scatter_(1, nearest, cosines)
+        return partial(_linear, weights)
+
+
+@dataclass(frozen=True)
+class Ease:
+    """The item-item matrix with a zero diagonal that best rebuilds the training positives.
+
+    Attributes:
+        l2: weight of its squared norm.
+
+    Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019: with
+    ``P = (X'X + l2 I)^-1``, ``B_ij = -P_ij / P_jj`` off the diagonal.
+    """
+
+    l2: float
+
+    def fit(self, train: Jagged, n_items: int) -> Fitted:
+        """See `Baseline`."""
+        gram = torch.from_numpy(_together(train, n_items, "ease"))
+        gram.diagonal().add_(self.l2)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        weights = (inverse / -inverse.diagonal()).fill_diagonal_(0)
+        return partial(_linear, weights.float())
+
+
+@dataclass(frozen=True)
+class Ials:
+    """Weighted matrix factorisation by alternating least squares, by the library ``implicit``.
+
+    Attributes:
+        factors: length of a user's and an item's vector.
+        l2: weight of their squared norms.
+        alpha: weight of a positive; everything else has 1.
+        iterations: passes over users and items.
+        seed: of the first vectors.
+
+    Source: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", 2008.
+    """
+
+    factors: int
+    l2: float
+    alpha: float
+    iterations: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("implicit") is None:
+            raise ConfigError(
+                "evaluate.baselines: ials needs the library implicit, which is not installed; "
+                "pip install implicit, or leave ials out"
+            )
+
+    def fit(self, train: Jagged, n_items: int) -> Fitted:
+        """See `Baseline`."""
+        from implicit.cpu.als import AlternatingLeastSquares
+        from scipy.sparse import csr_matrix
+
+        ones = np.ones(len(train.values), np.float32)
+        shape = (len(train), n_items)
+        model = AlternatingLeastSquares(
+            factors=self.factors,
+            regularization=self.l2,
+            alpha=self.alpha,
+            iterations=self.iterations,
+            num_threads=torch.get_num_threads(),
+            random_state=self.seed % 2**32,
+        )
+        model.fit(csr_matrix((ones, train.values, train.offsets), shape), show_progress=False)
+        users, items = (torch.from_numpy(f) for f in (model.user_factors, model.item_factors))
+        return partial(_product, users, items)
+
+
+def distinct(jagged: Jagged) -> Jagged:
+    """The same rows, each value once and in ascending order; negative ones are left out."""
+    owner = np.repeat(np.arange(len(jagged)), jagged.lengths)[jagged.values >= 0]
+    pairs = np.unique(np.stack([owner, jagged.values[jagged.values >= 0]], 1), axis=0)
+    return Jagged.from_pairs(pairs[:, 0], pairs[:, 1], len(jagged))
+
+
+def _together(train: Jagged, n_items: int, name: str) -> npt.NDArray[np.float64]:
+    """``[I, I]`` number of users who have both items.
+
+    Raises:
+        ConfigError: the matrix is too large.
+    """
+    if n_items > MAX_ITEMS:
+        raise ConfigError(
+            f"evaluate.baselines: {name} needs a matrix of {n_items:,} x {n_items:,} items "
+            f"({n_items**2 * 8 / 1e9:,.0f} GB); it is made for at most {MAX_ITEMS:,} items: leave "
+            f"it out"
+        )
+    return _co_counts(train.offsets, train.values, n_items)
+
+
+@compiled
+def _co_counts(offsets: Int64Array, values: Int32Array, n_items: int) -> Any:
+    counts = np.zeros((n_items, n_items))
+    for row in range(len(offsets) - 1):
+        for a in range(offsets[row], offsets[row + 1]):
+            for b in range(offsets[row], offsets[row + 1]):
+                counts[values[a], values[b]] += 1
+    return counts
+
+
+def _the_same(per_item: Tensor, train: Jagged, users: Int32Array) -> Tensor:
+    return per_item.repeat(len(users), 1)
+
+
+def _linear(weights: Tensor, train: Jagged, users: Int32Array) -> Tensor:
+    lengths, items = train.take(users)
+    offsets = np.cumsum(lengths) - lengths
+    bags = torch.from_numpy(items).long(), torch.from_numpy(offsets).long()
+    return embedding_bag(bags[0], weights, bags[1], mode="sum")
+
+
+def _product(
+    user_factors: Tensor, item_factors: Tensor, train: Jagged, users: Int32Array
+) -> Tensor:
+    return user_factors[torch.from_numpy(users).long()] @ item_factors.T
