@@ -13,7 +13,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
-settings.register_profile("unhurried")  # numba compiles at the first example
+settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example
 settings.load_profile("unhurried")
 for noisy in ("torchrec", "fbgemm_gpu"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
