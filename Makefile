@@ -6,7 +6,7 @@ VENV    ?= .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.$(VARIANT)
 
-.PHONY: demo test check format wheel clean
+.PHONY: demo test test-launch check format wheel clean
 
 demo: $(STAMP)
 	$(PY) -m deepfm_dist.demo $(ARGS)
@@ -15,6 +15,11 @@ demo: $(STAMP)
 # data sets; it reaches the tests through the environment, and the tests that need it skip without it.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest --cov=deepfm_dist $(ARGS)
+
+# What `make test` leaves out of tests/launch, too: real schedulers, networks, installations.
+test-launch: $(STAMP)
+	$(PY) -m pip install -r requirements/launch.txt
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" tests/launch $(ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,6 +1,5 @@
 """Training under torchrun: killed at any moment, stopped by a scheduler, it ends with one model."""
 
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint
+from tests.runs import lines
 
 KILLS = 10
 OPTIONS = (
@@ -56,14 +56,6 @@ def weights(home: Path) -> dict[str, Any]:
     dcp_to_torch_save(find_checkpoint(home / "runs/sample"), home / "whole.pt")
     whole: dict[str, Any] = torch.load(home / "whole.pt")
     return whole
-
-
-def lines(home: Path) -> list[dict[str, Any]]:
-    """Figures of the run, without those of the clock."""
-    text = (home / "runs/sample/metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    clock = ("seconds", "rows_per_s", "peak_memory_gib")
-    return [{k: v for k, v in event.items() if k not in clock} for event in found]
 
 
 def same(a: Any, b: Any) -> bool:
