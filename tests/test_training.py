@@ -74,6 +74,7 @@ class Trained:
             self.losses: list[float] = []
             self.saved: list[LoopState] = []
             metrics = MetricsLog(out, ranks.is_first, 0, [self._note])
+            handler = signal.getsignal(signal.SIGTERM)
             with StopSignals() as asked_to_stop:
                 state = train(
                     run.sharded,
@@ -88,6 +89,7 @@ class Trained:
                     save,
                     asked_to_stop,
                 )
+            assert signal.getsignal(signal.SIGTERM) is handler
             self.steps, self.state = state.step, state
             run.sharded.eval()
             self.figures = dict(held_out.metrics(run.sharded, ranks))
@@ -286,7 +288,6 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     ):
         assert run.steps == 9
         assert [state.step for state in run.saved] == [4, 8, 9]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(

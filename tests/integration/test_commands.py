@@ -157,6 +157,7 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
     assert {p.name for p in run_dir.iterdir()} == {
         "checkpoints",
         "config.yaml",
+        "export",
         "metrics.jsonl",
         "recommendations.csv",
         "recommendations.parquet",
