@@ -14,7 +14,7 @@ demo: $(STAMP)
 # One thread a rank: several ranks share the cores here. DEEPFM_DATA, where set, names a folder of real
 # data sets; it reaches the tests through the environment, and the tests that need it skip without it.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --cov=deepfm_dist $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
 # What `make test` leaves out of tests/launch, too: real schedulers, networks, installations.
 test-launch: $(STAMP)
@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@$(MAKE) --no-print-directory test
+	@DEEPFM_KILLS=10 $(MAKE) --no-print-directory test ARGS="--cov=deepfm_dist $(ARGS)"
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

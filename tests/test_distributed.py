@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_losses_do_not_depend_on_world_size_or_plan(
 def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDataset) -> None:
     config = config_of(*LARGE)
     alone = run_alone(train, sample.folder, config, 50)
-    reordered = [run_alone(train, sample.folder, config, 50, shuffled=seed) for seed in (7, 8, 9)]
+    reordered = [run_alone(train, sample.folder, config, 50, shuffled=seed) for seed in (7, 8)]
     apart = max(difference(losses, alone) for losses in reordered)
     for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
         losses = run_ranks(train, size, sample.folder, config_of(*LARGE, plan), 50)[0]
@@ -391,6 +392,7 @@ def test_restarts_over_machines_without_their_variable_are_refused(
 
 
 def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:
+    world_module._SHORT = timedelta(seconds=1)
     with world("cpu", timeout_s) as ranks:
         run = Run(folder, config_of(*SMALL), ranks)
         run.losses(1, 2)

@@ -161,6 +161,8 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
         "metrics.jsonl",
         "recommendations.csv",
         "recommendations.parquet",
+        "similar_items.csv",
+        "similar_items.parquet",
         "tensorboard",
     }
     assert (run_dir / "recommendations.csv").read_text().startswith("user,item\n")
