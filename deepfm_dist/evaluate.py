@@ -16,12 +16,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from deepfm_dist.build import baselines_of, deepfm_of, open_trained
+    from deepfm_dist.build import baselines_of, deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.evaluation import evaluate_ranking
     from deepfm_dist.report import metrics_table
+    from deepfm_dist.runs import open_trained
     from deepfm_dist.training.evaluation import HeldOut
 
     split, cutoffs = config.evaluate.split, config.evaluate.k

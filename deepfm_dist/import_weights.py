@@ -37,7 +37,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, from_notebook, shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
-    from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path
+    from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
     from deepfm_dist.distributed.sharding import fill_tables
     from deepfm_dist.distributed.world import world
     from deepfm_dist.model.notebook import NotebookWeights
@@ -57,6 +57,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
                 f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"
             )
         sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        make_state(optimizer)  # a run may go on from the import
         fill_tables(sharded, values)
         deepfm_of(sharded).interaction_arch.load_state_dict(state)
         checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)

@@ -24,9 +24,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import open_trained
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import ConfigError, DataError
+    from deepfm_dist.runs import open_trained
     from deepfm_dist.training.prediction import predict
 
     if arguments.input and not Path(arguments.input).is_file():

@@ -14,10 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import deepfm_of, open_trained
+    from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.recommendation import Wanted, recommend
     from deepfm_dist.report import ranking_table
+    from deepfm_dist.runs import open_trained
 
     asked = config.recommend
     wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)

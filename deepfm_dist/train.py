@@ -15,12 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import begin, loggers, schedule_of, shard_for_training
+    from deepfm_dist.build import loggers, schedule_of, shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
+    from deepfm_dist.runs import begin
     from deepfm_dist.training.evaluation import HeldOut
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals

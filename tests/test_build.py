@@ -9,14 +9,7 @@ import pytest
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deepfm_dist.build import (
-    begin,
-    build_model,
-    deepfm_of,
-    open_trained,
-    schedule_of,
-    shard_for_training,
-)
+from deepfm_dist.build import build_model, deepfm_of, schedule_of, shard_for_training
 from deepfm_dist.config import Config, ModelConfig, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
@@ -24,6 +17,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.runs import begin, open_trained
 from deepfm_dist.training.trainer import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import config_of

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +97,22 @@ def test_sorted_ids_need_no_files(
         expected = model(torch.tensor(np.stack(columns, 1))).numpy()
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_training_goes_on_from_an_import(
+    frame: pd.DataFrame, where: list[str], tmp_path: Path, optimizer: str
+) -> None:
+    items = pd.read_csv(BUNDLE / "data/sample/train_ratings.csv")["item"]
+    sizes = [frame["user"].nunique(), items.nunique(), frame["genre"].nunique()]
+    saved(tmp_path / "m.pt", sizes)
+    tables = f"optimizer.tables={{name: {optimizer}, lr: 0.001}}"
+    settings = [*where, f"run.runs_root={tmp_path}", "run.name=on", tables]
+    assert run_ranks(import_weights.main, 2, [str(tmp_path / "m.pt"), *settings]) == [0, 0]
+    steps = ["trainer.max_steps=2", "trainer.log_every_steps=1", "checkpoint.resume=always"]
+    assert run_ranks(train.main, 2, [*settings, *steps]) == [0, 0]
+    lines = (tmp_path / "on/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines if '"train"' in x] == [1, 2]
 
 
 def test_fields_and_ids_in_any_order_and_ids_of_one_side_only(

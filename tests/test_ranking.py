@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepfm_dist.build import deepfm_of, open_trained, shard_for_training
+from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
@@ -34,6 +34,7 @@ from deepfm_dist.ranking.evaluation import Comparison, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
+from deepfm_dist.runs import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import HeldOut
 from tests.cross_net import CrossNet

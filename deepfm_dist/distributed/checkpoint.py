@@ -238,9 +238,7 @@ def load(
     model = sharded.state_dict()
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
-        for _, part in optimizer.optimizers:
-            if isinstance(part, KeyedOptimizerWrapper):
-                part.init_state()  # else torch makes it at the first step, and DCP skips it
+        make_state(optimizer)  # DCP reads only what is there
         tensors["optimizer"] = _optimizer_state(optimizer, model)
     if may_have_grown:
         tensors = _without_new_rows(tensors, saved)
@@ -250,6 +248,19 @@ def load(
         for module in sharded.modules():
             if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
                 module.set_optimizer_step(read_state(path)["step"])  # for bias corrections
+
+
+def make_state(optimizer: CombinedOptimizer) -> None:
+    """Makes the zeros that torch's optimizers would make at their first step.
+
+    It is a step without gradients, under which L2 may move weights: fill these afterwards.
+    """
+    for _, part in optimizer.optimizers:
+        if isinstance(part, KeyedOptimizerWrapper):
+            part.init_state()
+            for values in part.state.values():
+                for value in values.values():
+                    value.zero_()
 
 
 def _check_files(path: Path, world: World) -> None:

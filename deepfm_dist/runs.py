@@ -1,0 +1,211 @@
+"""A run's folder: what training goes on from, and what a finished run is read back as."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from deepfm_dist.build import shard_for_inference
+from deepfm_dist.config import Config, config_from
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.world import World, restarted
+from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.training.trainer import LoopState, Schedule
+
+log = logging.getLogger(__name__)
+_OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_WHERE_DATA_IS = ("data.root", "data.name")
+
+
+def begin(
+    config: Config, manifest: Manifest, schedule: Schedule, last_step: int
+) -> tuple[Path | None, LoopState]:
+    """Makes the run folder ready: to go on from a checkpoint, or to begin anew. Rank 0.
+
+    Returns:
+        the checkpoint to read, or None, and the state of the loop.
+
+    Raises:
+        CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
+            does not extend.
+    """
+    path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
+    if path is not None:
+        state = LoopState(**checkpoint.read_state(path)["trainer"])
+        is_over = state.is_over(schedule, last_step)
+        if is_over and config.checkpoint.resume == "auto" and not restarted():
+            log.info("%s: the run is over; it is trained anew", path)
+            path, state = None, LoopState()
+        else:
+            log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+    elsewhere = config.checkpoint.start_from
+    if path is None and elsewhere is not None:
+        path = checkpoint.find_checkpoint(Path(elsewhere), "auto")
+        known = {manifest.vocabulary_hash, *manifest.grown_from}
+        if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
+            raise CheckpointError(
+                f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
+                f"this run's data does not extend; prepare it with data.vocabulary_from"
+            )
+        log.info("%s: training starts from its weights", path)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.keep_checkpoints(
+        config.run_dir, [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step]
+    )
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    return path, state
+
+
+def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
+    """The checkpoint from which a run of these settings can go on.
+
+    Returns:
+        None where there is none, or where the run is to begin anew.
+
+    Raises:
+        ConfigError: ``checkpoint.resume=always``, but the checkpoint is of other settings or data.
+        CheckpointError: the checkpoint that was asked for is not there.
+    """
+    resume, use = config.checkpoint.resume, config.checkpoint.use
+    if resume == "never" or not checkpoint.complete_steps(config.run_dir):
+        return None
+    path = checkpoint.find_checkpoint(config.run_dir, "latest" if use == "auto" else use)
+    state = checkpoint.read_state(path)
+    differing = [
+        f"{name}={new}, not {old}"
+        for name, old, new in _differences(state["config"], config.model_dump(mode="json"))
+        if _fixes_a_run(name)
+    ]
+    if state["vocabulary_hash"] != vocabulary_hash:
+        differing.append(f"the vocabulary is {vocabulary_hash}, not {state['vocabulary_hash']}")
+    if not differing:
+        return path
+    if resume == "always":
+        raise ConfigError(
+            f"checkpoint.resume=always: {path} was trained with other settings: "
+            f"{'; '.join(differing)}; take its settings, or begin anew with checkpoint.resume=never"
+        )
+    log.info("%s is of other settings (%s): training begins anew", path, "; ".join(differing))
+    return None
+
+
+def _fixes_a_run(name: str) -> bool:
+    """Whether a setting decides what is trained, not how long, where, or what is reported."""
+    if name in ("run.seed", "trainer.batch_size", "trainer.accumulate_steps"):
+        return True
+    return name.startswith(("data.", "model.", "optimizer.")) and name not in _WHERE_DATA_IS
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings whose values differ: dotted name, old and new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run has left on disk.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        checkpoint: the latest complete one.
+        state: what its marker says.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    checkpoint: Path
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model, ready for inference.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        sharded: the task, in eval mode.
+        checkpoint: where the weights were read from.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    sharded: DistributedModelParallel
+    checkpoint: Path
+
+
+def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
+    """Loads a run's checkpoint. All ranks.
+
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        world: the ranks.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    found = find_finished(config, overrides)
+    sharded = shard_for_inference(found.config, found.dataset.manifest, world)
+    checkpoint.load(found.checkpoint, world, sharded)
+    log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
+    return Trained(found.config, found.dataset, sharded, found.checkpoint)
+
+
+def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
+    """Finds a run's latest checkpoint and its dataset.
+
+    A checkpoint knows its data and model, and these settings are taken from it.
+
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
+    state = checkpoint.read_state(path)
+    trained_with = state["config"]
+    merged = config.model_dump(mode="json")
+    for name in (name for override in overrides for name in _settings_of(override)):
+        if name.partition(".")[0] in _OF_TRAINING and name not in _WHERE_DATA_IS:
+            wanted, trained = _at(merged, name), _at(trained_with, name)
+            if wanted != trained:
+                raise ConfigError(
+                    f"{name}={wanted}: {path} was trained with {trained}; train with the new "
+                    f"value first, or leave the override out"
+                )
+    for section in _OF_TRAINING:
+        kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
+        merged[section] = trained_with[section] | kept
+    config = config_from(merged, origin=str(path))
+    dataset = PreparedDataset(config.prepared_dir)
+    checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
+    return Finished(config, dataset, path, state)
+
+
+def _settings_of(override: str) -> list[str]:
+    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
+    name, _, text = override.partition("=")
+    value = None if "." in name else yaml.safe_load(text)
+    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
