@@ -17,7 +17,7 @@ COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
     "export", "import_weights", "plan",
 }  # fmt: skip
-EDGES = COMMANDS | {"report", "build"}
+EDGES = COMMANDS | {"report", "build", "runs"}
 """Where tables are made for people."""
 
 
@@ -90,7 +90,7 @@ def test_the_model_knows_neither_files_nor_machines_and_configuration_stays_on_t
 
 def test_what_the_rules_speak_of_exists() -> None:
     rooms = {room_of(path) for path in MODULES} - {"__init__"}
-    assert rooms == set(LEVELS) | COMMANDS | {"config", "cli", "build", "report"}
+    assert rooms == set(LEVELS) | COMMANDS | {"config", "cli", "build", "report", "runs"}
     assert any(
         name.startswith("torchrec.distributed") for path in MODULES for name in imports_of(path)
     )

@@ -107,11 +107,11 @@ def test_training_goes_on_from_an_import(
     sizes = [frame["user"].nunique(), items.nunique(), frame["genre"].nunique()]
     saved(tmp_path / "m.pt", sizes)
     tables = f"optimizer.tables={{name: {optimizer}, lr: 0.001}}"
-    settings = [*where, f"run.runs_root={tmp_path}", "run.name=on", tables]
+    settings = [*where, f"run.runs_root={tmp_path}", "run.name=further", tables]
     assert run_ranks(import_weights.main, 2, [str(tmp_path / "m.pt"), *settings]) == [0, 0]
     steps = ["trainer.max_steps=2", "trainer.log_every_steps=1", "checkpoint.resume=always"]
     assert run_ranks(train.main, 2, [*settings, *steps]) == [0, 0]
-    lines = (tmp_path / "on/metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "further/metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines if '"train"' in x] == [1, 2]
 
 

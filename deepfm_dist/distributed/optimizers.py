@@ -1,7 +1,8 @@
 """Which kernel and optimizer each table gets on this device, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,11 @@ _FUSED: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "lazy_adam": torch.optim.Adam,
 }
-_DENSE = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+_DENSE: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
 
 
 def combined_optimizer(

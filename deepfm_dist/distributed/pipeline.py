@@ -47,7 +47,9 @@ class Step:
 
 
 class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
-    """Copies the next batches and exchanges their ids while the current one trains.
+    """On CUDA, copies the next batches and exchanges their ids while the current one trains.
+
+    On CPU there is nothing to overlap, and a plain loop over the same steps costs less.
 
     The loss is summed over the ranks before backward: fused tables are updated in backward, so
     that a NaN found later would already be in them.
@@ -90,7 +92,12 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         before = [buffer.clone() for buffer in self._buffers]
         self._updates.zero_grad()
         for _ in range(self._micro_batches):
-            self.progress(micro_batches)
+            if self._world.device.type == "cpu":
+                with self._timed("data"):
+                    batch = next(micro_batches)
+                self._backward(self._forward(batch)[0])
+            else:
+                self.progress(micro_batches)
         if step.is_finite:
             with self._timed("optimizer"):
                 if self._max_norm is not None:
