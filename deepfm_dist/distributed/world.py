@@ -257,4 +257,6 @@ def _store(timeout: timedelta) -> dist.Store:
         is_master=not shared_by_agent and env["RANK"] == "0",
         timeout=timeout,
     )
+    if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return store
     return dist.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
