@@ -62,6 +62,11 @@ class Column:
     required: bool = True
     missing: tuple[str, ...] = ()
 
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """What its values are read as."""
+        return _TYPES[self.type]
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -165,7 +170,7 @@ def read_table(
     dropped: Counter[str] | None = None,
 ) -> pa.Table:
     """All batches of `read_batches` as one table."""
-    schema = pa.schema([(c.name, _TYPES[c.type]) for c in columns])
+    schema = pa.schema([(c.name, c.arrow_type) for c in columns])
     return pa.Table.from_batches(read_batches(path, columns, layout, on_bad_row, dropped), schema)
 
 
