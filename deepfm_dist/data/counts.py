@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from deepfm_dist.data.fields import NumericFit
 from deepfm_dist.data.jagged import (
@@ -60,6 +61,7 @@ class Counts:
         numeric: of each numeric field that stands in context.
         firsts: of each field of users and items that stands in the rows.
         rows: ``[partitions, splits]``; positives: the same.
+        weight: ``[partitions]``: weight of the training rows.
         repeated: rows dropped because an earlier one has their user and item.
         full: rows dropped because their users have seen every item.
     """
@@ -70,6 +72,7 @@ class Counts:
     firsts: dict[str, Firsts]
     rows: Int64Array
     positives: Int64Array
+    weight: npt.NDArray[np.float64]
     repeated: int = 0
     full: int = 0
 
@@ -84,6 +87,7 @@ class Counts:
             firsts={},
             rows=np.zeros((job.n_parts, len(SPLITS)), np.int64),
             positives=np.zeros((job.n_parts, len(SPLITS)), np.int64),
+            weight=np.zeros(job.n_parts),
         )
 
     def add(self, job: Job, p: int, part: Part, parts: Parts) -> None:
@@ -113,8 +117,14 @@ class Counts:
                 table += counted(flat, len(table))
         self.rows[p] = np.bincount(parts, minlength=len(SPLITS))
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
+        self.weight[p] = part["weight"][at].sum(dtype=np.float64) if "weight" in part else len(at)
         self.repeated += part.repeated
         self.full += part.full
+
+    @property
+    def mean_weight(self) -> float:
+        """Of the training rows."""
+        return float(self.weight.sum() / self.rows[:, TRAIN].sum())
 
     def __add__(self, other: "Counts") -> "Counts":
         firsts = self.firsts | other.firsts
@@ -127,6 +137,7 @@ class Counts:
             firsts,
             self.rows + other.rows,
             self.positives + other.positives,
+            self.weight + other.weight,
             self.repeated + other.repeated,
             self.full + other.full,
         )

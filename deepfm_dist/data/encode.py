@@ -172,6 +172,7 @@ def _written(job: Job, wanted: str) -> Manifest:
             tables=_tables(job.data, fit),
             entities=fitted.rows,
             numeric=fitted.numeric,
+            mean_weight=counts.mean_weight,
             splits=splits,
             files=job.n_parts,
             lanes=writer.lanes,

@@ -120,7 +120,7 @@ class Reading:
             columns["given"] = batch[spec.split]
         elif spec.split or split.valid_file or split.test_file:
             columns["given"] = pa.array(np.full(n, part, np.int8))
-        for role in ("label", "time"):
+        for role in ("label", "time", "weight"):
             if (column := getattr(spec, role)) is not None:
                 columns[role] = batch[column]
         for feature in self._job.row_fields:

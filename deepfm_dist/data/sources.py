@@ -28,6 +28,7 @@ _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte deli
 _TYPES = {
     "text": pa.string(),
     "number": pa.float64(),
+    "weight": pa.float32(),
     "time": pa.int64(),
     "label": pa.int8(),
     "split": pa.int8(),
@@ -35,13 +36,14 @@ _TYPES = {
 _WANTED = {
     "text": "text",
     "number": "number",
+    "weight": "weight: a number above 0 is expected",
     "time": "time",
     "label": "label: 0 or 1 is expected",
     "split": "split: 0, 1, 2 or train, valid, test is expected",
 }
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
-ColumnType = Literal["text", "number", "time", "label", "split"]
+ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Column:
 
     Attributes:
         name: its name in the file.
-        type: text -> string; number -> float64; time -> int64 seconds (from a number or a
-            timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1; split -> int8 0, 1
-            or 2 (train, valid, test).
+        type: text -> string; number -> float64; weight -> float32 above 0; time -> int64 seconds
+            (from a number or a timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1;
+            split -> int8 0, 1 or 2 (train, valid, test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
     """
@@ -500,11 +502,14 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         return cells.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
         cells = _times(cells) if kind == "time" else _numbers(cells)
-    if kind in ("number", "label"):
+    if kind in ("number", "weight", "label"):
         cells = cells.cast(pa.float64(), safe=False)
     if pa.types.is_floating(cells.type):  # NaN and infinity, in float32, are nothing to learn from
         finite = pc.is_finite(cells.cast(pa.float32(), safe=False))
         cells = pc.if_else(finite, cells, None)
+    if kind == "weight":
+        cells = cells.cast(pa.float32(), safe=False)
+        return pc.if_else(pc.greater(cells, 0), cells, None)
     if kind == "label":
         binary = pc.is_in(cells, pa.array([0.0, 1.0]))
         return pc.if_else(binary, cells, None).cast(pa.int8())

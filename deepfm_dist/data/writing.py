@@ -111,6 +111,8 @@ class RowWriter:
         if self._drawer is not None:
             columns["drawer"] = self._drawer[part["user"]]
         columns["label"] = part["label"].astype(np.float32)
+        if "weight" in part:
+            columns["weight"] = (part["weight"] / self._counts.mean_weight).astype(np.float32)
         if "time" in part:
             columns["time"] = part["time"]
         for feature in self._job.row_fields:
