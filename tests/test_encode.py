@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data import encode, sources
+from deepfm_dist.data import job, reading, sources
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
@@ -589,7 +589,7 @@ def test_nothing_depends_on_blocks_and_little_on_partitions(
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     prepare(data, tmp_path, tmp_path / "blocks", seed=2)
     assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
-    monkeypatch.setattr(encode, "PARTITION_BYTES", 3000)
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
     prepare(data, tmp_path, tmp_path / "parts", seed=2)
     whole, parts = (PreparedDataset(tmp_path / name) for name in ("whole", "parts"))
     assert parts.manifest.files > 5
@@ -629,7 +629,7 @@ def bag_rows(jagged: object) -> list[list[int]]:
 def test_several_ranks_prepare_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any], partition_bytes: int
 ) -> None:
-    monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+    monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
     data = DataConfig.model_validate(MANY | {"split": split})
     many_days(tmp_path)
     manifest = prepare(data, tmp_path, tmp_path / "alone", seed=2)
@@ -660,7 +660,7 @@ def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
 def test_clicks_without_users_are_partitioned_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "_FILE_BLOCK_ROWS", 20)
+    monkeypatch.setattr(reading, "_FILE_BLOCK_ROWS", 20)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
     lines = "".join(f"{i % 2},a{i % 13},{i}\n" for i in range(500))
     (tmp_path / "c.csv").write_text("y,a,n\n" + lines)
@@ -672,7 +672,7 @@ def test_clicks_without_users_are_partitioned_too(
     data = DataConfig.model_validate(spec)
     found = []
     for partition_bytes in (1 << 30, 500):
-        monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+        monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
         prepare(data, tmp_path, tmp_path / str(partition_bytes), seed=1)
         frames = {s: pd.read_parquet(tmp_path / str(partition_bytes) / s) for s in SPLITS}
         assert [len(f) for f in frames.values()] == [400, 50, 50]
@@ -831,7 +831,7 @@ split: {valid: 0, test: 0}
 def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
 ) -> None:
-    monkeypatch.setattr(encode, "PARTITION_BYTES", partition_bytes)
+    monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
     day1 = [(f"u{k % 9}", f"i{k % 14}", k, "pqr"[k % 9 % 3], k % 4, k % 5) for k in range(60)]
     day2 = [(f"u{k % 13}", f"i{k % 20}", 99 + k, "", k % 6, 50 + k) for k in range(3, 60)]
     for name, rows in (("day1", day1), ("day2", day2)):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfm_dist.data import encode
+from deepfm_dist.data import job, writing
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.lanes import consumed
@@ -55,8 +55,8 @@ def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr"
     if task == "ctr":
         spec["interactions"]["label"] = "y"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "LANE_WINDOW_ROWS", window)
-        patch.setattr(encode, "PARTITION_BYTES", 4000)
+        patch.setattr(writing, "LANE_WINDOW_ROWS", window)
+        patch.setattr(job, "PARTITION_BYTES", 4000)
         prepare(DataConfig.model_validate(spec), folder, folder / "d", seed=3)
     return folder / "d"
 

@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from deepfm_dist.training.metrics import (
-    accuracy,
-    auc,
-    click_metrics,
-    log_loss,
-    majority_rate,
-    user_auc,
-)
+from deepfm_dist.training.metrics import auc, click_metrics, user_auc
 
 rows = st.lists(st.tuples(st.integers(0, 1), st.integers(-4, 4)), min_size=2, max_size=40).filter(
     lambda pairs: len({label for label, _ in pairs}) == 2
@@ -35,19 +28,53 @@ def test_log_loss_and_accuracy_equal_scikit_learns(pairs: list[tuple[int, int]])
     labels = np.array([p[0] for p in pairs], np.float32)
     logits = np.array([p[1] for p in pairs], np.float64)
     probability = 1 / (1 + np.exp(-logits))
-    assert log_loss(labels, logits) == pytest.approx(sk.log_loss(labels, probability), abs=1e-9)
-    assert accuracy(labels, logits) == sk.accuracy_score(labels, probability > 0.5)
+    figures = click_metrics(labels, logits)
+    assert figures["log_loss"] == pytest.approx(sk.log_loss(labels, probability), abs=1e-9)
+    assert figures["accuracy"] == sk.accuracy_score(labels, probability > 0.5)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.integers(-4, 4), st.integers(0, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_a_row_of_weight_2_counts_as_two(rows: list[tuple[int, int, int, int]]) -> None:
+    labels, logits, users, times = (np.array(c) for c in zip(*rows, strict=True))
+    several = [np.repeat(c, times) for c in (labels, logits.astype(float), users)]
+    expected = click_metrics(*several)
+    found = click_metrics(labels, logits.astype(float), users, times.astype(float))
+    assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+@given(rows, st.integers(0, 2**32 - 1))
+def test_weighted_figures_equal_scikit_learns(pairs: list[tuple[int, int]], seed: int) -> None:
+    weights = np.random.default_rng(seed).lognormal(0, 2, len(pairs)).astype(np.float32)
+    labels, logits = (np.array(c, np.float32) for c in zip(*pairs, strict=True))
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    figures = click_metrics(labels, logits, None, weights)
+    wide = weights.astype(np.float64)
+    for name, value in {
+        "auc": sk.roc_auc_score(labels, logits, sample_weight=wide),
+        "log_loss": sk.log_loss(labels, probability, sample_weight=wide),
+        "accuracy": sk.accuracy_score(labels, probability > 0.5, sample_weight=wide),
+        "calibration": (wide * probability).sum() / (wide * labels).sum(),
+    }.items():
+        assert figures[name] == pytest.approx(value, abs=1e-9), name
 
 
 def test_extreme_logits_stay_finite() -> None:
-    assert log_loss(np.array([1.0, 0.0]), np.array([-1e4, -1e4])) == pytest.approx(5e3)
+    figures = click_metrics(np.array([1.0, 0.0]), np.array([-1e4, -1e4]))
+    assert figures["log_loss"] == pytest.approx(5e3)
 
 
 def test_one_class_has_no_auc_and_full_majority() -> None:
     figures = click_metrics(np.ones(3, np.float32), np.array([1.0, 2.0, -1.0], np.float32))
     assert np.isnan(figures["auc"])
     assert figures["majority_rate"] == 1
-    assert majority_rate(np.array([0, 0, 1], np.float32)) == pytest.approx(2 / 3)
+    figures = click_metrics(np.array([0, 0, 1], np.float32), np.zeros(3))
+    assert figures["majority_rate"] == pytest.approx(2 / 3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(-3, 3)), min_size=1))

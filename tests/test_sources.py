@@ -1,5 +1,8 @@
 import csv
 import gzip
+import io
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -7,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data import sources
@@ -15,6 +18,8 @@ from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.errors import DataError
 
+EXAMPLES = int(os.environ.get("DEEPFM_FUZZ_EXAMPLES", 100))
+"""Files that each fuzzer makes up; 100,000 take about ten minutes."""
 COLUMNS = [Column("user"), Column("score", "number"), Column("at", "time")]
 EXPECTED = {"user": ["007", "b"], "score": [1.5, -2.0], "at": [10, 86400]}
 
@@ -325,6 +330,7 @@ PIECES = st.sampled_from(
 NAMES = ("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parquet")
 
 
+@settings(max_examples=EXAMPLES)
 @given(
     st.lists(PIECES, max_size=40).map("".join) | st.binary(max_size=60),
     st.sampled_from(NAMES),
@@ -332,7 +338,7 @@ NAMES = ("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parq
     st.sampled_from([None, "|", "::", "latin-1"]),
     st.booleans(),
 )
-def test_any_file_is_read_or_refused_in_one_line(
+def test_fuzz_any_file_is_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory,
     body: str | bytes,
     name: str,
@@ -360,6 +366,98 @@ def test_any_file_is_read_or_refused_in_one_line(
     assert table["user"].null_count == table["score"].null_count == 0
     assert on_bad_row == "skip" or not dropped
     assert "" not in table["user"].to_pylist()
+
+
+WHOLE = "user,score,at,y,part\n" + "".join(
+    f"{u},{s},{t},{y},{p}\n"
+    for u, s, t, y, p in [
+        ("007", 1.5, 10, 1, "train"),
+        ('"a, ""b"""', -2, "1970-01-02", 0, 1),
+        ('"two\nlines"', "1e3", "1970-01-02T00:00:01Z", 1.0, "test"),
+        ("é", 0, 86400.9, 0, 2),
+        (2**64, ".5", -1, "1", 0),
+    ]
+)
+ROLES = (
+    *COLUMNS,
+    Column("y", "label"),
+    Column("part", "split"),
+    Column("y", "number", required=False, missing=("NA",)),
+)
+EDIT = st.tuples(st.integers(0, 10_000), st.integers(0, 12), PIECES)
+
+
+def edited(raw: bytes, edits: list[tuple[int, int, str]]) -> bytes:
+    """Bytes with stretches of them replaced."""
+    for place, length, piece in edits:
+        at = place % (len(raw) + 1)
+        raw = raw[:at] + piece.encode() + raw[at + length :]
+    return raw
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.lists(EDIT, max_size=4),
+    st.lists(EDIT, max_size=2),
+    st.sampled_from(NAMES),
+    st.lists(st.sampled_from(ROLES), min_size=1, max_size=4, unique_by=lambda c: c.name),
+    st.sampled_from(["error", "skip"]),
+    st.sampled_from([None, "utf-16", "latin-1"]),
+    st.integers(1, 200),
+)
+def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    in_text: list[tuple[int, int, str]],
+    in_file: list[tuple[int, int, str]],
+    name: str,
+    columns: list[Column],
+    on_bad_row: Literal["error", "skip"],
+    encoding: str | None,
+    block_bytes: int,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    delimiter = {"tsv": "\t", "dat": "::", "libsvm": " "}.get(name.split(".")[1], ",")
+    text = edited(WHOLE.replace(",", delimiter).encode(), in_text)
+    if encoding == "utf-16":
+        text = text.decode(errors="replace").encode(encoding)
+    if name.endswith("parquet"):
+        cells = [line.split(",") for line in WHOLE.replace("two\nlines", "").splitlines()]
+        table = {n: [row[c] for row in cells[1:]] for c, n in enumerate(cells[0])}
+        pq.write_table(pa.table(table), path)
+    else:
+        with pa.output_stream(path) as file:
+            file.write(text)
+    path.write_bytes(edited(path.read_bytes(), in_file))
+    names = ("user", "score", "at", "y", "part") if name.endswith("libsvm") else None
+    layout = FileFormat(encoding=encoding, columns=names)
+    dropped: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", 64 + block_bytes)
+        try:
+            table = read_table(path, columns, layout, on_bad_row, dropped)
+        except DataError as error:
+            message = str(error)
+            assert str(path) in message
+            assert len(message.splitlines()) == 1
+            if found := re.search(r"f\.csv, line (\d+): \w+ ('[^'\\]*') is", message):
+                whole = path.read_bytes().decode(encoding or "utf-8-sig", errors="replace")
+                lines = re.split("\r\n|\r|\n", whole)[int(found[1]) - 1 :]
+                row = next(csv.reader(io.StringIO("\n".join(lines))))
+                assert found[2][1:-1] in row
+            return
+    assert on_bad_row == "skip" or not dropped
+    for column in columns:
+        assert not (column.required and table[column.name].null_count)
+    if name == "f.csv" and on_bad_row == "error" and encoding is None:
+        _agrees_with_csv(path, table, [c.name for c in columns if c.type == "text"])
+
+
+def _agrees_with_csv(path: Path, table: pa.Table, texts: list[str]) -> None:
+    """What Arrow read as text is what Python's reader reads."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if row]
+    for name in texts:
+        assert table[name].to_pylist() == [row[header.index(name)] for row in rows]
 
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)

@@ -20,8 +20,9 @@ class Batch(Pipelineable):
             ``lengths [F * b]`` and ``values [sum]``, field-major.
         dense: ``[b, n_dense]`` float32 numeric fields.
         labels: ``[b]`` float32, 0 or 1.
-        weights: ``[b]`` float32; 0 for padding.
-        global_weight: ``[]`` float32: the sum of weights over all ranks.
+        weights: ``[b]`` float32, 1 in the mean of training rows; 0 for padding.
+        global_weight: ``[]`` float32, what the loss is divided by: the rows of all ranks, padding
+            aside. It is the sum of weights in the mean, and a rank knows it without asking.
     """
 
     sparse: KeyedJaggedTensor

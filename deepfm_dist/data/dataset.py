@@ -44,6 +44,7 @@ class Rows:
         users: ``[n]`` int32 rows of the user table, or None where the data has no users.
         items: ``[n]`` int32 rows of the item table, or None.
         labels: ``[n]`` float32; None where every row is a positive.
+        weights: ``[n]`` float32, 1 in the mean of training rows; None where all are 1.
         context: values of the context fields, ``[n]`` each.
         n: number of rows.
     """
@@ -53,6 +54,16 @@ class Rows:
     labels: FloatArray | None
     context: Mapping[str, Values]
     n: int
+    weights: FloatArray | None = None
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "Rows":
+        """Rows from the columns of their files."""
+        context = dict(columns)
+        roles = [context.pop(name, None) for name in ("user", "item", "label", "weight")]
+        users, items, labels, weights = roles
+        n = len(next(iter(columns.values())))
+        return cls(users, items, labels, context, n, weights)
 
 
 class PreparedDataset:
@@ -77,7 +88,7 @@ class PreparedDataset:
         """What the model and the sampler need of a split's rows."""
         present = pq.read_schema(self._file(f"{split}/part-00000.parquet")).names
         of_rows = [f.name for f in self.manifest.features if f.entity == "context"]
-        return [n for n in ("user", "item", "label", "drawer", *of_rows) if n in present]
+        return [n for n in ("user", "item", "label", "weight", "drawer", *of_rows) if n in present]
 
     def columns(self, split: str, names: list[str]) -> dict[str, Values]:
         """Some columns of all rows of train, valid or test."""
@@ -88,10 +99,7 @@ class PreparedDataset:
 
     def rows(self, split: str) -> Rows:
         """All rows of train, valid or test."""
-        columns = self.columns(split, self.row_columns(split))
-        n = len(next(iter(columns.values())))
-        users, items, labels = (columns.pop(name, None) for name in ("user", "item", "label"))
-        return Rows(users, items, labels, columns, n)  # type: ignore[arg-type]
+        return Rows.of(self.columns(split, self.row_columns(split)))
 
     def vocabulary(self, table: str) -> Vocabulary:
         """External ids of a table's rows."""
@@ -165,9 +173,11 @@ class PreparedDataset:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
         if split == "train":
             return self.history
-        rows = self.rows(split)
-        if rows.users is None or rows.items is None:
+        names = self.row_columns(split)
+        if not {"user", "item"} <= {*names}:
             raise DataError(f"{self.folder}: rows without users and items have no top items")
+        rows = Rows.of(self.columns(split, [n for n in ("user", "item", "label") if n in names]))
+        assert rows.users is not None and rows.items is not None
         mask = np.ones(rows.n, bool) if rows.labels is None else rows.labels == 1
         return Jagged.from_pairs(rows.users[mask], rows.items[mask], self.manifest.entities["user"])
 
@@ -196,6 +206,19 @@ class PreparedDataset:
                     yield change(Jagged.from_arrow(file.read_row_group(g, [column])[column]))
 
         return mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+
+    def group_rows(self, name: str) -> list[int]:
+        """Rows of each row group of a file."""
+        metadata = pq.read_metadata(self._file(name))
+        return [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+
+    def read_group(self, name: str, group: int, columns: list[str]) -> pa.Table:
+        """Some columns of a row group."""
+        try:
+            with pq.ParquetFile(self.folder / name) as file:
+                return file.read_row_group(group, columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(damaged(self.folder, self.folder / name, error)) from None
 
     def _file(self, name: str) -> Path:
         """A file's path; its metadata can be read."""
@@ -230,6 +253,7 @@ class Collator:
         labels: FloatArray | None = None,
         n_real: int | None = None,
         global_weight: float | None = None,
+        weights: FloatArray | None = None,
     ) -> Batch:
         """Looks up every field.
 
@@ -240,7 +264,8 @@ class Collator:
             context_rows: ``[b]`` which of these rows; `ABSENT` leaves the context empty.
             labels: ``[b]``; default zeros.
             n_real: how many leading rows are no padding; default all.
-            global_weight: weight sum over all ranks; default ``n_real``.
+            global_weight: weight that the loss is divided by; default ``n_real``.
+            weights: ``[n_real]`` of the rows; default ones.
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
@@ -261,8 +286,8 @@ class Collator:
                 present = rows >= 0
                 dense[present, column] = source[rows[present]]
         n_real = height if n_real is None else n_real
-        weights = np.zeros(height, np.float32)
-        weights[:n_real] = 1
+        row_weights = np.zeros(height, np.float32)
+        row_weights[:n_real] = 1 if weights is None else weights
         return Batch(
             KeyedJaggedTensor(
                 self.keys,
@@ -271,7 +296,7 @@ class Collator:
             ),
             torch.from_numpy(dense),
             torch.zeros(height) if labels is None else torch.from_numpy(labels),
-            torch.from_numpy(weights),
+            torch.from_numpy(row_weights),
             torch.tensor(float(n_real if global_weight is None else global_weight)),
         )
 
@@ -384,6 +409,7 @@ class TrainingBatches:
             padded(labels, height, 0),
             n_real=len(index),
             global_weight=global_weight,
+            weights=_picked(columns.get("weight"), index),
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:

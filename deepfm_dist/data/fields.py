@@ -43,6 +43,7 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
     add(spec.label, Column(spec.label or "", "label"))
     add(spec.time, Column(spec.time or "", "time"))
     add(spec.rating, Column(spec.rating or "", "number"))
+    add(spec.weight, Column(spec.weight or "", "weight"))
     if with_split:
         add(spec.split, Column(spec.split or "", "split"))
     for feature in in_rows(data):
@@ -173,7 +174,7 @@ class NumericFit:
         if self.feature.transform == "bucket":
             if len(self.histogram) == 0:
                 self.histogram = np.zeros(_BINS, np.int64)
-            places = _ordered(values.astype(np.float32)) >> np.uint32(16)
+            places = ordered_bits(values.astype(np.float32)) >> np.uint32(16)
             self.histogram += np.bincount(places.astype(np.int64), minlength=_BINS)
         elif len(values):
             wide = values.astype(np.float64)
@@ -217,7 +218,7 @@ class NumericFit:
         return tuple(float(v) for v in raw.astype(np.uint32).view(np.float32))
 
 
-def _ordered(values: FloatArray) -> npt.NDArray[np.uint32]:
+def ordered_bits(values: FloatArray) -> npt.NDArray[np.uint32]:
     """float32 bits as integers that sort as the numbers do."""
     bits = (values + np.float32(0)).view(np.uint32)  # -0 becomes 0
     return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))

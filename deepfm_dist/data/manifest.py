@@ -74,6 +74,8 @@ class Manifest(Section):
     """Rows of the entity tables (user, item), row 0 included."""
     numeric: dict[str, NumericSpec]
     """Numeric fields by name."""
+    mean_weight: float = 1.0
+    """Of the training rows; weights are divided by it, so that they do not change the step size."""
     splits: dict[str, SplitSpec]
     """train, valid, test."""
     files: int

@@ -14,7 +14,7 @@ Entity = Literal["user", "item", "context"]
 OUT_OF_VOCABULARY = 0
 """The row of every table that stands for ids not seen in training."""
 
-_NOT_FOR_THE_MODEL = ("label", "rating", "split")
+_NOT_FOR_THE_MODEL = ("label", "rating", "split", "weight")
 """Columns of the interactions that say what a row is: no fields of the model."""
 
 
@@ -67,6 +67,9 @@ class Interactions(Section):
     """Least rating that counts as a positive."""
     split: str | None = None
     """Column that says where a row belongs: 0 / train, 1 / valid, 2 / test."""
+    weight: str | None = None
+    """Column of the row's weight, above 0, in the loss and in the figures on rows; a row of weight
+    2 counts as two. Sampled negatives have the weight of their positive."""
 
     @model_validator(mode="after")
     def _columns_go_together(self) -> Self:
@@ -284,7 +287,7 @@ class DataConfig(Section):
         if reserved := sorted({"id", "history", "count", "title", "label"} & set(names)):
             raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
         of_rows = {f.name for f in self.features if f.entity == "context"}
-        if reserved := sorted({"user", "item", "time", "drawer"} & of_rows):
+        if reserved := sorted({"user", "item", "time", "drawer", "weight"} & of_rows):
             raise ValueError(
                 f"{reserved[0]!r} is a reserved name; call the context field otherwise"
             )
@@ -322,6 +325,8 @@ class DataConfig(Section):
                 "negatives.fixed_per_user are split together with the positives: "
                 "it cannot go with a given split"
             )
+        if rows.weight is not None:
+            raise ValueError("negatives.fixed_per_user have no interactions.weight; leave it out")
         if split.method not in ("random", "per_user"):
             raise ValueError(
                 f"negatives.fixed_per_user have no time: split.method={split.method} cannot be used"

@@ -28,6 +28,7 @@ _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte deli
 _TYPES = {
     "text": pa.string(),
     "number": pa.float64(),
+    "weight": pa.float32(),
     "time": pa.int64(),
     "label": pa.int8(),
     "split": pa.int8(),
@@ -35,13 +36,14 @@ _TYPES = {
 _WANTED = {
     "text": "text",
     "number": "number",
+    "weight": "weight: a number above 0 is expected",
     "time": "time",
     "label": "label: 0 or 1 is expected",
     "split": "split: 0, 1, 2 or train, valid, test is expected",
 }
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
-ColumnType = Literal["text", "number", "time", "label", "split"]
+ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Column:
 
     Attributes:
         name: its name in the file.
-        type: text -> string; number -> float64; time -> int64 seconds (from a number or a
-            timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1; split -> int8 0, 1
-            or 2 (train, valid, test).
+        type: text -> string; number -> float64; weight -> float32 above 0; time -> int64 seconds
+            (from a number or a timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1;
+            split -> int8 0, 1 or 2 (train, valid, test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
     """
@@ -61,6 +63,11 @@ class Column:
     type: ColumnType = "text"
     required: bool = True
     missing: tuple[str, ...] = ()
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """What its values are read as."""
+        return _TYPES[self.type]
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def read_table(
     dropped: Counter[str] | None = None,
 ) -> pa.Table:
     """All batches of `read_batches` as one table."""
-    schema = pa.schema([(c.name, _TYPES[c.type]) for c in columns])
+    schema = pa.schema([(c.name, c.arrow_type) for c in columns])
     return pa.Table.from_batches(read_batches(path, columns, layout, on_bad_row, dropped), schema)
 
 
@@ -239,25 +246,17 @@ class _Reader:
             raise DataError(f"{self.path}: a damaged parquet file: {_brief(error)}") from None
 
     def _text(self) -> Iterator[pa.RecordBatch]:
-        ragged: list[pa_csv.InvalidRow] = []
-
         def on_ragged(row: pa_csv.InvalidRow) -> str:
-            if self.skip_bad:
-                self.dropped[f"{self.name}: rows with a wrong number of cells"] += 1
-                return "skip"
-            ragged.append(row)
-            return "error"
+            self.dropped[f"{self.name}: rows with a wrong number of cells"] += 1
+            return "skip"
 
         names = list(self.layout.columns) if self.layout.columns else None
         wanted = [c.name for c in self.columns]
 
         def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
             stream = self._stream()
-            if self.wide:
-                wide = self.delimiter.encode(self.encoding)
-                stream = _Rewritten(stream, lambda lines: lines.replace(wide, _UNIT_SEPARATOR))
-            elif self.libsvm:
-                stream = _Rewritten(stream, lambda lines: re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines))
+            if self.wide or self.libsvm or self.skip_bad:
+                stream = _Rewritten(stream, self._rewritten)
             return pa_csv.open_csv(
                 stream,
                 pa_csv.ReadOptions(
@@ -267,7 +266,7 @@ class _Reader:
                     delimiter=_UNIT_SEPARATOR.decode() if self.wide else self.delimiter,
                     quote_char='"' if self.quoted else False,
                     newlines_in_values=self.quoted,
-                    invalid_row_handler=on_ragged,
+                    invalid_row_handler=on_ragged if self.skip_bad else None,
                 ),
                 pa_csv.ConvertOptions(
                     column_types={name: pa.string() for name in wanted},
@@ -287,13 +286,22 @@ class _Reader:
                 raise
             yield from reader
         except pa.ArrowInvalid as error:
-            if ragged:
-                raise DataError(self._ragged(ragged[0])) from None
+            if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
+                raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
             if "Empty CSV" in str(error):
                 raise DataError(f"{self.path}: the file is empty") from None
             raise DataError(self._unreadable(error)) from None
         except (OSError, EOFError, UnicodeError) as error:
             raise DataError(self._unreadable(error)) from None
+
+    def _rewritten(self, lines: bytes) -> bytes:
+        if self.wide:
+            lines = lines.replace(self.delimiter.encode(self.encoding), _UNIT_SEPARATOR)
+        elif self.libsvm:
+            lines = re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines)
+        if self.skip_bad and self.encoding.lower() in ("utf-8", "utf8"):
+            lines.decode()  # Arrow cannot tell of a ragged row that is no text
+        return lines
 
     def _check_beginning(self) -> None:
         """Refuses what Arrow would misread: UTF-16 taken for UTF-8, a column that comes twice."""
@@ -307,7 +315,7 @@ class _Reader:
                 f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
             )
         if self.layout.columns is None:
-            with suppress(csv.Error, OSError, EOFError, pa.ArrowException):
+            with suppress(csv.Error, OSError, EOFError, UnicodeError, pa.ArrowException):
                 _, _, header = next(self._parsed(), (0, 0, ()))
                 self._check_columns(header, only_twice=True)
 
@@ -316,9 +324,8 @@ class _Reader:
             if column.name not in present and not only_twice:
                 near = difflib.get_close_matches(column.name, present, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise DataError(
-                    f"{self.path}: no column {column.name!r}; {hint}it has: {', '.join(present)}"
-                )
+                names = ", ".join(n if n.isprintable() else repr(n) for n in present)
+                raise DataError(f"{self.path}: no column {column.name!r}; {hint}it has: {names}")
             if list(present).count(column.name) > 1:
                 raise DataError(f"{self.path}: two columns are called {column.name!r}; rename one")
 
@@ -358,11 +365,8 @@ class _Reader:
     def _refuse(self, column: Column, at: int, cells: pa.Array, first_row: int) -> None:
         cell = cells[at].as_py()
         what = "is empty" if cell in (None, "") else f"is no {_WANTED[column.type]}"
-        where = (
-            f"row {first_row + at + 1}"
-            if self.suffix == ".parquet"
-            else self._where(lambda row, _: row == first_row + at, f"row {first_row + at + 1}")
-        )
+        row = first_row + at
+        where = f"row {row + 1}" if self.suffix == ".parquet" else self._where(row)
         shown = _short("" if cell is None else cell)
         raise DataError(
             f"{self.path}, {where}: {column.name} {shown} {what}; "
@@ -396,24 +400,23 @@ class _Reader:
                 yield row, line, values
                 row += 1
 
-    def _where(self, found: Callable[[int, Sequence[str]], bool], otherwise: str) -> str:
-        try:
-            for row, line, cells in self._parsed():
-                if found(row, cells):
+    def _where(self, wanted: int) -> str:
+        with suppress(csv.Error, OSError, UnicodeError, pa.ArrowException):
+            for row, line, _ in self._parsed():
+                if row == wanted:
                     return f"line {line}"
-        except (csv.Error, OSError, pa.ArrowException):
-            pass
-        return otherwise
+        return f"row {wanted + 1}"
 
-    def _ragged(self, row: pa_csv.InvalidRow) -> str:
-        def is_it(number: int, cells: Sequence[str]) -> bool:
-            return len(cells) != row.expected_columns
-
-        text = row.text.replace(_UNIT_SEPARATOR.decode(), self.delimiter)
-        where = self._where(is_it, f"row {row.number}" if row.number else "a row")
+    def _ragged(self, expected: int, text: str) -> str:
+        where, n = "a row", text.count(self.delimiter) + 1
+        with suppress(csv.Error, OSError, UnicodeError, pa.ArrowException):
+            for _, line, cells in self._parsed():
+                if len(cells) != expected:
+                    where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)
+                    break
         return (
-            f"{self.path}, {where}: {row.actual_columns} cells where {row.expected_columns} are "
-            f"expected: {_short(text)}; mend the row or set data.on_bad_row=skip"
+            f"{self.path}, {where}: {n} cells where {expected} are expected: {_short(text)}; "
+            f"mend the row or set data.on_bad_row=skip"
         )
 
     def _unreadable(self, error: Exception) -> str:
@@ -499,11 +502,14 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         return cells.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
         cells = _times(cells) if kind == "time" else _numbers(cells)
-    if kind in ("number", "label"):
+    if kind in ("number", "weight", "label"):
         cells = cells.cast(pa.float64(), safe=False)
     if pa.types.is_floating(cells.type):  # NaN and infinity, in float32, are nothing to learn from
         finite = pc.is_finite(cells.cast(pa.float32(), safe=False))
         cells = pc.if_else(finite, cells, None)
+    if kind == "weight":
+        cells = cells.cast(pa.float32(), safe=False)
+        return pc.if_else(pc.greater(cells, 0), cells, None)
     if kind == "label":
         binary = pc.is_in(cells, pa.array([0.0, 1.0]))
         return pc.if_else(binary, cells, None).cast(pa.int8())

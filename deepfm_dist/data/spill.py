@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, grouped, joined, taken
+from deepfm_dist.data.jagged import grouped, joined, taken
 
 
 class Spill:
@@ -73,55 +73,36 @@ class Part:
     """The rows of a partition, in file order.
 
     Attributes:
-        row: ``[n]`` int64: place among all rows read.
-        user: ``[n]`` int32 codes, or None; item: the same.
-        local: ``[n]`` int32: the user's place among the partition's users.
-        label: ``[n]`` int8.
-        given: ``[n]`` int8: train, valid or test where the input says so, else -1.
-        time: ``[n]`` int64, or None.
-        fields: raw numbers and codes of the fields that stand in the rows.
+        columns: ``[n]`` each: ``row`` int64, place among all rows read; ``user`` and ``item``
+            int32 codes, and ``local`` int32, the user's place among the partition's users, where
+            there are any; ``label`` int8; ``given`` int8, train, valid or test where the input
+            says so, else -1; ``time`` int64 and ``weight`` float32 where they are known; ``field
+            NAME``, raw numbers and codes of the fields that stand in the rows.
         repeated: how many rows were dropped because an earlier one has their user and item.
         full: how many rows were dropped because their users have seen every item.
     """
 
-    row: Int64Array
-    user: Int32Array | None
-    item: Int32Array | None
-    local: Int32Array | None
-    label: npt.NDArray[np.int8]
-    given: npt.NDArray[np.int8]
-    time: Int64Array | None
-    fields: dict[str, Values]
+    columns: dict[str, Any]
     repeated: int = 0
     full: int = 0
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self.columns["row"])
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "Part":
         """Some of the rows."""
         if mask.all():
             return self
         at = np.flatnonzero(mask)
-        arrays: dict[str, Any] = {
-            name: None if (array := getattr(self, name)) is None else array[at] for name in _ARRAYS
-        }
-        return Part(**arrays, fields={name: taken(v, at) for name, v in self.fields.items()})
+        return Part({name: taken(values, at) for name, values in self.columns.items()})
 
     @classmethod
     def joined(cls, parts: Sequence["Part"]) -> "Part":
         """The rows of all, one after the other."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        arrays: dict[str, Any] = {
-            name: None
-            if getattr(first, name) is None
-            else np.concatenate([getattr(p, name) for p in parts])
-            for name in _ARRAYS
-        }
-        fields = {name: joined([p.fields[name] for p in parts]) for name in first.fields}
-        return cls(**arrays, fields=fields)
-
-
-_ARRAYS = ("row", "user", "item", "local", "label", "given", "time")
+        return cls({name: joined([p[name] for p in parts]) for name in parts[0].columns})

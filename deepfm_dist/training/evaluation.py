@@ -1,22 +1,35 @@
 """Held-out rows through the sharded model."""
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, padded
+from deepfm_dist.data.fields import ordered_bits
+from deepfm_dist.data.heldout import SplitReader
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
-from deepfm_dist.training.metrics import click_metrics
+from deepfm_dist.training.metrics import Tally, figures_of, mean_auc, row_sums
 
 BLOCK_ROWS = 8192
+RANKED_ROWS = 1 << 21
+"""Scored rows that rank 0 puts in order at a time."""
+_RECORD = np.dtype([("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4")])
+_BINS = 1 << 16
+_Records = npt.NDArray[np.void]
 
 
 class HeldOut:
     """The labelled rows of a split, ready to be scored again and again.
+
+    Rows are read from disk as they are needed, and lie there again with their scores: memory does
+    not grow with them.
 
     Args:
         dataset: the prepared dataset.
@@ -24,8 +37,9 @@ class HeldOut:
     """
 
     def __init__(self, dataset: PreparedDataset, split: str) -> None:
-        self.rows = dataset.rows(split)
+        self._reader = SplitReader(dataset, split)
         self._collate = Collator(dataset)
+        self._n_users = dataset.manifest.entities.get("user", 0)
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
         """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks.
@@ -34,16 +48,98 @@ class HeldOut:
             model: the sharded task in eval mode.
             world: the ranks.
         """
-        scored = score_rows(model, world, self.rows.n, BLOCK_ROWS, self._block)
-        pieces = world.gather([logits for _, logits in scored])
-        if pieces is None:
-            return {}
-        logits = np.concatenate([block for piece in pieces for block in piece])
-        assert self.rows.labels is not None
-        return click_metrics(self.rows.labels, logits, self.rows.users)
+        block = self._reader.read(0, 0)
 
-    def _block(self, begin: int, end: int) -> Batch:
-        return collate_rows(self._collate, self.rows, begin, end, BLOCK_ROWS)
+        def collated(begin: int, end: int) -> Batch:
+            nonlocal block
+            block = self._reader.read(begin, end)
+            return collate_rows(self._collate, block, 0, block.n, BLOCK_ROWS)
+
+        with tempfile.TemporaryFile() as file:
+            sums = []  # by block, and in the order of blocks: the same at any world size
+            for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collated):
+                assert block.labels is not None
+                sums.append(row_sums(block.labels, logits, block.weights))
+                scored = np.ones(len(logits), _RECORD)
+                scored["logit"], scored["label"] = logits, block.labels
+                if block.weights is not None:
+                    scored["weight"] = block.weights
+                if block.users is not None:
+                    scored["user"] = block.users
+                file.write(scored.tobytes())
+            file.flush()
+            n = file.tell() // _RECORD.itemsize
+            records = np.memmap(file, _RECORD, "r", shape=n) if n else np.zeros(0, _RECORD)
+            figures = {"auc": _auc(records, world)}
+            if self._n_users:
+                figures["user_auc"] = _user_auc(records, self._n_users, world)
+        gathered = world.gather(sums)
+        if gathered is None:
+            return {}
+        return figures | figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
+
+
+def _auc(records: _Records, world: World) -> float:
+    """`metrics.auc` of all ranks' rows, on rank 0: a stretch of scores after the other."""
+    wins = positives = negatives = 0.0
+    for tally in _tallies(records, world, _score_bins, by_user=False):
+        won, positive, negative = (float(v.sum()) for v in tally.by_group())
+        wins += won + positive * negatives
+        positives, negatives = positives + positive, negatives + negative
+    return wins / (positives * negatives) if positives and negatives else float("nan")
+
+
+def _user_auc(records: _Records, n_users: int, world: World) -> float:
+    """`metrics.user_auc` of all ranks' rows, on rank 0: a stretch of users after the other."""
+    height = -(-n_users // _BINS)
+    total = weight = 0.0
+    for tally in _tallies(records, world, lambda rows: rows["user"] // height, by_user=True):
+        of_users, their_weight = mean_auc(tally)
+        total, weight = total + of_users, weight + their_weight
+    return total / weight if weight else float("nan")
+
+
+def _score_bins(rows: _Records) -> npt.NDArray[np.int64]:
+    """``[n]`` in ``[0, _BINS)``, ascending with the score."""
+    return (ordered_bits(rows["logit"]) >> np.uint32(16)).astype(np.int64)
+
+
+def _tallies(
+    records: _Records,
+    world: World,
+    bins_of: Callable[[_Records], npt.NDArray[np.integer]],
+    by_user: bool,
+) -> Iterator[Tally]:
+    """Stretch by stretch of bins, the tally of all ranks' rows; empty off rank 0. All ranks."""
+    counts = np.zeros(_BINS, np.int64)
+    for rows in _chunks(records):
+        counts += np.bincount(bins_of(rows), minlength=_BINS)
+    world.sum(torch.from_numpy(counts))
+    below = np.r_[0, np.cumsum(counts)]
+    low = 0
+    while low < _BINS:  # as many bins as have no more rows than that, and one in any case
+        high = max(low + 1, int(np.searchsorted(below, below[low] + RANKED_ROWS, "right")) - 1)
+        pieces = []
+        for rows in _chunks(records):
+            bins = bins_of(rows)
+            inside = (low <= bins) & (bins < high)
+            if by_user:
+                inside &= rows["user"] != OUT_OF_VOCABULARY
+            rows = rows[inside]
+            weight = rows["weight"].astype(np.float64)
+            groups = rows["user"] if by_user else np.zeros(len(rows), np.int32)
+            is_positive = rows["label"] > 0.5
+            pieces.append(
+                Tally.of(groups, rows["logit"], weight * is_positive, weight * ~is_positive)
+            )
+        gathered = world.gather(Tally.merged(pieces))
+        yield Tally.merged(gathered or [Tally.of(*np.zeros((4, 0)))])
+        low = high
+
+
+def _chunks(records: _Records) -> Iterator[_Records]:
+    for begin in range(0, max(1, len(records)), RANKED_ROWS):
+        yield records[begin : begin + RANKED_ROWS]
 
 
 def collate_rows(collate: Collator, rows: Rows, begin: int, end: int, height: int) -> Batch:

@@ -1,6 +1,12 @@
-"""Figures on labelled rows: AUC, per-user AUC, log loss, NE, calibration, accuracy."""
+"""Figures on labelled rows: AUC, per-user AUC, log loss, NE, calibration, accuracy.
+
+A row of weight 2 counts as two rows.
+"""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -8,82 +14,137 @@ import numpy.typing as npt
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 
 FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
 
 
-def auc(labels: FloatArray, scores: FloatArray) -> float:
+@dataclass(frozen=True)
+class Tally:
+    """Weights of labelled rows by group and score: all that AUC asks of them.
+
+    Attributes:
+        groups: ``[m]`` ascending.
+        scores: ``[m]`` ascending within a group, each once.
+        positive: ``[m]`` float64 weight of the rows with label 1.
+        negative: ``[m]`` float64 weight of the others.
+    """
+
+    groups: IntArray
+    scores: FloatArray
+    positive: FloatArray
+    negative: FloatArray
+
+    @classmethod
+    def of(
+        cls, groups: IntArray, scores: FloatArray, positive: FloatArray, negative: FloatArray
+    ) -> Self:
+        """Rows ``[n]`` in any order, or pieces of a tally."""
+        order = np.lexsort((scores, groups))
+        groups, scores = groups[order], scores[order]
+        is_new = np.ones(len(order), bool)
+        is_new[1:] = (groups[1:] != groups[:-1]) | (scores[1:] != scores[:-1])
+        place, m = is_new.cumsum() - 1, int(is_new.sum())
+        sums = [np.bincount(place, w[order], m).astype(np.float64) for w in (positive, negative)]
+        return cls(groups[is_new], scores[is_new], sums[0], sums[1])
+
+    @classmethod
+    def merged(cls, pieces: Sequence[Self]) -> Self:
+        """The tally of all pieces' rows."""
+        names = ("groups", "scores", "positive", "negative")
+        return cls.of(*(np.concatenate([getattr(p, n) for p in pieces]) for n in names))
+
+    def by_group(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """``[groups]`` each: weight of ordered pairs, of positives, of negatives.
+
+        A positive and a negative are ordered where the positive's score is higher; ties count half.
+        """
+        if len(self.groups) == 0:
+            return np.zeros(0), np.zeros(0), np.zeros(0)
+        starts = np.flatnonzero(np.r_[True, self.groups[1:] != self.groups[:-1]])
+        below = self.negative.cumsum() - self.negative
+        below -= np.repeat(below[starts], np.diff(np.r_[starts, len(self.groups)]))
+        wins = self.positive * (below + self.negative / 2)
+        sums = (np.add.reduceat(a, starts) for a in (wins, self.positive, self.negative))
+        return tuple(sums)  # type: ignore[return-value]
+
+
+def auc(labels: FloatArray, scores: FloatArray, weights: FloatArray | None = None) -> float:
     """Exact area under the ROC curve; ties count one half.
 
     Args:
         labels: ``[n]`` 0 or 1.
         scores: ``[n]``, any monotone score.
+        weights: ``[n]`` of the rows; default ones.
 
     Returns:
         ``P(score of a positive > score of a negative) + P(equal) / 2``; NaN where all labels are
         the same.
 
-    Source: the Mann-Whitney statistic by average ranks.
+    Source: the Mann-Whitney statistic.
     """
-    positive = labels > 0.5
-    n_positive = int(positive.sum())
-    n_negative = len(labels) - n_positive
-    if n_positive == 0 or n_negative == 0:
-        return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last_rank = np.cumsum(counts)
-    average_rank = last_rank - (counts - 1) / 2
-    rank_sum = average_rank[inverse][positive].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    return user_auc(labels, scores, np.zeros(len(labels), np.int8), weights)
 
 
-def user_auc(labels: FloatArray, scores: FloatArray, users: npt.NDArray[np.integer]) -> float:
+def user_auc(
+    labels: FloatArray, scores: FloatArray, users: IntArray, weights: FloatArray | None = None
+) -> float:
     """Mean AUC of the users that have both labels, weighted by their rows ("GAUC").
 
     Args:
         labels: ``[n]`` 0 or 1.
         scores: ``[n]``, any score that is monotone within a user.
         users: ``[n]`` whose row it is.
+        weights: ``[n]`` of the rows; default ones.
 
     Returns:
         NaN where no user has both labels.
 
     Source: Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", 2017, eq. 12.
     """
-    order = np.lexsort((scores, users))
-    label, score, user = labels[order] > 0.5, scores[order], users[order]
-    is_new_user = np.r_[True, user[1:] != user[:-1]]
-    is_new_score = is_new_user | np.r_[True, score[1:] != score[:-1]]
-    of_user, of_score = is_new_user.cumsum() - 1, is_new_score.cumsum() - 1
-    first = np.flatnonzero(is_new_user)
-    rows = np.bincount(of_user)
-    positives = np.bincount(of_user, label)
-    # Ranks within the user, ties by their average.
-    first_of_score = np.flatnonzero(is_new_score)
-    tied = np.bincount(of_score)
-    rank = (first_of_score + (tied + 1) / 2)[of_score] - first[of_user]
-    rank_sum = np.bincount(of_user, rank * label)
-    pairs = positives * (rows - positives)
-    has_both = pairs > 0
-    if not has_both.any():
-        return float("nan")
-    wins = (rank_sum - positives * (positives + 1) / 2)[has_both]
-    return float(np.average(wins / pairs[has_both], weights=rows[has_both]))
+    w = np.ones(len(labels)) if weights is None else weights.astype(np.float64)
+    total, weight = mean_auc(Tally.of(users, scores, w * (labels > 0.5), w * (labels <= 0.5)))
+    return total / weight if weight else float("nan")
 
 
-def log_loss(labels: FloatArray, logits: FloatArray) -> float:
-    """Mean binary cross-entropy of ``[n]`` labels and ``[n]`` logits, in nats."""
+def mean_auc(tally: Tally) -> tuple[float, float]:
+    """Summed AUC of the groups that have both labels, each times its weight; and that weight."""
+    wins, positive, negative = tally.by_group()
+    both = (positive > 0) & (negative > 0)
+    wins, positive, negative = wins[both], positive[both], negative[both]
+    weight = positive + negative
+    return float((weight * (wins / (positive * negative))).sum()), float(weight.sum())
+
+
+def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None) -> FloatArray:
+    """``[5]`` float64 weighted sums over rows, for `figures_of`.
+
+    They are: ones, labels, cross-entropy in nats, probability, whether the probability is on the
+    label's side of 0.5.
+    """
     z = logits.astype(np.float64)
-    return float(np.mean(np.logaddexp(0.0, z) - labels * z))
+    of_rows = np.stack(
+        [
+            np.ones(len(z)),
+            labels,
+            np.logaddexp(0.0, z) - labels * z,
+            np.exp(-np.logaddexp(0.0, -z)),
+            (z > 0) == (labels > 0.5),
+        ]
+    )
+    sums: FloatArray = (of_rows if weights is None else of_rows * weights).sum(1)
+    return sums
 
 
-def accuracy(labels: FloatArray, logits: FloatArray) -> float:
-    """Share of rows whose probability is on the label's side of 0.5."""
-    return float(np.mean((logits > 0) == (labels > 0.5)))
-
-
-def majority_rate(labels: FloatArray) -> float:
-    """Accuracy of always answering the more frequent label."""
-    rate = float(np.mean(labels > 0.5))
-    return max(rate, 1 - rate)
+def figures_of(sums: FloatArray) -> dict[str, float]:
+    """Log loss, NE, calibration, accuracy, and that of always giving the more frequent label."""
+    weight, label, entropy, probability, correct = sums.tolist()
+    loss, rate = entropy / weight, label / weight
+    return {
+        "log_loss": loss,
+        "ne": normalized_entropy(loss, rate),
+        "calibration": probability / label if label else float("nan"),
+        "accuracy": correct / weight,
+        "majority_rate": max(rate, 1 - rate),
+    }
 
 
 def normalized_entropy(log_loss: float, rate: float) -> float:
@@ -101,7 +162,10 @@ def normalized_entropy(log_loss: float, rate: float) -> float:
 
 
 def click_metrics(
-    labels: FloatArray, logits: FloatArray, users: npt.NDArray[np.integer] | None = None
+    labels: FloatArray,
+    logits: FloatArray,
+    users: IntArray | None = None,
+    weights: FloatArray | None = None,
 ) -> dict[str, float]:
     """All figures of this module.
 
@@ -110,20 +174,14 @@ def click_metrics(
         logits: ``[n]``.
         users: ``[n]`` rows of the user table; those of `OUT_OF_VOCABULARY` are not told apart and
             have no part in ``user_auc``, which is left out where there are no users.
+        weights: ``[n]`` of the rows; default ones.
     """
-    loss, rate = log_loss(labels, logits), float(np.mean(labels))
-    predicted = float(np.mean(1 / (1 + np.exp(-logits.astype(np.float64)))))
-    figures = {"auc": auc(labels, logits)}
+    figures = {"auc": auc(labels, logits, weights)}
     if users is not None:
         known = users != OUT_OF_VOCABULARY
-        figures["user_auc"] = user_auc(labels[known], logits[known], users[known])
-    return figures | {
-        "log_loss": loss,
-        "ne": normalized_entropy(loss, rate),
-        "calibration": predicted / rate if rate else float("nan"),
-        "accuracy": accuracy(labels, logits),
-        "majority_rate": majority_rate(labels),
-    }
+        of_known = None if weights is None else weights[known]
+        figures["user_auc"] = user_auc(labels[known], logits[known], users[known], of_known)
+    return figures | figures_of(row_sums(labels, logits, weights))
 
 
 CLICK_FIGURES = tuple(click_metrics(np.array([0.0, 1.0]), np.zeros(2), np.ones(2, np.int32)))

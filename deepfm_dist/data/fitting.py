@@ -1,0 +1,192 @@
+"""Vocabularies and statistics, fitted on training rows."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepfm_dist.data.counts import Counts
+from deepfm_dist.data.fields import (
+    NumericFit,
+    hashed_rows,
+    lookup_rows,
+    table_names,
+    transformed,
+)
+from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
+from deepfm_dist.data.job import Job, of_entity
+from deepfm_dist.data.manifest import Manifest, NumericSpec
+from deepfm_dist.data.partitions import Partitions
+from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What rank 0 fits and all need to write rows.
+
+    Attributes:
+        row_of_code: table rows of the texts of each vocabulary.
+        numeric: statistics of the numeric fields.
+        rows: of the user and item tables.
+    """
+
+    row_of_code: dict[str, Int32Array]
+    numeric: dict[str, NumericSpec]
+    rows: dict[str, int]
+
+    def encoded(self, feature: Feature, values: Values) -> Values:
+        """Raw numbers or codes -> what the model looks up."""
+        if feature.kind == "numeric":
+            assert not isinstance(values, Jagged)
+            return transformed(values.astype(np.float32), feature, self.numeric[feature.name])
+        if feature.has_vocabulary:
+            return lookup_rows(values, self.row_of_code[feature.table_name])
+        return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
+
+
+class Earlier:
+    """The dataset whose ids keep their rows; it may be none.
+
+    Args:
+        folder: of it.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = Path(folder or "")
+        self.manifest = None if folder is None else Manifest.read(self._folder)
+
+    def column(self, entity: str, name: str) -> pa.ChunkedArray | None:
+        """A column of its users or items, if there is one."""
+        if self.manifest is None or entity not in self.manifest.entities:
+            return None
+        path = self._folder / "entities" / f"{entity}.parquet"
+        if name not in pq.read_schema(path).names:
+            return None
+        return pq.read_table(path, columns=[name])[name]
+
+    def vocabulary(self, name: str) -> Vocabulary | None:
+        """A table's vocabulary, or that of the users or items themselves."""
+        if name.startswith(of_entity("")):
+            ids = self.column(name.removeprefix(of_entity("")), "id")
+            if ids is None:
+                return None
+            return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
+        if self.manifest is None or name not in self.manifest.tables:
+            return None
+        return Vocabulary.from_table(pq.read_table(self._folder / "vocabulary" / f"{name}.parquet"))
+
+
+class Fit:
+    """Fits on what all training rows say. Rank 0.
+
+    Attributes:
+        entities: vocabularies of the users and items themselves.
+        values: raw values of their fields, by table row.
+        vocabularies: by table.
+        fitted: what the other ranks need of it.
+    """
+
+    def __init__(self, job: Job, partitions: Partitions, counts: Counts, earlier: Earlier) -> None:
+        self._job, self._partitions, self._counts = job, partitions, counts
+        self._earlier = earlier
+        self.entities = {
+            name: self._vocabulary(of_entity(name), self._min_count_of(name))
+            for name in job.entities
+        }
+        self.values: dict[str, Values] = {}
+        for feature in job.data.features:
+            if feature.entity != "context" and not feature.is_id:
+                self.values[feature.name] = self._entity_values(feature)
+        self.vocabularies: dict[str, Vocabulary] = {}
+        for table in table_names(job.data.features):
+            features = [f for f in job.data.features if f.table_name == table and f.in_table]
+            if features[0].is_id:
+                self.vocabularies[table] = self.entities[features[0].entity]
+            elif features[0].has_vocabulary:
+                least = max(f.min_count for f in features)
+                self.vocabularies[table] = self._vocabulary(table, least)
+        of_tables = {n: v for n, v in self.vocabularies.items() if n in partitions.ids}
+        of_entities = {of_entity(n): v for n, v in self.entities.items()}
+        self.fitted = Fitted(
+            {n: v.lookup(partitions.ids[n]) for n, v in (of_entities | of_tables).items()},
+            self._numeric(),
+            {name: v.rows for name, v in self.entities.items()},
+        )
+
+    def _numeric(self) -> dict[str, NumericSpec]:
+        specs = {name: fit.spec() for name, fit in self._counts.numeric.items()}
+        for feature in self._job.data.features:
+            if feature.kind == "numeric" and feature.entity != "context":
+                fit, values = NumericFit(feature), self.values[feature.name]
+                assert not isinstance(values, Jagged)
+                fit.add(0, values[1:].astype(np.float32))
+                specs[feature.name] = fit.spec()
+        before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric
+        return specs | {n: s for n, s in before.items() if n in specs}
+
+    def _min_count_of(self, entity: str) -> int:
+        ids = [f for f in self._job.data.features if f.entity == entity and f.is_id]
+        return ids[0].min_count if ids else 1
+
+    def _vocabulary(self, name: str, min_count: int) -> Vocabulary:
+        return Vocabulary.fit(
+            self._partitions.ids[name],
+            self._counts.tables[name],
+            min_count,
+            derive_seed(self._job.seed, "rows", name.removeprefix(of_entity(""))),
+            self._earlier.vocabulary(name),
+        )
+
+    def _entity_values(self, feature: Feature) -> Values:
+        """Raw values of a field of users or items, by table row; counts their codes."""
+        vocabulary, ids = self.entities[feature.entity], self._partitions.ids
+        if feature.names_entity:
+            hashed = np.append(np.int32(0), hashed_rows(vocabulary.ids, feature))
+            return Jagged(np.arange(vocabulary.rows + 1), hashed)
+        if feature.file is None:
+            firsts = self._counts.firsts[feature.name]
+            rows = vocabulary.lookup(ids[of_entity(feature.entity)])[firsts.entity]
+            found = firsts.values
+        else:
+            side = self._partitions.side_files[feature.name]
+            rows, found = vocabulary.lookup(side.keys), side.values
+            # Several fields of a file may read the same rows.
+            reason = f"{feature.file} rows of {feature.entity}s without training rows"
+            unknown = int((rows == 0).sum())
+            self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
+        known = np.flatnonzero(rows > 0)
+        values = self._by_row(feature, rows[known], taken(found, known), vocabulary.rows)
+        if isinstance(values, Jagged) and feature.has_vocabulary:
+            table = self._counts.tables[feature.table_name]
+            table += np.bincount(values.values, minlength=len(table))
+        return values
+
+    def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
+        """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
+        if feature.kind == "numeric":
+            assert not isinstance(found, Jagged)
+            numbers = np.full(n, np.nan, np.float32)
+            numbers[rows[::-1]] = found[::-1]  # backwards: the first line of an entity stays
+            return numbers
+        if not isinstance(found, Jagged):
+            there = found >= 0
+            found = Jagged(offsets_of(there), found[there].astype(np.int32))
+        owners = np.repeat(rows, found.lengths).astype(np.int64)
+        values = found.values
+        pair = owners * (int(values.max(initial=0)) + 1) + values
+        first = np.sort(np.unique(pair, return_index=True)[1])
+        self._job.drop(
+            f"repeated {feature.name} values of one {feature.entity}", len(pair) - len(first)
+        )
+        bags = Jagged.from_pairs(owners[first], values[first], n)
+        without = int((bags.lengths[1:] == 0).sum())
+        if without:
+            log.info("%s: %s %ss have none", feature.name, f"{without:,}", feature.entity)
+        return bags if feature.multi_valued else bags.firsts()

@@ -1,0 +1,85 @@
+"""What all steps of one preparation know."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from deepfm_dist.data.crew import Crew
+from deepfm_dist.data.fields import in_rows
+from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.sources import InputFile
+from deepfm_dist.data.split import TEST, VALID
+
+PARTITION_BYTES = 128 << 20
+"""Of input, as plain text, that one partition is meant for."""
+MOST_PARTITIONS = 512
+OPEN = -1
+"""In place of a split: which one a row belongs to is yet to be said."""
+
+
+def of_entity(name: str) -> str:
+    """What the ids of users or items go by among the tables' values."""
+    return f"entity {name}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One preparation, as one rank sees it.
+
+    Attributes:
+        data: what is prepared.
+        files: the input files by their names in the configuration.
+        seed: of splits, negatives and row order.
+        crew: the ranks.
+        folder: of the dataset to be, all ranks' the same.
+        dropped: what this rank has left out of the input, by reason.
+    """
+
+    data: DataConfig
+    files: dict[str, list[InputFile]]
+    seed: int
+    crew: Crew
+    folder: Path
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, count: int) -> None:
+        """Counts what is left out."""
+        if count:
+            self.dropped[reason] += count
+
+    @cached_property
+    def entities(self) -> list[str]:
+        """Which of user and item the rows have."""
+        return [name for name in ("user", "item") if getattr(self.data.interactions, name)]
+
+    @cached_property
+    def row_fields(self) -> list[Feature]:
+        """Fields whose values stand in the rows."""
+        return in_rows(self.data)
+
+    @cached_property
+    def inputs(self) -> list[tuple[InputFile, str, int]]:
+        """Every file of rows, the name it goes by in the configuration, and its split."""
+        split = self.data.split
+        names = [
+            (self.data.interactions.file, OPEN),
+            (split.valid_file, VALID),
+            (split.test_file, TEST),
+        ]
+        return [(f, name, part) for name, part in names if name for f in self.files[name]]
+
+    @cached_property
+    def n_parts(self) -> int:
+        """Partitions that the rows are dealt to."""
+        text_bytes = sum(file.text_bytes for file, _, _ in self.inputs)
+        return min(MOST_PARTITIONS, max(1, -(-text_bytes // PARTITION_BYTES)))
+
+    @property
+    def mine(self) -> range:
+        """This rank's partitions."""
+        return range(self.crew.rank, self.n_parts, self.crew.size)
+
+    def spill(self, name: str) -> Path:
+        """A file that goes when the dataset is whole."""
+        return self.folder / "spill" / name

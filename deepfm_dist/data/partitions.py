@@ -1,0 +1,185 @@
+"""The rows by partition, in one numbering of all ranks' texts."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.histories import first_pairs
+from deepfm_dist.data.jagged import (
+    Int32Array,
+    Jagged,
+    Values,
+    counted,
+    from_arrow,
+    grouped,
+    offsets_of,
+)
+from deepfm_dist.data.job import OPEN, Job, of_entity
+from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct
+from deepfm_dist.data.reading import Reading, rows_path
+from deepfm_dist.data.spill import Part, read_spilled
+from deepfm_dist.data.vocabulary import id_order
+from deepfm_dist.seeding import derive_seed
+
+
+class Partitions:
+    """Numbers texts in `id_order`, whoever met them first. All ranks.
+
+    Attributes:
+        ids: texts of each vocabulary by code.
+        n_open: rows over all ranks that are given to no split.
+        side_files: fields in files of their own, on rank 0.
+    """
+
+    def __init__(self, job: Job, reading: Reading) -> None:
+        self._job, self._spill = job, reading.spill
+        self._no_rows = reading.no_rows()
+        mine = {name: codes.texts() for name, codes in reading.codes.items()}
+        said = job.crew.gather((mine, reading.n_read, reading.n_open, reading.spill.places))
+        self.ids: dict[str, pa.Array] = {}
+        self._code_maps: list[dict[str, Int32Array]] = [{} for _ in said]
+        for name in reading.codes:
+            union = reading.codes[name] if job.crew.size == 1 else Codes()
+            of_ranks = [union.encode(texts[name]) for texts, *_ in said]
+            ids = union.texts()
+            place = id_order(ids).astype(np.int32)
+            order = np.empty_like(place)
+            order[place] = np.arange(len(place), dtype=np.int32)
+            self.ids[name] = ids.take(pa.array(order))
+            for rank, codes in enumerate(of_ranks):
+                self._code_maps[rank][name] = place[codes]
+        reading.codes.clear()
+        self._first_row = offsets_of([n_read for _, n_read, _, _ in said])
+        self.n_open = sum(n_open for *_, n_open, _ in said)
+        self._places = [places for *_, places in said]
+        self.side_files = reading.side_files
+        for feature in job.data.features:
+            side = self.side_files.get(feature.name)
+            if side is not None and feature.has_vocabulary:
+                side.values = _mapped(side.values, self._code_maps[0][feature.table_name])
+        if "user" in job.entities:
+            hashes = hash_texts(self.ids[of_entity("user")])
+            of_user = np.asarray(hashes % np.uint64(job.n_parts), np.int64)
+            offsets, by_part = grouped(of_user, job.n_parts)
+            self._members = Jagged(offsets, by_part.astype(np.int32))
+            self._local: Int32Array = np.empty(len(of_user), np.int32)
+            begins = np.repeat(offsets[:-1], np.diff(offsets))
+            self._local[by_part] = (np.arange(len(by_part)) - begins).astype(np.int32)
+        self._cached: Part | None = None
+        self._kept: dict[str, npt.NDArray[Any]] = {}
+
+    def users(self, p: int) -> Int32Array:
+        """Codes of a partition's users, ascending."""
+        return self._members.values[self._members.offsets[p] : self._members.offsets[p + 1]]
+
+    def user_ids(self, p: int) -> pa.Array:
+        """``[users]`` string: their ids."""
+        return self.ids[of_entity("user")].take(pa.array(self.users(p)))
+
+    def keep(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
+        """Puts aside what a later step wants to know of a partition."""
+        if self._job.n_parts == 1:
+            self._kept[name] = array
+        else:
+            np.save(self._job.spill(f"{name}-{p}.npy"), array)
+
+    def kept(self, p: int, name: str) -> Any:
+        """What this rank has put aside."""
+        if self._job.n_parts == 1:
+            return self._kept[name]
+        return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
+
+    def load(self, p: int) -> Part:
+        """A partition, without repeated rows, with its fixed negatives."""
+        if self._cached is not None:
+            return self._cached
+        part, data = self._spilled(p), self._job.data
+        if data.task == "implicit":
+            n_users, n_items = len(self.users(p)), len(self.ids[of_entity("item")])
+            offsets, order = grouped(part["local"], n_users)
+            first = first_pairs(offsets, order, part["item"], n_items)
+            part = replace(part.where(first), repeated=int((~first).sum()))
+            if data.on_bad_row == "skip":
+                full = counted(part["local"], n_users)[part["local"]] == n_items
+                part = replace(part.where(~full), repeated=part.repeated, full=int(full.sum()))
+            if data.negatives.fixed_per_user is not None:
+                part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
+        if self._job.n_parts == 1:  # several rounds go over it
+            self._cached = part
+        return part
+
+    def _spilled(self, p: int) -> Part:
+        found: list[Part] = []
+        for rank, places in enumerate(self._places):
+            if rank == self._job.crew.rank:
+                batches = self._spill.read(p)
+            else:
+                batches = read_spilled(rows_path(self._job, rank), places[p])
+            if batches:
+                found.append(self._united(pa.Table.from_batches(batches), rank))
+        return Part.joined(found or [self._united(pa.Table.from_batches([self._no_rows]), 0)])
+
+    def _united(self, table: pa.Table, rank: int) -> Part:
+        """One rank's rows of a partition in the numbering of all."""
+        maps, n = self._code_maps[rank], table.num_rows
+        columns: dict[str, Any] = {
+            "label": np.ones(n, np.int8),
+            "given": np.full(n, OPEN, np.int8),
+            **{name: from_arrow(table[name]) for name in table.column_names},
+        }
+        columns["row"] = columns["row"] + self._first_row[rank]
+        for name in self._job.entities:
+            columns[name] = maps[of_entity(name)][columns[name]]
+        if "user" in columns:
+            columns["local"] = self._local[columns["user"]]
+        for feature in self._job.row_fields:
+            if feature.has_vocabulary:
+                name = f"field {feature.name}"
+                columns[name] = _mapped(columns[name], maps[feature.table_name])
+        return Part(columns)
+
+    def _with_fixed_negatives(self, part: Part, p: int, per_user: int) -> Part:
+        members, n_items = self.users(p), len(self.ids[of_entity("item")])
+        history = Jagged.from_pairs(part["local"], part["item"], len(members)).sorted()
+        check_enough_unseen(
+            per_user,
+            history,
+            np.arange(len(members)),
+            n_items,
+            "data.negatives.fixed_per_user",
+            self.user_ids(p),
+        )
+        drawn = draw_distinct(
+            per_user,
+            history,
+            n_items,
+            derive_seed(self._job.seed, "fixed"),
+            members.astype(np.int64),
+        )
+        users = np.repeat(members, per_user)
+        slots = np.tile(np.arange(per_user), len(members))
+        # The schema allows no times and no fields in the rows beside these.
+        columns = {
+            "row": self.n_open + users.astype(np.int64) * per_user + slots,
+            "user": users,
+            "item": drawn.ravel(),
+            "local": self._local[users],
+            "label": np.zeros(len(users), np.int8),
+            "given": np.full(len(users), OPEN, np.int8),
+        }
+        positives = Part({name: part[name] for name in columns})
+        return replace(
+            Part.joined([positives, Part(columns)]), repeated=part.repeated, full=part.full
+        )
+
+
+def _mapped(values: Values, code_map: Int32Array) -> Values:
+    """Codes in another numbering; -1 stays."""
+    padded = np.append(code_map, np.int32(-1))
+    if isinstance(values, Jagged):
+        return Jagged(values.offsets, padded[values.values])
+    return padded[values]

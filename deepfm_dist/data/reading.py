@@ -1,0 +1,181 @@
+"""Input files -> coded rows, dealt to partitions."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from deepfm_dist.data.codes import Codes
+from deepfm_dist.data.fields import (
+    coded,
+    column_of,
+    hashed_rows,
+    numbers_of,
+    row_columns,
+    split_cells,
+)
+from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
+from deepfm_dist.data.job import OPEN, Job, of_entity
+from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.sources import Column, read_batches, read_table
+from deepfm_dist.data.spill import Spill
+from deepfm_dist.errors import DataError
+from deepfm_dist.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+_FILE_BLOCK_ROWS = 1 << 16
+
+
+@dataclass
+class SideFile:
+    """A field of users or items in a file of its own: the file's ids, and their values."""
+
+    keys: pa.Array
+    values: Values
+
+
+class Reading:
+    """Reads this rank's files. All ranks.
+
+    Attributes:
+        codes: this rank's numbers of the texts of each vocabulary.
+        spill: its rows by partition, with these numbers.
+        n_read: how many rows it has read.
+        n_open: how many of them no file or column has given to a split.
+        side_files: fields in files of their own; rank 0 alone reads them.
+
+    Raises:
+        DataError: an input cannot be read or leaves no row.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, data = job, job.data
+        tables = {f.table_name for f in data.features if f.has_vocabulary and not f.is_id}
+        self.codes = {name: Codes() for name in [*map(of_entity, job.entities), *sorted(tables)]}
+        in_memory = job.n_parts == 1 and job.crew.size == 1
+        self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
+        self.n_read = self.n_open = 0
+        kept = {name: 0 for _, name, _ in job.inputs}
+        sizes = offsets_of([file.text_bytes for file, _, _ in job.inputs])
+        for number, (file, name, part) in enumerate(job.inputs):
+            middle = (sizes[number] + sizes[number + 1]) // 2
+            if middle * job.crew.size // (sizes[-1] + 1) != job.crew.rank:
+                continue
+            before = self.n_read
+            columns, layout = row_columns(data, with_split=part == OPEN), data.files.get(name)
+            for batch in read_batches(file.path, columns, layout, data.on_bad_row, job.dropped):
+                rows = self._coded(self._rated(batch), part)
+                self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
+                self.n_read += rows.num_rows
+            kept[name] += self.n_read - before
+            if part == OPEN and data.interactions.split is None:
+                self.n_open += self.n_read - before
+        self.spill.close()
+        self.side_files: dict[str, SideFile] = {}
+        if job.crew.is_first:
+            self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
+        of_ranks = job.crew.gather(kept)
+        self._check_rows({name: sum(of_rank[name] for of_rank in of_ranks) for name in kept})
+
+    def _check_rows(self, totals: Mapping[str, int]) -> None:
+        for name, total in totals.items():
+            if total == 0:
+                least = self._job.data.interactions.min_rating
+                raise DataError(
+                    f"{name}: no usable row is left"
+                    if least is None
+                    else f"{name}: no row is rated {least:g} or more; lower interactions.min_rating"
+                )
+            if self._job.crew.is_first:
+                log.info("read %s: %s rows", name, f"{total:,}")
+
+    def no_rows(self) -> pa.RecordBatch:
+        """None, in the columns of the spill."""
+        columns = row_columns(self._job.data, with_split=True)
+        empty = {c.name: pa.array([], c.arrow_type) for c in columns}
+        return self._coded(pa.RecordBatch.from_pydict(empty), OPEN)
+
+    def _rated(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        spec = self._job.data.interactions
+        if spec.rating is None:
+            return batch
+        low = np.asarray(batch[spec.rating]) < spec.min_rating
+        self._job.drop(f"rows rated below {spec.min_rating:g}", int(low.sum()))
+        return batch.filter(pa.array(~low))
+
+    def _coded(self, batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
+        """The columns that later steps need, ids and texts as codes."""
+        data, n = self._job.data, batch.num_rows
+        spec, split = data.interactions, data.split
+        columns = {"row": pa.array(np.arange(self.n_read, self.n_read + n))}
+        for name in self._job.entities:
+            codes = self.codes[of_entity(name)].encode(batch[getattr(spec, name)])
+            columns[name] = pa.array(codes)
+        if part == OPEN and spec.split is not None:
+            columns["given"] = batch[spec.split]
+        elif spec.split or split.valid_file or split.test_file:
+            columns["given"] = pa.array(np.full(n, part, np.int8))
+        for role in ("label", "time", "weight"):
+            if (column := getattr(spec, role)) is not None:
+                columns[role] = batch[column]
+        for feature in self._job.row_fields:
+            values = self._raw(batch[column_of(feature).name], feature)
+            columns[f"field {feature.name}"] = to_arrow(values)
+        return pa.RecordBatch.from_pydict(columns)
+
+    def _raw(self, cells: pa.Array, feature: Feature) -> Values:
+        if feature.kind == "numeric":
+            return numbers_of(cells, feature)
+        return coded(
+            cells, feature, self.codes[feature.table_name] if feature.has_vocabulary else None
+        )
+
+    def _partitions(
+        self, rows: pa.RecordBatch, file_number: int, in_file: int
+    ) -> npt.NDArray[np.integer]:
+        """Partition of each row: by its user, else by blocks of its file."""
+        n, n_parts = rows.num_rows, self._job.n_parts
+        if n_parts == 1:
+            return np.zeros(n, np.int32)
+        if "user" in self._job.entities:
+            hashes = self.codes[of_entity("user")].hashes
+            return (hashes % np.uint64(n_parts)).astype(np.int32)[np.asarray(rows["user"])]
+        blocks, inverse = np.unique(
+            np.arange(in_file, in_file + n) // _FILE_BLOCK_ROWS, return_inverse=True
+        )
+        dealt = [derive_seed(file_number, int(block)) % n_parts for block in blocks]
+        return np.array(dealt, np.int32)[inverse]
+
+    def _side_file(self, feature: Feature) -> SideFile:
+        assert feature.file is not None
+        key = feature.key or getattr(self._job.data.interactions, feature.entity)
+        table = side_table(self._job, feature.file, [Column(key), column_of(feature)])
+        keys, cells = table[key].combine_chunks(), table[column_of(feature).name].combine_chunks()
+        if feature.kind == "numeric":
+            return SideFile(keys, numbers_of(cells, feature))
+        owners, texts = split_cells(cells, feature)
+        if feature.has_vocabulary:
+            codes = self.codes[feature.table_name].encode(texts)
+        else:
+            codes = hashed_rows(texts, feature)
+        return SideFile(keys, Jagged.from_pairs(owners, codes, len(keys)))
+
+
+def rows_path(job: Job, rank: int) -> Path:
+    """Where a rank spills its rows."""
+    return job.spill(f"rows-{rank}.arrow")
+
+
+def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
+    """Some columns of a file of users or items."""
+    dropped: Counter[str] = Counter()
+    layout, on_bad_row = job.data.files.get(name), job.data.on_bad_row
+    tables = [read_table(f.path, columns, layout, on_bad_row, dropped) for f in job.files[name]]
+    for reason, count in dropped.items():  # a file that several fields read counts once
+        job.dropped[reason] = max(job.dropped[reason], count)
+    return pa.concat_tables(tables)

@@ -1,0 +1,259 @@
+"""Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepfm_dist.data.counts import Counts
+from deepfm_dist.data.fitting import Earlier, Fit, Fitted
+from deepfm_dist.data.histories import Histories
+from deepfm_dist.data.jagged import (
+    Int32Array,
+    Int64Array,
+    Jagged,
+    Values,
+    from_arrow,
+    grouped,
+    offsets_of,
+    taken,
+    to_arrow,
+)
+from deepfm_dist.data.job import Job, of_entity
+from deepfm_dist.data.manifest import SplitSpec, cuts_of
+from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
+from deepfm_dist.data.partitions import Partitions
+from deepfm_dist.data.reading import side_table
+from deepfm_dist.data.sources import Column
+from deepfm_dist.data.spill import Part
+from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
+from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.seeding import derive_seed
+
+LANE_WINDOW_ROWS = 1 << 22
+"""Rows that all lanes together hold in memory when they are streamed."""
+HELD_OUT_GROUP_ROWS = 1 << 20
+
+
+class RowWriter:
+    """Writes the rows of every split, a file for each partition. All ranks.
+
+    Attributes:
+        lanes: streams that training rows are dealt to.
+        groups: groups of training rows, a multiple of ``lanes``.
+        histories: training positives, put aside for the user table.
+    """
+
+    def __init__(
+        self, job: Job, partitions: Partitions, counts: Counts, fitted: Fitted, earlier: Earlier
+    ) -> None:
+        self._job, self._partitions, self._counts, self._fitted = job, partitions, counts, fitted
+        n_train = int(counts.rows[:, TRAIN].sum())
+        self.lanes = job.data.lanes or _default_lanes(n_train)
+        self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
+        self._cuts = cuts_of(n_train, self.groups)
+        self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
+        self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
+        self._drawer = self._rows_to_draw_by()
+        n_rows = fitted.rows.get("user", 1)
+        n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
+        self.histories = Histories(n_rows, n_rare, job.n_parts, job.folder, job.crew)
+        before = earlier.column("user", "history")
+        if job.crew.is_first and before is not None:
+            bags = Jagged.from_arrow(before)
+            self.histories.add(np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
+
+    def write(self) -> dict[str, SplitSpec]:
+        """Writes this rank's partitions."""
+        job, sizes = self._job, np.zeros(len(SPLITS), np.int64)
+        if job.crew.is_first:
+            for name in SPLITS:
+                (job.folder / name).mkdir()
+        job.crew.gather(None)
+        for p in job.mine:
+            part, parts = self._partitions.load(p), np.asarray(self._partitions.kept(p, "parts"))
+            columns = self._columns(part)
+            known = self._known_items(part, p) if self._sampled else None
+            for split, name in enumerate(SPLITS):
+                at, first = np.flatnonzero(parts == split), int(self._first_of[split][p])
+                unused = {"drawer"} if split != TRAIN else {"label"} if self._sampled else set()
+                table = pa.table(
+                    {n: to_arrow(taken(v, at)) for n, v in columns.items() if n not in unused}
+                )
+                cuts = self._cuts
+                if split != TRAIN:
+                    if known is not None and len(at):
+                        table = self._with_negatives(table, part["local"][at], known, p, split)
+                    cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
+                _write_groups(table, job.folder / name / f"part-{p:05d}.parquet", cuts, first)
+                sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
+            if {"user", "item"} <= columns.keys():
+                self.histories.add(*_liked(part, parts, columns))
+        sizes = job.crew.add_up(sizes)
+        k = job.data.negatives.evaluation_per_positive if self._sampled else 0
+        return {
+            name: SplitSpec(
+                rows=int(self._counts.rows[:, s].sum()) * (1 if s == TRAIN else 1 + k),
+                positives=int(self._counts.positives[:, s].sum()),
+                size_bytes=int(sizes[s]),
+            )
+            for s, name in enumerate(SPLITS)
+        }
+
+    def _columns(self, part: Part) -> dict[str, Any]:
+        """What stands in the files, for all rows of a partition."""
+        columns: dict[str, Any] = {}
+        for name in self._job.entities:
+            columns[name] = self._fitted.row_of_code[of_entity(name)][part[name]]
+        if self._drawer is not None:
+            columns["drawer"] = self._drawer[part["user"]]
+        columns["label"] = part["label"].astype(np.float32)
+        if "weight" in part:
+            columns["weight"] = (part["weight"] / self._counts.mean_weight).astype(np.float32)
+        if "time" in part:
+            columns["time"] = part["time"]
+        for feature in self._job.row_fields:
+            if feature.entity == "context":
+                values = part[f"field {feature.name}"]
+                columns[feature.name] = self._fitted.encoded(feature, values)
+        return columns
+
+    def _rows_to_draw_by(self) -> Int32Array | None:
+        """``[users]``: whose history a user's negatives avoid, where some have no row of their own.
+
+        Those are numbered from the end of the user table on, for the sampler alone.
+        """
+        if not self._sampled:
+            return None
+        rows = self._fitted.row_of_code[of_entity("user")]
+        rare = (rows == 0) & (self._counts.tables[of_entity("user")] > 0)
+        if not rare.any():
+            return None
+        rows = rows.copy()
+        rows[rare] = self._fitted.rows["user"] + np.arange(rare.sum(), dtype=np.int32)
+        return rows
+
+    def _known_items(self, part: Part, p: int) -> Jagged:
+        """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
+        items = self._fitted.row_of_code[of_entity("item")][part["item"]]
+        at = np.flatnonzero(items > 0)
+        n_users = len(self._partitions.users(p))
+        return Jagged.from_pairs(part["local"][at], items[at] - 1, n_users).sorted()
+
+    def _with_negatives(
+        self, table: pa.Table, users: Int32Array, known: Jagged, p: int, split: int
+    ) -> pa.Table:
+        """Held-out positives, each followed by its negatives.
+
+        Negatives are items of the table, none of them a positive of the user in any split.
+        """
+        k = self._job.data.negatives.evaluation_per_positive
+        n, n_items, first = len(users), self._fitted.rows["item"] - 1, self._first_of[split][p]
+        option = "data.negatives.evaluation_per_positive"
+        check_enough_unseen(k, known, users, n_items, option, self._partitions.user_ids(p))
+        drawn = draw_per_positive(
+            np.repeat(np.arange(first, first + n), k),
+            np.tile(np.arange(k), n),
+            np.repeat(users, k),
+            k,
+            known,
+            n_items,
+            derive_seed(self._job.seed, "evaluation", split),
+        )
+        items = np.hstack([table["item"].to_numpy().reshape(-1, 1), drawn.reshape(-1, k) + 1])
+        labels = np.tile(np.array([1.0] + [0.0] * k, np.float32), n)
+        table = table.take(pa.array(np.repeat(np.arange(n), k + 1)))
+        for name, values in (("item", items.ravel().astype(np.int32)), ("label", labels)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values))
+        return table
+
+
+def _liked(part: Part, parts: Parts, columns: dict[str, Any]) -> tuple[Int32Array, Int32Array]:
+    """Training positives as (row of the history, item), each user's in time order."""
+    users, items = columns.get("drawer", columns["user"]), columns["item"]
+    at = np.flatnonzero((parts == TRAIN) & (part["label"] == 1) & (users > 0) & (items > 0))
+    if "time" in part:
+        local = part["local"]
+        offsets, order = grouped(local[at], int(local.max(initial=0)) + 1)
+        sort_groups(offsets, order, part["time"][at])
+        at = at[order]
+    return users[at], items[at]
+
+
+def write_entities(
+    job: Job, fit: Fit, counts: Counts, histories: Histories, earlier: Earlier
+) -> None:
+    """Writes vocabularies and the tables of users and items. Rank 0."""
+    (job.folder / "vocabulary").mkdir()
+    for name, vocabulary in fit.vocabularies.items():
+        vocabulary.write(job.folder / "vocabulary" / f"{name}.parquet")
+    (job.folder / "entities").mkdir()
+    for name, vocabulary in fit.entities.items():
+        table = {"id": pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])}
+        for feature in job.data.features:
+            if feature.name in fit.values and feature.entity == name:
+                raw = fit.values[feature.name]
+                encoded = fit.fitted.encoded(feature, raw)
+                if (before := earlier.column(name, feature.name)) is not None:
+                    encoded = _carried(raw, encoded, from_arrow(before))
+                table[feature.name] = to_arrow(encoded)
+        path = job.folder / "entities" / f"{name}.parquet"
+        if name == "user" and "item" in fit.entities:
+            histories.write(path, pa.table(table))
+            continue
+        if name == "item" and "user" in fit.entities:
+            positives = np.zeros(vocabulary.rows, np.int64)
+            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")], counts.liked)
+            if (before := earlier.column("item", "count")) is not None:
+                positives[: len(before)] += before.to_numpy()
+            table["count"] = pa.array(positives)
+        if name == "item" and job.data.titles is not None:
+            table["title"] = _titles(job, vocabulary)
+        pq.write_table(pa.table(table), path, compression="zstd")
+
+
+def _carried(raw: Values, encoded: Values, before: Values) -> Values:
+    """A users' or items' field with the earlier dataset's values where there are none now."""
+    n = len(before)
+    if isinstance(encoded, Jagged) and isinstance(before, Jagged):
+        both = Jagged.concatenated([encoded, before])
+        rows = np.arange(len(encoded))
+        empty = np.flatnonzero(encoded.lengths[:n] == 0)
+        rows[empty] = len(encoded) + empty
+        return taken(both, rows)
+    if isinstance(raw, Jagged) or isinstance(encoded, Jagged) or isinstance(before, Jagged):
+        return encoded
+    empty = np.flatnonzero(np.isnan(raw[:n]))
+    encoded[empty] = before[empty]
+    return encoded
+
+
+def _titles(job: Job, items: Vocabulary) -> pa.Array:
+    titles = job.data.titles
+    assert titles is not None
+    key = titles.key or job.data.interactions.item
+    assert key is not None
+    table = side_table(job, titles.file, [Column(key), Column(titles.column, required=False)])
+    rows = items.lookup(table[key])
+    place = np.full(items.rows, -1, np.int64)
+    place[rows[::-1]] = np.arange(len(rows))[::-1]
+    place[0] = -1
+    return table[titles.column].combine_chunks().take(pa.array(place, mask=place < 0))
+
+
+def _default_lanes(rows: int) -> int:
+    """64, and from 2**30 rows on one for every 2**24, as a power of two up to 4,096."""
+    return min(4096, max(64, 1 << (rows >> 24).bit_length())) if rows >= 1 << 30 else 64
+
+
+def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> None:
+    """Writes rows ``first`` and those behind it of a split, cut at some of its row numbers."""
+    inside = cuts[(cuts > first) & (cuts < first + table.num_rows)] - first
+    ends = np.unique(np.concatenate([[0], inside, [table.num_rows]]))
+    # Few values repeat within a group: a dictionary of them costs more than it saves.
+    with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False) as writer:
+        for begin, end in pairwise(ends):
+            writer.write_table(table.slice(begin, end - begin), row_group_size=int(end - begin))
