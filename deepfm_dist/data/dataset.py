@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torchrec import KeyedJaggedTensor
 
+from deepfm_dist.data.bags import Bags, chosen, kept_in_bags
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.jagged import (
     FloatArray,
@@ -102,7 +103,9 @@ class PreparedDataset:
         """Fields that describe users and items; element r belongs to row r of the entity."""
         fields: dict[str, Values] = {}
         for name in self.manifest.entities:
-            of_entity = [f for f in self.manifest.features if f.entity == name and not f.is_id]
+            of_entity = [
+                f for f in self.manifest.features if f.entity == name and f.describes_entity
+            ]
             if of_entity:
                 path = f"entities/{name}.parquet"
                 kinds = pq.read_schema(self._file(path))
@@ -220,6 +223,7 @@ class Collator:
         self.keys = [f.name for f in manifest.categorical]
         self._categorical, self._dense = manifest.categorical, manifest.dense
         self._fields = dataset.entity_fields
+        self._histories = None if manifest.history is None else DrawnHistories(dataset)
 
     def __call__(
         self,
@@ -230,6 +234,7 @@ class Collator:
         labels: FloatArray | None = None,
         n_real: int | None = None,
         global_weight: float | None = None,
+        bags: Bags | None = None,
     ) -> Batch:
         """Looks up every field.
 
@@ -241,6 +246,8 @@ class Collator:
             labels: ``[b]``; default zeros.
             n_real: how many leading rows are no padding; default all.
             global_weight: weight sum over all ranks; default ``n_real``.
+            bags: each row's history, for a model with such a field; default: of the rows' users,
+                nothing left out.
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
@@ -250,7 +257,11 @@ class Collator:
         }
         lengths, values = [], []
         for feature in self._categorical:
-            n, v = self._bags(feature, index[feature.entity], context)
+            if feature.history:
+                assert self._histories is not None
+                n, v = self._histories.whole(index["user"]) if bags is None else bags
+            else:
+                n, v = self._bags(feature, index[feature.entity], context)
             lengths.append(n)
             values.append(v)
         dense = np.zeros((height, len(self._dense)), np.float32)
@@ -297,6 +308,62 @@ class Collator:
         return present.astype(np.int32), source[rows[present]].astype(np.int32)
 
 
+class DrawnHistories:
+    """The bags of a history field.
+
+    Args:
+        dataset: the prepared dataset, with such a field.
+        seed: of the draws while training.
+    """
+
+    def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
+        feature = dataset.manifest.history
+        assert feature is not None
+        self.dropout, self.max_length = feature.dropout, feature.max_length
+        self._history, self._seed = dataset.history, seed
+        self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
+
+    def whole(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
+        """All of the users' items, or ``max_length`` of them, always the same ones.
+
+        Args:
+            users: ``[m]`` rows of the histories.
+            history: of others than the users of training.
+        """
+        history = self._history if history is None else history
+        items = history.take(users)
+        if self.max_length is None or not (items[0] > self.max_length).any():
+            return items
+        cut = kept_in_bags(history, users, users, self._fixed_seed, max_length=self.max_length)
+        return chosen(items, cut)
+
+    def beside(self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int) -> Bags:
+        """What rows see in training: their users' items but the row's own, thinned out.
+
+        Args:
+            users: ``[m]`` the rows' users.
+            targets: ``[m]`` the positive of each row, or of the positive its negative goes with:
+                what a bag lacks must not tell one from the other.
+            rows: ``[m]`` number of that positive among all training rows.
+            epoch: from 0.
+        """
+        flags = kept_in_bags(
+            self._history, users, rows, self._seed_of(epoch), self.dropout, self.max_length, targets
+        )
+        return chosen(self._history.take(users), flags)
+
+    def split(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
+        """Users' items in two: the bag, and what was left out of it."""
+        flags = kept_in_bags(
+            self._history, users, users, self._seed_of(epoch), self.dropout, self.max_length
+        )
+        items = self._history.take(users)
+        return chosen(items, flags), chosen(items, ~flags)
+
+    def _seed_of(self, epoch: int) -> int:
+        return derive_seed(self._seed, "history", epoch)
+
+
 class TrainingBatches:
     """The batches of a training run: a pure function of (seed, step, rank, world size).
 
@@ -328,6 +395,7 @@ class TrainingBatches:
         self._collate = Collator(dataset)
         self._seed = seed
         self._negatives = Negatives(dataset, seed) if manifest.sampled else None
+        self._histories = None if manifest.history is None else DrawnHistories(dataset, seed)
         copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
@@ -367,6 +435,11 @@ class TrainingBatches:
         )
         if labels is None:
             labels = np.ones(len(index), np.float32)
+        bags = None
+        if self._histories is not None:
+            assert users is not None and items is not None
+            lengths, values = self._histories.beside(users, items, found.row, epoch)
+            bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
             assert users is not None and items is not None
             negative = found.slot > 0
@@ -384,6 +457,7 @@ class TrainingBatches:
             padded(labels, height, 0),
             n_real=len(index),
             global_weight=global_weight,
+            bags=bags,
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:

@@ -686,7 +686,9 @@ class _Preparation:
             self.vocabularies = {}
             for table in table_names(self.data.features):
                 features = [f for f in self.data.features if f.table_name == table and f.in_table]
-                if features[0].is_id:
+                if features[0].history:
+                    self.vocabularies[table] = self.entity_vocabularies["item"]
+                elif features[0].is_id:
                     self.vocabularies[table] = self.entity_vocabularies[features[0].entity]
                 elif features[0].has_vocabulary:
                     self.counts.tables[table] += own_counts.get(table, 0)
@@ -745,7 +747,7 @@ class _Preparation:
         values: dict[str, Values] = {}
         counts: dict[str, Int64Array] = {}
         for feature in self.data.features:
-            if feature.entity == "context" or feature.is_id:
+            if not feature.describes_entity:
                 continue
             vocabulary = self.entity_vocabularies[feature.entity]
             if feature.names_entity:
@@ -965,7 +967,7 @@ class _Preparation:
             ids = pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])
             table: dict[str, pa.Array] = {"id": ids}
             for feature in self.data.features:
-                if feature.entity == name and not feature.is_id:
+                if feature.entity == name and feature.describes_entity:
                     values = self.entity_values[feature.name]
                     encoded = self._encoded(feature, values, fitted)
                     table[feature.name] = to_arrow(self._carried(feature, values, encoded))

@@ -105,6 +105,11 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
+    def history(self) -> Feature | None:
+        """The field that is a bag of the user's training items, if there is one."""
+        return next((f for f in self.features if f.history), None)
+
+    @property
     def cuts(self) -> npt.NDArray[np.int64]:
         """``[groups + 1]``: group g holds the training rows from cut g to cut g + 1.
 

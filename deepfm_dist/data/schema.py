@@ -103,10 +103,20 @@ class Feature(Section):
     """Words or numbers that mean "no value", beside the empty cell."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
-    pooling: Literal["mean", "sum"] = "mean"
-    """How several values of one row become one vector."""
+    pooling: Literal["mean", "sqrt", "sum"] = "mean"
+    """How several values of one row become one vector; sqrt: their sum over the root of their
+    number."""
+    history: bool = False
+    """For a user's field: the bag of the user's training items; while training, those beside the
+    row's own. It also serves users unseen in training whose items are known."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of a history: share of its items left out at random while training, anew in every epoch."""
+    max_length: int | None = Field(None, ge=1)
+    """Of a history: at most so many items, drawn by the seed: while training anew in every epoch,
+    else always the same ones."""
     table: _Name | None = None
-    """Embedding table; fields that name the same table share its rows. Default: its own."""
+    """Embedding table; fields that name the same table share its rows (a history may name the
+    items' own). Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
     hash_rows: int | None = Field(None, ge=1)
@@ -125,7 +135,7 @@ class Feature(Section):
     @property
     def has_vocabulary(self) -> bool:
         """Whether the rows of its table stand for values seen in training."""
-        return self.kind == "categorical" and self.hash_rows is None
+        return self.kind == "categorical" and self.hash_rows is None and not self.history
 
     @property
     def table_name(self) -> str:
@@ -140,13 +150,19 @@ class Feature(Section):
     @property
     def names_entity(self) -> bool:
         """Whether the field is the user's or item's own id, hashed or not."""
-        return self.entity != "context" and self.file is None and self.column is None
+        plain = self.file is None and self.column is None and not self.history
+        return self.entity != "context" and plain
+
+    @property
+    def describes_entity(self) -> bool:
+        """Whether its values are kept once for each user or item."""
+        return self.entity != "context" and not self.is_id and not self.history
 
     @property
     def multi_valued(self) -> bool:
         """Whether one row may hold several values."""
         many = self.separator is not None or (self.file is not None and self.entity != "context")
-        return many and self.keep == "all"
+        return self.history or (many and self.keep == "all")
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
@@ -162,6 +178,15 @@ class Feature(Section):
             raise ValueError(f"{self.name}: hash_rows keeps no counts; leave min_count out")
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
+        if self.history:
+            own = {"name", "entity", "history", "dropout", "max_length", "pooling", "table"}
+            if self.entity != "user":
+                raise ValueError(f"{self.name}: a history is a user's; set entity: user")
+            for option, field in type(self).model_fields.items():
+                if option not in own and getattr(self, option) != field.default:
+                    raise ValueError(f"{self.name}: {option} does not go with history")
+        elif self.dropout or self.max_length is not None:
+            raise ValueError(f"{self.name}: dropout and max_length go with history: true")
         return self
 
 
@@ -289,6 +314,11 @@ class DataConfig(Section):
                 f"{reserved[0]!r} is a reserved name; call the context field otherwise"
             )
         _check_shared_tables(self.features)
+        histories = [f.name for f in self.features if f.history]
+        if histories and rows.item is None:
+            raise ValueError(f"{histories[0]} is a history: name interactions.item")
+        if len(histories) > 1:
+            raise ValueError(f"{histories[0]} and {histories[1]} are both histories: one is enough")
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()
         if self.vocabulary_from is not None and self.negatives.fixed_per_user is not None:
@@ -300,7 +330,7 @@ class DataConfig(Section):
 
     def _check_column(self, feature: Feature) -> None:
         rows, column = self.interactions, feature.column or feature.name
-        if feature.is_id:
+        if feature.is_id or feature.history:
             return
         if feature.file is None:
             for role in _NOT_FOR_THE_MODEL:
@@ -327,7 +357,7 @@ class DataConfig(Section):
                 f"negatives.fixed_per_user have no time: split.method={split.method} cannot be used"
             )
         for feature in self.features:
-            if feature.file is None and not feature.names_entity:
+            if feature.file is None and not (feature.names_entity or feature.history):
                 raise ValueError(
                     f"negatives.fixed_per_user have no {feature.column or feature.name}: "
                     f"the field {feature.name} cannot come from the interactions file"
@@ -340,7 +370,14 @@ def _check_shared_tables(features: Sequence[Feature]) -> None:
         if not feature.in_table:
             continue
         first = first_of.setdefault(feature.table_name, feature)
-        if first is not feature and (first.is_id or feature.is_id):
+        if first is not feature and feature.history != first.history:
+            one = first if feature.history else feature
+            if not (one.is_id and one.entity == "item" and one.min_count == 1):
+                raise ValueError(
+                    f"table {feature.table_name!r}: a history shares that of the items' own id, "
+                    f"without min_count, or has one of its own"
+                )
+        elif first is not feature and (first.is_id or feature.is_id):
             raise ValueError(f"table {feature.table_name!r}: the table of an id cannot be shared")
         if first is not feature and "bucket" in (first.transform, feature.transform):
             raise ValueError(f"table {feature.table_name!r}: a table of buckets cannot be shared")
