@@ -23,6 +23,7 @@ from deepfm_dist.data.jagged import (
     Values,
     from_arrow,
     mapped,
+    offsets_of,
     taken,
 )
 from deepfm_dist.data.lanes import Lanes, Taken, damaged
@@ -223,7 +224,8 @@ class Collator:
         self.keys = [f.name for f in manifest.categorical]
         self._categorical, self._dense = manifest.categorical, manifest.dense
         self._fields = dataset.entity_fields
-        self._histories = None if manifest.history is None else DrawnHistories(dataset)
+        self._source_of = manifest.data.source_of
+        self._histories = DrawnHistories(dataset) if manifest.has_history else None
 
     def __call__(
         self,
@@ -246,7 +248,7 @@ class Collator:
             labels: ``[b]``; default zeros.
             n_real: how many leading rows are no padding; default all.
             global_weight: weight sum over all ranks; default ``n_real``.
-            bags: each row's history, for a model with such a field; default: of the rows' users,
+            bags: each row's bag of items, for history fields; default: the user's training items,
                 nothing left out.
         """
         given = {"user": users, "item": items, "context": context_rows}
@@ -256,10 +258,12 @@ class Collator:
             entity: nobody if rows is None else rows for entity, rows in given.items()
         }
         lengths, values = [], []
+        if self._histories is not None and bags is None:
+            bags = self._histories.whole(index["user"])
         for feature in self._categorical:
-            if feature.history:
-                assert self._histories is not None
-                n, v = self._histories.whole(index["user"]) if bags is None else bags
+            if feature.history is not None:
+                assert bags is not None
+                n, v = self._of_items(self._source_of(feature), bags)
             else:
                 n, v = self._bags(feature, index[feature.entity], context)
             lengths.append(n)
@@ -286,6 +290,14 @@ class Collator:
             torch.tensor(float(n_real if global_weight is None else global_weight)),
         )
 
+    def _of_items(self, field: Feature, bags: Bags) -> Bags:
+        """Bags of items -> bags of all that a field says of these items."""
+        if field.is_id:
+            return bags
+        lengths, values = self._bags(field, bags[1], None)
+        running = offsets_of(lengths)
+        return np.diff(running[offsets_of(bags[0])]).astype(np.int32), values
+
     def _source(self, feature: Feature, context: Mapping[str, Values] | None) -> Values | None:
         if feature.entity == "context":
             return None if context is None else context[feature.name]
@@ -309,17 +321,16 @@ class Collator:
 
 
 class DrawnHistories:
-    """The bags of a history field.
+    """The bags of items that history fields are of.
 
     Args:
-        dataset: the prepared dataset, with such a field.
+        dataset: the prepared dataset.
         seed: of the draws while training.
     """
 
     def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
-        feature = dataset.manifest.history
-        assert feature is not None
-        self.dropout, self.max_length = feature.dropout, feature.max_length
+        spec = dataset.manifest.data.history
+        self.dropout, self.max_length = spec.dropout, spec.max_length
         self._history, self._seed = dataset.history, seed
         self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
 
@@ -395,7 +406,7 @@ class TrainingBatches:
         self._collate = Collator(dataset)
         self._seed = seed
         self._negatives = Negatives(dataset, seed) if manifest.sampled else None
-        self._histories = None if manifest.history is None else DrawnHistories(dataset, seed)
+        self._histories = DrawnHistories(dataset, seed) if manifest.has_history else None
         copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)

@@ -686,14 +686,16 @@ class _Preparation:
             self.vocabularies = {}
             for table in table_names(self.data.features):
                 features = [f for f in self.data.features if f.table_name == table and f.in_table]
-                if features[0].history:
-                    self.vocabularies[table] = self.entity_vocabularies["item"]
-                elif features[0].is_id:
+                features = [f for f in features if f.history is None]
+                if not features:  # a history's own
+                    continue
+                if features[0].is_id:
                     self.vocabularies[table] = self.entity_vocabularies[features[0].entity]
                 elif features[0].has_vocabulary:
                     self.counts.tables[table] += own_counts.get(table, 0)
                     least = max(f.min_count for f in features)
                     self.vocabularies[table] = self._fit_vocabulary(table, least)
+            self._fit_histories()
             numeric = {name: fit.spec() for name, fit in self.counts.numeric.items()}
             for feature in self.data.features:
                 if feature.kind == "numeric" and feature.entity != "context":
@@ -713,6 +715,17 @@ class _Preparation:
             )
         said: _Fitted = self.crew.first_says(fitted)
         return said
+
+    def _fit_histories(self) -> None:
+        """A history's table has the rows of that which its values belong to."""
+        for feature in self.data.features:
+            if feature.history is not None:
+                source = self.data.source_of(feature)
+                self.vocabularies[feature.table_name] = (
+                    self.entity_vocabularies["item"]
+                    if source.is_id
+                    else self.vocabularies[source.table_name]
+                )
 
     def _min_count_of(self, entity: str) -> int:
         ids = [f for f in self.data.features if f.entity == entity and f.is_id]

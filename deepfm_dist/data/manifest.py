@@ -105,9 +105,9 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
-    def history(self) -> Feature | None:
-        """The field that is a bag of the user's training items, if there is one."""
-        return next((f for f in self.features if f.history), None)
+    def has_history(self) -> bool:
+        """Whether some field is a bag of the user's training items, or of what describes them."""
+        return any(f.history is not None for f in self.features)
 
     @property
     def cuts(self) -> npt.NDArray[np.int64]:

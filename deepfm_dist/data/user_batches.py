@@ -62,7 +62,7 @@ class UserBatches:
         manifest = dataset.manifest
         _check(dataset)
         self._collate, self._history = Collator(dataset), dataset.history
-        self._drawn = None if manifest.history is None else DrawnHistories(dataset, seed)
+        self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
         self._seed, self._candidates = seed, candidates
         self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
         self.batch_size = min(batch_size, len(self._users))
@@ -166,10 +166,10 @@ def _check(dataset: PreparedDataset) -> None:
             f"{told}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
             f"leave the field out, or use trainer.loss=bce"
         )
-    if manifest.history is not None and manifest.history.dropout == 0:
+    if manifest.has_history and manifest.data.history.dropout == 0:
         raise ConfigError(
-            f"{told}: what is left out of {manifest.history.name} is what is learned; give the "
-            f"field a dropout, such as 0.5"
+            f"{told}: what is left out of a user's history is what is learned; set "
+            f"data.history.dropout, to 0.5 for example"
         )
 
 
