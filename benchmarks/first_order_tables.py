@@ -13,7 +13,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torchrec
@@ -36,12 +36,12 @@ class SeparateTables(deepfm.EmbeddingArch):
         tables: Mapping[str, deepfm.Table],
         features: Sequence[str],
         embedding_dim: int,
-        mean_pooled: Collection[str] = (),
+        pooling: Mapping[str, str] | None = None,
         device: torch.device | None = None,
         half: bool = False,
     ) -> None:
         """Replaces the collection of the one-table layout; pooling stays as it is."""
-        super().__init__(tables, features, embedding_dim, mean_pooled, device, half)
+        super().__init__(tables, features, embedding_dim, pooling, device, half)
         self.factors_width = -(-embedding_dim // 4) * 4
         configs = []
         for config in self.ebc.embedding_bag_configs():
@@ -68,11 +68,9 @@ class SeparateTables(deepfm.EmbeddingArch):
         first_order = pooled[1].view(-1, len(self.features), 4)
         rows = torch.cat([factors[:, :, : self.embedding_dim], first_order[:, :, :1]], 2)
         rows_BFW = torch.nn.functional.pad(rows, (0, self.row_width - self.embedding_dim - 1))
-        if self.mean_pooled:
+        if self.is_divided:
             counts_BF = sparse.lengths().view(len(self.features), -1).T.to(rows_BFW.dtype)
-            rows_BFW = (
-                rows_BFW / torch.where(self.is_mean_F, counts_BF.clamp(min=1), 1.0)[..., None]
-            )
+            rows_BFW = rows_BFW / counts_BF.clamp(min=1).pow(self.power_F)[..., None]
         return rows_BFW
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -16,21 +16,25 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import Config, LearningRateConfig, ModelConfig
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
+from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
-from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
+from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
+from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
+from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
-from deepfm_dist.training.trainer import Schedule
+from deepfm_dist.training.trainer import Batches, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ def build_model(
         config.fm,
         over_arch,
         config.init_std,
-        [f.name for f in manifest.categorical if f.multi_valued and f.pooling == "mean"],
+        {f.name: f.pooling for f in manifest.categorical if f.multi_valued},
         torch.device("meta"),
         half,
     )
@@ -174,6 +178,7 @@ def shard_for_training(
     )
     half = config.trainer.table_precision == "fp16"
     task = build_model(config.model, manifest, world, config.run.seed, half)
+    task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
     above.in_bfloat16 = config.trainer.precision == "bf16"
     if config.trainer.precision == "tf32":
@@ -202,6 +207,58 @@ def shard_for_training(
     return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
 
 
+def _catalogue_loss(
+    kind: Literal["bce", "bpr", "softmax"], task: DeepFMTrain, manifest: Manifest, world: World
+) -> CatalogueLoss | None:
+    if kind == "bce":
+        return None
+    of_item = [f.entity == "item" for f in (*manifest.categorical, *manifest.dense)]
+    scorer = PairScorer(task.model.interaction_arch, of_item, len(manifest.categorical))
+    return CatalogueLoss(kind, scorer, world.differentiable_gather)
+
+
+def training_batches(config: Config, dataset: PreparedDataset, world: World) -> Batches:
+    """The batches that the loss is made for.
+
+    Raises:
+        ConfigError: they cannot be made of this data, or give a rank nothing.
+        DataError: a user has fewer unseen items than negatives are wanted.
+    """
+    trainer, seed = config.trainer, config.run.seed
+    if trainer.loss == "bce":
+        return TrainingBatches(dataset, trainer.batch_size, world.rank, world.world_size, seed)
+    candidates = Candidates(
+        trainer.candidates,
+        config.data.negatives.popularity_power,
+        trainer.targets_per_user,
+    )
+    return UserBatches(dataset, trainer.batch_size, world.rank, world.world_size, seed, candidates)
+
+
+def validation_of(
+    config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
+) -> Callable[[], Mapping[str, float]] | None:
+    """Measures the model on the validation rows, the same on all ranks; None: there are none.
+
+    The catalogue is ranked too where the loss or the watched figure is one of rankings.
+    """
+    if not dataset.manifest.splits["valid"].rows:
+        return None
+    rows = HeldOut(dataset, "valid")
+    items: HeldOutItems | None = None
+    if config.trainer.loss != "bce" or "@" in (config.trainer.monitor or ""):
+        items = HeldOutItems(dataset, "valid")
+
+    def validate() -> Mapping[str, float]:
+        found = dict(rows.metrics(sharded, world))
+        if items is not None:
+            context = config.recommend.context
+            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k, context)
+        return world.agreed(found)
+
+    return validate
+
+
 def schedule_of(config: Config) -> Schedule:
     """The loop's schedule.
 
@@ -209,10 +266,13 @@ def schedule_of(config: Config) -> Schedule:
         ConfigError: ``trainer.monitor`` is no validation figure.
     """
     trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
-    if trainer.monitor is not None and trainer.monitor not in CLICK_FIGURES:
+    figures = list(CLICK_FIGURES)
+    if config.data.task == "implicit":
+        figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
+    if trainer.monitor is not None and trainer.monitor not in figures:
         raise ConfigError(
             f"trainer.monitor={trainer.monitor}: no validation figure; there are: "
-            f"{', '.join(CLICK_FIGURES)}"
+            f"{', '.join(figures)}"
         )
     if trainer.monitor == "user_auc" and config.data.interactions.user is None:
         raise ConfigError(

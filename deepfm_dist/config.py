@@ -165,8 +165,16 @@ class ShardingConfig(Section):
 class TrainerConfig(Section):
     """The loop."""
 
+    loss: Literal["bce", "bpr", "softmax"] = "bce"
+    """bce: cross-entropy of single rows, positives and their negatives. bpr, softmax: a batch is of
+    users, and each user's targets are compared with candidate items."""
     batch_size: int = Field(8192, ge=1)
-    """Rows per step over all ranks."""
+    """Rows (of bpr and softmax: users) per step over all ranks."""
+    candidates: int | None = Field(None, ge=1)
+    """For bpr and softmax: items drawn in each step, by ``data.negatives.popularity_power``, for
+    which the softmax is corrected (logQ). Default: the whole catalogue."""
+    targets_per_user: int = Field(16, ge=1)
+    """With candidates: a user's targets in a step, at most."""
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -200,6 +208,10 @@ class TrainerConfig(Section):
     def _something_is_watched(self) -> Self:
         if self.monitor is None and (self.patience is not None or self.plateau_factor < 1):
             raise ValueError("patience and plateau_factor need monitor, the figure to watch")
+        if self.loss == "bpr" and self.candidates is None:
+            raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
+        if self.loss == "bce" and self.candidates is not None:
+            raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
         if self.monitor is not None and self.validate_every_epochs == 0:
             raise ValueError(f"monitor={self.monitor} needs validate_every_epochs")
         return self
@@ -326,6 +338,8 @@ class Config(Section):
                 "trainer.table_precision=fp16: adam on the tables computes in their precision, "
                 "which is too little for its sums; use rowwise_adagrad"
             )
+        if self.trainer.loss != "bce":
+            self._check_loss_of_users()
         if self.trainer.accumulate_steps > 1 and self.optimizer.tables.name != "adam":
             raise ValueError(
                 f"trainer.accumulate_steps={self.trainer.accumulate_steps}: "
@@ -333,6 +347,18 @@ class Config(Section):
                 f"use optimizer.tables.name=adam"
             )
         return self
+
+    def _check_loss_of_users(self) -> None:
+        told = f"trainer.loss={self.trainer.loss}"
+        if self.model.deep and self.model.over_arch != "mlp":
+            raise ValueError(
+                f"{told}: model.over_arch={self.model.over_arch} cannot be split into a user's and "
+                f"an item's part; use mlp, or model.deep=false"
+            )
+        if self.model.deep and self.model.batch_norm:
+            raise ValueError(f"{told}: has no rows for batch norm; set model.batch_norm=false")
+        if self.trainer.accumulate_steps > 1:
+            raise ValueError(f"{told}: accumulate_steps are for rows; use a smaller batch_size")
 
     @property
     def prepared_dir(self) -> Path:

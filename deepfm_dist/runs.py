@@ -20,6 +20,7 @@ from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
 _WHERE_DATA_IS = ("data.root", "data.name")
 
 
@@ -97,7 +98,9 @@ def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None
 
 def _fixes_a_run(name: str) -> bool:
     """Whether a setting decides what is trained, not how long, where, or what is reported."""
-    if name in ("run.seed", "trainer.batch_size", "trainer.accumulate_steps"):
+    if name.startswith("trainer."):
+        return name.removeprefix("trainer.") in _OF_STEPS
+    if name == "run.seed":
         return True
     return name.startswith(("data.", "model.", "optimizer.")) and name not in _WHERE_DATA_IS
 

@@ -15,14 +15,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import loggers, schedule_of, shard_for_training
-    from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+    from deepfm_dist.build import (
+        loggers,
+        schedule_of,
+        shard_for_training,
+        training_batches,
+        validation_of,
+    )
+    from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin
-    from deepfm_dist.training.evaluation import HeldOut
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
     from deepfm_dist.training.trainer import LoopState, train
@@ -33,12 +38,10 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
             "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
         )
         dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
-        batches = TrainingBatches(
-            dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, seed
-        )
+        batches = training_batches(config, dataset, ranks)
         schedule = schedule_of(config)
         sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-        held_out = HeldOut(dataset, "valid") if dataset.manifest.splits["valid"].rows else None
+        validate = validation_of(config, dataset, sharded, ranks)
 
         path, state = ranks.agreed(
             ranks.first_does(
@@ -76,7 +79,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
                 state,
                 seed,
                 MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
-                (lambda: ranks.agreed(held_out.metrics(sharded, ranks))) if held_out else None,
+                validate,
                 save,
                 asked_to_stop,
                 profiler(config.trainer.profile_steps, state.step, run_dir, ranks),

@@ -15,6 +15,16 @@ from deepfm_dist.data.encode import prepare
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
 settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example
 settings.load_profile("unhurried")
+HISTORY = (
+    """data.features=[
+    {name: user, entity: user},
+    {name: seen, entity: user, history: item, pooling: sqrt, table: item},
+    {name: seen_genre, entity: user, history: genre},
+    {name: item, entity: item},
+    {name: genre, entity: item, file: genres.tsv}]""",
+    "data.history={dropout: 0.5, max_length: 20}",
+)
+"""Overrides of the sample: histories of the items themselves, in their table, and of genres."""
 for noisy in ("torchrec", "fbgemm_gpu"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
@@ -30,6 +40,15 @@ def sample(sample_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
     """The bundled sample, prepared once; not to be changed."""
     folder = tmp_path_factory.mktemp("prepared") / "sample"
     prepare(sample_config.data, sample_config.data_root, folder, sample_config.run.seed)
+    return PreparedDataset(folder)
+
+
+@pytest.fixture(scope="session")
+def with_history(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """The sample with fields of the users' histories, prepared once; not to be changed."""
+    config = load_config("sample", HISTORY)
+    folder = tmp_path_factory.mktemp("prepared") / "with_history"
+    prepare(config.data, config.data_root, folder, config.run.seed)
     return PreparedDataset(folder)
 
 

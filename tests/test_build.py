@@ -71,24 +71,24 @@ def test_an_over_arch_that_cannot_be_used_is_refused_in_one_line(
     (tmp_path / "no_python.py").write_text("def (")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
-        run_alone(_mean_pooled, ModelConfig.model_validate(options), sample.manifest)
+        run_alone(_powers, ModelConfig.model_validate(options), sample.manifest)
 
 
-def _mean_pooled(config: ModelConfig, manifest: Manifest) -> list[str]:
+def _powers(config: ModelConfig, manifest: Manifest) -> list[float]:
     with world("cpu") as ranks:
-        return build_model(config, manifest, ranks, seed=1).model.embedding_arch.mean_pooled
+        return build_model(config, manifest, ranks, seed=1).model.embedding_arch.power_F.tolist()
 
 
-@pytest.mark.parametrize(("pooling", "expected"), [("mean", ["genre"]), ("sum", [])])
+@pytest.mark.parametrize(("pooling", "power"), [("mean", 1.0), ("sqrt", 0.5), ("sum", 0.0)])
 def test_fields_are_pooled_as_configured(
-    sample: PreparedDataset, pooling: str, expected: list[str]
+    sample: PreparedDataset, pooling: str, power: float
 ) -> None:
     features = tuple(
         f.model_copy(update={"pooling": pooling}) for f in sample.manifest.data.features
     )
     data = sample.manifest.data.model_copy(update={"features": features})
     manifest = sample.manifest.model_copy(update={"data": data})
-    assert run_alone(_mean_pooled, ModelConfig(), manifest) == expected
+    assert run_alone(_powers, ModelConfig(), manifest) == [0.0, 0.0, power]
 
 
 def _unwrapped(folder: Path, config: Config) -> tuple[bool, bool]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
@@ -24,6 +24,7 @@ from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.model.deepfm import Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
+from tests.conftest import HISTORY
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
 
@@ -43,9 +44,7 @@ class Run:
         self.dataset = PreparedDataset(folder)
         self.config, self.world = config, ranks
         self.sharded, self.optimizer = shard_for_training(config, self.dataset.manifest, ranks)
-        self.batches = TrainingBatches(
-            self.dataset, config.trainer.batch_size, ranks.rank, ranks.world_size, config.run.seed
-        )
+        self.batches = training_batches(config, self.dataset, ranks)
 
     def losses(
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
@@ -162,6 +161,62 @@ def test_a_part_of_the_model_alone_trains_alike_on_two_ranks(
     alone = run_alone(train, sample.folder, config, 15)
     assert alone[-1] < alone[0]
     assert difference(run_ranks(train, 2, sample.folder, config, 15)[1], alone) <= 1e-6
+
+
+OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
+SAMPLED = "trainer.candidates=90"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adam", ["trainer.loss=softmax", "model.deep=false"]),
+        ("rowwise_adagrad", ["trainer.loss=softmax"]),
+        ("adam", ["trainer.loss=softmax", SAMPLED, "data.negatives.popularity_power=0.5"]),
+        ("sgd", ["trainer.loss=bpr", SAMPLED]),
+        ("adam", ["trainer.loss=bce", "trainer.batch_size=1003"]),
+    ],
+)
+def test_histories_and_losses_of_users_do_not_depend_on_the_world_size(
+    with_history: PreparedDataset, optimizer: str, options: list[str]
+) -> None:
+    lr = 0.05 if optimizer == "sgd" else 0.003
+    common = (*SMALL, *OF_USERS, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}", *options)
+    alone = run_alone(train, with_history.folder, config_of(*common), 15)
+    assert alone[-1] < alone[0]
+    for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
+        config = config_of(*common, plan)
+        for losses in run_ranks(train, size, with_history.folder, config, 15):
+            apart = difference(np.divide(losses, alone).tolist(), [1.0] * 15)
+            assert apart <= 1e-6, (size, plan)
+
+
+def _by_the_pipeline(folder: Path, config: Config, overlapped: bool) -> list[float]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        pipeline = TrainPipeline(run.sharded, run.optimizer, ranks)
+        batches, losses = run.batches.steps(1, 4), []
+        for _ in range(4):
+            if overlapped:  # what CUDA runs: the model is traced, ids are exchanged ahead
+                pipeline._step = type(pipeline._step)()
+                run.optimizer.zero_grad()
+                pipeline.progress(batches)
+                run.optimizer.step()
+                losses.append(pipeline._step.loss)
+            else:
+                losses.append(pipeline.train_step(batches).loss)
+        return losses
+
+
+@pytest.mark.parametrize("options", [["model.deep=false"], [SAMPLED]])
+def test_losses_of_users_pass_torchrecs_pipeline(
+    with_history: PreparedDataset, options: list[str]
+) -> None:
+    config = config_of(*SMALL, *OF_USERS, "trainer.loss=softmax", *options)
+    plain, overlapped = (
+        run_ranks(_by_the_pipeline, 2, with_history.folder, config, way)[0] for way in (False, True)
+    )
+    assert overlapped == plain
 
 
 class RowWiseAdagrad:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking import kernel
-from deepfm_dist.ranking.catalogue import Side
 from deepfm_dist.ranking.engine import Best, KernelEngine
 from deepfm_dist.ranking.topk import NO_ITEM
 

@@ -46,7 +46,7 @@ def pair(
         N_DENSE,
         dim,
         over_arch=partial(OverArch, layer_sizes=hidden, batch_norm=batch_norm) if deep else None,
-        mean_pooled=[f for f, _, pooling in FIELDS if pooling == "mean"],
+        pooling={f: pooling for f, _, pooling in FIELDS},
         **options,
     )
     copy_weights(plain, ours)

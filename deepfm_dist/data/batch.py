@@ -1,7 +1,8 @@
 """What the model consumes in one step on one rank."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,8 +12,34 @@ from torchrec.streamable import Pipelineable
 from deepfm_dist.errors import ConfigError
 
 
+class _OnDevice(Pipelineable):
+    """A dataclass of tensors, and of numbers that need no device."""
+
+    def _changed(self, change: Callable[[Any], Any]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: change(v) for k, v in values.items() if not isinstance(v, int)}
+        return replace(self, **moved)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in pinned memory."""
+        return self._changed(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the memory alive until ``stream`` has used it."""
+
+        def record(value: Any) -> Any:
+            value.record_stream(stream)
+            return value
+
+        self._changed(record)
+
+
 @dataclass
-class Batch(Pipelineable):
+class Batch(_OnDevice):
     """One rank's rows of a global batch; rows that pad it have weight 0 and empty bags.
 
     Attributes:
@@ -57,28 +84,48 @@ class Batch(Pipelineable):
             sparse = KeyedJaggedTensor(keys, values, lengths=length.flatten())
             yield Batch(sparse, *(column[i] for column in rows), self.global_weight)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """The same on another device."""
-        return Batch(
-            self.sparse.to(device, non_blocking),
-            self.dense.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.weights.to(device, non_blocking=non_blocking),
-            self.global_weight.to(device, non_blocking=non_blocking),
-        )
 
-    def pin_memory(self) -> "Batch":
-        """The same in pinned memory."""
-        return Batch(
-            self.sparse.pin_memory(),
-            self.dense.pin_memory(),
-            self.labels.pin_memory(),
-            self.weights.pin_memory(),
-            self.global_weight.pin_memory(),
-        )
+@dataclass
+class UserBatch(_OnDevice):
+    """One rank's users of a step, the items they are to prefer, and those they are to prefer to.
 
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory alive until ``stream`` has used it."""
-        self.sparse.record_stream(stream)
-        for tensor in (self.dense, self.labels, self.weights, self.global_weight):
-            tensor.record_stream(stream)
+    Everything is looked up at once: row r of ``sparse`` has the fields of the r-th user and those
+    of the r-th item, so that one collective serves both sides; the shorter side ends in empty bags.
+    Of the items, the first ``n_shared`` are this rank's share of the candidates, which the ranks
+    exchange; behind them may stand the targets' own rows, one for each.
+
+    Attributes:
+        sparse: as a `Batch`'s, of ``height`` rows.
+        dense: ``[height, n_dense]`` float32 numeric fields.
+        n_users: number of this rank's users, padding included.
+        n_shared: candidates that this rank looks up.
+        n_candidates: candidates of all ranks together, without what pads the last rank's.
+        target_users: ``[T]`` int64: whose target it is, a place among this rank's users.
+        target_items: ``[T]`` int64: places among the candidates; empty where the targets have rows
+            of their own.
+        target_weights: ``[T]`` float32.
+        known_users: ``[M]`` int64: a user,
+        known_items: ``[M]`` int64: and a place among the candidates that is one of its training
+            items: no negative for it.
+        log_expected: ``[n_candidates]`` float32: log of how often the candidate was to be expected
+            in this step; 0 where every item is a candidate.
+        global_weight: ``[]`` float32: the sum of target weights over all ranks.
+    """
+
+    sparse: KeyedJaggedTensor
+    dense: Tensor
+    n_users: int
+    n_shared: int
+    n_candidates: int
+    target_users: Tensor
+    target_items: Tensor
+    target_weights: Tensor
+    known_users: Tensor
+    known_items: Tensor
+    log_expected: Tensor
+    global_weight: Tensor
+
+    def split(self, pieces: int) -> Iterator["UserBatch"]:
+        """The batch itself: the candidates of a step belong to all of its users."""
+        assert pieces == 1
+        yield self

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torchrec import KeyedJaggedTensor
 
+from deepfm_dist.data.bags import Bags, chosen, kept_in_bags
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.jagged import (
     FloatArray,
@@ -22,6 +23,7 @@ from deepfm_dist.data.jagged import (
     Values,
     from_arrow,
     mapped,
+    offsets_of,
     taken,
 )
 from deepfm_dist.data.lanes import Lanes, Taken, damaged
@@ -110,7 +112,9 @@ class PreparedDataset:
         """Fields that describe users and items; element r belongs to row r of the entity."""
         fields: dict[str, Values] = {}
         for name in self.manifest.entities:
-            of_entity = [f for f in self.manifest.features if f.entity == name and not f.is_id]
+            of_entity = [
+                f for f in self.manifest.features if f.entity == name and f.describes_entity
+            ]
             if of_entity:
                 path = f"entities/{name}.parquet"
                 kinds = pq.read_schema(self._file(path))
@@ -243,6 +247,8 @@ class Collator:
         self.keys = [f.name for f in manifest.categorical]
         self._categorical, self._dense = manifest.categorical, manifest.dense
         self._fields = dataset.entity_fields
+        self._source_of = manifest.data.source_of
+        self._histories = DrawnHistories(dataset) if manifest.has_history else None
 
     def __call__(
         self,
@@ -254,6 +260,7 @@ class Collator:
         n_real: int | None = None,
         global_weight: float | None = None,
         weights: FloatArray | None = None,
+        bags: Bags | None = None,
     ) -> Batch:
         """Looks up every field.
 
@@ -266,6 +273,8 @@ class Collator:
             n_real: how many leading rows are no padding; default all.
             global_weight: weight that the loss is divided by; default ``n_real``.
             weights: ``[n_real]`` of the rows; default ones.
+            bags: each row's bag of items, for history fields; default: the user's training items,
+                nothing left out.
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
@@ -274,8 +283,14 @@ class Collator:
             entity: nobody if rows is None else rows for entity, rows in given.items()
         }
         lengths, values = [], []
+        if self._histories is not None and bags is None:
+            bags = self._histories.whole(index["user"])
         for feature in self._categorical:
-            n, v = self._bags(feature, index[feature.entity], context)
+            if feature.history is not None:
+                assert bags is not None
+                n, v = self._of_items(self._source_of(feature), bags)
+            else:
+                n, v = self._bags(feature, index[feature.entity], context)
             lengths.append(n)
             values.append(v)
         dense = np.zeros((height, len(self._dense)), np.float32)
@@ -300,6 +315,14 @@ class Collator:
             torch.tensor(float(n_real if global_weight is None else global_weight)),
         )
 
+    def _of_items(self, field: Feature, bags: Bags) -> Bags:
+        """Bags of items -> bags of all that a field says of these items."""
+        if field.is_id:
+            return bags
+        lengths, values = self._bags(field, bags[1], None)
+        running = offsets_of(lengths)
+        return np.diff(running[offsets_of(bags[0])]).astype(np.int32), values
+
     def _source(self, feature: Feature, context: Mapping[str, Values] | None) -> Values | None:
         if feature.entity == "context":
             return None if context is None else context[feature.name]
@@ -320,6 +343,61 @@ class Collator:
         if isinstance(source, Jagged):
             return source.take(rows)
         return present.astype(np.int32), source[rows[present]].astype(np.int32)
+
+
+class DrawnHistories:
+    """The bags of items that history fields are of.
+
+    Args:
+        dataset: the prepared dataset.
+        seed: of the draws while training.
+    """
+
+    def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
+        spec = dataset.manifest.data.history
+        self.dropout, self.max_length = spec.dropout, spec.max_length
+        self._history, self._seed = dataset.history, seed
+        self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
+
+    def whole(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
+        """All of the users' items, or ``max_length`` of them, always the same ones.
+
+        Args:
+            users: ``[m]`` rows of the histories.
+            history: of others than the users of training.
+        """
+        history = self._history if history is None else history
+        items = history.take(users)
+        if self.max_length is None or not (items[0] > self.max_length).any():
+            return items
+        cut = kept_in_bags(history, users, users, self._fixed_seed, max_length=self.max_length)
+        return chosen(items, cut)
+
+    def beside(self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int) -> Bags:
+        """What rows see in training: their users' items but the row's own, thinned out.
+
+        Args:
+            users: ``[m]`` the rows' users.
+            targets: ``[m]`` the positive of each row, or of the positive its negative goes with:
+                what a bag lacks must not tell one from the other.
+            rows: ``[m]`` number of that positive among all training rows.
+            epoch: from 0.
+        """
+        flags = kept_in_bags(
+            self._history, users, rows, self._seed_of(epoch), self.dropout, self.max_length, targets
+        )
+        return chosen(self._history.take(users), flags)
+
+    def split(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
+        """Users' items in two: the bag, and what was left out of it."""
+        flags = kept_in_bags(
+            self._history, users, users, self._seed_of(epoch), self.dropout, self.max_length
+        )
+        items = self._history.take(users)
+        return chosen(items, flags), chosen(items, ~flags)
+
+    def _seed_of(self, epoch: int) -> int:
+        return derive_seed(self._seed, "history", epoch)
 
 
 class TrainingBatches:
@@ -353,6 +431,7 @@ class TrainingBatches:
         self._collate = Collator(dataset)
         self._seed = seed
         self._negatives = Negatives(dataset, seed) if manifest.sampled else None
+        self._histories = DrawnHistories(dataset, seed) if manifest.has_history else None
         copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
@@ -392,6 +471,11 @@ class TrainingBatches:
         )
         if labels is None:
             labels = np.ones(len(index), np.float32)
+        bags = None
+        if self._histories is not None:
+            assert users is not None and items is not None
+            lengths, values = self._histories.beside(users, items, found.row, epoch)
+            bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
             assert users is not None and items is not None
             negative = found.slot > 0
@@ -410,6 +494,7 @@ class TrainingBatches:
             n_real=len(index),
             global_weight=global_weight,
             weights=_picked(columns.get("weight"), index),
+            bags=bags,
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:

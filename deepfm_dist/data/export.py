@@ -27,6 +27,7 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
             | {
                 "table": f.table_name,
                 "is_id": f.is_id,
+                "history": f.history,
                 "several": f.multi_valued,
                 "pooling": f.pooling if f.multi_valued else "sum",
             }
@@ -60,7 +61,9 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
         shutil.copyfile(dataset.folder / file, target / file)
     for name in dataset.manifest.entities:
         source = pq.ParquetFile(dataset.folder / "entities" / f"{name}.parquet")
-        of_entity = [f.name for f in dataset.manifest.features if f.entity == name and not f.is_id]
+        of_entity = [
+            f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
+        ]
         schema = pa.schema([source.schema_arrow.field(name) for name in ("id", *of_entity)])
         path = target / "entities" / f"{name}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:

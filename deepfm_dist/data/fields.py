@@ -54,7 +54,7 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
 
 def in_rows(data: DataConfig) -> list[Feature]:
     """Fields whose values stand in the interactions, ids aside."""
-    return [f for f in data.features if f.file is None and not f.names_entity]
+    return [f for f in data.features if f.file is None and not f.names_entity and f.history is None]
 
 
 def column_of(feature: Feature) -> Column:

@@ -102,16 +102,20 @@ class Fit:
         }
         self.values: dict[str, Values] = {}
         for feature in job.data.features:
-            if feature.entity != "context" and not feature.is_id:
+            if feature.describes_entity:
                 self.values[feature.name] = self._entity_values(feature)
         self.vocabularies: dict[str, Vocabulary] = {}
         for table in table_names(job.data.features):
             features = [f for f in job.data.features if f.table_name == table and f.in_table]
+            features = [f for f in features if f.history is None]
+            if not features:  # a history's own
+                continue
             if features[0].is_id:
                 self.vocabularies[table] = self.entities[features[0].entity]
             elif features[0].has_vocabulary:
                 least = max(f.min_count for f in features)
                 self.vocabularies[table] = self._vocabulary(table, least)
+        self._fit_histories()
         of_tables = {n: v for n, v in self.vocabularies.items() if n in partitions.ids}
         of_entities = {of_entity(n): v for n, v in self.entities.items()}
         self.fitted = Fitted(
@@ -119,6 +123,15 @@ class Fit:
             self._numeric(),
             {name: v.rows for name, v in self.entities.items()},
         )
+
+    def _fit_histories(self) -> None:
+        """A history's table has the rows of that which its values belong to."""
+        for feature in self._job.data.features:
+            if feature.history is not None:
+                source = self._job.data.source_of(feature)
+                self.vocabularies[feature.table_name] = (
+                    self.entities["item"] if source.is_id else self.vocabularies[source.table_name]
+                )
 
     def _numeric(self) -> dict[str, NumericSpec]:
         specs = {name: fit.spec() for name, fit in self._counts.numeric.items()}

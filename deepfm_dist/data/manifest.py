@@ -107,6 +107,11 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
+    def has_history(self) -> bool:
+        """Whether some field is a bag of the user's training items, or of what describes them."""
+        return any(f.history is not None for f in self.features)
+
+    @property
     def cuts(self) -> npt.NDArray[np.int64]:
         """``[groups + 1]``: group g holds the training rows from cut g to cut g + 1.
 

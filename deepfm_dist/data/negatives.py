@@ -73,6 +73,13 @@ def item_weights(counts: Int64Array, power: float) -> Int64Array:
     return scaled
 
 
+def draw_with_replacement(n: int, weights: Int64Array, seed: int) -> Int32Array:
+    """``[n]`` int32 items, each drawn in proportion to ``[items]`` int64 weights."""
+    total = np.cumsum(weights)
+    targets: Int64Array = _targets(n, int(total[-1]), seed)
+    return np.searchsorted(total, targets, "right").astype(np.int32)
+
+
 def draw_distinct(
     per_user: int, history: Jagged, n_items: int, seed: int, users: Int64Array | None = None
 ) -> Int32Array:
@@ -137,6 +144,16 @@ def check_enough_unseen(
 def _below(word: Any, bound: int) -> Any:
     """A draw in [0, bound) from a random 64-bit word; off uniform by less than bound / 2**32."""
     return np.int64(((word >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+
+
+@compiled
+def _targets(n: int, bound: int, seed: int) -> Int64Array:
+    out = np.empty(n, np.int64)
+    word = mix(np.uint64(seed))
+    for i in range(n):
+        word += _STEP
+        out[i] = _below(mix(word), bound)
+    return out
 
 
 @compiled

@@ -106,10 +106,16 @@ class Feature(Section):
     """Words or numbers that mean "no value", beside the empty cell."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
-    pooling: Literal["mean", "sum"] = "mean"
-    """How several values of one row become one vector."""
+    pooling: Literal["mean", "sqrt", "sum"] = "mean"
+    """How several values of one row become one vector; sqrt: their sum over the root of their
+    number."""
+    history: str | None = None
+    """For a user's field: the bag of the user's training items (``item``), or of their values of
+    the item's field of this name. While training, those beside the row's own. It also serves
+    users unseen in training whose items are known."""
     table: _Name | None = None
-    """Embedding table; fields that name the same table share its rows. Default: its own."""
+    """Embedding table; fields that name the same table share its rows (a history may name that of
+    the field it is of). Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
     hash_rows: int | None = Field(None, ge=1)
@@ -128,7 +134,7 @@ class Feature(Section):
     @property
     def has_vocabulary(self) -> bool:
         """Whether the rows of its table stand for values seen in training."""
-        return self.kind == "categorical" and self.hash_rows is None
+        return self.kind == "categorical" and self.hash_rows is None and self.history is None
 
     @property
     def table_name(self) -> str:
@@ -143,13 +149,19 @@ class Feature(Section):
     @property
     def names_entity(self) -> bool:
         """Whether the field is the user's or item's own id, hashed or not."""
-        return self.entity != "context" and self.file is None and self.column is None
+        plain = self.file is None and self.column is None and self.history is None
+        return self.entity != "context" and plain
+
+    @property
+    def describes_entity(self) -> bool:
+        """Whether its values are kept once for each user or item."""
+        return self.entity != "context" and not self.is_id and self.history is None
 
     @property
     def multi_valued(self) -> bool:
         """Whether one row may hold several values."""
         many = self.separator is not None or (self.file is not None and self.entity != "context")
-        return many and self.keep == "all"
+        return self.history is not None or (many and self.keep == "all")
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
@@ -165,7 +177,24 @@ class Feature(Section):
             raise ValueError(f"{self.name}: hash_rows keeps no counts; leave min_count out")
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
+        if self.history is not None:
+            own = {"name", "entity", "history", "pooling", "table"}
+            if self.entity != "user":
+                raise ValueError(f"{self.name}: a history is a user's; set entity: user")
+            for option, field in type(self).model_fields.items():
+                if option not in own and getattr(self, option) != field.default:
+                    raise ValueError(f"{self.name}: {option} does not go with history")
         return self
+
+
+class History(Section):
+    """The bag of items that history fields are of."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a user's items left out at random while training, anew in every epoch."""
+    max_length: int | None = Field(None, ge=1)
+    """At most so many items, drawn by the seed: while training anew in every epoch, else always
+    the same ones."""
 
 
 class Titles(Section):
@@ -244,6 +273,8 @@ class DataConfig(Section):
     """Held-out rows."""
     negatives: Negatives = Negatives()
     """Unobserved pairs."""
+    history: History = History()
+    """The users' bags of items, for fields that are histories."""
     refit: bool = False
     """Train on all rows, held-out ones included: for the last fit before a submission."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -291,6 +322,7 @@ class DataConfig(Section):
             raise ValueError(
                 f"{reserved[0]!r} is a reserved name; call the context field otherwise"
             )
+        self._check_histories()
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()
@@ -303,7 +335,7 @@ class DataConfig(Section):
 
     def _check_column(self, feature: Feature) -> None:
         rows, column = self.interactions, feature.column or feature.name
-        if feature.is_id:
+        if feature.is_id or feature.history is not None:
             return
         if feature.file is None:
             for role in _NOT_FOR_THE_MODEL:
@@ -317,6 +349,33 @@ class DataConfig(Section):
                 f"{feature.name}: the column {column!r} is the key of {feature.file}; name the "
                 f"column that holds the value"
             )
+
+    def source_of(self, history: Feature) -> Feature:
+        """The item's field that a history is of."""
+        named = [f for f in self.features if f.entity == "item" and f.name == history.history]
+        return named[0] if named else Feature(name="item", entity="item")
+
+    def _check_histories(self) -> None:
+        histories = [f for f in self.features if f.history is not None]
+        if self.history != History() and not histories:
+            raise ValueError("history: no field has it; add one with history: item")
+        if histories and self.interactions.item is None:
+            raise ValueError(f"{histories[0].name} is a history: name interactions.item")
+        for field in histories:
+            source = self.source_of(field)
+            if source.name != field.history or not source.has_vocabulary:
+                fitting = [f.name for f in self.features if f.entity == "item" and f.has_vocabulary]
+                raise ValueError(
+                    f"{field.name}: history is of {field.history!r}, no field of items with a "
+                    f"vocabulary; there are: {', '.join(dict.fromkeys(['item', *fitting]))}"
+                )
+            for other in self.features:
+                shares = other is not field and other.table_name == field.table_name
+                if shares and field.table_name != source.table_name:
+                    raise ValueError(
+                        f"table {field.table_name!r}: {field.name} can share that of "
+                        f"{source.name}, or have its own"
+                    )
 
     def _check_fixed_negatives(self) -> None:
         rows, split = self.interactions, self.split
@@ -332,7 +391,7 @@ class DataConfig(Section):
                 f"negatives.fixed_per_user have no time: split.method={split.method} cannot be used"
             )
         for feature in self.features:
-            if feature.file is None and not feature.names_entity:
+            if feature.file is None and not (feature.names_entity or feature.history is not None):
                 raise ValueError(
                     f"negatives.fixed_per_user have no {feature.column or feature.name}: "
                     f"the field {feature.name} cannot come from the interactions file"
@@ -345,6 +404,8 @@ def _check_shared_tables(features: Sequence[Feature]) -> None:
         if not feature.in_table:
             continue
         first = first_of.setdefault(feature.table_name, feature)
+        if first is not feature and not (feature.history is None is first.history):
+            continue  # `DataConfig._check_histories` has seen to it
         if first is not feature and (first.is_id or feature.is_id):
             raise ValueError(f"table {feature.table_name!r}: the table of an id cannot be shared")
         if first is not feature and "bucket" in (first.transform, feature.transform):

@@ -33,7 +33,8 @@ class Step:
     Attributes:
         loss: mean over the global batch, the same on every rank.
         stop: whether any rank was asked to stop.
-        rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each.
+        rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each;
+            none where the loss is that of users.
     """
 
     loss: float = 0.0
@@ -110,10 +111,11 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 buffer.copy_(value)
         return step
 
-    def _forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._timed("forward"):
             loss, logits = self._model(batch)
-        self._step.rows.append((logits, batch.labels, batch.weights))
+        if logits is not None:
+            self._step.rows.append((logits, batch.labels, batch.weights))
         return loss, logits
 
     def _backward(self, losses: Tensor) -> None:

@@ -55,6 +55,18 @@ class World:
         summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
         return summed
 
+    def differentiable_gather(self, tensor: Tensor) -> Tensor:
+        """Joins the ranks' tensors of one shape by rank, ``[n, ...]`` -> ``[ranks * n, ...]``.
+
+        Gradients go back to where the rows came from, summed over the ranks. All ranks.
+        """
+        if self.world_size == 1:
+            return tensor
+        if tensor.numel() == 0:
+            return tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+        return joined
+
     def agreed(self, value: T) -> T:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]
@@ -126,6 +138,24 @@ class _Sum(torch.autograd.Function):
         summed = gradients[0].clone()
         dist.all_reduce(summed)
         return summed
+
+
+class _Gather(torch.autograd.Function):
+    """An all-gather whose gradient adds up what each rank's loss says of this rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.n = len(tensor)
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        begin = dist.get_rank() * ctx.n
+        return summed[begin : begin + ctx.n]
 
 
 def restarted() -> bool:

@@ -4,7 +4,7 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 """
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+_POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
+"""Of the number of values, by which their sum is divided."""
 ROW_ALIGNMENT = 4
 """FBGEMM's kernels want rows of a multiple of 4 floats."""
 
@@ -54,27 +56,28 @@ class EmbeddingArch(nn.Module):
         tables: tables by name.
         features: the fields in the order of the output.
         embedding_dim: D; 0 leaves only the first-order weight.
-        mean_pooled: fields whose several values are averaged; the others' are summed.
+        pooling: by field, how its several values become one vector: ``mean``, ``sqrt`` (their sum
+            over the root of their number) or, where it is not named, ``sum``.
         device: where the tables are; ``meta`` before sharding.
         half: whether they are kept in float16; what is looked up is float32 all the same.
     """
 
-    is_mean_F: Tensor
+    power_F: Tensor
 
     def __init__(
         self,
         tables: Mapping[str, Table],
         features: Sequence[str],
         embedding_dim: int,
-        mean_pooled: Collection[str] = (),
+        pooling: Mapping[str, str] | None = None,
         device: torch.device | None = None,
         half: bool = False,
     ) -> None:
         super().__init__()
         self.features = list(features)
-        self.mean_pooled = [name for name in features if name in mean_pooled]
-        is_mean_F = torch.tensor([name in mean_pooled for name in features])
-        self.register_buffer("is_mean_F", is_mean_F, persistent=False)
+        powers = [_POWERS[(pooling or {}).get(name, "sum")] for name in features]
+        self.is_divided = any(powers)
+        self.register_buffer("power_F", torch.tensor(powers), persistent=False)
         self.embedding_dim = embedding_dim
         self.row_width = -(-(embedding_dim + 1) // ROW_ALIGNMENT) * ROW_ALIGNMENT
         self.ebc = EmbeddingBagCollection(
@@ -105,10 +108,10 @@ class EmbeddingArch(nn.Module):
         """
         rows = _in_order(self.ebc(sparse), self.features)
         rows_BFW: Tensor = rows.view(-1, len(self.features), self.row_width)
-        if self.mean_pooled:
+        if self.is_divided:
             lengths_FB = sparse.lengths().view(len(self.features), -1)
             counts_BF = lengths_FB.T.to(rows_BFW.dtype).clamp(min=1)
-            rows_BFW = rows_BFW / torch.where(self.is_mean_F, counts_BF, 1.0)[:, :, None]
+            rows_BFW = rows_BFW / counts_BF.pow(self.power_F)[:, :, None]
         return rows_BFW
 
     def forward(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
@@ -224,14 +227,21 @@ class OverArch(nn.Module):
         Returns:
             ``[B]``.
         """
-        x = x_BI
-        for linear, norm in zip(self.hidden, self.norms, strict=True):
-            x = linear(x)
+        return self.above_first(self.layers[0](x_BI), weights_B)
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """All linear layers, the output's last."""
+        return [*self.hidden, self.output]
+
+    def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""
+        x = x_BH
+        for norm, linear in zip(self.norms, self.layers[1:], strict=True):
             if isinstance(norm, GlobalBatchNorm):
                 x = norm(x, weights_B)
-            x = self.dropout(self.activation(x))
-        out: Tensor = self.output(x).squeeze(1)
-        return out
+            x = linear(self.dropout(self.activation(x)))
+        return x.squeeze(1)
 
 
 class InteractionArch(nn.Module):
@@ -357,7 +367,7 @@ def build_deepfm(
     fm: bool = True,
     over_arch: Callable[[int], nn.Module] | None = None,
     init_std: float = 0.01,
-    mean_pooled: Collection[str] = (),
+    pooling: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     half: bool = False,
 ) -> DeepFM:
@@ -372,13 +382,13 @@ def build_deepfm(
         fm: whether the pairwise part counts.
         over_arch: makes the deep part, given the length of its input; None: no deep part.
         init_std: standard deviation of the numeric fields' vectors (tables are filled elsewhere).
-        mean_pooled: fields whose several values are averaged; the others' are summed.
+        pooling: as `EmbeddingArch` takes it.
         device: of the tables; ``meta`` before sharding.
         half: whether tables are kept in float16.
     """
     width = embedding_dim if fm or over_arch is not None else 0
     return DeepFM(
-        EmbeddingArch(tables, features, width, mean_pooled, device, half),
+        EmbeddingArch(tables, features, width, pooling, device, half),
         InteractionArch(
             n_dense,
             width,

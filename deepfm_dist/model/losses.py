@@ -1,15 +1,22 @@
-"""The training objective."""
+"""The training objectives."""
 
-from typing import Any, Protocol, Self
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.model.pairs import PairScorer, Side
+
+NO_NEGATIVE = -1e30
+"""Logit of a candidate that is no negative for a user; finite, so that a user may have none."""
 
 
 class LabelledRows(Protocol):
-    """What a training step consumes (`deepfm_dist.data.batch.Batch` is one)."""
+    """What a training step on rows consumes (`deepfm_dist.data.batch.Batch` is one)."""
 
     sparse: Any
     dense: Tensor
@@ -22,27 +29,156 @@ class LabelledRows(Protocol):
         ...
 
 
+class UsersWithTargets(Protocol):
+    """What a step on users consumes; see `deepfm_dist.data.batch.UserBatch`."""
+
+    sparse: Any
+    dense: Tensor
+    n_users: int
+    n_shared: int
+    n_candidates: int
+    target_users: Tensor
+    target_items: Tensor
+    target_weights: Tensor
+    known_users: Tensor
+    known_items: Tensor
+    log_expected: Tensor
+    global_weight: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        ...
+
+
+class CatalogueLoss(nn.Module):
+    """How users' targets are compared with the candidates.
+
+    Args:
+        kind: softmax or bpr.
+        scorer: of pairs; its weights are the model's, not this module's.
+        gather: joins the ranks' tensors in the order of the ranks, differentiably; default: this
+            process alone.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["softmax", "bpr"],
+        scorer: PairScorer,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        super().__init__()
+        self.kind, self.scorer, self.gather = kind, scorer, gather
+
+    def forward(self, rows_BFW: Tensor, batch: UsersWithTargets) -> Tensor:
+        """This rank's share of the loss, ``[]``, from what was looked up."""
+        scorer, n, shared = self.scorer, batch.n_users, batch.n_shared
+        own = 0 if len(batch.target_items) else len(batch.target_users)
+        users = scorer.side("user", rows_BFW[:n], batch.dense[:n])
+        # A user's constant is in all of its logits and cancels: what rounding leaves of its gradient
+        # would be taken for one by Adam, which divides by the size.
+        users = replace(users, constant=users.constant.detach())
+        items = scorer.side("item", rows_BFW[: shared + own], batch.dense[: shared + own])
+        everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
+        logits_UC = scorer.all_pairs(users, Side(*everyones))
+        if own:
+            logits_T = scorer.pairs(users[batch.target_users], items[shared:])
+        else:
+            logits_T = logits_UC[batch.target_users, batch.target_items]
+        targets = batch.target_users, batch.target_weights
+        known = batch.known_users, batch.known_items
+        if self.kind == "bpr":
+            total = bpr_sum(logits_T, logits_UC, *targets, known)
+        else:
+            total = softmax_sum(logits_T, logits_UC, *targets, known, batch.log_expected)
+        return total / batch.global_weight
+
+
 class DeepFMTrain(nn.Module):
     """The model with its loss, in the form that TorchRec's pipelines train.
 
     Args:
         model: the DeepFM.
+
+    Attributes:
+        catalogue_loss: what the model is trained by on batches of users; None: on batches of
+            rows, by their cross-entropy.
     """
 
     def __init__(self, model: DeepFM) -> None:
         super().__init__()
         self.model = model
+        self.catalogue_loss: CatalogueLoss | None = None
 
-    def forward(self, batch: LabelledRows) -> tuple[Tensor, Tensor]:
-        """Scores a batch.
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Scores a batch, in training a `UsersWithTargets` where that is the loss.
 
         Returns:
             This rank's share of the loss, ``[]``: shares add up over the ranks to the weighted
-            mean of the global batch; and logits ``[b]``.
+            mean of the global batch; and logits ``[b]`` of rows, None of users.
         """
+        if self.training and self.catalogue_loss is not None:
+            rows_BFW = self.model.embedding_arch.rows(batch.sparse)
+            return self.catalogue_loss(rows_BFW, batch), None
         logits = self.model(batch.sparse, batch.dense, batch.weights)
         loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
         return loss, logits.detach()
+
+
+def softmax_sum(
+    logits_T: Tensor,
+    logits_UC: Tensor,
+    user_T: Tensor,
+    weights_T: Tensor,
+    known: tuple[Tensor, Tensor],
+    log_expected_C: Tensor,
+) -> Tensor:
+    """Sum of the targets' cross-entropies among the items that their user does not know.
+
+    Args:
+        logits_T: ``[T]`` of the targets.
+        logits_UC: ``[U, C]`` of the candidates.
+        user_T: ``[T]`` the targets' users.
+        weights_T: ``[T]``.
+        known: ``[M]`` users and ``[M]`` candidates of each that are no negatives.
+        log_expected_C: ``[C]`` log of the number of times a candidate was expected to be drawn;
+            with it ``sum_c exp(z_c) / expected_c`` has the mean ``sum_i exp(z_i)`` over the items.
+
+    Returns:
+        ``[]``: ``sum_t w_t (log(exp(z_t) + sum_c exp(z_c) / expected_c) - z_t)``.
+
+    Source: Bengio, Senecal, "Adaptive importance sampling to accelerate training of a neural
+    probabilistic language model", 2008; Yi et al., "Sampling-bias-corrected neural modeling for
+    large corpus item recommendations", 2019 (logQ).
+    """
+    negative = (logits_UC - log_expected_C).index_put(known, logits_UC.new_tensor(NO_NEGATIVE))
+    return (weights_T * softplus(torch.logsumexp(negative, 1)[user_T] - logits_T)).sum()
+
+
+def bpr_sum(
+    logits_T: Tensor,
+    logits_UC: Tensor,
+    user_T: Tensor,
+    weights_T: Tensor,
+    known: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Sum of the targets' mean losses over the candidates that their user does not know.
+
+    Args:
+        logits_T: ``[T]`` of the targets.
+        logits_UC: ``[U, C]`` of the candidates.
+        user_T: ``[T]`` the targets' users.
+        weights_T: ``[T]``.
+        known: as `softmax_sum` takes it.
+
+    Returns:
+        ``[]``: ``sum_t w_t mean_c log(1 + exp(z_c - z_t))``; 0 for a target without a negative.
+
+    Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", 2009.
+    """
+    negative = torch.ones_like(logits_UC).index_put(known, logits_UC.new_tensor(0.0))
+    share = negative / negative.sum(1, keepdim=True).clamp(min=1)
+    of_pairs = softplus(logits_UC[user_T] - logits_T[:, None])
+    return (weights_T[:, None] * share[user_T] * of_pairs).sum()
 
 
 def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -1,51 +1,19 @@
-"""DeepFM scores of every (user, item) pair, factorised.
+"""DeepFM scores of every (user, item) pair, factorised as `deepfm_dist.model.pairs` says.
 
-What depends on one side alone is computed once for that side.
-
-With the fields of a pair split into those of the user (context and its numbers included) and
-those of the item, ``S`` the sum and ``Q`` the sum of squares of a side's factor vectors:
-
-* second order: ``1/2 (|S_u + S_i|^2 - Q_u - Q_i)``
-  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants;
-* over-arch: its first layer is a sum of a user part and an item part; the other layers run per
-  pair. Batch norm is folded into the layer before it.
+Batch norm is folded into the layer before it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
+from deepfm_dist.model.pairs import Fields, Layer, Side, side_of
 
 PAIRS_PER_STEP = {"cpu": 8192, "cuda": 1 << 21}
 """Pairs whose hidden layers are in memory at once; on CPU they should stay in the cache."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one side contributes to its pairs' logits.
-
-    Attributes:
-        constant: ``[n]`` terms that depend on this side alone.
-        factor_sum: ``[n, D]`` sum of its fields' factor vectors.
-        hidden: ``[n, H]`` its part of the over-arch's first layer; for an over-arch that cannot
-            be split, ``[n, fields * D]``, its fields' vectors.
-    """
-
-    constant: Tensor
-    factor_sum: Tensor
-    hidden: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All of it."""
-        return self.constant, self.factor_sum, self.hidden
-
-    def __getitem__(self, rows: slice) -> "Side":
-        return Side(*(t[rows] for t in self.tensors))
 
 
 class CatalogueScorer:
@@ -67,9 +35,10 @@ class CatalogueScorer:
         self, arch: InteractionArch, item_fields: Sequence[bool], n_categorical: int
     ) -> None:
         self._arch = arch
-        self._n_categorical = n_categorical
-        of_item = torch.tensor(item_fields, dtype=torch.bool, device=arch.bias.device)
-        self._fields = {"user": (~of_item).nonzero()[:, 0], "item": of_item.nonzero()[:, 0]}
+        user, item = Fields.of_both_sides(
+            item_fields, n_categorical, arch.embedding_dim, arch.bias.device
+        )
+        self._fields = {"user": user, "item": item}
         over = arch.over_arch
         folded = _folded(over) if isinstance(over, OverArch) else None
         self._first = None if folded is None else folded[0]
@@ -87,41 +56,24 @@ class CatalogueScorer:
             first_BF: ``[n, F]`` first-order weights.
             dense_BN: ``[n, n_dense]`` numeric fields.
         """
-        arch, fields = self._arch, self._fields[which]
-        n = factors_BFD.shape[0]
         # In float64: these sums are few, and their rounding would reach every pair.
-        constant = factors_BFD.new_zeros(n, dtype=torch.float64)
+        side = side_of(
+            self._arch,
+            self._fields[which],
+            factors_BFD.double(),
+            first_BF,
+            dense_BN,
+            self._first,
+            which == "user",
+        )
+        constant, hidden = side.constant, side.hidden
         if which == "user":
-            constant += arch.bias.double() + self._output_bias
-        categorical = fields[fields < self._n_categorical]
-        numeric = fields[fields >= self._n_categorical] - self._n_categorical
-        numbers = dense_BN[:, numeric].double()
-        if arch.first_order:
-            constant += first_BF[:, categorical].double().sum(1)
-            if arch.dense_first_order is not None:
-                constant += numbers @ arch.dense_first_order[numeric].double()
-        vectors = factors_BFD[:, categorical].double()
-        if arch.dense_factors is not None:
-            scaled = numbers[:, :, None] * arch.dense_factors[numeric].double()
-            vectors = torch.cat([vectors, scaled], 1)
-        factor_sum = vectors.sum(1)
-        if arch.fm is not None:
-            constant += 0.5 * (factor_sum.square() - vectors.square().sum(1)).sum(1)
-        hidden = vectors.flatten(1)
-        if arch.fm is None:
-            factor_sum = factor_sum[:, :0]
-        if self._first is not None:
-            weight, bias = self._first
-            dim = factors_BFD.shape[2]
-            columns = (fields[:, None] * dim + torch.arange(dim, device=fields.device)).flatten()
-            hidden = hidden @ weight[:, columns].T
-            if which == "user":
-                hidden = hidden + bias
-            if not self.layers:  # no hidden layer: the output is a sum of both sides
-                constant += hidden[:, 0]
+            constant = constant + self._output_bias
+        if self._first is not None and not self.layers:
+            constant = constant + hidden[:, 0]  # no hidden layer: the output is a sum of both sides
         if self.layers is not None and not self.layers:
             hidden = hidden[:, :0]
-        return Side(constant.float(), factor_sum.float(), hidden.float())
+        return Side(constant.float(), side.factor_sum.float(), hidden.float())
 
     @torch.no_grad()
     def scores(self, users: Side, items: Side, deep: bool = True) -> Tensor:
@@ -187,17 +139,17 @@ class CatalogueScorer:
         """An over-arch of the user's own: its input is put together for each pair."""
         over_arch = self._arch.over_arch
         assert over_arch is not None
-        n_fields = sum(len(fields) for fields in self._fields.values())
+        n_fields = sum(len(fields.places) for fields in self._fields.values())
         dim = (user.shape[2] + item.shape[2]) // n_fields
         n, m = len(user), item.shape[1]
         x = user.new_empty(n, m, n_fields, dim)
-        x[:, :, self._fields["user"]] = user.view(n, 1, -1, dim)
-        x[:, :, self._fields["item"]] = item.view(len(item), m, -1, dim)
+        x[:, :, self._fields["user"].places] = user.view(n, 1, -1, dim)
+        x[:, :, self._fields["item"].places] = item.view(len(item), m, -1, dim)
         out: Tensor = over_arch(x.view(n * m, -1))
         return out
 
 
-def _folded(over_arch: OverArch) -> list[tuple[Tensor, Tensor]]:
+def _folded(over_arch: OverArch) -> list[Layer]:
     """Weights and biases of all layers in float64, batch norm folded in."""
     layers = []
     for linear, norm in zip(over_arch.hidden, over_arch.norms, strict=True):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking import kernel
-from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
+from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.topk import NO_ITEM, mask_of, masked_top_k, top_k
 
 log = logging.getLogger(__name__)

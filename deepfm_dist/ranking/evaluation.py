@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
@@ -21,7 +21,14 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
-from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
+from deepfm_dist.ranking.metrics import (
+    FloatArray,
+    coverage,
+    interval,
+    means,
+    resampled_means,
+    user_metrics,
+)
 from deepfm_dist.ranking.ranker import (
     Catalogue,
     FixedRanker,
@@ -32,6 +39,8 @@ from deepfm_dist.ranking.ranker import (
 )
 
 log = logging.getLogger(__name__)
+RANKING_FIGURES = ("recall", "ndcg")
+"""What validation while training says of rankings."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,72 @@ class Comparison:
     differences: dict[str, dict[str, tuple[float, float]]]
 
 
+class HeldOutItems:
+    """What rankings of the whole catalogue are measured on.
+
+    Users are those known from training with a held-out positive. Masked are their positives in the
+    splits that come before: train, and for the test also valid.
+
+    Args:
+        dataset: the prepared dataset.
+        split: valid or test.
+    """
+
+    def __init__(self, dataset: PreparedDataset, split: str) -> None:
+        relevant_of_all = dataset.positives(split)
+        users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
+        self.users = users[users > 0]
+        left_out = len(relevant_of_all) - 1 - len(self.users)
+        if left_out:
+            log.info("%s users have no held-out items: not ranked for", f"{left_out:,}")
+        if of_unknown := int(relevant_of_all.lengths[0]):
+            log.info(
+                "%s held-out items are of users without training rows: not ranked for",
+                f"{of_unknown:,}",
+            )
+        self.dataset, self.catalogue = dataset, Catalogue(dataset)
+        before = SPLITS[: SPLITS.index(split)]
+        self._seen = self.catalogue.seen_by(self.users, [dataset.positives(s) for s in before])
+        self._relevant = Jagged.from_pairs(
+            np.repeat(np.arange(len(self.users)), relevant_of_all.lengths[self.users]),
+            relevant_of_all.take(self.users)[1],
+            len(self.users),
+        )
+        self._counts = dataset.popularity()
+        self._n_active = int((dataset.history.lengths > 0).sum())
+
+    def measured(
+        self, ranker: Ranker, cutoffs: Sequence[int], world: World
+    ) -> tuple[dict[str, FloatArray], Int64Array] | None:
+        """On rank 0 `user_metrics` and what was ranked, ``[U, K]`` item rows; None elsewhere."""
+        k = max(cutoffs)
+        positions = gather_ranked(rank_users(ranker, self._seen, k, world), k, world)
+        if positions is None:
+            return None
+        ranked = np.where(positions >= 0, self.catalogue.rows[positions], -1)
+        figures = user_metrics(ranked, self._relevant, cutoffs, self._counts, self._n_active)
+        return figures, ranked
+
+    def metrics(
+        self,
+        model: DeepFM,
+        world: World,
+        cutoffs: Sequence[int],
+        context: Mapping[str, str | float],
+    ) -> dict[str, float]:
+        """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
+        fixed = RowEncoder(self.dataset).fixed_context(context)
+        ranker = ModelRanker(model, world, self.dataset, self.catalogue, self.users, fixed)
+        found = self.measured(ranker, cutoffs, world)
+        if found is None:
+            return {}
+        return {
+            name: value
+            for name, value in means(found[0]).items()
+            if name.partition("@")[0] in RANKING_FIGURES
+        }
+
+
 def evaluate_ranking(
     model: DeepFM,
     world: World,
@@ -62,8 +137,7 @@ def evaluate_ranking(
 ) -> Comparison | None:
     """Compares the model's ranking with others of the same users. All ranks.
 
-    Users are those known from training with a held-out positive; masked are their positives in
-    the splits that come before: train, and for the test also valid.
+    Users and what is masked: see `HeldOutItems`.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -81,25 +155,8 @@ def evaluate_ranking(
     Raises:
         ConfigError: a baseline cannot be fitted on so many items.
     """
-    relevant_of_all = dataset.positives(split)
-    users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
-    users = users[users > 0]
-    left_out = len(relevant_of_all) - 1 - len(users)
-    if left_out:
-        log.info("%s users have no held-out items: not ranked for", f"{left_out:,}")
-    if of_unknown := int(relevant_of_all.lengths[0]):
-        log.info(
-            "%s held-out items are of users without training rows: not ranked for",
-            f"{of_unknown:,}",
-        )
-    catalogue = Catalogue(dataset)
-    before = SPLITS[: SPLITS.index(split)]
-    seen = catalogue.seen_by(users, [dataset.positives(s) for s in before])
-    relevant = Jagged.from_pairs(
-        np.repeat(np.arange(len(users)), relevant_of_all.lengths[users]),
-        relevant_of_all.take(users)[1],
-        len(users),
-    )
+    held_out = HeldOutItems(dataset, split)
+    catalogue, users = held_out.catalogue, held_out.users
     fixed = RowEncoder(dataset).fixed_context(context)
     makers: dict[str, Callable[[], Ranker]] = {
         "model": lambda: ModelRanker(model, world, dataset, catalogue, users, fixed)
@@ -110,16 +167,11 @@ def evaluate_ranking(
         makers[reference.stem] = lambda: _reference_ranker(
             reference, dataset, catalogue, users, world
         )
-    counts = dataset.popularity()
-    n_active = int((dataset.history.lengths > 0).sum())
     figures, samples = {}, {}
     for name, ranker in makers.items():
-        positions = gather_ranked(
-            rank_users(ranker(), seen, max(cutoffs), world), max(cutoffs), world
-        )
-        if positions is not None:
-            ranked = np.where(positions >= 0, catalogue.rows[positions], -1)
-            of_users = user_metrics(ranked, relevant, cutoffs, counts, n_active)
+        found = held_out.measured(ranker(), cutoffs, world)
+        if found is not None:
+            of_users, ranked = found
             figures[name] = means(of_users) | coverage(ranked, cutoffs, len(catalogue))
             samples[name] = resampled_means(of_users)
     if not world.is_first:

@@ -21,7 +21,8 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import USER_BLOCK, Best, engine_for
 from deepfm_dist.ranking.topk import mask_of, masked_top_k
 

@@ -12,7 +12,7 @@ from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.catalogue import Side
+from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import Best, KernelEngine
 from deepfm_dist.ranking.output import Parts, Written
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, rank_users

@@ -14,8 +14,9 @@ _BINS = 1 << 16
 
 
 class TrainingFigures:
-    """Log loss, NE, AUC and calibration of a window of steps and of all steps so far.
+    """Mean loss of a window of steps.
 
+    Of rows also log loss, NE, AUC and calibration, of the window and of all steps so far.
     Rows count by their weight, so that padding does not. The AUC of a window takes logits that
     agree in sign, exponent and the first 7 bits of the fraction (bfloat16) for tied.
 
@@ -27,14 +28,23 @@ class TrainingFigures:
         self.lifetime = torch.tensor([*lifetime] or [0.0] * 4, dtype=torch.float64)
         """``[4]`` sums over rows: cross-entropy, weight, label, probability."""
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._losses: list[float] = []
 
     def add(self, step: Step) -> None:
         """Counts a step's rows in; those of a skipped step are not learned from and not counted."""
         if step.is_finite:
             self._rows += step.rows
+            self._losses.append(step.loss)
 
     def line(self, world: World) -> dict[str, float]:
         """The figures since the last call, and in all; begins a new window. All ranks."""
+        losses, self._losses = self._losses, []
+        loss = {"loss": sum(losses) / len(losses) if losses else float("nan")}
+        if losses and not self._rows:
+            return loss
+        return loss | self._of_rows(world)
+
+    def _of_rows(self, world: World) -> dict[str, float]:
         logits, labels, weights = (
             (torch.cat(columns) for columns in zip(*self._rows, strict=True))
             if self._rows

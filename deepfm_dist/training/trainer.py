@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.data.dataset import TrainingBatches
 from deepfm_dist.distributed.optimizers import set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, TrainPipeline
 from deepfm_dist.distributed.world import World
@@ -24,6 +23,16 @@ from deepfm_dist.training.schedule import LearningRate
 
 log = logging.getLogger(__name__)
 LOWER_IS_BETTER = ("log_loss", "ne")
+
+
+class Batches(Protocol):
+    """The global batches of a run, sliced for a rank."""
+
+    batch_size: int
+    steps_per_epoch: int
+
+    def steps(self, first: int, last: int) -> Iterator[Any]:
+        """Batches of steps ``first`` to ``last``, both included."""
 
 
 class NonFiniteLoss(DeepFMError):
@@ -143,7 +152,7 @@ class LoopState:
 def train(
     sharded: nn.Module,
     optimizer: CombinedOptimizer,
-    batches: TrainingBatches,
+    batches: Batches,
     world: World,
     schedule: Schedule,
     state: LoopState,
@@ -234,7 +243,7 @@ def train(
             if saving or not going_on or step % schedule.log_every_steps == 0:
                 # A checkpoint ends a window, so that a resumed run begins one where this run does.
                 line = figures.line(world)
-                bar.set_postfix(loss=f"{line['log_loss']:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 spent = clock.read(step - state.logged_step, batches.batch_size)
                 line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
                 metrics.write("train", step=step, **line, **spent)

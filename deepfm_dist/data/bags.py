@@ -1,0 +1,93 @@
+"""Which of a user's training items are in the bag that a step sees: draws without memory."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.seeding import mix
+
+Bags = tuple[Int32Array, Int32Array]
+"""Lengths ``[b]`` and values of some rows' bags, one after the other."""
+
+
+def kept_in_bags(
+    history: Jagged,
+    users: npt.NDArray[np.integer],
+    keys: npt.NDArray[np.integer],
+    seed: int,
+    dropout: float = 0.0,
+    max_length: int | None = None,
+    left_out: Int32Array | None = None,
+) -> npt.NDArray[np.bool_]:
+    """Draws bags from users' items: a pure function of (seed, key, item) for each of them.
+
+    Every item of a row stays with probability ``1 - dropout``, independently of the others; of
+    those that stay, ``max_length`` at random, all alike, make the bag.
+
+    Args:
+        history: each user's items, each once.
+        users: ``[m]`` rows of ``history``; a negative one has no items.
+        keys: ``[m]`` what the draws of a row belong to: the number of a training row, or a user.
+        seed: of an epoch's draws.
+        dropout: probability that an item is left out, in [0, 1).
+        max_length: most items of a bag.
+        left_out: ``[m]`` an item of each row that never stays.
+
+    Returns:
+        For each value of ``history.take(users)``, whether it is in the bag.
+    """
+    lengths, items = history.take(users)
+    flags: npt.NDArray[np.bool_] = _kept(
+        lengths,
+        items,
+        keys.astype(np.int64),
+        np.full(len(users), -1, np.int32) if left_out is None else left_out,
+        np.uint64(min(int(dropout * 2.0**64), 2**64 - 1)),
+        np.iinfo(np.int64).max if max_length is None else max_length,
+        seed,
+    )
+    return flags
+
+
+def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
+    """The values that are flagged, and how many each row has."""
+    lengths, values = bags
+    running = np.concatenate([[0], np.cumsum(flags)])
+    ends = np.cumsum(lengths)
+    return (running[ends] - running[ends - lengths]).astype(np.int32), values[flags]
+
+
+@compiled
+def _kept(
+    lengths: Int32Array,
+    items: Int32Array,
+    keys: Int64Array,
+    left_out: Int32Array,
+    threshold: Any,
+    max_length: int,
+    seed: int,
+) -> npt.NDArray[np.bool_]:
+    flags = np.zeros(len(items), np.bool_)
+    key = mix(np.uint64(seed))
+    begin = 0
+    for row in range(len(lengths)):
+        end = begin + lengths[row]
+        of_row = mix(key ^ np.uint64(keys[row]))
+        words = np.empty(end - begin, np.uint64)
+        n = 0
+        for i in range(begin, end):
+            word = mix(of_row ^ np.uint64(items[i]))
+            if word >= threshold and items[i] != left_out[row]:
+                flags[i] = True
+                words[n] = word
+                n += 1
+        if n > max_length:  # the largest words stay
+            least = np.sort(words[:n])[n - max_length]
+            for i in range(begin, end):
+                if flags[i] and mix(of_row ^ np.uint64(items[i])) < least:
+                    flags[i] = False
+        begin = end
+    return flags

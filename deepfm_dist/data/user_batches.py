@@ -1,0 +1,200 @@
+"""A prepared dataset -> batches of users, for losses over the items of a catalogue."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from deepfm_dist.data.bags import Bags, chosen, kept_in_bags
+from deepfm_dist.data.batch import UserBatch
+from deepfm_dist.data.dataset import ABSENT, Collator, DrawnHistories, PreparedDataset, padded
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
+from deepfm_dist.data.negatives import draw_with_replacement, item_weights
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.seeding import derive_seed, permute
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which items a step's users are to prefer their targets to.
+
+    Attributes:
+        sampled: drawn anew for every step, with replacement; None: the whole catalogue.
+        popularity_power: in proportion to (training positives) ** this.
+        targets_per_user: targets of a user in a step, at most, where candidates are sampled.
+    """
+
+    sampled: int | None = None
+    popularity_power: float = 0.0
+    targets_per_user: int = 16
+
+
+class UserBatches:
+    """The batches of a training run whose unit is the user, not the row.
+
+    The global batch of a step is a function of (seed, step) alone. An epoch goes over all users
+    with training items. Of a model with a history field, a user's items are cut in two in every
+    epoch: the bag that the model sees, and the targets, which were left out of it.
+
+    Args:
+        dataset: the prepared dataset.
+        batch_size: users per step over all ranks.
+        rank: this rank.
+        world_size: number of ranks.
+        seed: of order, bags and candidates.
+        candidates: see there.
+
+    Raises:
+        ConfigError: the data cannot be trained on in this way, or a rank would have no user.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        candidates: Candidates,
+    ) -> None:
+        manifest = dataset.manifest
+        _check(dataset)
+        self._collate, self._history = Collator(dataset), dataset.history
+        self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
+        self._seed, self._candidates = seed, candidates
+        self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
+        self.batch_size = min(batch_size, len(self._users))
+        self._local = -(-self.batch_size // world_size)
+        if self._local * (world_size - 1) >= self.batch_size:
+            raise ConfigError(
+                f"a batch of {self.batch_size} users over {world_size} ranks leaves a rank without "
+                f"users; use at most {self.batch_size} ranks that divide it, or a larger "
+                f"trainer.batch_size"
+            )
+        self.steps_per_epoch = -(-len(self._users) // self.batch_size)
+        self._rank, self._world_size = rank, world_size
+        self._n_items = manifest.entities["item"] - 1
+        self._weights: Int64Array | None = None
+        n_candidates = self._n_items
+        if candidates.sampled is not None:
+            counts = dataset.popularity()[1:]
+            self._weights = item_weights(counts, candidates.popularity_power)
+            n_candidates = candidates.sampled
+        self._n_candidates = n_candidates
+        self._n_shared = -(-n_candidates // world_size)
+
+    def batch(self, step: int) -> UserBatch:
+        """This rank's part of global step ``step``, counted from 1."""
+        epoch, at = divmod(step - 1, self.steps_per_epoch)
+        begin = at * self.batch_size
+        places = np.arange(begin, min(begin + self.batch_size, len(self._users)))
+        order = derive_seed(self._seed, "order", epoch)
+        users = self._users[permute(places, len(self._users), order)]
+        bags, targets = self._cut(users, epoch)
+        global_weight = float(targets[0].sum())
+        first = self._rank * self._local
+        mine = slice(first, first + self._local)
+        users, bags, targets = users[mine], _rows(bags, mine), _rows(targets, mine)
+        rows, log_expected = self._drawn_candidates(step)
+        shared = rows[self._rank * self._n_shared :][: self._n_shared]
+        shared = padded(shared, self._n_shared, ABSENT)
+        target_items = targets[1].astype(np.int64) - 1
+        items = shared
+        if self._weights is not None:
+            most = self._local * self._candidates.targets_per_user
+            items = np.concatenate([shared, padded(targets[1], most, ABSENT)])
+            target_items = np.zeros(0, np.int64)
+        height = max(self._local, len(items))
+        looked_up = self._collate(
+            padded(users, height, ABSENT),
+            padded(items, height, ABSENT),
+            bags=(padded(bags[0], height, 0), bags[1]),
+        )
+        known_users, known_items = _places_of(*self._history.take(users), rows)
+        return UserBatch(
+            looked_up.sparse,
+            looked_up.dense,
+            self._local,
+            self._n_shared,
+            self._n_candidates,
+            torch.from_numpy(np.repeat(np.arange(len(users)), targets[0])),
+            torch.from_numpy(target_items),
+            torch.ones(len(targets[1])),
+            torch.from_numpy(known_users),
+            torch.from_numpy(known_items),
+            torch.from_numpy(log_expected),
+            torch.tensor(global_weight),
+        )
+
+    def steps(self, first: int, last: int) -> Iterator[UserBatch]:
+        """Batches of steps ``first`` to ``last``, both included."""
+        for step in range(first, last + 1):
+            yield self.batch(step)
+
+    def _cut(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
+        """Bags and targets."""
+        if self._drawn is not None:
+            bags, targets = self._drawn.split(users, epoch)
+        else:
+            bags = np.zeros(len(users), np.int32), np.zeros(0, np.int32)
+            targets = self._history.take(users)
+        if self._weights is not None:
+            seed = derive_seed(self._seed, "targets", epoch)
+            targets = at_most(targets, users, self._candidates.targets_per_user, seed)
+        return bags, targets
+
+    def _drawn_candidates(self, step: int) -> tuple[Int32Array, npt.NDArray[np.float32]]:
+        """Item rows of the step's candidates, and the log of their expected number."""
+        if self._weights is None:
+            rows = np.arange(1, self._n_items + 1, dtype=np.int32)
+            return rows, np.zeros(self._n_items, np.float32)
+        seed = derive_seed(self._seed, "candidates", step)
+        drawn = draw_with_replacement(self._n_candidates, self._weights, seed)
+        expected = self._n_candidates * (self._weights[drawn] / self._weights.sum())
+        return drawn + np.int32(1), np.log(expected).astype(np.float32)
+
+
+def _check(dataset: PreparedDataset) -> None:
+    manifest = dataset.manifest
+    told = "trainer.loss=bpr or softmax"
+    if not manifest.sampled:
+        raise ConfigError(f"{told}: needs positives alone (data.task=implicit), not labelled rows")
+    if context := [f.name for f in manifest.features if f.entity == "context"]:
+        raise ConfigError(
+            f"{told}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
+            f"leave the field out, or use trainer.loss=bce"
+        )
+    if manifest.has_history and manifest.data.history.dropout == 0:
+        raise ConfigError(
+            f"{told}: what is left out of a user's history is what is learned; set "
+            f"data.history.dropout, to 0.5 for example"
+        )
+
+
+def _rows(bags: Bags, rows: slice) -> Bags:
+    offsets = offsets_of(bags[0])
+    lengths = bags[0][rows]
+    begin = offsets[min(rows.start, len(bags[0]))]
+    return lengths, bags[1][begin : begin + lengths.sum()]
+
+
+def at_most(bags: Bags, users: Int32Array, n: int, seed: int) -> Bags:
+    """At most ``n`` values of each bag, drawn by seed and user."""
+    jagged = Jagged(offsets_of(bags[0]), bags[1])
+    flags = kept_in_bags(jagged, np.arange(len(users)), users, seed, max_length=n)
+    return chosen(bags, flags)
+
+
+def _places_of(
+    lengths: Int32Array, items: Int32Array, candidates: Int32Array
+) -> tuple[Int64Array, Int64Array]:
+    """Where rows' items stand among the candidates: (row, place) of each time."""
+    order = np.argsort(candidates, kind="stable")
+    low = np.searchsorted(candidates, items, "left", order)
+    times = np.searchsorted(candidates, items, "right", order) - low
+    first = np.cumsum(times) - times
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    places = order[np.repeat(low - first, times) + np.arange(times.sum())]
+    return np.repeat(owner, times), places

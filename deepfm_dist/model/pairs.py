@@ -1,0 +1,210 @@
+"""Logits of pairs of a user and an item, what depends on one side alone computed once for it.
+
+With the fields of a pair split into those of the user (context and its numbers included) and
+those of the item, ``S`` the sum and ``Q`` the sum of squares of a side's factor vectors:
+
+* second order: ``1/2 (|S_u + S_i|^2 - Q_u - Q_i)``
+  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants;
+* over-arch: its first layer is a sum of a user part and an item part; the other layers run per
+  pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepfm_dist.model.deepfm import InteractionArch, OverArch
+
+Layer = tuple[Tensor, Tensor]
+"""Weight ``[out, in]`` and bias ``[out]``."""
+PAIRS_AT_A_TIME = 1 << 19
+"""Pairs whose hidden layers are in memory at once while training."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side contributes to its pairs' logits.
+
+    Attributes:
+        constant: ``[n]`` terms that depend on this side alone.
+        factor_sum: ``[n, D]`` sum of its fields' factor vectors.
+        hidden: ``[n, H]`` its part of the over-arch's first layer; for an over-arch that cannot
+            be split, ``[n, fields * D]``, its fields' vectors.
+    """
+
+    constant: Tensor
+    factor_sum: Tensor
+    hidden: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it."""
+        return self.constant, self.factor_sum, self.hidden
+
+    def __getitem__(self, rows: Any) -> Self:
+        return type(self)(*(t[rows] for t in self.tensors))
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one side.
+
+    Attributes:
+        places: ``[f + g]`` where they stand among all fields, categorical ones first.
+        categorical: ``[f]`` their places among the categorical fields.
+        numeric: ``[g]`` their places among the numeric ones.
+        columns: ``[(f + g) * D]`` their columns of the over-arch's input.
+    """
+
+    places: Tensor
+    categorical: Tensor
+    numeric: Tensor
+    columns: Tensor
+
+    @classmethod
+    def at(cls, places: Tensor, n_categorical: int, embedding_dim: int) -> Self:
+        """Those that stand at ``[f + g]`` places among all fields."""
+        of_field = torch.arange(embedding_dim, device=places.device)
+        columns = places[:, None] * embedding_dim + of_field
+        in_tables = places < n_categorical
+        return cls(places, places[in_tables], places[~in_tables] - n_categorical, columns.flatten())
+
+    @classmethod
+    def of_both_sides(
+        cls, of_item: Sequence[bool], n_categorical: int, embedding_dim: int, device: torch.device
+    ) -> tuple[Self, Self]:
+        """The user's and the item's.
+
+        Args:
+            of_item: for each categorical field and then each numeric one, whether it describes the
+                item (else the user or the context).
+            n_categorical: number of categorical fields.
+            embedding_dim: D.
+            device: of the model.
+        """
+        is_item = torch.tensor(of_item, dtype=torch.bool, device=device)
+        sides = ((~is_item).nonzero()[:, 0], is_item.nonzero()[:, 0])
+        user, item = (cls.at(places, n_categorical, embedding_dim) for places in sides)
+        return user, item
+
+
+def side_of(
+    arch: InteractionArch,
+    fields: Fields,
+    factors_BFD: Tensor,
+    first_BF: Tensor,
+    dense_BN: Tensor,
+    first_layer: Layer | None,
+    with_bias: bool,
+) -> Side:
+    """Computes one side, in the precision of ``factors_BFD``.
+
+    Args:
+        arch: everything above the tables.
+        fields: the side's.
+        factors_BFD: ``[n, F, D]`` of all fields; only this side's are read.
+        first_BF: ``[n, F]`` first-order weights.
+        dense_BN: ``[n, n_dense]`` numeric fields.
+        first_layer: the over-arch's; None where it has none that can be split.
+        with_bias: whether this side takes the biases of the model and of the first layer.
+    """
+    kind, n = factors_BFD.dtype, factors_BFD.shape[0]
+    constant = factors_BFD.new_zeros(n)
+    numbers = dense_BN[:, fields.numeric].to(kind)
+    if with_bias:
+        constant = constant + arch.bias.to(kind)
+    if arch.first_order:
+        constant = constant + first_BF[:, fields.categorical].to(kind).sum(1)
+        if arch.dense_first_order is not None:
+            constant = constant + numbers @ arch.dense_first_order[fields.numeric].to(kind)
+    vectors = factors_BFD[:, fields.categorical]
+    if arch.dense_factors is not None:
+        scaled = numbers[:, :, None] * arch.dense_factors[fields.numeric].to(kind)
+        vectors = torch.cat([vectors, scaled], 1)
+    factor_sum = vectors.sum(1)
+    if arch.fm is not None:
+        constant = constant + 0.5 * (factor_sum.square() - vectors.square().sum(1)).sum(1)
+    else:
+        factor_sum = factor_sum[:, :0]
+    hidden = vectors.flatten(1)
+    if first_layer is not None:
+        weight, bias = (part.to(kind) for part in first_layer)
+        hidden = hidden @ weight[:, fields.columns].T
+        if with_bias:
+            hidden = hidden + bias
+    return Side(constant, factor_sum, hidden)
+
+
+class PairScorer:
+    """Logits of many users and many items in training: those of the model's forward.
+
+    Args:
+        arch: everything above the tables; its over-arch, if any, an `OverArch` without batch norm.
+        of_item: for each categorical field and then each numeric one, whether it is the item's.
+        n_categorical: number of categorical fields.
+    """
+
+    def __init__(self, arch: InteractionArch, of_item: Sequence[bool], n_categorical: int) -> None:
+        self.arch, self._of_item, self._n_categorical = arch, of_item, n_categorical
+
+    def side(self, which: str, rows_BFW: Tensor, dense_BN: Tensor) -> Side:
+        """One side of some looked-up rows ``[n, F, W]``; ``which``: user or item."""
+        dim, over = self.arch.embedding_dim, self.arch.over_arch
+        first_layer = None
+        if over is not None:
+            assert isinstance(over, OverArch)
+            first = over.layers[0]
+            first_layer = first.weight, first.bias
+        users, items = Fields.of_both_sides(
+            self._of_item, self._n_categorical, dim, rows_BFW.device
+        )
+        side = side_of(
+            self.arch,
+            users if which == "user" else items,
+            rows_BFW[:, :, :dim],
+            rows_BFW[:, :, dim],
+            dense_BN,
+            first_layer,
+            which == "user",
+        )
+        return side if over is not None else replace(side, hidden=side.hidden[:, :0])
+
+    def all_pairs(self, users: Side, items: Side) -> Tensor:
+        """``[U, I]`` logits."""
+        constants = users.constant[:, None] + items.constant
+        z = torch.addmm(constants, users.factor_sum, items.factor_sum.T)
+        over = self.arch.over_arch
+        if over is None:
+            return z
+        assert isinstance(over, OverArch)
+        step = max(1, PAIRS_AT_A_TIME // len(items.constant))
+        deep = []
+        with self._autocast(z.device.type):
+            for begin in range(0, len(users.constant), step):
+                block = users.hidden[begin : begin + step, None]
+                # Hidden layers of all pairs at once would not fit: backward computes them again.
+                deep.append(checkpoint(_deep, over, block, items.hidden[None], use_reentrant=False))
+        return z + torch.cat(deep).float()
+
+    def pairs(self, users: Side, items: Side) -> Tensor:
+        """``[n]`` logits of the n-th user with the n-th item."""
+        z = users.constant + items.constant + (users.factor_sum * items.factor_sum).sum(1)
+        over = self.arch.over_arch
+        if over is None:
+            return z
+        assert isinstance(over, OverArch)
+        with self._autocast(z.device.type):
+            deep = over.above_first(users.hidden + items.hidden)
+        return z + deep.float()
+
+    def _autocast(self, device: str) -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=self.arch.in_bfloat16)
+
+
+def _deep(over_arch: OverArch, user: Tensor, item: Tensor) -> Tensor:
+    hidden = user + item
+    return over_arch.above_first(hidden.flatten(0, 1)).view(hidden.shape[:2])
