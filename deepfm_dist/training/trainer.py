@@ -203,7 +203,7 @@ def train(
         while going_on:
             step = state.step + 1
             # Dropout of a step on a rank is the same whatever came before it.
-            torch.manual_seed(derive_seed(seed, "dropout", step, world.rank))
+            world.seed(derive_seed(seed, "dropout", step, world.rank))
             rates = [rate.at(step) * state.lr_scale for rate in (schedule.tables, schedule.dense)]
             set_learning_rates(optimizer, *rates)
             outcome = pipeline.train_step(micro_batches)
