@@ -75,7 +75,14 @@ def put_negatives(
 
     Args:
         out: ``[m]`` int32: the batch's items, those of its positives given.
-        slots: ``[m]``: 0 for a positive, which stays, and k + 1 for its negative k.
+        positives: ``[m]`` number of the positive that each row is or belongs to.
+        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k.
+        users: ``[m]`` the positive's user, a row of ``history``.
+        per_positive: negatives per positive.
+        history: as above.
+        n_items: number of items.
+        seed: of this epoch's draws.
+        weights: as above.
         first_item: what is added to the items drawn.
     """
     flat = (history.offsets, history.values)
@@ -215,7 +222,7 @@ def _unseen_near(
 
 @compiled
 def _quotient(a: int, b: int) -> Any:
-    """a // b for 0 <= a < 2**53: exact, and by an instruction that takes several at a time."""
+    """The floor of a / b for 0 <= a < 2**53, exact; the processor divides floats many at a time."""
     return np.int64(np.float64(a) / np.float64(b))
 
 

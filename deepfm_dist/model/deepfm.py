@@ -224,14 +224,32 @@ class OverArch(nn.Module):
         Returns:
             ``[B]``.
         """
-        x = x_BI
-        for linear, norm in zip(self.hidden, self.norms, strict=True):
-            x = linear(x)
+        return self._scores(x_BI, self._first.weight, weights_B)
+
+    def of_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
+
+        They are not copied next to each other: the other columns meet weights of 0.
+        """
+        _, fields, width = rows_BFW.shape
+        weight = self._first.weight.view(self._first.out_features, fields, -1)
+        padded = torch.nn.functional.pad(weight, (0, width - weight.shape[2]))
+        return self._scores(rows_BFW.flatten(1), padded.flatten(1), weights_B)
+
+    @property
+    def _first(self) -> nn.Linear:
+        first = self.hidden[0] if len(self.hidden) else self.output
+        assert isinstance(first, nn.Linear)
+        return first
+
+    def _scores(self, x: Tensor, first_weight: Tensor, weights_B: Tensor | None) -> Tensor:
+        """The layers, the first one with the weight given."""
+        x = torch.nn.functional.linear(x, first_weight, self._first.bias)
+        for norm, following in zip(self.norms, [*self.hidden[1:], self.output], strict=True):
             if isinstance(norm, GlobalBatchNorm):
                 x = norm(x, weights_B)
-            x = self.dropout(self.activation(x))
-        out: Tensor = self.output(x).squeeze(1)
-        return out
+            x = following(self.dropout(self.activation(x)))
+        return x.squeeze(1)
 
 
 class InteractionArch(nn.Module):
@@ -296,10 +314,11 @@ class InteractionArch(nn.Module):
         elif self.first_order:
             logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
         if self.over_arch is not None:
-            x_BI = rows_BFW[:, :, : self.embedding_dim].flatten(1)
-            weighted = (weights_B,) if isinstance(self.over_arch, OverArch) else ()
-            with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-                deep = self.over_arch(x_BI, *weighted)
+            with torch.autocast(rows_BFW.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+                if isinstance(self.over_arch, OverArch):
+                    deep = self.over_arch.of_rows(rows_BFW, weights_B)
+                else:
+                    deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
         return logits
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import gc
 import logging
 import resource
 import time
@@ -196,6 +197,7 @@ def train(
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
+    gc.freeze()  # what was imported and built stays: no need to look through it again and again
     with (
         profiler or nullcontext(),
         progress(last, "train", "step", world.is_first, state.step) as bar,
