@@ -28,11 +28,11 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.lanes import Lanes, Taken, damaged
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive, item_weights
+from deepfm_dist.data.negatives import check_enough_unseen, item_weights, put_negatives
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
-from deepfm_dist.seeding import derive_seed, permute
+from deepfm_dist.seeding import derive_seed, permuted_range
 
 ABSENT = -1
 """Row number that stands for "nobody": all of its bags are empty."""
@@ -334,15 +334,16 @@ class Collator:
         rows: npt.NDArray[np.integer],
         context: Mapping[str, Values] | None,
     ) -> tuple[Int32Array, Int32Array]:
-        present = rows >= 0
-        if feature.is_id:
-            return present.astype(np.int32), rows[present].astype(np.int32)
-        source = self._source(feature, context)
-        if source is None:
-            return np.zeros(len(rows), np.int32), np.zeros(0, np.int32)
+        source = None if feature.is_id else self._source(feature, context)
         if isinstance(source, Jagged):
             return source.take(rows)
-        return present.astype(np.int32), source[rows[present]].astype(np.int32)
+        if source is None and not feature.is_id:
+            return np.zeros(len(rows), np.int32), np.zeros(0, np.int32)
+        lengths = (rows >= 0).astype(np.int32)
+        if not lengths.all():  # seldom: only the last batch of an epoch is padded
+            rows = rows[rows >= 0]
+        values = rows if source is None else source[rows]
+        return lengths, values.astype(np.int32, copy=False)
 
 
 class DrawnHistories:
@@ -478,12 +479,9 @@ class TrainingBatches:
             bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
             assert users is not None and items is not None
-            negative = found.slot > 0
-            labels[negative] = 0
+            labels[found.slot > 0] = 0
             drawers = users if drawers is None else drawers
-            items[negative] = self._negatives.draw(
-                found.row[negative], found.slot[negative] - 1, drawers[negative], epoch
-            )
+            self._negatives.put(items, found.row, found.slot, drawers, epoch)
         height = self.local_batch_size
         return self._collate(
             padded(users, height, ABSENT),
@@ -519,9 +517,9 @@ class InMemory:
     def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> Taken:
         """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
         order = derive_seed(self._seed, "order", epoch)
-        virtual = permute(np.arange(begin + first, begin + last), self._n, order)
-        rows, slots = np.divmod(virtual, self._copies)
-        return Taken(self._columns, rows, rows, slots)
+        virtual = permuted_range(begin + first, begin + last, self._n, order)
+        rows = virtual // self._copies
+        return Taken(self._columns, rows, rows, virtual - rows * self._copies)
 
 
 class Negatives:
@@ -551,26 +549,35 @@ class Negatives:
             None if dataset.has_rare_users else dataset.entity_ids("user"),
         )
 
-    def draw(
+    def put(
         self,
+        items: Int32Array,
         rows: Int64Array,
         slots: Int64Array,
         drawers: Int32Array,
         epoch: int,
-    ) -> Int32Array:
-        """Items of some (training row, slot) pairs in an epoch, as rows of the item table."""
-        seed = derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0)
-        drawn = draw_per_positive(
+    ) -> None:
+        """Overwrites items, rows of the item table, with the negatives of an epoch.
+
+        Args:
+            items: ``[m]``; those with slot 0 stay.
+            rows: ``[m]`` training rows.
+            slots: ``[m]`` which of a row's negatives, from 1.
+            drawers: ``[m]`` whose negatives.
+            epoch: from 0.
+        """
+        put_negatives(
+            items,
             rows,
             slots,
             drawers,
             self._spec.per_positive,
             self._seen,
             self._n_items,
-            seed,
+            derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0),
             self._weights,
+            first_item=1,
         )
-        return drawn + np.int32(1)
 
 
 def _as_it_is(bags: Jagged) -> Jagged:

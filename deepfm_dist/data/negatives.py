@@ -44,23 +44,55 @@ def draw_per_positive(
     Returns:
         ``[m]`` int32 items.
     """
-    if weights is not None:
-        total = np.concatenate([[0], np.cumsum(weights)])
-        weighted: Int32Array = _draw_weighted(
-            positives, slots.astype(np.int64), users, history.offsets, history.values, total, seed
-        )
-        return weighted
-    out: Int32Array = _draw_per_positive(
+    out = np.empty(len(positives), np.int32)
+    put_negatives(
+        out,
         positives,
-        slots.astype(np.int64),
+        slots.astype(np.int64) + 1,
         users,
         per_positive,
-        history.offsets,
-        history.values,
+        history,
         n_items,
         seed,
+        weights,
     )
     return out
+
+
+def put_negatives(
+    out: Int32Array,
+    positives: Int64Array,
+    slots: Int64Array,
+    users: Int32Array,
+    per_positive: int,
+    history: Jagged,
+    n_items: int,
+    seed: int,
+    weights: Int64Array | None = None,
+    first_item: int = 0,
+) -> None:
+    """Writes `draw_per_positive` into the rows of a batch that want negatives.
+
+    Args:
+        out: ``[m]`` int32: the batch's items, those of its positives given.
+        positives: ``[m]`` number of the positive that each row is or belongs to.
+        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k.
+        users: ``[m]`` the positive's user, a row of ``history``.
+        per_positive: negatives per positive.
+        history: as above.
+        n_items: number of items.
+        seed: of this epoch's draws.
+        weights: as above.
+        first_item: what is added to the items drawn.
+    """
+    flat = (history.offsets, history.values)
+    if weights is not None:
+        total = np.concatenate([[0], np.cumsum(weights)])
+        _draw_weighted(out, positives, slots, users, *flat, total, seed, first_item)
+    else:
+        _draw_per_positive(
+            out, positives, slots, users, per_positive, *flat, n_items, seed, first_item
+        )
 
 
 def item_weights(counts: Int64Array, power: float) -> Int64Array:
@@ -157,26 +189,34 @@ def _targets(n: int, bound: int, seed: int) -> Int64Array:
 
 
 @compiled
-def _guess(rank: int, begin: int, end: int, n_items: int) -> Any:
-    """Where the rank-th unseen item would stand among evenly spread seen ones."""
-    n = end - begin
+def _guess(rank: int, n: int, n_items: int) -> Any:
+    """How many of n evenly spread seen items would come before the rank-th unseen one."""
     place = np.int64(np.float64(rank) * n / (n_items - n))
-    return begin + (place if place < n else n - 1)
+    return max(0, min(place, n - 1))
 
 
 @compiled
 def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> Any:
-    """The rank-th item that is not in ``seen[begin:end]``.
+    """The rank-th item that is not in ``seen[begin:end]``."""
+    if begin == end:
+        return rank
+    guess = begin + _guess(rank, end - begin, n_items)
+    return _unseen_near(rank, seen, begin, end, guess, seen[guess])
+
+
+@compiled
+def _unseen_near(
+    rank: int, seen: Int32Array, begin: int, end: int, guess: int, at_guess: int
+) -> Any:
+    """The same, searched from ``seen[guess]``, which is ``at_guess``.
 
     Below the j-th seen item lie ``seen[j] - j`` unseen ones; a search finds how many seen items
-    come before the one wanted: binary, in steps that grow away from where evenly spread items
-    would have it, since rows are spread evenly.
+    come before the one wanted: binary, in steps that grow away from the guess.
     """
     low, high = begin, end
     if high - low > 8:
-        guess = _guess(rank, begin, end, n_items)
         step = 4
-        if seen[guess] - (guess - begin) <= rank:
+        if at_guess - (guess - begin) <= rank:
             low = guess + 1
             while low + step < end and seen[low + step] - (low + step - begin) <= rank:
                 low += step + 1
@@ -198,7 +238,14 @@ def _unseen(rank: int, seen: Int32Array, begin: int, end: int, n_items: int) -> 
 
 
 @compiled
+def _quotient(a: int, b: int) -> Any:
+    """The floor of a / b for 0 <= a < 2**53, exact; the processor divides floats many at a time."""
+    return np.int64(np.float64(a) / np.float64(b))
+
+
+@compiled
 def _draw_per_positive(
+    out: Int32Array,
     positives: Int64Array,
     slots: Int64Array,
     users: Int32Array,
@@ -207,25 +254,36 @@ def _draw_per_positive(
     seen: Int32Array,
     n_items: int,
     seed: int,
-) -> Int32Array:
-    out = np.empty(len(positives), np.int32)
-    ranks = np.empty(len(positives), np.int64)
+    first_item: int,
+) -> None:
+    """In three passes, so that the first is arithmetic alone and the second memory alone.
+
+    The processor takes several rows of the first at a time, and the memory several of the second.
+    """
+    n = len(positives)
+    ranks, guesses = np.empty(n, np.int64), np.empty(n, np.int64)
     key = mix(np.uint64(seed))
-    for i in range(len(positives)):
-        begin, end = offsets[users[i]], offsets[users[i] + 1]
-        free = n_items - (end - begin)
+    last = len(seen) - 1
+    for i in range(n):
+        begin = offsets[users[i]]
+        length = offsets[users[i] + 1] - begin
+        free = n_items - length
         word = mix(key ^ np.uint64(positives[i]))
-        low = slots[i] * free // per_positive
-        high = (slots[i] + 1) * free // per_positive
-        rank = low + _below(mix(word ^ np.uint64(slots[i] + 1)), high - low)
-        rank += _below(word, free)
-        ranks[i] = rank - free if rank >= free else rank
-        # The search begins there: asked for all at once, the memory answers several at a time.
-        out[i] = seen[_guess(ranks[i], begin, end, n_items)] if end > begin else 0
-    for i in range(len(positives)):
-        begin, end = offsets[users[i]], offsets[users[i] + 1]
-        out[i] = _unseen(ranks[i], seen, begin, end, n_items)
-    return out
+        slot = max(slots[i] - 1, 0)
+        low = _quotient(slot * free, per_positive)
+        high = _quotient((slot + 1) * free, per_positive)
+        rank = low + _below(mix(word ^ np.uint64(slot + 1)), high - low) + _below(word, free)
+        rank = rank - free if rank >= free else rank
+        ranks[i] = rank
+        guesses[i] = min(begin + _guess(rank, length, n_items), last)
+    near = np.zeros(n, np.int32)
+    if last >= 0:
+        for i in range(n):
+            near[i] = seen[guesses[i]]
+    for i in range(n):
+        if slots[i] > 0:
+            begin, end = offsets[users[i]], offsets[users[i] + 1]
+            out[i] = first_item + _unseen_near(ranks[i], seen, begin, end, guesses[i], near[i])
 
 
 @compiled
@@ -285,6 +343,7 @@ def _weighted(target: int, seen: Int32Array, begin: int, end: int, total: Int64A
 
 @compiled
 def _draw_weighted(
+    out: Int32Array,
     positives: Int64Array,
     slots: Int64Array,
     users: Int32Array,
@@ -292,13 +351,15 @@ def _draw_weighted(
     seen: Int32Array,
     total: Int64Array,
     seed: int,
-) -> Int32Array:
+    first_item: int,
+) -> None:
     """Without replacement: what a positive's earlier slots drew is seen by its later ones."""
-    out = np.empty(len(positives), np.int32)
     key = mix(np.uint64(seed))
     for i in range(len(positives)):
+        if slots[i] == 0:
+            continue
         begin, end = offsets[users[i]], offsets[users[i] + 1]
-        avoid = np.empty(end - begin + slots[i], np.int32)
+        avoid = np.empty(end - begin + slots[i] - 1, np.int32)
         avoid[: end - begin] = seen[begin:end]
         free = total[-1]
         for j in range(begin, end):
@@ -306,7 +367,7 @@ def _draw_weighted(
         word = mix(key ^ np.uint64(positives[i]))
         n = end - begin
         item = 0
-        for _ in range(slots[i] + 1):
+        for _ in range(slots[i]):
             word = mix(word)
             item = _weighted(_below(word, free), avoid, 0, n, total)
             free -= total[item + 1] - total[item]
@@ -317,5 +378,4 @@ def _draw_weighted(
                     at -= 1
                 avoid[at] = item
                 n += 1
-        out[i] = item
-    return out
+        out[i] = first_item + item

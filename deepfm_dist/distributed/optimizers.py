@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from deepfm_dist.distributed import kernels
 from deepfm_dist.errors import ConfigError
 
 
@@ -40,6 +41,8 @@ class TableOptimizer:
     def attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Marks tables for updates in backward; to be called before they are sharded."""
         if self.kernel is EmbeddingComputeKernel.FUSED:
+            if self.kind is torchrec.optim.RowWiseAdagrad:
+                kernels.register()
             _apply_optimizer_in_backward(self.kind, parameters, self.arguments)
 
 

@@ -67,6 +67,15 @@ class World:
         joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
         return joined
 
+    def seed(self, seed: int) -> None:
+        """Seeds the random numbers that this rank computes with.
+
+        `torch.manual_seed` keeps a formatted stack trace for each kind of device that is not there.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def agreed(self, value: T) -> T:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]

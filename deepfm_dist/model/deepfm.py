@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchrec import (
     DataType,
     EmbeddingBagCollection,
@@ -234,6 +235,18 @@ class OverArch(nn.Module):
         """All linear layers, the output's last."""
         return [*self.hidden, self.output]
 
+    def of_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
+
+        They are not copied next to each other: the other columns meet weights of 0.
+        """
+        _, fields, width = rows_BFW.shape
+        first = self.layers[0]
+        weight = first.weight.view(first.out_features, fields, -1)
+        padded = functional.pad(weight, (0, width - weight.shape[2]))
+        x_BH = functional.linear(rows_BFW.flatten(1), padded.flatten(1), first.bias)
+        return self.above_first(x_BH, weights_B)
+
     def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""
         x = x_BH
@@ -306,10 +319,11 @@ class InteractionArch(nn.Module):
         elif self.first_order:
             logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
         if self.over_arch is not None:
-            x_BI = rows_BFW[:, :, : self.embedding_dim].flatten(1)
-            weighted = (weights_B,) if isinstance(self.over_arch, OverArch) else ()
-            with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-                deep = self.over_arch(x_BI, *weighted)
+            with torch.autocast(rows_BFW.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+                if isinstance(self.over_arch, OverArch):
+                    deep = self.over_arch.of_rows(rows_BFW, weights_B)
+                else:
+                    deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
         return logits
 

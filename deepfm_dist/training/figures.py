@@ -51,23 +51,24 @@ class TrainingFigures:
             else (torch.zeros(0, device=world.device) for _ in range(3))
         )
         self._rows = []
+        counts = _histogram(logits, labels, weights)
+        negative, positive = counts.sum(0)
+        entropy = binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
+        probability = weights * torch.sigmoid(logits)
         sums = torch.stack(
             [
-                binary_cross_entropy_with_logits(logits, labels, weights, reduction="none"),
-                weights,
-                weights * labels,
-                weights * torch.sigmoid(logits),
+                entropy.sum(dtype=torch.float64),
+                negative + positive,
+                positive,
+                probability.sum(dtype=torch.float64),
             ]
-        ).sum(1, dtype=torch.float64)
-        counts = torch.stack(
-            [_histogram(logits, weights * labels), _histogram(logits, weights * (1 - labels))]
         )
         world.sum(sums)
         world.sum(counts)
         self.lifetime += sums.cpu()
         return {
             **_figures(sums.cpu()),
-            "auc": _auc(counts[0], counts[1]),
+            "auc": _auc(counts[:, 1], counts[:, 0]),
             **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
         }
 
@@ -83,11 +84,12 @@ def _figures(sums: Tensor) -> dict[str, float]:
     }
 
 
-def _histogram(logits: Tensor, weights: Tensor) -> Tensor:
-    """Weight by bin, bins in the order of the logits."""
+def _histogram(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """``[bins, 2]`` float64: weight by bin, in the order of the logits, and label."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0: there are two zeros
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16
-    return torch.bincount(ordered.long() + _BINS // 2, weights.double(), minlength=_BINS)
+    cell = (ordered + _BINS // 2) * 2 + (labels > 0.5)
+    return torch.bincount(cell, weights.double(), minlength=2 * _BINS).view(_BINS, 2)
 
 
 def _auc(positive: Tensor, negative: Tensor) -> float:

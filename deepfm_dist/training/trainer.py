@@ -1,5 +1,6 @@
 """The training loop."""
 
+import gc
 import logging
 import resource
 import time
@@ -205,6 +206,7 @@ def train(
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
+    gc.freeze()  # what was imported and built stays: no need to look through it again and again
     with (
         profiler or nullcontext(),
         progress(last, "train", "step", world.is_first, state.step) as bar,
@@ -212,7 +214,7 @@ def train(
         while going_on:
             step = state.step + 1
             # Dropout of a step on a rank is the same whatever came before it.
-            torch.manual_seed(derive_seed(seed, "dropout", step, world.rank))
+            world.seed(derive_seed(seed, "dropout", step, world.rank))
             rates = [rate.at(step) * state.lr_scale for rate in (schedule.tables, schedule.dense)]
             set_learning_rates(optimizer, *rates)
             outcome = pipeline.train_step(micro_batches)
