@@ -15,11 +15,15 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import Config, LearningRateConfig, ModelConfig
+from deepfm_dist.config import Config, LearningRateConfig, ModelConfig, OptimizerConfig
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
-from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
+from deepfm_dist.distributed.optimizers import (
+    GradientBounds,
+    combined_optimizer,
+    table_optimizer,
+)
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
@@ -52,6 +56,7 @@ def build_model(
             activation=config.activation,
             dropout=config.dropout,
             batch_norm=config.batch_norm,
+            init=config.over_arch_init,
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
@@ -164,12 +169,13 @@ def shard_for_training(
     Logs the plan.
     """
     of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
+    in_gradient = config.optimizer.max_norm is not None  # L2: a part of what is bounded
     tables = table_optimizer(
         of_tables.name,
         of_tables.lr,
         of_tables.eps,
         world.device,
-        of_tables.l2,
+        0.0 if in_gradient else of_tables.l2,
         of_tables.max_gradient,
     )
     half = config.trainer.table_precision == "fp16"
@@ -199,7 +205,8 @@ def shard_for_training(
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
-    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
+    dense_l2 = 0.0 if in_gradient else of_dense.l2
+    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, dense_l2)
 
 
 def schedule_of(config: Config) -> Schedule:
@@ -232,6 +239,18 @@ def schedule_of(config: Config) -> Schedule:
         trainer.monitor,
         trainer.patience,
         trainer.plateau_factor,
+        trainer.min_delta,
+        bounds_of(config.optimizer),
+    )
+
+
+def bounds_of(config: OptimizerConfig) -> GradientBounds:
+    """The bounds of the gradients that are applied after backward; FBGEMM's kernels have theirs."""
+    tables, dense = config.tables, config.dense
+    return GradientBounds(
+        config.max_norm,
+        0.0 if config.max_norm is None else tables.l2,
+        0.0 if config.max_norm is None else dense.l2,
         dense.max_norm,
         tables.max_gradient if tables.name == "adam" else None,
     )

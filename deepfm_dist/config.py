@@ -67,6 +67,9 @@ class ModelConfig(Section):
     """Dropout after each hidden layer."""
     batch_norm: bool = False
     """Batch norm (over the global batch) after each hidden linear layer."""
+    over_arch_init: Literal["uniform", "xavier_normal"] = "uniform"
+    """Initial weights of the MLP: torch's default, uniform within 1 / sqrt(inputs), biases too; or
+    normal with variance 2 / (inputs + outputs), biases 0."""
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
@@ -130,7 +133,7 @@ class DenseOptimizerConfig(LearningRateConfig):
     l2: float = Field(0.0, ge=0)
     """Adds l2 * weight to the gradient."""
     max_norm: float | None = Field(None, gt=0)
-    """Bound of the norm of the whole gradient."""
+    """Bound of the norm of their gradient, the tables' left out."""
 
 
 class OptimizerConfig(Section):
@@ -140,6 +143,19 @@ class OptimizerConfig(Section):
     """The embedding tables."""
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
     """Bias, over-arch, numeric fields."""
+    max_norm: float | None = Field(None, gt=0)
+    """Bound of the norm of the whole gradient, that of the tables and of L2 included; needs adam on
+    the tables (fused ones are updated before the norm is known)."""
+
+    @model_validator(mode="after")
+    def _norm_is_known(self) -> Self:
+        if self.max_norm is not None and self.tables.name != "adam":
+            raise ValueError(
+                f"max_norm={self.max_norm:g}: {self.tables.name} updates tables in the backward "
+                f"pass, before the norm of all gradients is known; use optimizer.tables.name=adam, "
+                f"or bound the rest by optimizer.dense.max_norm"
+            )
+        return self
 
 
 class TablePlan(Section):
@@ -186,6 +202,8 @@ class TrainerConfig(Section):
     """Validations without a better figure after which training stops."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rates after each validation without a better figure."""
+    min_delta: float = Field(0.0, ge=0)
+    """By how much a figure has to be better than the best to count as better."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of the over-arch's matrix products while training; tf32 on CUDA only. There is no fp16: it
     needs a scaled loss, which tables updated in the backward pass would take for the loss."""
