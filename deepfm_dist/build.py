@@ -15,7 +15,13 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import Config, LearningRateConfig, ModelConfig, OptimizerConfig
+from deepfm_dist.config import (
+    Config,
+    LearningRateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    with_settings,
+)
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
@@ -34,7 +40,8 @@ from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
-from deepfm_dist.training.trainer import Schedule
+from deepfm_dist.training.search import Search, Span
+from deepfm_dist.training.trainer import LOWER_IS_BETTER, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -281,6 +288,39 @@ def baselines_of(config: Config) -> dict[str, Baseline]:
         "ials": lambda: Ials(ials.factors, ials.l2, ials.alpha, ials.iterations, config.run.seed),
     }
     return {name: makers[name]() for name in settings.baselines}
+
+
+def search_of(config: Config, folder: Path) -> Search:
+    """The search that the configuration describes.
+
+    Args:
+        config: the settings that all trials share, and the space.
+        folder: of the study.
+
+    Raises:
+        ConfigError: nothing is to be varied or watched, or the study cannot be gone on with.
+    """
+    space = config.tune.space
+    if not space:
+        raise ConfigError(
+            "tune.space is empty: name what to vary, such as tune.space={optimizer.dense.lr: "
+            "{low: 0.0001, high: 0.01, log: true}}"
+        )
+    if config.trainer.monitor is None:
+        raise ConfigError("tune needs trainer.monitor, the validation figure to search by")
+    for name, values in space.items():
+        for value in values if isinstance(values, tuple) else (values.low, values.high):
+            with_settings(config, {name: value}, f"tune.space.{name}")
+    return Search(
+        folder,
+        {
+            name: values if isinstance(values, tuple) else Span(values.low, values.high, values.log)
+            for name, values in space.items()
+        },
+        config.trainer.monitor in LOWER_IS_BETTER,
+        config.run.seed,
+        config.tune.prune,
+    )
 
 
 def loggers(config: Config, world: World) -> list[Logger]:

@@ -323,6 +323,48 @@ class SimilarConfig(Section):
     """Of two items' sums of factor vectors."""
 
 
+class SpanConfig(Section):
+    """Numbers between two bounds; whole ones where both bounds are."""
+
+    low: int | float
+    """The lower bound."""
+    high: int | float
+    """The upper bound; it may be reached."""
+    log: bool = False
+    """Spread them evenly over orders of magnitude."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(
+                f"low must be below high, and above 0 with log (got {self.low:g}, {self.high:g})"
+            )
+        return self
+
+
+class TuneConfig(Section):
+    """A search for the settings with the best ``trainer.monitor``."""
+
+    space: dict[str, SpanConfig | tuple[Any, ...]] = Field(default_factory=dict)
+    """What to vary: settings of model, optimizer and trainer by their dotted name, each with bounds
+    (``{low: 0.001, high: 0.1, log: true}``) or a list of values."""
+    trials: int = Field(20, ge=1)
+    """Settings to try, those of earlier, unfinished searches included."""
+    prune: bool = True
+    """End a trial early that is worse than the median of the earlier ones at the same epoch."""
+
+    @model_validator(mode="after")
+    def _can_be_varied(self) -> Self:
+        for name, values in self.space.items():
+            if name.partition(".")[0] not in ("model", "optimizer", "trainer"):
+                raise ValueError(
+                    f"space: {name} is the same for all trials; vary model, optimizer and trainer"
+                )
+            if values == ():
+                raise ValueError(f"space: {name} has no values to choose from")
+        return self
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -336,6 +378,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
     similar: SimilarConfig = SimilarConfig()
+    tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
     def _table_optimizer_can(self) -> Self:
@@ -431,6 +474,23 @@ def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
     raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
 
 
+def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "config") -> Config:
+    """The configuration with some settings changed.
+
+    Args:
+        config: stays as it is.
+        settings: values by dotted name.
+        origin: of the settings, for messages.
+
+    Raises:
+        ConfigError: one is unknown or has a bad value.
+    """
+    tree = config.model_dump(mode="json")
+    for name, value in settings.items():
+        _set(tree, name, value, origin)
+    return config_from(tree, origin)
+
+
 def _find(path: str) -> Path:
     bundled = BUNDLE / "configs"
     for candidate in (Path(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
@@ -450,6 +510,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+    _set(tree, name, value, repr(override))
+
+
+def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
     *parents, last = name.split(".")
     node = tree
     for parent in parents:
@@ -457,7 +521,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if below is None:
             below = node[parent] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"{override!r}: {parent} is not a section")
+            raise ConfigError(f"{origin}: {parent} is not a section")
         node = below
     node[last] = value
 
