@@ -15,12 +15,22 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import Config, LearningRateConfig, ModelConfig
+from deepfm_dist.config import (
+    Config,
+    LearningRateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    with_settings,
+)
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.data.user_batches import Candidates, UserBatches
-from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
+from deepfm_dist.distributed.optimizers import (
+    GradientBounds,
+    combined_optimizer,
+    table_optimizer,
+)
 from deepfm_dist.distributed.sharding import Placement, init_tables, shard
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
@@ -34,7 +44,8 @@ from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
-from deepfm_dist.training.trainer import Batches, Schedule
+from deepfm_dist.training.search import Search, Span
+from deepfm_dist.training.trainer import LOWER_IS_BETTER, Batches, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +67,7 @@ def build_model(
             activation=config.activation,
             dropout=config.dropout,
             batch_norm=config.batch_norm,
+            init=config.over_arch_init,
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
@@ -168,12 +180,13 @@ def shard_for_training(
     Logs the plan.
     """
     of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
+    in_gradient = config.optimizer.max_norm is not None  # L2: a part of what is bounded
     tables = table_optimizer(
         of_tables.name,
         of_tables.lr,
         of_tables.eps,
         world.device,
-        of_tables.l2,
+        0.0 if in_gradient else of_tables.l2,
         of_tables.max_gradient,
     )
     half = config.trainer.table_precision == "fp16"
@@ -204,7 +217,8 @@ def shard_for_training(
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
-    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
+    dense_l2 = 0.0 if in_gradient else of_dense.l2
+    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, dense_l2)
 
 
 def _catalogue_loss(
@@ -292,6 +306,18 @@ def schedule_of(config: Config) -> Schedule:
         trainer.monitor,
         trainer.patience,
         trainer.plateau_factor,
+        trainer.min_delta,
+        bounds_of(config.optimizer),
+    )
+
+
+def bounds_of(config: OptimizerConfig) -> GradientBounds:
+    """The bounds of the gradients that are applied after backward; FBGEMM's kernels have theirs."""
+    tables, dense = config.tables, config.dense
+    return GradientBounds(
+        config.max_norm,
+        0.0 if config.max_norm is None else tables.l2,
+        0.0 if config.max_norm is None else dense.l2,
         dense.max_norm,
         tables.max_gradient if tables.name == "adam" else None,
     )
@@ -322,6 +348,39 @@ def baselines_of(config: Config) -> dict[str, Baseline]:
         "ials": lambda: Ials(ials.factors, ials.l2, ials.alpha, ials.iterations, config.run.seed),
     }
     return {name: makers[name]() for name in settings.baselines}
+
+
+def search_of(config: Config, folder: Path) -> Search:
+    """The search that the configuration describes.
+
+    Args:
+        config: the settings that all trials share, and the space.
+        folder: of the study.
+
+    Raises:
+        ConfigError: nothing is to be varied or watched, or the study cannot be gone on with.
+    """
+    space = config.tune.space
+    if not space:
+        raise ConfigError(
+            "tune.space is empty: name what to vary, such as tune.space={optimizer.dense.lr: "
+            "{low: 0.0001, high: 0.01, log: true}}"
+        )
+    if config.trainer.monitor is None:
+        raise ConfigError("tune needs trainer.monitor, the validation figure to search by")
+    for name, values in space.items():
+        for value in values if isinstance(values, tuple) else (values.low, values.high):
+            with_settings(config, {name: value}, f"tune.space.{name}")
+    return Search(
+        folder,
+        {
+            name: values if isinstance(values, tuple) else Span(values.low, values.high, values.log)
+            for name, values in space.items()
+        },
+        config.trainer.monitor in LOWER_IS_BETTER,
+        config.run.seed,
+        config.tune.prune,
+    )
 
 
 def loggers(config: Config, world: World) -> list[Logger]:

@@ -67,6 +67,9 @@ class ModelConfig(Section):
     """Dropout after each hidden layer."""
     batch_norm: bool = False
     """Batch norm (over the global batch) after each hidden linear layer."""
+    over_arch_init: Literal["uniform", "xavier_normal"] = "uniform"
+    """Initial weights of the MLP: torch's default, uniform within 1 / sqrt(inputs), biases too; or
+    normal with variance 2 / (inputs + outputs), biases 0."""
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
@@ -130,7 +133,7 @@ class DenseOptimizerConfig(LearningRateConfig):
     l2: float = Field(0.0, ge=0)
     """Adds l2 * weight to the gradient."""
     max_norm: float | None = Field(None, gt=0)
-    """Bound of the norm of the whole gradient."""
+    """Bound of the norm of their gradient, the tables' left out."""
 
 
 class OptimizerConfig(Section):
@@ -140,6 +143,19 @@ class OptimizerConfig(Section):
     """The embedding tables."""
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
     """Bias, over-arch, numeric fields."""
+    max_norm: float | None = Field(None, gt=0)
+    """Bound of the norm of the whole gradient, that of the tables and of L2 included; needs adam on
+    the tables (fused ones are updated before the norm is known)."""
+
+    @model_validator(mode="after")
+    def _norm_is_known(self) -> Self:
+        if self.max_norm is not None and self.tables.name != "adam":
+            raise ValueError(
+                f"max_norm={self.max_norm:g}: {self.tables.name} updates tables in the backward "
+                f"pass, before the norm of all gradients is known; use optimizer.tables.name=adam, "
+                f"or bound the rest by optimizer.dense.max_norm"
+            )
+        return self
 
 
 class TablePlan(Section):
@@ -194,6 +210,8 @@ class TrainerConfig(Section):
     """Validations without a better figure after which training stops."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rates after each validation without a better figure."""
+    min_delta: float = Field(0.0, ge=0)
+    """By how much a figure has to be better than the best to count as better."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of the over-arch's matrix products while training; tf32 on CUDA only. There is no fp16: it
     needs a scaled loss, which tables updated in the backward pass would take for the loss."""
@@ -317,6 +335,48 @@ class SimilarConfig(Section):
     """Of two items' sums of factor vectors."""
 
 
+class SpanConfig(Section):
+    """Numbers between two bounds; whole ones where both bounds are."""
+
+    low: int | float
+    """The lower bound."""
+    high: int | float
+    """The upper bound; it may be reached."""
+    log: bool = False
+    """Spread them evenly over orders of magnitude."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(
+                f"low must be below high, and above 0 with log (got {self.low:g}, {self.high:g})"
+            )
+        return self
+
+
+class TuneConfig(Section):
+    """A search for the settings with the best ``trainer.monitor``."""
+
+    space: dict[str, SpanConfig | tuple[Any, ...]] = Field(default_factory=dict)
+    """What to vary: settings of model, optimizer and trainer by their dotted name, each with bounds
+    (``{low: 0.001, high: 0.1, log: true}``) or a list of values."""
+    trials: int = Field(20, ge=1)
+    """Settings to try, those of earlier, unfinished searches included."""
+    prune: bool = True
+    """End a trial early that is worse than the median of the earlier ones at the same epoch."""
+
+    @model_validator(mode="after")
+    def _can_be_varied(self) -> Self:
+        for name, values in self.space.items():
+            if name.partition(".")[0] not in ("model", "optimizer", "trainer"):
+                raise ValueError(
+                    f"space: {name} is the same for all trials; vary model, optimizer and trainer"
+                )
+            if values == ():
+                raise ValueError(f"space: {name} has no values to choose from")
+        return self
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -330,6 +390,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
     similar: SimilarConfig = SimilarConfig()
+    tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
     def _table_optimizer_can(self) -> Self:
@@ -439,6 +500,23 @@ def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
     raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
 
 
+def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "config") -> Config:
+    """The configuration with some settings changed.
+
+    Args:
+        config: stays as it is.
+        settings: values by dotted name.
+        origin: of the settings, for messages.
+
+    Raises:
+        ConfigError: one is unknown or has a bad value.
+    """
+    tree = config.model_dump(mode="json")
+    for name, value in settings.items():
+        _set(tree, name, value, origin)
+    return config_from(tree, origin)
+
+
 def _find(path: str) -> Path:
     bundled = BUNDLE / "configs"
     for candidate in (Path(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
@@ -458,6 +536,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+    _set(tree, name, value, repr(override))
+
+
+def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
     *parents, last = name.split(".")
     node = tree
     for parent in parents:
@@ -465,7 +547,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if below is None:
             below = node[parent] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"{override!r}: {parent} is not a section")
+            raise ConfigError(f"{origin}: {parent} is not a section")
         node = below
     node[last] = value
 

@@ -11,6 +11,7 @@ from deepfm_dist.distributed.planning import Plan, RankDemand
 from deepfm_dist.distributed.sharding import RESERVED
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import Written
+from deepfm_dist.training.search import Trial
 
 SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
 
@@ -111,6 +112,12 @@ def plan_table(plan: Plan) -> str:
         f"fullest rank: {_size(plan.fullest.total_bytes)}, {plan.share:.1%} of the limit; "
         f"about {plan.seconds_sending * 1000:.2f} ms of a step go to sending"
     )
+
+
+def trials_table(trials: Sequence[Trial], monitor: str) -> str:
+    """The trials of a search, in their order: outcome, best figure, settings."""
+    lines = [{"trial": t.name, "outcome": t.outcome, monitor: t.best, **t.values} for t in trials]
+    return pd.DataFrame(lines).to_string(index=False, float_format="{:.5g}".format, na_rep="")
 
 
 def _stretch(first: int, last: int) -> str:

@@ -2,11 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+
+if TYPE_CHECKING:
+    from deepfm_dist.distributed.world import World
+    from deepfm_dist.training.trainer import LoopState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,6 +20,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.distributed.world import world
+
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        train_on(config, ranks)
+
+
+def train_on(
+    config: Config, ranks: "World", heard: Callable[[Mapping[str, float], int], None] | None = None
+) -> tuple["LoopState", bool]:
+    """Prepares the data if need be, and trains. All ranks.
+
+    Args:
+        config: the settings.
+        ranks: the ranks.
+        heard: called on all ranks with every validation's figures and its epoch; what it raises
+            ends the training.
+
+    Returns:
+        The state of the loop, and whether a signal ended it before its time.
+    """
     from deepfm_dist.build import (
         loggers,
         schedule_of,
@@ -25,7 +50,6 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
-    from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin
     from deepfm_dist.training.profiling import profiler
@@ -33,58 +57,65 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.training.trainer import LoopState, train
 
     run_dir, seed = config.run_dir, config.run.seed
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    ranks.first_does(
+        "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
+    )
+    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    batches = training_batches(config, dataset, ranks)
+    schedule = schedule_of(config)
+    sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+    validate = validation_of(config, dataset, sharded, ranks)
+
+    path, state = ranks.agreed(
         ranks.first_does(
-            "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
-        )
-        dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
-        batches = training_batches(config, dataset, ranks)
-        schedule = schedule_of(config)
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-        validate = validation_of(config, dataset, sharded, ranks)
-
-        path, state = ranks.agreed(
-            ranks.first_does(
-                "begin",
-                lambda: begin(
-                    config,
-                    dataset.manifest,
-                    schedule,
-                    schedule.last_step(batches.steps_per_epoch),
-                ),
-            )
-            or (None, LoopState())
-        )
-        if path is not None:
-            load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
-        checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
-        belongs_to = {
-            "vocabulary_hash": dataset.manifest.vocabulary_hash,
-            "config": config.model_dump(mode="json"),
-        }
-
-        def save(state: LoopState) -> None:
-            keep = [step for step in (state.best_step,) if step is not None]
-            checkpoints.save(
-                state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
-            )
-
-        with StopSignals() as asked_to_stop:
-            train(
-                sharded,
-                optimizer,
-                batches,
-                ranks,
+            "begin",
+            lambda: begin(
+                config,
+                dataset.manifest,
                 schedule,
-                state,
-                seed,
-                MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
-                validate,
-                save,
-                asked_to_stop,
-                profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
-            )
-            checkpoints.wait()
+                schedule.last_step(batches.steps_per_epoch),
+            ),
+        )
+        or (None, LoopState())
+    )
+    if path is not None:
+        load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
+    checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
+    belongs_to = {
+        "vocabulary_hash": dataset.manifest.vocabulary_hash,
+        "config": config.model_dump(mode="json"),
+    }
+
+    def save(state: LoopState) -> None:
+        keep = [step for step in (state.best_step,) if step is not None]
+        checkpoints.save(
+            state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
+        )
+
+    def validate_aloud() -> Mapping[str, float]:
+        assert validate is not None
+        found = validate()
+        if heard is not None:
+            heard(found, state.step // batches.steps_per_epoch)
+        return found
+
+    with StopSignals() as asked_to_stop:
+        train(
+            sharded,
+            optimizer,
+            batches,
+            ranks,
+            schedule,
+            state,
+            seed,
+            MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
+            validate_aloud if validate else None,
+            save,
+            asked_to_stop,
+            profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+        )
+        checkpoints.wait()
+    return state, not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
 
 
 if __name__ == "__main__":

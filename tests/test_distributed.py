@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
+from deepfm_dist.build import bounds_of, deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
@@ -49,14 +49,13 @@ class Run:
     def losses(
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
     ) -> list[float]:
-        of, parts = self.config.optimizer, self.config.trainer.accumulate_steps
+        parts = self.config.trainer.accumulate_steps
         pipeline = TrainPipeline(
             self.sharded,
             self.optimizer,
             self.world,
             parts,
-            of.dense.max_norm,
-            of.tables.max_gradient if of.tables.name == "adam" else None,
+            bounds_of(self.config.optimizer),
         )
         stream = (p for b in self.batches.steps(first, last) for p in change(b).split(parts))
         losses = [pipeline.train_step(stream).loss for _ in range(first, last + 1)]
@@ -562,6 +561,54 @@ def test_the_norm_of_the_dense_gradient_is_bounded(sample: PreparedDataset) -> N
     config = config_of(*common, "optimizer.dense.max_norm=0.001", "sharding.kind=row_wise")
     alone, two = (run_ranks(train, size, sample.folder, config, 30)[0] for size in (1, 2))
     assert difference(alone, two) <= 1e-6
+
+
+@pytest.mark.parametrize("bound", [0.01, 100.0])
+def test_the_norm_of_the_whole_gradient_is_bounded_l2_included(
+    sample: PreparedDataset, bound: float
+) -> None:
+    """Adam with eps = 1 tells the tables' gradient, SGD the others'."""
+    common = (
+        *SMALL,
+        "optimizer.tables={name: adam, lr: 1.0, eps: 1.0, l2: 0.3}",
+        "optimizer.dense={name: sgd, lr: 1.0, l2: 0.2}",
+        "trainer.batch_size=999",
+    )
+    no_l2 = ("optimizer.tables.l2=0", "optimizer.dense.l2=0")
+    start, free = (
+        run_alone(_weights_after, sample.folder, config_of(*common, *no_l2), n) for n in (0, 1)
+    )
+    step = {name: (start[name] - free[name]).astype(np.float64) for name in start}
+    gradient = {
+        name: s / (1 - np.abs(s)) + 0.3 * start[name] if ".ebc." in name else s + 0.2 * start[name]
+        for name, s in step.items()
+    }
+    norm = np.sqrt(sum(np.square(g).sum() for g in gradient.values()))
+    of_tables = np.sqrt(sum(np.square(g).sum() for n, g in gradient.items() if ".ebc." in n))
+    assert 0.05 < of_tables / norm < 0.999 and 0.02 < norm < 50
+    config = config_of(*common, f"optimizer.max_norm={bound}")
+    moved = run_alone(_weights_after, sample.folder, config, 1)
+    for name, g in gradient.items():
+        g = g * min(1.0, bound / norm)
+        taken = g / (1 + np.abs(g)) if ".ebc." in name else g
+        np.testing.assert_allclose(start[name] - moved[name], taken, rtol=2e-3, atol=5e-7)
+
+
+def test_a_bounded_norm_is_the_same_at_any_world_size_and_plan(sample: PreparedDataset) -> None:
+    common = (
+        *SMALL,
+        "optimizer.tables={name: adam, lr: 0.003, eps: 0.001, l2: 0.01}",
+        "optimizer.dense={name: sgd, lr: 0.5}",
+        "optimizer.max_norm=0.02",
+    )
+    alone = run_alone(train, sample.folder, config_of(*common), 30)
+    unbounded = run_alone(train, sample.folder, config_of(*common, "optimizer.max_norm=9"), 30)
+    assert difference(alone, unbounded) > 1e-3
+    for size, plan in ELSEWHERE:
+        for losses in run_ranks(train, size, sample.folder, config_of(*common, plan), 30):
+            assert difference(losses, alone) <= 1e-6, (size, plan)
+    with pytest.raises(ConfigError, match=r"max_norm=10: rowwise_adagrad updates tables in the "):
+        config_of("optimizer.max_norm=10")
 
 
 @pytest.mark.parametrize(

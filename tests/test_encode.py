@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,27 @@ from typing import Any
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from deepfm_dist.config import load_config
+from deepfm_dist.config import Config, load_config
 from deepfm_dist.data import job, reading, sources
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.fields import split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import read_table
 from deepfm_dist.data.split import SPLITS
+from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix
+from tests.ranks import run_alone
+from tests.test_distributed import Run
 
 ROWS = """u,i,at,stars,hour,mood,amount
 a,x,5,5,9,happy|calm,10
@@ -960,6 +966,88 @@ def test_avazu_rows_are_prepared(tmp_path: Path) -> None:
     assert manifest.splits["train"].positives + manifest.splits["valid"].positives <= 100
     assert manifest.tables["device_ip"].rows == 1_000_001
     assert manifest.tables["hour"].rows <= 98
+
+
+def _as_published(name: str, column: str, row: int, rng: np.random.Generator) -> str:
+    """A cell in the form in which RecZoo publishes the data sets."""
+    if name == "criteo_x1":
+        return f"{rng.random():.6f}" if column[0] == "I" else str(rng.integers(50) + 1)
+    if name == "criteo_x4":
+        missing = rng.random() < 0.2
+        count = f"{rng.integers(-2, 5000)}.0" if rng.random() < 0.5 else str(rng.integers(9))
+        return "" if missing else count if column[0] == "I" else f"{rng.integers(40):08x}"
+    if name == "avazu_x4" and column == "hour":
+        return f"1410{21 + row % 10}{row % 24:02}"
+    return str(rng.integers(60))
+
+
+def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
+    rng = np.random.default_rng(5)
+    counts = [*"0123", "-1", "2.0", "2.01", "3e2", *map(str, rng.integers(-5, 10**9, 200))]
+    feature = Feature(name="n", derive="log_squared", fill="0")
+    _, found = split_cells(pa.array([*counts, "", None]), feature)
+    expected = [
+        math.floor(math.log(x) ** 2) if x > 2 else int(x) for x in map(float, [*counts, 0, 0])
+    ]
+    assert found.to_pylist() == [str(x) for x in expected]
+    times = [datetime(2014, 1, 1) + timedelta(hours=int(h)) for h in rng.integers(0, 9000, 200)]
+    derivations: dict[str, Callable[[datetime], int]] = {
+        "hour": lambda t: t.hour,
+        "weekday": lambda t: t.weekday(),
+        "weekend": lambda t: t.weekday() >= 5,
+    }
+    for name, derivation in derivations.items():
+        feature = Feature.model_validate({"name": "t", "derive": name, "time_format": "%y%m%d%H"})
+        owners, found = split_cells(
+            pa.array(["", *(t.strftime("%y%m%d%H") for t in times)]), feature
+        )
+        assert owners.tolist() == list(range(1, 201))
+        assert found.to_pylist() == [str(int(derivation(t))) for t in times]
+
+
+def test_a_cell_from_which_nothing_can_be_derived_is_named(root: Path) -> None:
+    features = [{"name": "x", "derive": "log_squared"}, *USER_AND_ITEM]
+    with pytest.raises(DataError, match=r"column 'x': 'many' is no number, as derive=log_squared"):
+        small(root, "u,i,x\na,x,3\nb,x,many\n", str(features))
+    features[0] = {"name": "x", "derive": "hour"}
+    with pytest.raises(DataError, match=r"'noon' is no time like %Y-%m-%d %H:%M:%S, as derive=hou"):
+        small(root, "u,i,x\na,x,2020-01-01 11:00:00\nb,x,noon\n", str(features))
+
+
+@pytest.mark.parametrize(
+    "name", ["criteo_x1", "criteo_x4", "avazu_x1", "avazu_x4", "movielens_latest_x1"]
+)
+def test_published_splits_are_prepared_and_trained_on(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    overrides = [f"data.root={tmp_path}", "trainer.batch_size=512", "trainer.max_steps=2"]
+    config = load_config(name, overrides)
+    columns = list(dict.fromkeys(f.column or f.name for f in config.data.features))
+    unused = ["id"] if name == "avazu_x4" else []
+    for split, n in (("train", 1000), ("valid", 200), ("test", 100)):
+        lines = [[*unused, str(config.data.interactions.label), *columns]]
+        for row in range(n):
+            cells = [_as_published(name, column, row, rng) for column in columns]
+            lines.append([*(["9" * 19] if unused else []), f"{row % 4 // 3}.0", *cells])
+        text = "\n".join(",".join(line) for line in lines)
+        (tmp_path / f"{split}.csv").write_text(text + "\n")
+    manifest = prepare(config.data, config.input_root, tmp_path / "d", 1)
+    assert [s.rows for s in manifest.splits.values()] == [1000, 200, 100]
+    assert [f.name for f in manifest.features] == [f.name for f in config.data.features]
+    dataset = PreparedDataset(tmp_path / "d")
+    ids = {table: dataset.vocabulary(table).ids.to_pylist() for table in manifest.tables}
+    if name == "criteo_x4":
+        numbers = {int(i) for i in ids["I1"]}
+        assert {0, 1, 2} < numbers <= {*range(-2, 1 + int(np.log(5000) ** 2))}
+        assert "empty" in ids["C1"] and manifest.tables["C1"].rows <= 42
+    if name == "avazu_x4":
+        assert len(ids["hour"]) == 24 and len(ids["weekday"]) == 7 and len(ids["weekend"]) == 2
+    assert all(0.3 < loss < 1.5 for loss in run_alone(_losses, tmp_path / "d", config))
+
+
+def _losses(folder: Path, config: Config) -> list[float]:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        return run.losses(1, 2)
 
 
 def test_criteo_and_frappe_as_they_are(real_data: Path, tmp_path: Path) -> None:

@@ -183,6 +183,17 @@ def test_batch_norm_over_two_ranks_equals_one_process() -> None:
         torch.testing.assert_close(var, norm.running_var)
 
 
+def test_xavier_weights_have_their_variance_and_zero_biases() -> None:
+    torch.manual_seed(0)
+    over_arch = OverArch(300, (500, 200), init="xavier_normal")
+    for linear in (*over_arch.hidden, over_arch.output):
+        std = (2 / sum(linear.weight.shape)) ** 0.5
+        weights = linear.weight.detach()
+        assert float(weights.std()) == pytest.approx(std, rel=0.1)
+        assert float(weights.abs().max()) > 2 * std  # not uniform: that ends at 1.7 std
+        assert not linear.bias.any()
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid])
 def test_activations_are_called_by_their_names(activation: type[nn.Module]) -> None:
     over_arch, x = OverArch(4, (3,), activation.__name__.lower()), torch.randn(5, 4)

@@ -21,8 +21,9 @@ from deepfm_dist.distributed.world import world
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.stopping import StopSignals
-from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
+from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Schedule, train
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 
@@ -288,6 +289,16 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     ):
         assert run.steps == 9
         assert [state.step for state in run.saved] == [4, 8, 9]
+
+
+def test_an_improvement_too_small_is_none() -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc", min_delta=0.125)
+    state, falls = LoopState(), LoopState()
+    for value in (0.5, 0.5625, 0.625, 0.75, 0.875):
+        state.judge({"auc": value}, schedule)
+        falls.judge({"log_loss": 1 - value}, replace(schedule, monitor="log_loss"))
+    assert (state.best, state.without_better) == (0.75, 1)  # by just min_delta is not enough
+    assert (falls.best, falls.without_better) == (0.25, 1)
 
 
 def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(

@@ -1,9 +1,9 @@
 """A field's cells -> values: columns to read, several values in one cell, numbers, statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, 
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Column
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DataError
 
 _BINS = 1 << 16
 
@@ -70,11 +70,14 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
 
     Args:
         cells: ``[n]`` string.
-        feature: its separator and its words for "missing"; where it keeps the first value only,
-            a row has at most one.
+        feature: its separator, its words for "missing" and what is put for them, and what it
+            derives; where it keeps the first value only, a row has at most one.
 
     Returns:
         rows ``[m]`` int64 ascending, and values ``[m]`` string.
+
+    Raises:
+        DataError: nothing can be derived from a cell.
     """
     owners = np.arange(len(cells), dtype=np.int64)
     if feature.separator is not None:
@@ -85,12 +88,65 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
     missing = pa.array(["", *feature.missing])
     valid = pc.and_(pc.is_valid(cells), pc.invert(pc.is_in(cells, value_set=missing)))
     mask = np.asarray(valid.fill_null(False)).astype(bool)
-    if not mask.all():
+    if feature.fill is not None:
+        cells = pc.if_else(pa.array(mask), cells, feature.fill)
+    elif not mask.all():
         owners, cells = owners[mask], cells.filter(pa.array(mask))
     if feature.separator is not None and feature.keep == "first":
         first = np.flatnonzero(np.diff(owners, prepend=-1))
         owners, cells = owners[first], cells.take(pa.array(first))
-    return owners, cells
+    return owners, cells if feature.derive is None else _derived(cells, feature)
+
+
+def _derived(cells: pa.Array, feature: Feature) -> pa.Array:
+    """``[m]`` string -> ``[m]`` string by ``feature.derive``; every distinct cell once."""
+    distinct = cells.dictionary_encode()
+    texts = distinct.dictionary
+    if feature.derive == "log_squared":
+        numbers = _each(texts, feature, "number", lambda t: t.cast(pa.float64()))
+        x = numbers.to_numpy(zero_copy_only=False)
+        if not np.isfinite(x).all():
+            _refuse(texts[int(np.flatnonzero(~np.isfinite(x))[0])], feature, "number")
+        large = np.log(np.maximum(x, 2)) ** 2
+        values = pa.array(np.trunc(np.where(x > 2, large, x)).astype(np.int64))
+    else:
+        layout = feature.time_format
+        kind = f"time like {layout}"
+        times = _each(texts, feature, kind, lambda t: pc.strptime(t, layout, "s"))
+        if feature.derive == "hour":
+            values = pc.hour(times)
+        else:
+            values = pc.day_of_week(times)
+            if feature.derive == "weekend":
+                values = pc.greater_equal(values, 5).cast(pa.int8())
+    return values.cast(pa.string()).take(distinct.indices)
+
+
+def _each(
+    texts: pa.Array, feature: Feature, kind: str, parse: Callable[[pa.Array], pa.Array]
+) -> pa.Array:
+    """All texts parsed.
+
+    Raises:
+        DataError: names the first that cannot be.
+    """
+    try:
+        return parse(texts)
+    except pa.ArrowInvalid:
+        for text in texts:
+            try:
+                parse(pa.array([text.as_py()]))
+            except pa.ArrowInvalid:
+                _refuse(text, feature, kind)
+        raise
+
+
+def _refuse(text: pa.Scalar, feature: Feature, kind: str) -> NoReturn:
+    name = feature.column or feature.name
+    raise DataError(
+        f"column {name!r}: {text.as_py()!r} is no {kind}, as derive={feature.derive} of the field "
+        f"{feature.name} needs; correct it, or name it in the field's `missing`"
+    )
 
 
 def coded(cells: pa.Array, feature: Feature, codes: Codes | None) -> Values:

@@ -104,6 +104,14 @@ class Feature(Section):
     """Splits one cell into several values: ``Comedy|Drama``."""
     missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
     """Words or numbers that mean "no value", beside the empty cell."""
+    fill: str | None = Field(None, min_length=1)
+    """What an empty or missing cell of a categorical field counts as; default: no value, row 0."""
+    derive: Literal["log_squared", "hour", "weekday", "weekend"] | None = None
+    """Look up not the cell, but of a number above 2 the whole part of ln(x)^2, and of another its
+    own whole part; or of a time its hour, its day of the week (Monday: 0), or whether it is
+    Saturday or Sunday."""
+    time_format: str = "%Y-%m-%d %H:%M:%S"
+    """How a cell that a time is derived from is written (strptime's codes)."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sqrt", "sum"] = "mean"
@@ -166,7 +174,7 @@ class Feature(Section):
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         if self.kind == "numeric":
-            for option in ("separator", "table", "hash_rows"):
+            for option in ("separator", "table", "hash_rows", "fill", "derive"):
                 if getattr(self, option) is not None:
                     raise ValueError(f"{option} is for categorical fields; {self.name} is numeric")
             if self.names_entity:
@@ -175,6 +183,11 @@ class Feature(Section):
             raise ValueError(f"transform is for numeric fields; {self.name} is categorical")
         if self.hash_rows is not None and self.min_count > 1:
             raise ValueError(f"{self.name}: hash_rows keeps no counts; leave min_count out")
+        for option in ("fill", "derive"):
+            if getattr(self, option) is not None and self.names_entity:
+                raise ValueError(f"{option} is for values; {self.name} is an id")
+        if self.fill is not None and self.separator is not None:
+            raise ValueError(f"{self.name}: fill is for a cell of one value; leave separator out")
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
         if self.history is not None:

@@ -1,6 +1,6 @@
 """Which kernel and optimizer each table gets on this device, and why."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,62 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from deepfm_dist.distributed import kernels
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GradientBounds:
+    """How large gradients may be; a larger one is cut down between backward and update.
+
+    Attributes:
+        norm: of all gradients together, the L2 terms below included.
+        l2_tables: adds ``l2_tables * row`` to the tables' gradients, before ``norm`` is applied.
+        l2_dense: the same for everything but the tables.
+        dense_norm: of the gradients of everything but the tables together.
+        table_element: of each element of the tables' gradients.
+    """
+
+    norm: float | None = None
+    l2_tables: float = 0.0
+    l2_dense: float = 0.0
+    dense_norm: float | None = None
+    table_element: float | None = None
+
+    @torch.no_grad()
+    def apply(self, tables: Sequence[Tensor], dense: Sequence[Tensor], world: World) -> None:
+        """Cuts the gradients down. All ranks.
+
+        Args:
+            tables: this rank's pieces of the tables under the dense kernel.
+            dense: parameters that every rank has, their gradients summed over the ranks.
+            world: the ranks.
+        """
+        if self.norm is not None:
+            for parameters, l2 in ((tables, self.l2_tables), (dense, self.l2_dense)):
+                for parameter in parameters:
+                    if l2 and parameter.grad is not None:
+                        parameter.grad.add_(parameter, alpha=l2)
+            # Each rank has a part of the tables, and all of the rest.
+            squared = world.sum(_squared_norm(tables, world)) + _squared_norm(dense, world)
+            # As torch.nn.utils.clip_grad_norm_ does.
+            scale = (self.norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+            for parameter in (*tables, *dense):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        if self.dense_norm is not None:
+            torch.nn.utils.clip_grad_norm_(dense, self.dense_norm)
+        if self.table_element is not None:
+            torch.nn.utils.clip_grad_value_(tables, self.table_element)
+
+
+def _squared_norm(parameters: Sequence[Tensor], world: World) -> Tensor:
+    """``[]`` float64: sum of the squares of all elements of the gradients."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square()
+    return total
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.distributed.optimizers import parameters_of
+from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
 from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "exchange", "forward", "backward", "optimizer")
@@ -60,8 +60,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         optimizer: the combined optimizer.
         world: the ranks.
         micro_batches: batches per optimizer step, whose gradients add up.
-        max_norm: bound of the norm of the gradient of everything but the tables.
-        max_gradient: bound of each element of the gradient of tables under the dense kernel.
+        bounds: of the gradients; default: none.
         asked_to_stop: whether this process was asked to.
     """
 
@@ -71,14 +70,13 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         optimizer: CombinedOptimizer,
         world: World,
         micro_batches: int = 1,
-        max_norm: float | None = None,
-        max_gradient: float | None = None,
+        bounds: GradientBounds | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(model, _Unused(), world.device, custom_model_fwd=self._forward)
         self._updates = optimizer
         self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
-        self._max_norm, self._max_gradient = max_norm, max_gradient
+        self._bounds = bounds or GradientBounds()
         self._of_dense = parameters_of(optimizer, "dense")
         self._of_tables = parameters_of(optimizer, "tables")
         # What forward changes by itself (running statistics); a skipped step puts it back.
@@ -101,10 +99,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 self.progress(micro_batches)
         if step.is_finite:
             with self._timed("optimizer"):
-                if self._max_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(self._of_dense, self._max_norm)
-                if self._max_gradient is not None:
-                    torch.nn.utils.clip_grad_value_(self._of_tables, self._max_gradient)
+                self._bounds.apply(self._of_tables, self._of_dense, self._world)
                 self._updates.step()
         else:
             for buffer, value in zip(self._buffers, before, strict=True):

@@ -195,6 +195,7 @@ class OverArch(nn.Module):
         activation: relu, gelu, tanh or sigmoid.
         dropout: probability of dropping a hidden unit in training.
         batch_norm: normalise each hidden layer before its activation.
+        init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
         all_reduce: sums a tensor over the ranks, differentiably; for batch norm.
     """
 
@@ -205,6 +206,7 @@ class OverArch(nn.Module):
         activation: str = "relu",
         dropout: float = 0.0,
         batch_norm: bool = False,
+        init: str = "uniform",
         all_reduce: Sum | None = None,
     ) -> None:
         super().__init__()
@@ -217,6 +219,10 @@ class OverArch(nn.Module):
         self.activation = _ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(sizes[-1], 1)
+        if init == "xavier_normal":
+            for linear in (*self.hidden, self.output):
+                nn.init.xavier_normal_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x_BI: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Scores rows.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.distributed.optimizers import set_learning_rates
+from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, TrainPipeline
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
@@ -58,8 +58,8 @@ class Schedule:
         monitor: the validation figure that is watched.
         patience: validations without a better figure after which training stops.
         plateau_factor: learning rates are multiplied by it at each validation without a better one.
-        max_norm: bound of the norm of the gradient of everything but the tables.
-        max_gradient: bound of each element of the tables' gradient, under the dense kernel.
+        min_delta: by how much a figure has to be better than the best to count as better.
+        bounds: of the gradients.
     """
 
     epochs: int
@@ -75,8 +75,8 @@ class Schedule:
     monitor: str | None = None
     patience: int | None = None
     plateau_factor: float = 1.0
-    max_norm: float | None = None
-    max_gradient: float | None = None
+    min_delta: float = 0.0
+    bounds: GradientBounds = field(default_factory=GradientBounds)
 
     def last_step(self, steps_per_epoch: int) -> int:
         """The step after which training ends, if nothing ends it before."""
@@ -143,7 +143,7 @@ class LoopState:
             return
         value = figures[schedule.monitor]
         sign = -1 if schedule.monitor in LOWER_IS_BETTER else 1
-        if self.best is None or sign * value > sign * self.best:
+        if self.best is None or sign * (value - self.best) > schedule.min_delta:
             self.best, self.best_step, self.without_better = value, self.step, 0
         else:
             self.without_better += 1
@@ -194,8 +194,7 @@ def train(
         optimizer,
         world,
         schedule.accumulate_steps,
-        schedule.max_norm,
-        schedule.max_gradient,
+        schedule.bounds,
         asked_to_stop,
     )
     micro_batches = (

@@ -1,0 +1,189 @@
+"""A search over settings that is kept on disk, by the library ``optuna``."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Span:
+    """Numbers between two bounds, both included.
+
+    Attributes:
+        low: the lower one; where both are whole, whole numbers are drawn.
+        high: the upper one.
+        log: whether they are spread evenly over orders of magnitude.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings to try.
+
+    Attributes:
+        name: of the trial.
+        values: by setting.
+        outcome: complete, pruned, failed, or None while it is open.
+        best: of the watched figure; None if it never was finite.
+    """
+
+    name: str
+    values: dict[str, Any]
+    outcome: str | None = None
+    best: float | None = None
+
+
+class Search:
+    """A study: which settings were tried, how well they did, what to try next. Rank 0.
+
+    What a trial tries depends on the seed and the trials before it, so that a search that was
+    stopped and goes on tries the same as one that was not.
+
+    Args:
+        folder: of the study's file; a study that is there is gone on with.
+        space: by setting, a `Span` or the values to choose from.
+        lower_is_better: whether the watched figure is to be small.
+        seed: of what is tried.
+        prune: whether a trial ends when its best figure so far is worse than the median of the
+            earlier trials' at the same validation; the first four trials and two validations are
+            left alone.
+
+    Raises:
+        ConfigError: the library is not installed, or the study that is there is of another search.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        space: Mapping[str, Span | Sequence[Any]],
+        lower_is_better: bool,
+        seed: int,
+        prune: bool,
+    ) -> None:
+        if importlib.util.find_spec("optuna") is None:
+            raise ConfigError(
+                "tune needs the library optuna, which is not installed; pip install optuna"
+            )
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "study.log"
+        self._optuna, self._space, self._seed = optuna, space, seed
+        self._lower = lower_is_better
+        self._study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(self.path))),
+            study_name="tune",
+            direction="minimize" if lower_is_better else "maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
+            if prune
+            else optuna.pruners.NopPruner(),
+        )
+        spread = {k: asdict(v) if isinstance(v, Span) else list(v) for k, v in space.items()}
+        asked = json.dumps({"space": spread, "lower": lower_is_better, "seed": seed})
+        if self._study.user_attrs.get("asked", asked) != asked:
+            raise ConfigError(
+                f"{self.path}: the study of another search (space, figure or seed differ); choose "
+                f"another run.name, or remove the folder"
+            )
+        self._study.set_user_attr("asked", asked)
+        self._open: Any = None
+
+    def next(self, trials: int) -> Trial | None:
+        """What to try next; None once so many trials are over.
+
+        One that is open since an earlier process ended comes first, under the same name.
+        """
+        state = self._optuna.trial.TrialState
+        waiting = {_name(t) for t in self._study.get_trials(states=(state.WAITING,))}
+        for old in self._study.get_trials(states=(state.RUNNING,)):
+            if _name(old) and _name(old) not in waiting:
+                self._study.enqueue_trial(old.params, {"name": _name(old)})
+            self._study.tell(old.number, state=state.FAIL)
+        n_over = len(self.past())
+        if n_over >= trials:
+            return None
+        self._study.sampler = self._optuna.samplers.TPESampler(
+            seed=derive_seed(self._seed, "tune", n_over) % 2**32
+        )
+        self._open = self._study.ask()
+        name = _name(self._open) or f"trial_{n_over:03}"
+        self._open.set_user_attr("name", name)
+        return Trial(name, {setting: self._drawn(setting) for setting in self._space})
+
+    def heard(self, epoch: int, figure: float) -> bool:
+        """Takes a validation's figure.
+
+        Returns:
+            Whether the trial is not worth going on with.
+        """
+        if np.isfinite(figure):
+            self._open.report(figure, epoch)
+        return bool(self._open.should_prune())
+
+    def over(self, outcome: str, best: float | None) -> None:
+        """Ends the open trial: complete, pruned or failed."""
+        state = self._optuna.trial.TrialState
+        if outcome == "complete" and best is not None and np.isfinite(best):
+            self._study.tell(self._open, best)
+        else:
+            self._study.tell(self._open, state=state.PRUNED if outcome == "pruned" else state.FAIL)
+
+    def best(self) -> Trial | None:
+        """The complete trial with the best figure; None where no trial is complete."""
+        complete = [t for t in self.past() if t.outcome == "complete" and t.best is not None]
+        sign = -1 if self._lower else 1
+        return max(complete, key=lambda t: sign * (t.best or 0.0), default=None)
+
+    def past(self) -> list[Trial]:
+        """All trials that are over, in the order of their names."""
+        latest = {_name(t): t for t in self._study.get_trials(deepcopy=False) if _name(t)}
+        outcomes = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+        return [
+            Trial(
+                name,
+                {setting: _decoded(value) for setting, value in t.params.items()},
+                outcomes[t.state.name],
+                self._best_of(t),
+            )
+            for name, t in sorted(latest.items())
+            if t.state.name in outcomes
+        ]
+
+    def _best_of(self, trial: Any) -> float | None:
+        if trial.values:
+            return float(trial.value)
+        pick = min if self._lower else max
+        return pick(trial.intermediate_values.values(), default=None)
+
+    def _drawn(self, setting: str) -> Any:
+        span = self._space[setting]
+        if not isinstance(span, Span):
+            return _decoded(self._open.suggest_categorical(setting, [json.dumps(v) for v in span]))
+        whole = isinstance(span.low, int) and isinstance(span.high, int)
+        suggest = self._open.suggest_int if whole else self._open.suggest_float
+        return suggest(setting, span.low, span.high, log=span.log)
+
+
+def _name(trial: Any) -> str:
+    return str(trial.user_attrs.get("name", ""))
+
+
+def _decoded(value: Any) -> Any:
+    """Choices are kept as JSON, since some are lists."""
+    return json.loads(value) if isinstance(value, str) else value

@@ -1,0 +1,77 @@
+"""``torchrun -m deepfm_dist.tune``: trains again and again, in search of the best settings."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config, with_settings
+
+log = logging.getLogger(__name__)
+
+
+class _Pruned(Exception):
+    """The trial is not worth going on with; all ranks say so after the same validation."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    return run("tune", "Search for the settings with the best validation figure.", _tune, argv)
+
+
+def _tune(config: Config, arguments: argparse.Namespace) -> None:
+    from torch.distributed import PrefixStore
+
+    from deepfm_dist.build import search_of
+    from deepfm_dist.distributed.checkpoint import keep_checkpoints
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.errors import DeepFMError
+    from deepfm_dist.report import trials_table
+    from deepfm_dist.train import train_on
+    from deepfm_dist.training.trainer import NonFiniteLoss
+
+    folder, monitor = config.run_dir / "tune", config.trainer.monitor or ""
+    shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        search = ranks.first_does("search", lambda: search_of(config, folder))
+
+        def heard(figures: Mapping[str, float], epoch: int) -> None:
+            if ranks.agreed(search is not None and search.heard(epoch, figures[monitor])):
+                raise _Pruned
+
+        while trial := ranks.agreed(search.next(config.tune.trials) if search else None):
+            log.info("%s: %s", trial.name, trial.values)
+            tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
+            # What ranks tell each other by name in one trial is not to be heard in the next.
+            alone = replace(ranks, store=PrefixStore(trial.name, ranks.store))
+            best = None
+            try:
+                state, stopped = train_on(tried, alone, heard)
+                if stopped:
+                    return  # the same command goes on with this trial
+                outcome, best = "complete", state.best
+            except _Pruned:
+                outcome = "pruned"
+            except NonFiniteLoss as error:
+                log.warning("%s", error)
+                outcome = "failed"
+            if search is not None:
+                search.over(outcome, best)
+                log.info("%s: %s, %s %s", trial.name, outcome, monitor, best)
+                for past in search.past():
+                    if past != search.best():
+                        keep_checkpoints(folder / past.name, ())
+        if search is not None:
+            print(trials_table(search.past(), monitor))
+            found = search.best()
+            if found is None:
+                raise DeepFMError(f"{search.path}: no trial is complete; see its log")
+            path = folder / "best.yaml"
+            path.write_text(with_settings(config, found.values).to_yaml())
+            print(f"\nbest: {found.name}, {monitor} {found.best:.6f}\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Searches: within their space, the same after a stop, and worth their trials."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deepfm_dist import train, tune
+from deepfm_dist.config import load_config
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.training.search import Search, Span, Trial
+from tests.ranks import run_alone, run_ranks
+
+SPACE = {
+    "optimizer.dense.lr": Span(0.001, 1.0, log=True),
+    "model.embedding_dim": Span(4, 32),
+    "model.over_arch_layer_sizes": [[30, 20], [64]],
+}
+
+
+def value_of(trial: Trial) -> float:
+    """What a trial is worth: a smooth function of what it tried."""
+    lr, dim = trial.values["optimizer.dense.lr"], trial.values["model.embedding_dim"]
+    bonus = 0.5 if trial.values["model.over_arch_layer_sizes"] == [64] else 0.0
+    return bonus - abs(lr - 0.1) - abs(dim - 20) / 100
+
+
+def tried(search: Search, trials: int, until: int = 10**9) -> list[Trial]:
+    """Goes on with a search; at the ``until``-th trial it is left open."""
+    found: list[Trial] = []
+    while (trial := search.next(trials)) is not None:
+        found.append(trial)
+        if len(found) == until:
+            break
+        search.over("complete", value_of(trial))
+    return found
+
+
+def test_a_search_stays_in_its_space_and_finds_what_is_good(tmp_path: Path) -> None:
+    search = Search(tmp_path, SPACE, False, 1, prune=False)
+    trials = tried(search, 40)
+    assert [t.name for t in trials] == [f"trial_{n:03}" for n in range(40)]
+    for trial in trials:
+        assert 0.001 <= trial.values["optimizer.dense.lr"] <= 1.0
+        assert trial.values["model.embedding_dim"] in range(4, 33)
+        assert trial.values["model.over_arch_layer_sizes"] in SPACE["model.over_arch_layer_sizes"]
+    best = search.best()
+    assert best is not None
+    assert best.best == max(value_of(t) for t in trials) > 0.4
+    assert len({json.dumps(t.values) for t in trials}) == 40
+
+
+@pytest.mark.parametrize("until", [1, 4, 14])
+def test_a_search_that_was_cut_off_tries_the_same_as_one_that_was_not(
+    tmp_path: Path, until: int
+) -> None:
+    whole = tried(Search(tmp_path / "whole", SPACE, False, 1, prune=False), 16)
+    before = tried(Search(tmp_path / "cut", SPACE, False, 1, prune=False), 16, until)
+    again = Search(tmp_path / "cut", SPACE, False, 1, prune=False)
+    after = tried(again, 16)
+    assert before[-1] == after[0]  # the open one, under its name
+    assert before[:-1] + after == whole
+    assert [(t.name, t.values, t.best) for t in again.past()] == [
+        (t.name, t.values, value_of(t)) for t in whole
+    ]
+    assert again.next(16) is None
+    with pytest.raises(ConfigError, match=r"study\.log: the study of another search"):
+        Search(tmp_path / "cut", SPACE, False, 2, prune=False)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, lower: bool) -> None:
+    search = Search(tmp_path, {"model.dropout": Span(0.0, 0.5)}, lower, 1, prune=True)
+    sign = -1 if lower else 1
+    for level in (0.5, 0.6, 0.7, 0.8):  # the first four run to their end
+        assert search.next(9) is not None
+        assert not any(search.heard(epoch, sign * (level + epoch / 100)) for epoch in range(1, 6))
+        search.over("complete", sign * (level + 0.05))
+    search.next(9)
+    assert not search.heard(1, sign * 0.1)  # too early to tell
+    assert search.heard(3, sign * 0.6)
+    search.over("pruned", None)
+    search.next(9)
+    assert not search.heard(3, sign * 0.75)
+    search.over("failed", None)
+    assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned", "failed"]
+    best = search.best()
+    assert best is not None
+    assert best.best == pytest.approx(sign * (0.55 if lower else 0.85))
+
+
+def _run(main: Any, *arguments: str) -> int:
+    return int(main(["--quiet", *arguments]))
+
+
+def _settings(folder: Path, name: str) -> list[str]:
+    return [
+        f"run.runs_root={folder}",
+        f"run.prepared_root={folder / 'prepared'}",
+        f"run.name={name}",
+        "data.name=sample",
+        "run.loggers=[]",
+        "trainer={batch_size: 4096, epochs: 2, monitor: auc}",
+        "model={embedding_dim: 4, over_arch_layer_sizes: [8]}",
+    ]
+
+
+def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path: Path) -> None:
+    space = "tune={trials: 3, space: {optimizer.tables.lr: [0.0001, 0.3], model.dropout: [0, 0.1]}}"
+    for name, size in (("one", 1), ("two", 2)):
+        assert run_ranks(_run, size, tune.main, *_settings(tmp_path, name), space) == [0] * size
+    found = [
+        yaml.safe_load((tmp_path / name / "tune" / "best.yaml").read_text())
+        for name in ("one", "two")
+    ]
+    assert found[0]["run"].pop("name") == "one" and found[1]["run"].pop("name") == "two"
+    assert found[0] == found[1]
+    assert found[0]["optimizer"]["tables"]["lr"] == 0.3
+    kept = list((tmp_path / "one" / "tune").glob("*/checkpoints/step_*/state.json"))
+    assert len({path.parts[-4] for path in kept}) == 1  # the best trial's
+    best = json.loads(kept[0].read_text())
+    path = tmp_path / "one" / "tune" / "best.yaml"
+    assert run_alone(_run, train.main, "--config", str(path)) == 0
+    states = (tmp_path / "one" / "checkpoints").glob("step_*/state.json")
+    figures = {json.loads(state.read_text())["trainer"]["best"] for state in states}
+    assert figures == {best["trainer"]["best"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.monitor=auc"], "tune.space is empty: name what to vary"),
+        (["tune.space={model.dropout: [0]}"], "tune needs trainer.monitor"),
+        (
+            ["trainer.monitor=auc", "tune.space={model.dropuot: [0]}"],
+            "tune.space.model.dropuot: model.dropuot: unknown field; did you mean model.dropout?",
+        ),
+        (
+            ["trainer.monitor=auc", "tune.space={model.dropout: {low: 0, high: 2}}"],
+            "model.dropout: input should be less than 1",
+        ),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    assert run_alone(_run, tune.main, f"run.runs_root={tmp_path}", *overrides) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tune.space={data.split.valid: [0.1]}", "data.split.valid is the same for all trials"),
+        ("tune.space={model.dropout: []}", "model.dropout has no values to choose from"),
+        ("tune.space={model.dropout: {low: 1, high: 0}}", "low must be below high"),
+    ],
+)
+def test_a_space_that_is_none_is_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("sample", [override])
+
+
+def test_a_search_without_its_library_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tune needs the library optuna.*pip install optuna"):
+        Search(tmp_path, SPACE, False, 1, prune=False)
