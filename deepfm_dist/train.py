@@ -61,11 +61,13 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
         }
 
         def save(state: LoopState) -> None:
+            metrics.flush()
             keep = [step for step in (state.best_step,) if step is not None]
             checkpoints.save(
                 state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
             )
 
+        metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
         with StopSignals() as asked_to_stop:
             train(
                 sharded,
@@ -75,7 +77,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
                 schedule,
                 state,
                 seed,
-                MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
+                metrics,
                 (lambda: ranks.agreed(held_out.metrics(sharded, ranks))) if held_out else None,
                 save,
                 asked_to_stop,
