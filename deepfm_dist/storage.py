@@ -48,10 +48,21 @@ def delete_tree(folder: Path) -> None:
         return
     remote: Any = folder
     try:
-        remote.fs.rm(remote.path, recursive=True)
+        for file in remote.fs.find(remote.path):  # fs.rm would take a * in a name for a pattern
+            remote.fs.rm_file(file)
     except Exception as error:
         if not is_of_storage(error):
             raise
+
+
+def rename(path: Path, new: Path) -> None:
+    """Gives a file another name in its folder."""
+    if not is_remote(path):
+        path.rename(new)
+        return
+    remote: Any = path  # its `rename` would take a * in a name for a pattern
+    remote.fs.cp_file(remote.path, cast(Any, new).path)
+    remote.fs.rm_file(remote.path)
 
 
 @contextmanager

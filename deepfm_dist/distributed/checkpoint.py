@@ -48,7 +48,14 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
-from deepfm_dist.storage import brief, delete_tree, is_of_storage, is_remote, told_in_one_line
+from deepfm_dist.storage import (
+    brief,
+    delete_tree,
+    is_of_storage,
+    is_remote,
+    rename,
+    told_in_one_line,
+)
 
 MARKER = "state.json"
 _SUMS = "crc32"
@@ -65,11 +72,16 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of which there is a complete checkpoint, in order."""
-    return sorted(
-        int(path.name.removeprefix("step_"))
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if _NAME.fullmatch(path.name) and (path / MARKER).is_file()
-    )
+    return sorted(step for step, path in _folders(run_dir).items() if (path / MARKER).is_file())
+
+
+def _folders(run_dir: Path) -> dict[int, Path]:
+    """Folders of checkpoints by step, of incomplete ones as well."""
+    try:
+        found = [*(run_dir / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {int(name[1]): path for path in found if (name := _NAME.fullmatch(path.name))}
 
 
 def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
@@ -257,7 +269,7 @@ class _Files(FileSystemBase):
         return path / suffix
 
     def rename(self, path: Any, new_path: Any) -> None:
-        path.rename(new_path)
+        rename(path, new_path)
         self.sums[new_path.name] = self.sums.pop(path.name)
 
     def init_path(self, path: Any) -> Any:
@@ -413,8 +425,8 @@ def check_vocabulary(path: Path, state: Mapping[str, Any], vocabulary_hash: str)
 
 def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        if _NAME.fullmatch(path.name) and int(path.name.removeprefix("step_")) not in steps:
+    for step, path in _folders(run_dir).items():
+        if step not in steps:
             (path / MARKER).unlink(missing_ok=True)  # first: what is left is no checkpoint
             delete_tree(path)
 
