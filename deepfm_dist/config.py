@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.section import Section
+from deepfm_dist.storage import folder_of, is_remote
 
 PACKAGE = Path(__file__).parent
 BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
@@ -29,7 +30,8 @@ class RunConfig(Section):
     prepared_root: str = "prepared"
     """Folder of prepared datasets."""
     runs_root: str = "runs"
-    """Folder of runs: checkpoints, metrics, recommendations."""
+    """Folder of runs: checkpoints, metrics, recommendations. Behind a URL (``s3://bucket/runs``) is
+    what training writes; what later commands write is then in ``runs`` on this machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where torch and fbgemm both support it, else the CPU."""
     threads: int = Field(1, ge=1)
@@ -428,8 +430,19 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of the run."""
-        return Path(self.run.runs_root) / self.run.name
+        """Folder of the run; one behind a URL has `Path`'s methods, too.
+
+        Raises:
+            ConfigError: a library for such URLs is not installed.
+        """
+        return folder_of(self.run.runs_root) / self.run.name
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of what commands after training write: a local one, even if the run's is not."""
+        if is_remote(self.run_dir):
+            return Path(RunConfig().runs_root) / self.run.name
+        return self.run_dir
 
     @property
     def data_root(self) -> Path:

@@ -35,7 +35,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import find_finished
 
     found = find_finished(config, arguments.overrides)
-    target = Path(arguments.output or found.config.run_dir / "export")
+    target = Path(arguments.output or found.config.output_dir / "export")
     model = found.config.model
     with export_folder(target) as folder:
         columns = model.embedding_dim + 1 if model.fm or model.deep else 1

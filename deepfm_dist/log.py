@@ -13,6 +13,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.storage import brief, is_of_storage, is_remote, told_in_one_line
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -63,6 +66,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._writer: Any = SummaryWriter(str(folder))
+        self._flushes = not is_remote(folder)  # an upload each would hold training up
 
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
         """Writes ``event/name`` at ``step``."""
@@ -71,11 +75,15 @@ class TensorBoard:
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(f"{event}/{name}", value, values["step"])
-        self._writer.flush()
+        if self._flushes:
+            self._writer.flush()
 
 
 class MetricsLog:
     """Events of a run: a line of JSON each in ``metrics.jsonl``, and what else is to hear of them.
+
+    An object store cannot append. There the file is written anew, and not for each line of training
+    figures: only with other events and by `flush`.
 
     Args:
         folder: of the run; made if missing.
@@ -96,18 +104,22 @@ class MetricsLog:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._is_first, self._loggers = is_first, loggers
+        self._uploads, self._text = is_remote(folder), ""
         if not is_first:
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+") as file:
+            with told_in_one_line(folder):
+                if not self._uploads:
+                    folder.mkdir(parents=True, exist_ok=True)
+                found = text = self.path.read_text() if self.path.exists() else None
                 if from_step is not None:
-                    file.seek(0)
                     # A line that a kill cut short is none.
-                    lines = [line for line in file if line.endswith("\n")]
-                    kept = [line for line in lines if json.loads(line).get("step", 0) <= from_step]
-                    file.truncate(0)
-                    file.writelines(kept if from_step else [])
+                    whole = [x for x in (found or "").splitlines(True) if x.endswith("\n")]
+                    kept = [x for x in whole if json.loads(x).get("step", 0) <= from_step]
+                    text = "".join(kept if from_step else [])
+                self._text = text or ""
+                if found != self._text:
+                    self.path.write_text(self._text)
         except OSError as error:
             raise DeepFMError(
                 f"{folder}: cannot be written: {error.strerror}; set run.runs_root to a folder "
@@ -118,10 +130,26 @@ class MetricsLog:
         """Appends one event; NaN, which JSON does not know, becomes null."""
         if not self._is_first:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event} | _without_nan(values)) + "\n")
+        line = json.dumps({"event": event} | _without_nan(values)) + "\n"
+        if self._uploads:
+            self._text += line
+            if event != "train":
+                self.flush()
+        else:
+            with self.path.open("a") as file:
+                file.write(line)
         for logger in self._loggers:
             logger(event, values)
+
+    def flush(self) -> None:
+        """Makes what was written last: a run that goes on from here finds it."""
+        if self._is_first and self._uploads:
+            try:
+                self.path.write_text(self._text)
+            except Exception as error:
+                if not is_of_storage(error):
+                    raise
+                log.warning("%s: not written, later: %s", self.path, brief(error))
 
 
 def _without_nan(value: Any) -> Any:

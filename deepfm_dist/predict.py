@@ -38,7 +38,7 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
         trained = open_trained(config, arguments.overrides, ranks)
         data = trained.config.data
         source = Path(arguments.input or _only_file(config, data.interactions.file))
-        target = Path(arguments.output or config.run_dir / "predictions.parquet")
+        target = Path(arguments.output or config.output_dir / "predictions.parquet")
         layout = data.files.get(source.name) or data.files.get(data.interactions.file)
         rows = predict(trained.sharded, ranks, trained.dataset, source, layout, target)
         if ranks.is_first:

@@ -29,7 +29,7 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
             ranks,
             trained.dataset,
             wanted,
-            config.run_dir,
+            config.output_dir,
             trained.checkpoint,
         )
         if written is not None:

@@ -16,6 +16,7 @@ from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
 from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
@@ -36,31 +37,34 @@ def begin(
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
     """
-    path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
-    if path is not None:
-        state = LoopState(**checkpoint.read_state(path)["trainer"])
-        is_over = state.is_over(schedule, last_step)
-        if is_over and config.checkpoint.resume == "auto" and not restarted():
-            log.info("%s: the run is over; it is trained anew", path)
-            path, state = None, LoopState()
-        else:
-            log.info("%s: training goes on after step %s", path, f"{state.step:,}")
-    elsewhere = config.checkpoint.start_from
-    if path is None and elsewhere is not None:
-        path = checkpoint.find_checkpoint(Path(elsewhere), "auto")
-        known = {manifest.vocabulary_hash, *manifest.grown_from}
-        if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
-            raise CheckpointError(
-                f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
-                f"this run's data does not extend; prepare it with data.vocabulary_from"
-            )
-        log.info("%s: training starts from its weights", path)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.keep_checkpoints(
-        config.run_dir, [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step]
-    )
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
-    return path, state
+    with told_in_one_line(config.run_dir):
+        path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
+        if path is not None:
+            state = LoopState(**checkpoint.read_state(path)["trainer"])
+            is_over = state.is_over(schedule, last_step)
+            if is_over and config.checkpoint.resume == "auto" and not restarted():
+                log.info("%s: the run is over; it is trained anew", path)
+                path, state = None, LoopState()
+            else:
+                log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+        elsewhere = config.checkpoint.start_from
+        if path is None and elsewhere is not None:
+            path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
+            known = {manifest.vocabulary_hash, *manifest.grown_from}
+            if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
+                raise CheckpointError(
+                    f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
+                    f"this run's data does not extend; prepare it with data.vocabulary_from"
+                )
+            log.info("%s: training starts from its weights", path)
+        if not is_remote(config.run_dir):
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.keep_checkpoints(
+            config.run_dir,
+            [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step],
+        )
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        return path, state
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
@@ -180,8 +184,9 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
-    state = checkpoint.read_state(path)
+    with told_in_one_line(config.run_dir):
+        path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
+        state = checkpoint.read_state(path)
     trained_with = state["config"]
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):

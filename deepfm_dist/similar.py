@@ -25,7 +25,7 @@ def _similar(config: Config, arguments: argparse.Namespace) -> None:
         trained = open_trained(config, arguments.overrides, ranks)
         model = deepfm_of(trained.sharded)
         written = similar_items(
-            model, ranks, trained.dataset, asked.k, asked.metric, config.run_dir
+            model, ranks, trained.dataset, asked.k, asked.metric, config.output_dir
         )
         if written is not None:
             print(ranking_table(written, trained.dataset))

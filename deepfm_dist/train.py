@@ -87,6 +87,7 @@ def train_on(
     }
 
     def save(state: LoopState) -> None:
+        metrics.flush()
         keep = [step for step in (state.best_step,) if step is not None]
         checkpoints.save(
             state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
@@ -99,6 +100,7 @@ def train_on(
             heard(found, state.step // batches.steps_per_epoch)
         return found
 
+    metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
     with StopSignals() as asked_to_stop:
         train(
             sharded,
@@ -108,7 +110,7 @@ def train_on(
             schedule,
             state,
             seed,
-            MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks)),
+            metrics,
             validate_aloud if validate else None,
             save,
             asked_to_stop,

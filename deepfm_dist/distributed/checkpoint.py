@@ -7,17 +7,22 @@ Layout of ``runs/<name>/checkpoints/step_00001000/``::
     state.json          the marker, written last: step, settings, data, state of the loop, and the
                         CRC-32 of every other file
 
+The folder may be an object store's (``s3://bucket/runs``): nothing here needs a rename to be atomic
+or a listing to be fresh, only that the marker's upload comes last and is whole or not there.
+
 DCP keeps ``.metadata`` as a pickle, and unpickles it to read a checkpoint; everything else is read
 as plain tensors or JSON. Open only checkpoints you trust.
 """
 
+import io
 import json
 import os
 import re
-import shutil
+import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,6 +36,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -42,11 +48,20 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
+from deepfm_dist.storage import (
+    brief,
+    delete_tree,
+    is_of_storage,
+    is_remote,
+    rename,
+    told_in_one_line,
+)
 
 MARKER = "state.json"
 _SUMS = "crc32"
 _NAME = re.compile(r"step_(\d{8,})")
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
+_OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
 T = TypeVar("T")
 
 
@@ -57,11 +72,16 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of which there is a complete checkpoint, in order."""
-    return sorted(
-        int(path.name.removeprefix("step_"))
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if _NAME.fullmatch(path.name) and (path / MARKER).is_file()
-    )
+    return sorted(step for step, path in _folders(run_dir).items() if (path / MARKER).is_file())
+
+
+def _folders(run_dir: Path) -> dict[int, Path]:
+    """Folders of checkpoints by step, of incomplete ones as well."""
+    try:
+        found = [*(run_dir / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {int(name[1]): path for path in found if (name := _NAME.fullmatch(path.name))}
 
 
 def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
@@ -166,40 +186,121 @@ class Checkpoints:
         if self._pending is not None:
             path, future = self._pending
             self._pending = None
+            # A lost rank would leave DCP waiting for it for _TIMEOUT; here it is missed earlier.
+            pause_s = 0.001
+            while not self._all(future.done()):
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.5)
             _translated(future.result, path, "cannot be written")
+
+    def _all(self, here: bool) -> bool:
+        return int(self._world.sum(torch.tensor(int(here)))) == self._world.world_size
 
 
 class _Writer(dcp.FileSystemWriter):
     """DCP's files, a checksum of each, and the marker when all of them are there."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], then: Callable[[], None]) -> None:
-        super().__init__(path)
+        super().__init__(str(path), sync_files=False)  # _Files does it
+        self.path, self._files = path, _Files()
+        self.fs: Any = self._files
         self._folder, self._state, self._then = path, state, then
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
         results: list[WriteResult] = super().write_data(plan, planner).value()
-        files = {result.storage_data.relative_path for result in results}
-        sums = {name: crc32(self._folder / name) for name in sorted(files)}
         # They travel to rank 0 as one more thing that was written.
         future = torch.futures.Future[list[WriteResult]]()
-        future.set_result([*results, WriteResult(MetadataIndex(_SUMS), 0, sums)])
+        future.set_result([*results, WriteResult(MetadataIndex(_SUMS), 0, self._files.sums)])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        sums: dict[str, int] = {}
+        super().finish(metadata, [[r for r in part if r.index.fqn != _SUMS] for part in results])
+        sums = {".metadata": self._files.sums[".metadata"]}
         for result in [r for of_rank in results for r in of_rank if r.index.fqn == _SUMS]:
             sums |= result.storage_data
-        super().finish(metadata, [[r for r in part if r.index.fqn != _SUMS] for part in results])
-        sums[".metadata"] = crc32(self._folder / ".metadata")
         aside = self._folder / f"{MARKER}.part"
-        with aside.open("w") as file:
-            json.dump({**self._state, _SUMS: sums}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(self._folder / MARKER)
+        with self._files.create_stream(aside, "wb") as file:
+            file.write(json.dumps({**self._state, _SUMS: sums}, indent=2).encode())
+        self._files.rename(aside, self._folder / MARKER)
         self._then()
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads what `Checkpoints` wrote."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path, self._remote = path, is_remote(path)
+        self.fs: Any = _Files()
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if not self._remote:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)  # in one request; torch would seek to and fro
+        return io.BytesIO(file.read(sinfo.length))
+
+
+class _Files(FileSystemBase):
+    """What DCP does with files, by `Path`, and the CRC-32 of each that was written.
+
+    Attributes:
+        sums: by name.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, int] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with path.open(mode) as file:
+            if mode == "rb":
+                yield file
+                return
+            summed = _Summed(file)
+            yield summed
+            if not is_remote(path):  # an upload is there when it is closed
+                file.flush()
+                os.fsync(file.fileno())
+        self.sums[path.name] = summed.sum
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        rename(path, new_path)
+        self.sums[new_path.name] = self.sums.pop(path.name)
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def mkdir(self, path: Any) -> None:
+        """Nothing: `_make_room` has made it."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class _Summed(io.RawIOBase):
+    """Passes on what is written from beginning to end, and sums it up."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.sum = file, 0
+
+    def write(self, block: Any) -> int:
+        self.sum = zlib.crc32(block, self.sum)
+        return int(self._file.write(block))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
 
 
 def crc32(path: Path) -> int:
@@ -231,9 +332,10 @@ def load(
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
     """
-    _check_files(path, world)
+    with told_in_one_line(path):
+        _check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
-    reader = dcp.FileSystemReader(path)
+    reader = Reader(path)
     saved = _translated(reader.read_metadata, path, "cannot be read").state_dict_metadata
     model = sharded.state_dict()
     tensors: dict[str, Any] = {"model": model}
@@ -270,8 +372,10 @@ def _check_files(path: Path, world: World) -> None:
         try:
             if crc32(path / name) != expected:
                 problem = f"{path / name}: damaged: its checksum differs from the one in {MARKER}"
-        except OSError as error:
-            problem = f"{path / name}: cannot be read: {error.strerror}"
+        except Exception as error:
+            if not is_of_storage(error):
+                raise
+            problem = f"{path / name}: cannot be read: {brief(error)}"
     found = next((p for p in world.all_gather(problem) if p is not None), None)
     if found is not None:
         others = [
@@ -321,18 +425,19 @@ def check_vocabulary(path: Path, state: Mapping[str, Any], vocabulary_hash: str)
 
 def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        if _NAME.fullmatch(path.name) and int(path.name.removeprefix("step_")) not in steps:
+    for step, path in _folders(run_dir).items():
+        if step not in steps:
             (path / MARKER).unlink(missing_ok=True)  # first: what is left is no checkpoint
-            shutil.rmtree(path, ignore_errors=True)
+            delete_tree(path)
 
 
 def _make_room(path: Path) -> None:
     try:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        delete_tree(path)
+        if not is_remote(path):  # an object store has no folders
+            path.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: cannot be written: {brief(error)}") from None
 
 
 def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,7 +510,9 @@ def _translated(work: Callable[[], T], path: Path, what: str) -> T:
     try:
         return work()
     except CheckpointException as error:
-        reason = next((str(failure[0]) for failure in error.failures.values()), str(error))
-        raise CheckpointError(f"{path}: {what}: {' '.join(reason.split())[:300]}") from None
-    except (RuntimeError, ValueError, OSError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path}: {what}: {' '.join(str(error).split())[:300]}") from None
+        reason = next((failure[0] for failure in error.failures.values()), error)
+    except Exception as error:
+        if not (is_of_storage(error) or isinstance(error, _OF_DAMAGE)):
+            raise
+        reason = error
+    raise CheckpointError(f"{path}: {what}: {brief(reason)}")

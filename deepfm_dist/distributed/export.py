@@ -18,7 +18,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from deepfm_dist.distributed.checkpoint import Reader
 from deepfm_dist.errors import CheckpointError, DeepFMError
 
 FORMAT = 1
@@ -195,7 +195,7 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = FileSystemReader(folder)
+        self._reader = Reader(folder)
         try:
             self._metadata: Metadata = self._reader.read_metadata()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from deepfm_dist.distributed.world import World
+from deepfm_dist.storage import written_as_a_whole
 
 
 def profiler(
@@ -27,7 +28,10 @@ def profiler(
     return profile(
         activities=activities,
         schedule=schedule(wait=first - done - 1, warmup=0, active=steps[1] - first + 1, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(
-            str(folder / f"profile_rank{world.rank}.json")
-        ),
+        on_trace_ready=lambda p: _write(p, folder / f"profile_rank{world.rank}.json"),
     )
+
+
+def _write(trace: profile, path: Path) -> None:
+    with written_as_a_whole(path) as file:
+        trace.export_chrome_trace(str(file))

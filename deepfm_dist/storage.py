@@ -1,0 +1,116 @@
+"""Folders of a run: on a disk, or behind a URL that fsspec opens (``s3://bucket/runs``).
+
+Both are `Path` to the rest of the code: a URL becomes a `UPath`, which has the same methods. What
+an object store does otherwise is here.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from deepfm_dist.errors import ConfigError, DeepFMError
+
+
+def folder_of(text: str) -> Path:
+    """A local folder, or one behind a URL.
+
+    Raises:
+        ConfigError: a library for such URLs is not installed.
+    """
+    if "://" not in text:
+        return Path(text)
+    try:
+        from upath import UPath
+
+        # Other ranks write there, so that a listing may be old as soon as it is there.
+        folder = UPath(text, use_listings_cache=False)
+        _ = folder.fs
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{text}: cannot be opened ({error}); pip install universal-pathlib and fsspec's "
+            f"library for such URLs: s3fs, gcsfs, adlfs"
+        ) from None
+    return cast(Path, folder)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is behind a URL."""
+    return not isinstance(path, Path)
+
+
+def delete_tree(folder: Path) -> None:
+    """Deletes a folder as far as that can be done; nothing may be there."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    remote: Any = folder
+    try:
+        for file in remote.fs.find(remote.path):  # fs.rm would take a * in a name for a pattern
+            remote.fs.rm_file(file)
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
+
+
+def rename(path: Path, new: Path) -> None:
+    """Gives a file another name in its folder."""
+    if not is_remote(path):
+        path.rename(new)
+        return
+    remote: Any = path  # its `rename` would take a * in a name for a pattern
+    remote.fs.cp_file(remote.path, cast(Any, new).path)
+    remote.fs.rm_file(remote.path)
+
+
+@contextmanager
+def written_as_a_whole(path: Path) -> Iterator[Path]:
+    """Gives a local file to write; it appears as ``path`` when the block ends without an error."""
+    if not is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.part")
+        try:
+            yield aside
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return
+    remote: Any = path
+    with tempfile.TemporaryDirectory() as folder:
+        aside = Path(folder) / path.name
+        yield aside
+        with told_in_one_line(path):
+            remote.fs.put_file(str(aside), remote.path)
+
+
+@contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """Around calls that may go over a network.
+
+    Raises:
+        DeepFMError: what is behind the URL cannot be reached, read or written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or not is_of_storage(error):
+            raise
+        raise DeepFMError(
+            f"{path}: cannot be used: {brief(error)}; are the address, the credentials and the "
+            f"network right?"
+        ) from None
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line; never empty."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    return text or type(error).__name__
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Whether a file system failed: an object store's library has errors that are no OSError."""
+    libraries = ("aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google")
+    kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not kinds.isdisjoint(libraries)

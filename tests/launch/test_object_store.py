@@ -1,0 +1,259 @@
+"""Runs and data in an object store: a real S3 server, its connection cut in a save."""
+
+import ast
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepfm_dist.build import shard_for_inference
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import CheckpointError, ConfigError, DeepFMError
+from deepfm_dist.log import MetricsLog
+from deepfm_dist.storage import folder_of
+from tests.ranks import run_ranks
+from tests.runs import lines
+from tests.test_distributed import SMALL, Run, config_of, difference
+
+for needed in ("moto", "s3fs", "upath"):
+    pytest.importorskip(needed, reason=f"{needed} is missing (requirements/launch.txt)")
+pytestmark = pytest.mark.launch  # brings up a server
+
+ROOT = Path(__file__).parents[2]
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+
+
+class Wire:
+    """A way to a server that can be cut.
+
+    Args:
+        server: host and port that connections lead to.
+    """
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._cut_at: bytes | None = None
+        self.is_cut = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut_at(self, text: str) -> None:
+        """Cuts all connections in the middle of the first request in which a text stands."""
+        self._cut_at = text.encode()
+
+    def mend(self) -> None:
+        """Lets connections through again."""
+        self._cut_at = None
+        self.is_cut.clear()
+
+    def _accept(self) -> None:
+        while True:
+            client = self._listener.accept()[0]
+            if self.is_cut.is_set():
+                client.close()
+                continue
+            server = socket.create_connection(self._server)
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, one: socket.socket, other: socket.socket) -> None:
+        try:
+            while block := one.recv(1 << 16):
+                if self._cut_at is not None and self._cut_at in block:
+                    self.is_cut.set()
+                if self.is_cut.is_set():
+                    other.sendall(block[: len(block) // 2])
+                    break
+                other.sendall(block)
+        except OSError:
+            pass
+        finally:
+            for end in (one, other):
+                end.close()
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[Wire]:
+    """The way to a new S3 server with one bucket; clients find it by the usual variables."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdout is not None
+    way = Wire(ast.literal_eval(server.stdout.readline()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{way.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        folder_of("s3://bucket").mkdir()
+        yield way
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def runs(wire: Wire, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder of the bucket."""
+    yield folder_of(f"s3://bucket/{request.node.name}")
+    wire.mend()
+
+
+def _state(step: int) -> dict[str, Any]:
+    return {"config": {"data": {}, "model": {}}, "vocabulary_hash": "", "trainer": {"step": step}}
+
+
+def _saved(folder: Path, run_dir: str) -> list[float]:
+    """Losses of steps 1 to 20; checkpoints of 5 and 10 are written meanwhile."""
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        checkpoints = checkpoint.Checkpoints(folder_of(run_dir), ranks, keep_last=1)
+        losses: list[float] = []
+        for step in (5, 10):
+            losses += run.losses(step - 4, step)
+            checkpoints.save(step, run.sharded, run.optimizer, _state(step))
+        losses += run.losses(11, 20)
+        checkpoints.wait()
+        return losses
+
+
+def _resumed(folder: Path, run_dir: str) -> list[float]:
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        path = checkpoint.find_checkpoint(folder_of(run_dir))
+        checkpoint.load(path, ranks, run.sharded, run.optimizer)
+        return run.losses(11, 20)
+
+
+def test_a_checkpoint_is_read_at_another_world_size(sample: PreparedDataset, runs: Path) -> None:
+    whole = run_ranks(_saved, 4, sample.folder, str(runs))[0]
+    assert checkpoint.complete_steps(runs) == [10]
+    assert [p.name for p in (runs / "checkpoints").iterdir()] == ["step_00000010"]
+    for size in (1, 2, 4):
+        resumed = run_ranks(_resumed, size, sample.folder, str(runs))[0]
+        assert difference(resumed, whole[10:]) <= 1e-6, size
+
+
+def _cut_while_saving(folder: Path, run_dir: str) -> str:
+    import s3fs
+
+    s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        run.save(folder_of(run_dir), 3)
+        with pytest.raises(CheckpointError) as caught:
+            run.save(folder_of(run_dir), 4)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "state.json"])
+def test_a_cut_in_a_save_is_one_line_and_leaves_the_checkpoint_before(
+    sample: PreparedDataset, wire: Wire, runs: Path, file: str
+) -> None:
+    wire.cut_at(f"step_00000004/{file}")
+    said = run_ranks(_cut_while_saving, 2, sample.folder, str(runs))
+    assert wire.is_cut.is_set()
+    wire.mend()
+    for message in said:
+        assert message.startswith(f"{checkpoint.checkpoint_path(runs, 4)}: cannot be written: ")
+        assert "\n" not in message
+    assert checkpoint.complete_steps(runs) == [3]
+    run_ranks(_loaded, 1, sample.folder, str(checkpoint.find_checkpoint(runs)))
+
+
+def _loaded(folder: Path, path: str) -> None:
+    with world("cpu") as ranks:
+        sharded = shard_for_inference(config_of(*SMALL), PreparedDataset(folder).manifest, ranks)
+        checkpoint.load(folder_of(path), ranks, sharded)
+
+
+def test_damage_is_found(sample: PreparedDataset, runs: Path) -> None:
+    run_ranks(_saved, 1, sample.folder, str(runs))
+    path = checkpoint.find_checkpoint(runs)
+    file = path / "__0_0.distcp"
+    whole = file.read_bytes()
+    for damage, what in ((whole[:-1] + b"?", "damaged: its checksum"), (None, "cannot be read")):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(AssertionError, match=rf"CheckpointError: {file}: {what}"):
+            run_ranks(_loaded, 1, sample.folder, str(path))
+
+
+def test_figures_are_written_anew_with_each_checkpoint(runs: Path, wire: Wire) -> None:
+    log = MetricsLog(runs, is_first=True, from_step=0)
+    log.write("train", step=1)
+    assert log.path.read_text() == ""
+    log.flush()
+    log.write("train", step=2)
+    log.write("valid", step=2)
+    assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 2, 2]
+    log = MetricsLog(runs, is_first=True, from_step=1)
+    log.write("end", step=3)
+    assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 3]
+
+
+def test_what_is_not_there_is_one_line(runs: Path) -> None:
+    with pytest.raises(DeepFMError, match="s3://nowhere/x: cannot be used: The specified bucket"):
+        MetricsLog(folder_of("s3://nowhere/x"), is_first=True, from_step=0)
+    with pytest.raises(ConfigError, match=r"nope://x: cannot be opened \(.*universal-pathlib"):
+        folder_of("nope://x")
+
+
+def test_a_run_of_and_in_a_bucket_cut_in_a_save_ends_as_a_local_one(
+    tmp_path: Path, runs: Path, wire: Wire
+) -> None:
+    for file in (ROOT / "data/sample").glob("*.?sv"):
+        (runs / "data" / file.name).write_bytes(file.read_bytes())
+    options = ["trainer={max_steps: 40, log_every_steps: 20}", "checkpoint.every_steps=10"]
+
+    def train(home: Path, ranks: int, *more: str) -> "subprocess.Popen[str]":
+        home.mkdir(exist_ok=True)
+        torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--max-restarts=1"]
+        return subprocess.Popen(
+            [sys.executable, "-m", *torchrun, "-m", "deepfm_dist.train", *options, *more],
+            cwd=home,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    local = train(tmp_path / "local", 2)
+    assert local.wait() == 0, local.communicate()[0]
+    wire.cut_at("step_00000020/__0_0")
+    remote = train(
+        tmp_path / "remote", 2, f"run.runs_root={runs / 'runs'}", f"data.root={runs / 'data'}"
+    )
+    assert wire.is_cut.wait(120)
+    assert remote.stdout is not None
+    output = ""
+    for line in remote.stdout:  # until the ranks give up
+        output += line
+        if "CheckpointError" in line:
+            break
+    wire.mend()
+    output += remote.communicate()[0]
+    assert remote.returncode == 0, output
+    assert "step_00000020: cannot be written" in output
+    assert "training goes on after step 10" in output
+    assert not (tmp_path / "remote/runs").exists()
+    assert lines(runs) == lines(tmp_path / "local")

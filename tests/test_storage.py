@@ -1,0 +1,53 @@
+"""Folders of a run on a disk; tests/launch/test_object_store.py has those behind a URL."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.storage import (
+    brief,
+    delete_tree,
+    folder_of,
+    is_of_storage,
+    is_remote,
+    told_in_one_line,
+    written_as_a_whole,
+)
+
+
+def test_a_local_folder_is_a_path() -> None:
+    assert folder_of("runs") == Path("runs")
+    assert not is_remote(folder_of("runs"))
+
+
+def test_a_url_without_a_library_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(ConfigError, match=r"s3://b: cannot be opened .*pip install universal-path"):
+        folder_of("s3://b")
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with written_as_a_whole(path) as aside:
+        aside.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    with pytest.raises(ZeroDivisionError), written_as_a_whole(path) as aside:
+        aside.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "whole"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    delete_tree(path.parent)
+    delete_tree(path.parent)
+    assert not path.parent.exists()
+
+
+def test_local_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, told_in_one_line(tmp_path):
+        (tmp_path / "nothing").read_text()
+    assert is_of_storage(caught.value)
+    assert brief(caught.value) == "No such file or directory"
+    assert not is_of_storage(ValueError("x"))
+    assert brief(ValueError("")) == "ValueError"
