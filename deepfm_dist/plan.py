@@ -43,7 +43,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, imagined_world, plan
     from deepfm_dist.distributed.sharding import NoRoom
-    from deepfm_dist.report import plan_table
+    from deepfm_dist.report.tables import plan_table
 
     size = arguments.world_size
     per_machine = arguments.local_world_size or min(8, size)

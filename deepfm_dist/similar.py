@@ -17,7 +17,7 @@ def _similar(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.similarity import similar_items
-    from deepfm_dist.report import ranking_table
+    from deepfm_dist.report.tables import ranking_table
     from deepfm_dist.runs import open_trained
 
     asked = config.similar

@@ -21,7 +21,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.runs import begin
+    from deepfm_dist.runs import begin, write_plan
     from deepfm_dist.training.evaluation import HeldOut
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
@@ -52,6 +52,8 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
             )
             or (None, LoopState())
         )
+        if ranks.is_first:
+            write_plan(run_dir, sharded, ranks)
         if path is not None:
             load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
         checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)

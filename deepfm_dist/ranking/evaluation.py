@@ -22,6 +22,7 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
+from deepfm_dist.ranking.profiles import Groups, Insight, examples, profile
 from deepfm_dist.ranking.ranker import (
     Catalogue,
     FixedRanker,
@@ -32,6 +33,8 @@ from deepfm_dist.ranking.ranker import (
 )
 
 log = logging.getLogger(__name__)
+LOGGED = ("figures", "intervals", "differences")
+"""Of a comparison, what a run's metrics keep."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Comparison:
         intervals: by ranking, the 95 % bootstrap interval of each mean over users.
         differences: by ranking but the model's, the same of the model's mean minus this ranking's,
             user by user.
+        insight: what lies behind the figures.
     """
 
     figures: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, tuple[float, float]]]
     differences: dict[str, dict[str, tuple[float, float]]]
+    insight: Insight
 
 
 def evaluate_ranking(
@@ -112,7 +117,9 @@ def evaluate_ranking(
         )
     counts = dataset.popularity()
     n_active = int((dataset.history.lengths > 0).sum())
-    figures, samples = {}, {}
+    activity = Groups.by_quantile(dataset.history.lengths[users])
+    popularity = Groups.by_quantile(counts[relevant.values])
+    figures, samples, profiles, shown = {}, {}, {}, []
     for name, ranker in makers.items():
         positions = gather_ranked(
             rank_users(ranker(), seen, max(cutoffs), world), max(cutoffs), world
@@ -122,6 +129,9 @@ def evaluate_ranking(
             of_users = user_metrics(ranked, relevant, cutoffs, counts, n_active)
             figures[name] = means(of_users) | coverage(ranked, cutoffs, len(catalogue))
             samples[name] = resampled_means(of_users)
+            profiles[name] = profile(ranked, relevant, activity, popularity)
+            if name == "model":
+                shown = examples(users, ranked, dataset.history, relevant)
     if not world.is_first:
         return None
     ours = samples["model"]
@@ -133,6 +143,14 @@ def evaluate_ranking(
             for name, of in samples.items()
             if name != "model"
         },
+        Insight(
+            profiles,
+            len(users),
+            activity.bounds,
+            len(relevant.values),
+            popularity.bounds,
+            shown,
+        ),
     )
 
 

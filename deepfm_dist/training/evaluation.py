@@ -10,7 +10,7 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, padded
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
-from deepfm_dist.training.metrics import click_metrics
+from deepfm_dist.training.metrics import Calibration, calibration_curve, click_metrics
 
 BLOCK_ROWS = 8192
 
@@ -34,13 +34,26 @@ class HeldOut:
             model: the sharded task in eval mode.
             world: the ranks.
         """
+        logits = self.logits(model, world)
+        return {} if logits is None else self.figures(logits)
+
+    def logits(self, model: nn.Module, world: World) -> npt.NDArray[np.float32] | None:
+        """``[n]`` logits of all rows on rank 0; None elsewhere. All ranks."""
         scored = score_rows(model, world, self.rows.n, BLOCK_ROWS, self._block)
         pieces = world.gather([logits for _, logits in scored])
         if pieces is None:
-            return {}
-        logits = np.concatenate([block for piece in pieces for block in piece])
+            return None
+        return np.concatenate([block for piece in pieces for block in piece])
+
+    def figures(self, logits: npt.NDArray[np.float32]) -> dict[str, float]:
+        """The figures of `click_metrics`."""
         assert self.rows.labels is not None
         return click_metrics(self.rows.labels, logits, self.rows.users)
+
+    def calibration(self, logits: npt.NDArray[np.float32]) -> Calibration:
+        """`calibration_curve` of the rows."""
+        assert self.rows.labels is not None
+        return calibration_curve(self.rows.labels, logits)
 
     def _block(self, begin: int, end: int) -> Batch:
         return collate_rows(self._collate, self.rows, begin, end, BLOCK_ROWS)
