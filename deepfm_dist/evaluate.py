@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "",
+    "--config sample evaluate.k=[5,10,20] evaluate.baselines=[popularity,ease]",
+    "torchrun --config mine.yaml evaluate.split=valid",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("evaluate", "Measure a trained model on held-out rows.", _evaluate, argv)
+    return run(
+        "evaluate", "Measure a trained model on held-out rows.", _evaluate, argv, None, EXAMPLES
+    )
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:

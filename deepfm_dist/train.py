@@ -8,10 +8,18 @@ from dataclasses import asdict
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "",
+    "--config sample model.embedding_dim=32 optimizer.tables.lr=0.1",
+    "torchrun --config mine.yaml trainer.monitor=auc trainer.patience=2",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("train", "Train a DeepFM, preparing the data if need be.", _train, argv)
+    return run(
+        "train", "Train a DeepFM, preparing the data if need be.", _train, argv, None, EXAMPLES
+    )
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:

@@ -131,7 +131,7 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     for told in ("70,000", "2 x cpu", "row_wise", "0.1250 - 0.8750", "12,345 rows/s", "0.50 GiB"):
         assert told in text
     assert "run: {name: &lt;invented&gt;}" in text
-    assert "--config" in text and str(page.parent / "config.yaml") in text
+    assert f"--run {page.parent}" in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([^")]*)', text)) <= set(ids)

@@ -99,7 +99,7 @@ def write_page(
     page = environment.get_template("report.html").render(
         version=__version__,
         run=folder.name,
-        config_file=folder / "config.yaml",
+        folder=folder,
         config=config_yaml,
         checkpoint=checkpoint.name,
         manifest=dataset.manifest,
