@@ -43,7 +43,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(
             f"serving needs {error.name}, which is not installed; "
-            f"pip install fastapi uvicorn prometheus-client"
+            f"pip install fastapi 'uvicorn[standard]' prometheus-client"
         ) from None
     from deepfm_dist.distributed.world import world
     from deepfm_dist.runs import find_finished

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import generate_latest
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -121,6 +127,7 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
         version=__version__,
         description=f"Recommendations of run {live.name}, step {live.step:,}.",
     )
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
     registry = CollectorRegistry()
     app.add_middleware(_Limited)
     app.add_middleware(_Watched, registry=registry)
@@ -170,16 +177,16 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
         found = islice((name for name in live.users if name.startswith(q)), limit)
         return Users(total=len(live.users), ids=list(found))
 
-    @app.get("/users/{user_id}", responses=NOT_FOUND)
+    @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
+    async def recommendations(user_id: Id, k: K = 10) -> Ranking:
+        """A user's best unseen items of the whole catalogue; the score is the logit."""
+        return _ranking(live.recommend(user_id, k))
+
+    @app.get("/users/{user_id:path}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
         """A user's latest items of training."""
         latest, total = live.history(user_id, limit)
         return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
-
-    @app.get("/users/{user_id}/recommendations", responses=NOT_FOUND)
-    async def recommendations(user_id: Id, k: K = 10) -> Ranking:
-        """A user's best unseen items of the whole catalogue; the score is the logit."""
-        return _ranking(live.recommend(user_id, k))
 
     @app.post("/recommend", responses=NOT_FOUND | NOT_ABLE | NOT_READABLE)
     async def recommend(described: Described) -> Ranking:
@@ -194,7 +201,7 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
         """Items by a part of their title."""
         return Items(items=[_item(card) for card in live.find(q, limit)])
 
-    @app.get("/items/{item_id}/similar", responses=NOT_FOUND | NOT_ABLE)
+    @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
     async def similar(item_id: Id, k: K = 10) -> Ranking:
         """The items most similar to one; the score is the cosine."""
         return _ranking(live.similar(item_id, k))
@@ -273,6 +280,6 @@ class _Watched:
             await self._app(scope, receive, told)
         finally:
             # By template: ids would give every user a line of their own.
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path_format", "other")
             self._count.labels(route, str(status)).inc()
             self._seconds.labels(route).observe(time.perf_counter() - begun)

@@ -12,14 +12,16 @@ from safetensors import safe_open
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import ABSENT, PreparedDataset, padded
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.ranker import Catalogue, ModelRanker
+from deepfm_dist.ranking.catalogue import Side
+from deepfm_dist.ranking.engine import USER_BLOCK
+from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import Finished
 
@@ -36,10 +38,28 @@ class Unsupported(Exception):
 
 
 class _OneByOne(ModelRanker):
-    """Looks users up as they come, instead of in blocks."""
+    """Takes users as they come: what the model makes of them is kept, or made as they come."""
+
+    _kept_users: Side | None = None
+
+    def keep_users(self, n: int, memory_bytes: int) -> None:
+        """Computes the side of all user rows from 1 to n, where it fits the memory."""
+        first = self._side("user", np.ones(1, np.int32))
+        if n * sum(t.nbytes for t in first.tensors) > memory_bytes:
+            return
+        everyone = np.arange(1, n + 1, dtype=np.int32)
+        blocks = [
+            self._side("user", padded(everyone[b : b + USER_BLOCK], USER_BLOCK, ABSENT))
+            for b in range(0, n, USER_BLOCK)
+        ]
+        sides = (torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True))
+        self._kept_users = Side(*sides)
 
     def _user_sides(self, begin: int, end: int, height: int) -> Any:
-        return self.engine.users([self._side("user", self._users[begin:end])])
+        if self._kept_users is None:
+            return self.engine.users([self._side("user", self._users[begin:end])])
+        row = int(self._users[begin]) - 1
+        return self.engine.users([self._kept_users[row : row + 1]])
 
 
 class Live:
@@ -65,6 +85,9 @@ class Live:
         model = exported_model(found, export, world)
         nobody = np.zeros(0, np.int32)
         self._ranker = _OneByOne(model, world, dataset, self._catalogue, nobody, context)
+        self._ranker.keep_users(
+            dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
+        )
         self._positives = [dataset.positives(split) for split in config.recommend.mask]
         self._history = dataset.history
         self._vectors = None
@@ -208,5 +231,5 @@ def _weights(export: Path) -> dict[str, torch.Tensor]:
 
 
 def _rows(dataset: PreparedDataset, entity: str) -> Mapping[str, int]:
-    ids = dataset.entity_ids(entity).to_pylist()
-    return {name: row for row, name in enumerate(ids) if row != OUT_OF_VOCABULARY}
+    rows, ids = in_id_order(dataset, entity)
+    return dict(zip(ids.to_pylist(), rows.tolist(), strict=True))
