@@ -6,21 +6,23 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.errors import DeepFMError, RankLost
+from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
+from deepfm_dist.terminal import coloured
 
 # Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
-_EXAMPLES = """\
-examples:
-  python -m deepfm_dist.{name}
-  python -m deepfm_dist.{name} --config sample model.embedding_dim=32
-  torchrun --nproc_per_node=4 -m deepfm_dist.{name} --config my.yaml data.root=/data
-"""
+EXAMPLES = (
+    "",
+    "--config sample run.threads=2",
+    "torchrun --config mine.yaml data.root=/data",
+)
+"""Arguments worth showing; with several ranks where torchrun comes first."""
 
 
 def run(
@@ -29,6 +31,7 @@ def run(
     work: Callable[[Config, argparse.Namespace], None],
     argv: Sequence[str] | None,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    examples: Sequence[str] = EXAMPLES,
 ) -> int:
     """Parses the command line, checks the installation, calls the work.
 
@@ -38,6 +41,7 @@ def run(
         work: takes the configuration and the command's own arguments.
         argv: arguments; default: the process's.
         add_arguments: adds the command's own arguments.
+        examples: of its arguments, for --help; see `EXAMPLES`.
 
     Returns:
         0 done, 2 the user's mistake (one line on stderr). A bug leaves its traceback, and 1.
@@ -45,12 +49,14 @@ def run(
     parser = argparse.ArgumentParser(
         prog=f"python -m deepfm_dist.{name}",
         description=description,
-        epilog=_EXAMPLES.format(name=name),
+        epilog="examples:\n" + "".join(_example(name, text) for text in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--config", metavar="FILE", help="YAML file or name of a bundled one (default: sample)"
     )
+    source.add_argument("--run", metavar="FOLDER", help="a run whose settings to take: runs/sample")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
@@ -63,7 +69,7 @@ def run(
     arguments = parser.parse_intermixed_args(argv)
     _log_to_stderr(arguments.quiet)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = _config_of(arguments)
         if arguments.print_config:
             print(config.to_yaml(), end="")
             return EXIT_OK
@@ -75,7 +81,8 @@ def run(
         # Every rank of a launch makes the same mistake; rank 0 says so. A mistake of one rank
         # alone shows as root cause in torchrun's own summary.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            name = coloured(type(error).__name__, "red", sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         _tell_torchrun(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -84,6 +91,27 @@ def run(
         _tell_torchrun(error)
         raise
     return EXIT_OK
+
+
+def _config_of(arguments: argparse.Namespace) -> Config:
+    if arguments.run is None:
+        return load_config(arguments.config, arguments.overrides)
+    folder = Path(arguments.run)
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"--run {folder}: no run; the folder of one, such as runs/sample, has a config.yaml: "
+            f"python -m deepfm_dist.train makes it"
+        )
+    where = [f"run.runs_root={folder.parent}", f"run.name={folder.name}"]
+    return load_config(str(file), [*where, *arguments.overrides])
+
+
+def _example(name: str, arguments: str) -> str:
+    launcher, _, rest = arguments.partition(" ")
+    if launcher == "torchrun":
+        return f"  torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}\n"
+    return f"  python -m deepfm_dist.{name} {arguments}".rstrip() + "\n"
 
 
 def _tell_torchrun(error: Exception) -> None:
@@ -95,11 +123,16 @@ def _tell_torchrun(error: Exception) -> None:
 
 
 def _log_to_stderr(quiet: bool) -> None:
-    """Our lines at INFO, others' from WARNING on, without the noise we know to be harmless."""
+    """Our lines at INFO, others' from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     is_first = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if is_first and not quiet else logging.WARNING
     logging.getLogger("deepfm_dist").setLevel(level)
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """Hides what torch and torchrec say that is known to be harmless, or reaches us otherwise."""
     for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their errors reach us as exceptions
     for category in (FutureWarning, DeprecationWarning, UserWarning):

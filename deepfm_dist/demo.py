@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from deepfm_dist.terminal import coloured
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs prepare, train, evaluate and recommend; stops at the first that fails.
@@ -14,7 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the last command that ran.
     """
-    parser = argparse.ArgumentParser(prog="python -m deepfm_dist.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m deepfm_dist.demo",
+        description=__doc__,
+        epilog="examples:\n  python -m deepfm_dist.demo --nproc 1 trainer.epochs=2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"
     )
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (torchrun, "recommend"),
     ):
         command = [*launcher, f"deepfm_dist.{name}", *arguments.overrides]
-        print(f"\n$ {shlex.join(command)}", flush=True)
+        print(coloured(f"\n$ {shlex.join(command)}", "bold"), flush=True)
         code = subprocess.run(_here(command), check=False).returncode
         if code != 0:
             print(f"{name} failed: exit code {code}", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Any
 
 from deepfm_dist import __version__, environment
 from deepfm_dist.environment import Problem
+from deepfm_dist.terminal import coloured
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "numba")
 _GIB = 2**30
@@ -122,7 +123,12 @@ def self_test(device: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the examination; 0 if all is fine, 2 if a fatal problem was found."""
-    parser = argparse.ArgumentParser(prog="deepfm-doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m deepfm_dist.doctor",
+        description=__doc__.splitlines()[0],
+        epilog="examples:\n  python -m deepfm_dist.doctor --device cuda --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
@@ -159,6 +165,10 @@ def _torch_devices() -> dict[str, Any]:
     }
 
 
+def _heading(fatal: bool) -> str:
+    return coloured("PROBLEM", "red") if fatal else coloured("warning", "yellow")
+
+
 def _as_text(report: dict[str, Any]) -> str:
     devices = report["devices"]
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
@@ -180,7 +190,7 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     lines = [f"{name:<15} {value}" for name, value in rows]
     for problem in report["problems"]:
-        lines.append(f"{'PROBLEM' if problem['fatal'] else 'warning'}: {problem['what']}")
+        lines.append(f"{_heading(problem['fatal'])}: {problem['what']}")
         lines.append(f"   cure: {problem['cure']}")
     return "\n".join([*lines, *([] if report["problems"] else ["no problems found"])])
 

@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "",
+    "--config sample evaluate.k=[5,10,20] evaluate.baselines=[popularity,ease]",
+    "torchrun --config mine.yaml evaluate.split=valid",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("evaluate", "Measure a trained model on held-out rows.", _evaluate, argv)
+    return run(
+        "evaluate", "Measure a trained model on held-out rows.", _evaluate, argv, None, EXAMPLES
+    )
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
     from deepfm_dist.build import baselines_of, deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.ranking.evaluation import evaluate_ranking
-    from deepfm_dist.report import metrics_table
+    from deepfm_dist.ranking.evaluation import LOGGED, evaluate_ranking
+    from deepfm_dist.report.tables import metrics_table
     from deepfm_dist.runs import open_trained
     from deepfm_dist.training.evaluation import HeldOut
 
@@ -35,7 +41,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 f"{dataset.folder}: the {split} split has no rows"
                 + ("; it was refit on all of them" if dataset.manifest.data.refit else "")
             )
-        rows = HeldOut(dataset, split).metrics(trained.sharded, ranks)
+        measured = HeldOut(dataset, split).measured(trained.sharded, ranks)
         comparison = None
         if dataset.manifest.data.task == "implicit":
             reference = config.evaluate.reference
@@ -50,11 +56,26 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 config.data_root / reference if reference else None,
             )
         metrics = MetricsLog(config.run_dir, ranks.is_first)
-        if ranks.is_first:
-            rankings = asdict(comparison) if comparison else {}
-            metrics.write("evaluate", split=split, rows=rows, **rankings)
+        if measured is not None:  # rank 0
+            rows = measured.figures
+            found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
+            metrics.write("evaluate", split=split, rows=rows, **found)
             print(metrics_table(split, rows, comparison, cutoffs))
             print(f"\nwritten: {metrics.path}")
+            from deepfm_dist.report.page import write_page  # draws: slow to import
+
+            page = write_page(
+                config.run_dir,
+                trained.config.to_yaml(),
+                trained.checkpoint,
+                dataset,
+                split,
+                rows,
+                measured.calibration,
+                comparison,
+                cutoffs,
+            )
+            print(f"written: {page}")
 
 
 if __name__ == "__main__":

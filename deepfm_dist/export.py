@@ -4,16 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+if TYPE_CHECKING:
+    from deepfm_dist.runs import Finished
+
 MAX_FILE_BYTES = 5_000_000_000
+EXAMPLES = ("", "--config mine.yaml --output /models/mine --max-file-bytes 2000000000")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("export", "Write a model as safetensors.", _export, argv, _add_arguments)
+    return run("export", "Write a model as safetensors.", _export, argv, _add_arguments, EXAMPLES)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +35,32 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.data.export import copy_vocabularies, describe_fields
-    from deepfm_dist.distributed.export import export_folder, write_config, write_weights
     from deepfm_dist.runs import find_finished
 
     found = find_finished(config, arguments.overrides)
     target = Path(arguments.output or found.config.output_dir / "export")
+    tensors = export(found, target, arguments.max_file_bytes)
+    print(f"{target}: {tensors} tensors, {len(found.dataset.manifest.tables)} tables")
+
+
+def export(found: "Finished", target: Path, max_file_bytes: int = MAX_FILE_BYTES) -> int:
+    """Writes a finished run's model into a folder.
+
+    Args:
+        found: the run.
+        target: the folder, which may hold an earlier export.
+        max_file_bytes: bytes of weights in one file.
+
+    Returns:
+        How many tensors there are.
+    """
+    from deepfm_dist.data.export import copy_vocabularies, describe_fields
+    from deepfm_dist.distributed.export import export_folder, write_config, write_weights
+
     model = found.config.model
     with export_folder(target) as folder:
         columns = model.embedding_dim + 1 if model.fm or model.deep else 1
-        weights = write_weights(found.checkpoint, folder, columns, arguments.max_file_bytes)
+        weights = write_weights(found.checkpoint, folder, columns, max_file_bytes)
         copy_vocabularies(found.dataset, folder)
         write_config(
             folder,
@@ -49,7 +70,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> None:
             model=model.model_dump(mode="json"),
             fields=describe_fields(found.dataset),
         )
-    print(f"{target}: {len(weights)} tensors, {len(found.dataset.manifest.tables)} tables")
+    return len(weights)
 
 
 if __name__ == "__main__":

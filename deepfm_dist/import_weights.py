@@ -10,11 +10,16 @@ from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import CheckpointError, ConfigError
 
+EXAMPLES = (
+    "model.pt --config notebook run.name=imported",
+    "model.pt --config notebook --fields user,item,genre --ids genre=genres.txt",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     description = "Make a checkpoint of a notebook's DeepFM."
-    return run("import_weights", description, _import, argv, _add_arguments)
+    return run("import_weights", description, _import, argv, _add_arguments, EXAMPLES)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

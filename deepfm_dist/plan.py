@@ -9,11 +9,17 @@ from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError
 
 GIB = 1 << 30
+EXAMPLES = (
+    "--config mine.yaml --world-size 8",
+    "--world-size 64 --hbm-gib 141 --rows user=1_000_000_000 --rows item=5_000_000 --rows genre=50",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("plan", "Say whether a model fits so many GPUs.", _plan, argv, _add_arguments)
+    return run(
+        "plan", "Say whether a model fits so many GPUs.", _plan, argv, _add_arguments, EXAMPLES
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +49,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, imagined_world, plan
     from deepfm_dist.distributed.sharding import NoRoom
-    from deepfm_dist.report import plan_table
+    from deepfm_dist.report.tables import plan_table
 
     size = arguments.world_size
     per_machine = arguments.local_world_size or min(8, size)

@@ -8,10 +8,15 @@ from pathlib import Path
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "--config sample --input rows.csv --output scores.parquet",
+    "torchrun --config mine.yaml --input rows.parquet",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("predict", "Score the rows of a file.", _predict, argv, _add_arguments)
+    return run("predict", "Score the rows of a file.", _predict, argv, _add_arguments, EXAMPLES)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,17 +7,25 @@ from collections.abc import Sequence
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "",
+    "--config sample recommend.k=20 recommend.users=[4,6]",
+    "torchrun --config mine.yaml recommend.block_items=sold_out.csv",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("recommend", "Write every user's best unseen items.", _recommend, argv)
+    return run(
+        "recommend", "Write every user's best unseen items.", _recommend, argv, None, EXAMPLES
+    )
 
 
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.recommendation import Wanted, recommend
-    from deepfm_dist.report import ranking_table
+    from deepfm_dist.report.tables import ranking_table
     from deepfm_dist.runs import open_trained
 
     asked = config.recommend

@@ -1,8 +1,9 @@
 """A run's folder: what training goes on from, and what a finished run is read back as."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.sharding import placed_tables
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
 _WHERE_DATA_IS = ("data.root", "data.name")
+PLAN = "plan.json"
 
 
 def begin(
@@ -65,6 +68,13 @@ def begin(
         )
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
         return path, state
+
+
+def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) -> None:
+    """Writes ``plan.json`` into the run's folder: the ranks, and a line per table. Rank 0."""
+    tables = [asdict(line) for line in placed_tables(sharded)]
+    plan = {"ranks": world.world_size, "device": world.device.type, "tables": tables}
+    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:

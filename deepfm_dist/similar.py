@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = ("", "--config sample similar.k=5 similar.metric=inner_product")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("similar", "Write every item's most similar items.", _similar, argv)
+    return run("similar", "Write every item's most similar items.", _similar, argv, None, EXAMPLES)
 
 
 def _similar(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.similarity import similar_items
-    from deepfm_dist.report import ranking_table
+    from deepfm_dist.report.tables import ranking_table
     from deepfm_dist.runs import open_trained
 
     asked = config.similar

@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 
+EXAMPLES = (
+    "",
+    "--config sample model.embedding_dim=32 optimizer.tables.lr=0.1",
+    "torchrun --config mine.yaml trainer.monitor=auc trainer.patience=2",
+)
+
 if TYPE_CHECKING:
     from deepfm_dist.distributed.world import World
     from deepfm_dist.training.trainer import LoopState
@@ -16,7 +22,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("train", "Train a DeepFM, preparing the data if need be.", _train, argv)
+    return run(
+        "train", "Train a DeepFM, preparing the data if need be.", _train, argv, None, EXAMPLES
+    )
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
@@ -51,7 +59,7 @@ def train_on(
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.runs import begin
+    from deepfm_dist.runs import begin, write_plan
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
     from deepfm_dist.training.trainer import LoopState, train
@@ -78,6 +86,8 @@ def train_on(
         )
         or (None, LoopState())
     )
+    if ranks.is_first:
+        write_plan(run_dir, sharded, ranks)
     if path is not None:
         load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
     checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)

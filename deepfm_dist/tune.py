@@ -28,7 +28,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.checkpoint import keep_checkpoints
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DeepFMError
-    from deepfm_dist.report import trials_table
+    from deepfm_dist.report.tables import trials_table
     from deepfm_dist.train import train_on
     from deepfm_dist.training.trainer import NonFiniteLoss
 

@@ -2,7 +2,10 @@
 
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +62,18 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("DEEPFM_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A headless Chromium of this machine, driven by Playwright; or a skip."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser to look at pages with (none of {', '.join(names)})")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # Containers have no sandbox to offer; what is shown is our own pages.
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

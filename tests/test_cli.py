@@ -1,16 +1,33 @@
 """Exit codes and one-line mistakes."""
 
+import importlib
+import io
 import json
 import logging
 import re
+import shlex
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from deepfm_dist import cli, demo, evaluate, predict, prepare, recommend, similar, train
+from deepfm_dist import (
+    __main__,
+    cli,
+    demo,
+    doctor,
+    evaluate,
+    predict,
+    prepare,
+    recommend,
+    similar,
+    terminal,
+    train,
+)
 from deepfm_dist.config import load_config
 
+ROOT = Path(__file__).parents[1]
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -145,3 +162,51 @@ def test_the_demo_refuses_a_number_of_ranks_that_is_none(
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--nproc", nproc])
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"'{nproc}' is no number of ranks")
+
+
+def test_the_commands_are_listed_and_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert __main__.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for target in scripts.values():
+        name = target.removeprefix("deepfm_dist.").removesuffix(":main")
+        [line] = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line) > 40
+    assert __main__.main(["trian"]) == 2
+    assert capsys.readouterr().err == "ConfigError: trian: no such command; did you mean train?\n"
+    assert __main__.main(["prepare", "--print-config", "run.seed=9"]) == 0
+    assert "seed: 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", __main__.commands())
+def test_help_shows_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"deepfm_dist.{name}").main
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert f"usage: python -m deepfm_dist.{name}" in text
+    examples = re.findall(rf"-m deepfm_dist\.{name}\b *(.*)", text.partition("examples:")[2])
+    assert examples
+    if main in (demo.main, doctor.main):
+        return
+    for example in examples:
+        # What an example names is the reader's.
+        named = re.sub(r"--run \S+", "--config sample", example.replace("mine.yaml", "sample"))
+        arguments = [a for a in shlex.split(named) if not a.startswith("recommend.context")]
+        assert main(["--print-config", *arguments]) == 0, example
+        capsys.readouterr()
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal.coloured("no", "red", io.StringIO()) == "no"
+    assert terminal.coloured("yes", "red", Terminal()) == "\033[31myes\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.coloured("no", "red", Terminal()) == "no"

@@ -7,7 +7,7 @@ import deepfm_dist
 
 PACKAGE = Path(deepfm_dist.__file__).parent
 LEVELS = {
-    "errors": 0, "section": 0, "compiled": 0, "storage": 1, "seeding": 1, "log": 2,
+    "errors": 0, "section": 0, "compiled": 0, "terminal": 0, "storage": 1, "seeding": 1, "log": 2,
     "environment": 2, "model": 3, "data": 4, "distributed": 4, "training": 5, "ranking": 5,
 }  # fmt: skip
 """Everything else (commands, config, build, report, cli) is on top."""
@@ -15,9 +15,9 @@ LEVELS = {
 
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
-    "export", "import_weights", "plan", "tune",
+    "export", "import_weights", "plan", "serve", "tune",
 }  # fmt: skip
-EDGES = COMMANDS | {"report", "build", "runs"}
+EDGES = COMMANDS | {"report", "build", "runs", "api"}
 """Where tables are made for people."""
 SHARDS = ("distributed", "build", "runs")
 """Where a sharded model is named."""
@@ -85,14 +85,16 @@ def test_the_model_knows_neither_files_nor_machines_and_configuration_stays_on_t
             target = parts[1]
             if room == "model" and target not in ("model", "errors", "section", "seeding"):
                 wrong.append(f"{path}: {name}")
-            if target == "config" and room not in COMMANDS | {"cli", "build", "runs"}:
+            if target == "config" and room not in COMMANDS | {"cli", "build", "runs", "api"}:
                 wrong.append(f"{path}: {name}")
     assert wrong == []
 
 
 def test_what_the_rules_speak_of_exists() -> None:
-    rooms = {room_of(path) for path in MODULES} - {"__init__"}
-    assert rooms == set(LEVELS) | COMMANDS | {"config", "cli", "build", "report", "runs"}
+    rooms = {room_of(path) for path in MODULES} - {"__init__", "__main__"}
+    assert rooms == set(LEVELS) | COMMANDS | {
+        *("config", "cli", "build", "report", "runs", "api", "serving"),
+    }
     assert any(
         name.startswith("torchrec.distributed") for path in MODULES for name in imports_of(path)
     )

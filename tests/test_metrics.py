@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import calibration as sk_calibration
 from sklearn import metrics as sk
 
-from deepfm_dist.training.metrics import auc, click_metrics, user_auc
+from deepfm_dist.training.metrics import auc, calibration_curve, click_metrics, user_auc
 
 rows = st.lists(st.tuples(st.integers(0, 1), st.integers(-4, 4)), min_size=2, max_size=40).filter(
     lambda pairs: len({label for label, _ in pairs}) == 2
@@ -100,3 +101,21 @@ def test_unknown_users_have_no_part_in_user_auc() -> None:
     figures = click_metrics(labels, logits, np.array([1, 1, 0, 0]))
     assert figures["user_auc"] == 1
     assert "user_auc" not in click_metrics(labels, logits)
+
+
+def test_calibration_compares_stretches_of_rows_as_scikit_learn_does() -> None:
+    random = np.random.default_rng(1)
+    probabilities = 1 / (1 + np.exp(-np.linspace(-4, 3, 1000)))
+    labels = (random.random(1000) < probabilities).astype(np.float64)
+    sums = np.stack([np.ones(1000), probabilities, labels])
+    found = calibration_curve(np.pad(sums, ((0, 0), (5, 5))))  # bins without rows
+    observed, predicted = sk_calibration.calibration_curve(
+        labels, probabilities, n_bins=20, strategy="quantile"
+    )
+    assert found.rows == [50] * 20
+    np.testing.assert_allclose(found.predicted, predicted)
+    np.testing.assert_allclose(found.observed, observed)
+    few = calibration_curve(sums[:, :3])
+    assert few.rows == [1, 1, 1]
+    assert few.predicted == probabilities[:3].tolist()
+    assert calibration_curve(sums * [[1], [0.5], [0.5]]).rows == [50] * 20

@@ -1,20 +1,37 @@
-"""Tables for people."""
+"""Tables for people, and the page of a run."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from deepfm_dist.data.cards import Cards
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import Written
-from deepfm_dist.report import metrics_table, ranking_table
+from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
+from deepfm_dist.report.page import write_page
+from deepfm_dist.report.tables import metrics_table, ranking_table
+from deepfm_dist.training.metrics import Calibration, click_metrics
+from tests.pages import watched
+
+NO_INSIGHT = Insight({}, 0, (), 0, (), [])
+PICTURES = {
+    "learning-log_loss", "learning-ne", "learning-auc", "calibration", "recall-over-k",
+    "ndcg-over-k", "by-activity", "by-popularity", "coverage", "times",
+}  # fmt: skip
 
 
 def test_figures_stand_beside_each_other() -> None:
     figures = {"model": {"recall@5": 0.5, "recall@10": 0.6}, "ease": {"recall@5": 0.25}}
     intervals = {"model": {"recall@5": (0.4, 0.6)}, "ease": {"recall@5": (0.2, 0.3)}}
-    comparison = Comparison(figures, intervals, {"ease": {"recall@5": (0.1, 0.4)}})
+    comparison = Comparison(figures, intervals, {"ease": {"recall@5": (0.1, 0.4)}}, NO_INSIGHT)
     lines = metrics_table("valid", {"auc": 0.75}, comparison, (5,)).splitlines()
     assert lines[0] == "valid rows"
     assert lines[1].split() == ["auc", "0.7500"]
@@ -49,3 +66,100 @@ def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_p
         f"written: {tmp_path / 'r.csv'}",
         f"written: {path}",
     ]
+
+
+@pytest.fixture
+def page(sample: PreparedDataset, tmp_path: Path) -> Path:
+    """The report of a run that never was, on the sample's users and items."""
+    folder = tmp_path / "invented"
+    folder.mkdir()
+    events = []
+    for step in range(50, 2001, 50):
+        figures = {"log_loss": 20 / step, "ne": 25 / step, "auc": 1 - 10 / step}
+        seconds = {"data": 0.5, "forward": 1.5}
+        events.append({"event": "train", "step": step, "rows_per_s": 12_345, "seconds": seconds})
+        events[-1] |= figures
+        if step % 500 == 0:
+            events.append({"event": "valid", "step": step, **figures, "user_auc": None})
+    events.append({"event": "end", "step": 2000, "peak_memory_gib": [0.25, 0.5]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    table = {"table": "user", "rows": 70_000, "row_width": 20, "sharding": "row_wise"}
+    plan = {"ranks": 2, "device": "cpu", "tables": [{**table, "ranks": "all", "kernel": "fused"}]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    random = np.random.default_rng(1)
+    labels = (random.random(500) < 0.2).astype(np.float32)
+    logits = random.normal(-1, 1, 500).astype(np.float32)
+    relevant = Jagged.from_pairs([0, 0, 1, 2], [7, 8, 9, 10], 3)
+    activity = Groups.by_quantile(np.array([3, 30, 3000]))
+    popularity = Groups.by_quantile(np.array([1, 2, 3, 4]))
+    orders = {"model": [[7, 1], [9, 1], [1, 10]], "popularity": [[1, 2], [1, 2], [1, 2]]}
+    profiles = {
+        name: profile(np.array(ranked), relevant, activity, popularity)
+        for name, ranked in orders.items()
+    }
+    figures = {"ndcg@2": 0.75, "coverage@2": 0.01}, {"ndcg@2": 0.25, "coverage@2": 0.005}
+    example = [Example(1, [7, 1], [3, 4, 5], [7, 8])]
+    comparison = Comparison(
+        dict(zip(orders, figures, strict=True)),
+        {name: {"ndcg@2": (0.125, 0.875)} for name in orders},
+        {"popularity": {"ndcg@2": (0.375, 0.625)}},
+        Insight(profiles, 3, activity.bounds, 4, popularity.bounds, example),
+    )
+    return write_page(
+        folder,
+        "run: {name: <invented>}\n",
+        Path("step_00002000"),
+        sample,
+        "test",
+        click_metrics(labels, logits),
+        Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
+        comparison,
+        (2,),
+    )
+
+
+def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> None:
+    text = page.read_text()
+    assert set(re.findall(r'<figure id="([^"]*)"', text)) == PICTURES
+    cards = Cards(sample)
+    for row in (7, 1, 3, 4, 5):
+        assert str(cards(row).title) in text
+        assert ", ".join(cards(row).tags) in text
+    assert text.count("✓ hit") == 1
+    assert "3 training items,\n      1 of 2 held-out items found" in text
+    assert "NDCG@2 0.7500 against 0.2500, 3.00 times as much" in text
+    for told in ("70,000", "2 x cpu", "row_wise", "0.1250 - 0.8750", "12,345 rows/s", "0.50 GiB"):
+        assert told in text
+    assert "run: {name: &lt;invented&gt;}" in text
+    assert f"--run {page.parent}" in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^")]*)', text)) <= set(ids)
+    assert not re.findall(r"#00ff\d\d", text)  # every stand-in has its colour
+
+
+def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
+    for scheme in ("light", "dark"):
+        tab = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
+        told = watched(tab)
+        tab.goto(page.as_uri())
+        assert told == []
+        for name in PICTURES:
+            drawn = tab.locator(f"#{name} svg path")
+            box = tab.locator(f"#{name} svg").bounding_box()
+            assert box["width"] > 250 and box["height"] > 150, name
+            assert drawn.count() > 5, name
+        # The pictures follow the page's colours, and nothing makes a telephone scroll sideways.
+        colours = tab.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document"
+            ".querySelector('#recall-over-k svg text')).fill]"
+        )
+        dark, light = (min(colours, key=_brightness), max(colours, key=_brightness))
+        assert colours == ([light, dark] if scheme == "light" else [dark, light])
+        assert _brightness(light) - _brightness(dark) > 150
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.close()
+
+
+def _brightness(colour: str) -> float:
+    return float(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))

@@ -177,26 +177,12 @@ def shard(
         else 0
     )
     placed = place(module, world, placements, default, batch_size, hbm_bytes)
-    plan, lines = {}, []
-    for config in ebc.embedding_bag_configs():
-        name, placement = config.name, placed[config.name]
-        generator: ParameterShardingGenerator
-        if placement.rank is None:
-            generator, ranks = row_wise(compute_kernel=kernel.value), "all"
-        else:
-            generator = table_wise(rank=placement.rank, compute_kernel=kernel.value)
-            ranks = str(placement.rank)
-        plan[name] = generator
-        lines.append(
-            PlacedTable(
-                name,
-                config.num_embeddings,
-                config.embedding_dim,
-                placement.kind,
-                ranks,
-                kernel.value,
-            )
-        )
+    plan: dict[str, ParameterShardingGenerator] = {
+        config.name: row_wise(compute_kernel=kernel.value)
+        if placed[config.name].rank is None
+        else table_wise(rank=placed[config.name].rank, compute_kernel=kernel.value)
+        for config in ebc.embedding_bag_configs()
+    }
     module_plan = construct_module_sharding_plan(
         ebc,
         plan,
@@ -224,7 +210,22 @@ def shard(
             static_graph=False, find_unused_parameters=True
         ),
     )
-    return sharded, lines
+    return sharded, placed_tables(sharded)
+
+
+def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
+    """The plan a model was sharded by, a line per table."""
+    [module_plan] = sharded.plan.plan.values()
+    lines = []
+    for name, table in module_plan.items():
+        sizes = [shard.shard_sizes for shard in table.sharding_spec.shards]
+        row_wise = table.sharding_type == ShardingType.ROW_WISE.value
+        ranks = "all" if row_wise else str(table.ranks[0])
+        n_rows, width = sum(rows for rows, _ in sizes), sizes[0][1]
+        lines.append(
+            PlacedTable(name, n_rows, width, table.sharding_type, ranks, table.compute_kernel)
+        )
+    return lines
 
 
 def place(

@@ -29,6 +29,7 @@ from deepfm_dist.ranking.metrics import (
     resampled_means,
     user_metrics,
 )
+from deepfm_dist.ranking.profiles import Groups, Insight, examples, profile
 from deepfm_dist.ranking.ranker import (
     Catalogue,
     FixedRanker,
@@ -41,6 +42,8 @@ from deepfm_dist.ranking.ranker import (
 log = logging.getLogger(__name__)
 RANKING_FIGURES = ("recall", "ndcg")
 """What validation while training says of rankings."""
+LOGGED = ("figures", "intervals", "differences")
+"""Of a comparison, what a run's metrics keep."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ class Comparison:
         intervals: by ranking, the 95 % bootstrap interval of each mean over users.
         differences: by ranking but the model's, the same of the model's mean minus this ranking's,
             user by user.
+        insight: what lies behind the figures.
     """
 
     figures: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, tuple[float, float]]]
     differences: dict[str, dict[str, tuple[float, float]]]
+    insight: Insight
 
 
 class HeldOutItems:
@@ -85,12 +90,12 @@ class HeldOutItems:
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
         before = SPLITS[: SPLITS.index(split)]
         self._seen = self.catalogue.seen_by(self.users, [dataset.positives(s) for s in before])
-        self._relevant = Jagged.from_pairs(
+        self.relevant = Jagged.from_pairs(
             np.repeat(np.arange(len(self.users)), relevant_of_all.lengths[self.users]),
             relevant_of_all.take(self.users)[1],
             len(self.users),
         )
-        self._counts = dataset.popularity()
+        self.counts = dataset.popularity()
         self._n_active = int((dataset.history.lengths > 0).sum())
 
     def measured(
@@ -102,7 +107,7 @@ class HeldOutItems:
         if positions is None:
             return None
         ranked = np.where(positions >= 0, self.catalogue.rows[positions], -1)
-        figures = user_metrics(ranked, self._relevant, cutoffs, self._counts, self._n_active)
+        figures = user_metrics(ranked, self.relevant, cutoffs, self.counts, self._n_active)
         return figures, ranked
 
     def metrics(
@@ -156,7 +161,7 @@ def evaluate_ranking(
         ConfigError: a baseline cannot be fitted on so many items.
     """
     held_out = HeldOutItems(dataset, split)
-    catalogue, users = held_out.catalogue, held_out.users
+    catalogue, users, relevant = held_out.catalogue, held_out.users, held_out.relevant
     fixed = RowEncoder(dataset).fixed_context(context)
     makers: dict[str, Callable[[], Ranker]] = {
         "model": lambda: ModelRanker(model, world, dataset, catalogue, users, fixed)
@@ -167,13 +172,18 @@ def evaluate_ranking(
         makers[reference.stem] = lambda: _reference_ranker(
             reference, dataset, catalogue, users, world
         )
-    figures, samples = {}, {}
+    activity = Groups.by_quantile(dataset.history.lengths[users])
+    popularity = Groups.by_quantile(held_out.counts[relevant.values])
+    figures, samples, profiles, shown = {}, {}, {}, []
     for name, ranker in makers.items():
         found = held_out.measured(ranker(), cutoffs, world)
         if found is not None:
             of_users, ranked = found
             figures[name] = means(of_users) | coverage(ranked, cutoffs, len(catalogue))
             samples[name] = resampled_means(of_users)
+            profiles[name] = profile(ranked, relevant, activity, popularity)
+            if name == "model":
+                shown = examples(users, ranked, dataset.history, relevant)
     if not world.is_first:
         return None
     ours = samples["model"]
@@ -185,6 +195,14 @@ def evaluate_ranking(
             for name, of in samples.items()
             if name != "model"
         },
+        Insight(
+            profiles,
+            len(users),
+            activity.bounds,
+            len(relevant.values),
+            popularity.bounds,
+            shown,
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,15 @@ from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
-from deepfm_dist.training.metrics import Tally, figures_of, mean_auc, row_sums
+from deepfm_dist.training.metrics import (
+    Calibration,
+    FloatArray,
+    Tally,
+    calibration_curve,
+    figures_of,
+    mean_auc,
+    row_sums,
+)
 
 BLOCK_ROWS = 8192
 RANKED_ROWS = 1 << 21
@@ -23,6 +32,19 @@ RANKED_ROWS = 1 << 21
 _RECORD = np.dtype([("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4")])
 _BINS = 1 << 16
 _Records = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What held-out rows say of a model.
+
+    Attributes:
+        figures: of `click_metrics`.
+        calibration: how far its probabilities are to be believed.
+    """
+
+    figures: dict[str, float]
+    calibration: Calibration
 
 
 class HeldOut:
@@ -42,7 +64,12 @@ class HeldOut:
         self._n_users = dataset.manifest.entities.get("user", 0)
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
-        """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks.
+        """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks."""
+        found = self.measured(model, world)
+        return {} if found is None else found.figures
+
+    def measured(self, model: nn.Module, world: World) -> Measured | None:
+        """Scores all rows, and measures them on rank 0; None elsewhere. All ranks.
 
         Args:
             model: the sharded task in eval mode.
@@ -70,23 +97,35 @@ class HeldOut:
             file.flush()
             n = file.tell() // _RECORD.itemsize
             records = np.memmap(file, _RECORD, "r", shape=n) if n else np.zeros(0, _RECORD)
-            figures = {"auc": _auc(records, world)}
+            area, bins = _auc(records, world)
+            figures = {"auc": area}
             if self._n_users:
                 figures["user_auc"] = _user_auc(records, self._n_users, world)
         gathered = world.gather(sums)
         if gathered is None:
-            return {}
-        return figures | figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
+            return None
+        figures |= figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
+        return Measured(figures, calibration_curve(bins))
 
 
-def _auc(records: _Records, world: World) -> float:
-    """`metrics.auc` of all ranks' rows, on rank 0: a stretch of scores after the other."""
+def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
+    """`metrics.auc` of all ranks' rows, on rank 0: a stretch of scores after the other.
+
+    Returns:
+        It, and what `metrics.calibration_curve` takes.
+    """
     wins = positives = negatives = 0.0
-    for tally in _tallies(records, world, _score_bins, by_user=False):
+    bins = np.zeros((3, _BINS))
+    for tally in _tallies(records, world, lambda rows: _score_bins(rows["logit"]), by_user=False):
         won, positive, negative = (float(v.sum()) for v in tally.by_group())
         wins += won + positive * negatives
         positives, negatives = positives + positive, negatives + negative
-    return wins / (positives * negatives) if positives and negatives else float("nan")
+        weight = tally.positive + tally.negative
+        predicted = weight / (1 + np.exp(-tally.scores.astype(np.float64)))
+        at = _score_bins(tally.scores)
+        bins += [np.bincount(at, w, _BINS) for w in (weight, predicted, tally.positive)]
+    area = wins / (positives * negatives) if positives and negatives else float("nan")
+    return area, bins
 
 
 def _user_auc(records: _Records, n_users: int, world: World) -> float:
@@ -99,9 +138,9 @@ def _user_auc(records: _Records, n_users: int, world: World) -> float:
     return total / weight if weight else float("nan")
 
 
-def _score_bins(rows: _Records) -> npt.NDArray[np.int64]:
+def _score_bins(logits: FloatArray) -> npt.NDArray[np.int64]:
     """``[n]`` in ``[0, _BINS)``, ascending with the score."""
-    return (ordered_bits(rows["logit"]) >> np.uint32(16)).astype(np.int64)
+    return (ordered_bits(logits.astype(np.float32)) >> np.uint32(16)).astype(np.int64)
 
 
 def _tallies(

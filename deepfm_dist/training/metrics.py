@@ -184,5 +184,38 @@ def click_metrics(
     return figures | figures_of(row_sums(labels, logits, weights))
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Rows in the order of their logits, cut into stretches of about as much weight each.
+
+    Attributes:
+        predicted: mean probability of each stretch.
+        observed: share of label 1.
+        rows: weight of its rows.
+    """
+
+    predicted: list[float]
+    observed: list[float]
+    rows: list[float]
+
+
+def calibration_curve(sums: FloatArray, stretches: int = 20) -> Calibration:
+    """Compares probabilities with what happened.
+
+    Args:
+        sums: ``[3, bins]`` of the rows whose logit falls into a bin, the lowest bin first: their
+            weight; and, times the weight, their probability and their label.
+        stretches: at most so many, each of whole bins.
+
+    Source: DeGroot, Fienberg, "The Comparison and Evaluation of Forecasters", 1983.
+    """
+    sums = sums[:, sums[0] > 0]
+    rows = sums[0]
+    begins = np.searchsorted(rows.cumsum() - rows, np.arange(stretches) / stretches * rows.sum())
+    begins = np.unique(begins[begins < len(rows)])
+    rows, predicted, observed = np.add.reduceat(sums, begins, axis=1)
+    return Calibration((predicted / rows).tolist(), (observed / rows).tolist(), rows.tolist())
+
+
 CLICK_FIGURES = tuple(click_metrics(np.array([0.0, 1.0]), np.zeros(2), np.ones(2, np.int32)))
 """Names of `click_metrics`."""

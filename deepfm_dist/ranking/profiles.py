@@ -1,0 +1,164 @@
+"""Where a ranking is good: at which depth, for which users, for which items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.ranking.metrics import hits
+
+FloatArray = npt.NDArray[np.float64]
+GROUPS, EXAMPLES = 5, 5
+"""Groups of users, and of items, of about one size each; users whose rankings are shown."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Values cut into stretches of about as many each; equal ones stay together.
+
+    Attributes:
+        of: ``[n]`` the group of each value.
+        bounds: by group, its least and its greatest value.
+    """
+
+    of: Int64Array
+    bounds: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def by_quantile(cls, values: Int64Array) -> "Groups":
+        """Cuts ``[n]`` values at their quantiles, into at most `GROUPS`."""
+        if len(values) == 0:
+            return cls(np.zeros(0, np.int64), ())
+        cuts = np.quantile(values, np.arange(1, GROUPS + 1) / GROUPS, method="inverted_cdf")
+        tops = np.unique(cuts).astype(np.int64)
+        of = np.searchsorted(tops, values)
+        bounds = [(int(values[of == g].min()), int(top)) for g, top in enumerate(tops)]
+        return cls(of.astype(np.int64), tuple(bounds))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Values of each group."""
+        return np.bincount(self.of, minlength=len(self.bounds)).tolist()
+
+    def means(self, figures: FloatArray) -> list[float]:
+        """Each group's mean of ``[n]`` figures."""
+        sums = np.bincount(self.of, figures, minlength=len(self.bounds))
+        return (sums / np.array(self.sizes)).tolist()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One ranking's figures, cut open.
+
+    Attributes:
+        recall: Recall@K at K = 1, 2, ...
+        ndcg: NDCG@K likewise.
+        by_activity: mean NDCG at the greatest K of each group of users.
+        by_popularity: of each group of held-out items, the share found at the greatest K.
+    """
+
+    recall: list[float]
+    ndcg: list[float]
+    by_activity: list[float]
+    by_popularity: list[float]
+
+
+def profile(ranked: Int64Array, relevant: Jagged, activity: Groups, popularity: Groups) -> Profile:
+    """Cuts the figures of a ranking open.
+
+    Args:
+        ranked: ``[U, K]`` items, best first; negative ones are empty places.
+        relevant: each user's relevant items, at least one each.
+        activity: groups of the U users.
+        popularity: groups of ``relevant.values``.
+    """
+    hit = hits(ranked, relevant)
+    n_relevant = relevant.lengths[:, None]
+    k = np.arange(1, ranked.shape[1] + 1)
+    discounts = 1 / np.log2(k + 1)
+    recall = hit.cumsum(1) / n_relevant
+    ndcg = (hit * discounts).cumsum(1) / discounts.cumsum()[np.minimum(n_relevant, k) - 1]
+    owners = np.repeat(np.arange(len(relevant)), relevant.lengths)
+    n = int(max(ranked.max(initial=0), relevant.values.max(initial=0))) + 1
+    wanted = owners * np.int64(n) + relevant.values
+    shown = (np.arange(len(ranked))[:, None] * np.int64(n) + ranked)[hit]
+    found = np.isin(wanted, shown).astype(np.float64)
+    return Profile(
+        recall.mean(0).tolist(),
+        ndcg.mean(0).tolist(),
+        activity.means(ndcg[:, -1]),
+        popularity.means(found),
+    )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A user's ranking beside what the user did.
+
+    Attributes:
+        user: row of the user table.
+        ranked: item rows, best first.
+        history: item rows of training, the latest last where times are known.
+        held_out: item rows that were to be found.
+    """
+
+    user: int
+    ranked: list[int]
+    history: list[int]
+    held_out: list[int]
+
+
+def examples(
+    users: npt.NDArray[np.integer],
+    ranked: Int64Array,
+    history: Jagged,
+    relevant: Jagged,
+) -> list[Example]:
+    """Some users, from the least to the most active.
+
+    Args:
+        users: ``[U]`` rows of the user table.
+        ranked: ``[U, K]`` item rows, best first; negative ones are empty places.
+        history: of every row of the user table.
+        relevant: of the U users.
+    """
+    by_activity = np.argsort(history.lengths[users], kind="stable")
+    places = np.linspace(0, max(len(users) - 1, 0), min(EXAMPLES, len(users)))
+    chosen = by_activity[places.round().astype(np.int64)]
+    return [
+        Example(
+            int(users[u]),
+            [int(item) for item in ranked[u] if item >= 0],
+            _row(history, int(users[u])),
+            _row(relevant, int(u)),
+        )
+        for u in chosen
+    ]
+
+
+def _row(lists: Jagged, row: int) -> list[int]:
+    values: Sequence[int] = lists.values[lists.offsets[row] : lists.offsets[row + 1]].tolist()
+    return list(values)
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What lies behind a comparison's figures.
+
+    Attributes:
+        profiles: by ranking.
+        n_users: users ranked for.
+        activity: bounds of their groups by training positives.
+        n_held_out: held-out items.
+        popularity: bounds of their groups by training positives.
+        examples: some users with the model's ranking.
+    """
+
+    profiles: dict[str, Profile]
+    n_users: int
+    activity: tuple[tuple[int, int], ...]
+    n_held_out: int
+    popularity: tuple[tuple[int, int], ...]
+    examples: list[Example]

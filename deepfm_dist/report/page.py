@@ -1,0 +1,289 @@
+"""``report.html`` of a run: one file with everything in it, for any browser, without a network."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from deepfm_dist import __version__
+from deepfm_dist.data.cards import Card, Cards
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.ranking.evaluation import Comparison
+from deepfm_dist.ranking.profiles import Insight
+from deepfm_dist.report.plots import Plot, Plotter
+from deepfm_dist.training.metrics import Calibration
+
+SHOWN_HISTORY = 10
+"""Latest items of a user's history that are shown."""
+MAIN = "model"
+
+_LEARNING = {
+    "log_loss": ("Log loss", "Mean cross-entropy in nats; lower is better."),
+    "ne": ("Normalised entropy", "Log loss as a share of what the mean label gives; 1 is no use."),
+    "auc": ("AUC", "Chance that a positive row scores above a negative one; 0.5 is no use."),
+}
+_MEANING = {
+    "auc": "chance that a positive row scores above a negative one; 0.5 is guessing",
+    "user_auc": "the same within each user, weighted by rows",
+    "log_loss": "mean cross-entropy in nats; lower is better",
+    "ne": "log loss as a share of what the mean label gives; below 1 is better than that",
+    "calibration": "mean prediction over mean label; 1 is right",
+    "accuracy": "rows whose probability is on the label's side of one half",
+    "majority_rate": "accuracy of always giving the more frequent label",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the model stands beside another ranking, in words."""
+
+    than: str
+    text: str
+    kind: str
+
+
+def write_page(
+    folder: Path,
+    config_yaml: str,
+    checkpoint: Path,
+    dataset: PreparedDataset,
+    split: str,
+    rows: Mapping[str, float],
+    calibration: Calibration,
+    comparison: Comparison | None,
+    cutoffs: Sequence[int],
+) -> Path:
+    """Writes the report of a run. Rank 0.
+
+    Args:
+        folder: of the run, with its ``metrics.jsonl`` and ``plan.json``.
+        config_yaml: the settings in force.
+        checkpoint: what was measured.
+        dataset: the prepared dataset.
+        split: valid or test.
+        rows: figures on its rows.
+        calibration: on its rows.
+        comparison: of rankings, where there are any.
+        cutoffs: values of K.
+
+    Returns:
+        Its path.
+    """
+    names = list(comparison.figures) if comparison else [MAIN]
+    plotter = Plotter(names)
+    events = _events(folder / "metrics.jsonl")
+    seconds = _seconds(events)
+    plan = folder / "plan.json"
+    insight = comparison.insight if comparison else None
+    environment = Environment(
+        loader=PackageLoader("deepfm_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = _figure
+    page = environment.get_template("report.html").render(
+        version=__version__,
+        run=folder.name,
+        folder=folder,
+        config=config_yaml,
+        checkpoint=checkpoint.name,
+        manifest=dataset.manifest,
+        split=split,
+        k=max(cutoffs),
+        rows={name: (value, _MEANING.get(name, "")) for name, value in rows.items()},
+        rankings={k: _table(comparison, k) for k in cutoffs} if comparison else {},
+        verdicts=_verdicts(comparison, max(cutoffs)) if comparison else [],
+        learning=_learning(plotter, events),
+        calibration=_calibration(plotter, calibration, rows),
+        profiles=_profiles(plotter, comparison, insight, max(cutoffs))
+        if comparison and insight
+        else [],
+        examples=_examples(dataset, insight) if insight else [],
+        plan=json.loads(plan.read_text()) if plan.is_file() else None,
+        seconds=seconds,
+        times=_times(plotter, seconds),
+        peak_memory_gib=_last(events, "end").get("peak_memory_gib", []),
+        rows_per_s=_last(events, "train").get("rows_per_s"),
+        picture=lambda plot: Markup(plot.svg),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _figure(value: float) -> str:
+    """Four digits behind the point; one where they would say nothing."""
+    return f"{value:.4f}" if not abs(value) >= 100 else f"{value:,.1f}"
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _last(events: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    return next((e for e in reversed(events) if e["event"] == name), {})
+
+
+def _seconds(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of training by phase, over all windows."""
+    found: dict[str, float] = {}
+    for event in events:
+        for phase, spent in event.get("seconds", {}).items():
+            found[phase] = found.get(phase, 0.0) + spent
+    return {phase: spent for phase, spent in found.items() if spent > 0}
+
+
+def _table(comparison: Comparison, k: int) -> dict[str, dict[str, Cell]]:
+    """By ranking and figure, the figures at K."""
+    ending = f"@{k}"
+    return {
+        ranking: {
+            name.removesuffix(ending): Cell(value, comparison.intervals[ranking].get(name))
+            for name, value in figures.items()
+            if name.endswith(ending)
+        }
+        for ranking, figures in comparison.figures.items()
+    }
+
+
+def _verdicts(comparison: Comparison, k: int) -> list[Verdict]:
+    found = []
+    ours = comparison.figures[MAIN][f"ndcg@{k}"]
+    for name, differences in comparison.differences.items():
+        low, high = differences[f"ndcg@{k}"]
+        theirs = comparison.figures[name][f"ndcg@{k}"]
+        kind = "better" if low > 0 else "worse" if high < 0 else "even"
+        times = f", {ours / theirs:.2f} times as much" if theirs > 0 else ""
+        found.append(Verdict(name, f"NDCG@{k} {ours:.4f} against {theirs:.4f}{times}", kind))
+    return found
+
+
+def _learning(plotter: Plotter, events: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    plots = []
+    for name, (title, caption) in _LEARNING.items():
+        curves = {
+            kind: [
+                (event["step"], event[name])
+                for event in events
+                if event["event"] == kind and event.get(name) is not None
+            ]
+            for kind in ("train", "valid")
+        }
+        if any(curves.values()):
+            plots.append(plotter.learning(name, title, caption, curves["train"], curves["valid"]))
+    return plots
+
+
+def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
+    ratio = rows["calibration"]
+    told = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"
+    caption = (
+        f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,} rows, by "
+        f"their predictions. Over all rows predictions are {told}: {ratio:.3f} times the share of "
+        f"positives."
+    )
+    return plotter.calibration(curve, caption)
+
+
+def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int) -> list[Plot]:
+    profiles, figures = insight.profiles, comparison.figures
+    return [
+        plotter.over_k(
+            "recall-over-k",
+            "Recall@K",
+            "Share of a user's held-out items among the first K; mean over users.",
+            {name: p.recall for name, p in profiles.items()},
+        ),
+        plotter.over_k(
+            "ndcg-over-k",
+            "NDCG@K",
+            "The same with hits at the top counting more; 1 is the best possible order.",
+            {name: p.ndcg for name, p in profiles.items()},
+        ),
+        plotter.groups(
+            "by-activity",
+            f"NDCG@{k} by user activity",
+            f"The {insight.n_users:,} users in groups of about one size, the least active first.",
+            "training items of the user",
+            _labels(insight.activity),
+            {name: p.by_activity for name, p in profiles.items()},
+        ),
+        plotter.groups(
+            "by-popularity",
+            f"Recall@{k} by item popularity",
+            f"The {insight.n_held_out:,} held-out items in groups of about one size, rarest first.",
+            "training rows of the item",
+            _labels(insight.popularity),
+            {name: p.by_popularity for name, p in profiles.items()},
+        ),
+        plotter.shares(
+            "coverage",
+            f"Catalogue coverage, K = {k}",
+            "Share of the catalogue that at least one user is recommended.",
+            {name: of[f"coverage@{k}"] for name, of in figures.items()},
+            per_ranking=True,
+        ),
+    ]
+
+
+def _labels(bounds: Sequence[tuple[int, int]]) -> list[str]:
+    return [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in bounds]
+
+
+def _times(plotter: Plotter, seconds: Mapping[str, float]) -> Plot | None:
+    total = sum(seconds.values())
+    if not total:
+        return None
+    return plotter.shares(
+        "times",
+        "Where training's time went",
+        f"Of {total:,.1f} seconds on rank 0, as the host saw them.",
+        {phase: spent / total for phase, spent in seconds.items()},
+        per_ranking=False,
+    )
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An example with cards for rows."""
+
+    user: str
+    n_history: int
+    history: list[Card]
+    ranked: list[tuple[Card, bool]]
+    n_held_out: int
+
+
+def _examples(dataset: PreparedDataset, insight: Insight) -> list[_Shown]:
+    cards, users = Cards(dataset), dataset.entity_ids("user")
+    found = []
+    for example in insight.examples:
+        wanted = set(example.held_out)
+        known = [item for item in example.history if item != OUT_OF_VOCABULARY]
+        found.append(
+            _Shown(
+                users[example.user].as_py(),
+                len(example.history),
+                [cards(item) for item in reversed(known[-SHOWN_HISTORY:])],
+                [(cards(item), item in wanted) for item in example.ranked],
+                len(example.held_out),
+            )
+        )
+    return found

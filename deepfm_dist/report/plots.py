@@ -1,0 +1,227 @@
+"""Plots as SVG that takes its colours from the page it stands in."""
+
+import io
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+for _library in ("matplotlib", "matplotlib.font_manager"):
+    # That it builds a cache, or finds no folder for one, is no news for the reader of a report.
+    logging.getLogger(_library).setLevel(logging.ERROR)
+
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+
+from deepfm_dist.training.metrics import Calibration  # noqa: E402
+
+POINTS = 500
+"""Points of a curve; a longer log is thinned."""
+
+# Stand-ins for the page's colours: each is replaced by a variable of its style sheet.
+_INK, _GRID = "#00ff01", "#00ff02"
+_SERIES = [f"#00ff{number:02x}" for number in range(16, 24)]
+_VARIABLES = {_INK: "--ink", _GRID: "--grid"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(_SERIES)
+}
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _GRID,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "figure.figsize": (4.6, 3.0),
+    "font.size": 10,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": _INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deepfm_dist",
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture and what stands below it.
+
+    Attributes:
+        name: of the picture, unique on a page.
+        title: what it shows.
+        caption: how to read it.
+        svg: the picture.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+class Colours:
+    """A ranking has one colour on all plots.
+
+    Args:
+        names: of the rankings, the model's first.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._places = {name: number % len(_SERIES) for number, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> str:
+        return _SERIES[self._places[name]]
+
+
+class Plotter:
+    """Draws a page's plots.
+
+    Args:
+        rankings: names, the model's first.
+    """
+
+    def __init__(self, rankings: Sequence[str] = ("model",)) -> None:
+        self._colour = Colours(rankings)
+
+    def learning(
+        self,
+        figure: str,
+        title: str,
+        caption: str,
+        train: Sequence[tuple[float, float]],
+        valid: Sequence[tuple[float, float]],
+    ) -> Plot:
+        """A figure over the steps.
+
+        Args:
+            figure: its name.
+            title: of the plot.
+            caption: of the plot.
+            train: (step, value) on training rows.
+            valid: (step, value) on validation rows.
+        """
+
+        def draw(axes: Axes) -> None:
+            for label, points, colour, style in (
+                ("training, before learning", train, _SERIES[1], "-"),
+                ("validation", valid, _SERIES[0], "o-"),
+            ):
+                if points:
+                    steps, values = zip(*_thinned(points), strict=True)
+                    marked = style if len(steps) < 40 else "-"
+                    axes.plot(steps, values, marked, color=colour, label=label, ms=4, lw=1.6)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+        return self._plot(f"learning-{figure}", title, caption, draw)
+
+    def calibration(self, curve: Calibration, caption: str) -> Plot:
+        """Predicted against observed."""
+
+        def draw(axes: Axes) -> None:
+            top = max(*curve.predicted, *curve.observed) * 1.05 or 1.0
+            axes.plot([0, top], [0, top], "--", color=_INK, lw=1, label="perfect")
+            axes.plot(
+                curve.predicted, curve.observed, "o-", color=_SERIES[0], ms=4, lw=1.6, label="model"
+            )
+            axes.set_xlabel("mean predicted probability")
+            axes.set_ylabel("share of positives")
+
+        return self._plot("calibration", "Calibration", caption, draw)
+
+    def over_k(
+        self, name: str, title: str, caption: str, curves: Mapping[str, Sequence[float]]
+    ) -> Plot:
+        """A ranking figure at K = 1, 2, ... of every ranking."""
+
+        def draw(axes: Axes) -> None:
+            for ranking, values in curves.items():
+                places = range(1, len(values) + 1)
+                style = "o-" if len(values) < 40 else "-"
+                colour = self._colour[ranking]
+                axes.plot(places, values, style, color=colour, label=ranking, ms=3.5, lw=1.6)
+            axes.set_xlabel("K")
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+
+        return self._plot(name, title, caption, draw)
+
+    def groups(
+        self,
+        name: str,
+        title: str,
+        caption: str,
+        label: str,
+        groups: Sequence[str],
+        figures: Mapping[str, Sequence[float]],
+    ) -> Plot:
+        """Bars of every ranking, side by side for each group."""
+
+        def draw(axes: Axes) -> None:
+            width = 0.8 / len(figures)
+            for number, (ranking, values) in enumerate(figures.items()):
+                places = [g - 0.4 + (number + 0.5) * width for g in range(len(groups))]
+                colour = self._colour[ranking]
+                axes.bar(places, values, width * 0.92, color=colour, label=ranking)
+            axes.set_xticks(range(len(groups)), groups)
+            axes.set_xlabel(label)
+            axes.grid(False, axis="x")
+
+        return self._plot(name, title, caption, draw)
+
+    def shares(
+        self, name: str, title: str, caption: str, shares: Mapping[str, float], per_ranking: bool
+    ) -> Plot:
+        """Lying bars of shares of one."""
+
+        def draw(axes: Axes) -> None:
+            names = list(shares)
+            colours = [self._colour[n] if per_ranking else _SERIES[0] for n in names]
+            bars = axes.barh(names, list(shares.values()), 0.6, color=colours)
+            axes.bar_label(bars, [f"{v:.1%}" for v in shares.values()], padding=4, color=_INK)
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_xlim(0, max(*shares.values(), 0.01) * 1.2)
+            axes.invert_yaxis()
+            axes.grid(False, axis="y")
+
+        return self._plot(name, title, caption, draw)
+
+    def _plot(self, name: str, title: str, caption: str, draw: Callable[[Axes], None]) -> Plot:
+        with rc_context(_STYLE):
+            figure = Figure(layout="constrained")
+            axes = figure.subplots()
+            draw(axes)
+            if handles := axes.get_legend_handles_labels()[0]:
+                columns = len(handles) if len(handles) < 4 else 3
+                figure.legend(loc="outside upper left", ncols=columns, columnspacing=1.2)
+            text = io.StringIO()
+            # Without a date, so that the same figures give the same picture.
+            no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+        return Plot(name, title, caption, _for_page(text.getvalue(), name, title))
+
+
+def _for_page(svg: str, name: str, title: str) -> str:
+    """An SVG file as an element of a page, its ids and colours the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    frame = rf'<svg viewBox="\1" role="img" aria-label="{title}">'
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', frame, svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    step = -(-len(points) // POINTS)
+    return [*points[:-1:step], points[-1]]

@@ -1,0 +1,76 @@
+"""``python -m deepfm_dist.serve``: a run as a web service, with a page to try it."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config
+from deepfm_dist.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from deepfm_dist.runs import Finished
+
+EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    description = "Answer requests for recommendations, and show a page to try them."
+    return run("serve", description, _serve, argv, _add_arguments, EXAMPLES)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        default=LOOPBACK[0],
+        help="address to listen on (default: %(default)s, this machine only)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+
+
+def _serve(config: Config, arguments: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from deepfm_dist.serving.app import make_app
+    except ModuleNotFoundError as error:
+        raise EnvironmentProblem(
+            f"serving needs {error.name}, which is not installed; "
+            f"pip install fastapi 'uvicorn[standard]' prometheus-client"
+        ) from None
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.runs import find_finished
+    from deepfm_dist.serving.live import Live
+
+    found = find_finished(config, arguments.overrides)
+    folder = _exported(found)
+    with world("cpu", config.run.timeout_s, config.run.threads) as ranks:
+        live = Live(found, folder, ranks)
+    host, port = arguments.host, arguments.port
+    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    print(f"http://{host}:{port}/ shows a page, http://{host}:{port}/docs the API; ctrl-C ends it")
+    uvicorn.run(make_app(live, hosts), host=host, port=port, log_level="warning", access_log=False)
+
+
+def _exported(found: "Finished") -> Path:
+    """The export of the run's checkpoint, made where there is none or one of another step."""
+    from deepfm_dist.export import export
+
+    folder = found.config.run_dir / "export"
+    told = folder / "config.json"
+    step = json.loads(told.read_text())["step"] if told.is_file() else None
+    if step != found.state["step"]:
+        log.info("%s: exporting step %s", folder, f"{found.state['step']:,}")
+        export(found, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""HTTP over `Live`: routes, limits, figures for Prometheus."""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi import Path as InPath
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import generate_latest
+from pydantic import BaseModel, Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deepfm_dist import __version__
+from deepfm_dist.data.cards import Card
+from deepfm_dist.serving.live import Live, Unknown, Unsupported
+
+MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
+"""Items in an answer; items that describe a user; characters of an id; bytes of a request."""
+BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
+PAGE = Path(__file__).parent / "pages" / "index.html"
+
+Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
+K = Annotated[int, Query(ge=1, le=MAX_K, description="items wanted")]
+
+
+class Item(BaseModel):
+    """An item as it is shown."""
+
+    id: str | int
+    title: str | None = None
+    tags: list[str]
+
+
+class Scored(Item):
+    """An item in a ranking."""
+
+    rank: int
+    score: float
+
+
+class Ranking(BaseModel):
+    """The best items, best first; fewer than asked for where there are no more."""
+
+    items: list[Scored]
+
+
+class User(BaseModel):
+    """A user of the training data."""
+
+    id: str
+    n_items: int
+    latest: list[Item]
+
+
+class Users(BaseModel):
+    """Some of the users."""
+
+    total: int
+    ids: list[str]
+
+
+class Items(BaseModel):
+    """Some of the items."""
+
+    items: list[Item]
+
+
+class Health(BaseModel):
+    """What is served."""
+
+    status: str
+    run: str
+    step: int
+    users: int
+    items: int
+    knows_users_by_items: bool
+
+
+class Described(BaseModel):
+    """A user, described by items."""
+
+    items: list[Annotated[str | int, Field(union_mode="left_to_right")]] = Field(
+        min_length=1, max_length=MAX_ITEMS
+    )
+    k: int = Field(10, ge=1, le=MAX_K)
+
+
+class Problem(BaseModel):
+    """What is wrong, and what to do about it."""
+
+    detail: str
+
+
+NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "not in the training data"}
+}
+NOT_ABLE: dict[int | str, dict[str, Any]] = {
+    409: {"model": Problem, "description": "this model cannot do that"}
+}
+NOT_READABLE: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "the body is no JSON"},
+    413: {"model": Problem, "description": "the body is too long"},
+}
+
+
+def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The application.
+
+    Args:
+        live: what answers.
+        hosts: names that requests may come for; others are refused, so that no web page can reach
+            a service on this machine by a name of its own.
+    """
+    app = FastAPI(
+        title="deepfm_dist",
+        version=__version__,
+        description=f"Recommendations of run {live.name}, step {live.step:,}.",
+    )
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
+    registry = CollectorRegistry()
+    app.add_middleware(_Limited)
+    app.add_middleware(_Watched, registry=registry)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.exception_handler(Unknown)
+    async def unknown(request: Request, error: Unknown) -> JSONResponse:
+        text = (
+            f"{error.args[0]!r} is not in the training data of run {live.name}; /users and "
+            f"/items?q=TITLE list what is"
+        )
+        return JSONResponse({"detail": text}, 404)
+
+    @app.exception_handler(Unsupported)
+    async def unsupported(request: Request, error: Unsupported) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 409)
+
+    # An answer takes less time than handing it to a thread would.
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return PAGE.read_text(encoding="utf-8")
+
+    @app.get("/healthz")
+    async def health() -> Health:
+        """Whether the service is up, and what it serves."""
+        return Health(
+            status="ok",
+            run=live.name,
+            step=live.step,
+            users=len(live.users),
+            items=len(live),
+            knows_users_by_items=live.knows_users_by_items,
+        )
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Requests and seconds by route, in Prometheus' text format."""
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/users")
+    async def users(
+        q: Annotated[str, Query(max_length=MAX_ID, description="beginning of the id")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> Users:
+        """Ids of users."""
+        found = islice((name for name in live.users if name.startswith(q)), limit)
+        return Users(total=len(live.users), ids=list(found))
+
+    @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
+    async def recommendations(user_id: Id, k: K = 10) -> Ranking:
+        """A user's best unseen items of the whole catalogue; the score is the logit."""
+        return _ranking(live.recommend(user_id, k))
+
+    @app.get("/users/{user_id:path}", responses=NOT_FOUND)
+    async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
+        """A user's latest items of training."""
+        latest, total = live.history(user_id, limit)
+        return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
+
+    @app.post("/recommend", responses=NOT_FOUND | NOT_ABLE | NOT_READABLE)
+    async def recommend(described: Described) -> Ranking:
+        """The best items for somebody who is described by some items."""
+        return _ranking(live.recommend_for([str(i) for i in described.items], described.k))
+
+    @app.get("/items")
+    async def items(
+        q: Annotated[str, Query(max_length=MAX_ID, description="part of the title")] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
+    ) -> Items:
+        """Items by a part of their title."""
+        return Items(items=[_item(card) for card in live.find(q, limit)])
+
+    @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
+    async def similar(item_id: Id, k: K = 10) -> Ranking:
+        """The items most similar to one; the score is the cosine."""
+        return _ranking(live.similar(item_id, k))
+
+    return app
+
+
+def _item(card: Card) -> Item:
+    return Item(id=card.id, title=card.title, tags=card.tags)
+
+
+def _ranking(found: Sequence[tuple[Card, float]]) -> Ranking:
+    return Ranking(
+        items=[
+            Scored(id=card.id, title=card.title, tags=card.tags, rank=rank, score=score)
+            for rank, (card, score) in enumerate(found, 1)
+        ]
+    )
+
+
+class _Limited:
+    """Refuses bodies of more than `MAX_BODY_BYTES`, told or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        messages: list[Message] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if size > MAX_BODY_BYTES:
+                text = f"the body is longer than {MAX_BODY_BYTES:,} bytes"
+                await JSONResponse({"detail": text}, 413)(scope, receive, send)
+                return
+        waiting = iter(messages)
+
+        async def again() -> Message:
+            return next(waiting, None) or await receive()
+
+        await self._app(scope, again, send)
+
+
+class _Watched:
+    """Counts requests by route and status, and their seconds by route."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        self._count = Counter(
+            "deepfm_requests", "Requests answered.", ["route", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "deepfm_request_seconds", "Time to answer.", ["route"], buckets=BUCKETS_S,
+            registry=registry,
+        )  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 500
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, told)
+        finally:
+            # By template: ids would give every user a line of their own.
+            route = getattr(scope.get("route"), "path_format", "other")
+            self._count.labels(route, str(status)).inc()
+            self._seconds.labels(route).observe(time.perf_counter() - begun)

@@ -1,0 +1,235 @@
+"""A run's model in one process, ready to answer for one user at a time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from deepfm_dist.build import build_model
+from deepfm_dist.data.cards import Card, Cards
+from deepfm_dist.data.dataset import ABSENT, PreparedDataset, padded
+from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import CheckpointError
+from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.engine import USER_BLOCK
+from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
+from deepfm_dist.ranking.topk import NO_ITEM, top_k
+from deepfm_dist.runs import Finished
+
+CARDS = 100_000
+"""Items whose cards stay in memory."""
+
+
+class Unknown(KeyError):
+    """No such user or item in the training data."""
+
+
+class Unsupported(Exception):
+    """What this model cannot do."""
+
+
+class _OneByOne(ModelRanker):
+    """Takes users as they come: what the model makes of them is kept, or made as they come."""
+
+    _kept_users: Side | None = None
+
+    def keep_users(self, n: int, memory_bytes: int) -> None:
+        """Computes the side of all user rows from 1 to n, where it fits the memory."""
+        first = self._side("user", np.ones(1, np.int32))
+        if n * sum(t.nbytes for t in first.tensors) > memory_bytes:
+            return
+        everyone = np.arange(1, n + 1, dtype=np.int32)
+        blocks = [
+            self._side("user", padded(everyone[b : b + USER_BLOCK], USER_BLOCK, ABSENT))
+            for b in range(0, n, USER_BLOCK)
+        ]
+        sides = (torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True))
+        self._kept_users = Side(*sides)
+
+    def _user_sides(self, begin: int, end: int, height: int) -> Any:
+        if self._kept_users is None:
+            return self.engine.users([self._side("user", self._users[begin:end])])
+        row = int(self._users[begin]) - 1
+        return self.engine.users([self._kept_users[row : row + 1]])
+
+
+class Live:
+    """Answers for users and items by their external ids.
+
+    Args:
+        found: a finished run.
+        export: folder of its export; the weights are read from there.
+        world: a world of one rank.
+
+    Attributes:
+        name: of the run.
+        step: of the checkpoint.
+        knows_users_by_items: whether a user can be described by a list of items.
+    """
+
+    def __init__(self, found: Finished, export: Path, world: World) -> None:
+        dataset, config = found.dataset, found.config
+        self.name, self.step = config.run.name, int(found.state["step"])
+        self.knows_users_by_items = False
+        self._catalogue = Catalogue(dataset)
+        context = RowEncoder(dataset).fixed_context(config.recommend.context)
+        model = exported_model(found, export, world)
+        nobody = np.zeros(0, np.int32)
+        self._ranker = _OneByOne(model, world, dataset, self._catalogue, nobody, context)
+        self._ranker.keep_users(
+            dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
+        )
+        self._positives = [dataset.positives(split) for split in config.recommend.mask]
+        self._history = dataset.history
+        self._vectors = None
+        if model.interaction_arch.fm is not None:
+            vectors = self._ranker.item_vectors().double()
+            self._vectors = (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)).float()
+        self._cards = lru_cache(CARDS)(Cards(dataset))
+        self.users = _rows(dataset, "user")
+        """Row of every user, by external id."""
+        self._rows = _rows(dataset, "item")
+        self._places = np.full(dataset.manifest.entities["item"], NO_ITEM, np.int64)
+        self._places[self._catalogue.rows] = np.arange(len(self._catalogue))
+        self.recommend(next(iter(self.users)), 1)  # compiles what is not compiled yet
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._catalogue)
+
+    def recommend(self, user: str, k: int) -> list[tuple[Card, float]]:
+        """A user's best unseen items, as the command ``recommend`` ranks them, and their logits.
+
+        Raises:
+            Unknown: no such user.
+        """
+        if user not in self.users:
+            raise Unknown(user)
+        row = np.array([self.users[user]], np.int32)
+        return self._best(row, self._catalogue.seen_by(row, self._positives), k)
+
+    def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
+        """The best other items for somebody who is known by some items alone.
+
+        Raises:
+            Unknown: no such item.
+            Unsupported: the model has no field that is made of a user's items.
+        """
+        for item in items:
+            if item not in self._rows:
+                raise Unknown(item)
+        raise Unsupported(
+            f"the model of run {self.name} knows its users by id, not by their items; ask for a "
+            f"user of the training data (/users), or for what is similar to an item "
+            f"(/items/ID/similar)"
+        )
+
+    def similar(self, item: str, k: int) -> list[tuple[Card, float]]:
+        """The items most similar to one by cosine, as the command ``similar`` ranks them.
+
+        Raises:
+            Unknown: no such item.
+            Unsupported: the model has no pairwise part.
+        """
+        if item not in self._rows:
+            raise Unknown(item)
+        if self._vectors is None:
+            raise Unsupported(
+                "similar items compare the vectors of the pairwise part, which this model has "
+                "not; train one with model.fm=true"
+            )
+        place = self._places[self._rows[item]]
+        scores = (self._vectors @ self._vectors[place])[None]
+        scores[0, place] = float("-inf")
+        positions, best = top_k(scores, k)
+        return self._shown(positions[0].numpy(), best[0].numpy())
+
+    def history(self, user: str, n: int) -> tuple[list[Card], int]:
+        """A user's latest items of training, latest first, and how many there are.
+
+        Raises:
+            Unknown: no such user.
+        """
+        if user not in self.users:
+            raise Unknown(user)
+        row = self.users[user]
+        items = self._history.values[self._history.offsets[row] : self._history.offsets[row + 1]]
+        known = items[items != OUT_OF_VOCABULARY]
+        return [self._cards(int(i)) for i in known[::-1][:n]], len(items)
+
+    def find(self, text: str, n: int) -> list[Card]:
+        """Items with a text in their title (or id), in the order of their ids."""
+        wanted, found = text.casefold(), []
+        for row in self._catalogue.rows.tolist():
+            card = self._cards(row)
+            if wanted in str(card.title or card.id).casefold():
+                found.append(card)
+                if len(found) == n:
+                    break
+        return found
+
+    def _best(self, users: Int32Array, seen: Jagged, k: int) -> list[tuple[Card, float]]:
+        positions, scores = self._ranker.of(users, None).best(0, 1, 1, seen, k)
+        return self._shown(positions[0], scores[0])
+
+    def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[tuple[Card, float]]:
+        rows = self._catalogue.rows
+        return [
+            (self._cards(int(rows[position])), float(score))
+            for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
+            if position != NO_ITEM
+        ]
+
+
+def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
+    """The model of an export, unsharded, in eval mode.
+
+    Args:
+        found: the run it was exported from.
+        export: folder of the export.
+        world: a world of one rank.
+
+    Raises:
+        CheckpointError: the export is of another step, or lacks something.
+    """
+    told = json.loads((export / "config.json").read_text())
+    if told["step"] != found.state["step"]:
+        raise CheckpointError(
+            f"{export}: of step {told['step']}, the run is at {found.state['step']}; export it anew"
+        )
+    config = found.config
+    model = build_model(config.model, found.dataset.manifest, world, config.run.seed).model
+    weights = _weights(export)
+    bags = model.embedding_arch.ebc.to_empty(device="cpu").embedding_bags
+    try:
+        for name, bag in bags.items():
+            table = weights.pop(f"tables.{name}")
+            bag.weight.data.zero_()
+            bag.weight.data[:, : table.shape[1]] = table
+        model.interaction_arch.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{export}: does not fit the run's model: {reason}") from None
+    return model.eval()
+
+
+def _weights(export: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(export.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _rows(dataset: PreparedDataset, entity: str) -> Mapping[str, int]:
+    rows, ids = in_id_order(dataset, entity)
+    return dict(zip(ids.to_pylist(), rows.tolist(), strict=True))

@@ -1,0 +1,23 @@
+"""Colours, on terminals only. It imports nothing: the doctor runs where nothing is installed."""
+
+import os
+import sys
+from typing import TextIO
+
+_CODES = {"bold": 1, "red": 31, "yellow": 33}
+
+
+def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """The text in a colour where the stream is a terminal, and as it is elsewhere.
+
+    Args:
+        text: to print.
+        colour: bold, red or yellow.
+        stream: where it goes; default: stdout.
+
+    Source: https://no-color.org for the variable that switches colours off.
+    """
+    is_terminal = (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+    if not is_terminal or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_CODES[colour]}m{text}\033[0m"

@@ -1,0 +1,202 @@
+"""A run behind HTTP, against the files that the commands write."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.pages import watched
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+SETTINGS = ["trainer.max_steps=60", "run.loggers=[]", "model.over_arch_layer_sizes=[16,8]"]
+
+
+def _command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"deepfm_dist.{name}", "--quiet", *arguments]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, its recommendations and similar items."""
+    home = tmp_path_factory.mktemp("served")
+    for command in (
+        _command("train", *SETTINGS),
+        _command("recommend", "--run", "runs/sample"),
+        _command("similar", "--run", "runs/sample"),
+    ):
+        subprocess.run(command, cwd=home, check=True, capture_output=True)
+    return home
+
+
+@pytest.fixture(scope="module")
+def url(home: Path) -> Iterator[str]:
+    """A service of the run."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = _command("serve", "--run", "runs/sample", "--port", str(port))
+    service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
+    assert service.stdout is not None
+    assert service.stdout.readline().startswith(f"http://127.0.0.1:{port}/ shows a page")
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            httpx.get(f"{url}/healthz").raise_for_status()
+            break
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    yield url
+    service.terminate()
+    assert service.wait(10) in (0, -15)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Any]:
+    with httpx.Client(base_url=url) as client:
+        yield client
+
+
+def test_it_ranks_as_the_commands_do(client: Any, home: Path) -> None:
+    of_users = pd.read_parquet(home / "runs/sample/recommendations.parquet").groupby("user_id")
+    for user, wanted in list(of_users)[::70]:
+        found = client.get(f"/users/{user}/recommendations?k=7").json()["items"]
+        assert [i["id"] for i in found] == wanted["item_id"].tolist()[:7]
+        np.testing.assert_allclose([i["score"] for i in found], wanted["score"][:7], rtol=1e-5)
+        assert [i["rank"] for i in found] == list(range(1, 8))
+    of_items = pd.read_parquet(home / "runs/sample/similar_items.parquet").groupby("item_id")
+    for item, wanted in list(of_items)[::40]:
+        found = client.get(f"/items/{item}/similar").json()["items"]
+        assert [i["id"] for i in found] == wanted["similar_item_id"].tolist()
+        np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
+
+
+def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
+    root = Path(__file__).parents[1] / "data/sample"
+    titles = pd.read_csv(root / "titles.tsv", sep="\t").set_index("item")["title"]
+    genres = pd.read_csv(root / "genres.tsv", sep="\t").groupby("item")["genre"].agg(set)
+    rows = pd.read_csv(root / "train_ratings.csv")
+    user = client.get("/users/4?limit=100").json()
+    assert 0 < user["n_items"] <= (rows["user"] == 4).sum()
+    assert {i["id"] for i in user["latest"]} <= set(rows["item"][rows["user"] == 4])
+    times = rows[rows["user"] == 4].groupby("item")["time"].first()
+    latest = [times[i["id"]] for i in user["latest"]]
+    assert latest == sorted(latest, reverse=True)
+    for item in user["latest"]:
+        assert item["title"] == titles[item["id"]]
+        assert set(item["tags"]) == genres.get(item["id"], set())
+    found = client.get("/items", params={"q": "MOON", "limit": 3}).json()["items"]
+    assert len(found) == 3
+    assert all("Moon" in item["title"] for item in found)
+    ids = [str(u) for u in sorted(rows["user"].unique()) if str(u).startswith("4")]
+    assert client.get("/users?q=4&limit=2").json() == {"total": 700, "ids": ids[:2]}
+    health = client.get("/healthz").json()
+    assert (health["run"], health["step"], health["items"]) == ("sample", 60, 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [
+        (
+            "/users/nobody/recommendations",
+            404,
+            "'nobody' is not in the training data",
+        ),
+        ("/items/0/similar", 404, "/items?q=TITLE"),
+        ("/users/4/recommendations?k=0", 422, "greater than or equal to 1"),
+        ("/users/4/recommendations?k=101", 422, "less than or equal to 100"),
+        (f"/users/{'x' * 201}/recommendations", 422, "at most 200 characters"),
+    ],
+)
+def test_what_cannot_be_answered_is_told(client: Any, path: str, status: int, told: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == status
+    assert told in answer.text
+
+
+def test_bodies_are_limited_and_unsupported_questions_refused(client: Any) -> None:
+    answer = client.post("/recommend", json={"items": [9]})
+    assert answer.status_code == 409
+    assert "knows its users by id" in answer.json()["detail"]
+    assert client.post("/recommend", json={"items": ["none"]}).status_code == 404
+    assert client.post("/recommend", json={"items": []}).status_code == 422
+    long = b"[" + b" " * (1 << 20) + b"]"
+    assert client.post("/recommend", content=long).status_code == 413
+    assert client.post("/recommend", content=iter([long])).status_code == 413
+    assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_requests_are_counted_by_route(client: Any) -> None:
+    def count() -> float:
+        line = 'deepfm_requests_total{route="/users/{user_id}/recommendations",status="200"} '
+        [found] = [x for x in client.get("/metrics").text.splitlines() if x.startswith(line)]
+        return float(found.removeprefix(line))
+
+    client.get("/users/4/recommendations")
+    before = count()
+    for user in (4, 6, 8):
+        client.get(f"/users/{user}/recommendations")
+    assert count() == before + 3
+
+
+def test_the_service_keeps_to_its_openapi(url: str) -> None:
+    pytest.importorskip("schemathesis")
+    program = str(Path(sys.executable).parent / "schemathesis")
+    command = [program, "run", f"{url}/openapi.json", "--max-examples=20", "--seed=1", "--no-color"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "Selected: 8/8" in done.stdout
+
+
+def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -> None:
+    tab = browser.new_page()
+    told = watched(tab, url)
+    tab.goto(url)
+    tab.fill("#user", "6")
+    tab.click("#user-form button:not([type])")
+    tab.wait_for_selector("#history-title:has-text('User 6')")
+    best = client.get("/users/6/recommendations").json()["items"]
+    shown = [text.split(". ", 1)[1] for text in tab.locator("#best .link").all_inner_texts()]
+    assert shown == [item["title"] for item in best]
+    assert tab.locator("#best .tags").all_inner_texts() == [", ".join(i["tags"]) for i in best]
+    assert tab.locator("#best .score").all_inner_texts() == [f"{i['score']:.3f}" for i in best]
+    tab.click("#best li:nth-child(3) .link")
+    tab.wait_for_selector("#similar li")
+    similar = client.get(f"/items/{best[2]['id']}/similar").json()["items"]
+    assert similar[0]["title"] in tab.locator("#similar li").first.inner_text()
+    assert told == []
+
+    # What is refused is told; the browser itself notes the status on its console.
+    tab.fill("#title", "moon")
+    tab.click("#item-form button")
+    tab.click("#found li:first-child button.plain")
+    tab.click("#for-items")
+    tab.wait_for_selector("#problem:has-text('knows its users by id')")
+    tab.fill("#user", "<b>nobody</b>")
+    tab.click("#user-form button:not([type])")
+    tab.wait_for_selector("#problem:has-text('<b>nobody</b>')")
+    assert tab.locator("#problem b").count() == 0
+    assert all("status of 40" in text for text in told)
+    tab.close()
+
+
+def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        _command("serve", "--run", "runs/none"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: --run runs/none: no run; ")
