@@ -161,7 +161,8 @@ def test_held_out_rows_see_the_same_at_most_20_items(with_history: PreparedDatas
         ("data.features=[{name: a, entity: user, history: item, keep: first}]", "keep does not go"),
         ("data.features=[{name: a, entity: user}]", "history: no field has it"),
         (
-            "data.features=[{name: user, entity: user}, {name: a, entity: user, history: item, table: user}]",
+            "data.features=[{name: user, entity: user}, "
+            "{name: a, entity: user, history: item, table: user}]",
             "a can share that of item, or have its own",
         ),
     ],

@@ -74,8 +74,8 @@ class CatalogueLoss(nn.Module):
         scorer, n, shared = self.scorer, batch.n_users, batch.n_shared
         own = 0 if len(batch.target_items) else len(batch.target_users)
         users = scorer.side("user", rows_BFW[:n], batch.dense[:n])
-        # A user's constant is in all of its logits and cancels: what rounding leaves of its gradient
-        # would be taken for one by Adam, which divides by the size.
+        # A user's constant is in all of its logits and cancels: what rounding leaves of its
+        # gradient would be taken for one by Adam, which divides by the size.
         users = replace(users, constant=users.constant.detach())
         items = scorer.side("item", rows_BFW[: shared + own], batch.dense[: shared + own])
         everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
