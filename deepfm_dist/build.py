@@ -29,7 +29,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
-from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
+from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.metrics import CLICK_FIGURES
@@ -198,13 +198,68 @@ def shard_for_training(
     )
     if config.trainer.compile:
         above.compile()
-    init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
+    init_tables(
+        sharded,
+        arch.embedding_dim + 1,
+        config.model.init_std,
+        config.run.seed,
+        ease_columns(config.model),
+    )
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
     return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
+
+
+def ease_columns(config: ModelConfig) -> slice:
+    """Columns of the tables that are kept for EASE."""
+    return slice(config.embedding_dim - config.ease_columns, config.embedding_dim)
+
+
+def ease_tables(
+    config: Config, dataset: PreparedDataset, l2: float, weight: float
+) -> dict[str, Tensor]:
+    """EASE, fitted on the training positives, as columns of two tables.
+
+    Args:
+        config: keeps columns for it.
+        dataset: the prepared dataset.
+        l2: EASE's.
+        weight: of its scores.
+
+    Returns:
+        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
+        pooling of the history.
+
+    Raises:
+        ConfigError: the model keeps no columns, or has no table of items or of histories of them.
+    """
+    manifest, columns = dataset.manifest, config.model.ease_columns
+    items = [f for f in manifest.features if f.entity == "item" and f.is_id]
+    own = [
+        f
+        for f in manifest.features
+        if f.history is not None
+        and manifest.data.source_of(f).is_id
+        and manifest.tables[f.table_name].features == (f.name,)
+    ]
+    if columns == 0:
+        raise ConfigError(
+            "add_ease: the model has no columns for it; train with model.ease_columns=256, and "
+            "model.embedding_dim larger by as many"
+        )
+    if not items or not own:
+        raise ConfigError(
+            "add_ease: needs the items' own id and a history of items with a table of its own "
+            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
+            "item}"
+        )
+    n_items = manifest.entities["item"]
+    train = distinct(dataset.history)
+    of_history, of_items = Ease(l2).factors(train, n_items, columns)
+    return {own[0].table_name: weight * of_history, items[0].table_name: of_items}
 
 
 def _catalogue_loss(

@@ -48,6 +48,9 @@ class ModelConfig(Section):
     """Length D of each field's factor vector."""
     init_std: float = Field(0.01, ge=0)
     """Standard deviation of the tables' initial values."""
+    ease_columns: int = Field(0, ge=0)
+    """Last columns of the factors that training leaves at 0: ``deepfm_dist.add_ease`` writes the
+    closed-form ranker EASE into them. For models without a deep part."""
     first_order: bool = True
     """The linear part."""
     fm: bool = True
@@ -75,6 +78,12 @@ class ModelConfig(Section):
         if any(size < 1 for size in self.over_arch_layer_sizes):
             raise ValueError(
                 f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
+            )
+        if self.ease_columns and (self.deep or not self.fm):
+            raise ValueError("ease_columns need fm=true and deep=false")
+        if self.ease_columns > self.embedding_dim:
+            raise ValueError(
+                f"ease_columns={self.ease_columns} are more than embedding_dim={self.embedding_dim}"
             )
         if self.over_arch == "mlp" and self.over_arch_options:
             raise ValueError("over_arch_options go with an over_arch given by import path")
@@ -404,6 +413,12 @@ class Config(Section):
                 f"data.root=FOLDER"
             )
         return text
+
+    def renamed(self, name: str) -> Self:
+        """The settings of another run on the same prepared data."""
+        run = self.run.model_copy(update={"name": name})
+        data = self.data.model_copy(update={"name": self.data.name or self.run.name})
+        return self.model_copy(update={"run": run, "data": data})
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that loads back to it."""

@@ -15,7 +15,7 @@ LEVELS = {
 
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
-    "export", "import_weights", "plan",
+    "export", "import_weights", "add_ease", "plan",
 }  # fmt: skip
 EDGES = COMMANDS | {"report", "build", "runs"}
 """Where tables are made for people."""
