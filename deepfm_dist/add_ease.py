@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from deepfm_dist.cli import run
-from deepfm_dist.config import Config
+from deepfm_dist.config import Config, config_from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,9 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.training.trainer import LoopState
 
     found = find_finished(config, arguments.overrides)
-    made = found.config.renamed(arguments.to)
+    trained_with = config_from(found.state["config"], origin=str(found.checkpoint))
+    places = {"run": found.config.run, "data": found.config.data}
+    made = trained_with.model_copy(update=places).renamed(arguments.to)
     if checkpoint.complete_steps(made.run_dir):
         raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:

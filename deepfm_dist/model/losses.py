@@ -75,8 +75,10 @@ class CatalogueLoss(nn.Module):
         own = 0 if len(batch.target_items) else len(batch.target_users)
         users = scorer.side("user", rows_BFW[:n], batch.dense[:n])
         # A user's constant is in all of its logits and cancels: what rounding leaves of its
-        # gradient would be taken for one by Adam, which divides by the size.
-        users = replace(users, constant=users.constant.detach())
+        # gradient would be taken for one by Adam, which divides by the size. (It is 0 and not
+        # missing: optimizers must have a state for every parameter.)
+        constant = users.constant.detach() + 0 * users.constant
+        users = replace(users, constant=constant)
         items = scorer.side("item", rows_BFW[: shared + own], batch.dense[: shared + own])
         everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
         logits_UC = scorer.all_pairs(users, Side(*everyones))
