@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.add_ease``: a trained model plus EASE -> a model of both."""
+"""``torchrun -m deepfm_dist.add_ease``: a trained FM plus EASE -> one wider FM of both."""
 
 import argparse
 import sys
@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from deepfm_dist.cli import run
-from deepfm_dist.config import Config, config_from
+from deepfm_dist.config import Config, ShardingConfig, config_from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    description = "Write the closed-form ranker EASE into columns that a model has kept for it."
+    description = "Widen a trained FM by the closed-form ranker EASE."
     return run("add_ease", description, _add, argv, _add_arguments)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="NAME", help="name of the run to make of it")
+    parser.add_argument(
+        "--columns",
+        type=int,
+        default=256,
+        help="of the factors, for EASE (default: %(default)d)",
+    )
     parser.add_argument(
         "--l2", type=float, default=500.0, help="EASE's weight decay (default: %(default)g)"
     )
@@ -29,9 +35,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import ease_columns, ease_tables, shard_for_training
+    from torch.nn.functional import pad
+
+    from deepfm_dist.build import deepfm_of, ease_tables, shard_for_training
     from deepfm_dist.distributed import checkpoint
-    from deepfm_dist.distributed.sharding import fill_columns
+    from deepfm_dist.distributed.sharding import widen
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import CheckpointError
     from deepfm_dist.runs import find_finished
@@ -40,19 +48,35 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
     found = find_finished(config, arguments.overrides)
     trained_with = config_from(found.state["config"], origin=str(found.checkpoint))
     places = {"run": found.config.run, "data": found.config.data}
-    made = trained_with.model_copy(update=places).renamed(arguments.to)
+    narrow = trained_with.model_copy(update=places)
+    made = narrow.renamed(arguments.to).widened(arguments.columns)
     if checkpoint.complete_steps(made.run_dir):
         raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        sharded, optimizer = shard_for_training(made, found.dataset.manifest, ranks)
-        checkpoint.load(found.checkpoint, ranks, sharded, optimizer)
         values = ranks.agreed(
             ranks.first_does(
-                "ease", lambda: ease_tables(made, found.dataset, arguments.l2, arguments.weight)
+                "ease",
+                lambda: ease_tables(
+                    narrow.model,
+                    found.dataset,
+                    arguments.columns,
+                    arguments.l2,
+                    arguments.weight,
+                ),
             )
         )
         assert values is not None
-        fill_columns(sharded, values, ease_columns(made.model))
+        whole = {"sharding": ShardingConfig(kind="table_wise")}  # the same places in both
+        manifest = found.dataset.manifest
+        before, _ = shard_for_training(narrow.model_copy(update=whole), manifest, ranks)
+        checkpoint.load(found.checkpoint, ranks, before)
+        sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, ranks)
+        checkpoint.make_state(optimizer)  # a run may go on from it
+        widen(before, sharded, narrow.model.embedding_dim, values)
+        above = deepfm_of(before).interaction_arch.state_dict()
+        if "dense_factors" in above:
+            above["dense_factors"] = pad(above["dense_factors"], (0, arguments.columns))
+        deepfm_of(sharded).interaction_arch.load_state_dict(above)
         step = found.state["step"]
         marker = {
             "vocabulary_hash": found.dataset.manifest.vocabulary_hash,

@@ -198,13 +198,7 @@ def shard_for_training(
     )
     if config.trainer.compile:
         above.compile()
-    init_tables(
-        sharded,
-        arch.embedding_dim + 1,
-        config.model.init_std,
-        config.run.seed,
-        ease_columns(config.model),
-    )
+    init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
@@ -213,19 +207,15 @@ def shard_for_training(
     return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, of_dense.l2)
 
 
-def ease_columns(config: ModelConfig) -> slice:
-    """Columns of the tables that are kept for EASE."""
-    return slice(config.embedding_dim - config.ease_columns, config.embedding_dim)
-
-
 def ease_tables(
-    config: Config, dataset: PreparedDataset, l2: float, weight: float
+    model: ModelConfig, dataset: PreparedDataset, columns: int, l2: float, weight: float
 ) -> dict[str, Tensor]:
     """EASE, fitted on the training positives, as columns of two tables.
 
     Args:
-        config: keeps columns for it.
+        model: what it is added to.
         dataset: the prepared dataset.
+        columns: how many.
         l2: EASE's.
         weight: of its scores.
 
@@ -234,9 +224,10 @@ def ease_tables(
         pooling of the history.
 
     Raises:
-        ConfigError: the model keeps no columns, or has no table of items or of histories of them.
+        ConfigError: the model has a deep part or no pairwise one, or no table of items or of
+            histories of them.
     """
-    manifest, columns = dataset.manifest, config.model.ease_columns
+    manifest = dataset.manifest
     items = [f for f in manifest.features if f.entity == "item" and f.is_id]
     own = [
         f
@@ -245,10 +236,10 @@ def ease_tables(
         and manifest.data.source_of(f).is_id
         and manifest.tables[f.table_name].features == (f.name,)
     ]
-    if columns == 0:
+    if model.deep or not model.fm:
         raise ConfigError(
-            "add_ease: the model has no columns for it; train with model.ease_columns=256, and "
-            "model.embedding_dim larger by as many"
+            f"add_ease: model.deep={model.deep}, model.fm={model.fm}: it widens the vectors of a "
+            f"pairwise part, which a deep part would read too; train with model.deep=false"
         )
     if not items or not own:
         raise ConfigError(

@@ -48,9 +48,6 @@ class ModelConfig(Section):
     """Length D of each field's factor vector."""
     init_std: float = Field(0.01, ge=0)
     """Standard deviation of the tables' initial values."""
-    ease_columns: int = Field(0, ge=0)
-    """Last columns of the factors that training leaves at 0: ``deepfm_dist.add_ease`` writes the
-    closed-form ranker EASE into them. For models without a deep part."""
     first_order: bool = True
     """The linear part."""
     fm: bool = True
@@ -78,12 +75,6 @@ class ModelConfig(Section):
         if any(size < 1 for size in self.over_arch_layer_sizes):
             raise ValueError(
                 f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
-            )
-        if self.ease_columns and (self.deep or not self.fm):
-            raise ValueError("ease_columns need fm=true and deep=false")
-        if self.ease_columns > self.embedding_dim:
-            raise ValueError(
-                f"ease_columns={self.ease_columns} are more than embedding_dim={self.embedding_dim}"
             )
         if self.over_arch == "mlp" and self.over_arch_options:
             raise ValueError("over_arch_options go with an over_arch given by import path")
@@ -419,6 +410,12 @@ class Config(Section):
         run = self.run.model_copy(update={"name": name})
         data = self.data.model_copy(update={"name": self.data.name or self.run.name})
         return self.model_copy(update={"run": run, "data": data})
+
+    def widened(self, columns: int) -> Self:
+        """The settings of the model with more columns of factors."""
+        dim = self.model.embedding_dim + columns
+        model = self.model.model_copy(update={"embedding_dim": dim})
+        return self.model_copy(update={"model": model})
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that loads back to it."""

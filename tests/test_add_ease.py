@@ -42,12 +42,19 @@ def _figures(tmp_path: Path, name: str) -> dict[str, dict[str, float]]:
     return figures
 
 
+def _first_loss(tmp_path: Path, name: str) -> float:
+    lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines]
+    return next(float(line["loss"]) for line in losses if line["event"] == "train")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_all_columns_of_an_empty_model_rank_as_ease_does(tmp_path: Path, size: int) -> None:
-    empty = ("model={embedding_dim: 410, ease_columns: 401, init_std: 0, deep: false}",)
+    empty = ("model={embedding_dim: 9, init_std: 0, deep: false}",)
     still = ("trainer.max_steps=1", "optimizer.tables={name: adam, lr: 1.0e-12}")
     assert run_ranks(train.main, size, _settings(tmp_path, "a", *empty, *still)) == [0] * size
     arguments = [*_settings(tmp_path, "a"), "--to", "b", "--l2", "50", "--weight", "3"]
+    arguments += ["--columns", "401"]
     arguments = [a for a in arguments if not a.startswith("model.")]
     assert run_ranks(add_ease.main, size, arguments) == [0] * size
     assert (
@@ -63,19 +70,25 @@ def test_all_columns_of_an_empty_model_rank_as_ease_does(tmp_path: Path, size: i
         assert figures["model"][name] == pytest.approx(value, rel=2e-3), name
 
 
-def test_training_leaves_the_columns_at_0_and_both_are_better_than_the_model_alone(
+def test_both_are_better_than_the_model_alone_and_can_be_trained_on(
     tmp_path: Path,
 ) -> None:
-    shape = ("model={embedding_dim: 64, ease_columns: 48, init_std: 0.01, deep: false}",)
+    shape = ("model={embedding_dim: 16, init_std: 0.01, deep: false}",)
     settings = _settings(tmp_path, "a", *shape, "trainer.epochs=10", pooling="sqrt")
     assert run_ranks(train.main, 1, settings) == [0]
     where = [*settings[:4], "data.name=shared", EASE]
-    assert run_ranks(add_ease.main, 1, [*where, "--to", "b", "--l2", "50", "--weight", "20"]) == [0]
+    assert run_ranks(
+        add_ease.main, 1, [*where, "--to", "b", "--l2", "50", "--weight", "20", "--columns", "48"]
+    ) == [0]
     assert run_ranks(evaluate.main, 1, where) == [0]
     assert run_ranks(evaluate.main, 1, [where[0].replace("=a", "=b"), *where[1:]]) == [0]
     alone, both = (_figures(tmp_path, name)["model"] for name in "ab")
     assert both["ndcg@10"] > alone["ndcg@10"] + 0.02
-    # Continued from, every column is trained; the run before kept them at exactly 0.
+    wide = ("model={embedding_dim: 64, init_std: 0.01, deep: false}", "trainer.epochs=1")
+    start = f"checkpoint.start_from={tmp_path / 'runs' / 'b'}"
+    assert run_ranks(train.main, 1, _settings(tmp_path, "c", *wide, start, pooling="sqrt")) == [0]
+    losses = {n: _first_loss(tmp_path, n) for n in "ac"}
+    assert losses["c"] < losses["a"] - 0.1  # it begins where the other ended
     assert add_ease.main([*where, "--to", "b"]) == 2
 
 
@@ -94,10 +107,10 @@ def test_factors_are_the_best_of_their_number(sample: PreparedDataset) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ((), "the model has no columns for it; train with model.ease_columns=256"),
+        (("model.deep=true",), "train with model.deep=false"),
         (
             (
-                "model={embedding_dim: 8, ease_columns: 4, deep: false}",
+                "model={embedding_dim: 8, deep: false}",
                 "data.features=[{name: user, entity: user}, {name: item, entity: item}]",
                 "data.history={}",
             ),

@@ -327,11 +327,7 @@ def _planned(
 
 @torch.no_grad()
 def init_tables(
-    sharded: DistributedModelParallel,
-    used_width: int,
-    init_std: float,
-    seed: int,
-    zero: slice = slice(0, 0),
+    sharded: DistributedModelParallel, used_width: int, init_std: float, seed: int
 ) -> None:
     """Fills the tables from N(0, init_std^2); a row's values depend on seed, table and row only.
 
@@ -340,7 +336,6 @@ def init_tables(
         used_width: leading columns that are used; the rest is padding and stays 0.
         init_std: standard deviation.
         seed: of all tables.
-        zero: columns that are 0 instead.
     """
     for name, rows, columns, shard_tensor in local_shards(sharded):
         shard_tensor.zero_()
@@ -349,7 +344,6 @@ def init_tables(
         for block in range(first_block, -(-rows.stop // _INIT_ROWS)):
             generator = torch.Generator().manual_seed(derive_seed(seed, "init", name, block))
             drawn = torch.empty(_INIT_ROWS, used_width).normal_(0, init_std, generator=generator)
-            drawn[:, zero] = 0
             begin, end = block * _INIT_ROWS, (block + 1) * _INIT_ROWS
             low, high = max(begin, rows.start), min(end, rows.stop)
             piece = drawn[low - begin : high - begin, columns.start : columns.start + width]
@@ -372,15 +366,28 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
 
 
 @torch.no_grad()
-def fill_columns(
-    sharded: DistributedModelParallel, values: Mapping[str, Tensor], columns: slice
+def widen(
+    narrow: DistributedModelParallel,
+    wide: DistributedModelParallel,
+    dim: int,
+    values: Mapping[str, Tensor],
 ) -> None:
-    """Copies ``[rows, columns]`` into some columns of some tables, by name."""
-    for name, rows, of_piece, piece in local_shards(sharded):
+    """Fills a model with another's rows, wider by some columns behind the factors.
+
+    Args:
+        narrow: with factors of ``dim`` columns.
+        wide: the same tables in the same places, with more.
+        dim: D.
+        values: ``[rows, columns]`` of these columns by table; where a table is not named, 0.
+    """
+    for old, new in zip(local_shards(narrow), local_shards(wide), strict=True):
+        (name, rows, _, source), target = old, new[3]
+        columns = next(iter(values.values())).shape[1]
+        target.zero_()
+        target[:, :dim] = source[:, :dim]
         if name in values:
-            low, high = max(columns.start, of_piece.start), min(columns.stop, of_piece.stop)
-            target = piece[:, low - of_piece.start : high - of_piece.start]
-            target.copy_(values[name][rows, low - columns.start : high - columns.start])
+            target[:, dim : dim + columns] = values[name][rows]
+        target[:, dim + columns] = source[:, dim]
 
 
 def local_shards(
