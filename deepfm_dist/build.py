@@ -39,7 +39,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
-from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
+from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.metrics import CLICK_FIGURES
@@ -219,6 +219,52 @@ def shard_for_training(
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
     dense_l2 = 0.0 if in_gradient else of_dense.l2
     return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, dense_l2)
+
+
+def ease_tables(
+    model: ModelConfig, dataset: PreparedDataset, columns: int, l2: float, weight: float
+) -> dict[str, Tensor]:
+    """EASE, fitted on the training positives, as columns of two tables.
+
+    Args:
+        model: what it is added to.
+        dataset: the prepared dataset.
+        columns: how many.
+        l2: EASE's.
+        weight: of its scores.
+
+    Returns:
+        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
+        pooling of the history.
+
+    Raises:
+        ConfigError: the model has a deep part or no pairwise one, or no table of items or of
+            histories of them.
+    """
+    manifest = dataset.manifest
+    items = [f for f in manifest.features if f.entity == "item" and f.is_id]
+    own = [
+        f
+        for f in manifest.features
+        if f.history is not None
+        and manifest.data.source_of(f).is_id
+        and manifest.tables[f.table_name].features == (f.name,)
+    ]
+    if model.deep or not model.fm:
+        raise ConfigError(
+            f"add_ease: model.deep={model.deep}, model.fm={model.fm}: it widens the vectors of a "
+            f"pairwise part, which a deep part would read too; train with model.deep=false"
+        )
+    if not items or not own:
+        raise ConfigError(
+            "add_ease: needs the items' own id and a history of items with a table of its own "
+            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
+            "item}"
+        )
+    n_items = manifest.entities["item"]
+    train = distinct(dataset.history)
+    of_history, of_items = Ease(l2).factors(train, n_items, columns)
+    return {own[0].table_name: weight * of_history, items[0].table_name: of_items}
 
 
 def _catalogue_loss(

@@ -308,6 +308,9 @@ class RecommendConfig(Section):
     """Values of the context fields to recommend for."""
     users: str | tuple[str | int, ...] | None = None
     """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
+    histories: str | None = None
+    """Recommend for the users of this file instead, whom the model knows by these items alone: rows
+    of ``user`` and ``item`` (csv, tsv, parquet). For models with a history field."""
     allow_items: str | tuple[str | int, ...] | None = None
     """Only these: a list of ids, or a file with a column ``item``."""
     block_items: str | tuple[str | int, ...] | None = None
@@ -320,6 +323,12 @@ class RecommendConfig(Section):
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
+
+    @model_validator(mode="after")
+    def _users_of_one_kind(self) -> Self:
+        if self.histories is not None and self.users is not None:
+            raise ValueError("histories names its users itself: leave users out")
+        return self
 
     @model_validator(mode="after")
     def _enough_candidates(self) -> Self:
@@ -469,6 +478,18 @@ class Config(Section):
                 f"data.root=FOLDER"
             )
         return text
+
+    def renamed(self, name: str) -> Self:
+        """The settings of another run on the same prepared data."""
+        run = self.run.model_copy(update={"name": name})
+        data = self.data.model_copy(update={"name": self.data.name or self.run.name})
+        return self.model_copy(update={"run": run, "data": data})
+
+    def widened(self, columns: int) -> Self:
+        """The settings of the model with more columns of factors."""
+        dim = self.model.embedding_dim + columns
+        model = self.model.model_copy(update={"embedding_dim": dim})
+        return self.model_copy(update={"model": model})
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that loads back to it."""

@@ -19,6 +19,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError
+from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 
@@ -122,6 +123,18 @@ def test_a_resumed_run_goes_on_exactly_with_batch_norm(
     config = config_of(*SMALL, "sharding.kind=row_wise", "model.batch_norm=true")
     whole = run_ranks(_trained_through, 2, sample.folder, config, tmp_path)[0][20:]
     assert run_ranks(_resumed, 2, sample.folder, config, tmp_path)[0] == whole
+
+
+@pytest.mark.parametrize("options", [["model.deep=false"], ["trainer.candidates=70"]])
+def test_training_on_users_goes_on_exactly(
+    with_history: PreparedDataset, tmp_path: Path, options: list[str]
+) -> None:
+    of_users = (*HISTORY, "trainer.loss=softmax", "trainer.batch_size=61")
+    config = config_of(*SMALL, *of_users, "optimizer.tables={name: adam, lr: 0.003}", *options)
+    for size in (1, 2):
+        run_dir = tmp_path / str(size)
+        whole = run_ranks(_trained_through, size, with_history.folder, config, run_dir)[0][20:]
+        assert run_ranks(_resumed, size, with_history.folder, config, run_dir)[0] == whole
 
 
 def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def test_pairs_are_scored_as_rows_are_with_the_same_gradients(
     rows = torch.randn(max(USERS, ITEMS), CATEGORICAL, WIDTH, dtype=torch.float64)
     rows[:, :, DIM + 1 :] = 0
     rows.requires_grad_()
+    divisors = torch.rand(len(rows), CATEGORICAL, dtype=torch.float64) + 0.5
     dense = torch.randn(len(rows), NUMERIC, dtype=torch.float64)
     is_item = torch.tensor(OF_ITEM)
 
@@ -48,13 +49,13 @@ def test_pairs_are_scored_as_rows_are_with_the_same_gradients(
         g.flatten() for g in torch.meshgrid(torch.arange(USERS), torch.arange(ITEMS), indexing="ij")
     )
     of_tables, of_numbers = is_item[:CATEGORICAL], is_item[CATEGORICAL:]
-    pair_rows = torch.where(of_tables[None, :, None], rows[i], rows[u])
+    divided = rows / divisors[:, :, None]
+    pair_rows = torch.where(of_tables[None, :, None], divided[i], divided[u])
     pair_dense = torch.where(of_numbers, dense[i], dense[u])
     expected = arch(pair_rows, pair_dense).view(USERS, ITEMS)
 
     scorer = PairScorer(arch, OF_ITEM, CATEGORICAL)
-    users = scorer.side("user", rows[:USERS], dense[:USERS])
-    items = scorer.side("item", rows[:ITEMS], dense[:ITEMS])
+    users, items = scorer.sides(rows, divisors, dense, USERS, ITEMS)
     found = scorer.all_pairs(users, items)
     assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
     some = torch.tensor([0, 3, 3, 6]), torch.tensor([8, 0, 1, 4])

@@ -15,11 +15,14 @@ import pytest
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.schema import History
+from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking import engine, ranker
 from deepfm_dist.ranking.output import Parts
 from deepfm_dist.ranking.recommendation import Wanted, recommend
+from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_ranking import config_of, digest
 
@@ -254,3 +257,85 @@ def test_fewer_candidates_than_items_wanted_are_refused() -> None:
     tree = {"data": load_config("sample").data.model_dump(), "recommend": {"candidates": 3}}
     with pytest.raises(ConfigError, match=r"candidates=3 cannot give k=10 items"):
         config_from(tree)
+
+
+def _for_users_and_for_strangers(
+    folder: Path, out: Path, file: Path
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same users: as rows of the user table, which is 0, and as a file of their items."""
+    dataset = PreparedDataset(folder)
+    data = dataset.manifest.data.model_copy(update={"history": History(dropout=0.5)})
+    dataset.manifest = dataset.manifest.model_copy(update={"data": data})
+    config = load_config("sample", [*HISTORY, "model.init_std=0.3", "model.embedding_dim=8"])
+    with world("cpu", threads=1) as ranks:
+        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+        for table, _, _, piece in local_shards(sharded):
+            if table == "user":
+                piece.zero_()
+        model = deepfm_of(sharded)
+        for wanted, target in (
+            (Wanted(10, ("train",)), out / "users"),
+            (Wanted(10, ("train", "valid"), histories=str(file)), out / "strangers"),
+        ):
+            recommend(model, ranks, dataset, wanted, target)
+    return frame_of(out / "users"), frame_of(out / "strangers")
+
+
+def test_strangers_are_scored_by_their_items_as_users_are_by_theirs(
+    with_history: PreparedDataset, tmp_path: Path
+) -> None:
+    ids = with_history.entity_ids("item")
+    users = with_history.entity_ids("user").to_pylist()
+    pairs = [
+        (f"new-{user}", ids[item].as_py())
+        for user, bag in zip(users, with_history.history.lists(), strict=True)
+        for item in bag
+    ]
+    shuffled = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))]
+    extra = [*shuffled, *shuffled[:9], ("lost", "no such item"), (pairs[0][0], "no such item")]
+    file = tmp_path / "strangers.csv"
+    pd.DataFrame(extra, columns=["user", "item"]).to_csv(file, index=False)
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        known, new = run_ranks(_for_users_and_for_strangers, size, with_history.folder, out, file)[
+            0
+        ]
+        assert set(new["user_id"]) == {f"new-{user}" for user in users if user is not None}
+        new["user_id"] = new["user_id"].str.removeprefix("new-").astype(int)
+        new = new.sort_values(["user_id", "rank"]).reset_index(drop=True)
+        assert known["score"].std() > 0.1
+        assert np.abs(known["score"] - new["score"]).max() < 1e-5
+        assert (known["item_id"] == new["item_id"]).mean() > 0.999  # but for ties in rounding
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows", "said"),
+    [
+        (
+            Wanted(5, histories="FILE"),
+            "1,1",
+            "FILE: this model knows its users by id.*history: item",
+        ),
+        (Wanted(5, users=["nobody"]), "", "leave them out, or train a model .*history: item"),
+    ],
+)
+def test_without_a_history_strangers_are_refused_with_the_way_to_get_it(
+    sample: PreparedDataset, tmp_path: Path, wanted: Wanted, rows: str, said: str
+) -> None:
+    file = tmp_path / "FILE"
+    file.with_suffix(".csv").write_text(f"user,item\n{rows}\n")
+    if wanted.histories:
+        wanted = replace(wanted, histories=str(file.with_suffix(".csv")))
+        said = said.replace("FILE", "FILE.csv")
+    with pytest.raises(RankFailed, match=f"DataError: .*{said}"):
+        run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
+
+
+def test_a_file_of_strangers_without_a_known_item_is_refused(
+    with_history: PreparedDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text("user,item\n1,never seen\n")
+    wanted = Wanted(5, histories=str(tmp_path / "x.csv"))
+    config = load_config("sample", HISTORY)
+    with pytest.raises(RankFailed, match=r"x\.csv: none of its items is in the training data"):
+        run_alone(_recommended, with_history.folder, config, wanted, tmp_path)

@@ -409,6 +409,31 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
         shard_tensor[:, : piece.shape[1]].copy_(piece)
 
 
+@torch.no_grad()
+def widen(
+    narrow: DistributedModelParallel,
+    wide: DistributedModelParallel,
+    dim: int,
+    values: Mapping[str, Tensor],
+) -> None:
+    """Fills a model with another's rows, wider by some columns behind the factors.
+
+    Args:
+        narrow: with factors of ``dim`` columns.
+        wide: the same tables in the same places, with more.
+        dim: D.
+        values: ``[rows, columns]`` of these columns by table; where a table is not named, 0.
+    """
+    for old, new in zip(local_shards(narrow), local_shards(wide), strict=True):
+        (name, rows, _, source), target = old, new[3]
+        columns = next(iter(values.values())).shape[1]
+        target.zero_()
+        target[:, :dim] = source[:, :dim]
+        if name in values:
+            target[:, dim : dim + columns] = values[name][rows]
+        target[:, dim + columns] = source[:, dim]
+
+
 def local_shards(
     sharded: DistributedModelParallel,
 ) -> list[tuple[str, slice, slice, Tensor]]:

@@ -107,13 +107,19 @@ class EmbeddingArch(nn.Module):
         Returns:
             ``[B, F, row_width]``: ``[factors | first-order weight | padding]``.
         """
+        rows_BFW = self.sums(sparse)
+        return rows_BFW / self.divisors(sparse)[:, :, None] if self.is_divided else rows_BFW
+
+    def sums(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """`rows` before they are divided: the sums of their values' rows."""
         rows = _in_order(self.ebc(sparse), self.features)
-        rows_BFW: Tensor = rows.view(-1, len(self.features), self.row_width)
-        if self.is_divided:
-            lengths_FB = sparse.lengths().view(len(self.features), -1)
-            counts_BF = lengths_FB.T.to(rows_BFW.dtype).clamp(min=1)
-            rows_BFW = rows_BFW / counts_BF.pow(self.power_F)[:, :, None]
-        return rows_BFW
+        return rows.view(-1, len(self.features), self.row_width)
+
+    def divisors(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """``[B, F]`` what pooling divides the sums by."""
+        lengths_FB = sparse.lengths().view(len(self.features), -1)
+        counts_BF = lengths_FB.T.to(self.power_F.dtype).clamp(min=1)
+        return counts_BF.pow(self.power_F)
 
     def forward(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
         """`rows` as factors ``[B, F, D]`` and first-order weights ``[B, F]``."""
@@ -152,10 +158,14 @@ class FactorizationMachine(nn.Module):
         Returns:
             ``[B]``: ``sum_i w_i + sum_{i<j} <v_i, v_j>``.
         """
-        score: Tensor = _Interactions.apply(  # type: ignore[no-untyped-call]
+        return self.with_sum(rows_BFW)[0]
+
+    def with_sum(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, and ``[B, D]`` the sum of the factors."""
+        found: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
             rows_BFW, self.dim, self.first_order
         )
-        return score
+        return found
 
 
 class _Interactions(torch.autograd.Function):
@@ -166,24 +176,33 @@ class _Interactions(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_BFW: Tensor, dim: int, first_order: bool) -> Tensor:
+    def forward(ctx: Any, rows_BFW: Tensor, dim: int, first_order: bool) -> tuple[Tensor, Tensor]:
         sum_BW = rows_BFW.sum(1)
         ctx.save_for_backward(rows_BFW, sum_BW)
         ctx.dim, ctx.first_order = dim, first_order
+        ctx.set_materialize_grads(False)
         of_sum = sum_BW[:, :dim].square().sum(1)
         sum_of = rows_BFW[:, :, :dim].square().sum((1, 2))
         pairs = 0.5 * (of_sum - sum_of)
-        return sum_BW[:, dim] + pairs if first_order else pairs
+        return sum_BW[:, dim] + pairs if first_order else pairs, sum_BW[:, :dim].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient_B: Tensor | None, of_sum_BD: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         rows_BFW, sum_BW = ctx.saved_tensors
-        gradient = sum_BW[:, None, :] - rows_BFW
-        gradient[:, :, ctx.dim :] = 0
-        if ctx.first_order:
-            gradient[:, :, ctx.dim] = 1
-        return gradient.mul_(gradient_B[:, None, None]), None, None
+        if gradient_B is None:
+            gradient = torch.zeros_like(rows_BFW)
+        else:
+            gradient = sum_BW[:, None, :] - rows_BFW
+            gradient[:, :, ctx.dim :] = 0
+            if ctx.first_order:
+                gradient[:, :, ctx.dim] = 1
+            gradient.mul_(gradient_B[:, None, None])
+        if of_sum_BD is not None:
+            gradient[:, :, : ctx.dim] += of_sum_BD[:, None]
+        return gradient, None, None
 
 
 class OverArch(nn.Module):
@@ -317,7 +336,7 @@ class InteractionArch(nn.Module):
             ``[B]`` logits.
         """
         if dense_BN.shape[1]:
-            rows_NW = self._dense_rows(dense_BN.shape[1], rows_BFW)
+            rows_NW = self.dense_rows(dense_BN.shape[1], rows_BFW)
             rows_BFW = torch.cat([rows_BFW, dense_BN[:, :, None] * rows_NW], 1)
         logits = self.bias.expand(rows_BFW.shape[0])
         if self.fm is not None:
@@ -333,14 +352,14 @@ class InteractionArch(nn.Module):
             logits = logits + deep.float()
         return logits
 
-    def _dense_rows(self, n: int, rows_BFW: Tensor) -> Tensor:
-        """``[n_dense, W]``: what numeric fields would have in a table."""
+    def dense_rows(self, n: int, rows_BFW: Tensor) -> Tensor:
+        """``[n_dense, W]``: what numeric fields would have in a table, of the kind of ``rows``."""
         dim, width = self.embedding_dim, rows_BFW.shape[2]
         factors, first = self.dense_factors, self.dense_first_order
         return torch.cat(
             [
-                rows_BFW.new_zeros(n, dim) if factors is None else factors,
-                rows_BFW.new_zeros(n, 1) if first is None else first[:, None],
+                rows_BFW.new_zeros(n, dim) if factors is None else factors.to(rows_BFW.dtype),
+                rows_BFW.new_zeros(n, 1) if first is None else first[:, None].to(rows_BFW.dtype),
                 rows_BFW.new_zeros(n, width - dim - 1),
             ],
             1,

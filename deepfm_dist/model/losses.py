@@ -69,15 +69,16 @@ class CatalogueLoss(nn.Module):
         super().__init__()
         self.kind, self.scorer, self.gather = kind, scorer, gather
 
-    def forward(self, rows_BFW: Tensor, batch: UsersWithTargets) -> Tensor:
-        """This rank's share of the loss, ``[]``, from what was looked up."""
-        scorer, n, shared = self.scorer, batch.n_users, batch.n_shared
+    def forward(self, sums_HFW: Tensor, divisors_HF: Tensor, batch: UsersWithTargets) -> Tensor:
+        """This rank's share of the loss, ``[]``, from what was looked up and what divides it."""
+        scorer, shared = self.scorer, batch.n_shared
         own = 0 if len(batch.target_items) else len(batch.target_users)
-        users = scorer.side("user", rows_BFW[:n], batch.dense[:n])
+        users, items = scorer.sides(sums_HFW, divisors_HF, batch.dense, batch.n_users, shared + own)
         # A user's constant is in all of its logits and cancels: what rounding leaves of its
-        # gradient would be taken for one by Adam, which divides by the size.
-        users = replace(users, constant=users.constant.detach())
-        items = scorer.side("item", rows_BFW[: shared + own], batch.dense[: shared + own])
+        # gradient would be taken for one by Adam, which divides by the size. (It is 0 and not
+        # missing: optimizers must have a state for every parameter.)
+        constant = users.constant.detach() + 0 * users.constant
+        users = replace(users, constant=constant)
         everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
         logits_UC = scorer.all_pairs(users, Side(*everyones))
         if own:
@@ -117,8 +118,9 @@ class DeepFMTrain(nn.Module):
             mean of the global batch; and logits ``[b]`` of rows, None of users.
         """
         if self.training and self.catalogue_loss is not None:
-            rows_BFW = self.model.embedding_arch.rows(batch.sparse)
-            return self.catalogue_loss(rows_BFW, batch), None
+            arch = self.model.embedding_arch
+            sums_HFW, divisors_HF = arch.sums(batch.sparse), arch.divisors(batch.sparse)
+            return self.catalogue_loss(sums_HFW, divisors_HF, batch), None
         logits = self.model(batch.sparse, batch.dense, batch.weights)
         loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
         return loss, logits.detach()

@@ -10,7 +10,7 @@ those of the item, ``S`` the sum and ``Q`` the sum of squares of a side's factor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -95,48 +95,81 @@ class Fields:
 def side_of(
     arch: InteractionArch,
     fields: Fields,
-    factors_BFD: Tensor,
-    first_BF: Tensor,
-    dense_BN: Tensor,
+    rows_nfW: Tensor,
+    dense_nN: Tensor,
     first_layer: Layer | None,
     with_bias: bool,
 ) -> Side:
-    """Computes one side, in the precision of ``factors_BFD``.
+    """Computes one side, in the precision of ``rows_nfW``.
 
     Args:
         arch: everything above the tables.
         fields: the side's.
-        factors_BFD: ``[n, F, D]`` of all fields; only this side's are read.
-        first_BF: ``[n, F]`` first-order weights.
-        dense_BN: ``[n, n_dense]`` numeric fields.
+        rows_nfW: ``[n, f, W]`` looked-up rows of its categorical fields.
+        dense_nN: ``[n, n_dense]`` all numeric fields.
         first_layer: the over-arch's; None where it has none that can be split.
         with_bias: whether this side takes the biases of the model and of the first layer.
     """
-    kind, n = factors_BFD.dtype, factors_BFD.shape[0]
-    constant = factors_BFD.new_zeros(n)
-    numbers = dense_BN[:, fields.numeric].to(kind)
+    kind, dim = rows_nfW.dtype, arch.embedding_dim
+    if len(fields.numeric):
+        of_numbers = arch.dense_rows(dense_nN.shape[1], rows_nfW)[fields.numeric]
+        numbers = dense_nN[:, fields.numeric].to(kind)
+        rows_nfW = torch.cat([rows_nfW, numbers[:, :, None] * of_numbers], 1)
+    if arch.fm is not None:
+        constant, factor_sum = arch.fm.with_sum(rows_nfW)
+    else:
+        constant = (
+            rows_nfW[:, :, dim].sum(1) if arch.first_order else rows_nfW.new_zeros(len(rows_nfW))
+        )
+        factor_sum = rows_nfW.new_zeros(len(rows_nfW), 0)
     if with_bias:
         constant = constant + arch.bias.to(kind)
-    if arch.first_order:
-        constant = constant + first_BF[:, fields.categorical].to(kind).sum(1)
-        if arch.dense_first_order is not None:
-            constant = constant + numbers @ arch.dense_first_order[fields.numeric].to(kind)
-    vectors = factors_BFD[:, fields.categorical]
-    if arch.dense_factors is not None:
-        scaled = numbers[:, :, None] * arch.dense_factors[fields.numeric].to(kind)
-        vectors = torch.cat([vectors, scaled], 1)
-    factor_sum = vectors.sum(1)
-    if arch.fm is not None:
-        constant = constant + 0.5 * (factor_sum.square() - vectors.square().sum(1)).sum(1)
-    else:
-        factor_sum = factor_sum[:, :0]
-    hidden = vectors.flatten(1)
+    if arch.over_arch is None:
+        return Side(constant, factor_sum, rows_nfW.new_zeros(len(rows_nfW), 0))
+    hidden = rows_nfW[:, :, :dim].flatten(1)
     if first_layer is not None:
         weight, bias = (part.to(kind) for part in first_layer)
         hidden = hidden @ weight[:, fields.columns].T
         if with_bias:
             hidden = hidden + bias
     return Side(constant, factor_sum, hidden)
+
+
+class _Sides(torch.autograd.Function):
+    """Some fields of the first rows, divided, for each of two sides; one gradient for both.
+
+    Slices would each have a gradient of their own of the whole size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_HFW: Tensor,
+        divisors_HF: Tensor,
+        sizes: tuple[int, int],
+        fields: tuple[Sequence[int], Sequence[int]],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(divisors_HF)
+        ctx.shape, ctx.sizes, ctx.fields = rows_HFW.shape, sizes, fields
+        sides = []
+        for n, places in zip(sizes, fields, strict=True):
+            side = rows_HFW.new_empty(n, len(places), rows_HFW.shape[2])
+            for at, place in enumerate(places):
+                torch.div(rows_HFW[:n, place], divisors_HF[:n, place, None], out=side[:, at])
+            sides.append(side)
+        return sides[0], sides[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *of_sides: Tensor) -> tuple[Tensor, None, None, None]:
+        (divisors_HF,) = ctx.saved_tensors
+        gradient = of_sides[0].new_empty(ctx.shape)
+        for n, places, of_side in zip(ctx.sizes, ctx.fields, of_sides, strict=True):
+            for at, place in enumerate(places):
+                divided = gradient[:n, place]
+                torch.div(of_side[:, at], divisors_HF[:n, place, None], out=divided)
+                gradient[n:, place] = 0
+        return gradient, None, None, None
 
 
 class PairScorer:
@@ -151,27 +184,35 @@ class PairScorer:
     def __init__(self, arch: InteractionArch, of_item: Sequence[bool], n_categorical: int) -> None:
         self.arch, self._of_item, self._n_categorical = arch, of_item, n_categorical
 
-    def side(self, which: str, rows_BFW: Tensor, dense_BN: Tensor) -> Side:
-        """One side of some looked-up rows ``[n, F, W]``; ``which``: user or item."""
-        dim, over = self.arch.embedding_dim, self.arch.over_arch
-        first_layer = None
+    def sides(
+        self, sums_HFW: Tensor, divisors_HF: Tensor, dense_HN: Tensor, n_users: int, n_items: int
+    ) -> tuple[Side, Side]:
+        """The users of the first rows, and the items of the first rows.
+
+        Args:
+            sums_HFW: ``[H, F, W]`` sums of looked-up rows, of all fields.
+            divisors_HF: ``[H, F]`` what pooling divides them by.
+            dense_HN: ``[H, n_dense]`` numeric fields.
+            n_users: number of users.
+            n_items: number of items.
+        """
+        of_item = self._of_item[: self._n_categorical]
+        places = tuple([f for f, item in enumerate(of_item) if item == side] for side in (0, 1))
+        rows = _Sides.apply(  # type: ignore[no-untyped-call]
+            sums_HFW, divisors_HF, (n_users, n_items), places
+        )
+        fields = Fields.of_both_sides(
+            self._of_item, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
+        )
+        over, first_layer = self.arch.over_arch, None
         if over is not None:
             assert isinstance(over, OverArch)
-            first = over.layers[0]
-            first_layer = first.weight, first.bias
-        users, items = Fields.of_both_sides(
-            self._of_item, self._n_categorical, dim, rows_BFW.device
+            first_layer = over.layers[0].weight, over.layers[0].bias
+        users, items = (
+            side_of(self.arch, of_side, r, dense_HN[: len(r)], first_layer, of_side is fields[0])
+            for of_side, r in zip(fields, rows, strict=True)
         )
-        side = side_of(
-            self.arch,
-            users if which == "user" else items,
-            rows_BFW[:, :, :dim],
-            rows_BFW[:, :, dim],
-            dense_BN,
-            first_layer,
-            which == "user",
-        )
-        return side if over is not None else replace(side, hidden=side.hidden[:, :0])
+        return users, items
 
     def all_pairs(self, users: Side, items: Side) -> Tensor:
         """``[U, I]`` logits."""

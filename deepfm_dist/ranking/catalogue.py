@@ -57,11 +57,12 @@ class CatalogueScorer:
             dense_BN: ``[n, n_dense]`` numeric fields.
         """
         # In float64: these sums are few, and their rounding would reach every pair.
+        fields = self._fields[which]
+        rows = torch.cat([factors_BFD, first_BF[:, :, None]], 2)[:, fields.categorical]
         side = side_of(
             self._arch,
-            self._fields[which],
-            factors_BFD.double(),
-            first_BF,
+            fields,
+            rows.double(),
             dense_BN,
             self._first,
             which == "user",

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, padded
+from deepfm_dist.data.dataset import (
+    ABSENT,
+    Collator,
+    DrawnHistories,
+    PreparedDataset,
+    padded,
+)
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.distributed.world import World
@@ -131,6 +137,8 @@ class ModelRanker:
         context: one row of context fields.
         memory_bytes: limit of what a rank keeps of the items; a larger catalogue is worked off in
             blocks, computed anew for every stretch of users.
+        histories: item rows of users from outside the dataset, who are nothing but these; then
+            ``users`` are rows of it.
     """
 
     def __init__(
@@ -142,7 +150,10 @@ class ModelRanker:
         users: Int32Array,
         context: Mapping[str, Values],
         memory_bytes: int = MEMORY_BYTES,
+        histories: Jagged | None = None,
     ) -> None:
+        self._histories = histories
+        self._drawn = None if histories is None else DrawnHistories(dataset)
         self._model, self._world, self._users, self._context = model, world, users, context
         self._collate = Collator(dataset)
         manifest = dataset.manifest
@@ -229,7 +240,12 @@ class ModelRanker:
     @torch.no_grad()
     def _side(self, which: str, rows: Int32Array) -> Side:
         if which == "user":
-            batch = self._collate(rows, None, self._context, np.zeros(len(rows), np.int32))
+            known, bags = rows, None
+            if self._drawn is not None:
+                known = np.full(len(rows), ABSENT, np.int32)
+                bags = self._drawn.whole(rows, self._histories)
+            nowhere = np.zeros(len(rows), np.int32)
+            batch = self._collate(known, None, self._context, nowhere, bags=bags)
         else:
             batch = self._collate(None, rows)
         batch = batch.to(self._world.device)

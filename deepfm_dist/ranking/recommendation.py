@@ -16,9 +16,11 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
+from deepfm_dist.data.vocabulary import external, id_order
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
@@ -47,6 +49,7 @@ class Wanted:
         masked_splits: a user's positives in these are never recommended.
         context: values of the context fields.
         users: only these users; default: all.
+        histories: for the users of this file instead, known by their items in it alone.
         allow_items: only these items; default: all.
         block_items: none of these items.
         candidates: how many items of each user, the best without the over-arch, are scored in
@@ -59,6 +62,7 @@ class Wanted:
     masked_splits: Sequence[str] = ("train", "valid", "test")
     context: Mapping[str, str | float] = field(default_factory=dict)
     users: Ids | None = None
+    histories: str | None = None
     allow_items: Ids | None = None
     block_items: Ids | None = None
     candidates: int | None = None
@@ -93,13 +97,21 @@ def recommend(
         On rank 0 what was written; None elsewhere.
 
     Raises:
-        DataError: a list names nothing that is known, or users who are not.
+        DataError: a list names nothing that is known, or users who are not; or histories are
+            given to a model that has no field for them.
     """
     catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
-    users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
     context = RowEncoder(dataset).fixed_context(wanted.context)
-    ranker = ModelRanker(model, world, dataset, catalogue, users, context, wanted.memory_bytes)
-    positives = [dataset.positives(split) for split in wanted.masked_splits]
+    histories: Jagged | None = None
+    if wanted.histories is None:
+        users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
+        positives = [dataset.positives(split) for split in wanted.masked_splits]
+    else:
+        user_ids, histories = read_histories(dataset, Path(wanted.histories))
+        users, positives = np.arange(len(histories), dtype=np.int32), [histories]
+    ranker = ModelRanker(
+        model, world, dataset, catalogue, users, context, wanted.memory_bytes, histories
+    )
     seen = catalogue.seen_by(users, positives)
     if wanted.candidates is not None and not ranker.has_deep_part:
         log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
@@ -113,7 +125,7 @@ def recommend(
         key = {
             "weights": state_of(checkpoint),
             "data": dataset.manifest.fingerprint,
-            "users": hash_of(users),
+            "users": hash_of(users) if histories is None else external(user_ids).to_pylist(),
             "items": hash_of(catalogue.rows),
             "seen": hash_of(seen.offsets, seen.values),
             "context": dict(wanted.context),
@@ -170,11 +182,64 @@ def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
     if unknown:
         raise DataError(
             f"recommend.users: {len(unknown):,} of {len(unknown) + len(rows):,} are not in the "
-            f"training data (such as {unknown[0]!r}), and this model knows its users by id alone: "
-            f"leave them out, or add their rows to {dataset.manifest.data.interactions.file}, "
-            f"prepare and train anew"
+            f"training data (such as {unknown[0]!r}): leave them out, "
+            + (
+                "or give their items: recommend.histories=FILE"
+                if dataset.manifest.has_history
+                else f"or {_how_to_know_users_by_items(dataset)}"
+            )
         )
     return rows
+
+
+def _how_to_know_users_by_items(dataset: PreparedDataset) -> str:
+    return (
+        f"train a model that knows users by their items, {{name: seen, entity: user, history: "
+        f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
+        f"{dataset.manifest.data.interactions.file} and train anew"
+    )
+
+
+def read_histories(dataset: PreparedDataset, path: Path) -> tuple[pa.Array, Jagged]:
+    """Users and their items from a file of ``user`` and ``item``.
+
+    Args:
+        dataset: the prepared dataset.
+        path: csv, tsv or parquet.
+
+    Returns:
+        ``[n]`` ids, in their order, of the users of whom an item is known, and their item rows,
+        each once.
+
+    Raises:
+        DataError: the model has no history field, or knows none of the items.
+    """
+    if not dataset.manifest.has_history:
+        raise DataError(
+            f"recommend.histories={path}: this model knows its users by id, not by their items; "
+            f"{_how_to_know_users_by_items(dataset)}"
+        )
+    table = read_table(path, [Column("user"), Column("item")])
+    place = pc.index_in(table["item"], value_set=dataset.entity_ids("item").slice(1))
+    known = np.flatnonzero(np.asarray(pc.is_valid(place)))
+    if len(known) == 0:
+        raise DataError(f"{path}: none of its items is in the training data")
+    users = table["user"].take(pa.array(known)).combine_chunks()
+    items = np.asarray(place.take(pa.array(known)), np.int32) + np.int32(1)
+    ids = users.unique()
+    ids = ids.take(pa.array(np.argsort(id_order(ids))))
+    rows = np.asarray(pc.index_in(users, value_set=ids), np.int64)
+    strange = table.num_rows - len(known)
+    without = len(table["user"].unique()) - len(ids)
+    if strange:
+        log.info(
+            "%s: %s rows are of items that are not in the training data; %s users have no other "
+            "and are left out",
+            path,
+            f"{strange:,}",
+            f"{without:,}",
+        )
+    return ids, distinct(Jagged.from_pairs(rows, items, len(ids)))
 
 
 def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> Int32Array | None:
