@@ -89,7 +89,7 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
     assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned", "failed"]
     best = search.best()
     assert best is not None
-    assert best.best == pytest.approx(sign * (0.55 if lower else 0.85))
+    assert best.best == pytest.approx(sign * 0.85)
 
 
 def _run(main: Any, *arguments: str) -> int:
