@@ -132,7 +132,7 @@ def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["trainer.monitor=auc"], "tune.space is empty: name what to vary"),
+        (["trainer.monitor=auc", "tune.space={}"], "tune.space is empty: name what to vary"),
         (["tune.space={model.dropout: [0]}"], "tune needs trainer.monitor"),
         (
             ["trainer.monitor=auc", "tune.space={model.dropuot: [0]}"],
