@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import itertools
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -246,6 +248,32 @@ def test_ranking_metrics_equal_a_loop_over_users(data: st.DataObject) -> None:
             assert average[f"{name}@{k}"] == pytest.approx(values.mean(), abs=1e-9, nan_ok=True)
         shown = {item for best in ranked for item in best[:k] if item >= 0}
         assert share[f"coverage@{k}"] == len(shown) / 12
+
+
+@pytest.mark.parametrize("library", ["lenskit", "rectools"])
+def test_ranking_metrics_equal_another_librarys(library: str) -> None:
+    """`tests/oracles/ranking_metrics.py` wrote the figures; what is defined otherwise is scaled."""
+    written = json.loads((Path(__file__).parent / "oracles" / f"{library}.json").read_text())
+    n_items = written["items"]
+    for case in written["cases"]:
+        ranked = np.array(case["ranked"])
+        n_users, k_max = ranked.shape
+        lengths = np.array([len(items) for items in case["relevant"]])
+        relevant = Jagged.from_pairs(
+            np.repeat(np.arange(n_users), lengths), np.concatenate(case["relevant"]), n_users
+        )
+        counts = np.bincount(np.concatenate(case["seen"]), minlength=n_items)
+        cutoffs = [k for k in range(1, k_max + 1) if f"recall@{k}" in case["figures"]]
+        found: dict[str, Any] = user_metrics(ranked, relevant, cutoffs, counts, n_users)
+        found |= coverage(ranked, cutoffs, n_items)
+        for k in cutoffs:
+            possible = np.minimum(lengths, k)
+            if library == "lenskit":  # of what K places can hold
+                found[f"recall@{k}"] *= lengths / possible
+            else:  # of all relevant items
+                found[f"map@{k}"] *= possible / lengths
+        for name, values in case["figures"].items():
+            np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-9, err_msg=name)
 
 
 def test_bootstrap_intervals_are_those_of_the_mean_and_of_paired_differences() -> None:

@@ -1,0 +1,125 @@
+"""Reruns the tables of docs/quality.md: every row by the commands that a user types.
+
+The rows stand in `benchmarks/quality.yaml`: configuration, overrides, seeds. Each is prepared and
+trained by `deepfm_dist.train`, and measured by `deepfm_dist.evaluate` from the checkpoint with the
+best watched figure. Figures are means over the seeds with their standard deviation; the time is
+that of training, on this machine as busy as it is. The same seed gives the same digits again.
+
+    DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables, an hour
+    DEEPFM_DATA=/path/to/data python benchmarks/quality.py --table ctr --row DeepFM
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchrec
+import yaml
+from notebook_reference import cpu_model
+
+
+def command(module: str, *arguments: str) -> float:
+    """Runs a command of the package, its log on stderr; returns its seconds."""
+    typed = [sys.executable, "-m", f"deepfm_dist.{module}", *arguments]
+    print(f"$ {shlex.join(['python', *typed[1:]])}", file=sys.stderr, flush=True)
+    begun = time.perf_counter()
+    subprocess.run(typed, check=True, stdout=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return time.perf_counter() - begun
+
+
+def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
+    """Trains and evaluates a row with a seed.
+
+    Returns:
+        ``seconds`` of training, and by ranking (the rows' own figures under ``model``, with the
+        model's ranking) the figures of the last evaluation.
+    """
+    name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
+    shared = ["--config", row["config"], *row.get("overrides", [])]
+    shared += [f"run.seed={seed}", f"run.name={name}", f"run.runs_root={work / 'runs'}"]
+    shared += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
+    command("prepare", *shared)  # not a part of the time of training
+    seconds = command("train", *shared)
+    command("evaluate", *shared, *row.get("evaluate", []))
+    lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    found = [e for e in map(json.loads, lines) if e["event"] == "evaluate"][-1]
+    figures = {ranking: dict(of) for ranking, of in found.get("figures", {}).items()}
+    figures["model"] = found["rows"] | figures.get("model", {})
+    return {"seconds": seconds, "figures": figures}
+
+
+def summary(runs: list[dict[str, Any]], show: list[str]) -> dict[str, dict[str, Any]]:
+    """By ranking: each shown figure's mean, standard deviation and values; seconds of the model."""
+    found: dict[str, dict[str, Any]] = {}
+    for ranking in runs[0]["figures"]:
+        of_ranking: dict[str, Any] = {}
+        for figure in show:
+            values = [run["figures"][ranking][figure] for run in runs]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            of_ranking[figure] = {"mean": statistics.mean(values), "sd": spread, "values": values}
+        found[ranking] = of_ranking
+    found["model"]["seconds"] = statistics.mean(run["seconds"] for run in runs)
+    return found
+
+
+def line(name: str, figures: dict[str, Any], show: list[str], n_seeds: int) -> str:
+    """A line of a table in Markdown."""
+    cells = [
+        f"{figures[f]['mean']:.5f}" + (f" ± {figures[f]['sd']:.5f}" if n_seeds > 1 else "")
+        for f in show
+    ]
+    seconds = f"{figures['seconds']:.0f}" if "seconds" in figures else ""
+    return f"| {' | '.join([name, *cells, str(n_seeds), seconds])} |"
+
+
+def main() -> int:
+    """Prints the tables, and one JSON object with all figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--table", help="only this one")
+    parser.add_argument("--row", help="only this row")
+    parser.add_argument("--seeds", type=int, help="only the first so many seeds of each row")
+    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of all runs")
+    arguments = parser.parse_args()
+    print(f"machine: {cpu_model()}, {os.cpu_count()} cores, 1 thread")
+    print(
+        f"versions: python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchrec {torchrec.__version__}"
+    )
+    print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
+    everything: dict[str, Any] = {}
+    for table in yaml.safe_load(arguments.rows.read_text()):
+        rows = [r for r in table["rows"] if arguments.row in (None, r["name"])]
+        if arguments.table not in (None, table["table"]) or not rows:
+            continue
+        show = table["show"]
+        print(f"\n{table['title']}\n\n| model | {' | '.join(show)} | seeds | seconds |")
+        print("|" + "---|" * (len(show) + 3), flush=True)
+        found = everything[table["table"]] = {}
+        for row in rows:
+            seeds = row["seeds"][: arguments.seeds]
+            runs = [measured(row, seed, arguments.work.resolve()) for seed in seeds]
+            found[row["name"]] = summary(runs, show)
+            for ranking, figures in found[row["name"]].items():
+                if ranking != "model":
+                    print(line(ranking, figures, show, len(seeds)), flush=True)
+                elif not row.get("untrained"):
+                    print(line(row["name"], figures, show, len(seeds)), flush=True)
+    if not everything:
+        print("no such table or row", file=sys.stderr)
+        return 2
+    print(json.dumps(everything))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
