@@ -60,7 +60,7 @@ class RowWriter:
         self._drawer = self._rows_to_draw_by()
         n_rows = fitted.rows.get("user", 1)
         n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
-        self.histories = Histories(n_rows, n_rare, job.n_parts, job.folder, job.crew)
+        self.histories = Histories(n_rows, n_rare, job.n_parts, job.spill(""), job.crew)
         before = earlier.column("user", "history")
         if job.crew.is_first and before is not None:
             bags = Jagged.from_arrow(before)
