@@ -128,7 +128,7 @@ class RowWriter:
         """
         if not self._sampled:
             return None
-        rows = self._fitted.row_of_code[of_entity("user")]
+        rows = self._fitted.row_of_code[of_entity("user")][:-1]
         rare = (rows == 0) & (self._counts.tables[of_entity("user")] > 0)
         if not rare.any():
             return None
@@ -206,7 +206,7 @@ def write_entities(
             continue
         if name == "item" and "user" in fit.entities:
             positives = np.zeros(vocabulary.rows, np.int64)
-            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")], counts.liked)
+            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")][:-1], counts.liked)
             if (before := earlier.column("item", "count")) is not None:
                 positives[: len(before)] += before.to_numpy()
             table["count"] = pa.array(positives)
