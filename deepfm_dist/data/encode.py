@@ -27,6 +27,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,13 +37,16 @@ from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
 from deepfm_dist.data.fitting import Earlier, Fit, Fitted
 from deepfm_dist.data.job import Job
+from deepfm_dist.data.layout import check_layout
 from deepfm_dist.data.manifest import (
     FORMAT,
+    GIVEN,
     Manifest,
     TableSpec,
     fingerprint,
     hash_of,
     input_files,
+    settings_of,
     versions,
 )
 from deepfm_dist.data.partitions import Partitions
@@ -80,6 +84,10 @@ def prepare(
     crew = crew or Crew()
     if crew.is_first:
         _remove_leftovers(folder)
+    given = crew.first_says(_given(data, folder) if crew.is_first else None)
+    if given is not None:
+        found: Manifest = given
+        return found
     files = input_files(data, root)
     earlier = Manifest.read(Path(data.vocabulary_from)) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
@@ -112,6 +120,31 @@ def prepare(
             shutil.rmtree(aside, ignore_errors=True)
     if crew.is_first:
         _report(manifest, folder, time.perf_counter() - started)
+    return manifest
+
+
+def _given(data: DataConfig, folder: Path) -> Manifest | None:
+    """The manifest, where the folder holds what another tool has prepared."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        manifest = Manifest.read(folder)
+    except DataError:
+        return None
+    if manifest.fingerprint != GIVEN:
+        return None
+    ours, theirs = settings_of(data), settings_of(manifest.data)
+    if differ := [name for name in ours if ours[name] != theirs[name]]:
+        raise DataError(
+            f"{folder}: another tool prepared it with other settings: data.{differ[0]} differs; "
+            f"use the same, or set data.name or run.prepared_root to another folder"
+        )
+    marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
+    if not (marker.is_file() and marker.read_text() == mark):
+        check_layout(folder, manifest)
+        log.info("%s: prepared by another tool, and laid out as it has to be", folder)
+        with suppress(OSError):  # where it cannot be kept, every run checks again
+            marker.write_text(mark)
     return manifest
 
 
