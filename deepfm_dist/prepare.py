@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
@@ -25,10 +26,16 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         prepare(*given)  # without torch.distributed, which takes longer to load than many datasets
         return
+    import torch
+
     from deepfm_dist.distributed.world import world
 
     with world("cpu", _DAY_S, config.run.threads) as ranks:
-        prepare(*given, Crew(ranks.rank, ranks.world_size, ranks.all_gather))
+
+        def total(array: Any) -> Any:
+            return ranks.sum(torch.from_numpy(array.copy())).numpy()
+
+        prepare(*given, Crew(ranks.rank, ranks.world_size, ranks.all_gather, total))
 
 
 if __name__ == "__main__":

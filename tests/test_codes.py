@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepfm_dist.data import codes as codes_module
 from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 TEXTS = st.none() | st.text(max_size=5) | st.sampled_from(["a", "b", "0", "00", ""])
@@ -43,3 +45,13 @@ def test_hashes_are_fnv_1a_mixed(text: str) -> None:
     if text == "foobar":
         assert word == 0x85944171F73967E8  # of the published test vectors
     assert hash_texts(pa.array([text])).tolist() == [int(mix(np.uint64(word)))]
+
+
+def test_more_text_than_arrow_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes_module, "MOST_TEXT_BYTES", 5)
+    some = Codes()
+    some.encode(pa.array(["abc", "de"]))
+    assert some.texts().to_pylist() == ["abc", "de"]
+    some.encode(pa.array(["f"]))
+    with pytest.raises(DataError, match=r"3 distinct values .* are 6 bytes .*; set hash_rows"):
+        some.texts()

@@ -5,7 +5,11 @@ import math
 import os
 import pickle
 import shutil
+import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -35,7 +39,7 @@ from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix
-from tests.ranks import run_alone
+from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import Run
 
 ROWS = """u,i,at,stars,hour,mood,amount
@@ -205,10 +209,14 @@ def test_any_change_counts(root: Path, change: str) -> None:
 
 
 def test_what_a_killed_preparation_left_is_cleared(root: Path) -> None:
-    left = root / "out" / ".d.part-999999999"
-    (left / "train").mkdir(parents=True)
+    """On this machine: of another one's, nobody here knows whether it is still at work."""
+    host, init = socket.gethostname(), 1
+    dead = [f".d.part-{host}-999999999", f".d.part-{host}-{os.getpid()}"]
+    alive = [f".d.part-{host}-{init}", ".d.part-other-9", ".d[1].part-x-2", ".dd.part-x-3"]
+    for name in (*dead, *alive):
+        (root / "out" / name / "dataset" / "train").mkdir(parents=True)
     made(root)
-    assert [p.name for p in (root / "out").iterdir()] == ["d"]
+    assert sorted(p.name for p in (root / "out").iterdir()) == sorted(["d", *alive])
 
 
 def test_refit_trains_on_everything(root: Path) -> None:
@@ -661,6 +669,108 @@ def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
     with ThreadPoolExecutor(size) as pool:
         crews = [Crew(r, size, partial(gather, r)) for r in range(size)]
         return list(pool.map(work, crews))
+
+
+def killed_at(event: int, work: Callable[[], Any]) -> None:
+    """Works until the process has touched the file system so often, and dies there."""
+    left = event
+
+    def count(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        writes = name == "open" and isinstance(arguments[1], str) and {*"wax+"} & {*arguments[1]}
+        if writes or name in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    work()
+
+
+def dies(work: Callable[[], Any], after_s: float | None = None) -> bool:
+    """Whether a forked process that does the work is killed before its end."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if after_s is not None:
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
+    many_days(tmp_path, 400)
+    config = [MANY, MANY | {"split": SPLIT_METHODS[1]}]
+    old, new = (
+        partial(prepare, DataConfig.model_validate(c), tmp_path, tmp_path / "d", 2) for c in config
+    )
+    whole = []
+    for work in (new, old):
+        work()
+        whole.append(contents(tmp_path / "d"))
+
+    def check(died: bool) -> None:
+        """The earlier dataset, the new one or nothing is there; the next run makes the new one."""
+        left = contents(tmp_path / "d") if (tmp_path / "d").exists() else None
+        assert left in ((whole[1], whole[0], None) if died else (whole[0],))
+        new()
+        assert contents(tmp_path / "d") == whole[0]
+        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["d"]
+
+    def dies_at(event: int) -> bool:
+        old()
+        died = dies(partial(killed_at, event, new))
+        check(died)
+        return died
+
+    rng, event = np.random.default_rng(), 1
+    while dies_at(event):
+        event += int(rng.integers(1, 20))
+    assert event > 40
+    for back in range(1, 16):  # from putting the new one in the old one's place to the end
+        dies_at(event - back)
+    begun = time.monotonic()
+    old()
+    seconds = time.monotonic() - begun
+    for moment in rng.random(5):
+        old()
+        check(dies(new, after_s=moment * seconds))
+
+
+def prepared_by_ranks(work: Callable[[Crew], Any], event: int, dying: int) -> None:
+    """As `deepfm_dist.prepare` does under torchrun; one rank is killed."""
+    with world("cpu") as ranks:
+        crew = Crew(ranks.rank, ranks.world_size, ranks.all_gather)
+        killed_at(event if ranks.rank == dying else -1, lambda: work(crew))
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_killed_rank_leaves_no_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dying: int
+) -> None:
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
+    many_days(tmp_path, 200)
+    data = DataConfig.model_validate(MANY)
+    prepare(data, tmp_path, tmp_path / "alone", 2)
+    work = partial(prepare, data, tmp_path, tmp_path / "d", 2)
+    for event in np.random.default_rng().integers(1, 30 if dying == 0 else 6, 2):
+        with pytest.raises(RankFailed, match="was killed"):
+            run_ranks(prepared_by_ranks, 2, work, int(event), dying)
+        assert not (tmp_path / "d").exists()
+        run_ranks(prepared_by_ranks, 2, work, -1, -1)
+        assert contents(tmp_path / "d") == contents(tmp_path / "alone")
+        assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"alone", "d"}
+        shutil.rmtree(tmp_path / "d")
 
 
 def test_clicks_without_users_are_partitioned_too(

@@ -8,10 +8,13 @@ import pyarrow as pa
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 Bytes = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
+MOST_TEXT_BYTES = (1 << 31) - 1
+"""Of all distinct texts of a table."""
 
 
 class Codes:
@@ -69,12 +72,28 @@ class Codes:
             self._arena = np.concatenate([self._arena, np.zeros(more, np.uint8)])
 
     def texts(self) -> pa.Array:
-        """``[n]`` string: the text of each code."""
+        """``[n]`` string: the text of each code.
+
+        Raises:
+            DataError: they are too many for Arrow's offsets.
+        """
         offsets = self._ends[: self._n + 1]
-        if self._used >= 1 << 31:
-            raise MemoryError(f"{self._n:,} distinct texts hold more than 2 GiB")
+        check_texts(self._n, self._used)
         data = pa.py_buffer(self._arena[: self._used].tobytes())
         return pa.StringArray.from_buffers(self._n, pa.py_buffer(offsets.astype(np.int32)), data)
+
+
+def check_texts(n: int, n_bytes: int) -> None:
+    """Refuses more text than Arrow's offsets reach.
+
+    Raises:
+        DataError: ``n_bytes`` are too many.
+    """
+    if n_bytes > MOST_TEXT_BYTES:
+        raise DataError(
+            f"{n:,} distinct values of one table are {n_bytes:,} bytes of text, more than the "
+            f"{MOST_TEXT_BYTES:,} there is room for; set hash_rows for its fields"
+        )
 
 
 def hash_texts(texts: pa.Array) -> Hashes:

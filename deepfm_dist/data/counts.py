@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import NumericFit
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -126,20 +127,20 @@ class Counts:
         """Of the training rows."""
         return float(self.weight.sum() / self.rows[:, TRAIN].sum())
 
-    def __add__(self, other: "Counts") -> "Counts":
-        firsts = self.firsts | other.firsts
-        for name in self.firsts.keys() & other.firsts.keys():
-            firsts[name] = Firsts.merged([self.firsts[name], other.firsts[name]])
+    def of_all(self, crew: Crew) -> "Counts":
+        """What all ranks counted. All ranks."""
+        others = (self.numeric, self.firsts, self.repeated, self.full)
+        numeric, firsts, repeated, full = zip(*crew.gather(others), strict=True)
         return Counts(
-            {name: self.tables[name] + other.tables[name] for name in self.tables},
-            self.liked + other.liked,
-            {name: self.numeric[name] + other.numeric[name] for name in self.numeric},
-            firsts,
-            self.rows + other.rows,
-            self.positives + other.positives,
-            self.weight + other.weight,
-            self.repeated + other.repeated,
-            self.full + other.full,
+            {name: crew.add_up(table) for name, table in self.tables.items()},
+            crew.add_up(self.liked),
+            {n: sum((f[n] for f in numeric[1:]), numeric[0][n]) for n in self.numeric},
+            {n: Firsts.merged([f[n] for f in firsts if n in f]) for f in firsts for n in f},
+            crew.add_up(self.rows),
+            crew.add_up(self.positives),
+            crew.add_up(self.weight),
+            sum(repeated),
+            sum(full),
         )
 
 
@@ -191,8 +192,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
                 parts[at] = split_by_user(split, part["local"][at], n_users, keyed(part)[0])
         partitions.keep(p, "parts", parts)
         counts.add(job, p, part, parts)
-    first, *others = job.crew.gather(counts)
-    counts = sum(others, first)
+    counts = counts.of_all(job.crew)
     if job.crew.is_first:
         job.drop("repeated (user, item) rows", counts.repeated)
         job.drop("rows of users who have seen every item", counts.full)

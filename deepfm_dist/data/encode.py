@@ -20,11 +20,14 @@ The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Severa
 files, then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
 """
 
+import glob
 import hashlib
 import logging
 import os
 import shutil
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,13 +37,16 @@ from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
 from deepfm_dist.data.fitting import Earlier, Fit, Fitted
 from deepfm_dist.data.job import Job
+from deepfm_dist.data.layout import check_layout
 from deepfm_dist.data.manifest import (
     FORMAT,
+    GIVEN,
     Manifest,
     TableSpec,
     fingerprint,
     hash_of,
     input_files,
+    settings_of,
     versions,
 )
 from deepfm_dist.data.partitions import Partitions
@@ -76,6 +82,12 @@ def prepare(
         DataError: an input cannot be read or used, or the folder cannot be written.
     """
     crew = crew or Crew()
+    if crew.is_first:
+        _remove_leftovers(folder)
+    given = crew.first_says(_given(data, folder) if crew.is_first else None)
+    if given is not None:
+        found: Manifest = given
+        return found
     files = input_files(data, root)
     earlier = Manifest.read(Path(data.vocabulary_from)) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
@@ -86,26 +98,53 @@ def prepare(
             log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
-    part = folder.with_name(f".{folder.name}.part-{crew.first_says(os.getpid())}")
+    aside = folder.with_name(
+        crew.first_says(f".{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
+    )
     try:
+        job = Job(data, files, seed, crew, aside / "dataset")
         if crew.is_first:
-            _remove_leftovers(folder)
-            (part / "spill").mkdir(parents=True)
+            job.folder.mkdir(parents=True)
+            job.spill("").mkdir()
         crew.gather(None)
-        manifest = _written(Job(data, files, seed, crew, part), wanted)
+        manifest = _written(job, wanted)
         if crew.is_first:
-            shutil.rmtree(part / "spill")
-            if folder.exists():
-                shutil.rmtree(folder)
-            part.rename(folder)
+            if folder.exists():  # a deletion takes time, in which it would look whole
+                folder.rename(aside / "before")
+            job.folder.rename(folder)
         crew.gather(None)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         if crew.is_first:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
     if crew.is_first:
         _report(manifest, folder, time.perf_counter() - started)
+    return manifest
+
+
+def _given(data: DataConfig, folder: Path) -> Manifest | None:
+    """The manifest, where the folder holds what another tool has prepared."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        manifest = Manifest.read(folder)
+    except DataError:
+        return None
+    if manifest.fingerprint != GIVEN:
+        return None
+    ours, theirs = settings_of(data), settings_of(manifest.data)
+    if differ := [name for name in ours if ours[name] != theirs[name]]:
+        raise DataError(
+            f"{folder}: another tool prepared it with other settings: data.{differ[0]} differs; "
+            f"use the same, or set data.name or run.prepared_root to another folder"
+        )
+    marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
+    if not (marker.is_file() and marker.read_text() == mark):
+        check_layout(folder, manifest)
+        log.info("%s: prepared by another tool, and laid out as it has to be", folder)
+        with suppress(OSError):  # where it cannot be kept, every run checks again
+            marker.write_text(mark)
     return manifest
 
 
@@ -128,10 +167,17 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Deletes what preparations of this folder left that were killed."""
-    for part in folder.parent.glob(f".{folder.name}.part-*"):
-        if not Path("/proc", part.name.rpartition("-")[2]).exists():
-            shutil.rmtree(part, ignore_errors=True)
+    """Deletes what preparations of this folder left that were killed on this machine.
+
+    What goes on elsewhere cannot be seen from here: folders of other machines stay.
+    """
+    prefix = f".{folder.name}.part-"
+    for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        host, _, process = aside.name.removeprefix(prefix).rpartition("-")
+        if host != socket.gethostname():
+            log.info("%s: left by another machine; delete it if nothing prepares there", aside)
+        elif process == str(os.getpid()) or not Path("/proc", process).exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:

@@ -281,11 +281,10 @@ def ordered_bits(values: FloatArray) -> npt.NDArray[np.uint32]:
 
 
 def lookup_rows(values: Values, row_of_code: Int32Array) -> Values:
-    """Codes -> table rows; -1, no value, becomes row 0."""
-    padded = np.append(row_of_code, np.int32(0))
+    """Codes -> table rows; -1, no value, finds the last element, which is 0."""
     if isinstance(values, Jagged):
-        return Jagged(values.offsets, padded[values.values])
-    return padded[values]
+        return Jagged(values.offsets, row_of_code[values.values])
+    return row_of_code[values]
 
 
 def table_names(features: Sequence[Feature]) -> list[str]:

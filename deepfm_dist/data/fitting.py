@@ -32,7 +32,7 @@ class Fitted:
     """What rank 0 fits and all need to write rows.
 
     Attributes:
-        row_of_code: table rows of the texts of each vocabulary.
+        row_of_code: table rows of the texts of each vocabulary, and a last element 0 for no value.
         numeric: statistics of the numeric fields.
         rows: of the user and item tables.
     """
@@ -116,10 +116,12 @@ class Fit:
                 least = max(f.min_count for f in features)
                 self.vocabularies[table] = self._vocabulary(table, least)
         self._fit_histories()
-        of_tables = {n: v for n, v in self.vocabularies.items() if n in partitions.ids}
-        of_entities = {of_entity(n): v for n, v in self.entities.items()}
+        found = {of_entity(n): v for n, v in self.entities.items()} | self.vocabularies
         self.fitted = Fitted(
-            {n: v.lookup(partitions.ids[n]) for n, v in (of_entities | of_tables).items()},
+            {
+                name: np.append(found[name].lookup(ids), np.int32(0))
+                for name, ids in partitions.ids.items()
+            },
             self._numeric(),
             {name: v.rows for name, v in self.entities.items()},
         )

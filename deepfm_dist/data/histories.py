@@ -19,7 +19,7 @@ class Histories:
         n_users: rows of the user table.
         n_rare: users without a row, numbered behind it.
         n_buckets: stretches of rows that are finished one after the other.
-        folder: of the dataset.
+        folder: of files that go when the dataset is whole.
         crew: the ranks.
     """
 
@@ -29,7 +29,7 @@ class Histories:
         self.height = -(-(n_users + n_rare) // n_buckets)
 
     def _path(self, bucket: int, rank: int) -> Path:
-        return self.folder / "spill" / f"history-{bucket}-{rank}.bin"
+        return self.folder / f"history-{bucket}-{rank}.bin"
 
     def add(self, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
         """Appends ``[m]`` pairs; those of one row stay in their order."""

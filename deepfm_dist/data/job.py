@@ -82,4 +82,4 @@ class Job:
 
     def spill(self, name: str) -> Path:
         """A file that goes when the dataset is whole."""
-        return self.folder / "spill" / name
+        return self.folder.with_name("spill") / name

@@ -19,6 +19,8 @@ from deepfm_dist.section import Section
 
 FORMAT = 2
 """Version of the layout; a dataset of another version is prepared anew."""
+GIVEN = "given"
+"""Fingerprint of a dataset that another tool wrote: it is checked, and never prepared anew."""
 
 
 class TableSpec(Section):
@@ -180,11 +182,14 @@ def fingerprint(
         seed: of the preparation.
         earlier: fingerprint of the dataset that vocabularies are taken from.
     """
-    settings = data.model_dump(
-        mode="json", exclude={"name", "root", "memory_bytes", "vocabulary_from"}
-    )
+    settings = settings_of(data)
     stats = [[f.name, f.size, f.stamp] for of_name in files.values() for f in of_name]
     return hash_of([FORMAT, seed, settings, stats, earlier])
+
+
+def settings_of(data: DataConfig) -> dict[str, Any]:
+    """What decides about the dataset's contents, as JSON values."""
+    return data.model_dump(mode="json", exclude={"name", "root", "memory_bytes", "vocabulary_from"})
 
 
 def hash_of(value: Any) -> str:

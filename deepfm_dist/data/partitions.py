@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.codes import hash_texts
 from deepfm_dist.data.histories import first_pairs
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -19,15 +19,15 @@ from deepfm_dist.data.jagged import (
     offsets_of,
 )
 from deepfm_dist.data.job import OPEN, Job, of_entity
+from deepfm_dist.data.merge import unite
 from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct
 from deepfm_dist.data.reading import Reading, rows_path
 from deepfm_dist.data.spill import Part, read_spilled
-from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.seeding import derive_seed
 
 
 class Partitions:
-    """Numbers texts in `id_order`, whoever met them first. All ranks.
+    """The rows of all ranks, one partition at a time. All ranks.
 
     Attributes:
         ids: texts of each vocabulary by code.
@@ -38,23 +38,11 @@ class Partitions:
     def __init__(self, job: Job, reading: Reading) -> None:
         self._job, self._spill = job, reading.spill
         self._no_rows = reading.no_rows()
-        mine = {name: codes.texts() for name, codes in reading.codes.items()}
-        said = job.crew.gather((mine, reading.n_read, reading.n_open, reading.spill.places))
-        self.ids: dict[str, pa.Array] = {}
-        self._code_maps: list[dict[str, Int32Array]] = [{} for _ in said]
-        for name in reading.codes:
-            union = reading.codes[name] if job.crew.size == 1 else Codes()
-            of_ranks = [union.encode(texts[name]) for texts, *_ in said]
-            ids = union.texts()
-            place = id_order(ids).astype(np.int32)
-            order = np.empty_like(place)
-            order[place] = np.arange(len(place), dtype=np.int32)
-            self.ids[name] = ids.take(pa.array(order))
-            for rank, codes in enumerate(of_ranks):
-                self._code_maps[rank][name] = place[codes]
+        self.ids, self._code_maps = unite(job, reading.codes)
         reading.codes.clear()
-        self._first_row = offsets_of([n_read for _, n_read, _, _ in said])
-        self.n_open = sum(n_open for *_, n_open, _ in said)
+        said = job.crew.gather((reading.n_read, reading.n_open, reading.spill.places))
+        self._first_row = offsets_of([n_read for n_read, _, _ in said])
+        self.n_open = sum(n_open for _, n_open, _ in said)
         self._places = [places for *_, places in said]
         self.side_files = reading.side_files
         for feature in job.data.features:
@@ -178,8 +166,7 @@ class Partitions:
 
 
 def _mapped(values: Values, code_map: Int32Array) -> Values:
-    """Codes in another numbering; -1 stays."""
-    padded = np.append(code_map, np.int32(-1))
+    """Codes in another numbering; -1 stays: it finds the map's last element."""
     if isinstance(values, Jagged):
-        return Jagged(values.offsets, padded[values.values])
-    return padded[values]
+        return Jagged(values.offsets, code_map[values.values])
+    return code_map[values]

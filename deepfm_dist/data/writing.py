@@ -60,7 +60,7 @@ class RowWriter:
         self._drawer = self._rows_to_draw_by()
         n_rows = fitted.rows.get("user", 1)
         n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
-        self.histories = Histories(n_rows, n_rare, job.n_parts, job.folder, job.crew)
+        self.histories = Histories(n_rows, n_rare, job.n_parts, job.spill(""), job.crew)
         before = earlier.column("user", "history")
         if job.crew.is_first and before is not None:
             bags = Jagged.from_arrow(before)
@@ -128,7 +128,7 @@ class RowWriter:
         """
         if not self._sampled:
             return None
-        rows = self._fitted.row_of_code[of_entity("user")]
+        rows = self._fitted.row_of_code[of_entity("user")][:-1]
         rare = (rows == 0) & (self._counts.tables[of_entity("user")] > 0)
         if not rare.any():
             return None
@@ -206,7 +206,7 @@ def write_entities(
             continue
         if name == "item" and "user" in fit.entities:
             positives = np.zeros(vocabulary.rows, np.int64)
-            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")], counts.liked)
+            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")][:-1], counts.liked)
             if (before := earlier.column("item", "count")) is not None:
                 positives[: len(before)] += before.to_numpy()
             table["count"] = pa.array(positives)

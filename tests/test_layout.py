@@ -1,0 +1,259 @@
+"""Datasets written by hand, as docs/data.md says, and all that may be wrong with one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from deepfm_dist.data import writing
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.layout import check_layout
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.errors import DataError
+
+DATA = DataConfig.model_validate(
+    yaml.safe_load("""
+interactions: {file: rows/*.parquet, user: u, item: i}
+features:
+  - {name: user, entity: user}
+  - {name: item, entity: item}
+  - {name: genre, entity: item, file: genres.csv}
+  - {name: age, entity: user, file: people.csv, kind: numeric, transform: standard}
+  - {name: hour}
+  - {name: mood, separator: "|"}
+  - {name: ad, hash_rows: 100}
+  - {name: price, kind: numeric, transform: bucket, buckets: 3}
+negatives: {per_positive: 1, evaluation_per_positive: 1}
+""")
+)
+INT, REAL, INTS = pa.int32(), pa.float32(), pa.list_(pa.int32())
+
+
+def write(path: Path, group_rows: int, **columns: tuple[pa.DataType, list[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({name: pa.array(values, kind) for name, (kind, values) in columns.items()})
+    pq.write_table(table, path, row_group_size=group_rows)
+
+
+def write_by_hand(folder: Path) -> None:
+    """What Spark or Ray Data would write: 5 training rows in 2 files, 2 groups, 2 lanes."""
+    text, long = pa.string(), pa.int64()
+
+    def vocabulary(name: str, *ids: str) -> None:
+        rows = list(range(len(ids) + 1))
+        write(
+            folder / "vocabulary" / f"{name}.parquet",
+            9,
+            row=(INT, rows),
+            id=(text, [None, *ids]),
+            count=(long, [0] + [2] * len(ids)),
+        )
+
+    vocabulary("user", "ann", "bob")
+    vocabulary("item", "x", "y", "z", "w")
+    vocabulary("genre", "Drama")
+    vocabulary("hour", "9", "10")
+    vocabulary("mood", "calm", "happy")
+    write(
+        folder / "entities" / "user.parquet",
+        2,
+        id=(text, [None, "ann", "bob"]),
+        age=(REAL, [0, 1, -1]),
+        history=(INTS, [[], [1, 2], [1, 2, 3]]),
+    )
+    write(
+        folder / "entities" / "item.parquet",
+        9,
+        id=(text, [None, "x", "y", "z", "w"]),
+        genre=(INTS, [[], [1], [], [1], []]),
+        count=(long, [0, 2, 2, 1, 0]),
+    )
+
+    def rows(split: str, part: int, pairs: list[tuple[int, int]], labels: list[int] | None) -> None:
+        n = len(pairs)
+        labelled = {} if labels is None else {"label": (REAL, labels)}
+        write(
+            folder / split / f"part-{part:05d}.parquet",
+            2 if part else 3,
+            user=(INT, [u for u, _ in pairs]),
+            item=(INT, [i for _, i in pairs]),
+            **labelled,
+            hour=(INT, [1 + k % 2 for k in range(n)]),
+            mood=(INTS, [[1, 2][: k % 3] for k in range(n)]),
+            ad=(INT, [100 - k for k in range(n)]),
+            price=(INT, [k % 4 for k in range(n)]),
+        )
+
+    rows("train", 0, [(1, 1), (1, 2), (2, 1)], None)
+    rows("train", 1, [(2, 2), (2, 3)], None)
+    rows("valid", 0, [(1, 3), (1, 4)], [1, 0])
+    rows("valid", 1, [], [])
+    rows("test", 0, [], [])
+    rows("test", 1, [(2, 4), (2, 0)], [1, 0])
+    splits = {"train": (5, 5), "valid": (2, 1), "test": (2, 1)}
+    sizes = {"user": 3, "item": 5, "genre": 2, "hour": 3, "mood": 3, "ad": 101, "price": 4}
+    manifest = {
+        "format": 2,
+        "fingerprint": "given",
+        "vocabulary_hash": "of the ids in row order",
+        "seed": 1,
+        "data": DATA.model_dump(mode="json"),
+        "tables": {name: {"rows": n, "features": [name]} for name, n in sizes.items()},
+        "entities": {"user": 3, "item": 5},
+        "numeric": {
+            "age": {"mean": 40, "std": 10},
+            "price": {"mean": 0, "std": 1, "boundaries": [2, 5]},
+        },
+        "splits": {
+            name: {"rows": rows, "positives": positives, "size_bytes": 40 * rows}
+            for name, (rows, positives) in splits.items()
+        },
+        "files": 2,
+        "lanes": 2,
+        "groups": 2,
+        "dropped": {},
+        "inputs": {},
+        "versions": {"spark": "4"},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_a_dataset_written_by_hand_is_taken_as_it_is(tmp_path: Path, memory_bytes: int) -> None:
+    folder = tmp_path / "d"
+    write_by_hand(folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    manifest = prepare(DATA.model_copy(update={"root": "elsewhere"}), tmp_path, folder, seed=9)
+    assert {p: p.read_bytes() for p in before} == before
+    prepare(DATA, tmp_path, folder, seed=1)
+    assert manifest.splits["train"].rows == 5
+    dataset = PreparedDataset(folder, memory_bytes)
+    batches = TrainingBatches(dataset, 10, 0, 1, seed=1)
+    batch = batches.batch(1)
+    bags = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
+    positive = batch.labels == 1
+    pairs = sorted(
+        (u[0], i[0]) for u, i, y in zip(bags["user"], bags["item"], positive, strict=True) if y
+    )
+    assert pairs == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+    assert set(map(tuple, bags["genre"])) <= {(), (1,)}
+    with pytest.raises(DataError, match=r"other settings: data\.split differs; use the same"):
+        other = DATA.model_copy(update={"split": DATA.split.model_copy(update={"valid": 0.2})})
+        prepare(other, tmp_path, folder, seed=1)
+
+
+def changed(name: str, change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:
+    """Another content of a file, of the same types."""
+
+    def apply(folder: Path) -> None:
+        table = pq.read_table(folder / name)
+        frame = table.to_pandas(types_mapper=pd.ArrowDtype)
+        frame = change(frame)
+        schema = pa.schema([table.schema.field(c) for c in frame.columns])
+        pq.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False), folder / name)
+
+    return apply
+
+
+def cell(name: str, column: str, row: int, value: Any) -> Callable[[Path], None]:
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        values = frame[column].tolist()
+        values[row] = value
+        return frame.assign(**{column: pd.Series(values, dtype=frame[column].dtype)})
+
+    return changed(name, change)
+
+
+def setting(*path: str, value: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        inside = manifest
+        for key in path[:-1]:
+            inside = inside[key]
+        inside[path[-1]] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+TRAIN, VALID, USERS = (
+    "train/part-00000.parquet",
+    "valid/part-00000.parquet",
+    "entities/user.parquet",
+)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / TRAIN).unlink(), r"part-00000\.parquet: .*[Ff]ailed to open"),
+        (lambda f: (f / USERS).write_bytes(b"PAR1"), r"user\.parquet: .*Parquet"),
+        (changed(TRAIN, lambda f: f.drop(columns="hour")), "column hour is missing, not int32"),
+        (changed("train/part-00001.parquet", lambda f: f[:1]), "4 rows, where the manifest says 5"),
+        (cell(TRAIN, "user", 0, 3), r"the column user must lie in \[0, 3\)"),
+        (cell(TRAIN, "item", 1, -1), r"the column item must lie in \[0, 5\)"),
+        (cell(TRAIN, "mood", 2, [3]), r"the column mood must lie in \[0, 3\)"),
+        (cell(TRAIN, "price", 2, 4), r"the column price must lie in \[0, 4\)"),
+        (cell(VALID, "label", 1, 0.5), "label must be 0 or 1"),
+        (cell(VALID, "label", 1, 1), "valid: 2 positives, where the manifest says 1"),
+        (cell(USERS, "age", 1, float("nan")), r"the column age must lie in \[-inf, inf\)"),
+        (cell(USERS, "history", 1, [0]), r"the column history must lie in \[1, 5\)"),
+        (cell(USERS, "id", 0, "eve"), "id must be null in row 0, and in no other"),
+        (cell(USERS, "id", 2, "ann"), r"user\.parquet: an id comes twice"),
+        (cell("vocabulary/hour.parquet", "row", 1, 0), r"hour\.parquet: row does not count from 0"),
+        (cell("vocabulary/mood.parquet", "count", 1, -1), "the column count must lie in"),
+        (setting("tables", "ad", "rows", value=100), "100 rows of the table ad, .* says 101"),
+        (setting("tables", "price", "rows", value=9), "9 rows of the table price, .* says 4"),
+        (setting("tables", "hour", "rows", value=4), r"hour\.parquet: 3 rows, .* says 4"),
+        (setting("tables", "user", "rows", value=9), "9 rows of the table user, .* says 3"),
+        (setting("entities", "item", value=9), "5 rows of the table item, .* says 9"),
+        (setting("groups", value=4), "row group at row 0 of the split crosses a cut"),
+    ],
+)
+def test_what_is_not_as_it_has_to_be_is_named(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    write_by_hand(tmp_path / "d")
+    spoil(tmp_path / "d")
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(DATA, tmp_path, tmp_path / "d", seed=1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_we_write_is_laid_out_as_it_has_to_be(
+    sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_layout(sample.folder, sample.manifest)
+    monkeypatch.setattr("deepfm_dist.data.job.PARTITION_BYTES", 500)
+    monkeypatch.setattr(writing, "LANE_WINDOW_ROWS", 100)
+    lines = [
+        f"{k % 2},u{k % 7},{'ab'[k % 2]}|c,{k},{1 + k % 3},{'' if k % 5 else k}\n"
+        for k in range(300)
+    ]
+    (tmp_path / "c.csv").write_text("y,u,m,n,w,b\n" + "".join(lines))
+    data = {
+        "task": "ctr",
+        "interactions": {"file": "c.csv", "label": "y", "user": "u", "weight": "w"},
+        "features": [
+            {"name": "user", "entity": "user", "min_count": 30},
+            {"name": "city", "entity": "user", "column": "m", "separator": "|"},
+            {"name": "m", "separator": "|", "hash_rows": 3},
+            {"name": "n", "kind": "numeric", "transform": "log"},
+            {"name": "b", "kind": "numeric", "transform": "bucket"},
+            {"name": "age", "entity": "user", "column": "b", "kind": "numeric"},
+        ],
+    }
+    manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
+    assert manifest.files > 5
+    check_layout(tmp_path / "d", manifest)
+    shutil.rmtree(tmp_path / "d" / "valid")
+    with pytest.raises(DataError, match="valid"):
+        check_layout(tmp_path / "d", manifest)
