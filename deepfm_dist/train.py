@@ -25,7 +25,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.training.evaluation import HeldOut
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
-    from deepfm_dist.training.trainer import LoopState, train
+    from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
 
     run_dir, seed = config.run_dir, config.run.seed
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
@@ -69,20 +69,24 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
 
         metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
         with StopSignals() as asked_to_stop:
-            train(
-                sharded,
-                optimizer,
-                batches,
-                ranks,
-                schedule,
-                state,
-                seed,
-                metrics,
-                (lambda: ranks.agreed(held_out.metrics(sharded, ranks))) if held_out else None,
-                save,
-                asked_to_stop,
-                profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
-            )
+            try:
+                train(
+                    sharded,
+                    optimizer,
+                    batches,
+                    ranks,
+                    schedule,
+                    state,
+                    seed,
+                    metrics,
+                    (lambda: ranks.agreed(held_out.metrics(sharded, ranks))) if held_out else None,
+                    save,
+                    asked_to_stop,
+                    profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+                )
+            except NonFiniteLoss:
+                checkpoints.wait()  # it says which one is the last
+                raise
             checkpoints.wait()
 
 
