@@ -184,12 +184,9 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     [resumed] = re.findall(rf"{went_on} (\d+)", first.output)
     assert int(resumed) >= at_step
 
-    wait_until(lambda: second.process.poll() is not None, 180, lambda: second.output)
-    print(f"the machine that was cut off gave up after {time.monotonic() - cut:.0f} s")
-    assert second.process.returncode != 0
-    second.plug("up")
-    second.train()
-    wait_until(lambda: first.said("will restart worker group"), 90, lambda: first.output)
+    second.plug("up")  # its torchrun starts its rank again as soon as packets get through
+    wait_until(lambda: first.said("will restart worker group"), 150, lambda: first.output)
+    print(f"back after {time.monotonic() - cut:.0f} s")
     hold.unlink()
     wait_until(lambda: first.process.poll() is not None, 180, lambda: first.output)
     assert first.process.returncode == 0, first.output
