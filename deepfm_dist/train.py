@@ -62,7 +62,7 @@ def train_on(
     from deepfm_dist.runs import begin, write_plan
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
-    from deepfm_dist.training.trainer import LoopState, train
+    from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
 
     run_dir, seed = config.run_dir, config.run.seed
     ranks.first_does(
@@ -112,20 +112,24 @@ def train_on(
 
     metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
     with StopSignals() as asked_to_stop:
-        train(
-            sharded,
-            optimizer,
-            batches,
-            ranks,
-            schedule,
-            state,
-            seed,
-            metrics,
-            validate_aloud if validate else None,
-            save,
-            asked_to_stop,
-            profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
-        )
+        try:
+            train(
+                sharded,
+                optimizer,
+                batches,
+                ranks,
+                schedule,
+                state,
+                seed,
+                metrics,
+                validate_aloud if validate else None,
+                save,
+                asked_to_stop,
+                profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+            )
+        except NonFiniteLoss:
+            checkpoints.wait()  # it says which one is the last
+            raise
         checkpoints.wait()
     return state, not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
 

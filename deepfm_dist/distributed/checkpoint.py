@@ -46,7 +46,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.storage import (
     brief,
@@ -135,7 +135,7 @@ class Checkpoints:
         self._run_dir, self._world, self._keep_last = run_dir, world, keep_last
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._pending: tuple[Path, Future[Metadata]] | None = None
 
     def save(
         self,
@@ -168,13 +168,12 @@ class Checkpoints:
             )
 
         writer = _Writer(path, {"step": step} | dict(state), clear)
-        future = dcp.async_save(
-            {"model": model, "optimizer": _optimizer_state(optimizer, model)},
-            storage_writer=writer,
-            process_group=self._group,
-            async_stager=self._stager,
+        copy = self._stager.stage({"model": model, "optimizer": _optimizer_state(optimizer, model)})
+        assert isinstance(copy, dict)
+        # dcp.async_save's own thread would keep a process that has lost its peers for _TIMEOUT.
+        future = in_background(
+            lambda: dcp.save(copy, storage_writer=writer, process_group=self._group)
         )
-        assert isinstance(future, Future)
         self._pending = path, future
 
     def wait(self) -> None:

