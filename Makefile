@@ -6,7 +6,7 @@ VENV    ?= .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.$(VARIANT)
 
-.PHONY: demo test test-launch check format wheel clean
+.PHONY: demo test test-launch bench check format wheel clean
 
 demo: $(STAMP)
 	$(PY) -m deepfm_dist.demo $(ARGS)
@@ -20,6 +20,10 @@ test: $(STAMP)
 test-launch: $(STAMP)
 	$(PY) -m pip install -r requirements/launch.txt
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" tests/launch $(ARGS)
+
+# Twenty minutes on two quiet cores; rewrites docs/benchmarks.md.
+bench: $(STAMP)
+	$(PY) benchmarks $(ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from deepfm_dist.distributed.checkpoint import Reader
 from deepfm_dist.errors import CheckpointError, DeepFMError
+from deepfm_dist.log import progress
 
 FORMAT = 1
 """Version of the layout of an export."""
@@ -145,15 +146,18 @@ def write_weights(
         else f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
         for number, group in enumerate(groups, 1)
     }
-    for file, group in files.items():
-        with (target / file).open("wb") as out:
-            out.write(_header(group))
-            for weight in group:
-                for rows in reader.slices(weight, buffer_bytes):
-                    out.write(rows)
+    total = sum(weight.size_bytes for weight in weights)
+    with progress(total, "export", "B", is_first=True) as bar:
+        for file, group in files.items():
+            with (target / file).open("wb") as out:
+                out.write(_header(group))
+                for weight in group:
+                    for rows in reader.slices(weight, buffer_bytes):
+                        out.write(rows)
+                        bar.update(rows.nbytes)
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(w.size_bytes for w in weights)},
+            "metadata": {"total_size": total},
             "weight_map": {w.name: file for file, group in files.items() for w in group},
         }
         text = json.dumps(index, indent=2, sort_keys=True)

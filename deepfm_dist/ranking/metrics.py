@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.log import progress
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -121,9 +122,11 @@ def resampled_means(of_users: Mapping[str, FloatArray]) -> dict[str, FloatArray]
     n_users = len(values)
     random = np.random.default_rng(n_users)
     found = np.empty((RESAMPLES, values.shape[1]))
-    for sample in range(RESAMPLES):
-        times_drawn = np.bincount(random.integers(0, n_users, n_users), minlength=n_users)
-        found[sample] = _means(values, times_drawn.astype(np.float64))
+    with progress(RESAMPLES, "bootstrap", "sample", is_first=True) as bar:
+        for sample in range(RESAMPLES):
+            times_drawn = np.bincount(random.integers(0, n_users, n_users), minlength=n_users)
+            found[sample] = _means(values, times_drawn.astype(np.float64))
+            bar.update()
     return dict(zip(of_users, found.T, strict=True))
 
 

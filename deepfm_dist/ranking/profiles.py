@@ -1,5 +1,6 @@
 """Where a ranking is good: at which depth, for which users, for which items."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,9 +86,12 @@ def profile(ranked: Int64Array, relevant: Jagged, activity: Groups, popularity: 
     wanted = owners * np.int64(n) + relevant.values
     shown = (np.arange(len(ranked))[:, None] * np.int64(n) + ranked)[hit]
     found = np.isin(wanted, shown).astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no user: no mean
+        recall_at, ndcg_at = recall.mean(0), ndcg.mean(0)
     return Profile(
-        recall.mean(0).tolist(),
-        ndcg.mean(0).tolist(),
+        recall_at.tolist(),
+        ndcg_at.tolist(),
         activity.means(ndcg[:, -1]),
         popularity.means(found),
     )

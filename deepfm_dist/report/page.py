@@ -1,6 +1,7 @@
 """``report.html`` of a run: one file with everything in it, for any browser, without a network."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,12 +194,15 @@ def _learning(plotter: Plotter, events: Sequence[Mapping[str, Any]]) -> list[Plo
 
 def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
     ratio = rows["calibration"]
-    told = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"
     caption = (
         f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,} rows, by "
-        f"their predictions. Over all rows predictions are {told}: {ratio:.3f} times the share of "
-        f"positives."
+        f"their predictions."
     )
+    if not math.isnan(ratio):
+        told = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"
+        caption += (
+            f" Over all rows predictions are {told}: {ratio:.3f} times the share of positives."
+        )
     return plotter.calibration(curve, caption)
 
 

@@ -118,10 +118,11 @@ class Plotter:
             ):
                 if points:
                     steps, values = zip(*_thinned(points), strict=True)
-                    marked = style if len(steps) < 40 else "-"
+                    # Of one point, a line shows nothing; many points hide it.
+                    marked = "o-" if len(steps) < 3 else style if len(steps) < 40 else "-"
                     axes.plot(steps, values, marked, color=colour, label=label, ms=4, lw=1.6)
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
         return self._plot(f"learning-{figure}", title, caption, draw)
 

@@ -1,10 +1,11 @@
-"""What README.md and CONTRIBUTING.md say to type is typed here, as it stands there."""
+"""What README.md, CONTRIBUTING.md and docs/ say to type is typed here, as it stands there."""
 
 import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MAKE = ["make", "-C", str(ROOT), f"VENV={sys.prefix}", "VARIANT=cpu", "-o", f"{sys.prefix}/.cpu"]
 
+SERVED = r"""
+answers() { python -c 'from urllib.request import urlopen; urlopen("http://127.0.0.1:8765/")'; }
+for _ in $(seq 300); do answers 2>/dev/null && break; sleep 0.2; done
+answers
+kill $server
+"""
 NOT_AS_TYPED = [
     # Shorter, that is all: fewer steps, and two ranks where the block before has shown four.
     (r"(-m deepfm_dist\.(?:train|\$command)\b[^&\n]*)", r"\1 trainer.max_steps=20 "),
@@ -32,8 +39,15 @@ NOT_AS_TYPED = [
     (r"^make demo$", "make demo ARGS=--help"),
     # This very test runs in them, or they make another environment, or they change the tree or the
     # environment under the running tests: make says what it would do.
-    (r"^make (test|check|format|clean|VARIANT=|PYTHON=)", r"make -n \1"),
+    (r"^make (test|check|bench|format|clean|VARIANT=|PYTHON=)", r"make -n \1"),
+    (r"^pip install .*$", ""),
+    # It serves until it is told to stop.
+    (r"^(python -m deepfm_dist\.serve\b.*)$", r"\1 --port 8765 &\nserver=$!\n" + SERVED),
+    (r"(benchmarks/serving\.py) --shape \w+", r"\1 --seconds 1 --rate 20"),
     # What stands in for the reader's own.
+    (r"my\.yaml", "mine.yaml"),
+    (r"--output /models", "--output models"),
+    (r"(deepfm_dist\.plan\b.*)mine\.yaml", r"\1sample"),  # other tables than the shop's
     (r"^export DEEPFM_DATA=.*$", ""),
 ]
 
@@ -61,7 +75,7 @@ class Block:
 
 SHELL = (
     r"^```sh\n(?P<fenced>[^`]*)^```$|^```\w*\n[^`]*^```$|(?P<indented>(?:^ {4}\S.*\n)+)"
-    r"|`(?P<inline>(?:make|python -m|torchrun) [^`\n]+)`"
+    r"|`(?P<inline>(?:make|python -m|torchrun[^`\n]* -m) [^`\n]+)`"
 )
 
 
@@ -83,18 +97,35 @@ def blocks_of(*documents: str) -> list[Block]:
     return list(found.values())
 
 
-BLOCKS = blocks_of("README.md", "CONTRIBUTING.md")
-[OWN_DATA] = [b for b in BLOCKS if "--config mine.yaml" in b.text]
+ELSEWHERE = {"docs/import.md"}  # tests/test_notebook.py, with state dicts that fit
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))
+OF_ROOT = blocks_of("README.md", "CONTRIBUTING.md")
+KNOWN = {block.text for block in OF_ROOT}
+OF_DOCS = [
+    block
+    for block in blocks_of(*(page for page in PAGES if page not in ELSEWHERE))
+    if block.text not in KNOWN
+]
+BLOCKS = [*OF_ROOT, *OF_DOCS]
+[OWN_DATA] = [b for b in OF_ROOT if "--config mine.yaml" in b.text]
+[SAMPLE] = [b for b in OF_DOCS if b.where.startswith("docs/quickstart.md") and "activate" in b.text]
 Done = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block], Done]:
-    """Runs a block, once, in a folder that holds nothing but what the document says is there."""
+    """Runs a block, once, in a folder that holds nothing but what the document says is there.
+
+    What a page of docs/ says goes on from one's own data, or from the sample's run.
+    """
 
     @functools.cache
     def typed(block: Block) -> Done:
         home = tmp_path_factory.mktemp("home")
+        if block in OF_DOCS and block != SAMPLE:
+            earlier, _ = typed(OWN_DATA if "mine.yaml" in block.script else SAMPLE)
+            shutil.copytree(earlier, home, symlinks=True, dirs_exist_ok=True)
+            return home, run(["bash", "-c", block.script], home)
         (home / ".venv/bin").mkdir(parents=True)
         (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
         (home / "benchmarks").symlink_to(ROOT / "benchmarks")

@@ -1,0 +1,69 @@
+"""The page of benchmarks is made of what the scripts say."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def suite() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_suite", BENCHMARKS / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+REPORTS: dict[str, dict[str, Any]] = {
+    "training": {"rows_per_s": 300, "plain_rows_per_s": 200, "rival_rows_per_s": 150},
+    "catalogue": {
+        "pairs_per_s": 45e6, "naive_pairs_per_s": 3e6, "torch_pairs_per_s": 9e6,
+        "limit_pairs_per_s": 60e6,
+    },
+    "negatives": {"seconds_50": 0.05, "seconds_200": 0.2, "notebook_seconds_50": 300},
+    "prepare": {"rows": 1000, "seconds": 0.5, "peak_gib": 0.75},
+    "reading": {"reading_rows_per_s": 1000, "training_rows_per_s": 100, "both_rows_per_s": 90},
+    "serving": {
+        "shape_items": 6807, "requests_per_s": 1200, "cpu_ms": 0.8, "rate": 500, "p50_ms": 1.5,
+        "p99_ms": 4,
+    },
+}  # fmt: skip
+
+
+def test_every_figure_stands_beside_the_one_it_is_compared_with(suite: ModuleType) -> None:
+    commands = [b for group in suite.SUITE.values() for b in group]
+    text = suite.page({b.command: REPORTS[b.script] for b in commands}, "a machine")
+    for line in (
+        "| rows/s, 30-20-10, batch 8,192 | 300 | fastest rival | 150 | 2.00 x |",
+        "| rows/s, 30-20-10, batch 8,192 | 300 | plain PyTorch | 200 | 1.50 x |",
+        "| M pairs/s, dim 10, 30-20-10 | 45.00 | sgemm's limit | 60.00 | 75% of it |",
+        "| s, 50 each for 31,360 users | 0.05 | the notebook's loop | 300 | 6,000 x as fast |",
+        "| rows/s, 1,000 rows prepared | 2,000 |  |  |  |",
+        "| rows/s read | 1,000 | rows/s trained | 100 | 10.0% of a step |",
+        "| ms at 500 requests/s, 99th of 100, 6,807 items | 4 | aim | 10 | 40% of it |",
+    ):
+        assert line in text
+    for benchmark in commands:
+        assert f"python benchmarks/{benchmark.command}\n" in text
+    some = suite.page({"negatives.py": None}, "a machine")
+    assert "`python benchmarks/negatives.py` failed." in some
+    assert "## Training" not in some
+
+
+def test_the_suite_names_scripts_and_options_that_exist(suite: ModuleType) -> None:
+    for group in suite.SUITE.values():
+        for benchmark in group:
+            script, *arguments = benchmark.command.split()
+            tree = ast.parse((BENCHMARKS / script).read_text())
+            known = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+            assert {a for a in arguments if a.startswith("--")} <= known
+            # Every field that the page reads is one that the script writes.
+            assert REPORTS[benchmark.script].keys() <= known
