@@ -22,7 +22,7 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
-from deepfm_dist.ranking.engine import USER_BLOCK, Best, engine_for
+from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision, engine_for
 from deepfm_dist.ranking.topk import mask_of, masked_top_k
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ class ModelRanker:
         context: one row of context fields.
         memory_bytes: limit of what a rank keeps of the items; a larger catalogue is worked off in
             blocks, computed anew for every stretch of users.
+        precision: of the over-arch's products on CUDA.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class ModelRanker:
         users: Int32Array,
         context: Mapping[str, Values],
         memory_bytes: int = MEMORY_BYTES,
+        precision: Precision = "fp32",
     ) -> None:
         self._model, self._world, self._users, self._context = model, world, users, context
         self._collate = Collator(dataset)
@@ -153,7 +155,7 @@ class ModelRanker:
         )
         self._scorer = scorer
         self.has_deep_part = scorer.layers != []
-        self.engine = engine_for(scorer, world.device)
+        self.engine = engine_for(scorer, world.device, precision)
         self._rows = catalogue.rows
         self._candidates: int | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))

@@ -19,6 +19,7 @@ from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.ranking.engine import Precision
 from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
@@ -52,6 +53,7 @@ class Wanted:
         candidates: how many items of each user, the best without the over-arch, are scored in
             full; default: all.
         memory_bytes: limit of what a rank keeps of the items.
+        precision: of the over-arch's products on CUDA.
         matrix: also write every score, in this type; see `Parts.write_matrix`.
     """
 
@@ -63,6 +65,7 @@ class Wanted:
     block_items: Ids | None = None
     candidates: int | None = None
     memory_bytes: int = MEMORY_BYTES
+    precision: Precision = "fp32"
     matrix: MatrixKind | None = None
 
 
@@ -94,11 +97,14 @@ def recommend(
 
     Raises:
         DataError: a list names nothing that is known, or users who are not.
+        ConfigError: the precision is not for this device or model.
     """
     catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
     users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
     context = RowEncoder(dataset).fixed_context(wanted.context)
-    ranker = ModelRanker(model, world, dataset, catalogue, users, context, wanted.memory_bytes)
+    ranker = ModelRanker(
+        model, world, dataset, catalogue, users, context, wanted.memory_bytes, wanted.precision
+    )
     positives = [dataset.positives(split) for split in wanted.masked_splits]
     seen = catalogue.seen_by(users, positives)
     if wanted.candidates is not None and not ranker.has_deep_part:
