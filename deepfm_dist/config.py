@@ -320,6 +320,9 @@ class RecommendConfig(Section):
     measured on a sample of users what that misses and saves. Default: all items."""
     memory_bytes: int = Field(1 << 30, ge=1)
     """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of the over-arch's products on CUDA: ``tf32`` rounds what is multiplied to 11 bits, ``bf16``
+    to 8; a CPU computes in fp32."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""

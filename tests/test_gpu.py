@@ -8,8 +8,10 @@ from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.world import world
 from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.engine import Precision
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import Run, difference
+from tests.test_kernel import Case, Ranking, error_of
 from tests.test_ranking import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
 
 pytestmark = [
@@ -52,3 +54,30 @@ def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
         scores = scorer.scores(scorer.side("user", *users), scorer.side("item", *items))
         found.append(scores.cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ranking:
+    from deepfm_dist.ranking.triton_kernel import TritonEngine
+
+    engine = TritonEngine(case.layers, precision, torch.device("cuda"))
+    return Ranking(case.to("cuda"), n_users, n_items, engine)
+
+
+SIZES = [[], [30], [30, 20, 10], [3, 17, 1, 8], [400, 400, 400], [300, 200, 100, 50], [600, 700]]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("tf32", 2**-9), ("bf16", 2**-6)])
+def test_the_triton_kernel_ranks_by_the_models_scores(
+    sizes: list[int], precision: Precision, error: float
+) -> None:
+    case = Case.of(70, 3000, 20, sizes, seed=7)
+    ranking = on_cuda(case, precision, 70, 3000)
+    assert error_of(ranking.scores(), case.expected(70, 3000)) <= error
+    ranking.check(10, (1024,))
+
+
+@pytest.mark.parametrize("k", [1, 100, 500, 1000])
+def test_the_triton_kernel_ranks_any_number_of_items_per_user(k: int) -> None:
+    case = Case.of(40, 1200, 200, [30, 20, 10], seed=8, ties=True)
+    on_cuda(case, "fp32", 40, 1200).check(k)

@@ -171,6 +171,12 @@ def test_the_kernel_is_taken_where_it_can_be(
     assert type(engine_for(scorer, torch.device("cpu"))) is expected
 
 
+def test_a_precision_that_a_cpu_has_not_is_refused() -> None:
+    scorer = CatalogueScorer(random_arch(5, (9, 4), False), OF_ITEM, N_CATEGORICAL)
+    with pytest.raises(ConfigError, match=r"recommend\.precision=bf16: a CPU computes in fp32"):
+        engine_for(scorer, torch.device("cpu"), "bf16")
+
+
 @pytest.mark.parametrize("pairs", [1, 5, 13, 40])
 def test_blocks_of_any_size_give_the_same_scores(
     pairs: int, monkeypatch: pytest.MonkeyPatch

@@ -1,16 +1,18 @@
-"""What scores and ranks: the compiled kernel, or torch for the models and devices it is not for."""
+"""What scores and ranks: a kernel on CPU or CUDA, or torch for the models neither is for."""
 
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking import kernel
 from deepfm_dist.ranking.catalogue import CatalogueScorer
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 
 USER_BLOCK = 512
 """Users looked up and multiplied together: a GEMM's last digits depend on its height."""
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Of the over-arch's products on CUDA."""
+
 USERS_PER_TASK = 64
 """Users that a thread takes at a time."""
 
@@ -284,29 +289,49 @@ class KernelEngine:
                 done.result()
 
 
-def engine_for(scorer: CatalogueScorer, device: torch.device) -> Engine:
-    """The kernel where it can be used, else torch; says which, and why.
+def engine_for(
+    scorer: CatalogueScorer, device: torch.device, precision: Precision = "fp32"
+) -> Engine:
+    """The kernel of the device where it can be used, else torch; says which, and why.
 
     Args:
         scorer: of the model.
         device: where it is.
+        precision: of the over-arch's products on CUDA.
+
+    Raises:
+        ConfigError: less than ``fp32`` is asked for where there is no kernel that computes so.
     """
+    layers = scorer.layers
     reason = None
-    if device.type != "cpu":
-        reason = f"the device is {device.type}"
-    elif scorer.layers is None:
+    if layers is None:
         reason = "the over-arch cannot be split into a user's and an item's part"
-    elif scorer.layers and not isinstance(scorer.activation, nn.ReLU):
+    elif layers and not isinstance(scorer.activation, nn.ReLU):
         reason = f"the activation is {type(scorer.activation).__name__}, not ReLU"
-    elif not kernel.HAS_FMA:
+    elif device.type == "cpu" and not kernel.HAS_FMA:
         reason = "this processor has no fused multiply-add"
+    elif device.type != "cpu" and find_spec("triton") is None:
+        reason = "triton is not installed"
+    elif device.type != "cpu":
+        from deepfm_dist.ranking import triton_kernel
+
+        sizes = [weight.shape[1] for weight, _ in layers]
+        reason = triton_kernel.reason_against(sizes, precision)
+    if precision != "fp32" and (device.type == "cpu" or reason is not None):
+        raise ConfigError(
+            f"recommend.precision={precision}: "
+            f"{'a CPU' if device.type == 'cpu' else 'torch'} computes in fp32 here"
+            f"{'' if reason is None else f' ({reason})'}; leave it out"
+        )
     engine: Engine
-    if reason is None:
-        assert scorer.layers is not None
-        threads = torch.get_num_threads()
-        engine = KernelEngine(scorer.layers, threads)
-        log.info("catalogue: %s, %d thread%s", engine.name, threads, "s" * (threads > 1))
-    else:
+    if reason is not None or layers is None:
         engine = TorchEngine(scorer)
         log.info("catalogue: torch, since %s", reason)
+    elif device.type == "cpu":
+        threads = torch.get_num_threads()
+        engine = KernelEngine(layers, threads)
+        log.info("catalogue: %s, %d thread%s", engine.name, threads, "s" * (threads > 1))
+    else:
+        engine = triton_kernel.TritonEngine(layers, precision, device)
+        log.info("catalogue: %s", engine.name)
     return engine

@@ -29,7 +29,7 @@ from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engine import USER_BLOCK, Best, engine_for
+from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision, engine_for
 from deepfm_dist.ranking.topk import mask_of, masked_top_k
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class ModelRanker:
             blocks, computed anew for every stretch of users.
         histories: item rows of users from outside the dataset, who are nothing but these; then
             ``users`` are rows of it.
+        precision: of the over-arch's products on CUDA.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class ModelRanker:
         context: Mapping[str, Values],
         memory_bytes: int = MEMORY_BYTES,
         histories: Jagged | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self._histories = histories
         self._drawn = None if histories is None else DrawnHistories(dataset)
@@ -165,7 +167,7 @@ class ModelRanker:
         )
         self._scorer = scorer
         self.has_deep_part = scorer.layers != []
-        self.engine = engine_for(scorer, world.device)
+        self.engine = engine_for(scorer, world.device, precision)
         self._rows = catalogue.rows
         self._candidates: int | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))

@@ -21,6 +21,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
+from deepfm_dist.ranking.engine import Precision
 from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
@@ -55,6 +56,7 @@ class Wanted:
         candidates: how many items of each user, the best without the over-arch, are scored in
             full; default: all.
         memory_bytes: limit of what a rank keeps of the items.
+        precision: of the over-arch's products on CUDA.
         matrix: also write every score, in this type; see `Parts.write_matrix`.
     """
 
@@ -67,6 +69,7 @@ class Wanted:
     block_items: Ids | None = None
     candidates: int | None = None
     memory_bytes: int = MEMORY_BYTES
+    precision: Precision = "fp32"
     matrix: MatrixKind | None = None
 
 
@@ -99,6 +102,7 @@ def recommend(
     Raises:
         DataError: a list names nothing that is known, or users who are not; or histories are
             given to a model that has no field for them.
+        ConfigError: the precision is not for this device or model.
     """
     catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
     context = RowEncoder(dataset).fixed_context(wanted.context)
@@ -110,7 +114,15 @@ def recommend(
         user_ids, histories = read_histories(dataset, Path(wanted.histories))
         users, positives = np.arange(len(histories), dtype=np.int32), [histories]
     ranker = ModelRanker(
-        model, world, dataset, catalogue, users, context, wanted.memory_bytes, histories
+        model,
+        world,
+        dataset,
+        catalogue,
+        users,
+        context,
+        wanted.memory_bytes,
+        histories,
+        wanted.precision,
     )
     seen = catalogue.seen_by(users, positives)
     if wanted.candidates is not None and not ranker.has_deep_part:

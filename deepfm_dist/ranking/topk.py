@@ -9,6 +9,11 @@ from deepfm_dist.data.jagged import Jagged
 
 NO_ITEM = -1
 """Position that fills the places of users with fewer than K candidates."""
+NO_KEY = -(2**63)
+"""Key of no item: below that of any."""
+_LAST = 2**32 - 1
+_LEAST = -0x7F800000
+"""The order of the least finite float32."""
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -22,20 +27,48 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         positions ``[U, K]`` int64 and scores ``[U, K]``, best first; places without a candidate
         hold `NO_ITEM` and ``-inf``.
     """
-    n_users, n_items = scores.shape
-    # A float's bits, seen as an integer, are in its order once negative ones are flipped; the
-    # position in the low half makes every key distinct, so that the result is determined.
+    n_items = scores.shape[1]
+    keys = keys_of(scores, torch.arange(n_items, device=scores.device))
+    best, positions = best_of_keys(keys, k)
+    return positions, best
+
+
+def keys_of(scores: Tensor, positions: Tensor) -> Tensor:
+    """Distinct int64 keys in the order of a ranking: by score, equal ones by position.
+
+    Args:
+        scores: float32; ``-inf`` marks what is no candidate.
+        positions: int64 in [0, 2^32), of the same shape or one that broadcasts to it; any where
+            there is no candidate.
+    """
+    # A float's bits, seen as an integer, are in its order once negative ones are flipped.
     bits = (scores + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    last = n_items - 1
-    keys = (ordered << 32) | (last - torch.arange(n_items, device=scores.device))
-    positions = last - (keys.topk(min(k, n_items), dim=1).values & 0xFFFFFFFF)
-    best = scores.gather(1, positions)
-    if n_items < k:
-        gap = (n_users, k - n_items)
-        positions = torch.cat([positions, positions.new_full(gap, NO_ITEM)], 1)
-        best = torch.cat([best, best.new_full(gap, float("-inf"))], 1)
-    return positions.where(best > float("-inf"), NO_ITEM), best
+    return (ordered << 32) | ((_LAST - positions) & _LAST)
+
+
+def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K highest of each row of keys.
+
+    Args:
+        keys: ``[U, n]`` of `keys_of`; what is below any score's is no item.
+        k: K.
+
+    Returns:
+        scores ``[U, K]`` float32 and positions ``[U, K]`` int64, best first; places without an
+        item hold ``-inf`` and `NO_ITEM`.
+    """
+    found = keys.topk(min(k, keys.shape[1]), dim=1).values
+    if found.shape[1] < k:
+        gap = found.new_full((len(found), k - found.shape[1]), NO_KEY)
+        found = torch.cat([found, gap], 1)
+    known = found >= _LEAST << 32
+    ordered = (found >> 32).to(torch.int32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return (
+        scores.where(known, float("-inf")),
+        (_LAST - (found & _LAST)).where(known, NO_ITEM),
+    )
 
 
 def masked_top_k(scores: Tensor, masked: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,156 @@
+"""The kernel for CUDA, run by Triton's interpreter, against float64, full sorts and itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.ranking.engine import Precision
+from tests.test_kernel import Case, Ranking, error_of
+
+triton_kernel = pytest.importorskip(
+    "deepfm_dist.ranking.triton_kernel", exc_type=ModuleNotFoundError
+)
+if not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("a GPU is there: tests/test_gpu.py runs the kernel", allow_module_level=True)
+CPU = torch.device("cpu")
+
+
+sizes = st.lists(st.integers(1, 40), max_size=4)
+
+
+def interpreted(case: Case, n_users: int, n_items: int, precision: Precision = "fp32") -> Ranking:
+    engine = triton_kernel.TritonEngine(case.layers, precision, CPU)
+    return Ranking(case, n_users, n_items, engine)
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 9), st.integers(1, 90), st.integers(0, 40), sizes, st.integers(0, 2**31))
+def test_scores_equal_float64(
+    n_users: int, n_items: int, dim: int, sizes: list[int], seed: int
+) -> None:
+    case = Case.of(n_users, n_items, dim, sizes, seed)
+    found = interpreted(case, n_users, n_items).scores()
+    assert error_of(found, case.expected(n_users, n_items)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "sizes", [[400, 400, 400], [130, 70, 90, 33], [300, 200], [500], [17, 200, 300, 5]]
+)
+def test_layers_that_are_streamed_are_exact(sizes: list[int]) -> None:
+    case = Case.of(3, 40, 10, sizes, seed=3)
+    assert error_of(interpreted(case, 3, 40).scores(), case.expected(3, 40)) <= 1e-5
+
+
+@settings(max_examples=8)
+@given(
+    st.integers(1, 7),
+    st.integers(1, 200),
+    sizes,
+    st.integers(1, 25),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_top_k_equals_a_full_sort_of_the_same_scores(
+    n_users: int, n_items: int, sizes: list[int], k: int, ties: bool, seed: int
+) -> None:
+    case = Case.of(n_users, n_items, 3, sizes, seed, ties)
+    interpreted(case, n_users, n_items).check(k, (128,) if n_items > 128 else ())
+
+
+def test_more_items_per_user_than_registers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "MOST_K", 4)
+    interpreted(Case.of(6, 200, 5, [7, 3], seed=4), 6, 200).check(9, (128,))
+
+
+def test_splits_tiles_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_users, n_items = 5, 300
+    case = Case.of(n_users, n_items, 12, [33, 21, 10, 7], seed=1)
+    alone = interpreted(case, n_users, n_items).top_k(17)
+    for programs, cuts in ((1, ()), (2, (256,)), (2048, (128,))):
+        monkeypatch.setattr(triton_kernel, "PROGRAMS", programs)
+        again = interpreted(case, n_users, n_items).top_k(17, cuts)
+        assert again.positions.equal(alone.positions)
+        assert again.scores.equal(alone.scores)
+    few = interpreted(case, 2, n_items)
+    few.case = Case(case.users, case.items, case.layers, Jagged.from_pairs([], [], 2))
+    scores = interpreted(case, n_users, n_items).scores()
+    assert few.scores().equal(scores[:2])
+    lean = interpreted(case, n_users, n_items)
+    layout = lean.engine._layout
+    while (layout := layout.leaner) is not None:
+        lean.engine._layout = layout
+        assert lean.scores().equal(scores)
+    assert lean.engine._layout.pairs == 16
+
+
+@pytest.mark.parametrize("sizes", [[30, 20, 10], [400, 400, 400]])
+def test_bf16_errs_as_much_as_is_said(sizes: list[int]) -> None:
+    case = Case.of(8, 64, 10, sizes, seed=5)
+    expected = case.expected(8, 64)
+    error = (interpreted(case, 8, 64, "bf16").scores().double() - expected).std()
+    # Each number errs by up to 2^-9 of itself; of the many that a logit sums up, errors cancel.
+    assert 1e-5 < float(error / expected.std()) < 2**-9
+
+
+def test_layers_that_are_too_wide_or_too_many_are_named() -> None:
+    reason = triton_kernel.reason_against
+    assert reason([4000, 512, 4000], "fp32") is None
+    assert reason([30, 513, 20], "fp32") == (
+        "layers between the first and the last have more than 512 units in fp32"
+    )
+    assert reason([30, 513, 20], "bf16") is None
+    assert "1024 units in bf16" in (reason([30, 513, 513, 20], "bf16") or "")
+    assert reason([9] * 5, "fp32") == "the over-arch has 5 hidden layers, more than 4"
+
+
+COMPILE = """
+import sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from deepfm_dist.ranking import triton_kernel
+from deepfm_dist.ranking.triton_kernel import Layout, _rank
+kind = torch.bfloat16 if sys.argv[1] == "bf16" else torch.float32
+layout = Layout.of([int(n) for n in sys.argv[2].split("-")], kind)
+constants = layout.options(True, 16, 10)
+warps = constants.pop("num_warps")
+constants |= {"PRECISION": "tf32x3", "OF_CANDIDATES": False, "KEEP_SCORES": False}
+types = dict.fromkeys(("candidates", "seen", "seen_begins", "seen_ends", "keys"), "*i64")
+types |= dict.fromkeys(
+    ("n_users", "n_items", "columns", "columns_per_split", "offset", "k"), "i32"
+)
+types["weights"] = "*bf16" if kind is torch.bfloat16 else "*fp32"
+signature = {
+    n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _rank.arg_names
+}
+found = compile(
+    ASTSource(_rank, signature, constants),
+    target=GPUTarget("cuda", 90, 32),
+    options={"num_warps": warps},
+)
+print(found.metadata.shared, found.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+@pytest.mark.slow  # compiles by LLVM and ptxas, without a GPU
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("fp32", "30-20-10"), ("bf16", "30-20-10"), ("bf16", "400-400-400")]
+)
+def test_it_compiles_for_an_h100_and_fits(kind: str, sizes: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, kind, sizes],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    shared_bytes, n_products = map(int, result.stdout.split())
+    assert shared_bytes <= 227 * 1024
+    assert n_products > 0
