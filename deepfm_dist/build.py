@@ -109,7 +109,10 @@ def _told(error: Exception) -> str:
 
 def placements_of(config: Config) -> dict[str, Placement]:
     """The explicit part of the plan."""
-    return {name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()}
+    return {
+        name: Placement(plan.kind, plan.rank, plan.cached)
+        for name, plan in config.sharding.tables.items()
+    }
 
 
 def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:

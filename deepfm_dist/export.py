@@ -31,10 +31,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.export import copy_vocabularies, describe_fields
+    from deepfm_dist.distributed.checkpoint import check_files
     from deepfm_dist.distributed.export import export_folder, write_config, write_weights
     from deepfm_dist.runs import find_finished
 
     found = find_finished(config, arguments.overrides)
+    check_files(found.checkpoint)
     target = Path(arguments.output or found.config.run_dir / "export")
     model = found.config.model
     with export_folder(target) as folder:
