@@ -28,7 +28,8 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.training.trainer import LoopState, train
 
     run_dir, seed = config.run_dir, config.run.seed
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    of_run = config.run
+    with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
         ranks.first_does(
             "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
         )

@@ -18,7 +18,7 @@ from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
-from deepfm_dist.distributed.pipeline import TrainPipeline
+from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
@@ -51,7 +51,7 @@ class Run:
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
     ) -> list[float]:
         of, parts = self.config.optimizer, self.config.trainer.accumulate_steps
-        pipeline = TrainPipeline(
+        pipeline = train_pipeline(
             self.sharded,
             self.optimizer,
             self.world,
@@ -305,7 +305,7 @@ def _with_small_tables(
             torch.ones(len(mine)),
             torch.tensor(24.0),
         )
-        pipeline, stream = TrainPipeline(sharded, optimizer, ranks), iter([batch] * 3)
+        pipeline, stream = train_pipeline(sharded, optimizer, ranks), iter([batch] * 3)
         losses = [pipeline.train_step(stream).loss for _ in range(3)]
         return losses, {table for table, _, _, piece in local_shards(sharded) if len(piece)}
 
@@ -321,6 +321,14 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(default: str) -> 
     assert default == "auto" or holders["user"] == 4
     with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
         run_ranks(_with_small_tables, 4, default, {"age": Placement("row_wise")})
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_cpu_refuses_to_cache_a_table(sample: PreparedDataset, optimizer: str) -> None:
+    wanted = [f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
+    wanted.append("sharding.tables={item: {cached: 0.25}}")
+    with pytest.raises(RankFailed, match=r"sharding.tables.item.cached=0.25: a cpu has nothing to"):
+        run_alone(train, sample.folder, config_of(*SMALL, *wanted), 1)
 
 
 def test_an_id_out_of_range_is_an_error_not_another_row(sample: PreparedDataset) -> None:

@@ -212,3 +212,31 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
     base = planned(config_of(), BILLION, 64, 8, 80)
     assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
+
+
+def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
+    cached = "sharding.tables={user: {kind: row_wise, cached: 0.1}}"
+    whole = planned(config_of("sharding.kind=row_wise"), BILLION, 8, 8, 80)
+    found = planned(config_of("sharding.kind=row_wise", cached), BILLION, 8, 8, 80)
+    per_rank = 10**9 // 8
+    # 20 floats and an accumulator a row; a tenth of the rows with 16 bytes more each, the
+    # accumulator and a place for every row.
+    saved = whole.ranks[0].table_bytes - found.ranks[0].table_bytes
+    assert saved == per_rank * 84 - round(per_rank * (0.1 * 96 + 4 + 4))
+    assert (whole.tables[0].cached, found.tables[0].cached) == (None, 0.1)
+    code, out, _ = said(*ROWS, "--world-size=2", "--hbm-gib=80", cached)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][-2:] == ["cached", "network/step"]
+    assert {line[0]: line[-3] for line in lines[1:4]} == {
+        "user": "10%",
+        "item": "all",
+        "genre": "all",
+    }
+
+
+def test_adam_and_a_cached_table_do_not_go_together() -> None:
+    cached = "sharding.tables={user: {cached: 0.1}}"
+    code, _, err = said(*ROWS, "--world-size=8", cached, "optimizer.tables={name: adam, lr: 0.003}")
+    assert code == 2
+    assert "sharding.tables.user.cached=0.1: adam moves every row at every step" in err

@@ -65,6 +65,7 @@ class TableDemand:
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise or row_wise.
         ranks: the ranks that hold it.
+        cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients.
     """
@@ -75,6 +76,7 @@ class TableDemand:
     state_bytes: int
     sharding: str
     ranks: range
+    cached: float | None
     traffic_bytes: int
 
 
@@ -83,7 +85,7 @@ class RankDemand:
     """One rank in a plan.
 
     Attributes:
-        table_bytes: weights and optimizer state of its pieces of tables.
+        table_bytes: weights and optimizer state of its pieces of tables, as far as a GPU has them.
         buffer_bytes: ids, pooled rows and their gradients.
         dense_bytes: the over-arch with its gradients, state and activations.
         sent_bytes: what it sends in a step, the over-arch's all-reduce included.
@@ -185,7 +187,9 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         fields, rows = len(config.feature_names), config.num_embeddings
-        row_floats = width + _state_floats(job.optimizer, width)
+        state_floats = _state_floats(job.optimizer, width)
+        cached = placed[config.name].cached
+        row_bytes = FLOAT_BYTES * _gpu_floats(width, state_floats, cached)
         pooled_bytes = batch * fields * width * FLOAT_BYTES
         # Ids and lengths, of which each is one number where a row has one value of a field.
         id_bytes = batch * fields * ID_BYTES
@@ -194,7 +198,7 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
         per_rank = -(-rows // len(holders))
         for turn, rank in enumerate(holders):
             mine = max(0, min(per_rank, rows - turn * per_rank))
-            held[rank] += mine * row_floats * FLOAT_BYTES
+            held[rank] += round(mine * row_bytes)
             # Pooled rows and their gradient, of the global batch.
             buffers[rank] += 2 * pooled_bytes + IN_FLIGHT * 2 * id_bytes // len(holders)
         for rank in range(ranks):
@@ -207,9 +211,10 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
                 config.name,
                 rows,
                 rows * width * FLOAT_BYTES,
-                rows * (row_floats - width) * FLOAT_BYTES,
+                rows * state_floats * FLOAT_BYTES,
                 placed[config.name].kind,
                 holders,
+                cached,
                 sum(traffic),
             )
         )
@@ -224,6 +229,18 @@ def _state_floats(optimizer: TableOptimizer, width: int) -> int:
     return {"rowwise_adagrad": 1, "adagrad": width, "lazy_adam": 2 * width, "sgd": 0}[
         optimizer.name
     ]
+
+
+def _gpu_floats(width: int, state: int, cached: float | None) -> float:
+    """Floats per row in a GPU's memory.
+
+    Of a cached table: a number per row that says where it is; a slot for some rows, with 16 bytes
+    that say whose it is and since when; and the state of row-wise optimizers. Others' stays with
+    the rows, in the machine's memory.
+    """
+    if cached is None:
+        return width + state
+    return 1 + cached * (width + 4) + (state if state == 1 else 0)
 
 
 def _sent(owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int) -> int:

@@ -303,6 +303,18 @@ def place(
     }
 
 
+def check_placements(
+    placements: Mapping[str, Placement], kernel: EmbeddingComputeKernel, device: torch.device
+) -> None:
+    """Refuses what the kernel or the device cannot do.
+
+    Raises:
+        ConfigError: a table is to be cached where that cannot be.
+    """
+    for name, placement in placements.items():
+        _kernel_of(name, placement, kernel, device)
+
+
 def _kernel_of(
     table: str, placement: Placement, kernel: EmbeddingComputeKernel, device: torch.device
 ) -> EmbeddingComputeKernel:

@@ -15,7 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.data.dataset import TrainingBatches
 from deepfm_dist.distributed.optimizers import set_learning_rates
-from deepfm_dist.distributed.pipeline import Step, TrainPipeline
+from deepfm_dist.distributed.pipeline import Step, train_pipeline
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.log import MetricsLog, progress
@@ -180,7 +180,7 @@ def train(
     """
     per_epoch = batches.steps_per_epoch
     last = schedule.last_step(per_epoch)
-    pipeline = TrainPipeline(
+    pipeline = train_pipeline(
         sharded,
         optimizer,
         world,
@@ -189,11 +189,15 @@ def train(
         schedule.max_gradient,
         asked_to_stop,
     )
-    micro_batches = (
-        piece
-        for batch in batches.steps(state.step + 1, last)
-        for piece in batch.split(schedule.accumulate_steps)
-    )
+
+    def pieces(first: int) -> Iterator[Any]:
+        """Micro-batches up to the next validation, before which the pipeline has to be empty."""
+        every = schedule.validate_every_epochs * per_epoch if validate else last
+        until = min(last, -(-first // every) * every) if every else last
+        for batch in batches.steps(first, until):
+            yield from batch.split(schedule.accumulate_steps)
+
+    micro_batches = pieces(state.step + 1)
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
@@ -226,6 +230,7 @@ def train(
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, shown)
                 metrics.write("valid", step=step, epoch=epoch, **found)
+                micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
             saving = save is not None and (
                 not going_on
