@@ -115,6 +115,11 @@ def placements_of(config: Config) -> dict[str, Placement]:
     }
 
 
+def bytes_of_a_float(config: Config) -> int:
+    """In which embeddings travel between ranks."""
+    return 4 if config.sharding.communication == "fp32" else 2
+
+
 def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
     """What the manifest of data with so many rows would say, as far as the model asks.
 

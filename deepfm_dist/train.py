@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
@@ -15,10 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import loggers, schedule_of, shard_for_training
+    from deepfm_dist.build import bytes_of_a_float, loggers, schedule_of, shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
+    from deepfm_dist.distributed.planning import sent_bytes
     from deepfm_dist.distributed.world import world
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin
@@ -81,6 +83,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
                 save,
                 asked_to_stop,
                 profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+                partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
             )
             checkpoints.wait()
 

@@ -12,6 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
@@ -39,11 +40,13 @@ class Step:
     Attributes:
         loss: mean over the global batch, the same on every rank.
         stop: whether any rank was asked to stop.
+        sparse: table rows of this rank's last micro-batch.
         rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each.
     """
 
     loss: float = 0.0
     stop: bool = False
+    sparse: KeyedJaggedTensor | None = None
     rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @property
@@ -119,6 +122,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         with self._timed("forward"):
             loss, logits = self._model(batch)
+        self._step.sparse = batch.sparse
         self._step.rows.append((logits, batch.labels, batch.weights))
         return loss, logits
 

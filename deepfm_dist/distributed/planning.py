@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
-from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, place
+from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, TableCollection, place
 from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
@@ -182,7 +184,7 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
         m.in_features + m.out_features for m in job.task.modules() if isinstance(m, nn.Linear)
     )
     dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * -(-batch // ranks) * activations)
-    all_reduced = FLOAT_BYTES * 2 * dense * (ranks - 1) // ranks
+    all_reduced = _all_reduced(FLOAT_BYTES * dense, ranks)
     held, buffers, sent = [0] * ranks, [0] * ranks, [all_reduced] * ranks
     tables = []
     for config in arch.ebc.embedding_bag_configs():
@@ -204,7 +206,10 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
         for rank in range(ranks):
             # The same of the local batch, as it is received.
             buffers[rank] += 2 * pooled_bytes // ranks + IN_FLIGHT * 2 * id_bytes // ranks
-        traffic = [_sent(owner, rank, ranks, pooled_bytes, id_bytes) for rank in range(ranks)]
+        traffic = [
+            sum(_sent(owner, rank, ranks, pooled_bytes, id_bytes, id_bytes))
+            for rank in range(ranks)
+        ]
         sent = [a + b for a, b in zip(sent, traffic, strict=True)]
         tables.append(
             TableDemand(
@@ -243,19 +248,70 @@ def _gpu_floats(width: int, state: int, cached: float | None) -> float:
     return 1 + cached * (width + 4) + (state if state == 1 else 0)
 
 
-def _sent(owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int) -> int:
-    """Bytes of one table that a rank sends in a step.
+def _sent(
+    owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int, length_bytes: int
+) -> tuple[int, int, int]:
+    """Bytes of one table that a rank sends in a step: ids, embeddings, their gradients.
 
     Cut by rows, every rank holds a part of every row's pool: forward scatters the parts and adds
     them up, backward gathers the gradients of all. Whole on one rank, that rank sends the pooled
     rows and the others their gradients. Lengths go where ids go, and cut by rows to every rank.
     """
     others = ranks - 1
+    pooled = others * pooled_bytes // ranks
     if owner is None:
-        return others * (2 * pooled_bytes + id_bytes // ranks + id_bytes) // ranks
+        return others * (id_bytes // ranks + length_bytes) // ranks, pooled, pooled
     if rank == owner:
-        return others * pooled_bytes // ranks
-    return (pooled_bytes + 2 * id_bytes) // ranks
+        return 0, pooled, 0
+    return (id_bytes + length_bytes) // ranks, 0, pooled_bytes // ranks
+
+
+def _all_reduced(size_bytes: int, ranks: int) -> int:
+    """What a rank sends to sum a tensor over all of them, as a ring does."""
+    return 2 * size_bytes * (ranks - 1) // ranks
+
+
+def sent_bytes(
+    sharded: DistributedModelParallel,
+    world: World,
+    sparse: KeyedJaggedTensor,
+    float_bytes: int = FLOAT_BYTES,
+) -> dict[str, int]:
+    """What all ranks together send for a batch, worked out from the plan and the batch's ids.
+
+    Args:
+        sharded: the model.
+        world: the ranks.
+        sparse: this rank's batch; the others' are taken to be like it.
+        float_bytes: bytes in which a float of an embedding travels.
+
+    Returns:
+        ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
+    """
+    ranks, local = world.world_size, sparse.stride()
+    n_ids = sparse.lengths().view(-1, local).sum(1).tolist()
+    ids = dict(zip(sparse.keys(), n_ids, strict=True))
+    [collection] = [m for m in sharded.modules() if isinstance(m, TableCollection)]
+    [plan] = sharded.plan.plan.values()
+    total = [0, 0, 0]
+    for config in collection.tables:
+        placed = plan[config.name]
+        owner = None if placed.sharding_type == _SPREAD else placed.ranks[0]
+        of_batch = ranks * local * len(config.feature_names)
+        looked_up = ranks * sum(ids[name] for name in config.feature_names)
+        for rank in range(ranks):
+            sent = _sent(
+                owner,
+                rank,
+                ranks,
+                of_batch * config.embedding_dim * float_bytes,
+                looked_up * ID_BYTES,
+                of_batch * ID_BYTES,
+            )
+            total = [a + b for a, b in zip(total, sent, strict=True)]
+    dense = sum(p.numel() for k, p in sharded.named_parameters() if ".ebc." not in k)
+    names = ("ids", "embeddings", "embedding_gradients", "dense_gradients")
+    return dict(zip(names, [*total, ranks * _all_reduced(FLOAT_BYTES * dense, ranks)], strict=True))
 
 
 def _remedies(job: Job) -> Iterator[str]:

@@ -100,11 +100,16 @@ class PlacedTable:
     kernel: str
 
 
-class _Collection(ShardedEmbeddingBagCollection):
+class TableCollection(ShardedEmbeddingBagCollection):
     """Skips the exchanges where one rank has nobody to exchange with.
 
     They would cost a small model a fifth of its step.
     """
+
+    @property
+    def tables(self) -> list[EmbeddingBagConfig]:
+        """What was sharded."""
+        return list(self._embedding_bag_configs)
 
     def forward(self, features: KeyedJaggedTensor) -> Any:
         """Looks up and pools; `KeyedTensor`, or what gives one when waited for."""
@@ -118,7 +123,7 @@ class _Collection(ShardedEmbeddingBagCollection):
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
-    """Makes `_Collection`; and on CPU the stock one hides row-wise sharding from the planner."""
+    """Makes `TableCollection`; on CPU the stock one also hides row-wise sharding from planners."""
 
     def shard(
         self,
@@ -127,8 +132,8 @@ class _Sharder(EmbeddingBagCollectionSharder):
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> _Collection:
-        return _Collection(
+    ) -> TableCollection:
+        return TableCollection(
             module,
             params,
             env,

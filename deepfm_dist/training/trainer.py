@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.data.dataset import TrainingBatches
@@ -154,6 +155,7 @@ def train(
     save: Callable[[LoopState], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     profiler: torch.profiler.profile | None = None,
+    sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {},
 ) -> LoopState:
     """Trains a model from where ``state`` says. All ranks.
 
@@ -170,6 +172,7 @@ def train(
         save: writes a checkpoint; called on all ranks.
         asked_to_stop: whether this process was told to; one is enough for all to stop.
         profiler: stepped with the loop.
+        sent_bytes: bytes that the ranks send each other for a micro-batch, by what they are of.
 
     Returns:
         ``state``.
@@ -244,6 +247,11 @@ def train(
                 bar.set_postfix(loss=f"{line['log_loss']:.4f}", refresh=False)
                 spent = clock.read(step - state.logged_step, batches.batch_size)
                 line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
+                if outcome.sparse is not None:
+                    sent = sent_bytes(outcome.sparse)
+                    spent["sent_bytes"] = {
+                        k: v * schedule.accumulate_steps for k, v in sent.items()
+                    }
                 metrics.write("train", step=step, **line, **spent)
                 state.logged_step, state.lifetime = step, figures.lifetime.tolist()
             if save and saving:
