@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 
 from deepfm_dist.build import shard_for_training
-from deepfm_dist.config import config_from
+from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.synthetic import PRESETS, write
-from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.world import World, world
 
@@ -69,7 +68,7 @@ def rows_per_s(batches: Iterator[Batch], steps: int, train: TrainPipeline | None
         if train is None:
             rows = len(next(batches).labels)
         else:
-            train.progress(batches)
+            train.train_step(batches)
     return (rows or 8192) * steps / (time.perf_counter() - begun)
 
 
@@ -95,13 +94,10 @@ def run(files: Path, folder: Path, steps: int) -> dict[str, int]:
     return {name: round(value) for name, value in figures.items()}
 
 
-def trainer(config, dataset: PreparedDataset, ranks: World) -> TrainPipeline:  # type: ignore[no-untyped-def]
+def trainer(config: Config, dataset: PreparedDataset, ranks: World) -> TrainPipeline:
     """A fresh model in a pipeline."""
-    of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
-    tables = table_optimizer(of_tables.name, of_tables.lr, of_tables.eps, ranks.device)
-    sharded = shard_for_training(config, dataset.manifest, ranks, tables)
+    sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
     sharded.train()
-    optimizer = combined_optimizer(sharded, tables, of_dense.name, of_dense.lr)
     return TrainPipeline(sharded, optimizer, ranks)
 
 

@@ -125,7 +125,15 @@ def _told(error: Exception) -> str:
 
 def placements_of(config: Config) -> dict[str, Placement]:
     """The explicit part of the plan."""
-    return {name: Placement(plan.kind, plan.rank) for name, plan in config.sharding.tables.items()}
+    return {
+        name: Placement(plan.kind, plan.rank, plan.cached)
+        for name, plan in config.sharding.tables.items()
+    }
+
+
+def bytes_of_a_float(config: Config) -> int:
+    """In which embeddings travel between ranks."""
+    return 4 if config.sharding.communication == "fp32" else 2
 
 
 def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:

@@ -36,6 +36,9 @@ class RunConfig(Section):
     """auto: CUDA where torch and fbgemm both support it, else the CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads per process. More than one may change the last digits of results."""
+    deterministic: bool = False
+    """On CUDA: only kernels whose result is the same bit for bit every time, which a resumed run
+    needs to be that; slower. The CPU's always are."""
     timeout_s: float = Field(120, gt=0)
     """Seconds after which a rank that waits for a lost or hanging one gives up."""
     loggers: tuple[str, ...] = ("tensorboard",)
@@ -163,10 +166,19 @@ class OptimizerConfig(Section):
 class TablePlan(Section):
     """Where one table lies."""
 
-    kind: Literal["table_wise", "row_wise"]
-    """Whole on one rank, or cut by rows over all."""
+    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
+    """Whole on one rank, or cut by rows over all; auto: as the planner says."""
     rank: int | None = Field(None, ge=0)
     """For table_wise: the rank that holds it; default: dealt by the planner's order."""
+    cached: float | None = Field(None, gt=0, lt=1)
+    """Keep the table in the machine's memory, and this share of its rows in a GPU's, where those of
+    the next batches are fetched before they are needed. Default: all in the GPU's; CUDA only."""
+
+    @model_validator(mode="after")
+    def _rank_has_a_table(self) -> Self:
+        if self.rank is not None and self.kind != "table_wise":
+            raise ValueError(f"rank={self.rank} goes with kind=table_wise")
+        return self
 
 
 class ShardingConfig(Section):

@@ -55,8 +55,10 @@ def export(found: "Finished", target: Path, max_file_bytes: int = MAX_FILE_BYTES
         How many tensors there are.
     """
     from deepfm_dist.data.export import copy_vocabularies, describe_fields
+    from deepfm_dist.distributed.checkpoint import check_files
     from deepfm_dist.distributed.export import export_folder, write_config, write_weights
 
+    check_files(found.checkpoint)
     model = found.config.model
     with export_folder(target) as folder:
         columns = model.embedding_dim + 1 if model.fm or model.deep else 1

@@ -48,7 +48,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import build_model, imagined_manifest, placements_of
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, imagined_world, plan
-    from deepfm_dist.distributed.sharding import NoRoom
+    from deepfm_dist.distributed.sharding import NoRoom, check_placements
     from deepfm_dist.report.tables import plan_table
 
     size = arguments.world_size
@@ -62,6 +62,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     optimizer = table_optimizer(of_tables.name, of_tables.lr, of_tables.eps, torch.device("cuda"))
     manifest = imagined_manifest(config, dict(_rows(text) for text in arguments.rows))
     ranks = imagined_world(size, per_machine)
+    check_placements(placements_of(config), optimizer.kernel, ranks.device)
     task = build_model(config.model, manifest, ranks, config.run.seed)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     found = plan(

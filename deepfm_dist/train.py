@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.world import world
 
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    of_run = config.run
+    with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
         train_on(config, ranks)
 
 
@@ -49,6 +51,7 @@ def train_on(
         The state of the loop, and whether a signal ended it before its time.
     """
     from deepfm_dist.build import (
+        bytes_of_a_float,
         loggers,
         schedule_of,
         shard_for_training,
@@ -58,6 +61,7 @@ def train_on(
     from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
+    from deepfm_dist.distributed.planning import sent_bytes
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin, write_plan
     from deepfm_dist.training.profiling import profiler
@@ -126,6 +130,7 @@ def train_on(
                 save,
                 asked_to_stop,
                 profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+                partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
             )
         except NonFiniteLoss:
             checkpoints.wait()  # it says which one is the last

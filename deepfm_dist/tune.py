@@ -34,7 +34,8 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
     folder, monitor = config.run_dir / "tune", config.trainer.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    of_run = config.run
+    with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
         search = ranks.first_does("search", lambda: search_of(config, folder))
 
         def heard(figures: Mapping[str, float], epoch: int) -> None:

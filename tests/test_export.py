@@ -257,6 +257,24 @@ def test_a_damaged_checkpoint_and_a_foreign_folder_are_refused_and_leave_nothing
     assert refused == 2
 
 
+def test_one_flipped_bit_is_found_before_anything_is_written(
+    trained: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    home, where = trained
+    path = checkpoint.find_checkpoint(home / "runs/sample")
+    piece = next(path.glob("*.distcp"))
+    whole = piece.read_bytes()
+    middle = len(whole) // 2
+    piece.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    try:
+        assert run_alone(export.main, ["--quiet", "--output", str(tmp_path / "out"), *where]) == 2
+        with pytest.raises(CheckpointError, match=f"{piece}: damaged: its checksum"):
+            checkpoint.check_files(path)
+    finally:
+        piece.write_bytes(whole)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page_tells_the_fields_that_are_written(trained: tuple[Path, list[str]]) -> None:
     home, where = trained
     assert run_alone(export.main, ["--quiet", *where]) == 0

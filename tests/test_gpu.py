@@ -42,6 +42,35 @@ def test_two_gpus_give_the_losses_of_one(sample: PreparedDataset) -> None:
         assert difference(losses, alone) <= 1e-5
 
 
+CACHED = "sharding.tables={user: {cached: 0.1}, item: {cached: 0.5}}"
+
+
+def losses_with(
+    dataset: PreparedDataset, settings: list[str], stretches: list[tuple[int, int]]
+) -> list[float]:
+    config = load_config("sample", settings)
+    with world("cuda", deterministic=config.run.deterministic) as ranks:
+        run = Run(dataset.folder, config, ranks)
+        return [loss for first, last in stretches for loss in run.losses(first, last)]
+
+
+@pytest.mark.parametrize("stretches", [[(1, 20)], [(1, 1), (2, 9), (10, 20)]])
+def test_tables_in_the_machines_memory_train_like_those_on_the_gpu(
+    sample: PreparedDataset, stretches: list[tuple[int, int]]
+) -> None:
+    whole = run_alone(losses_with, sample, [], [(1, 20)])
+    assert difference(run_alone(losses_with, sample, [CACHED], stretches), whole) <= 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_deterministic_training_repeats_itself_bit_for_bit(
+    sample: PreparedDataset, optimizer: str
+) -> None:
+    settings = ["run.deterministic=true", f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
+    first, second = (run_alone(losses_with, sample, settings, [(1, 30)]) for _ in range(2))
+    assert first == second
+
+
 def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
     arch, found = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
     sides = [

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from deepfm_dist import import_weights, predict, train
 from deepfm_dist.config import BUNDLE
+from deepfm_dist.errors import DataError
+from deepfm_dist.model.notebook import NotebookWeights
 from tests.ranks import run_alone, run_ranks
 
 DIM, HIDDEN = 6, (9, 5)
@@ -194,6 +196,16 @@ def test_a_file_of_another_model_is_refused_by_name(
     assert import_weights.main([str(path), *where]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert re.match(f"DataError: {path}: .*{message}", line), line
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    weights = saved(path, [700, 400, 18]).state_dict()["embedding.weight"]
+    data = bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 1001] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"{path}: damaged: the checksum of .* differs"):
+        NotebookWeights.read(path)
 
 
 def _complaint(arguments: list[str]) -> str:

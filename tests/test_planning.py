@@ -1,6 +1,7 @@
 """Plans for clusters that are not there: memory as it really is, traffic message by message."""
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
@@ -15,11 +17,11 @@ from deepfm_dist.build import build_model, imagined_manifest, placements_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
-from deepfm_dist.distributed.planning import Job, Plan, imagined_world, plan
+from deepfm_dist.distributed.planning import Job, Plan, imagined_world, plan, sent_bytes
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from tests.ranks import run_ranks
-from tests.test_distributed import Run, config_of
+from tests.test_distributed import SMALL, Run, config_of
 
 BILLION = {"user": 1_000_000_000, "item": 50_000_000, "genre": 18}
 ALL_NAMED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}, "
@@ -212,3 +214,80 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
     base = planned(config_of(), BILLION, 64, 8, 80)
     assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
+
+
+def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
+    cached = "sharding.tables={user: {kind: row_wise, cached: 0.1}}"
+    whole = planned(config_of("sharding.kind=row_wise"), BILLION, 8, 8, 80)
+    found = planned(config_of("sharding.kind=row_wise", cached), BILLION, 8, 8, 80)
+    per_rank = 10**9 // 8
+    # 20 floats and an accumulator a row; a tenth of the rows with 16 bytes more each, the
+    # accumulator and a place for every row.
+    saved = whole.ranks[0].table_bytes - found.ranks[0].table_bytes
+    assert saved == per_rank * 84 - round(per_rank * (0.1 * 96 + 4 + 4))
+    assert (whole.tables[0].cached, found.tables[0].cached) == (None, 0.1)
+    code, out, _ = said(*ROWS, "--world-size=2", "--hbm-gib=80", cached)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][-2:] == ["cached", "network/step"]
+    assert {line[0]: line[-3] for line in lines[1:4]} == {
+        "user": "10%",
+        "item": "all",
+        "genre": "all",
+    }
+
+
+def test_adam_and_a_cached_table_do_not_go_together() -> None:
+    cached = "sharding.tables={user: {cached: 0.1}}"
+    code, _, err = said(*ROWS, "--world-size=8", cached, "optimizer.tables={name: adam, lr: 0.003}")
+    assert code == 2
+    assert "sharding.tables.user.cached=0.1: adam moves every row at every step" in err
+
+
+EXCHANGES = ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tensor")
+
+
+def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of a step: as told of all ranks, and as this rank gave them to torch.distributed."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 1)
+        counted = {"ids": 0, "floats": 0}
+
+        def counting(name: str) -> Any:
+            exchange = getattr(dist, name)
+
+            parameters = inspect.signature(exchange)
+
+            def counts(*arguments: Any, **named: Any) -> Any:
+                bound = parameters.bind(*arguments, **named).arguments
+                given = bound["input_tensor" if "input_tensor" in bound else "input"]
+                mine = given.numel() / ranks.world_size  # which stays
+                if name == "all_to_all_single" and bound.get("input_split_sizes"):
+                    mine = bound["input_split_sizes"][ranks.rank] * given[:1].numel()
+                elif name == "all_gather_into_tensor":
+                    mine = given.numel() * (2 - ranks.world_size)
+                kind = {torch.int32: "ids", torch.float32: "floats"}.get(given.dtype)
+                if kind is not None:  # int64: how much is to come
+                    counted[kind] += int((given.numel() - mine) * 4)
+                return exchange(*arguments, **named)
+
+            return counts
+
+        for name in EXCHANGES:
+            setattr(dist, name, counting(name))
+        [batch] = run.batches.steps(2, 2)
+        run.losses(2, 2)
+        return sent_bytes(run.sharded, ranks, batch.sparse), counted
+
+
+@pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
+def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> None:
+    found = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*SMALL, where))
+    told = [told for told, _ in found]
+    floats = sum(counted["floats"] for _, counted in found)
+    ids = sum(counted["ids"] for _, counted in found)
+    for of_rank in told:
+        assert of_rank["embeddings"] + of_rank["embedding_gradients"] == floats
+        # Which rows are whose is told to be even where a table is cut; genres come in any number.
+        assert of_rank["ids"] == pytest.approx(ids, rel=0.05)

@@ -332,7 +332,7 @@ def load(
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
     """
     with told_in_one_line(path):
-        _check_files(path, world)
+        check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
     reader = Reader(path)
     saved = _translated(reader.read_metadata, path, "cannot be read").state_dict_metadata
@@ -364,10 +364,15 @@ def make_state(optimizer: CombinedOptimizer) -> None:
                     value.zero_()
 
 
-def _check_files(path: Path, world: World) -> None:
-    """Compares the files with the checksums in the marker, each rank some of them."""
+def check_files(path: Path, world: World | None = None) -> None:
+    """Compares the files with the checksums in the marker. All ranks, each some, or one process.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     problem = None
-    for name, expected in [*read_state(path)[_SUMS].items()][world.rank :: world.world_size]:
+    sums = [*read_state(path)[_SUMS].items()]
+    for name, expected in sums[world.rank :: world.world_size] if world else sums:
         try:
             if crc32(path / name) != expected:
                 problem = f"{path / name}: damaged: its checksum differs from the one in {MARKER}"
@@ -375,7 +380,8 @@ def _check_files(path: Path, world: World) -> None:
             if not is_of_storage(error):
                 raise
             problem = f"{path / name}: cannot be read: {brief(error)}"
-    found = next((p for p in world.all_gather(problem) if p is not None), None)
+    problems = world.all_gather(problem) if world else [problem]
+    found = next((p for p in problems if p is not None), None)
     if found is not None:
         others = [
             step for step in complete_steps(path.parent.parent) if f"{step:08d}" not in path.name

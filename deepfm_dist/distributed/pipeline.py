@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
@@ -33,12 +40,14 @@ class Step:
     Attributes:
         loss: mean over the global batch, the same on every rank.
         stop: whether any rank was asked to stop.
+        sparse: table rows of this rank's last micro-batch.
         rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each;
             none where the loss is that of users.
     """
 
     loss: float = 0.0
     stop: bool = False
+    sparse: KeyedJaggedTensor | None = None
     rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @property
@@ -109,20 +118,26 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._timed("forward"):
             loss, logits = self._model(batch)
+        self._step.sparse = batch.sparse
         if logits is not None:
             self._step.rows.append((logits, batch.labels, batch.weights))
         return loss, logits
 
     def _backward(self, losses: Tensor) -> None:
         with self._timed("backward"):
-            asked = losses.new_tensor(float(self._asked_to_stop()))
-            loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
-            self._step.loss += loss
-            self._step.stop |= stop > 0
-            if self._step.is_finite:
-                # A rank's loss is its share of the global mean; DDP and TorchRec average gradients
-                # over the ranks, so that the shares must be scaled up to add up to the mean's.
-                super()._backward(losses * self._world.world_size)
+            to_learn_from = self._checked(losses)
+            if to_learn_from is not None:
+                super()._backward(to_learn_from)
+
+    def _checked(self, losses: Tensor) -> Tensor | None:
+        """Counts the loss in; what is to be differentiated, or None where it is not finite."""
+        asked = losses.new_tensor(float(self._asked_to_stop()))
+        loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
+        self._step.loss += loss
+        self._step.stop |= stop > 0
+        # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
+        # the ranks, so that the shares must be scaled up to add up to the mean's.
+        return losses * self._world.world_size if self._step.is_finite else None
 
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""
@@ -147,3 +162,38 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - begun
+
+
+class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, Any]):
+    """For cached tables: also fetches the next batch's rows into the GPU while this one trains.
+
+    It must be drained before the model is called directly, which would find the next batch's rows
+    fetched: give it an iterator that ends there.
+    """
+
+    def progress(self, dataloader_iter: Iterator[Any]) -> Any:
+        """Trains one batch; `detach`, before the model is called directly, is undone."""
+        if not self._model_attached:
+            self.attach(self._model)
+        return super().progress(dataloader_iter)
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        loss, logits = super()._forward(batch)
+        with self._timed("backward"):
+            # TorchRec's progress() differentiates what it is given here, without `_backward`.
+            to_learn_from = self._checked(loss)
+        nothing = loss.new_zeros((), requires_grad=True)
+        return nothing if to_learn_from is None else to_learn_from, logits
+
+    def _prefetch(self, context: Any) -> None:
+        with self._timed("exchange"):
+            super()._prefetch(context)
+
+
+def train_pipeline(model: torch.nn.Module, *arguments: Any, **options: Any) -> TrainPipeline:
+    """The pipeline that a model's tables need, with the arguments of `TrainPipeline`."""
+    cached = any(
+        isinstance(module, SplitTableBatchedEmbeddingBagsCodegen) and module.prefetch_pipeline
+        for module in model.modules()
+    )
+    return (PrefetchTrainPipeline if cached else TrainPipeline)(model, *arguments, **options)

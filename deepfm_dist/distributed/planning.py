@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
-from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, place
+from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, TableCollection, place
 from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
@@ -65,6 +67,7 @@ class TableDemand:
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise or row_wise.
         ranks: the ranks that hold it.
+        cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients.
     """
@@ -75,6 +78,7 @@ class TableDemand:
     state_bytes: int
     sharding: str
     ranks: range
+    cached: float | None
     traffic_bytes: int
 
 
@@ -83,7 +87,7 @@ class RankDemand:
     """One rank in a plan.
 
     Attributes:
-        table_bytes: weights and optimizer state of its pieces of tables.
+        table_bytes: weights and optimizer state of its pieces of tables, as far as a GPU has them.
         buffer_bytes: ids, pooled rows and their gradients.
         dense_bytes: the over-arch with its gradients, state and activations.
         sent_bytes: what it sends in a step, the over-arch's all-reduce included.
@@ -180,12 +184,14 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
         m.in_features + m.out_features for m in job.task.modules() if isinstance(m, nn.Linear)
     )
     dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * -(-batch // ranks) * activations)
-    all_reduced = FLOAT_BYTES * 2 * dense * (ranks - 1) // ranks
+    all_reduced = _all_reduced(FLOAT_BYTES * dense, ranks)
     held, buffers, sent = [0] * ranks, [0] * ranks, [all_reduced] * ranks
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         fields, rows = len(config.feature_names), config.num_embeddings
-        row_floats = width + _state_floats(job.optimizer, width)
+        state_floats = _state_floats(job.optimizer, width)
+        cached = placed[config.name].cached
+        row_bytes = FLOAT_BYTES * _gpu_floats(width, state_floats, cached)
         pooled_bytes = batch * fields * width * FLOAT_BYTES
         # Ids and lengths, of which each is one number where a row has one value of a field.
         id_bytes = batch * fields * ID_BYTES
@@ -194,22 +200,26 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
         per_rank = -(-rows // len(holders))
         for turn, rank in enumerate(holders):
             mine = max(0, min(per_rank, rows - turn * per_rank))
-            held[rank] += mine * row_floats * FLOAT_BYTES
+            held[rank] += round(mine * row_bytes)
             # Pooled rows and their gradient, of the global batch.
             buffers[rank] += 2 * pooled_bytes + IN_FLIGHT * 2 * id_bytes // len(holders)
         for rank in range(ranks):
             # The same of the local batch, as it is received.
             buffers[rank] += 2 * pooled_bytes // ranks + IN_FLIGHT * 2 * id_bytes // ranks
-        traffic = [_sent(owner, rank, ranks, pooled_bytes, id_bytes) for rank in range(ranks)]
+        traffic = [
+            sum(_sent(owner, rank, ranks, pooled_bytes, id_bytes, id_bytes))
+            for rank in range(ranks)
+        ]
         sent = [a + b for a, b in zip(sent, traffic, strict=True)]
         tables.append(
             TableDemand(
                 config.name,
                 rows,
                 rows * width * FLOAT_BYTES,
-                rows * (row_floats - width) * FLOAT_BYTES,
+                rows * state_floats * FLOAT_BYTES,
                 placed[config.name].kind,
                 holders,
+                cached,
                 sum(traffic),
             )
         )
@@ -226,19 +236,82 @@ def _state_floats(optimizer: TableOptimizer, width: int) -> int:
     ]
 
 
-def _sent(owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int) -> int:
-    """Bytes of one table that a rank sends in a step.
+def _gpu_floats(width: int, state: int, cached: float | None) -> float:
+    """Floats per row in a GPU's memory.
+
+    Of a cached table: a number per row that says where it is; a slot for some rows, with 16 bytes
+    that say whose it is and since when; and the state of row-wise optimizers. Others' stays with
+    the rows, in the machine's memory.
+    """
+    if cached is None:
+        return width + state
+    return 1 + cached * (width + 4) + (state if state == 1 else 0)
+
+
+def _sent(
+    owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int, length_bytes: int
+) -> tuple[int, int, int]:
+    """Bytes of one table that a rank sends in a step: ids, embeddings, their gradients.
 
     Cut by rows, every rank holds a part of every row's pool: forward scatters the parts and adds
     them up, backward gathers the gradients of all. Whole on one rank, that rank sends the pooled
     rows and the others their gradients. Lengths go where ids go, and cut by rows to every rank.
     """
     others = ranks - 1
+    pooled = others * pooled_bytes // ranks
     if owner is None:
-        return others * (2 * pooled_bytes + id_bytes // ranks + id_bytes) // ranks
+        return others * (id_bytes // ranks + length_bytes) // ranks, pooled, pooled
     if rank == owner:
-        return others * pooled_bytes // ranks
-    return (pooled_bytes + 2 * id_bytes) // ranks
+        return 0, pooled, 0
+    return (id_bytes + length_bytes) // ranks, 0, pooled_bytes // ranks
+
+
+def _all_reduced(size_bytes: int, ranks: int) -> int:
+    """What a rank sends to sum a tensor over all of them, as a ring does."""
+    return 2 * size_bytes * (ranks - 1) // ranks
+
+
+def sent_bytes(
+    sharded: DistributedModelParallel,
+    world: World,
+    sparse: KeyedJaggedTensor,
+    float_bytes: int = FLOAT_BYTES,
+) -> dict[str, int]:
+    """What all ranks together send for a batch, worked out from the plan and the batch's ids.
+
+    Args:
+        sharded: the model.
+        world: the ranks.
+        sparse: this rank's batch; the others' are taken to be like it.
+        float_bytes: bytes in which a float of an embedding travels.
+
+    Returns:
+        ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
+    """
+    ranks, local = world.world_size, sparse.stride()
+    n_ids = sparse.lengths().view(-1, local).sum(1).tolist()
+    ids = dict(zip(sparse.keys(), n_ids, strict=True))
+    [collection] = [m for m in sharded.modules() if isinstance(m, TableCollection)]
+    [plan] = sharded.plan.plan.values()
+    total = [0, 0, 0]
+    for config in collection.tables:
+        placed = plan[config.name]
+        owner = None if placed.sharding_type == _SPREAD else placed.ranks[0]
+        of_batch = ranks * local * len(config.feature_names)
+        looked_up = ranks * sum(ids[name] for name in config.feature_names)
+        for rank in range(ranks):
+            sent = _sent(
+                owner,
+                rank,
+                ranks,
+                of_batch * config.embedding_dim * float_bytes,
+                looked_up * ID_BYTES,
+                of_batch * ID_BYTES,
+            )
+            total = [a + b for a, b in zip(total, sent, strict=True)]
+    dense = sum(p.numel() for k, p in sharded.named_parameters() if ".ebc." not in k)
+    names = ("ids", "embeddings", "embedding_gradients", "dense_gradients")
+    return dict(zip(names, [*total, ranks * _all_reduced(FLOAT_BYTES * dense, ranks)], strict=True))
 
 
 def _remedies(job: Job) -> Iterator[str]:

@@ -37,7 +37,13 @@ from torchrec.distributed.sharding_plan import (
     row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    CacheParams,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingPlan,
+    ShardingType,
+)
 
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
@@ -64,10 +70,13 @@ class Placement:
     Attributes:
         kind: table_wise (whole on one rank), row_wise (cut by rows over all), or auto.
         rank: for table_wise, the rank; None: as the planner says, else dealt in turn.
+        cached: share of its rows that GPUs keep of a table in the machines' memory; None: the
+            whole table lies on GPUs.
     """
 
     kind: str = "auto"
     rank: int | None = None
+    cached: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class PlacedTable:
         row_width: floats per row.
         sharding: table_wise or row_wise.
         ranks: the ranks that hold it.
-        kernel: fused or dense.
+        kernel: fused, fused_uvm_caching or dense.
     """
 
     table: str
@@ -91,11 +100,16 @@ class PlacedTable:
     kernel: str
 
 
-class _Collection(ShardedEmbeddingBagCollection):
+class TableCollection(ShardedEmbeddingBagCollection):
     """Skips the exchanges where one rank has nobody to exchange with.
 
     They would cost a small model a fifth of its step.
     """
+
+    @property
+    def tables(self) -> list[EmbeddingBagConfig]:
+        """What was sharded."""
+        return list(self._embedding_bag_configs)
 
     def forward(self, features: KeyedJaggedTensor) -> Any:
         """Looks up and pools; `KeyedTensor`, or what gives one when waited for."""
@@ -109,7 +123,7 @@ class _Collection(ShardedEmbeddingBagCollection):
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
-    """Makes `_Collection`; and on CPU the stock one hides row-wise sharding from the planner."""
+    """Makes `TableCollection`; on CPU the stock one also hides row-wise sharding from planners."""
 
     def shard(
         self,
@@ -118,8 +132,8 @@ class _Sharder(EmbeddingBagCollectionSharder):
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> _Collection:
-        return _Collection(
+    ) -> TableCollection:
+        return TableCollection(
             module,
             params,
             env,
@@ -162,7 +176,7 @@ def shard(
 
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
-            table that is too small.
+            table that is too small, or caches one where that cannot be.
         NoRoom: the tables do not fit.
     """
     path, ebc = _collection(module)
@@ -177,12 +191,14 @@ def shard(
         else 0
     )
     placed = place(module, world, placements, default, batch_size, hbm_bytes)
-    plan: dict[str, ParameterShardingGenerator] = {
-        config.name: row_wise(compute_kernel=kernel.value)
-        if placed[config.name].rank is None
-        else table_wise(rank=placed[config.name].rank, compute_kernel=kernel.value)
-        for config in ebc.embedding_bag_configs()
-    }
+    plan: dict[str, ParameterShardingGenerator] = {}
+    for name, placement in placed.items():
+        of_table = _kernel_of(name, placement, kernel, world.device).value
+        plan[name] = (
+            row_wise(compute_kernel=of_table)
+            if placement.rank is None
+            else table_wise(rank=placement.rank, compute_kernel=of_table)
+        )
     module_plan = construct_module_sharding_plan(
         ebc,
         plan,
@@ -191,6 +207,8 @@ def shard(
         world_size=world.world_size,
         device_type=world.device.type,
     )
+    for name, placement in placed.items():
+        module_plan[name].cache_params = _cache_of(placement)
     sharded = DistributedModelParallel(
         module,
         env=ShardingEnv(
@@ -271,20 +289,64 @@ def place(
                 f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
                 f"over {world.world_size} ranks leave a rank without any; use table_wise"
             )
+    wanted = {name: placements.get(name, Placement()) for name in tables}
     wanted = {
-        name: placements.get(name, Placement(default if _can_be_cut(c, world) else "table_wise"))
-        for name, c in tables.items()
+        name: replace(p, kind=default if _can_be_cut(tables[name], world) else "table_wise")
+        if p.kind == "auto"
+        else p
+        for name, p in wanted.items()
     }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
         wanted = _planned(module, path, world, wanted, batch_size, hbm_bytes)
     return {
         name: placement
         if placement.kind == "row_wise"
-        else Placement(
-            "table_wise", turn % world.world_size if placement.rank is None else placement.rank
+        else replace(
+            placement,
+            kind="table_wise",
+            rank=turn % world.world_size if placement.rank is None else placement.rank,
         )
         for turn, (name, placement) in enumerate(wanted.items())
     }
+
+
+def check_placements(
+    placements: Mapping[str, Placement], kernel: EmbeddingComputeKernel, device: torch.device
+) -> None:
+    """Refuses what the kernel or the device cannot do.
+
+    Raises:
+        ConfigError: a table is to be cached where that cannot be.
+    """
+    for name, placement in placements.items():
+        _kernel_of(name, placement, kernel, device)
+
+
+def _kernel_of(
+    table: str, placement: Placement, kernel: EmbeddingComputeKernel, device: torch.device
+) -> EmbeddingComputeKernel:
+    """The kernel of a table, given that of all.
+
+    Raises:
+        ConfigError: it is to be cached, which this kernel or device cannot.
+    """
+    if placement.cached is None:
+        return kernel
+    setting = f"sharding.tables.{table}.cached={placement.cached:g}"
+    if device.type != "cuda":
+        raise ConfigError(f"{setting}: a {device.type} has nothing to cache rows in; leave it out")
+    if kernel is not EmbeddingComputeKernel.FUSED:
+        raise ConfigError(
+            f"{setting}: adam moves every row at every step; use optimizer.tables.name="
+            f"rowwise_adagrad or lazy_adam"
+        )
+    return EmbeddingComputeKernel.FUSED_UVM_CACHING
+
+
+def _cache_of(placement: Placement) -> CacheParams | None:
+    if placement.cached is None:
+        return None
+    return CacheParams(load_factor=placement.cached, prefetch_pipeline=True)
 
 
 def _collection(module: nn.Module) -> tuple[str, EmbeddingBagCollection]:
@@ -332,8 +394,15 @@ def _planned(
     constraints = {
         name: ParameterConstraints(
             sharding_types=list(_KINDS) if p.kind == "auto" else [p.kind],
-            # The planner knows fused kernels only; the kernel we use changes no placement.
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            # The planner knows fused kernels only; dense or fused changes no placement.
+            compute_kernels=[
+                (
+                    EmbeddingComputeKernel.FUSED
+                    if p.cached is None
+                    else EmbeddingComputeKernel.FUSED_UVM_CACHING
+                ).value
+            ],
+            cache_params=_cache_of(p),
         )
         for name, p in wanted.items()
     }
@@ -362,7 +431,7 @@ def _planned(
         found = plan[name]
         rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
         placed[name] = (
-            Placement(found.sharding_type, rank)
+            replace(placement, kind=found.sharding_type, rank=rank)
             if placement.kind == "auto"
             else replace(placement, rank=rank if placement.rank is None else placement.rank)
         )

@@ -176,13 +176,16 @@ def restarted() -> bool:
 
 
 @contextmanager
-def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Iterator[World]:
+def world(
+    device: str = "auto", timeout_s: float = 120, threads: int = 1, deterministic: bool = False
+) -> Iterator[World]:
     """Joins the process group that torchrun describes, or makes one of a single rank.
 
     Args:
         device: auto, cpu or cuda.
         timeout_s: seconds after which a rank that waits for a lost one gives up.
         threads: CPU threads of this process.
+        deterministic: whether CUDA is to use only kernels that repeat themselves bit for bit.
 
     Raises:
         EnvironmentProblem: ``device=cuda`` without a usable GPU.
@@ -197,6 +200,9 @@ def world(device: str = "auto", timeout_s: float = 120, threads: int = 1) -> Ite
     rank, size = (int(env["RANK"]), int(env["WORLD_SIZE"])) if launched else (0, 1)
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     chosen = _device(device, local_rank, local_size)
+    if deterministic and chosen.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
+        torch.use_deterministic_algorithms(True)
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _store(timeout) if launched else dist.HashStore()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -41,10 +42,16 @@ class NotebookWeights:
             DataError: it is no state dict, or one of another model.
         """
         try:
+            # torch.load does not compare a file with the checksums that torch.save wrote into it.
+            damaged = ZipFile(path).testzip() if is_zipfile(path) else None
+            if damaged is not None:
+                raise DataError(
+                    f"{path}: damaged: the checksum of {damaged} in it differs; write it again"
+                )
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except (UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        except (UnpicklingError, RuntimeError, ValueError, EOFError, BadZipFile) as error:
             reason = str(error).strip().partition("\n")[0][:100]
             raise DataError(
                 f"{path}: not a file of plain tensors ({reason}); write it by "

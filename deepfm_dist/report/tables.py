@@ -80,10 +80,13 @@ def plan_table(plan: Plan) -> str:
             "optimizer": _size(table.state_bytes),
             "sharding": table.sharding,
             "ranks": _stretch(table.ranks[0], table.ranks[-1]),
+            "cached": "all" if table.cached is None else f"{table.cached:.0%}",
             "network/step": _size(table.traffic_bytes),
         }
         for table in plan.tables
     )
+    if all(table.cached is None for table in plan.tables):
+        tables = tables.drop(columns="cached")
     stretches: list[tuple[int, int, RankDemand]] = []
     for number, rank in enumerate(plan.ranks):
         if stretches and stretches[-1][2] == rank:

@@ -64,7 +64,7 @@ class TrainingFigures:
             ]
         )
         world.sum(sums)
-        world.sum(counts)
+        counts = world.sum(counts).cpu()
         self.lifetime += sums.cpu()
         return {
             **_figures(sums.cpu()),
@@ -89,7 +89,10 @@ def _histogram(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     bits = (logits + 0.0).view(torch.int32)  # + 0.0: there are two zeros
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16
     cell = (ordered + _BINS // 2) * 2 + (labels > 0.5)
-    return torch.bincount(cell, weights.double(), minlength=2 * _BINS).view(_BINS, 2)
+    counts = torch.zeros(2 * _BINS, dtype=torch.float64, device=logits.device)
+    # Not bincount, which may give another sum every time on CUDA, and is refused there if it must
+    # not.
+    return counts.index_add_(0, cell, weights.double()).view(_BINS, 2)
 
 
 def _auc(positive: Tensor, negative: Tensor) -> float:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rates
-from deepfm_dist.distributed.pipeline import Step, TrainPipeline
+from deepfm_dist.distributed.pipeline import Step, train_pipeline
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.log import MetricsLog, progress
@@ -163,6 +164,7 @@ def train(
     save: Callable[[LoopState], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     profiler: torch.profiler.profile | None = None,
+    sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {},
 ) -> LoopState:
     """Trains a model from where ``state`` says. All ranks.
 
@@ -179,6 +181,7 @@ def train(
         save: writes a checkpoint; called on all ranks.
         asked_to_stop: whether this process was told to; one is enough for all to stop.
         profiler: stepped with the loop.
+        sent_bytes: bytes that the ranks send each other for a micro-batch, by what they are of.
 
     Returns:
         ``state``.
@@ -189,7 +192,7 @@ def train(
     """
     per_epoch = batches.steps_per_epoch
     last = schedule.last_step(per_epoch)
-    pipeline = TrainPipeline(
+    pipeline = train_pipeline(
         sharded,
         optimizer,
         world,
@@ -197,11 +200,15 @@ def train(
         schedule.bounds,
         asked_to_stop,
     )
-    micro_batches = (
-        piece
-        for batch in batches.steps(state.step + 1, last)
-        for piece in batch.split(schedule.accumulate_steps)
-    )
+
+    def pieces(first: int) -> Iterator[Any]:
+        """Micro-batches up to the next validation, before which the pipeline has to be empty."""
+        every = schedule.validate_every_epochs * per_epoch if validate else last
+        until = min(last, -(-first // every) * every) if every else last
+        for batch in batches.steps(first, until):
+            yield from batch.split(schedule.accumulate_steps)
+
+    micro_batches = pieces(state.step + 1)
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
@@ -234,6 +241,7 @@ def train(
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, shown)
                 metrics.write("valid", step=step, epoch=epoch, **found)
+                micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
             saving = save is not None and (
                 not going_on
@@ -247,6 +255,11 @@ def train(
                 bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 spent = clock.read(step - state.logged_step, batches.batch_size)
                 line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
+                if outcome.sparse is not None:
+                    sent = sent_bytes(outcome.sparse)
+                    spent["sent_bytes"] = {
+                        k: v * schedule.accumulate_steps for k, v in sent.items()
+                    }
                 metrics.write("train", step=step, **line, **spent)
                 state.logged_step, state.lifetime = step, figures.lifetime.tolist()
             if save and saving:
