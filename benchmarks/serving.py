@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -48,14 +47,12 @@ def main() -> int:
         home = arguments.folder or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
         run = _trained(arguments.shape, home)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         command = [sys.executable, "-m", "deepfm_dist.serve", "--quiet", "--run", str(run)]
-        command += ["--port", str(port)]
-        service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE)
+        command += ["--port", "0"]
+        service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
         try:
             assert service.stdout is not None
-            service.stdout.readline()
+            port = int(service.stdout.readline().partition("/ shows")[0].rpartition(":")[2])
             cores = sorted(os.sched_getaffinity(0))
             if len(cores) > 1:
                 os.sched_setaffinity(service.pid, {cores[0]})

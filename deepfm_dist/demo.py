@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-from deepfm_dist.config import load_config
 from deepfm_dist.terminal import coloured
 
 
@@ -45,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name} failed: exit code {code}", file=sys.stderr)
             return code
     print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
+    from deepfm_dist.config import load_config
+
     run = load_config(None, arguments.overrides).run_dir
     print(
         f"is it any good? {run / 'report.html'} tells, in a browser; to try it: "

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from deepfm_dist.runs import Finished
 
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=LOOPBACK[0],
         help="address to listen on (default: %(default)s, this machine only)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
 
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
@@ -49,14 +50,26 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import find_finished
     from deepfm_dist.serving.live import Live
 
+    listening = _socket(arguments.host, arguments.port)
     found = find_finished(config, arguments.overrides)
     folder = _exported(found)
     with world("cpu", config.run.timeout_s, config.run.threads) as ranks:
         live = Live(found, folder, ranks)
-    host, port = arguments.host, arguments.port
-    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
-    print(f"http://{host}:{port}/ shows a page, http://{host}:{port}/docs the API; ctrl-C ends it")
-    uvicorn.run(make_app(live, hosts), host=host, port=port, log_level="warning", access_log=False)
+    url = f"http://{arguments.host}:{listening.getsockname()[1]}"
+    print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)
+    app = make_app(live, LOOPBACK if arguments.host in LOOPBACK else ("*",))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server.run(sockets=[listening])
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentProblem(
+            f"--host {host} --port {port}: {reason}; give another --port, or 0 for any"
+        ) from None
 
 
 def _exported(found: "Finished") -> Path:

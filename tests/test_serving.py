@@ -1,7 +1,6 @@
 """A run behind HTTP, against the files that the commands write."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -40,13 +39,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(home: Path) -> Iterator[str]:
     """A service of the run."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = _command("serve", "--run", "runs/sample", "--port", str(port))
+    command = _command("serve", "--run", "runs/sample", "--port", "0")
     service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
     assert service.stdout is not None
-    assert service.stdout.readline().startswith(f"http://127.0.0.1:{port}/ shows a page")
-    url = f"http://127.0.0.1:{port}"
+    url, shows, _ = service.stdout.readline().partition("/ shows a page")
+    assert url.startswith("http://127.0.0.1:") and shows
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -189,14 +186,20 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     tab.close()
 
 
-def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        _command("serve", "--run", "runs/none"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NO_COLOR": "1"},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("ConfigError: --run runs/none: no run; ")
+def test_what_cannot_be_served_is_told(tmp_path: Path, url: str) -> None:
+    taken = ("--port", url.rpartition(":")[2])
+    for arguments, told in (
+        (("--run", "runs/none"), "ConfigError: --run runs/none: no run; "),
+        (taken, f"EnvironmentProblem: --host 127.0.0.1 {' '.join(taken)}: Address already in use"),
+        (("--port", "70000"), "EnvironmentProblem: --host 127.0.0.1 --port 70000: "),
+    ):
+        done = subprocess.run(
+            _command("serve", *arguments),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "NO_COLOR": "1"},
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(told)

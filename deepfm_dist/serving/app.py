@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,8 +157,8 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
             status="ok",
             run=live.name,
             step=live.step,
-            users=len(live.users),
-            items=len(live),
+            users=live.n_users,
+            items=live.n_items,
             knows_users_by_items=live.knows_users_by_items,
         )
 
@@ -174,8 +173,7 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Users:
         """Ids of users."""
-        found = islice((name for name in live.users if name.startswith(q)), limit)
-        return Users(total=len(live.users), ids=list(found))
+        return Users(total=live.n_users, ids=live.find_users(q, limit))
 
     @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
     async def recommendations(user_id: Id, k: K = 10) -> Ranking:

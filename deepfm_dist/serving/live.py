@@ -1,18 +1,20 @@
 """A run's model in one process, ready to answer for one user at a time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors import safe_open
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
-from deepfm_dist.data.dataset import ABSENT, PreparedDataset, padded
+from deepfm_dist.data.dataset import ABSENT, padded
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
@@ -95,14 +97,23 @@ class Live:
             vectors = self._ranker.item_vectors().double()
             self._vectors = (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)).float()
         self._cards = lru_cache(CARDS)(Cards(dataset))
-        self.users = _rows(dataset, "user")
-        """Row of every user, by external id."""
-        self._rows = _rows(dataset, "item")
+        rows, self._user_ids = in_id_order(dataset, "user")
+        self._users = dict(zip(self._user_ids.to_pylist(), rows.tolist(), strict=True))
+        ids, rows = self._catalogue.ids, self._catalogue.rows
+        self._rows = dict(zip(ids.to_pylist(), rows.tolist(), strict=True))
+        titles = dataset.titles()
+        self._names = ids if titles is None else pc.coalesce(titles.take(pa.array(rows)), ids)
         self._places = np.full(dataset.manifest.entities["item"], NO_ITEM, np.int64)
         self._places[self._catalogue.rows] = np.arange(len(self._catalogue))
-        self.recommend(next(iter(self.users)), 1)  # compiles what is not compiled yet
+        self.recommend(self.find_users("", 1)[0], 1)  # compiles what is not compiled yet
 
-    def __len__(self) -> int:
+    @property
+    def n_users(self) -> int:
+        """Number of users."""
+        return len(self._users)
+
+    @property
+    def n_items(self) -> int:
         """Number of items."""
         return len(self._catalogue)
 
@@ -112,9 +123,9 @@ class Live:
         Raises:
             Unknown: no such user.
         """
-        if user not in self.users:
+        if user not in self._users:
             raise Unknown(user)
-        row = np.array([self.users[user]], np.int32)
+        row = np.array([self._users[user]], np.int32)
         return self._best(row, self._catalogue.seen_by(row, self._positives), k)
 
     def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
@@ -159,22 +170,23 @@ class Live:
         Raises:
             Unknown: no such user.
         """
-        if user not in self.users:
+        if user not in self._users:
             raise Unknown(user)
-        row = self.users[user]
+        row = self._users[user]
         items = self._history.values[self._history.offsets[row] : self._history.offsets[row + 1]]
         known = items[items != OUT_OF_VOCABULARY]
         return [self._cards(int(i)) for i in known[::-1][:n]], len(items)
 
     def find(self, text: str, n: int) -> list[Card]:
         """Items with a text in their title (or id), in the order of their ids."""
-        wanted, found = text.casefold(), []
-        for row in self._catalogue.rows.tolist():
-            card = self._cards(row)
-            if wanted in str(card.title or card.id).casefold():
-                found.append(card)
-                if len(found) == n:
-                    break
+        there = pc.match_substring(self._names, text, ignore_case=True)
+        places = np.flatnonzero(np.asarray(there))[:n]
+        return [self._cards(int(row)) for row in self._catalogue.rows[places]]
+
+    def find_users(self, beginning: str, n: int) -> list[str]:
+        """Users by the beginning of their id, in the order of the ids."""
+        there = np.asarray(pc.starts_with(self._user_ids, beginning))
+        found: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return found
 
     def _best(self, users: Int32Array, seen: Jagged, k: int) -> list[tuple[Card, float]]:
@@ -228,8 +240,3 @@ def _weights(export: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
-
-
-def _rows(dataset: PreparedDataset, entity: str) -> Mapping[str, int]:
-    rows, ids = in_id_order(dataset, entity)
-    return dict(zip(ids.to_pylist(), rows.tolist(), strict=True))

@@ -46,6 +46,7 @@ def test_the_demo_runs_from_an_installed_wheel(fresh_venv: Path, tmp_path: Path)
     done = run([fresh_venv / "bin/deepfm-demo", "trainer.epochs=1"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "whole catalogue, K = 10" in done.stdout
+    assert (tmp_path / "runs/sample/report.html").is_file()
     assert (tmp_path / "runs/sample/recommendations.csv").read_text().startswith("user,item\n")
 
 
