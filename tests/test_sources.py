@@ -268,7 +268,10 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
     [
         ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it begins as UTF-16 does"),
         (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is no UTF-8 text"),
+        (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is no UTF-8 text"),
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
+        (b'"a\nuser",score\na,1\n', r"no column 'user'; .*it has: 'a\\nuser', score$"),
+        (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells where 2 are expected"),
         (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is no number"),
     ],
 )
@@ -278,6 +281,20 @@ def test_what_is_no_text_of_its_encoding_is_told_by_line(
     (tmp_path / "a.csv").write_bytes(raw)
     with pytest.raises(DataError, match=message):
         read_table(tmp_path / "a.csv", COLUMNS[:2])
+
+
+def test_what_is_no_text_of_its_encoding_is_told_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Arrow's callback for ragged rows cannot raise: it printed."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"user,score\na,1\n\xaf,2,3\n")
+    with pytest.raises(DataError, match=r"line 3: not readable: b'\\xaf,2,3\\n' is no UTF-8"):
+        read_table(path, COLUMNS[:2], on_bad_row="skip")
+    path.write_bytes(b"a\n" + "user,score\na,1\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.csv.*not readable"):
+        read_table(path, COLUMNS[:2], FileFormat(encoding="utf-16"))
+    assert capfd.readouterr().err == ""
 
 
 def test_gz_files_of_several_members_are_read_whole(tmp_path: Path) -> None:

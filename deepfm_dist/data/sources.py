@@ -304,7 +304,7 @@ class _Reader:
         return lines
 
     def _check_beginning(self) -> None:
-        """Refuses what Arrow would misread: UTF-16 taken for UTF-8, a column that comes twice."""
+        """Refuses UTF-16 taken for UTF-8, and columns that are missing or come twice."""
         try:
             begin = self._stream().read(2)
         except (OSError, EOFError, pa.ArrowException):
@@ -314,14 +314,16 @@ class _Reader:
                 f"{self.path}, line 1: not readable: it begins as UTF-16 does; name the encoding "
                 f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
             )
-        if self.layout.columns is None:
+        header: Sequence[str] = self.layout.columns or ()
+        if not header:
             with suppress(csv.Error, OSError, EOFError, UnicodeError, pa.ArrowException):
                 _, _, header = next(self._parsed(), (0, 0, ()))
-                self._check_columns(header, only_twice=True)
+        if header and "\ufffd" not in "".join(header):  # else it is no text: the reader says where
+            self._check_columns(header)
 
-    def _check_columns(self, present: Sequence[str], only_twice: bool = False) -> None:
+    def _check_columns(self, present: Sequence[str]) -> None:
         for column in self.columns:
-            if column.name not in present and not only_twice:
+            if column.name not in present:
                 near = difflib.get_close_matches(column.name, present, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 names = ", ".join(n if n.isprintable() else repr(n) for n in present)
