@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -283,18 +284,43 @@ def test_what_is_no_text_of_its_encoding_is_told_by_line(
         read_table(tmp_path / "a.csv", COLUMNS[:2])
 
 
-def test_what_is_no_text_of_its_encoding_is_told_without_a_traceback(
+def test_rows_that_are_no_text_are_skipped_and_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Arrow's callback for ragged rows cannot raise: it printed."""
     path = tmp_path / "a.csv"
-    path.write_bytes(b"user,score\na,1\n\xaf,2,3\n")
-    with pytest.raises(DataError, match=r"line 3: not readable: b'\\xaf,2,3\\n' is no UTF-8"):
-        read_table(path, COLUMNS[:2], on_bad_row="skip")
+    path.write_bytes("user,score,z\né,1,\n".encode() + b"\xaf,2,3,4\n\xe9,5,\nb,6,\xe9\nc,7,\n")
+    dropped: Counter[str] = Counter()
+    table = read_table(path, COLUMNS[:2], on_bad_row="skip", dropped=dropped)
+    assert table["user"].to_pylist() == ["é", "b", "c"]  # nobody reads b's z
+    assert dropped == {
+        "a.csv: rows with a wrong number of cells": 1,
+        "a.csv: rows with an unreadable cell": 1,
+    }
     path.write_bytes(b"a\n" + "user,score\na,1\n".encode("utf-16"))
     with pytest.raises(DataError, match=r"a\.csv.*not readable"):
         read_table(path, COLUMNS[:2], FileFormat(encoding="utf-16"))
     assert capfd.readouterr().err == ""
+
+
+class NoPassword(Exception):
+    """What a remote file system raises is no OSError."""
+
+
+def test_whatever_a_file_system_raises_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/x/a.csv", b"user,score\na,1\n")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise NoPassword("no password\nfor x")
+
+    for name in ("info", "_open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), name, fails)
+            with pytest.raises(DataError, match=r"memory://.*a\.csv: cannot be read: no password"):
+                read_table(sources.find_files("memory://x", "a.csv")[0].path, COLUMNS[:2])
 
 
 def test_gz_files_of_several_members_are_read_whole(tmp_path: Path) -> None:
