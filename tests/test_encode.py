@@ -651,6 +651,16 @@ def test_several_ranks_prepare_the_same_bytes(
         shutil.rmtree(tmp_path / "d")
 
 
+def test_64_ranks_prepare_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More ranks than files: most of them only merge texts and finish partitions."""
+    monkeypatch.setattr(job, "PARTITION_BYTES", 200)
+    data = DataConfig.model_validate(MANY)
+    many_days(tmp_path)
+    assert prepare(data, tmp_path, tmp_path / "alone", seed=2).files > 64
+    together(64, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+    assert contents(tmp_path / "d") == contents(tmp_path / "alone")
+
+
 def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
     """Calls ``work`` on every rank of a crew of threads."""
     barrier, said = threading.Barrier(size), [None] * size

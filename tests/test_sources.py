@@ -497,7 +497,7 @@ def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
 
 def _agrees_with_csv(path: Path, table: pa.Table, texts: list[str]) -> None:
     """What Arrow read as text is what Python's reader reads."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         header, *rows = [row for row in csv.reader(file) if row]
     for name in texts:
         assert table[name].to_pylist() == [row[header.index(name)] for row in rows]
