@@ -2,9 +2,12 @@
 
 Generated interactions of up to 1 M users and 100 k items, a twentieth of each user's rows held out
 for validation and a tenth for the test, go from csv to a finished dataset; or files of one's own
-under a configuration.
+under a configuration. Several ranks share the work under torchrun; peak_gib is then the largest
+rank's, and seconds and cpu_seconds contain the start of all.
 
     python benchmarks/prepare.py --rows 10000000
+    python benchmarks/prepare.py --rows 10000000 --ranks 4 --users 4000000
+    python benchmarks/prepare.py --rows 20000000 --one-partition
     python benchmarks/prepare.py --config my.yaml
 """
 
@@ -16,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-USERS, ITEMS = 1_000_000, 100_000
 BLOCK_ROWS = 4_000_000
 CONFIG = """
 run: {{name: generated, prepared_root: {folder}/prepared}}
@@ -36,16 +39,16 @@ data:
 """
 
 
-def generate(folder: Path, rows: int) -> None:
+def generate(folder: Path, rows: int, users: int, items: int) -> None:
     """Writes ``rows`` interactions: users alike, items by a power law, in the order of time."""
     rng = np.random.default_rng(1)
-    weights = (np.arange(ITEMS) + 20.0) ** -1.1
+    weights = (np.arange(items) + 20.0) ** -1.1
     bounds = np.cumsum(weights) / weights.sum()
     for number, begin in enumerate(range(0, rows, BLOCK_ROWS)):
         n = min(BLOCK_ROWS, rows - begin)
         table = pa.table(
             {
-                "user": rng.integers(0, USERS, n),
+                "user": rng.integers(0, users, n),
                 "item": np.searchsorted(bounds, rng.random(n)),
                 "time": 1_500_000_000 + begin + np.arange(n),
             }
@@ -53,19 +56,41 @@ def generate(folder: Path, rows: int) -> None:
         pa.csv.write_csv(table, folder / f"rows-{number:03d}.csv")
 
 
-def measure(config: str, folder: str) -> None:
-    """Prepares in this process alone; prints seconds and peak memory."""
-    from deepfm_dist.config import load_config
-    from deepfm_dist.data.encode import prepare
+def measure(arguments: list[str], one_partition: bool) -> None:
+    """Prepares in this process alone; prints wall and CPU seconds without the start."""
+    import deepfm_dist.data.encode  # noqa: F401
+    from deepfm_dist.data import job
+    from deepfm_dist.prepare import main
 
-    read = load_config(config)
-    begun = time.perf_counter()
-    manifest = prepare(read.data, read.data_root, Path(folder) / "out", read.run.seed)
-    seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rows = sum(spec.positives for spec in manifest.splits.values())
-    dropped = sum(manifest.dropped.values())
-    print(json.dumps({"rows": rows + dropped, "seconds": seconds, "peak_gib": peak}))
+    if one_partition:
+        job.MOST_PARTITIONS = 1
+    begun, cpu = time.perf_counter(), time.process_time()
+    main([*arguments, "--quiet"])
+    print(time.perf_counter() - begun, time.process_time() - cpu)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder that others write to."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+class DiskWatch(threading.Thread):
+    """Looks how much lies in a folder, and keeps the most."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.peak_bytes, self.done = folder, 0, threading.Event()
+
+    def run(self) -> None:
+        """Looks until it is done."""
+        while not self.done.wait(0.1):
+            self.peak_bytes = max(self.peak_bytes, size_of(self.folder))
 
 
 def main() -> int:
@@ -73,11 +98,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, help="rows to generate and prepare")
     parser.add_argument("--config", help="prepare these files instead")
+    parser.add_argument("--users", type=int, default=1_000_000, help="generated users")
+    parser.add_argument("--items", type=int, default=100_000, help="generated items")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
+    parser.add_argument(
+        "--one-partition", action="store_true", help="hold all rows at once, as one partition is"
+    )
     parser.add_argument("--folder", help="where to put files (default: the temporary folder)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.folder)
+        measure(["--config", arguments.measure, *overrides], arguments.one_partition)
         return 0
     if (arguments.rows is None) == (arguments.config is None):
         parser.error("give --rows or --config")
@@ -89,16 +120,44 @@ def main() -> int:
         config = arguments.config
         if config is None:
             begun = time.perf_counter()
-            generate(folder, arguments.rows)
+            generate(folder, arguments.rows, arguments.users, arguments.items)
             size = sum(path.stat().st_size for path in folder.iterdir())
             print(f"generated {size / 1e9:.2f} GB in {time.perf_counter() - begun:.1f} s")
             config = str(folder / "config.yaml")
             Path(config).write_text(CONFIG.format(folder=folder))
         for path in folder.glob("rows-*.csv"):  # as warm for every number of rows that fits
             path.read_bytes()
-        command = [sys.executable, __file__, "--measure", config, "--folder", name]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result = json.loads(output.splitlines()[-1])
+        command = [sys.executable, __file__, "--measure", config]
+        command += ["--one-partition"] * arguments.one_partition
+        if arguments.ranks > 1:
+            command = [sys.executable, "-m", "torch.distributed.run"]
+            command += [f"--nproc_per_node={arguments.ranks}", "-m", "deepfm_dist.prepare"]
+            command += ["--config", config, "--quiet"]
+        prepared = folder / "prepared"
+        command.append(f"run.prepared_root={prepared}")
+        watch = DiskWatch(prepared)
+        watch.start()
+        begun = time.perf_counter()
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        seconds = time.perf_counter() - begun
+        watch.done.set()
+        watch.join()
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds = spent.ru_utime + spent.ru_stime
+        if arguments.ranks == 1:
+            seconds, cpu_seconds = map(float, said.split())
+        (made,) = prepared.iterdir()
+        manifest = json.loads((made / "manifest.json").read_text())
+        result = {
+            "rows": sum(s["positives"] for s in manifest["splits"].values())
+            + sum(manifest["dropped"].values()),
+            "ranks": arguments.ranks,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_gib": spent.ru_maxrss / 2**20,
+            "disk_gb": watch.peak_bytes / 1e9,
+            "dataset_gb": size_of(made) / 1e9,
+        }
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}))
     return 0
 

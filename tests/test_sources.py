@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -268,7 +269,10 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
     [
         ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it begins as UTF-16 does"),
         (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is no UTF-8 text"),
+        (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is no UTF-8 text"),
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
+        (b'"a\nuser",score\na,1\n', r"no column 'user'; .*it has: 'a\\nuser', score$"),
+        (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells where 2 are expected"),
         (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is no number"),
     ],
 )
@@ -278,6 +282,45 @@ def test_what_is_no_text_of_its_encoding_is_told_by_line(
     (tmp_path / "a.csv").write_bytes(raw)
     with pytest.raises(DataError, match=message):
         read_table(tmp_path / "a.csv", COLUMNS[:2])
+
+
+def test_rows_that_are_no_text_are_skipped_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Arrow's callback for ragged rows cannot raise: it printed."""
+    path = tmp_path / "a.csv"
+    path.write_bytes("user,score,z\né,1,\n".encode() + b"\xaf,2,3,4\n\xe9,5,\nb,6,\xe9\nc,7,\n")
+    dropped: Counter[str] = Counter()
+    table = read_table(path, COLUMNS[:2], on_bad_row="skip", dropped=dropped)
+    assert table["user"].to_pylist() == ["é", "b", "c"]  # nobody reads b's z
+    assert dropped == {
+        "a.csv: rows with a wrong number of cells": 1,
+        "a.csv: rows with an unreadable cell": 1,
+    }
+    path.write_bytes(b"a\n" + "user,score\na,1\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.csv.*not readable"):
+        read_table(path, COLUMNS[:2], FileFormat(encoding="utf-16"))
+    assert capfd.readouterr().err == ""
+
+
+class NoPassword(Exception):
+    """What a remote file system raises is no OSError."""
+
+
+def test_whatever_a_file_system_raises_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/x/a.csv", b"user,score\na,1\n")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise NoPassword("no password\nfor x")
+
+    for name in ("info", "_open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), name, fails)
+            with pytest.raises(DataError, match=r"memory://.*a\.csv: cannot be read: no password"):
+                read_table(sources.find_files("memory://x", "a.csv")[0].path, COLUMNS[:2])
 
 
 def test_gz_files_of_several_members_are_read_whole(tmp_path: Path) -> None:
@@ -454,7 +497,7 @@ def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
 
 def _agrees_with_csv(path: Path, table: pa.Table, texts: list[str]) -> None:
     """What Arrow read as text is what Python's reader reads."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         header, *rows = [row for row in csv.reader(file) if row]
     for name in texts:
         assert table[name].to_pylist() == [row[header.index(name)] for row in rows]

@@ -159,7 +159,9 @@ class PreparedDataset:
             rare = self._mapped_if_large("rare", "history", _ascending_from_0)
             seen = Jagged.concatenated([seen, rare])
         if held_out:
-            parts = [seen, *(_ascending_from_0(self.positives(s)) for s in ("valid", "test"))]
+            drawer = "drawer" if self.has_rare_users else "user"
+            parts = [seen, *(self._positives(s, drawer, len(seen)) for s in ("valid", "test"))]
+            parts[1:] = map(_ascending_from_0, parts[1:])
             users = np.concatenate([np.repeat(np.arange(len(p)), p.lengths) for p in parts])
             items = np.concatenate([p.values for p in parts])
             kept = (items >= 0) & (users > 0)
@@ -177,13 +179,15 @@ class PreparedDataset:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
         if split == "train":
             return self.history
-        names = self.row_columns(split)
-        if not {"user", "item"} <= {*names}:
+        if not {"user", "item"} <= self.manifest.entities.keys():
             raise DataError(f"{self.folder}: rows without users and items have no top items")
-        rows = Rows.of(self.columns(split, [n for n in ("user", "item", "label") if n in names]))
-        assert rows.users is not None and rows.items is not None
-        mask = np.ones(rows.n, bool) if rows.labels is None else rows.labels == 1
-        return Jagged.from_pairs(rows.users[mask], rows.items[mask], self.manifest.entities["user"])
+        return self._positives(split, "user", self.manifest.entities["user"])
+
+    def _positives(self, split: str, user: str, n_users: int) -> Jagged:
+        """Positive items of valid or test by one of the columns that say whose they are."""
+        columns: dict[str, Any] = self.columns(split, [user, "item", "label"])
+        mask = columns["label"] == 1
+        return Jagged.from_pairs(columns[user][mask], columns["item"][mask], n_users)
 
     def _mapped_if_large(
         self, entity: str, column: str, change: Callable[[Jagged], Jagged]

@@ -107,7 +107,7 @@ def _check_split(folder: Path, manifest: Manifest, split: str) -> None:
     if split != "train" or not manifest.sampled:
         columns["label"] = (pa.float32(), 0, 1.5)
     rare = folder / "entities" / "rare.parquet"
-    if split == "train" and rare.exists():
+    if (split == "train" or manifest.data.negatives.avoid == "all") and rare.exists():
         behind = manifest.entities["user"] + sum(
             n for n, _ in _groups(rare, {"history": (_INT32S, 1, manifest.entities["item"])})
         )

@@ -24,6 +24,7 @@ from deepfm_dist.errors import DataError
 
 BLOCK_BYTES = 16 << 20
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
+_NO_TEXT = "\uffff"  # no character: stands for bytes that are none, until their row is dropped
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
 _TYPES = {
     "text": pa.string(),
@@ -121,7 +122,7 @@ def find_files(root: str | Path, name: str) -> list[InputFile]:
         system, below = fsspec.core.url_to_fs(url)
         paths = sorted(system.glob(below)) if "*" in name else [below]
         infos = [system.info(path) for path in paths]
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a file system may raise anything, such as for a lacking password
         raise DataError(f"{url}: cannot be read: {_brief(error)}") from None
     if not infos:
         raise DataError(f"{url}: no such file; is data.root right?")
@@ -188,6 +189,9 @@ class _Reader:
         self.path, self.columns, self.layout = path, columns, layout
         self.name = Path(path).name
         self.skip_bad = on_bad_row == "skip"
+        # What reading may raise: a remote file system anything at all.
+        local = (OSError, EOFError, ValueError, pa.ArrowException)
+        self.failures: tuple[type[Exception], ...] = (Exception,) if "://" in path else local
         self.dropped = Counter[str]() if dropped is None else dropped
         suffixes = [s.lower() for s in Path(path).suffixes]
         self.packing = _PACKED.get(suffixes[-1]) if suffixes else None
@@ -224,7 +228,7 @@ class _Reader:
             return pa.OSFile(self.path)
         except (FileNotFoundError, IsADirectoryError):
             raise DataError(f"{self.path}: no such file; is data.root right?") from None
-        except (OSError, ValueError, ImportError) as error:
+        except self.failures as error:
             raise DataError(f"{self.path}: cannot be read: {_brief(error)}") from None
 
     def _stream(self) -> Any:
@@ -233,16 +237,17 @@ class _Reader:
         return pa.CompressedInputStream(file, self.packing) if self.packing else file
 
     def _parquet(self) -> Iterator[pa.RecordBatch]:
+        opened = self._opened()
         try:
-            file = pq.ParquetFile(self._opened())
-        except (pa.ArrowException, OSError) as error:
+            file = pq.ParquetFile(opened)
+        except self.failures as error:
             raise DataError(f"{self.path}: not a readable parquet file: {_brief(error)}") from None
         self._check_columns(file.schema_arrow.names)
         names = [c.name for c in self.columns]
         try:
             for batch in file.iter_batches(columns=names, batch_size=1 << 20):
                 yield batch.select(names)
-        except (pa.ArrowException, OSError) as error:
+        except self.failures as error:
             raise DataError(f"{self.path}: a damaged parquet file: {_brief(error)}") from None
 
     def _text(self) -> Iterator[pa.RecordBatch]:
@@ -285,13 +290,15 @@ class _Reader:
                 self._check_columns(opened(None).schema.names)
                 raise
             yield from reader
+        except DataError:
+            raise
         except pa.ArrowInvalid as error:
             if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
                 raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
             if "Empty CSV" in str(error):
                 raise DataError(f"{self.path}: the file is empty") from None
             raise DataError(self._unreadable(error)) from None
-        except (OSError, EOFError, UnicodeError) as error:
+        except self.failures as error:
             raise DataError(self._unreadable(error)) from None
 
     def _rewritten(self, lines: bytes) -> bytes:
@@ -300,28 +307,36 @@ class _Reader:
         elif self.libsvm:
             lines = re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines)
         if self.skip_bad and self.encoding.lower() in ("utf-8", "utf8"):
-            lines.decode()  # Arrow cannot tell of a ragged row that is no text
+            try:
+                lines.decode()
+            except UnicodeDecodeError:
+                text = lines.decode(errors="replace").replace("\ufffd", _NO_TEXT)
+                return text.encode()
         return lines
 
     def _check_beginning(self) -> None:
-        """Refuses what Arrow would misread: UTF-16 taken for UTF-8, a column that comes twice."""
+        """Refuses UTF-16 taken for UTF-8, and columns that are missing or come twice."""
         try:
             begin = self._stream().read(2)
-        except (OSError, EOFError, pa.ArrowException):
+        except DataError:
+            raise
+        except self.failures:
             return  # the reader says why
         if begin in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
                 f"{self.path}, line 1: not readable: it begins as UTF-16 does; name the encoding "
                 f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
             )
-        if self.layout.columns is None:
-            with suppress(csv.Error, OSError, EOFError, UnicodeError, pa.ArrowException):
+        header: Sequence[str] = self.layout.columns or ()
+        if not header:
+            with suppress(csv.Error, *self.failures):
                 _, _, header = next(self._parsed(), (0, 0, ()))
-                self._check_columns(header, only_twice=True)
+        if header and "\ufffd" not in "".join(header):  # else it is no text: the reader says where
+            self._check_columns(header)
 
-    def _check_columns(self, present: Sequence[str], only_twice: bool = False) -> None:
+    def _check_columns(self, present: Sequence[str]) -> None:
         for column in self.columns:
-            if column.name not in present and not only_twice:
+            if column.name not in present:
                 near = difflib.get_close_matches(column.name, present, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 names = ", ".join(n if n.isprintable() else repr(n) for n in present)
@@ -350,6 +365,9 @@ class _Reader:
                 unreadable = pc.is_null(values)
                 if column.type == "text":
                     unreadable = pc.or_kleene(unreadable, pc.equal(values, ""))
+            if self.skip_bad and column.type == "text":
+                no_text = pc.match_substring(values, _NO_TEXT)
+                unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
             if pc.any(unreadable, min_count=0).as_py() is not False:
                 wrong = np.asarray(unreadable.fill_null(True))
                 if wrong.any() and not self.skip_bad:
@@ -401,7 +419,7 @@ class _Reader:
                 row += 1
 
     def _where(self, wanted: int) -> str:
-        with suppress(csv.Error, OSError, UnicodeError, pa.ArrowException):
+        with suppress(csv.Error, *self.failures):
             for row, line, _ in self._parsed():
                 if row == wanted:
                     return f"line {line}"
@@ -409,7 +427,7 @@ class _Reader:
 
     def _ragged(self, expected: int, text: str) -> str:
         where, n = "a row", text.count(self.delimiter) + 1
-        with suppress(csv.Error, OSError, UnicodeError, pa.ArrowException):
+        with suppress(csv.Error, *self.failures):
             for _, line, cells in self._parsed():
                 if len(cells) != expected:
                     where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)

@@ -58,6 +58,11 @@ class RowWriter:
         self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
         self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
         self._drawer = self._rows_to_draw_by()
+        self._unused = {"train": set[str](), "valid": {"drawer"}, "test": {"drawer"}}
+        if self._sampled:
+            self._unused["train"] = {"label"}
+            if job.data.negatives.avoid == "all":
+                self._unused |= {"valid": set(), "test": set()}
         n_rows = fitted.rows.get("user", 1)
         n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
         self.histories = Histories(n_rows, n_rare, job.n_parts, job.spill(""), job.crew)
@@ -79,10 +84,8 @@ class RowWriter:
             known = self._known_items(part, p) if self._sampled else None
             for split, name in enumerate(SPLITS):
                 at, first = np.flatnonzero(parts == split), int(self._first_of[split][p])
-                unused = {"drawer"} if split != TRAIN else {"label"} if self._sampled else set()
-                table = pa.table(
-                    {n: to_arrow(taken(v, at)) for n, v in columns.items() if n not in unused}
-                )
+                used = {n: v for n, v in columns.items() if n not in self._unused[name]}
+                table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
                 cuts = self._cuts
                 if split != TRAIN:
                     if known is not None and len(at):
