@@ -9,7 +9,7 @@ from dataclasses import replace
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config, with_settings
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("deepfm_dist.tune")  # also where it is __main__
 
 
 class _Pruned(Exception):
