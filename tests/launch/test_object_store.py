@@ -21,7 +21,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.log import MetricsLog
-from deepfm_dist.storage import folder_of
+from deepfm_dist.storage import delete_tree, folder_of, written_as_a_whole
 from tests.ranks import run_ranks
 from tests.runs import lines
 from tests.test_distributed import SMALL, Run, config_of, difference
@@ -231,6 +231,15 @@ def test_data_are_found_by_pattern_and_read_as_from_a_disk(runs: Path) -> None:
     assert (changed.stamp != found[0].stamp, kept.stamp) == (True, found[1].stamp)
     with pytest.raises(DataError, match=r"no such file; is data\.root right"):
         find_files(str(runs), "night*")
+
+
+def test_a_file_that_was_written_here_is_there(runs: Path) -> None:
+    with written_as_a_whole(runs / "trace[0]*.json") as file:
+        file.write_text("{}")
+        assert not (runs / "trace[0]*.json").exists()
+    assert (runs / "trace[0]*.json").read_text() == "{}"
+    delete_tree(runs)
+    assert not (runs / "trace[0]*.json").exists()
 
 
 def test_what_is_not_there_is_one_line(runs: Path) -> None:
