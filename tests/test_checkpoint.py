@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
 import resource
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +277,31 @@ def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
         assert "\n" not in message
     assert checkpoint.complete_steps(run_dir) == [3]
     run_alone(_loaded, sample.folder, config_of(*SMALL), checkpoint.find_checkpoint(run_dir))
+
+
+def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
+    try:
+        with world("cpu", timeout_s=3) as ranks:
+            run = Run(folder, config_of(*SMALL), ranks)
+            if ranks.rank == 1:
+                with pytest.MonkeyPatch.context() as patch:
+                    stop = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+                    patch.setattr(checkpoint._Files, "create_stream", stop)
+                    run.save(run_dir, 3)
+            run.save(run_dir, 3)
+    finally:
+        others = {*threading.enumerate()} - {threading.main_thread()}
+        assert all(thread.daemon for thread in others)  # none keeps the process from ending
+
+
+def test_a_rank_that_goes_silent_in_a_save_is_missed_within_the_time_out(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankFailed, match=r"RankLost: rank 1 of 2 did not answer"):
+        run_ranks(_one_stops_in_a_save, 2, sample.folder, tmp_path)
+    assert time.monotonic() - begun < 60
+    assert checkpoint.complete_steps(tmp_path) == []
 
 
 def test_incomplete_and_foreign_checkpoints_are_refused(

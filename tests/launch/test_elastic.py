@@ -150,12 +150,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return lines(home)
 
 
-def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
-    """Whether events agree, their figures as closely as sums in another order."""
-    return len(found) == len(wanted) and all(
-        a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
-        for a, b in zip(found, wanted, strict=True)
-    )
+def difference(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float:
+    """Largest relative difference of figures; everything else must agree."""
+    largest = 0.0
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if isinstance(value, float):
+                largest = max(largest, abs(value - theirs[name]) / max(abs(theirs[name]), 1e-9))
+            else:
+                assert value == theirs[name]
+    return largest
 
 
 def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
@@ -185,13 +191,14 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     assert int(resumed) >= at_step
 
     second.plug("up")  # its torchrun starts its rank again as soon as packets get through
-    wait_until(lambda: first.said("will restart worker group"), 150, lambda: first.output)
+    wait_until(lambda: first.said("new nodes from group_rank"), 150, lambda: first.output)
     print(f"back after {time.monotonic() - cut:.0f} s")
     hold.unlink()
     wait_until(lambda: first.process.poll() is not None, 180, lambda: first.output)
     assert first.process.returncode == 0, first.output
     assert second.process.wait(30) == 0, second.output
     assert first.output.count("sharding plan on 2 x cpu") == 2
-    assert first.output.count(went_on) == 2
+    joined = re.findall(rf"{went_on} (\d+)", first.output)[1]
+    assert first.said(f"told to stop: step {joined} is saved")  # nothing was lost by growing
     of_training = [e for e in lines(tmp_path) if e["event"] != "end"]
-    assert same(of_training, [e for e in undisturbed if e["event"] != "end"])
+    assert difference(of_training, [e for e in undisturbed if e["event"] != "end"]) <= 1e-5

@@ -1,6 +1,7 @@
 """Runs and data in an object store: a real S3 server, its connection cut in a save."""
 
 import ast
+import gzip
 import json
 import os
 import socket
@@ -15,11 +16,12 @@ import pytest
 
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.sources import Column, find_files, read_table
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
-from deepfm_dist.errors import CheckpointError, ConfigError, DeepFMError
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.log import MetricsLog
-from deepfm_dist.storage import folder_of
+from deepfm_dist.storage import delete_tree, folder_of, written_as_a_whole
 from tests.ranks import run_ranks
 from tests.runs import lines
 from tests.test_distributed import SMALL, Run, config_of, difference
@@ -209,6 +211,35 @@ def test_figures_are_written_anew_with_each_checkpoint(runs: Path, wire: Wire) -
     log = MetricsLog(runs, is_first=True, from_step=1)
     log.write("end", step=3)
     assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 3]
+
+
+def test_data_are_found_by_pattern_and_read_as_from_a_disk(runs: Path) -> None:
+    texts = {"day1.csv": "user,item\n1,a\n2,b\n", "day2.csv.gz": "user,item\n3,c\n", "x.csv": ""}
+    for name, text in texts.items():
+        packed = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (runs / name).write_bytes(packed)
+    found = find_files(str(runs), "day*")
+    assert [(f.name, f.path) for f in found] == [(n, f"{runs}/{n}") for n in [*texts][:2]]
+    columns = [Column("item"), Column("user", "number")]
+    tables = [read_table(file.path, columns) for file in found]
+    assert [t.to_pylist() for t in tables] == [
+        [{"item": "a", "user": 1.0}, {"item": "b", "user": 2.0}],
+        [{"item": "c", "user": 3.0}],
+    ]
+    (runs / "day1.csv").write_text("user,item\n1,a\n2,c\n")  # of the same length
+    [changed, kept] = find_files(str(runs), "day*")
+    assert (changed.stamp != found[0].stamp, kept.stamp) == (True, found[1].stamp)
+    with pytest.raises(DataError, match=r"no such file; is data\.root right"):
+        find_files(str(runs), "night*")
+
+
+def test_a_file_that_was_written_here_is_there(runs: Path) -> None:
+    with written_as_a_whole(runs / "trace[0]*.json") as file:
+        file.write_text("{}")
+        assert not (runs / "trace[0]*.json").exists()
+    assert (runs / "trace[0]*.json").read_text() == "{}"
+    delete_tree(runs)
+    assert not (runs / "trace[0]*.json").exists()
 
 
 def test_what_is_not_there_is_one_line(runs: Path) -> None:
