@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import Collator, PreparedDataset
 from deepfm_dist.data.schema import History
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
@@ -339,3 +340,39 @@ def test_a_file_of_strangers_without_a_known_item_is_refused(
     config = load_config("sample", HISTORY)
     with pytest.raises(RankFailed, match=r"x\.csv: none of its items is in the training data"):
         run_alone(_recommended, with_history.folder, config, wanted, tmp_path)
+
+
+def _scores_of_pairs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """``[users, items]`` logits: factorised, and from a batch with a row for each pair."""
+    dataset = PreparedDataset(folder)
+    config = load_config("sample", [*HISTORY, "model.init_std=0.2"])
+    with world("cpu", threads=1) as ranks:
+        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+        model, catalogue = deepfm_of(sharded), ranker.Catalogue(dataset)
+        users = np.array([1, 5, 77], np.int32)
+        of_users = ranker.ModelRanker(model, ranks, dataset, catalogue, users, {})
+        found = of_users.scores(0, len(users), len(users))
+        pairs = np.repeat(users, len(catalogue)), np.tile(catalogue.rows, len(users))
+        batch = Collator(dataset)(*pairs)
+        with torch.no_grad():
+            rows = model.embedding_arch.rows(batch.sparse).double()
+            logits = model.interaction_arch.double()(rows, batch.dense.double())
+        return found, logits.view(len(users), -1).numpy()
+
+
+def test_factorised_scores_of_histories_are_the_forwards(with_history: PreparedDataset) -> None:
+    found, expected = run_alone(_scores_of_pairs, with_history.folder)
+    assert expected.std() > 0.1
+    assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+
+
+def test_histories_give_the_same_bytes_at_any_world_size(
+    with_history: PreparedDataset, tmp_path: Path
+) -> None:
+    config = load_config("sample", [*HISTORY, "sharding.kind=table_wise", "model.init_std=0.2"])
+    digests = set()
+    for size in (1, 2, 4):
+        out = tmp_path / str(size)
+        run_ranks(_recommended, size, with_history.folder, config, Wanted(10), out)
+        digests.add(tuple(digest(out / name) for name in FILES))
+    assert len(digests) == 1

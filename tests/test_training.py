@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from deepfm_dist import evaluate as evaluate_command
+from deepfm_dist import train as train_command
 from deepfm_dist.build import deepfm_of, schedule_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training.evaluation import HeldOut
@@ -332,3 +335,22 @@ def test_an_over_arch_of_ones_own_is_trained(
     options = (*SHORT, "trainer.max_steps=60", *cross)
     losses = run_ranks(trained, size, sample, tmp_path, *options)[0].losses
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> None:
+    arguments = [
+        *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+        "run.loggers=[]",
+        "trainer.epochs=2",
+        "trainer.monitor=ndcg@10",
+        "evaluate={split: valid, k: [5, 10]}",
+    ]
+    assert run_ranks(train_command.main, 2, arguments) == [0, 0]
+    assert run_ranks(evaluate_command.main, 1, arguments) == [0]
+    valid = events(tmp_path / "runs" / "sample", "valid")
+    best = max(valid, key=lambda event: event["ndcg@10"])
+    measured = events(tmp_path / "runs" / "sample", "evaluate")[-1]["figures"]["model"]
+    for name in ("ndcg@5", "ndcg@10", "recall@5", "recall@10"):
+        assert best[name] == pytest.approx(measured[name], abs=1e-9)
+    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no validation figure; .*ndcg@10$"):
+        schedule_of(config_of("trainer.monitor=ndcg@20"))
