@@ -115,7 +115,7 @@ def evaluate_ranking(
     figures, samples = {}, {}
     for name, ranker in makers.items():
         positions = gather_ranked(
-            rank_users(ranker(), seen, max(cutoffs), world), max(cutoffs), world
+            rank_users(ranker(), len(users), seen, max(cutoffs), world), max(cutoffs), world
         )
         if positions is not None:
             ranked = np.where(positions >= 0, catalogue.rows[positions], -1)
@@ -146,7 +146,8 @@ def _fitted(
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
     everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
-    train = distinct(catalogue.seen_by(everyone, [dataset.history]))
+    seen = catalogue.seen_by(everyone, [dataset.history])
+    train = distinct(seen(0, len(everyone)))
     fitted = world.agreed(
         world.first_does(f"fit_{name}", lambda: baseline.fit(train, len(catalogue)))
     )

@@ -36,6 +36,8 @@ SAY_EVERY_S = 30.0
 
 Ranked = tuple[int, Int64Array, npt.NDArray[np.float32]]
 """(first user, positions ``[m, K]``, scores ``[m, K]``)"""
+Seen = Callable[[int, int], Jagged]
+"""(first user, last + 1) -> each one's masked positions. A rank asks for its own users only."""
 
 
 class Ranker(Protocol):
@@ -85,13 +87,16 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def seen_by(self, users: Int32Array, positives: list[Jagged]) -> Jagged:
-        """Positions of the items that some users have in any of several lists.
+    def seen_by(self, users: Int32Array, positives: list[Jagged]) -> Seen:
+        """Positions of the items that users have in any of several lists.
 
         Args:
-            users: ``[n]`` rows of the user table.
+            users: ``[n]`` rows of the user table, in the order they will be asked for.
             positives: item rows of every user.
         """
+        return lambda begin, end: self._seen_by(users[begin:end], positives)
+
+    def _seen_by(self, users: Int32Array, positives: list[Jagged]) -> Jagged:
         parts = [part.take(users) for part in positives]
         offsets = np.zeros(len(users) + 1, np.int64)
         for lengths, _ in parts:
@@ -310,7 +315,8 @@ def stretch_of(n_users: int) -> int:
 
 def rank_users(
     ranker: Ranker,
-    seen: Jagged,
+    n_users: int,
+    seen: Seen,
     k: int,
     world: World,
     stretches: Sequence[int] | None = None,
@@ -320,7 +326,8 @@ def rank_users(
 
     Args:
         ranker: of the catalogue.
-        seen: each user's masked positions; its length is the number of users.
+        n_users: number of users.
+        seen: their masked positions.
         k: K.
         world: the ranks.
         stretches: which stretches of `stretch_of` users, the same on all ranks; default: all.
@@ -329,10 +336,8 @@ def rank_users(
     Yields:
         A stretch of users at a time, in order; the users of ranks follow one another.
     """
-    n_users = len(seen)
     for begin, end in dealt_stretches(n_users, len(ranker), world, stretches, description):
-        low, high = seen.offsets[begin], seen.offsets[end]
-        masked = Jagged(seen.offsets[begin : end + 1] - low, seen.values[low:high])
+        masked = seen(begin, end)
         positions, scores = ranker.best(begin, end, stretch_of(n_users), masked, k)
         if end > begin:
             yield begin, positions, scores

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.jagged import Int32Array
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
@@ -25,6 +26,7 @@ from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
     ModelRanker,
+    Seen,
     gather_ranked,
     in_id_order,
     rank_users,
@@ -121,7 +123,7 @@ def recommend(
             "data": dataset.manifest.fingerprint,
             "users": hash_of(users),
             "items": hash_of(catalogue.rows),
-            "seen": hash_of(seen.offsets, seen.values),
+            "mask": list(wanted.masked_splits),
             "context": dict(wanted.context),
             "k": wanted.k,
             "candidates": wanted.candidates,
@@ -131,7 +133,7 @@ def recommend(
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
-    ranked = rank_users(ranker, seen, wanted.k, world, parts.missing)
+    ranked = rank_users(ranker, len(users), seen, wanted.k, world, parts.missing)
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
@@ -146,7 +148,7 @@ def recommend(
             pairs / took / 1e6,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-    if world.is_first and (short := _short(seen, len(catalogue), wanted.k)):
+    if written is not None and (short := len(users) - _full(written)):
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
@@ -159,14 +161,10 @@ def recommend(
     return written
 
 
-def _short(seen: Jagged, n_items: int, k: int) -> int:
-    """How many users have fewer than K unseen items."""
-    short = 0
-    for user in np.flatnonzero(n_items - seen.lengths < k):
-        # Items outside the catalogue, and in several splits, are in the lengths too.
-        mine = np.unique(seen.values[seen.offsets[user] : seen.offsets[user + 1]])
-        short += int(n_items - np.count_nonzero(mine >= 0) < k)
-    return short
+def _full(written: Written) -> int:
+    """How many users got K items."""
+    ranks = pq.read_table(written.parquet, columns=["rank"])["rank"]
+    return int(pc.sum(pc.equal(ranks, written.k), min_count=0).as_py())
 
 
 def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
@@ -229,7 +227,7 @@ def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:
 
 
 def _compare(
-    ranker: ModelRanker, users: Int32Array, seen: Jagged, k: int, candidates: int, world: World
+    ranker: ModelRanker, users: Int32Array, seen: Seen, k: int, candidates: int, world: World
 ) -> None:
     """Says what the short list misses, what it saves and what the over-arch changes. All ranks."""
     found, took = {}, {}
@@ -238,7 +236,9 @@ def _compare(
         world.barrier()
         start = time.monotonic()
         found[name] = gather_ranked(
-            rank_users(ranker.of(users, n), seen, k, world, description="compare"), k, world
+            rank_users(ranker.of(users, n), len(users), seen, k, world, description="compare"),
+            k,
+            world,
         )
         took[name] = time.monotonic() - start
     exact, short, pairwise = found["exact"], found["short"], found["pairwise"]
