@@ -161,6 +161,34 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     assert (found["score"] - expected["score"]).abs().max() < 1e-4  # rank by rank
 
 
+@pytest.mark.parametrize("candidates", [None, 30])
+def test_a_catalogue_that_only_all_ranks_can_hold_is_shared_out(
+    sample: PreparedDataset, whole: Path, tmp_path: Path, candidates: int | None
+) -> None:
+    # 400 items; a rank may hold 128 of them, one of four has a share of its own short of that.
+    outs = {size: tmp_path / str(size) for size in (1, 4)}
+    for size, out in outs.items():
+        out.mkdir()
+        wanted = Wanted(10, candidates=candidates, memory_bytes=40_000 if size == 4 else 1 << 30)
+        arguments = (sample.folder, SETTINGS, wanted, out)
+        results = run_ranks(_recommended, size, *arguments, item_block=64)
+    assert any("400 items, 128 of them in memory of each rank" in line for line in results[0][1])
+    assert [digest(outs[4] / f) for f in FILES] == [digest(outs[1] / f) for f in FILES]
+
+
+def test_a_matrix_of_a_catalogue_that_is_shared_out(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    digests = []
+    for size, memory_bytes in ((1, 1 << 30), (4, 40_000)):
+        out = tmp_path / str(size)
+        out.mkdir()
+        wanted = Wanted(3, matrix="fp32", memory_bytes=memory_bytes)
+        run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out, item_block=64)
+        digests.append([digest(out / f) for f in (*FILES, "score_matrix.parquet")])
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_short_lists_are_scored_in_full(
     sample: PreparedDataset, whole: Path, tmp_path: Path, by_torch: bool
