@@ -282,3 +282,39 @@ def test_fewer_candidates_than_items_wanted_are_refused() -> None:
     tree = {"data": load_config("sample").data.model_dump(), "recommend": {"candidates": 3}}
     with pytest.raises(ConfigError, match=r"candidates=3 cannot give k=10 items"):
         config_from(tree)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("memory_bytes", [1 << 30, 40_000])
+def test_an_index_that_looks_at_everything_finds_the_candidates(
+    sample: PreparedDataset, tmp_path: Path, world_size: int, memory_bytes: int
+) -> None:
+    pytest.importorskip("faiss")
+    outs = [tmp_path / name for name in ("all", "index")]
+    for out, kind in zip(outs, (None, "IVF4,Flat"), strict=True):
+        out.mkdir()
+        wanted = Wanted(5, candidates=30, index=kind, probes=4, memory_bytes=memory_bytes)
+        arguments = (sample.folder, SETTINGS, wanted, out)
+        _, lines = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
+    everything, found = (frame_of(out) for out in outs)
+    both = everything.merge(found, on=["user_id", "item_id", "rank", "score"])
+    assert len(both) > 0.999 * len(everything)  # sums in another order, at the end of a list
+    assert len(found) == len(everything)
+    assert any(line.startswith("recommend.candidates=30, on 512 users: ") for line in lines)
+
+
+def test_indexes_that_cannot_be_had_are_refused(
+    sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (sample.folder, SETTINGS, Wanted(5, candidates=30, index="IVF9,Nonsense"), tmp_path)
+    message = r"ConfigError: recommend\.index=IVF9,Nonsense: faiss "
+    with pytest.raises(
+        RankFailed, match=message + r"(cannot make it of 400 items|is not installed)"
+    ):
+        run_alone(_recommended, *arguments)
+    monkeypatch.setattr("deepfm_dist.ranking.nearest.find_spec", lambda name: None)
+    with pytest.raises(RankFailed, match=message + r"is not installed; pip install faiss-cpu"):
+        run_alone(_recommended, *arguments)
+    tree = {"data": load_config("sample").data.model_dump(), "recommend": {"index": "HNSW32"}}
+    with pytest.raises(ConfigError, match=r"index=HNSW32 finds candidates: set candidates"):
+        config_from(tree)

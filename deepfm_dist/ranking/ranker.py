@@ -24,6 +24,7 @@ from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
 from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision, engine_for
+from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.topk import best_of_keys, keys_of, mask_of, masked_top_k
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class ModelRanker:
         self.engine = engine_for(scorer, world.device, precision)
         self._rows = catalogue.rows
         self._candidates: int | None = None
+        self._index: NearestItems | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))
         item_bytes = sum(t[0].nbytes for t in one.tensors) + self.engine.work_bytes
         per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
@@ -194,16 +196,19 @@ class ModelRanker:
         """Number of items."""
         return len(self._rows)
 
-    def of(self, users: Int32Array, candidates: int | None) -> Self:
+    def of(
+        self, users: Int32Array, candidates: int | None, index: NearestItems | None = None
+    ) -> Self:
         """The same for other users.
 
         Args:
             users: ``[n]`` rows of the user table.
             candidates: how many items, the best without the over-arch, are scored in full; None:
                 all.
+            index: that finds these; None: all items are looked at.
         """
         other = copy.copy(self)
-        other._users, other._candidates = users, candidates
+        other._users, other._candidates, other._index = users, candidates, index
         return other
 
     def best(
@@ -219,14 +224,19 @@ class ModelRanker:
         if self._candidates is None:
             best = self._update(groups, k)
         else:
-            short = self._update(groups, max(k, self._candidates), deep=False)
-            candidates = [self._mine_of(short, n, height).positions]
+            count = max(k, self._candidates)
+            if self._index is None:
+                short = self._update(groups, count, deep=False)
+                candidates = [self._mine_of(short, n, height).positions]
+            else:
+                found = self._index.candidates(sides, n, seen, count)
+                candidates = [found.to(self._world.device)]
             if self._share:
                 of_all = self._from_all(_with_rows(candidates[0], height)).split(height)
                 candidates = [t[:m] for t, (_, m, _) in zip(of_all, groups, strict=True)]
             best = self._update_of_candidates(groups, candidates, k)
-        found = self._mine_of(best, n, height)
-        return found.positions.cpu().numpy(), found.scores.cpu().numpy()
+        mine = self._mine_of(best, n, height)
+        return mine.positions.cpu().numpy(), mine.scores.cpu().numpy()
 
     def _of_all_ranks(self, sides: list[Side], n: int, height: int, seen: Jagged) -> list[Group]:
         """All ranks' users, brought here for this rank's share of the items."""
@@ -290,6 +300,19 @@ class ModelRanker:
         """``[I, D]`` each item's sum of factor vectors: how users meet it in the pairwise part."""
         n = len(self._rows)
         return torch.cat([side.factor_sum for _, side in self._item_sides(0, n)])[:n]
+
+    def index(self, kind: str, probes: int) -> NearestItems:
+        """An index of all items; see `NearestItems`. All ranks.
+
+        Raises:
+            ConfigError: faiss is missing or cannot make it.
+        """
+        n = len(self._rows)
+        points = [
+            torch.cat([side.factor_sum, side.constant[:, None]], 1).cpu()
+            for _, side in self._item_sides(0, n)
+        ]
+        return NearestItems(torch.cat(points)[:n].numpy(), kind, probes)
 
     def _user_sides(self, begin: int, end: int, height: int) -> list[Side]:
         """Users ``begin`` to ``end``, looked up in as many steps as every rank takes."""

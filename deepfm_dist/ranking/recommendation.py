@@ -21,6 +21,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.engine import Precision
+from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
@@ -54,6 +55,8 @@ class Wanted:
         block_items: none of these items.
         candidates: how many items of each user, the best without the over-arch, are scored in
             full; default: all.
+        index: kind of faiss index that finds these; default: all items are looked at.
+        probes: of the index; see `NearestItems`.
         memory_bytes: limit of what a rank keeps of the items.
         precision: of the over-arch's products on CUDA.
         matrix: also write every score, in this type; see `Parts.write_matrix`.
@@ -66,6 +69,8 @@ class Wanted:
     allow_items: Ids | None = None
     block_items: Ids | None = None
     candidates: int | None = None
+    index: str | None = None
+    probes: int = 16
     memory_bytes: int = MEMORY_BYTES
     precision: Precision = "fp32"
     matrix: MatrixKind | None = None
@@ -99,7 +104,7 @@ def recommend(
 
     Raises:
         DataError: a list names nothing that is known, or users who are not.
-        ConfigError: the precision is not for this device or model.
+        ConfigError: the precision is not for this device or model, or there is no such index.
     """
     catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
     users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
@@ -114,8 +119,9 @@ def recommend(
     elif wanted.candidates is not None and wanted.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
-        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, world)
-        ranker = ranker.of(users, wanted.candidates)
+        index = None if wanted.index is None else ranker.index(wanted.index, wanted.probes)
+        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world)
+        ranker = ranker.of(users, wanted.candidates, index)
     key = None
     if checkpoint is not None:
         key = {
@@ -126,7 +132,7 @@ def recommend(
             "mask": list(wanted.masked_splits),
             "context": dict(wanted.context),
             "k": wanted.k,
-            "candidates": wanted.candidates,
+            "candidates": [wanted.candidates, wanted.index, wanted.probes],
             "engine": ranker.engine.name,
         }
     parts = Parts(folder, "recommendations.parquet", len(users), key, world)
@@ -227,16 +233,26 @@ def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:
 
 
 def _compare(
-    ranker: ModelRanker, users: Int32Array, seen: Seen, k: int, candidates: int, world: World
+    ranker: ModelRanker,
+    users: Int32Array,
+    seen: Seen,
+    k: int,
+    candidates: int,
+    index: NearestItems | None,
+    world: World,
 ) -> None:
     """Says what the short list misses, what it saves and what the over-arch changes. All ranks."""
     found, took = {}, {}
     # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
-    for name, n in (("exact", None), ("short", candidates), ("pairwise", k)):
+    for name, n, of in (
+        ("exact", None, None),
+        ("short", candidates, index),
+        ("pairwise", k, None),
+    ):
         world.barrier()
         start = time.monotonic()
         found[name] = gather_ranked(
-            rank_users(ranker.of(users, n), len(users), seen, k, world, description="compare"),
+            rank_users(ranker.of(users, n, of), len(users), seen, k, world, description="compare"),
             k,
             world,
         )
