@@ -330,8 +330,14 @@ class RecommendConfig(Section):
     candidates: int | None = Field(None, ge=1)
     """Score in full only this many items of each user, the best without the over-arch; it is
     measured on a sample of users what that misses and saves. Default: all items."""
+    index: str | None = None
+    """Kind of faiss index that finds the candidates, as its factory has it: ``IVF1024,Flat``,
+    ``HNSW32``; what it misses is measured too. Default: all items are looked at."""
+    probes: int = Field(16, ge=1)
+    """Lists of an ``IVF`` index that are looked through for a user."""
     memory_bytes: int = Field(1 << 30, ge=1)
-    """Limit in bytes of what a rank keeps of the items; a larger catalogue goes by in blocks."""
+    """Limit in bytes of what a rank keeps of the items: of a larger catalogue a share each, and of
+    one that exceeds that too a block at a time. An index comes on top."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of the over-arch's products on CUDA: ``tf32`` rounds what is multiplied to 11 bits, ``bf16``
     to 8; a CPU computes in fp32."""
@@ -349,6 +355,8 @@ class RecommendConfig(Section):
     def _enough_candidates(self) -> Self:
         if self.candidates is not None and self.candidates < self.k:
             raise ValueError(f"candidates={self.candidates} cannot give k={self.k} items")
+        if self.index is not None and self.candidates is None:
+            raise ValueError(f"index={self.index} finds candidates: set candidates=500, say")
         return self
 
 

@@ -165,6 +165,34 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     assert (found["score"] - expected["score"]).abs().max() < 1e-4  # rank by rank
 
 
+@pytest.mark.parametrize("candidates", [None, 30])
+def test_a_catalogue_that_only_all_ranks_can_hold_is_shared_out(
+    sample: PreparedDataset, whole: Path, tmp_path: Path, candidates: int | None
+) -> None:
+    # 400 items; a rank may hold 128 of them, one of four has a share of its own short of that.
+    outs = {size: tmp_path / str(size) for size in (1, 4)}
+    for size, out in outs.items():
+        out.mkdir()
+        wanted = Wanted(10, candidates=candidates, memory_bytes=40_000 if size == 4 else 1 << 30)
+        arguments = (sample.folder, SETTINGS, wanted, out)
+        results = run_ranks(_recommended, size, *arguments, item_block=64)
+    assert any("400 items, 128 of them in memory of each rank" in line for line in results[0][1])
+    assert [digest(outs[4] / f) for f in FILES] == [digest(outs[1] / f) for f in FILES]
+
+
+def test_a_matrix_of_a_catalogue_that_is_shared_out(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    digests = []
+    for size, memory_bytes in ((1, 1 << 30), (4, 40_000)):
+        out = tmp_path / str(size)
+        out.mkdir()
+        wanted = Wanted(3, matrix="fp32", memory_bytes=memory_bytes)
+        run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out, item_block=64)
+        digests.append([digest(out / f) for f in (*FILES, "score_matrix.parquet")])
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_short_lists_are_scored_in_full(
     sample: PreparedDataset, whole: Path, tmp_path: Path, by_torch: bool
@@ -376,3 +404,39 @@ def test_histories_give_the_same_bytes_at_any_world_size(
         run_ranks(_recommended, size, with_history.folder, config, Wanted(10), out)
         digests.add(tuple(digest(out / name) for name in FILES))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("memory_bytes", [1 << 30, 40_000])
+def test_an_index_that_looks_at_everything_finds_the_candidates(
+    sample: PreparedDataset, tmp_path: Path, world_size: int, memory_bytes: int
+) -> None:
+    pytest.importorskip("faiss")
+    outs = [tmp_path / name for name in ("all", "index")]
+    for out, kind in zip(outs, (None, "IVF4,Flat"), strict=True):
+        out.mkdir()
+        wanted = Wanted(5, candidates=30, index=kind, probes=4, memory_bytes=memory_bytes)
+        arguments = (sample.folder, SETTINGS, wanted, out)
+        _, lines = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
+    everything, found = (frame_of(out) for out in outs)
+    both = everything.merge(found, on=["user_id", "item_id", "rank", "score"])
+    assert len(both) > 0.999 * len(everything)  # sums in another order, at the end of a list
+    assert len(found) == len(everything)
+    assert any(line.startswith("recommend.candidates=30, on 512 users: ") for line in lines)
+
+
+def test_indexes_that_cannot_be_had_are_refused(
+    sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (sample.folder, SETTINGS, Wanted(5, candidates=30, index="IVF9,Nonsense"), tmp_path)
+    message = r"ConfigError: recommend\.index=IVF9,Nonsense: faiss "
+    with pytest.raises(
+        RankFailed, match=message + r"(cannot make it of 400 items|is not installed)"
+    ):
+        run_alone(_recommended, *arguments)
+    monkeypatch.setattr("deepfm_dist.ranking.nearest.find_spec", lambda name: None)
+    with pytest.raises(RankFailed, match=message + r"is not installed; pip install faiss-cpu"):
+        run_alone(_recommended, *arguments)
+    tree = {"data": load_config("sample").data.model_dump(), "recommend": {"index": "HNSW32"}}
+    with pytest.raises(ConfigError, match=r"index=HNSW32 finds candidates: set candidates"):
+        config_from(tree)

@@ -103,7 +103,9 @@ class HeldOutItems:
     ) -> tuple[dict[str, FloatArray], Int64Array] | None:
         """On rank 0 `user_metrics` and what was ranked, ``[U, K]`` item rows; None elsewhere."""
         k = max(cutoffs)
-        positions = gather_ranked(rank_users(ranker, self._seen, k, world), k, world)
+        positions = gather_ranked(
+            rank_users(ranker, len(self.users), self._seen, k, world), k, world
+        )
         if positions is None:
             return None
         ranked = np.where(positions >= 0, self.catalogue.rows[positions], -1)
@@ -216,7 +218,8 @@ def _fitted(
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
     everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
-    train = distinct(catalogue.seen_by(everyone, [dataset.history]))
+    seen = catalogue.seen_by(everyone, [dataset.history])
+    train = distinct(seen(0, len(everyone)))
     fitted = world.agreed(
         world.first_does(f"fit_{name}", lambda: baseline.fit(train, len(catalogue)))
     )

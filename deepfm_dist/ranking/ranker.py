@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepfm_dist.data.dataset import (
@@ -21,7 +22,7 @@ from deepfm_dist.data.dataset import (
     PreparedDataset,
     padded,
 )
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values, offsets_of
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
@@ -30,7 +31,8 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision, engine_for
-from deepfm_dist.ranking.topk import mask_of, masked_top_k
+from deepfm_dist.ranking.nearest import NearestItems
+from deepfm_dist.ranking.topk import best_of_keys, keys_of, mask_of, masked_top_k
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ SAY_EVERY_S = 30.0
 
 Ranked = tuple[int, Int64Array, npt.NDArray[np.float32]]
 """(first user, positions ``[m, K]``, scores ``[m, K]``)"""
+Group = tuple[Any, int, Jagged]
+"""(users prepared by the engine, how many, their masked positions)"""
+Seen = Callable[[int, int], Jagged]
+"""(first user, last + 1) -> each one's masked positions. A rank asks for its own users only."""
 
 
 class Ranker(Protocol):
@@ -92,13 +98,16 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def seen_by(self, users: Int32Array, positives: list[Jagged]) -> Jagged:
-        """Positions of the items that some users have in any of several lists.
+    def seen_by(self, users: Int32Array, positives: list[Jagged]) -> Seen:
+        """Positions of the items that users have in any of several lists.
 
         Args:
-            users: ``[n]`` rows of the user table.
+            users: ``[n]`` rows of the user table, in the order they will be asked for.
             positives: item rows of every user.
         """
+        return lambda begin, end: self._seen_by(users[begin:end], positives)
+
+    def _seen_by(self, users: Int32Array, positives: list[Jagged]) -> Jagged:
         parts = [part.take(users) for part in positives]
         offsets = np.zeros(len(users) + 1, np.int64)
         for lengths, _ in parts:
@@ -135,8 +144,9 @@ class ModelRanker:
         catalogue: its items.
         users: ``[n]`` rows of the user table, in the order they will be asked for.
         context: one row of context fields.
-        memory_bytes: limit of what a rank keeps of the items; a larger catalogue is worked off in
-            blocks, computed anew for every stretch of users.
+        memory_bytes: limit of what a rank keeps of the items. Of a larger catalogue each rank keeps
+            a share, which all ranks' users are brought to; one that exceeds that too is worked off
+            in blocks, computed anew for every stretch of users.
         histories: item rows of users from outside the dataset, who are nothing but these; then
             ``users`` are rows of it.
         precision: of the over-arch's products on CUDA.
@@ -170,57 +180,131 @@ class ModelRanker:
         self.engine = engine_for(scorer, world.device, precision)
         self._rows = catalogue.rows
         self._candidates: int | None = None
+        self._index: NearestItems | None = None
         one = self._side("item", padded(self._rows[:1], ITEM_BLOCK, ABSENT))
         item_bytes = sum(t[0].nbytes for t in one.tensors) + self.engine.work_bytes
         per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
-        self._item_begins = range(0, len(self._rows), per_block)
-        total = item_bytes * len(self._rows)
+        n, size = len(self._rows), world.world_size
+        # Whole blocks of the kernels, so that an item's place in one is the same everywhere.
+        share = -(-n // (size * ITEM_BLOCK)) * ITEM_BLOCK
+        self._share = share if per_block < n and share <= per_block else None
+        self._item_begins = range(0, n, per_block)
+        kept = self._share or min(per_block, n)
         log.info(
-            "%s items, %s of them in memory at a time, %.1f MB of %.1f MB",
-            f"{len(self._rows):,}",
-            f"{min(per_block, len(self._rows)):,}",
-            min(total, item_bytes * per_block) / 1e6,
-            total / 1e6,
+            "%s items, %s of them in memory %s, %.1f MB of %.1f MB",
+            f"{n:,}",
+            f"{kept:,}",
+            "of each rank" if self._share else "at a time",
+            item_bytes * kept / 1e6,
+            item_bytes * n / 1e6,
         )
-        self._kept = self._item_block(0, per_block) if len(self._item_begins) == 1 else None
+        self._kept: Any = None
+        if self._share:
+            self._kept = self._my_share(self._share)
+        elif len(self._item_begins) == 1:
+            self._kept = self._item_block(0, per_block)
 
     def __len__(self) -> int:
         """Number of items."""
         return len(self._rows)
 
-    def of(self, users: Int32Array, candidates: int | None) -> Self:
+    def of(
+        self, users: Int32Array, candidates: int | None, index: NearestItems | None = None
+    ) -> Self:
         """The same for other users.
 
         Args:
             users: ``[n]`` rows of the user table.
             candidates: how many items, the best without the over-arch, are scored in full; None:
                 all.
+            index: that finds these; None: all items are looked at.
         """
         other = copy.copy(self)
-        other._users, other._candidates = users, candidates
+        other._users, other._candidates, other._index = users, candidates, index
         return other
 
     def best(
         self, begin: int, end: int, height: int, seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a stretch of users; see `Ranker`."""
-        users = self._user_sides(begin, end, height)
-        found = Best.none(end - begin, k, self._world.device)
+        sides, n = self._user_sides(begin, end, height), end - begin
+        groups = (
+            self._of_all_ranks(sides, n, height, seen)
+            if self._share
+            else [(self.engine.users(sides), n, seen)]
+        )
         if self._candidates is None:
-            for offset, items in self._item_blocks():
-                self.engine.update(users, items, offset, seen, found)
+            best = self._update(groups, k)
         else:
-            first = Best.none(end - begin, max(k, self._candidates), self._world.device)
-            for offset, items in self._item_blocks():
-                self.engine.update(users, items, offset, seen, first, deep=False)
-            wanted = first.positions.sort(dim=1).values
-            for offset, items in self._item_blocks():
-                self.engine.update_of_candidates(users, items, offset, wanted, found)
-        return found.positions.cpu().numpy(), found.scores.cpu().numpy()
+            count = max(k, self._candidates)
+            if self._index is None:
+                short = self._update(groups, count, deep=False)
+                candidates = [self._mine_of(short, n, height).positions]
+            else:
+                found = self._index.candidates(sides, n, seen, count)
+                candidates = [found.to(self._world.device)]
+            if self._share:
+                of_all = self._from_all(_with_rows(candidates[0], height)).split(height)
+                candidates = [t[:m] for t, (_, m, _) in zip(of_all, groups, strict=True)]
+            best = self._update_of_candidates(groups, candidates, k)
+        mine = self._mine_of(best, n, height)
+        return mine.positions.cpu().numpy(), mine.scores.cpu().numpy()
+
+    def _of_all_ranks(self, sides: list[Side], n: int, height: int, seen: Jagged) -> list[Group]:
+        """All ranks' users, brought here for this rank's share of the items."""
+        mine = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
+        columns = [self._from_all(_with_rows(t, height)).split(height) for t in mine.tensors]
+        lengths = self._from_all(_with_rows(torch.from_numpy(seen.lengths), height)).split(height)
+        counts, totals = self._from_all(torch.tensor([[n, len(seen.values)]])).T.tolist()
+        longest = max(1, *totals)
+        values = self._from_all(_with_rows(torch.from_numpy(seen.values), longest)).split(longest)
+        groups = []
+        for rank, (count, total) in enumerate(zip(counts, totals, strict=True)):
+            users = self.engine.users([Side(*(column[rank] for column in columns))])
+            offsets = offsets_of(lengths[rank][:count].cpu().numpy())
+            groups.append((users, count, Jagged(offsets, values[rank][:total].cpu().numpy())))
+        return groups
+
+    def _update(self, groups: list[Group], k: int, deep: bool = True) -> list[Best]:
+        """The best items here of each of some groups."""
+        found = [Best.none(n, k, self._world.device) for _, n, _ in groups]
+        for offset, items in self._item_blocks():
+            for (users, _, seen), best in zip(groups, found, strict=True):
+                self.engine.update(users, items, offset, seen, best, deep)
+        return found
+
+    def _update_of_candidates(
+        self, groups: list[Group], candidates: list[Tensor], k: int
+    ) -> list[Best]:
+        found = [Best.none(len(wanted), k, self._world.device) for wanted in candidates]
+        ordered = [wanted.sort(dim=1).values for wanted in candidates]
+        for offset, items in self._item_blocks():
+            for (users, _, _), wanted, best in zip(groups, ordered, found, strict=True):
+                self.engine.update_of_candidates(users, items, offset, wanted, best)
+        return found
+
+    def _mine_of(self, found: list[Best], n: int, height: int) -> Best:
+        """Sends each rank its users' best of this rank's share; merges what is sent here."""
+        if not self._share:
+            return found[0]
+        keys = torch.cat([_with_rows(keys_of(b.scores, b.positions), height) for b in found])
+        received = torch.empty_like(keys)
+        dist.all_to_all_single(received, keys)
+        k = keys.shape[1]
+        merged = received.view(-1, height, k).transpose(0, 1).reshape(height, -1)[:n]
+        return Best(*best_of_keys(merged, k))
+
+    def _from_all(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors of one shape, one after the other."""
+        tensor = tensor.to(self._world.device).contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self._world.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     def scores(self, begin: int, end: int, height: int) -> npt.NDArray[np.float32]:
         """``[end - begin, I]`` logits of a stretch of users; arguments as of `best`. All ranks."""
-        users = self._user_sides(begin, end, height)
+        users = self.engine.users(self._user_sides(begin, end, height))
+        self._share = None  # a row of scores has all items: no rank's share serves here
         blocks = [self.engine.scores(users, end - begin, i) for _, i in self._item_blocks()]
         return torch.cat(blocks, 1).cpu().numpy()
 
@@ -229,7 +313,20 @@ class ModelRanker:
         n = len(self._rows)
         return torch.cat([side.factor_sum for _, side in self._item_sides(0, n)])[:n]
 
-    def _user_sides(self, begin: int, end: int, height: int) -> Any:
+    def index(self, kind: str, probes: int) -> NearestItems:
+        """An index of all items; see `NearestItems`. All ranks.
+
+        Raises:
+            ConfigError: faiss is missing or cannot make it.
+        """
+        n = len(self._rows)
+        points = [
+            torch.cat([side.factor_sum, side.constant[:, None]], 1).cpu()
+            for _, side in self._item_sides(0, n)
+        ]
+        return NearestItems(torch.cat(points)[:n].numpy(), kind, probes)
+
+    def _user_sides(self, begin: int, end: int, height: int) -> list[Side]:
         """Users ``begin`` to ``end``, looked up in as many steps as every rank takes."""
         sides: list[Side] = []
         for first in range(begin, begin + height, USER_BLOCK):
@@ -237,7 +334,7 @@ class ModelRanker:
             side = self._side("user", padded(rows, USER_BLOCK, ABSENT))
             if len(rows) or not sides:
                 sides.append(side)
-        return self.engine.users(sides)
+        return sides
 
     @torch.no_grad()
     def _side(self, which: str, rows: Int32Array) -> Side:
@@ -255,10 +352,28 @@ class ModelRanker:
         return self._scorer.side(which, factors, first_order, batch.dense)
 
     def _item_blocks(self) -> Iterator[tuple[int, Any]]:
-        """(position of the first, items) in order; kept where one block holds them all."""
+        """(position of the first, items) in order; kept where one block holds what is needed."""
+        if self._share:
+            begin = self._world.rank * self._share
+            if begin < len(self._rows):
+                yield begin, self._kept
+            return
+        whole = len(self._item_begins) == 1
         for begin in self._item_begins:
-            kept = self._kept
-            yield begin, self._item_block(begin, self._item_begins.step) if kept is None else kept
+            yield begin, self._kept if whole else self._item_block(begin, self._item_begins.step)
+
+    def _my_share(self, share: int) -> Any:
+        """This rank's items, looked up in as many steps as every rank takes."""
+        begin = min(self._world.rank * share, len(self._rows))
+        mine = self._rows[begin : begin + share]
+        items = None
+        for first in range(0, share, ITEM_BLOCK):
+            side = self._side("item", padded(mine[first : first + ITEM_BLOCK], ITEM_BLOCK, ABSENT))
+            if items is None:
+                items = self.engine.allocate(len(mine), side)
+            if first < len(mine):
+                self.engine.fill(items, first, side)
+        return items
 
     def _item_block(self, begin: int, n: int) -> Any:
         items = None
@@ -279,12 +394,12 @@ class ModelRanker:
             mine = first + self._world.rank * ITEM_BLOCK
             rows = self._rows[min(mine, end) : min(mine + ITEM_BLOCK, end)]
             side = self._side("item", padded(rows, ITEM_BLOCK, ABSENT))
-            gathered = []
-            for tensor in side.tensors:
-                parts = [torch.empty_like(tensor) for _ in range(size)]
-                dist.all_gather(parts, tensor.contiguous())
-                gathered.append(torch.cat(parts))
-            yield first, Side(*gathered)
+            yield first, Side(*map(self._from_all, side.tensors))
+
+
+def _with_rows(tensor: Tensor, n: int) -> Tensor:
+    """With rows of zeros up to n."""
+    return F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, n - len(tensor)])
 
 
 class FixedRanker:
@@ -327,7 +442,8 @@ def stretch_of(n_users: int) -> int:
 
 def rank_users(
     ranker: Ranker,
-    seen: Jagged,
+    n_users: int,
+    seen: Seen,
     k: int,
     world: World,
     stretches: Sequence[int] | None = None,
@@ -337,7 +453,8 @@ def rank_users(
 
     Args:
         ranker: of the catalogue.
-        seen: each user's masked positions; its length is the number of users.
+        n_users: number of users.
+        seen: their masked positions.
         k: K.
         world: the ranks.
         stretches: which stretches of `stretch_of` users, the same on all ranks; default: all.
@@ -346,10 +463,8 @@ def rank_users(
     Yields:
         A stretch of users at a time, in order; the users of ranks follow one another.
     """
-    n_users = len(seen)
     for begin, end in dealt_stretches(n_users, len(ranker), world, stretches, description):
-        low, high = seen.offsets[begin], seen.offsets[end]
-        masked = Jagged(seen.offsets[begin : end + 1] - low, seen.values[low:high])
+        masked = seen(begin, end)
         positions, scores = ranker.best(begin, end, stretch_of(n_users), masked, k)
         if end > begin:
             yield begin, positions, scores

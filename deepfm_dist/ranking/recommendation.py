@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
@@ -22,11 +23,13 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.engine import Precision
+from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
     ModelRanker,
+    Seen,
     gather_ranked,
     in_id_order,
     rank_users,
@@ -55,6 +58,8 @@ class Wanted:
         block_items: none of these items.
         candidates: how many items of each user, the best without the over-arch, are scored in
             full; default: all.
+        index: kind of faiss index that finds these; default: all items are looked at.
+        probes: of the index; see `NearestItems`.
         memory_bytes: limit of what a rank keeps of the items.
         precision: of the over-arch's products on CUDA.
         matrix: also write every score, in this type; see `Parts.write_matrix`.
@@ -68,6 +73,8 @@ class Wanted:
     allow_items: Ids | None = None
     block_items: Ids | None = None
     candidates: int | None = None
+    index: str | None = None
+    probes: int = 16
     memory_bytes: int = MEMORY_BYTES
     precision: Precision = "fp32"
     matrix: MatrixKind | None = None
@@ -102,7 +109,7 @@ def recommend(
     Raises:
         DataError: a list names nothing that is known, or users who are not; or histories are
             given to a model that has no field for them.
-        ConfigError: the precision is not for this device or model.
+        ConfigError: the precision is not for this device or model, or there is no such index.
     """
     catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
     context = RowEncoder(dataset).fixed_context(wanted.context)
@@ -130,8 +137,9 @@ def recommend(
     elif wanted.candidates is not None and wanted.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
-        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, world)
-        ranker = ranker.of(users, wanted.candidates)
+        index = None if wanted.index is None else ranker.index(wanted.index, wanted.probes)
+        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world)
+        ranker = ranker.of(users, wanted.candidates, index)
     key = None
     if checkpoint is not None:
         key = {
@@ -139,17 +147,17 @@ def recommend(
             "data": dataset.manifest.fingerprint,
             "users": hash_of(users) if histories is None else external(user_ids).to_pylist(),
             "items": hash_of(catalogue.rows),
-            "seen": hash_of(seen.offsets, seen.values),
+            "mask": list(wanted.masked_splits),
             "context": dict(wanted.context),
             "k": wanted.k,
-            "candidates": wanted.candidates,
+            "candidates": [wanted.candidates, wanted.index, wanted.probes],
             "engine": ranker.engine.name,
         }
     parts = Parts(folder, "recommendations.parquet", len(users), key, world)
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
-    ranked = rank_users(ranker, seen, wanted.k, world, parts.missing)
+    ranked = rank_users(ranker, len(users), seen, wanted.k, world, parts.missing)
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
@@ -164,7 +172,7 @@ def recommend(
             pairs / took / 1e6,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-    if world.is_first and (short := _short(seen, len(catalogue), wanted.k)):
+    if written is not None and (short := len(users) - _full(written)):
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
@@ -177,14 +185,10 @@ def recommend(
     return written
 
 
-def _short(seen: Jagged, n_items: int, k: int) -> int:
-    """How many users have fewer than K unseen items."""
-    short = 0
-    for user in np.flatnonzero(n_items - seen.lengths < k):
-        # Items outside the catalogue, and in several splits, are in the lengths too.
-        mine = np.unique(seen.values[seen.offsets[user] : seen.offsets[user + 1]])
-        short += int(n_items - np.count_nonzero(mine >= 0) < k)
-    return short
+def _full(written: Written) -> int:
+    """How many users got K items."""
+    ranks = pq.read_table(written.parquet, columns=["rank"])["rank"]
+    return int(pc.sum(pc.equal(ranks, written.k), min_count=0).as_py())
 
 
 def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
@@ -300,16 +304,28 @@ def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:
 
 
 def _compare(
-    ranker: ModelRanker, users: Int32Array, seen: Jagged, k: int, candidates: int, world: World
+    ranker: ModelRanker,
+    users: Int32Array,
+    seen: Seen,
+    k: int,
+    candidates: int,
+    index: NearestItems | None,
+    world: World,
 ) -> None:
     """Says what the short list misses, what it saves and what the over-arch changes. All ranks."""
     found, took = {}, {}
     # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
-    for name, n in (("exact", None), ("short", candidates), ("pairwise", k)):
+    for name, n, of in (
+        ("exact", None, None),
+        ("short", candidates, index),
+        ("pairwise", k, None),
+    ):
         world.barrier()
         start = time.monotonic()
         found[name] = gather_ranked(
-            rank_users(ranker.of(users, n), seen, k, world, description="compare"), k, world
+            rank_users(ranker.of(users, n, of), len(users), seen, k, world, description="compare"),
+            k,
+            world,
         )
         took[name] = time.monotonic() - start
     exact, short, pairwise = found["exact"], found["short"], found["pairwise"]

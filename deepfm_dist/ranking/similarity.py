@@ -41,6 +41,10 @@ class _VectorRanker:
         return found.positions.numpy(), found.scores.numpy()
 
 
+def _itself(begin: int, end: int) -> Jagged:
+    return Jagged(np.arange(end - begin + 1, dtype=np.int64), np.arange(begin, end, dtype=np.int32))
+
+
 def similar_items(
     model: DeepFM,
     world: World,
@@ -85,9 +89,8 @@ def similar_items(
     if metric == "cosine":
         vectors /= vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)
     ranker = _VectorRanker(vectors.float(), torch.get_num_threads())
-    itself = Jagged(np.arange(n + 1, dtype=np.int64), np.arange(n, dtype=np.int32))
     parts = Parts(folder, "similar_items.parquet", n, None, world)
-    ranked = rank_users(ranker, itself, k, world, description="compare items")
+    ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
     return parts.written(parts.merge(columns), k)

@@ -126,7 +126,7 @@ class Live:
         if user not in self._users:
             raise Unknown(user)
         row = np.array([self._users[user]], np.int32)
-        return self._best(row, self._catalogue.seen_by(row, self._positives), k)
+        return self._best(row, self._catalogue.seen_by(row, self._positives)(0, 1), k)
 
     def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
         """The best other items for somebody who is known by some items alone.

@@ -1,0 +1,84 @@
+"""Short lists from an index of the items' vectors, which does not look at all of them."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.topk import NO_ITEM
+
+
+class NearestItems:
+    """A faiss index that ranks items by the model without its over-arch, more or less.
+
+    An item's point is its sum of factor vectors and its constant: the inner product with a user's
+    sum and a one is what is ranked by, less the user's constant.
+
+    Args:
+        points: ``[I, D + 1]`` float32 of all items, the same on all ranks.
+        kind: of index, as faiss's factory has it: ``IVF1024,Flat``, ``HNSW32``.
+        probes: lists of an inverted file that are looked through.
+
+    Raises:
+        ConfigError: faiss is missing, or cannot make such an index of these points.
+    """
+
+    def __init__(self, points: npt.NDArray[np.float32], kind: str, probes: int) -> None:
+        if find_spec("faiss") is None:
+            raise ConfigError(
+                f"recommend.index={kind}: faiss is not installed; pip install faiss-cpu, or leave "
+                f"it out: all items are looked at then"
+            )
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        try:
+            index = faiss.index_factory(points.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+            index.train(points)
+            index.add(points)
+        except RuntimeError as error:
+            text = str(error).splitlines()[0].split("Error: ")[-1]
+            raise ConfigError(
+                f"recommend.index={kind}: faiss cannot make it of {len(points):,} items: {text}"
+            ) from None
+        if hasattr(index, "nprobe"):
+            index.nprobe = probes
+        self._index = index
+
+    def candidates(self, users: Sequence[Side], n: int, seen: Jagged, count: int) -> Tensor:
+        """``[n, count]`` positions of unseen items; `NO_ITEM` in places that were not filled.
+
+        Args:
+            users: blocks of them.
+            n: how many of them are wanted.
+            seen: their masked positions.
+            count: items wanted.
+        """
+        found = np.full((n, count), NO_ITEM, np.int64)
+        begin = 0
+        for side in users:
+            here = min(len(side.constant), n - begin)
+            if here > 0:
+                sums = side.factor_sum[:here].cpu().numpy()
+                points = np.concatenate([sums, np.ones((here, 1), np.float32)], 1)
+                lengths = seen.lengths[begin : begin + here]
+                # Seen items tend to be the best: that many more, or the list would be short.
+                wanted = min(count + int(lengths.max(initial=0)), self._index.ntotal)
+                nearest = self._index.search(points, wanted)[1]
+                low, high = seen.offsets[begin], seen.offsets[begin + here]
+                # Both as one sorted list of (user, position) numbers.
+                owners = np.arange(here, dtype=np.int64)[:, None] << 32
+                masked = np.repeat(owners[:, 0], lengths) + seen.values[low:high]
+                known = (nearest >= 0) & ~np.isin(owners + nearest, masked)
+                place = np.cumsum(known, 1) - 1
+                known &= place < count
+                user, column = np.nonzero(known)
+                found[begin + user, place[user, column]] = nearest[user, column]
+            begin += here
+        return torch.from_numpy(found)
