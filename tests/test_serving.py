@@ -1,6 +1,7 @@
 """A run behind HTTP, against the files that the commands write."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,11 +13,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from deepfm_dist import serve
+from deepfm_dist.config import load_config
+from deepfm_dist.distributed.world import world
+from deepfm_dist.runs import find_finished
+from tests.conftest import HISTORY
 from tests.pages import watched
+from tests.ranks import RankFailed, run_alone
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
-SETTINGS = ["trainer.max_steps=60", "run.loggers=[]", "model.over_arch_layer_sizes=[16,8]"]
+
+from deepfm_dist.serving.live import Live  # noqa: E402
+
+SETTINGS = [
+    *HISTORY,
+    "trainer.max_steps=60",
+    "run.loggers=[]",
+    "model.over_arch_layer_sizes=[16,8]",
+]
 
 
 def _command(name: str, *arguments: str) -> list[str]:
@@ -120,10 +135,35 @@ def test_what_cannot_be_answered_is_told(client: Any, path: str, status: int, to
     assert told in answer.text
 
 
-def test_bodies_are_limited_and_unsupported_questions_refused(client: Any) -> None:
-    answer = client.post("/recommend", json={"items": [9]})
-    assert answer.status_code == 409
-    assert "knows its users by id" in answer.json()["detail"]
+def test_somebody_described_by_items_gets_what_the_command_says(
+    client: Any, home: Path, tmp_path: Path
+) -> None:
+    home = shutil.copytree(home, tmp_path / "home")
+    (home / "strangers.csv").write_text("user,item\n" + "".join(f"x,{i}\n" for i in (9, 3, 40)))
+    option = "recommend.histories=strangers.csv"
+    command = _command("recommend", "--run", "runs/sample", option)
+    subprocess.run(command, cwd=home, check=True, capture_output=True)
+    wanted = pd.read_parquet(home / "runs/sample/recommendations.parquet")
+    found = client.post("/recommend", json={"items": [9, 3, 40, 9], "k": 10}).json()["items"]
+    assert [i["id"] for i in found] == wanted["item_id"].tolist()
+    np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
+
+
+def _asked_by_items(home: Path) -> None:
+    config = load_config("sample", [f"run.runs_root={home}", "run.name=plain"])
+    with world("cpu", threads=1) as ranks:
+        found = find_finished(config, [])
+        Live(found, serve._exported(found), ranks).recommend_for(["9"], 3)
+
+
+def test_a_model_that_knows_users_by_id_alone_says_so(tmp_path: Path) -> None:
+    settings = ["run.runs_root=.", "run.name=plain", "trainer.max_steps=1", "run.loggers=[]"]
+    subprocess.run(_command("train", *settings), cwd=tmp_path, check=True, capture_output=True)
+    with pytest.raises(RankFailed, match=r"Unsupported: .*knows its users by id.*history: item"):
+        run_alone(_asked_by_items, tmp_path)
+
+
+def test_bodies_are_limited(client: Any) -> None:
     assert client.post("/recommend", json={"items": ["none"]}).status_code == 404
     assert client.post("/recommend", json={"items": []}).status_code == 422
     long = b"[" + b" " * (1 << 20) + b"]"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
-from deepfm_dist.data.dataset import ABSENT, padded
+from deepfm_dist.data.dataset import ABSENT, DrawnHistories, padded
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
@@ -57,11 +57,18 @@ class _OneByOne(ModelRanker):
         sides = (torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True))
         self._kept_users = Side(*sides)
 
-    def _user_sides(self, begin: int, end: int, height: int) -> Any:
+    def of_items(self, items: Int32Array, drawn: DrawnHistories) -> Self:
+        """The same for somebody who is nothing but some items."""
+        other = self.of(np.zeros(1, np.int32), None)
+        other._histories, other._drawn = Jagged(np.array([0, len(items)]), items), drawn
+        other._kept_users = None
+        return other
+
+    def _user_sides(self, begin: int, end: int, height: int) -> list[Side]:
         if self._kept_users is None:
-            return self.engine.users([self._side("user", self._users[begin:end])])
+            return [self._side("user", self._users[begin:end])]
         row = int(self._users[begin]) - 1
-        return self.engine.users([self._kept_users[row : row + 1]])
+        return [self._kept_users[row : row + 1]]
 
 
 class Live:
@@ -81,7 +88,7 @@ class Live:
     def __init__(self, found: Finished, export: Path, world: World) -> None:
         dataset, config = found.dataset, found.config
         self.name, self.step = config.run.name, int(found.state["step"])
-        self.knows_users_by_items = False
+        self.knows_users_by_items = dataset.manifest.has_history
         self._catalogue = Catalogue(dataset)
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
         model = exported_model(found, export, world)
@@ -91,7 +98,7 @@ class Live:
             dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
         )
         self._positives = [dataset.positives(split) for split in config.recommend.mask]
-        self._history = dataset.history
+        self._history, self._drawn = dataset.history, DrawnHistories(dataset)
         self._vectors = None
         if model.interaction_arch.fm is not None:
             vectors = self._ranker.item_vectors().double()
@@ -126,7 +133,8 @@ class Live:
         if user not in self._users:
             raise Unknown(user)
         row = np.array([self._users[user]], np.int32)
-        return self._best(row, self._catalogue.seen_by(row, self._positives)(0, 1), k)
+        seen = self._catalogue.seen_by(row, self._positives)(0, 1)
+        return self._best(self._ranker.of(row, None), seen, k)
 
     def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
         """The best other items for somebody who is known by some items alone.
@@ -138,11 +146,16 @@ class Live:
         for item in items:
             if item not in self._rows:
                 raise Unknown(item)
-        raise Unsupported(
-            f"the model of run {self.name} knows its users by id, not by their items; ask for a "
-            f"user of the training data (/users), or for what is similar to an item "
-            f"(/items/ID/similar)"
-        )
+        if not self.knows_users_by_items:
+            raise Unsupported(
+                f"the model of run {self.name} knows its users by id, not by their items; ask for "
+                f"a user of the training data (/users), or for what is similar to an item "
+                f"(/items/ID/similar), or train one with a field of history: item"
+            )
+        rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
+        nobody, theirs = np.zeros(1, np.int32), [Jagged(np.array([0, len(rows)]), rows)]
+        seen = self._catalogue.seen_by(nobody, theirs)(0, 1)
+        return self._best(self._ranker.of_items(rows, self._drawn), seen, k)
 
     def similar(self, item: str, k: int) -> list[tuple[Card, float]]:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.
@@ -189,8 +202,8 @@ class Live:
         found: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return found
 
-    def _best(self, users: Int32Array, seen: Jagged, k: int) -> list[tuple[Card, float]]:
-        positions, scores = self._ranker.of(users, None).best(0, 1, 1, seen, k)
+    def _best(self, ranker: _OneByOne, seen: Jagged, k: int) -> list[tuple[Card, float]]:
+        positions, scores = ranker.best(0, 1, 1, seen, k)
         return self._shown(positions[0], scores[0])
 
     def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[tuple[Card, float]]:
