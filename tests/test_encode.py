@@ -657,7 +657,7 @@ def test_several_ranks_prepare_the_same_bytes(
 
 def test_16_ranks_prepare_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More ranks than files: most of them only merge texts and finish partitions."""
-    monkeypatch.setattr(job, "PARTITION_BYTES", 250)
+    monkeypatch.setattr(job, "PARTITION_BYTES", 200)
     data = DataConfig.model_validate(MANY)
     many_days(tmp_path, 200)
     assert prepare(data, tmp_path, tmp_path / "alone", seed=2).files > 16
