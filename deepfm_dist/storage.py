@@ -20,6 +20,7 @@ def folder_of(text: str) -> Path:
     Raises:
         ConfigError: a library for such URLs is not installed.
     """
+    text = text.removeprefix("file://")
     if "://" not in text:
         return Path(text)
     try:

@@ -19,6 +19,7 @@ from deepfm_dist.storage import (
 
 def test_a_local_folder_is_a_path() -> None:
     assert folder_of("runs") == Path("runs")
+    assert folder_of("file:///runs") == Path("/runs")
     assert not is_remote(folder_of("runs"))
 
 

@@ -437,12 +437,13 @@ def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
 
 
 def _make_room(path: Path) -> None:
-    try:
+    def work() -> None:
+        (path / MARKER).unlink(missing_ok=True)  # first, as above
         delete_tree(path)
         if not is_remote(path):  # an object store has no folders
             path.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {brief(error)}") from None
+
+    _translated(work, path, "cannot be written")
 
 
 def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
