@@ -34,6 +34,7 @@ def begin(
     Raises:
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
+        ConfigError: it is of another model.
     """
     path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
     if path is not None:
@@ -52,6 +53,14 @@ def begin(
             raise CheckpointError(
                 f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
                 f"this run's data does not extend; prepare it with data.vocabulary_from"
+            )
+        of_model = config.model.model_dump(mode="json")
+        for name, old, new in _differences(
+            checkpoint.read_state(path)["config"]["model"], of_model
+        ):
+            raise ConfigError(
+                f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not {new}; set "
+                f"model.{name}={str(old).replace(' ', '')}"
             )
         log.info("%s: training starts from its weights", path)
     config.run_dir.mkdir(parents=True, exist_ok=True)
