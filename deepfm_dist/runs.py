@@ -20,6 +20,7 @@ from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_OF_ANY_MODEL = ("dropout", "init_std")  # settings of ``model`` that change no weight's meaning
 _WHERE_DATA_IS = ("data.root", "data.name")
 
 
@@ -54,14 +55,13 @@ def begin(
                 f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
                 f"this run's data does not extend; prepare it with data.vocabulary_from"
             )
-        of_model = config.model.model_dump(mode="json")
-        for name, old, new in _differences(
-            checkpoint.read_state(path)["config"]["model"], of_model
-        ):
-            raise ConfigError(
-                f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not {new}; set "
-                f"model.{name}={str(old).replace(' ', '')}"
-            )
+        saved = checkpoint.read_state(path)["config"]["model"]
+        for name, old, new in _differences(saved, config.model.model_dump(mode="json")):
+            if name not in _OF_ANY_MODEL:
+                raise ConfigError(
+                    f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not {new}; "
+                    f"set model.{name}={str(old).replace(' ', '')}"
+                )
         log.info("%s: training starts from its weights", path)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.keep_checkpoints(
