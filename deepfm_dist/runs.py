@@ -24,6 +24,7 @@ from deepfm_dist.training.trainer import LoopState, Schedule
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
+_OF_ANY_MODEL = ("dropout", "init_std")  # settings of ``model`` that change no weight's meaning
 _WHERE_DATA_IS = ("data.root", "data.name")
 PLAN = "plan.json"
 
@@ -39,6 +40,7 @@ def begin(
     Raises:
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
+        ConfigError: it is of another model.
     """
     with told_in_one_line(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
@@ -59,6 +61,13 @@ def begin(
                     f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
                     f"this run's data does not extend; prepare it with data.vocabulary_from"
                 )
+            saved = checkpoint.read_state(path)["config"]["model"]
+            for name, old, new in _differences(saved, config.model.model_dump(mode="json")):
+                if name not in _OF_ANY_MODEL:
+                    raise ConfigError(
+                        f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not "
+                        f"{new}; set model.{name}={str(old).replace(' ', '')}"
+                    )
             log.info("%s: training starts from its weights", path)
         if not is_remote(config.run_dir):
             config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def register() -> torch.library.Library:
     """Puts `rowwise_adagrad` in the place of FBGEMM's kernel, for this process.
 
     FBGEMM 1.8's own, made at run time, mixes legacy SSE instructions into AVX code, and the
-    processor waits at every one: 400 ns for each row it updates, half of a small model's step.
+    processor waits at every one: half of a small model's step (``benchmarks/row_updates.py``).
     What this one does not cover (float16 tables, weighted bags) still goes to FBGEMM's.
 
     Returns:

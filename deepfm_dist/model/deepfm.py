@@ -6,6 +6,7 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torchrec import (
 
 from deepfm_dist.model.norm import GlobalBatchNorm, Sum
 
-_ACTIVATIONS: Mapping[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),  # nothing needs what a linear layer gave once more
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,

@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from deepfm_dist.config import BUNDLE
+from deepfm_dist.data.dataset import PreparedDataset
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -67,7 +69,7 @@ class Block:
 
     @property
     def script(self) -> str:
-        text = self.text
+        text = self.text.replace("\\\n", " ")
         for pattern, instead in NOT_AS_TYPED:
             text = re.sub(pattern, instead, text, flags=re.M)
         return f'set -eo pipefail\nmake() {{ {shlex.join(["command", *MAKE])} "$@"; }}\n{text}'
@@ -100,7 +102,8 @@ def blocks_of(*documents: str) -> list[Block]:
 ELSEWHERE = {"docs/import.md"}  # tests/test_notebook.py, with state dicts that fit
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))
 OF_ROOT = blocks_of("README.md", "CONTRIBUTING.md")
-KNOWN = {block.text for block in OF_ROOT}
+[NEW_DAY] = [b for b in blocks_of("docs/training.md") if "start_from=" in b.text]
+KNOWN = {NEW_DAY.text} | {block.text for block in OF_ROOT}
 OF_DOCS = [
     block
     for block in blocks_of(*(page for page in PAGES if page not in ELSEWHERE))
@@ -205,6 +208,36 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {e["event"] for e in events[:-1]} == {"train", "valid", "end"}
     assert events[-1]["event"] == "evaluate"
+
+
+def test_a_new_day_is_learned_on_top_of_yesterday(typed: Callable[[Block], Done]) -> None:
+    home, _ = typed(OWN_DATA)
+    today = pd.read_csv(home / "shop/orders.csv").query("customer >= 40").head(300)
+    today["ordered_at"] = "2027-01-01"
+    newcomer = today.iloc[:4].assign(customer=1000, article=["a1", "a2", "a3", "new"])
+    pd.concat([today, newcomer]).to_csv(home / "shop/today.csv", index=False)
+    done = run(["bash", "-c", NEW_DAY.script], home)
+    assert "ConfigError: checkpoint.start_from=runs/mine: its model has embedding_dim=32, n" in (
+        done.stderr
+    )
+    done = run(["bash", "-c", f"{NEW_DAY.script} model.embedding_dim=32"], home)
+    assert done.returncode == 0, done.stderr
+    assert "training starts from its weights" in done.stderr
+    rows, tables = {}, {}
+    for name in ("mine", "today"):
+        command = ["python", "-m", "deepfm_dist.export", "--config", "mine.yaml"]
+        done = run([*command, f"run.name={name}"], home)
+        assert done.returncode == 0, done.stderr
+        ids = PreparedDataset(home / "prepared" / name).entity_ids("user").to_pylist()
+        rows[name] = {user: row for row, user in enumerate(ids)}
+        tables[name] = load_file(home / "runs" / name / "export/model.safetensors")["tables.user"]
+    before, after = tables["mine"], tables["today"]
+    assert len(after) > len(before)
+    assert rows["mine"].items() <= rows["today"].items()
+    seen = [rows["mine"][str(user)] for user in today["customer"].unique()]
+    others = [row for user, row in rows["mine"].items() if user and int(user) < 40]
+    assert (after[others] == before[others]).all()
+    assert (after[seen] != before[seen]).any(1).all()
 
 
 def test_the_doctor_says_what_it_found_and_nothing_else(
