@@ -29,6 +29,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.ranking.evaluation import LOGGED, evaluate_ranking
     from deepfm_dist.report.tables import metrics_table
     from deepfm_dist.runs import open_trained
+    from deepfm_dist.training.calibration import Calibration
     from deepfm_dist.training.evaluation import HeldOut
 
     split, cutoffs = config.evaluate.split, config.evaluate.k
@@ -41,8 +42,9 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 f"{dataset.folder}: the {split} split has no rows"
                 + ("; it was refit on all of them" if dataset.manifest.data.refit else "")
             )
-        held_out = HeldOut(dataset, split)
-        logits = held_out.logits(trained.sharded, ranks)
+        calibration = Calibration()
+        rows = HeldOut(dataset, split).metrics(trained.sharded, ranks, calibration.add)
+        curve = calibration.curve(ranks)
         comparison = None
         if dataset.manifest.data.task == "implicit":
             reference = config.evaluate.reference
@@ -57,8 +59,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 config.data_root / reference if reference else None,
             )
         metrics = MetricsLog(config.run_dir, ranks.is_first)
-        if logits is not None:  # rank 0
-            rows = held_out.figures(logits)
+        if ranks.is_first:
             found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
             metrics.write("evaluate", split=split, rows=rows, **found)
             print(metrics_table(split, rows, comparison, cutoffs))
@@ -72,7 +73,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 dataset,
                 split,
                 rows,
-                held_out.calibration(logits),
+                curve,
                 comparison,
                 cutoffs,
             )

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn import calibration as sk_calibration
 from sklearn import metrics as sk
 
 from deepfm_dist.training.metrics import (
     accuracy,
     auc,
-    calibration_curve,
     click_metrics,
     log_loss,
     majority_rate,
@@ -75,20 +73,3 @@ def test_unknown_users_have_no_part_in_user_auc() -> None:
     figures = click_metrics(labels, logits, np.array([1, 1, 0, 0]))
     assert figures["user_auc"] == 1
     assert "user_auc" not in click_metrics(labels, logits)
-
-
-def test_calibration_compares_stretches_of_rows_as_scikit_learn_does() -> None:
-    random = np.random.default_rng(1)
-    logits = random.permutation(np.linspace(-4, 3, 1000)).astype(np.float32)
-    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    labels = (random.random(1000) < probabilities).astype(np.float32)
-    found = calibration_curve(labels, logits, 20)
-    observed, predicted = sk_calibration.calibration_curve(
-        labels, probabilities, n_bins=20, strategy="quantile"
-    )
-    assert found.rows == [50] * 20
-    np.testing.assert_allclose(found.predicted, predicted)
-    np.testing.assert_allclose(found.observed, observed)
-    few = calibration_curve(labels[:3], logits[:3])
-    assert few.rows == [1, 1, 1]
-    assert few.predicted == sorted(probabilities[:3].tolist())

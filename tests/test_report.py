@@ -18,7 +18,8 @@ from deepfm_dist.ranking.output import Written
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.report.page import write_page
 from deepfm_dist.report.tables import metrics_table, ranking_table
-from deepfm_dist.training.metrics import calibration_curve, click_metrics
+from deepfm_dist.training.calibration import Curve
+from deepfm_dist.training.metrics import click_metrics
 from tests.pages import watched
 
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
@@ -112,7 +113,7 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         sample,
         "test",
         click_metrics(labels, logits),
-        calibration_curve(labels, logits),
+        Curve([0.1, 0.2, 0.6], [0.05, 0.25, 0.5], [200, 200, 100]),
         comparison,
         (2,),
     )

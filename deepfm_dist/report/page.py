@@ -17,7 +17,7 @@ from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
-from deepfm_dist.training.metrics import Calibration
+from deepfm_dist.training.calibration import Curve
 
 SHOWN_HISTORY = 10
 """Latest items of a user's history that are shown."""
@@ -63,7 +63,7 @@ def write_page(
     dataset: PreparedDataset,
     split: str,
     rows: Mapping[str, float],
-    calibration: Calibration,
+    calibration: Curve,
     comparison: Comparison | None,
     cutoffs: Sequence[int],
 ) -> Path:
@@ -192,11 +192,11 @@ def _learning(plotter: Plotter, events: Sequence[Mapping[str, Any]]) -> list[Plo
     return plots
 
 
-def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
+def _calibration(plotter: Plotter, curve: Curve, rows: Mapping[str, float]) -> Plot:
     ratio = rows["calibration"]
     caption = (
-        f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,} rows, by "
-        f"their predictions."
+        f"Each point is one of {len(curve.rows)} stretches of about "
+        f"{sum(curve.rows) / len(curve.rows):,.0f} rows, by their predictions."
     )
     if not math.isnan(ratio):
         told = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
-from deepfm_dist.training.metrics import Calibration  # noqa: E402
+from deepfm_dist.training.calibration import Curve  # noqa: E402
 
 POINTS = 500
 """Points of a curve; a longer log is thinned."""
@@ -126,7 +126,7 @@ class Plotter:
 
         return self._plot(f"learning-{figure}", title, caption, draw)
 
-    def calibration(self, curve: Calibration, caption: str) -> Plot:
+    def calibration(self, curve: Curve, caption: str) -> Plot:
         """Predicted against observed."""
 
         def draw(axes: Axes) -> None:

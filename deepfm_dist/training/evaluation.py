@@ -1,6 +1,6 @@
 """Held-out rows through the sharded model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,10 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, padded
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
-from deepfm_dist.training.metrics import Calibration, calibration_curve, click_metrics
+from deepfm_dist.training.metrics import FloatArray, click_metrics
 
 BLOCK_ROWS = 8192
+Hearer = Callable[[FloatArray, FloatArray, FloatArray | None], None]
 
 
 class HeldOut:
@@ -27,33 +28,27 @@ class HeldOut:
         self.rows = dataset.rows(split)
         self._collate = Collator(dataset)
 
-    def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
+    def metrics(
+        self, model: nn.Module, world: World, hear: Hearer | None = None
+    ) -> Mapping[str, float]:
         """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks.
 
         Args:
             model: the sharded task in eval mode.
             world: the ranks.
+            hear: is told of this rank's rows, block by block: labels, logits, weights.
         """
-        logits = self.logits(model, world)
-        return {} if logits is None else self.figures(logits)
-
-    def logits(self, model: nn.Module, world: World) -> npt.NDArray[np.float32] | None:
-        """``[n]`` logits of all rows on rank 0; None elsewhere. All ranks."""
-        scored = score_rows(model, world, self.rows.n, BLOCK_ROWS, self._block)
-        pieces = world.gather([logits for _, logits in scored])
+        assert self.rows.labels is not None
+        found = []
+        for begin, logits in score_rows(model, world, self.rows.n, BLOCK_ROWS, self._block):
+            found.append(logits)
+            if hear is not None:
+                hear(self.rows.labels[begin : begin + len(logits)], logits, None)
+        pieces = world.gather(found)
         if pieces is None:
-            return None
-        return np.concatenate([block for piece in pieces for block in piece])
-
-    def figures(self, logits: npt.NDArray[np.float32]) -> dict[str, float]:
-        """The figures of `click_metrics`."""
-        assert self.rows.labels is not None
+            return {}
+        logits = np.concatenate([block for piece in pieces for block in piece])
         return click_metrics(self.rows.labels, logits, self.rows.users)
-
-    def calibration(self, logits: npt.NDArray[np.float32]) -> Calibration:
-        """`calibration_curve` of the rows."""
-        assert self.rows.labels is not None
-        return calibration_curve(self.rows.labels, logits)
 
     def _block(self, begin: int, end: int) -> Batch:
         return collate_rows(self._collate, self.rows, begin, end, BLOCK_ROWS)

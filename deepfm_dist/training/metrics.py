@@ -1,7 +1,6 @@
 """Figures on labelled rows: AUC, per-user AUC, log loss, NE, calibration, accuracy."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -125,42 +124,6 @@ def click_metrics(
         "accuracy": accuracy(labels, logits),
         "majority_rate": majority_rate(labels),
     }
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Rows in the order of their logits, cut into stretches of about as many each.
-
-    Attributes:
-        predicted: mean probability of each stretch.
-        observed: share of label 1.
-        rows: how many.
-    """
-
-    predicted: list[float]
-    observed: list[float]
-    rows: list[int]
-
-
-def calibration_curve(labels: FloatArray, logits: FloatArray, stretches: int = 20) -> Calibration:
-    """Compares probabilities with what happened.
-
-    Args:
-        labels: ``[n]`` 0 or 1.
-        logits: ``[n]``.
-        stretches: at most so many.
-
-    Source: DeGroot, Fienberg, "The Comparison and Evaluation of Forecasters", 1983.
-    """
-    order = np.argsort(logits, kind="stable")
-    begins = np.unique(np.linspace(0, len(order), min(stretches, len(order)) + 1).astype(np.int64))
-    rows = np.diff(begins)
-    probabilities = 1 / (1 + np.exp(-logits[order].astype(np.float64)))
-    return Calibration(
-        (np.add.reduceat(probabilities, begins[:-1]) / rows).tolist(),
-        (np.add.reduceat(labels[order].astype(np.float64), begins[:-1]) / rows).tolist(),
-        rows.tolist(),
-    )
 
 
 CLICK_FIGURES = tuple(click_metrics(np.array([0.0, 1.0]), np.zeros(2), np.ones(2, np.int32)))
