@@ -139,12 +139,14 @@ def test_somebody_described_by_items_gets_what_the_command_says(
     client: Any, home: Path, tmp_path: Path
 ) -> None:
     home = shutil.copytree(home, tmp_path / "home")
-    (home / "strangers.csv").write_text("user,item\n" + "".join(f"x,{i}\n" for i in (9, 3, 40)))
+    liked = pd.read_parquet(home / "runs/sample/recommendations.parquet")["item_id"]
+    liked = liked.unique()[:3].tolist()
+    (home / "strangers.csv").write_text("user,item\n" + "".join(f"x,{i}\n" for i in liked))
     option = "recommend.histories=strangers.csv"
     command = _command("recommend", "--run", "runs/sample", option)
     subprocess.run(command, cwd=home, check=True, capture_output=True)
     wanted = pd.read_parquet(home / "runs/sample/recommendations.parquet")
-    found = client.post("/recommend", json={"items": [9, 3, 40, 9], "k": 10}).json()["items"]
+    found = client.post("/recommend", json={"items": [*liked, liked[0]], "k": 10}).json()["items"]
     assert [i["id"] for i in found] == wanted["item_id"].tolist()
     np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
 
