@@ -5,7 +5,7 @@ trained by `deepfm_dist.train`, and measured by `deepfm_dist.evaluate` from the 
 best watched figure. Figures are means over the seeds with their standard deviation; the time is
 that of training, on this machine as busy as it is. The same seed gives the same digits again.
 
-    DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables, an hour
+    DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py --table ctr --row DeepFM
 """
 

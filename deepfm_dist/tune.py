@@ -60,8 +60,9 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
                 outcome = "failed"
             if search is not None:
                 search.over(outcome, best)
-                log.info("%s: %s, %s %s", trial.name, outcome, monitor, best)
                 for past in search.past():
+                    if past.name == trial.name:
+                        log.info("%s: %s, %s %s", past.name, outcome, monitor, past.best)
                     if past != search.best():
                         keep_checkpoints(folder / past.name, ())
         if search is not None:
