@@ -363,15 +363,20 @@ class TrainingBatches:
 
     def _collated(self, found: Taken, epoch: int, global_weight: float) -> Batch:
         index, columns = found.index, found.columns
-        users, items, labels, drawers = (
-            _picked(columns.get(name), index) for name in ("user", "item", "label", "drawer")
+        users, labels, drawers = (
+            _picked(columns.get(name), index) for name in ("user", "label", "drawer")
         )
         if labels is None:
             labels = np.ones(len(index), np.float32)
-        if self._negatives is not None:
-            assert users is not None and items is not None
+        if self._negatives is None:
+            items = _picked(columns.get("item"), index)
+        else:
+            assert users is not None
             labels[found.slot > 0] = 0
             drawers = users if drawers is None else drawers
+            positive = np.flatnonzero(found.slot == 0)
+            items = np.empty(len(index), np.int32)
+            items[positive] = _picked(columns["item"], index[positive])
             self._negatives.put(items, found.row, found.slot, drawers, epoch)
         height = self.local_batch_size
         return self._collate(
