@@ -471,20 +471,26 @@ class TrainingBatches:
 
     def _collated(self, found: Taken, epoch: int, global_weight: float) -> Batch:
         index, columns = found.index, found.columns
-        users, items, labels, drawers = (
-            _picked(columns.get(name), index) for name in ("user", "item", "label", "drawer")
+        users, labels, drawers = (
+            _picked(columns.get(name), index) for name in ("user", "label", "drawer")
         )
         if labels is None:
             labels = np.ones(len(index), np.float32)
-        bags = None
+        items = bags = None
+        if self._negatives is None or self._histories is not None:
+            items = _picked(columns.get("item"), index)
         if self._histories is not None:
             assert users is not None and items is not None
             lengths, values = self._histories.beside(users, items, found.row, epoch)
             bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
-            assert users is not None and items is not None
+            assert users is not None
             labels[found.slot > 0] = 0
             drawers = users if drawers is None else drawers
+            if items is None:  # only those that no negative takes the place of
+                positive = np.flatnonzero(found.slot == 0)
+                items = np.empty(len(index), np.int32)
+                items[positive] = _picked(columns["item"], index[positive])
             self._negatives.put(items, found.row, found.slot, drawers, epoch)
         height = self.local_batch_size
         return self._collate(
