@@ -96,7 +96,7 @@ SIZES = [[], [30], [30, 20, 10], [3, 17, 1, 8], [400, 400, 400], [300, 200, 100,
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("tf32", 2**-9), ("bf16", 2**-6)])
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("tf32", 5e-3), ("bf16", 2e-2)])
 def test_the_triton_kernel_ranks_by_the_models_scores(
     sizes: list[int], precision: Precision, error: float
 ) -> None:

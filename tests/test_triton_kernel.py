@@ -98,6 +98,38 @@ def test_bf16_errs_as_much_as_is_said(sizes: list[int]) -> None:
     assert 1e-5 < float(error / expected.std()) < 2**-9
 
 
+def in_tf32(x: torch.Tensor, rounded: bool) -> torch.Tensor:
+    """Ten bits behind the point, what is beyond rounded or cut off, as tensor cores do."""
+    bits = x.view(torch.int32) + (0x1000 if rounded else 0)
+    return (bits & ~0x1FFF).view(torch.float32)
+
+
+def product(x: torch.Tensor, w: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """What the kernel asks tensor cores for, which the interpreter makes in float32."""
+    if precision == "bf16":
+        return x.bfloat16().float() @ w.bfloat16().float()
+    if precision == "tf32":
+        return in_tf32(x, False) @ in_tf32(w, False)
+    high_x, high_w = in_tf32(x, True), in_tf32(w, True)
+    low_x, low_w = in_tf32(x - high_x, False), in_tf32(w - high_w, False)
+    return low_x @ high_w + high_x @ low_w + high_x @ high_w
+
+
+@pytest.mark.parametrize("sizes", [[30, 20, 10], [400, 400, 400], [400, 400, 400, 400]])
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 2e-6), ("tf32", 3e-3), ("bf16", 1e-2)])
+def test_what_tensor_cores_round_leaves_the_error_that_is_documented(
+    sizes: list[int], precision: Precision, error: float
+) -> None:
+    case = Case.of(40, 200, 10, sizes, seed=9)
+    users, items = [t[:40] for t in case.users.tensors], [t[:200] for t in case.items.tensors]
+    x = (users[2][:, None] + items[2]).relu().flatten(0, 1)
+    for weight, bias in case.layers[:-1]:
+        x = (product(x, weight.float().T, precision) + bias.float()).relu()
+    deep = (x @ case.layers[-1][0][0].float()).view(40, 200)
+    found = users[0][:, None] + items[0] + users[1] @ items[1].T + deep
+    assert error / 10 < error_of(found, case.expected(40, 200)) < error
+
+
 def test_layers_that_are_too_wide_or_too_many_are_named() -> None:
     reason = triton_kernel.reason_against
     assert reason([4000, 512, 4000], "fp32") is None
