@@ -155,6 +155,7 @@ def test_held_out_rows_see_the_same_at_most_20_items(with_history: PreparedDatas
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.interactions.weight=w", "leave interactions.weight=w out"),
         ("data.history={}", "set data.history.dropout, to 0.5 for example"),
         ("data.features=[{name: a, entity: user, history: nothing}]", "there are: item"),
         ("data.features=[{name: a, entity: item, history: item}]", "a history is a user's"),

@@ -161,6 +161,11 @@ def _check(dataset: PreparedDataset) -> None:
     told = "trainer.loss=bpr or softmax"
     if not manifest.sampled:
         raise ConfigError(f"{told}: needs positives alone (data.task=implicit), not labelled rows")
+    if weight := manifest.data.interactions.weight:
+        raise ConfigError(
+            f"{told}: a user's targets weigh alike; leave interactions.weight={weight} out, or use "
+            f"trainer.loss=bce"
+        )
     if context := [f.name for f in manifest.features if f.entity == "context"]:
         raise ConfigError(
             f"{told}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
