@@ -152,7 +152,8 @@ def test_somebody_described_by_items_gets_what_the_command_says(
 
 
 def _asked_by_items(home: Path) -> None:
-    config = load_config("sample", [f"run.runs_root={home}", "run.name=plain"])
+    where = [f"run.runs_root={home}", f"run.prepared_root={home / 'prepared'}"]
+    config = load_config("sample", [*where, "run.name=plain"])
     with world("cpu", threads=1) as ranks:
         found = find_finished(config, [])
         Live(found, serve._exported(found), ranks).recommend_for(["9"], 3)

@@ -155,7 +155,6 @@ def test_held_out_rows_see_the_same_at_most_20_items(with_history: PreparedDatas
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.interactions.weight=w", "leave interactions.weight=w out"),
         ("data.history={}", "set data.history.dropout, to 0.5 for example"),
         ("data.features=[{name: a, entity: user, history: nothing}]", "there are: item"),
         ("data.features=[{name: a, entity: item, history: item}]", "a history is a user's"),
@@ -183,3 +182,13 @@ def test_what_makes_no_sense_is_refused(
         changed = PreparedDataset(with_history.folder)
         changed.manifest = manifest
         UserBatches(changed, 64, 0, 1, 1, Candidates())
+
+
+def test_weights_of_rows_are_refused(with_history: PreparedDataset) -> None:
+    weighted = PreparedDataset(with_history.folder)
+    data = with_history.manifest.data
+    rows = data.interactions.model_copy(update={"weight": "w"})
+    data = data.model_copy(update={"interactions": rows})
+    weighted.manifest = with_history.manifest.model_copy(update={"data": data})
+    with pytest.raises(ConfigError, match="leave interactions.weight=w out"):
+        UserBatches(weighted, 64, 0, 1, 1, Candidates())
