@@ -60,23 +60,26 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
 def summary(runs: list[dict[str, Any]], show: list[str]) -> dict[str, dict[str, Any]]:
     """By ranking: each shown figure's mean, standard deviation and values; seconds of the model."""
     found: dict[str, dict[str, Any]] = {}
-    for ranking in runs[0]["figures"]:
-        of_ranking: dict[str, Any] = {}
-        for figure in show:
+    for ranking, figures in runs[0]["figures"].items():
+        found[ranking] = {}
+        for figure in (f for f in show if f in figures):  # rankings have none of rows
             values = [run["figures"][ranking][figure] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            of_ranking[figure] = {"mean": statistics.mean(values), "sd": spread, "values": values}
-        found[ranking] = of_ranking
+            found[ranking][figure] = {
+                "mean": statistics.mean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "values": values,
+            }
     found["model"]["seconds"] = statistics.mean(run["seconds"] for run in runs)
     return found
 
 
 def line(name: str, figures: dict[str, Any], show: list[str], n_seeds: int) -> str:
     """A line of a table in Markdown."""
-    cells = [
-        f"{figures[f]['mean']:.5f}" + (f" ± {figures[f]['sd']:.5f}" if n_seeds > 1 else "")
-        for f in show
-    ]
+    cells = []
+    for figure in show:
+        of = figures.get(figure)
+        spread = f" ± {of['sd']:.5f}" if of and n_seeds > 1 else ""
+        cells.append(f"{of['mean']:.5f}{spread}" if of else "")
     seconds = f"{figures['seconds']:.0f}" if "seconds" in figures else ""
     return f"| {' | '.join([name, *cells, str(n_seeds), seconds])} |"
 
