@@ -303,6 +303,16 @@ def test_rows_that_are_no_text_are_skipped_and_counted(
     assert capfd.readouterr().err == ""
 
 
+def test_a_damaged_file_whose_text_cannot_be_read_either_is_told_of(tmp_path: Path) -> None:
+    """Looking for the line that is no text must not fail on the damage."""
+    path = tmp_path / "a.csv.gz"
+    text = "user,score\n" + "".join(f"{i * 7919},1\n" for i in range(9999))
+    whole = gzip.compress(text.encode("utf-16-le"))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.csv\.gz.*: not readable"):
+        read_table(path, COLUMNS[:2], FileFormat(encoding="utf-16"))
+
+
 class NoPassword(Exception):
     """What a remote file system raises is no OSError."""
 

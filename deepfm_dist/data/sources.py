@@ -439,7 +439,7 @@ class _Reader:
 
     def _unreadable(self, error: Exception) -> str:
         if isinstance(error, UnicodeError) or "UTF8" in str(error):
-            with io.BufferedReader(_Raw(self._stream())) as lines:
+            with suppress(*self.failures), io.BufferedReader(_Raw(self._stream())) as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
                         line.decode(self.encoding)
