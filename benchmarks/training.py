@@ -352,11 +352,16 @@ def main() -> None:
     print(f"versions: python {platform.python_version()}, {told}")
     print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
     report: dict[str, object] = {}
+    ours_alone = float("nan")
     if "ours" in args.only:
         for ranks in map(int, args.ranks.split(",")):
             speed = ours(config, args.folder, args, ranks)
             report["rows_per_s" if ranks == 1 else f"rows_per_s_{ranks}_ranks"] = round(speed)
             print(f"ours, {ranks} rank(s): {speed:,.0f} rows/s", flush=True)
+            ours_alone = speed if ranks == 1 else ours_alone
+            if ranks > 1 and "rows_per_s" in report:
+                report[f"speedup_{ranks}_ranks"] = round(speed / ours_alone, 3)
+                print(f"  {speed / ours_alone:.2f} times one rank's")
             if args.device == "cuda":
                 share = table_share_of_bandwidth(speed / ranks)
                 report[f"table_share_of_bandwidth_{ranks}_ranks"] = share
