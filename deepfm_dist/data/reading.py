@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,10 @@ from deepfm_dist.data.fields import (
 from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
 from deepfm_dist.data.job import OPEN, Job, of_entity
 from deepfm_dist.data.schema import Feature
-from deepfm_dist.data.sources import Column, read_batches, read_table
+from deepfm_dist.data.sources import BLOCK_BYTES, Column, read_batches, read_table
 from deepfm_dist.data.spill import Spill
 from deepfm_dist.errors import DataError
+from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -62,25 +64,36 @@ class Reading:
         self.n_read = self.n_open = 0
         kept = {name: 0 for _, name, _ in job.inputs}
         sizes = offsets_of([file.text_bytes for file, _, _ in job.inputs])
-        for number, (file, name, part) in enumerate(job.inputs):
-            middle = (sizes[number] + sizes[number + 1]) // 2
-            if middle * job.crew.size // (sizes[-1] + 1) != job.crew.rank:
-                continue
-            before = self.n_read
-            columns, layout = row_columns(data, with_split=part == OPEN), data.files.get(name)
-            for batch in read_batches(file.path, columns, layout, data.on_bad_row, job.dropped):
-                rows = self._coded(self._rated(batch), part)
-                self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
-                self.n_read += rows.num_rows
-            kept[name] += self.n_read - before
-            if part == OPEN and data.interactions.split is None:
-                self.n_open += self.n_read - before
+        middles = (sizes[:-1] + sizes[1:]) // 2
+        mine = np.flatnonzero(middles * job.crew.size // (sizes[-1] + 1) == job.crew.rank)
+        text_bytes = sum(job.inputs[number][0].text_bytes for number in mine)
+        with progress(text_bytes, "read", "B", job.crew.is_first) as bar:
+            for number in mine.tolist():
+                name, rows = job.inputs[number][1], self.n_read
+                self._read(number, bar)
+                kept[name] += self.n_read - rows
         self.spill.close()
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
             self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
         of_ranks = job.crew.gather(kept)
         self._check_rows({name: sum(of_rank[name] for of_rank in of_ranks) for name in kept})
+
+    def _read(self, number: int, bar: Any) -> None:
+        """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
+        data, (file, name, part) = self._job.data, self._job.inputs[number]
+        columns, layout = row_columns(data, with_split=part == OPEN), data.files.get(name)
+        before, left = self.n_read, file.text_bytes
+        dropped = self._job.dropped
+        for batch in read_batches(file.path, columns, layout, data.on_bad_row, dropped):
+            rows = self._coded(self._rated(batch), part)
+            self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
+            self.n_read += rows.num_rows
+            bar.update(min(BLOCK_BYTES, left))
+            left -= min(BLOCK_BYTES, left)
+        bar.update(left)
+        if part == OPEN and data.interactions.split is None:
+            self.n_open += self.n_read - before
 
     def _check_rows(self, totals: Mapping[str, int]) -> None:
         for name, total in totals.items():

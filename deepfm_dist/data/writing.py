@@ -31,6 +31,7 @@ from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spill import Part
 from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
 from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
 
 LANE_WINDOW_ROWS = 1 << 22
@@ -78,23 +79,28 @@ class RowWriter:
             for name in SPLITS:
                 (job.folder / name).mkdir()
         job.crew.gather(None)
-        for p in job.mine:
-            part, parts = self._partitions.load(p), np.asarray(self._partitions.kept(p, "parts"))
-            columns = self._columns(part)
-            known = self._known_items(part, p) if self._sampled else None
-            for split, name in enumerate(SPLITS):
-                at, first = np.flatnonzero(parts == split), int(self._first_of[split][p])
-                used = {n: v for n, v in columns.items() if n not in self._unused[name]}
-                table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
-                cuts = self._cuts
-                if split != TRAIN:
-                    if known is not None and len(at):
-                        table = self._with_negatives(table, part["local"][at], known, p, split)
-                    cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
-                _write_groups(table, job.folder / name / f"part-{p:05d}.parquet", cuts, first)
-                sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
-            if {"user", "item"} <= columns.keys():
-                self.histories.add(*_liked(part, parts, columns))
+        with progress(len(job.mine), "write", "partition", job.crew.is_first) as bar:
+            for p in job.mine:
+                part, parts = (
+                    self._partitions.load(p),
+                    np.asarray(self._partitions.kept(p, "parts")),
+                )
+                columns = self._columns(part)
+                known = self._known_items(part, p) if self._sampled else None
+                for split, name in enumerate(SPLITS):
+                    at, first = np.flatnonzero(parts == split), int(self._first_of[split][p])
+                    used = {n: v for n, v in columns.items() if n not in self._unused[name]}
+                    table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
+                    cuts = self._cuts
+                    if split != TRAIN:
+                        if known is not None and len(at):
+                            table = self._with_negatives(table, part["local"][at], known, p, split)
+                        cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
+                    _write_groups(table, job.folder / name / f"part-{p:05d}.parquet", cuts, first)
+                    sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
+                if {"user", "item"} <= columns.keys():
+                    self.histories.add(*_liked(part, parts, columns))
+                bar.update()
         sizes = job.crew.add_up(sizes)
         k = job.data.negatives.evaluation_per_positive if self._sampled else 0
         return {
