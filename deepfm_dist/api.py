@@ -135,7 +135,7 @@ class Model:
             settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``.
         """
         self._run("recommend", settings)
-        return pd.read_parquet(self.config.run_dir / "recommendations.parquet")
+        return pd.read_parquet(self.config.output_dir / "recommendations.parquet")
 
     def similar(self, **settings: Any) -> pd.DataFrame:
         """Every item's most similar items: ``item_id, similar_item_id, score, rank``.
@@ -144,7 +144,7 @@ class Model:
             settings: of the section ``similar``, such as ``k=5``.
         """
         self._run("similar", settings)
-        return pd.read_parquet(self.config.run_dir / "similar_items.parquet")
+        return pd.read_parquet(self.config.output_dir / "similar_items.parquet")
 
     def predict(self, rows: pd.DataFrame) -> pd.Series:
         """Logits of rows like the interactions, in their order; unknown ids are allowed."""

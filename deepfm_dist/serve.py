@@ -76,7 +76,7 @@ def _exported(found: "Finished") -> Path:
     """The export of the run's checkpoint, made where there is none or one of another step."""
     from deepfm_dist.export import export
 
-    folder = found.config.run_dir / "export"
+    folder = found.config.output_dir / "export"
     told = folder / "config.json"
     step = json.loads(told.read_text())["step"] if told.is_file() else None
     if step != found.state["step"]:

@@ -190,5 +190,5 @@ def test_weights_of_rows_are_refused(with_history: PreparedDataset) -> None:
     rows = data.interactions.model_copy(update={"weight": "w"})
     data = data.model_copy(update={"interactions": rows})
     weighted.manifest = with_history.manifest.model_copy(update={"data": data})
-    with pytest.raises(ConfigError, match="leave interactions.weight=w out"):
+    with pytest.raises(ConfigError, match=r"leave interactions\.weight=w out"):
         UserBatches(weighted, 64, 0, 1, 1, Candidates())
