@@ -168,7 +168,7 @@ def _cut_while_saving(folder: Path, run_dir: str) -> str:
         return str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "state.json.part"])
 def test_a_cut_in_a_save_is_one_line_and_leaves_the_checkpoint_before(
     sample: PreparedDataset, wire: Wire, runs: Path, file: str
 ) -> None:
