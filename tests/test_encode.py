@@ -26,13 +26,14 @@ import pytest
 import yaml
 
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data import job, reading, sources
+from deepfm_dist.data import sources
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import read_table
 from deepfm_dist.data.split import SPLITS

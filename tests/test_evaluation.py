@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from deepfm_dist.data import writing
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.jagged import Jagged, taken
+from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.world import world
 from deepfm_dist.training import evaluation
@@ -44,7 +44,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ]
     data = {"task": "ctr", "interactions": spec, "features": features, "lanes": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepfm_dist.data.job.PARTITION_BYTES", 9000)
+        patch.setattr("deepfm_dist.data.preparation.job.PARTITION_BYTES", 9000)
         patch.setattr(writing, "HELD_OUT_GROUP_ROWS", 100)
         prepare(DataConfig.model_validate(data), folder, folder / "d", 1)
     return folder / "d"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfm_dist.data import job, writing
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.lanes import consumed
+from deepfm_dist.data.preparation import job, writing
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from tests.test_dataset import rows_of

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from deepfm_dist.data import writing
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.layout import check_layout
+from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 
@@ -232,7 +232,7 @@ def test_what_we_write_is_laid_out_as_it_has_to_be(
     sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_layout(sample.folder, sample.manifest)
-    monkeypatch.setattr("deepfm_dist.data.job.PARTITION_BYTES", 500)
+    monkeypatch.setattr("deepfm_dist.data.preparation.job.PARTITION_BYTES", 500)
     monkeypatch.setattr(writing, "LANE_WINDOW_ROWS", 100)
     lines = [
         f"{k % 2},u{k % 7},{'ab'[k % 2]}|c,{k},{1 + k % 3},{'' if k % 5 else k}\n"

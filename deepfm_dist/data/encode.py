@@ -32,11 +32,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deepfm_dist.data.counts import split_and_count
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
-from deepfm_dist.data.fitting import Earlier, Fit, Fitted
-from deepfm_dist.data.job import Job
 from deepfm_dist.data.layout import check_layout
 from deepfm_dist.data.manifest import (
     FORMAT,
@@ -49,12 +46,15 @@ from deepfm_dist.data.manifest import (
     settings_of,
     versions,
 )
-from deepfm_dist.data.partitions import Partitions
-from deepfm_dist.data.reading import Reading
+from deepfm_dist.data.preparation.counts import split_and_count
+from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
+from deepfm_dist.data.preparation.job import Job
+from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.reading import Reading
+from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import Vocabulary
-from deepfm_dist.data.writing import RowWriter, write_entities
 from deepfm_dist.errors import DataError
 
 log = logging.getLogger(__name__)

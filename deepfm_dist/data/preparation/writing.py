@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.counts import Counts
-from deepfm_dist.data.fitting import Earlier, Fit, Fitted
 from deepfm_dist.data.histories import Histories
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -22,13 +20,15 @@ from deepfm_dist.data.jagged import (
     taken,
     to_arrow,
 )
-from deepfm_dist.data.job import Job, of_entity
 from deepfm_dist.data.manifest import SplitSpec, cuts_of
 from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
-from deepfm_dist.data.partitions import Partitions
-from deepfm_dist.data.reading import side_table
+from deepfm_dist.data.preparation.counts import Counts
+from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
+from deepfm_dist.data.preparation.job import Job, of_entity
+from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.reading import side_table
+from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.spill import Part
 from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.log import progress

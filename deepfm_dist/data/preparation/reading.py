@@ -21,10 +21,10 @@ from deepfm_dist.data.fields import (
     split_cells,
 )
 from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
-from deepfm_dist.data.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import BLOCK_BYTES, Column, read_batches, read_table
-from deepfm_dist.data.spill import Spill
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed

@@ -18,9 +18,9 @@ from deepfm_dist.data.jagged import (
     joined,
     taken,
 )
-from deepfm_dist.data.job import OPEN, Job, of_entity
-from deepfm_dist.data.partitions import Partitions
-from deepfm_dist.data.spill import Part
+from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.split import (
     SPLITS,
     TRAIN,

@@ -18,11 +18,11 @@ from deepfm_dist.data.jagged import (
     grouped,
     offsets_of,
 )
-from deepfm_dist.data.job import OPEN, Job, of_entity
-from deepfm_dist.data.merge import unite
 from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct
-from deepfm_dist.data.reading import Reading, rows_path
-from deepfm_dist.data.spill import Part, read_spilled
+from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.merge import unite
+from deepfm_dist.data.preparation.reading import Reading, rows_path
+from deepfm_dist.data.preparation.spill import Part, read_spilled
 from deepfm_dist.seeding import derive_seed
 
 

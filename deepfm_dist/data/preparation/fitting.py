@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.counts import Counts
 from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
@@ -17,9 +16,10 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
-from deepfm_dist.data.job import Job, of_entity
 from deepfm_dist.data.manifest import Manifest, NumericSpec
-from deepfm_dist.data.partitions import Partitions
+from deepfm_dist.data.preparation.counts import Counts
+from deepfm_dist.data.preparation.job import Job, of_entity
+from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.seeding import derive_seed

@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from deepfm_dist.data.codes import Codes, check_texts
 from deepfm_dist.data.jagged import Int32Array, grouped, offsets_of
-from deepfm_dist.data.job import Job
-from deepfm_dist.data.spill import Spill, read_spilled
+from deepfm_dist.data.preparation.job import Job
+from deepfm_dist.data.preparation.spill import Spill, read_spilled
 from deepfm_dist.data.vocabulary import id_order
 
 CodeMaps = list[dict[str, Int32Array]]
