@@ -8,11 +8,16 @@ from dataclasses import asdict
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config, ShardingConfig, config_from
 
+EXAMPLES = (
+    "--config aistages_ranking --to both --weight 96",
+    "--run runs/mine --to mine_and_ease --columns 128",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     description = "Widen a trained FM by the closed-form ranker EASE."
-    return run("add_ease", description, _add, argv, _add_arguments)
+    return run("add_ease", description, _add, argv, _add_arguments, EXAMPLES)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
