@@ -11,8 +11,9 @@ STAMP   := $(VENV)/.$(VARIANT)
 demo: $(STAMP)
 	$(PY) -m deepfm_dist.demo $(ARGS)
 
-# One thread a rank: several ranks share the cores here. DEEPFM_DATA, where set, names a folder of real
-# data sets; it reaches the tests through the environment, and the tests that need it skip without it.
+# Tests marked slow are left to `make check`. One thread a rank: several ranks share the cores here.
+# DEEPFM_DATA, where set, names a folder of real data sets; it reaches the tests through the environment,
+# and those that need it skip without it.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
@@ -29,7 +30,7 @@ check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@DEEPFM_KILLS=10 $(MAKE) --no-print-directory test ARGS="--cov=deepfm_dist $(ARGS)"
+	@DEEPFM_KILLS=10 $(MAKE) --no-print-directory test ARGS='-m "not launch" --cov=deepfm_dist $(ARGS)'
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -629,7 +629,7 @@ def test_a_bounded_norm_is_the_same_at_any_world_size_and_plan(sample: PreparedD
         ("trainer.table_precision=fp16", (1, 2), 1e-7, 1e-4),
         ("sharding={communication: fp16, kind: row_wise}", (2,), 1e-7, 1e-4),
         ("sharding={communication: fp16, kind: table_wise}", (2,), 1e-7, 1e-4),
-        ("trainer.compile=true", (1,), 0.0, 1e-6),
+        pytest.param("trainer.compile=true", (1,), 0.0, 1e-6, marks=pytest.mark.slow),  # a compiler
     ],
 )
 def test_less_precision_and_compilation_stay_near_and_repeat_exactly(

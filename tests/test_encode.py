@@ -656,6 +656,7 @@ def test_several_ranks_prepare_the_same_bytes(
         shutil.rmtree(tmp_path / "d")
 
 
+@pytest.mark.slow  # 16 ranks on the cores there are
 def test_16_ranks_prepare_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More ranks than files: most of them only merge texts and finish partitions."""
     monkeypatch.setattr(job, "PARTITION_BYTES", 200)
@@ -765,6 +766,7 @@ def prepared_by_ranks(work: Callable[[Crew], Any], event: int, dying: int) -> No
         killed_at(event if ranks.rank == dying else -1, lambda: work(crew))
 
 
+@pytest.mark.slow  # waits until the other rank misses it
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_rank_leaves_no_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dying: int

@@ -26,6 +26,7 @@ pytest.importorskip("fastapi")
 
 from deepfm_dist.serving.live import Live  # noqa: E402
 
+pytestmark = pytest.mark.slow  # trains, serves, and drives a browser
 SETTINGS = [
     *HISTORY,
     "trainer.max_steps=60",

@@ -68,6 +68,7 @@ def test_more_items_per_user_than_registers_hold(monkeypatch: pytest.MonkeyPatch
     interpreted(Case.of(6, 200, 5, [7, 3], seed=4), 6, 200).check(9, (128,))
 
 
+@pytest.mark.slow  # Triton's interpreter
 def test_splits_tiles_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     n_users, n_items = 5, 300
     case = Case.of(n_users, n_items, 12, [33, 21, 10, 7], seed=1)

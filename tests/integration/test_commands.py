@@ -182,7 +182,14 @@ def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.where)
+@pytest.mark.parametrize(
+    "block",
+    [
+        *OF_ROOT,
+        *(pytest.param(b, marks=pytest.mark.slow) for b in OF_DOCS),  # many commands, each a start
+    ],
+    ids=lambda block: block.where,
+)
 def test_what_the_documents_say_to_type_works(
     block: Block, typed: Callable[[Block], Done], request: pytest.FixtureRequest
 ) -> None:

@@ -74,7 +74,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.slow  # restarts, each of which imports torch anew
 def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print("moments drawn from seed", seed)
@@ -94,6 +93,7 @@ def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Pat
     assert lines(home) == lines(undisturbed)
 
 
+@pytest.mark.slow  # four starts, each of which imports torch on two ranks
 def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     home = tmp_path / "preempted"
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -40,6 +40,7 @@ def run(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=cwd, env=bare, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # the whole demo: four commands on two ranks
 def test_the_demo_runs_from_an_installed_wheel(fresh_venv: Path, tmp_path: Path) -> None:
     where = run([fresh_venv / "bin/python", "-c", "import deepfm_dist as d; print(d)"], tmp_path)
     assert str(fresh_venv) in where.stdout
