@@ -294,6 +294,7 @@ def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
         assert all(thread.daemon for thread in others)  # none keeps the process from ending
 
 
+@pytest.mark.slow  # waits for the time-out
 def test_a_rank_that_goes_silent_in_a_save_is_missed_within_the_time_out(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:

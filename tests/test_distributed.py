@@ -121,6 +121,7 @@ def test_losses_do_not_depend_on_world_size_or_plan(
             assert difference(losses, alone) <= 1e-6, (size, plan)
 
 
+@pytest.mark.slow  # fifty steps of 400-400-400, five times
 def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDataset) -> None:
     config = config_of(*LARGE)
     alone = run_alone(train, sample.folder, config, 50)
@@ -466,7 +467,10 @@ def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:
         run.losses(3, 4)
 
 
-@pytest.mark.parametrize("asleep", [0, 2])
+@pytest.mark.parametrize(
+    "asleep",
+    [2, pytest.param(0, marks=pytest.mark.slow)],  # waits for the time-out
+)
 def test_a_hanging_rank_is_named_within_the_time_out(sample: PreparedDataset, asleep: int) -> None:
     begun = time.monotonic()
     with pytest.raises(RankFailed) as caught:

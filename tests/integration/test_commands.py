@@ -185,8 +185,10 @@ def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize(
     "block",
     [
-        *OF_ROOT,
-        *(pytest.param(b, marks=pytest.mark.slow) for b in OF_DOCS),  # many commands, each a start
+        *(b for b in OF_ROOT if not b.needs_real_data),
+        # Many commands, each a start, or data of some size.
+        *(pytest.param(b, marks=pytest.mark.slow) for b in OF_ROOT if b.needs_real_data),
+        *(pytest.param(b, marks=pytest.mark.slow) for b in OF_DOCS),
     ],
     ids=lambda block: block.where,
 )
@@ -229,6 +231,7 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
     assert events[-1]["event"] == "evaluate"
 
 
+@pytest.mark.slow  # five starts
 def test_a_new_day_is_learned_on_top_of_yesterday(typed: Callable[[Block], Done]) -> None:
     home, _ = typed(OWN_DATA)
     today = pd.read_csv(home / "shop/orders.csv").query("customer >= 40").head(300)
