@@ -20,7 +20,7 @@ from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.errors import DataError
 
 EXAMPLES = int(os.environ.get("DEEPFM_FUZZ_EXAMPLES", 100))
-"""Files that each fuzzer makes up; 100,000 take about ten minutes."""
+"""Files that each fuzzer makes up; 100,000 take minutes."""
 COLUMNS = [Column("user"), Column("score", "number"), Column("at", "time")]
 EXPECTED = {"user": ["007", "b"], "score": [1.5, -2.0], "at": [10, 86400]}
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch import library as operators
 
 from deepfm_dist.compiled import compiled
 
@@ -18,7 +19,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @cache
-def register() -> torch.library.Library:
+def register() -> operators.Library:
     """Puts `rowwise_adagrad` in the place of FBGEMM's kernel, for this process.
 
     FBGEMM 1.8's own, made at run time, mixes legacy SSE instructions into AVX code, and the
@@ -28,7 +29,7 @@ def register() -> torch.library.Library:
     Returns:
         What keeps it registered.
     """
-    stock = torch.library.get_kernel(_OPERATOR, "CPU")
+    stock = operators.get_kernel(_OPERATOR, "CPU")
 
     def update(keys: Any, *arguments: Any) -> None:
         (
@@ -71,11 +72,11 @@ def register() -> torch.library.Library:
             np.float32(eps),
         )
 
-    library = torch.library.Library("fbgemm", "IMPL")
+    ours = operators.Library("fbgemm", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every kernel that is replaced
-        library.impl(_OPERATOR.split("::")[1], update, "CPU", with_keyset=True, allow_override=True)
-    return library
+        ours.impl(_OPERATOR.split("::")[1], update, "CPU", with_keyset=True, allow_override=True)
+    return ours
 
 
 def _numpy(tensor: Tensor) -> Any:

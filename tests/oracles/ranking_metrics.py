@@ -93,14 +93,14 @@ LIBRARIES = {"lenskit": by_lenskit, "rectools": by_rectools}
 def main() -> None:
     """Writes the cases and the library's figures beside this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=LIBRARIES)
-    library = parser.parse_args().library
+    parser.add_argument("package", choices=LIBRARIES)
+    package = parser.parse_args().package
     rng = random.Random(7)
     cases = [draw(rng) for _ in range(N_CASES)]
     for case in cases:
-        case["figures"] = LIBRARIES[library](case)
-    written = {"library": f"{library} {version(library)}", "items": N_ITEMS, "cases": cases}
-    Path(__file__).with_name(f"{library}.json").write_text(json.dumps(written) + "\n")
+        case["figures"] = LIBRARIES[package](case)
+    written = {"library": f"{package} {version(package)}", "items": N_ITEMS, "cases": cases}
+    Path(__file__).with_name(f"{package}.json").write_text(json.dumps(written) + "\n")
 
 
 if __name__ == "__main__":
