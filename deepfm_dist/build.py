@@ -85,8 +85,14 @@ def build_model(
         {f.name: f.pooling for f in manifest.categorical if f.multi_valued},
         torch.device("meta"),
         half,
+        _of_item(manifest) if config.fm_pairs == "across" else None,
     )
     return DeepFMTrain(model)
+
+
+def _of_item(manifest: Manifest) -> list[bool]:
+    """For each categorical field and then each numeric one, whether it is the item's."""
+    return [f.entity == "item" for f in (*manifest.categorical, *manifest.dense)]
 
 
 def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
@@ -280,8 +286,8 @@ def _catalogue_loss(
 ) -> CatalogueLoss | None:
     if kind == "bce":
         return None
-    of_item = [f.entity == "item" for f in (*manifest.categorical, *manifest.dense)]
-    scorer = PairScorer(task.model.interaction_arch, of_item, len(manifest.categorical))
+    arch, n_categorical = task.model.interaction_arch, len(manifest.categorical)
+    scorer = PairScorer(arch, _of_item(manifest), n_categorical)
     return CatalogueLoss(kind, scorer, world.differentiable_gather)
 
 
@@ -503,6 +509,7 @@ def from_notebook(
         "batch_norm": False,
         "first_order": True,
         "fm": True,
+        "fm_pairs": "all",
         "deep": True,
     }
     differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}

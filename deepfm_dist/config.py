@@ -57,6 +57,9 @@ class ModelConfig(Section):
     """The linear part."""
     fm: bool = True
     """The pairwise part."""
+    fm_pairs: Literal["all", "across"] = "all"
+    """Its pairs of fields: all, as in the paper, or only those across: of a field of the item with
+    one of the user or the context. The others rank nothing that the first order could not."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"

@@ -114,6 +114,7 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
         ["model.batch_norm=true"],
         ["model.first_order=false"],
         ["model.deep=false"],
+        ["model.fm_pairs=across"],
         ["model.deep=false", "model.fm=false"],
         ["model.fm=false", "model.activation=tanh"],
     ],

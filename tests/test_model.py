@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ N_DENSE = 2
 
 
 def pair(
-    dim: int = 6, hidden: tuple[int, ...] = (5, 4), **options: bool
+    dim: int = 6, hidden: tuple[int, ...] = (5, 4), **options: Any
 ) -> tuple[DeepFM, PlainDeepFM]:
     """Our model and the plain one with the same weights."""
     torch.manual_seed(0)
@@ -107,14 +108,32 @@ def test_fm_is_the_sum_over_all_pairs() -> None:
         assert torch.autograd.gradcheck(fm, rows)
 
 
+def test_pairs_across_the_sides_are_those_of_different_ones() -> None:
+    rows = torch.randn(8, 5, 6, dtype=torch.float64, requires_grad=True)
+    of_item = [False, True, False, True, True]
+    factors = rows[:, :, :3]
+    pairs = sum(
+        (factors[:, a] * factors[:, b]).sum(1)
+        for a, b in itertools.combinations(range(5), 2)
+        if of_item[a] != of_item[b]
+    )
+    for first_order in (True, False):
+        fm = FactorizationMachine(3, first_order, of_item).double()
+        expected = rows[:, :, 3].sum(1) + pairs if first_order else pairs
+        torch.testing.assert_close(fm(rows), expected)
+        assert torch.autograd.gradcheck(fm, rows)
+
+
 SWITCHES = [s for s in itertools.product([True, False], repeat=3) if any(s)]
+OF_ITEM = [False, True, True, False, True, False]
 
 
+@pytest.mark.parametrize("of_item", [None, OF_ITEM])
 @pytest.mark.parametrize(("first_order", "fm", "deep"), SWITCHES)
 def test_logits_and_gradients_equal_the_plain_models(
-    first_order: bool, fm: bool, deep: bool
+    first_order: bool, fm: bool, deep: bool, of_item: list[bool] | None
 ) -> None:
-    ours, plain = pair(first_order=first_order, fm=fm, deep=deep)
+    ours, plain = pair(first_order=first_order, fm=fm, deep=deep, of_item=of_item)
     bags, sparse, dense = example()
     logits, expected = ours(sparse, dense), plain(bags, dense)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

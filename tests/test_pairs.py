@@ -20,6 +20,8 @@ USERS, ITEMS = 7, 9
         {"deep": None, "first_order": False},
         {"deep": []},
         {"deep": [5]},
+        {"deep": None, "of_item": OF_ITEM},
+        {"deep": [5], "of_item": OF_ITEM, "first_order": False},
         {"deep": [5, 4], "activation": "gelu"},
         {"deep": [5, 4], "fm": False, "first_order": False},
     ],

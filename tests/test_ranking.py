@@ -71,7 +71,8 @@ def random_arch(
                     tensor.normal_()
                 module.running_var.uniform_(0.5, 2)
     first_order, fm = bool(options.get("first_order", True)), bool(options.get("fm", True))
-    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, init_std=0.5)
+    of_item = OF_ITEM if options.get("across") else None
+    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, 0.5, of_item)
     arch.bias.data.normal_()
     return arch.eval()
 
@@ -116,7 +117,7 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
 
 @pytest.mark.parametrize("hidden", [None, (), (6,), (30, 20, 10), (3, 17, 1, 8)])
 @pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("switches", [{}, {"fm": False}, {"first_order": False}])
+@pytest.mark.parametrize("switches", [{}, {"fm": False}, {"first_order": False}, {"across": True}])
 def test_factorised_scores_equal_the_forward_pass(
     hidden: tuple[int, ...] | None, batch_norm: bool, switches: dict[str, bool]
 ) -> None:
@@ -132,6 +133,7 @@ def test_factorised_scores_equal_the_forward_pass(
     dim=st.integers(1, 40),
     first_order=st.booleans(),
     fm=st.booleans(),
+    across=st.booleans(),
     batch_norm=st.booleans(),
     activation=st.sampled_from(["relu", "relu", "gelu", "tanh", "sigmoid"]),
     seed=st.integers(0, 2**31),

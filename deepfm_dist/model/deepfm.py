@@ -142,16 +142,26 @@ class FactorizationMachine(nn.Module):
     Args:
         dim: D.
         first_order: whether the linear part counts.
+        of_item: for each of the F fields, whether it is the item's, where only the pairs of a field
+            of the item with another one count; None: all pairs do.
 
     Source: Rendle, "Factorization Machines", 2010, eq. 1, Lemma 3.1; Guo et al., 2017, eq. 2.
     """
 
-    def __init__(self, dim: int, first_order: bool = True) -> None:
+    sides_2F: Tensor | None
+
+    def __init__(
+        self, dim: int, first_order: bool = True, of_item: Sequence[bool] | None = None
+    ) -> None:
         super().__init__()
         self.dim, self.first_order = dim, first_order
+        sides = None
+        if of_item is not None:
+            sides = torch.tensor([[not item for item in of_item], of_item], dtype=torch.float32)
+        self.register_buffer("sides_2F", sides, persistent=False)
 
     def forward(self, rows_BFW: Tensor) -> Tensor:
-        """Sums the weights of all fields, and the inner products of all pairs of fields.
+        """Sums the weights of all fields, and the inner products of the pairs of fields.
 
         Args:
             rows_BFW: ``[B, F, W]`` one row per field: D factors ``v``, a weight ``w``, padding.
@@ -159,14 +169,22 @@ class FactorizationMachine(nn.Module):
         Returns:
             ``[B]``: ``sum_i w_i + sum_{i<j} <v_i, v_j>``.
         """
-        return self.with_sum(rows_BFW)[0]
+        if self.sides_2F is None:
+            return self.of_side(rows_BFW)[0]
+        sides_B2W = self.sides_2F @ rows_BFW
+        pairs = sides_B2W[:, :, : self.dim].prod(1).sum(1)
+        return sides_B2W[:, :, self.dim].sum(1) + pairs if self.first_order else pairs
 
-    def with_sum(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, and ``[B, D]`` the sum of the factors."""
-        found: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
-            rows_BFW, self.dim, self.first_order
-        )
-        return found
+    def of_side(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of the fields of one side alone, and ``[B, D]`` the sum of their factors."""
+        if self.sides_2F is None:
+            found: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
+                rows_BFW, self.dim, self.first_order
+            )
+            return found
+        sum_BW = rows_BFW.sum(1)
+        weights = sum_BW[:, self.dim] if self.first_order else sum_BW.new_zeros(len(sum_BW))
+        return weights, sum_BW[:, : self.dim]
 
 
 class _Interactions(torch.autograd.Function):
@@ -295,6 +313,7 @@ class InteractionArch(nn.Module):
         fm: whether the pairwise part counts.
         over_arch: the deep part, ``[B, (F + n_dense) * D] -> [B]``, or None.
         init_std: standard deviation of the numeric fields' vectors.
+        of_item: as `FactorizationMachine` takes it, of the F + n_dense fields.
 
     Attributes:
         in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
@@ -308,12 +327,13 @@ class InteractionArch(nn.Module):
         fm: bool = True,
         over_arch: nn.Module | None = None,
         init_std: float = 0.01,
+        of_item: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.first_order, self.in_bfloat16 = first_order, False
         self.bias = nn.Parameter(torch.zeros(1))
-        self.fm = FactorizationMachine(embedding_dim, first_order) if fm else None
+        self.fm = FactorizationMachine(embedding_dim, first_order, of_item) if fm else None
         self.over_arch = over_arch
         self.dense_factors = self.dense_first_order = None
         if n_dense:
@@ -410,6 +430,7 @@ def build_deepfm(
     pooling: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     half: bool = False,
+    of_item: Sequence[bool] | None = None,
 ) -> DeepFM:
     """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
 
@@ -425,6 +446,7 @@ def build_deepfm(
         pooling: as `EmbeddingArch` takes it.
         device: of the tables; ``meta`` before sharding.
         half: whether tables are kept in float16.
+        of_item: as `FactorizationMachine` takes it, of the categorical and then the numeric fields.
     """
     width = embedding_dim if fm or over_arch is not None else 0
     return DeepFM(
@@ -436,5 +458,6 @@ def build_deepfm(
             fm,
             None if over_arch is None else over_arch((len(features) + n_dense) * width),
             init_std,
+            of_item,
         ),
     )

@@ -4,7 +4,8 @@ With the fields of a pair split into those of the user (context and its numbers 
 those of the item, ``S`` the sum and ``Q`` the sum of squares of a side's factor vectors:
 
 * second order: ``1/2 (|S_u + S_i|^2 - Q_u - Q_i)``
-  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants;
+  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants,
+  which are not there where only the pairs across the sides count;
 * over-arch: its first layer is a sum of a user part and an item part; the other layers run per
   pair.
 """
@@ -116,7 +117,7 @@ def side_of(
         numbers = dense_nN[:, fields.numeric].to(kind)
         rows_nfW = torch.cat([rows_nfW, numbers[:, :, None] * of_numbers], 1)
     if arch.fm is not None:
-        constant, factor_sum = arch.fm.with_sum(rows_nfW)
+        constant, factor_sum = arch.fm.of_side(rows_nfW)
     else:
         constant = (
             rows_nfW[:, :, dim].sum(1) if arch.first_order else rows_nfW.new_zeros(len(rows_nfW))
