@@ -455,6 +455,10 @@ class Config(Section):
             )
         if self.model.deep and self.model.batch_norm:
             raise ValueError(f"{told}: has no rows for batch norm; set model.batch_norm=false")
+        if self.trainer.compile:
+            raise ValueError(
+                f"{told}: trainer.compile is for the forward pass of rows; leave it out"
+            )
         if self.trainer.accumulate_steps > 1:
             raise ValueError(f"{told}: accumulate_steps are for rows; use a smaller batch_size")
 

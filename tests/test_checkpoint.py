@@ -107,18 +107,30 @@ def _resumed(folder: Path, config: Config, run_dir: Path) -> list[float]:
         return run.losses(21, 40)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "kinds"),
+    [(name, ("row_wise", "table_wise")) for name in OPTIMIZERS]
+    + [("rowwise_adagrad", ("table_wise", "row_wise"))],
+)
 def test_a_resumed_run_goes_on_exactly_and_anywhere(
-    sample: PreparedDataset, tmp_path: Path, optimizer: str
+    sample: PreparedDataset, tmp_path: Path, optimizer: str, kinds: tuple[str, str]
 ) -> None:
     lr = 0.003 if optimizer == "adam" else 0.05
     common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}")
-    row_wise, table_wise = (config_of(*common, f"sharding.kind={k}_wise") for k in ("row", "table"))
-    whole = run_ranks(_trained_through, 4, sample.folder, row_wise, tmp_path)[0][20:]
-    assert run_ranks(_resumed, 4, sample.folder, row_wise, tmp_path)[0] == whole
+    before, after = (config_of(*common, f"sharding.kind={kind}") for kind in kinds)
+    whole = run_ranks(_trained_through, 4, sample.folder, before, tmp_path)[0][20:]
+    assert run_ranks(_resumed, 4, sample.folder, before, tmp_path)[0] == whole
     for size in (1, 2, 4):
-        losses = run_ranks(_resumed, size, sample.folder, table_wise, tmp_path)[0]
+        losses = run_ranks(_resumed, size, sample.folder, after, tmp_path)[0]
         assert difference(losses, whole) <= 1e-6, size
+
+
+def test_a_run_that_streams_its_rows_goes_on_exactly(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    config = config_of(*SMALL, "data.memory_bytes=0")
+    whole = run_ranks(_trained_through, 2, sample.folder, config, tmp_path)[0][20:]
+    assert run_ranks(_resumed, 2, sample.folder, config, tmp_path)[0] == whole
 
 
 def test_a_resumed_run_goes_on_exactly_with_batch_norm(

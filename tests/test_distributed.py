@@ -121,18 +121,20 @@ def test_losses_do_not_depend_on_world_size_or_plan(
             assert difference(losses, alone) <= 1e-6, (size, plan)
 
 
-@pytest.mark.slow  # fifty steps of 400-400-400, five times
+@pytest.mark.slow  # fifty steps of 400-400-400, seven times
 def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDataset) -> None:
     config = config_of(*LARGE)
     alone = run_alone(train, sample.folder, config, 50)
-    reordered = [run_alone(train, sample.folder, config, 50, shuffled=seed) for seed in (7, 8)]
+    reordered = [
+        run_alone(train, sample.folder, config, 50, shuffled=seed) for seed in (5, 6, 7, 8)
+    ]
     apart = max(difference(losses, alone) for losses in reordered)
     for size, plan in [(2, "sharding.kind=row_wise"), (4, "sharding.kind=table_wise")]:
         losses = run_ranks(train, size, sample.folder, config_of(*LARGE, plan), 50)[0]
         assert difference(losses[:10], alone[:10]) <= 1e-6
-        # Where a gradient is rounding noise, Adam's step is its sign: reordered rows meet such a
-        # weight or not, which is 8e-6 in the losses of these 50 steps.
-        assert difference(losses, alone) <= max(3 * apart, 1e-5)
+        # Where a gradient is rounding noise, Adam's step is its sign: some orders of the rows meet
+        # such a weight, others do not, so that one order alone says little.
+        assert difference(losses, alone) <= 3 * apart
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -258,6 +258,28 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     assert run_alone(_recommended, *arguments, killed, checkpoint)[0] == 2
 
 
+def test_a_killed_run_for_strangers_is_not_continued_with_other_items(
+    with_history: PreparedDataset, tmp_path: Path
+) -> None:
+    ids = with_history.entity_ids("item").to_pylist()[1:]
+    checkpoint, file = tmp_path / "checkpoint", tmp_path / "strangers.csv"
+    checkpoint.mkdir()
+    config = load_config("sample", [*HISTORY, "model.init_std=0.3"])
+    found = []
+    for name, first in (("once", 0), ("killed", 1), ("killed", 0)):
+        rows = [(f"s{n}", ids[(n + k + first) % len(ids)]) for n in range(700) for k in range(3)]
+        pd.DataFrame(rows, columns=["user", "item"]).to_csv(file, index=False)
+        arguments = (with_history.folder, config, Wanted(5, histories=str(file)), tmp_path / name)
+        (tmp_path / name).mkdir(exist_ok=True)
+        if first:
+            with pytest.raises(RankFailed, match="KeyboardInterrupt"):
+                run_alone(_recommended, *arguments, checkpoint, dies_after=1)
+        else:
+            found.append(run_alone(_recommended, *arguments, checkpoint)[0])
+    assert found == [2, 2]
+    assert digest(tmp_path / "killed" / FILES[0]) == digest(tmp_path / "once" / FILES[0])
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp16", "fp32"])
 def test_the_score_matrix_holds_every_score(
     sample: PreparedDataset, tmp_path: Path, kind: Literal["int8", "fp16", "fp32"]

@@ -145,7 +145,9 @@ def recommend(
         key = {
             "weights": state_of(checkpoint),
             "data": dataset.manifest.fingerprint,
-            "users": hash_of(users) if histories is None else external(user_ids).to_pylist(),
+            "users": hash_of(users)
+            if histories is None
+            else [external(user_ids).to_pylist(), hash_of(histories.offsets, histories.values)],
             "items": hash_of(catalogue.rows),
             "mask": list(wanted.masked_splits),
             "context": dict(wanted.context),

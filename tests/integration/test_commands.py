@@ -88,7 +88,7 @@ class Block:
 
 
 SHELL = (
-    r"^```sh\n(?P<fenced>[^`]*)^```$|^```\w*\n[^`]*^```$|(?P<indented>(?:^ {4}\S.*\n)+)"
+    r"^```sh\n(?P<fenced>(?s:.*?))^```$|^```\w*\n(?s:.*?)^```$|(?P<indented>(?:^ {4}\S.*\n)+)"
     r"|`(?P<inline>(?:make|python -m|torchrun[^`\n]* -m) [^`\n]+)`"
 )
 
