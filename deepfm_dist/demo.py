@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"
     )
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args(argv)
     ranks = arguments.nproc or _ranks()
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (torchrun, "evaluate"),
         (torchrun, "recommend"),
     ):
-        command = [*launcher, f"deepfm_dist.{name}", *arguments.overrides]
+        quiet = ["--quiet"] * arguments.quiet
+        command = [*launcher, f"deepfm_dist.{name}", *quiet, *arguments.overrides]
         print(coloured(f"\n$ {shlex.join(command)}", "bold"), flush=True)
         code = subprocess.run(_here(command), check=False).returncode
         if code != 0:

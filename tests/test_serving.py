@@ -20,6 +20,7 @@ from deepfm_dist.runs import find_finished
 from tests.conftest import HISTORY
 from tests.pages import watched
 from tests.ranks import RankFailed, run_alone
+from tests.test_report import PICTURES
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -41,10 +42,11 @@ def _command(name: str, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, its recommendations and similar items."""
+    """A trained run, its report, recommendations and similar items."""
     home = tmp_path_factory.mktemp("served")
     for command in (
-        _command("train", *SETTINGS),
+        _command("train", *SETTINGS, "trainer.log_every_steps=10"),
+        _command("evaluate", "--run", "runs/sample"),
         _command("recommend", "--run", "runs/sample"),
         _command("similar", "--run", "runs/sample"),
     ):
@@ -196,6 +198,24 @@ def test_the_service_keeps_to_its_openapi(url: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "Selected: 8/8" in done.stdout
+
+
+def test_a_browser_shows_what_evaluate_wrote(home: Path, browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    told = watched(tab)
+    tab.goto((home / "runs/sample/report.html").as_uri())
+    assert told == []
+    figures = tab.locator("figure svg")
+    assert {f.get_attribute("id") for f in tab.locator("figure").all()} == PICTURES
+    assert figures.count() == len(PICTURES)
+    for drawn in figures.all():
+        box = drawn.bounding_box()
+        assert box["width"] > 250 and box["height"] > 150
+        assert drawn.locator("path").count() > 5
+    titles = pd.read_csv(Path(__file__).parents[1] / "data/sample/titles.tsv", sep="\t")["title"]
+    text = tab.locator("body").inner_text()
+    assert sum(title in text for title in titles) >= 10  # recommended beside the users' own
+    tab.close()
 
 
 def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -> None:
