@@ -224,6 +224,15 @@ def test_never_begins_anew(folder: Folder) -> None:
     assert folder.steps == []
 
 
+def test_a_run_cannot_start_from_its_own_folder(folder: Folder) -> None:
+    folder.save(20)
+    run_dir = folder.config().run_dir
+    for own in (run_dir, run_dir / ".." / run_dir.name):
+        with pytest.raises(ConfigError, match=r"start_from=.*: this run's own folder.*run\.name"):
+            folder.begin("optimizer.tables.lr=0.01", f"checkpoint.start_from={own}")
+    assert folder.steps == [20]
+
+
 def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     folder.save(10, 20, 30, best=20)
     with pytest.raises(CheckpointError, match="of step 5; there are: 10, 20, 30"):
