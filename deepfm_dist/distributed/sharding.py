@@ -483,6 +483,7 @@ def widen(
     narrow: DistributedModelParallel,
     wide: DistributedModelParallel,
     dim: int,
+    columns: int,
     values: Mapping[str, Tensor],
 ) -> None:
     """Fills a model with another's rows, wider by some columns behind the factors.
@@ -491,11 +492,11 @@ def widen(
         narrow: with factors of ``dim`` columns.
         wide: the same tables in the same places, with more.
         dim: D.
-        values: ``[rows, columns]`` of these columns by table; where a table is not named, 0.
+        columns: how many more.
+        values: ``[rows, columns]`` by table; where a table is not named, 0.
     """
     for old, new in zip(local_shards(narrow), local_shards(wide), strict=True):
         (name, rows, _, source), target = old, new[3]
-        columns = next(iter(values.values())).shape[1]
         target.zero_()
         target[:, :dim] = source[:, :dim]
         if name in values:
