@@ -352,13 +352,15 @@ def load(
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:
-    """Makes the zeros that torch's optimizers would make at their first step.
-
-    It is a step without gradients, under which L2 may move weights: fill these afterwards.
-    """
+    """Makes the zeros that torch's optimizers would make at their first step; moves no weight."""
     for _, part in optimizer.optimizers:
         if isinstance(part, KeyedOptimizerWrapper):
+            rates = [group["lr"] for group in part.param_groups]
+            for group in part.param_groups:
+                group["lr"] = 0.0  # it is a step without gradients, but L2 has one
             part.init_state()
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["lr"] = rate
             for values in part.state.values():
                 for value in values.values():
                     value.zero_()
