@@ -91,7 +91,10 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
     for engine in (TorchEngine(scorer), engine_for(scorer, cpu)):
         packed = engine.allocate(n_items, sides[1])
         engine.fill(packed, 0, sides[1])
-        found.append(engine.scores(engine.users([sides[0]]), n_users, packed))
+        prepared = engine.users([sides[0]])
+        found.append(engine.scores(prepared, n_users, packed))
+        # A rank that has run out of users still takes its part in the others' look-ups.
+        assert engine.scores(prepared, 0, packed).shape == (0, n_items)
     double = copy.deepcopy(arch).double()
     pairs = []
     for u, i in itertools.product(range(n_users), range(n_items)):
