@@ -1,9 +1,11 @@
 """The loop: it learns, keeps its schedule, repeats itself exactly, and never trains on garbage."""
 
+import gc
 import itertools
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -219,6 +221,25 @@ def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) ->
     assert first == second
     masks = [mask for of_rank in first for mask in of_rank]
     assert len(set(masks)) == len(masks) == 6
+
+
+def _left_of_a_run(folder: Path) -> list[str]:
+    """Parameters that are still there after training, when nobody has the model any more."""
+    with world("cpu") as ranks:
+        config = config_of(*SMALL, *SHORT, "trainer.max_steps=2")
+        run, log = Run(folder, config, ranks), MetricsLog(folder, is_first=False)
+        names = {name: weakref.ref(p) for name, p in run.sharded.named_parameters()}
+        train(
+            run.sharded, run.optimizer, run.batches, ranks, schedule_of(config), LoopState(), 1, log
+        )
+        del run
+        gc.collect()
+        return [name for name, parameter in names.items() if parameter() is not None]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_left_of_a_model_that_was_trained(sample: PreparedDataset, size: int) -> None:
+    assert run_ranks(_left_of_a_run, size, sample.folder) == [[]] * size
 
 
 def _nan_at(steps: range, field: str) -> Change:

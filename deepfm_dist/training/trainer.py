@@ -212,8 +212,8 @@ def train(
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
-    gc.freeze()  # what was imported and built stays: no need to look through it again and again
     with (
+        _frozen(),
         profiler or nullcontext(),
         progress(last, "train", "step", world.is_first, state.step) as bar,
     ):
@@ -272,6 +272,16 @@ def train(
     peak_gib = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     metrics.write("end", step=state.step, peak_memory_gib=peak_gib)
     return state
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What was imported and built stays meanwhile: no need to look through it again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Clock:
