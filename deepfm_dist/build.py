@@ -42,10 +42,9 @@ from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.training.evaluation import HeldOut
-from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
-from deepfm_dist.training.trainer import LOWER_IS_BETTER, Batches, Schedule
+from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -315,8 +314,17 @@ def validation_of(
     """Measures the model on the validation rows, the same on all ranks; None: there are none.
 
     The catalogue is ranked too where the loss or the watched figure is one of rankings.
+
+    Raises:
+        ConfigError: there are none, but ``trainer.monitor`` is to be watched on them.
     """
     if not dataset.manifest.splits["valid"].rows:
+        if config.trainer.monitor is not None:
+            raise ConfigError(
+                f"trainer.monitor={config.trainer.monitor}: {dataset.folder} has no validation "
+                f"rows to watch it on; hold some out (data.split, data.refit=false), or leave "
+                f"monitor and patience out and say trainer.epochs"
+            )
         return None
     rows = HeldOut(dataset, "valid")
     items: HeldOutItems | None = None
@@ -337,15 +345,15 @@ def schedule_of(config: Config) -> Schedule:
     """The loop's schedule.
 
     Raises:
-        ConfigError: ``trainer.monitor`` is no validation figure.
+        ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
     """
     trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
-    figures = list(CLICK_FIGURES)
+    figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
     if config.data.task == "implicit":
         figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
     if trainer.monitor is not None and trainer.monitor not in figures:
         raise ConfigError(
-            f"trainer.monitor={trainer.monitor}: no validation figure; there are: "
+            f"trainer.monitor={trainer.monitor}: no figure to watch; there are: "
             f"{', '.join(figures)}"
         )
     if trainer.monitor == "user_auc" and config.data.interactions.user is None:

@@ -9,7 +9,13 @@ import pytest
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deepfm_dist.build import build_model, deepfm_of, schedule_of, shard_for_training
+from deepfm_dist.build import (
+    build_model,
+    deepfm_of,
+    schedule_of,
+    shard_for_training,
+    validation_of,
+)
 from deepfm_dist.config import Config, ModelConfig, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
@@ -244,6 +250,28 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     assert folder.steps == [10]
 
 
+@pytest.mark.parametrize("figure", ["calibration", "majority_rate"])
+def test_a_figure_that_does_not_tell_good_from_bad_cannot_be_watched(figure: str) -> None:
+    with pytest.raises(ConfigError, match=f"monitor={figure}: no figure to watch; .*log_loss"):
+        schedule_of(config_of(f"trainer.monitor={figure}"))
+
+
+def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        splits = dataset.manifest.splits
+        splits["valid"] = splits["valid"].model_copy(update={"rows": 0})
+        config = config_of(*overrides)
+        sharded, _ = shard_for_training(config, dataset.manifest, ranks)
+        return validation_of(config, dataset, sharded, ranks) is None
+
+
+def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedDataset) -> None:
+    assert run_alone(_validation_of_nothing, sample.folder)
+    with pytest.raises(RankFailed, match=r"ConfigError: trainer.monitor=auc: .*no validation rows"):
+        run_alone(_validation_of_nothing, sample.folder, "trainer.monitor=auc")
+
+
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
-    with pytest.raises(ConfigError, match=r"monitor=acu: no validation figure; there are: auc"):
+    with pytest.raises(ConfigError, match=r"monitor=acu: no figure to watch; there are: auc"):
         folder.begin("trainer.monitor=acu")

@@ -325,6 +325,20 @@ def test_an_improvement_too_small_is_none() -> None:
     assert (falls.best, falls.without_better) == (0.25, 1)
 
 
+def test_a_figure_that_is_not_finite_is_no_better() -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc")
+    state = LoopState()
+    for value, best, without_better in (
+        (float("nan"), None, 1),
+        (0.5, 0.5, 0),
+        (float("nan"), 0.5, 1),
+        (float("inf"), 0.5, 2),
+        (0.75, 0.75, 0),
+    ):
+        state.judge({"auc": value}, schedule)
+        assert (state.best, state.without_better) == (best, without_better)
+
+
 def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
@@ -373,5 +387,5 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
     measured = events(tmp_path / "runs" / "sample", "evaluate")[-1]["figures"]["model"]
     for name in ("ndcg@5", "ndcg@10", "recall@5", "recall@10"):
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
-    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no validation figure; .*ndcg@10$"):
+    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no figure to watch; .*ndcg@10$"):
         schedule_of(config_of("trainer.monitor=ndcg@20"))
