@@ -207,10 +207,10 @@ def shard_for_training(
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
     above.in_bfloat16 = config.trainer.precision == "bf16"
-    if config.trainer.precision == "tf32":
-        if world.device.type != "cuda":
-            raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
-        torch.set_float32_matmul_precision("high")
+    in_tf32 = config.trainer.precision == "tf32"
+    if in_tf32 and world.device.type != "cuda":
+        raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
+    torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
     tables.attach(arch.ebc.parameters())
     sharded, plan = shard(
         task,
@@ -476,6 +476,7 @@ def shard_for_inference(
     partial sums would be added in another order at every world size. Look-ups of single rows are
     exact under any plan.
     """
+    torch.set_float32_matmul_precision("highest")  # whatever was trained before in this process
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
     placements = dict.fromkeys(several, Placement("table_wise"))

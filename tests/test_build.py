@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,6 +14,7 @@ from deepfm_dist.build import (
     build_model,
     deepfm_of,
     schedule_of,
+    shard_for_inference,
     shard_for_training,
     validation_of,
 )
@@ -111,6 +113,23 @@ def test_the_model_is_found_inside_its_wrappers(
 ) -> None:
     expected = (size > 1, True)  # one rank has nobody to average gradients with
     assert run_ranks(_unwrapped, size, sample.folder, sample_config) == [expected] * size
+
+
+def _after_another_run(folder: Path, config: Config, training: bool) -> tuple[bool, str]:
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    with world("cpu") as ranks:
+        manifest = PreparedDataset(folder).manifest
+        (shard_for_training if training else shard_for_inference)(config, manifest, ranks)
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_torch_was_told_for_one_run_is_not_in_force_in_the_next(
+    sample: PreparedDataset, sample_config: Config, training: bool
+) -> None:
+    left = run_alone(_after_another_run, sample.folder, sample_config, training)
+    assert left == (False, "highest")
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,10 @@ def world(
     rank, size = (int(env["RANK"]), int(env["WORLD_SIZE"])) if launched else (0, 1)
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     chosen = _device(device, local_rank, local_size)
-    if deterministic and chosen.type == "cuda":
+    deterministic &= chosen.type == "cuda"
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _store(timeout) if launched else dist.HashStore()
