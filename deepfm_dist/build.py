@@ -316,7 +316,8 @@ def validation_of(
     The catalogue is ranked too where the loss or the watched figure is one of rankings.
 
     Raises:
-        ConfigError: there are none, but ``trainer.monitor`` is to be watched on them.
+        ConfigError: there are none, but ``trainer.monitor`` is to be watched on them; or the
+            catalogue is to be ranked and ``recommend.context`` lacks a field.
     """
     if not dataset.manifest.splits["valid"].rows:
         if config.trainer.monitor is not None:
@@ -329,13 +330,12 @@ def validation_of(
     rows = HeldOut(dataset, "valid")
     items: HeldOutItems | None = None
     if config.trainer.loss != "bce" or "@" in (config.trainer.monitor or ""):
-        items = HeldOutItems(dataset, "valid")
+        items = HeldOutItems(dataset, "valid", config.recommend.context)
 
     def validate() -> Mapping[str, float]:
         found = dict(rows.metrics(sharded, world))
         if items is not None:
-            context = config.recommend.context
-            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k, context)
+            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
         return world.agreed(found)
 
     return validate

@@ -32,7 +32,7 @@ from deepfm_dist.ranking import catalogue, kernel, output
 from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
-from deepfm_dist.ranking.evaluation import Comparison, evaluate_ranking
+from deepfm_dist.ranking.evaluation import Comparison, HeldOutItems, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
@@ -333,7 +333,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
     dataset = PreparedDataset(folder)
     with world("cpu") as ranks:
         sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        model = deepfm_of(sharded)
+        model, items = deepfm_of(sharded), HeldOutItems(dataset, "test", {})
         recommend(model, ranks, dataset, Wanted(k), out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
@@ -344,7 +344,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
         over = model.interaction_arch.over_arch
         assert isinstance(over, OverArch)
         return {
-            "rankings": evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES),
+            "rankings": evaluate_ranking(model, ranks, items, (5, 10), BASELINES),
             "rows": dict(HeldOut(dataset, "test").metrics(sharded, ranks)),
             "n_rows": n_rows,
             "tables": pieces,
@@ -501,12 +501,19 @@ def test_merged_tables_do_not_depend_on_how_users_were_dealt(
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
 
 
+def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
+    for split in ("valid", "test"):
+        with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):
+            HeldOutItems(sample, split, {"hour": 8})
+
+
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
         model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
-        return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES, reference)
+        items = HeldOutItems(dataset, "test", {})
+        return evaluate_ranking(model, ranks, items, (5, 10), BASELINES, reference)
 
 
 def test_a_reference_of_counts_ranks_as_popularity_does(

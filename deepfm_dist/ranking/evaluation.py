@@ -73,9 +73,16 @@ class HeldOutItems:
     Args:
         dataset: the prepared dataset.
         split: valid or test.
+        context: values of the context fields, where the model looks at some.
+
+    Raises:
+        ConfigError: a context field has no value or an unknown one.
     """
 
-    def __init__(self, dataset: PreparedDataset, split: str) -> None:
+    def __init__(
+        self, dataset: PreparedDataset, split: str, context: Mapping[str, str | float]
+    ) -> None:
+        self._context = RowEncoder(dataset).fixed_context(context)
         relevant_of_all = dataset.positives(split)
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
@@ -112,17 +119,13 @@ class HeldOutItems:
         figures = user_metrics(ranked, self.relevant, cutoffs, self.counts, self._n_active)
         return figures, ranked
 
-    def metrics(
-        self,
-        model: DeepFM,
-        world: World,
-        cutoffs: Sequence[int],
-        context: Mapping[str, str | float],
-    ) -> dict[str, float]:
+    def ranker(self, model: DeepFM, world: World) -> ModelRanker:
+        """Ranks for the users by a model in eval mode. All ranks."""
+        return ModelRanker(model, world, self.dataset, self.catalogue, self.users, self._context)
+
+    def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
-        fixed = RowEncoder(self.dataset).fixed_context(context)
-        ranker = ModelRanker(model, world, self.dataset, self.catalogue, self.users, fixed)
-        found = self.measured(ranker, cutoffs, world)
+        found = self.measured(self.ranker(model, world), cutoffs, world)
         if found is None:
             return {}
         return {
@@ -135,24 +138,18 @@ class HeldOutItems:
 def evaluate_ranking(
     model: DeepFM,
     world: World,
-    dataset: PreparedDataset,
-    split: str,
+    held_out: HeldOutItems,
     cutoffs: Sequence[int],
-    context: Mapping[str, str | float],
     baselines: Mapping[str, Baseline],
     reference: Path | None = None,
 ) -> Comparison | None:
     """Compares the model's ranking with others of the same users. All ranks.
 
-    Users and what is masked: see `HeldOutItems`.
-
     Args:
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
-        dataset: the prepared dataset.
-        split: valid or test.
+        held_out: what is measured on.
         cutoffs: values of K.
-        context: values of the context fields.
         baselines: by name; fitted here on the training positives.
         reference: parquet file ``user, item, score`` with another system's scores.
 
@@ -162,12 +159,9 @@ def evaluate_ranking(
     Raises:
         ConfigError: a baseline cannot be fitted on so many items.
     """
-    held_out = HeldOutItems(dataset, split)
-    catalogue, users, relevant = held_out.catalogue, held_out.users, held_out.relevant
-    fixed = RowEncoder(dataset).fixed_context(context)
-    makers: dict[str, Callable[[], Ranker]] = {
-        "model": lambda: ModelRanker(model, world, dataset, catalogue, users, fixed)
-    }
+    dataset, catalogue = held_out.dataset, held_out.catalogue
+    users, relevant = held_out.users, held_out.relevant
+    makers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
     for name, baseline in baselines.items():
         makers[name] = partial(_fitted, name, baseline, dataset, catalogue, users, world)
     if reference is not None:
