@@ -92,7 +92,7 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
         }
         checkpoints = checkpoint.Checkpoints(made.run_dir, ranks, made.checkpoint.keep_last)
         checkpoints.save(step, sharded, optimizer, marker)
-        checkpoints.wait()
+        checkpoints.close()
         if ranks.is_first:
             (made.run_dir / "config.yaml").write_text(made.to_yaml())
             print(checkpoint.checkpoint_path(made.run_dir, step))

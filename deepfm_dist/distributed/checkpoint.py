@@ -192,6 +192,11 @@ class Checkpoints:
                 pause_s = min(2 * pause_s, 0.5)
             _translated(future.result, path, "cannot be written")
 
+    def close(self) -> None:
+        """`wait`, and nothing is to be saved any more. All ranks."""
+        self.wait()
+        dist.destroy_process_group(self._group)
+
     def _all(self, here: bool) -> bool:
         return int(self._world.sum(torch.tensor(int(here)))) == self._world.world_size
 

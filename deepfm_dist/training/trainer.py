@@ -44,6 +44,10 @@ class NonFiniteLoss(DeepFMError):
     """The losses of several steps in a row were NaN or infinite; no weight was touched by them."""
 
 
+class Pruned(Exception):
+    """The run is not worth going on with; all ranks say so after the same validation."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When things happen.
