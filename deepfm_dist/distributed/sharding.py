@@ -46,6 +46,7 @@ from torchrec.distributed.types import (
 )
 
 from deepfm_dist.distributed.world import World
+from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed
 
@@ -390,6 +391,8 @@ def _planned(
         local_world_size=world.local_world_size,
         compute_device=world.device.type,
         hbm_cap=hbm_bytes,
+        # Of machines that are imagined nothing is known; TorchRec takes 128 GiB a rank.
+        ddr_cap=memory_bytes() // world.local_world_size if dist.is_initialized() else None,
     )
     constraints = {
         name: ParameterConstraints(
