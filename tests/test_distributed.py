@@ -193,6 +193,15 @@ def test_histories_and_losses_of_users_do_not_depend_on_the_world_size(
             assert apart <= 1e-6, (size, plan)
 
 
+def _what_is_agreed(value: object) -> bool:
+    with world("cpu") as ranks:
+        return ranks.agreed(value if ranks.is_first else None) is value
+
+
+def test_one_rank_agrees_with_itself_without_a_copy() -> None:
+    assert run_alone(_what_is_agreed, lambda: "not even picklable")
+
+
 def _placed_in(gib: int) -> str:
     """Where ranks of machines of so much memory place a table of 3.2 GB."""
     with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:

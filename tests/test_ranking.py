@@ -28,8 +28,8 @@ from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
-from deepfm_dist.ranking import catalogue, kernel, output
-from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity
+from deepfm_dist.ranking import catalogue, evaluation, kernel, output
+from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
 from deepfm_dist.ranking.evaluation import Comparison, HeldOutItems, evaluate_ranking
@@ -505,6 +505,21 @@ def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -
     for split in ("valid", "test"):
         with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):
             HeldOutItems(sample, split, {"hour": 8})
+
+
+def _times_sorted_out(folder: Path) -> int:
+    """How often the training items were sorted out for all baselines together."""
+    done: list[Jagged] = []
+    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "distinct", lambda rows: (done.append(rows), distinct(rows))[1])
+        dataset = PreparedDataset(folder)
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
+        evaluate_ranking(model, ranks, HeldOutItems(dataset, "test", {}), (5,), BASELINES)
+    return len(done)
+
+
+def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> None:
+    assert run_alone(_times_sorted_out, sample.folder) == 1
 
 
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:

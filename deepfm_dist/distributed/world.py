@@ -81,7 +81,8 @@ class World:
     def agreed(self, value: T) -> T:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]
-        dist.broadcast_object_list(values, 0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0)
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:

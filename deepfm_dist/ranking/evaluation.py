@@ -162,8 +162,11 @@ def evaluate_ranking(
     dataset, catalogue = held_out.dataset, held_out.catalogue
     users, relevant = held_out.users, held_out.relevant
     makers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
-    for name, baseline in baselines.items():
-        makers[name] = partial(_fitted, name, baseline, dataset, catalogue, users, world)
+    if baselines:
+        everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
+        train = distinct(catalogue.seen_by(everyone, [dataset.history])(0, len(everyone)))
+        for name, baseline in baselines.items():
+            makers[name] = partial(_fitted, name, baseline, train, len(catalogue), users, world)
     if reference is not None:
         makers[reference.stem] = lambda: _reference_ranker(
             reference, dataset, catalogue, users, world
@@ -205,24 +208,19 @@ def evaluate_ranking(
 def _fitted(
     name: str,
     baseline: Baseline,
-    dataset: PreparedDataset,
-    catalogue: Catalogue,
+    train: Jagged,
+    n_items: int,
     users: Int32Array,
     world: World,
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
-    everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
-    seen = catalogue.seen_by(everyone, [dataset.history])
-    train = distinct(seen(0, len(everyone)))
-    fitted = world.agreed(
-        world.first_does(f"fit_{name}", lambda: baseline.fit(train, len(catalogue)))
-    )
+    fitted = world.agreed(world.first_does(f"fit_{name}", lambda: baseline.fit(train, n_items)))
     assert fitted is not None
 
     def scores(begin: int, end: int) -> Tensor:
         return fitted(train, users[begin:end]).to(world.device)
 
-    return FixedRanker(scores, len(catalogue))
+    return FixedRanker(scores, n_items)
 
 
 def _reference_ranker(
