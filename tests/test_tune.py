@@ -88,12 +88,15 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
         search.over("complete", sign * (level + 0.05))
     search.next(9)
     assert not search.heard(1, sign * 0.1)  # too early to tell
+    assert search.heard(2, sign * 0.1)
+    search.over("pruned", None)
+    search.next(9)
     assert search.heard(3, sign * 0.6)
     search.over("pruned", None)
     search.next(9)
     assert not search.heard(3, sign * 0.75)
     search.over("failed", None)
-    assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned", "failed"]
+    assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned"] * 2 + ["failed"]
     best = search.best()
     assert best is not None
     assert best.best == pytest.approx(sign * 0.85)
