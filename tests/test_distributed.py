@@ -202,6 +202,21 @@ def test_one_rank_agrees_with_itself_without_a_copy() -> None:
     assert run_alone(_what_is_agreed, lambda: "not even picklable")
 
 
+def _sent_around() -> tuple[list[int], list[int]]:
+    with world("cpu") as ranks:
+        mine = 10 * ranks.rank + torch.arange(2 * ranks.world_size)
+        return ranks.gathered(mine[:2]).tolist(), ranks.exchanged(mine).tolist()
+
+
+def test_rows_are_gathered_and_exchanged_by_rank() -> None:
+    assert run_alone(_sent_around) == ([0, 1], [0, 1])
+    together = [0, 1, 10, 11, 20, 21]
+    expected = [
+        (together, [10 * r + 2 * to + i for r in range(3) for i in (0, 1)]) for to in (0, 1, 2)
+    ]
+    assert run_ranks(_sent_around, 3) == expected
+
+
 def _placed_in(gib: int) -> str:
     """Where ranks of machines of so much memory place a table of 3.2 GB."""
     with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:

@@ -69,6 +69,33 @@ class World:
         joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
         return joined
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Joins the ranks' tensors of one shape by rank, on this one's device. All ranks.
+
+        ``[n, ...]`` -> ``[ranks * n, ...]``, without gradients.
+        """
+        tensor = tensor.to(self.device).contiguous()
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def exchanged(self, tensor: Tensor) -> Tensor:
+        """Sends each rank a stretch of rows, and joins by rank what was sent here. All ranks.
+
+        Args:
+            tensor: ``[ranks * n, ...]`` on the device.
+
+        Returns:
+            ``[ranks * n, ...]``.
+        """
+        if self.world_size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor)
+        return received
+
     def seed(self, seed: int) -> None:
         """Seeds the random numbers that this rank computes with.
 
