@@ -46,10 +46,12 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed import checkpoint
     from deepfm_dist.distributed.sharding import widen
     from deepfm_dist.distributed.world import world
-    from deepfm_dist.errors import CheckpointError
+    from deepfm_dist.errors import CheckpointError, ConfigError
     from deepfm_dist.runs import find_finished
     from deepfm_dist.training.trainer import LoopState
 
+    if arguments.columns < 1:
+        raise ConfigError(f"--columns {arguments.columns}: must be 1 or more")
     found = find_finished(config, arguments.overrides)
     trained_with = config_from(found.state["config"], origin=str(found.checkpoint))
     places = {"run": found.config.run, "data": found.config.data}
@@ -77,7 +79,7 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
         checkpoint.load(found.checkpoint, ranks, before)
         sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, ranks)
         checkpoint.make_state(optimizer)  # a run may go on from it
-        widen(before, sharded, narrow.model.embedding_dim, values)
+        widen(before, sharded, narrow.model.embedding_dim, arguments.columns, values)
         above = deepfm_of(before).interaction_arch.state_dict()
         if "dense_factors" in above:
             above["dense_factors"] = pad(above["dense_factors"], (0, arguments.columns))
@@ -90,7 +92,7 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
         }
         checkpoints = checkpoint.Checkpoints(made.run_dir, ranks, made.checkpoint.keep_last)
         checkpoints.save(step, sharded, optimizer, marker)
-        checkpoints.wait()
+        checkpoints.close()
         if ranks.is_first:
             (made.run_dir / "config.yaml").write_text(made.to_yaml())
             print(checkpoint.checkpoint_path(made.run_dir, step))

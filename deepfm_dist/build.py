@@ -42,10 +42,9 @@ from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.training.evaluation import HeldOut
-from deepfm_dist.training.metrics import CLICK_FIGURES
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
-from deepfm_dist.training.trainer import LOWER_IS_BETTER, Batches, Schedule
+from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -208,10 +207,10 @@ def shard_for_training(
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
     above.in_bfloat16 = config.trainer.precision == "bf16"
-    if config.trainer.precision == "tf32":
-        if world.device.type != "cuda":
-            raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
-        torch.set_float32_matmul_precision("high")
+    in_tf32 = config.trainer.precision == "tf32"
+    if in_tf32 and world.device.type != "cuda":
+        raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
+    torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
     tables.attach(arch.ebc.parameters())
     sharded, plan = shard(
         task,
@@ -315,19 +314,28 @@ def validation_of(
     """Measures the model on the validation rows, the same on all ranks; None: there are none.
 
     The catalogue is ranked too where the loss or the watched figure is one of rankings.
+
+    Raises:
+        ConfigError: there are none, but ``trainer.monitor`` is to be watched on them; or the
+            catalogue is to be ranked and ``recommend.context`` lacks a field.
     """
     if not dataset.manifest.splits["valid"].rows:
+        if config.trainer.monitor is not None:
+            raise ConfigError(
+                f"trainer.monitor={config.trainer.monitor}: {dataset.folder} has no validation "
+                f"rows to watch it on; hold some out (data.split, data.refit=false), or leave "
+                f"monitor and patience out and say trainer.epochs"
+            )
         return None
     rows = HeldOut(dataset, "valid")
     items: HeldOutItems | None = None
     if config.trainer.loss != "bce" or "@" in (config.trainer.monitor or ""):
-        items = HeldOutItems(dataset, "valid")
+        items = HeldOutItems(dataset, "valid", config.recommend.context)
 
     def validate() -> Mapping[str, float]:
         found = dict(rows.metrics(sharded, world))
         if items is not None:
-            context = config.recommend.context
-            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k, context)
+            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
         return world.agreed(found)
 
     return validate
@@ -337,15 +345,15 @@ def schedule_of(config: Config) -> Schedule:
     """The loop's schedule.
 
     Raises:
-        ConfigError: ``trainer.monitor`` is no validation figure.
+        ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
     """
     trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
-    figures = list(CLICK_FIGURES)
+    figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
     if config.data.task == "implicit":
         figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
     if trainer.monitor is not None and trainer.monitor not in figures:
         raise ConfigError(
-            f"trainer.monitor={trainer.monitor}: no validation figure; there are: "
+            f"trainer.monitor={trainer.monitor}: no figure to watch; there are: "
             f"{', '.join(figures)}"
         )
     if trainer.monitor == "user_auc" and config.data.interactions.user is None:
@@ -468,6 +476,7 @@ def shard_for_inference(
     partial sums would be added in another order at every world size. Look-ups of single rows are
     exact under any plan.
     """
+    torch.set_float32_matmul_precision("highest")  # whatever was trained before in this process
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
     placements = dict.fromkeys(several, Placement("table_wise"))

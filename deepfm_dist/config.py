@@ -251,6 +251,15 @@ class TrainerConfig(Section):
             raise ValueError(f"monitor={self.monitor} needs validate_every_epochs")
         return self
 
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> Self:
+        first, last = self.profile_steps or (1, 1)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"profile_steps=[{first}, {last}]: give the first, from 1, and the last"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """What is saved, and what is read again."""

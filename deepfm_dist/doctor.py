@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deepfm_dist import __version__, environment
-from deepfm_dist.environment import Problem
+from deepfm_dist.environment import Problem, memory_bytes
 from deepfm_dist.terminal import coloured
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "numba")
@@ -55,7 +55,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
             "cpu_cores": len(os.sched_getaffinity(0))
             if sys.platform == "linux"
             else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": memory_bytes(),
         },
         "backends": [],
         "self_test": "ok",

@@ -26,7 +26,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.ranking.evaluation import LOGGED, evaluate_ranking
+    from deepfm_dist.ranking.evaluation import LOGGED, HeldOutItems, evaluate_ranking
     from deepfm_dist.report.tables import metrics_table
     from deepfm_dist.runs import open_trained
     from deepfm_dist.training.evaluation import HeldOut
@@ -41,17 +41,18 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 f"{dataset.folder}: the {split} split has no rows"
                 + ("; it was refit on all of them" if dataset.manifest.data.refit else "")
             )
+        items = None
+        if dataset.manifest.data.task == "implicit":
+            items = HeldOutItems(dataset, split, config.recommend.context)
         measured = HeldOut(dataset, split).measured(trained.sharded, ranks)
         comparison = None
-        if dataset.manifest.data.task == "implicit":
+        if items is not None:
             reference = config.evaluate.reference
             comparison = evaluate_ranking(
                 deepfm_of(trained.sharded),
                 ranks,
-                dataset,
-                split,
+                items,
                 cutoffs,
-                config.recommend.context,
                 baselines,
                 config.data_root / reference if reference else None,
             )

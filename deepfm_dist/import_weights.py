@@ -72,7 +72,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
             "trainer": asdict(LoopState()),
         }
         checkpoints.save(0, sharded, optimizer, marker)
-        checkpoints.wait()
+        checkpoints.close()
         if ranks.is_first:
             (config.run_dir / "config.yaml").write_text(config.to_yaml())
             print(f"{checkpoint_path(config.run_dir, 0)}: {len(values)} tables of {arguments.file}")

@@ -52,7 +52,7 @@ def progress(
 
 
 Logger = Callable[[str, Mapping[str, Any]], None]
-"""Hears of an event: its name and its values."""
+"""Hears of an event: its name and its values; where it has a ``close``, also of the end."""
 
 
 class TensorBoard:
@@ -77,6 +77,10 @@ class TensorBoard:
                 self._writer.add_scalar(f"{event}/{name}", value, values["step"])
         if self._flushes:
             self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is not written yet, and ends the writer's thread."""
+        self._writer.close()
 
 
 class MetricsLog:
@@ -144,12 +148,26 @@ class MetricsLog:
     def flush(self) -> None:
         """Makes what was written last: a run that goes on from here finds it."""
         if self._is_first and self._uploads:
-            try:
+            with _warned(f"{self.path}: not written, later"):
                 self.path.write_text(self._text)
-            except Exception as error:
-                if not is_of_storage(error):
-                    raise
-                log.warning("%s: not written, later: %s", self.path, brief(error))
+
+    def close(self) -> None:
+        """Nothing comes any more: loggers write what they hold."""
+        for logger in self._loggers:
+            if close := getattr(logger, "close", None):
+                with _warned(f"{self.path.parent}: {type(logger).__name__}: not written"):
+                    close()
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """A file system's failure becomes a warning: nothing else depends on these files."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
+        log.warning("%s: %s", what, brief(error))
 
 
 def _without_nan(value: Any) -> Any:

@@ -40,8 +40,14 @@ def begin(
     Raises:
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
-        ConfigError: it is of another model.
+        ConfigError: it is of another model, or this run itself.
     """
+    elsewhere = config.checkpoint.start_from
+    if elsewhere is not None and folder_of(elsewhere).resolve() == config.run_dir.resolve():
+        raise ConfigError(
+            f"checkpoint.start_from={elsewhere}: this run's own folder, whose checkpoints make "
+            f"room for those of a run that begins anew; give the run another run.name"
+        )
     with told_in_one_line(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
         if path is not None:
@@ -52,7 +58,6 @@ def begin(
                 path, state = None, LoopState()
             else:
                 log.info("%s: training goes on after step %s", path, f"{state.step:,}")
-        elsewhere = config.checkpoint.start_from
         if path is None and elsewhere is not None:
             path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
             known = {manifest.vocabulary_hash, *manifest.grown_from}

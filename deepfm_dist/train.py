@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,11 +45,14 @@ def train_on(
     Args:
         config: the settings.
         ranks: the ranks.
-        heard: called on all ranks with every validation's figures and its epoch; what it raises
-            ends the training.
+        heard: called on all ranks with every validation's figures and its epoch; it may raise
+            `Pruned`, on all of them.
 
     Returns:
         The state of the loop, and whether a signal ended it before its time.
+
+    Raises:
+        Pruned: as ``heard`` did; what was being saved is whole by then.
     """
     from deepfm_dist.build import (
         bytes_of_a_float,
@@ -66,7 +70,7 @@ def train_on(
     from deepfm_dist.runs import begin, write_plan
     from deepfm_dist.training.profiling import profiler
     from deepfm_dist.training.stopping import StopSignals
-    from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
+    from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Pruned, train
 
     run_dir, seed = config.run_dir, config.run.seed
     ranks.first_does(
@@ -115,7 +119,7 @@ def train_on(
         return found
 
     metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
-    with StopSignals() as asked_to_stop:
+    with StopSignals() as asked_to_stop, closing(metrics):
         try:
             train(
                 sharded,
@@ -132,10 +136,10 @@ def train_on(
                 profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
                 partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
             )
-        except NonFiniteLoss:
-            checkpoints.wait()  # it says which one is the last
+        except (NonFiniteLoss, Pruned):  # all ranks raise these: they can wait together
+            checkpoints.close()
             raise
-        checkpoints.wait()
+        checkpoints.close()
     return state, not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
 
 

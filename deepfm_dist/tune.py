@@ -12,10 +12,6 @@ from deepfm_dist.config import Config, with_settings
 log = logging.getLogger("deepfm_dist.tune")  # also where it is __main__
 
 
-class _Pruned(Exception):
-    """The trial is not worth going on with; all ranks say so after the same validation."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run("tune", "Search for the settings with the best validation figure.", _tune, argv)
@@ -30,7 +26,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.errors import DeepFMError
     from deepfm_dist.report.tables import trials_table
     from deepfm_dist.train import train_on
-    from deepfm_dist.training.trainer import NonFiniteLoss
+    from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
 
     folder, monitor = config.run_dir / "tune", config.trainer.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
@@ -40,7 +36,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
         def heard(figures: Mapping[str, float], epoch: int) -> None:
             if ranks.agreed(search is not None and search.heard(epoch, figures[monitor])):
-                raise _Pruned
+                raise Pruned
 
         while trial := ranks.agreed(search.next(config.tune.trials) if search else None):
             log.info("%s: %s", trial.name, trial.values)
@@ -53,7 +49,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
                 if stopped:
                     return  # the same command goes on with this trial
                 outcome, best = "complete", state.best
-            except _Pruned:
+            except Pruned:
                 outcome = "pruned"
             except NonFiniteLoss as error:
                 log.warning("%s", error)

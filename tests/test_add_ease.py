@@ -104,6 +104,23 @@ def test_factors_are_the_best_of_their_number(sample: PreparedDataset) -> None:
     assert Ease(50).factors(train_items, n_items, k)[0].double().equal(first)
 
 
+def test_columns_beyond_the_items_leave_the_model_where_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = "model={embedding_dim: 4, init_std: 0.1, deep: false}"
+    settings = _settings(tmp_path, "a", shape, "trainer.max_steps=2")
+    assert run_ranks(train.main, 1, settings) == [0]
+    where = [*settings[:4], "data.name=shared"]
+    none = [*where, "--to", "b", "--weight", "0"]
+    assert run_ranks(add_ease.main, 1, [*none, "--columns", "500"]) == [0]
+    for name in "ab":
+        assert run_ranks(evaluate.main, 1, [where[0].replace("=a", f"={name}"), *where[1:]]) == [0]
+    for name, value in _figures(tmp_path, "a")["model"].items():
+        assert _figures(tmp_path, "b")["model"][name] == pytest.approx(value, rel=1e-6), name
+    assert add_ease.main([*none, "--columns", "0"]) == 2
+    assert "--columns 0: must be 1 or more" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -6,10 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deepfm_dist.build import build_model, deepfm_of, schedule_of, shard_for_training
+from deepfm_dist.build import (
+    build_model,
+    deepfm_of,
+    schedule_of,
+    shard_for_inference,
+    shard_for_training,
+    validation_of,
+)
 from deepfm_dist.config import Config, ModelConfig, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
@@ -105,6 +113,23 @@ def test_the_model_is_found_inside_its_wrappers(
 ) -> None:
     expected = (size > 1, True)  # one rank has nobody to average gradients with
     assert run_ranks(_unwrapped, size, sample.folder, sample_config) == [expected] * size
+
+
+def _after_another_run(folder: Path, config: Config, training: bool) -> tuple[bool, str]:
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    with world("cpu") as ranks:
+        manifest = PreparedDataset(folder).manifest
+        (shard_for_training if training else shard_for_inference)(config, manifest, ranks)
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_torch_was_told_for_one_run_is_not_in_force_in_the_next(
+    sample: PreparedDataset, sample_config: Config, training: bool
+) -> None:
+    left = run_alone(_after_another_run, sample.folder, sample_config, training)
+    assert left == (False, "highest")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +249,15 @@ def test_never_begins_anew(folder: Folder) -> None:
     assert folder.steps == []
 
 
+def test_a_run_cannot_start_from_its_own_folder(folder: Folder) -> None:
+    folder.save(20)
+    run_dir = folder.config().run_dir
+    for own in (run_dir, run_dir / ".." / run_dir.name):
+        with pytest.raises(ConfigError, match=r"start_from=.*: this run's own folder.*run\.name"):
+            folder.begin("optimizer.tables.lr=0.01", f"checkpoint.start_from={own}")
+    assert folder.steps == [20]
+
+
 def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     folder.save(10, 20, 30, best=20)
     with pytest.raises(CheckpointError, match="of step 5; there are: 10, 20, 30"):
@@ -235,6 +269,28 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     assert folder.steps == [10]
 
 
+@pytest.mark.parametrize("figure", ["calibration", "majority_rate"])
+def test_a_figure_that_does_not_tell_good_from_bad_cannot_be_watched(figure: str) -> None:
+    with pytest.raises(ConfigError, match=f"monitor={figure}: no figure to watch; .*log_loss"):
+        schedule_of(config_of(f"trainer.monitor={figure}"))
+
+
+def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        splits = dataset.manifest.splits
+        splits["valid"] = splits["valid"].model_copy(update={"rows": 0})
+        config = config_of(*overrides)
+        sharded, _ = shard_for_training(config, dataset.manifest, ranks)
+        return validation_of(config, dataset, sharded, ranks) is None
+
+
+def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedDataset) -> None:
+    assert run_alone(_validation_of_nothing, sample.folder)
+    with pytest.raises(RankFailed, match=r"ConfigError: trainer.monitor=auc: .*no validation rows"):
+        run_alone(_validation_of_nothing, sample.folder, "trainer.monitor=auc")
+
+
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
-    with pytest.raises(ConfigError, match=r"monitor=acu: no validation figure; there are: auc"):
+    with pytest.raises(ConfigError, match=r"monitor=acu: no figure to watch; there are: auc"):
         folder.begin("trainer.monitor=acu")

@@ -212,6 +212,27 @@ def test_larger_tables_keep_what_was_saved_and_start_new_rows_afresh(
             np.testing.assert_array_equal(values[rows:], fresh[name][rows:])
 
 
+def _moved_by_make_state(folder: Path, config: Config) -> tuple[list[str], set[float]]:
+    """Weights that differ afterwards, and the learning rates of all but fused tables."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        before = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
+        checkpoint.make_state(run.optimizer)
+        assert run.optimizer.state_dict()["state"]
+        after = run.sharded.named_parameters()
+        rates = {group["lr"] for group in run.optimizer.param_groups}
+        return [name for name, p in after if not p.equal(before[name])], rates
+
+
+@pytest.mark.parametrize("dense", ["adam", "sgd"])
+def test_making_the_state_of_an_optimizer_with_l2_moves_no_weight(
+    sample: PreparedDataset, dense: str
+) -> None:
+    tables = "optimizer.tables={name: adam, lr: 0.5, l2: 0.1}"
+    config = config_of(*SMALL, tables, f"optimizer.dense={{name: {dense}, lr: 0.25, l2: 0.1}}")
+    assert run_alone(_moved_by_make_state, sample.folder, config) == ([], {0.5, 0.25})
+
+
 def _fake(run_dir: Path, step: int, best_step: int | None = None) -> None:
     path = checkpoint.checkpoint_path(run_dir, step)
     path.mkdir(parents=True)

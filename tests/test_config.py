@@ -95,6 +95,8 @@ TIMELESS = "data.interactions.time=null"
         (["data.files={a.csv: {encoding: latin-O}}"], "encoding: Python knows no 'latin-O'"),
         (["model.over_arch_layer_sizes=[8, 0]"], r"must be positive: \(8, 0\)"),
         (["model.over_arch_options={a: 1}"], "go with an over_arch given by import path"),
+        (["trainer.profile_steps=[10, 5]"], r"trainer: profile_steps=\[10, 5\]: give the first, "),
+        (["trainer.profile_steps=[0, 5]"], r"trainer: profile_steps=\[0, 5\]: give the first, "),
         (["evaluate.k=[0]"], r"evaluate: k needs positive cut-offs \(got \[0\]\)"),
         (["run.device=tpu"], r"run\.device: .*'cuda' \(got 'tpu'\)"),
         (["run.seed=9223372036854775808"], r"run\.seed: .* \(got 9223372036854775808\)"),

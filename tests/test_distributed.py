@@ -15,7 +15,7 @@ from deepfm_dist.build import bounds_of, deepfm_of, shard_for_training, training
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed import checkpoint, sharding
 from deepfm_dist.distributed import world as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
@@ -193,6 +193,46 @@ def test_histories_and_losses_of_users_do_not_depend_on_the_world_size(
         for losses in run_ranks(train, size, with_history.folder, config, 15):
             apart = difference(np.divide(losses, alone).tolist(), [1.0] * 15)
             assert apart <= 1e-6, (size, plan)
+
+
+def _what_is_agreed(value: object) -> bool:
+    with world("cpu") as ranks:
+        return ranks.agreed(value if ranks.is_first else None) is value
+
+
+def test_one_rank_agrees_with_itself_without_a_copy() -> None:
+    assert run_alone(_what_is_agreed, lambda: "not even picklable")
+
+
+def _sent_around() -> tuple[list[int], list[int]]:
+    with world("cpu") as ranks:
+        mine = 10 * ranks.rank + torch.arange(2 * ranks.world_size)
+        return ranks.gathered(mine[:2]).tolist(), ranks.exchanged(mine).tolist()
+
+
+def test_rows_are_gathered_and_exchanged_by_rank() -> None:
+    assert run_alone(_sent_around) == ([0, 1], [0, 1])
+    together = [0, 1, 10, 11, 20, 21]
+    expected = [
+        (together, [10 * r + 2 * to + i for r in range(3) for i in (0, 1)]) for to in (0, 1, 2)
+    ]
+    assert run_ranks(_sent_around, 3) == expected
+
+
+def _placed_in(gib: int) -> str:
+    """Where ranks of machines of so much memory place a table of 3.2 GB."""
+    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "memory_bytes", lambda: gib << 30)
+        table = {"item": Table(100_000_000, ("item",))}
+        model = build_deepfm(table, ["item"], 0, embedding_dim=7, device=torch.device("meta"))
+        return sharding.place(model, ranks, {}, "auto", 64, hbm_bytes=0)["item"].kind
+
+
+def test_the_planner_knows_the_memory_of_the_machine() -> None:
+    assert run_ranks(_placed_in, 2, 32) in (["table_wise"] * 2, ["row_wise"] * 2)
+    assert run_ranks(_placed_in, 2, 5) == ["row_wise"] * 2
+    with pytest.raises(RankFailed, match="NoRoom: the tables do not fit 2 ranks"):
+        run_ranks(_placed_in, 2, 2)
 
 
 def _by_the_pipeline(folder: Path, config: Config, overlapped: bool) -> list[float]:

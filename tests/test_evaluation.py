@@ -18,7 +18,7 @@ from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.world import world
 from deepfm_dist.training import evaluation
 from deepfm_dist.training.evaluation import HeldOut
-from deepfm_dist.training.metrics import click_metrics
+from tests.oracles.row_figures import click_figures
 from tests.ranks import run_ranks
 
 N_VALID = 700
@@ -113,7 +113,7 @@ def test_figures_are_those_of_all_rows_at_once_at_any_world_size(
     assert 20 < (rows.users == 0).sum() < N_VALID / 2
     dense = torch.from_numpy(np.asarray(rows.context["n"])) / 4 - 1
     logits = (dense + torch.from_numpy(rows.users).float() % 5 / 3).numpy()
-    expected = click_metrics(rows.labels, logits, rows.users, rows.weights)
+    expected = click_figures(rows.labels, logits, rows.users, rows.weights)
     of_worlds = [run_ranks(figures, size, dataset) for size in (1, 2, 4)]
     for found, *others in of_worlds:
         assert found == pytest.approx(expected, rel=1e-12)

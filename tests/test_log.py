@@ -1,6 +1,7 @@
 """What a run writes down: JSON Lines, TensorBoard, listeners of one's own."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DeepFMError, match=r"cannot be written: Not a directory; set run\.runs"):
         MetricsLog(tmp_path / "file" / "run", is_first=True)
+
+
+def test_a_closed_log_has_closed_its_loggers(tmp_path: Path) -> None:
+    threads = {*threading.enumerate()}
+    board = TensorBoard(tmp_path / "tb")
+    board._flushes = False  # as on an object store
+    log = MetricsLog(tmp_path, is_first=True, loggers=[listener, board])
+    log.write("train", step=1, log_loss=0.5)
+    assert {*threading.enumerate()} > threads
+    log.close()
+    heard.clear()
+    assert {*threading.enumerate()} == threads
+    found = EventAccumulator(str(tmp_path / "tb"))
+    found.Reload()
+    assert found.Tags()["scalars"] == ["train/log_loss"]
 
 
 def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:

@@ -178,6 +178,18 @@ def test_batch_norm_ignores_rows_of_weight_zero() -> None:
     torch.testing.assert_close(padded.running_var, short.running_var)
 
 
+def test_batch_norm_of_padding_alone_takes_the_running_statistics_and_leaves_them() -> None:
+    norm, x = GlobalBatchNorm(4), torch.randn(6, 4, requires_grad=True)
+    norm(torch.randn(5, 4))
+    running = norm.running_mean.clone(), norm.running_var.clone()
+    out = norm(x, torch.zeros(6))
+    (out.sum() * 0).backward()
+    assert (norm.running_mean.equal(running[0]), norm.running_var.equal(running[1])) == (True, True)
+    torch.testing.assert_close(out, norm.eval()(x))
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
 def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, ...]:
     with world("cpu") as ranks:
         norm = GlobalBatchNorm(3, ranks.differentiable_sum)

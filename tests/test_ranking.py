@@ -28,11 +28,11 @@ from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
-from deepfm_dist.ranking import catalogue, kernel, output
-from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity
+from deepfm_dist.ranking import catalogue, evaluation, kernel, output
+from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
-from deepfm_dist.ranking.evaluation import Comparison, evaluate_ranking
+from deepfm_dist.ranking.evaluation import Comparison, HeldOutItems, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
@@ -91,7 +91,10 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
     for engine in (TorchEngine(scorer), engine_for(scorer, cpu)):
         packed = engine.allocate(n_items, sides[1])
         engine.fill(packed, 0, sides[1])
-        found.append(engine.scores(engine.users([sides[0]]), n_users, packed))
+        prepared = engine.users([sides[0]])
+        found.append(engine.scores(prepared, n_users, packed))
+        # A rank that has run out of users still takes its part in the others' look-ups.
+        assert engine.scores(prepared, 0, packed).shape == (0, n_items)
     double = copy.deepcopy(arch).double()
     pairs = []
     for u, i in itertools.product(range(n_users), range(n_items)):
@@ -330,7 +333,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
     dataset = PreparedDataset(folder)
     with world("cpu") as ranks:
         sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        model = deepfm_of(sharded)
+        model, items = deepfm_of(sharded), HeldOutItems(dataset, "test", {})
         recommend(model, ranks, dataset, Wanted(k), out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
@@ -341,7 +344,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
         over = model.interaction_arch.over_arch
         assert isinstance(over, OverArch)
         return {
-            "rankings": evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES),
+            "rankings": evaluate_ranking(model, ranks, items, (5, 10), BASELINES),
             "rows": dict(HeldOut(dataset, "test").metrics(sharded, ranks)),
             "n_rows": n_rows,
             "tables": pieces,
@@ -498,12 +501,34 @@ def test_merged_tables_do_not_depend_on_how_users_were_dealt(
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
 
 
+def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
+    for split in ("valid", "test"):
+        with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):
+            HeldOutItems(sample, split, {"hour": 8})
+
+
+def _times_sorted_out(folder: Path) -> int:
+    """How often the training items were sorted out for all baselines together."""
+    done: list[Jagged] = []
+    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "distinct", lambda rows: (done.append(rows), distinct(rows))[1])
+        dataset = PreparedDataset(folder)
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
+        evaluate_ranking(model, ranks, HeldOutItems(dataset, "test", {}), (5,), BASELINES)
+    return len(done)
+
+
+def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> None:
+    assert run_alone(_times_sorted_out, sample.folder) == 1
+
+
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
         model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
-        return evaluate_ranking(model, ranks, dataset, "test", (5, 10), {}, BASELINES, reference)
+        items = HeldOutItems(dataset, "test", {})
+        return evaluate_ranking(model, ranks, items, (5, 10), BASELINES, reference)
 
 
 def test_a_reference_of_counts_ranks_as_popularity_does(

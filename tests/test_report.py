@@ -18,7 +18,8 @@ from deepfm_dist.ranking.output import Written
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.report.page import write_page
 from deepfm_dist.report.tables import metrics_table, ranking_table
-from deepfm_dist.training.metrics import Calibration, click_metrics
+from deepfm_dist.training.metrics import Calibration
+from tests.oracles.row_figures import click_figures
 from tests.pages import watched
 
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
@@ -111,7 +112,7 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         Path("step_00002000"),
         sample,
         "test",
-        click_metrics(labels, logits),
+        click_figures(labels, logits),
         Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
         comparison,
         (2,),

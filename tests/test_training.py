@@ -1,9 +1,11 @@
 """The loop: it learns, keeps its schedule, repeats itself exactly, and never trains on garbage."""
 
+import gc
 import itertools
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -221,6 +223,25 @@ def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) ->
     assert len(set(masks)) == len(masks) == 6
 
 
+def _left_of_a_run(folder: Path) -> list[str]:
+    """Parameters that are still there after training, when nobody has the model any more."""
+    with world("cpu") as ranks:
+        config = config_of(*SMALL, *SHORT, "trainer.max_steps=2")
+        run, log = Run(folder, config, ranks), MetricsLog(folder, is_first=False)
+        names = {name: weakref.ref(p) for name, p in run.sharded.named_parameters()}
+        train(
+            run.sharded, run.optimizer, run.batches, ranks, schedule_of(config), LoopState(), 1, log
+        )
+        del run
+        gc.collect()
+        return [name for name, parameter in names.items() if parameter() is not None]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_left_of_a_model_that_was_trained(sample: PreparedDataset, size: int) -> None:
+    assert run_ranks(_left_of_a_run, size, sample.folder) == [[]] * size
+
+
 def _nan_at(steps: range, field: str) -> Change:
     def change(batch: Batch, step: int, rank: int) -> None:
         if step in steps and rank == 1:
@@ -304,6 +325,20 @@ def test_an_improvement_too_small_is_none() -> None:
     assert (falls.best, falls.without_better) == (0.25, 1)
 
 
+def test_a_figure_that_is_not_finite_is_no_better() -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc")
+    state = LoopState()
+    for value, best, without_better in (
+        (float("nan"), None, 1),
+        (0.5, 0.5, 0),
+        (float("nan"), 0.5, 1),
+        (float("inf"), 0.5, 2),
+        (0.75, 0.75, 0),
+    ):
+        state.judge({"auc": value}, schedule)
+        assert (state.best, state.without_better) == (best, without_better)
+
+
 def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
@@ -352,5 +387,5 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
     measured = events(tmp_path / "runs" / "sample", "evaluate")[-1]["figures"]["model"]
     for name in ("ndcg@5", "ndcg@10", "recall@5", "recall@10"):
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
-    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no validation figure; .*ndcg@10$"):
+    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no figure to watch; .*ndcg@10$"):
         schedule_of(config_of("trainer.monitor=ndcg@20"))

@@ -2,17 +2,23 @@
 
 import importlib.util
 import json
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import distributed_c10d
 
 from deepfm_dist import train, tune
-from deepfm_dist.config import load_config
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.search import Search, Span, Trial
+from deepfm_dist.training.trainer import Pruned
 from tests.ranks import run_alone, run_ranks
 
 SPACE = {
@@ -82,12 +88,15 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
         search.over("complete", sign * (level + 0.05))
     search.next(9)
     assert not search.heard(1, sign * 0.1)  # too early to tell
+    assert search.heard(2, sign * 0.1)
+    search.over("pruned", None)
+    search.next(9)
     assert search.heard(3, sign * 0.6)
     search.over("pruned", None)
     search.next(9)
     assert not search.heard(3, sign * 0.75)
     search.over("failed", None)
-    assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned", "failed"]
+    assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned"] * 2 + ["failed"]
     best = search.best()
     assert best is not None
     assert best.best == pytest.approx(sign * 0.85)
@@ -130,6 +139,35 @@ def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path:
     assert run_alone(_run, train.main, "--config", str(tried / "best.yaml"), timeout_s=300) == 0
     again = (tmp_path / "one" / "checkpoints").glob("step_*/state.json")
     assert _best(again) == _best(kept)
+
+
+def _pruned_while_saving(config: Config) -> tuple[list[int], int]:
+    """Complete steps and process groups of a run pruned while a checkpoint was being written."""
+    pruned = threading.Event()
+
+    def finish(self: Any, **arguments: Any) -> None:
+        pruned.wait(60)
+        time.sleep(0.2)  # into what would come next
+        as_it_is(self, **arguments)
+
+    def heard(figures: Mapping[str, float], epoch: int) -> None:
+        pruned.set()
+        raise Pruned
+
+    as_it_is, checkpoint._Writer.finish = checkpoint._Writer.finish, finish  # type: ignore[method-assign]
+    with world("cpu") as ranks:
+        with pytest.raises(Pruned):
+            train.train_on(config, ranks, heard)
+        return checkpoint.complete_steps(config.run_dir), len(distributed_c10d._world.pg_map)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_that_is_being_written_is_whole_before_the_trial_is_over(
+    tmp_path: Path, size: int
+) -> None:
+    step = ["trainer.max_steps=3", "checkpoint.every_steps=2"]
+    config = load_config("sample", [*_settings(tmp_path, "one"), *step])
+    assert run_ranks(_pruned_while_saving, size, config) == [([2], 1)] * size
 
 
 def _best(states: Iterable[Path]) -> float:

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data.batch import UserBatch
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.losses import bpr_sum, softmax_sum
 
 SAMPLED = Candidates(50, 0.75, targets_per_user=5)
 
@@ -103,6 +105,22 @@ def test_without_a_history_all_of_a_users_items_are_targets(sample: PreparedData
     for place, user in enumerate(users):
         targets = batch.target_items[batch.target_users == place] + 1
         assert sorted(targets.tolist()) == sorted(items[user])
+
+
+def test_users_without_a_target_have_a_loss_of_zero(with_history: PreparedDataset) -> None:
+    batches = UserBatches(with_history, 2, 0, 1, 1, Candidates())
+    assert batches._drawn is not None
+    batches._drawn.dropout, batches._drawn.max_length = 1e-9, None  # nothing is left out
+    batch = batches.batch(1)
+    assert len(batch.target_users) == len(batch.target_items) == 0
+    logits = torch.randn(2, batch.n_candidates)
+    targets = batch.target_users, batch.target_weights
+    known = batch.known_users, batch.known_items
+    sums = [
+        softmax_sum(torch.zeros(0), logits, *targets, known, batch.log_expected),
+        bpr_sum(torch.zeros(0), logits, *targets, known),
+    ]
+    assert [float(total / batch.global_weight) for total in sums] == [0.0, 0.0]
 
 
 def test_ranks_without_users_are_refused(with_history: PreparedDataset) -> None:

@@ -109,7 +109,7 @@ class UserBatch(_OnDevice):
             items: no negative for it.
         log_expected: ``[n_candidates]`` float32: log of how often the candidate was to be expected
             in this step; 0 where every item is a candidate.
-        global_weight: ``[]`` float32: the sum of target weights over all ranks.
+        global_weight: ``[]`` float32: the sum of target weights over all ranks; 1 where it is 0.
     """
 
     sparse: KeyedJaggedTensor

@@ -93,7 +93,7 @@ class UserBatches:
         order = derive_seed(self._seed, "order", epoch)
         users = self._users[permute(places, len(self._users), order)]
         bags, targets = self._cut(users, epoch)
-        global_weight = float(targets[0].sum())
+        global_weight = float(max(1, targets[0].sum()))  # few users may have no target at all
         first = self._rank * self._local
         mine = slice(first, first + self._local)
         users, bags, targets = users[mine], _rows(bags, mine), _rows(targets, mine)

@@ -192,6 +192,11 @@ class Checkpoints:
                 pause_s = min(2 * pause_s, 0.5)
             _translated(future.result, path, "cannot be written")
 
+    def close(self) -> None:
+        """`wait`, and nothing is to be saved any more. All ranks."""
+        self.wait()
+        dist.destroy_process_group(self._group)
+
     def _all(self, here: bool) -> bool:
         return int(self._world.sum(torch.tensor(int(here)))) == self._world.world_size
 
@@ -352,13 +357,15 @@ def load(
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:
-    """Makes the zeros that torch's optimizers would make at their first step.
-
-    It is a step without gradients, under which L2 may move weights: fill these afterwards.
-    """
+    """Makes the zeros that torch's optimizers would make at their first step; moves no weight."""
     for _, part in optimizer.optimizers:
         if isinstance(part, KeyedOptimizerWrapper):
+            rates = [group["lr"] for group in part.param_groups]
+            for group in part.param_groups:
+                group["lr"] = 0.0  # it is a step without gradients, but L2 has one
             part.init_state()
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["lr"] = rate
             for values in part.state.values():
                 for value in values.values():
                     value.zero_()

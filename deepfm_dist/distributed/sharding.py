@@ -46,6 +46,7 @@ from torchrec.distributed.types import (
 )
 
 from deepfm_dist.distributed.world import World
+from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed
 
@@ -390,6 +391,8 @@ def _planned(
         local_world_size=world.local_world_size,
         compute_device=world.device.type,
         hbm_cap=hbm_bytes,
+        # Of machines that are imagined nothing is known; TorchRec takes 128 GiB a rank.
+        ddr_cap=memory_bytes() // world.local_world_size if dist.is_initialized() else None,
     )
     constraints = {
         name: ParameterConstraints(
@@ -483,6 +486,7 @@ def widen(
     narrow: DistributedModelParallel,
     wide: DistributedModelParallel,
     dim: int,
+    columns: int,
     values: Mapping[str, Tensor],
 ) -> None:
     """Fills a model with another's rows, wider by some columns behind the factors.
@@ -491,11 +495,11 @@ def widen(
         narrow: with factors of ``dim`` columns.
         wide: the same tables in the same places, with more.
         dim: D.
-        values: ``[rows, columns]`` of these columns by table; where a table is not named, 0.
+        columns: how many more.
+        values: ``[rows, columns]`` by table; where a table is not named, 0.
     """
     for old, new in zip(local_shards(narrow), local_shards(wide), strict=True):
         (name, rows, _, source), target = old, new[3]
-        columns = next(iter(values.values())).shape[1]
         target.zero_()
         target[:, :dim] = source[:, :dim]
         if name in values:

@@ -69,6 +69,33 @@ class World:
         joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
         return joined
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Joins the ranks' tensors of one shape by rank, on this one's device. All ranks.
+
+        ``[n, ...]`` -> ``[ranks * n, ...]``, without gradients.
+        """
+        tensor = tensor.to(self.device).contiguous()
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def exchanged(self, tensor: Tensor) -> Tensor:
+        """Sends each rank a stretch of rows, and joins by rank what was sent here. All ranks.
+
+        Args:
+            tensor: ``[ranks * n, ...]`` on the device.
+
+        Returns:
+            ``[ranks * n, ...]``.
+        """
+        if self.world_size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor)
+        return received
+
     def seed(self, seed: int) -> None:
         """Seeds the random numbers that this rank computes with.
 
@@ -81,7 +108,8 @@ class World:
     def agreed(self, value: T) -> T:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]
-        dist.broadcast_object_list(values, 0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0)
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
@@ -200,9 +228,10 @@ def world(
     rank, size = (int(env["RANK"]), int(env["WORLD_SIZE"])) if launched else (0, 1)
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     chosen = _device(device, local_rank, local_size)
-    if deterministic and chosen.type == "cuda":
+    deterministic &= chosen.type == "cuda"
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _store(timeout) if launched else dist.HashStore()

@@ -10,7 +10,7 @@ Sum = Callable[[Tensor], Tensor]
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm with the weighted statistics of all ranks' rows.
+    """Batch norm with the weighted statistics of all ranks' rows; without any, the running ones.
 
     ``torch.nn.SyncBatchNorm`` runs on CUDA only and would count the rows that pad a batch; this
     one leaves rows of weight 0 out, and is the same on every device and at every world size.
@@ -57,9 +57,11 @@ class GlobalBatchNorm(nn.Module):
         w_B1 = torch.ones_like(x_BC[:, :1]) if weights_B is None else weights_B[:, None]
         # The mean first, then the squares around it: one pass of sums would cancel.
         sums = self.all_reduce(torch.cat([(w_B1 * x_BC).sum(0), w_B1.sum(0)]))
-        total = sums[-1].detach()
-        mean = sums[:-1] / total
-        var = self.all_reduce((w_B1 * (x_BC - mean).square()).sum(0)) / total
+        is_any = sums[-1] > 0  # the last part of a split batch may be padding alone
+        total = sums[-1].detach().where(is_any, 1.0)
+        mean = (sums[:-1] / total).where(is_any, self.running_mean)
+        squares = self.all_reduce((w_B1 * (x_BC - mean).square()).sum(0))
+        var = (squares / total).where(is_any, self.running_var)
         with torch.no_grad():
             unbiased = var * (total / (total - 1).clamp(min=1))
             self.running_mean.lerp_(mean, self.momentum)

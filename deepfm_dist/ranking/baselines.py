@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
@@ -95,7 +95,7 @@ class Ease:
             n_factors: length of a vector.
 
         Returns:
-            ``[I, n_factors]`` float32 each.
+            ``[I, n_factors]`` float32 each; what exceeds the items is 0.
 
         Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975;
         singular vectors by Halko, Martinsson, Tropp, "Finding structure with randomness", 2011.
@@ -107,6 +107,7 @@ class Ease:
             torch.manual_seed(n_items)
             spread = min(n_items, n_factors + 24)
             leading = torch.svd_lowrank(of_scores, q=spread, niter=4)[2][:, :n_factors]
+        leading = pad(leading, (0, n_factors - leading.shape[1]))
         return weights @ leading, leading
 
     def _weights(self, together: npt.NDArray[np.float64]) -> Tensor:

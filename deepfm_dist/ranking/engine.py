@@ -155,9 +155,12 @@ class TorchEngine:
 
     def scores(self, users: Side, n_users: int, items: Side) -> Tensor:
         """``[n_users, items]`` float32."""
-        blocks = range(0, n_users, USER_BLOCK)
-        found = [self._scorer.scores(users[b : b + USER_BLOCK], items) for b in blocks]
-        return torch.cat(found)[:n_users]
+        out = items.constant.new_empty(n_users, len(items.constant))
+        for begin in range(0, n_users, USER_BLOCK):
+            scores = self._scorer.scores(users[begin : begin + USER_BLOCK], items)
+            room = out[begin : begin + USER_BLOCK]
+            room.copy_(scores[: len(room)])
+        return out
 
 
 class KernelEngine:

@@ -73,9 +73,16 @@ class HeldOutItems:
     Args:
         dataset: the prepared dataset.
         split: valid or test.
+        context: values of the context fields, where the model looks at some.
+
+    Raises:
+        ConfigError: a context field has no value or an unknown one.
     """
 
-    def __init__(self, dataset: PreparedDataset, split: str) -> None:
+    def __init__(
+        self, dataset: PreparedDataset, split: str, context: Mapping[str, str | float]
+    ) -> None:
+        self._context = RowEncoder(dataset).fixed_context(context)
         relevant_of_all = dataset.positives(split)
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
@@ -112,17 +119,13 @@ class HeldOutItems:
         figures = user_metrics(ranked, self.relevant, cutoffs, self.counts, self._n_active)
         return figures, ranked
 
-    def metrics(
-        self,
-        model: DeepFM,
-        world: World,
-        cutoffs: Sequence[int],
-        context: Mapping[str, str | float],
-    ) -> dict[str, float]:
+    def ranker(self, model: DeepFM, world: World) -> ModelRanker:
+        """Ranks for the users by a model in eval mode. All ranks."""
+        return ModelRanker(model, world, self.dataset, self.catalogue, self.users, self._context)
+
+    def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
-        fixed = RowEncoder(self.dataset).fixed_context(context)
-        ranker = ModelRanker(model, world, self.dataset, self.catalogue, self.users, fixed)
-        found = self.measured(ranker, cutoffs, world)
+        found = self.measured(self.ranker(model, world), cutoffs, world)
         if found is None:
             return {}
         return {
@@ -135,24 +138,18 @@ class HeldOutItems:
 def evaluate_ranking(
     model: DeepFM,
     world: World,
-    dataset: PreparedDataset,
-    split: str,
+    held_out: HeldOutItems,
     cutoffs: Sequence[int],
-    context: Mapping[str, str | float],
     baselines: Mapping[str, Baseline],
     reference: Path | None = None,
 ) -> Comparison | None:
     """Compares the model's ranking with others of the same users. All ranks.
 
-    Users and what is masked: see `HeldOutItems`.
-
     Args:
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
-        dataset: the prepared dataset.
-        split: valid or test.
+        held_out: what is measured on.
         cutoffs: values of K.
-        context: values of the context fields.
         baselines: by name; fitted here on the training positives.
         reference: parquet file ``user, item, score`` with another system's scores.
 
@@ -162,14 +159,14 @@ def evaluate_ranking(
     Raises:
         ConfigError: a baseline cannot be fitted on so many items.
     """
-    held_out = HeldOutItems(dataset, split)
-    catalogue, users, relevant = held_out.catalogue, held_out.users, held_out.relevant
-    fixed = RowEncoder(dataset).fixed_context(context)
-    makers: dict[str, Callable[[], Ranker]] = {
-        "model": lambda: ModelRanker(model, world, dataset, catalogue, users, fixed)
-    }
-    for name, baseline in baselines.items():
-        makers[name] = partial(_fitted, name, baseline, dataset, catalogue, users, world)
+    dataset, catalogue = held_out.dataset, held_out.catalogue
+    users, relevant = held_out.users, held_out.relevant
+    makers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
+    if baselines:
+        everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
+        train = distinct(catalogue.seen_by(everyone, [dataset.history])(0, len(everyone)))
+        for name, baseline in baselines.items():
+            makers[name] = partial(_fitted, name, baseline, train, len(catalogue), users, world)
     if reference is not None:
         makers[reference.stem] = lambda: _reference_ranker(
             reference, dataset, catalogue, users, world
@@ -211,24 +208,19 @@ def evaluate_ranking(
 def _fitted(
     name: str,
     baseline: Baseline,
-    dataset: PreparedDataset,
-    catalogue: Catalogue,
+    train: Jagged,
+    n_items: int,
     users: Int32Array,
     world: World,
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
-    everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
-    seen = catalogue.seen_by(everyone, [dataset.history])
-    train = distinct(seen(0, len(everyone)))
-    fitted = world.agreed(
-        world.first_does(f"fit_{name}", lambda: baseline.fit(train, len(catalogue)))
-    )
+    fitted = world.agreed(world.first_does(f"fit_{name}", lambda: baseline.fit(train, n_items)))
     assert fitted is not None
 
     def scores(begin: int, end: int) -> Tensor:
         return fitted(train, users[begin:end]).to(world.device)
 
-    return FixedRanker(scores, len(catalogue))
+    return FixedRanker(scores, n_items)
 
 
 def _reference_ranker(

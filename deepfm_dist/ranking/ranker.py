@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -244,7 +243,7 @@ class ModelRanker:
                 found = self._index.candidates(sides, n, seen, count)
                 candidates = [found.to(self._world.device)]
             if self._share:
-                of_all = self._from_all(_with_rows(candidates[0], height)).split(height)
+                of_all = self._world.gathered(_with_rows(candidates[0], height)).split(height)
                 candidates = [t[:m] for t, (_, m, _) in zip(of_all, groups, strict=True)]
             best = self._update_of_candidates(groups, candidates, k)
         mine = self._mine_of(best, n, height)
@@ -253,11 +252,15 @@ class ModelRanker:
     def _of_all_ranks(self, sides: list[Side], n: int, height: int, seen: Jagged) -> list[Group]:
         """All ranks' users, brought here for this rank's share of the items."""
         mine = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
-        columns = [self._from_all(_with_rows(t, height)).split(height) for t in mine.tensors]
-        lengths = self._from_all(_with_rows(torch.from_numpy(seen.lengths), height)).split(height)
-        counts, totals = self._from_all(torch.tensor([[n, len(seen.values)]])).T.tolist()
+        columns = [self._world.gathered(_with_rows(t, height)).split(height) for t in mine.tensors]
+        lengths = self._world.gathered(_with_rows(torch.from_numpy(seen.lengths), height)).split(
+            height
+        )
+        counts, totals = self._world.gathered(torch.tensor([[n, len(seen.values)]])).T.tolist()
         longest = max(1, *totals)
-        values = self._from_all(_with_rows(torch.from_numpy(seen.values), longest)).split(longest)
+        values = self._world.gathered(_with_rows(torch.from_numpy(seen.values), longest)).split(
+            longest
+        )
         groups = []
         for rank, (count, total) in enumerate(zip(counts, totals, strict=True)):
             users = self.engine.users([Side(*(column[rank] for column in columns))])
@@ -288,18 +291,11 @@ class ModelRanker:
         if not self._share:
             return found[0]
         keys = torch.cat([_with_rows(keys_of(b.scores, b.positions), height) for b in found])
-        received = torch.empty_like(keys)
-        dist.all_to_all_single(received, keys)
         k = keys.shape[1]
-        merged = received.view(-1, height, k).transpose(0, 1).reshape(height, -1)[:n]
+        merged = (
+            self._world.exchanged(keys).view(-1, height, k).transpose(0, 1).reshape(height, -1)[:n]
+        )
         return Best(*best_of_keys(merged, k))
-
-    def _from_all(self, tensor: Tensor) -> Tensor:
-        """All ranks' tensors of one shape, one after the other."""
-        tensor = tensor.to(self._world.device).contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self._world.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
 
     def scores(self, begin: int, end: int, height: int) -> npt.NDArray[np.float32]:
         """``[end - begin, I]`` logits of a stretch of users; arguments as of `best`. All ranks."""
@@ -394,7 +390,7 @@ class ModelRanker:
             mine = first + self._world.rank * ITEM_BLOCK
             rows = self._rows[min(mine, end) : min(mine + ITEM_BLOCK, end)]
             side = self._side("item", padded(rows, ITEM_BLOCK, ABSENT))
-            yield first, Side(*map(self._from_all, side.tensors))
+            yield first, Side(*map(self._world.gathered, side.tensors))
 
 
 def _with_rows(tensor: Tensor, n: int) -> Tensor:

@@ -39,7 +39,7 @@ class Measured:
     """What held-out rows say of a model.
 
     Attributes:
-        figures: of `click_metrics`.
+        figures: auc, user_auc where rows have users, and `figures_of`.
         calibration: how far its probabilities are to be believed.
     """
 
@@ -64,7 +64,7 @@ class HeldOut:
         self._n_users = dataset.manifest.entities.get("user", 0)
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
-        """The figures of `click_metrics`, on rank 0; empty elsewhere. All ranks."""
+        """The figures of `measured`, on rank 0; empty elsewhere. All ranks."""
         found = self.measured(model, world)
         return {} if found is None else found.figures
 
@@ -109,10 +109,10 @@ class HeldOut:
 
 
 def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
-    """`metrics.auc` of all ranks' rows, on rank 0: a stretch of scores after the other.
+    """Area under the ROC curve of all ranks' rows, on rank 0: a stretch of scores after the other.
 
     Returns:
-        It, and what `metrics.calibration_curve` takes.
+        It, NaN where all labels are the same, and what `metrics.calibration_curve` takes.
     """
     wins = positives = negatives = 0.0
     bins = np.zeros((3, _BINS))
@@ -129,7 +129,7 @@ def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
 
 
 def _user_auc(records: _Records, n_users: int, world: World) -> float:
-    """`metrics.user_auc` of all ranks' rows, on rank 0: a stretch of users after the other."""
+    """Mean AUC of known users by their rows, on rank 0: a stretch of users after the other."""
     height = -(-n_users // _BINS)
     total = weight = 0.0
     for tally in _tallies(records, world, lambda rows: rows["user"] // height, by_user=True):

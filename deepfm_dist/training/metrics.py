@@ -11,8 +11,6 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.schema import OUT_OF_VOCABULARY
-
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
@@ -56,6 +54,8 @@ class Tally:
         """``[groups]`` each: weight of ordered pairs, of positives, of negatives.
 
         A positive and a negative are ordered where the positive's score is higher; ties count half.
+
+        Source: the Mann-Whitney statistic.
         """
         if len(self.groups) == 0:
             return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -67,46 +67,11 @@ class Tally:
         return tuple(sums)  # type: ignore[return-value]
 
 
-def auc(labels: FloatArray, scores: FloatArray, weights: FloatArray | None = None) -> float:
-    """Exact area under the ROC curve; ties count one half.
-
-    Args:
-        labels: ``[n]`` 0 or 1.
-        scores: ``[n]``, any monotone score.
-        weights: ``[n]`` of the rows; default ones.
-
-    Returns:
-        ``P(score of a positive > score of a negative) + P(equal) / 2``; NaN where all labels are
-        the same.
-
-    Source: the Mann-Whitney statistic.
-    """
-    return user_auc(labels, scores, np.zeros(len(labels), np.int8), weights)
-
-
-def user_auc(
-    labels: FloatArray, scores: FloatArray, users: IntArray, weights: FloatArray | None = None
-) -> float:
-    """Mean AUC of the users that have both labels, weighted by their rows ("GAUC").
-
-    Args:
-        labels: ``[n]`` 0 or 1.
-        scores: ``[n]``, any score that is monotone within a user.
-        users: ``[n]`` whose row it is.
-        weights: ``[n]`` of the rows; default ones.
-
-    Returns:
-        NaN where no user has both labels.
+def mean_auc(tally: Tally) -> tuple[float, float]:
+    """Summed AUC of the groups that have both labels, each times its weight; and that weight.
 
     Source: Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", 2017, eq. 12.
     """
-    w = np.ones(len(labels)) if weights is None else weights.astype(np.float64)
-    total, weight = mean_auc(Tally.of(users, scores, w * (labels > 0.5), w * (labels <= 0.5)))
-    return total / weight if weight else float("nan")
-
-
-def mean_auc(tally: Tally) -> tuple[float, float]:
-    """Summed AUC of the groups that have both labels, each times its weight; and that weight."""
     wins, positive, negative = tally.by_group()
     both = (positive > 0) & (negative > 0)
     wins, positive, negative = wins[both], positive[both], negative[both]
@@ -161,29 +126,6 @@ def normalized_entropy(log_loss: float, rate: float) -> float:
     return log_loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
-def click_metrics(
-    labels: FloatArray,
-    logits: FloatArray,
-    users: IntArray | None = None,
-    weights: FloatArray | None = None,
-) -> dict[str, float]:
-    """All figures of this module.
-
-    Args:
-        labels: ``[n]`` 0 or 1.
-        logits: ``[n]``.
-        users: ``[n]`` rows of the user table; those of `OUT_OF_VOCABULARY` are not told apart and
-            have no part in ``user_auc``, which is left out where there are no users.
-        weights: ``[n]`` of the rows; default ones.
-    """
-    figures = {"auc": auc(labels, logits, weights)}
-    if users is not None:
-        known = users != OUT_OF_VOCABULARY
-        of_known = None if weights is None else weights[known]
-        figures["user_auc"] = user_auc(labels[known], logits[known], users[known], of_known)
-    return figures | figures_of(row_sums(labels, logits, weights))
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Rows in the order of their logits, cut into stretches of about as much weight each.
@@ -215,7 +157,3 @@ def calibration_curve(sums: FloatArray, stretches: int = 20) -> Calibration:
     begins = np.unique(begins[begins < len(rows)])
     rows, predicted, observed = np.add.reduceat(sums, begins, axis=1)
     return Calibration((predicted / rows).tolist(), (observed / rows).tolist(), rows.tolist())
-
-
-CLICK_FIGURES = tuple(click_metrics(np.array([0.0, 1.0]), np.zeros(2), np.ones(2, np.int32)))
-"""Names of `click_metrics`."""

@@ -57,8 +57,8 @@ class Search:
         lower_is_better: whether the watched figure is to be small.
         seed: of what is tried.
         prune: whether a trial ends when its best figure so far is worse than the median of the
-            earlier trials' at the same validation; the first four trials and two validations are
-            left alone.
+            earlier trials' at the same epoch; the first four trials, and the first epoch of each,
+            are left alone.
 
     Raises:
         ConfigError: the library is not installed, or the study that is there is of another search.
@@ -127,7 +127,7 @@ class Search:
         return Trial(name, {setting: self._drawn(setting) for setting in self._space})
 
     def heard(self, epoch: int, figure: float) -> bool:
-        """Takes a validation's figure.
+        """Takes a validation's figure, after ``epoch`` epochs.
 
         Returns:
             Whether the trial is not worth going on with.

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,9 @@ from deepfm_dist.training.figures import TrainingFigures
 from deepfm_dist.training.schedule import LearningRate
 
 log = logging.getLogger(__name__)
+HIGHER_IS_BETTER = ("auc", "user_auc", "accuracy")
 LOWER_IS_BETTER = ("log_loss", "ne")
+"""Figures on rows that can be watched; of rankings all can, and higher is better."""
 
 
 class Batches(Protocol):
@@ -39,6 +42,10 @@ class Batches(Protocol):
 
 class NonFiniteLoss(DeepFMError):
     """The losses of several steps in a row were NaN or infinite; no weight was touched by them."""
+
+
+class Pruned(Exception):
+    """The run is not worth going on with; all ranks say so after the same validation."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +146,13 @@ class LoopState:
         return self.step >= last or out_of_patience
 
     def judge(self, figures: Mapping[str, float], schedule: Schedule) -> None:
-        """Compares the monitored figure with the best one."""
+        """Compares the monitored figure with the best one; one that is not finite is no better."""
         if schedule.monitor is None:
             return
         value = figures[schedule.monitor]
         sign = -1 if schedule.monitor in LOWER_IS_BETTER else 1
-        if self.best is None or sign * (value - self.best) > schedule.min_delta:
+        gain = sign * (value - self.best) if self.best is not None else math.inf
+        if math.isfinite(value) and gain > schedule.min_delta:
             self.best, self.best_step, self.without_better = value, self.step, 0
         else:
             self.without_better += 1
@@ -212,8 +220,8 @@ def train(
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     going_on = not state.is_over(schedule, last)
     sharded.train()
-    gc.freeze()  # what was imported and built stays: no need to look through it again and again
     with (
+        _frozen(),
         profiler or nullcontext(),
         progress(last, "train", "step", world.is_first, state.step) as bar,
     ):
@@ -272,6 +280,16 @@ def train(
     peak_gib = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     metrics.write("end", step=state.step, peak_memory_gib=peak_gib)
     return state
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What was imported and built stays meanwhile: no need to look through it again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Clock:
