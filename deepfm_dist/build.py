@@ -448,6 +448,7 @@ def search_of(config: Config, folder: Path) -> Search:
         config.trainer.monitor in LOWER_IS_BETTER,
         config.run.seed,
         config.tune.prune,
+        config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),
     )
 
 

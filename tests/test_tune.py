@@ -76,6 +76,8 @@ def test_a_search_that_was_cut_off_tries_the_same_as_one_that_was_not(
     assert again.next(16) is None
     with pytest.raises(ConfigError, match=r"study\.log: the study of another search"):
         Search(tmp_path / "cut", SPACE, False, 2, prune=False)
+    with pytest.raises(ConfigError, match=r"study\.log: the study of another search"):
+        Search(tmp_path / "cut", SPACE, False, 1, prune=False, of={"trainer": {"epochs": 9}})
 
 
 @pytest.mark.parametrize("lower", [False, True])

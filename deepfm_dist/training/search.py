@@ -59,6 +59,8 @@ class Search:
         prune: whether a trial ends when its best figure so far is worse than the median of the
             earlier trials' at the same epoch; the first four trials, and the first epoch of each,
             are left alone.
+        of: what else the trials have in common, as JSON values: only trials alike in that can be
+            compared.
 
     Raises:
         ConfigError: the library is not installed, or the study that is there is of another search.
@@ -71,6 +73,7 @@ class Search:
         lower_is_better: bool,
         seed: int,
         prune: bool,
+        of: Any = None,
     ) -> None:
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError(
@@ -95,11 +98,11 @@ class Search:
             else optuna.pruners.NopPruner(),
         )
         spread = {k: asdict(v) if isinstance(v, Span) else list(v) for k, v in space.items()}
-        asked = json.dumps({"space": spread, "lower": lower_is_better, "seed": seed})
+        asked = json.dumps({"space": spread, "lower": lower_is_better, "seed": seed, "of": of})
         if self._study.user_attrs.get("asked", asked) != asked:
             raise ConfigError(
-                f"{self.path}: the study of another search (space, figure or seed differ); choose "
-                f"another run.name, or remove the folder"
+                f"{self.path}: the study of another search (space, figure, seed, or settings of "
+                f"data, model or training differ); choose another run.name, or remove the folder"
             )
         self._study.set_user_attr("asked", asked)
         self._open: Any = None
