@@ -214,6 +214,7 @@ def _fitted(
     world: World,
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
+    log.info("%s: fitting on %s positives", name, f"{len(train.values):,}")
     fitted = world.agreed(world.first_does(f"fit_{name}", lambda: baseline.fit(train, n_items)))
     assert fitted is not None
 

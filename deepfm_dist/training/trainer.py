@@ -246,8 +246,8 @@ def train(
                     found = validate()
                 sharded.train()
                 state.judge(found, schedule)
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-                log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, shown)
+                told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+                log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
                 metrics.write("valid", step=step, epoch=epoch, **found)
                 micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
@@ -260,8 +260,9 @@ def train(
             if saving or not going_on or step % schedule.log_every_steps == 0:
                 # A checkpoint ends a window, so that a resumed run begins one where this run does.
                 line = figures.line(world)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 spent = clock.read(step - state.logged_step, batches.batch_size)
+                shown = {"loss": f"{line['loss']:.4f}", "rows/s": f"{spent['rows_per_s']:,.0f}"}
+                bar.set_postfix(shown, refresh=False)
                 line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
                 if outcome.sparse is not None:
                     sent = sent_bytes(outcome.sparse)
@@ -277,8 +278,10 @@ def train(
             if outcome.stop:
                 log.warning("told to stop: step %d is saved, the same command goes on", step)
     pipeline.detach()
-    peak_gib = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    metrics.write("end", step=state.step, peak_memory_gib=peak_gib)
+    peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if world.device.type == "cuda":
+        peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
+    metrics.write("end", step=state.step, **{k: world.gather(gib) for k, gib in peak.items()})
     return state
 
 
