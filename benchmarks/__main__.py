@@ -4,7 +4,8 @@
     python benchmarks --only catalogue,negatives --output some.md
 
 Each script ends with a line of JSON; the page is made of these lines alone. Where
-``benchmarks/rivals/build.sh`` has made the rivals' environment, training is measured beside them.
+``benchmarks/rivals/build.sh`` has made the rivals' environment, training and the catalogue are
+measured beside them.
 """
 
 import argparse
@@ -100,9 +101,11 @@ def _catalogue(what: str) -> Callable[[Report], Sequence[Line]]:
         for name, field in (
             ("forward pass", "naive_pairs_per_s"),
             ("torch, factorised", "torch_pairs_per_s"),
+            ("RecBole's full sort", "recbole_pairs_per_s"),
             ("sgemm's limit", "limit_pairs_per_s"),
         ):
-            other = report[field]
+            if (other := report.get(field)) is None:  # no rivals' environment
+                continue
             ratio = f"{ours / other:.0%} of it" if "limit" in name else f"{ours / other:.1f} x"
             told = f"M pairs/s, {what}"
             found.append(Line(told, f"{ours / 1e6:.2f}", name, f"{other / 1e6:.2f}", ratio))
@@ -218,9 +221,11 @@ def main() -> int:
 def _run(benchmark: Benchmark, rivals: Path) -> Report | None:
     """A script's JSON; None where it failed."""
     command = [sys.executable, *_typed(benchmark.command).split()[1:]]
-    if benchmark.script == "training":
-        there = (rivals / "bin" / "python").exists()
-        command += ["--rivals", str(rivals)] if there else ["--only", "ours,bare,plain"]
+    if (rivals / "bin" / "python").exists():
+        if benchmark.script in ("training", "catalogue"):
+            command += ["--rivals", str(rivals)]
+    elif benchmark.script == "training":
+        command += ["--only", "ours,bare,plain"]
     print(f"\n$ {shlex.join(command)}", flush=True)
     # One thread a process unless a script says otherwise, as the project's commands have it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,9 +1,10 @@
 """Reruns the tables of docs/quality.md: every row by the commands that a user types.
 
 The rows stand in `benchmarks/quality.yaml`: configuration, overrides, seeds. Each is prepared and
-trained by `deepfm_dist.train`, and measured by `deepfm_dist.evaluate` from the checkpoint with the
-best watched figure. Figures are means over the seeds with their standard deviation; the time is
-that of training, on this machine as busy as it is. The same seed gives the same digits again.
+trained by `deepfm_dist.train`, widened by `deepfm_dist.add_ease` where it says so, and measured by
+`deepfm_dist.evaluate` from the checkpoint with the best watched figure. Figures are means over the
+seeds with their standard deviation; the time is that of training, on this machine as busy as it is.
+The same seed gives the same digits again.
 
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py --table ctr --row DeepFM
@@ -49,7 +50,10 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     shared += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
     command("prepare", *shared)  # not a part of the time of training
     seconds = command("train", *shared)
-    command("evaluate", *shared, *row.get("evaluate", []))
+    if "add_ease" in row:
+        command("add_ease", *shared, "--to", f"{name}_ease", *row["add_ease"])
+        name += "_ease"
+    command("evaluate", *shared, f"run.name={name}", *row.get("evaluate", []))
     lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
     found = [e for e in map(json.loads, lines) if e["event"] == "evaluate"][-1]
     figures = {ranking: dict(of) for ranking, of in found.get("figures", {}).items()}
