@@ -18,7 +18,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import placed_tables
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
-from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
+from deepfm_dist.storage import folder_of, is_remote, told_in_one_line, writing
 from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def begin(
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
         ConfigError: it is of another model.
+        DeepFMError: the run folder cannot be written.
     """
-    with told_in_one_line(config.run_dir):
+    with writing(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
         if path is not None:
             state = LoopState(**checkpoint.read_state(path)["trainer"])
@@ -83,7 +84,8 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
     """Writes ``plan.json`` into the run's folder: the ranks, and a line per table. Rank 0."""
     tables = [asdict(line) for line in placed_tables(sharded)]
     plan = {"ranks": world.world_size, "device": world.device.type, "tables": tables}
-    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    with writing(folder):
+        (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
