@@ -126,7 +126,11 @@ class MetricsLog:
                 self.path.write_text(self._text)
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends one event; NaN, which JSON does not know, becomes null."""
+        """Appends one event; NaN, which JSON does not know, becomes null.
+
+        Raises:
+            DeepFMError: the disk is full, say.
+        """
         if not self._is_first:
             return
         line = json.dumps({"event": event} | _without_nan(values)) + "\n"
@@ -135,7 +139,7 @@ class MetricsLog:
             if event != "train":
                 self.flush()
         else:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(line)
         for logger in self._loggers:
             logger(event, values)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,22 @@ def test_merged_tables_do_not_depend_on_how_users_were_dealt(
         pq.write_table(pa.table({"row": pa.array(range(begin, end), pa.int64())}), path)
     found = [table["row"].to_pylist() for table in output._rebatched(parts, rows=7)]
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
+
+
+def _written_to_a_full_disk(folder: Path, file: str) -> None:
+    table = pa.table({"user": ["u"], "item": ["i"]})
+    with world("cpu") as ranks:
+        parts = output.Parts(folder, "found.parquet", 1, None, ranks)
+        (parts.aside / file).symlink_to("/dev/full")
+        parts.write(0, table.schema, [table])
+        parts.merge({"user": "user"})
+
+
+@pytest.mark.parametrize("file", ["000000.part", "whole", "csv"])
+def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
+    with pytest.raises(RankFailed) as caught:
+        run_alone(_written_to_a_full_disk, tmp_path, file)
+    assert re.search(r"\n.*DeepFMError: .*: cannot be written: .*No space left.*\n$", str(caught.value))
 
 
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
