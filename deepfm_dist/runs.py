@@ -91,6 +91,9 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
     """The checkpoint from which a run of these settings can go on.
 
+    What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
+    ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
+
     Returns:
         None where there is none, or where the run is to begin anew.
 
@@ -99,9 +102,11 @@ def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None
         CheckpointError: the checkpoint that was asked for is not there.
     """
     resume, use = config.checkpoint.resume, config.checkpoint.use
-    if resume == "never" or not checkpoint.complete_steps(config.run_dir):
+    again = restarted()
+    if (resume == "never" and not again) or not checkpoint.complete_steps(config.run_dir):
         return None
-    path = checkpoint.find_checkpoint(config.run_dir, "latest" if use == "auto" else use)
+    which = "latest" if use == "auto" or again else use
+    path = checkpoint.find_checkpoint(config.run_dir, which)
     state = checkpoint.read_state(path)
     differing = [
         f"{name}={new}, not {old}"

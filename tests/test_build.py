@@ -235,6 +235,21 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     assert folder.steps == [10]
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    "override",
+    ["checkpoint.use=10", "checkpoint.use=5", "checkpoint.use=best", "checkpoint.resume=never"],
+)
+def test_a_restart_goes_on_from_the_latest(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, override: str, variable: str
+) -> None:
+    folder.save(10, 20, 30, best=20)
+    monkeypatch.setenv(variable, "1")
+    assert folder.begin(override) == 30
+    assert folder.steps == [10, 20, 30]
+    assert folder.begin(override, "run.seed=2") == 0
+
+
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
     with pytest.raises(ConfigError, match=r"monitor=acu: no validation figure; there are: auc"):
         folder.begin("trainer.monitor=acu")
