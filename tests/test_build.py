@@ -138,7 +138,7 @@ class Folder:
     """A run folder with checkpoints that hold nothing but their markers."""
 
     def __init__(self, sample: PreparedDataset, root: Path) -> None:
-        self._sample, self._root = sample, root
+        self.manifest, self._root = sample.manifest, root
 
     def config(self, *overrides: str) -> Config:
         return config_of(f"run.runs_root={self._root}", "trainer.epochs=4", *overrides)
@@ -150,7 +150,7 @@ class Folder:
             path.mkdir(parents=True)
             state = {
                 "step": step,
-                "vocabulary_hash": self._sample.manifest.vocabulary_hash,
+                "vocabulary_hash": self.manifest.vocabulary_hash,
                 "config": config.model_dump(mode="json"),
                 "crc32": {},
                 "trainer": asdict(LoopState(step, best_step=best, lifetime=[1.0, 2.0, 3.0, 4.0])),
@@ -162,7 +162,7 @@ class Folder:
         config = self.config(*overrides)
         schedule = schedule_of(config)
         last = schedule.last_step(PER_EPOCH)
-        path, state = begin(config, self._sample.manifest, schedule, last)
+        path, state = begin(config, self.manifest, schedule, last)
         assert (path is None) == (state.step == 0)
         assert path is None or path == checkpoint.checkpoint_path(config.run_dir, state.step)
         return state.step
@@ -233,6 +233,16 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     assert folder.steps == [10, 20]
     assert folder.begin("checkpoint.use=10") == 10
     assert folder.steps == [10]
+
+
+def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folder) -> None:
+    folder.save(10, 20, best=20)
+    run_dir = folder.config().run_dir
+    for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
+        config = folder.config("run.name=new", f"checkpoint.start_from={start}")
+        schedule = schedule_of(config)
+        path, state = begin(config, folder.manifest, schedule, schedule.last_step(PER_EPOCH))
+        assert (path, state.step) == (checkpoint.checkpoint_path(run_dir, step), 0)
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

@@ -512,7 +512,9 @@ def _written_to_a_full_disk(folder: Path, file: str) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
     with pytest.raises(RankFailed) as caught:
         run_alone(_written_to_a_full_disk, tmp_path, file)
-    assert re.search(r"\n.*DeepFMError: .*: cannot be written: .*No space left.*\n$", str(caught.value))
+    assert re.search(
+        r"\n.*DeepFMError: .*: cannot be written: .*No space left.*\n$", str(caught.value)
+    )
 
 
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
