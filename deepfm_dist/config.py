@@ -272,10 +272,12 @@ class CheckpointConfig(Section):
     """How many stay, the newest ones (and the best one, where trainer.monitor is set)."""
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run of the same settings, else begins anew; always refuses
-    other settings; never begins anew. Restarted by a launcher, auto never begins anew."""
+    other settings; never begins anew. Restarted by a launcher, a run of the same settings goes on
+    from its latest checkpoint, whatever is set here and in ``use``."""
     start_from: str | None = None
-    """Folder of another run: training begins with its weights and optimizer state. Its data must be
-    the same, or what this run's grew from (data.vocabulary_from): new rows start afresh."""
+    """Folder of another run, or of one of its checkpoints: training begins with its weights and
+    optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):
+    new rows start afresh."""
     use: Literal["auto", "latest", "best"] | int = "auto"
     """The checkpoint to read: a step; latest; best by trainer.monitor; auto: the latest to
     continue training, else the best one if a figure was watched."""

@@ -12,8 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deepfm_dist.errors import DeepFMError
-from deepfm_dist.storage import brief, is_of_storage, is_remote, told_in_one_line
+from deepfm_dist.storage import brief, is_of_storage, is_remote, writing
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +59,29 @@ class TensorBoard:
 
     Args:
         folder: of TensorBoard's files.
+
+    Raises:
+        DeepFMError: it cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._folder = folder
+        with writing(folder):
+            self._writer: Any = SummaryWriter(str(folder))
         self._flushes = not is_remote(folder)  # an upload each would hold training up
 
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
         """Writes ``event/name`` at ``step``."""
         if "step" not in values:
             return
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(f"{event}/{name}", value, values["step"])
-        if self._flushes:
-            self._writer.flush()
+        with writing(self._folder):
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{event}/{name}", value, values["step"])
+            if self._flushes:
+                self._writer.flush()
 
     def close(self) -> None:
         """Writes what is not written yet, and ends the writer's thread."""
@@ -111,27 +116,25 @@ class MetricsLog:
         self._uploads, self._text = is_remote(folder), ""
         if not is_first:
             return
-        try:
-            with told_in_one_line(folder):
-                if not self._uploads:
-                    folder.mkdir(parents=True, exist_ok=True)
-                found = text = self.path.read_text() if self.path.exists() else None
-                if from_step is not None:
-                    # A line that a kill cut short is none.
-                    whole = [x for x in (found or "").splitlines(True) if x.endswith("\n")]
-                    kept = [x for x in whole if json.loads(x).get("step", 0) <= from_step]
-                    text = "".join(kept if from_step else [])
-                self._text = text or ""
-                if found != self._text:
-                    self.path.write_text(self._text)
-        except OSError as error:
-            raise DeepFMError(
-                f"{folder}: cannot be written: {error.strerror}; set run.runs_root to a folder "
-                f"of yours"
-            ) from None
+        with writing(folder):
+            if not self._uploads:
+                folder.mkdir(parents=True, exist_ok=True)
+            found = text = self.path.read_text() if self.path.exists() else None
+            if from_step is not None:
+                # A line that a kill cut short is none.
+                whole = [x for x in (found or "").splitlines(True) if x.endswith("\n")]
+                kept = [x for x in whole if json.loads(x).get("step", 0) <= from_step]
+                text = "".join(kept if from_step else [])
+            self._text = text or ""
+            if found != self._text:
+                self.path.write_text(self._text)
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends one event; NaN, which JSON does not know, becomes null."""
+        """Appends one event; NaN, which JSON does not know, becomes null.
+
+        Raises:
+            DeepFMError: the disk is full, say.
+        """
         if not self._is_first:
             return
         line = json.dumps({"event": event} | _without_nan(values)) + "\n"
@@ -140,7 +143,7 @@ class MetricsLog:
             if event != "train":
                 self.flush()
         else:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(line)
         for logger in self._loggers:
             logger(event, values)

@@ -18,7 +18,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import placed_tables
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
-from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
+from deepfm_dist.storage import folder_of, is_remote, told_in_one_line, writing
 from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,16 @@ def begin(
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
         ConfigError: it is of another model, or this run itself.
+        DeepFMError: the run folder cannot be written.
     """
     elsewhere = config.checkpoint.start_from
-    if elsewhere is not None and folder_of(elsewhere).resolve() == config.run_dir.resolve():
+    start = None if elsewhere is None else folder_of(elsewhere).resolve()
+    if start is not None and config.run_dir.resolve() in (start, start.parent.parent):
         raise ConfigError(
             f"checkpoint.start_from={elsewhere}: this run's own folder, whose checkpoints make "
             f"room for those of a run that begins anew; give the run another run.name"
         )
-    with told_in_one_line(config.run_dir):
+    with writing(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
         if path is not None:
             state = LoopState(**checkpoint.read_state(path)["trainer"])
@@ -88,11 +90,15 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
     """Writes ``plan.json`` into the run's folder: the ranks, and a line per table. Rank 0."""
     tables = [asdict(line) for line in placed_tables(sharded)]
     plan = {"ranks": world.world_size, "device": world.device.type, "tables": tables}
-    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    with writing(folder):
+        (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
 def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
     """The checkpoint from which a run of these settings can go on.
+
+    What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
+    ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
 
     Returns:
         None where there is none, or where the run is to begin anew.
@@ -102,9 +108,11 @@ def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None
         CheckpointError: the checkpoint that was asked for is not there.
     """
     resume, use = config.checkpoint.resume, config.checkpoint.use
-    if resume == "never" or not checkpoint.complete_steps(config.run_dir):
+    again = restarted()
+    if (resume == "never" and not again) or not checkpoint.complete_steps(config.run_dir):
         return None
-    path = checkpoint.find_checkpoint(config.run_dir, "latest" if use == "auto" else use)
+    which = "latest" if use == "auto" or again else use
+    path = checkpoint.find_checkpoint(config.run_dir, which)
     state = checkpoint.read_state(path)
     differing = [
         f"{name}={new}, not {old}"

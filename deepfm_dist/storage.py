@@ -104,6 +104,24 @@ def told_in_one_line(path: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes to a run's folder.
+
+    Raises:
+        DeepFMError: it cannot be written: it is somebody else's, the disk is full, or a URL leads
+            nowhere.
+    """
+    try:
+        with told_in_one_line(folder):
+            yield
+    except OSError as error:
+        raise DeepFMError(
+            f"{error.filename or folder}: cannot be written: {brief(error)}; set run.runs_root to "
+            f"a folder of yours that has room"
+        ) from None
+
+
 def brief(error: BaseException) -> str:
     """An error in one line; never empty."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]

@@ -163,7 +163,7 @@ class Folder:
     """A run folder with checkpoints that hold nothing but their markers."""
 
     def __init__(self, sample: PreparedDataset, root: Path) -> None:
-        self._sample, self._root = sample, root
+        self.manifest, self._root = sample.manifest, root
 
     def config(self, *overrides: str) -> Config:
         return config_of(f"run.runs_root={self._root}", "trainer.epochs=4", *overrides)
@@ -175,7 +175,7 @@ class Folder:
             path.mkdir(parents=True)
             state = {
                 "step": step,
-                "vocabulary_hash": self._sample.manifest.vocabulary_hash,
+                "vocabulary_hash": self.manifest.vocabulary_hash,
                 "config": config.model_dump(mode="json"),
                 "crc32": {},
                 "trainer": asdict(LoopState(step, best_step=best, lifetime=[1.0, 2.0, 3.0, 4.0])),
@@ -187,7 +187,7 @@ class Folder:
         config = self.config(*overrides)
         schedule = schedule_of(config)
         last = schedule.last_step(PER_EPOCH)
-        path, state = begin(config, self._sample.manifest, schedule, last)
+        path, state = begin(config, self.manifest, schedule, last)
         assert (path is None) == (state.step == 0)
         assert path is None or path == checkpoint.checkpoint_path(config.run_dir, state.step)
         return state.step
@@ -289,6 +289,31 @@ def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedData
     assert run_alone(_validation_of_nothing, sample.folder)
     with pytest.raises(RankFailed, match=r"ConfigError: trainer.monitor=auc: .*no validation rows"):
         run_alone(_validation_of_nothing, sample.folder, "trainer.monitor=auc")
+
+
+def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folder) -> None:
+    folder.save(10, 20, best=20)
+    run_dir = folder.config().run_dir
+    for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
+        config = folder.config("run.name=new", f"checkpoint.start_from={start}")
+        schedule = schedule_of(config)
+        path, state = begin(config, folder.manifest, schedule, schedule.last_step(PER_EPOCH))
+        assert (path, state.step) == (checkpoint.checkpoint_path(run_dir, step), 0)
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    "override",
+    ["checkpoint.use=10", "checkpoint.use=5", "checkpoint.use=best", "checkpoint.resume=never"],
+)
+def test_a_restart_goes_on_from_the_latest(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, override: str, variable: str
+) -> None:
+    folder.save(10, 20, 30, best=20)
+    monkeypatch.setenv(variable, "1")
+    assert folder.begin(override) == 30
+    assert folder.steps == [10, 20, 30]
+    assert folder.begin(override, "run.seed=2") == 0
 
 
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:

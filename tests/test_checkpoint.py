@@ -383,7 +383,9 @@ def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
     _fake(tmp_path, 1)
     files[0].unlink()
     message, _ = run_ranks(_said_about, size, sample.folder, config, path)[0]
-    assert message.endswith("; checkpoint.use=1 takes an earlier one")
+    other = checkpoint.checkpoint_path(tmp_path, 1)
+    assert message.endswith(f"; take another: checkpoint.use=1, or checkpoint.start_from={other}")
+    assert checkpoint.find_checkpoint(other, "auto") == other
 
 
 def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str]]:

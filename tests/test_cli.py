@@ -26,6 +26,7 @@ from deepfm_dist import (
     train,
 )
 from deepfm_dist.config import load_config
+from tests.ranks import run_alone
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[Sequence[str] | None], int]
@@ -101,6 +102,29 @@ def test_a_mistake_is_one_line_and_exit_2(
     monkeypatch.setenv("RANK", "1")
     assert main(["--quiet", *arguments]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("runs", "runs/sample"),
+        ("runs/sample/plan.json/x", "plan.json"),
+        ("runs/sample/tensorboard", "tensorboard"),
+    ],
+)
+def test_runs_that_cannot_be_written_are_one_line_and_exit_2(
+    file: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blocking = tmp_path / file
+    blocking.parent.mkdir(parents=True, exist_ok=True)
+    blocking.write_text("")
+    roots = [f"run.runs_root={tmp_path / 'runs'}", f"run.prepared_root={tmp_path / 'data'}"]
+    arguments = ["--quiet", *roots, "run.loggers=[tensorboard]", "trainer.max_steps=1"]
+    assert run_alone(train.main, arguments) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(
+        rf"DeepFMError: .*{told}.*: cannot be written: .*; set run.runs_root.*", line
+    )
 
 
 @pytest.mark.parametrize("module", [prepare, train, evaluate, recommend, similar, predict])

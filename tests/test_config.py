@@ -60,6 +60,10 @@ TIMELESS = "data.interactions.time=null"
         (["data.interactions.item=null"], "needs interactions.user and interactions.item"),
         (["data.task=ctr"], "needs interactions.label"),
         ([FIXED, "data.split.method=temporal"], "have no time"),
+        *[
+            ([FIXED, f"data.negatives.{text}"], f"{text.partition('=')[0]} does not go with fixed_")
+            for text in ("evaluation_per_positive=2", "popularity_power=1", "avoid=all", "redraw=0")
+        ],
         ([FIXED, "data.split={test_file: x.csv}"], "cannot go with a given split"),
         ([FIXED, "data.features=[{name: hour}]"], "cannot come from the interactions file"),
         (["data.features=[{name: a}, {name: a}]"], "two features are called 'a'"),

@@ -86,6 +86,14 @@ def test_a_closed_log_has_closed_its_loggers(tmp_path: Path) -> None:
     assert found.Tags()["scalars"] == ["train/log_loss"]
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_first=True)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(DeepFMError, match=r"cannot be written: No space left on device; set run\."):
+        log.write("train", step=1)
+
+
 def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, is_first=True, loggers=[TensorBoard(tmp_path / "tb")])
     for step in (1, 2):

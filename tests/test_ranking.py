@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -520,6 +521,24 @@ def _times_sorted_out(folder: Path) -> int:
 
 def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> None:
     assert run_alone(_times_sorted_out, sample.folder) == 1
+
+
+def _written_to_a_full_disk(folder: Path, file: str) -> None:
+    table = pa.table({"user": ["u"], "item": ["i"]})
+    with world("cpu") as ranks:
+        parts = output.Parts(folder, "found.parquet", 1, None, ranks)
+        (parts.aside / file).symlink_to("/dev/full")
+        parts.write(0, table.schema, [table])
+        parts.merge({"user": "user"})
+
+
+@pytest.mark.parametrize("file", ["000000.part", "whole", "csv"])
+def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
+    with pytest.raises(RankFailed) as caught:
+        run_alone(_written_to_a_full_disk, tmp_path, file)
+    assert re.search(
+        r"\n.*DeepFMError: .*: cannot be written: .*No space left.*\n$", str(caught.value)
+    )
 
 
 def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:

@@ -194,6 +194,27 @@ def test_parquet_columns_are_converted_or_refused(
             read_table(path, columns)
 
 
+_WITH_GAPS = pa.array([3, float("nan"), float("inf"), 4], pa.float64())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [_WITH_GAPS, _WITH_GAPS.cast(pa.float32()), _WITH_GAPS.dictionary_encode()],
+    ids=["float64", "float32", "dictionary"],
+)
+def test_a_gap_among_numbers_is_no_text(tmp_path: Path, array: pa.Array) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"c": array}), path)
+    optional, required = [Column("c", required=False)], [Column("c")]
+    assert read_table(path, optional)["c"].to_pylist() == ["3", None, None, "4"]
+    dropped: Counter[str] = Counter()
+    kept = read_table(path, required, on_bad_row="skip", dropped=dropped)
+    assert kept["c"].to_pylist() == ["3", "4"]
+    assert dropped == {"a.parquet: rows with an unreadable cell": 2}
+    with pytest.raises(DataError, match="row 2: c '' is empty"):
+        read_table(path, required)
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     text = "user\n" + "".join(f"{i * 7919}\n" for i in range(50_000))
     for name in ("a.csv.gz", "a.parquet"):

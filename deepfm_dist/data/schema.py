@@ -263,6 +263,17 @@ class Negatives(Section):
     redraw: bool = True
     """Whether every epoch draws new negatives; else all epochs have the first one's."""
 
+    @model_validator(mode="after")
+    def _fixed_ones_are_not_drawn_again(self) -> Self:
+        if self.fixed_per_user is not None:
+            for option in ("evaluation_per_positive", "popularity_power", "avoid", "redraw"):
+                if getattr(self, option) != type(self).model_fields[option].default:
+                    raise ValueError(
+                        f"{option} does not go with fixed_per_user, whose negatives are drawn "
+                        f"once, all alike, before the split; leave {option} out"
+                    )
+        return self
+
 
 class DataConfig(Section):
     """The input and how it becomes a prepared dataset."""

@@ -352,7 +352,12 @@ class _Reader:
             cells = batch.column(column.name)
             if self.libsvm:
                 cells = _half(cells, 1 if column.type == "number" else 0)
+            if pa.types.is_dictionary(cells.type):
+                cells = cells.dictionary_decode()
             cells = _without(cells, column.missing)
+            if column.type == "text" and pa.types.is_floating(cells.type):
+                # pandas writes whole numbers with gaps so: a gap is no id called nan.
+                cells = pc.if_else(pc.is_finite(cells), cells, None)
             try:
                 values = _convert(cells, column.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -509,8 +514,6 @@ def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
 
 def _convert(cells: pa.Array, kind: str) -> pa.Array:
     """Cells -> the column's type; what cannot be read becomes null."""
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
     if kind == "text":
         return cells.cast(pa.string())
     if kind == "split":

@@ -88,13 +88,15 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
     """A run's checkpoint.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run; or of one of its checkpoints, which is then the one.
         which: latest; best, by the metric that training watched; auto, which is best where a metric
             was watched, else latest; or a step.
 
     Raises:
         CheckpointError: there is none, or not this one.
     """
+    if _NAME.fullmatch(run_dir.name) and (run_dir / MARKER).is_file():
+        return run_dir
     steps = complete_steps(run_dir)
     if not steps:
         raise CheckpointError(
@@ -393,7 +395,10 @@ def check_files(path: Path, world: World | None = None) -> None:
         others = [
             step for step in complete_steps(path.parent.parent) if f"{step:08d}" not in path.name
         ]
-        hint = f"checkpoint.use={others[-1]} takes an earlier one" if others else "train anew"
+        hint = "train anew"
+        if others:
+            other = checkpoint_path(path.parent.parent, others[-1])
+            hint = f"take another: checkpoint.use={others[-1]}, or checkpoint.start_from={other}"
         raise CheckpointError(f"{found}; {hint}")
 
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import DeepFMError
 from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
+from deepfm_dist.storage import writing
 
 FloatArray = npt.NDArray[np.float32]
 MatrixKind = Literal["int8", "fp16", "fp32"]
@@ -86,23 +86,25 @@ class Parts:
 
     def _open(self, text: str, lasting: bool) -> None:
         key = self.aside / _KEY
-        try:
+        with writing(self.aside):
             if not (lasting and key.is_file() and key.read_text() == text):
                 shutil.rmtree(self.aside, ignore_errors=True)
                 self.aside.mkdir(parents=True)
                 key.write_text(text)
-        except OSError as error:
-            folder = self.aside.parent
-            raise DeepFMError(f"{folder}: cannot be written: {error.strerror}") from None
 
     def write(self, begin: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-        """Writes the part of the stretch that begins with user ``begin``."""
+        """Writes the part of the stretch that begins with user ``begin``.
+
+        Raises:
+            DeepFMError: the disk is full, say.
+        """
         path = self._path(begin // self._size)
         aside = path.with_suffix(".part")
-        with pq.ParquetWriter(aside, schema, use_dictionary=_repeated(schema)) as writer:
-            for table in tables:
-                writer.write_table(table)
-        os.replace(aside, path)
+        with writing(aside):
+            with pq.ParquetWriter(aside, schema, use_dictionary=_repeated(schema)) as writer:
+                for table in tables:
+                    writer.write_table(table)
+            os.replace(aside, path)
 
     def write_ranked(
         self, ranked: Iterator[Ranked], owners: pa.Array, items: pa.Array, names: tuple[str, str]
@@ -183,11 +185,17 @@ class Parts:
 
         Returns:
             On rank 0 the number of rows; None elsewhere.
+
+        Raises:
+            DeepFMError: the disk is full, say.
         """
+
+        def merged() -> int:
+            with writing(self.target):
+                return self._merged(csv_columns, rows_at_a_time)
+
         self._world.barrier()
-        return self._world.first_does(
-            f"{self.target.name}_end", lambda: self._merged(csv_columns, rows_at_a_time)
-        )
+        return self._world.first_does(f"{self.target.name}_end", merged)
 
     @property
     def csv(self) -> Path:

@@ -17,6 +17,7 @@ from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
+from deepfm_dist.storage import writing
 from deepfm_dist.training.metrics import Calibration
 
 SHOWN_HISTORY = 10
@@ -123,7 +124,8 @@ def write_page(
         picture=lambda plot: Markup(plot.svg),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.write_text(page, encoding="utf-8")
     return path
 
 

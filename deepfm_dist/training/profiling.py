@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from deepfm_dist.distributed.world import World
-from deepfm_dist.storage import written_as_a_whole
+from deepfm_dist.storage import writing, written_as_a_whole
 
 
 def profiler(
@@ -33,5 +33,5 @@ def profiler(
 
 
 def _write(trace: profile, path: Path) -> None:
-    with written_as_a_whole(path) as file:
+    with writing(path), written_as_a_whole(path) as file:
         trace.export_chrome_trace(str(file))
