@@ -44,6 +44,10 @@ data:
     - {name: hour, column: h}
     - {name: words, column: m, separator: "+", missing: [none], table: hour}
     - {name: first_word, column: m, separator: "+", keep: first}
+    - {name: ad, column: a, separator: "+", hash_rows: 7, pooling: mean}
+    - {name: where, column: h, fill: nowhere}
+    - {name: level, column: n, kind: numeric, transform: bucket, buckets: 3}
+    - {name: p, entity: item, file: items.csv, key: i, kind: numeric, transform: bucket}
     - {name: n, kind: numeric, missing: ["-1"], transform: standard}
   split: {valid: 0, test: 0}
 model: {embedding_dim: 6, init_std: 0.3, over_arch_layer_sizes: [9, 5], activation: gelu}
@@ -129,6 +133,7 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
             "u": rng.integers(0, 30, n),
             "i": rng.integers(0, 20, n),
             "h": rng.choice(["9", "12", "", "late"], n),
+            "a": rng.choice(["", "é+ü", "b", "campaign 17+b"], n),
             "m": ["+".join(rng.choice(words, rng.integers(0, 4))) for _ in range(n)],
             "n": rng.choice(["-1", "", "3", "4.5", "100"], n),
             "y": rng.integers(0, 2, n),

@@ -243,6 +243,16 @@ def _complaint(arguments: list[str]) -> str:
             "ConfigError: when is numeric",
         ),
         (
+            ["data.features=[{name: user, entity: user, hash_rows: 50}]"],
+            "ConfigError: user is hashed, .*leave hash_rows out",
+        ),
+        (
+            ["data={interactions: {file: train_ratings.csv, user: user, item: item}, features: "
+             "[{name: user, entity: user}, {name: when, column: time, kind: numeric, transform: "
+             "bucket}], root: data/sample}"],
+            "ConfigError: when is numeric",
+        ),
+        (
             ["data.features=[{name: a, column: user, table: t}, "
              "{name: b, column: item, table: t}]"],
             "ConfigError: a shares the table t",

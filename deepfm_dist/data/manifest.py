@@ -109,6 +109,12 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Tables whose rows stand for ids, which lie in ``vocabulary/``, in order."""
+        of_ids = [f for f in self.features if f.kind == "categorical" and f.hash_rows is None]
+        return tuple(dict.fromkeys(f.table_name for f in of_ids))
+
+    @property
     def has_history(self) -> bool:
         """Whether some field is a bag of the user's training items, or of what describes them."""
         return any(f.history is not None for f in self.features)
