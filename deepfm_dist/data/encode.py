@@ -54,7 +54,6 @@ from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -206,16 +205,17 @@ def _written(job: Job, wanted: str) -> Manifest:
     if fit is not None:
         write_entities(job, fit, counts, writer.histories, earlier)
         dropped = sum(of_ranks[1:], job.dropped)
+        tables = _tables(job.data, fit)
         manifest = Manifest(
             format=FORMAT,
             fingerprint=wanted,
-            vocabulary_hash=_hash_of(fit.vocabularies),
+            vocabulary_hash=_hash_of(job.data, fit, tables),
             grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
             if earlier.manifest
             else (),
             seed=job.seed,
             data=job.data,
-            tables=_tables(job.data, fit),
+            tables=tables,
             entities=fitted.rows,
             numeric=fitted.numeric,
             mean_weight=counts.mean_weight,
@@ -246,11 +246,19 @@ def _tables(data: DataConfig, fit: Fit) -> dict[str, TableSpec]:
     return tables
 
 
-def _hash_of(vocabularies: dict[str, Vocabulary]) -> str:
+def _hash_of(data: DataConfig, fit: Fit, tables: dict[str, TableSpec]) -> str:
+    """Of all that says which row or number a value becomes."""
     digests = {}
-    for name, vocabulary in vocabularies.items():
+    for name, vocabulary in fit.vocabularies.items():
         digest = hashlib.sha256()
         for buffer in pa.concat_arrays([vocabulary.ids]).buffers():
             digest.update(buffer or b"")
         digests[name] = digest.hexdigest()
-    return hash_of(digests)
+    fitted = {
+        f.name: fit.fitted.numeric[f.name].model_dump()
+        for f in data.features
+        if f.transform in ("standard", "bucket")
+    }
+    transforms = {f.name: f.transform for f in data.features if f.kind == "numeric"}
+    rows = {name: spec.rows for name, spec in tables.items()}
+    return hash_of([digests, rows, transforms, fitted])

@@ -62,7 +62,8 @@ class Manifest(Section):
     fingerprint: str
     """Of the configuration and the input files; decides whether the dataset is current."""
     vocabulary_hash: str
-    """Of every table's ids in row order; a checkpoint fits only the same one."""
+    """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
+    fields; a checkpoint fits only the same one."""
     grown_from: tuple[str, ...] = ()
     """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
     their checkpoints are the first rows of this one's."""
