@@ -20,12 +20,9 @@ The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Severa
 files, then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
 """
 
-import glob
 import hashlib
 import logging
-import os
 import shutil
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +52,7 @@ from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import DataError
+from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +80,7 @@ def prepare(
     """
     crew = crew or Crew()
     if crew.is_first:
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
     given = crew.first_says(_given(data, folder) if crew.is_first else None)
     if given is not None:
         found: Manifest = given
@@ -97,9 +95,7 @@ def prepare(
             log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
-    aside = folder.with_name(
-        crew.first_says(f".{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
-    )
+    aside: Path = crew.first_says(work_folder(folder))
     try:
         job = Job(data, files, seed, crew, aside / "dataset")
         if crew.is_first:
@@ -163,20 +159,6 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
             f"run.prepared_root to another folder"
         )
     return None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Deletes what preparations of this folder left that were killed on this machine.
-
-    What goes on elsewhere cannot be seen from here: folders of other machines stay.
-    """
-    prefix = f".{folder.name}.part-"
-    for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        host, _, process = aside.name.removeprefix(prefix).rpartition("-")
-        if host != socket.gethostname():
-            log.info("%s: left by another machine; delete it if nothing prepares there", aside)
-        elif process == str(os.getpid()) or not Path("/proc", process).exists():
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
