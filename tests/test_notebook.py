@@ -91,6 +91,7 @@ def test_sorted_ids_need_no_files(
     ids = [sorted(frame["user"].unique()), items, sorted(frame["genre"].unique())]
     model = saved(tmp_path / "m.pt", [len(of_field) for of_field in ids])
     settings = [*where, f"run.name=sorted{size}"]
+    settings += [f"data.root=file://{BUNDLE}/data/sample"] if size == 2 else []
     assert run_ranks(import_weights.main, size, [str(tmp_path / "m.pt"), *settings]) == [0] * size
     found = scored(frame, tmp_path, *settings)
     place = [{v: k for k, v in enumerate(of_field)} for of_field in ids]

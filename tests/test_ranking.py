@@ -498,7 +498,7 @@ def test_merged_tables_do_not_depend_on_how_users_were_dealt(
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
 
 
-def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
+def _ranked_by_reference(folder: Path, reference: str) -> Comparison | None:
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
@@ -515,11 +515,11 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
     table = pd.DataFrame({"score": np.tile([*counts, 1e9], len(users) + 1)}, index=pairs)
     path = tmp_path / "counts.parquet"
     table.rename_axis(["user", "item"]).reset_index().sample(frac=1).to_parquet(path)
-    found = run_alone(_ranked_by_reference, sample.folder, path).figures
+    found = run_alone(_ranked_by_reference, sample.folder, f"file://{path}").figures
     assert found["counts"] == found["popularity"] != found["model"]
     pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
     with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):
-        run_alone(_ranked_by_reference, sample.folder, path)
+        run_alone(_ranked_by_reference, sample.folder, str(path))
 
 
 def every_kind_of_field(folder: Path) -> Config:
