@@ -89,6 +89,12 @@ def build_model(
     return DeepFMTrain(model)
 
 
+def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTrain:
+    """The unsharded model with its tables in the precision that they are trained in."""
+    half = config.trainer.table_precision == "fp16"
+    return build_model(config.model, manifest, world, config.run.seed, half)
+
+
 def _of_item(manifest: Manifest) -> list[bool]:
     """For each categorical field and then each numeric one, whether it is the item's."""
     return [f.entity == "item" for f in (*manifest.categorical, *manifest.dense)]
@@ -146,19 +152,25 @@ def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
 
     Args:
         config: names the fields.
-        rows: rows by table; those of a prepared dataset, where there is one, fill the gaps.
+        rows: rows by table. Those of a prepared dataset, where there is one, fill the gaps, and
+            what the configuration says of hashed tables and buckets.
 
     Raises:
         ConfigError: a table's rows are not known, or an unknown table is named.
     """
     readers: dict[str, list[str]] = {}
+    known: dict[str, int] = {}
     for feature in config.data.features:
-        if feature.kind == "categorical":
+        if feature.in_table:
             readers.setdefault(feature.table_name, []).append(feature.name)
-    known = dict(rows)
+        if feature.transform == "bucket":
+            known[feature.table_name] = 1 + feature.buckets
+        elif feature.hash_rows is not None:
+            known[feature.table_name] = 1 + feature.hash_rows
     if (config.prepared_dir / "manifest.json").is_file():
         tables = Manifest.read(config.prepared_dir).tables
-        known = {name: spec.rows for name, spec in tables.items()} | known
+        known |= {name: spec.rows for name, spec in tables.items()}
+    known |= rows
     if strange := sorted(rows.keys() - readers.keys()):
         raise ConfigError(f"--rows {strange[0]}: no such table; there are: {', '.join(readers)}")
     if unknown := [name for name in readers if name not in known]:
@@ -202,8 +214,7 @@ def shard_for_training(
         0.0 if in_gradient else of_tables.l2,
         of_tables.max_gradient,
     )
-    half = config.trainer.table_precision == "fp16"
-    task = build_model(config.model, manifest, world, config.run.seed, half)
+    task = model_to_train(config, manifest, world)
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
     above.in_bfloat16 = config.trainer.precision == "bf16"

@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import baselines_of, deepfm_of
+    from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
     from deepfm_dist.log import MetricsLog
@@ -33,6 +34,9 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
 
     split, cutoffs = config.evaluate.split, config.evaluate.k
     baselines = baselines_of(config)
+    reference = config.evaluate.reference
+    if reference is not None and config.data.task == "implicit":
+        reference = find_file(config.input_root, reference, "evaluate.reference")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         dataset = trained.dataset
@@ -47,14 +51,13 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
         measured = HeldOut(dataset, split).measured(trained.sharded, ranks)
         comparison = None
         if items is not None:
-            reference = config.evaluate.reference
             comparison = evaluate_ranking(
                 deepfm_of(trained.sharded),
                 ranks,
                 items,
                 cutoffs,
                 baselines,
-                config.data_root / reference if reference else None,
+                reference,
             )
         metrics = MetricsLog(config.run_dir, ranks.is_first)
         if measured is not None:  # rank 0

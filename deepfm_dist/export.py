@@ -67,8 +67,7 @@ def export(found: "Finished", target: Path, max_file_bytes: int = MAX_FILE_BYTES
         write_config(
             folder,
             run=found.config.run.name,
-            step=found.state["step"],
-            vocabulary_hash=found.state["vocabulary_hash"],
+            **found.identity,
             model=model.model_dump(mode="json"),
             fields=describe_fields(found.dataset),
         )

@@ -53,7 +53,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     id_files = dict(_id_file(text) for text in arguments.ids)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         ranks.first_does(
-            "prepare", lambda: prepare(config.data, config.data_root, config.prepared_dir, seed)
+            "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
         )
         dataset = PreparedDataset(config.prepared_dir)
         values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)

@@ -45,7 +45,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(config: Config, arguments: argparse.Namespace) -> None:
     import torch
 
-    from deepfm_dist.build import build_model, imagined_manifest, placements_of
+    from deepfm_dist.build import (
+        bytes_of_a_float,
+        imagined_manifest,
+        model_to_train,
+        placements_of,
+    )
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, imagined_world, plan
     from deepfm_dist.distributed.sharding import NoRoom, check_placements
@@ -63,7 +68,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     manifest = imagined_manifest(config, dict(_rows(text) for text in arguments.rows))
     ranks = imagined_world(size, per_machine)
     check_placements(placements_of(config), optimizer.kernel, ranks.device)
-    task = build_model(config.model, manifest, ranks, config.run.seed)
+    task = model_to_train(config, manifest, ranks)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     found = plan(
         Job(
@@ -74,6 +79,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
             config.sharding.kind,
             config.trainer.batch_size,
             round(arguments.hbm_gib * GIB),
+            bytes_of_a_float(config),
         )
     )
     print(plan_table(found))

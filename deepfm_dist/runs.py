@@ -166,6 +166,15 @@ class Finished:
     checkpoint: Path
     state: dict[str, Any]
 
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What tells the checkpoint from any other, also from one of the same step."""
+        return {
+            "step": self.state["step"],
+            "checkpoint": checkpoint.digest_of(self.state),
+            "vocabulary_hash": self.state["vocabulary_hash"],
+        }
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -1,7 +1,6 @@
 """``python -m deepfm_dist.serve``: a run as a web service, with a page to try it."""
 
 import argparse
-import json
 import logging
 import socket
 import sys
@@ -73,13 +72,12 @@ def _socket(host: str, port: int) -> socket.socket:
 
 
 def _exported(found: "Finished") -> Path:
-    """The export of the run's checkpoint, made where there is none or one of another step."""
+    """The export of the run's checkpoint, made where there is none or one of another."""
     from deepfm_dist.export import export
+    from deepfm_dist.serving.live import is_export_of
 
     folder = found.config.output_dir / "export"
-    told = folder / "config.json"
-    step = json.loads(told.read_text())["step"] if told.is_file() else None
-    if step != found.state["step"]:
+    if not is_export_of(found, folder):
         log.info("%s: exporting step %s", folder, f"{found.state['step']:,}")
         export(found, folder)
     return folder

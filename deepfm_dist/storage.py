@@ -4,7 +4,11 @@ Both are `Path` to the rest of the code: a URL becomes a `UPath`, which has the 
 an object store does otherwise is here.
 """
 
+import glob
+import logging
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from deepfm_dist.errors import ConfigError, DeepFMError
+
+log = logging.getLogger(__name__)
 
 
 def folder_of(text: str) -> Path:
@@ -64,6 +70,28 @@ def rename(path: Path, new: Path) -> None:
     remote: Any = path  # its `rename` would take a * in a name for a pattern
     remote.fs.cp_file(remote.path, cast(Any, new).path)
     remote.fs.rm_file(remote.path)
+
+
+def work_folder(folder: Path) -> Path:
+    """This process' place beside a local folder, to be renamed to it when it is whole.
+
+    Machines that share the disk have processes of the same number.
+    """
+    return folder.with_name(f".{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the work folders of processes of this machine that were killed.
+
+    What goes on elsewhere cannot be seen from here: folders of other machines stay.
+    """
+    prefix = f".{folder.name}.part-"
+    for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        host, _, process = aside.name.removeprefix(prefix).rpartition("-")
+        if host != socket.gethostname():
+            log.info("%s: left by another machine; delete it if nothing is at work there", aside)
+        elif process == str(os.getpid()) or not Path("/proc", process).exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -252,7 +252,8 @@ def test_never_begins_anew(folder: Folder) -> None:
 def test_a_run_cannot_start_from_its_own_folder(folder: Folder) -> None:
     folder.save(20)
     run_dir = folder.config().run_dir
-    for own in (run_dir, run_dir / ".." / run_dir.name):
+    of_step = checkpoint.checkpoint_path(run_dir, 20)
+    for own in (run_dir, run_dir / ".." / run_dir.name, of_step):
         with pytest.raises(ConfigError, match=r"start_from=.*: this run's own folder.*run\.name"):
             folder.begin("optimizer.tables.lr=0.01", f"checkpoint.start_from={own}")
     assert folder.steps == [20]

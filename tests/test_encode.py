@@ -209,6 +209,27 @@ def test_any_change_counts(root: Path, change: str) -> None:
     assert (after.vocabulary_hash == before.vocabulary_hash) == (change not in ("seed", "contents"))
 
 
+@pytest.mark.parametrize("change", ["boundaries", "mean", "hash_rows", "buckets", "transform"])
+def test_a_checkpoint_fits_only_what_its_numbers_and_hashes_were(root: Path, change: str) -> None:
+    def hash_after(number: int, rows: int, buckets: int, of_x: str) -> str:
+        fields = f"""[{{name: h, column: i, hash_rows: {rows}}},
+          {{name: n, kind: numeric, transform: bucket, buckets: {buckets}}},
+          {{name: x, kind: numeric, transform: {of_x}}}]"""
+        x, n = (number, 1) if change == "mean" else (1, number)
+        lines = "".join(f"u,{k},{k * n},{k * x}\n" for k in range(40))
+        small(root, f"u,i,n,x\n{lines}", fields)
+        return PreparedDataset(root / "out" / "s").manifest.vocabulary_hash
+
+    before = hash_after(1, 5, 4, "standard")
+    assert hash_after(1, 5, 4, "standard") == before
+    assert before != hash_after(
+        1 + (change in ("boundaries", "mean")),
+        5 + (change == "hash_rows"),
+        4 + (change == "buckets"),
+        "none" if change == "transform" else "standard",
+    )
+
+
 def test_what_a_killed_preparation_left_is_cleared(root: Path) -> None:
     """On this machine: of another one's, nobody here knows whether it is still at work."""
     host, init = socket.gethostname(), 1

@@ -16,11 +16,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from deepfm_dist import export, predict, train
+from deepfm_dist import export, predict, serve, train
+from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.export import export_folder, write_weights
 from deepfm_dist.errors import CheckpointError, DeepFMError
+from deepfm_dist.runs import find_finished
+from deepfm_dist.serving.live import is_export_of
 from tests.ranks import run_alone, run_ranks
 from tests.test_checkpoint import _saved
 from tests.test_distributed import SMALL, config_of
@@ -44,6 +47,10 @@ data:
     - {name: hour, column: h}
     - {name: words, column: m, separator: "+", missing: [none], table: hour}
     - {name: first_word, column: m, separator: "+", keep: first}
+    - {name: ad, column: a, separator: "+", hash_rows: 7, pooling: mean}
+    - {name: where, column: h, fill: nowhere}
+    - {name: level, column: n, kind: numeric, transform: bucket, buckets: 3}
+    - {name: p, entity: item, file: items.csv, key: i, kind: numeric, transform: bucket}
     - {name: n, kind: numeric, missing: ["-1"], transform: standard}
   split: {valid: 0, test: 0}
 model: {embedding_dim: 6, init_std: 0.3, over_arch_layer_sizes: [9, 5], activation: gelu}
@@ -129,6 +136,7 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
             "u": rng.integers(0, 30, n),
             "i": rng.integers(0, 20, n),
             "h": rng.choice(["9", "12", "", "late"], n),
+            "a": rng.choice(["", "é+ü", "b", "campaign 17+b"], n),
             "m": ["+".join(rng.choice(words, rng.integers(0, 4))) for _ in range(n)],
             "n": rng.choice(["-1", "", "3", "4.5", "100"], n),
             "y": rng.integers(0, 2, n),
@@ -278,6 +286,30 @@ def test_one_flipped_bit_is_found_before_anything_is_written(
     finally:
         piece.write_bytes(whole)
     assert not (tmp_path / "out").exists()
+
+
+def _served(settings: list[str]) -> dict[str, np.ndarray]:
+    """Weights of the export that `serve` would read."""
+    found = find_finished(load_config("sample", settings), settings)
+    folder = serve._exported(found)
+    assert is_export_of(found, folder)
+    return {name: t.numpy() for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def test_a_run_trained_anew_to_the_same_step_is_exported_anew(tmp_path: Path) -> None:
+    where = [f"run.runs_root={tmp_path}", f"run.prepared_root={tmp_path / 'prepared'}"]
+    for rate in (0.01, 0.02):
+        how = [*where, "trainer.max_steps=1", f"optimizer.dense.lr={rate}"]
+        assert run_alone(train.main, ["--quiet", *how]) == 0
+        served = run_alone(_served, where)
+        written = tmp_path / "sample/export"
+        stamp = (written / "config.json").stat().st_mtime_ns
+        assert run_alone(_served, where).keys() == served.keys()
+        assert (written / "config.json").stat().st_mtime_ns == stamp
+        found = checkpoint.find_checkpoint(tmp_path / "sample")
+        bias = {OTHER.format("bias"): torch.empty(1)}
+        dcp.load(bias, storage_reader=dcp.FileSystemReader(found), no_dist=True)
+        np.testing.assert_array_equal(served["bias"], bias[OTHER.format("bias")])
 
 
 def test_the_page_tells_the_fields_that_are_written(trained: tuple[Path, list[str]]) -> None:

@@ -1,5 +1,7 @@
 """Streamed training rows: every row once an epoch, the same batches at any number of ranks."""
 
+import os
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,21 @@ def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
     for seen in (held.seen(False), mapped.seen(False), PreparedDataset(folder, 0).seen(False)):
         assert seen.lists() == [sorted(i - 1 for i in bag) for bag in held.history.lists()]
     assert not mapped.history.values.flags.writeable
+
+
+def test_work_on_large_histories_that_others_left_does_no_harm(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, 300, 5, 20, "implicit")
+    name = "user-history-_as_it_is"
+    there = [  # a killed process, this process' number in other containers, and the old place
+        f".{name}.part-{socket.gethostname()}-999999999",
+        f".{name}.part-elsewhere-{os.getpid()}",
+        f".{name}-{os.getpid()}",
+    ]
+    for left in there:
+        (folder / "mapped" / left).mkdir(parents=True)
+    held, mapped = PreparedDataset(folder), PreparedDataset(folder, memory_bytes=0)
+    assert held.history.lists() == mapped.history.lists()
+    assert sorted(p.name for p in (folder / "mapped").iterdir()) == sorted([*there[1:], name])
 
 
 def test_a_streamed_batch_mixes_many_groups(tmp_path: Path) -> None:

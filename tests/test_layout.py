@@ -14,6 +14,7 @@ import yaml
 
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.layout import check_layout
 from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.schema import DataConfig
@@ -148,6 +149,17 @@ def test_a_dataset_written_by_hand_is_taken_as_it_is(tmp_path: Path, memory_byte
     with pytest.raises(DataError, match=r"other settings: data\.split differs; use the same"):
         other = DATA.model_copy(update={"split": DATA.split.model_copy(update={"valid": 0.2})})
         prepare(other, tmp_path, folder, seed=1)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_no_rows_of_empty_parts_are_rows(tmp_path: Path, split: str) -> None:
+    write_by_hand(tmp_path)
+    reader = SplitReader(PreparedDataset(tmp_path, 0), split)
+    assert reader.n == 2
+    for begin, end in ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2)):
+        labels = reader.read(begin, end).labels
+        assert labels is not None
+        assert labels.tolist() == [1, 0][begin:end]
 
 
 def changed(name: str, change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:

@@ -91,6 +91,7 @@ def test_sorted_ids_need_no_files(
     ids = [sorted(frame["user"].unique()), items, sorted(frame["genre"].unique())]
     model = saved(tmp_path / "m.pt", [len(of_field) for of_field in ids])
     settings = [*where, f"run.name=sorted{size}"]
+    settings += [f"data.root=file://{BUNDLE}/data/sample"] if size == 2 else []
     assert run_ranks(import_weights.main, size, [str(tmp_path / "m.pt"), *settings]) == [0] * size
     found = scored(frame, tmp_path, *settings)
     place = [{v: k for k, v in enumerate(of_field)} for of_field in ids]
@@ -240,6 +241,16 @@ def _complaint(arguments: list[str]) -> str:
             ["data={interactions: {file: train_ratings.csv, user: user, item: item}, features: "
              "[{name: user, entity: user}, {name: when, column: time, kind: numeric}], "
              "root: data/sample}"],
+            "ConfigError: when is numeric",
+        ),
+        (
+            ["data.features=[{name: user, entity: user, hash_rows: 50}]"],
+            "ConfigError: user is hashed, .*leave hash_rows out",
+        ),
+        (
+            ["data={interactions: {file: train_ratings.csv, user: user, item: item}, features: "
+             "[{name: user, entity: user}, {name: when, column: time, kind: numeric, transform: "
+             "bucket}], root: data/sample}"],
             "ConfigError: when is numeric",
         ),
         (

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
-from deepfm_dist.build import build_model, imagined_manifest, placements_of
+from deepfm_dist.build import bytes_of_a_float, imagined_manifest, model_to_train, placements_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
@@ -33,10 +33,11 @@ def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: fl
     of = config.optimizer.tables
     optimizer = table_optimizer(of.name, of.lr, of.eps, torch.device("cuda"))
     ranks = imagined_world(size, local)
-    task = build_model(config.model, imagined_manifest(config, rows), ranks, 1)
+    task = model_to_train(config, imagined_manifest(config, rows), ranks)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     where = (placements_of(config), config.sharding.kind)
-    return plan(Job(task, ranks, optimizer, *where, config.trainer.batch_size, int(gib * GIB)))
+    batch, floats = config.trainer.batch_size, bytes_of_a_float(config)
+    return plan(Job(task, ranks, optimizer, *where, batch, int(gib * GIB), floats))
 
 
 def said(*arguments: str) -> tuple[int, str, str]:
@@ -138,6 +139,13 @@ def test_rows_come_from_the_prepared_dataset(sample: PreparedDataset) -> None:
     assert [table.rows for table in found.tables] == [701, 5, 19]
 
 
+def test_hashed_tables_and_buckets_need_no_data() -> None:
+    fields = "data.features=[{name: h, hash_rows: 90}, {name: n, kind: numeric, "
+    fields += "transform: bucket, buckets: 7}]"
+    found = planned(config_of(fields, "run.prepared_root=/nowhere"), {}, 2, 2, 80)
+    assert {table.table: table.rows for table in found.tables} == {"h": 91, "n": 8}
+
+
 def _bytes_held(folder: Path, config: Config) -> int:
     """Weights, optimizer state and dense gradients of this rank's pieces of the tables."""
     with world("cpu") as ranks:
@@ -159,22 +167,35 @@ def _local(value: Any) -> list[torch.Tensor]:
     return value.to_local().local_shards() if hasattr(value, "to_local") else [value]
 
 
-@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("rowwise_adagrad", "fp32"),
+        ("rowwise_adagrad", "fp16"),
+        ("adagrad", "fp32"),
+        ("adagrad", "fp16"),
+        ("sgd", "fp32"),
+        ("adam", "fp32"),
+    ],
+)
 @pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
 def test_ranks_hold_as_many_bytes_as_planned(
-    sample: PreparedDataset, name: str, where: str
+    sample: PreparedDataset, name: str, precision: str, where: str
 ) -> None:
     settings = (f"optimizer.tables.name={name}", where, "model.embedding_dim=10")
+    settings += (f"trainer.table_precision={precision}",)
     held = run_ranks(_bytes_held, 2, sample.folder, config_of(*settings))
     rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
     found = planned(config_of(*settings), rows, 2, 2, 80)
     assert [rank.table_bytes for rank in found.ranks] == held
 
 
+@pytest.mark.parametrize(("float_kind", "float_bytes"), [("fp32", 4), ("bf16", 2)])
 @pytest.mark.parametrize("kind", ["row_wise", "table_wise"])
-def test_traffic_is_the_sum_of_all_messages(kind: str) -> None:
+def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_bytes: int) -> None:
     size, batch, width = 4, 64, 12
-    config = config_of(f"sharding.kind={kind}", "model.embedding_dim=10", "trainer.batch_size=64")
+    sharding = f"sharding={{kind: {kind}, communication: {float_kind}}}"
+    config = config_of(sharding, "model.embedding_dim=10", "trainer.batch_size=64")
     found = planned(config, {"user": 100, "item": 100, "genre": 100}, size, 2, 80)
     sent, local = [0] * size, batch // size
     traffic = []
@@ -187,9 +208,9 @@ def test_traffic_is_the_sum_of_all_messages(kind: str) -> None:
                     continue
                 if b in holders:
                     # Ids to the rank that has the row, evenly; lengths; the gradient of a's rows.
-                    sent[a] += local * 4 // len(holders) + local * 4 + local * width * 4
+                    sent[a] += local * 4 // len(holders) + local * 4 + local * width * float_bytes
                 if a in holders:
-                    sent[a] += local * width * 4  # pooled rows of b, or a's part of them
+                    sent[a] += local * width * float_bytes  # pooled rows of b, or a's part of them
         traffic.append(sum(sent) - before)
     assert [table.traffic_bytes for table in found.tables] == traffic
     arch = found.job.task.model.interaction_arch

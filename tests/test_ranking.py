@@ -524,12 +524,12 @@ def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> Non
 
 
 def _written_to_a_full_disk(folder: Path, file: str) -> None:
-    table = pa.table({"user": ["u"], "item": ["i"]})
+    table = pa.table({"user": ["u"], "item": ["i"], "rank": [1]})
     with world("cpu") as ranks:
         parts = output.Parts(folder, "found.parquet", 1, None, ranks)
         (parts.aside / file).symlink_to("/dev/full")
         parts.write(0, table.schema, [table])
-        parts.merge({"user": "user"})
+        parts.merge_ranked({"user": "user"}, 1)
 
 
 @pytest.mark.parametrize("file", ["000000.part", "whole", "csv"])
@@ -541,7 +541,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
     )
 
 
-def _ranked_by_reference(folder: Path, reference: Path) -> Comparison | None:
+def _ranked_by_reference(folder: Path, reference: str) -> Comparison | None:
     config = config_of()
     with world("cpu") as ranks:
         dataset = PreparedDataset(folder)
@@ -559,11 +559,11 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
     table = pd.DataFrame({"score": np.tile([*counts, 1e9], len(users) + 1)}, index=pairs)
     path = tmp_path / "counts.parquet"
     table.rename_axis(["user", "item"]).reset_index().sample(frac=1).to_parquet(path)
-    found = run_alone(_ranked_by_reference, sample.folder, path).figures
+    found = run_alone(_ranked_by_reference, sample.folder, f"file://{path}").figures
     assert found["counts"] == found["popularity"] != found["model"]
     pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
     with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):
-        run_alone(_ranked_by_reference, sample.folder, path)
+        run_alone(_ranked_by_reference, sample.folder, str(path))
 
 
 def every_kind_of_field(folder: Path) -> Config:

@@ -54,7 +54,7 @@ def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_p
     table = {"user_id": [7] * 40 + [5] * 40 + [6] * 40 + [9] * 40, "item_id": ids * 4}
     table |= {"score": [0.5] * 160, "rank": [*range(1, 41)] * 4}
     pq.write_table(pa.table(table), path)
-    text = ranking_table(Written(path, tmp_path / "r.csv", 4, 160, 40), sample)
+    text = ranking_table(Written(path, tmp_path / "r.csv", 4, 160, 40, 4), sample)
     blocks = text.split("\n\n")
     assert [b.splitlines()[0] for b in blocks[:3]] == ["user 7", "user 5", "user 6"]
     for block in blocks[:3]:
@@ -67,6 +67,21 @@ def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_p
         f"written: {tmp_path / 'r.csv'}",
         f"written: {path}",
     ]
+
+
+def test_no_more_is_read_than_is_shown(sample: PreparedDataset, tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    item = int(sample.entity_ids("item")[1].as_py())
+    table = pa.table({"user_id": range(900), "item_id": [item] * 900, "score": [0.5] * 900})
+    table = table.append_column("rank", pa.array([1] * 900))
+    pq.write_table(table, path, row_group_size=300)
+    whole = path.read_bytes()
+    second = pq.read_metadata(path).row_group(1).column(0)
+    begin = second.dictionary_page_offset or second.data_page_offset
+    path.write_bytes(whole[:begin] + b"?" * 200 + whole[begin + 200 :])
+    with pytest.raises((OSError, pa.ArrowInvalid)):
+        pq.read_table(path)
+    assert "user 2\n" in ranking_table(Written(path, path, 900, 900, 1, 900), sample)
 
 
 @pytest.fixture

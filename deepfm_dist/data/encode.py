@@ -20,12 +20,9 @@ The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Severa
 files, then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
 """
 
-import glob
 import hashlib
 import logging
-import os
 import shutil
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -54,8 +51,8 @@ from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
+from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ def prepare(
     """
     crew = crew or Crew()
     if crew.is_first:
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
     given = crew.first_says(_given(data, folder) if crew.is_first else None)
     if given is not None:
         found: Manifest = given
@@ -98,9 +95,7 @@ def prepare(
             log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
-    aside = folder.with_name(
-        crew.first_says(f".{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
-    )
+    aside: Path = crew.first_says(work_folder(folder))
     try:
         job = Job(data, files, seed, crew, aside / "dataset")
         if crew.is_first:
@@ -166,20 +161,6 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
     return None
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Deletes what preparations of this folder left that were killed on this machine.
-
-    What goes on elsewhere cannot be seen from here: folders of other machines stay.
-    """
-    prefix = f".{folder.name}.part-"
-    for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        host, _, process = aside.name.removeprefix(prefix).rpartition("-")
-        if host != socket.gethostname():
-            log.info("%s: left by another machine; delete it if nothing prepares there", aside)
-        elif process == str(os.getpid()) or not Path("/proc", process).exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for reason, count in manifest.dropped.items():
         log.info("dropped %s: %s", reason, f"{count:,}")
@@ -206,16 +187,17 @@ def _written(job: Job, wanted: str) -> Manifest:
     if fit is not None:
         write_entities(job, fit, counts, writer.histories, earlier)
         dropped = sum(of_ranks[1:], job.dropped)
+        tables = _tables(job.data, fit)
         manifest = Manifest(
             format=FORMAT,
             fingerprint=wanted,
-            vocabulary_hash=_hash_of(fit.vocabularies),
+            vocabulary_hash=_hash_of(job.data, fit, tables),
             grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
             if earlier.manifest
             else (),
             seed=job.seed,
             data=job.data,
-            tables=_tables(job.data, fit),
+            tables=tables,
             entities=fitted.rows,
             numeric=fitted.numeric,
             mean_weight=counts.mean_weight,
@@ -246,11 +228,19 @@ def _tables(data: DataConfig, fit: Fit) -> dict[str, TableSpec]:
     return tables
 
 
-def _hash_of(vocabularies: dict[str, Vocabulary]) -> str:
+def _hash_of(data: DataConfig, fit: Fit, tables: dict[str, TableSpec]) -> str:
+    """Of all that says which row or number a value becomes."""
     digests = {}
-    for name, vocabulary in vocabularies.items():
+    for name, vocabulary in fit.vocabularies.items():
         digest = hashlib.sha256()
         for buffer in pa.concat_arrays([vocabulary.ids]).buffers():
             digest.update(buffer or b"")
         digests[name] = digest.hexdigest()
-    return hash_of(digests)
+    fitted = {
+        f.name: fit.fitted.numeric[f.name].model_dump()
+        for f in data.features
+        if f.transform in ("standard", "bucket")
+    }
+    transforms = {f.name: f.transform for f in data.features if f.kind == "numeric"}
+    rows = {name: spec.rows for name, spec in tables.items()}
+    return hash_of([digests, rows, transforms, fitted])

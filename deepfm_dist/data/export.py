@@ -27,6 +27,12 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
             | {
                 "table": f.table_name,
                 "is_id": f.is_id,
+                "fill": f.fill,
+                "derive": f.derive,
+                "hash_rows": f.hash_rows,
+                "boundaries": manifest.numeric[f.name].boundaries
+                if f.transform == "bucket"
+                else None,
                 "history": f.history,
                 "several": f.multi_valued,
                 "pooling": f.pooling if f.multi_valued else "sum",
@@ -56,7 +62,7 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
     """Copies ``vocabulary/`` and, without histories, ``entities/`` into a folder."""
     for part in ("vocabulary", "entities"):
         (target / part).mkdir()
-    for name in dataset.manifest.tables:
+    for name in dataset.manifest.vocabularies:
         file = Path("vocabulary") / f"{name}.parquet"
         shutil.copyfile(dataset.folder / file, target / file)
     for name in dataset.manifest.entities:

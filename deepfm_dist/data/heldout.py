@@ -28,8 +28,8 @@ class SplitReader:
         for p in range(dataset.manifest.files):
             name = f"{split}/part-{p:05d}.parquet"
             of_groups = dataset.group_rows(name)
-            self._groups += [(name, g) for g in range(len(of_groups))]
-            sizes += of_groups
+            self._groups += [(name, g) for g, rows in enumerate(of_groups) if rows]
+            sizes += [rows for rows in of_groups if rows]
         self._offsets = offsets_of(sizes)
         self.n = int(self._offsets[-1])
         fits = dataset.manifest.splits[split].size_bytes <= dataset.memory_bytes

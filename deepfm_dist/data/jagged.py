@@ -1,6 +1,5 @@
 """Rows of different lengths in two flat arrays."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.compiled import compiled
+from deepfm_dist.storage import remove_leftovers, work_folder
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -218,7 +218,8 @@ def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
         pieces: the rows, stretch by stretch.
     """
     if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+        remove_leftovers(folder)
+        aside = work_folder(folder)
         aside.mkdir(parents=True)
         lengths = []
         with (aside / "values.bin").open("wb") as file:

@@ -55,7 +55,7 @@ def _check_table(folder: Path, manifest: Manifest, feature: Feature) -> None:
     else:
         wanted = rows
     _agree(path, f"rows of the table {name}", rows, wanted)
-    if feature.has_vocabulary:
+    if name in manifest.vocabularies:
         path = folder / "vocabulary" / f"{name}.parquet"
         columns = {"row": (pa.int32(), 0, rows), "id": (pa.string(), 0, 0), "count": _COUNT}
         begin = 0

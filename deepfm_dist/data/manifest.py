@@ -62,7 +62,8 @@ class Manifest(Section):
     fingerprint: str
     """Of the configuration and the input files; decides whether the dataset is current."""
     vocabulary_hash: str
-    """Of every table's ids in row order; a checkpoint fits only the same one."""
+    """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
+    fields; a checkpoint fits only the same one."""
     grown_from: tuple[str, ...] = ()
     """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
     their checkpoints are the first rows of this one's."""
@@ -107,6 +108,12 @@ class Manifest(Section):
     def dense(self) -> tuple[Feature, ...]:
         """Fields whose numbers enter the model, in order."""
         return tuple(f for f in self.features if not f.in_table)
+
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Tables whose rows stand for ids, which lie in ``vocabulary/``, in order."""
+        of_ids = [f for f in self.features if f.kind == "categorical" and f.hash_rows is None]
+        return tuple(dict.fromkeys(f.table_name for f in of_ids))
 
     @property
     def has_history(self) -> bool:

@@ -56,13 +56,18 @@ def notebook_fields(
         DataError: a file of ids cannot be read, or repeats an id.
     """
     manifest = dataset.manifest
-    if manifest.dense:
-        raise ConfigError(
-            f"{manifest.dense[0].name} is numeric, and an offset table has no such field; leave it "
-            f"out of data.features"
-        )
     fields = {}
-    for feature in manifest.categorical:
+    for feature in manifest.features:
+        if feature.kind == "numeric":
+            raise ConfigError(
+                f"{feature.name} is numeric, and an offset table has no such field; leave it out "
+                f"of data.features"
+            )
+        if feature.hash_rows is not None:
+            raise ConfigError(
+                f"{feature.name} is hashed, and every id of an offset table has a row of its own; "
+                f"leave hash_rows out"
+            )
         if feature.multi_valued:
             raise ConfigError(
                 f"{feature.name} may have several values a row, and a field of an offset table has "

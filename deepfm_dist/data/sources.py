@@ -20,7 +20,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 
 BLOCK_BYTES = 16 << 20
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -114,7 +114,12 @@ def find_files(root: str | Path, name: str) -> list[InputFile]:
             raise DataError(f"{base / name}: no such file; is data.root right?")
         stats = [(p, p.stat()) for p in found]
         return [
-            InputFile(str(p), str(p.relative_to(base)), s.st_size, str(s.st_mtime_ns))
+            InputFile(
+                str(p),
+                str(p.relative_to(base) if p.is_relative_to(base) else p),
+                s.st_size,
+                str(s.st_mtime_ns),
+            )
             for p, s in stats
         ]
     url = f"{str(root).rstrip('/')}/{name}"
@@ -137,6 +142,19 @@ def find_files(root: str | Path, name: str) -> list[InputFile]:
         )
         for info in infos
     ]
+
+
+def find_file(root: str | Path, name: str, setting: str) -> str:
+    """Path or URL of the one file that a name or pattern stands for.
+
+    Raises:
+        DataError: there is none, or the file system cannot be reached.
+        ConfigError: there are several; ``setting`` is what to name one by.
+    """
+    files = find_files(root, name)
+    if len(files) > 1:
+        raise ConfigError(f"{setting}: {name} stands for {len(files)} files; say which one")
+    return files[0].path
 
 
 def read_batches(

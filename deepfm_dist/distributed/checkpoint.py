@@ -14,6 +14,7 @@ DCP keeps ``.metadata`` as a pickle, and unpickles it to read a checkpoint; ever
 as plain tensors or JSON. Open only checkpoints you trust.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -425,6 +426,12 @@ def read_state(path: Path) -> dict[str, Any]:
                 f"before it, or train anew"
             )
     return state
+
+
+def digest_of(state: Mapping[str, Any]) -> str:
+    """Short hex digest of a checkpoint's files, by their checksums in its marker."""
+    sums = json.dumps(state[_SUMS], sort_keys=True)
+    return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
 def check_vocabulary(path: Path, state: Mapping[str, Any], vocabulary_hash: str) -> None:

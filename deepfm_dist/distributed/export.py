@@ -6,7 +6,6 @@ file, and its rows are copied from there.
 """
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from deepfm_dist.distributed.checkpoint import Reader
 from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.log import progress
+from deepfm_dist.storage import remove_leftovers, work_folder
 
 FORMAT = 1
 """Version of the layout of an export."""
@@ -91,7 +91,8 @@ def export_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target / _CONFIG).is_file() and any(target.iterdir()):
         raise DeepFMError(f"{target}: holds files but no export; give another --output")
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    remove_leftovers(target)
+    part = work_folder(target)
     try:
         part.mkdir(parents=True)
         yield part

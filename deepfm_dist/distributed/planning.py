@@ -45,6 +45,7 @@ class Job:
         default: kind of the other tables.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU.
+        float_bytes: bytes in which a float of an embedding travels.
     """
 
     task: DeepFMTrain
@@ -54,6 +55,7 @@ class Job:
     default: str
     batch_size: int
     hbm_bytes: int
+    float_bytes: int
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,11 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         fields, rows = len(config.feature_names), config.num_embeddings
-        state_floats = _state_floats(job.optimizer, width)
+        weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
+        state_bytes = FLOAT_BYTES * _state_floats(job.optimizer, width)
         cached = placed[config.name].cached
-        row_bytes = FLOAT_BYTES * _gpu_floats(width, state_floats, cached)
-        pooled_bytes = batch * fields * width * FLOAT_BYTES
+        row_bytes = _gpu_bytes(weight_bytes, state_bytes, cached)
+        pooled = batch * fields * width
         # Ids and lengths, of which each is one number where a row has one value of a field.
         id_bytes = batch * fields * ID_BYTES
         owner = placed[config.name].rank
@@ -202,12 +205,12 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
             mine = max(0, min(per_rank, rows - turn * per_rank))
             held[rank] += round(mine * row_bytes)
             # Pooled rows and their gradient, of the global batch.
-            buffers[rank] += 2 * pooled_bytes + IN_FLIGHT * 2 * id_bytes // len(holders)
+            buffers[rank] += 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes // len(holders)
         for rank in range(ranks):
             # The same of the local batch, as it is received.
-            buffers[rank] += 2 * pooled_bytes // ranks + IN_FLIGHT * 2 * id_bytes // ranks
+            buffers[rank] += (2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes) // ranks
         traffic = [
-            sum(_sent(owner, rank, ranks, pooled_bytes, id_bytes, id_bytes))
+            sum(_sent(owner, rank, ranks, pooled * job.float_bytes, id_bytes, id_bytes))
             for rank in range(ranks)
         ]
         sent = [a + b for a, b in zip(sent, traffic, strict=True)]
@@ -215,8 +218,8 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
             TableDemand(
                 config.name,
                 rows,
-                rows * width * FLOAT_BYTES,
-                rows * state_floats * FLOAT_BYTES,
+                rows * weight_bytes,
+                rows * state_bytes,
                 placed[config.name].kind,
                 holders,
                 cached,
@@ -236,16 +239,16 @@ def _state_floats(optimizer: TableOptimizer, width: int) -> int:
     ]
 
 
-def _gpu_floats(width: int, state: int, cached: float | None) -> float:
-    """Floats per row in a GPU's memory.
+def _gpu_bytes(weights: int, state: int, cached: float | None) -> float:
+    """Bytes per row in a GPU's memory, of so many of its weights and of the optimizer's state.
 
     Of a cached table: a number per row that says where it is; a slot for some rows, with 16 bytes
     that say whose it is and since when; and the state of row-wise optimizers. Others' stays with
     the rows, in the machine's memory.
     """
     if cached is None:
-        return width + state
-    return 1 + cached * (width + 4) + (state if state == 1 else 0)
+        return weights + state
+    return FLOAT_BYTES + cached * (weights + 16) + (state if state == FLOAT_BYTES else 0)
 
 
 def _sent(

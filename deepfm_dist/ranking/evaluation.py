@@ -141,7 +141,7 @@ def evaluate_ranking(
     held_out: HeldOutItems,
     cutoffs: Sequence[int],
     baselines: Mapping[str, Baseline],
-    reference: Path | None = None,
+    reference: str | None = None,
 ) -> Comparison | None:
     """Compares the model's ranking with others of the same users. All ranks.
 
@@ -151,7 +151,7 @@ def evaluate_ranking(
         held_out: what is measured on.
         cutoffs: values of K.
         baselines: by name; fitted here on the training positives.
-        reference: parquet file ``user, item, score`` with another system's scores.
+        reference: path or URL of a parquet file ``user, item, score`` with another system's scores.
 
     Returns:
         On rank 0 the rankings' figures, the model's first; None elsewhere.
@@ -168,7 +168,7 @@ def evaluate_ranking(
         for name, baseline in baselines.items():
             makers[name] = partial(_fitted, name, baseline, train, len(catalogue), users, world)
     if reference is not None:
-        makers[reference.stem] = lambda: _reference_ranker(
+        makers[Path(reference).stem] = lambda: _reference_ranker(
             reference, dataset, catalogue, users, world
         )
     activity = Groups.by_quantile(dataset.history.lengths[users])
@@ -225,7 +225,7 @@ def _fitted(
 
 
 def _reference_ranker(
-    path: Path, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array, world: World
+    path: str, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array, world: World
 ) -> FixedRanker:
     columns = [Column("user"), Column("item"), Column("score", "number")]
     table = read_table(path, columns)

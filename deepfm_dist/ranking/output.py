@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -39,6 +40,7 @@ class Written:
         owners: number of owners.
         rows: number of rows.
         k: items per owner asked for.
+        full: owners who got as many.
     """
 
     parquet: Path
@@ -46,6 +48,7 @@ class Written:
     owners: int
     rows: int
     k: int
+    full: int
 
 
 class Parts:
@@ -174,45 +177,60 @@ class Parts:
             else:
                 list(tables(begin, end))  # looking up is for all ranks
 
-    def merge(self, csv_columns: Mapping[str, str], rows_at_a_time: int = 1 << 20) -> int | None:
-        """Joins all parts into the file, and some columns of them into a CSV file. All ranks.
+    def merge_ranked(self, csv_columns: Mapping[str, str], k: int) -> Written | None:
+        """Joins what `write_ranked` wrote, and some columns of it into a CSV file. All ranks.
 
         Neither file appears before it is whole.
 
         Args:
-            csv_columns: columns by their name in the CSV file; none: there is no such file.
-            rows_at_a_time: rows in memory.
+            csv_columns: columns by their name in the CSV file.
+            k: items per owner asked for.
 
         Returns:
-            On rank 0 the number of rows; None elsewhere.
+            On rank 0 what was written; None elsewhere.
 
         Raises:
             DeepFMError: the disk is full, say.
         """
+        rows = full = 0
 
-        def merged() -> int:
+        def count(table: pa.Table) -> None:
+            nonlocal rows, full
+            rows += table.num_rows
+            full += pc.sum(pc.equal(table["rank"], k)).as_py()
+
+        self._merge(csv_columns, 1 << 20, count)
+        if not self._world.is_first:
+            return None
+        return Written(self.target, self.csv, self._n_users, rows, k, full)
+
+    def merge_matrix(self) -> None:
+        """Joins what `write_matrix` wrote; the file appears when it is whole. All ranks."""
+        self._merge({}, MATRIX_USERS, lambda _: None)
+
+    def _merge(
+        self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
+    ) -> None:
+        def merged() -> None:
             with writing(self.target):
-                return self._merged(csv_columns, rows_at_a_time)
+                self._merged(csv_columns, rows, see)
 
         self._world.barrier()
-        return self._world.first_does(f"{self.target.name}_end", merged)
+        self._world.first_does(f"{self.target.name}_end", merged)
 
     @property
     def csv(self) -> Path:
         """The CSV file."""
         return self.target.with_suffix(".csv")
 
-    def written(self, rows: int | None, k: int) -> Written | None:
-        """What `merge` has made of K items each; None where it gave none."""
-        return None if rows is None else Written(self.target, self.csv, self._n_users, rows, k)
-
-    def _merged(self, csv_columns: Mapping[str, str], rows_at_a_time: int) -> int:
+    def _merged(
+        self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
+    ) -> None:
         parts = sorted(self.aside.glob("*.parquet"))
         whole, text = self.aside / "whole", self.aside / "csv"
         schema = pq.read_schema(parts[0])
         narrow = pa.schema([(new, schema.field(old).type) for new, old in csv_columns.items()])
         options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
-        rows = 0
         with (
             pq.ParquetWriter(
                 whole, schema, compression="zstd", use_dictionary=_repeated(schema)
@@ -222,9 +240,9 @@ class Parts:
             # Arrow would put the names into quotes.
             file.write((",".join(csv_columns) + "\n").encode())
             with pa_csv.CSVWriter(file, narrow, write_options=options) as lines:
-                for table in _rebatched(parts, rows_at_a_time):
+                for table in _rebatched(parts, rows):
                     writer.write_table(table)
-                    rows += table.num_rows
+                    see(table)
                     if csv_columns:
                         picked = table.select(list(csv_columns.values()))
                         lines.write_table(picked.rename_columns(narrow.names))
@@ -232,7 +250,6 @@ class Parts:
         if csv_columns:
             os.replace(text, self.csv)
         shutil.rmtree(self.aside)
-        return rows
 
 
 def state_of(folder: Path) -> str:
@@ -255,7 +272,7 @@ def _repeated(schema: pa.Schema) -> bool | list[str]:
     return [n for n in schema.names if n != "score"] if "score" in schema.names else True
 
 
-def _rebatched(parts: list[Path], rows: int = 1 << 20) -> Iterator[pa.Table]:
+def _rebatched(parts: list[Path], rows: int) -> Iterator[pa.Table]:
     """All parts in tables of one size: the merged bytes do not depend on how users were dealt."""
     waiting: list[pa.Table] = []
     for part in parts:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
@@ -24,7 +23,7 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.engine import Precision
 from deepfm_dist.ranking.nearest import NearestItems
-from deepfm_dist.ranking.output import MATRIX_USERS, MatrixKind, Parts, Written, hash_of, state_of
+from deepfm_dist.ranking.output import MatrixKind, Parts, Written, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
@@ -164,7 +163,7 @@ def recommend(
     world.barrier()
     took = time.monotonic() - start
     columns = {"user": "user_id", "item": "item_id"}
-    written = parts.written(parts.merge(columns), wanted.k)
+    written = parts.merge_ranked(columns, wanted.k)
     if written is not None and not parts.found:
         pairs = len(users) * len(catalogue)
         log.info(
@@ -174,7 +173,7 @@ def recommend(
             pairs / took / 1e6,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-    if written is not None and (short := len(users) - _full(written)):
+    if written is not None and (short := len(users) - written.full):
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
@@ -182,15 +181,9 @@ def recommend(
         of_matrix = key and {**key, "matrix": wanted.matrix}
         matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
         matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
-        matrix.merge({}, MATRIX_USERS)
+        matrix.merge_matrix()
         log.info("written: %s", matrix.target)
     return written
-
-
-def _full(written: Written) -> int:
-    """How many users got K items."""
-    ranks = pq.read_table(written.parquet, columns=["rank"])["rank"]
-    return int(pc.sum(pc.equal(ranks, written.k), min_count=0).as_py())
 
 
 def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:

@@ -93,4 +93,4 @@ def similar_items(
     ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.written(parts.merge(columns), k)
+    return parts.merge_ranked(columns, k)

@@ -1,8 +1,10 @@
 """What people look at: tables in plain text."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.dataset import PreparedDataset
@@ -51,7 +53,9 @@ def _four_digits(value: float) -> str:
 
 def ranking_table(written: Written, dataset: PreparedDataset) -> str:
     """The first users' (or items') items by title, and the files."""
-    shown = pq.read_table(written.parquet).slice(0, SHOWN_OWNERS * written.k).to_pandas()
+    with pq.ParquetFile(written.parquet) as file:  # of a size that may fit no memory
+        first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
+        shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas()
     owner, item = shown.columns[:2]
     titles = dataset.titles()
     if titles is not None:

@@ -215,6 +215,13 @@ class Live:
         ]
 
 
+def is_export_of(found: Finished, export: Path) -> bool:
+    """Whether a folder holds the export of a run's checkpoint."""
+    path = export / "config.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    return found.identity.items() <= told.items()
+
+
 def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
     """The model of an export, unsharded, in eval mode.
 
@@ -224,13 +231,10 @@ def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
         world: a world of one rank.
 
     Raises:
-        CheckpointError: the export is of another step, or lacks something.
+        CheckpointError: the export is of another checkpoint, or lacks something.
     """
-    told = json.loads((export / "config.json").read_text())
-    if told["step"] != found.state["step"]:
-        raise CheckpointError(
-            f"{export}: of step {told['step']}, the run is at {found.state['step']}; export it anew"
-        )
+    if not is_export_of(found, export):
+        raise CheckpointError(f"{export}: not of {found.checkpoint}; export it anew")
     config = found.config
     model = build_model(config.model, found.dataset.manifest, world, config.run.seed).model
     weights = _weights(export)

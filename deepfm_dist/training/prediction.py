@@ -29,7 +29,7 @@ def predict(
     model: nn.Module,
     world: World,
     dataset: PreparedDataset,
-    source: Path,
+    source: str,
     layout: FileFormat | None,
     target: Path,
 ) -> int:
@@ -42,7 +42,7 @@ def predict(
         model: the sharded task in eval mode.
         world: the ranks.
         dataset: the prepared dataset the model was trained on.
-        source: csv, tsv, dat or parquet with the columns of the interactions.
+        source: path or URL of a csv, tsv, dat or parquet file with the columns of the interactions.
         layout: of ``source``, where its name does not tell.
         target: the parquet file to write.
 

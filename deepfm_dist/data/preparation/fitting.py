@@ -78,7 +78,7 @@ class Earlier:
             if ids is None:
                 return None
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
-        if self.manifest is None or name not in self.manifest.tables:
+        if self.manifest is None or name not in self.manifest.vocabularies:
             return None
         return Vocabulary.from_table(pq.read_table(self._folder / "vocabulary" / f"{name}.parquet"))
 
