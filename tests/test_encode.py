@@ -1155,10 +1155,24 @@ def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
 
 def test_a_cell_from_which_nothing_can_be_derived_is_named(root: Path) -> None:
     features = [{"name": "x", "derive": "log_squared"}, *USER_AND_ITEM]
-    with pytest.raises(DataError, match=r"column 'x': 'many' is no number, as derive=log_squared"):
-        small(root, "u,i,x\na,x,3\nb,x,many\n", str(features))
+    rows = "u,i,x\na,x,3\na,y,\nb,x,many\nb,z,4\n"
+    what = r"s\.csv, line 4: x 'many' is no number, as derive=log_squared of the field x"
+    with pytest.raises(DataError, match=what):
+        small(root, rows, str(features))
+    (root / "prices.csv").write_text("i,x\nx,3\ny,inf\n")
+    in_file = [{**features[0], "entity": "item", "file": "prices.csv"}, *USER_AND_ITEM]
+    with pytest.raises(DataError, match=r"prices\.csv, line 3: x 'inf' is no number"):
+        small(root, rows, str(in_file))
+    features.append({"name": "z", "column": "x"})  # the column's first field derives nothing
+    kept = small(root, rows, str(features[::-1]), on_bad_row="skip").manifest
+    assert kept.splits["train"].rows == 3
+    assert kept.dropped == {"s.csv: rows with an unreadable cell": 1}
+    with pytest.raises(DataError, match=r"^column 'x': 'many' is no number, as derive=log_sq"):
+        split_cells(pa.array(["3", "many"]), Feature.model_validate(features[0]))
     features[0] = {"name": "x", "derive": "hour"}
-    with pytest.raises(DataError, match=r"'noon' is no time like %Y-%m-%d %H:%M:%S, as derive=hou"):
+    with pytest.raises(
+        DataError, match=r"line 3: x 'noon' is no time like %Y-%m-%d %H:%M:%S, as derive=hou"
+    ):
         small(root, "u,i,x\na,x,2020-01-01 11:00:00\nb,x,noon\n", str(features))
 
 

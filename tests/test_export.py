@@ -125,6 +125,7 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
         ["model.fm_pairs=across"],
         ["model.deep=false", "model.fm=false"],
         ["model.fm=false", "model.activation=tanh"],
+        ["trainer.table_precision=fp16", "optimizer.tables.name=rowwise_adagrad"],
     ],
 )
 def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: list[str]) -> None:

@@ -1,9 +1,10 @@
 """A field's cells -> values: columns to read, several values in one cell, numbers, statistics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import NoReturn, Self
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from deepfm_dist.data.codes import Codes, hash_texts
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.schema import DataConfig, Feature
-from deepfm_dist.data.sources import Column
+from deepfm_dist.data.sources import Check, Column, ColumnType
 from deepfm_dist.errors import ConfigError, DataError
 
 _BINS = 1 << 16
@@ -27,29 +28,38 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         ConfigError: a column is wanted as text and as number.
     """
     spec = data.interactions
-    wanted: dict[str, Column] = {}
+    roles: list[tuple[str | None, ColumnType]] = [
+        (spec.user, "text"),
+        (spec.item, "text"),
+        (spec.label, "label"),
+        (spec.time, "time"),
+        (spec.rating, "number"),
+        (spec.weight, "weight"),
+        (spec.split if with_split else None, "split"),
+    ]
+    wanted = [Column(name, kind) for name, kind in roles if name is not None]
+    return each_once([*wanted, *map(column_of, in_rows(data))])
 
-    def add(name: str | None, column: Column) -> None:
-        if name is None:
-            return
-        if wanted.setdefault(name, column).type != column.type:
+
+def each_once(columns: Iterable[Column]) -> list[Column]:
+    """Columns by name, as they are asked for first, with the checks of all.
+
+    Raises:
+        ConfigError: a column is wanted as text and as number.
+    """
+    found: dict[str, Column] = {}
+    for column in columns:
+        first = found.get(column.name)
+        if first is None:
+            found[column.name] = column
+        elif first.type != column.type:
             raise ConfigError(
-                f"data: column {name!r} is asked for both as {wanted[name].type} and as "
+                f"data: column {column.name!r} is asked for both as {first.type} and as "
                 f"{column.type}; copy it under another name"
             )
-
-    add(spec.user, Column(spec.user or ""))
-    add(spec.item, Column(spec.item or ""))
-    add(spec.label, Column(spec.label or "", "label"))
-    add(spec.time, Column(spec.time or "", "time"))
-    add(spec.rating, Column(spec.rating or "", "number"))
-    add(spec.weight, Column(spec.weight or "", "weight"))
-    if with_split:
-        add(spec.split, Column(spec.split or "", "split"))
-    for feature in in_rows(data):
-        column = column_of(feature)
-        add(column.name, column)
-    return list(wanted.values())
+        else:
+            found[column.name] = replace(first, checks=first.checks + column.checks)
+    return list(found.values())
 
 
 def in_rows(data: DataConfig) -> list[Feature]:
@@ -62,7 +72,10 @@ def column_of(feature: Feature) -> Column:
     name = feature.column or feature.name
     if feature.kind == "numeric":
         return Column(name, "number", required=False, missing=feature.missing)
-    return Column(name, required=False)
+    checks = (
+        () if feature.derive is None else (Check(partial(_underivable, feature), _source(feature)),)
+    )
+    return Column(name, required=False, checks=checks)
 
 
 def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
@@ -77,8 +90,14 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
         rows ``[m]`` int64 ascending, and values ``[m]`` string.
 
     Raises:
-        DataError: nothing can be derived from a cell.
+        DataError: nothing can be derived from a cell; those of files were refused when read.
     """
+    owners, cells = _split(cells, feature)
+    return owners, cells if feature.derive is None else _derived(cells, feature)
+
+
+def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
+    """`split_cells` without what is derived."""
     owners = np.arange(len(cells), dtype=np.int64)
     if feature.separator is not None:
         lists = pc.split_pattern(cells, feature.separator)
@@ -95,58 +114,68 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
     if feature.separator is not None and feature.keep == "first":
         first = np.flatnonzero(np.diff(owners, prepend=-1))
         owners, cells = owners[first], cells.take(pa.array(first))
-    return owners, cells if feature.derive is None else _derived(cells, feature)
+    return owners, cells
 
 
 def _derived(cells: pa.Array, feature: Feature) -> pa.Array:
     """``[m]`` string -> ``[m]`` string by ``feature.derive``; every distinct cell once."""
     distinct = cells.dictionary_encode()
-    texts = distinct.dictionary
-    if feature.derive == "log_squared":
-        numbers = _each(texts, feature, "number", lambda t: t.cast(pa.float64()))
-        x = numbers.to_numpy(zero_copy_only=False)
-        if not np.isfinite(x).all():
-            _refuse(texts[int(np.flatnonzero(~np.isfinite(x))[0])], feature, "number")
-        large = np.log(np.maximum(x, 2)) ** 2
-        values = pa.array(np.trunc(np.where(x > 2, large, x)).astype(np.int64))
-    else:
-        layout = feature.time_format
-        kind = f"time like {layout}"
-        times = _each(texts, feature, kind, lambda t: pc.strptime(t, layout, "s"))
-        if feature.derive == "hour":
-            values = pc.hour(times)
-        else:
-            values = pc.day_of_week(times)
-            if feature.derive == "weekend":
-                values = pc.greater_equal(values, 5).cast(pa.int8())
+    values = _derivable(distinct.dictionary, feature)
+    if values.null_count:
+        text = distinct.dictionary.filter(pc.is_null(values))[0].as_py()
+        name = feature.column or feature.name
+        raise DataError(f"column {name!r}: {text!r} is no {_source(feature)}; correct it")
     return values.cast(pa.string()).take(distinct.indices)
 
 
-def _each(
-    texts: pa.Array, feature: Feature, kind: str, parse: Callable[[pa.Array], pa.Array]
-) -> pa.Array:
-    """All texts parsed.
-
-    Raises:
-        DataError: names the first that cannot be.
-    """
-    try:
-        return parse(texts)
-    except pa.ArrowInvalid:
-        for text in texts:
-            try:
-                parse(pa.array([text.as_py()]))
-            except pa.ArrowInvalid:
-                _refuse(text, feature, kind)
-        raise
+def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
+    """``[n]`` string -> ``[n]`` bool: cells with a value from which nothing can be derived."""
+    distinct = cells.dictionary_encode()
+    owners, texts = _split(distinct.dictionary, feature.model_copy(update={"fill": None}))
+    wrong = np.zeros(len(distinct.dictionary) + 1, bool)  # the last one stands for null
+    wrong[owners[np.asarray(pc.is_null(_derivable(texts, feature)))]] = True
+    return wrong[np.asarray(distinct.indices.fill_null(-1))]
 
 
-def _refuse(text: pa.Scalar, feature: Feature, kind: str) -> NoReturn:
-    name = feature.column or feature.name
-    raise DataError(
-        f"column {name!r}: {text.as_py()!r} is no {kind}, as derive={feature.derive} of the field "
-        f"{feature.name} needs; correct it, or name it in the field's `missing`"
+def _source(feature: Feature) -> str:
+    """What a field's cells are to be so that something can be derived from them."""
+    kind = "number" if feature.derive == "log_squared" else f"time like {feature.time_format}"
+    return (
+        f"{kind}, as derive={feature.derive} of the field {feature.name} needs, nor among its "
+        f"`missing`"
     )
+
+
+def _derivable(texts: pa.Array, feature: Feature) -> pa.Array:
+    """``[m]`` string -> ``[m]`` integers by ``feature.derive``, null where the text is none."""
+    if feature.derive == "log_squared":
+        x = _numbers(texts)
+        finite = np.isfinite(x)
+        x = np.where(finite, x, 0)
+        whole = np.trunc(np.where(x > 2, np.log(np.maximum(x, 2)) ** 2, x))
+        return pa.array(whole.astype(np.int64), mask=~finite)
+    times = pc.strptime(texts, feature.time_format, "s", error_is_null=True)
+    if feature.derive == "hour":
+        return pc.hour(times)
+    days = pc.day_of_week(times)
+    return days if feature.derive == "weekday" else pc.greater_equal(days, 5).cast(pa.int8())
+
+
+def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
+    """``[m]`` string -> ``[m]`` float64, NaN for what is no number."""
+    try:
+        numbers = texts.cast(pa.float64())
+    except pa.ArrowInvalid:
+        numbers = pa.array([_number(text) for text in texts], pa.float64())
+    found: npt.NDArray[np.float64] = numbers.to_numpy(zero_copy_only=False)
+    return found
+
+
+def _number(text: pa.Scalar) -> float | None:
+    try:
+        return float(text.cast(pa.float64()).as_py())
+    except pa.ArrowInvalid:
+        return None
 
 
 def coded(cells: pa.Array, feature: Feature, codes: Codes | None) -> Values:

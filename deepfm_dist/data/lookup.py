@@ -7,7 +7,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset, Rows
-from deepfm_dist.data.fields import column_of, hashed_rows, numbers_of, split_cells, transformed
+from deepfm_dist.data.fields import (
+    column_of,
+    each_once,
+    hashed_rows,
+    numbers_of,
+    split_cells,
+    transformed,
+)
 from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
@@ -39,9 +46,8 @@ class RowEncoder:
     @property
     def columns(self) -> list[Column]:
         """What a file of rows must hold."""
-        wanted = [Column(column) for column, _ in self._entities.values()]
-        wanted += [column_of(f) for f in self._context]
-        return list({c.name: c for c in reversed(wanted)}.values())  # each once, ids as required
+        ids = [Column(column) for column, _ in self._entities.values()]
+        return each_once([*ids, *map(column_of, self._context)])
 
     def encode(self, table: pa.Table) -> Rows:
         """Encodes a table that has `columns`."""

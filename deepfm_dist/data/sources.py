@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -48,6 +49,19 @@ ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
 
 
 @dataclass(frozen=True)
+class Check:
+    """What a column's cells are to be beside their type.
+
+    Attributes:
+        wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
+        wanted: what they are to be, after "is no".
+    """
+
+    wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
+    wanted: str
+
+
+@dataclass(frozen=True)
 class Column:
     """A column to read.
 
@@ -58,12 +72,14 @@ class Column:
             split -> int8 0, 1 or 2 (train, valid, test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
+        checks: what makes a row a bad one, too.
     """
 
     name: str
     type: ColumnType = "text"
     required: bool = True
     missing: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -391,10 +407,12 @@ class _Reader:
             if self.skip_bad and column.type == "text":
                 no_text = pc.match_substring(values, _NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
+            faults = [(check.wrong(values), check.wanted) for check in column.checks]
             if pc.any(unreadable, min_count=0).as_py() is not False:
-                wrong = np.asarray(unreadable.fill_null(True))
+                faults.append((np.asarray(unreadable.fill_null(True)), _WANTED[column.type]))
+            for wrong, wanted in faults:
                 if wrong.any() and not self.skip_bad:
-                    self._refuse(column, int(wrong.argmax()), cells, first_row)
+                    self._refuse(column.name, wanted, int(wrong.argmax()), cells, first_row)
                 bad |= wrong
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.name for c in self.columns])
@@ -403,15 +421,14 @@ class _Reader:
             typed = typed.filter(pa.array(~bad))
         return typed
 
-    def _refuse(self, column: Column, at: int, cells: pa.Array, first_row: int) -> None:
+    def _refuse(self, name: str, wanted: str, at: int, cells: pa.Array, first_row: int) -> None:
         cell = cells[at].as_py()
-        what = "is empty" if cell in (None, "") else f"is no {_WANTED[column.type]}"
+        what = "is empty" if cell in (None, "") else f"is no {wanted}"
         row = first_row + at
         where = f"row {row + 1}" if self.suffix == ".parquet" else self._where(row)
         shown = _short("" if cell is None else cell)
         raise DataError(
-            f"{self.path}, {where}: {column.name} {shown} {what}; "
-            f"mend the row or set data.on_bad_row=skip"
+            f"{self.path}, {where}: {name} {shown} {what}; mend the row or set data.on_bad_row=skip"
         )
 
     # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
