@@ -41,6 +41,7 @@ from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
+from deepfm_dist.storage import is_remote
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
@@ -437,8 +438,14 @@ def search_of(config: Config, folder: Path) -> Search:
         folder: of the study.
 
     Raises:
-        ConfigError: nothing is to be varied or watched, or the study cannot be gone on with.
+        ConfigError: nothing is to be varied or watched, the folder is behind a URL, or the study
+            cannot be gone on with.
     """
+    if is_remote(folder):
+        raise ConfigError(
+            f"run.runs_root={config.run.runs_root}: the journal of a search is locked and appended "
+            f"to, which takes a disk; set run.runs_root to a local folder"
+        )
     space = config.tune.space
     if not space:
         raise ConfigError(

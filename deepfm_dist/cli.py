@@ -6,10 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
+from deepfm_dist.storage import folder_of, told_in_one_line
 from deepfm_dist.terminal import coloured
 
 # Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
@@ -56,7 +56,9 @@ def run(
     source.add_argument(
         "--config", metavar="FILE", help="YAML file or name of a bundled one (default: sample)"
     )
-    source.add_argument("--run", metavar="FOLDER", help="a run whose settings to take: runs/sample")
+    source.add_argument(
+        "--run", metavar="FOLDER", help="a run whose settings to take: runs/sample, or its URL"
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
@@ -96,9 +98,11 @@ def run(
 def _config_of(arguments: argparse.Namespace) -> Config:
     if arguments.run is None:
         return load_config(arguments.config, arguments.overrides)
-    folder = Path(arguments.run)
+    folder = folder_of(arguments.run.rstrip("/"))
     file = folder / "config.yaml"
-    if not file.is_file():
+    with told_in_one_line(file):
+        found = file.is_file()
+    if not found:
         raise ConfigError(
             f"--run {folder}: no run; the folder of one, such as runs/sample, has a config.yaml: "
             f"python -m deepfm_dist.train makes it"

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.section import Section
-from deepfm_dist.storage import folder_of, is_remote
+from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
 
 PACKAGE = Path(__file__).parent
 BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
@@ -31,7 +31,8 @@ class RunConfig(Section):
     """Folder of prepared datasets."""
     runs_root: str = "runs"
     """Folder of runs: checkpoints, metrics, recommendations. Behind a URL (``s3://bucket/runs``) is
-    what training writes; what later commands write is then in ``runs`` on this machine."""
+    what ``train`` and ``evaluate`` write; what other commands write is then in ``runs`` on this
+    machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where torch and fbgemm both support it, else the CPU."""
     threads: int = Field(1, ge=1)
@@ -541,7 +542,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     """Reads a configuration.
 
     Args:
-        path: a YAML file, or the name of a bundled one (``sample``); default: the sample.
+        path: a YAML file or its URL, or the name of a bundled one (``sample``); default: the
+            sample.
         overrides: ``section.field=value`` each; the value is YAML.
 
     Raises:
@@ -549,7 +551,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     """
     file = _find(path or "sample")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        with told_in_one_line(file):
+            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
@@ -594,9 +597,10 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
 
 def _find(path: str) -> Path:
     bundled = BUNDLE / "configs"
-    for candidate in (Path(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
-        if candidate.is_file():
-            return candidate
+    for candidate in (folder_of(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
+        with told_in_one_line(candidate):
+            if candidate.is_file():
+                return candidate
     names = sorted(p.stem for p in bundled.glob("*.yaml"))
     near = difflib.get_close_matches(Path(path).stem, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; bundled are: {', '.join(names)}"

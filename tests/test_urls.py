@@ -1,11 +1,15 @@
-"""Inputs behind a URL serve every command, as those on a disk do."""
+"""What lies behind a URL serves every command, as what lies on a disk does."""
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-from deepfm_dist import evaluate, predict, train
+from deepfm_dist import evaluate, predict, train, tune
 from deepfm_dist.config import BUNDLE
 from tests.ranks import run_alone
 
@@ -28,3 +32,43 @@ def test_commands_after_training_read_behind_a_url(tmp_path: Path) -> None:
         scores.append(pd.read_parquet(out))
     assert len(scores[0]) == len(pd.read_csv(BUNDLE / "data/sample/train_ratings.csv"))
     pd.testing.assert_frame_equal(*scores)
+
+
+def _evaluated_behind_a_url(home: Path) -> tuple[list[str], list[str]]:
+    """Runs in one process, whose memory is the store; what lies in the store, and at home."""
+    from upath import UPath
+
+    os.chdir(home)
+    del os.environ["WORLD_SIZE"]  # each command makes a world of its own
+    settings = ["run.runs_root=memory://runs", "trainer.max_steps=1", "evaluate.reference=null"]
+    assert train.main(["--quiet", *settings]) == 0
+    for command in (evaluate, predict):
+        assert command.main(["--quiet", "--run", "memory://runs/sample/", *settings[2:]]) == 0
+    run = UPath("memory://runs/sample")
+    assert "evaluate" in (run / "metrics.jsonl").read_text()
+    stored = sorted(path.name for path in run.iterdir())
+    return stored, sorted(path.name for path in (home / "runs/sample").iterdir())
+
+
+def test_train_and_evaluate_write_behind_a_url_and_others_on_the_machine(tmp_path: Path) -> None:
+    pytest.importorskip("upath")
+    stored, here = run_alone(_evaluated_behind_a_url, tmp_path)
+    assert {"checkpoints", "config.yaml", "metrics.jsonl", "report.html"} <= set(stored)
+    assert here == ["predictions.parquet"]
+
+
+def test_a_search_behind_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("upath")
+    monkeypatch.chdir(tmp_path)
+    assert run_alone(_refused, "run.runs_root=memory://runs", "trainer.monitor=auc") == (
+        "ConfigError: run.runs_root=memory://runs: the journal of a search is locked and appended "
+        "to, which takes a disk; set run.runs_root to a local folder"
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
+def _refused(*settings: str) -> str:
+    """The line on stderr of a search that ends with exit code 2."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert tune.main(["--quiet", *settings]) == 2
+    return err.getvalue().strip()
