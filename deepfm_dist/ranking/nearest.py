@@ -47,8 +47,9 @@ class NearestItems:
             raise ConfigError(
                 f"recommend.index={kind}: faiss cannot make it of {len(points):,} items: {text}"
             ) from None
-        if hasattr(index, "nprobe"):
-            index.nprobe = probes
+        inverted = faiss.try_extract_index_ivf(index)  # it may lie inside: PCA32,IVF1024,Flat,RFlat
+        if inverted is not None:
+            inverted.nprobe = probes
         self._index = index
 
     def candidates(self, users: Sequence[Side], n: int, seen: Jagged, count: int) -> Tensor:
