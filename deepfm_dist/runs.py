@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.sharding import placed_tables
+from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
