@@ -11,8 +11,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import (
@@ -31,7 +29,13 @@ from deepfm_dist.distributed.optimizers import (
     combined_optimizer,
     table_optimizer,
 )
-from deepfm_dist.distributed.sharding import Placement, init_tables, shard
+from deepfm_dist.distributed.sharding import (
+    DistributedModelParallel,
+    EmbeddingComputeKernel,
+    Placement,
+    init_tables,
+    shard,
+)
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.log import Logger, TensorBoard

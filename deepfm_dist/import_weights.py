@@ -42,14 +42,14 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, from_notebook, shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
+    from deepfm_dist.data.notebook import read_weights
     from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
     from deepfm_dist.distributed.sharding import fill_tables
     from deepfm_dist.distributed.world import world
-    from deepfm_dist.model.notebook import NotebookWeights
     from deepfm_dist.training.trainer import LoopState
 
     seed = config.run.seed
-    weights = NotebookWeights.read(Path(arguments.file))
+    weights = read_weights(Path(arguments.file))
     id_files = dict(_id_file(text) for text in arguments.ids)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         ranks.first_does(

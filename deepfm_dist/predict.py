@@ -45,10 +45,9 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--output {arguments.output}: predictions are parquet; call it {better}")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
-        data = trained.config.data
         target = Path(arguments.output or config.output_dir / "predictions.parquet")
-        layout = data.files.get(Path(source).name) or data.files.get(data.interactions.file)
-        rows = predict(trained.sharded, ranks, trained.dataset, source, layout, target)
+        files = trained.config.data.files
+        rows = predict(trained.sharded, ranks, trained.dataset, source, files, target)
         if ranks.is_first:
             print(f"{target}: {rows:,} rows scored")
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.sharding import placed_tables
+from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World, restarted
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.storage import folder_of, is_remote, told_in_one_line, writing
@@ -25,7 +24,8 @@ log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
 _OF_ANY_MODEL = ("dropout", "init_std")  # settings of ``model`` that change no weight's meaning
-_WHERE_DATA_IS = ("data.root", "data.name")
+_OF_THE_PLACE = ("data.root", "data.name")  # where data lie
+_OF_A_COMMAND = (*_OF_THE_PLACE, "data.memory_bytes", "data.files")  # and how one deals with them
 PLAN = "plan.json"
 
 
@@ -51,7 +51,7 @@ def begin(
             f"room for those of a run that begins anew; give the run another run.name"
         )
     with writing(config.run_dir):
-        path, state = _checkpoint_to_continue(config, manifest.vocabulary_hash), LoopState()
+        path, state = _checkpoint_to_continue(config, manifest), LoopState()
         if path is not None:
             state = LoopState(**checkpoint.read_state(path)["trainer"])
             is_over = state.is_over(schedule, last_step)
@@ -94,7 +94,7 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
         (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
-def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None:
+def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
     """The checkpoint from which a run of these settings can go on.
 
     What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
@@ -117,10 +117,12 @@ def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None
     differing = [
         f"{name}={new}, not {old}"
         for name, old, new in _differences(state["config"], config.model_dump(mode="json"))
-        if _fixes_a_run(name)
+        if _fixes_a_run(name, old, new, manifest.splits["train"].size_bytes)
     ]
-    if state["vocabulary_hash"] != vocabulary_hash:
-        differing.append(f"the vocabulary is {vocabulary_hash}, not {state['vocabulary_hash']}")
+    if state["vocabulary_hash"] != manifest.vocabulary_hash:
+        differing.append(
+            f"the vocabulary is {manifest.vocabulary_hash}, not {state['vocabulary_hash']}"
+        )
     if not differing:
         return path
     if resume == "always":
@@ -132,13 +134,15 @@ def _checkpoint_to_continue(config: Config, vocabulary_hash: str) -> Path | None
     return None
 
 
-def _fixes_a_run(name: str) -> bool:
-    """Whether a setting decides what is trained, not how long, where, or what is reported."""
+def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int) -> bool:
+    """Whether another value trains something else, not longer, elsewhere, or to other reports."""
+    if name == "data.memory_bytes":  # rows that are streamed come in another order
+        return old is None or (train_bytes <= old) != (train_bytes <= new)
     if name.startswith("trainer."):
         return name.removeprefix("trainer.") in _OF_STEPS
     if name == "run.seed":
         return True
-    return name.startswith(("data.", "model.", "optimizer.")) and name not in _WHERE_DATA_IS
+    return name.startswith(("data.", "model.", "optimizer.")) and name not in _OF_THE_PLACE
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -215,7 +219,8 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
 def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     """Finds a run's latest checkpoint and its dataset.
 
-    A checkpoint knows its data and model, and these settings are taken from it.
+    A checkpoint knows its data and model, and these settings are taken from it, but for where files
+    lie, how they are laid out and how much memory they may take.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
@@ -231,18 +236,18 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     trained_with = state["config"]
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):
-        if name.partition(".")[0] in _OF_TRAINING and name not in _WHERE_DATA_IS:
+        if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
             wanted, trained = _at(merged, name), _at(trained_with, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "
                     f"value first, or leave the override out"
                 )
-    for section in _OF_TRAINING:
-        kept = {k: merged["data"][k] for k in ("root", "name")} if section == "data" else {}
-        merged[section] = trained_with[section] | kept
+    kept = {name: _at(merged, name) for name in _OF_A_COMMAND}
+    merged |= {section: trained_with[section] for section in _OF_TRAINING}
+    merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
     config = config_from(merged, origin=str(path))
-    dataset = PreparedDataset(config.prepared_dir)
+    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
     return Finished(config, dataset, path, state)
 

@@ -209,6 +209,7 @@ def test_an_unfinished_run_of_the_same_settings_goes_on(folder: Folder) -> None:
     elsewhere = ("run.threads=2", "sharding.kind=row_wise", "trainer.log_every_steps=3")
     assert folder.begin(*elsewhere) == 20
     assert folder.begin("checkpoint.resume=always") == 20
+    assert folder.begin("data.memory_bytes=100_000_000") == 20
     assert folder.steps == [10, 20]
 
 
@@ -227,7 +228,14 @@ def test_a_longer_schedule_goes_on_and_a_finished_run_begins_anew(
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=2", "trainer.batch_size=7", "model.dropout=0.5", "optimizer.dense.lr=1"]
+    "override",
+    [
+        "data.memory_bytes=0",
+        "run.seed=2",
+        "trainer.batch_size=7",
+        "model.dropout=0.5",
+        "optimizer.dense.lr=1",
+    ],
 )
 def test_other_settings_begin_anew_or_are_refused_by_name(
     folder: Folder, caplog: pytest.LogCaptureFixture, override: str

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from deepfm_dist import import_weights, predict, train
 from deepfm_dist.config import BUNDLE
+from deepfm_dist.data.notebook import read_weights
 from deepfm_dist.errors import DataError
-from deepfm_dist.model.notebook import NotebookWeights
 from tests.ranks import run_alone, run_ranks
 
 DIM, HIDDEN = 6, (9, 5)
@@ -206,7 +206,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     data[data.index(weights.numpy().tobytes()) + 1001] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=f"{path}: damaged: the checksum of .* differs"):
-        NotebookWeights.read(path)
+        read_weights(path)
 
 
 def _complaint(arguments: list[str]) -> str:

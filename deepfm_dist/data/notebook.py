@@ -1,9 +1,11 @@
-"""A notebook's indices of ids -> rows of a prepared dataset's tables."""
+"""A notebook's files: its weights, and its indices of ids -> rows of our tables."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ from torch import Tensor
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.model.notebook import NotebookWeights
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +101,36 @@ def notebook_fields(
     if strange := sorted(id_files.keys() - fields.keys()):
         raise ConfigError(f"--ids {strange[0]}=...: no such field; there are: {', '.join(fields)}")
     return fields
+
+
+def read_weights(path: Path) -> NotebookWeights:
+    """Reads a state dict that ``torch.save`` wrote; nothing but tensors is unpickled.
+
+    Raises:
+        DataError: it is no state dict, or one of another model.
+    """
+    try:
+        # torch.load does not compare a file with the checksums that torch.save wrote into it.
+        damaged = ZipFile(path).testzip() if is_zipfile(path) else None
+        if damaged is not None:
+            raise DataError(
+                f"{path}: damaged: the checksum of {damaged} in it differs; write it again"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnpicklingError, RuntimeError, ValueError, EOFError, BadZipFile) as error:
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise DataError(
+            f"{path}: not a file of plain tensors ({reason}); write it by "
+            f"torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: no state dict; write torch.save(model.state_dict(), FILE)")
+    try:
+        return NotebookWeights.from_state(state)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _read_ids(path: Path) -> pa.Array:

@@ -211,6 +211,26 @@ def read_table(
     return pa.Table.from_batches(read_batches(path, columns, layout, on_bad_row, dropped), schema)
 
 
+def laid_out_like(
+    path: str | Path, columns: Sequence[Column], layout: FileFormat | None
+) -> FileFormat | None:
+    """How a file is laid out that is like another, but may have a header where that has none.
+
+    Args:
+        path: the file, or its URL.
+        columns: what is to be read; its first line is a header if it names all of them.
+        layout: of the other.
+    """
+    if layout is None or layout.columns is None:
+        return layout
+    bare = layout.model_copy(update={"columns": None})
+    reader = _Reader(str(path), tuple(columns), bare, "error", None)
+    first: Sequence[str] = ()
+    with suppress(csv.Error, *reader.failures):
+        _, _, first = next(reader._parsed(), (0, 0, ()))
+    return bare if {column.name for column in columns} <= set(first) else layout
+
+
 class _Reader:
     def __init__(
         self,

@@ -3,9 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -33,36 +30,6 @@ class NotebookWeights:
     bias: Tensor
     rows: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
-
-    @classmethod
-    def read(cls, path: Path) -> "NotebookWeights":
-        """Reads a state dict that ``torch.save`` wrote; nothing but tensors is unpickled.
-
-        Raises:
-            DataError: it is no state dict, or one of another model.
-        """
-        try:
-            # torch.load does not compare a file with the checksums that torch.save wrote into it.
-            damaged = ZipFile(path).testzip() if is_zipfile(path) else None
-            if damaged is not None:
-                raise DataError(
-                    f"{path}: damaged: the checksum of {damaged} in it differs; write it again"
-                )
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except (UnpicklingError, RuntimeError, ValueError, EOFError, BadZipFile) as error:
-            reason = str(error).strip().partition("\n")[0][:100]
-            raise DataError(
-                f"{path}: not a file of plain tensors ({reason}); write it by "
-                f"torch.save(model.state_dict(), FILE)"
-            ) from None
-        if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise DataError(f"{path}: no state dict; write torch.save(model.state_dict(), FILE)")
-        try:
-            return cls.from_state(state)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "NotebookWeights":

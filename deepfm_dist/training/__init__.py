@@ -1,1 +1,1 @@
-"""The training loop, its metrics and its log."""
+"""The training loop and the figures on rows."""

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
-from deepfm_dist.data.sources import read_batches
+from deepfm_dist.data.sources import laid_out_like, read_batches
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
@@ -30,7 +30,7 @@ def predict(
     world: World,
     dataset: PreparedDataset,
     source: str,
-    layout: FileFormat | None,
+    files: Mapping[str, FileFormat],
     target: Path,
 ) -> int:
     """Scores a file, row by row in its order. All ranks.
@@ -43,7 +43,8 @@ def predict(
         world: the ranks.
         dataset: the prepared dataset the model was trained on.
         source: path or URL of a csv, tsv, dat or parquet file with the columns of the interactions.
-        layout: of ``source``, where its name does not tell.
+        files: layouts by name. A source that is not among them is like the interactions file, but
+            may have a header where that has none.
         target: the parquet file to write.
 
     Returns:
@@ -54,6 +55,9 @@ def predict(
         DeepFMError: ``target`` cannot be written.
     """
     encoder, collate = RowEncoder(dataset), Collator(dataset)
+    layout = files.get(Path(source).name) or laid_out_like(
+        source, encoder.columns, files.get(dataset.manifest.data.interactions.file)
+    )
     aside = target.with_name(f".{target.name}.part")
     writer: pq.ParquetWriter | None = None
     n_rows = unknown = 0

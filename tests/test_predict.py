@@ -1,0 +1,61 @@
+"""Rows to score from files that are laid out as those of training, or otherwise."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from deepfm_dist import evaluate, predict, train
+from tests.ranks import run_alone
+
+NAMES = ["label", "user", "ad"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained on a file without a header, whose cells stand between bars."""
+    home = tmp_path_factory.mktemp("home")
+    rng = np.random.default_rng(3)
+    rows = pd.DataFrame({n: rng.integers(0, 2 if n == "label" else 9, 400) for n in NAMES})
+    rows.to_csv(home / "clicks.csv", sep="|", header=False, index=False)
+    data = {
+        "root": str(home),
+        "task": "ctr",
+        "interactions": {"file": "clicks.csv", "user": "user", "label": "label"},
+        "files": {"clicks.csv": {"columns": NAMES, "delimiter": "|"}},
+        "features": [{"name": "user", "entity": "user"}, {"name": "ad"}],
+    }
+    run = {"name": "r", "runs_root": str(home), "prepared_root": str(home / "prepared")}
+    config = {"run": run, "data": data, "trainer": {"max_steps": 3}}
+    (home / "c.yaml").write_text(yaml.safe_dump(config))
+    assert run_alone(train.main, ["--quiet", "--config", str(home / "c.yaml")]) == 0
+    return home
+
+
+def _scored(home: Path, file: str, *settings: str) -> pd.DataFrame:
+    out = home / "out.parquet"
+    arguments = ["--quiet", "--run", str(home / "r"), "--output", str(out), *settings]
+    arguments += ["--input", str(home / file)] if file else []
+    assert run_alone(predict.main, arguments) == 0
+    return pd.read_parquet(out)
+
+
+def test_a_header_is_none_of_the_rows_wherever_there_is_one(home: Path) -> None:
+    expected = _scored(home, "")
+    assert len(expected) == 400
+    assert expected["score"].std() > 0
+    rows = pd.read_csv(home / "clicks.csv", sep="|", names=NAMES)
+    rows.to_csv(home / "plain.csv", sep="|", header=False, index=False)
+    rows[["ad", "user"]].to_csv(home / "headed.csv", sep="|", index=False)
+    rows.drop(columns="label").to_csv(home / "commas.csv", index=False)
+    commas = "data.files={commas.csv: {delimiter: ','}}"
+    for file, settings in (("plain.csv", []), ("headed.csv", []), ("commas.csv", [commas])):
+        pd.testing.assert_frame_equal(_scored(home, file, *settings), expected)
+
+
+def test_memory_is_a_matter_of_the_machine(home: Path) -> None:
+    settings = ["--quiet", "--run", str(home / "r"), "data.memory_bytes=0"]
+    assert run_alone(evaluate.main, settings) == 0
+    assert run_alone(evaluate.main, [*settings, "data.refit=true"]) == 2
