@@ -236,11 +236,12 @@ def _hash_of(data: DataConfig, fit: Fit, tables: dict[str, TableSpec]) -> str:
         for buffer in pa.concat_arrays([vocabulary.ids]).buffers():
             digest.update(buffer or b"")
         digests[name] = digest.hexdigest()
-    fitted = {
-        f.name: fit.fitted.numeric[f.name].model_dump()
-        for f in data.features
-        if f.transform in ("standard", "bucket")
-    }
-    transforms = {f.name: f.transform for f in data.features if f.kind == "numeric"}
+    numbers: dict[str, tuple[str | float, ...]] = {}
+    for feature in (f for f in data.features if f.kind == "numeric"):
+        spec = fit.fitted.numeric[feature.name]
+        numbers[feature.name] = (feature.transform, *spec.boundaries)
+        if feature.transform == "standard":
+            # Without the last digits, which go by the order in which partitions are summed up.
+            numbers[feature.name] += (round(spec.mean / spec.std, 6) + 0.0, f"{spec.std:.6g}")
     rows = {name: spec.rows for name, spec in tables.items()}
-    return hash_of([digests, rows, transforms, fitted])
+    return hash_of([digests, rows, numbers])
