@@ -339,7 +339,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
         n_rows = prediction.predict(
-            sharded, ranks, dataset, source, None, out / "predictions.parquet"
+            sharded, ranks, dataset, str(source), {}, out / "predictions.parquet"
         )
         pieces = {t: p.numpy().copy() for t, _, _, p in local_shards(sharded)}
         over = model.interaction_arch.over_arch
@@ -634,7 +634,7 @@ def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> No
 
         ranks.first_does("pairs", write_pairs)
         source, target = out / "pairs.csv", out / "predictions.parquet"
-        prediction.predict(trained.sharded, ranks, dataset, source, None, target)
+        prediction.predict(trained.sharded, ranks, dataset, str(source), {}, target)
 
 
 def test_a_checkpoint_gives_the_same_files_anywhere_and_scores_as_its_forward_pass_does(
