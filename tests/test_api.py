@@ -100,6 +100,7 @@ def test_importing_the_package_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow  # a process that trains
 def test_the_example_runs(tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
     command = [sys.executable, str(ROOT / "examples/notebook.py")]

@@ -43,6 +43,7 @@ def test_ranks_share_the_global_batch(sample: PreparedDataset, size: int, step: 
     assert [row for part in parts for row in rows_of(part)] == rows_of(whole)
 
 
+@pytest.mark.slow  # whole epochs, row by row
 def test_an_epoch_has_every_positive_once_and_its_negatives(sample: PreparedDataset) -> None:
     batches = TrainingBatches(sample, 5000, 0, 1, seed=1)
     k = sample.manifest.data.negatives.per_positive

@@ -651,6 +651,7 @@ def test_the_norm_of_the_whole_gradient_is_bounded_l2_included(
         np.testing.assert_allclose(start[name] - moved[name], taken, rtol=2e-3, atol=5e-7)
 
 
+@pytest.mark.slow  # many worlds of ranks
 def test_a_bounded_norm_is_the_same_at_any_world_size_and_plan(sample: PreparedDataset) -> None:
     common = (
         *SMALL,

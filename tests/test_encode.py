@@ -738,6 +738,7 @@ def dies(work: Callable[[], Any], after_s: float | None = None) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow  # many processes
 def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def _settings(folder: Path, name: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow  # two searches
 def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path: Path) -> None:
     space = (
         "tune={trials: 3, space: {optimizer.tables.lr: [0.0001, 0.3], model.embedding_dim: [4, 6]}}"

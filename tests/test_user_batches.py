@@ -39,6 +39,7 @@ def told(batch: UserBatch) -> list[tuple[object, ...]]:
     return [row for row in rows if row[0] != ()]
 
 
+@pytest.mark.slow  # whole epochs, row by row
 @pytest.mark.parametrize("candidates", [Candidates(), SAMPLED])
 def test_an_epoch_cuts_every_users_items_into_bag_and_targets(
     with_history: PreparedDataset, candidates: Candidates
@@ -128,6 +129,7 @@ def test_ranks_without_users_are_refused(with_history: PreparedDataset) -> None:
         UserBatches(with_history, 4, 2, 3, 1, Candidates())
 
 
+@pytest.mark.slow  # a whole epoch, row by row
 def test_rows_of_an_epoch_see_the_other_items_and_negatives_see_the_same(
     with_history: PreparedDataset,
 ) -> None:
