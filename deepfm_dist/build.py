@@ -89,7 +89,7 @@ def build_model(
         {f.name: f.pooling for f in manifest.categorical if f.multi_valued},
         torch.device("meta"),
         half,
-        _of_item(manifest) if config.fm_pairs == "across" else None,
+        manifest.of_item if config.fm_pairs == "across" else None,
     )
     return DeepFMTrain(model)
 
@@ -98,11 +98,6 @@ def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTr
     """The unsharded model with its tables in the precision that they are trained in."""
     half = config.trainer.table_precision == "fp16"
     return build_model(config.model, manifest, world, config.run.seed, half)
-
-
-def _of_item(manifest: Manifest) -> list[bool]:
-    """For each categorical field and then each numeric one, whether it is the item's."""
-    return [f.entity == "item" for f in (*manifest.categorical, *manifest.dense)]
 
 
 def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
@@ -301,8 +296,8 @@ def _catalogue_loss(
 ) -> CatalogueLoss | None:
     if kind == "bce":
         return None
-    arch, n_categorical = task.model.interaction_arch, len(manifest.categorical)
-    scorer = PairScorer(arch, _of_item(manifest), n_categorical)
+    arch = task.model.interaction_arch
+    scorer = PairScorer(arch, manifest.of_item, len(manifest.categorical))
     return CatalogueLoss(kind, scorer, world.differentiable_gather)
 
 

@@ -110,6 +110,11 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
+    def of_item(self) -> list[bool]:
+        """For each field of `categorical` and then of `dense`, whether it is the item's."""
+        return [f.entity == "item" for f in (*self.categorical, *self.dense)]
+
+    @property
     def vocabularies(self) -> tuple[str, ...]:
         """Tables whose rows stand for ids, which lie in ``vocabulary/``, in order."""
         of_ids = [f for f in self.features if f.kind == "categorical" and f.hash_rows is None]

@@ -168,10 +168,9 @@ class ModelRanker:
         self._model, self._world, self._users, self._context = model, world, users, context
         self._collate = Collator(dataset)
         manifest = dataset.manifest
-        fields = [*manifest.categorical, *manifest.dense]
         scorer = CatalogueScorer(
             model.interaction_arch,
-            [f.entity == "item" for f in fields],
+            manifest.of_item,
             len(manifest.categorical),
         )
         self._scorer = scorer
