@@ -138,6 +138,7 @@ def _prepare(report: Report) -> Sequence[Line]:
 
 def _reading(report: Report) -> Sequence[Line]:
     reading, training = report["reading_rows_per_s"], report["training_rows_per_s"]
+    ahead = report["both_ahead_rows_per_s"]
     return [
         Line(
             "rows/s read",
@@ -146,7 +147,14 @@ def _reading(report: Report) -> Sequence[Line]:
             f"{training:,}",
             f"{training / reading:.1%} of a step",
         ),
-        Line("rows/s, both", f"{report['both_rows_per_s']:,}"),
+        Line("rows/s, both on one core", f"{report['both_rows_per_s']:,}"),
+        Line(
+            "rows/s, batches made ahead on another core",
+            f"{ahead:,}",
+            "rows/s trained",
+            f"{training:,}",
+            f"{ahead / training:.0%} of it",
+        ),
     ]
 
 

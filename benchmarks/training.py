@@ -151,6 +151,8 @@ def ours(config: Path, folder: Path, args: argparse.Namespace, ranks: int) -> fl
         f"model.over_arch_layer_sizes={args.layers}",
         f"run.device={args.device}",
         f"run.threads={args.threads}",
+        # On CPU the others have no core to spare either.
+        *(["trainer.reading_threads=0"] if args.device == "cpu" else []),
         *args.settings,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}

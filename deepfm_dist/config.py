@@ -213,6 +213,9 @@ class TrainerConfig(Section):
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, whatever the epochs say."""
+    reading_threads: int | None = Field(None, ge=0)
+    """Threads of a process that make the next batches while one trains; the batches are the same.
+    Default: one for each core that the processes of the machine leave idle, at most 4; 0: none."""
     accumulate_steps: int = Field(1, ge=1)
     """Parts of a batch that are computed one after the other, to save memory; needs adam on the
     tables (fused ones are updated by every part). Batch norm sees each part alone."""

@@ -33,7 +33,10 @@ REPORTS: dict[str, dict[str, Any]] = {
     },
     "negatives": {"seconds_50": 0.05, "seconds_200": 0.2, "notebook_seconds_50": 300},
     "prepare": {"rows": 1000, "seconds": 0.5, "peak_gib": 0.75},
-    "reading": {"reading_rows_per_s": 1000, "training_rows_per_s": 100, "both_rows_per_s": 90},
+    "reading": {
+        "reading_rows_per_s": 1000, "training_rows_per_s": 100, "both_rows_per_s": 90,
+        "both_ahead_rows_per_s": 96,
+    },
     "serving": {
         "shape_items": 6807, "requests_per_s": 1200, "cpu_ms": 0.8, "rate": 500, "p50_ms": 1.5,
         "p99_ms": 4,
@@ -64,6 +67,7 @@ def test_every_figure_stands_beside_the_one_it_is_compared_with(suite: ModuleTyp
         "| s, 50 each for 31,360 users | 0.05 | the notebook's loop | 300 | 6,000 x as fast |",
         "| rows/s, 1,000 rows prepared | 2,000 |  |  |  |",
         "| rows/s read | 1,000 | rows/s trained | 100 | 10.0% of a step |",
+        "| rows/s, batches made ahead on another core | 96 | rows/s trained | 100 | 96% of it |",
         "| ms at 500 requests/s, 99th of 100, 6,807 items | 4 | aim | 10 | 40% of it |",
     ):
         assert line in text

@@ -29,6 +29,7 @@ from deepfm_dist.data.jagged import (
 from deepfm_dist.data.lanes import Lanes, Taken, damaged
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.negatives import check_enough_unseen, item_weights, put_negatives
+from deepfm_dist.data.read_ahead import read_ahead
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
@@ -423,6 +424,7 @@ class TrainingBatches:
         rank: this rank.
         world_size: number of ranks.
         seed: of order and negatives.
+        threads: that make batches ahead; of a streamed dataset's one at most.
 
     Raises:
         ConfigError: the batch is too small to give every rank a row.
@@ -430,7 +432,13 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, dataset: PreparedDataset, batch_size: int, rank: int, world_size: int, seed: int
+        self,
+        dataset: PreparedDataset,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        threads: int = 0,
     ) -> None:
         manifest = dataset.manifest
         self._collate = Collator(dataset)
@@ -451,9 +459,11 @@ class TrainingBatches:
         self._first = rank * self.local_batch_size
         columns = dataset.row_columns("train")
         self._source: InMemory | Lanes
+        self.threads = threads
         if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
             self._source = InMemory(dataset.columns("train", columns), copies, seed)
         else:
+            self.threads = min(threads, 1)  # lanes are read in order
             share = self.local_batch_size / self.batch_size
             self._source = Lanes(
                 dataset.folder, manifest, columns, copies, share, self.batch_size, seed
@@ -507,8 +517,7 @@ class TrainingBatches:
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps ``first`` to ``last``, both included."""
-        for step in range(first, last + 1):
-            yield self.batch(step)
+        return read_ahead(self.batch, first, last, self.threads)
 
 
 class InMemory:

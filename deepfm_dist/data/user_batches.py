@@ -12,6 +12,7 @@ from deepfm_dist.data.batch import UserBatch
 from deepfm_dist.data.dataset import ABSENT, Collator, DrawnHistories, PreparedDataset, padded
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.data.negatives import draw_with_replacement, item_weights
+from deepfm_dist.data.read_ahead import read_ahead
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed, permute
 
@@ -45,6 +46,7 @@ class UserBatches:
         world_size: number of ranks.
         seed: of order, bags and candidates.
         candidates: see there.
+        threads: that make batches ahead.
 
     Raises:
         ConfigError: the data cannot be trained on in this way, or a rank would have no user.
@@ -58,12 +60,13 @@ class UserBatches:
         world_size: int,
         seed: int,
         candidates: Candidates,
+        threads: int = 0,
     ) -> None:
         manifest = dataset.manifest
         _check(dataset)
         self._collate, self._history = Collator(dataset), dataset.history
         self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
-        self._seed, self._candidates = seed, candidates
+        self._seed, self._candidates, self.threads = seed, candidates, threads
         self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
         self.batch_size = min(batch_size, len(self._users))
         self._local = -(-self.batch_size // world_size)
@@ -130,8 +133,7 @@ class UserBatches:
 
     def steps(self, first: int, last: int) -> Iterator[UserBatch]:
         """Batches of steps ``first`` to ``last``, both included."""
-        for step in range(first, last + 1):
-            yield self.batch(step)
+        return read_ahead(self.batch, first, last, self.threads)
 
     def _cut(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
         """Bags and targets."""

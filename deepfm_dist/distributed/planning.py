@@ -30,7 +30,7 @@ DENSE_COPIES = 5
 
 def imagined_world(world_size: int, local_world_size: int) -> World:
     """GPUs to plan for; there is no process group, nor need there be a GPU."""
-    return World(0, world_size, local_world_size, torch.device("cuda"), dist.HashStore())
+    return World(0, world_size, local_world_size, 0, torch.device("cuda"), dist.HashStore())
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class World:
         rank: this process, from 0.
         world_size: number of processes.
         local_world_size: processes on this machine.
+        spare_threads: this rank's share of the machine's cores, less those it computes with.
         device: where this rank computes.
         store: shared key-value store.
     """
@@ -38,6 +39,7 @@ class World:
     rank: int
     world_size: int
     local_world_size: int
+    spare_threads: int
     device: torch.device
     store: dist.Store
 
@@ -251,7 +253,8 @@ def world(
             f"if this happens at every start, a machine's name leads to an address that others do "
             f"not reach: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to its network interface"
         ) from None
-    ranks = World(rank, size, local_size, chosen, dist.PrefixStore("deepfm_dist", store))
+    spare = max(0, len(os.sched_getaffinity(0)) // local_size - threads)
+    ranks = World(rank, size, local_size, spare, chosen, dist.PrefixStore("deepfm_dist", store))
     try:
         yield ranks
         dist.barrier()  # rank 0 may hold the store that others still read

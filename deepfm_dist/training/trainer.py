@@ -35,6 +35,7 @@ class Batches(Protocol):
 
     batch_size: int
     steps_per_epoch: int
+    threads: int
 
     def steps(self, first: int, last: int) -> Iterator[Any]:
         """Batches of steps ``first`` to ``last``, both included."""
