@@ -524,6 +524,11 @@ class Config(Section):
             )
         return text
 
+    @property
+    def data_seed(self) -> int:
+        """Seed of the prepared dataset."""
+        return self.run.seed if self.data.seed is None else self.data.seed
+
     def renamed(self, name: str) -> Self:
         """The settings of another run on the same prepared data."""
         run = self.run.model_copy(update={"name": name})

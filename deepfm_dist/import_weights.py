@@ -48,12 +48,12 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.world import world
     from deepfm_dist.training.trainer import LoopState
 
-    seed = config.run.seed
     weights = read_weights(Path(arguments.file))
     id_files = dict(_id_file(text) for text in arguments.ids)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         ranks.first_does(
-            "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
+            "prepare",
+            lambda: prepare(config.data, config.input_root, config.prepared_dir, config.data_seed),
         )
         dataset = PreparedDataset(config.prepared_dir)
         values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)

@@ -22,7 +22,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.crew import Crew
     from deepfm_dist.data.encode import prepare
 
-    given = config.data, config.input_root, config.prepared_dir, config.run.seed
+    given = config.data, config.input_root, config.prepared_dir, config.data_seed
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         prepare(*given)  # without torch.distributed, which takes longer to load than many datasets
         return

@@ -74,7 +74,8 @@ def train_on(
 
     run_dir, seed = config.run_dir, config.run.seed
     ranks.first_does(
-        "prepare", lambda: prepare(config.data, config.input_root, config.prepared_dir, seed)
+        "prepare",
+        lambda: prepare(config.data, config.input_root, config.prepared_dir, config.data_seed),
     )
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     batches = training_batches(config, dataset, ranks)

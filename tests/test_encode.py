@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from deepfm_dist import prepare as prepare_command
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data import sources
 from deepfm_dist.data.crew import Crew
@@ -33,6 +34,7 @@ from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import read_table
@@ -1233,3 +1235,15 @@ def test_no_row_wise_shard_of_real_items_is_hot(real_data: Path, tmp_path: Path,
     shards = np.add.reduceat(counts, np.arange(0, len(counts), block))
     assert shards.max() <= 1.15 * shards.mean()
     assert np.sort(counts)[::-1][:block].sum() > 0.8 * counts.sum()  # what sorting would do
+
+
+def test_runs_of_several_seeds_can_share_a_split(tmp_path: Path) -> None:
+    def prepared(*overrides: str) -> Manifest:
+        settings = [f"run.prepared_root={tmp_path}", "data.name=shared", *overrides]
+        assert prepare_command.main(["--config", "sample", *settings]) == 0
+        return Manifest.read(tmp_path / "shared")
+
+    first = prepared("run.seed=1", "data.seed=4")
+    assert prepared("run.seed=2", "data.seed=4") == first
+    assert prepared("run.seed=4") == first  # which is the default
+    assert prepared("run.seed=2").vocabulary_hash != first.vocabulary_hash

@@ -201,7 +201,8 @@ def fingerprint(
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
     """What decides about the dataset's contents, as JSON values."""
-    return data.model_dump(mode="json", exclude={"name", "root", "memory_bytes", "vocabulary_from"})
+    elsewhere = {"name", "root", "seed", "memory_bytes", "vocabulary_from"}
+    return data.model_dump(mode="json", exclude=elsewhere)
 
 
 def hash_of(value: Any) -> str:

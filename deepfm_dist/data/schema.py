@@ -283,6 +283,9 @@ class DataConfig(Section):
     root: str = "."
     """Folder (may hold ``${VARIABLES}``) of the input files, or a URL that fsspec opens, such as
     ``s3://bucket/logs``; relative ones are looked for here, then beside the bundled sample."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Of splits and of the order of ids; default: ``run.seed``. Set it to train with several of
+    those on the same split."""
     task: Literal["implicit", "ctr"] = "implicit"
     """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
     interactions: Interactions
