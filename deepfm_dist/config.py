@@ -529,16 +529,18 @@ class Config(Section):
         """Seed of the prepared dataset."""
         return self.run.seed if self.data.seed is None else self.data.seed
 
+    def called(self, name: str) -> Self:
+        """The settings of the run of a name."""
+        return self.model_copy(update={"run": self.run.model_copy(update={"name": name})})
+
     def renamed(self, name: str) -> Self:
         """The settings of another run on the same prepared data."""
-        run = self.run.model_copy(update={"name": name})
         data = self.data.model_copy(update={"name": self.data.name or self.run.name})
-        return self.model_copy(update={"run": run, "data": data})
+        return self.called(name).model_copy(update={"data": data})
 
-    def widened(self, columns: int) -> Self:
-        """The settings of the model with more columns of factors."""
-        dim = self.model.embedding_dim + columns
-        model = self.model.model_copy(update={"embedding_dim": dim})
+    def with_columns(self, embedding_dim: int) -> Self:
+        """The settings of the model with so many columns of factors."""
+        model = self.model.model_copy(update={"embedding_dim": embedding_dim})
         return self.model_copy(update={"model": model})
 
     def to_yaml(self) -> str:

@@ -15,7 +15,7 @@ LEVELS = {
 
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
-    "export", "import_weights", "add_ease", "plan", "serve", "tune",
+    "export", "import_weights", "combine", "plan", "serve", "tune",
 }  # fmt: skip
 EDGES = COMMANDS | {"report", "build", "runs", "api"}
 """Where tables are made for people."""

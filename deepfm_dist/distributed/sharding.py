@@ -484,29 +484,33 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
 
 
 @torch.no_grad()
-def widen(
-    narrow: DistributedModelParallel,
-    wide: DistributedModelParallel,
-    dim: int,
-    columns: int,
-    values: Mapping[str, Tensor],
+def add_factors(
+    source: DistributedModelParallel,
+    target: DistributedModelParallel,
+    dims: tuple[int, int],
+    at: int,
+    share: float,
 ) -> None:
-    """Fills a model with another's rows, wider by some columns behind the factors.
+    """Adds a model's tables to those of a wider one, whose logits get ``share`` times its own.
 
     Args:
-        narrow: with factors of ``dim`` columns.
-        wide: the same tables in the same places, with more.
-        dim: D.
-        columns: how many more.
-        values: ``[rows, columns]`` by table; where a table is not named, 0.
+        source: a model.
+        target: the same tables in the same places, with more columns.
+        dims: D of the source and of the target.
+        at: column of the target's factors that the source's first one becomes.
+        share: of the logits; a pair of factors is a product, so that each gets its root.
     """
-    for old, new in zip(local_shards(narrow), local_shards(wide), strict=True):
-        (name, rows, _, source), target = old, new[3]
-        target.zero_()
-        target[:, :dim] = source[:, :dim]
-        if name in values:
-            target[:, dim : dim + columns] = values[name][rows]
-        target[:, dim + columns] = source[:, dim]
+    dim, width = dims
+    for (*_, narrow), (*_, wide) in zip(local_shards(source), local_shards(target), strict=True):
+        wide[:, at : at + dim] += share**0.5 * narrow[:, :dim]
+        wide[:, width] += share * narrow[:, dim]
+
+
+def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, Tensor]) -> None:
+    """Writes ``[rows, columns]`` by table into factors, from column ``at`` on."""
+    for table, rows, _, piece in local_shards(target):
+        if table in values:
+            piece[:, at : at + values[table].shape[1]] = values[table][rows]
 
 
 def local_shards(

@@ -81,7 +81,14 @@ class Ease:
         """See `Baseline`."""
         return partial(_linear, self._weights(_together(train, n_items, "ease")).float())
 
-    def factors(self, train: Jagged, n_items: int, n_factors: int) -> tuple[Tensor, Tensor]:
+    def factors(
+        self,
+        train: Jagged,
+        n_items: int,
+        n_factors: int,
+        groups: Jagged | None = None,
+        group_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
         """Two vectors an item that give nearly its scores.
 
         Of all rankings whose scores are ``<sum of the user's items' first vectors, second
@@ -93,15 +100,23 @@ class Ease:
             train: each user's training items, numbers below ``n_items``, each once.
             n_items: I.
             n_factors: length of a vector.
+            groups: items that have something in common, such as a genre; each group counts as
+                ``group_weight`` users who have all of its items.
+            group_weight: see there.
 
         Returns:
             ``[I, n_factors]`` float32 each; what exceeds the items is 0.
 
         Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975;
-        singular vectors by Halko, Martinsson, Tropp, "Finding structure with randomness", 2011.
+        singular vectors by Halko, Martinsson, Tropp, "Finding structure with randomness", 2011;
+        groups by Jeunen, Van Balen, Goethals, "Closed-form models for collaborative filtering with
+        side-information", 2020.
         """
         together = _together(train, n_items, "ease")
-        weights = self._weights(together).float()
+        fitted_on = together
+        if groups is not None and group_weight:
+            fitted_on = together + group_weight * _together(groups, n_items, "ease")
+        weights = self._weights(fitted_on).float()
         of_scores = weights.T @ torch.from_numpy(together).float() @ weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(n_items)

@@ -1,17 +1,20 @@
-"""EASE in a model's columns ranks as EASE does, and nothing else of the model changes."""
+"""Models in one: the mean of their logits, and EASE ranks there as EASE does."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from deepfm_dist import add_ease, evaluate, train
+from deepfm_dist import combine, evaluate, predict, train
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.ranking.baselines import Ease, distinct
 from tests.ranks import run_ranks
 
+ROOT = Path(__file__).parents[1]
 EASE = "evaluate={baselines: [ease], ease_l2: 50}"
 FIELDS = """data.features=[
     {name: seen, entity: user, history: item, pooling: POOLING},
@@ -53,10 +56,10 @@ def test_all_columns_of_an_empty_model_rank_as_ease_does(tmp_path: Path, size: i
     empty = ("model={embedding_dim: 9, init_std: 0, deep: false}",)
     still = ("trainer.max_steps=1", "optimizer.tables={name: adam, lr: 1.0e-12}")
     assert run_ranks(train.main, size, _settings(tmp_path, "a", *empty, *still)) == [0] * size
-    arguments = [*_settings(tmp_path, "a"), "--to", "b", "--l2", "50", "--weight", "3"]
-    arguments += ["--columns", "401"]
+    arguments = [*_settings(tmp_path, "a"), "--to", "b", "--ease-l2", "50", "--ease", "3"]
+    arguments += ["--ease-columns", "401"]
     arguments = [a for a in arguments if not a.startswith("model.")]
-    assert run_ranks(add_ease.main, size, arguments) == [0] * size
+    assert run_ranks(combine.main, size, arguments) == [0] * size
     assert (
         run_ranks(
             evaluate.main,
@@ -78,7 +81,9 @@ def test_both_are_better_than_the_model_alone_and_can_be_trained_on(
     assert run_ranks(train.main, 1, settings) == [0]
     where = [*settings[:4], "data.name=shared", EASE]
     assert run_ranks(
-        add_ease.main, 1, [*where, "--to", "b", "--l2", "50", "--weight", "20", "--columns", "48"]
+        combine.main,
+        1,
+        [*where, "--to", "b", "--ease-l2", "50", "--ease", "20", "--ease-columns", "48"],
     ) == [0]
     assert run_ranks(evaluate.main, 1, where) == [0]
     assert run_ranks(evaluate.main, 1, [where[0].replace("=a", "=b"), *where[1:]]) == [0]
@@ -89,7 +94,7 @@ def test_both_are_better_than_the_model_alone_and_can_be_trained_on(
     assert run_ranks(train.main, 1, _settings(tmp_path, "c", *wide, start, pooling="sqrt")) == [0]
     losses = {n: _first_loss(tmp_path, n) for n in "ac"}
     assert losses["c"] < losses["a"] - 0.1  # it begins where the other ended
-    assert add_ease.main([*where, "--to", "b"]) == 2
+    assert combine.main([*where, "--to", "b"]) == 2
 
 
 def test_factors_are_the_best_of_their_number(sample: PreparedDataset) -> None:
@@ -111,14 +116,14 @@ def test_columns_beyond_the_items_leave_the_model_where_it_was(
     settings = _settings(tmp_path, "a", shape, "trainer.max_steps=2")
     assert run_ranks(train.main, 1, settings) == [0]
     where = [*settings[:4], "data.name=shared"]
-    none = [*where, "--to", "b", "--weight", "0"]
-    assert run_ranks(add_ease.main, 1, [*none, "--columns", "500"]) == [0]
+    none = [*where, "--to", "b", "--ease", "0"]
+    assert run_ranks(combine.main, 1, [*none, "--ease-columns", "500"]) == [0]
     for name in "ab":
         assert run_ranks(evaluate.main, 1, [where[0].replace("=a", f"={name}"), *where[1:]]) == [0]
     for name, value in _figures(tmp_path, "a")["model"].items():
         assert _figures(tmp_path, "b")["model"][name] == pytest.approx(value, rel=1e-6), name
-    assert add_ease.main([*none, "--columns", "0"]) == 2
-    assert "--columns 0: must be 1 or more" in capfd.readouterr().err
+    assert combine.main([*none, "--ease-columns", "0"]) == 2
+    assert "--ease-columns 0: must be 1 or more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_columns_beyond_the_items_leave_the_model_where_it_was(
                 "data.features=[{name: user, entity: user}, {name: item, entity: item}]",
                 "data.history={}",
             ),
-            "needs the items' own id and a history of items with a table of its own",
+            "EASE needs the items' own id and a history of items with a table of its own",
         ),
     ],
 )
@@ -140,5 +145,73 @@ def test_models_that_have_no_room_are_refused(
 ) -> None:
     settings = _settings(tmp_path, "a", *overrides, "trainer.max_steps=1")
     assert run_ranks(train.main, 1, settings) == [0]
-    assert run_ranks(add_ease.main, 1, [*settings[:5], "--to", "b"]) == [2]
+    assert run_ranks(combine.main, 1, [*settings[:5], "--to", "b", "--ease", "1"]) == [2]
     assert said in capfd.readouterr().err
+
+
+def _trained(tmp_path: Path, name: str, *overrides: str) -> list[str]:
+    """Trains a small model of a numeric field, too; returns the settings that find it."""
+    fields = (
+        "data.features=[{name: seen, entity: user, history: item}, {name: item, entity: item}, "
+        "{name: genre, entity: item, file: genres.tsv}, "
+        "{name: year, entity: item, file: years.tsv, kind: numeric, transform: standard, "
+        "keep: first}]"
+    )
+    settings = [a for a in _settings(tmp_path, name) if a != FIELDS]
+    model = "model={embedding_dim: 6, init_std: 0.2, deep: false, fm_pairs: across}"
+    settings += [fields, model, "trainer.max_steps=5", *overrides]
+    assert run_ranks(train.main, 1, settings) == [0]
+    return [*settings[:4], "data.name=shared"]
+
+
+def _logits(tmp_path: Path, where: list[str], name: str, size: int = 1) -> pd.Series:
+    rows = tmp_path / "rows.csv"
+    pd.read_csv(ROOT / "data/sample/train_ratings.csv")[:200].to_csv(rows, index=False)
+    out = tmp_path / f"{name}-{size}.parquet"
+    arguments = [where[0].replace("=a", f"={name}"), *where[1:]]
+    arguments += ["--input", str(rows), "--output", str(out)]
+    assert run_ranks(predict.main, size, arguments) == [0] * size
+    return pd.read_parquet(out)["score"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_logits_of_several_are_their_mean(tmp_path: Path, size: int) -> None:
+    where = _trained(tmp_path, "a", "run.seed=1", "data.seed=5")
+    _trained(tmp_path, "b", "run.seed=2", "data.seed=5")
+    _trained(tmp_path, "c", "run.seed=3", "data.seed=5", "model.init_std=0.4")
+    arguments = [*where, "--of", "a,b,c", "--to", "m"]
+    assert run_ranks(combine.main, size, arguments) == [0] * size
+    each = [_logits(tmp_path, where, name) for name in "abc"]
+    assert min(float((x - y).abs().mean()) for x in each for y in each if x is not y) > 0.05
+    found = _logits(tmp_path, where, "m", size)
+    assert (found - sum(each) / 3).abs().max() < 1e-5
+
+
+def test_models_of_other_vocabularies_or_kinds_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = _trained(tmp_path, "a", "data.name=a")[:-1]
+    _trained(tmp_path, "b", "data.name=b", "run.seed=2")
+    _trained(tmp_path, "c", "data.name=c", "model.first_order=false")
+    for name, said in (("b", "train them with the same data.seed"), ("c", "first_order=False")):
+        assert combine.main([*where, "--of", f"a,{name}", "--to", "m"]) == 2
+        assert said in capfd.readouterr().err
+    assert not (tmp_path / "runs" / "m").exists()
+
+
+def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDataset) -> None:
+    train_items, n_items = distinct(sample.history), 401
+    groups = Jagged.from_pairs([0, 0, 0, 1, 1], [3, 4, 90, 4, 200], 2)
+    first, second = Ease(50).factors(train_items, n_items, n_items, groups, 7.0)
+    x = torch.zeros(len(train_items) + 2, n_items, dtype=torch.float64)
+    x[np.repeat(np.arange(len(train_items)), train_items.lengths), train_items.values] = 1
+    for row, items in enumerate(groups.lists()):
+        x[len(train_items) + row, items] = 7.0**0.5
+    p = torch.linalg.inv(x.T @ x + 50 * torch.eye(n_items))
+    weights = (-p / p.diagonal()).fill_diagonal_(0)
+    users = x[: len(train_items)]
+    expected = users @ weights
+    found = users @ first.double() @ second.double().T
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    plain = users @ Ease(50).factors(train_items, n_items, n_items)[0].double()
+    assert (plain - users @ first.double()).abs().max() > 1e-3

@@ -1,0 +1,139 @@
+"""``torchrun -m deepfm_dist.combine``: trained FMs, and EASE, in one wider FM."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from deepfm_dist.cli import run
+from deepfm_dist.config import Config, ShardingConfig, config_from
+
+EXAMPLES = (
+    "--config aistages_ranking --ease 96 --to both",
+    "--config mine.yaml --of seed1,seed2,seed3 --to mean",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    description = "Put trained FMs, and the closed-form ranker EASE, into one wider FM."
+    return run("combine", description, _combine, argv, _add_arguments, EXAMPLES)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, metavar="NAME", help="name of the run to make")
+    parser.add_argument(
+        "--of",
+        metavar="A,B,C",
+        help="names of the runs, the mean of whose logits counts (default: run.name alone)",
+    )
+    parser.add_argument(
+        "--ease",
+        type=float,
+        metavar="WEIGHT",
+        help="of EASE's scores beside these logits (default: no EASE)",
+    )
+    parser.add_argument(
+        "--ease-columns",
+        type=int,
+        default=256,
+        help="of the factors, for EASE (default: %(default)d)",
+    )
+    parser.add_argument(
+        "--ease-l2", type=float, default=500.0, help="EASE's weight decay (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--ease-fields",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="EASE also sees, for each value of an item's field (a genre, a director), so many "
+        "users who have all its items (default: %(default)g)",
+    )
+
+
+def _combine(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.build import check_can_be_widened, deepfm_of, ease_tables, shard_for_training
+    from deepfm_dist.distributed import checkpoint
+    from deepfm_dist.distributed.sharding import add_factors, local_shards, put_columns
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.errors import CheckpointError, ConfigError
+    from deepfm_dist.runs import find_finished
+    from deepfm_dist.storage import writing
+    from deepfm_dist.training.trainer import LoopState
+
+    with_ease = arguments.ease is not None
+    columns = arguments.ease_columns if with_ease else 0
+    if with_ease and columns < 1:
+        raise ConfigError(f"--ease-columns {columns}: must be 1 or more")
+    names = arguments.of.split(",") if arguments.of else [config.run.name]
+    found = [find_finished(config.called(name), arguments.overrides) for name in names]
+    dataset = found[0].dataset
+    narrow = [
+        config_from(f.state["config"], origin=str(f.checkpoint)).model_copy(
+            update={"run": f.config.run, "data": f.config.data}
+        )
+        for f in found
+    ]
+    for of_run, one in zip(found, narrow, strict=True):
+        if of_run.state["vocabulary_hash"] != dataset.manifest.vocabulary_hash:
+            raise CheckpointError(
+                f"{of_run.checkpoint}: of vocabulary {of_run.state['vocabulary_hash']}, not "
+                f"{dataset.manifest.vocabulary_hash} as {found[0].checkpoint}; what is put "
+                f"together has one: train them with the same data.seed"
+            )
+        check_can_be_widened(one, narrow[0])
+    width = columns + sum(one.model.embedding_dim for one in narrow)
+    made = narrow[0].renamed(arguments.to).with_columns(width)
+    if checkpoint.complete_steps(made.run_dir):
+        raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
+    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+        whole = {"sharding": ShardingConfig(kind="table_wise")}  # the same places in all
+        manifest = dataset.manifest
+        sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, ranks)
+        checkpoint.make_state(optimizer)  # a run may go on from it
+        for *_, rows in local_shards(sharded):
+            rows.zero_()
+        arch = deepfm_of(sharded).interaction_arch
+        for parameter in arch.parameters():
+            parameter.data.zero_()
+        at, share = 0, 1 / len(found)
+        for of_run, one in zip(found, narrow, strict=True):
+            part, _ = shard_for_training(one.model_copy(update=whole), manifest, ranks)
+            checkpoint.load(of_run.checkpoint, ranks, part)
+            dim = one.model.embedding_dim
+            add_factors(part, sharded, (dim, width), at, share)
+            arch.add(deepfm_of(part).interaction_arch, at, share)
+            at += dim
+        if with_ease:
+            values = ranks.agreed(
+                ranks.first_does(
+                    "ease",
+                    lambda: ease_tables(
+                        dataset,
+                        columns,
+                        arguments.ease_l2,
+                        arguments.ease,
+                        arguments.ease_fields,
+                    ),
+                )
+            )
+            assert values is not None
+            put_columns(sharded, at, values)
+        step = max(of_run.state["step"] for of_run in found)
+        marker = {
+            "vocabulary_hash": manifest.vocabulary_hash,
+            "config": made.model_dump(mode="json"),
+            "trainer": asdict(LoopState(step=step)),
+        }
+        checkpoints = checkpoint.Checkpoints(made.run_dir, ranks, made.checkpoint.keep_last)
+        checkpoints.save(step, sharded, optimizer, marker)
+        checkpoints.close()
+        if ranks.is_first:
+            with writing(made.run_dir):
+                (made.run_dir / "config.yaml").write_text(made.to_yaml())
+            print(checkpoint.checkpoint_path(made.run_dir, step))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
