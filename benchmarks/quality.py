@@ -1,7 +1,7 @@
 """Reruns the tables of docs/quality.md: every row by the commands that a user types.
 
 The rows stand in `benchmarks/quality.yaml`: configuration, overrides, seeds. Each is prepared and
-trained by `deepfm_dist.train`, widened by `deepfm_dist.add_ease` where it says so, and measured by
+trained by `deepfm_dist.train`, combined by `deepfm_dist.combine` where it says so, and measured by
 `deepfm_dist.evaluate` from the checkpoint with the best watched figure. Figures are means over the
 seeds with their standard deviation; the time is that of training, on this machine as busy as it is.
 The same seed gives the same digits again.
@@ -46,13 +46,18 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     """
     name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
     shared = ["--config", row["config"], *row.get("overrides", [])]
-    shared += [f"run.seed={seed}", f"run.name={name}", f"run.runs_root={work / 'runs'}"]
+    shared += [f"data.seed={seed}", f"run.runs_root={work / 'runs'}"]
     shared += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
     command("prepare", *shared)  # not a part of the time of training
-    seconds = command("train", *shared)
-    if "add_ease" in row:
-        command("add_ease", *shared, "--to", f"{name}_ease", *row["add_ease"])
-        name += "_ease"
+    seconds, parts = 0.0, []
+    for of_part in range(seed, seed + row.get("mean_of", 1)):
+        parts.append(f"{name}_{of_part}")
+        seconds += command("train", *shared, f"run.name={parts[-1]}", f"run.seed={of_part}")
+    if "combine" in row or len(parts) > 1:
+        options = ["--of", ",".join(parts), "--to", name, *row.get("combine", [])]
+        command("combine", *shared, *options)
+    else:
+        name = parts[0]
     command("evaluate", *shared, f"run.name={name}", *row.get("evaluate", []))
     lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
     found = [e for e in map(json.loads, lines) if e["event"] == "evaluate"][-1]
