@@ -158,6 +158,22 @@ def _reading(report: Report) -> Sequence[Line]:
     ]
 
 
+def _recommend(report: Report) -> Sequence[Line]:
+    lines = []
+    for ranks, of in report["ranks"].items():
+        what = f"recommend, {ranks} rank{'s' * (int(ranks) > 1)}"
+        times = of["times_the_first"]
+        lines += [
+            Line(
+                f"M pairs/s, {what}",
+                f"{of['pairs_per_s'] / 1e6:.1f}",
+                *(("one rank", "", f"{times:.2f} x") if times != 1 else ()),
+            ),
+            Line(f"GiB a rank beside torch, {what}", f"{of['beside_imports_gib']:.2f}"),
+        ]
+    return lines
+
+
 def _serving(report: Report) -> Sequence[Line]:
     what = f"{report['shape_items']:,} items"
     return [
@@ -188,6 +204,7 @@ SUITE = {
         Benchmark("catalogue.py --threads 2", _catalogue("the same, two threads")),
         Benchmark("catalogue.py --embedding-dim 200", _catalogue("dim 200, 30-20-10")),
         Benchmark("catalogue.py --layers 400-400-400", _catalogue("dim 10, 400-400-400")),
+        Benchmark("recommend.py", _recommend),
     ],
     "Negatives": [Benchmark("negatives.py", _negatives)],
     "Preparation": [

@@ -46,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         home = arguments.folder or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
-        run = _trained(arguments.shape, home)
+        run = trained(arguments.shape, home)
         command = [sys.executable, "-m", "deepfm_dist.serve", "--quiet", "--run", str(run)]
         command += ["--port", "0"]
         service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
@@ -70,7 +70,8 @@ def main() -> int:
     return 0
 
 
-def _trained(shape: str, home: Path) -> Path:
+def trained(shape: str, home: Path) -> Path:
+    """Trains a model of a shape for a few steps; returns the run's folder."""
     settings = ["run.loggers=[]", "trainer.max_steps=20", "trainer.validate_every_epochs=0", *MODEL]
     if shape == "notebook":
         data = home / "data"

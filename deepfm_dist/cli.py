@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
@@ -54,10 +55,15 @@ def run(
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--config", metavar="FILE", help="YAML file or name of a bundled one (default: sample)"
+        "--config",
+        metavar="FILE",
+        help="YAML file, name of a bundled one, or a run's folder (default: sample)",
     )
     source.add_argument(
-        "--run", metavar="FOLDER", help="a run whose settings to take: runs/sample, or its URL"
+        "--run",
+        metavar="FOLDER",
+        help="a run whose settings to take: runs/sample, or its URL; torchrun takes --run for its "
+        "own --run-path: there, --config runs/sample",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
@@ -96,9 +102,12 @@ def run(
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:
-    if arguments.run is None:
+    run = arguments.run
+    if run is None and arguments.config and _is_run(arguments.config):
+        run = arguments.config
+    if run is None:
         return load_config(arguments.config, arguments.overrides)
-    folder = folder_of(arguments.run.rstrip("/"))
+    folder = folder_of(run.rstrip("/"))
     file = folder / "config.yaml"
     with told_in_one_line(file):
         found = file.is_file()
@@ -109,6 +118,12 @@ def _config_of(arguments: argparse.Namespace) -> Config:
         )
     where = [f"run.runs_root={folder.parent}", f"run.name={folder.name}"]
     return load_config(str(file), [*where, *arguments.overrides])
+
+
+def _is_run(config: str) -> bool:
+    if "://" in config:
+        return not config.endswith((".yaml", ".yml"))
+    return Path(config, "config.yaml").is_file()
 
 
 def _example(name: str, arguments: str) -> str:

@@ -37,6 +37,12 @@ REPORTS: dict[str, dict[str, Any]] = {
         "reading_rows_per_s": 1000, "training_rows_per_s": 100, "both_rows_per_s": 90,
         "both_ahead_rows_per_s": 96,
     },
+    "recommend": {
+        "ranks": {
+            "1": {"pairs_per_s": 50e6, "times_the_first": 1.0, "beside_imports_gib": 0.3},
+            "2": {"pairs_per_s": 95e6, "times_the_first": 1.9, "beside_imports_gib": 0.3},
+        },
+    },
     "serving": {
         "shape_items": 6807, "requests_per_s": 1200, "cpu_ms": 0.8, "rate": 500, "p50_ms": 1.5,
         "p99_ms": 4,
@@ -68,6 +74,8 @@ def test_every_figure_stands_beside_the_one_it_is_compared_with(suite: ModuleTyp
         "| rows/s, 1,000 rows prepared | 2,000 |  |  |  |",
         "| rows/s read | 1,000 | rows/s trained | 100 | 10.0% of a step |",
         "| rows/s, batches made ahead on another core | 96 | rows/s trained | 100 | 96% of it |",
+        "| M pairs/s, recommend, 2 ranks | 95.0 | one rank |  | 1.90 x |",
+        "| GiB a rank beside torch, recommend, 2 ranks | 0.30 |  |  |  |",
         "| ms at 500 requests/s, 99th of 100, 6,807 items | 4 | aim | 10 | 40% of it |",
     ):
         assert line in text

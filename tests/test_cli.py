@@ -204,6 +204,19 @@ def test_the_commands_are_listed_and_can_be_named(
     assert "seed: 9" in capsys.readouterr().out
 
 
+def test_a_run_s_folder_is_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    text = load_config("sample", ["run.seed=9"]).to_yaml()
+    (tmp_path / "mine/config.yaml").write_text(text)
+    shown = []
+    for option in ("--config", "--run"):
+        assert prepare.main(["--print-config", option, f"{tmp_path / 'mine'}/"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "seed: 9" in shown[0] and "name: mine" in shown[0]
+
+
 @pytest.mark.parametrize("name", __main__.commands())
 def test_help_shows_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module(f"deepfm_dist.{name}").main

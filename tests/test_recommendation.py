@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,8 @@ def _recommended(
     item_block: int = ranker.ITEM_BLOCK,
     dies_after: int | None = None,
     by_torch: bool = False,
-) -> tuple[int, list[str]]:
-    """Recommends by a model that depends on the seed alone; (parts written, lines logged)."""
+) -> tuple[int, list[str], Mapping[str, Any]]:
+    """Recommends by a model of the seed alone; (parts written, log, figures of rank 0)."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -66,8 +67,8 @@ def _recommended(
     dataset = PreparedDataset(folder)
     with world("cpu", threads=1) as ranks:
         sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        recommend(deepfm_of(sharded), ranks, dataset, wanted, out, checkpoint)
-    return written, lines
+        found = recommend(deepfm_of(sharded), ranks, dataset, wanted, out, checkpoint)
+    return written, lines, {} if found is None else found.figures
 
 
 def frame_of(out: Path) -> pd.DataFrame:
@@ -108,13 +109,16 @@ def test_lists_of_users_and_items_are_kept_to(
             names[name] = str(tmp_path / f"{name}.csv")
             pd.DataFrame({column: ids, "note": "x"}).to_csv(names[name], index=False)
         wanted = replace(wanted, **names)
-    _, lines = run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
+    _, lines, figures = run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
     expected = of_lists(frame_of(whole), set(users), set(allowed) - set(blocked), 40)
     pd.testing.assert_frame_equal(frame_of(tmp_path), expected)
     short = int((expected.groupby("user_id").size() < 40).sum()) + len(users)
     short -= expected["user_id"].nunique()
     assert short > 0
     assert f"{short} users have fewer than 40 candidates and get fewer rows" in lines
+    assert figures["pairs"] == len(users) * len(set(allowed) - set(blocked))
+    assert figures["pairs_per_s"] == pytest.approx(figures["pairs"] / figures["seconds"])
+    assert len(figures["peak_memory_gib"]) == 1 and 0.1 < figures["peak_memory_gib"][0] < 8
     assert "recommend.allow_items: 1 items are not in the catalogue (such as 'none')" in lines
     assert "recommend.block_items: 1 items are not in the catalogue (such as '1000000000')" in lines
 
@@ -142,7 +146,7 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     sample: PreparedDataset, whole: Path, tmp_path: Path, world_size: int, by_torch: bool
 ) -> None:
     wanted = Wanted(400, memory_bytes=20_000)
-    _, lines = run_ranks(
+    _, lines, _ = run_ranks(
         _recommended,
         world_size,
         sample.folder,
@@ -206,7 +210,7 @@ def test_short_lists_are_scored_in_full(
     ):
         out.mkdir()
         arguments = (sample.folder, config, wanted, out)
-        _, lines = run_alone(_recommended, *arguments, by_torch=by_torch)
+        *_, figures = run_alone(_recommended, *arguments, by_torch=by_torch)
     best_by_fm = frame_of(fm)[["user_id", "item_id"]]
     everything = frame_of(whole)
     expected = everything.merge(best_by_fm).groupby("user_id", sort=False).head(5)
@@ -219,13 +223,15 @@ def test_short_lists_are_scored_in_full(
     else:
         assert len(found.merge(expected[keys])) > 0.999 * len(found)
     assert len(frame_of(full).merge(exact[keys])) > 0.999 * len(exact)
-    (line,) = [x for x in lines if x.startswith("recommend.candidates=30, on 512 users: ")]
-    overlap = float(line.split("users: ")[1].split()[0])
-    changed = float(line.split("changes ")[1].split()[0])
+    told = figures["short_list"]
+    assert (told["candidates"], told["users"]) == (30, 512)
     users = sorted(exact["user_id"].unique())
-    assert overlap == pytest.approx(len(exact.merge(found[keys])) / len(exact), abs=0.02)
+    overlap = len(exact.merge(found[keys])) / len(exact)
+    assert told["overlap"] == pytest.approx(overlap, abs=0.02)
     of_fm = best_by_fm.groupby("user_id", sort=False).head(5)
-    assert changed == pytest.approx(1 - len(exact.merge(of_fm)) / len(exact), abs=0.02)
+    deep_share = 1 - len(exact.merge(of_fm)) / len(exact)
+    assert told["deep_share"] == pytest.approx(deep_share, abs=0.02)
+    assert told["times_as_fast"] > 0
     assert len(users) == 700
 
 
@@ -245,7 +251,7 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     killed = tmp_path / "killed"
     shutil.copytree(again, killed)
     results = run_ranks(_recommended, 2, *arguments, again, checkpoint)
-    assert [written for written, _ in results] == [1, 0]
+    assert [written for written, *_ in results] == [1, 0]
     assert "1 parts of an interrupted run are taken over" in results[0][1]
     assert [digest(again / f) for f in FILES] == [digest(once / f) for f in FILES]
     assert sorted(p.name for p in again.iterdir()) == list(FILES)
@@ -439,12 +445,12 @@ def test_an_index_that_looks_at_everything_finds_the_candidates(
         out.mkdir()
         wanted = Wanted(5, candidates=30, index=kind, probes=4, memory_bytes=memory_bytes)
         arguments = (sample.folder, SETTINGS, wanted, out)
-        _, lines = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
+        *_, figures = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
     everything, found = (frame_of(out) for out in outs)
     both = everything.merge(found, on=["user_id", "item_id", "rank", "score"])
     assert len(both) > 0.999 * len(everything)  # sums in another order, at the end of a list
     assert len(found) == len(everything)
-    assert any(line.startswith("recommend.candidates=30, on 512 users: ") for line in lines)
+    assert figures["short_list"]["users"] == 512
 
 
 def test_indexes_that_cannot_be_had_are_refused(

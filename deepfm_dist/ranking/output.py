@@ -5,9 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class Written:
         rows: number of rows.
         k: items per owner asked for.
         full: owners who got as many.
+        figures: what was measured meanwhile; see `recommend`.
     """
 
     parquet: Path
@@ -49,6 +50,7 @@ class Written:
     rows: int
     k: int
     full: int
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Parts:

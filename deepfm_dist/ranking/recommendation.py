@@ -4,8 +4,9 @@ import logging
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +104,11 @@ def recommend(
             not changed.
 
     Returns:
-        On rank 0 what was written; None elsewhere.
+        On rank 0 what was written; None elsewhere. Its figures: ``peak_memory_gib`` of each rank;
+        ``pairs``, ``seconds`` and ``pairs_per_s`` unless parts of an interrupted run were taken
+        over; of a short list ``short_list``: on how many ``users`` it was compared with the whole
+        catalogue, the ``overlap`` (which share of the exact top K it has), ``times_as_fast``, and
+        ``deep_share`` (which share of the pairwise part's top K the over-arch replaces).
 
     Raises:
         DataError: a list names nothing that is known, or users who are not; or histories are
@@ -131,13 +136,16 @@ def recommend(
         wanted.precision,
     )
     seen = catalogue.seen_by(users, positives)
+    figures: dict[str, Any] = {}
     if wanted.candidates is not None and not ranker.has_deep_part:
         log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
     elif wanted.candidates is not None and wanted.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
         index = None if wanted.index is None else ranker.index(wanted.index, wanted.probes)
-        _compare(ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world)
+        figures["short_list"] = _compare(
+            ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world
+        )
         ranker = ranker.of(users, wanted.candidates, index)
     key = None
     if checkpoint is not None:
@@ -164,14 +172,18 @@ def recommend(
     took = time.monotonic() - start
     columns = {"user": "user_id", "item": "item_id"}
     written = parts.merge_ranked(columns, wanted.k)
-    if written is not None and not parts.found:
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures["peak_memory_gib"] = world.gather(peak_gib)
+    if not parts.found:
         pairs = len(users) * len(catalogue)
+        figures |= {"pairs": pairs, "seconds": took, "pairs_per_s": pairs / took}
+    if written is not None and not parts.found:
         log.info(
-            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.0f MB",
+            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.2f GiB",
             f"{pairs:,}",
             took,
             pairs / took / 1e6,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_gib,
         )
     if written is not None and (short := len(users) - written.full):
         log.info(
@@ -183,7 +195,7 @@ def recommend(
         matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
-    return written
+    return None if written is None else replace(written, figures=figures)
 
 
 def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
@@ -306,8 +318,12 @@ def _compare(
     candidates: int,
     index: NearestItems | None,
     world: World,
-) -> None:
-    """Says what the short list misses, what it saves and what the over-arch changes. All ranks."""
+) -> dict[str, float] | None:
+    """What the short list misses, what it saves and what the over-arch changes. All ranks.
+
+    Returns:
+        On rank 0 the figures of `recommend`; None elsewhere.
+    """
     found, took = {}, {}
     # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
     for name, n, of in (
@@ -325,18 +341,14 @@ def _compare(
         took[name] = time.monotonic() - start
     exact, short, pairwise = found["exact"], found["short"], found["pairwise"]
     if exact is None or short is None or pairwise is None:
-        return
-    log.info(
-        "recommend.candidates=%d, on %d users: %.4f of the exact top %d found, %.1f times as fast; "
-        "the over-arch changes %.3f of the pairwise part's top %d",
-        candidates,
-        len(users),
-        _shared(exact, short),
-        k,
-        took["exact"] / took["short"],
-        1 - _shared(exact, pairwise),
-        k,
-    )
+        return None
+    return {
+        "candidates": candidates,
+        "users": len(users),
+        "overlap": _shared(exact, short),
+        "times_as_fast": took["exact"] / took["short"],
+        "deep_share": 1 - _shared(exact, pairwise),
+    }
 
 
 def _shared(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:

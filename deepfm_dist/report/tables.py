@@ -70,6 +70,13 @@ def ranking_table(written: Written, dataset: PreparedDataset) -> str:
         blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format)}")
     total = f"{written.owners:,} {kind}s, {written.rows:,} rows"
     files = f"written: {written.csv}\nwritten: {written.parquet}"
+    if (short := written.figures.get("short_list")) is not None:
+        total += (
+            f"\n{short['candidates']:,} candidates: on {short['users']:,} users "
+            f"{short['overlap']:.4f} of the exact top {written.k}, {short['times_as_fast']:.1f} "
+            f"times as fast; the over-arch replaces {short['deep_share']:.3f} of the pairwise "
+            f"part's top {written.k}"
+        )
     return "\n\n".join([*blocks, f"{total}\n{files}"])
 
 
