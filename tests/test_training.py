@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Schedule, train
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
+from tests.test_layout import cell
 
 Change = Callable[[Batch, int, int], None]
 
@@ -389,3 +391,36 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
     with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no figure to watch; .*ndcg@10$"):
         schedule_of(config_of("trainer.monitor=ndcg@20"))
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_ids_beyond_their_tables_end_training_with_one_line(
+    sample: PreparedDataset,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    optimizer: str,
+    memory_bytes: int,
+) -> None:
+    folder = tmp_path / "prepared" / "sample"
+    part, user, item = "train/part-00000.parquet", "entities/user.parquet", "entities/item.parquet"
+    for name, column, value in (
+        (part, "user", 10**9),
+        (part, "item", -(10**9)),
+        (user, "history", [1, 10**9]),
+        (item, "genre", [10**9]),
+    ):
+        shutil.copytree(sample.folder, folder, dirs_exist_ok=True)
+        cell(name, column, 5, value)(folder)
+        arguments = [
+            *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+            f"optimizer.tables={{name: {optimizer}, lr: 0.003}}",
+            f"data.memory_bytes={memory_bytes}",
+            "trainer.epochs=1",
+        ]
+        assert run_alone(train_command.main, arguments) == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if "DataError" in line]
+        wrong = np.ravel(value)[-1]
+        said = f"DataError: {folder / name}: the column {column} holds {wrong}, not a row of its ta"
+        assert len(lines) == 1 and lines[0].startswith(said)
+        shutil.rmtree(folder)

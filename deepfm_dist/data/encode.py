@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
-from deepfm_dist.data.layout import check_layout
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import (
     FORMAT,
     GIVEN,
@@ -136,7 +136,7 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
         )
     marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
     if not (marker.is_file() and marker.read_text() == mark):
-        check_layout(folder, manifest)
+        Layout(folder, manifest).check_everything()
         log.info("%s: prepared by another tool, and laid out as it has to be", folder)
         with suppress(OSError):  # where it cannot be kept, every run checks again
             marker.write_text(mark)
