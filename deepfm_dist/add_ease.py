@@ -86,7 +86,7 @@ def _add(config: Config, arguments: argparse.Namespace) -> None:
         deepfm_of(sharded).interaction_arch.load_state_dict(above)
         step = found.state["step"]
         marker = {
-            "vocabulary_hash": found.dataset.manifest.vocabulary_hash,
+            **found.dataset.manifest.hashes,
             "config": made.model_dump(mode="json"),
             "trainer": asdict(LoopState(step=step)),
         }

@@ -119,10 +119,11 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
         for name, old, new in _differences(state["config"], config.model_dump(mode="json"))
         if _fixes_a_run(name, old, new, manifest.splits["train"].size_bytes)
     ]
-    if state["vocabulary_hash"] != manifest.vocabulary_hash:
-        differing.append(
-            f"the vocabulary is {manifest.vocabulary_hash}, not {state['vocabulary_hash']}"
-        )
+    differing += [
+        f"the {name.removesuffix('_hash')} is {new}, not {old}"
+        for name, new in manifest.hashes.items()
+        if (old := state.get(name)) != new and None not in (old, new)
+    ]
     if not differing:
         return path
     if resume == "always":

@@ -175,7 +175,7 @@ class Folder:
             path.mkdir(parents=True)
             state = {
                 "step": step,
-                "vocabulary_hash": self.manifest.vocabulary_hash,
+                **self.manifest.hashes,
                 "config": config.model_dump(mode="json"),
                 "crc32": {},
                 "trainer": asdict(LoopState(step, best_step=best, lifetime=[1.0, 2.0, 3.0, 4.0])),
@@ -249,6 +249,38 @@ def test_other_settings_begin_anew_or_are_refused_by_name(
         assert folder.begin(override) == 0
     assert f"is of other settings ({name}={value}" in caplog.text
     assert folder.steps == []
+
+
+def test_other_data_begin_anew_or_are_refused_by_their_hash(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.save(20)
+    saved = folder.manifest.data_hash
+    folder.manifest = folder.manifest.model_copy(update={"data_hash": "other"})
+    run_dir = folder.config().run_dir
+    grown = folder.config("run.name=new", f"checkpoint.start_from={run_dir}")
+    assert begin(grown, folder.manifest, schedule_of(grown), 9)[0] is not None
+    with pytest.raises(ConfigError, match=rf"the data is other, not {saved}; take its settings"):
+        folder.begin("checkpoint.resume=always")
+    assert folder.steps == [20]
+    with caplog.at_level(logging.INFO, "deepfm_dist"):
+        assert folder.begin() == 0
+    assert f"is of other settings (the data is other, not {saved})" in caplog.text
+
+
+@pytest.mark.parametrize("lacks", ["checkpoint", "dataset"])
+def test_a_checkpoint_or_dataset_of_before_there_were_hashes_of_data_is_taken(
+    folder: Folder, lacks: str
+) -> None:
+    folder.save(20)
+    if lacks == "dataset":
+        folder.manifest = folder.manifest.model_copy(update={"data_hash": None})
+    else:
+        marker = checkpoint.checkpoint_path(folder.config().run_dir, 20) / checkpoint.MARKER
+        state = json.loads(marker.read_text())
+        del state["data_hash"]
+        marker.write_text(json.dumps(state))
+    assert folder.begin() == 20
 
 
 def test_never_begins_anew(folder: Folder) -> None:

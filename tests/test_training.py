@@ -424,3 +424,27 @@ def test_ids_beyond_their_tables_end_training_with_one_line(
         said = f"DataError: {folder / name}: the column {column} holds {wrong}, not a row of its ta"
         assert len(lines) == 1 and lines[0].startswith(said)
         shutil.rmtree(folder)
+
+
+def test_a_run_whose_labels_have_changed_is_trained_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        f"data={{root: {tmp_path}, task: ctr, interactions: {{file: r.csv, label: y}}, "
+        "features: [{name: a}], split: {valid: 0, test: 0}}",
+        *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+        "run.loggers=[]",
+        "trainer.batch_size=40",
+    ]
+    for labels, epochs, resume, code in (
+        ((0, 1), 2, "never", 0),
+        ((0, 1), 4, "always", 0),
+        ((1, 0), 6, "always", 2),
+        ((1, 0), 6, "auto", 0),
+    ):
+        rows = "".join(f"{k % 5},{labels[k % 2]}\n" for k in range(40))
+        (tmp_path / "r.csv").write_text(f"a,y\n{rows}")
+        last = [f"trainer.epochs={epochs}", f"checkpoint.resume={resume}"]
+        assert run_alone(train_command.main, [*arguments, *last]) == code
+        assert ("the data is" in capfd.readouterr().err) == (code == 2)
+    assert [line["step"] for line in events(tmp_path / "runs" / "sample", "train")] == [6]
