@@ -312,11 +312,11 @@ def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
     run_alone(_loaded, sample.folder, config_of(*SMALL), checkpoint.find_checkpoint(run_dir))
 
 
-def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
+def _one_stops_in_a_save(folder: Path, run_dir: Path, stops: int) -> None:
     try:
         with world("cpu", timeout_s=3) as ranks:
             run = Run(folder, config_of(*SMALL), ranks)
-            if ranks.rank == 1:
+            if ranks.rank == stops:
                 with pytest.MonkeyPatch.context() as patch:
                     stop = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
                     patch.setattr(checkpoint._Files, "create_stream", stop)
@@ -328,12 +328,13 @@ def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
 
 
 @pytest.mark.slow  # waits for the time-out
+@pytest.mark.parametrize("stops", [0, 1])
 def test_a_rank_that_goes_silent_in_a_save_is_missed_within_the_time_out(
-    sample: PreparedDataset, tmp_path: Path
+    sample: PreparedDataset, tmp_path: Path, stops: int
 ) -> None:
     begun = time.monotonic()
-    with pytest.raises(RankFailed, match=r"RankLost: rank 1 of 2 did not answer"):
-        run_ranks(_one_stops_in_a_save, 2, sample.folder, tmp_path)
+    with pytest.raises(RankFailed, match=rf"RankLost: rank {stops} of 2 did not answer"):
+        run_ranks(_one_stops_in_a_save, 2, sample.folder, tmp_path, stops)
     assert time.monotonic() - begun < 60
     assert checkpoint.complete_steps(tmp_path) == []
 
