@@ -275,9 +275,9 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1)
     """How many stay, the newest ones (and the best one, where trainer.monitor is set)."""
     resume: Literal["auto", "always", "never"] = "auto"
-    """auto continues an unfinished run of the same settings, else begins anew; always refuses
-    other settings; never begins anew. Restarted by a launcher, a run of the same settings goes on
-    from its latest checkpoint, whatever is set here and in ``use``."""
+    """auto continues an unfinished run of the same settings and data, else begins anew; always
+    refuses others; never begins anew. Restarted by a launcher, a run of the same settings and data
+    goes on from its latest checkpoint, whatever is set here and in ``use``."""
     start_from: str | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
     optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def begin(
                     f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
                     f"this run's data does not extend; prepare it with data.vocabulary_from"
                 )
-            saved = checkpoint.read_state(path)["config"]["model"]
+            saved = _settings_in(checkpoint.read_state(path))["model"]
             for name, old, new in _differences(saved, config.model.model_dump(mode="json")):
                 if name not in _OF_ANY_MODEL:
                     raise ConfigError(
@@ -116,13 +117,14 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
     state = checkpoint.read_state(path)
     differing = [
         f"{name}={new}, not {old}"
-        for name, old, new in _differences(state["config"], config.model_dump(mode="json"))
+        for name, old, new in _differences(_settings_in(state), config.model_dump(mode="json"))
         if _fixes_a_run(name, old, new, manifest.splits["train"].size_bytes)
     ]
-    if state["vocabulary_hash"] != manifest.vocabulary_hash:
-        differing.append(
-            f"the vocabulary is {manifest.vocabulary_hash}, not {state['vocabulary_hash']}"
-        )
+    differing += [
+        f"the {name.removesuffix('_hash')} is {new}, not {old}"
+        for name, new in manifest.hashes.items()
+        if (old := state.get(name)) != new and None not in (old, new)
+    ]
     if not differing:
         return path
     if resume == "always":
@@ -132,6 +134,17 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
         )
     log.info("%s is of other settings (%s): training begins anew", path, "; ".join(differing))
     return None
+
+
+def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings. Those it was made without have their defaults: they change nothing.
+
+    Settings that are no more are left among them, for whoever reads them to name.
+    """
+    saved: dict[str, Any] = state["config"]
+    with suppress(ConfigError):
+        saved = config_from(saved).model_dump(mode="json")
+    return saved
 
 
 def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int) -> bool:
@@ -233,7 +246,7 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     with told_in_one_line(config.run_dir):
         path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
         state = checkpoint.read_state(path)
-    trained_with = state["config"]
+    trained_with = _settings_in(state)
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in _settings_of(override)):
         if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):

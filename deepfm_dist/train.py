@@ -101,7 +101,7 @@ def train_on(
         load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
     checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
     belongs_to = {
-        "vocabulary_hash": dataset.manifest.vocabulary_hash,
+        **dataset.manifest.hashes,
         "config": config.model_dump(mode="json"),
     }
 

@@ -25,7 +25,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.runs import begin, open_trained
+from deepfm_dist.runs import begin, find_finished, open_trained
 from deepfm_dist.training.trainer import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import config_of
@@ -175,7 +175,7 @@ class Folder:
             path.mkdir(parents=True)
             state = {
                 "step": step,
-                "vocabulary_hash": self.manifest.vocabulary_hash,
+                **self.manifest.hashes,
                 "config": config.model_dump(mode="json"),
                 "crc32": {},
                 "trainer": asdict(LoopState(step, best_step=best, lifetime=[1.0, 2.0, 3.0, 4.0])),
@@ -249,6 +249,71 @@ def test_other_settings_begin_anew_or_are_refused_by_name(
         assert folder.begin(override) == 0
     assert f"is of other settings ({name}={value}" in caplog.text
     assert folder.steps == []
+
+
+def test_other_data_begin_anew_or_are_refused_by_their_hash(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.save(20)
+    saved = folder.manifest.data_hash
+    folder.manifest = folder.manifest.model_copy(update={"data_hash": "other"})
+    run_dir = folder.config().run_dir
+    grown = folder.config("run.name=new", f"checkpoint.start_from={run_dir}")
+    assert begin(grown, folder.manifest, schedule_of(grown), 9)[0] is not None
+    with pytest.raises(ConfigError, match=rf"the data is other, not {saved}; take its settings"):
+        folder.begin("checkpoint.resume=always")
+    assert folder.steps == [20]
+    with caplog.at_level(logging.INFO, "deepfm_dist"):
+        assert folder.begin() == 0
+    assert f"is of other settings (the data is other, not {saved})" in caplog.text
+
+
+@pytest.mark.parametrize("lacks", ["checkpoint", "dataset"])
+def test_a_checkpoint_or_dataset_of_before_there_were_hashes_of_data_is_taken(
+    folder: Folder, lacks: str
+) -> None:
+    folder.save(20)
+    if lacks == "dataset":
+        folder.manifest = folder.manifest.model_copy(update={"data_hash": None})
+    else:
+        marker = checkpoint.checkpoint_path(folder.config().run_dir, 20) / checkpoint.MARKER
+        state = json.loads(marker.read_text())
+        del state["data_hash"]
+        marker.write_text(json.dumps(state))
+    assert folder.begin() == 20
+
+
+def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
+    folder: Folder, sample: PreparedDataset
+) -> None:
+    folder.save(20)
+    config = folder.config()
+    marker = checkpoint.checkpoint_path(config.run_dir, 20) / checkpoint.MARKER
+    state = json.loads(marker.read_text())
+    del state["config"]["model"]["fm_pairs"], state["config"]["trainer"]["accumulate_steps"]
+    del state["config"]["data"]["memory_bytes"], state["config"]["evaluate"]
+    for feature in state["config"]["data"]["features"]:
+        del feature["fill"]
+    marker.write_text(json.dumps(state))
+
+    prepared = (f"run.prepared_root={sample.folder.parent}", f"data.name={sample.folder.name}")
+    for override in ("model.fm_pairs=all", "model={fm_pairs: all}"):
+        found = find_finished(folder.config(*prepared, override), [override])
+        assert found.config.model == config.model
+    with pytest.raises(ConfigError, match=r"fm_pairs=across: .* was trained with all; train with"):
+        find_finished(folder.config("model.fm_pairs=across"), ["model.fm_pairs=across"])
+
+    start = f"checkpoint.start_from={config.run_dir}"
+    fresh = folder.config("run.name=new", start)
+    assert begin(fresh, folder.manifest, schedule_of(fresh), 9)[0] == marker.parent
+    other = folder.config("run.name=new", start, "model.fm_pairs=across")
+    with pytest.raises(ConfigError, match=r"its model has fm_pairs=all, not across; set model.fm"):
+        begin(other, folder.manifest, schedule_of(other), 9)
+
+    with pytest.raises(ConfigError, match=r"step_00000020 .*: model.fm_pairs=across, not all; tak"):
+        folder.begin("model.fm_pairs=across", "checkpoint.resume=always")
+    assert folder.begin("checkpoint.resume=always") == 20
+    assert folder.begin() == 20
 
 
 def test_never_begins_anew(folder: Folder) -> None:

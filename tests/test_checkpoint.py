@@ -85,9 +85,11 @@ def test_four_ranks_save_the_optimizer_state_of_one(
             torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
 
 
-def _trained_through(folder: Path, config: Config, run_dir: Path) -> list[float]:
+def trained_through(
+    folder: Path, config: Config, run_dir: Path, device: str = "cpu"
+) -> list[float]:
     """Forty steps; the checkpoints of steps 10 and 20 are written while training goes on."""
-    with world("cpu") as ranks:
+    with world(device, deterministic=config.run.deterministic) as ranks:
         run = Run(folder, config, ranks)
         checkpoints = checkpoint.Checkpoints(run_dir, ranks, keep_last=2)
         losses: list[float] = []
@@ -100,8 +102,8 @@ def _trained_through(folder: Path, config: Config, run_dir: Path) -> list[float]
         return losses
 
 
-def _resumed(folder: Path, config: Config, run_dir: Path) -> list[float]:
-    with world("cpu") as ranks:
+def resumed(folder: Path, config: Config, run_dir: Path, device: str = "cpu") -> list[float]:
+    with world(device, deterministic=config.run.deterministic) as ranks:
         run = Run(folder, config, ranks)
         checkpoint.load(checkpoint.find_checkpoint(run_dir), ranks, run.sharded, run.optimizer)
         return run.losses(21, 40)
@@ -118,10 +120,10 @@ def test_a_resumed_run_goes_on_exactly_and_anywhere(
     lr = 0.003 if optimizer == "adam" else 0.05
     common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}")
     before, after = (config_of(*common, f"sharding.kind={kind}") for kind in kinds)
-    whole = run_ranks(_trained_through, 4, sample.folder, before, tmp_path)[0][20:]
-    assert run_ranks(_resumed, 4, sample.folder, before, tmp_path)[0] == whole
+    whole = run_ranks(trained_through, 4, sample.folder, before, tmp_path)[0][20:]
+    assert run_ranks(resumed, 4, sample.folder, before, tmp_path)[0] == whole
     for size in (1, 2, 4):
-        losses = run_ranks(_resumed, size, sample.folder, after, tmp_path)[0]
+        losses = run_ranks(resumed, size, sample.folder, after, tmp_path)[0]
         assert difference(losses, whole) <= 1e-6, size
 
 
@@ -129,16 +131,16 @@ def test_a_run_that_streams_its_rows_goes_on_exactly(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
     config = config_of(*SMALL, "data.memory_bytes=0")
-    whole = run_ranks(_trained_through, 2, sample.folder, config, tmp_path)[0][20:]
-    assert run_ranks(_resumed, 2, sample.folder, config, tmp_path)[0] == whole
+    whole = run_ranks(trained_through, 2, sample.folder, config, tmp_path)[0][20:]
+    assert run_ranks(resumed, 2, sample.folder, config, tmp_path)[0] == whole
 
 
 def test_a_resumed_run_goes_on_exactly_with_batch_norm(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
     config = config_of(*SMALL, "sharding.kind=row_wise", "model.batch_norm=true")
-    whole = run_ranks(_trained_through, 2, sample.folder, config, tmp_path)[0][20:]
-    assert run_ranks(_resumed, 2, sample.folder, config, tmp_path)[0] == whole
+    whole = run_ranks(trained_through, 2, sample.folder, config, tmp_path)[0][20:]
+    assert run_ranks(resumed, 2, sample.folder, config, tmp_path)[0] == whole
 
 
 @pytest.mark.parametrize("options", [["model.deep=false"], ["trainer.candidates=70"]])
@@ -149,8 +151,8 @@ def test_training_on_users_goes_on_exactly(
     config = config_of(*SMALL, *of_users, "optimizer.tables={name: adam, lr: 0.003}", *options)
     for size in (1, 2):
         run_dir = tmp_path / str(size)
-        whole = run_ranks(_trained_through, size, with_history.folder, config, run_dir)[0][20:]
-        assert run_ranks(_resumed, size, with_history.folder, config, run_dir)[0] == whole
+        whole = run_ranks(trained_through, size, with_history.folder, config, run_dir)[0][20:]
+        assert run_ranks(resumed, size, with_history.folder, config, run_dir)[0] == whole
 
 
 def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dict[str, Any]:
@@ -312,11 +314,11 @@ def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
     run_alone(_loaded, sample.folder, config_of(*SMALL), checkpoint.find_checkpoint(run_dir))
 
 
-def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
+def _one_stops_in_a_save(folder: Path, run_dir: Path, stops: int) -> None:
     try:
         with world("cpu", timeout_s=3) as ranks:
             run = Run(folder, config_of(*SMALL), ranks)
-            if ranks.rank == 1:
+            if ranks.rank == stops:
                 with pytest.MonkeyPatch.context() as patch:
                     stop = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
                     patch.setattr(checkpoint._Files, "create_stream", stop)
@@ -328,12 +330,13 @@ def _one_stops_in_a_save(folder: Path, run_dir: Path) -> None:
 
 
 @pytest.mark.slow  # waits for the time-out
+@pytest.mark.parametrize("stops", [0, 1])
 def test_a_rank_that_goes_silent_in_a_save_is_missed_within_the_time_out(
-    sample: PreparedDataset, tmp_path: Path
+    sample: PreparedDataset, tmp_path: Path, stops: int
 ) -> None:
     begun = time.monotonic()
-    with pytest.raises(RankFailed, match=r"RankLost: rank 1 of 2 did not answer"):
-        run_ranks(_one_stops_in_a_save, 2, sample.folder, tmp_path)
+    with pytest.raises(RankFailed, match=rf"RankLost: rank {stops} of 2 did not answer"):
+        run_ranks(_one_stops_in_a_save, 2, sample.folder, tmp_path, stops)
     assert time.monotonic() - begun < 60
     assert checkpoint.complete_steps(tmp_path) == []
 

@@ -1,5 +1,7 @@
 """The same model at any world size, plan and optimizer; failures that stop cleanly."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.build import bounds_of, deepfm_of, shard_for_training, training_batches
@@ -460,6 +463,40 @@ def test_rank_zero_works_while_the_others_wait() -> None:
     assert "SystemExit: 2" in str(caught.value)
 
 
+def _first_takes(seconds: float, held_by: int) -> str | None:
+    """Rank 0 works for some seconds, or stops where they are none; a rank holds the store."""
+
+    def store(timeout: timedelta) -> dist.Store:
+        env, rank = os.environ, int(os.environ["RANK"])
+        place = env["MASTER_ADDR"], int(env["MASTER_PORT"]), int(env["WORLD_SIZE"])
+        return dist.TCPStore(*place, is_master=rank == held_by, timeout=timeout)
+
+    def work() -> str:
+        if seconds == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(seconds)
+        return "done"
+
+    world_module._store, world_module._SHORT = store, timedelta(seconds=1)
+    with world("cpu", timeout_s=2) as ranks:
+        return ranks.first_does("something", work)
+
+
+def test_rank_zero_may_work_for_longer_than_the_time_out() -> None:
+    assert run_ranks(_first_takes, 2, 5.0, 0) == ["done", None]
+
+
+@pytest.mark.parametrize("held_by", [0, 2])
+def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(_first_takes, 3, 0.0, held_by)
+    assert time.monotonic() - begun < 30
+    said = "rank 0 of 3 did not answer: killed, or hanging for run.timeout_s=2 seconds"
+    assert str(caught.value).count(f"RankLost: {said}; look into its log") == 1
+    assert str(caught.value).count("SystemExit: 1") == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -496,7 +533,7 @@ def test_restarts_over_machines_without_their_variable_are_refused(
     # torchrun says so without the variable, and always under its static rendezvous.
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        world_module._store(world_module._LONG)
+        world_module._store(timedelta(seconds=1))
 
 
 def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:

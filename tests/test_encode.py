@@ -211,6 +211,49 @@ def test_any_change_counts(root: Path, change: str) -> None:
     assert (after.vocabulary_hash == before.vocabulary_hash) == (change not in ("seed", "contents"))
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("s.csv", "", ""),  # at other times
+        ("s.csv", "\n0,0,0,1\n1,1,1,1", "\n0,0,1,1\n1,1,0,1"),
+        ("s.csv", "\n0,0,0,1\n1,1,1,1", "\n0,1,0,1\n1,0,1,1"),
+        ("s.csv", "\n0,0,0,1", "\n0,0,0,2"),
+        ("side.csv", "2,4", "2,5"),
+        ("v.csv", "0,1,1", "0,2,1"),
+    ],
+    ids=["nothing", "labels", "items", "weight", "field", "held out"],
+)
+def test_the_datas_hash_is_of_all_that_is_trained_on(
+    root: Path, name: str, old: str, new: str
+) -> None:
+    texts = {
+        "s.csv": "u,i,y,w\n" + "".join(f"{k % 3},{k % 7},{k % 2},1\n" for k in range(50)),
+        "v.csv": "u,i,y,w\n0,1,1,1\n1,2,0,1\n",
+        "side.csv": "i,n\n1,3\n2,4\n",
+    }
+    of_items = {"name": "n", "entity": "item", "file": "side.csv", "kind": "numeric"}
+    spec = {
+        "task": "ctr",
+        "interactions": {"file": "s.csv", "user": "u", "item": "i", "label": "y", "weight": "w"},
+        "features": [*USER_AND_ITEM, of_items],
+        "split": {"valid_file": "v.csv", "test": 0},
+    }
+
+    def made_at(time_ns: int) -> Manifest:
+        for file, text in texts.items():
+            (root / file).write_text(text)
+            os.utime(root / file, ns=(1, time_ns))
+        return made_of(root, spec).manifest
+
+    before = made_at(1)
+    assert old in texts[name]
+    texts[name] = texts[name].replace(old, new, 1)
+    after = made_at(2)
+    assert after.fingerprint != before.fingerprint
+    assert after.vocabulary_hash == before.vocabulary_hash
+    assert (after.data_hash == before.data_hash) == (old == new)
+
+
 @pytest.mark.parametrize("change", ["boundaries", "mean", "hash_rows", "buckets", "transform"])
 def test_a_checkpoint_fits_only_what_its_numbers_and_hashes_were(root: Path, change: str) -> None:
     def hash_after(number: int, rows: int, buckets: int, of_x: str) -> str:

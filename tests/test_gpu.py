@@ -1,4 +1,7 @@
-"""What only a GPU can show; skipped without one."""
+"""What only a GPU can show; skipped without one, but where a CPU can run a test's body as well."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import fbgemm_gpu
 import pytest
@@ -6,21 +9,36 @@ import torch
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.world import world
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import Precision
 from tests.ranks import run_alone, run_ranks
-from tests.test_distributed import Run, difference
+from tests.test_checkpoint import resumed, trained_through
+from tests.test_distributed import SMALL, Run, config_of, difference
 from tests.test_kernel import Case, Ranking, error_of
 from tests.test_ranking import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
 
-pytestmark = [
+CUDA = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or getattr(fbgemm_gpu, "__variant__", "cpu") != "cuda",
         reason="needs a CUDA device and the CUDA build of fbgemm",
     ),
 ]
+CACHED = "sharding.tables={user: {cached: 0.1}, item: {cached: 0.5}}"
+CUT = "sharding.tables={user: {kind: row_wise}}"
+"""What a CPU has in place of cached tables: another plan."""
+
+
+def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in CUDA:
+        test = mark(test)
+    return test
+
+
+def on_cuda(*values: object) -> object:
+    return pytest.param("cuda", *values, marks=CUDA)
 
 
 def losses_on(device: str, dataset: PreparedDataset, optimizer: str) -> list[float]:
@@ -29,12 +47,14 @@ def losses_on(device: str, dataset: PreparedDataset, optimizer: str) -> list[flo
         return Run(dataset.folder, config, ranks).losses(1, 20)
 
 
+@needs_cuda
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
 def test_cuda_kernels_give_the_cpus_losses(sample: PreparedDataset, optimizer: str) -> None:
     on_cpu = run_alone(losses_on, "cpu", sample, optimizer)
     assert difference(run_alone(losses_on, "cuda", sample, optimizer), on_cpu) <= 1e-4
 
 
+@needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_losses_of_one(sample: PreparedDataset) -> None:
     alone = run_alone(losses_on, "cuda", sample, "rowwise_adagrad")
@@ -42,35 +62,76 @@ def test_two_gpus_give_the_losses_of_one(sample: PreparedDataset) -> None:
         assert difference(losses, alone) <= 1e-5
 
 
-CACHED = "sharding.tables={user: {cached: 0.1}, item: {cached: 0.5}}"
-
-
 def losses_with(
-    dataset: PreparedDataset, settings: list[str], stretches: list[tuple[int, int]]
-) -> list[float]:
+    device: str, dataset: PreparedDataset, settings: list[str], stretches: list[tuple[int, int]]
+) -> tuple[list[float], str]:
+    """Losses of stretches of steps, and the name of the pipeline."""
     config = load_config("sample", settings)
-    with world("cuda", deterministic=config.run.deterministic) as ranks:
+    with world(device, deterministic=config.run.deterministic) as ranks:
         run = Run(dataset.folder, config, ranks)
-        return [loss for first, last in stretches for loss in run.losses(first, last)]
+        losses = [loss for first, last in stretches for loss in run.losses(first, last)]
+        return losses, type(train_pipeline(run.sharded, run.optimizer, ranks)).__name__
 
 
 @pytest.mark.parametrize("stretches", [[(1, 20)], [(1, 1), (2, 9), (10, 20)]])
+@pytest.mark.parametrize(
+    ("device", "optimizer", "plan", "most"),
+    [
+        on_cuda("rowwise_adagrad", CACHED, 1e-5),
+        on_cuda("lazy_adam", CACHED, 1e-4),  # whose first steps are as long whatever the gradient
+        ("cpu", "rowwise_adagrad", CUT, 1e-5),
+    ],
+)
 def test_tables_in_the_machines_memory_train_like_those_on_the_gpu(
-    sample: PreparedDataset, stretches: list[tuple[int, int]]
+    sample: PreparedDataset,
+    device: str,
+    optimizer: str,
+    plan: str,
+    most: float,
+    stretches: list[tuple[int, int]],
 ) -> None:
-    whole = run_alone(losses_with, sample, [], [(1, 20)])
-    assert difference(run_alone(losses_with, sample, [CACHED], stretches), whole) <= 1e-5
+    settings = [f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
+    whole, _ = run_alone(losses_with, device, sample, settings, [(1, 20)])
+    losses, used = run_alone(losses_with, device, sample, [*settings, plan], stretches)
+    assert difference(losses, whole) <= most
+    assert used == ("PrefetchTrainPipeline" if device == "cuda" else "TrainPipeline")
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize(
+    ("device", "optimizer"),
+    [
+        *(on_cuda(name) for name in ("rowwise_adagrad", "lazy_adam", "adam")),
+        ("cpu", "rowwise_adagrad"),
+    ],
+)
 def test_deterministic_training_repeats_itself_bit_for_bit(
-    sample: PreparedDataset, optimizer: str
+    sample: PreparedDataset, device: str, optimizer: str
 ) -> None:
     settings = ["run.deterministic=true", f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
-    first, second = (run_alone(losses_with, sample, settings, [(1, 30)]) for _ in range(2))
+    first, second = (
+        run_alone(losses_with, device, sample, settings, [(1, 30)])[0] for _ in range(2)
+    )
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("device", "optimizer", "plan"),
+    [
+        *(on_cuda(name, CUT) for name in ("rowwise_adagrad", "lazy_adam", "adam")),
+        *(on_cuda(name, CACHED) for name in ("rowwise_adagrad", "lazy_adam")),
+        ("cpu", "rowwise_adagrad", CUT),
+    ],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(
+    sample: PreparedDataset, tmp_path: Path, device: str, optimizer: str, plan: str
+) -> None:
+    tables = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"
+    config = config_of(*SMALL, tables, plan, "run.deterministic=true")
+    whole = run_alone(trained_through, sample.folder, config, tmp_path, device)
+    assert run_alone(resumed, sample.folder, config, tmp_path, device) == whole[20:]
+
+
+@needs_cuda
 def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
     arch, found = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
     sides = [
@@ -85,7 +146,7 @@ def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ranking:
+def ranked_on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ranking:
     from deepfm_dist.ranking.triton_kernel import TritonEngine
 
     engine = TritonEngine(case.layers, precision, torch.device("cuda"))
@@ -95,18 +156,20 @@ def on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ran
 SIZES = [[], [30], [30, 20, 10], [3, 17, 1, 8], [400, 400, 400], [300, 200, 100, 50], [600, 700]]
 
 
+@needs_cuda
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("tf32", 5e-3), ("bf16", 2e-2)])
 def test_the_triton_kernel_ranks_by_the_models_scores(
     sizes: list[int], precision: Precision, error: float
 ) -> None:
     case = Case.of(70, 3000, 20, sizes, seed=7)
-    ranking = on_cuda(case, precision, 70, 3000)
+    ranking = ranked_on_cuda(case, precision, 70, 3000)
     assert error_of(ranking.scores(), case.expected(70, 3000)) <= error
     ranking.check(10, (1024,))
 
 
+@needs_cuda
 @pytest.mark.parametrize("k", [1, 100, 500, 1000])
 def test_the_triton_kernel_ranks_any_number_of_items_per_user(k: int) -> None:
     case = Case.of(40, 1200, 200, [30, 20, 10], seed=8, ties=True)
-    on_cuda(case, "fp32", 40, 1200).check(k)
+    ranked_on_cuda(case, "fp32", 40, 1200).check(k)

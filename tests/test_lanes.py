@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -184,5 +185,9 @@ def test_damaged_training_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"part-00001\.parquet: missing or damaged"):
         TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
     path.write_bytes(sorted((folder / "train").iterdir())[0].read_bytes())
-    with pytest.raises(DataError, match=r"train: \d+ rows where the manifest says 900"):
+    with pytest.raises(DataError, match=r"train: \d+ rows, where the manifest says 900"):
+        TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
+    path.write_bytes(whole)
+    pq.write_table(pq.read_table(path), path)
+    with pytest.raises(DataError, match=r"train: a row group crosses a cut; delete .*d and prepa"):
         TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)

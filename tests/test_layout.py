@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ import yaml
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.heldout import SplitReader
-from deepfm_dist.data.layout import check_layout
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
@@ -163,14 +164,18 @@ def test_no_rows_of_empty_parts_are_rows(tmp_path: Path, split: str) -> None:
 
 
 def changed(name: str, change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:
-    """Another content of a file, of the same types."""
+    """Another content of a file, of the same types and row groups."""
 
     def apply(folder: Path) -> None:
-        table = pq.read_table(folder / name)
-        frame = table.to_pandas(types_mapper=pd.ArrowDtype)
-        frame = change(frame)
+        with pq.ParquetFile(folder / name) as file:
+            table, groups = file.read(), range(file.num_row_groups)
+            heights = [file.metadata.row_group(g).num_rows for g in groups]
+        frame = change(table.to_pandas(types_mapper=pd.ArrowDtype))
         schema = pa.schema([table.schema.field(c) for c in frame.columns])
-        pq.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False), folder / name)
+        table = pa.Table.from_pandas(frame, schema, preserve_index=False)
+        with pq.ParquetWriter(folder / name, schema) as writer:
+            for height, end in zip(heights, np.cumsum(heights), strict=True):
+                writer.write_table(table.slice(end - height, height), max(1, height))
 
     return apply
 
@@ -210,18 +215,24 @@ TRAIN, VALID, USERS = (
         (lambda f: (f / USERS).write_bytes(b"PAR1"), r"user\.parquet: .*Parquet"),
         (changed(TRAIN, lambda f: f.drop(columns="hour")), "column hour is missing, not int32"),
         (changed("train/part-00001.parquet", lambda f: f[:1]), "4 rows, where the manifest says 5"),
-        (cell(TRAIN, "user", 0, 3), r"the column user must lie in \[0, 3\)"),
-        (cell(TRAIN, "item", 1, -1), r"the column item must lie in \[0, 5\)"),
-        (cell(TRAIN, "mood", 2, [3]), r"the column mood must lie in \[0, 3\)"),
-        (cell(TRAIN, "price", 2, 4), r"the column price must lie in \[0, 4\)"),
+        (cell(TRAIN, "user", 0, 3), "the column user holds 3, not a row of its table, 0 to 2"),
+        (cell(TRAIN, "item", 1, -1), "the column item holds -1, not a row of its table, 0 to 4"),
+        (cell(TRAIN, "mood", 2, [3]), "the column mood holds 3, not a row of its table, 0 to 2"),
+        (cell(TRAIN, "price", 2, 4), "the column price holds 4, not a row of its table, 0 to 3"),
         (cell(VALID, "label", 1, 0.5), "label must be 0 or 1"),
         (cell(VALID, "label", 1, 1), "valid: 2 positives, where the manifest says 1"),
-        (cell(USERS, "age", 1, float("nan")), r"the column age must lie in \[-inf, inf\)"),
-        (cell(USERS, "history", 1, [0]), r"the column history must lie in \[1, 5\)"),
+        (cell(USERS, "age", 1, float("nan")), "the column age holds null"),
+        (
+            cell(USERS, "history", 1, [0]),
+            "history holds 0, not a row of its table, 1 to 4",
+        ),
         (cell(USERS, "id", 0, "eve"), "id must be null in row 0, and in no other"),
         (cell(USERS, "id", 2, "ann"), r"user\.parquet: an id comes twice"),
         (cell("vocabulary/hour.parquet", "row", 1, 0), r"hour\.parquet: row does not count from 0"),
-        (cell("vocabulary/mood.parquet", "count", 1, -1), "the column count must lie in"),
+        (
+            cell("vocabulary/mood.parquet", "count", 1, -1),
+            r"count holds -1, not in \[0, inf\)",
+        ),
         (setting("tables", "ad", "rows", value=100), "100 rows of the table ad, .* says 101"),
         (setting("tables", "price", "rows", value=9), "9 rows of the table price, .* says 4"),
         (setting("tables", "hour", "rows", value=4), r"hour\.parquet: 3 rows, .* says 4"),
@@ -240,10 +251,45 @@ def test_what_is_not_as_it_has_to_be_is_named(
     assert len(str(caught.value).splitlines()) == 1
 
 
+ITEMS, LATER = "entities/item.parquet", "train/part-00001.parquet"
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cell(TRAIN, "user", 0, 3), "part-00000.*: the column user holds 3, not a row of .*0 to 2"),
+        (cell(LATER, "item", 1, -1), "part-00001.*: the column item holds -1, not a row of .*to 4"),
+        (cell(TRAIN, "mood", 2, [1, 3]), "the column mood holds 3, not a row of its table, 0 to 2"),
+        (cell(TRAIN, "ad", 2, 10**6), "the column ad holds 1000000, not a row of .* 0 to 100"),
+        (cell(VALID, "item", 1, 5), "valid/part-00000.*: the column item holds 5, not a row of"),
+        (cell(USERS, "history", 1, [5]), "user.*: the column history holds 5, not a row .*1 to 4"),
+        (cell(USERS, "history", 1, [-7]), "the column history holds -7, not a row of its table"),
+        (cell(ITEMS, "genre", 1, [2]), "item.*: the column genre holds 2, not a row of .* 0 to 1"),
+        (changed(ITEMS, lambda f: f[:4]), r"item\.parquet: 4 rows, where the manifest says 5"),
+        (changed(TRAIN, lambda f: f[:2]), "train: 4 rows, where the manifest says 5"),
+        (changed("vocabulary/hour.parquet", lambda f: f[:2]), r"hour\.parquet: 2 rows, where"),
+        (setting("tables", "user", "rows", value=2), "2 rows of the table user, where .* says 3"),
+        (setting("tables", "price", "rows", value=3), "3 rows of the table price, .* says 4"),
+    ],
+)
+def test_no_id_beyond_its_table_is_read(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str, memory_bytes: int
+) -> None:
+    """A dataset that was whole once; what another tool wrote is looked at only once."""
+    write_by_hand(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message + ".*; delete .* and prepare it anew") as caught:
+        dataset = PreparedDataset(tmp_path, memory_bytes)
+        TrainingBatches(dataset, 10, 0, 1, seed=1).batch(1)
+        SplitReader(dataset, "valid").read(0, 2)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_what_we_write_is_laid_out_as_it_has_to_be(
     sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_layout(sample.folder, sample.manifest)
+    Layout(sample.folder, sample.manifest).check_everything()
     monkeypatch.setattr("deepfm_dist.data.preparation.job.PARTITION_BYTES", 500)
     monkeypatch.setattr(writing, "LANE_WINDOW_ROWS", 100)
     lines = [
@@ -265,7 +311,33 @@ def test_what_we_write_is_laid_out_as_it_has_to_be(
     }
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
     assert manifest.files > 5
-    check_layout(tmp_path / "d", manifest)
+    Layout(tmp_path / "d", manifest).check_everything()
     shutil.rmtree(tmp_path / "d" / "valid")
     with pytest.raises(DataError, match="valid"):
-        check_layout(tmp_path / "d", manifest)
+        Layout(tmp_path / "d", manifest).check_everything()
+
+
+def test_fields_of_every_kind_are_laid_out_as_they_have_to_be(tmp_path: Path) -> None:
+    rows = [f"{k % 31},{k * k % 37},{k % 3}|x,{k}\n" for k in range(150)]
+    (tmp_path / "r.csv").write_text("u,i,c,n\n" + "".join(rows))
+    (tmp_path / "i.csv").write_text("i,g,p\n" + "".join(f"{k},a{k}|b,{k}\n" for k in range(11)))
+    features = """
+- {name: user, entity: user, hash_rows: 4}
+- {name: item, entity: item, min_count: 5}
+- {name: home, entity: user, column: c}
+- {name: first, entity: item, file: i.csv, column: g, separator: "|", keep: first}
+- {name: hashed, entity: item, file: i.csv, column: g, separator: "|", hash_rows: 7}
+- {name: bucket, entity: item, file: i.csv, column: p, kind: numeric, transform: bucket}
+- {name: p, entity: item, file: i.csv, kind: numeric}
+- {name: seen, entity: user, history: item, table: item}
+- {name: seen_first, entity: user, history: first}
+- {name: n, kind: numeric, transform: bucket}
+"""
+    data = {
+        "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+        "features": yaml.safe_load(features),
+        "negatives": {"per_positive": 1, "evaluation_per_positive": 1},
+    }
+    manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
+    Layout(tmp_path / "d", manifest).check_everything()
+    PreparedDataset(tmp_path / "d")

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Schedule, train
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
+from tests.test_layout import cell
 
 Change = Callable[[Batch, int, int], None]
 
@@ -389,3 +391,60 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
     with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no figure to watch; .*ndcg@10$"):
         schedule_of(config_of("trainer.monitor=ndcg@20"))
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_ids_beyond_their_tables_end_training_with_one_line(
+    sample: PreparedDataset,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    optimizer: str,
+    memory_bytes: int,
+) -> None:
+    folder = tmp_path / "prepared" / "sample"
+    part, user, item = "train/part-00000.parquet", "entities/user.parquet", "entities/item.parquet"
+    for name, column, value in (
+        (part, "user", 10**9),
+        (part, "item", -(10**9)),
+        (user, "history", [1, 10**9]),
+        (item, "genre", [10**9]),
+    ):
+        shutil.copytree(sample.folder, folder, dirs_exist_ok=True)
+        cell(name, column, 5, value)(folder)
+        arguments = [
+            *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+            f"optimizer.tables={{name: {optimizer}, lr: 0.003}}",
+            f"data.memory_bytes={memory_bytes}",
+            "trainer.epochs=1",
+        ]
+        assert run_alone(train_command.main, arguments) == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if "DataError" in line]
+        wrong = np.ravel(value)[-1]
+        said = f"DataError: {folder / name}: the column {column} holds {wrong}, not a row of its ta"
+        assert len(lines) == 1 and lines[0].startswith(said)
+        shutil.rmtree(folder)
+
+
+def test_a_run_whose_labels_have_changed_is_trained_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        f"data={{root: {tmp_path}, task: ctr, interactions: {{file: r.csv, label: y}}, "
+        "features: [{name: a}], split: {valid: 0, test: 0}}",
+        *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+        "run.loggers=[]",
+        "trainer.batch_size=40",
+    ]
+    for labels, epochs, resume, code in (
+        ((0, 1), 2, "never", 0),
+        ((0, 1), 4, "always", 0),
+        ((1, 0), 6, "always", 2),
+        ((1, 0), 6, "auto", 0),
+    ):
+        rows = "".join(f"{k % 5},{labels[k % 2]}\n" for k in range(40))
+        (tmp_path / "r.csv").write_text(f"a,y\n{rows}")
+        last = [f"trainer.epochs={epochs}", f"checkpoint.resume={resume}"]
+        assert run_alone(train_command.main, [*arguments, *last]) == code
+        assert ("the data is" in capfd.readouterr().err) == (code == 2)
+    assert [line["step"] for line in events(tmp_path / "runs" / "sample", "train")] == [6]

@@ -26,7 +26,8 @@ from deepfm_dist.data.jagged import (
     offsets_of,
     taken,
 )
-from deepfm_dist.data.lanes import Lanes, Taken, damaged
+from deepfm_dist.data.lanes import Lanes, Taken
+from deepfm_dist.data.layout import Layout, damaged
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.negatives import check_enough_unseen, item_weights, put_negatives
 from deepfm_dist.data.read_ahead import read_ahead
@@ -78,12 +79,15 @@ class PreparedDataset:
             streamed and larger histories mapped. Default: as it was prepared with.
 
     Raises:
-        DataError: there is no dataset, or a file of it is missing or damaged.
+        DataError: there is no dataset, or a file of it is missing, damaged or at odds with the
+            manifest; whatever reads values raises it too, for ids that are no rows of their table.
     """
 
     def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        self._layout = Layout(folder, self.manifest)
+        self._layout.check_sizes()
         wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
         self.memory_bytes = wanted
 
@@ -98,6 +102,7 @@ class PreparedDataset:
         files = range(self.manifest.files)
         tables = [self._read(f"{split}/part-{p:05d}.parquet", names) for p in files]
         table = pa.concat_tables(tables)
+        self._layout.agree(split, "rows", table.num_rows, self.manifest.splits[split].rows)
         return {name: from_arrow(table[name]) for name in names}
 
     def rows(self, split: str) -> Rows:
@@ -197,22 +202,20 @@ class PreparedDataset:
 
         Every rank of a machine maps the same pages, where otherwise each would hold a copy.
         """
-        path = self._file(f"entities/{entity}.parquet")
-        with pq.ParquetFile(path) as file:
+        name = f"entities/{entity}.parquet"
+        with pq.ParquetFile(self._file(name)) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
             leaf = next(
                 i
                 for i in range(file.metadata.num_columns)
                 if file.metadata.schema.column(i).path.split(".")[0] == column
             )
-        name = f"entities/{entity}.parquet"
         if 4 * sum(group.column(leaf).num_values for group in groups) <= self.memory_bytes:
             return change(Jagged.from_arrow(self._read(name, [column])[column]))
 
         def pieces() -> Iterator[Jagged]:
-            with pq.ParquetFile(path) as file:
-                for g in range(file.num_row_groups):
-                    yield change(Jagged.from_arrow(file.read_row_group(g, [column])[column]))
+            for g in range(len(groups)):
+                yield change(Jagged.from_arrow(self.read_group(name, g, [column])[column]))
 
         return mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
 
@@ -225,9 +228,10 @@ class PreparedDataset:
         """Some columns of a row group."""
         try:
             with pq.ParquetFile(self.folder / name) as file:
-                return file.read_row_group(group, columns)
+                table = file.read_row_group(group, columns)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(damaged(self.folder, self.folder / name, error)) from None
+        return self._layout.check(name, table)
 
     def _file(self, name: str) -> Path:
         """A file's path; its metadata can be read."""
@@ -239,9 +243,10 @@ class PreparedDataset:
 
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
-            return pq.read_table(self.folder / name, columns=columns)
+            table = pq.read_table(self.folder / name, columns=columns)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(damaged(self.folder, self.folder / name, error)) from None
+        return self._layout.check(name, table)
 
 
 class Collator:

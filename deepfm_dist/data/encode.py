@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
-from deepfm_dist.data.layout import check_layout
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import (
     FORMAT,
     GIVEN,
@@ -136,7 +136,7 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
         )
     marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
     if not (marker.is_file() and marker.read_text() == mark):
-        check_layout(folder, manifest)
+        Layout(folder, manifest).check_everything()
         log.info("%s: prepared by another tool, and laid out as it has to be", folder)
         with suppress(OSError):  # where it cannot be kept, every run checks again
             marker.write_text(mark)
@@ -182,16 +182,20 @@ def _written(job: Job, wanted: str) -> Manifest:
     fitted: Fitted = job.crew.first_says(fit and fit.fitted)
     writer = RowWriter(job, partitions, counts, fitted, earlier)
     splits = writer.write()
-    of_ranks = job.crew.gather(job.dropped)
+    of_ranks = job.crew.gather((job.dropped, writer.sums))
     manifest = None
     if fit is not None:
-        write_entities(job, fit, counts, writer.histories, earlier)
-        dropped = sum(of_ranks[1:], job.dropped)
+        sums = write_entities(job, fit, counts, writer.histories, earlier)
+        for _, of_rank in of_ranks:
+            sums |= of_rank
+        before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
+        dropped = sum((of_rank for of_rank, _ in of_ranks[1:]), job.dropped)
         tables = _tables(job.data, fit)
         manifest = Manifest(
             format=FORMAT,
             fingerprint=wanted,
             vocabulary_hash=_hash_of(job.data, fit, tables),
+            data_hash=hash_of([sums, before]),
             grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
             if earlier.manifest
             else (),

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, joined, taken
+from deepfm_dist.data.layout import Layout, damaged
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed, permute, permuted_range
@@ -94,7 +95,7 @@ class Lanes:
         seed: of the order.
 
     Raises:
-        DataError: a file is missing, damaged or of other rows than the manifest says.
+        DataError: a file is missing, damaged or not laid out as it has to be; `take` raises it too.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Lanes:
         self._rows = manifest.splits["train"].rows
         self._cuts = manifest.cuts
         self._per_lane = manifest.groups // manifest.lanes
-        self._files = _GroupFiles(folder, manifest.files, columns, self._rows)
+        self._files = _GroupFiles(folder, manifest, columns)
         height = int(np.diff(self._cuts).max())
         least = max(1, int(np.diff(self._cuts).min()) * copies)
         # Groups of a lane that one batch may need: the one it leaves, some inside, one it enters.
@@ -284,28 +285,27 @@ def _gather(
 class _GroupFiles:
     """The files of the training rows, read by row number."""
 
-    def __init__(self, folder: Path, files: int, columns: list[str], rows: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, columns: list[str]) -> None:
         self._folder, self._columns = folder, columns
+        self._layout = Layout(folder, manifest)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._one_at_a_time = Lock()  # Arrow's reader of a file is not for two threads
         of_groups: list[tuple[int, int, int]] = []
-        for number in range(files):
+        for number in range(manifest.files):
             metadata = self._file(number).metadata
             of_groups += [
                 (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
             ]
         self._groups = of_groups
         self._ends = np.cumsum([n for *_, n in of_groups])
-        if self._ends[-1] != rows:
-            raise DataError(
-                f"{folder / 'train'}: {self._ends[-1]} rows where the manifest says {rows}; delete "
-                f"{folder} and prepare it anew"
-            )
+        self._layout.agree("train", "rows", int(self._ends[-1]), manifest.splits["train"].rows)
+        if not np.isin(manifest.cuts, [0, *self._ends]).all():
+            raise self._layout.wrong("train", "a row group crosses a cut")
         self._schema = self._file(0).schema_arrow
 
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
-            path = self._folder / "train" / f"part-{number:05d}.parquet"
+            path = self._folder / _name(number)
             try:
                 self._open[number] = pq.ParquetFile(path)
             except (OSError, pa.ArrowInvalid) as error:
@@ -327,15 +327,11 @@ class _GroupFiles:
 
     def _read_group(self, number: int, group: int) -> pa.Table:
         try:
-            return self._file(number).read_row_group(group, self._columns, use_threads=False)
+            table = self._file(number).read_row_group(group, self._columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            path = self._folder / "train" / f"part-{number:05d}.parquet"
-            raise DataError(damaged(self._folder, path, error)) from None
+            raise DataError(damaged(self._folder, self._folder / _name(number), error)) from None
+        return self._layout.check(_name(number), table)
 
 
-def damaged(folder: Path, path: Path, error: Exception) -> str:
-    """What to say about a file of a prepared dataset that cannot be read."""
-    return (
-        f"{path}: missing or damaged ({' '.join(str(error).split())[:80]}); delete {folder} and "
-        f"prepare it anew"
-    )
+def _name(number: int) -> str:
+    return f"train/part-{number:05d}.parquet"

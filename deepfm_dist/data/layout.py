@@ -1,4 +1,9 @@
-"""Checks a prepared dataset that another tool wrote, before anything is trained on it."""
+"""What the files of a prepared dataset hold; above all, that every id is a row of its table.
+
+No kernel is relied on to notice another id: FBGEMM's dense ones read what lies behind the table.
+The sizes of tables are compared when a dataset is opened, and values when they are read: once for
+what stays in memory, and once a group of rows for what is streamed.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.jagged import Jagged, Values, from_arrow
+from deepfm_dist.data.jagged import Values, from_arrow
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.split import SPLITS
@@ -18,148 +23,221 @@ _Columns = Mapping[str, tuple[pa.DataType, float, float]]
 _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
+_TEXT = (pa.string(), 0, 0)
 
 
-def check_layout(folder: Path, manifest: Manifest) -> None:
-    """Reads every file once, a row group at a time.
+class Layout:
+    """Checks the files of a prepared dataset.
 
     Args:
         folder: of the dataset.
         manifest: of it.
-
-    Raises:
-        DataError: names the first file that is not as ``docs/data.md`` says.
     """
-    for feature in manifest.features:
-        if feature.in_table:
-            _check_table(folder, manifest, feature)
-    for entity, rows in manifest.entities.items():
-        path = folder / "entities" / f"{entity}.parquet"
-        found = sum(n for n, _ in _groups(path, _of_entity(manifest, entity)))
-        _agree(path, "rows", found, rows)
-        _check_ids(path)
-    for split in SPLITS:
-        _check_split(folder, manifest, split)
 
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
 
-def _check_table(folder: Path, manifest: Manifest, feature: Feature) -> None:
-    name = feature.table_name
-    rows = manifest.tables[name].rows if name in manifest.tables else 0
-    path = folder / "manifest.json"
-    if feature.transform == "bucket":
-        wanted = 2 + len(manifest.numeric[feature.name].boundaries)
-    elif feature.hash_rows is not None:
-        wanted = 1 + feature.hash_rows
-    elif feature.is_id:
-        wanted = manifest.entities[feature.entity]
-    else:
-        wanted = rows
-    _agree(path, f"rows of the table {name}", rows, wanted)
-    if name in manifest.vocabularies:
-        path = folder / "vocabulary" / f"{name}.parquet"
-        columns = {"row": (pa.int32(), 0, rows), "id": (pa.string(), 0, 0), "count": _COUNT}
-        begin = 0
-        for n, values in _groups(path, columns):
-            if not (values["row"] == np.arange(begin, begin + n)).all():  # type: ignore[union-attr]
-                raise _wrong(path, "row does not count from 0")
-            begin += n
-        _agree(path, "rows", begin, rows)
-        _check_ids(path)
+    def check_sizes(self) -> None:
+        """Compares the sizes of tables, vocabularies and entities.
 
+        Raises:
+            DataError: they differ, or a file is missing or damaged.
+        """
+        manifest = self._manifest
+        for feature in manifest.categorical:
+            table = feature.table_name
+            found, wanted = self._rows_of(table), self._rows_for(feature)
+            self.agree("manifest.json", f"rows of the table {table}", found, wanted)
+        for table in manifest.vocabularies:
+            name = f"vocabulary/{table}.parquet"
+            self.agree(name, "rows", self._height(name), self._rows_of(table))
+        for entity, rows in manifest.entities.items():
+            name = f"entities/{entity}.parquet"
+            self.agree(name, "rows", self._height(name), rows)
 
-def _check_ids(path: Path) -> None:
-    ids = pq.read_table(path, columns=["id"])["id"]
-    if ids[0].is_valid or ids.null_count != 1:
-        raise _wrong(path, "id must be null in row 0, and in no other")
-    if len(ids.unique()) < len(ids):
-        raise _wrong(path, "an id comes twice")
+    def check(self, name: str, table: pa.Table) -> pa.Table:
+        """Looks at the types and values of what was read.
 
+        Args:
+            name: of the file.
+            table: all of its rows or some, all of its columns or some.
 
-def _of_entity(manifest: Manifest, entity: str) -> _Columns:
-    columns: dict[str, tuple[pa.DataType, float, float]] = {"id": (pa.string(), 0, 0)}
-    for feature in manifest.features:
-        if feature.entity == entity and not feature.is_id:
-            columns[feature.name] = _of_field(manifest, feature, always_lists=True)
-    if {"user", "item"} <= manifest.entities.keys():
-        if entity == "user":
-            columns["history"] = (_INT32S, 1, manifest.entities["item"])
-        else:
-            columns["count"] = _COUNT
-    if entity == "item" and manifest.data.titles is not None:
-        columns["title"] = (pa.string(), 0, 0)
-    return columns
+        Returns:
+            ``table``.
 
+        Raises:
+            DataError: a value is out of its bounds: no row of the table that it is looked up in.
+        """
+        for column, (kind, low, high) in self._columns(name).items():
+            if column not in table.column_names:
+                continue
+            if table[column].type != kind:
+                raise self.wrong(name, f"the column {column} is {table[column].type}, not {kind}")
+            for chunk in table[column].chunks if kind != pa.string() else ():
+                cells = chunk.flatten() if kind == _INT32S else chunk
+                if chunk.null_count or cells.null_count:
+                    raise self.wrong(name, f"the column {column} holds null")
+                values = cells.to_numpy()
+                if len(values) and not (values.min() >= low and values.max() < high):
+                    value = values[~((values >= low) & (values < high))][0]
+                    meant = f"a row of its table, {low} to {high - 1}"
+                    if kind not in (pa.int32(), _INT32S):
+                        meant = f"in [{low:g}, {high:g})"
+                    raise self.wrong(name, f"the column {column} holds {value}, not {meant}")
+        return table
 
-def _of_field(
-    manifest: Manifest, feature: Feature, always_lists: bool
-) -> tuple[pa.DataType, float, float]:
-    if not feature.in_table:
-        return _NUMBER
-    lists = feature.multi_valued or (always_lists and feature.kind == "categorical")
-    return _INT32S if lists else pa.int32(), 0, manifest.tables[feature.table_name].rows
+    def check_everything(self) -> None:
+        """Reads every file once, a row group at a time.
 
+        Raises:
+            DataError: names the first file that is not as ``docs/data.md`` says.
+        """
+        self.check_sizes()
+        for table in self._manifest.vocabularies:
+            name, begin = f"vocabulary/{table}.parquet", 0
+            for n, values in self._groups(name):
+                if not np.array_equal(values["row"], np.arange(begin, begin + n)):  # type: ignore[arg-type]
+                    raise self.wrong(name, "row does not count from 0")
+                begin += n
+            self._check_ids(name)
+        for entity in (*self._manifest.entities, *["rare"] * self._has_rare):
+            name = f"entities/{entity}.parquet"
+            for _ in self._groups(name):
+                pass
+            if entity != "rare":
+                self._check_ids(name)
+        for split in SPLITS:
+            self._check_split(split)
 
-def _check_split(folder: Path, manifest: Manifest, split: str) -> None:
-    spec, rows_of = manifest.splits[split], manifest.data.interactions
-    columns: dict[str, tuple[pa.DataType, float, float]] = {
-        name: (pa.int32(), 0, rows) for name, rows in manifest.entities.items()
-    }
-    if split != "train" or not manifest.sampled:
-        columns["label"] = (pa.float32(), 0, 1.5)
-    rare = folder / "entities" / "rare.parquet"
-    if (split == "train" or manifest.data.negatives.avoid == "all") and rare.exists():
-        behind = manifest.entities["user"] + sum(
-            n for n, _ in _groups(rare, {"history": (_INT32S, 1, manifest.entities["item"])})
+    def agree(self, name: str, what: str, found: int, wanted: int) -> None:
+        """Compares a number with the manifest's.
+
+        Raises:
+            DataError: they differ.
+        """
+        if found != wanted:
+            raise self.wrong(name, f"{found:,} {what}, where the manifest says {wanted:,}")
+
+    def _rows_of(self, table: str) -> int:
+        tables = self._manifest.tables
+        return tables[table].rows if table in tables else 0
+
+    def _rows_for(self, feature: Feature) -> int:
+        """The rows that a field's table has to have."""
+        manifest = self._manifest
+        if feature.transform == "bucket":
+            return 2 + len(manifest.numeric[feature.name].boundaries)
+        if feature.hash_rows is not None:
+            return 1 + feature.hash_rows
+        if feature.history is not None:
+            feature = manifest.data.source_of(feature)
+        if feature.is_id:
+            return manifest.entities.get(feature.entity, 0)
+        return self._rows_of(feature.table_name)
+
+    def _columns(self, name: str) -> _Columns:
+        """What a file has to hold; it may hold more."""
+        manifest, (kind, file) = self._manifest, name.split("/")
+        of_history = (_INT32S, 1, manifest.entities.get("item", 0))
+        if kind == "vocabulary":
+            rows = (pa.int32(), 0, self._rows_of(file.removesuffix(".parquet")))
+            return {"row": rows, "id": _TEXT, "count": _COUNT}
+        if file == "rare.parquet":
+            return {"history": of_history}
+        columns: dict[str, tuple[pa.DataType, float, float]] = {}
+        if kind == "entities":
+            entity = file.removesuffix(".parquet")
+            columns["id"] = _TEXT
+            for feature in manifest.features:
+                if feature.entity == entity and feature.describes_entity:
+                    columns[feature.name] = self._of_field(feature, always_lists=True)
+            if {"user", "item"} <= manifest.entities.keys():
+                columns |= {"history": of_history} if entity == "user" else {"count": _COUNT}
+            if entity == "item" and manifest.data.titles is not None:
+                columns["title"] = _TEXT
+            return columns
+        columns |= {entity: (pa.int32(), 0, rows) for entity, rows in manifest.entities.items()}
+        if kind != "train" or not manifest.sampled:
+            columns["label"] = (pa.float32(), 0, 1.5)
+        drawn = kind == "train" or manifest.data.negatives.avoid == "all"
+        if drawn and self._has_rare:
+            rare = self._height("entities/rare.parquet")
+            columns["drawer"] = (pa.int32(), 0, manifest.entities["user"] + rare)
+        if manifest.data.interactions.weight is not None:
+            columns["weight"] = (pa.float32(), np.nextafter(np.float32(0), np.float32(1)), np.inf)
+        for feature in manifest.features:
+            if feature.entity == "context":
+                columns[feature.name] = self._of_field(feature, always_lists=False)
+        return columns
+
+    @property
+    def _has_rare(self) -> bool:
+        return (self._folder / "entities" / "rare.parquet").exists()
+
+    def _of_field(self, feature: Feature, always_lists: bool) -> tuple[pa.DataType, float, float]:
+        if not feature.in_table:
+            return _NUMBER
+        lists = feature.kind == "categorical" and (always_lists or feature.multi_valued)
+        return _INT32S if lists else pa.int32(), 0, self._rows_of(feature.table_name)
+
+    def _check_ids(self, name: str) -> None:
+        ids = pq.read_table(self._folder / name, columns=["id"])["id"]
+        if ids[0].is_valid or ids.null_count != 1:
+            raise self.wrong(name, "id must be null in row 0, and in no other")
+        if len(ids.unique()) < len(ids):
+            raise self.wrong(name, "an id comes twice")
+
+    def _check_split(self, split: str) -> None:
+        manifest, spec = self._manifest, self._manifest.splits[split]
+        n = positives = 0
+        for p in range(manifest.files):
+            name = f"{split}/part-{p:05d}.parquet"
+            for rows, values in self._groups(name):
+                if split == "train" and ((manifest.cuts > n) & (manifest.cuts < n + rows)).any():
+                    raise self.wrong(name, f"the row group at row {n} of the split crosses a cut")
+                labels = values.get("label", np.ones(rows, np.float32))
+                assert isinstance(labels, np.ndarray)
+                if not np.isin(labels, (0, 1)).all():
+                    raise self.wrong(name, "label must be 0 or 1")
+                n += rows
+                positives += int(labels.sum())
+        self.agree(split, "rows", n, spec.rows)
+        self.agree(split, "positives", positives, spec.positives)
+
+    def _groups(self, name: str) -> Iterator[tuple[int, dict[str, Values]]]:
+        """Rows and columns of each row group, texts left out, once they are checked."""
+        columns = self._columns(name)
+        try:
+            with pq.ParquetFile(self._folder / name) as file:
+                schema = file.schema_arrow
+                for column, (kind, *_) in columns.items():
+                    found = schema.field(column).type if column in schema.names else "missing"
+                    if found != kind:
+                        raise self.wrong(name, f"the column {column} is {found}, not {kind}")
+                names = [column for column, (kind, *_) in columns.items() if kind != pa.string()]
+                for g in range(file.num_row_groups):
+                    table = self.check(name, file.read_row_group(g, names))
+                    yield table.num_rows, {c: from_arrow(table[c]) for c in names}
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(damaged(self._folder, self._folder / name, error)) from None
+
+    def _height(self, name: str) -> int:
+        try:
+            return int(pq.read_metadata(self._folder / name).num_rows)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(damaged(self._folder, self._folder / name, error)) from None
+
+    def wrong(self, name: str, what: str) -> DataError:
+        """What to raise about a file."""
+        return DataError(
+            f"{self._folder / name}: {what}; delete {self._folder} and prepare it anew, laid out "
+            f"as docs/data.md says"
         )
-        columns["drawer"] = (pa.int32(), 0, behind)
-    if rows_of.weight is not None:
-        columns["weight"] = (pa.float32(), np.nextafter(np.float32(0), np.float32(1)), np.inf)
-    for feature in manifest.features:
-        if feature.entity == "context":
-            columns[feature.name] = _of_field(manifest, feature, always_lists=False)
-    n = positives = 0
-    for p in range(manifest.files):
-        path = folder / split / f"part-{p:05d}.parquet"
-        for rows, values in _groups(path, columns):
-            if split == "train" and ((manifest.cuts > n) & (manifest.cuts < n + rows)).any():
-                raise _wrong(path, f"the row group at row {n} of the split crosses a cut")
-            labels = values.get("label", np.ones(rows, np.float32))
-            assert isinstance(labels, np.ndarray)
-            if not np.isin(labels, (0, 1)).all():
-                raise _wrong(path, "label must be 0 or 1")
-            n += rows
-            positives += int(labels.sum())
-    _agree(folder / split, "rows", n, spec.rows)
-    _agree(folder / split, "positives", positives, spec.positives)
 
 
-def _groups(path: Path, columns: _Columns) -> Iterator[tuple[int, dict[str, Values]]]:
-    """Rows and columns of each row group, texts left out, once types and values are checked."""
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            for name, (kind, *_) in columns.items():
-                found = schema.field(name).type if name in schema.names else "missing"
-                if found != kind:
-                    raise _wrong(path, f"the column {name} is {found}, not {kind}")
-            names = [name for name, (kind, *_) in columns.items() if kind != pa.string()]
-            for g in range(file.num_row_groups):
-                table = file.read_row_group(g, names)
-                values = {name: from_arrow(table[name]) for name in names}
-                for name, column in values.items():
-                    flat = column.values if isinstance(column, Jagged) else column
-                    _, low, high = columns[name]
-                    if table[name].null_count or not ((flat >= low) & (flat < high)).all():
-                        raise _wrong(path, f"the column {name} must lie in [{low:g}, {high:g})")
-                yield table.num_rows, values
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _wrong(path, " ".join(str(error).split())[:80]) from None
-
-
-def _agree(path: Path, what: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise _wrong(path, f"{found:,} {what}, where the manifest says {wanted:,}")
-
-
-def _wrong(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; docs/data.md says how a dataset is laid out")
+def damaged(folder: Path, path: Path, error: Exception) -> str:
+    """What to say about a file of a prepared dataset that cannot be read."""
+    return (
+        f"{path}: missing or damaged ({' '.join(str(error).split())[:80]}); delete {folder} and "
+        f"prepare it anew"
+    )

@@ -64,6 +64,9 @@ class Manifest(Section):
     vocabulary_hash: str
     """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
     fields; a checkpoint fits only the same one."""
+    data_hash: str | None = None
+    """Of the rows of all splits and of what describes users and items; a run goes on only with the
+    same one. None: another tool wrote the dataset, or an earlier version."""
     grown_from: tuple[str, ...] = ()
     """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
     their checkpoints are the first rows of this one's."""
@@ -93,6 +96,11 @@ class Manifest(Section):
     """Input files and their bytes."""
     versions: dict[str, str]
     """Software that wrote it."""
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """What a checkpoint remembers of its data."""
+        return {"vocabulary_hash": self.vocabulary_hash, "data_hash": self.data_hash}
 
     @property
     def features(self) -> tuple[Feature, ...]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 
-_LONG, _SHORT = timedelta(days=7), timedelta(seconds=5)
+_SHORT = timedelta(seconds=5)
+_BEATS = "beats"  # how often rank 0 has shown that it is there
 _LOST = re.compile(r"gloo|NCCL|timed? ?out|connection|broken pipe", re.IGNORECASE)
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ class World:
         spare_threads: this rank's share of the machine's cores, less those it computes with.
         device: where this rank computes.
         store: shared key-value store.
+        timeout_s: seconds after which a rank that waits for a lost one gives up.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class World:
     spare_threads: int
     device: torch.device
     store: dist.Store
+    timeout_s: float = 120
 
     @property
     def is_first(self) -> bool:
@@ -133,6 +136,9 @@ class World:
     def first_does(self, name: str, work: Callable[[], T]) -> T | None:
         """Rank 0 works while the others wait, however long; its failure ends all of them.
 
+        They wait as long as rank 0's process is alive: one that was stopped or whose machine is
+        lost is missed after the time-out of the process group.
+
         Args:
             name: of the work; unique in this process group.
             work: what rank 0 calls.
@@ -143,10 +149,10 @@ class World:
         Raises:
             Exception: on rank 0, whatever ``work`` raised.
             SystemExit: on the other ranks, when rank 0 failed and said why.
+            DistStoreError: on the other ranks, when rank 0 is there no more.
         """
         if not self.is_first:
-            self.store.wait([name], _LONG)
-            outcome = self.store.get(name)
+            outcome = self._outcome_of(name)
             if outcome != b"done":
                 if self.store.add(f"{name}_heard", 1) == self.world_size - 1:
                     self.store.set(f"{name}_heard_by_all", "")
@@ -163,6 +169,51 @@ class World:
             raise
         self.store.set(name, "done")
         return result
+
+    def _outcome_of(self, name: str) -> bytes:
+        """What rank 0 says of its work in the end."""
+
+        def heard() -> tuple[bytes, int]:
+            done = self.store.check([name])
+            return self.store.get(name) if done else b"", self.store.add(_BEATS, 0)
+
+        beats, last_beat, pause_s = 0, time.monotonic(), 0.001
+        while (left_s := last_beat + self.timeout_s - time.monotonic()) > 0:
+            try:  # rank 0 may hold the store, and calls to it never return
+                outcome, found = in_background(heard).result(left_s)
+            except TimeoutError:
+                break
+            if outcome:
+                return outcome
+            if found != beats:
+                beats, last_beat = found, time.monotonic()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._beat_s)
+        raise dist.DistStoreError(f"timed out: no sign of life from rank 0 in {name!r}")
+
+    @contextmanager
+    def showing_life(self) -> Iterator[None]:
+        """Rank 0 counts on in the store as long as its process runs."""
+        over = Event()
+
+        def beat() -> None:
+            # Of its own: calls to a store wait for each other, and some wait long for other ranks.
+            store: dist.Store = self.store.clone()  # type: ignore[attr-defined]
+            while not over.wait(self._beat_s):
+                store.add(_BEATS, 1)
+
+        beating = in_background(beat) if self.is_first and self.world_size > 1 else None
+        try:
+            yield
+        finally:
+            over.set()
+            if beating is not None:
+                with suppress(TimeoutError, RuntimeError):
+                    beating.result(_SHORT.total_seconds())
+
+    @property
+    def _beat_s(self) -> float:
+        return min(1.0, self.timeout_s / 10)
 
 
 class _Sum(torch.autograd.Function):
@@ -254,10 +305,12 @@ def world(
             f"not reach: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to its network interface"
         ) from None
     spare = max(0, len(os.sched_getaffinity(0)) // local_size - threads)
-    ranks = World(rank, size, local_size, spare, chosen, dist.PrefixStore("deepfm_dist", store))
+    shared = dist.PrefixStore("deepfm_dist", store)
+    ranks = World(rank, size, local_size, spare, chosen, shared, timeout_s)
     try:
-        yield ranks
-        dist.barrier()  # rank 0 may hold the store that others still read
+        with ranks.showing_life():
+            yield ranks
+            dist.barrier()  # rank 0 may hold the store that others still read
     except RuntimeError as error:
         if size > 1 and _LOST.search(str(error)):
             _call_the_roll(ranks, timeout_s, error)

@@ -1,5 +1,6 @@
 """Training under torchrun: killed at any moment, stopped by a scheduler, it ends with one model."""
 
+import math
 import os
 import random
 import signal
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint
+from deepfm_dist.distributed.checkpoint import MARKER, complete_steps, find_checkpoint
 from tests.runs import lines
 
+START_S = "start_s"  # file with the seconds from the ranks' start to their first checkpoint
 KILLS = int(os.environ.get("DEEPFM_KILLS", "1"))  # `make check` asks for ten
 OPTIONS = (
     f"trainer={{epochs: {KILLS + 3}, batch_size: 4096, log_every_steps: 25}}",
@@ -69,26 +71,62 @@ def same(a: Any, b: Any) -> bool:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("undisturbed")
     run = start(home, 0)
+    workers(run)
+    begun = time.monotonic()
+    wait_for_a_checkpoint(run, home)
+    (home / START_S).write_text(f"{time.monotonic() - begun}")
     output = run.communicate()[0]
     assert run.returncode == 0, output
     return home
+
+
+def wait_for_a_checkpoint(
+    run: subprocess.Popen[str], home: Path, at_most_s: float = math.inf
+) -> None:
+    """Waits for a whole one more than there is."""
+    begun, deadline = complete_steps(home / "runs/sample"), time.monotonic() + at_most_s
+    while complete_steps(home / "runs/sample") == begun and run.poll() is None:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+
+
+def half_written(home: Path) -> set[Path]:
+    """Checkpoints that are being written, or never will be whole."""
+    folders = (home / "runs/sample/checkpoints").glob("*")
+    return {folder for folder in folders if not (folder / MARKER).exists()}
+
+
+def wait_for_a_save(run: subprocess.Popen[str], home: Path) -> None:
+    """Waits until another checkpoint is begun to be written."""
+    left_behind = half_written(home)
+    while not half_written(home) - left_behind and run.poll() is None:
+        left_behind &= half_written(home)
+        time.sleep(0.002)
 
 
 def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print("moments drawn from seed", seed)
     draw, home = random.Random(seed), tmp_path / "killed"
-    run, ranks = start(home, KILLS), list[int]()
-    for _ in range(KILLS):
-        ranks, begun = workers(run, unlike=ranks), complete_steps(home / "runs/sample")
-        while complete_steps(home / "runs/sample") == begun and run.poll() is None:
-            time.sleep(0.02)  # importing and resuming, until a checkpoint more is there
-        time.sleep(draw.uniform(0, 0.15))
+    start_s = float((undisturbed / START_S).read_text())
+    run, ranks, resumed = start(home, KILLS), list[int](), 0
+    for moment in draw.choices(["start", "save", "step"], k=KILLS):
+        ranks, checkpoints = workers(run, unlike=ranks), complete_steps(home / "runs/sample")
+        if moment == "start":  # importing, meeting, reading a checkpoint, the first steps
+            wait_for_a_checkpoint(run, home, draw.uniform(0, start_s))
+        elif moment == "save":
+            wait_for_a_save(run, home)
+        else:  # or validation, or the save after this one
+            wait_for_a_checkpoint(run, home)
+            time.sleep(draw.uniform(0, 0.15))
+        resumed += bool(checkpoints) and moment != "start"
         assert run.poll() is None, "the run was over before it was killed often enough"
         os.kill(draw.choice(ranks), signal.SIGKILL)
+    resumed += bool(complete_steps(home / "runs/sample"))
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    assert output.count("training goes on after step") == KILLS, output
+    assert output.count("training goes on after step") >= resumed, output
     assert same(weights(home), weights(undisturbed))
     assert lines(home) == lines(undisturbed)
 
@@ -97,9 +135,8 @@ def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Pat
 def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     home = tmp_path / "preempted"
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        run, begun = start(home, 0), complete_steps(home / "runs/sample")
-        while complete_steps(home / "runs/sample") == begun and run.poll() is None:
-            time.sleep(0.02)
+        run = start(home, 0)
+        wait_for_a_checkpoint(run, home)
         os.kill(workers(run)[1], number)
         asked = time.monotonic()
         output = run.communicate()[0]

@@ -16,6 +16,7 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import Manifest, NumericSpec
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.job import Job, of_entity
@@ -66,10 +67,11 @@ class Earlier:
         """A column of its users or items, if there is one."""
         if self.manifest is None or entity not in self.manifest.entities:
             return None
-        path = self._folder / "entities" / f"{entity}.parquet"
-        if name not in pq.read_schema(path).names:
+        file = f"entities/{entity}.parquet"
+        if name not in pq.read_schema(self._folder / file).names:
             return None
-        return pq.read_table(path, columns=[name])[name]
+        table = pq.read_table(self._folder / file, columns=[name])
+        return Layout(self._folder, self.manifest).check(file, table)[name]
 
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""

@@ -1,5 +1,6 @@
 """Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
 
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class RowWriter:
         lanes: streams that training rows are dealt to.
         groups: groups of training rows, a multiple of ``lanes``.
         histories: training positives, put aside for the user table.
+        sums: `sum_of` every file that this rank has written, by its name.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RowWriter:
         self.lanes = job.data.lanes or _default_lanes(n_train)
         self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
         self._cuts = cuts_of(n_train, self.groups)
+        self.sums: dict[str, int] = {}
         self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
         self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
         self._drawer = self._rows_to_draw_by()
@@ -96,7 +99,9 @@ class RowWriter:
                         if known is not None and len(at):
                             table = self._with_negatives(table, part["local"][at], known, p, split)
                         cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
-                    _write_groups(table, job.folder / name / f"part-{p:05d}.parquet", cuts, first)
+                    file = f"{name}/part-{p:05d}.parquet"
+                    _write_groups(table, job.folder / file, cuts, first)
+                    self.sums[file] = sum_of(table)
                     sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
                 if {"user", "item"} <= columns.keys():
                     self.histories.add(*_liked(part, parts, columns))
@@ -194,8 +199,13 @@ def _liked(part: Part, parts: Parts, columns: dict[str, Any]) -> tuple[Int32Arra
 
 def write_entities(
     job: Job, fit: Fit, counts: Counts, histories: Histories, earlier: Earlier
-) -> None:
-    """Writes vocabularies and the tables of users and items. Rank 0."""
+) -> dict[str, int]:
+    """Writes vocabularies and the tables of users and items. Rank 0.
+
+    Returns:
+        `sum_of` the tables, but for histories, which follow from the rows.
+    """
+    sums = {}
     (job.folder / "vocabulary").mkdir()
     for name, vocabulary in fit.vocabularies.items():
         vocabulary.write(job.folder / "vocabulary" / f"{name}.parquet")
@@ -210,9 +220,6 @@ def write_entities(
                     encoded = _carried(raw, encoded, from_arrow(before))
                 table[feature.name] = to_arrow(encoded)
         path = job.folder / "entities" / f"{name}.parquet"
-        if name == "user" and "item" in fit.entities:
-            histories.write(path, pa.table(table))
-            continue
         if name == "item" and "user" in fit.entities:
             positives = np.zeros(vocabulary.rows, np.int64)
             np.add.at(positives, fit.fitted.row_of_code[of_entity("item")][:-1], counts.liked)
@@ -221,7 +228,24 @@ def write_entities(
             table["count"] = pa.array(positives)
         if name == "item" and job.data.titles is not None:
             table["title"] = _titles(job, vocabulary)
-        pq.write_table(pa.table(table), path, compression="zstd")
+        sums[f"entities/{name}.parquet"] = sum_of(pa.table(table))
+        if name == "user" and "item" in fit.entities:
+            histories.write(path, pa.table(table))
+        else:
+            pq.write_table(pa.table(table), path, compression="zstd")
+    return sums
+
+
+def sum_of(table: pa.Table) -> int:
+    """CRC-32 of a table's numbers, its texts left out."""
+    found = 0
+    for name in table.column_names:
+        if table[name].type != pa.string():
+            values = from_arrow(table[name])
+            arrays = (values.lengths, values.values) if isinstance(values, Jagged) else (values,)
+            for part in (name.encode(), *map(np.ascontiguousarray, arrays)):
+                found = zlib.crc32(part, found)
+    return found
 
 
 def _carried(raw: Values, encoded: Values, before: Values) -> Values:
