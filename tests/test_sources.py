@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -213,6 +214,18 @@ def test_a_gap_among_numbers_is_no_text(tmp_path: Path, array: pa.Array) -> None
     assert dropped == {"a.parquet: rows with an unreadable cell": 2}
     with pytest.raises(DataError, match="row 2: c '' is empty"):
         read_table(path, required)
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_whole_numbers_in_floats_are_the_ids_that_they_are_in_integers(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    largest = {pa.float16(): 2**15, pa.float32(): 2**40, pa.float64(): 2**62}[kind]
+    numbers = [0, 7, -3, largest, largest - largest // 512]
+    cells = pa.array(np.array([*numbers, 0.5], kind.to_pandas_dtype()))
+    pq.write_table(pa.table({"c": cells}), tmp_path / "a.parquet")
+    found = read_table(tmp_path / "a.parquet", [Column("c")])["c"].to_pylist()
+    assert found == [*map(str, numbers), "0.5"]
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -410,8 +410,7 @@ class _Reader:
                 cells = cells.dictionary_decode()
             cells = _without(cells, column.missing)
             if column.type == "text" and pa.types.is_floating(cells.type):
-                # pandas writes whole numbers with gaps so: a gap is no id called nan.
-                cells = pc.if_else(pc.is_finite(cells), cells, None)
+                cells = _whole_as_integers(cells)
             try:
                 values = _convert(cells, column.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -609,6 +608,19 @@ def _times(cells: pa.Array) -> pa.Array:
         return cells.cast(pa.timestamp("s")).cast(pa.int64())
     except pa.ArrowInvalid:
         return pa.array([_time_or_none(c) for c in cells.to_pylist()], pa.int64())
+
+
+def _whole_as_integers(cells: pa.Array) -> pa.Array:
+    """Floats -> text, as their integers have it, which pandas makes floats where there are gaps.
+
+    A gap is no id called nan, and ten thousand million is none called 1e+10.
+    """
+    exact = cells.cast(pa.float64())
+    finite = pc.is_finite(exact)
+    whole = pc.and_(finite, pc.less(pc.abs(exact), 2.0**63))
+    whole = pc.and_(whole, pc.equal(pc.trunc(exact), exact))
+    digits = pc.if_else(whole, exact, None).cast(pa.int64()).cast(pa.string())
+    return pc.if_else(whole, digits, pc.if_else(finite, cells, None).cast(pa.string()))
 
 
 def _float_or_none(text: str | None) -> float | None:
