@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from deepfm_dist.config import (
     with_settings,
 )
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.data.user_batches import Candidates, UserBatches
@@ -45,7 +43,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
-from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity, distinct
+from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.storage import is_remote
 from deepfm_dist.training.evaluation import HeldOut
@@ -248,88 +246,6 @@ def shard_for_training(
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
     dense_l2 = 0.0 if in_gradient else of_dense.l2
     return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, dense_l2)
-
-
-def check_can_be_widened(config: Config, like: Config) -> None:
-    """Refuses what cannot be put beside another model as more columns of factors.
-
-    Raises:
-        ConfigError: the model has a deep part or no pairwise one, or is of other fields than
-            ``like`` or treats them otherwise.
-    """
-    model = config.model
-    if model.deep or not model.fm:
-        raise ConfigError(
-            f"combine: {config.run.name} has model.deep={model.deep}, model.fm={model.fm}: more "
-            f"columns are for a pairwise part alone, a deep part would read them too; train with "
-            f"model.deep=false"
-        )
-    for name in ("first_order", "fm_pairs"):
-        ours, others = getattr(model, name), getattr(like.model, name)
-        if ours != others:
-            raise ConfigError(
-                f"combine: {config.run.name} has model.{name}={ours}, {like.run.name} {others}; "
-                f"train both with the same"
-            )
-    if config.data.features != like.data.features:
-        raise ConfigError(
-            f"combine: {config.run.name} and {like.run.name} have other data.features; train both "
-            f"with the same"
-        )
-
-
-def ease_tables(
-    dataset: PreparedDataset, columns: int, l2: float, weight: float, of_fields: float = 0.0
-) -> dict[str, Tensor]:
-    """EASE, fitted on the training positives, as columns of two tables.
-
-    Args:
-        dataset: the prepared dataset.
-        columns: how many.
-        l2: EASE's.
-        weight: of its scores.
-        of_fields: as how many users each value of an item's field counts, who have all of its
-            items.
-
-    Returns:
-        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
-        pooling of the history.
-
-    Raises:
-        ConfigError: there is no table of items or of histories of them.
-    """
-    manifest = dataset.manifest
-    of_items = [f for f in manifest.categorical if f.entity == "item"]
-    items = [f for f in of_items if f.is_id]
-    own = [
-        f
-        for f in manifest.features
-        if f.history is not None
-        and manifest.data.source_of(f).is_id
-        and manifest.tables[f.table_name].features == (f.name,)
-    ]
-    if not items or not own:
-        raise ConfigError(
-            "combine: EASE needs the items' own id and a history of items with a table of its own "
-            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
-            "item}"
-        )
-    n_items = manifest.entities["item"]
-    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
-    shared = Jagged.concatenated(groups) if groups else None
-    first, second = Ease(l2).factors(distinct(dataset.history), n_items, columns, shared, of_fields)
-    return {own[0].table_name: weight * first, items[0].table_name: second}
-
-
-def _items_by_value(values: Values) -> Jagged:
-    """For each value of an item's field but the unknown one, the items that have it."""
-    of_item = np.arange(len(values))
-    if isinstance(values, Jagged):
-        of_item, values = np.repeat(of_item, values.lengths), values.values
-    flat = values.astype(np.int32, copy=False)
-    known = flat > 0
-    n = int(flat.max(initial=0)) + 1
-    return distinct(Jagged.from_pairs(flat[known], of_item[known], n))
 
 
 def _catalogue_loss(

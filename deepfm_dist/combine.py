@@ -53,11 +53,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _combine(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import check_can_be_widened, deepfm_of, ease_tables, shard_for_training
+    from deepfm_dist.build import deepfm_of, shard_for_training
     from deepfm_dist.distributed import checkpoint
     from deepfm_dist.distributed.sharding import add_factors, local_shards, put_columns
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import CheckpointError, ConfigError
+    from deepfm_dist.ranking.baselines import ease_tables
     from deepfm_dist.runs import find_finished
     from deepfm_dist.storage import writing
     from deepfm_dist.training.trainer import LoopState
@@ -82,7 +83,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
                 f"{dataset.manifest.vocabulary_hash} as {found[0].checkpoint}; what is put "
                 f"together has one: train them with the same data.seed"
             )
-        check_can_be_widened(one, narrow[0])
+        _check_can_be_widened(one, narrow[0])
     width = columns + sum(one.model.embedding_dim for one in narrow)
     made = narrow[0].renamed(arguments.to).with_columns(width)
     if checkpoint.complete_steps(made.run_dir):
@@ -133,6 +134,36 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
             with writing(made.run_dir):
                 (made.run_dir / "config.yaml").write_text(made.to_yaml())
             print(checkpoint.checkpoint_path(made.run_dir, step))
+
+
+def _check_can_be_widened(config: Config, like: Config) -> None:
+    """Refuses what cannot be put beside another model as more columns of factors.
+
+    Raises:
+        ConfigError: the model has a deep part or no pairwise one, or is of other fields than
+            ``like`` or treats them otherwise.
+    """
+    from deepfm_dist.errors import ConfigError
+
+    model = config.model
+    if model.deep or not model.fm:
+        raise ConfigError(
+            f"combine: {config.run.name} has model.deep={model.deep}, model.fm={model.fm}: more "
+            f"columns are for a pairwise part alone, a deep part would read them too; train with "
+            f"model.deep=false"
+        )
+    for name in ("first_order", "fm_pairs"):
+        ours, others = getattr(model, name), getattr(like.model, name)
+        if ours != others:
+            raise ConfigError(
+                f"combine: {config.run.name} has model.{name}={ours}, {like.run.name} {others}; "
+                f"train both with the same"
+            )
+    if config.data.features != like.data.features:
+        raise ConfigError(
+            f"combine: {config.run.name} and {like.run.name} have other data.features; train both "
+            f"with the same"
+        )
 
 
 if __name__ == "__main__":

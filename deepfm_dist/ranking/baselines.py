@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from deepfm_dist.compiled import compiled
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking.topk import top_k
 
@@ -177,6 +178,59 @@ class Ials:
         model.fit(csr_matrix((ones, train.values, train.offsets), shape), show_progress=False)
         users, items = (torch.from_numpy(f) for f in (model.user_factors, model.item_factors))
         return partial(_product, users, items)
+
+
+def ease_tables(
+    dataset: PreparedDataset, columns: int, l2: float, weight: float, of_fields: float = 0.0
+) -> dict[str, Tensor]:
+    """EASE, fitted on the training positives, as columns of two tables.
+
+    Args:
+        dataset: the prepared dataset.
+        columns: how many.
+        l2: EASE's.
+        weight: of its scores.
+        of_fields: as how many users each value of an item's field counts, who have all of its
+            items.
+
+    Returns:
+        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
+        pooling of the history.
+
+    Raises:
+        ConfigError: there is no table of items or of histories of them.
+    """
+    manifest, n_items = dataset.manifest, dataset.manifest.entities["item"]
+    of_items = [f for f in manifest.categorical if f.entity == "item"]
+    items = [f for f in of_items if f.is_id]
+    own = [
+        f
+        for f in manifest.features
+        if f.history is not None
+        and manifest.data.source_of(f).is_id
+        and manifest.tables[f.table_name].features == (f.name,)
+    ]
+    if not items or not own:
+        raise ConfigError(
+            "combine: EASE needs the items' own id and a history of items with a table of its own "
+            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
+            "item}"
+        )
+    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
+    shared = Jagged.concatenated(groups) if groups else None
+    first, second = Ease(l2).factors(distinct(dataset.history), n_items, columns, shared, of_fields)
+    return {own[0].table_name: weight * first, items[0].table_name: second}
+
+
+def _items_by_value(values: Values) -> Jagged:
+    """For each value of an item's field but the unknown one, the items that have it."""
+    of_item = np.arange(len(values))
+    if isinstance(values, Jagged):
+        of_item, values = np.repeat(of_item, values.lengths), values.values
+    flat = values.astype(np.int32, copy=False)
+    known = flat > 0
+    n = int(flat.max(initial=0)) + 1
+    return distinct(Jagged.from_pairs(flat[known], of_item[known], n))
 
 
 def distinct(jagged: Jagged) -> Jagged:
