@@ -45,9 +45,9 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
         model's ranking) the figures of the last evaluation.
     """
     name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
-    shared = ["--config", row["config"], *row.get("overrides", [])]
-    shared += [f"data.seed={seed}", f"run.runs_root={work / 'runs'}"]
-    shared += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
+    places = ["--config", row["config"], f"run.runs_root={work / 'runs'}"]
+    places += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
+    shared = [*places, *row.get("overrides", []), f"data.seed={seed}"]
     command("prepare", *shared)  # not a part of the time of training
     seconds, parts = 0.0, []
     for of_part in range(seed, seed + row.get("mean_of", 1)):
@@ -58,7 +58,8 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
         command("combine", *shared, *options)
     else:
         name = parts[0]
-    command("evaluate", *shared, f"run.name={name}", *row.get("evaluate", []))
+    # What was combined is of another width than the overrides say: the checkpoint knows.
+    command("evaluate", *places, f"run.name={name}", *row.get("evaluate", []))
     lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
     found = [e for e in map(json.loads, lines) if e["event"] == "evaluate"][-1]
     figures = {ranking: dict(of) for ranking, of in found.get("figures", {}).items()}
