@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,24 @@ def test_ease_and_item_knn_are_their_definitions() -> None:
     np.testing.assert_allclose(votes, x @ cosine, atol=1e-5)
     with pytest.raises(ConfigError, match=r"ease needs a matrix of 30,001 x 30,001 items \(7 GB\)"):
         Ease(3.0).fit(train, 30_001)
+
+
+def test_ials_solves_its_own_least_squares() -> None:
+    pytest.importorskip("implicit")
+    rng = np.random.default_rng(0)
+    x = (rng.random((60, 12)) < 0.3).astype(np.float64)
+    train = Jagged.from_pairs(*x.nonzero(), 60)
+    fitted = Ials(4, 0.7, 5.0, 200, 1).fit(train, 12)
+    assert isinstance(fitted, partial)
+    users, items = (f.double().numpy() for f in fitted.args)
+    # An item's vector, solved for last, given the users': weight 5 on a positive, else 1.
+    for item in range(12):
+        weights = np.where(x[:, item] == 1, 5.0, 1.0)
+        left = (users.T * weights) @ users + 0.7 * np.eye(4)
+        expected = np.linalg.solve(left, users.T @ (weights * x[:, item]))
+        np.testing.assert_allclose(items[item], expected, atol=1e-3)
+    everyone = np.arange(60, dtype=np.int32)
+    np.testing.assert_allclose(fitted(train, everyone), users @ items.T, atol=1e-5)
 
 
 def test_ials_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,16 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
+from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import load_config
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
+from deepfm_dist.distributed.world import world
+from deepfm_dist.ranking.baselines import Ease, Popularity
+from deepfm_dist.ranking.evaluation import HeldOutItems, evaluate_ranking
+from tests.ranks import run_alone
 
 
 def test_movielens_as_published_prepares_as_its_parquet_copy(
@@ -34,3 +41,23 @@ def test_movielens_as_published_prepares_as_its_parquet_copy(
     assert written[0].keys() == written[1].keys()
     assert Path("entities/user.parquet") in written[0]
     assert [name for name in written[0] if written[0][name] != written[1][name]] == []
+
+
+def _figures_of_baselines(folder: Path) -> dict[str, tuple[float, ...]]:
+    config = load_config("aistages_ranking", ["model.embedding_dim=1"])
+    prepare(config.data, config.data_root, folder, seed=1)
+    dataset = PreparedDataset(folder)
+    with world("cpu") as ranks:
+        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+        baselines = {"popularity": Popularity(), "ease": Ease(500.0)}
+        held_out = HeldOutItems(dataset, "test", {})
+        found = evaluate_ranking(deepfm_of(sharded), ranks, held_out, [10], baselines)
+    assert found is not None
+    return {n: (found.figures[n]["recall@10"], found.figures[n]["ndcg@10"]) for n in baselines}
+
+
+@pytest.mark.slow  # a matrix of 6,807 items is inverted
+def test_baselines_have_their_known_figures_on_aistages(real_data: Path, tmp_path: Path) -> None:
+    figures = run_alone(_figures_of_baselines, tmp_path / "aistages")
+    assert figures["popularity"] == pytest.approx((0.0783, 0.2297), abs=5e-5)
+    assert figures["ease"] == pytest.approx((0.1524, 0.4310), abs=5e-5)
