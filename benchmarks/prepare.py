@@ -106,9 +106,10 @@ def main() -> int:
     )
     parser.add_argument("--folder", help="where to put files (default: the temporary folder)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments = parser.parse_intermixed_args()
     if arguments.measure:
-        measure(["--config", arguments.measure, *overrides], arguments.one_partition)
+        measure(["--config", arguments.measure, *arguments.overrides], arguments.one_partition)
         return 0
     if (arguments.rows is None) == (arguments.config is None):
         parser.error("give --rows or --config")
@@ -134,7 +135,7 @@ def main() -> int:
             command += [f"--nproc_per_node={arguments.ranks}", "-m", "deepfm_dist.prepare"]
             command += ["--config", config, "--quiet"]
         prepared = folder / "prepared"
-        command.append(f"run.prepared_root={prepared}")
+        command += [f"run.prepared_root={prepared}", *arguments.overrides]
         watch = DiskWatch(prepared)
         watch.start()
         begun = time.perf_counter()

@@ -301,7 +301,7 @@ class IalsConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """The figures on held-out rows."""
+    """The figures on held-out rows; all but ``split`` is of rankings (``data.task=implicit``)."""
 
     split: Literal["valid", "test"] = "test"
     """Which rows."""
@@ -367,6 +367,11 @@ class RecommendConfig(Section):
     def _users_of_one_kind(self) -> Self:
         if self.histories is not None and self.users is not None:
             raise ValueError("histories names its users itself: leave users out")
+        if self.histories is not None and self.mask != ("train", "valid", "test"):
+            raise ValueError(
+                f"mask={list(self.mask)} is of users who were there in training: leave it out, or "
+                f"histories"
+            )
         return self
 
     @model_validator(mode="after")
@@ -375,6 +380,8 @@ class RecommendConfig(Section):
             raise ValueError(f"candidates={self.candidates} cannot give k={self.k} items")
         if self.index is not None and self.candidates is None:
             raise ValueError(f"index={self.index} finds candidates: set candidates=500, say")
+        if self.index is None and self.probes != type(self).model_fields["probes"].default:
+            raise ValueError(f"probes={self.probes} are of an index: set index=IVF1024,Flat, say")
         return self
 
 
@@ -459,6 +466,19 @@ class Config(Section):
                 f"{self.optimizer.tables.name} updates tables in the backward pass of each part; "
                 f"use optimizer.tables.name=adam"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_not_ranked(self) -> Self:
+        if self.data.task == "ctr":
+            for name, value in self.evaluate:
+                if name != "split" and value != EvaluateConfig.model_fields[name].default:
+                    told = self.evaluate.model_dump(mode="json")[name]
+                    raise ValueError(
+                        f"evaluate.{name}={told}: a setting of rankings, which are measured where "
+                        f"rows are positives, not where they have labels (data.task=ctr); leave it "
+                        f"out"
+                    )
         return self
 
     def _check_loss_of_users(self) -> None:

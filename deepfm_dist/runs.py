@@ -248,7 +248,7 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
         state = checkpoint.read_state(path)
     trained_with = _settings_in(state)
     merged = config.model_dump(mode="json")
-    for name in (name for override in overrides for name in _settings_of(override)):
+    for name in (name for override in overrides for name in settings_of(override)):
         if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
             wanted, trained = _at(merged, name), _at(trained_with, name)
             if wanted != trained:
@@ -265,7 +265,7 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     return Finished(config, dataset, path, state)
 
 
-def _settings_of(override: str) -> list[str]:
+def settings_of(override: str) -> list[str]:
     """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
     name, _, text = override.partition("=")
     value = None if "." in name else yaml.safe_load(text)

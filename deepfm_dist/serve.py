@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
-from deepfm_dist.errors import EnvironmentProblem
+from deepfm_dist.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from deepfm_dist.runs import Finished
 
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
+SERVED = ("context", "mask", "memory_bytes")
+"""Settings of ``recommend`` that a service looks at."""
 LOOPBACK = ("127.0.0.1", "localhost")
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import find_finished
     from deepfm_dist.serving.live import Live
 
+    _check_settings(config, arguments.overrides)
     listening = _socket(arguments.host, arguments.port)
     found = find_finished(config, arguments.overrides)
     folder = _exported(found)
@@ -59,6 +62,28 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     app = make_app(live, LOOPBACK if arguments.host in LOOPBACK else ("*",))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     server.run(sockets=[listening])
+
+
+def _check_settings(config: Config, overrides: Sequence[str]) -> None:
+    """Looks at what was typed, and at what would leave items out.
+
+    Raises:
+        ConfigError: the service would not heed it.
+    """
+    from deepfm_dist.runs import settings_of
+
+    names = [name for override in overrides for name in settings_of(override)]
+    for name in [*names, "recommend.allow_items", "recommend.block_items"]:
+        section, _, field = name.partition(".")
+        if section not in ("recommend", "similar") or field.partition(".")[0] in SERVED:
+            continue
+        settings = getattr(config, section)
+        if getattr(settings, field) != type(settings).model_fields[field].default:
+            value = settings.model_dump(mode="json")[field]
+            raise ConfigError(
+                f"{name}={value}: no setting of a service, which ranks all items for whoever asks, "
+                f"as many as a request says, and similar ones by cosine; leave it out"
+            )
 
 
 def _socket(host: str, port: int) -> socket.socket:

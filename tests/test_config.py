@@ -102,6 +102,22 @@ TIMELESS = "data.interactions.time=null"
         (["trainer.profile_steps=[10, 5]"], r"trainer: profile_steps=\[10, 5\]: give the first, "),
         (["trainer.profile_steps=[0, 5]"], r"trainer: profile_steps=\[0, 5\]: give the first, "),
         (["evaluate.k=[0]"], r"evaluate: k needs positive cut-offs \(got \[0\]\)"),
+        ([CTR], "evaluate.reference=best_possible.parquet: a setting of rankings, which are meas"),
+        *[
+            ([CTR, "evaluate.reference=null", f"evaluate.{text}"], f"evaluate.{named}: a setting ")
+            for text, named in (
+                ("k=[20]", r"k=\[20\]"),
+                ("baselines=[]", r"baselines=\[\]"),
+                ("item_knn_neighbours=9", "item_knn_neighbours=9"),
+                ("ease_l2=9", "ease_l2=9.0"),
+                ("ials={factors: 9}", r"ials=\{'factors': 9, .*\}"),
+            )
+        ],
+        (["recommend.probes=9"], "recommend: probes=9 are of an index: set index=IVF1024,Flat, s"),
+        (
+            ["recommend={histories: a.csv, mask: [train]}"],
+            r"recommend: mask=\['train'\] is of users who were there in training: leave it out",
+        ),
         (["run.device=tpu"], r"run\.device: .*'cuda' \(got 'tpu'\)"),
         (["run.seed=9223372036854775808"], r"run\.seed: .* \(got 9223372036854775808\)"),
         (["model=3"], r"model: input should be a section of fields \(got 3\)"),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepfm_dist import import_weights, predict, train
+from deepfm_dist import import_weights, predict, recommend, train
 from deepfm_dist.config import BUNDLE
 from deepfm_dist.data.notebook import read_weights
 from deepfm_dist.errors import DataError
@@ -100,6 +101,18 @@ def test_sorted_ids_need_no_files(
         expected = model(torch.tensor(np.stack(columns, 1))).numpy()
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+
+
+def test_the_page_s_commands_work(where: list[str], tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs/import.md"
+    [block] = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
+    saved(tmp_path / "deepfm.pt", [700, 400, 18])
+    commands = {c.__name__: c.main for c in (import_weights, recommend)}
+    for line in block.splitlines():
+        python, _, module, *words = shlex.split(line)
+        words = [w.replace("deepfm.pt", f"{tmp_path}/deepfm.pt") for w in words]
+        words = [w.replace("mine.yaml", "sample") for w in words]
+        assert (python, run_alone(commands[module], [*words, *where])) == ("python", 0)
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])

@@ -251,6 +251,23 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     tab.close()
 
 
+def test_settings_that_a_service_does_not_look_at_are_refused(home: Path) -> None:
+    config = home / "runs/sample/config.yaml"
+    blocking = home / "blocking.yaml"
+    blocking.write_text(config.read_text().replace("block_items: null", "block_items: [4]"))
+    for arguments, named in (
+        (("--run", "runs/sample", "recommend.k=5"), "recommend.k=5"),
+        (("--run", "runs/sample", "recommend={k: 10, users: [4]}"), "recommend.users=[4]"),
+        (("--run", "runs/sample", "similar.metric=inner_product"), "similar.metric=inner_product"),
+        (("--config", str(blocking)), "recommend.block_items=[4]"),
+    ):
+        done = subprocess.run(
+            _command("serve", *arguments), cwd=home, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"ConfigError: {named}: no setting of a service, which ")
+
+
 def test_what_cannot_be_served_is_told(tmp_path: Path, url: str) -> None:
     taken = ("--port", url.rpartition(":")[2])
     for arguments, told in (

@@ -1,14 +1,18 @@
 """What README.md, CONTRIBUTING.md and docs/ say to type is typed here, as it stands there."""
 
-import functools
+import argparse
+import gzip
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from packaging.requirements import Requirement
 from safetensors.numpy import load_file
 
 from deepfm_dist.config import BUNDLE
@@ -32,35 +38,49 @@ answers
 kill $server
 """
 NOT_AS_TYPED = [
-    # Shorter, that is all: fewer steps, and two ranks where the block before has shown four.
+    # Smaller, that is all: fewer steps and trials, less data, a narrower model where the page's is
+    # large, and two ranks where the block before has shown four.
     (r"(-m deepfm_dist\.(?:train|\$command)\b[^&\n]*)", r"\1 trainer.max_steps=20 "),
+    (r"(-m deepfm_dist\.tune\b[^\n]*)", r"\1 tune.trials=1 trainer.max_steps=20"),
+    (r"(--config avazu_x4)", r"\1 model.over_arch_layer_sizes=[8]"),
+    (r"(benchmarks/catalogue\.py [^\n]*)", r"\1 --seconds 0.5 --users 64 --items 512"),
     (r"(notebook_reference\.py [^\n]*)", r"\1 --epochs 1"),
     (r"(first_order_tables\.py [^\n]*)", r"\1 --seeds 1 trainer.max_steps=5"),
+    (r"(benchmarks/prepare\.py --rows) \w+", r"\1 1000"),
+    (r"(benchmarks/quality\.py [^\n]*)", r"\1 --rows small.yaml"),
+    (r"(benchmarks/reading\.py)[^\n]*", r"\1 --steps 1 --files speed/data"),
+    (r"(benchmarks/serving\.py) --shape \w+", r"\1 --seconds 1 --rate 20"),
+    (r"(benchmarks/training\.py .*)", r"\1 --steps 1 --only ours --folder speed"),
     (r"--nproc_per_node=4 (.* --config)", r"--nproc_per_node=2 \1"),
     # test_wheel.py runs the demo to its end.
     (r"^make demo$", "make demo ARGS=--help"),
     # This very test runs in them, or they make another environment, or they change the tree or the
     # environment under the running tests: make says what it would do.
-    (r"^make (test|check|bench|format|clean|VARIANT=|PYTHON=)", r"make -n \1"),
+    (r"^((?:\w+=\w+ )?)make (test|check|bench|format|clean|VARIANT=|PYTHON=)", r"\1make -n \2"),
     (r"^pip install .*$", ""),
     # It serves until it is told to stop.
     (r"^(python -m deepfm_dist\.serve\b.*)$", r"\1 --port 8765 &\nserver=$!\n" + SERVED),
-    # An hour, two environments and GPUs.
-    (r"^benchmarks/rivals/build\.sh", "test -x benchmarks/rivals/build.sh"),
-    (r"(benchmarks/(?:training|reading)\.py)[^\n]*", r"\1 --help"),
-    (r"(benchmarks/serving\.py) --shape \w+", r"\1 --seconds 1 --rate 20"),
+    # An hour and two environments; GPUs.
+    (r"^benchmarks/rivals/build\.sh", "bash -n benchmarks/rivals/build.sh"),
+    (r"^.*benchmarks/training\.py .*--device cuda.*$", ""),
     # What stands in for the reader's own.
     (r"my\.yaml", "mine.yaml"),
     (r"--output /models", "--output models"),
     (r"(deepfm_dist\.plan\b.*)mine\.yaml", r"\1sample"),  # other tables than the shop's
     (r"^export DEEPFM_DATA=.*$", ""),
 ]
-# Hours of work, other people's data or a GPU: options and settings are checked, no more.
-NOT_RUN = ("docs/catalogue.md", "docs/quality.md", "docs/tuning.md")
-ONLY_CHECKED = [
-    (r"(-m deepfm_dist\.\w+[^&\n]*)", r"\1 --print-config >/dev/null "),
-    (r"(benchmarks/\w+\.py) [^\n]*", r"\1 --help >/dev/null"),
-]
+# Their data sets are stood in for by files of the same formats, small enough for closed forms.
+SMALL_DATA = ("docs/catalogue.md", "docs/quality.md")
+TYPED_ELSEWHERE = {"docs/import.md": "tests/test_notebook.py, with state dicts that fit"}
+NOT_TYPED = {
+    r"docs/launch.md: ((\w+=\w+ )*launch/|sbatch|kubectl|docker|torchx|cp .torchx)": "tests/launch",
+    r"docs/launch.md: (sysctl|scontrol)": "the system's own, as root",
+    r"\S+ (python )?benchmarks/\w+\.py": "minutes; their parsers are asked, below",
+    r"\S+ pip install": "changes the environment under the running tests; see below",
+    r"\S+ (pre-commit install|python docs/configuration\.py)": "changes the tree under them",
+    r"\S+ (python -m|torchrun --max-restarts=3)$": "no whole command",
+}
+"""Commands that are not typed here, after the name of their page, and why not, or where."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +91,30 @@ class Block:
     text: str
 
     @property
+    def page(self) -> str:
+        return self.where.partition(":")[0]
+
+    @property
     def needs_real_data(self) -> bool:
-        if self.where.partition(":")[0] in NOT_RUN:
-            return False
         names = re.findall(r"--config (\w+)", self.text)
         files = [BUNDLE / "configs" / f"{name}.yaml" for name in names]
-        return any("${DEEPFM_DATA}" in f.read_text() for f in files if f.is_file())
+        real = any("${DEEPFM_DATA}" in f.read_text() for f in files if f.is_file())
+        return real and self.page not in SMALL_DATA
 
     @property
     def script(self) -> str:
         text = self.text.replace("\\\n", " ")
-        only_checked = self.where.partition(":")[0] in NOT_RUN
-        for pattern, instead in ONLY_CHECKED if only_checked else NOT_AS_TYPED:
+        if self.page != "README.md":
+            text = text.replace("--nproc_per_node=4", "--nproc_per_node=2")
+        for pattern, instead in NOT_AS_TYPED:
             text = re.sub(pattern, instead, text, flags=re.M)
         return f'set -eo pipefail\nmake() {{ {shlex.join(["command", *MAKE])} "$@"; }}\n{text}'
 
 
 SHELL = (
     r"^```sh\n(?P<fenced>(?s:.*?))^```$|^```\w*\n(?s:.*?)^```$|(?P<indented>(?:^ {4}\S.*\n)+)"
-    r"|`(?P<inline>(?:make|python -m|torchrun[^`\n]* -m) [^`\n]+)`"
+    r"|`(?P<inline>(?:[A-Z_]+=\w+ )*(?:make|python -m|python benchmarks/\w+\.py"
+    r"|torchrun[^`\n]* -m) [^`\n]+)`"
 )
 
 
@@ -111,14 +136,14 @@ def blocks_of(*documents: str) -> list[Block]:
     return list(found.values())
 
 
-ELSEWHERE = {"docs/import.md"}  # tests/test_notebook.py, with state dicts that fit
-PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))
+PAGES = ["data/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+ALL_TEXT = "\n".join((ROOT / p).read_text() for p in ["README.md", "CONTRIBUTING.md", *PAGES])
 OF_ROOT = blocks_of("README.md", "CONTRIBUTING.md")
 [NEW_DAY] = [b for b in blocks_of("docs/training.md") if "start_from=" in b.text]
 KNOWN = {NEW_DAY.text} | {block.text for block in OF_ROOT}
 OF_DOCS = [
     block
-    for block in blocks_of(*(page for page in PAGES if page not in ELSEWHERE))
+    for block in blocks_of(*(page for page in PAGES if page not in TYPED_ELSEWHERE))
     if block.text not in KNOWN
 ]
 BLOCKS = [*OF_ROOT, *OF_DOCS]
@@ -128,33 +153,112 @@ Done = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block], Done]:
+def typed(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable[[Block], Done]]:
     """Runs a block, once, in a folder that holds nothing but what the document says is there.
 
-    What a page of docs/ says goes on from one's own data, or from the sample's run.
+    What a page of docs/ says goes on from one's own data, or from the sample's run. Most of a
+    command is its start, on one core: blocks run two at a time, ahead of their tests.
     """
+    outcomes: dict[Block, Future[Done]] = {}
 
-    @functools.cache
-    def typed(block: Block) -> Done:
+    def begun(block: Block) -> "Future[Done]":
+        if block not in outcomes:
+            goes_on = block in OF_DOCS and block != SAMPLE
+            earlier = (
+                begun(OWN_DATA if "mine.yaml" in block.script else SAMPLE) if goes_on else None
+            )
+            outcomes[block] = pool.submit(work, block, earlier)
+        return outcomes[block]
+
+    def work(block: Block, earlier: "Future[Done] | None") -> Done:
         home = tmp_path_factory.mktemp("home")
-        if block in OF_DOCS and block != SAMPLE:
-            earlier, _ = typed(OWN_DATA if "mine.yaml" in block.script else SAMPLE)
-            shutil.copytree(earlier, home, symlinks=True, dirs_exist_ok=True)
-            return home, run(["bash", "-c", block.script], home)
-        (home / ".venv/bin").mkdir(parents=True)
-        (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
-        (home / "benchmarks").symlink_to(ROOT / "benchmarks")
+        if earlier is not None:
+            shutil.copytree(earlier.result()[0], home, symlinks=True, dirs_exist_ok=True)
+        else:
+            (home / ".venv/bin").mkdir(parents=True)
+            (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
+            (home / "benchmarks").symlink_to(ROOT / "benchmarks")
+            (home / "speed").mkdir()
+            (home / "speed/data").symlink_to(BUNDLE / "data/sample")
         if block == OWN_DATA:
             write_shop(home)
-        return home, run(["bash", "-c", block.script], home)
+        if block.page == "docs/tuning.md":
+            with (home / "mine.yaml").open("a") as file:
+                file.write(yaml_of("docs/tuning.md"))
+        data = {}
+        if block.page in SMALL_DATA:
+            write_small_data(home)
+            data = {"DEEPFM_DATA": str(home / "small")}
+        return home, run(["bash", "-c", block.script], home, **data)
 
-    return typed
+    pool = ThreadPoolExecutor(2)
+    mine = [item for item in request.session.items if item.path == Path(__file__)]
+    for item in (i for i in mine if isinstance(i, pytest.Function) and hasattr(i, "callspec")):
+        block = item.callspec.params.get("block")
+        if block is not None and not block.needs_real_data:
+            begun(block)
+    yield lambda block: begun(block).result()
+    pool.shutdown(cancel_futures=True)
+
+
+def yaml_of(page: str) -> str:
+    """The one YAML block of a page."""
+    [found] = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return str(found)
+
+
+def write_small_data(home: Path) -> None:
+    """The sample as the data sets of `SMALL_DATA`, invented clicks, and rows of quality.yaml."""
+    sample, small = BUNDLE / "data/sample", home / "small"
+    ratings = pd.read_csv(sample / "train_ratings.csv")
+    genres, titles = (pd.read_csv(sample / f"{n}.tsv", sep="\t") for n in ("genres", "titles"))
+
+    shutil.copytree(sample, small / "aistages")
+    held_out = ratings.index % 10 == 0
+    ratings[~held_out].to_csv(small / "aistages/train_ratings.csv", index=False)
+    ratings[held_out].to_csv(small / "aistages/heldout_valid.csv", index=False)
+    for name in ("director", "writer"):
+        file = small / f"aistages/{name}s.tsv"
+        genres.set_axis(["item", name], axis=1).to_csv(file, sep="\t", index=False)
+
+    movielens = small / "ml-latest-small"
+    movielens.mkdir()
+    rated = ratings.set_axis(["userId", "movieId", "timestamp"], axis=1).assign(rating=5)
+    rated.to_csv(movielens / "ratings.csv", index=False)
+    films = titles.assign(genres=titles["item"].map(genres.groupby("item")["genre"].agg("|".join)))
+    films.set_axis(["movieId", "title", "genres"], axis=1).to_csv(movielens / "movies.csv")
+
+    rng = np.random.default_rng(1)
+    clicks = rng.integers(0, 30, (2000, 24)).astype(str)
+    clicks[:, 0] = rng.integers(0, 2, 2000)
+    (small / "frappe-x1").mkdir()
+    lines = [" ".join([row[0], *(f"{index}:1" for index in row[1:11])]) for row in clicks]
+    for name in ("train", "valid"):
+        with gzip.open(small / f"frappe-x1/{name}.libsvm.gz", "wt") as packed:
+            packed.write("\n".join(lines) + "\n")
+    (small / "avazu_x4").mkdir()
+    fields = yaml.safe_load((BUNDLE / "configs/avazu_x4.yaml").read_text())["data"]["features"]
+    columns = ["click", *(f["name"] for f in fields if f["name"] not in ("weekday", "weekend"))]
+    frame = pd.DataFrame(clicks[:, : len(columns)], columns=columns)
+    frame["hour"] = [f"141021{k % 24:02}" for k in range(len(frame))]
+    for name in ("train", "valid", "test"):
+        frame.to_csv(small / f"avazu_x4/{name}.csv", index=False)
+
+    tables = yaml.safe_load((ROOT / "benchmarks/quality.yaml").read_text())
+    for table in tables:
+        [*_, row] = table["rows"]
+        few = [o for o in row.get("evaluate", []) if "baselines" not in o]  # implicit is an extra
+        steps = [*row.get("overrides", []), "trainer.max_steps=2"]
+        table["rows"] = [row | {"overrides": steps, "evaluate": few, "seeds": [1]}]
+    (home / "small.yaml").write_text(yaml.safe_dump(tables))
 
 
 def write_shop(home: Path) -> None:
     """The README's configuration of one's own data, and files that fit it."""
-    [config] = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    (home / "mine.yaml").write_text(config.replace("/data/shop", str(home / "shop")))
+    config = yaml_of("README.md").replace("/data/shop", str(home / "shop"))
+    (home / "mine.yaml").write_text(config)
     (home / "shop").mkdir()
     rng = np.random.default_rng(1)
     articles = pd.DataFrame({"article": [f"a{i}" for i in range(50)]})
@@ -169,9 +273,10 @@ def write_shop(home: Path) -> None:
     (home / "rows.csv").write_text("customer,article,device\n7,a1,phone\nnobody,a2,desk\n")
 
 
-def run(command: list[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
+def run(command: list[str], cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = {
         **os.environ,
+        **variables,
         "MAKEFLAGS": "",  # what the make that runs the tests was told
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PET_STANDALONE": "1",  # torchrun --standalone: another launch may hold the default port
@@ -199,6 +304,68 @@ def test_what_the_documents_say_to_type_works(
         request.getfixturevalue("real_data")
     _, done = typed(block)
     assert done.returncode == 0, f"{block.script}\n{done.stdout}\n{done.stderr}"
+
+
+def commands_of(document: str) -> set[str]:
+    """Lines of code, fenced, indented or between backticks, that begin with a program's name."""
+    programs = (
+        "python3?|torchrun|make|pip|pre-commit|torchx|sbatch|kubectl|docker|cp|sysctl|scontrol"
+    )
+    command = rf"(?:[A-Z_]+=\S+ )*(?:(?:{programs}) |(?:benchmarks|launch)/\w+[^ ]*\.(?:sh|py) )\S"
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    fences = r"^```(\w*)\n(.*?)^```$"
+    shell = [code for kind, code in re.findall(fences, text, re.M | re.S) if kind in ("", "sh")]
+    prose = re.sub(fences, "", text, flags=re.M | re.S)
+    lines = [line for code in shell for line in code.splitlines()]
+    lines += re.findall(r"^ {4}(\S.*)$", prose, re.M) + re.findall(r"`([^`\n]+)`", prose)
+    return {re.sub(r"\s+#.*$", "", line).strip() for line in lines if re.match(command, line)}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_every_command_is_typed_or_has_a_reason_not_to_be(document: str) -> None:
+    if document in TYPED_ELSEWHERE:
+        return
+    scripts = [b.text.replace("\\\n", " ") for b in [*BLOCKS, NEW_DAY]]
+    known = {line.strip() for script in scripts for line in script.splitlines()}
+    left = (f"{document}: {command}" for command in commands_of(document) - known)
+    assert [told for told in left if not re.match("|".join(NOT_TYPED), told)] == []
+
+
+class Understood(Exception):
+    """A parser has read its arguments."""
+
+
+def test_benchmarks_know_the_options_that_pages_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(parse: Callable[..., object]) -> Callable[..., None]:
+        def parsed(parser: argparse.ArgumentParser) -> None:
+            raise Understood(parse(parser))
+
+        return parsed
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        way = getattr(argparse.ArgumentParser, name)
+        monkeypatch.setattr(argparse.ArgumentParser, name, only(way))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    found = re.findall(r"benchmarks/(\w+\.py) ([-\w][^`#\n]*)", ALL_TEXT)
+    assert len(found) > 15
+    for script, options in found:
+        words = shlex.split(options.replace("--rows N", "--rows 1"))
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(Understood):
+            runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+
+
+def test_what_pip_is_told_to_install_is_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    known = {"deepfm-dist": {*extras}}
+    for requirement in (Requirement(r) for name in extras if name != "dev" for r in extras[name]):
+        known[requirement.name] = requirement.extras
+    lines = re.findall(r"pip install ([^`\n]+)", ALL_TEXT)
+    words = [word for line in lines for word in shlex.split(line)]
+    wanted = [Requirement(w.replace(".[", "deepfm-dist[")) for w in words if w != "-e"]
+    assert len(wanted) > 5
+    assert [r for r in wanted if not r.extras <= known[r.name]] == []
 
 
 def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ VARIABLES = {
     "train": {"PET_MAX_RESTARTS": "3", "PET_SHUTDOWN_TIMEOUT": "300"},
     "recommend": {},
 }
+PAGE = (ROOT / "docs/launch.md").read_text()
+LINES = {*re.findall(r"torchx run -s (\w+) launch/components\.py:(\w+) ([^`\n]+)", PAGE)}
 both = pytest.mark.parametrize("component", ["train", "recommend"])
 
 
@@ -34,13 +37,15 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where a user types torchx
 
 
-def request(scheduler: str, component: str, *flags: str) -> Any:
+def request(
+    scheduler: str, component: str, *flags: str, arguments: Sequence[str] = ARGUMENTS
+) -> Any:
     """What the scheduler would be sent, under the example's options."""
     file = configparser.ConfigParser()
     file.read(".torchxconfig.example")
     options = {k: {"True": True, "False": False}.get(v, v) for k, v in file[scheduler].items()}
     with get_runner() as runner:
-        words = [*flags, "--", *ARGUMENTS]
+        words = [*flags, "--", *arguments]
         info = runner.dryrun_component(f"{COMPONENTS}:{component}", words, scheduler, options)
     return info.request
 
@@ -65,6 +70,18 @@ def check_environment(found: dict[str, str], component: str) -> None:
 @both
 def test_torchx_accepts_the_components(component: str) -> None:
     assert validate(COMPONENTS, component) == []
+
+
+@pytest.mark.filterwarnings(r"ignore:\s+Role recommend")  # of Volcano; see below
+@pytest.mark.parametrize("scheduler, component, words", sorted(LINES))
+def test_torchx_understands_the_lines_of_the_page(
+    scheduler: str, component: str, words: str
+) -> None:
+    flags, arguments = (shlex.split(part) for part in words.split(" -- "))
+    if scheduler == "kubernetes":
+        pytest.importorskip("kubernetes", reason="kubernetes is not installed")
+    sent = str(request(scheduler, component, *flags, arguments=arguments))
+    assert f"deepfm_dist.{component} {shlex.join(arguments)}" in sent
 
 
 @both

@@ -108,6 +108,15 @@ def test_names_agree() -> None:
     assert pod["terminationGracePeriodSeconds"] > 300  # SAVE_SECONDS of run_train.sh
 
 
+def test_the_page_applies_and_builds_what_is_checked_here() -> None:
+    page = (ROOT / "docs/launch.md").read_text()
+    applied = re.findall(r"`kubectl apply ([^`]+)`", page)
+    names = [re.findall(r"-f launch/kubernetes/(\S+)", files) for files in applied]
+    assert names == [["shared.yaml", "job.yaml"], ["shared.yaml", "trainjob.yaml"]]
+    [image] = re.findall(r"`docker build -t (\S+) \.`", page)
+    assert f'image: str = "{image}"' in (ROOT / "launch/components.py").read_text()
+
+
 def test_the_config_map_is_a_configuration() -> None:
     config = config_from(yaml.safe_load(CONFIG_MAP["data"]["train.yaml"]))
     assert config.run_dir == Path("/data/runs/mine")

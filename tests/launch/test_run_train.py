@@ -1,6 +1,8 @@
 """The script every launcher calls: its variables, as torchrun's own parser reads the result."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,10 @@ from typing import Any
 import pytest
 from torch.distributed.run import parse_args
 
-SCRIPT = Path(__file__).parents[2] / "launch/run_train.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch/run_train.sh"
+LINE = r"`((?:\w+=\w+ )*)launch/run_train\.sh([^`\n]*)`"
+LINES = re.findall(LINE, (ROOT / "docs/launch.md").read_text())
 SHELL_FILES = [*SCRIPT.parent.rglob("*.sh"), *SCRIPT.parent.rglob("*.sbatch")]
 
 
@@ -43,6 +48,14 @@ def test_without_variables_it_is_two_processes_of_the_sample(tmp_path: Path) -> 
     assert given.training_script == "deepfm_dist.train"
     assert given.training_script_args == ["--config", "sample", "trainer.epochs=3"]
     assert {*environment} == {"OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"}
+
+
+@pytest.mark.parametrize("variables, arguments", LINES)
+def test_the_lines_of_the_page(variables: str, arguments: str, tmp_path: Path) -> None:
+    given_variables = dict(pair.split("=") for pair in variables.split())
+    _, given = parsed(tmp_path, *shlex.split(arguments), **given_variables)
+    assert given.nnodes == given_variables.get("NNODES", "1")
+    assert given.training_script_args[2:] == shlex.split(arguments)
 
 
 @pytest.mark.parametrize("node_rank, is_host", [("0", "true"), ("1", "false")])
