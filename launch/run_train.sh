@@ -55,4 +55,7 @@ fi
 if [[ -n ${LOG_RANK:-} ]]; then
     flags+=(--local-ranks-filter="$LOG_RANK" --tee=3)
 fi
-exec torchrun "${flags[@]}" -m "deepfm_dist.${COMMAND:-train}" --config "${CONFIG:-sample}" "$@"
+what=(-m "deepfm_dist.${COMMAND:-train}" --config "${CONFIG:-sample}" "$@")
+# torchrun would take a mistake in the settings for a lost rank, and start the ranks again.
+python "${what[@]}" --print-config >/dev/null
+exec torchrun "${flags[@]}" "${what[@]}"

@@ -27,6 +27,7 @@ OPTIONS = (
     f"checkpoint={{every_steps: {EVERY_STEPS}, keep_last: 3}}",
     f"run={{name: sample, timeout_s: {TIMEOUT_S}, loggers: ['tests.launch.test_elastic:pace']}}",
 )
+LOST = f"RankLost: rank {{}} of 2 did not answer: killed, or hanging for run.timeout_s={TIMEOUT_S}"
 
 
 def pace(event: str, values: Mapping[str, Any]) -> None:
@@ -176,11 +177,8 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     assert first.said("sharding plan on 2 x cpu")
     second.plug("down")
     cut, at_step = time.monotonic(), complete_steps(run)[-1]
-    lost = (
-        f"RankLost: rank {{}} of 2 did not answer: killed, or hanging for run.timeout_s={TIMEOUT_S}"
-    )
-    wait_until(lambda: first.said(lost.format(1)), 60, lambda: first.output)
-    wait_until(lambda: second.said(lost.format(0)), 60, lambda: second.output)
+    wait_until(lambda: first.said(LOST.format(1)), 60, lambda: first.output)
+    wait_until(lambda: second.said(LOST.format(0)), 60, lambda: second.output)
     print(f"missed after {time.monotonic() - cut:.0f} s")
 
     went_on = "training goes on after step"
@@ -202,3 +200,26 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     assert first.said(f"told to stop: step {joined} is saved")  # nothing was lost by growing
     of_training = [e for e in lines(tmp_path) if e["event"] != "end"]
     assert difference(of_training, [e for e in undisturbed if e["event"] != "end"]) <= 1e-5
+
+
+def test_without_the_machine_of_the_rendezvous_the_other_one_ends(
+    machines: tuple[Machine, Machine], tmp_path: Path
+) -> None:
+    first, second = machines
+    first.train()
+    second.train()
+    wait_until(lambda: complete_steps(tmp_path / "runs/sample"), 120, lambda: first.output)
+    first.plug("down")
+    cut = time.monotonic()
+    lost = LOST.format(0)
+    # The exchange's time, then the roll call's.
+    wait_until(lambda: second.said(lost), 2 * TIMEOUT_S + 15, lambda: second.output)
+    print(f"missed after {time.monotonic() - cut:.0f} s")
+    # torchrun, whose store is gone as well, waits until TCP gives the connection up.
+    ip("netns", "exec", second.space, "sysctl", "-w", "net.ipv4.tcp_retries2=5")
+    wait_until(lambda: second.process.poll() is not None, 120, lambda: second.output)
+    print(f"ended after {time.monotonic() - cut:.0f} s")
+    assert second.process.returncode == 1
+    said = "The connection to the C10d store has failed"
+    wait_until(lambda: second.said(said), 10, lambda: second.output)
+    assert second.output.count(lost) == 1

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from deepfm_dist.config import config_from
+from deepfm_dist.errors import DeepFMError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch/kubernetes"
@@ -106,6 +107,8 @@ def test_names_agree() -> None:
     assert volumes["config"]["configMap"]["name"] == CONFIG_MAP["metadata"]["name"]
     assert volumes["data"]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
     assert pod["terminationGracePeriodSeconds"] > 300  # SAVE_SECONDS of run_train.sh
+    [final] = [r for r in JOB["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
+    assert final["onExitCodes"] == {"operator": "In", "values": [DeepFMError.exit_code]}
 
 
 def test_the_page_applies_and_builds_what_is_checked_here() -> None:

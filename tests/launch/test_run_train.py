@@ -60,10 +60,11 @@ def test_the_lines_of_the_page(variables: str, arguments: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("node_rank, is_host", [("0", "true"), ("1", "false")])
 def test_variables_of_several_nodes(tmp_path: Path, node_rank: str, is_host: str) -> None:
+    own = shutil.copy(ROOT / "configs/sample.yaml", tmp_path / "a b.yaml")
     _, given = parsed(
         tmp_path,
         COMMAND="recommend",
-        CONFIG="a b.yaml",
+        CONFIG=str(own),
         NPROC="4",
         NNODES="1:3",
         NODE_RANK=node_rank,
@@ -81,7 +82,7 @@ def test_variables_of_several_nodes(tmp_path: Path, node_rank: str, is_host: str
     assert f"is_host={is_host}" in given.rdzv_conf.split(",")
     assert (given.local_ranks_filter, given.tee) == ("0,3", "3")
     assert given.training_script == "deepfm_dist.recommend"
-    assert given.training_script_args == ["--config", "a b.yaml"]
+    assert given.training_script_args == ["--config", str(own)]
 
 
 def test_every_gpu_gets_a_process(tmp_path: Path) -> None:
@@ -93,6 +94,21 @@ def test_several_nodes_need_an_address(tmp_path: Path) -> None:
     done = call(tmp_path, NNODES="2", NODE_RANK="1")
     assert done.returncode == 2
     assert done.stderr == "run_train.sh: NNODES=2 needs MASTER_ADDR, an address of node 0\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("trainer.max_steps=soon",), "trainer.max_steps: input should be a valid integer"),
+        (("trainer.max_stpes=3",), "did you mean trainer.max_steps?"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_not_torchrun_s(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    done = call(tmp_path, *arguments, MAX_RESTARTS="3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("file", SHELL_FILES, ids=lambda file: file.name)
