@@ -246,11 +246,8 @@ def main() -> int:
 def _run(benchmark: Benchmark, rivals: Path) -> Report | None:
     """A script's JSON; None where it failed."""
     command = [sys.executable, *_typed(benchmark.command).split()[1:]]
-    if (rivals / "bin" / "python").exists():
-        if benchmark.script in ("training", "catalogue"):
-            command += ["--rivals", str(rivals)]
-    elif benchmark.script == "training":
-        command += ["--only", "ours,bare,plain"]
+    if benchmark.script in ("training", "catalogue"):
+        command += ["--rivals", str(rivals)]
     print(f"\n$ {shlex.join(command)}", flush=True)
     # One thread a process unless a script says otherwise, as the project's commands have it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -50,7 +50,7 @@ NOT_AS_TYPED = [
     (r"(benchmarks/quality\.py [^\n]*)", r"\1 --rows small.yaml"),
     (r"(benchmarks/reading\.py)[^\n]*", r"\1 --steps 1 --files speed/data"),
     (r"(benchmarks/serving\.py) --shape \w+", r"\1 --seconds 1 --rate 20"),
-    (r"(benchmarks/training\.py .*)", r"\1 --steps 1 --only ours --folder speed"),
+    (r"(benchmarks/training\.py .*)", r"\1 --steps 5 --folder speed"),
     (r"--nproc_per_node=4 (.* --config)", r"--nproc_per_node=2 \1"),
     # test_wheel.py runs the demo to its end.
     (r"^make demo$", "make demo ARGS=--help"),
