@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from machine import cpu_model
+
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "benchmarks.md"
 RIVALS = HERE.parent / ".venv-rivals"
@@ -274,21 +276,14 @@ def _typed(command: str) -> str:
 
 
 def _about(minutes: float) -> str:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = {package: _version(package) for package in PACKAGES}
     versions = ", ".join(f"{package} {v}" for package, v in found.items() if v)
     return (
-        f"{date.today():%B %Y}; {cpu}, {cores} core{'s' * (cores > 1)}, {memory_gib:.0f} GiB; "
-        f"Python {platform.python_version()}, {versions}. The suite took {minutes:.0f} minutes."
+        f"{date.today():%B %Y}; {cpu_model()}, {cores} core{'s' * (cores > 1)}, "
+        f"{memory_gib:.0f} GiB; Python {platform.python_version()}, {versions}. "
+        f"The suite took {minutes:.0f} minutes."
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torchrec
-from notebook_reference import cpu_model
+from machine import cpu_model
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 

@@ -9,7 +9,6 @@ single-device model on the fields user, item and the item's genre, and reports t
 import argparse
 import json
 import platform
-import re
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import sklearn
 import torch
+from machine import cpu_model
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -146,14 +146,6 @@ def evaluate(model: DeepFM, data: tuple[Tensor, Tensor]) -> dict[str, float]:
         "test_log_loss": log_loss,
         "majority_rate": max(positive_rate, 1 - positive_rate),
     }
-
-
-def cpu_model() -> str:
-    """Returns the processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,13 +19,12 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchrec
 import yaml
-from notebook_reference import cpu_model
+from machine import cpu_model
 
 
 def command(module: str, *arguments: str) -> float:
@@ -105,8 +104,8 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"machine: {cpu_model()}, {os.cpu_count()} cores, 1 thread")
     print(
-        f"versions: python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchrec {torchrec.__version__}"
+        f"versions: python {platform.python_version()}, torch {version('torch')}, "
+        f"torchrec {version('torchrec')}"
     )
     print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
     everything: dict[str, Any] = {}

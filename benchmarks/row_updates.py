@@ -20,7 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from notebook_reference import cpu_model
+from machine import cpu_model
 
 from deepfm_dist.distributed import kernels
 

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import yaml
-from notebook_reference import cpu_model
+from machine import cpu_model
 from torch import Tensor, nn
 
 from deepfm_dist.data.synthetic import NOTEBOOK, write

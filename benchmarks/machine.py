@@ -1,0 +1,13 @@
+"""What the benchmarks say of the machine."""
+
+import platform
+import re
+from pathlib import Path
+
+
+def cpu_model() -> str:
+    """Returns the processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
