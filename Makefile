@@ -4,6 +4,7 @@ PYTHON  ?= python3
 VARIANT ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
+JOBS    ?= 2
 STAMP   := $(VENV)/.$(VARIANT)
 
 .PHONY: demo test test-launch bench check format wheel clean
@@ -11,11 +12,12 @@ STAMP   := $(VENV)/.$(VARIANT)
 demo: $(STAMP)
 	$(PY) -m deepfm_dist.demo $(ARGS)
 
-# Tests marked slow are left to `make check`. One thread a rank: several ranks share the cores here.
+# Tests marked slow are left to `make check`. JOBS processes run them, one thread a rank: several ranks
+# share the cores here.
 # DEEPFM_DATA, where set, names a folder of real data sets; it reaches the tests through the environment,
 # and those that need it skip without it.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # What `make test` leaves out of tests/launch, too: real schedulers, networks, installations.
 test-launch: $(STAMP)

@@ -1,5 +1,6 @@
 """Several ranks in one test: forked from the process that has already imported everything."""
 
+import itertools
 import os
 import pickle
 import signal
@@ -26,9 +27,7 @@ def run_ranks(
     ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must never
     have joined one: gloo's threads and locks do not survive a fork. A world of one is forked too.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = next(port for port in _ports if not _answers(port))
     folder = Path(tempfile.mkdtemp())
     children = []
     for rank in range(world_size):
@@ -50,6 +49,16 @@ def run_ranks(
     if failures:
         raise RankFailed("\n".join(failures))
     return results
+
+
+# Below the ports that Linux gives to outgoing connections: one of those could take a port that was
+# free a moment ago. Each process that runs tests has a hundred of its own.
+_ports = itertools.cycle(range(10_000 + os.getpid() % 200 * 100, 10_100 + os.getpid() % 200 * 100))
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def run_alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -111,8 +111,13 @@ def resumed(folder: Path, config: Config, run_dir: Path, device: str = "cpu") ->
 
 @pytest.mark.parametrize(
     ("optimizer", "kinds"),
-    [(name, ("row_wise", "table_wise")) for name in OPTIMIZERS]
-    + [("rowwise_adagrad", ("table_wise", "row_wise"))],
+    [
+        ("rowwise_adagrad", ("table_wise", "row_wise")),
+        ("rowwise_adagrad", ("row_wise", "table_wise")),
+        ("adam", ("row_wise", "table_wise")),
+        pytest.param("sgd", ("row_wise", "table_wise"), marks=pytest.mark.slow),
+        pytest.param("adagrad", ("row_wise", "table_wise"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_goes_on_exactly_and_anywhere(
     sample: PreparedDataset, tmp_path: Path, optimizer: str, kinds: tuple[str, str]

@@ -110,7 +110,14 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "adam", "adagrad"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "rowwise_adagrad",
+        "adam",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sgd", "adagrad")),
+    ],
+)
 def test_losses_do_not_depend_on_world_size_or_plan(
     sample: PreparedDataset, optimizer: str
 ) -> None:
@@ -486,7 +493,7 @@ def test_rank_zero_may_work_for_longer_than_the_time_out() -> None:
     assert run_ranks(_first_takes, 2, 5.0, 0) == ["done", None]
 
 
-@pytest.mark.parametrize("held_by", [0, 2])
+@pytest.mark.parametrize("held_by", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> None:
     begun = time.monotonic()
     with pytest.raises(RankFailed) as caught:

@@ -120,12 +120,17 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
     "model",
     [
         ["model.batch_norm=true"],
-        ["model.first_order=false"],
-        ["model.deep=false"],
         ["model.fm_pairs=across"],
-        ["model.deep=false", "model.fm=false"],
         ["model.fm=false", "model.activation=tanh"],
-        ["trainer.table_precision=fp16", "optimizer.tables.name=rowwise_adagrad"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ["model.first_order=false"],
+                ["model.deep=false"],
+                ["model.deep=false", "model.fm=false"],
+                ["trainer.table_precision=fp16", "optimizer.tables.name=rowwise_adagrad"],
+            )
+        ),
     ],
 )
 def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: list[str]) -> None:
