@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from deepfm_dist.build import bounds_of, deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
@@ -271,6 +272,37 @@ def test_losses_of_users_pass_torchrecs_pipeline(
         run_ranks(_by_the_pipeline, 2, with_history.folder, config, way)[0] for way in (False, True)
     )
     assert overlapped == plain
+
+
+def _seconds_where_embeddings_travel_slowly(folder: Path) -> dict[str, float]:
+    with world("cpu") as ranks:
+        run = Run(folder, config_of(*SMALL), ranks)
+        pipeline, batches = (
+            train_pipeline(run.sharded, run.optimizer, ranks),
+            run.batches.steps(1, 4),
+        )
+        pipeline.train_step(batches)
+        [collection] = (
+            m for m in run.sharded.modules() if isinstance(m, ShardedEmbeddingBagCollection)
+        )
+        on_time = collection.compute_and_output_dist
+
+        def late(context: Any, ids: Any) -> Any:
+            time.sleep(0.5)
+            return on_time(context, ids)
+
+        collection.compute_and_output_dist = late
+        pipeline.seconds.update(dict.fromkeys(pipeline.seconds, 0.0))
+        pipeline.train_step(batches)
+        run.sharded.eval()
+        run.sharded(next(batches))
+        return pipeline.seconds
+
+
+def test_the_time_of_embeddings_is_told_from_that_of_the_rest(sample: PreparedDataset) -> None:
+    for seconds in run_ranks(_seconds_where_embeddings_travel_slowly, 2, sample.folder):
+        assert 0.5 < seconds["embeddings"] < 1
+        assert 0 < seconds["forward"] < 0.5
 
 
 class RowWiseAdagrad:

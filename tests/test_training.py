@@ -138,7 +138,8 @@ def test_training_learns_and_keeps_its_schedule(sample: PreparedDataset, tmp_pat
     steps = {*range(50, run.steps + 1, 50), *(per_epoch * epoch for epoch in (2, 4, 6, 8))}
     assert [line["step"] for line in lines] == sorted(steps)
     assert lines[-1]["log_loss"] < 0.8 * lines[0]["log_loss"]
-    assert {*lines[0]["seconds"]} >= {"data", "exchange", "forward", "backward", "optimizer"}
+    phases = ("data", "embeddings", "forward", "backward", "optimizer")
+    assert all(line["seconds"][phase] > 0 for line in lines for phase in phases)
     assert [e["epoch"] for e in events(tmp_path, "valid")] == [4, 8]
     assert events(tmp_path, "end")[0]["step"] == run.steps
 

@@ -13,16 +13,18 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
+from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
 from deepfm_dist.distributed.world import World
 
-PHASES = ("data", "exchange", "forward", "backward", "optimizer")
+PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 
 
 class _Unused:
@@ -91,8 +93,17 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         # What forward changes by itself (running statistics); a skipped step puts it back.
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._step = Step()
+        self._looking_up_since = 0.0
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        """Host seconds by phase. exchange: of ids; embeddings travel in forward and backward."""
+        """Host seconds by phase.
+
+        embeddings: ids go to the rows' ranks, rows are looked up, pooled rows come back; forward is
+        the rest of it, and backward has the gradients' way and the update of fused tables.
+        """
+        for module in model.modules():
+            if isinstance(module, ShardedEmbeddingBagCollection):
+                module.register_forward_pre_hook(self._looking_up)
+                module.register_forward_hook(self._looked_up)
 
     def train_step(self, micro_batches: Iterator[Any]) -> Step:
         """Takes one optimizer step. All ranks."""
@@ -123,6 +134,18 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
             self._step.rows.append((logits, batch.labels, batch.weights))
         return loss, logits
 
+    def _looking_up(self, _module: torch.nn.Module, _arguments: Any) -> None:
+        self._looking_up_since = time.perf_counter()
+
+    def _looked_up(self, module: torch.nn.Module, _arguments: Any, pooled: Any) -> Any:
+        """Waits for the pooled rows, which are used next in any case."""
+        waited = pooled.wait() if isinstance(pooled, LazyAwaitable) else pooled
+        if module.training:  # validation has a phase of its own
+            took = time.perf_counter() - self._looking_up_since
+            self.seconds["embeddings"] += took
+            self.seconds["forward"] -= took
+        return waited
+
     def _backward(self, losses: Tensor) -> None:
         with self._timed("backward"):
             to_learn_from = self._checked(losses)
@@ -147,12 +170,12 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         """Begins to exchange a batch's ids."""
-        with self._timed("exchange"):
+        with self._timed("embeddings"):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: Any) -> None:
         """Ends the exchange of a batch's ids."""
-        with self._timed("exchange"):
+        with self._timed("embeddings"):
             super().wait_sparse_data_dist(context)
 
     @contextmanager
@@ -186,7 +209,7 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
         return nothing if to_learn_from is None else to_learn_from, logits
 
     def _prefetch(self, context: Any) -> None:
-        with self._timed("exchange"):
+        with self._timed("embeddings"):
             super()._prefetch(context)
 
 
