@@ -510,17 +510,6 @@ def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: P
     assert found["popularity"]["recall@10"] == pytest.approx(np.mean(recalls), abs=1e-12)
 
 
-@pytest.mark.parametrize("cuts", [[0, 23], [0, 5, 5, 21, 23], [0, 7, 14, 23, 23]])
-def test_merged_tables_do_not_depend_on_how_users_were_dealt(
-    tmp_path: Path, cuts: list[int]
-) -> None:
-    parts = [tmp_path / f"{rank}.parquet" for rank in range(len(cuts) - 1)]
-    for path, (begin, end) in zip(parts, itertools.pairwise(cuts), strict=True):
-        pq.write_table(pa.table({"row": pa.array(range(begin, end), pa.int64())}), path)
-    found = [table["row"].to_pylist() for table in output._rebatched(parts, rows=7)]
-    assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
-
-
 def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
     for split in ("valid", "test"):
         with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):

@@ -1,6 +1,7 @@
 import csv
 import gzip
 import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from deepfm_dist.data import sources
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources import Column, read_table
+from deepfm_dist.data.sources import Column, in_tables, read_table
 from deepfm_dist.errors import DataError
 
 EXAMPLES = int(os.environ.get("DEEPFM_FUZZ_EXAMPLES", 100))
@@ -563,3 +564,11 @@ def test_what_a_csv_writer_writes_is_read_back(
         return
     table = read_table(path, COLUMNS[:2])
     assert list(zip(table["user"].to_pylist(), table["score"].to_pylist(), strict=True)) == rows
+
+
+@pytest.mark.parametrize("cuts", [[0, 23], [0, 5, 5, 21, 23], [0, 7, 14, 23, 23]])
+def test_batches_of_any_size_become_tables_of_one(cuts: list[int]) -> None:
+    rows = pa.record_batch({"row": pa.array(range(23), pa.int64())})
+    batches = (rows.slice(begin, end - begin) for begin, end in itertools.pairwise(cuts))
+    found = [table["row"].to_pylist() for table in in_tables(batches, 7)]
+    assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]

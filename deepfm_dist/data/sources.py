@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -209,6 +209,19 @@ def read_table(
     """All batches of `read_batches` as one table."""
     schema = pa.schema([(c.name, c.arrow_type) for c in columns])
     return pa.Table.from_batches(read_batches(path, columns, layout, on_bad_row, dropped), schema)
+
+
+def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Record batches of any size -> tables of so many rows, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(len(b) for b in waiting) >= rows:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, rows).combine_chunks()
+            waiting = table.slice(rows).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting).combine_chunks()
 
 
 def laid_out_like(

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.world import World
 from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
@@ -231,6 +232,7 @@ class Parts:
         parts = sorted(self.aside.glob("*.parquet"))
         whole, text = self.aside / "whole", self.aside / "csv"
         schema = pq.read_schema(parts[0])
+        batches = (b for part in parts for b in pq.ParquetFile(part).iter_batches(rows))
         narrow = pa.schema([(new, schema.field(old).type) for new, old in csv_columns.items()])
         options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
         with (
@@ -242,7 +244,8 @@ class Parts:
             # Arrow would put the names into quotes.
             file.write((",".join(csv_columns) + "\n").encode())
             with pa_csv.CSVWriter(file, narrow, write_options=options) as lines:
-                for table in _rebatched(parts, rows):
+                # Of one size: the merged bytes do not depend on how users were dealt.
+                for table in in_tables(batches, rows):
                     writer.write_table(table)
                     see(table)
                     if csv_columns:
@@ -272,18 +275,3 @@ def hash_of(*arrays: np.ndarray) -> str:
 def _repeated(schema: pa.Schema) -> bool | list[str]:
     """Columns worth a dictionary: scores are all different, and trying takes half of the time."""
     return [n for n in schema.names if n != "score"] if "score" in schema.names else True
-
-
-def _rebatched(parts: list[Path], rows: int) -> Iterator[pa.Table]:
-    """All parts in tables of one size: the merged bytes do not depend on how users were dealt."""
-    waiting: list[pa.Table] = []
-    for part in parts:
-        for batch in pq.ParquetFile(part).iter_batches(batch_size=rows):
-            waiting.append(pa.Table.from_batches([batch]))
-            while sum(t.num_rows for t in waiting) >= rows:
-                table = pa.concat_tables(waiting).combine_chunks()
-                yield table.slice(0, rows)
-                waiting = [table.slice(rows)]
-    table = pa.concat_tables(waiting).combine_chunks() if waiting else None
-    if table is not None and table.num_rows:
-        yield table

@@ -45,6 +45,12 @@ def _itself(begin: int, end: int) -> Jagged:
     return Jagged(np.arange(end - begin + 1, dtype=np.int64), np.arange(begin, end, dtype=np.int32))
 
 
+def of_length_one(vectors: torch.Tensor) -> torch.Tensor:
+    """``[n, D]`` vectors, float32, divided by their lengths: their products are cosines."""
+    vectors = vectors.double()
+    return (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)).float()
+
+
 def similar_items(
     model: DeepFM,
     world: World,
@@ -83,12 +89,10 @@ def similar_items(
     catalogue = Catalogue(dataset)
     n = len(catalogue)
     nobody = np.zeros(0, np.int32)
-    vectors = (
-        ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu().double()
-    )
+    vectors = ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu()
     if metric == "cosine":
-        vectors /= vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    ranker = _VectorRanker(vectors.float(), torch.get_num_threads())
+        vectors = of_length_one(vectors)
+    ranker = _VectorRanker(vectors, torch.get_num_threads())
     parts = Parts(folder, "similar_items.parquet", n, None, world)
     ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))

@@ -24,6 +24,7 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import USER_BLOCK
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
+from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import Finished
 
@@ -101,8 +102,7 @@ class Live:
         self._history, self._drawn = dataset.history, DrawnHistories(dataset)
         self._vectors = None
         if model.interaction_arch.fm is not None:
-            vectors = self._ranker.item_vectors().double()
-            self._vectors = (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)).float()
+            self._vectors = of_length_one(self._ranker.item_vectors())
         self._cards = lru_cache(CARDS)(Cards(dataset))
         rows, self._user_ids = in_id_order(dataset, "user")
         self._users = dict(zip(self._user_ids.to_pylist(), rows.tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
-from deepfm_dist.data.sources import laid_out_like, read_batches
+from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
@@ -62,7 +62,7 @@ def predict(
     writer: pq.ParquetWriter | None = None
     n_rows = unknown = 0
     try:
-        for table in _in_tables(read_batches(source, encoder.columns, layout)):
+        for table in in_tables(read_batches(source, encoder.columns, layout), ROWS_AT_A_TIME):
             rows = encoder.encode(table)
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
@@ -94,16 +94,3 @@ def predict(
 
 def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:
     return collate_rows(collate, rows, begin, end, BLOCK_ROWS)
-
-
-def _in_tables(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Record batches of any size -> tables of ROWS_AT_A_TIME rows, the last one shorter."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        while sum(len(b) for b in waiting) >= ROWS_AT_A_TIME:
-            table = pa.Table.from_batches(waiting)
-            yield table.slice(0, ROWS_AT_A_TIME).combine_chunks()
-            waiting = table.slice(ROWS_AT_A_TIME).to_batches()
-    if waiting:
-        yield pa.Table.from_batches(waiting).combine_chunks()
