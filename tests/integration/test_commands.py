@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -153,29 +153,18 @@ Done = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def typed(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Callable[[Block], Done]]:
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block], Done]:
     """Runs a block, once, in a folder that holds nothing but what the document says is there.
 
-    What a page of docs/ says goes on from one's own data, or from the sample's run. Most of a
-    command is its start, on one core: blocks run two at a time, ahead of their tests.
+    What a page of docs/ says goes on from one's own data, or from the sample's run.
     """
-    outcomes: dict[Block, Future[Done]] = {}
 
-    def begun(block: Block) -> "Future[Done]":
-        if block not in outcomes:
-            goes_on = block in OF_DOCS and block != SAMPLE
-            earlier = (
-                begun(OWN_DATA if "mine.yaml" in block.script else SAMPLE) if goes_on else None
-            )
-            outcomes[block] = pool.submit(work, block, earlier)
-        return outcomes[block]
-
-    def work(block: Block, earlier: "Future[Done] | None") -> Done:
+    @cache
+    def typed(block: Block) -> Done:
         home = tmp_path_factory.mktemp("home")
-        if earlier is not None:
-            shutil.copytree(earlier.result()[0], home, symlinks=True, dirs_exist_ok=True)
+        if block in OF_DOCS and block != SAMPLE:
+            earlier, _ = typed(OWN_DATA if "mine.yaml" in block.script else SAMPLE)
+            shutil.copytree(earlier, home, symlinks=True, dirs_exist_ok=True)
         else:
             (home / ".venv/bin").mkdir(parents=True)
             (home / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
@@ -193,14 +182,7 @@ def typed(
             data = {"DEEPFM_DATA": str(home / "small")}
         return home, run(["bash", "-c", block.script], home, **data)
 
-    pool = ThreadPoolExecutor(2)
-    mine = [item for item in request.session.items if item.path == Path(__file__)]
-    for item in (i for i in mine if isinstance(i, pytest.Function) and hasattr(i, "callspec")):
-        block = item.callspec.params.get("block")
-        if block is not None and not block.needs_real_data:
-            begun(block)
-    yield lambda block: begun(block).result()
-    pool.shutdown(cancel_futures=True)
+    return typed
 
 
 def yaml_of(page: str) -> str:
@@ -282,6 +264,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> "subprocess.Complete
         **os.environ,
         **variables,
         "MAKEFLAGS": "",  # what the make that runs the tests was told
+        "ARGS": "",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PET_STANDALONE": "1",  # torchrun --standalone: another launch may hold the default port
         "COVERAGE_FILE": str(cwd / ".coverage"),
