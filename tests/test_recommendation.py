@@ -422,6 +422,32 @@ def test_factorised_scores_of_histories_are_the_forwards(with_history: PreparedD
     assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
 
+def _ranked_users(folder: Path, at_once: int) -> list[ranker.Ranked]:
+    """Users of six stretches, of which two were ranked before."""
+    dataset, config = PreparedDataset(folder), load_config("sample", ["model.init_std=0.2"])
+    ranker.USERS_AT_ONCE = at_once
+    with world("cpu") as ranks:
+        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
+        catalogue = ranker.Catalogue(dataset)
+        users = np.resize(np.arange(1, 701, dtype=np.int32), 6 * ranker.USER_BLOCK - 100)
+        of_users = ranker.ModelRanker(model, ranks, dataset, catalogue, users, {})
+        seen = catalogue.seen_by(users, [dataset.positives("train")])
+        return list(ranker.rank_users(of_users, len(users), seen, 10, ranks, [0, 2, 3, 5]))
+
+
+def test_users_looked_up_together_are_ranked_as_one_stretch_after_another(
+    sample: PreparedDataset,
+) -> None:
+    alone = run_alone(_ranked_users, sample.folder, ranker.USER_BLOCK)
+    assert [begin // ranker.USER_BLOCK for begin, _, _ in alone] == [0, 2, 3, 5]
+    for size in (1, 2, 3):  # three ranks: the last one has run out of stretches
+        found = [r for of in run_ranks(_ranked_users, size, sample.folder, 1 << 20) for r in of]
+        for (begin, positions, scores), (begin_alone, *expected) in zip(found, alone, strict=True):
+            assert begin == begin_alone
+            np.testing.assert_array_equal(positions, expected[0])
+            np.testing.assert_array_equal(scores, expected[1])
+
+
 def test_histories_give_the_same_bytes_at_any_world_size(
     with_history: PreparedDataset, tmp_path: Path
 ) -> None:

@@ -15,10 +15,10 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import Best, KernelEngine
 from deepfm_dist.ranking.output import Parts, Written
-from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, rank_users
+from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
 
 
-class _VectorRanker:
+class _VectorRanker(Ranker):
     """Ranks items by inner products with items."""
 
     def __init__(self, vectors: torch.Tensor, threads: int) -> None:
