@@ -155,6 +155,41 @@ def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
     assert not mapped.history.values.flags.writeable
 
 
+def test_large_columns_of_items_are_mapped_and_the_same(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("u,i\n" + "".join(f"u{i % 7},i{i % 90}\n" for i in range(630)))
+    rows = "".join(f"i{i},{i / 8}\n" for i in range(90))
+    (tmp_path / "items.csv").write_text("i,price\n" + rows)
+    of_item = {"entity": "item", "file": "items.csv", "key": "i"}
+    spec = {
+        "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+        "features": [
+            {"name": "user", "entity": "user"},
+            {"name": "item", "entity": "item"},
+            {"name": "price", **of_item, "kind": "numeric"},
+            {
+                "name": "range",
+                **of_item,
+                "column": "price",
+                "kind": "numeric",
+                "transform": "bucket",
+            },
+        ],
+        "split": {"valid": 0, "test": 0},
+    }
+    folder = tmp_path / "d"
+    prepare(DataConfig.model_validate(spec), tmp_path, folder, seed=3)
+    held = PreparedDataset(folder).entity_fields
+    for _ in range(2):  # made, then found
+        mapped = PreparedDataset(folder, memory_bytes=0).entity_fields
+        for name, kind in (("price", np.float32), ("range", np.int32)):
+            found = mapped[name]
+            assert isinstance(found, np.ndarray)
+            assert found.dtype == kind
+            assert not found.flags.writeable
+            np.testing.assert_array_equal(found, held[name])
+    assert {p.name for p in (folder / "mapped").iterdir()} == {"item-price", "item-range"}
+
+
 def test_work_on_large_histories_that_others_left_does_no_harm(tmp_path: Path) -> None:
     folder = prepared(tmp_path, 300, 5, 20, "implicit")
     name = "user-history-_as_it_is"

@@ -23,6 +23,7 @@ from deepfm_dist.data.jagged import (
     Values,
     from_arrow,
     mapped,
+    mapped_values,
     offsets_of,
     taken,
 )
@@ -76,7 +77,8 @@ class PreparedDataset:
     Args:
         folder: ``prepared/<name>``.
         memory_bytes: up to which size something is held in memory; larger training rows are
-            streamed and larger histories mapped. Default: as it was prepared with.
+            streamed, larger histories and columns of users and items mapped. Default: as it was
+            prepared with.
 
     Raises:
         DataError: there is no dataset, or a file of it is missing, damaged or at odds with the
@@ -128,7 +130,7 @@ class PreparedDataset:
                     if pa.types.is_list(kinds.field(f.name).type):
                         fields[f.name] = self._mapped_if_large(name, f.name, _as_it_is)
                     else:
-                        fields[f.name] = from_arrow(self._read(path, [f.name])[f.name])
+                        fields[f.name] = self._values_mapped_if_large(name, f.name)
         return fields
 
     def entity_ids(self, entity: str) -> pa.Array:
@@ -218,6 +220,19 @@ class PreparedDataset:
                 yield change(Jagged.from_arrow(self.read_group(name, g, [column])[column]))
 
         return mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+
+    def _values_mapped_if_large(self, entity: str, column: str) -> Values:
+        """A plain column of an entity table; see `_mapped_if_large`."""
+        name = f"entities/{entity}.parquet"
+        rows = self.group_rows(name)
+        if 4 * sum(rows) <= self.memory_bytes:
+            return from_arrow(self._read(name, [column])[column])
+
+        def pieces() -> Iterator[npt.NDArray[Any]]:
+            for g in range(len(rows)):
+                yield self.read_group(name, g, [column])[column].to_numpy()
+
+        return mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
 
     def group_rows(self, name: str) -> list[int]:
         """Rows of each row group of a file."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -217,21 +217,50 @@ def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
         folder: of the files; made from ``pieces`` where it is missing, whole or not at all.
         pieces: the rows, stretch by stretch.
     """
-    if not folder.is_dir():
-        remove_leftovers(folder)
-        aside = work_folder(folder)
-        aside.mkdir(parents=True)
+
+    def write(aside: Path) -> None:
         lengths = []
         with (aside / "values.bin").open("wb") as file:
             for piece in pieces():
                 lengths.append(piece.lengths)
                 file.write(np.ascontiguousarray(piece.values).data)
         np.save(aside / "offsets.npy", offsets_of(np.concatenate(lengths)))
-        try:
-            aside.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(aside)
+
+    _made_once(folder, write)
     offsets = np.asarray(np.load(folder / "offsets.npy", mmap_mode="r"))
     if offsets[-1] == 0:
         return Jagged(offsets, np.zeros(0, np.int32))
     return Jagged(offsets, np.asarray(np.memmap(folder / "values.bin", np.int32, mode="r")))
+
+
+def mapped_values(
+    folder: Path, n: int, pieces: Callable[[], Iterable[npt.NDArray[Any]]]
+) -> Int32Array | FloatArray:
+    """`mapped` for ``n`` rows of one value each."""
+
+    def write(aside: Path) -> None:
+        whole, at = None, 0
+        for piece in pieces():
+            if whole is None:
+                whole = np.lib.format.open_memmap(
+                    aside / "values.npy", mode="w+", dtype=piece.dtype, shape=(n,)
+                )
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+
+    _made_once(folder, write)
+    return np.asarray(np.load(folder / "values.npy", mmap_mode="r"))
+
+
+def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is there whole or not at all, though several processes make it at once."""
+    if folder.is_dir():
+        return
+    remove_leftovers(folder)
+    aside = work_folder(folder)
+    aside.mkdir(parents=True)
+    write(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(aside)

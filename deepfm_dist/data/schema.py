@@ -313,7 +313,8 @@ class DataConfig(Section):
     """Streams of row groups that training rows are dealt to, for reading from disk; default: 64,
     more (up to 4,096) from a thousand million rows on."""
     memory_bytes: int = Field(2 << 30, ge=0)
-    """Training rows are read into memory up to this size, and streamed from disk beyond it."""
+    """Training rows are read into memory up to this size, and streamed from disk beyond it; what
+    is known of users and items is then mapped from disk, once for all ranks of a machine."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

@@ -197,7 +197,7 @@ def _learning(plotter: Plotter, events: Sequence[Mapping[str, Any]]) -> list[Plo
 def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
     ratio = rows["calibration"]
     caption = (
-        f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,} rows, by "
+        f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,.0f} rows, by "
         f"their predictions."
     )
     if not math.isnan(ratio):
