@@ -16,7 +16,7 @@ from deepfm_dist.data.synthetic import (
     SAMPLE,
     SCORES_FILE,
     Generated,
-    World,
+    Population,
     generate,
     main,
     write,
@@ -26,7 +26,7 @@ from deepfm_dist.errors import DataError
 COMMITTED = Path(__file__).parents[1] / "data" / "sample"
 TEXT_FILES = ("genres.tsv", "titles.tsv", "train_ratings.csv", "years.tsv")
 
-SMALL = World(
+SMALL = Population(
     n_users=60,
     n_items=50,
     n_genres=6,
@@ -200,7 +200,7 @@ def test_popularity_then_a_linear_model_then_the_truth(sample: Generated) -> Non
 
 
 def test_draws_are_proportional_to_exp_logit() -> None:
-    world = World(
+    population = Population(
         n_users=40_000,
         n_items=4,
         n_genres=1,
@@ -212,9 +212,9 @@ def test_draws_are_proportional_to_exp_logit() -> None:
         affinity=0.0,
         popularity_shift=1.0,
     )
-    drawn = generate(world)
+    drawn = generate(population)
     expected = np.exp(drawn.item_bias) / np.exp(drawn.item_bias).sum()
-    share = np.bincount(drawn.item, minlength=4) / world.n_users
+    share = np.bincount(drawn.item, minlength=4) / population.n_users
     # Four standard errors of a share of one half are 0.01; the logits' rounding adds 0.004.
     np.testing.assert_allclose(share, expected, atol=0.014)
 
@@ -231,7 +231,7 @@ def test_notebook_has_the_published_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "world",
+    "population",
     [
         pytest.param(replace(SMALL, n_interactions=60 * 5), id="least"),
         pytest.param(replace(SMALL, n_interactions=60 * 30), id="most"),
@@ -240,22 +240,22 @@ def test_notebook_has_the_published_size() -> None:
         pytest.param(replace(SMALL, n_genres=1, genre_share=1.0), id="one-genre"),
     ],
 )
-def test_counts_are_exact_at_the_limits(world: World) -> None:
-    drawn = generate(world)
+def test_counts_are_exact_at_the_limits(population: Population) -> None:
+    drawn = generate(population)
     distinct = pd.DataFrame({"user": drawn.user, "item": drawn.item}).drop_duplicates()
-    assert len(drawn.user) == world.n_interactions + world.n_repeats
-    assert len(distinct) == world.n_interactions
-    assert distinct["item"].nunique() == world.n_items
+    assert len(drawn.user) == population.n_interactions + population.n_repeats
+    assert len(distinct) == population.n_interactions
+    assert distinct["item"].nunique() == population.n_items
     activity = distinct["user"].value_counts()
-    assert len(activity) == world.n_users
-    assert activity.between(world.min_per_user, world.max_per_user).all()
+    assert len(activity) == population.n_users
+    assert activity.between(population.min_per_user, population.max_per_user).all()
 
 
 def test_titles_stay_distinct_beyond_the_number_of_combinations() -> None:
-    world = replace(
+    population = replace(
         SMALL, n_users=500, n_items=15_000, n_interactions=15_000, n_repeats=0, with_scores=False
     )
-    assert len(set(generate(world).titles)) == world.n_items
+    assert len(set(generate(population).titles)) == population.n_items
 
 
 @pytest.mark.parametrize(

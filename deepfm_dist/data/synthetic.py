@@ -1,6 +1,6 @@
 """The seeded generator of data sets whose best ranking is known.
 
-A `World` describes a population of users and items by a dozen numbers; `generate` draws it and
+A `Population` describes users and items by a dozen numbers; `generate` draws it and
 `write` lays it out as the files the pipeline reads. Every pair has a true log-odds
 
     logit(u, i) = log-popularity(i) + <p_u, q_i>
@@ -10,7 +10,7 @@ drawn without replacement with probability proportional to exp(logit), so no ran
 a user has not yet taken can be expected to beat the ranking by logit: it is the ceiling against
 which a trained model is measured.
 
-The same world gives the same data on every machine. Vectors and log-popularities are rounded to
+The same population gives the same data everywhere. Vectors and log-popularities are rounded to
 multiples of 1/256, so that a float64 dot product is exact in whatever order it is summed, and
 only numpy's elementary draws (uniform, normal, exponential) are used, which releases keep stable.
 
@@ -98,7 +98,7 @@ SCORES_FILE = "best_possible.parquet"
 
 
 @dataclass(frozen=True)
-class World:
+class Population:
     """A population of users and items, and how strongly it prefers.
 
     Attributes:
@@ -164,11 +164,11 @@ class World:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise DataError(
-                    f"impossible synthetic world: {name} is {value}; give {low} to {high}"
+                    f"impossible synthetic population: {name} is {value}; give {low} to {high}"
                 )
 
 
-SAMPLE = World(
+SAMPLE = Population(
     n_users=700,
     n_items=400,
     n_genres=18,
@@ -186,9 +186,9 @@ SAMPLE = World(
     n_repeats=5,
     with_scores=True,
 )
-"""A world for tests and first runs, small enough to live in the repository."""
+"""A population for tests and first runs, small enough to live in the repository."""
 
-NOTEBOOK = World(
+NOTEBOOK = Population(
     n_users=31_360,
     n_items=6_807,
     n_genres=18,
@@ -198,17 +198,17 @@ NOTEBOOK = World(
     min_per_user=16,
     max_per_user=2_900,
 )
-"""A world of the size of the AI Stages movie data, for timings and full-size runs."""
+"""A population of the size of the AI Stages movie data, for timings and full-size runs."""
 
 PRESETS = {"sample": SAMPLE, "notebook": NOTEBOOK}
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A drawn world; users and items are numbered 0, 1, ... in the order of their external ids.
+    """What was drawn; users and items are numbered 0, 1, ... in the order of their external ids.
 
     Attributes:
-        world: What was drawn.
+        population: What was drawn.
         user_ids: (n_users,) int64, ascending external ids with gaps.
         item_ids: (n_items,) int64, ascending external ids with gaps.
         user: (n_interactions + n_repeats,) int32, the user of each row, ascending.
@@ -224,7 +224,7 @@ class Generated:
         item_factors: (n_items, latent_dim) float64, the vectors q_i.
     """
 
-    world: World
+    population: Population
     user_ids: NDArray[np.int64]
     item_ids: NDArray[np.int64]
     user: NDArray[np.int32]
@@ -250,46 +250,46 @@ class Generated:
         return _logits(self.user_factors[users], self.item_factors, self.item_bias)
 
 
-def generate(world: World, progress: bool = False) -> Generated:
-    """Draw a world.
+def generate(population: Population, progress: bool = False) -> Generated:
+    """Draw a population.
 
     Args:
-        world: What to draw.
+        population: What to draw.
         progress: Whether to show a progress bar where standard error is a terminal.
 
     Returns:
-        The world's users, items, interactions and true preferences.
+        The population's users, items, interactions and true preferences.
     """
     # A stream for each part, so that a change to one part leaves the draws of the others alone.
-    streams = np.random.SeedSequence(world.seed).spawn(6)
+    streams = np.random.SeedSequence(population.seed).spawn(6)
     ids, tastes, activity, choices, calendar, names = map(np.random.default_rng, streams)
 
-    user_ids = _external_ids(world.n_users, 4, ids)
-    listed_ids = _external_ids(world.n_items + world.n_unknown_items, 16, ids)
-    unknown = np.sort(_sample(len(listed_ids), world.n_unknown_items, ids))
+    user_ids = _external_ids(population.n_users, 4, ids)
+    listed_ids = _external_ids(population.n_items + population.n_unknown_items, 16, ids)
+    unknown = np.sort(_sample(len(listed_ids), population.n_unknown_items, ids))
     item_ids = np.delete(listed_ids, unknown)
 
-    genres = _draw_genres(world, tastes)
-    item_factors = _draw_item_factors(world, genres, tastes)
+    genres = _draw_genres(population, tastes)
+    item_factors = _draw_item_factors(population, genres, tastes)
     user_factors = _round_to(
         FACTOR_STEP,
-        world.affinity * tastes.standard_normal((world.n_users, world.latent_dim)),
+        population.affinity * tastes.standard_normal((population.n_users, population.latent_dim)),
     )
-    rank = np.argsort(tastes.random(world.n_items))
-    bias = -world.popularity_exponent * np.log(rank + world.popularity_shift)
+    rank = np.argsort(tastes.random(population.n_items))
+    bias = -population.popularity_exponent * np.log(rank + population.popularity_shift)
     item_bias = _round_to(FACTOR_STEP, bias - bias.mean())
-    genres[_sample(world.n_items, world.n_items_without_genre, tastes)] = -1
+    genres[_sample(population.n_items, population.n_items_without_genre, tastes)] = -1
 
-    counts = _draw_activity(world, activity)
+    counts = _draw_activity(population, activity)
     item = _draw_items(user_factors, item_factors, item_bias, counts, choices, progress)
-    _place_missing_items(item, world.n_items, choices)
-    user = np.repeat(np.arange(world.n_users, dtype=np.int32), counts)
-    user, item, time = _draw_times(world, user, item, counts, calendar)
+    _place_missing_items(item, population.n_items, choices)
+    user = np.repeat(np.arange(population.n_users, dtype=np.int32), counts)
+    user, item, time = _draw_times(population, user, item, counts, calendar)
 
     # Squared, an age is mostly small: recent years have the most films.
-    years = _LAST_YEAR - (100 * names.random(world.n_items) ** 2).astype(np.int16)
+    years = _LAST_YEAR - (100 * names.random(population.n_items) ** 2).astype(np.int16)
     return Generated(
-        world=world,
+        population=population,
         user_ids=user_ids,
         item_ids=item_ids,
         user=user,
@@ -305,32 +305,34 @@ def generate(world: World, progress: bool = False) -> Generated:
     )
 
 
-def write(world: World, folder: str | os.PathLike[str], progress: bool = False) -> Generated:
-    """Draw a world and write it in the layout of the AI Stages movie data.
+def write(
+    population: Population, folder: str | os.PathLike[str], progress: bool = False
+) -> Generated:
+    """Draw a population and write it in the layout of the AI Stages movie data.
 
     The files are finished in a temporary folder beside `folder` and then renamed into it, so a
     reader never meets half a file. Files of the same names are replaced; others are left alone.
 
     Args:
-        world: What to draw.
+        population: What to draw.
         folder: Where the files go; made if it is not there.
         progress: Whether to show a progress bar where standard error is a terminal.
 
     Returns:
-        The world as drawn.
+        The population as drawn.
 
     Raises:
         DataError: If the files cannot be written.
     """
     target = Path(folder).absolute()
-    drawn = generate(world, progress)
+    drawn = generate(population, progress)
     try:
         target.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             _write_files(drawn, staging)
-            if not world.with_scores:
-                # Scores of an earlier world would be taken for those of this one.
+            if not population.with_scores:
+                # Scores of an earlier population would be taken for those of this one.
                 (target / SCORES_FILE).unlink(missing_ok=True)
             for path in sorted(staging.iterdir()):
                 os.replace(path, target / path.name)
@@ -361,14 +363,14 @@ def _external_ids(n: int, mean_gap: int, rng: np.random.Generator) -> NDArray[np
     return np.cumsum(gaps.astype(np.int64))
 
 
-def _draw_genres(world: World, rng: np.random.Generator) -> NDArray[np.int8]:
+def _draw_genres(population: Population, rng: np.random.Generator) -> NDArray[np.int8]:
     """Return 1 to 4 distinct genres of each item, main one first, (n_items, 4) int8, -1 padded."""
-    how_many = 1 + np.searchsorted([0.35, 0.70, 0.90], rng.random(world.n_items), side="right")
+    how_many = 1 + np.searchsorted([0.35, 0.70, 0.90], rng.random(population.n_items), side="right")
     # The smallest of exponential variables divided by weights is a draw without replacement.
     # Taken by weight, common genres come first the more often, as they do in real catalogues.
-    race = rng.standard_exponential((world.n_items, world.n_genres))
-    race *= np.arange(world.n_genres) + 2.0
-    genres = np.full((world.n_items, MAX_GENRES_PER_ITEM), -1, np.int8)
+    race = rng.standard_exponential((population.n_items, population.n_genres))
+    race *= np.arange(population.n_genres) + 2.0
+    genres = np.full((population.n_items, MAX_GENRES_PER_ITEM), -1, np.int8)
     drawn = np.argsort(race, axis=1)[:, :MAX_GENRES_PER_ITEM]
     kept = np.arange(drawn.shape[1]) < how_many[:, None]
     genres[:, : drawn.shape[1]] = np.where(kept, drawn, -1)
@@ -376,7 +378,7 @@ def _draw_genres(world: World, rng: np.random.Generator) -> NDArray[np.int8]:
 
 
 def _draw_item_factors(
-    world: World, genres: NDArray[np.int8], rng: np.random.Generator
+    population: Population, genres: NDArray[np.int8], rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return item vectors of about unit length, (n_items, latent_dim) float64."""
 
@@ -384,39 +386,39 @@ def _draw_item_factors(
         scaled: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return scaled
 
-    genre_vectors = unit(rng.standard_normal((world.n_genres, world.latent_dim)))
+    genre_vectors = unit(rng.standard_normal((population.n_genres, population.latent_dim)))
     # The main genre counts most: 1, 1/2, 1/3, 1/4.
     weights = (genres >= 0) / np.arange(1.0, MAX_GENRES_PER_ITEM + 1)
     shared = unit(np.einsum("ik,ikd->id", weights, genre_vectors[genres]))
-    own = unit(rng.standard_normal((world.n_items, world.latent_dim)))
-    share = world.genre_share
+    own = unit(rng.standard_normal((population.n_items, population.latent_dim)))
+    share = population.genre_share
     return _round_to(FACTOR_STEP, np.sqrt(share) * shared + np.sqrt(1 - share) * own)
 
 
-def _draw_activity(world: World, rng: np.random.Generator) -> NDArray[np.int64]:
+def _draw_activity(population: Population, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return the distinct items of each user, clipped log-normal with the exact total.
 
     Returns:
         (n_users,) int64 that sums to `n_interactions`.
     """
-    shape = world.activity_sigma * rng.standard_normal(world.n_users)
+    shape = population.activity_sigma * rng.standard_normal(population.n_users)
 
     def counts_at(location: float) -> NDArray[np.int64]:
-        counts = np.clip(np.exp(location + shape), world.min_per_user, world.max_per_user)
+        counts = np.clip(np.exp(location + shape), population.min_per_user, population.max_per_user)
         return counts.astype(np.int64)
 
     # The total grows with the location, so halving finds the last location not above the target.
     low, high = -50.0, 50.0
     for _ in range(60):
         middle = (low + high) / 2
-        if counts_at(middle).sum() <= world.n_interactions:
+        if counts_at(middle).sum() <= population.n_interactions:
             low = middle
         else:
             high = middle
     counts = counts_at(low)
     # Whole numbers leave a little over, or more where a tie jumps: one each to users with room.
-    while missing := world.n_interactions - int(counts.sum()):
-        counts[np.flatnonzero(counts < world.max_per_user)[:missing]] += 1
+    while missing := population.n_interactions - int(counts.sum()):
+        counts[np.flatnonzero(counts < population.max_per_user)[:missing]] += 1
     return counts
 
 
@@ -480,7 +482,7 @@ def _place_missing_items(item: NDArray[np.int32], n_items: int, rng: np.random.G
 
 
 def _draw_times(
-    world: World,
+    population: Population,
     user: NDArray[np.int32],
     item: NDArray[np.int32],
     counts: NDArray[np.int64],
@@ -493,18 +495,22 @@ def _draw_times(
         rows, sorted by user and then time.
     """
     item = item[np.lexsort((rng.random(len(item)), user))]
-    start = _FIRST_SECOND + (_SPAN_SECONDS * rng.random(world.n_users)).astype(np.int64)
+    start = _FIRST_SECOND + (_SPAN_SECONDS * rng.random(population.n_users)).astype(np.int64)
     # Cubed, a gap is mostly seconds and now and then hours: people rate in bursts.
     gap = rng.standard_exponential(len(item))
     elapsed = np.cumsum(1 + (20 * gap * gap * gap).astype(np.int64))
     first_row = np.cumsum(counts) - counts
     time = elapsed + np.repeat(start - elapsed[first_row], counts)
 
-    again = _sample(len(item), world.n_repeats, rng) if world.n_repeats else np.empty(0, np.int64)
+    again = (
+        _sample(len(item), population.n_repeats, rng)
+        if population.n_repeats
+        else np.empty(0, np.int64)
+    )
     user = np.concatenate([user, user[again]])
     item = np.concatenate([item, item[again]])
     time = np.concatenate([time, time[again] + _REPEAT_AFTER_SECONDS])
-    if world.n_repeats:
+    if population.n_repeats:
         order = np.lexsort((time, user))
         user, item, time = user[order], item[order], time[order]
     return user, item, time
@@ -528,7 +534,7 @@ def _draw_titles(years: NDArray[np.int16], rng: np.random.Generator) -> list[str
 
 
 def _write_files(drawn: Generated, folder: Path) -> None:
-    """Write every file of a drawn world into a folder.
+    """Write every file of a drawn population into a folder.
 
     Raises:
         OSError: If a file cannot be written.
@@ -545,7 +551,7 @@ def _write_files(drawn: Generated, folder: Path) -> None:
     which, place = np.nonzero(drawn.genres >= 0)
     genre_items = np.concatenate([item_ids[which], drawn.unknown_item_ids])
     # Nothing more is known of an unknown item, so each has a genre of its own in turn.
-    unknown_genres = np.arange(len(drawn.unknown_item_ids)) % drawn.world.n_genres
+    unknown_genres = np.arange(len(drawn.unknown_item_ids)) % drawn.population.n_genres
     genre_codes = np.concatenate([drawn.genres[which, place], unknown_genres])
     by_item = np.argsort(genre_items, kind="stable")
     names = np.array(GENRES)[genre_codes[by_item]]
@@ -553,7 +559,7 @@ def _write_files(drawn: Generated, folder: Path) -> None:
     _write_text(folder / "titles.tsv", "\t", {"item": item_ids, "title": drawn.titles})
     _write_text(folder / "years.tsv", "\t", {"item": item_ids, "year": drawn.years})
 
-    if drawn.world.with_scores:
+    if drawn.population.with_scores:
         columns = {
             "user": np.repeat(drawn.user_ids, len(item_ids)).astype(np.int32),
             "item": np.tile(item_ids, len(drawn.user_ids)).astype(np.int32),
@@ -574,7 +580,7 @@ def _write_text(path: Path, delimiter: str, columns: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a preset world to a folder, as told on the command line.
+    """Write a preset population to a folder, as told on the command line.
 
     Args:
         argv: Arguments; those of the process if None.
@@ -590,16 +596,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="another seed than the preset's")
     arguments = parser.parse_args(argv)
     try:
-        world = PRESETS[arguments.preset]
+        population = PRESETS[arguments.preset]
         if arguments.seed is not None:
-            world = replace(world, seed=arguments.seed)
-        drawn = write(world, arguments.out, progress=True)
+            population = replace(population, seed=arguments.seed)
+        drawn = write(population, arguments.out, progress=True)
     except DeepFMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{arguments.out}: {world.n_users} users, {world.n_items} items, "
-        f"{len(drawn.user)} rows, seed {world.seed}"
+        f"{arguments.out}: {population.n_users} users, {population.n_items} items, "
+        f"{len(drawn.user)} rows, seed {population.seed}"
     )
     return 0
 
