@@ -264,6 +264,23 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     assert run_alone(_recommended, *arguments, killed, checkpoint)[0] == 2
 
 
+def test_a_run_that_was_killed_at_its_score_matrix_ranks_nothing_twice(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    checkpoint, once, again = (tmp_path / name for name in ("checkpoint", "once", "again"))
+    for folder in (checkpoint, once, again):
+        folder.mkdir()
+    arguments = (sample.folder, SETTINGS, Wanted(10, matrix="fp32"))
+    assert run_alone(_recommended, *arguments, once, checkpoint)[0] == 4
+    with pytest.raises(RankFailed, match="KeyboardInterrupt"):
+        run_alone(_recommended, *arguments, again, checkpoint, dies_after=3)
+    assert not list(again.glob("*.parquet"))
+    assert run_alone(_recommended, *arguments, again, checkpoint)[0] == 1
+    names = [*FILES, "score_matrix.parquet"]
+    assert sorted(p.name for p in again.iterdir()) == names
+    assert [digest(again / f) for f in names] == [digest(once / f) for f in names]
+
+
 def test_a_killed_run_for_strangers_is_not_continued_with_other_items(
     with_history: PreparedDataset, tmp_path: Path
 ) -> None:

@@ -170,6 +170,13 @@ def recommend(
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
+    if wanted.matrix is not None:
+        # Before anything is merged: a run that is killed here goes on with both files' parts.
+        of_matrix = key and {**key, "matrix": wanted.matrix}
+        matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
+        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
+        matrix.merge_matrix()
+        log.info("written: %s", matrix.target)
     columns = {"user": "user_id", "item": "item_id"}
     written = parts.merge_ranked(columns, wanted.k)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -189,12 +196,6 @@ def recommend(
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
-    if wanted.matrix is not None:
-        of_matrix = key and {**key, "matrix": wanted.matrix}
-        matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
-        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
-        matrix.merge_matrix()
-        log.info("written: %s", matrix.target)
     return None if written is None else replace(written, figures=figures)
 
 
