@@ -64,12 +64,18 @@ def _rounds(words: Any, keys: Any, shift: Any) -> None:
 def _permuted(words: Any, n: int, seed: int) -> IntArray:
     keys, shift = _keys(seed), np.uint64(_half_bits(n))
     _rounds(words, keys, shift)
-    outside = np.flatnonzero(words >= np.uint64(n))
+    end = np.uint64(n)
+    outside = np.flatnonzero(words >= end)
     while len(outside):  # walk the cycle until it is back inside: at most 4 steps on average
         walking = words[outside]
         _rounds(walking, keys, shift)
-        words[outside] = walking
-        outside = outside[walking >= np.uint64(n)]
+        left = 0
+        for i in range(len(outside)):  # numba compiles an assignment to a slice for seconds
+            words[outside[i]] = walking[i]
+            if walking[i] >= end:
+                outside[left] = outside[i]
+                left += 1
+        outside = outside[:left]
     return words.view(np.int64)
 
 

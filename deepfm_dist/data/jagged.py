@@ -183,7 +183,7 @@ def _sorted_rows(offsets: Int64Array, values: Int32Array) -> Int32Array:
     for r in range(len(offsets) - 1):
         begin, end = offsets[r], offsets[r + 1]
         if end - begin > 1:
-            out[begin:end] = np.sort(values[begin:end])
+            out[begin:end].sort()
     return out
 
 

@@ -360,9 +360,9 @@ def _draw_weighted(
             continue
         begin, end = offsets[users[i]], offsets[users[i] + 1]
         avoid = np.empty(end - begin + slots[i] - 1, np.int32)
-        avoid[: end - begin] = seen[begin:end]
         free = total[-1]
         for j in range(begin, end):
+            avoid[j - begin] = seen[j]
             free -= total[seen[j] + 1] - total[seen[j]]
         word = mix(key ^ np.uint64(positives[i]))
         n = end - begin

@@ -137,7 +137,9 @@ def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> No
         group = order[offsets[g] : offsets[g + 1]]
         for i in range(1, len(group)):
             if keys[group[i]] < keys[group[i - 1]]:
-                group[:] = group[np.argsort(keys[group], kind="mergesort")]
+                in_order = group[np.argsort(keys[group], kind="mergesort")]
+                for j in range(len(group)):
+                    group[j] = in_order[j]
                 break
 
 
