@@ -236,7 +236,16 @@ def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
 def mapped_values(
     folder: Path, n: int, pieces: Callable[[], Iterable[npt.NDArray[Any]]]
 ) -> Int32Array | FloatArray:
-    """`mapped` for ``n`` rows of one value each."""
+    """`mapped` for rows of one value each.
+
+    Args:
+        folder: of the file; see `mapped`.
+        n: rows in all.
+        pieces: the values, stretch by stretch, all of one type.
+
+    Returns:
+        ``[n]`` values of that type, read-only.
+    """
 
     def write(aside: Path) -> None:
         whole, at = None, 0
@@ -253,7 +262,7 @@ def mapped_values(
 
 
 def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is there whole or not at all, though several processes make it at once."""
+    """Makes a folder, whole or not at all, though several processes may be at it."""
     if folder.is_dir():
         return
     remove_leftovers(folder)

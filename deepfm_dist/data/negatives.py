@@ -362,7 +362,7 @@ def _draw_weighted(
         avoid = np.empty(end - begin + slots[i] - 1, np.int32)
         free = total[-1]
         for j in range(begin, end):
-            avoid[j - begin] = seen[j]
+            avoid[j - begin] = seen[j]  # not a slice: see `seeding._permuted`
             free -= total[seen[j] + 1] - total[seen[j]]
         word = mix(key ^ np.uint64(positives[i]))
         n = end - begin

@@ -138,7 +138,7 @@ def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> No
         for i in range(1, len(group)):
             if keys[group[i]] < keys[group[i - 1]]:
                 in_order = group[np.argsort(keys[group], kind="mergesort")]
-                for j in range(len(group)):
+                for j in range(len(group)):  # not a slice: see `seeding._permuted`
                     group[j] = in_order[j]
                 break
 

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 ITEM_BLOCK = 1024
 """Items looked up and multiplied together."""
 USERS_AT_ONCE = 8192
-"""Users looked up together, at least. Ranks wait for each other at a look-up: one a second costs
-nothing, one every 60 ms kept two ranks at 1.6 times the speed of one."""
+"""Users looked up together, at most. Ranks wait for each other at a look-up: one a second costs
+little, one every 60 ms kept two ranks at 1.6 times the speed of one (benchmarks/recommend.py)."""
 MEMORY_BYTES = 1 << 30
 """Default limit of what a rank keeps of the items."""
 SAY_EVERY_S = 30.0
@@ -58,7 +58,9 @@ class Ranker(Protocol):
     """Ranks the catalogue for stretches of users."""
 
     def look_up(self, stretches: Sequence[tuple[int, int]], height: int) -> None:
-        """Hears ahead of whom `best` will be asked for next, in this order. All ranks.
+        """Hears ahead whom `best` will be asked for next, in this order. All ranks.
+
+        Not every ranker has something to prepare.
 
         Args:
             stretches: (first user, last + 1) of each; as many on all ranks.
@@ -545,6 +547,7 @@ def dealt_stretches(
 def _my_stretches(
     n_users: int, world: World, stretches: Sequence[int] | None
 ) -> list[tuple[int, int]]:
+    """What `dealt_stretches` yields: as many on every rank, empty ones where it has fewer."""
     size = stretch_of(n_users)
     left = list(range(-(-n_users // size))) if stretches is None else list(stretches)
     per_rank = -(-len(left) // world.world_size)
