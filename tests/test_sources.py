@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -87,6 +88,21 @@ def test_a_bad_file_is_named_with_line_and_value(tmp_path: Path, text: str, mess
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "none.csv", COLUMNS)
+
+
+def test_a_refusal_keeps_no_reader_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's reading thread, which holds what a decoder raised, must not free the reader."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)  # the reader opens; a later block is bad
+    path = tmp_path / "a.csv"
+    path.write_bytes(("user,score,at\n" + "a,1,2\n" * 3000).encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="is no UTF-16 text") as caught:
+        read_table(path, COLUMNS, FileFormat(encoding="utf-16"))
+    decoder = caught.value.__context__
+    assert isinstance(decoder, UnicodeDecodeError)
+    frames = [frame for frame, _ in traceback.walk_tb(decoder.__traceback__)]
+    assert frames
+    held = [value for frame in frames for value in frame.f_locals.values()]
+    assert not [value for value in held if isinstance(value, pa.RecordBatchReader)]
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:

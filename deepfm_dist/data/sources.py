@@ -350,6 +350,7 @@ class _Reader:
             )
 
         self._check_beginning()
+        reader: pa_csv.CSVStreamingReader | None = None
         try:
             try:
                 reader = opened(wanted)
@@ -367,6 +368,11 @@ class _Reader:
             raise DataError(self._unreadable(error)) from None
         except self.failures as error:
             raise DataError(self._unreadable(error)) from None
+        finally:
+            # What a decoder or a remote file raised passed through this frame, and Arrow's reading
+            # thread keeps it: were the reader still here, that thread could be the one to free it,
+            # and would wait for its own end.
+            reader = None
 
     def _rewritten(self, lines: bytes) -> bytes:
         if self.wide:
