@@ -74,49 +74,14 @@ def fuxictr(
     rows: Columns, sizes: dict[str, int], dim: int, layers: list[int], batch_size: int
 ) -> tuple[Epoch, int]:
     """Returns a pass over the rows, and how many it trains on; the model is its model zoo's."""
-    from fuxictr.features import FeatureMap
     from fuxictr.pytorch.dataloaders.npz_dataloader import NpzDataLoader
-    from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
-    from fuxictr.pytorch.models import BaseModel
+    from fuxictr_deepfm import DeepFM, feature_map
 
-    class DeepFM(BaseModel):
-        def __init__(self, feature_map: FeatureMap) -> None:
-            super().__init__(feature_map, verbose=0, model_root=".", metrics=["AUC"])
-            self.embedding_layer = FeatureEmbedding(feature_map, dim)
-            self.fm = FactorizationMachine(feature_map)
-            self.mlp = MLP_Block(
-                input_dim=feature_map.sum_emb_out_dim(),
-                output_dim=1,
-                hidden_units=layers,
-                hidden_activations="ReLU",
-                output_activation=None,
-            )
-            self.compile("adam", "binary_crossentropy", 1e-3)
-            self.reset_parameters()
-            self.model_to_device()
-
-        def forward(self, inputs: object) -> dict[str, torch.Tensor]:
-            x = self.get_inputs(inputs)
-            embedded = self.embedding_layer(x)
-            y = self.fm(x, embedded) + self.mlp(embedded.flatten(start_dim=1))
-            return {"y_pred": self.output_activation(y)}
-
-    feature_map = FeatureMap("rows", ".")
-    for name in FIELDS:
-        feature_map.features[name] = {
-            "source": "",
-            "type": "categorical",
-            "vocab_size": sizes[name] + 1,
-            "padding_idx": 0,
-        }
-    feature_map.labels, feature_map.num_fields = ["label"], len(FIELDS)
-    feature_map.default_emb_dim = dim
-    feature_map.total_features = sum(sizes.values())
-    feature_map.set_column_index()
+    fields = feature_map({name: sizes[name] + 1 for name in FIELDS}, dim)
     path = Path(tempfile.mkdtemp()) / "rows.npz"
     np.savez(path, **rows)
-    loader = NpzDataLoader(feature_map, str(path), batch_size, shuffle=True, num_workers=0)
-    model = DeepFM(feature_map)
+    loader = NpzDataLoader(fields, str(path), batch_size, shuffle=True, num_workers=0)
+    model = DeepFM(fields, dim, layers, metrics=["AUC"])
     model._max_gradient_norm = 10.0  # what fit() sets
     model.train()
 
