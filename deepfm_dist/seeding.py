@@ -65,17 +65,19 @@ def _permuted(words: Any, n: int, seed: int) -> IntArray:
     keys, shift = _keys(seed), np.uint64(_half_bits(n))
     _rounds(words, keys, shift)
     end = np.uint64(n)
-    outside = np.flatnonzero(words >= end)
-    while len(outside):  # walk the cycle until it is back inside: at most 4 steps on average
-        walking = words[outside]
+    outside = np.empty(len(words), np.int64)
+    left = 0
+    for i in range(len(words)):
+        outside[left] = i  # written over by the next one unless it stays: no branch to foresee
+        left += words[i] >= end
+    while left:  # walk the cycle until it is back inside: at most 4 steps on average
+        walking = words[outside[:left]]
         _rounds(walking, keys, shift)
-        left = 0
-        for i in range(len(outside)):  # numba compiles an assignment to a slice for seconds
+        n_walked, left = left, 0
+        for i in range(n_walked):  # numba compiles an assignment to a slice for seconds
             words[outside[i]] = walking[i]
-            if walking[i] >= end:
-                outside[left] = outside[i]
-                left += 1
-        outside = outside[:left]
+            outside[left] = outside[i]
+            left += walking[i] >= end
     return words.view(np.int64)
 
 

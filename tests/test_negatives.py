@@ -158,3 +158,30 @@ def test_the_rth_unseen_item_of_a_long_history_is_found(seen: set[int], before: 
     end = before + len(seen)
     found = [_unseen(r, values, before, end, 200) for r in range(200 - len(seen))]
     assert found == sorted(set(range(200)) - seen)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 150), st.integers(1, 4)), max_size=6),
+    st.sets(st.integers(0, 399), max_size=40),
+    st.integers(0, 3),
+)
+def test_as_many_negatives_as_unseen_items_are_all_of_them(
+    runs: list[tuple[int, int, int]], others: set[int], place: int
+) -> None:
+    """However uneven a history: each stretch is then one item, which has to be found."""
+    n_items = 400
+    seen = others | {
+        i for at, n, step in runs for i in range(at, at + n * step, step) if i < n_items
+    }
+    lists: list[list[int]] = [[] for _ in range(4)]
+    lists[place] = sorted(seen)
+    history = Jagged(
+        np.cumsum([0, *map(len, lists)]), np.array([i for row in lists for i in row], np.int32)
+    )
+    for user in (place, (place + 1) % 4):
+        free = sorted(set(range(n_items)) - set(lists[user]))
+        k = len(free)
+        drawn = draw_per_positive(
+            np.full(k, 3), np.arange(k), np.full(k, user, np.int32), k, history, n_items, 8
+        )
+        assert sorted(drawn) == free

@@ -504,8 +504,8 @@ class TrainingBatches:
         users, labels, drawers = (
             _picked(columns.get(name), index) for name in ("user", "label", "drawer")
         )
-        if labels is None:
-            labels = np.ones(len(index), np.float32)
+        if labels is None or self._negatives is not None:  # slot 0 is the positive
+            labels = (found.slot == 0).astype(np.float32)
         items = bags = None
         if self._negatives is None or self._histories is not None:
             items = _picked(columns.get("item"), index)
@@ -515,7 +515,6 @@ class TrainingBatches:
             bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
             assert users is not None
-            labels[found.slot > 0] = 0
             drawers = users if drawers is None else drawers
             if items is None:  # only those that no negative takes the place of
                 positive = np.flatnonzero(found.slot == 0)

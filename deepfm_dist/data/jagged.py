@@ -19,6 +19,10 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
+_AT_ONCE = 4
+"""Values of a row that are copied without asking whether it has so many: the next row writes over
+what it has not, which costs less than a branch that the processor cannot foresee."""
+
 
 @dataclass(frozen=True)
 class Jagged:
@@ -99,7 +103,7 @@ Values = Int32Array | FloatArray | Jagged
 def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:
     """Some rows of a field."""
     if not isinstance(values, Jagged):
-        return values[rows]
+        return values.take(rows)
     lengths, flat = values.take(rows)
     return Jagged(offsets_of(lengths), flat)
 
@@ -200,14 +204,18 @@ def _lengths(offsets: Int64Array, rows: npt.NDArray[np.integer]) -> Int32Array:
 def _gather(
     offsets: Int64Array, values: Int32Array, rows: npt.NDArray[np.integer], total: int
 ) -> Int32Array:
-    out = np.empty(total, np.int32)
-    at = 0
+    out = np.empty(total + _AT_ONCE, np.int32)
+    at, last = 0, len(values) - 1
     for i in range(len(rows)):
         if rows[i] >= 0:
-            for j in range(offsets[rows[i]], offsets[rows[i] + 1]):
-                out[at] = values[j]
-                at += 1
-    return out
+            begin, end = offsets[rows[i]], offsets[rows[i] + 1]
+            if begin < end:
+                for j in range(_AT_ONCE):
+                    out[at + j] = values[min(begin + j, last)]
+            for j in range(_AT_ONCE, end - begin):
+                out[at + j] = values[begin + j]
+            at += end - begin
+    return out[:total]
 
 
 def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:

@@ -12,6 +12,9 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
+_WINDOW = (
+    15  # seen items about the place where the one wanted is guessed: four looks tell them apart
+)
 
 
 def draw_per_positive(
@@ -85,7 +88,9 @@ def put_negatives(
         weights: as above.
         first_item: what is added to the items drawn.
     """
-    flat = (history.offsets, history.values)
+    # Where nobody has seen anything, there still is a place to look at.
+    values = history.values if len(history.values) else np.zeros(1, np.int32)
+    flat = (history.offsets, values)
     if weights is not None:
         total = np.concatenate([[0], np.cumsum(weights)])
         _draw_weighted(out, positives, slots, users, *flat, total, seed, first_item)
@@ -256,34 +261,63 @@ def _draw_per_positive(
     seed: int,
     first_item: int,
 ) -> None:
-    """In three passes, so that the first is arithmetic alone and the second memory alone.
+    """In many passes, each of arithmetic or of memory, and none but the last with branches.
 
-    The processor takes several rows of the first at a time, and the memory several of the second.
+    The processor takes several rows of a pass at a time. For arithmetic, a pass has to have few
+    arrays, since LLVM gives up where it would have to compare many for overlaps. Searched one row
+    after the other, each look at a seen item would be waited for.
     """
-    n = len(positives)
-    ranks, guesses = np.empty(n, np.int64), np.empty(n, np.int64)
+    size, n, last = len(slots), 0, len(seen) - 1
+    rows, begins, ends = (
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+    )
+    words, stretches = np.empty(size, np.uint64), np.empty(size, np.int64)
+    for i in range(size):
+        begins[n], ends[n] = offsets[users[i]], offsets[users[i] + 1]
+        rows[n], words[n], stretches[n] = i, positives[i], slots[i]
+        n += slots[i] > 0  # a positive's place is written over
     key = mix(np.uint64(seed))
-    last = len(seen) - 1
+    again, ranks = np.empty(n, np.uint64), np.empty(n, np.int64)
     for i in range(n):
-        begin = offsets[users[i]]
-        length = offsets[users[i] + 1] - begin
-        free = n_items - length
-        word = mix(key ^ np.uint64(positives[i]))
-        slot = max(slots[i] - 1, 0)
-        low = _quotient(slot * free, per_positive)
-        high = _quotient((slot + 1) * free, per_positive)
-        rank = low + _below(mix(word ^ np.uint64(slot + 1)), high - low) + _below(word, free)
-        rank = rank - free if rank >= free else rank
-        ranks[i] = rank
-        guesses[i] = min(begin + _guess(rank, length, n_items), last)
-    near = np.zeros(n, np.int32)
-    if last >= 0:
+        words[i] = mix(key ^ words[i])
+    for i in range(n):
+        again[i] = mix(words[i] ^ np.uint64(stretches[i]))
+    for i in range(n):
+        ranks[i] = n_items - (ends[i] - begins[i])
+    for i in range(n):
+        free = ranks[i]
+        low = _quotient((stretches[i] - 1) * free, per_positive)
+        high = _quotient(stretches[i] * free, per_positive)
+        rank = low + _below(again[i], high - low) + _below(words[i], free)
+        ranks[i] = rank - free if rank >= free else rank
+    guesses, looked = np.empty(n, np.int64), np.empty(n, np.int32)
+    for i in range(n):
+        guesses[i] = min(begins[i] + _guess(ranks[i], ends[i] - begins[i], n_items), last)
+    for i in range(n):
+        looked[i] = seen[guesses[i]]
+    for i in range(n):  # a window about a better guess, from how far off the first one was
+        begin, end = begins[i], ends[i]
+        off = ranks[i] - (looked[i] - (guesses[i] - begin))
+        better = guesses[i] + np.int64(np.float64(off) * (end - begin) / (n_items - (end - begin)))
+        guesses[i] = max(begin, min(better - _WINDOW // 2, end - _WINDOW))
+    places = guesses.copy()
+    for half in (8, 4, 2, 1):
         for i in range(n):
-            near[i] = seen[guesses[i]]
+            looked[i] = seen[min(places[i] + half - 1, last)]
+        for i in range(n):
+            middle = places[i] + half - 1
+            below = looked[i] - (middle - begins[i]) <= ranks[i]
+            places[i] += half * (below & (middle < ends[i]))
     for i in range(n):
-        if slots[i] > 0:
-            begin, end = offsets[users[i]], offsets[users[i] + 1]
-            out[i] = first_item + _unseen_near(ranks[i], seen, begin, end, guesses[i], near[i])
+        rank, begin, end, place = ranks[i], begins[i], ends[i], places[i]
+        item = rank + place - begin
+        left, right = place == guesses[i], place == guesses[i] + _WINDOW
+        if (left and place > begin) or (right and place < end):  # perhaps beyond the window
+            place = min(place, end - 1)
+            item = _unseen_near(rank, seen, begin, end, place, seen[place])
+        out[rows[i]] = first_item + item
 
 
 @compiled
