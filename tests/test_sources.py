@@ -1,3 +1,4 @@
+import codecs
 import csv
 import gzip
 import io
@@ -6,6 +7,7 @@ import os
 import re
 import traceback
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -176,6 +178,9 @@ def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, cells: list[str])
         ("1970-01-02T00:00:01", 86401),
         ("1970-01-02T00:00:01Z", 86401),
         ("1970-01-02 09:00:01.5+09:00", 86401),
+        ("1970-01-02 00:00:01.5", 86401),
+        ("-0.5", -1),
+        ("1969-12-31 23:59:59.5", -1),
     ],
 )
 def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds: int) -> None:
@@ -196,7 +201,14 @@ def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds:
         (pa.array([2.0, float("nan")]), "time", "row 2: c nan is no time"),
         (pa.array(["1", "x"]).dictionary_encode(), "number", "row 2: c 'x' is no number"),
         (pa.array([[1]]), "text", "column 'c' holds list.* and cannot be read as text"),
-        (pa.array([2**63], pa.uint64()), "time", "'c' holds uint64 and cannot be read as time"),
+        (pa.array([5, 2**63], pa.uint64()), "time", f"row 2: c {2**63} is no time"),
+        (pa.array([1.5, 1e19]), "time", r"row 2: c 1e\+19 is no time"),
+        (pa.array([-0.5, 0.9, 7e9]), "time", [-1, 0, 7_000_000_000]),
+        (pa.array([-500, 1500], pa.timestamp("ms")), "time", [-1, 1]),
+        (pa.array(["a", None]).cast(pa.string_view()), "text", ["a", None]),
+        (pa.array(["10"]).cast(pa.string_view()), "time", [10]),
+        (pa.array([b"a", b"\xe9"]), "text", r"row 2: c b'\\xe9' is no text"),
+        (pa.array([Decimal("1.00"), Decimal("2.50"), None]), "text", ["1", "2.5", None]),
     ],
 )
 def test_parquet_columns_are_converted_or_refused(
@@ -210,6 +222,134 @@ def test_parquet_columns_are_converted_or_refused(
     else:
         with pytest.raises(DataError, match=expected):
             read_table(path, columns)
+
+
+def test_fractions_of_seconds_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for cells in (["0.1", "0.2", "3"], ["1970-01-01 00:00:00.1", "1970-01-01 00:00:00.2", "3"]):
+        path.write_text("\n".join(["at", *cells]))
+        dropped: Counter[str] = Counter()
+        read = read_table(path, [Column("at", "time")], dropped=dropped)
+        assert read["at"].to_pylist() == [0, 0, 3]
+        assert dropped == {"a.csv: fractions of seconds in at": 2}
+
+
+@pytest.mark.parametrize("number", ["1_000", "\u0661\u0662"])
+def test_numbers_are_not_what_python_calls_one(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"c\n1\n{number}\n", encoding="utf-8")
+    for kind in ("number", "time"):
+        with pytest.raises(DataError, match=f"line 3: c '{number}' is no {kind}"):
+            read_table(path, [Column("c", kind)])
+
+
+def test_words_for_missing_are_numbers_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    cells = {"f": [1.5, float("nan"), -1.0], "i": [3, 4, -1], "t": ["2", "NA", "-1"]}
+    pq.write_table(pa.table(cells), path)
+    columns = [Column(n, "number", False, ("nan", "-1", "NA")) for n in cells]
+    expected = {"f": [1.5, None, None], "i": [3, 4, None], "t": [2, None, None]}
+    assert read_table(path, columns).to_pydict() == expected
+
+
+STRAY = {
+    "unclosed": ('1,x\n2,"y\n' + "3,z\n" * 3000, 3, "a quote that is not closed"),
+    "unclosed, empty": ('1,x\n2,"', 3, "a quote that is not closed"),
+    "two strays": ('1,"Open\n' + "3,z\n" * 3000 + '4,"Open\n', 2, "behind the closing quote"),
+    "a nickname": ('1,x\r\n\r\n2,"Weird Al" Yankovic\r\n', 4, "behind the closing quote"),
+    "another column": ('1,x\r2,y\r"3"3,z\r', 4, "behind the closing quote"),
+    "after lines in quotes": ('1,"a\n""b""\n"\n2,"y\n', 5, "a quote that is not closed"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_stray_quotes_swallow_no_rows(
+    tmp_path: Path,
+    case: str,
+    encoding: str,
+    on_bad_row: Literal["error", "skip"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text, line, problem = STRAY[case]
+    path = tmp_path / "a.csv"
+    path.write_bytes(("id,title\n" + text).encode(encoding))
+    for block_bytes in (64, sources.BLOCK_BYTES):
+        monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+        with pytest.raises(DataError, match=f"line {line}: .*{problem}.*a.csv: {{quoted: false}}"):
+            read_table(path, [Column("id")], FileFormat(encoding=encoding), on_bad_row)
+    if "lines" not in case:
+        plain = FileFormat(encoding=encoding, quoted=False)
+        read = read_table(path, [Column("id"), Column("title")], plain)
+        rows = [row for row in re.split("\r\n|\n|\r", text) if row]
+        assert [",".join(row.values()) for row in read.to_pylist()] == rows
+
+
+def test_a_cell_of_very_many_lines_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('id,title\n0,"two\nlines"\n1,"Open\n' + "3,z\n" * 3000 + '4,6"\n5,w\n')
+    assert read_table(path, [Column("id")])["id"].to_pylist() == ["0", "1", "5"]
+    assert "a.csv, line 4: a cell in quotes goes on for 3002 lines" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.dat"])
+@pytest.mark.parametrize("encoding", [None, "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "gbk"])
+def test_every_format_is_read_in_every_encoding(
+    tmp_path: Path, name: str, encoding: str | None
+) -> None:
+    delimiter = {"a.csv": ",", "a.tsv": "\t", "a.dat": "::"}[name]
+    text = "user,score,at\nzoë\u4e2d,1.5,10\nb,-2,86400".replace(",", delimiter)
+    text = text.replace("ë", "") if encoding == "gbk" else text
+    begin = "\ufeff" if encoding in (None, "utf-16-le") else ""
+    (tmp_path / name).write_bytes((begin + text).encode(encoding or "utf-8"))
+    read = read_table(tmp_path / name, COLUMNS, FileFormat(encoding=encoding)).to_pydict()
+    first = text.split("\n")[1].split(delimiter)[0]
+    assert read == {"user": [first, "b"], "score": [1.5, -2.0], "at": [10, 86400]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "gbk", "utf-8"])
+def test_rows_that_are_no_text_are_skipped_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    parts = ["user,score\n\u4e2d,1\n", "x\u4e2d,2\n", "b,3\n"]
+    raw = [part.encode(encoding) for part in parts]
+    bad = b"\x00\xdc" if encoding == "utf-16" else b"\xff\xff"
+    mark = len("x".encode(encoding))
+    raw[1] = raw[1][:mark] + bad + raw[1][mark:]
+    raw = [part.removeprefix(codecs.BOM_UTF16_LE) if i else part for i, part in enumerate(raw)]
+    path.write_bytes(b"".join(raw))
+    dropped: Counter[str] = Counter()
+    layout = FileFormat(encoding=encoding)
+    read = read_table(path, COLUMNS[:2], layout, "skip", dropped).to_pydict()
+    assert read == {"user": ["\u4e2d", "b"], "score": [1.0, 3.0]}
+    assert dropped == {"a.csv: rows with an unreadable cell": 1}
+    with pytest.raises(DataError, match=r"is no .* text"):
+        read_table(path, COLUMNS[:2], layout)
+
+
+@pytest.mark.parametrize(
+    ("begin", "suffix"), [(gzip.compress(b"user\na\n"), ".gz"), (b"PAR1....", ".parquet")]
+)
+def test_packed_files_without_their_suffix_are_known(
+    tmp_path: Path, begin: bytes, suffix: str
+) -> None:
+    (tmp_path / "a.csv").write_bytes(begin)
+    with pytest.raises(DataError, match=f"as {suffix} files do; call it a.csv{suffix}"):
+        read_table(tmp_path / "a.csv", COLUMNS[:1])
+
+
+def test_a_separator_that_arrow_is_given_may_stand_in_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.dat").write_text("user::score\na::1\nx\x1fx::2\n")
+    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+        read_table(tmp_path / "a.dat", COLUMNS[:2])
+
+
+@pytest.mark.parametrize("name", ["rot13", "base64", "undefined", "nosuch"])
+def test_encodings_that_are_none_of_text_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Python knows no '{name}' of text"):
+        FileFormat(encoding=name)
 
 
 _WITH_GAPS = pa.array([3, float("nan"), float("inf"), 4], pa.float64())
@@ -549,17 +689,20 @@ def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
                 row = next(csv.reader(io.StringIO("\n".join(lines))))
                 assert found[2][1:-1] in row
             return
-    assert on_bad_row == "skip" or not dropped
+    lost = sum(n for reason, n in dropped.items() if "fractions" not in reason)
+    assert on_bad_row == "skip" or not lost
     for column in columns:
         assert not (column.required and table[column.name].null_count)
-    if name == "f.csv" and on_bad_row == "error" and encoding is None:
-        _agrees_with_csv(path, table, [c.name for c in columns if c.type == "text"])
+    if name == "f.csv" and encoding is None:
+        texts = [c.name for c in columns if c.type == "text" and on_bad_row == "error"]
+        _agrees_with_csv(path, table, lost, texts)
 
 
-def _agrees_with_csv(path: Path, table: pa.Table, texts: list[str]) -> None:
-    """What Arrow read as text is what Python's reader reads."""
+def _agrees_with_csv(path: Path, table: pa.Table, lost: int, texts: list[str]) -> None:
+    """What Arrow read as text is what Python's strict reader reads, and no row is unaccounted."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        header, *rows = [row for row in csv.reader(file) if row]
+        header, *rows = [row for row in csv.reader(file, strict=True) if row]
+    assert len(rows) == len(table) + lost
     for name in texts:
         assert table[name].to_pylist() == [row[header.index(name)] for row in rows]
 

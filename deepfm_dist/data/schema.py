@@ -37,13 +37,17 @@ class FileFormat(Section):
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
     """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
+    quoted: bool = True
+    """Whether a cell that begins with a double quote ends with the next one, line breaks and
+    delimiters being part of it; false where quotes are text. There are none in dat and libsvm."""
 
     @model_validator(mode="after")
     def _encoding_exists(self) -> Self:
         try:
-            codecs.lookup(self.encoding or "utf-8")
-        except LookupError:
-            raise ValueError(f"encoding: Python knows no {self.encoding!r}") from None
+            text = "a\n".encode(self.encoding or "utf-8")  # rot13 and the like make no bytes of it
+            codecs.getincrementaldecoder(self.encoding or "utf-8")().decode(text)
+        except (LookupError, AttributeError, TypeError, UnicodeError):
+            raise ValueError(f"encoding: Python knows no {self.encoding!r} of text") from None
         return self
 
 

@@ -1,8 +1,11 @@
 """Input files -> Arrow record batches; a bad cell is named by file, line and value."""
 
+import codecs
 import csv
 import difflib
 import io
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +24,15 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.schema import FileFormat
+from deepfm_dist.data.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
 from deepfm_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
-_NO_TEXT = "\uffff"  # no character: stands for bytes that are none, until their row is dropped
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
 _TYPES = {
     "text": pa.string(),
@@ -269,7 +276,7 @@ class _Reader:
         self.delimiter = " " if self.libsvm else layout.delimiter or default
         self.encoding = layout.encoding or ("latin-1" if dat else "utf-8")
         self.wide = len(self.delimiter.encode()) > 1
-        self.quoted = not (self.wide or self.libsvm)
+        self.quoted = layout.quoted and not (self.wide or self.libsvm)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         if self.libsvm and not self.layout.columns:
@@ -325,15 +332,15 @@ class _Reader:
         names = list(self.layout.columns) if self.layout.columns else None
         wanted = [c.name for c in self.columns]
 
+        quotes: Quotes | None = None
+
         def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
-            stream = self._stream()
-            if self.wide or self.libsvm or self.skip_bad:
-                stream = _Rewritten(stream, self._rewritten)
+            nonlocal quotes
+            quotes = Quotes(self.delimiter) if self.quoted else None
+            stream = self._utf_8(quotes)
             return pa_csv.open_csv(
                 stream,
-                pa_csv.ReadOptions(
-                    block_size=BLOCK_BYTES, column_names=names, encoding=self.encoding
-                ),
+                pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names),
                 pa_csv.ParseOptions(
                     delimiter=_UNIT_SEPARATOR.decode() if self.wide else self.delimiter,
                     quote_char='"' if self.quoted else False,
@@ -360,7 +367,11 @@ class _Reader:
             yield from reader
         except DataError:
             raise
+        except QuoteError as error:
+            raise self._unbalanced(error) from None
         except pa.ArrowInvalid as error:
+            if "straddling" in str(error):
+                raise self._too_long() from None
             if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
                 raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
             if "Empty CSV" in str(error):
@@ -374,37 +385,53 @@ class _Reader:
             # and would wait for its own end.
             reader = None
 
+        if quotes is not None and quotes.most_lines > _MANY_LINES:
+            log.warning(
+                "%s, line %d: a cell in quotes goes on for %d lines; where quotes are text, "
+                "set data.files: {%s: {quoted: false}}",
+                self.path,
+                self._line_at(quotes.most_lines_at),
+                quotes.most_lines + 1,
+                self.name,
+            )
+
+    def _utf_8(self, quotes: Quotes | None = None) -> TextStream:
+        """The file's text as Arrow is to read it."""
+        return TextStream(self._stream(), self.encoding, self.skip_bad, self._rewritten, quotes)
+
     def _rewritten(self, lines: bytes) -> bytes:
         if self.wide:
-            lines = lines.replace(self.delimiter.encode(self.encoding), _UNIT_SEPARATOR)
-        elif self.libsvm:
-            lines = re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines)
-        if self.skip_bad and self.encoding.lower() in ("utf-8", "utf8"):
-            try:
-                lines.decode()
-            except UnicodeDecodeError:
-                text = lines.decode(errors="replace").replace("\ufffd", _NO_TEXT)
-                return text.encode()
+            return lines.replace(self.delimiter.encode(), _UNIT_SEPARATOR)
+        if self.libsvm:
+            return re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines)
         return lines
 
     def _check_beginning(self) -> None:
-        """Refuses UTF-16 taken for UTF-8, and columns that are missing or come twice."""
+        """Refuses what is no text of its encoding, and columns that are missing or come twice."""
         try:
-            begin = self._stream().read(2)
+            begin = self._stream().read(4)
         except DataError:
             raise
         except self.failures:
             return  # the reader says why
-        if begin in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
+        for magic, suffix in _MAGIC.items():
+            if begin.startswith(magic):
+                raise DataError(
+                    f"{self.path}: not readable: it begins as {suffix} files do; call it "
+                    f"{self.name}{suffix}"
+                )
+        if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
                 f"{self.path}, line 1: not readable: it begins as UTF-16 does; name the encoding "
                 f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
             )
+        if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:
+            self.encoding = "utf-8"  # whatever the suffix's usual one is
         header: Sequence[str] = self.layout.columns or ()
         if not header:
             with suppress(csv.Error, *self.failures):
                 _, _, header = next(self._parsed(), (0, 0, ()))
-        if header and "\ufffd" not in "".join(header):  # else it is no text: the reader says where
+        if header and NO_TEXT not in "".join(header):  # else the reader says where
             self._check_columns(header)
 
     def _check_columns(self, present: Sequence[str]) -> None:
@@ -425,13 +452,16 @@ class _Reader:
             cells = batch.column(column.name)
             if self.libsvm:
                 cells = _half(cells, 1 if column.type == "number" else 0)
-            if pa.types.is_dictionary(cells.type):
-                cells = cells.dictionary_decode()
-            cells = _without(cells, column.missing)
-            if column.type == "text" and pa.types.is_floating(cells.type):
+            cells = _without(_plain(cells), column.missing)
+            if column.type == "text":
                 cells = _whole_as_integers(cells)
             try:
-                values = _convert(cells, column.type)
+                if column.type == "time":
+                    values, cut = _seconds(_moments(cells))
+                    if cut:
+                        self.dropped[f"{self.name}: fractions of seconds in {column.name}"] += cut
+                else:
+                    values = _convert(cells, column.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise DataError(
                     f"{self.path}: column {column.name!r} holds {cells.type} and cannot be read "
@@ -443,7 +473,7 @@ class _Reader:
                 if column.type == "text":
                     unreadable = pc.or_kleene(unreadable, pc.equal(values, ""))
             if self.skip_bad and column.type == "text":
-                no_text = pc.match_substring(values, _NO_TEXT)
+                no_text = pc.match_substring(values, NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
             faults = [(check.wrong(values), check.wanted) for check in column.checks]
             if pc.any(unreadable, min_count=0).as_py() is not False:
@@ -474,16 +504,15 @@ class _Reader:
     def _parsed(self) -> Iterator[tuple[int, int, Sequence[str]]]:
         """(row below the header, line it begins on, cells) of every row that is not blank."""
         text = io.TextIOWrapper(
-            io.BufferedReader(_Raw(self._stream())),
-            "utf-8-sig" if self.encoding.lower() in ("utf-8", "utf8") else self.encoding,
-            errors="replace",
+            io.BufferedReader(TextStream(self._stream(), self.encoding, replace=True)),
+            "utf-8-sig",
             newline="" if self.quoted else None,
         )
         row = 0 if self.layout.columns else -1
         if not self.quoted:
             for line, cells in enumerate(text, start=1):
                 if cells := cells.rstrip("\r\n"):
-                    yield row, line, cells.rstrip(" ").split(self.delimiter)
+                    yield row, line, self._cells(cells.rstrip(" "))
                     row += 1
             return
         reader = csv.reader(text, delimiter=self.delimiter)
@@ -496,6 +525,11 @@ class _Reader:
                 yield row, line, values
                 row += 1
 
+    def _cells(self, line: str) -> list[str]:
+        """A line without quotes, split where Arrow does."""
+        parted = line.replace(self.delimiter, _UNIT_SEPARATOR.decode()) if self.wide else line
+        return parted.split(_UNIT_SEPARATOR.decode() if self.wide else self.delimiter)
+
     def _where(self, wanted: int) -> str:
         with suppress(csv.Error, *self.failures):
             for row, line, _ in self._parsed():
@@ -504,7 +538,7 @@ class _Reader:
         return f"row {wanted + 1}"
 
     def _ragged(self, expected: int, text: str) -> str:
-        where, n = "a row", text.count(self.delimiter) + 1
+        where, n = "a row", len(self._cells(text))
         with suppress(csv.Error, *self.failures):
             for _, line, cells in self._parsed():
                 if len(cells) != expected:
@@ -514,6 +548,38 @@ class _Reader:
             f"{self.path}, {where}: {n} cells where {expected} are expected: {_short(text)}; "
             f"mend the row or set data.on_bad_row=skip"
         )
+
+    def _unbalanced(self, error: QuoteError) -> DataError:
+        what = (
+            "text stands behind the closing quote of a cell"
+            if error.is_closed
+            else "a cell begins with a quote that is not closed"
+        )
+        return DataError(
+            f"{self.path}, line {self._line_at(error.offset)}: {what}; mend it, or where quotes "
+            f"are text, set data.files: {{{self.name}: {{quoted: false}}}}"
+        )
+
+    def _too_long(self) -> DataError:
+        """Why a row is longer than Arrow takes: a stray quote, if there is one."""
+        if self.quoted:
+            stream = self._utf_8(Quotes(self.delimiter))
+            try:
+                while stream.read(1 << 20):
+                    pass
+            except QuoteError as error:
+                return self._unbalanced(error)
+        return DataError(f"{self.path}: not readable: a row has more than {BLOCK_BYTES:,} bytes")
+
+    def _line_at(self, offset: int) -> int:
+        """The line that so many bytes of the text lie before, from 1."""
+        line, before = 1, b""
+        stream = self._utf_8()
+        while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
+            ends = block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+            line += ends - (before == b"\r" and block[:1] == b"\n")
+            offset, before = offset - len(block), block[-1:]
+        return line
 
     def _unreadable(self, error: Exception) -> str:
         if isinstance(error, UnicodeError) or "UTF8" in str(error):
@@ -545,69 +611,62 @@ class _Raw(io.RawIOBase):
         return len(block)
 
 
-class _Rewritten(io.RawIOBase):
-    """A stream whose lines are rewritten, whole ones at a time."""
-
-    def __init__(self, stream: Any, rewrite: Callable[[bytes], bytes]) -> None:
-        self._of_arrow, self._rewrite = stream, rewrite
-        self._ready = memoryview(b"")
-        self._begun = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._of_arrow.read(1 << 20)
-            whole, newline, self._begun = (self._begun + block).rpartition(b"\n")
-            if not block:
-                whole, newline, self._begun = self._begun, b"", b""
-            self._ready = memoryview(self._rewrite(whole + newline))
-            if not block and not self._ready:
-                return 0
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-
 def _half(cells: pa.Array, which: int) -> pa.Array:
     """One half of libsvm's ``index:value``; a cell without colon, such as the label, as it is."""
     pattern = (r":.*$", r"^[^:]*:")[which]
     return pc.replace_substring_regex(cells, pattern, "")
 
 
+def _plain(cells: pa.Array) -> pa.Array:
+    """Cells without an encoding or a layout of their own."""
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    return cells.cast(pa.string()) if pa.types.is_string_view(cells.type) else cells
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
 def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
-    """Cells of text with some words turned to null."""
-    if not words or not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+    """Cells with some words, or the numbers that these words are, turned to null."""
+    if not words:
         return cells
-    found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
+        return pc.if_else(found, None, cells)
+    if not _is_number(cells.type):
+        return cells
+    numbers = [n for n in map(_float_or_none, words) if n is not None]
+    exact = cells.cast(pa.float64(), safe=False)
+    found = pc.is_in(exact, value_set=pa.array(numbers, pa.float64()))
+    if any(map(math.isnan, numbers)):
+        found = pc.or_(found, pc.is_nan(exact).fill_null(False))
     return pc.if_else(found, None, cells)
 
 
 def _convert(cells: pa.Array, kind: str) -> pa.Array:
     """Cells -> the column's type; what cannot be read becomes null."""
     if kind == "text":
-        return cells.cast(pa.string())
+        try:
+            return cells.cast(pa.string())
+        except pa.ArrowInvalid:  # bytes, of which some are no text
+            return pa.array([_text_or_none(c) for c in cells.to_pylist()], pa.string())
     if kind == "split":
         place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
         return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
-    if kind == "time" and pa.types.is_temporal(cells.type):
-        return cells.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-        cells = _times(cells) if kind == "time" else _numbers(cells)
-    if kind in ("number", "weight", "label"):
-        cells = cells.cast(pa.float64(), safe=False)
-    if pa.types.is_floating(cells.type):  # NaN and infinity, in float32, are nothing to learn from
-        finite = pc.is_finite(cells.cast(pa.float32(), safe=False))
-        cells = pc.if_else(finite, cells, None)
+        cells = _numbers(cells)
+    cells = cells.cast(pa.float64(), safe=False)
+    # NaN and infinity, in float32, are nothing to learn from.
+    cells = pc.if_else(pc.is_finite(cells.cast(pa.float32(), safe=False)), cells, None)
     if kind == "weight":
         cells = cells.cast(pa.float32(), safe=False)
         return pc.if_else(pc.greater(cells, 0), cells, None)
     if kind == "label":
         binary = pc.is_in(cells, pa.array([0.0, 1.0]))
         return pc.if_else(binary, cells, None).cast(pa.int8())
-    return cells if kind == "number" else cells.cast(pa.int64(), pa.types.is_integer(cells.type))
+    return cells
 
 
 def _numbers(cells: pa.Array) -> pa.Array:
@@ -618,22 +677,48 @@ def _numbers(cells: pa.Array) -> pa.Array:
         return pa.array([_float_or_none(c) for c in cells.to_pylist()], pa.float64())
 
 
-def _times(cells: pa.Array) -> pa.Array:
-    try:
-        return cells.cast(pa.int64())
-    except pa.ArrowInvalid:
-        pass
-    try:
-        return cells.cast(pa.timestamp("s")).cast(pa.int64())
-    except pa.ArrowInvalid:
-        return pa.array([_time_or_none(c) for c in cells.to_pylist()], pa.int64())
+def _moments(cells: pa.Array) -> pa.Array:
+    """Times of any kind -> a temporal type, integers or floats; null where it is none."""
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        return cells
+    for kind in (pa.int64(), pa.timestamp("s"), pa.timestamp("us"), pa.float64()):
+        try:
+            return cells.cast(kind)
+        except pa.ArrowInvalid:
+            pass
+    return pa.array([_time_or_none(c) for c in cells.to_pylist()], pa.float64())
+
+
+def _seconds(moments: pa.Array) -> tuple[pa.Array, int]:
+    """Moments -> int64 whole seconds, null where that is too small, and how many were cut."""
+    if pa.types.is_temporal(moments.type):
+        moments = moments.cast(pa.timestamp("us"), safe=False)
+        seconds = pc.floor_temporal(moments, unit="second")
+        cut = pc.not_equal(moments, seconds)
+        return seconds.cast(pa.timestamp("s")).cast(pa.int64()), pc.sum(cut).as_py() or 0
+    if pa.types.is_uint64(moments.type):
+        moments = pc.if_else(pc.less(moments, pa.scalar(2**63, pa.uint64())), moments, None)
+    if not pa.types.is_floating(moments.type):
+        return moments.cast(pa.int64()), 0
+    seconds = pc.floor(moments.cast(pa.float64()))
+    inside = pc.and_(pc.greater_equal(seconds, -(2.0**63)), pc.less(seconds, 2.0**63))
+    seconds = pc.if_else(inside, seconds, None)
+    cut = pc.not_equal(seconds, moments)
+    return seconds.cast(pa.int64()), pc.sum(cut).as_py() or 0
 
 
 def _whole_as_integers(cells: pa.Array) -> pa.Array:
     """Floats -> text, as their integers have it, which pandas makes floats where there are gaps.
 
-    A gap is no id called nan, and ten thousand million is none called 1e+10.
+    A gap is no id called nan, and ten thousand million is none called 1e+10. Decimals likewise:
+    1.00 is 1. What is neither stays as it is.
     """
+    if pa.types.is_decimal(cells.type):
+        texts = [None if c is None else f"{c:f}" for c in cells.to_pylist()]
+        whole = [t if t is None or "." not in t else t.rstrip("0").rstrip(".") for t in texts]
+        return pa.array(whole, pa.string())
+    if not pa.types.is_floating(cells.type):
+        return cells
     exact = cells.cast(pa.float64())
     finite = pc.is_finite(exact)
     whole = pc.and_(finite, pc.less(pc.abs(exact), 2.0**63))
@@ -643,26 +728,33 @@ def _whole_as_integers(cells: pa.Array) -> pa.Array:
 
 
 def _float_or_none(text: str | None) -> float | None:
+    """A number as files have it: Python would also take 1_000 and digits of other scripts."""
+    if text is None or not text.isascii() or "_" in text:
+        return None
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
         return None
 
 
-def _time_or_none(text: str | None) -> int | None:
+def _time_or_none(text: str | None) -> float | None:
     if text is None:
         return None
-    try:
-        seconds = int(float(text))
-    except (ValueError, OverflowError):
-        pass
-    else:
-        return seconds if abs(seconds) < 1 << 63 else None
+    seconds = _float_or_none(text)
+    if seconds is not None:
+        return seconds
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _text_or_none(cell: bytes | None) -> str | None:
+    try:
+        return None if cell is None else cell.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _brief(error: Exception) -> str:
