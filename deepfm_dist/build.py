@@ -26,6 +26,7 @@ from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import (
     GradientBounds,
+    TableOptimizer,
     combined_optimizer,
     table_optimizer,
 )
@@ -200,6 +201,23 @@ def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
     )
 
 
+def table_optimizer_of(config: OptimizerConfig, device: torch.device) -> TableOptimizer:
+    """The tables' optimizer on a device.
+
+    Raises:
+        ConfigError: the device cannot do it.
+    """
+    of_tables = config.tables
+    return table_optimizer(
+        of_tables.name,
+        of_tables.lr,
+        of_tables.eps,
+        device,
+        of_tables.l2 if config.max_norm is None else 0.0,  # else it is a part of what is bounded
+        of_tables.max_gradient,
+    )
+
+
 def shard_for_training(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -207,16 +225,9 @@ def shard_for_training(
 
     Logs the plan.
     """
-    of_tables, of_dense = config.optimizer.tables, config.optimizer.dense
+    of_dense = config.optimizer.dense
     in_gradient = config.optimizer.max_norm is not None  # L2: a part of what is bounded
-    tables = table_optimizer(
-        of_tables.name,
-        of_tables.lr,
-        of_tables.eps,
-        world.device,
-        0.0 if in_gradient else of_tables.l2,
-        of_tables.max_gradient,
-    )
+    tables = table_optimizer_of(config.optimizer, world.device)
     task = model_to_train(config, manifest, world)
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
@@ -441,8 +452,13 @@ def search_of(config: Config, folder: Path) -> Search:
     )
 
 
-def loggers(config: Config, world: World) -> list[Logger]:
+def loggers(config: Config, world: World, from_step: int) -> list[Logger]:
     """What hears of metrics beside the run's own file, on rank 0.
+
+    Args:
+        config: the settings.
+        world: the ranks.
+        from_step: the step that training goes on after.
 
     Raises:
         ConfigError: an import path of ``run.loggers`` leads nowhere.
@@ -450,7 +466,7 @@ def loggers(config: Config, world: World) -> list[Logger]:
     if not world.is_first:
         return []
     return [
-        TensorBoard(config.run_dir / "tensorboard")
+        TensorBoard(config.run_dir / "tensorboard", from_step)
         if name == "tensorboard"
         else _imported(name, f"run.loggers={name}", "tensorboard or package.module:function")
         for name in config.run.loggers

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+from deepfm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepfm_dist.runs import Finished
@@ -37,6 +38,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _export(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import find_finished
 
+    if arguments.max_file_bytes < 1:
+        raise ConfigError(f"--max-file-bytes {arguments.max_file_bytes}: must be positive")
     found = find_finished(config, arguments.overrides)
     target = Path(arguments.output or found.config.output_dir / "export")
     tensors = export(found, target, arguments.max_file_bytes)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from deepfm_dist.errors import DeepFMError
 from deepfm_dist.storage import brief, is_of_storage, is_remote, writing
 
 log = logging.getLogger(__name__)
@@ -59,17 +60,18 @@ class TensorBoard:
 
     Args:
         folder: of TensorBoard's files.
+        from_step: what earlier files have of later steps is shown no more.
 
     Raises:
         DeepFMError: it cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, from_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._folder = folder
         with writing(folder):
-            self._writer: Any = SummaryWriter(str(folder))
+            self._writer: Any = SummaryWriter(str(folder), purge_step=from_step + 1)
         self._flushes = not is_remote(folder)  # an upload each would hold training up
 
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
@@ -112,20 +114,18 @@ class MetricsLog:
         loggers: Sequence[Logger] = (),
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self._is_first, self._loggers = is_first, loggers
+        self._is_first, self._loggers = is_first, [*loggers]
         self._uploads, self._text = is_remote(folder), ""
         if not is_first:
             return
         with writing(folder):
             if not self._uploads:
                 folder.mkdir(parents=True, exist_ok=True)
-            found = text = self.path.read_text() if self.path.exists() else None
+            found = self.path.read_text() if self.path.exists() else None
+            kept = [line for line in (found or "").splitlines(True) if _is_whole(line)]
             if from_step is not None:
-                # A line that a kill cut short is none.
-                whole = [x for x in (found or "").splitlines(True) if x.endswith("\n")]
-                kept = [x for x in whole if json.loads(x).get("step", 0) <= from_step]
-                text = "".join(kept if from_step else [])
-            self._text = text or ""
+                kept = [x for x in kept if from_step and json.loads(x).get("step", 0) <= from_step]
+            self._text = "".join(kept)
             if found != self._text:
                 self.path.write_text(self._text)
 
@@ -145,8 +145,15 @@ class MetricsLog:
         else:
             with writing(self.path), self.path.open("a") as file:
                 file.write(line)
-        for logger in self._loggers:
-            logger(event, values)
+        for logger in [*self._loggers]:
+            try:
+                logger(event, values)
+            except DeepFMError:
+                raise
+            except Exception as error:  # somebody else's code, or the network's fault
+                name = getattr(logger, "__name__", type(logger).__name__)
+                log.warning("run.loggers: %s failed and is not told more: %s", name, brief(error))
+                self._loggers.remove(logger)
 
     def flush(self) -> None:
         """Makes what was written last: a run that goes on from here finds it."""
@@ -171,6 +178,14 @@ def _warned(what: str) -> Iterator[None]:
         if not is_of_storage(error):
             raise
         log.warning("%s: %s", what, brief(error))
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line is an event: one that a kill or a full disk cut short is none."""
+    try:
+        return line.endswith("\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _without_nan(value: Any) -> Any:

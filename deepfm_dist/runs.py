@@ -54,7 +54,9 @@ def begin(
     with writing(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest), LoopState()
         if path is not None:
-            state = LoopState(**checkpoint.read_state(path)["trainer"])
+            state = _loop_state(path)
+            if state.step < last_step:
+                state.go_on(schedule)  # what ended it once may be no reason now
             is_over = state.is_over(schedule, last_step)
             if is_over and config.checkpoint.resume == "auto" and not restarted():
                 log.info("%s: the run is over; it is trained anew", path)
@@ -85,6 +87,16 @@ def begin(
         )
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
         return path, state
+
+
+def _loop_state(path: Path) -> LoopState:
+    try:
+        return LoopState(**checkpoint.read_state(path)["trainer"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); train anew "
+            f"with checkpoint.resume=never"
+        ) from None
 
 
 def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) -> None:

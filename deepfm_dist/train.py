@@ -1,6 +1,7 @@
 """``torchrun -m deepfm_dist.train``: a prepared dataset -> a checkpoint of a trained DeepFM."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -16,6 +17,8 @@ EXAMPLES = (
     "--config sample model.embedding_dim=32 optimizer.tables.lr=0.1",
     "torchrun --config mine.yaml trainer.monitor=auc trainer.patience=2",
 )
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from deepfm_dist.distributed.world import World
@@ -107,7 +110,9 @@ def train_on(
 
     def save(state: LoopState) -> None:
         metrics.flush()
-        keep = [step for step in (state.best_step,) if step is not None]
+        # The best one, that of a longer run, and the last before steps were skipped.
+        kept = [state.best_step, (state.before_end or state.judged)[1], state.saved_step]
+        keep = [step for step in kept if step is not None]
         checkpoints.save(
             state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
         )
@@ -119,7 +124,8 @@ def train_on(
             heard(found, state.step // batches.steps_per_epoch)
         return found
 
-    metrics = MetricsLog(run_dir, ranks.is_first, state.step, loggers(config, ranks))
+    hearing = loggers(config, ranks, state.step)
+    metrics = MetricsLog(run_dir, ranks.is_first, state.step, hearing)
     with StopSignals() as asked_to_stop, closing(metrics):
         try:
             train(
@@ -141,7 +147,10 @@ def train_on(
             checkpoints.close()
             raise
         checkpoints.close()
-    return state, not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
+    stopped = not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
+    if stopped and ranks.is_first:
+        log.warning("told to stop: step %d is saved, the same command goes on", state.step)
+    return state, stopped
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from deepfm_dist.build import shard_for_inference, shard_for_training
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
@@ -296,22 +296,23 @@ def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
     assert "SystemExit: 2" in str(caught.value)
 
 
-def _disk_gets_full(folder: Path, run_dir: Path) -> str:
+def _disk_gets_full(folder: Path, run_dir: Path, room_bytes: int) -> str:
     with world("cpu") as ranks:
         run = Run(folder, config_of(*SMALL), ranks)
         run.save(run_dir, 3)
         if ranks.rank == ranks.world_size - 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, resource.RLIM_INFINITY))
         with pytest.raises(CheckpointError) as caught:
             run.save(run_dir, 4)
         return str(caught.value)
 
 
+@pytest.mark.parametrize("room_bytes", [300, 1000, 20_000])
 def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
-    sample: PreparedDataset, tmp_path: Path
+    sample: PreparedDataset, tmp_path: Path, room_bytes: int
 ) -> None:
     run_dir = tmp_path / "run"
-    for message in run_ranks(_disk_gets_full, 2, sample.folder, run_dir):
+    for message in run_ranks(_disk_gets_full, 2, sample.folder, run_dir, room_bytes):
         assert message.startswith(f"{checkpoint.checkpoint_path(run_dir, 4)}: cannot be written: ")
         assert "File too large" in message
         assert "\n" not in message
@@ -358,7 +359,7 @@ def test_incomplete_and_foreign_checkpoints_are_refused(
         checkpoint.check_vocabulary(path, {"vocabulary_hash": "51aa"}, "8f2c")
     with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
         run_alone(_loaded, sample.folder, config_of("model.embedding_dim=30"), path)
-    for text, said in (("{", "no complete checkpoint"), ("{}", r"damaged \(step is None\)")):
+    for text, said in (("{", "damaged: it is no JSON"), ("{}", r"damaged \(step is None\)")):
         (path / checkpoint.MARKER).write_text(text)
         with pytest.raises(CheckpointError, match=said):
             checkpoint.read_state(path)
@@ -385,7 +386,7 @@ def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
             what = "cannot be read: No such file" if damage is None else "damaged: its checksum"
             for message, logged in run_ranks(_said_about, size, sample.folder, config, path):
                 assert message.startswith(f"{file}: {what}")
-                assert message.endswith("; train anew")
+                assert message.endswith("; train anew with checkpoint.resume=never")
                 assert logged == []
         file.write_bytes(whole)
     _fake(tmp_path, 1)
@@ -405,3 +406,49 @@ def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str
     with pytest.raises(CheckpointError) as caught:
         _loaded(folder, config, path)
     return str(caught.value), [r.getMessage() for r in records if r.exc_info]
+
+
+def test_one_flipped_bit_of_a_marker_changes_nothing_in_silence(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path)
+    path = checkpoint.find_checkpoint(tmp_path)
+    marker, rng = path / checkpoint.MARKER, np.random.default_rng(1)
+    whole, expected = marker.read_bytes(), checkpoint.read_state(path)
+    assert "crc32_of_this" in whole.decode()
+    found = 0
+    for bit in rng.choice(8 * len(whole), 500, replace=False):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        marker.write_bytes(damaged)
+        try:
+            assert checkpoint.read_state(path) | {} == expected or b"crc32_of_this" not in damaged
+        except CheckpointError as error:
+            found += 1
+            assert str(error).startswith(f"{marker}: damaged") or "no complete" in str(error)
+    assert found > 400
+
+
+def _steps_of_fused_tables(folder: Path, config: Config, run_dir: Path) -> list[list[int]]:
+    with world("cpu") as ranks:
+        run, found = Run(folder, config, ranks), []
+        run.losses(1, 3)
+        run.save(run_dir, 3)
+        run.sharded(next(run.batches.steps(4, 4)))  # FBGEMM counts a look-up that is no step
+        found.append([int(k.iter) for k in fused_kernels(run.sharded)])
+        again = Run(folder, config, ranks)
+        checkpoint.load(checkpoint.find_checkpoint(run_dir), ranks, again.sharded, again.optimizer)
+        found.append([int(k.iter) for k in fused_kernels(again.sharded)])
+        again.losses(4, 5)
+        found.append([int(k.iter) for k in fused_kernels(again.sharded)])
+        found.append([int(k.iter_cpu) for k in fused_kernels(again.sharded)])
+        return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_optimizers_know_how_many_steps_they_have_taken(
+    sample: PreparedDataset, tmp_path: Path, size: int
+) -> None:
+    config = config_of(*SMALL, "sharding.kind=row_wise")
+    for found in run_ranks(_steps_of_fused_tables, size, sample.folder, config, tmp_path):
+        assert found == [[4], [3], [5], [5]]

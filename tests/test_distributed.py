@@ -780,3 +780,16 @@ def test_what_a_cpu_has_not_is_refused(sample: PreparedDataset, override: str, s
         run_alone(train, sample.folder, config_of(override), 1)
     with pytest.raises(ConfigError, match=r"table_precision=fp16: adam on the tables"):
         config_of("trainer.table_precision=fp16", "optimizer.tables.name=adam")
+
+
+def _pipelines(folder: Path) -> list[str]:
+    with world("cpu") as ranks:
+        run, found = Run(folder, config_of(*SMALL), ranks), []
+        [kernel] = sharding.fused_kernels(run.sharded)
+        for kernel.prefetch_pipeline in (False, True):
+            found.append(type(train_pipeline(run.sharded, run.optimizer, ranks)).__name__)
+        return found
+
+
+def test_tables_that_are_fetched_ahead_get_the_pipeline_for_it(sample: PreparedDataset) -> None:
+    assert run_alone(_pipelines, sample.folder) == ["TrainPipeline", "PrefetchTrainPipeline"]

@@ -271,9 +271,12 @@ def test_a_damaged_checkpoint_and_a_foreign_folder_are_refused_and_leave_nothing
     blocked = pytest.raises(DeepFMError, match="cannot be written: Not a directory")
     with blocked, export_folder(tmp_path / "file" / "out"):
         raise AssertionError
+    is_a_file = pytest.raises(DeepFMError, match="is a file; --output names a folder")
+    with is_a_file, export_folder(tmp_path / "file"):
+        raise AssertionError
     _, where = trained
-    refused = run_alone(export.main, [*where, "model.embedding_dim=4"])
-    assert refused == 2
+    for wrong in ("model.embedding_dim=4", "--max-file-bytes=0"):
+        assert run_alone(export.main, [*where, wrong]) == 2
 
 
 def test_one_flipped_bit_is_found_before_anything_is_written(

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
 
 def _listeners(root: Path, names: str) -> list[str]:
     with world("cpu") as ranks:
-        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), ranks)
+        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), ranks, 0)
         return [getattr(logger, "__name__", type(logger).__name__) for logger in found]
 
 
@@ -126,3 +127,44 @@ def test_a_listener_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [message] = run_ranks(_unknown, 1, tmp_path)
     assert message.startswith("run.loggers=tests.test_log:nobody: AttributeError: module 'tests.")
     assert message.endswith("; give tensorboard or package.module:function")
+
+
+def test_a_line_cut_short_breaks_no_later_reader(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_first=True)
+    log.write("train", step=5)
+    with log.path.open("a") as file:
+        file.write('{"event": "tr\n{"event": "train", "st')
+    MetricsLog(tmp_path, is_first=True).write("evaluate", rows=3)  # as evaluate goes on
+    assert [e["event"] for e in read(log.path)] == ["train", "evaluate"]
+
+
+def _fails(event: str, values: Mapping[str, Any]) -> None:
+    raise ConnectionError("the server\nis away")
+
+
+def test_a_listener_that_fails_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard.clear()
+    log = MetricsLog(tmp_path, is_first=True, loggers=[_fails, listener])
+    for step in (1, 2):
+        log.write("train", step=step)
+    assert len(heard) == len(read(log.path)) == 2
+    told = [r.getMessage() for r in caplog.records]
+    assert told == ["run.loggers: _fails failed and is not told more: the server is away"]
+
+
+@pytest.mark.parametrize(("from_step", "shown"), [(0, [(1, 9.0)]), (1, [(1, 1.0), (2, 9.0)])])
+def test_tensorboard_shows_one_run(
+    tmp_path: Path, from_step: int, shown: list[tuple[int, float]]
+) -> None:
+    first = TensorBoard(tmp_path)
+    for step in (1, 2, 3):
+        first("train", {"step": step, "loss": 1.0})
+    first.close()
+    again = TensorBoard(tmp_path, from_step)
+    again("train", {"step": from_step + 1, "loss": 9.0})
+    again.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("train/loss")] == shown

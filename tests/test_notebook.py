@@ -189,6 +189,11 @@ def _without(name: str) -> Callable[[dict[str, Tensor]], object]:
             lambda s: s | {"mlp_layers.6.weight": torch.zeros(2, 5)},
             r"mlp_layers.6.weight has shape \[2, 5\], not \[1, 5\]",
         ),
+        (lambda s: s | {"bias": s["bias"].long()}, "bias holds torch.int64, not floats"),
+        (
+            lambda s: s | {"fc.weight": s["fc.weight"].where(s["fc.weight"] < 0, torch.nan)},
+            r"fc.weight: \d+ of its weights are NaN or infinite",
+        ),
         (lambda s: list(s.values()), "no state dict; write torch.save"),
         (lambda s: NotebookDeepFM([3], 1, [1]), "not a file of plain tensors .*write it by"),
         (None, "not a file of plain tensors"),

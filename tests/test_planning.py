@@ -312,3 +312,9 @@ def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> 
         assert of_rank["embeddings"] + of_rank["embedding_gradients"] == floats
         # Which rows are whose is told to be even where a table is cut; genres come in any number.
         assert of_rank["ids"] == pytest.approx(ids, rel=0.05)
+
+
+def test_a_plan_refuses_what_training_would() -> None:
+    code, _, err = said(*ROWS, "--world-size=8", "optimizer.tables={name: sgd, l2: 0.1}")
+    assert code == 2
+    assert "optimizer.tables.l2=0.1: FBGEMM's sgd on cuda ignores it" in err

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -451,3 +452,82 @@ def test_a_run_whose_labels_have_changed_is_trained_anew(
         assert run_alone(train_command.main, [*arguments, *last]) == code
         assert ("the data is" in capfd.readouterr().err) == (code == 2)
     assert [line["step"] for line in events(tmp_path / "runs" / "sample", "train")] == [6]
+
+
+def test_a_longer_run_knows_nothing_of_where_a_shorter_one_ended(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    options = (
+        "trainer={batch_size: 30000, epochs: 9, monitor: auc, patience: 3, plateau_factor: 0.5}",
+    )
+    whole = run_alone(
+        trained,
+        sample,
+        tmp_path / "1",
+        *options,
+        "trainer.max_steps=20",
+        validations=[0.6, 0.5, 0.4, 0.7],
+    )
+    part = run_alone(
+        trained,
+        sample,
+        tmp_path / "2",
+        *options,
+        "trainer.max_steps=12",  # two epochs are 10 steps
+        validations=[0.6, 0.5, 0.9],
+    )
+    assert (part.state.best, part.state.best_step) == (0.9, 12)  # for whoever asks for the best
+    state = LoopState(**json.loads(json.dumps(asdict(part.saved[-1]))))
+    on = run_alone(
+        trained,
+        sample,
+        tmp_path / "3",
+        *options,
+        "trainer.max_steps=20",
+        validations=[0.4, 0.7],
+        state=state,
+    )
+    assert on.state.judged == whole.state.judged == [0.7, 20, 0, 0.25]
+
+
+def test_another_figure_to_watch_is_not_compared_with_the_one_before() -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="ne")
+    state = LoopState()
+    state.go_on(schedule)
+    state.step = 5
+    state.judge({"ne": 0.9}, schedule)
+    state.go_on(schedule)
+    assert state.judged == [0.9, 5, 0, 1.0]
+    state.go_on(replace(schedule, monitor="auc"))
+    assert (state.monitor, state.best, state.best_step) == ("auc", None, None)
+
+
+def test_nothing_is_saved_while_steps_are_skipped(sample: PreparedDataset, tmp_path: Path) -> None:
+    options = (*SHORT, "checkpoint.every_steps=3", "trainer.max_steps=10")
+    nan = {"change": _nan_at(range(5, 8), "labels")}
+    run = run_ranks(trained, 2, sample, tmp_path, *options, **nan)[0]
+    assert [s.step for s in run.saved] == [3, 8, 9, 10]  # that of step 6 once there is a step again
+    nan = {"change": _nan_at(range(8, 20), "labels")}
+    run = run_ranks(trained, 2, sample, tmp_path, *options, **nan)[0]
+    assert [(s.step, s.saved_step) for s in run.saved] == [(3, 3), (6, 6), (10, 6)]
+
+
+def _ends_without_numbers(sample: PreparedDataset, out: Path) -> str:
+    with pytest.raises(NonFiniteLoss) as caught:
+        Trained(
+            sample,
+            out,
+            "trainer={epochs: 3, batch_size: 30000}",
+            "checkpoint.every_steps=4",
+            "optimizer={tables: {name: sgd, lr: 1e30}, dense: {name: sgd, lr: 1e30}}",
+        )
+    return str(caught.value)
+
+
+def test_weights_that_are_no_numbers_end_training_at_the_validation(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    message = run_alone(_ends_without_numbers, sample, tmp_path)
+    assert re.match(
+        r"step 5: the validation log loss is (nan|inf); the last checkpoint is none;", message
+    )

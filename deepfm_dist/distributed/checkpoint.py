@@ -5,7 +5,7 @@ Layout of ``runs/<name>/checkpoints/step_00001000/``::
     __0_0.distcp, ...   model and optimizer, written by all ranks in the background
     .metadata           where DCP finds which tensor
     state.json          the marker, written last: step, settings, data, state of the loop, and the
-                        CRC-32 of every other file
+                        CRC-32 of every other file and of its own contents
 
 The folder may be an object store's (``s3://bucket/runs``): nothing here needs a rename to be atomic
 or a listing to be fresh, only that the marker's upload comes last and is whole or not there.
@@ -32,9 +32,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase
@@ -47,6 +44,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
+from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.storage import (
@@ -60,6 +58,7 @@ from deepfm_dist.storage import (
 
 MARKER = "state.json"
 _SUMS = "crc32"
+_OWN_SUM = "crc32_of_this"
 _NAME = re.compile(r"step_(\d{8,})")
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
 _OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
@@ -227,11 +226,18 @@ class _Writer(dcp.FileSystemWriter):
         sums = {".metadata": self._files.sums[".metadata"]}
         for result in [r for of_rank in results for r in of_rank if r.index.fqn == _SUMS]:
             sums |= result.storage_data
+        state = {**self._state, _SUMS: sums}
+        state[_OWN_SUM] = _sum_of(state)
         aside = self._folder / f"{MARKER}.part"
         with self._files.create_stream(aside, "wb") as file:
-            file.write(json.dumps({**self._state, _SUMS: sums}, indent=2).encode())
+            file.write(json.dumps(state, indent=2).encode())
         self._files.rename(aside, self._folder / MARKER)
         self._then()
+
+
+def _sum_of(state: Mapping[str, Any]) -> int:
+    """CRC-32 of a marker's contents, however they are laid out."""
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 class Reader(dcp.FileSystemReader):
@@ -266,7 +272,10 @@ class _Files(FileSystemBase):
                 yield file
                 return
             summed = _Summed(file)
-            yield summed
+            try:
+                yield summed
+            except Exception as error:
+                raise summed.failure or error from None
             if not is_remote(path):  # an upload is there when it is closed
                 file.flush()
                 os.fsync(file.fileno())
@@ -301,10 +310,15 @@ class _Summed(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         self._file, self.sum = file, 0
+        self.failure: OSError | None = None
 
     def write(self, block: Any) -> int:
         self.sum = zlib.crc32(block, self.sum)
-        return int(self._file.write(block))
+        try:
+            return int(self._file.write(block))
+        except OSError as error:  # torch.save raises another in its place, of its own positions
+            self.failure = self.failure or error
+            raise
 
     def tell(self) -> int:
         return int(self._file.tell())
@@ -354,9 +368,7 @@ def load(
     _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
     sharded.load_state_dict(model)
     if optimizer is not None:
-        for module in sharded.modules():
-            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                module.set_optimizer_step(read_state(path)["step"])  # for bias corrections
+        set_table_steps(sharded, read_state(path)["step"])
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:
@@ -393,14 +405,16 @@ def check_files(path: Path, world: World | None = None) -> None:
     problems = world.all_gather(problem) if world else [problem]
     found = next((p for p in problems if p is not None), None)
     if found is not None:
-        others = [
-            step for step in complete_steps(path.parent.parent) if f"{step:08d}" not in path.name
-        ]
-        hint = "train anew"
-        if others:
-            other = checkpoint_path(path.parent.parent, others[-1])
-            hint = f"take another: checkpoint.use={others[-1]}, or checkpoint.start_from={other}"
-        raise CheckpointError(f"{found}; {hint}")
+        raise CheckpointError(f"{found}; {_instead_of(path)}")
+
+
+def _instead_of(path: Path) -> str:
+    """What to do where a checkpoint is damaged."""
+    others = [s for s in complete_steps(path.parent.parent) if f"{s:08d}" not in path.name]
+    if not others:
+        return "train anew with checkpoint.resume=never"
+    other = checkpoint_path(path.parent.parent, others[-1])
+    return f"take another: checkpoint.use={others[-1]}, or checkpoint.start_from={other}"
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -412,8 +426,15 @@ def read_state(path: Path) -> dict[str, Any]:
     marker = path / MARKER
     try:
         state: dict[str, Any] = json.loads(marker.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no complete checkpoint ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: no complete checkpoint ({brief(error)})") from None
+    except ValueError:
+        raise CheckpointError(f"{marker}: damaged: it is no JSON; {_instead_of(path)}") from None
+    expected = state.pop(_OWN_SUM, None) if isinstance(state, dict) else None
+    if expected is not None and expected != _sum_of(state):  # earlier versions wrote none
+        raise CheckpointError(
+            f"{marker}: damaged: its contents differ from their checksum; {_instead_of(path)}"
+        )
     kinds = {"step": int, "vocabulary_hash": str, "config": dict, "config.data": dict}
     kinds |= {"config.model": dict, "trainer": dict, _SUMS: dict}
     for name, kind in kinds.items():
@@ -421,10 +442,7 @@ def read_state(path: Path) -> dict[str, Any]:
         for key in name.split("."):
             found = found.get(key) if isinstance(found, dict) else None
         if not isinstance(found, kind):
-            raise CheckpointError(
-                f"{marker}: damaged ({name} is {found!r}); delete {path} to use the checkpoint "
-                f"before it, or train anew"
-            )
+            raise CheckpointError(f"{marker}: damaged ({name} is {found!r}); {_instead_of(path)}")
     return state
 
 

@@ -89,11 +89,13 @@ def export_folder(target: Path) -> Iterator[Path]:
     Raises:
         DeepFMError: it holds something else, or cannot be written.
     """
+    if target.exists() and not target.is_dir():
+        raise DeepFMError(f"{target}: is a file; --output names a folder")
     if target.exists() and not (target / _CONFIG).is_file() and any(target.iterdir()):
         raise DeepFMError(f"{target}: holds files but no export; give another --output")
-    remove_leftovers(target)
     part = work_folder(target)
     try:
+        remove_leftovers(target)
         part.mkdir(parents=True)
         yield part
         if target.exists():

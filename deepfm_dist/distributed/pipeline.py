@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
@@ -22,6 +19,7 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
+from deepfm_dist.distributed.sharding import fused_kernels
 from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
@@ -215,8 +213,5 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
 
 def train_pipeline(model: torch.nn.Module, *arguments: Any, **options: Any) -> TrainPipeline:
     """The pipeline that a model's tables need, with the arguments of `TrainPipeline`."""
-    cached = any(
-        isinstance(module, SplitTableBatchedEmbeddingBagsCodegen) and module.prefetch_pipeline
-        for module in model.modules()
-    )
+    cached = any(kernel.prefetch_pipeline for kernel in fused_kernels(model))
     return (PrefetchTrainPipeline if cached else TrainPipeline)(model, *arguments, **options)

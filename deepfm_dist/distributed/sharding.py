@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, nn
 from torchrec import (
     EmbeddingBagCollection,
@@ -114,6 +117,15 @@ class TableCollection(ShardedEmbeddingBagCollection):
         """What was sharded."""
         return list(self._embedding_bag_configs)
 
+    @property
+    def fused_kernels(self) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+        """FBGEMM's kernels of fused tables.
+
+        ``modules()`` has none of them: the look-ups lie in a plain list.
+        """
+        modules = (m for lookup in self._lookups for m in lookup.modules())
+        return [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
+
     def forward(self, features: KeyedJaggedTensor) -> Any:
         """Looks up and pools; `KeyedTensor`, or what gives one when waited for."""
         alone = self._env.world_size == 1 and len(self._lookups) == 1
@@ -123,6 +135,22 @@ class TableCollection(ShardedEmbeddingBagCollection):
             features = features.permute(self._features_order, self._features_order_tensor)
         pooled = self._lookups[0](features)
         return KeyedTensor(self._embedding_names, self._embedding_dims, pooled)
+
+
+def fused_kernels(model: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's kernels of all fused tables of a sharded model."""
+    collections = (m for m in model.modules() if isinstance(m, TableCollection))
+    return [kernel for collection in collections for kernel in collection.fused_kernels]
+
+
+def set_table_steps(model: nn.Module, step: int) -> None:
+    """Tells fused optimizers how many steps they have taken, for their bias corrections.
+
+    FBGEMM counts look-ups instead, those of validation too, and begins at 0 after a start.
+    """
+    for kernel in fused_kernels(model):
+        kernel.iter.fill_(step)
+        kernel.iter_cpu.fill_(step)
 
 
 class _Sharder(EmbeddingBagCollectionSharder):

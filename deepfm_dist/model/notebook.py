@@ -40,7 +40,8 @@ class NotebookWeights:
                 ``mlp_layers`` (``nn.Sequential`` of linear layers and modules without weights).
 
         Raises:
-            DataError: a key is missing or unknown, or a shape does not fit the others.
+            DataError: a key is missing or unknown, a shape does not fit the others, or a weight is
+                no finite float.
         """
         numbers = sorted({int(m[1]) for key in state if (m := _LINEAR.fullmatch(key))})
         names = ["bias", "fc.weight", "embedding.weight"]
@@ -51,6 +52,11 @@ class NotebookWeights:
             found = f"unknown: {', '.join(unknown)}" if unknown else ""
             found += f"missing: {', '.join(missing)}" if missing and not unknown else ""
             raise DataError(f"{found or 'too few linear layers'}; expected are {EXPECTED}")
+        for name in names:
+            if not state[name].is_floating_point():
+                raise DataError(f"{name} holds {state[name].dtype}, not floats")
+            if wrong := int((~state[name].isfinite()).sum()):
+                raise DataError(f"{name}: {wrong:,} of its weights are NaN or infinite")
         weights = {name: state[name].detach().float() for name in names}
         n, dim = (*weights["embedding.weight"].shape, 0, 0)[:2]
         wanted: dict[str, tuple[int, ...]] = {

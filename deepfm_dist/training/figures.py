@@ -45,32 +45,29 @@ class TrainingFigures:
         return loss | self._of_rows(world)
 
     def _of_rows(self, world: World) -> dict[str, float]:
-        logits, labels, weights = (
-            (torch.cat(columns) for columns in zip(*self._rows, strict=True))
-            if self._rows
-            else (torch.zeros(0, device=world.device) for _ in range(3))
-        )
-        self._rows = []
-        counts = _histogram(logits, labels, weights)
-        negative, positive = counts.sum(0)
-        entropy = binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
-        probability = weights * torch.sigmoid(logits)
-        sums = torch.stack(
-            [
-                entropy.sum(dtype=torch.float64),
-                negative + positive,
-                positive,
-                probability.sum(dtype=torch.float64),
-            ]
-        )
-        world.sum(sums)
+        rows, self._rows = self._rows, []
+        if not rows:  # on all ranks, then
+            nothing = torch.zeros(0, device=world.device)
+            rows = [(nothing, nothing, nothing)]
+        # Sums of each step by itself, added in their order: what a run is in all must not depend on
+        # where its windows end, that is, where it was stopped and went on.
+        of_steps = world.sum(torch.stack([_sums(*of_step) for of_step in rows])).cpu()
+        for sums in of_steps:
+            self.lifetime += sums
+        counts = _histogram(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
         counts = world.sum(counts).cpu()
-        self.lifetime += sums.cpu()
         return {
-            **_figures(sums.cpu()),
+            **_figures(of_steps.sum(0)),
             "auc": _auc(counts[:, 1], counts[:, 0]),
             **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
         }
+
+
+def _sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """``[4]`` float64, as in `TrainingFigures.lifetime`."""
+    entropy = binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
+    columns = [entropy, weights, weights * labels, weights * torch.sigmoid(logits)]
+    return torch.stack([column.sum(dtype=torch.float64) for column in columns])
 
 
 def _figures(sums: Tensor) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, train_pipeline
+from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.log import MetricsLog, progress
@@ -42,7 +43,10 @@ class Batches(Protocol):
 
 
 class NonFiniteLoss(DeepFMError):
-    """The losses of several steps in a row were NaN or infinite; no weight was touched by them."""
+    """The losses of several steps in a row, or of a validation, were NaN or infinite.
+
+    No weight was touched by such steps.
+    """
 
 
 class Pruned(Exception):
@@ -105,9 +109,12 @@ class LoopState:
         saved_step: step of the last checkpoint.
         best: best value of the monitored figure.
         best_step: step it was measured at.
+        monitor: the figure it is of.
         without_better: validations since.
         lr_scale: what plateaus have left of the learning rates.
         lifetime: sums of `TrainingFigures`.
+        before_end: best, best_step, without_better and lr_scale before a validation that was there
+            only because training ended: one that goes on has them again.
     """
 
     step: int = 0
@@ -120,6 +127,17 @@ class LoopState:
     without_better: int = 0
     lr_scale: float = 1.0
     lifetime: list[float] = field(default_factory=list)
+    monitor: str | None = None
+    before_end: list[Any] | None = None
+
+    def go_on(self, schedule: Schedule) -> None:
+        """Makes it the state of a run that did not end here, and watches what ``schedule`` does."""
+        if self.before_end is not None:
+            self.best, self.best_step, self.without_better, self.lr_scale = self.before_end
+            self.before_end = None
+        if schedule.monitor != self.monitor:
+            self.best, self.best_step, self.without_better = None, None, 0
+            self.monitor = schedule.monitor
 
     def count(self, outcome: Step, schedule: Schedule) -> None:
         """Counts a step in.
@@ -133,18 +151,29 @@ class LoopState:
         if not outcome.is_finite:
             log.warning("step %d skipped: its loss is %s", self.step, outcome.loss)
         if self.skipped_in_a_row > schedule.max_skipped:
-            saved = "none" if self.saved_step is None else f"that of step {self.saved_step}"
-            raise NonFiniteLoss(
-                f"step {self.step}: the loss is {outcome.loss}, as in the "
-                f"{schedule.max_skipped} steps before, all of them skipped; the last checkpoint "
-                f"is {saved}; lower the learning rates (optimizer.tables.lr, optimizer.dense.lr) "
-                f"or look for extreme values in numeric fields"
+            raise self.not_finite(
+                f"the loss is {outcome.loss}, as in the {schedule.max_skipped} steps before, all "
+                f"of them skipped"
             )
+
+    def not_finite(self, what: str) -> NonFiniteLoss:
+        """The error that says so, and what there is to go back to."""
+        saved = "none" if self.saved_step is None else f"that of step {self.saved_step}"
+        return NonFiniteLoss(
+            f"step {self.step}: {what}; the last checkpoint is {saved}; lower the learning rates "
+            f"(optimizer.tables.lr, optimizer.dense.lr) or look for extreme values in numeric "
+            f"fields"
+        )
 
     def is_over(self, schedule: Schedule, last: int) -> bool:
         """Whether nothing is left to do."""
         out_of_patience = schedule.patience is not None and self.without_better >= schedule.patience
         return self.step >= last or out_of_patience
+
+    @property
+    def judged(self) -> list[Any]:
+        """What `judge` changes."""
+        return [self.best, self.best_step, self.without_better, self.lr_scale]
 
     def judge(self, figures: Mapping[str, float], schedule: Schedule) -> None:
         """Compares the monitored figure with the best one; one that is not finite is no better."""
@@ -219,7 +248,9 @@ def train(
 
     micro_batches = pieces(state.step + 1)
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
-    going_on = not state.is_over(schedule, last)
+    if state.step < last:
+        state.go_on(schedule)
+    going_on, due = not state.is_over(schedule, last), False
     sharded.train()
     with (
         _frozen(),
@@ -246,18 +277,24 @@ def train(
                 with clock.timed("validation"):
                     found = validate()
                 sharded.train()
+                set_table_steps(sharded, step)
+                if not math.isfinite(found.get("log_loss", 0.0)):
+                    raise state.not_finite(f"the validation log loss is {found['log_loss']}")
+                if not _due(schedule.validate_every_epochs, epoch, inside):
+                    state.before_end = state.judged
                 state.judge(found, schedule)
                 told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
                 metrics.write("valid", step=step, epoch=epoch, **found)
                 micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
-            saving = save is not None and (
-                not going_on
-                or state.best_step == step
+            due |= (
+                state.best_step == step
                 or _due(schedule.save_every_epochs, epoch, inside)
                 or (schedule.save_every_steps > 0 and step % schedule.save_every_steps == 0)
             )
+            # While steps are skipped nothing is saved that earlier checkpoints would make room for.
+            saving = save is not None and (not going_on or (due and outcome.is_finite))
             if saving or not going_on or step % schedule.log_every_steps == 0:
                 # A checkpoint ends a window, so that a resumed run begins one where this run does.
                 line = figures.line(world)
@@ -273,11 +310,11 @@ def train(
                 metrics.write("train", step=step, **line, **spent)
                 state.logged_step, state.lifetime = step, figures.lifetime.tolist()
             if save and saving:
+                due = False
                 with clock.timed("checkpoint"):
-                    state.saved_step = step
+                    if outcome.is_finite:
+                        state.saved_step = step
                     save(state)
-            if outcome.stop:
-                log.warning("told to stop: step %d is saved, the same command goes on", step)
     pipeline.detach()
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if world.device.type == "cuda":
