@@ -88,6 +88,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
             )
+        if self.fm_pairs == "across" and not self.fm:
+            raise ValueError("fm_pairs=across chooses pairs of the fm part, which is off")
         if self.over_arch == "mlp" and self.over_arch_options:
             raise ValueError("over_arch_options go with an over_arch given by import path")
         return self
@@ -113,6 +115,10 @@ class LearningRateConfig(Section):
     def _decay_has_a_length(self) -> Self:
         if self.decay != "constant" and self.decay_steps is None:
             raise ValueError(f"decay={self.decay} needs decay_steps")
+        if self.decay == "constant" and (self.decay_steps is not None or self.final_lr):
+            raise ValueError("decay_steps and final_lr need a decay: linear, cosine or polynomial")
+        if self.decay != "polynomial" and self.power != 2.0:
+            raise ValueError(f"power={self.power:g} is an exponent of decay=polynomial")
         return self
 
 
@@ -245,8 +251,11 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _something_is_watched(self) -> Self:
-        if self.monitor is None and (self.patience is not None or self.plateau_factor < 1):
-            raise ValueError("patience and plateau_factor need monitor, the figure to watch")
+        watching = self.patience is not None or self.plateau_factor < 1 or self.min_delta > 0
+        if self.monitor is None and watching:
+            raise ValueError(
+                "patience, plateau_factor and min_delta need monitor, the figure to watch"
+            )
         if self.loss == "bpr" and self.candidates is None:
             raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
         if self.loss == "bce" and self.candidates is not None:

@@ -86,67 +86,68 @@ def train_on(
     sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
     validate = validation_of(config, dataset, sharded, ranks)
 
-    path, state = ranks.agreed(
-        ranks.first_does(
-            "begin",
-            lambda: begin(
-                config,
-                dataset.manifest,
-                schedule,
-                schedule.last_step(batches.steps_per_epoch),
-            ),
-        )
-        or (None, LoopState())
-    )
-    if ranks.is_first:
-        write_plan(run_dir, sharded, ranks)
-    if path is not None:
-        load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
-    checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
-    belongs_to = {
-        **dataset.manifest.hashes,
-        "config": config.model_dump(mode="json"),
-    }
-
-    def save(state: LoopState) -> None:
-        metrics.flush()
-        # The best one, that of a longer run, and the last before steps were skipped.
-        kept = [state.best_step, (state.before_end or state.judged)[1], state.saved_step]
-        keep = [step for step in kept if step is not None]
-        checkpoints.save(
-            state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
-        )
-
-    def validate_aloud() -> Mapping[str, float]:
-        assert validate is not None
-        found = validate()
-        if heard is not None:
-            heard(found, state.step // batches.steps_per_epoch)
-        return found
-
-    hearing = loggers(config, ranks, state.step)
-    metrics = MetricsLog(run_dir, ranks.is_first, state.step, hearing)
-    with StopSignals() as asked_to_stop, closing(metrics):
-        try:
-            train(
-                sharded,
-                optimizer,
-                batches,
-                ranks,
-                schedule,
-                state,
-                seed,
-                metrics,
-                validate_aloud if validate else None,
-                save,
-                asked_to_stop,
-                profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
-                partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
+    with StopSignals() as asked_to_stop:  # a run that is yet to go on takes a step, then
+        path, state = ranks.agreed(
+            ranks.first_does(
+                "begin",
+                lambda: begin(
+                    config,
+                    dataset.manifest,
+                    schedule,
+                    schedule.last_step(batches.steps_per_epoch),
+                ),
             )
-        except (NonFiniteLoss, Pruned):  # all ranks raise these: they can wait together
+            or (None, LoopState())
+        )
+        if ranks.is_first:
+            write_plan(run_dir, sharded, ranks)
+        if path is not None:
+            load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
+        checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
+        belongs_to = {
+            **dataset.manifest.hashes,
+            "config": config.model_dump(mode="json"),
+        }
+
+        def save(state: LoopState) -> None:
+            metrics.flush()
+            # The best one, that of a longer run, and the last before steps were skipped.
+            kept = [state.best_step, (state.before_end or state.judged)[1], state.saved_step]
+            keep = [step for step in kept if step is not None]
+            checkpoints.save(
+                state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
+            )
+
+        def validate_aloud() -> Mapping[str, float]:
+            assert validate is not None
+            found = validate()
+            if heard is not None:
+                heard(found, state.step // batches.steps_per_epoch)
+            return found
+
+        hearing = loggers(config, ranks, state.step)
+        metrics = MetricsLog(run_dir, ranks.is_first, state.step, hearing)
+        with closing(metrics):
+            try:
+                train(
+                    sharded,
+                    optimizer,
+                    batches,
+                    ranks,
+                    schedule,
+                    state,
+                    seed,
+                    metrics,
+                    validate_aloud if validate else None,
+                    save,
+                    asked_to_stop,
+                    profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
+                    partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
+                )
+            except (NonFiniteLoss, Pruned):  # all ranks raise these: they can wait together
+                checkpoints.close()
+                raise
             checkpoints.close()
-            raise
-        checkpoints.close()
     stopped = not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
     if stopped and ranks.is_first:
         log.warning("told to stop: step %d is saved, the same command goes on", state.step)
