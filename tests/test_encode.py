@@ -1,9 +1,11 @@
 """Every file of a prepared dataset against what plain Python makes of the same input."""
 
 import gzip
+import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -1074,6 +1076,59 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
     prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
     assert PreparedDataset(tmp_path / "new").manifest.fingerprint != unchanged
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("n", {"transform": "bucket"}, "transform is 'bucket' and was 'standard'"),
+        ("n", {"transform": "none"}, "transform is 'none' and was 'standard'"),
+        ("b", {"transform": "standard"}, "transform is 'standard' and was 'bucket'"),
+        ("b", {"buckets": 4}, "buckets is 4 and was 3"),
+        ("b", {"kind": "categorical", "transform": "none"}, "kind is 'categorical' and was 'num"),
+        ("h", {"hash_rows": 9}, "hash_rows is 9 and was 5"),
+        ("h", {"hash_rows": None}, "hash_rows is None and was 5"),
+        ("m", {"hash_rows": 7}, "hash_rows is 7 and was None"),
+        ("m", {"separator": None}, "separator is None and was '|'"),
+        ("m", {"derive": "hour"}, "derive is 'hour' and was None"),
+        ("m", {"table": "other"}, "table is 'other' and was 'm'"),
+        ("user", {"column": "m"}, "entity's own id is False and was True"),
+        ("m", {"table": "m", "min_count": 2, "missing": ["-"], "pooling": "sum"}, None),
+        ("n", {"column": "b", "buckets": 9}, None),
+        ("k", {"name": "added", "column": "m"}, None),
+    ],
+    ids=str,
+)
+def test_a_field_keeps_its_rows_only_where_it_means_the_same(
+    root: Path, name: str, changes: dict[str, Any], told: str | None
+) -> None:
+    features = yaml.safe_load("""[{name: user, entity: user}, {name: item, entity: item},
+      {name: m, separator: "|"}, {name: h, column: m, hash_rows: 5}, {name: k, column: m},
+      {name: n, kind: numeric, transform: standard},
+      {name: b, kind: numeric, transform: bucket, buckets: 3}]""")
+    rows = "u,i,m,n,b\n" + "".join(f"{k % 3},{k},{k % 4}|p,{k},{k}\n" for k in range(9))
+    before = small(root, rows, str(features)).folder.rename(root / "before")
+    changed = [f | changes if f["name"] == name else f for f in features]
+
+    def grown() -> None:
+        small(root, rows, json.dumps(changed), vocabulary_from=str(before))
+
+    if told is None:
+        grown()
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"features: {name}: {told}")):
+            grown()
+
+
+def test_a_dataset_does_not_grow_from_itself(root: Path) -> None:
+    rows = "u,i\na,x\nb,y\n"
+    folder = small(root, rows, str(USER_AND_ITEM)).folder
+    before = contents(folder)
+    (root / "link").symlink_to(folder)
+    for name in (folder, folder / ".." / "s", root / "link"):
+        with pytest.raises(ConfigError, match=r"vocabulary_from=.*grow.*; set data\.name"):
+            small(root, rows, str(USER_AND_ITEM), vocabulary_from=str(name))
+    assert contents(folder) == before
 
 
 def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None:
