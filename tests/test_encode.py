@@ -562,6 +562,42 @@ def test_numbers_are_transformed_as_their_formulas_say(root: Path) -> None:
     assert np.asarray(constant.rows("train").context["n"]).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("partition_bytes", [60, 1 << 30])
+def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
+) -> None:
+    monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
+    times = [1_700_000_000 + 10 * k for k in range(10)]
+    lines = "".join(f"u{k},{k},{n},0.1\n" for k, n in enumerate(times))
+    (root / "born.csv").write_text("u,born\n" + "".join(f"u{k},{n}\n" for k, n in enumerate(times)))
+    features = """[{name: user, entity: user}, {name: k, column: i},
+      {name: at, kind: numeric, transform: standard}, {name: same, kind: numeric, transform: standard},
+      {name: born, entity: user, file: born.csv, kind: numeric, transform: standard},
+      {name: told, entity: user, column: at, kind: numeric, transform: standard},
+      {name: log, column: at, kind: numeric, transform: log}]"""
+    dataset = small(root, "u,i,at,same\n" + lines, features)
+    assert dataset.manifest.files == (4 if partition_bytes == 60 else 1)
+    expected = (np.arange(10) - 4.5) / np.std(np.arange(10))
+    for name in ("at", "born", "told"):
+        spec = dataset.manifest.numeric[name]
+        assert (spec.mean, spec.std) == pytest.approx((1_700_000_045, 28.72281323269), rel=1e-8)
+    rows, ids = dataset.rows("train"), dataset.vocabulary("k").ids.to_pylist()
+    order = np.argsort([int(ids[k - 1]) for k in np.asarray(rows.context["k"])])
+    at = np.asarray(rows.context["at"])
+    assert at.dtype == np.float32
+    np.testing.assert_allclose(at[order], expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(rows.context["same"]), 0, atol=1e-15)
+    np.testing.assert_allclose(np.asarray(rows.context["log"]), np.log1p(1.7e9), rtol=1e-6)
+    users = [f"u{k}" for k in range(10)]
+    places = [dataset.entity_ids("user").to_pylist().index(u) for u in users]
+    for name in ("born", "told"):
+        values = np.asarray(dataset.entity_fields[name])
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values[places], expected, rtol=1e-6)
+    again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
+    np.testing.assert_allclose(np.asarray(again.context["at"]), expected, rtol=1e-6)
+
+
 def test_an_entitys_field_may_stand_in_the_interactions(root: Path) -> None:
     features = "[{name: user, entity: user}, {name: job, entity: user, column: j, separator: '+'}]"
     dataset = small(root, "u,i,j\na,x,p+q\na,y,r\nb,x,\nc,x,q\n", features)
@@ -991,7 +1027,9 @@ def test_values_are_hashed_onto_rows_everywhere_alike(root: Path) -> None:
     assert np.asarray(again.context["h"]).tolist() == np.asarray(rows.context["h"]).tolist()
 
 
-def test_numbers_fall_into_buckets_of_about_as_many_rows(root: Path) -> None:
+def test_numbers_fall_into_buckets_of_about_as_many_rows(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rng = np.random.default_rng(2)
     numbers = np.round(rng.lognormal(3, 2, 3000) * np.where(rng.random(3000) < 0.2, -1, 1), 3)
     cells = ["" if k % 10 == 0 else str(n) for k, n in enumerate(numbers)]
@@ -1012,8 +1050,12 @@ def test_numbers_fall_into_buckets_of_about_as_many_rows(root: Path) -> None:
     assert np.abs(shares - 1 / 8).max() < 0.02  # exact but for bins of 1 in 128
     again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
     assert np.asarray(again.context["n"]).tolist() == found.tolist()
+    caplog.set_level("INFO", "deepfm_dist")
     few = small(root, "u,i,n\na,x,1\nb,x,1\nc,x,2\n", features)
+    assert "one bucket" not in caplog.text
     assert np.asarray(few.rows("train").context["n"]).tolist() == [1, 1, 2]
+    small(root, "u,i,n\na,x,1700000000\nb,x,1700086400\n", features)
+    assert "n: all of its values fall into one bucket, which tells" in caplog.text
 
 
 GROWING: dict[str, Any] = yaml.safe_load("""

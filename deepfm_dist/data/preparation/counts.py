@@ -111,7 +111,7 @@ class Counts:
                 self.firsts[feature.name] = Firsts.merged([*before, found])
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
-                self.numeric[feature.name].add(p, values.astype(np.float32))
+                self.numeric[feature.name].add(p, values.astype(np.float64, copy=False))
             elif feature.has_vocabulary:
                 flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
                 table = self.tables[feature.table_name]

@@ -46,7 +46,9 @@ class Fitted:
         """Raw numbers or codes -> what the model looks up."""
         if feature.kind == "numeric":
             assert not isinstance(values, Jagged)
-            return transformed(values.astype(np.float32), feature, self.numeric[feature.name])
+            return transformed(
+                values.astype(np.float64, copy=False), feature, self.numeric[feature.name]
+            )
         if feature.has_vocabulary:
             return lookup_rows(values, self.row_of_code[feature.table_name])
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
@@ -143,8 +145,14 @@ class Fit:
             if feature.kind == "numeric" and feature.entity != "context":
                 fit, values = NumericFit(feature), self.values[feature.name]
                 assert not isinstance(values, Jagged)
-                fit.add(0, values[1:].astype(np.float32))
+                fit.add(0, values[1:].astype(np.float64, copy=False))
                 specs[feature.name] = fit.spec()
+            if feature.transform == "bucket" and not specs[feature.name].boundaries:
+                log.info(
+                    "%s: all of its values fall into one bucket, which tells apart what differs "
+                    "by 1 part in 128",
+                    feature.name,
+                )
         before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric
         return specs | {n: s for n, s in before.items() if n in specs}
 
@@ -189,7 +197,7 @@ class Fit:
         """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
-            numbers = np.full(n, np.nan, np.float32)
+            numbers = np.full(n, np.nan)
             numbers[rows[::-1]] = found[::-1]  # backwards: the first line of an entity stays
             return numbers
         if not isinstance(found, Jagged):
