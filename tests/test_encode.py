@@ -571,7 +571,8 @@ def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
     lines = "".join(f"u{k},{k},{n},0.1\n" for k, n in enumerate(times))
     (root / "born.csv").write_text("u,born\n" + "".join(f"u{k},{n}\n" for k, n in enumerate(times)))
     features = """[{name: user, entity: user}, {name: k, column: i},
-      {name: at, kind: numeric, transform: standard}, {name: same, kind: numeric, transform: standard},
+      {name: at, kind: numeric, transform: standard},
+      {name: same, kind: numeric, transform: standard},
       {name: born, entity: user, file: born.csv, kind: numeric, transform: standard},
       {name: told, entity: user, column: at, kind: numeric, transform: standard},
       {name: log, column: at, kind: numeric, transform: log}]"""
@@ -630,6 +631,111 @@ def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
         "s.csv: rows with an unreadable cell": 1,
         "who.csv: rows with an unreadable cell": 1,
     }
+
+
+def test_a_description_of_no_file_is_refused(root: Path) -> None:
+    rows = "u;i\na;x\n"
+    for name, said in (
+        ("t.csv", r"'t\.csv' is none of the files that are read; did you mean 's\.csv'\? there a"),
+        ("other.txt", r"'other\.txt' is none of the files that are read; there are: s\.csv, who"),
+    ):
+        fields = "[{name: user, entity: user}, {name: g, entity: user, file: who.tsv}]"
+        with pytest.raises(ConfigError, match=r"^data\.files: " + said):
+            small(root, rows, fields, files={name: {"delimiter": ";"}})
+    assert small(root, rows, files={"s.csv": {"delimiter": ";"}}).manifest.splits["train"].rows == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_are_kept_or_counted_file_by_file(root: Path, ranks: int) -> None:
+    """Files of one name in several folders are several, and so are their rows and what is read
+    of them for users and items."""
+    texts = {
+        "a/x.csv": "u,i,g\na,x,k\nb,y\nb,z\n,y,k\nc,x,k\nd,w,k\nd,q,k\n",
+        "b/x.csv": "u,g\na,k\nb\nc,k\n",
+        "c/x.csv": "u,i,g\na,z\na,y,k\n",
+    }
+    for name, text in texts.items():
+        (root / name).parent.mkdir()
+        (root / name).write_text(text)
+    fields = """[{name: user, entity: user}, {name: g, entity: user, file: b/x.csv},
+      {name: own, entity: user, file: a/x.csv, column: g}]"""
+    spec = {
+        "interactions": {"file": "a/x.csv", "user": "u", "item": "i"},
+        "features": yaml.safe_load(fields),
+        "split": {"valid": 0, "test_file": "c/x.csv"},
+        "on_bad_row": "skip",
+        "negatives": {"evaluation_per_positive": 1},
+    }
+    data = DataConfig.model_validate(spec)
+    manifests = together(ranks, lambda crew: prepare(data, root, root / "out" / "s", 1, crew))
+    found = {reason: n for reason, n in manifests[0].dropped.items() if ": rows with" in reason}
+    assert found == {
+        "a/x.csv: rows with a wrong number of cells": 2,
+        "a/x.csv: rows with an unreadable cell": 1,
+        "a/x.csv: rows with a wrong number of cells, read for users and items": 2,
+        "a/x.csv: rows with an unreadable cell, read for users and items": 1,
+        "b/x.csv: rows with a wrong number of cells": 1,
+        "c/x.csv: rows with a wrong number of cells": 1,
+    }
+    kept = [s.positives for s in manifests[0].splits.values()]
+    assert kept == [7 - 2 - 1, 0, 2 - 1]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "on_bad_row", "ranks"),
+    [(".csv", "error", 1), (".csv", "skip", 2), (".parquet", "skip", 1), (".csv.gz", "error", 1)],
+)
+def test_one_of_many_files_may_be_empty(
+    root: Path, suffix: str, on_bad_row: str, ranks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "deepfm_dist")
+
+    def write(name: str, **columns: list[str]) -> None:
+        table, path = pa.table(columns), root / f"{name}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        else:
+            table.to_pandas().to_csv(path, index=False)
+
+    nothing: list[str] = []
+    for hour in range(4):
+        lines = (["a", "b"], ["x", f"y{hour}"]) if hour in (1, 3) else (nothing, nothing)
+        write(f"rows/{hour}", u=pa.array(lines[0], pa.string()), i=pa.array(lines[1], pa.string()))
+    (root / f"rows/4{suffix}").write_bytes(b"")
+    write("who/0", u=pa.array([], pa.string()), g=pa.array([], pa.string()))
+    write("who/1", u=["a"], g=["k"])
+    spec = {
+        "interactions": {"file": f"rows/*{suffix}", "user": "u", "item": "i"},
+        "features": [
+            {"name": "user", "entity": "user"},
+            {"name": "g", "entity": "user", "file": f"who/*{suffix}"},
+            {"name": "h", "entity": "user", "file": f"who/*{suffix}", "column": "g"},
+        ],
+        "split": {"valid": 0, "test": 0},
+        "on_bad_row": on_bad_row,
+    }
+
+    def prepared() -> Manifest:
+        data = DataConfig.model_validate(spec)
+        folder = root / "out" / "s"
+        return together(ranks, lambda crew: prepare(data, root, folder, 1, crew))[0]
+
+    manifest = prepared()
+    assert manifest.splits["train"].rows == 3  # (a, x) comes twice
+    assert manifest.dropped == {
+        "repeated (user, item) rows": 1,
+        f"rows/*{suffix}: files without rows": 3,
+        f"who/*{suffix}: files without rows": 1,
+    }
+    assert f"dropped rows/*{suffix}: files without rows: 3" in caplog.text
+    for hour in (1, 3):
+        (root / f"rows/{hour}{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^rows/\*\..*: none of its 5 files has a row"):
+        prepared()
+    spec["interactions"] = {"file": f"rows/1{suffix}", "user": "u", "item": "i"}
+    with pytest.raises(DataError, match="the file is empty"):
+        made_of(root, spec)
 
 
 def test_the_seed_decides_splits_and_rows_and_nothing_else_does(root: Path) -> None:
