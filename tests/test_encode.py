@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -137,6 +138,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
     assert dataset.manifest.dropped == {
         "genres.tsv rows of items without training rows": 1,  # though two fields read them
         "repeated (user, item) rows": 1,
+        "repeated age values of one user": 1,
         "repeated first values of one item": 1,
         "repeated genre values of one item": 1,
         "rows rated below 4": 1,
@@ -1220,6 +1222,10 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     counts = dict(zip(items, new.popularity().tolist(), strict=True))
     pairs = [p for day in (day1, day2) for p in {r[:2] for r in day}]
     assert all(counts[f"i{k}"] == sum(p[1] == f"i{k}" for p in pairs) for k in range(20))
+    for table, at in (("user", 0), ("item", 1)):
+        vocabulary = new.vocabulary(table)
+        found = dict(zip(vocabulary.ids.to_pylist(), vocabulary.counts.tolist(), strict=True))
+        assert found == Counter(p[at] for p in pairs)
     unchanged = new.manifest.fingerprint
     prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
     prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
@@ -1291,6 +1297,52 @@ def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None
     dataset = small(root, rows, str(USER_AND_ITEM), on_bad_row="skip")
     assert dataset.manifest.dropped == {"rows of users who have seen every item": 5}
     assert pairs_of(dataset, "train") == [("b", "v"), ("b", "w")]
+
+
+@pytest.mark.parametrize(("keep", "dropped"), [("all", 3), ("first", 0)])
+def test_numbers_that_are_told_again_are_counted(root: Path, keep: str, dropped: int) -> None:
+    """As categorical values are; an empty cell tells nothing, and takes no other's place."""
+    (root / "price.csv").write_text("i,p\nx,\nx,1\nx,2\nx,3\ny,4\ny,\ny,4\nz,\nq,5\nq,6\n")
+    field = f"{{name: p, entity: item, file: price.csv, kind: numeric, keep: {keep}}}"
+    features = f"[{{name: user, entity: user}}, {{name: item, entity: item}}, {field}]"
+    dataset = small(root, "u,i\na,x\na,y\na,z\nb,x\n", features)
+    items, prices = dataset.entity_ids("item").to_pylist(), dataset.entity_fields["p"]
+    assert [np.asarray(prices)[items.index(i)] for i in "xyz"] == [1, 4, 0]
+    assert dataset.manifest.dropped == {
+        "price.csv rows of items without training rows": 2,
+        **({"repeated p values of one item": dropped} if dropped else {}),
+    }
+
+
+def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    features = "[{name: user, entity: user}, {name: item, entity: item, min_count: 3}]"
+    rows = "u,i\na,x\nb,x\na,y\nb,z\n"
+    with pytest.raises(
+        DataError, match=r"s\.csv: no item is known: .* 2 training .* min_count is 3"
+    ):
+        small(root, rows, features)
+    full = "u,i\na,x\na,x\na,y\nb,y\nb,x\n"
+    with pytest.raises(DataError, match=r"no row is left: 4 are of users who have seen every item"):
+        small(root, full, str(USER_AND_ITEM), on_bad_row="skip")
+    held_out = {"file": "s.csv", "user": "u", "item": "i", "split": "p"}
+    with pytest.raises(DataError, match=r"no training rows of 2 \(1 repeated ones and 2 of users"):
+        small(
+            root,
+            "u,i,p\na,x,0\na,y,0\nb,x,2\nc,y,2\nb,x,2\n",
+            str(USER_AND_ITEM),
+            interactions=held_out,
+            on_bad_row="skip",
+        )
+    with pytest.raises(DataError, match=r"no usable row is left; dropped: 2 rows with an unreadab"):
+        small(root, "u,i\n,x\n,y\n", str(USER_AND_ITEM), on_bad_row="skip")
+    caplog.set_level("INFO", "deepfm_dist")
+    (root / "v.csv").write_text("u,i\na,x\nb,z\n")
+    small(root, rows, str(USER_AND_ITEM), split={"valid": 0, "test": 0, "valid_file": "v.csv"})
+    assert "valid split is empty: every row of split.valid_file=v.csv is dropped" in caplog.text
+    assert "test split" not in caplog.text
+    only_train = rows.replace("\n", ",0\n").replace("i,0", "i,p")
+    small(root, only_train, str(USER_AND_ITEM), interactions=held_out)
+    assert "test split is empty: no row that is left has it in the column 'p'" in caplog.text
 
 
 def test_an_empty_split_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -189,12 +189,28 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for reason, count in manifest.dropped.items():
         log.info("dropped %s: %s", reason, f"{count:,}")
     for name in SPLITS[1:]:
-        share = getattr(manifest.data.split, name)
-        if share and manifest.splits[name].rows == 0 and not manifest.data.refit:
-            log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
+        if manifest.splits[name].rows == 0 and not manifest.data.refit:
+            _report_empty(manifest.data, name)
     sizes = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.splits.items())
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
     log.info("%s: rows %s; tables %s (%.1f s)", folder, sizes, tables, seconds)
+
+
+def _report_empty(data: DataConfig, name: str) -> None:
+    """Says why a split that was asked for has no rows."""
+    share, file = getattr(data.split, name), getattr(data.split, f"{name}_file")
+    if file is not None:
+        log.info(
+            "the %s split is empty: every row of split.%s_file=%s is dropped", name, name, file
+        )
+    elif data.interactions.split is not None:
+        log.info(
+            "the %s split is empty: no row that is left has it in the column %r",
+            name,
+            data.interactions.split,
+        )
+    elif share:
+        log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
 
 
 def _written(job: Job, wanted: str) -> Manifest:

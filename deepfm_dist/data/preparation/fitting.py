@@ -23,6 +23,7 @@ from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,13 @@ class Earlier:
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""
         if name.startswith(of_entity("")):
-            ids = self.column(name.removeprefix(of_entity("")), "id")
-            if ids is None:
+            entity = name.removeprefix(of_entity(""))
+            ids = self.column(entity, "id")
+            if self.manifest is None or ids is None:
                 return None
+            for feature in self.manifest.features:
+                if feature.entity == entity and feature.is_id:  # its table says how often they came
+                    return self.vocabulary(feature.table_name)
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
         if self.manifest is None or name not in self.manifest.vocabularies:
             return None
@@ -104,6 +109,13 @@ class Fit:
             name: self._vocabulary(of_entity(name), self._min_count_of(name))
             for name in job.entities
         }
+        if job.data.task == "implicit" and self.entities["item"].rows == 1:
+            most = int(counts.tables[of_entity("item")].max())
+            raise DataError(
+                f"{job.data.interactions.file}: no item is known: the most frequent one has "
+                f"{most:,} training rows, and the item's min_count is "
+                f"{self._min_count_of('item')}; lower it"
+            )
         self.values: dict[str, Values] = {}
         for feature in job.data.features:
             if feature.describes_entity:
@@ -197,8 +209,15 @@ class Fit:
         """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
+            told = np.flatnonzero(~np.isnan(found))
+            owners, first = np.unique(rows[told], return_index=True)
+            if feature.keep == "all":
+                self._job.drop(
+                    f"repeated {feature.name} values of one {feature.entity}",
+                    len(told) - len(first),
+                )
             numbers = np.full(n, np.nan)
-            numbers[rows[::-1]] = found[::-1]  # backwards: the first line of an entity stays
+            numbers[owners] = found[told[first]]
             return numbers
         if not isinstance(found, Jagged):
             there = found >= 0

@@ -76,13 +76,10 @@ class Reading:
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
             self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
-        empty = {name: job.dropped[_without_rows(name)] for name in kept}
-        of_ranks = job.crew.gather((kept, empty))
+        of_ranks = job.crew.gather((kept, job.dropped))
+        dropped = sum((of_rank for _, of_rank in of_ranks), Counter[str]())
         for name in kept:
-            n_rows, n_empty = (
-                sum(said[name] for said in both) for both in zip(*of_ranks, strict=True)
-            )
-            self._check_rows(name, n_rows, n_empty)
+            self._check_rows(name, sum(of_rank[name] for of_rank, _ in of_ranks), dropped)
 
     def _read(self, number: int, bar: Any) -> None:
         """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
@@ -99,15 +96,18 @@ class Reading:
         if part == OPEN and data.interactions.split is None:
             self.n_open += self.n_read - before
 
-    def _check_rows(self, name: str, n_rows: int, n_empty: int) -> None:
-        _check_some_have_rows(self._job, name, n_empty)
+    def _check_rows(self, name: str, n_rows: int, dropped: Counter[str]) -> None:
+        _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
         if n_rows == 0:
-            least = self._job.data.interactions.min_rating
-            raise DataError(
-                f"{name}: no usable row is left"
+            least, start = self._job.data.interactions.min_rating, f"{name}: "
+            what = (
+                "no usable row is left"
                 if least is None
-                else f"{name}: no row is rated {least:g} or more; lower interactions.min_rating"
+                else f"no row is rated {least:g} or more; lower interactions.min_rating"
             )
+            lost = [(r, n) for r, n in dropped.items() if r.startswith(start)]
+            told = ", ".join(f"{n:,} {r.removeprefix(start)}" for r, n in lost)
+            raise DataError(f"{name}: {what}" + (f"; dropped: {told}" if told else ""))
         if self._job.crew.is_first:
             log.info("read %s: %s rows", name, f"{n_rows:,}")
 
