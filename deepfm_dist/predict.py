@@ -29,6 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.data.manifest import check_formats
     from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import ConfigError, DataError
@@ -46,6 +47,7 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
         trained = open_trained(config, arguments.overrides, ranks)
         target = Path(arguments.output or config.output_dir / "predictions.parquet")
+        check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
         rows = predict(trained.sharded, ranks, trained.dataset, source, files, target)
         if ranks.is_first:

@@ -1,15 +1,18 @@
 """Every file of a prepared dataset against what plain Python makes of the same input."""
 
 import gzip
+import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -135,6 +138,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
     assert dataset.manifest.dropped == {
         "genres.tsv rows of items without training rows": 1,  # though two fields read them
         "repeated (user, item) rows": 1,
+        "repeated age values of one user": 1,
         "repeated first values of one item": 1,
         "repeated genre values of one item": 1,
         "rows rated below 4": 1,
@@ -560,6 +564,43 @@ def test_numbers_are_transformed_as_their_formulas_say(root: Path) -> None:
     assert np.asarray(constant.rows("train").context["n"]).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("partition_bytes", [60, 1 << 30])
+def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
+) -> None:
+    monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
+    times = [1_700_000_000 + 10 * k for k in range(10)]
+    lines = "".join(f"u{k},{k},{n},0.1\n" for k, n in enumerate(times))
+    (root / "born.csv").write_text("u,born\n" + "".join(f"u{k},{n}\n" for k, n in enumerate(times)))
+    features = """[{name: user, entity: user}, {name: k, column: i},
+      {name: at, kind: numeric, transform: standard},
+      {name: same, kind: numeric, transform: standard},
+      {name: born, entity: user, file: born.csv, kind: numeric, transform: standard},
+      {name: told, entity: user, column: at, kind: numeric, transform: standard},
+      {name: log, column: at, kind: numeric, transform: log}]"""
+    dataset = small(root, "u,i,at,same\n" + lines, features)
+    assert dataset.manifest.files == (4 if partition_bytes == 60 else 1)
+    expected = (np.arange(10) - 4.5) / np.std(np.arange(10))
+    for name in ("at", "born", "told"):
+        spec = dataset.manifest.numeric[name]
+        assert (spec.mean, spec.std) == pytest.approx((1_700_000_045, 28.72281323269), rel=1e-8)
+    rows, ids = dataset.rows("train"), dataset.vocabulary("k").ids.to_pylist()
+    order = np.argsort([int(ids[k - 1]) for k in np.asarray(rows.context["k"])])
+    at = np.asarray(rows.context["at"])
+    assert at.dtype == np.float32
+    np.testing.assert_allclose(at[order], expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(rows.context["same"]), 0, atol=1e-15)
+    np.testing.assert_allclose(np.asarray(rows.context["log"]), np.log1p(1.7e9), rtol=1e-6)
+    users = [f"u{k}" for k in range(10)]
+    places = [dataset.entity_ids("user").to_pylist().index(u) for u in users]
+    for name in ("born", "told"):
+        values = np.asarray(dataset.entity_fields[name])
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values[places], expected, rtol=1e-6)
+    again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
+    np.testing.assert_allclose(np.asarray(again.context["at"]), expected, rtol=1e-6)
+
+
 def test_an_entitys_field_may_stand_in_the_interactions(root: Path) -> None:
     features = "[{name: user, entity: user}, {name: job, entity: user, column: j, separator: '+'}]"
     dataset = small(root, "u,i,j\na,x,p+q\na,y,r\nb,x,\nc,x,q\n", features)
@@ -592,6 +633,111 @@ def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
         "s.csv: rows with an unreadable cell": 1,
         "who.csv: rows with an unreadable cell": 1,
     }
+
+
+def test_a_description_of_no_file_is_refused(root: Path) -> None:
+    rows = "u;i\na;x\n"
+    for name, said in (
+        ("t.csv", r"'t\.csv' is none of the files that are read; did you mean 's\.csv'\? there a"),
+        ("other.txt", r"'other\.txt' is none of the files that are read; there are: s\.csv, who"),
+    ):
+        fields = "[{name: user, entity: user}, {name: g, entity: user, file: who.tsv}]"
+        with pytest.raises(ConfigError, match=r"^data\.files: " + said):
+            small(root, rows, fields, files={name: {"delimiter": ";"}})
+    assert small(root, rows, files={"s.csv": {"delimiter": ";"}}).manifest.splits["train"].rows == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_are_kept_or_counted_file_by_file(root: Path, ranks: int) -> None:
+    """Files of one name in several folders are several, and so are their rows and what is read
+    of them for users and items."""
+    texts = {
+        "a/x.csv": "u,i,g\na,x,k\nb,y\nb,z\n,y,k\nc,x,k\nd,w,k\nd,q,k\n",
+        "b/x.csv": "u,g\na,k\nb\nc,k\n",
+        "c/x.csv": "u,i,g\na,z\na,y,k\n",
+    }
+    for name, text in texts.items():
+        (root / name).parent.mkdir()
+        (root / name).write_text(text)
+    fields = """[{name: user, entity: user}, {name: g, entity: user, file: b/x.csv},
+      {name: own, entity: user, file: a/x.csv, column: g}]"""
+    spec = {
+        "interactions": {"file": "a/x.csv", "user": "u", "item": "i"},
+        "features": yaml.safe_load(fields),
+        "split": {"valid": 0, "test_file": "c/x.csv"},
+        "on_bad_row": "skip",
+        "negatives": {"evaluation_per_positive": 1},
+    }
+    data = DataConfig.model_validate(spec)
+    manifests = together(ranks, lambda crew: prepare(data, root, root / "out" / "s", 1, crew))
+    found = {reason: n for reason, n in manifests[0].dropped.items() if ": rows with" in reason}
+    assert found == {
+        "a/x.csv: rows with a wrong number of cells": 2,
+        "a/x.csv: rows with an unreadable cell": 1,
+        "a/x.csv: rows with a wrong number of cells, read for users and items": 2,
+        "a/x.csv: rows with an unreadable cell, read for users and items": 1,
+        "b/x.csv: rows with a wrong number of cells": 1,
+        "c/x.csv: rows with a wrong number of cells": 1,
+    }
+    kept = [s.positives for s in manifests[0].splits.values()]
+    assert kept == [7 - 2 - 1, 0, 2 - 1]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "on_bad_row", "ranks"),
+    [(".csv", "error", 1), (".csv", "skip", 2), (".parquet", "skip", 1), (".csv.gz", "error", 1)],
+)
+def test_one_of_many_files_may_be_empty(
+    root: Path, suffix: str, on_bad_row: str, ranks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "deepfm_dist")
+
+    def write(name: str, **columns: list[str]) -> None:
+        table, path = pa.table(columns), root / f"{name}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        else:
+            table.to_pandas().to_csv(path, index=False)
+
+    nothing: list[str] = []
+    for hour in range(4):
+        lines = (["a", "b"], ["x", f"y{hour}"]) if hour in (1, 3) else (nothing, nothing)
+        write(f"rows/{hour}", u=pa.array(lines[0], pa.string()), i=pa.array(lines[1], pa.string()))
+    (root / f"rows/4{suffix}").write_bytes(b"")
+    write("who/0", u=pa.array([], pa.string()), g=pa.array([], pa.string()))
+    write("who/1", u=["a"], g=["k"])
+    spec = {
+        "interactions": {"file": f"rows/*{suffix}", "user": "u", "item": "i"},
+        "features": [
+            {"name": "user", "entity": "user"},
+            {"name": "g", "entity": "user", "file": f"who/*{suffix}"},
+            {"name": "h", "entity": "user", "file": f"who/*{suffix}", "column": "g"},
+        ],
+        "split": {"valid": 0, "test": 0},
+        "on_bad_row": on_bad_row,
+    }
+
+    def prepared() -> Manifest:
+        data = DataConfig.model_validate(spec)
+        folder = root / "out" / "s"
+        return together(ranks, lambda crew: prepare(data, root, folder, 1, crew))[0]
+
+    manifest = prepared()
+    assert manifest.splits["train"].rows == 3  # (a, x) comes twice
+    assert manifest.dropped == {
+        "repeated (user, item) rows": 1,
+        f"rows/*{suffix}: files without rows": 3,
+        f"who/*{suffix}: files without rows": 1,
+    }
+    assert f"dropped rows/*{suffix}: files without rows: 3" in caplog.text
+    for hour in (1, 3):
+        (root / f"rows/{hour}{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^rows/\*\..*: none of its 5 files has a row"):
+        prepared()
+    spec["interactions"] = {"file": f"rows/1{suffix}", "user": "u", "item": "i"}
+    with pytest.raises(DataError, match="the file is empty"):
+        made_of(root, spec)
 
 
 def test_the_seed_decides_splits_and_rows_and_nothing_else_does(root: Path) -> None:
@@ -989,7 +1135,9 @@ def test_values_are_hashed_onto_rows_everywhere_alike(root: Path) -> None:
     assert np.asarray(again.context["h"]).tolist() == np.asarray(rows.context["h"]).tolist()
 
 
-def test_numbers_fall_into_buckets_of_about_as_many_rows(root: Path) -> None:
+def test_numbers_fall_into_buckets_of_about_as_many_rows(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rng = np.random.default_rng(2)
     numbers = np.round(rng.lognormal(3, 2, 3000) * np.where(rng.random(3000) < 0.2, -1, 1), 3)
     cells = ["" if k % 10 == 0 else str(n) for k, n in enumerate(numbers)]
@@ -1010,8 +1158,12 @@ def test_numbers_fall_into_buckets_of_about_as_many_rows(root: Path) -> None:
     assert np.abs(shares - 1 / 8).max() < 0.02  # exact but for bins of 1 in 128
     again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
     assert np.asarray(again.context["n"]).tolist() == found.tolist()
+    caplog.set_level("INFO", "deepfm_dist")
     few = small(root, "u,i,n\na,x,1\nb,x,1\nc,x,2\n", features)
+    assert "one bucket" not in caplog.text
     assert np.asarray(few.rows("train").context["n"]).tolist() == [1, 1, 2]
+    small(root, "u,i,n\na,x,1700000000\nb,x,1700086400\n", features)
+    assert "n: all of its values fall into one bucket, which tells" in caplog.text
 
 
 GROWING: dict[str, Any] = yaml.safe_load("""
@@ -1070,10 +1222,67 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     counts = dict(zip(items, new.popularity().tolist(), strict=True))
     pairs = [p for day in (day1, day2) for p in {r[:2] for r in day}]
     assert all(counts[f"i{k}"] == sum(p[1] == f"i{k}" for p in pairs) for k in range(20))
+    for table, at in (("user", 0), ("item", 1)):
+        vocabulary = new.vocabulary(table)
+        found = dict(zip(vocabulary.ids.to_pylist(), vocabulary.counts.tolist(), strict=True))
+        assert found == Counter(p[at] for p in pairs)
     unchanged = new.manifest.fingerprint
     prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
     prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
     assert PreparedDataset(tmp_path / "new").manifest.fingerprint != unchanged
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("n", {"transform": "bucket"}, "transform is 'bucket' and was 'standard'"),
+        ("n", {"transform": "none"}, "transform is 'none' and was 'standard'"),
+        ("b", {"transform": "standard"}, "transform is 'standard' and was 'bucket'"),
+        ("b", {"buckets": 4}, "buckets is 4 and was 3"),
+        ("b", {"kind": "categorical", "transform": "none"}, "kind is 'categorical' and was 'num"),
+        ("h", {"hash_rows": 9}, "hash_rows is 9 and was 5"),
+        ("h", {"hash_rows": None}, "hash_rows is None and was 5"),
+        ("m", {"hash_rows": 7}, "hash_rows is 7 and was None"),
+        ("m", {"separator": None}, "separator is None and was '|'"),
+        ("m", {"derive": "hour"}, "derive is 'hour' and was None"),
+        ("m", {"table": "other"}, "table is 'other' and was 'm'"),
+        ("user", {"column": "m"}, "entity's own id is False and was True"),
+        ("m", {"table": "m", "min_count": 2, "missing": ["-"], "pooling": "sum"}, None),
+        ("n", {"column": "b", "buckets": 9}, None),
+        ("k", {"name": "added", "column": "m"}, None),
+    ],
+    ids=str,
+)
+def test_a_field_keeps_its_rows_only_where_it_means_the_same(
+    root: Path, name: str, changes: dict[str, Any], told: str | None
+) -> None:
+    features = yaml.safe_load("""[{name: user, entity: user}, {name: item, entity: item},
+      {name: m, separator: "|"}, {name: h, column: m, hash_rows: 5}, {name: k, column: m},
+      {name: n, kind: numeric, transform: standard},
+      {name: b, kind: numeric, transform: bucket, buckets: 3}]""")
+    rows = "u,i,m,n,b\n" + "".join(f"{k % 3},{k},{k % 4}|p,{k},{k}\n" for k in range(9))
+    before = small(root, rows, str(features)).folder.rename(root / "before")
+    changed = [f | changes if f["name"] == name else f for f in features]
+
+    def grown() -> None:
+        small(root, rows, json.dumps(changed), vocabulary_from=str(before))
+
+    if told is None:
+        grown()
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"features: {name}: {told}")):
+            grown()
+
+
+def test_a_dataset_does_not_grow_from_itself(root: Path) -> None:
+    rows = "u,i\na,x\nb,y\n"
+    folder = small(root, rows, str(USER_AND_ITEM)).folder
+    before = contents(folder)
+    (root / "link").symlink_to(folder)
+    for name in (folder, folder / ".." / "s", root / "link"):
+        with pytest.raises(ConfigError, match=r"vocabulary_from=.*grow.*; set data\.name"):
+            small(root, rows, str(USER_AND_ITEM), vocabulary_from=str(name))
+    assert contents(folder) == before
 
 
 def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None:
@@ -1088,6 +1297,52 @@ def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None
     dataset = small(root, rows, str(USER_AND_ITEM), on_bad_row="skip")
     assert dataset.manifest.dropped == {"rows of users who have seen every item": 5}
     assert pairs_of(dataset, "train") == [("b", "v"), ("b", "w")]
+
+
+@pytest.mark.parametrize(("keep", "dropped"), [("all", 3), ("first", 0)])
+def test_numbers_that_are_told_again_are_counted(root: Path, keep: str, dropped: int) -> None:
+    """As categorical values are; an empty cell tells nothing, and takes no other's place."""
+    (root / "price.csv").write_text("i,p\nx,\nx,1\nx,2\nx,3\ny,4\ny,\ny,4\nz,\nq,5\nq,6\n")
+    field = f"{{name: p, entity: item, file: price.csv, kind: numeric, keep: {keep}}}"
+    features = f"[{{name: user, entity: user}}, {{name: item, entity: item}}, {field}]"
+    dataset = small(root, "u,i\na,x\na,y\na,z\nb,x\n", features)
+    items, prices = dataset.entity_ids("item").to_pylist(), dataset.entity_fields["p"]
+    assert [np.asarray(prices)[items.index(i)] for i in "xyz"] == [1, 4, 0]
+    assert dataset.manifest.dropped == {
+        "price.csv rows of items without training rows": 2,
+        **({"repeated p values of one item": dropped} if dropped else {}),
+    }
+
+
+def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    features = "[{name: user, entity: user}, {name: item, entity: item, min_count: 3}]"
+    rows = "u,i\na,x\nb,x\na,y\nb,z\n"
+    with pytest.raises(
+        DataError, match=r"s\.csv: no item is known: .* 2 training .* min_count is 3"
+    ):
+        small(root, rows, features)
+    full = "u,i\na,x\na,x\na,y\nb,y\nb,x\n"
+    with pytest.raises(DataError, match=r"no row is left: 4 are of users who have seen every item"):
+        small(root, full, str(USER_AND_ITEM), on_bad_row="skip")
+    held_out = {"file": "s.csv", "user": "u", "item": "i", "split": "p"}
+    with pytest.raises(DataError, match=r"no training rows of 2 \(1 repeated ones and 2 of users"):
+        small(
+            root,
+            "u,i,p\na,x,0\na,y,0\nb,x,2\nc,y,2\nb,x,2\n",
+            str(USER_AND_ITEM),
+            interactions=held_out,
+            on_bad_row="skip",
+        )
+    with pytest.raises(DataError, match=r"no usable row is left; dropped: 2 rows with an unreadab"):
+        small(root, "u,i\n,x\n,y\n", str(USER_AND_ITEM), on_bad_row="skip")
+    caplog.set_level("INFO", "deepfm_dist")
+    (root / "v.csv").write_text("u,i\na,x\nb,z\n")
+    small(root, rows, str(USER_AND_ITEM), split={"valid": 0, "test": 0, "valid_file": "v.csv"})
+    assert "valid split is empty: every row of split.valid_file=v.csv is dropped" in caplog.text
+    assert "test split" not in caplog.text
+    only_train = rows.replace("\n", ",0\n").replace("i,0", "i,p")
+    small(root, only_train, str(USER_AND_ITEM), interactions=held_out)
+    assert "test split is empty: no row that is left has it in the column 'p'" in caplog.text
 
 
 def test_an_empty_split_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,13 +9,14 @@ import traceback
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,7 +279,9 @@ def test_stray_quotes_swallow_no_rows(
     for block_bytes in (64, sources.BLOCK_BYTES):
         monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
         with pytest.raises(DataError, match=f"line {line}: .*{problem}.*a.csv: {{quoted: false}}"):
-            read_table(path, [Column("id")], FileFormat(encoding=encoding), on_bad_row)
+            read_table(
+                path, [Column("id")], FileFormat(encoding=encoding), on_bad_row, None, "a.csv"
+            )
     if "lines" not in case:
         plain = FileFormat(encoding=encoding, quoted=False)
         read = read_table(path, [Column("id"), Column("title")], plain)
@@ -549,6 +552,8 @@ def test_libsvm_gives_indices_to_texts_and_values_to_numbers(tmp_path: Path) -> 
         "n": [0.5, 2.0],
     }
     with pytest.raises(DataError, match=r"libsvm has no column names; give them in data\.files"):
+        read_table(path, columns, name="a.libsvm")
+    with pytest.raises(DataError, match=r"libsvm has no column names; write csv$"):
         read_table(path, columns)
     path.write_text("1 7:1 3:0.5\n\n0 8:1\n")
     with pytest.raises(DataError, match="line 3: 2 cells where 3 are expected: '0 8:1'"):
@@ -731,3 +736,74 @@ def test_batches_of_any_size_become_tables_of_one(cuts: list[int]) -> None:
     batches = (rows.slice(begin, end - begin) for begin, end in itertools.pairwise(cuts))
     found = [table["row"].to_pylist() for table in in_tables(batches, 7)]
     assert found == [list(range(a, min(a + 7, 23))) for a in range(0, 23, 7)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "of/may.csv", "*.csv", "it's a: {b}.csv", "my day.csv"])
+def test_the_advice_on_a_layout_is_the_cure(tmp_path: Path, name: str) -> None:
+    """As it stands, put into the configuration's YAML."""
+    path = tmp_path / "a.csv"
+    for encoding, said in (("latin-1", None), ("utf-16", "utf-16")):
+        path.write_bytes("user,score\nJos\xe9,1\n".encode(encoding))
+        with pytest.raises(DataError, match="UTF") as caught:
+            read_table(path, COLUMNS[:2], name=name)
+        told = str(caught.value).rpartition("name the encoding in data.files: ")[2]
+        found = yaml.safe_load(told)
+        assert list(found) == [name]
+        layout = FileFormat(encoding=said or "latin-1")
+        assert found[name] == {"encoding": said or "..."}
+        assert read_table(path, COLUMNS[:2], layout)["user"].to_pylist() == ["Jos\xe9"]
+        with pytest.raises(DataError, match=r"; save it as UTF-8$"):  # data.files is not asked
+            read_table(path, COLUMNS[:2])
+
+
+def test_empty_files_are_told_from_others(tmp_path: Path) -> None:
+    packed = gzip.compress(b"")
+    for name, data in {
+        "a.csv": b"",
+        "b.csv": b"user,score",
+        "c.csv.gz": packed,
+        "d.dat": b"\n",
+        "e.parquet": b"",
+        "f.csv": b"user,score\n",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    pq.write_table(pa.table({"user": [""], "score": [1.0]}).slice(1), tmp_path / "g.parquet")
+    for path in tmp_path.iterdir():
+        with pytest.raises(sources.EmptyFile, match=r"no rows|is empty"):
+            read_table(path, COLUMNS[:2])
+    (tmp_path / "a.csv").write_text("a,1")  # one row is one, with a line's end or without
+    layout = FileFormat(columns=("user", "score"))
+    assert read_table(tmp_path / "a.csv", COLUMNS[:2], layout)["user"].to_pylist() == ["a"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_pattern_means_files_that_are_data(tmp_path: Path, remote: bool) -> None:
+    root: Any = tmp_path / "data"
+    names = ["part-0.csv", "part-1.csv", ".part-0.csv.crc", "_SUCCESS", ".x.csv", "_y.csv"]
+    names += ["_temporary/part-2.csv", ".ipynb/part-3.csv", "more/part-4.csv", "rows.csv/p.csv"]
+    memory = fsspec.filesystem("memory")
+    for name in names:
+        if remote:
+            memory.pipe(f"/patterns/{name}", b"user\na\n")
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("user\na\n")
+    root = "memory://patterns" if remote else root
+    for pattern, found in {
+        "*": ["part-0.csv", "part-1.csv"],
+        "*.csv": ["part-0.csv", "part-1.csv"],
+        ".*": [".part-0.csv.crc", ".x.csv"],
+        "_*.csv": ["_y.csv"],
+        "*/*.csv": ["more/part-4.csv", "rows.csv/p.csv"],
+        "_temporary/*": ["_temporary/part-2.csv"],
+        "_y.csv": ["_y.csv"],
+    }.items():
+        assert [f.name for f in sources.find_files(root, pattern)] == found
+    for name, said in {
+        "rows.csv": r"rows\.csv: is a folder; name its files: rows\.csv/\*\.csv",
+        "more/": r"is a folder; name its files: more/\*$",
+        "ro*.csv": r"is a folder; name its files: ro\*\.csv/\*\.csv",
+        "n*.csv": r"no such file; is data\.root right",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            sources.find_files(root, name)

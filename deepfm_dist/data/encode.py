@@ -51,7 +51,7 @@ from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def prepare(
         The manifest.
 
     Raises:
+        ConfigError: ``vocabulary_from`` is this folder, or a field there means something else.
         DataError: an input cannot be read or used, or the folder cannot be written.
     """
     crew = crew or Crew()
@@ -86,7 +87,7 @@ def prepare(
         found: Manifest = given
         return found
     files = input_files(data, root)
-    earlier = Manifest.read(Path(data.vocabulary_from)) if data.vocabulary_from else None
+    earlier = _earlier(data, folder) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
     wanted = crew.first_says(wanted)
     current = crew.first_says(_current(folder, wanted) if crew.is_first else None)
@@ -143,6 +144,29 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
     return manifest
 
 
+def _earlier(data: DataConfig, folder: Path) -> Manifest:
+    """The manifest of the dataset whose rows and statistics are to stay in force."""
+    assert data.vocabulary_from is not None
+    option, before = f"data.vocabulary_from={data.vocabulary_from}", Path(data.vocabulary_from)
+    if before.resolve() == folder.resolve():
+        raise ConfigError(
+            f"{option}: this dataset itself is written there, and would grow at every command; "
+            f"set data.name (or run.name) to another name"
+        )
+    manifest = Manifest.read(before)
+    theirs = {f.name: f for f in manifest.features}
+    for ours in data.features:
+        now, then = ours.meaning, theirs.get(ours.name, ours).meaning
+        for setting in now:
+            if now[setting] != then.get(setting):
+                raise ConfigError(
+                    f"data.features: {ours.name}: {setting} is {now[setting]!r} and was "
+                    f"{then.get(setting)!r} in {option}, whose rows and statistics stay in force; "
+                    f"set it back, give the field another name, or leave vocabulary_from out"
+                )
+    return manifest
+
+
 def _current(folder: Path, wanted: str) -> Manifest | None:
     """The manifest, where the folder holds the dataset that is wanted."""
     if (folder / "manifest.json").is_file():
@@ -165,12 +189,28 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for reason, count in manifest.dropped.items():
         log.info("dropped %s: %s", reason, f"{count:,}")
     for name in SPLITS[1:]:
-        share = getattr(manifest.data.split, name)
-        if share and manifest.splits[name].rows == 0 and not manifest.data.refit:
-            log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
+        if manifest.splits[name].rows == 0 and not manifest.data.refit:
+            _report_empty(manifest.data, name)
     sizes = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.splits.items())
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
     log.info("%s: rows %s; tables %s (%.1f s)", folder, sizes, tables, seconds)
+
+
+def _report_empty(data: DataConfig, name: str) -> None:
+    """Says why a split that was asked for has no rows."""
+    share, file = getattr(data.split, name), getattr(data.split, f"{name}_file")
+    if file is not None:
+        log.info(
+            "the %s split is empty: every row of split.%s_file=%s is dropped", name, name, file
+        )
+    elif data.interactions.split is not None:
+        log.info(
+            "the %s split is empty: no row that is left has it in the column %r",
+            name,
+            data.interactions.split,
+        )
+    elif share:
+        log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
 
 
 def _written(job: Job, wanted: str) -> Manifest:

@@ -206,8 +206,8 @@ def hashed_rows(texts: pa.Array, feature: Feature) -> Int32Array:
     return rows
 
 
-def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> FloatArray:
-    """Cells of a numeric field as float32, missing ones as NaN."""
+def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> npt.NDArray[np.float64]:
+    """Cells of a numeric field as float64, missing ones as NaN."""
     numbers = cells.cast(pa.float64())
     if isinstance(numbers, pa.ChunkedArray):
         numbers = numbers.combine_chunks()
@@ -215,27 +215,40 @@ def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> FloatArra
     for word in feature.missing:
         with suppress(ValueError):  # words that are no numbers were missing from the start
             numbers = np.where(numbers == float(word), np.nan, numbers)
-    return numbers.astype(np.float32)
+    found: npt.NDArray[np.float64] = numbers
+    return found
 
 
 def transformed(
-    numbers: FloatArray, feature: Feature, spec: NumericSpec | None
+    numbers: npt.NDArray[np.float64], feature: Feature, spec: NumericSpec
 ) -> FloatArray | Int32Array:
-    """Applies a numeric field's transform; what is fitted is left out where ``spec`` is None.
+    """Applies a numeric field's transform.
 
     log is ``sign(x) * log(1 + |x|)``; standard is ``(x - mean) / std``; NaN becomes 0. bucket is
     1 + the number of boundaries at or below x, and 0 for NaN.
+
+    Args:
+        numbers: ``[n]`` float64: of times in seconds, float32 keeps nothing below two minutes.
+        feature: the field.
+        spec: its statistics.
+
+    Returns:
+        ``[n]`` float32; for buckets int32.
     """
-    if feature.transform == "bucket" and spec is not None:
-        rows = 1 + np.searchsorted(np.array(spec.boundaries, np.float32), numbers, side="right")
+    if feature.transform == "bucket":  # in float32, as they were counted
+        bounds, found = np.array(spec.boundaries, np.float32), numbers.astype(np.float32)
+        rows = 1 + np.searchsorted(bounds, found, side="right")
         return np.where(np.isnan(numbers), 0, rows).astype(np.int32)
     if feature.transform == "log":
-        numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-    if spec is None:
-        return numbers
+        numbers = _log(numbers)
     if feature.transform == "standard":
-        numbers = ((numbers - spec.mean) / spec.std).astype(np.float32)
-    return np.nan_to_num(numbers)
+        numbers = (numbers - spec.mean) / spec.std
+    return np.nan_to_num(numbers.astype(np.float32))
+
+
+def _log(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = np.sign(numbers) * np.log1p(np.abs(numbers))
+    return found
 
 
 @dataclass
@@ -252,9 +265,9 @@ class NumericFit:
     moments: dict[int, tuple[int, float, float]] = field(default_factory=dict)
     histogram: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, piece: int, numbers: FloatArray) -> None:
+    def add(self, piece: int, numbers: npt.NDArray[np.float64]) -> None:
         """Takes in the raw numbers of a piece; NaN does not count."""
-        values = transformed(numbers, self.feature, None)
+        values = _log(numbers) if self.feature.transform == "log" else numbers
         values = values[~np.isnan(values)]
         if self.feature.transform == "bucket":
             if len(self.histogram) == 0:
@@ -262,9 +275,8 @@ class NumericFit:
             places = ordered_bits(values.astype(np.float32)) >> np.uint32(16)
             self.histogram += np.bincount(places.astype(np.int64), minlength=_BINS)
         elif len(values):
-            wide = values.astype(np.float64)
-            mean = float(wide.mean())
-            self.moments[piece] = (len(wide), mean, float(((wide - mean) ** 2).sum()))
+            mean = float(values.mean())
+            self.moments[piece] = (len(values), mean, float(((values - mean) ** 2).sum()))
 
     def __add__(self, other: Self) -> Self:
         histogram = self.histogram if len(self.histogram) else other.histogram
@@ -287,7 +299,10 @@ class NumericFit:
             squares += its_squares + away * away * n * more / (n + more)
             mean += away * more / (n + more)
             n += more
-        return NumericSpec(mean=mean, std=float(np.sqrt(squares / max(n, 1))) or 1.0)
+        std = float(np.sqrt(squares / max(n, 1)))
+        # What the sums round off is no deviation: a field that is always 0.1 has none.
+        is_constant = std <= 8 * np.finfo(np.float64).eps * abs(mean)
+        return NumericSpec(mean=mean, std=1.0 if is_constant else std)
 
     def _boundaries(self) -> tuple[float, ...]:
         """Quantiles, at the lower edge of a bin: exact to 1 part in 128."""

@@ -96,8 +96,9 @@ class Jagged:
         return cls(offsets_of(lengths), np.concatenate(values))
 
 
-Values = Int32Array | FloatArray | Jagged
-"""A field of many rows: one table row each, one number each, or several table rows each."""
+Values = Int32Array | FloatArray | npt.NDArray[np.float64] | Jagged
+"""A field of many rows: one table row each, one number each (float64 until it is transformed), or
+several table rows each."""
 
 
 def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:

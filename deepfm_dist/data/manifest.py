@@ -1,5 +1,6 @@
 """The manifest: what a prepared dataset holds, where it came from, whether it is still current."""
 
+import difflib
 import hashlib
 import json
 import platform
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import InputFile, find_files
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.section import Section
 
 FORMAT = 2
@@ -181,12 +182,39 @@ def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]
     """Every file a configuration reads, by its name or pattern there.
 
     Raises:
+        ConfigError: ``files`` describes a file that it does not read.
         DataError: there is no such file.
     """
+    check_formats(data)
+    return {name: find_files(root, name) for name in _names_of(data)}
+
+
+def check_formats(data: DataConfig, *others: str) -> None:
+    """Refuses the description of a file that is not read.
+
+    Args:
+        data: the configuration.
+        others: names of files that are read beside its own.
+
+    Raises:
+        ConfigError: ``files`` has it.
+    """
+    names = [*_names_of(data), *others]
+    for name in data.files:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"data.files: {name!r} is none of the files that are read; {hint}"
+                f"there are: {', '.join(names)}"
+            )
+
+
+def _names_of(data: DataConfig) -> list[str]:
     names = [data.interactions.file, data.split.valid_file, data.split.test_file]
     names += [f.file for f in data.features]
     names += [data.titles.file if data.titles else None]
-    return {name: find_files(root, name) for name in dict.fromkeys(n for n in names if n)}
+    return list(dict.fromkeys(n for n in names if n))
 
 
 def fingerprint(

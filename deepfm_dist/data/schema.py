@@ -3,7 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -174,6 +174,19 @@ class Feature(Section):
         """Whether one row may hold several values."""
         many = self.separator is not None or (self.file is not None and self.entity != "context")
         return self.history is not None or (many and self.keep == "all")
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What says which row or number a value becomes, by setting.
+
+        The rest says where and how files have the values, which new ones earn rows, and what the
+        model makes of them: a later dataset that keeps these rows may have it otherwise.
+        """
+        free = {"name", "file", "key", "column", "missing", "time_format", "min_count", "pooling"}
+        if self.transform != "bucket":
+            free.add("buckets")
+        said = self.model_dump(exclude=free)
+        return said | {"table": self.table_name, "entity's own id": self.names_entity}
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:

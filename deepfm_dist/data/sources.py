@@ -94,6 +94,10 @@ class Column:
         return _TYPES[self.type]
 
 
+class EmptyFile(DataError):
+    """A file without rows; one of many may be."""
+
+
 @dataclass(frozen=True)
 class InputFile:
     """A file that a configuration's name or pattern stands for.
@@ -129,42 +133,53 @@ def find_files(root: str | Path, name: str) -> list[InputFile]:
     """
     if "://" not in str(root):
         base = Path(root)
-        if "*" in name:
-            found = sorted(p for p in base.glob(name) if p.is_file())
-        else:
-            found = [base / name] if (base / name).is_file() else []
-        if not found:
-            raise DataError(f"{base / name}: no such file; is data.root right?")
-        stats = [(p, p.stat()) for p in found]
-        return [
-            InputFile(
-                str(p),
-                str(p.relative_to(base) if p.is_relative_to(base) else p),
-                s.st_size,
-                str(s.st_mtime_ns),
-            )
-            for p, s in stats
-        ]
+        found = sorted(base.glob(name)) if "*" in name else [base / name]
+        named = {str(p.relative_to(base) if p.is_relative_to(base) else p): p for p in found}
+        named = {n: p for n, p in named.items() if p.exists() and not _is_hidden(n, name)}
+        files = [(n, p, p.stat()) for n, p in named.items() if p.is_file()]
+        if not files:
+            raise DataError(_not_found(str(base / name), name, folders=bool(named)))
+        return [InputFile(str(p), n, s.st_size, str(s.st_mtime_ns)) for n, p, s in files]
     url = f"{str(root).rstrip('/')}/{name}"
     try:
         system, below = fsspec.core.url_to_fs(url)
         paths = sorted(system.glob(below)) if "*" in name else [below]
-        infos = [system.info(path) for path in paths]
+        cut = len(below) - len(name)
+        listed = [system.info(path) for path in paths if not _is_hidden(path[cut:], name)]
     except Exception as error:  # a file system may raise anything, such as for a lacking password
         raise DataError(f"{url}: cannot be read: {_brief(error)}") from None
+    infos = [info for info in listed if info.get("type") != "directory"]
     if not infos:
-        raise DataError(f"{url}: no such file; is data.root right?")
+        raise DataError(_not_found(url, name, folders=bool(listed)))
     # A change shows in whichever of these the file system keeps.
     marks = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
     return [
         InputFile(
             system.unstrip_protocol(info["name"]),
-            info["name"][len(below) - len(name) :],
+            info["name"][cut:],
             int(info["size"] or 0),
             str(next((info[m] for m in marks if m in info), "")),
         )
         for info in infos
     ]
+
+
+def _is_hidden(found: str, pattern: str) -> bool:
+    """Whether a ``*`` has found what no program means by it: ``_SUCCESS``, ``.part-0.crc``."""
+
+    def is_hidden(part: str, patterns: Sequence[str]) -> bool:
+        return part[:1] in (".", "_") and not any(p[:1] == part[:1] for p in patterns)
+
+    (*folders, file), (*wanted, last) = found.split("/"), pattern.split("/")
+    return "*" in pattern and (
+        is_hidden(file, [last]) or any(is_hidden(folder, wanted) for folder in folders)
+    )
+
+
+def _not_found(where: str, name: str, folders: bool) -> str:
+    if not folders:
+        return f"{where}: no such file; is data.root right?"
+    return f"{where}: is a folder; name its files: {name.rstrip('/')}/*{Path(name).suffix}"
 
 
 def find_file(root: str | Path, name: str, setting: str) -> str:
@@ -186,6 +201,7 @@ def read_batches(
     layout: FileFormat | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     dropped: Counter[str] | None = None,
+    name: str = "",
 ) -> Iterator[pa.RecordBatch]:
     """Streams some columns of a csv, tsv, dat (``::``), libsvm or parquet file, gz and zst as well.
 
@@ -195,14 +211,17 @@ def read_batches(
         layout: what the name does not tell: column names, delimiter, encoding.
         on_bad_row: whether a row with an unreadable or empty required cell is an error or dropped.
         dropped: counts of dropped rows by reason, added to.
+        name: what `data.files` calls the file, for error messages and reasons; empty: it is read
+            as it is, whatever `data.files` says.
 
     Yields:
         Record batches with exactly ``columns``, typed as `Column` says.
 
     Raises:
-        DataError: the file is missing, empty or malformed, lacks a column, or has a bad row.
+        EmptyFile: the file has no rows.
+        DataError: the file is missing or malformed, lacks a column, or has a bad row.
     """
-    reader = _Reader(str(path), tuple(columns), layout or FileFormat(), on_bad_row, dropped)
+    reader = _Reader(str(path), tuple(columns), layout or FileFormat(), on_bad_row, dropped, name)
     yield from reader.batches()
 
 
@@ -212,10 +231,12 @@ def read_table(
     layout: FileFormat | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     dropped: Counter[str] | None = None,
+    name: str = "",
 ) -> pa.Table:
     """All batches of `read_batches` as one table."""
     schema = pa.schema([(c.name, c.arrow_type) for c in columns])
-    return pa.Table.from_batches(read_batches(path, columns, layout, on_bad_row, dropped), schema)
+    batches = read_batches(path, columns, layout, on_bad_row, dropped, name)
+    return pa.Table.from_batches(batches, schema)
 
 
 def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
@@ -259,9 +280,10 @@ class _Reader:
         layout: FileFormat,
         on_bad_row: str,
         dropped: Counter[str] | None,
+        name: str = "",
     ) -> None:
         self.path, self.columns, self.layout = path, columns, layout
-        self.name = Path(path).name
+        self.name, self.entry = name or Path(path).name, _as_yaml(name)
         self.skip_bad = on_bad_row == "skip"
         # What reading may raise: a remote file system anything at all.
         local = (OSError, EOFError, ValueError, pa.ArrowException)
@@ -281,8 +303,8 @@ class _Reader:
     def batches(self) -> Iterator[pa.RecordBatch]:
         if self.libsvm and not self.layout.columns:
             raise DataError(
-                f"{self.path}: libsvm has no column names; give them in data.files: "
-                f"{{{self.name}: {{columns: [label, first, second, ...]}}}}"
+                f"{self.path}: libsvm has no column names; "
+                + self._cure("give them", "columns: [label, first, second, ...]", "write csv")
             )
         rows = 0
         raw = self._parquet() if self.suffix == ".parquet" else self._text()
@@ -290,7 +312,11 @@ class _Reader:
             yield self._typed(batch, first_row=rows)
             rows += batch.num_rows
         if rows == 0:
-            raise DataError(f"{self.path}: no rows; expected at least one below the header")
+            raise EmptyFile(f"{self.path}: no rows; expected at least one below the header")
+
+    def _cure(self, what: str, setting: str, otherwise: str) -> str:
+        """What to do about a layout that the file's name does not tell."""
+        return f"{what} in data.files: {{{self.entry}: {{{setting}}}}}" if self.entry else otherwise
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -315,6 +341,8 @@ class _Reader:
         try:
             file = pq.ParquetFile(opened)
         except self.failures as error:
+            if "file size is 0 bytes" in str(error):
+                raise EmptyFile(f"{self.path}: the file is empty") from None
             raise DataError(f"{self.path}: not a readable parquet file: {_brief(error)}") from None
         self._check_columns(file.schema_arrow.names)
         names = [c.name for c in self.columns]
@@ -375,7 +403,7 @@ class _Reader:
             if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
                 raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
             if "Empty CSV" in str(error):
-                raise DataError(f"{self.path}: the file is empty") from None
+                raise EmptyFile(f"{self.path}: the file is empty") from None
             raise DataError(self._unreadable(error)) from None
         except self.failures as error:
             raise DataError(self._unreadable(error)) from None
@@ -387,12 +415,11 @@ class _Reader:
 
         if quotes is not None and quotes.most_lines > _MANY_LINES:
             log.warning(
-                "%s, line %d: a cell in quotes goes on for %d lines; where quotes are text, "
-                "set data.files: {%s: {quoted: false}}",
+                "%s, line %d: a cell in quotes goes on for %d lines; %s",
                 self.path,
                 self._line_at(quotes.most_lines_at),
                 quotes.most_lines + 1,
-                self.name,
+                self._quotes_are_text,
             )
 
     def _utf_8(self, quotes: Quotes | None = None) -> TextStream:
@@ -418,12 +445,12 @@ class _Reader:
             if begin.startswith(magic):
                 raise DataError(
                     f"{self.path}: not readable: it begins as {suffix} files do; call it "
-                    f"{self.name}{suffix}"
+                    f"{Path(self.path).name}{suffix}"
                 )
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
-                f"{self.path}, line 1: not readable: it begins as UTF-16 does; name the encoding "
-                f"in data.files: {{{self.name}: {{encoding: utf-16}}}}"
+                f"{self.path}, line 1: not readable: it begins as UTF-16 does; "
+                + self._cure("name the encoding", "encoding: utf-16", "save it as UTF-8")
             )
         if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:
             self.encoding = "utf-8"  # whatever the suffix's usual one is
@@ -556,9 +583,14 @@ class _Reader:
             else "a cell begins with a quote that is not closed"
         )
         return DataError(
-            f"{self.path}, line {self._line_at(error.offset)}: {what}; mend it, or where quotes "
-            f"are text, set data.files: {{{self.name}: {{quoted: false}}}}"
+            f"{self.path}, line {self._line_at(error.offset)}: {what}; mend it, or "
+            f"{self._quotes_are_text}"
         )
+
+    @property
+    def _quotes_are_text(self) -> str:
+        what = "where quotes are text, say so"
+        return self._cure(what, "quoted: false", "write it anew without quotes")
 
     def _too_long(self) -> DataError:
         """Why a row is longer than Arrow takes: a stray quote, if there is one."""
@@ -590,8 +622,8 @@ class _Reader:
                     except UnicodeError:
                         return (
                             f"{self.path}, line {number}: not readable: {_short(line)} is no "
-                            f"{self.encoding.upper()} text; name the encoding in data.files: "
-                            f"{{{self.name}: {{encoding: ...}}}}"
+                            f"{self.encoding.upper()} text; "
+                            + self._cure("name the encoding", "encoding: ...", "save it as UTF-8")
                         )
         return f"{self.path}: not readable: {_brief(error)}"
 
@@ -755,6 +787,13 @@ def _text_or_none(cell: bytes | None) -> str | None:
         return None if cell is None else cell.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _as_yaml(name: str) -> str:
+    """A file's name as a key; such as begins with * would be something else."""
+    return (
+        name if re.fullmatch(r"([\w/.][\w/.*-]*)?", name) else "'" + name.replace("'", "''") + "'"
+    )
 
 
 def _brief(error: Exception) -> str:

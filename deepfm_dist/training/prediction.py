@@ -55,14 +55,16 @@ def predict(
         DeepFMError: ``target`` cannot be written.
     """
     encoder, collate = RowEncoder(dataset), Collator(dataset)
-    layout = files.get(Path(source).name) or laid_out_like(
+    name = Path(source).name
+    layout = files.get(name) or laid_out_like(
         source, encoder.columns, files.get(dataset.manifest.data.interactions.file)
     )
     aside = target.with_name(f".{target.name}.part")
     writer: pq.ParquetWriter | None = None
     n_rows = unknown = 0
     try:
-        for table in in_tables(read_batches(source, encoder.columns, layout), ROWS_AT_A_TIME):
+        batches = read_batches(source, encoder.columns, layout, name=name)
+        for table in in_tables(batches, ROWS_AT_A_TIME):
             rows = encoder.encode(table)
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)

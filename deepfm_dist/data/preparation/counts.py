@@ -111,7 +111,7 @@ class Counts:
                 self.firsts[feature.name] = Firsts.merged([*before, found])
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
-                self.numeric[feature.name].add(p, values.astype(np.float32))
+                self.numeric[feature.name].add(p, values.astype(np.float64, copy=False))
             elif feature.has_vocabulary:
                 flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
                 table = self.tables[feature.table_name]
@@ -196,6 +196,16 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     if job.crew.is_first:
         job.drop("repeated (user, item) rows", counts.repeated)
         job.drop("rows of users who have seen every item", counts.full)
+    n_rows, file = int(counts.rows.sum()), job.data.interactions.file
+    if n_rows == 0:
+        raise DataError(
+            f"{file}: no row is left: {counts.full:,} are of users who have seen every item, for "
+            f"whom no negative exists; add items, or leave these users out"
+        )
     if counts.rows[:, TRAIN].sum() == 0:
-        raise DataError(f"{job.data.interactions.file}: the split leaves no training rows")
+        raise DataError(
+            f"{file}: the split leaves no training rows of {n_rows:,} ({counts.repeated:,} "
+            f"repeated ones and {counts.full:,} of users who have seen every item are dropped); "
+            f"hold out fewer"
+        )
     return counts

@@ -23,6 +23,7 @@ from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ class Fitted:
         """Raw numbers or codes -> what the model looks up."""
         if feature.kind == "numeric":
             assert not isinstance(values, Jagged)
-            return transformed(values.astype(np.float32), feature, self.numeric[feature.name])
+            return transformed(
+                values.astype(np.float64, copy=False), feature, self.numeric[feature.name]
+            )
         if feature.has_vocabulary:
             return lookup_rows(values, self.row_of_code[feature.table_name])
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
@@ -76,9 +79,13 @@ class Earlier:
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""
         if name.startswith(of_entity("")):
-            ids = self.column(name.removeprefix(of_entity("")), "id")
-            if ids is None:
+            entity = name.removeprefix(of_entity(""))
+            ids = self.column(entity, "id")
+            if self.manifest is None or ids is None:
                 return None
+            for feature in self.manifest.features:
+                if feature.entity == entity and feature.is_id:  # its table says how often they came
+                    return self.vocabulary(feature.table_name)
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
         if self.manifest is None or name not in self.manifest.vocabularies:
             return None
@@ -102,6 +109,13 @@ class Fit:
             name: self._vocabulary(of_entity(name), self._min_count_of(name))
             for name in job.entities
         }
+        if job.data.task == "implicit" and self.entities["item"].rows == 1:
+            most = int(counts.tables[of_entity("item")].max())
+            raise DataError(
+                f"{job.data.interactions.file}: no item is known: the most frequent one has "
+                f"{most:,} training rows, and the item's min_count is "
+                f"{self._min_count_of('item')}; lower it"
+            )
         self.values: dict[str, Values] = {}
         for feature in job.data.features:
             if feature.describes_entity:
@@ -143,8 +157,14 @@ class Fit:
             if feature.kind == "numeric" and feature.entity != "context":
                 fit, values = NumericFit(feature), self.values[feature.name]
                 assert not isinstance(values, Jagged)
-                fit.add(0, values[1:].astype(np.float32))
+                fit.add(0, values[1:].astype(np.float64, copy=False))
                 specs[feature.name] = fit.spec()
+            if feature.transform == "bucket" and not specs[feature.name].boundaries:
+                log.info(
+                    "%s: all of its values fall into one bucket, which tells apart what differs "
+                    "by 1 part in 128",
+                    feature.name,
+                )
         before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric
         return specs | {n: s for n, s in before.items() if n in specs}
 
@@ -189,8 +209,15 @@ class Fit:
         """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
-            numbers = np.full(n, np.nan, np.float32)
-            numbers[rows[::-1]] = found[::-1]  # backwards: the first line of an entity stays
+            told = np.flatnonzero(~np.isnan(found))
+            owners, first = np.unique(rows[told], return_index=True)
+            if feature.keep == "all":
+                self._job.drop(
+                    f"repeated {feature.name} values of one {feature.entity}",
+                    len(told) - len(first),
+                )
+            numbers = np.full(n, np.nan)
+            numbers[owners] = found[told[first]]
             return numbers
         if not isinstance(found, Jagged):
             there = found >= 0

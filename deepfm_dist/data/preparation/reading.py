@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature
-from deepfm_dist.data.sources import BLOCK_BYTES, Column, read_batches, read_table
+from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, read_batches
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
@@ -76,16 +76,17 @@ class Reading:
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
             self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
-        of_ranks = job.crew.gather(kept)
-        self._check_rows({name: sum(of_rank[name] for of_rank in of_ranks) for name in kept})
+        of_ranks = job.crew.gather((kept, job.dropped))
+        dropped = sum((of_rank for _, of_rank in of_ranks), Counter[str]())
+        for name in kept:
+            self._check_rows(name, sum(of_rank[name] for of_rank, _ in of_ranks), dropped)
 
     def _read(self, number: int, bar: Any) -> None:
         """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
         data, (file, name, part) = self._job.data, self._job.inputs[number]
-        columns, layout = row_columns(data, with_split=part == OPEN), data.files.get(name)
+        columns = row_columns(data, with_split=part == OPEN)
         before, left = self.n_read, file.text_bytes
-        dropped = self._job.dropped
-        for batch in read_batches(file.path, columns, layout, data.on_bad_row, dropped):
+        for batch in _batches(self._job, file, name, columns, self._job.dropped):
             rows = self._coded(self._rated(batch), part)
             self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
             self.n_read += rows.num_rows
@@ -95,17 +96,20 @@ class Reading:
         if part == OPEN and data.interactions.split is None:
             self.n_open += self.n_read - before
 
-    def _check_rows(self, totals: Mapping[str, int]) -> None:
-        for name, total in totals.items():
-            if total == 0:
-                least = self._job.data.interactions.min_rating
-                raise DataError(
-                    f"{name}: no usable row is left"
-                    if least is None
-                    else f"{name}: no row is rated {least:g} or more; lower interactions.min_rating"
-                )
-            if self._job.crew.is_first:
-                log.info("read %s: %s rows", name, f"{total:,}")
+    def _check_rows(self, name: str, n_rows: int, dropped: Counter[str]) -> None:
+        _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
+        if n_rows == 0:
+            least, start = self._job.data.interactions.min_rating, f"{name}: "
+            what = (
+                "no usable row is left"
+                if least is None
+                else f"no row is rated {least:g} or more; lower interactions.min_rating"
+            )
+            lost = [(r, n) for r, n in dropped.items() if r.startswith(start)]
+            told = ", ".join(f"{n:,} {r.removeprefix(start)}" for r, n in lost)
+            raise DataError(f"{name}: {what}" + (f"; dropped: {told}" if told else ""))
+        if self._job.crew.is_first:
+            log.info("read %s: %s rows", name, f"{n_rows:,}")
 
     def no_rows(self) -> pa.RecordBatch:
         """None, in the columns of the spill."""
@@ -187,8 +191,33 @@ def rows_path(job: Job, rank: int) -> Path:
 def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
     """Some columns of a file of users or items."""
     dropped: Counter[str] = Counter()
-    layout, on_bad_row = job.data.files.get(name), job.data.on_bad_row
-    tables = [read_table(f.path, columns, layout, on_bad_row, dropped) for f in job.files[name]]
+    schema = pa.schema([(c.name, c.arrow_type) for c in columns])
+    batches = [b for file in job.files[name] for b in _batches(job, file, name, columns, dropped)]
+    _check_some_have_rows(job, name, dropped[_without_rows(name)])
+    also_rows = name in {name_of_rows for _, name_of_rows, _ in job.inputs}
     for reason, count in dropped.items():  # a file that several fields read counts once
-        job.dropped[reason] = max(job.dropped[reason], count)
-    return pa.concat_tables(tables)
+        of_side = f"{reason}, read for users and items" if also_rows else reason
+        job.dropped[of_side] = max(job.dropped[of_side], count)
+    return pa.Table.from_batches(batches, schema)
+
+
+def _batches(
+    job: Job, file: InputFile, name: str, columns: Sequence[Column], dropped: Counter[str]
+) -> Iterator[pa.RecordBatch]:
+    """A file's rows; none, which is counted, if it is an empty one of many."""
+    layout, on_bad_row = job.data.files.get(name), job.data.on_bad_row
+    try:
+        yield from read_batches(file.path, columns, layout, on_bad_row, dropped, name)
+    except EmptyFile:
+        if len(job.files[name]) == 1:
+            raise
+        dropped[_without_rows(name)] += 1
+
+
+def _without_rows(name: str) -> str:
+    return f"{name}: files without rows"
+
+
+def _check_some_have_rows(job: Job, name: str, n_empty: int) -> None:
+    if n_empty == len(job.files[name]):
+        raise DataError(f"{name}: none of its {n_empty} files has a row")
