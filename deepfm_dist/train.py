@@ -71,7 +71,7 @@ def train_on(
     from deepfm_dist.distributed.planning import sent_bytes
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin, write_plan
-    from deepfm_dist.training.profiling import profiler
+    from deepfm_dist.training.profiling import check_profiled, profiler
     from deepfm_dist.training.stopping import StopSignals
     from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Pruned, train
 
@@ -83,6 +83,8 @@ def train_on(
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     batches = training_batches(config, dataset, ranks)
     schedule = schedule_of(config)
+    last = schedule.last_step(batches.steps_per_epoch)
+    check_profiled(config.trainer.profile_steps, last)
     sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
     validate = validation_of(config, dataset, sharded, ranks)
 
@@ -90,12 +92,7 @@ def train_on(
         path, state = ranks.agreed(
             ranks.first_does(
                 "begin",
-                lambda: begin(
-                    config,
-                    dataset.manifest,
-                    schedule,
-                    schedule.last_step(batches.steps_per_epoch),
-                ),
+                lambda: begin(config, dataset.manifest, schedule, last),
             )
             or (None, LoopState())
         )
@@ -148,7 +145,7 @@ def train_on(
                 checkpoints.close()
                 raise
             checkpoints.close()
-    stopped = not state.is_over(schedule, schedule.last_step(batches.steps_per_epoch))
+    stopped = not state.is_over(schedule, last)
     if stopped and ranks.is_first:
         log.warning("told to stop: step %d is saved, the same command goes on", state.step)
     return state, stopped

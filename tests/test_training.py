@@ -22,6 +22,7 @@ from deepfm_dist import train as train_command
 from deepfm_dist.build import deepfm_of, schedule_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.checkpoint import complete_steps
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
@@ -531,3 +532,22 @@ def test_weights_that_are_no_numbers_end_training_at_the_validation(
     assert re.match(
         r"step 5: the validation log loss is (nan|inf); the last checkpoint is none;", message
     )
+
+
+def test_steps_are_traced_or_refused_where_there_are_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--quiet",
+        *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+        "run.loggers=[]",
+        "trainer={max_steps: 4, validate_every_epochs: 0}",
+    ]
+    assert run_alone(train_command.main, [*arguments, "trainer.profile_steps=[2, 3]"]) == 0
+    trace = json.loads((tmp_path / "runs/sample/profile_rank0.json").read_text())
+    steps = {e["name"] for e in trace["traceEvents"] if "ProfilerStep" in e.get("name", "")}
+    assert len(steps) == 2
+    assert run_alone(train_command.main, [*arguments, "trainer.profile_steps=[5, 9]"]) == 2
+    said = "profile_steps=[5, 9]: the run has 4 steps; choose earlier ones"
+    assert said in capfd.readouterr().err
+    assert complete_steps(tmp_path / "runs/sample") == [4]  # the refused one has cleared nothing

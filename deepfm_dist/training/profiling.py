@@ -5,6 +5,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.storage import writing, written_as_a_whole
 
 
@@ -30,6 +31,22 @@ def profiler(
         schedule=schedule(wait=first - done - 1, warmup=0, active=steps[1] - first + 1, repeat=1),
         on_trace_ready=lambda p: _write(p, folder / f"profile_rank{world.rank}.json"),
     )
+
+
+def check_profiled(steps: tuple[int, int] | None, last: int) -> None:
+    """Refuses to trace steps that there are not.
+
+    Args:
+        steps: first and last step to be traced, or None.
+        last: the last step that there may be.
+
+    Raises:
+        ConfigError: the run ends before the first of them.
+    """
+    if steps is not None and steps[0] > last:
+        raise ConfigError(
+            f"trainer.profile_steps={[*steps]}: the run has {last:,} steps; choose earlier ones"
+        )
 
 
 def _write(trace: profile, path: Path) -> None:
