@@ -1,10 +1,10 @@
 """Reruns the tables of docs/quality.md: every row by the commands that a user types.
 
 The rows stand in `benchmarks/quality.yaml`: configuration, overrides, seeds. Each is prepared and
-trained by `deepfm_dist.train`, combined by `deepfm_dist.combine` where it says so, and measured by
-`deepfm_dist.evaluate` from the checkpoint with the best watched figure. Figures are means over the
-seeds with their standard deviation; the time is that of training, on this machine as busy as it is.
-The same seed gives the same digits again.
+trained by `deepfm_dist.train`, combined by `deepfm_dist.combine` and trained on from there where it
+says so, and measured by `deepfm_dist.evaluate` from the checkpoint with the best watched figure.
+Figures are means over the seeds with their standard deviation; the time is that of training, on
+this machine as busy as it is. The same seed gives the same digits again.
 
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py --table ctr --row DeepFM
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,9 +55,14 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
         seconds += command("train", *shared, f"run.name={parts[-1]}", f"run.seed={of_part}")
     if "combine" in row or len(parts) > 1:
         options = ["--of", ",".join(parts), "--to", name, *row.get("combine", [])]
+        shutil.rmtree(work / "runs" / name, ignore_errors=True)  # of an earlier run of this row
         command("combine", *shared, *options)
     else:
         name = parts[0]
+    if "trained_on" in row:
+        begun, name = f"checkpoint.start_from={work / 'runs' / name}", f"{name}_on"
+        of_row = [*places, f"data.seed={seed}", f"run.seed={seed}", *row["trained_on"]]
+        seconds += command("train", *of_row, begun, f"run.name={name}")
     # What was combined is of another width than the overrides say: the checkpoint knows.
     command("evaluate", *places, f"run.name={name}", *row.get("evaluate", []))
     lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
@@ -119,7 +125,11 @@ def main() -> int:
         found = everything[table["table"]] = {}
         for row in rows:
             seeds = row["seeds"][: arguments.seeds]
-            runs = [measured(row, seed, arguments.work.resolve()) for seed in seeds]
+            try:
+                runs = [measured(row, seed, arguments.work.resolve()) for seed in seeds]
+            except subprocess.CalledProcessError as error:
+                print(f"failed: {shlex.join(error.cmd)}; its log is above", file=sys.stderr)
+                return 1
             found[row["name"]] = summary(runs, show)
             for ranking, figures in found[row["name"]].items():
                 if ranking != "model":

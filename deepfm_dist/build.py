@@ -436,8 +436,18 @@ def search_of(config: Config, folder: Path) -> Search:
         )
     if config.trainer.monitor is None:
         raise ConfigError("tune needs trainer.monitor, the validation figure to search by")
+    if "trainer.monitor" in space:
+        raise ConfigError(
+            "tune.space.trainer.monitor: trials are compared by one figure; leave it out"
+        )
     for name, values in space.items():
-        for value in values if isinstance(values, tuple) else (values.low, values.high):
+        if isinstance(values, tuple):
+            tried: tuple[Any, ...] = values
+        else:
+            tried = (values.low, values.high)
+            if not all(isinstance(bound, int) for bound in tried):  # is a fraction a value, too?
+                tried = (*tried, values.low + 0.382 * (values.high - values.low))
+        for value in tried:
             with_settings(config, {name: value}, f"tune.space.{name}")
     return Search(
         folder,

@@ -1,6 +1,7 @@
 """``torchrun -m deepfm_dist.combine``: trained FMs, and EASE, in one wider FM."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -67,7 +68,15 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     columns = arguments.ease_columns if with_ease else 0
     if with_ease and columns < 1:
         raise ConfigError(f"--ease-columns {columns}: must be 1 or more")
+    if with_ease and not math.isfinite(arguments.ease):
+        raise ConfigError(f"--ease {arguments.ease}: must be a number")
+    if not 0 < arguments.ease_l2 < math.inf:
+        raise ConfigError(f"--ease-l2 {arguments.ease_l2:g}: must be above 0")
+    if not 0 <= arguments.ease_fields < math.inf:
+        raise ConfigError(f"--ease-fields {arguments.ease_fields:g}: must be 0 or more")
     names = arguments.of.split(",") if arguments.of else [config.run.name]
+    if not all(names) or len(set(names)) < len(names):
+        raise ConfigError(f"--of {arguments.of}: give names of runs, each once: A,B,C")
     found = [find_finished(config.called(name), arguments.overrides) for name in names]
     dataset = found[0].dataset
     narrow = [
@@ -159,11 +168,12 @@ def _check_can_be_widened(config: Config, like: Config) -> None:
                 f"combine: {config.run.name} has model.{name}={ours}, {like.run.name} {others}; "
                 f"train both with the same"
             )
-    if config.data.features != like.data.features:
-        raise ConfigError(
-            f"combine: {config.run.name} and {like.run.name} have other data.features; train both "
-            f"with the same"
-        )
+    for name in ("features", "history"):
+        if getattr(config.data, name) != getattr(like.data, name):
+            raise ConfigError(
+                f"combine: {config.run.name} and {like.run.name} have other data.{name}; train "
+                f"both with the same"
+            )
 
 
 if __name__ == "__main__":

@@ -260,6 +260,8 @@ class TrainerConfig(Section):
             raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
         if self.loss == "bce" and self.candidates is not None:
             raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
+        if self.candidates is None and self.targets_per_user != 16:
+            raise ValueError("targets_per_user goes with candidates: without, all targets count")
         if self.monitor is not None and self.validate_every_epochs == 0:
             raise ValueError(f"monitor={self.monitor} needs validate_every_epochs")
         return self

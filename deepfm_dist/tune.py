@@ -23,7 +23,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import search_of
     from deepfm_dist.distributed.checkpoint import keep_checkpoints
     from deepfm_dist.distributed.world import world
-    from deepfm_dist.errors import DeepFMError
+    from deepfm_dist.errors import ConfigError, DeepFMError
     from deepfm_dist.report.tables import trials_table
     from deepfm_dist.train import train_on
     from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
@@ -40,18 +40,18 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
         while trial := ranks.agreed(search.next(config.tune.trials) if search else None):
             log.info("%s: %s", trial.name, trial.values)
-            tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
             # What ranks tell each other by name in one trial is not to be heard in the next.
             alone = replace(ranks, store=PrefixStore(trial.name, ranks.store))
             best = None
             try:
+                tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
                 state, stopped = train_on(tried, alone, heard)
                 if stopped:
                     return  # the same command goes on with this trial
                 outcome, best = "complete", state.best
             except Pruned:
                 outcome = "pruned"
-            except NonFiniteLoss as error:
+            except (NonFiniteLoss, ConfigError) as error:  # settings that do not go together, too
                 log.warning("%s", error)
                 outcome = "failed"
             if search is not None:

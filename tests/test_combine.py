@@ -215,3 +215,21 @@ def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDatas
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     plain = users @ Ease(50).factors(train_items, n_items, n_items)[0].double()
     assert (plain - users @ first.double()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ease", "nan"], "--ease nan: must be a number"),
+        (["--ease", "1", "--ease-l2", "0"], "--ease-l2 0: must be above 0"),
+        (["--ease", "1", "--ease-fields", "-3"], "--ease-fields -3: must be 0 or more"),
+        (["--ease", "1", "--ease-columns", "0"], "--ease-columns 0: must be 1 or more"),
+        (["--of", "a,"], "--of a,: give names of runs, each once: A,B,C"),
+        (["--of", "a,a"], "--of a,a: give names of runs, each once: A,B,C"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    options: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert combine.main(["--config", "sample", "--to", "b", *options]) == 2
+    assert said in capfd.readouterr().err

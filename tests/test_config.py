@@ -100,6 +100,7 @@ TIMELESS = "data.interactions.time=null"
         (["model.over_arch_layer_sizes=[8, 0]"], r"must be positive: \(8, 0\)"),
         (["model.over_arch_options={a: 1}"], "go with an over_arch given by import path"),
         (["model={fm: false, fm_pairs: across}"], "chooses pairs of the fm part, which is off"),
+        (["trainer.targets_per_user=4"], "targets_per_user goes with candidates"),
         (["trainer.min_delta=0.1"], "min_delta need monitor, the figure to watch"),
         (["optimizer.dense.decay_steps=9"], "need a decay: linear, cosine or polynomial"),
         (["optimizer.tables.final_lr=0.1"], "need a decay: linear, cosine or polynomial"),

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import json
+import logging
 import math
 import re
 from functools import partial
@@ -572,6 +573,69 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
     pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
     with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):
         run_alone(_ranked_by_reference, sample.folder, str(path))
+
+
+def test_a_reference_that_would_mislead_is_refused_or_told_of(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    held_out = np.flatnonzero(sample.positives("test").lengths)[1:].tolist()
+    users, item = sample.entity_ids("user").take(held_out).to_pylist(), "1"
+    item = sample.entity_ids("item")[1].as_py()
+    twice = [(users[0], item, 1.0), (users[1], item, 1.0), (users[0], item, 2.0)]
+    for name, rows, said in (
+        ("model", twice[:1], "model is what another ranking of the table is called"),
+        ("popularity", twice[:1], "popularity is what another ranking of the table is called"),
+        ("other", twice, f"user '{users[0]}' and item '{item}' have 2 scores; leave one of them"),
+    ):
+        path = tmp_path / f"{name}.csv"
+        pd.DataFrame(rows, columns=["user", "item", "score"]).to_csv(path, index=False)
+        with pytest.raises(RankFailed, match=said):
+            run_alone(_ranked_by_reference, sample.folder, str(path))
+    path = tmp_path / "part.csv"
+    pd.DataFrame(twice[:2], columns=["user", "item", "score"]).to_csv(path, index=False)
+    told = run_alone(_told_of_reference, sample.folder, str(path))
+    assert len(told) == 2
+    assert re.search(r"part\.csv: scores for 2 of \d+ users", told[0])
+    assert re.search(r"nothing is recommended to \d+ users, which counts as missed", told[1])
+
+
+def _told_of_reference(folder: Path, reference: str) -> list[str]:
+    records: list[logging.LogRecord] = []
+    handler, told_by = logging.Handler(), logging.getLogger("deepfm_dist")
+    handler.emit = records.append  # type: ignore[method-assign]
+    told_by.addHandler(handler)
+    told_by.setLevel(logging.INFO)
+    _ranked_by_reference(folder, reference)
+    return [r.getMessage() for r in records if "part.csv" in r.getMessage()]
+
+
+class _Counting:
+    """A baseline that keeps what it is fitted on."""
+
+    counts: np.ndarray
+
+    def fit(self, train: Jagged, n_items: int) -> Any:
+        self.counts = np.bincount(train.values, minlength=n_items)
+        return Popularity().fit(train, n_items)
+
+
+def _fitted_on(folder: Path) -> tuple[list[int], list[int]]:
+    with world("cpu") as ranks:
+        dataset, kept = PreparedDataset(folder), _Counting()
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
+        items = HeldOutItems(dataset, "test", {})
+        evaluate_ranking(model, ranks, items, (5,), {"kept": kept})
+        return kept.counts.tolist(), dataset.popularity()[items.catalogue.rows].tolist()
+
+
+def test_baselines_are_fitted_on_all_training_rows_of_rare_users_too(tmp_path: Path) -> None:
+    features = "[{name: user, entity: user, min_count: 45}, {name: item, entity: item}]"
+    config = config_of(f"data.features={features}", f"run.prepared_root={tmp_path}")
+    prepare(config.data, config.data_root, config.prepared_dir, 1)
+    dataset = PreparedDataset(config.prepared_dir)
+    assert len(dataset.rare_history.values) > 1000
+    fitted, expected = run_alone(_fitted_on, config.prepared_dir)
+    assert fitted == expected
 
 
 def every_kind_of_field(folder: Path) -> Config:

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from torch.distributed import distributed_c10d
 
 from deepfm_dist import train, tune
@@ -18,7 +21,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.search import Search, Span, Trial
-from deepfm_dist.training.trainer import Pruned
+from deepfm_dist.training.trainer import LoopState, Pruned
 from tests.ranks import run_alone, run_ranks
 
 SPACE = {
@@ -102,6 +105,49 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
     best = search.best()
     assert best is not None
     assert best.best == pytest.approx(sign * 0.85)
+
+
+def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: Path) -> None:
+    found = []
+    for name, cut in (("whole", False), ("cut", True)):
+        search = Search(tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True)
+        for level in (0.5, 0.6, 0.7, 0.8):
+            search.next(9)
+            assert not any(search.heard(epoch, level) for epoch in range(1, 6))
+            search.over("complete", level)
+        search.next(9)
+        told = [search.heard(epoch, 0.9) for epoch in (1, 2, 3)]
+        if cut:
+            search = Search(
+                tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True
+            )
+            search.next(9)
+            told += [search.heard(3, 0.9)]  # validated again, after the checkpoint before it
+        told += [search.heard(epoch, 0.5) for epoch in (4, 5)]
+        search.over("complete", 0.9)
+        trials = search._study.get_trials(deepcopy=False)
+        found.append(trials[-1].intermediate_values)
+        assert not any(told)
+    assert found[0] == found[1]
+
+
+def test_settings_that_do_not_go_together_are_a_failed_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(config: Config, *_: Any) -> tuple[LoopState, bool]:
+        if config.model.dropout:
+            raise ConfigError("has no rows for batch norm")
+        return LoopState(best=0.5), False
+
+    monkeypatch.setattr(train, "train_on", trained)
+    space = "tune={trials: 6, space: {model.dropout: [0, 0.5]}}"
+    assert run_ranks(_run, 1, tune.main, *_settings(tmp_path, "one"), space) == [0]
+    journal = JournalStorage(JournalFileBackend(str(tmp_path / "one/tune/study.log")))
+    trials = optuna.load_study(storage=journal, study_name="tune").trials
+    tried = {(json.loads(t.params["model.dropout"]), t.state.name) for t in trials}
+    assert len(trials) == 6
+    assert tried == {(0, "COMPLETE"), (0.5, "FAIL")}
+    assert "dropout: 0.0" in (tmp_path / "one/tune/best.yaml").read_text()
 
 
 def _run(main: Any, *arguments: str) -> int:
@@ -189,6 +235,14 @@ def _best(states: Iterable[Path]) -> float:
         (
             ["trainer.monitor=auc", "tune.space={model.dropout: {low: 0, high: 2}}"],
             "model.dropout: input should be less than 1",
+        ),
+        (
+            ["trainer.monitor=auc", "tune.space={trainer.batch_size: {low: 32, high: 128.5}}"],
+            "tune.space.trainer.batch_size: trainer.batch_size: ",
+        ),
+        (
+            ["trainer.monitor=auc", "tune.space={trainer.monitor: [auc, log_loss]}"],
+            "trials are compared by one figure; leave it out",
         ),
     ],
 )

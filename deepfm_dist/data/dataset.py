@@ -152,6 +152,13 @@ class PreparedDataset:
         """Each user's training items, in time order where times are known."""
         return self._mapped_if_large("user", "history", _as_it_is)
 
+    @cached_property
+    def rare_history(self) -> Jagged:
+        """Training items of the users without a row in the user table (`has_rare_users`)."""
+        if not self.has_rare_users:
+            return Jagged(np.zeros(1, np.int64), np.zeros(0, np.int32))
+        return self._mapped_if_large("rare", "history", _as_it_is)
+
     def seen(self, held_out: bool) -> Jagged:
         """What the sampler avoids.
 

@@ -1,5 +1,6 @@
 """A prepared dataset -> batches of users, for losses over the items of a catalogue."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from deepfm_dist.data.negatives import draw_with_replacement, item_weights
 from deepfm_dist.data.read_ahead import read_ahead
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed, permute
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class UserBatches:
         self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
         self._seed, self._candidates, self.threads = seed, candidates, threads
         self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
+        if n_rare := len(dataset.rare_history.values):
+            log.info(
+                "%s training rows are of users below min_count: no batch of users has them",
+                f"{n_rare:,}",
+            )
         self.batch_size = min(batch_size, len(self._users))
         self._local = -(-self.batch_size // world_size)
         if self._local * (world_size - 1) >= self.batch_size:

@@ -18,7 +18,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
 from deepfm_dist.ranking.metrics import (
@@ -91,7 +91,7 @@ class HeldOutItems:
             log.info("%s users have no held-out items: not ranked for", f"{left_out:,}")
         if of_unknown := int(relevant_of_all.lengths[0]):
             log.info(
-                "%s held-out items are of users without training rows: not ranked for",
+                "%s held-out items are of users who are not in the user table: not ranked for",
                 f"{of_unknown:,}",
             )
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
@@ -157,20 +157,35 @@ def evaluate_ranking(
         On rank 0 the rankings' figures, the model's first; None elsewhere.
 
     Raises:
-        ConfigError: a baseline cannot be fitted on so many items.
+        ConfigError: a baseline cannot be fitted on so many items, or the reference is called like
+            another ranking.
+        DataError: the reference cannot be read, or says a score twice.
     """
     dataset, catalogue = held_out.dataset, held_out.catalogue
     users, relevant = held_out.users, held_out.relevant
     makers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
     if baselines:
-        everyone = np.arange(dataset.manifest.entities["user"], dtype=np.int32)
-        train = distinct(catalogue.seen_by(everyone, [dataset.history])(0, len(everyone)))
+        # Users below min_count come behind the others: nobody is ranked for them, but their rows
+        # are training rows.
+        train = distinct(
+            Jagged.concatenated(
+                [
+                    catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
+                    for items in (dataset.history, dataset.rare_history)
+                ]
+            )
+        )
         for name, baseline in baselines.items():
             makers[name] = partial(_fitted, name, baseline, train, len(catalogue), users, world)
     if reference is not None:
-        makers[Path(reference).stem] = lambda: _reference_ranker(
-            reference, dataset, catalogue, users, world
-        )
+        name = Path(reference).stem
+        if name in makers:
+            raise ConfigError(
+                f"evaluate.reference={reference}: {name} is what another ranking of the table is "
+                f"called; give the file another name"
+            )
+        scores = _reference_scores(reference, dataset, catalogue, users)  # before hours of others
+        makers[name] = partial(_reference_ranker, scores, world)
     activity = Groups.by_quantile(dataset.history.lengths[users])
     popularity = Groups.by_quantile(held_out.counts[relevant.values])
     figures, samples, profiles, shown = {}, {}, {}, []
@@ -224,21 +239,41 @@ def _fitted(
     return FixedRanker(scores, n_items)
 
 
-def _reference_ranker(
-    path: str, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array, world: World
-) -> FixedRanker:
-    columns = [Column("user"), Column("item"), Column("score", "number")]
-    table = read_table(path, columns)
+def _reference_scores(
+    path: str, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array
+) -> Tensor:
+    """``[U, I]`` float32 scores of another system; -inf where it has none."""
+    table = read_table(path, [Column("user"), Column("item"), Column("score", "number")])
     user_ids = dataset.entity_ids("user").take(pa.array(users))
     rows = np.asarray(pc.index_in(table["user"], value_set=user_ids).fill_null(-1))
     places = np.asarray(pc.index_in(table["item"], value_set=catalogue.ids).fill_null(-1))
-    known = (rows >= 0) & (places >= 0)
-    if not known.any():
+    known = np.flatnonzero((rows >= 0) & (places >= 0))
+    if len(known) == 0:
         raise DataError(f"{path}: none of its users and items are in the dataset")
+    pairs = rows[known].astype(np.int64) * len(catalogue) + places[known]
+    _, first, times = np.unique(pairs, return_index=True, return_counts=True)
+    if len(first) < len(pairs):
+        row = table.slice(int(known[first[times.argmax()]]), 1).to_pylist()[0]
+        raise DataError(
+            f"{path}: user {row['user']!r} and item {row['item']!r} have {times.max()} scores; "
+            f"leave one of them"
+        )
+    n_scored = len(np.unique(rows[known]))
+    log.info("%s: scores for %s of %s users", path, f"{n_scored:,}", f"{len(users):,}")
+    if n_scored < len(users):
+        log.warning(
+            "%s: nothing is recommended to %s users, which counts as missed",
+            path,
+            f"{len(users) - n_scored:,}",
+        )
     dense = torch.full((len(users), len(catalogue)), float("-inf"))
     dense[rows[known], places[known]] = torch.from_numpy(
         np.asarray(table["score"])[known].astype(np.float32)
     )
+    return dense
+
+
+def _reference_ranker(scores: Tensor, world: World) -> FixedRanker:
     return FixedRanker(
-        lambda begin, end: dense[begin:end].to(world.device, copy=True), len(catalogue)
+        lambda begin, end: scores[begin:end].to(world.device, copy=True), scores.shape[1]
     )

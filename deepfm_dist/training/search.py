@@ -106,6 +106,7 @@ class Search:
             )
         self._study.set_user_attr("asked", asked)
         self._open: Any = None
+        self._told: set[int] = set()  # epochs of the open trial whose figures are known
 
     def next(self, trials: int) -> Trial | None:
         """What to try next; None once so many trials are over.
@@ -127,6 +128,11 @@ class Search:
         self._open = self._study.ask()
         name = _name(self._open) or f"trial_{n_over:03}"
         self._open.set_user_attr("name", name)
+        self._told = set()
+        for earlier in self._study.get_trials(deepcopy=False):  # of the same, before it was cut off
+            if _name(earlier) == name and earlier.number != self._open.number:
+                for epoch, figure in earlier.intermediate_values.items():
+                    self._report(figure, epoch)
         return Trial(name, {setting: self._drawn(setting) for setting in self._space})
 
     def heard(self, epoch: int, figure: float) -> bool:
@@ -136,8 +142,14 @@ class Search:
             Whether the trial is not worth going on with.
         """
         if np.isfinite(figure):
-            self._open.report(figure, epoch)
+            self._report(figure, epoch)
         return bool(self._open.should_prune())
+
+    def _report(self, figure: float, epoch: int) -> None:
+        """A resumed trial takes some validations again, with the same figures."""
+        if epoch not in self._told:
+            self._told.add(epoch)
+            self._open.report(figure, epoch)
 
     def over(self, outcome: str, best: float | None) -> None:
         """Ends the open trial: complete, pruned or failed."""
