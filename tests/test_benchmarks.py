@@ -61,6 +61,7 @@ def test_the_rows_of_the_quality_tables_are_configurations(
     assert len(rows) > 12
     for row in rows:
         load_config(row["config"], [*row.get("overrides", []), *row.get("evaluate", [])])
+        load_config(row["config"], row.get("trained_on", []))
         assert row["seeds"]
 
 
