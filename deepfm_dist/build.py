@@ -55,7 +55,7 @@ from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batc
 log = logging.getLogger(__name__)
 
 MOST_READING_THREADS = 4
-"""By default; one makes some 7 M rows/s of a small schema (benchmarks/reading.py)."""
+"""By default; one makes some 13 M rows/s of a small schema (benchmarks/reading.py)."""
 
 
 def build_model(
