@@ -12,9 +12,8 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
-_WINDOW = (
-    15  # seen items about the place where the one wanted is guessed: four looks tell them apart
-)
+_WINDOW = 15
+"""Seen items about the place where the one wanted is guessed; four looks tell them apart."""
 
 
 def draw_per_positive(
@@ -268,11 +267,7 @@ def _draw_per_positive(
     after the other, each look at a seen item would be waited for.
     """
     size, n, last = len(slots), 0, len(seen) - 1
-    rows, begins, ends = (
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-    )
+    rows, begins, ends = np.empty_like(slots), np.empty_like(slots), np.empty_like(slots)
     words, stretches = np.empty(size, np.uint64), np.empty(size, np.int64)
     for i in range(size):
         begins[n], ends[n] = offsets[users[i]], offsets[users[i] + 1]

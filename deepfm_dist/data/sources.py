@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
 _MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
 _TYPES = {
@@ -436,7 +436,7 @@ class _Reader:
     def _check_beginning(self) -> None:
         """Refuses what is no text of its encoding, and columns that are missing or come twice."""
         try:
-            begin = self._stream().read(4)
+            begin = self._stream().read(5)
         except DataError:
             raise
         except self.failures:
