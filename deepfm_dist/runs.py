@@ -78,6 +78,7 @@ def begin(
                         f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not "
                         f"{new}; set model.{name}={str(old).replace(' ', '')}"
                     )
+            state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
             log.info("%s: training starts from its weights", path)
         if not is_remote(config.run_dir):
             config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,12 @@ from deepfm_dist import train as train_command
 from deepfm_dist.build import deepfm_of, schedule_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.checkpoint import complete_steps
+from deepfm_dist.distributed.checkpoint import (
+    complete_steps,
+    find_checkpoint,
+    read_state,
+    steps_in,
+)
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
@@ -551,3 +556,21 @@ def test_steps_are_traced_or_refused_where_there_are_none(
     said = "profile_steps=[5, 9]: the run has 4 steps; choose earlier ones"
     assert said in capfd.readouterr().err
     assert complete_steps(tmp_path / "runs/sample") == [4]  # the refused one has cleared nothing
+
+
+def test_a_run_knows_the_steps_of_those_it_began_from(tmp_path: Path) -> None:
+    """Fused optimizers correct their bias by them: moments are not as young as the run."""
+    arguments = [
+        "--quiet",
+        *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
+        "run.loggers=[]",
+        "data.name=shared",
+    ]
+    found = []
+    for name, steps, start in (("a", 4, None), ("b", 3, "a"), ("c", 2, "b")):
+        begun = [] if start is None else [f"checkpoint.start_from={tmp_path / 'runs' / start}"]
+        trainer = f"trainer={{max_steps: {steps}, validate_every_epochs: 0}}"
+        command = [*arguments, f"run.name={name}", trainer, *begun]
+        assert run_alone(train_command.main, command) == 0
+        found.append(steps_in(read_state(find_checkpoint(tmp_path / "runs" / name))))
+    assert found == [4, 7, 9]

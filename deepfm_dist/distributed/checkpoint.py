@@ -368,7 +368,7 @@ def load(
     _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
     sharded.load_state_dict(model)
     if optimizer is not None:
-        set_table_steps(sharded, read_state(path)["step"])
+        set_table_steps(sharded, steps_in(read_state(path)))
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:
@@ -444,6 +444,11 @@ def read_state(path: Path) -> dict[str, Any]:
         if not isinstance(found, kind):
             raise CheckpointError(f"{marker}: damaged ({name} is {found!r}); {_instead_of(path)}")
     return state
+
+
+def steps_in(state: Mapping[str, Any]) -> int:
+    """Steps that a checkpoint's optimizer has taken, in the runs that it began from too."""
+    return int(state["step"]) + int(state["trainer"].get("earlier_steps", 0))
 
 
 def digest_of(state: Mapping[str, Any]) -> str:

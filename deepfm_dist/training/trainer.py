@@ -115,6 +115,7 @@ class LoopState:
         lifetime: sums of `TrainingFigures`.
         before_end: best, best_step, without_better and lr_scale before a validation that was there
             only because training ended: one that goes on has them again.
+        earlier_steps: steps of the runs before, whose weights and optimizer state it began with.
     """
 
     step: int = 0
@@ -129,6 +130,7 @@ class LoopState:
     lifetime: list[float] = field(default_factory=list)
     monitor: str | None = None
     before_end: list[Any] | None = None
+    earlier_steps: int = 0
 
     def go_on(self, schedule: Schedule) -> None:
         """Makes it the state of a run that did not end here, and watches what ``schedule`` does."""
@@ -277,7 +279,7 @@ def train(
                 with clock.timed("validation"):
                     found = validate()
                 sharded.train()
-                set_table_steps(sharded, step)
+                set_table_steps(sharded, state.earlier_steps + step)
                 if not math.isfinite(found.get("log_loss", 0.0)):
                     raise state.not_finite(f"the validation log loss is {found['log_loss']}")
                 if not _due(schedule.validate_every_epochs, epoch, inside):
