@@ -30,7 +30,6 @@ import yaml
 
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data import sources
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
@@ -40,7 +39,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig, Feature
-from deepfm_dist.data.sources import read_table
+from deepfm_dist.data.sources import delimited, read_table
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError, DataError
@@ -813,7 +812,7 @@ def test_nothing_depends_on_blocks_and_little_on_partitions(
     data = DataConfig.model_validate(MANY | {"split": split})
     many_days(tmp_path)
     prepare(data, tmp_path, tmp_path / "whole", seed=2)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 1000)
     prepare(data, tmp_path, tmp_path / "blocks", seed=2)
     assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
     monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
@@ -1003,7 +1002,7 @@ def test_clicks_without_users_are_partitioned_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "_FILE_BLOCK_ROWS", 20)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 300)
     lines = "".join(f"{i % 2},a{i % 13},{i}\n" for i in range(500))
     (tmp_path / "c.csv").write_text("y,a,n\n" + lines)
     spec = {

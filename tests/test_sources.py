@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from deepfm_dist.data import sources
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources import Column, in_tables, read_table
+from deepfm_dist.data.sources import Column, delimited, in_tables, read_table
 from deepfm_dist.errors import DataError
 
 EXAMPLES = int(os.environ.get("DEEPFM_FUZZ_EXAMPLES", 100))
@@ -95,7 +95,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_refusal_keeps_no_reader_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's reading thread, which holds what a decoder raised, must not free the reader."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)  # the reader opens; a later block is bad
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)  # the reader opens; a later block is bad
     path = tmp_path / "a.csv"
     path.write_bytes(("user,score,at\n" + "a,1,2\n" * 3000).encode("utf-16")[:-1])
     with pytest.raises(DataError, match="is no UTF-16 text") as caught:
@@ -121,7 +121,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
 
 
 def test_lines_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 200)
     rows = [f"u{i},{i},{i}" for i in range(100)]
     rows[77] = "u77,oops,77"
     (tmp_path / "a.csv").write_text("\n".join(["user,score,at", *rows]))
@@ -149,7 +149,7 @@ def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
 def test_columns_nobody_asked_for_may_hold_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     rows = ["1,98101"] * 40 + ["2,V6B 1A1"]  # numbers in the first block, text in the last
     (tmp_path / "a.csv").write_text("\n".join(["user,zip", *rows]))
     assert read_table(tmp_path / "a.csv", COLUMNS[:1])["user"].to_pylist() == ["1"] * 40 + ["2"]
@@ -276,8 +276,8 @@ def test_stray_quotes_swallow_no_rows(
     text, line, problem = STRAY[case]
     path = tmp_path / "a.csv"
     path.write_bytes(("id,title\n" + text).encode(encoding))
-    for block_bytes in (64, sources.BLOCK_BYTES):
-        monkeypatch.setattr(sources, "BLOCK_BYTES", block_bytes)
+    for block_bytes in (64, delimited.BLOCK_BYTES):
+        monkeypatch.setattr(delimited, "BLOCK_BYTES", block_bytes)
         with pytest.raises(DataError, match=f"line {line}: .*{problem}.*a.csv: {{quoted: false}}"):
             read_table(
                 path, [Column("id")], FileFormat(encoding=encoding), on_bad_row, None, "a.csv"
@@ -454,7 +454,7 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
     path.write_text('user,score\n"a\n\nb",1\nc,2,3\n')
     with pytest.raises(DataError, match="line 5: 3 cells where 2 are expected: 'c,2,3'"):
         read_table(path, COLUMNS[:2])
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     path.write_text("user,score\n" + '"a\nb",1\n' * 99)
     assert read_table(path, COLUMNS[:2])["user"].to_pylist() == ["a\nb"] * 99
 
@@ -682,7 +682,7 @@ def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
     layout = FileFormat(encoding=encoding, columns=names)
     dropped: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", 64 + block_bytes)
+        patch.setattr(delimited, "BLOCK_BYTES", 64 + block_bytes)
         try:
             table = read_table(path, columns, layout, on_bad_row, dropped)
         except DataError as error:

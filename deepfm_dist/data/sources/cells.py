@@ -1,0 +1,299 @@
+"""Cells as a file has them -> the types that are asked for."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.sources.source import Source, short
+from deepfm_dist.data.sources.text_stream import NO_TEXT
+from deepfm_dist.errors import DataError
+
+_TYPES = {
+    "text": pa.string(),
+    "number": pa.float64(),
+    "weight": pa.float32(),
+    "time": pa.int64(),
+    "label": pa.int8(),
+    "split": pa.int8(),
+}
+_WANTED = {
+    "text": "text",
+    "number": "number",
+    "weight": "weight: a number above 0 is expected",
+    "time": "time",
+    "label": "label: 0 or 1 is expected",
+    "split": "split: 0, 1, 2 or train, valid, test is expected",
+}
+_SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
+
+ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a column's cells are to be beside their type.
+
+    Attributes:
+        wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
+        wanted: what they are to be, after "is no".
+    """
+
+    wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column to read.
+
+    Attributes:
+        name: its name in the file.
+        type: text -> string; number -> float64; weight -> float32 above 0; time -> int64 seconds
+            (from a number or a timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1;
+            split -> int8 0, 1 or 2 (train, valid, test).
+        required: whether an empty cell makes the row a bad one (else it becomes null).
+        missing: words that count as an empty cell.
+        checks: what makes a row a bad one, too.
+    """
+
+    name: str
+    type: ColumnType = "text"
+    required: bool = True
+    missing: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """What its values are read as."""
+        return _TYPES[self.type]
+
+
+class CellTyper:
+    """Gives cells the types that are asked for; rows with bad ones are named or dropped.
+
+    Args:
+        source: the file.
+        columns: what is wanted.
+        dropped: counts of what is left out by reason, added to.
+        skip_bad: whether a row with a bad cell is dropped; else it is an error.
+        where: where a row of the file stands, for an error line.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Sequence[Column],
+        dropped: Counter[str],
+        skip_bad: bool,
+        where: Callable[[int], str],
+    ) -> None:
+        self._source, self._columns, self._dropped = source, columns, dropped
+        self._skip_bad, self._where = skip_bad, where
+
+    def typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
+        """The rows whose cells can be read, typed as `Column` says.
+
+        Args:
+            batch: the columns wanted, with the file's own types.
+            first_row: rows of the file before it.
+
+        Raises:
+            DataError: a cell or a column cannot be read as what it is to be.
+        """
+        path, name = self._source.path, self._source.name
+        arrays, bad = [], np.zeros(batch.num_rows, bool)
+        for column in self._columns:
+            cells = batch.column(column.name)
+            cells = _without(_plain(cells), column.missing)
+            if column.type == "text":
+                cells = _whole_as_integers(cells)
+            try:
+                if column.type == "time":
+                    values, cut = _seconds(_moments(cells))
+                    if cut:
+                        self._dropped[f"{name}: fractions of seconds in {column.name}"] += cut
+                else:
+                    values = _convert(cells, column.type)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                raise DataError(
+                    f"{path}: column {column.name!r} holds {cells.type} and cannot be read "
+                    f"as {column.type}"
+                ) from None
+            unreadable = pc.and_(pc.is_null(values), pc.is_valid(cells))
+            if column.required:
+                unreadable = pc.is_null(values)
+                if column.type == "text":
+                    unreadable = pc.or_kleene(unreadable, pc.equal(values, ""))
+            if self._skip_bad and column.type == "text":
+                no_text = pc.match_substring(values, NO_TEXT)
+                unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
+            faults = [(check.wrong(values), check.wanted) for check in column.checks]
+            if pc.any(unreadable, min_count=0).as_py() is not False:
+                faults.append((np.asarray(unreadable.fill_null(True)), _WANTED[column.type]))
+            for wrong, wanted in faults:
+                if wrong.any() and not self._skip_bad:
+                    self._refuse(column.name, wanted, int(wrong.argmax()), cells, first_row)
+                bad |= wrong
+            arrays.append(values)
+        typed = pa.RecordBatch.from_arrays(arrays, names=[c.name for c in self._columns])
+        if bad.any():
+            self._dropped[f"{name}: rows with an unreadable cell"] += int(bad.sum())
+            typed = typed.filter(pa.array(~bad))
+        return typed
+
+    def _refuse(self, name: str, wanted: str, at: int, cells: pa.Array, first_row: int) -> None:
+        cell = cells[at].as_py()
+        what = "is empty" if cell in (None, "") else f"is no {wanted}"
+        shown = short("" if cell is None else cell)
+        raise DataError(
+            f"{self._source.path}, {self._where(first_row + at)}: {name} {shown} {what}; "
+            f"mend the row or set data.on_bad_row=skip"
+        )
+
+
+def _plain(cells: pa.Array) -> pa.Array:
+    """Cells without an encoding or a layout of their own."""
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    return cells.cast(pa.string()) if pa.types.is_string_view(cells.type) else cells
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
+    """Cells with some words, or the numbers that these words are, turned to null."""
+    if not words:
+        return cells
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
+        return pc.if_else(found, None, cells)
+    if not _is_number(cells.type):
+        return cells
+    numbers = [n for n in map(_float_or_none, words) if n is not None]
+    exact = cells.cast(pa.float64(), safe=False)
+    found = pc.is_in(exact, value_set=pa.array(numbers, pa.float64()))
+    if any(map(math.isnan, numbers)):
+        found = pc.or_(found, pc.is_nan(exact).fill_null(False))
+    return pc.if_else(found, None, cells)
+
+
+def _convert(cells: pa.Array, kind: str) -> pa.Array:
+    """Cells -> the column's type; what cannot be read becomes null."""
+    if kind == "text":
+        try:
+            return cells.cast(pa.string())
+        except pa.ArrowInvalid:  # bytes, of which some are no text
+            return pa.array([_text_or_none(c) for c in cells.to_pylist()], pa.string())
+    if kind == "split":
+        place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
+        return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        cells = _numbers(cells)
+    cells = cells.cast(pa.float64(), safe=False)
+    # NaN and infinity, in float32, are nothing to learn from.
+    cells = pc.if_else(pc.is_finite(cells.cast(pa.float32(), safe=False)), cells, None)
+    if kind == "weight":
+        cells = cells.cast(pa.float32(), safe=False)
+        return pc.if_else(pc.greater(cells, 0), cells, None)
+    if kind == "label":
+        binary = pc.is_in(cells, pa.array([0.0, 1.0]))
+        return pc.if_else(binary, cells, None).cast(pa.int8())
+    return cells
+
+
+def _numbers(cells: pa.Array) -> pa.Array:
+    cells = pc.utf8_trim_whitespace(cells)
+    try:
+        return cells.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return pa.array([_float_or_none(c) for c in cells.to_pylist()], pa.float64())
+
+
+def _moments(cells: pa.Array) -> pa.Array:
+    """Times of any kind -> a temporal type, integers or floats; null where it is none."""
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        return cells
+    for kind in (pa.int64(), pa.timestamp("s"), pa.timestamp("us"), pa.float64()):
+        try:
+            return cells.cast(kind)
+        except pa.ArrowInvalid:
+            pass
+    return pa.array([_time_or_none(c) for c in cells.to_pylist()], pa.float64())
+
+
+def _seconds(moments: pa.Array) -> tuple[pa.Array, int]:
+    """Moments -> int64 whole seconds, null where that is too small, and how many were cut."""
+    if pa.types.is_temporal(moments.type):
+        moments = moments.cast(pa.timestamp("us"), safe=False)
+        seconds = pc.floor_temporal(moments, unit="second")
+        cut = pc.not_equal(moments, seconds)
+        return seconds.cast(pa.timestamp("s")).cast(pa.int64()), pc.sum(cut).as_py() or 0
+    if pa.types.is_uint64(moments.type):
+        moments = pc.if_else(pc.less(moments, pa.scalar(2**63, pa.uint64())), moments, None)
+    if not pa.types.is_floating(moments.type):
+        return moments.cast(pa.int64()), 0
+    seconds = pc.floor(moments.cast(pa.float64()))
+    inside = pc.and_(pc.greater_equal(seconds, -(2.0**63)), pc.less(seconds, 2.0**63))
+    seconds = pc.if_else(inside, seconds, None)
+    cut = pc.not_equal(seconds, moments)
+    return seconds.cast(pa.int64()), pc.sum(cut).as_py() or 0
+
+
+def _whole_as_integers(cells: pa.Array) -> pa.Array:
+    """Floats -> text, as their integers have it, which pandas makes floats where there are gaps.
+
+    A gap is no id called nan, and ten thousand million is none called 1e+10. Decimals likewise:
+    1.00 is 1. What is neither stays as it is.
+    """
+    if pa.types.is_decimal(cells.type):
+        texts = [None if c is None else f"{c:f}" for c in cells.to_pylist()]
+        whole = [t if t is None or "." not in t else t.rstrip("0").rstrip(".") for t in texts]
+        return pa.array(whole, pa.string())
+    if not pa.types.is_floating(cells.type):
+        return cells
+    exact = cells.cast(pa.float64())
+    finite = pc.is_finite(exact)
+    whole = pc.and_(finite, pc.less(pc.abs(exact), 2.0**63))
+    whole = pc.and_(whole, pc.equal(pc.trunc(exact), exact))
+    digits = pc.if_else(whole, exact, None).cast(pa.int64()).cast(pa.string())
+    return pc.if_else(whole, digits, pc.if_else(finite, cells, None).cast(pa.string()))
+
+
+def _float_or_none(text: str | None) -> float | None:
+    """A number as files have it: Python would also take 1_000 and digits of other scripts."""
+    if text is None or not text.isascii() or "_" in text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _time_or_none(text: str | None) -> float | None:
+    if text is None:
+        return None
+    seconds = _float_or_none(text)
+    if seconds is not None:
+        return seconds
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _text_or_none(cell: bytes | None) -> str | None:
+    try:
+        return None if cell is None else cell.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,314 @@
+"""Delimited text: csv, tsv, dat, libsvm; what is wrong is named by line.
+
+Arrow parses; a file is read again, by Python, only to say where it is wrong.
+"""
+
+import codecs
+import csv
+import io
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from deepfm_dist.data.schema import FileFormat
+from deepfm_dist.data.sources.cells import Column
+from deepfm_dist.data.sources.reader import Reader
+from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source, brief, short
+from deepfm_dist.data.sources.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
+from deepfm_dist.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
+_MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
+_UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
+
+
+class DelimitedReader(Reader):
+    """Reads lines of cells with a delimiter between them; libsvm too."""
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Sequence[Column],
+        layout: FileFormat,
+        dropped: Counter[str] | None,
+    ) -> None:
+        super().__init__(source, columns, layout, dropped)
+        self.libsvm = source.suffix in (".libsvm", ".svm")
+        dat = source.suffix == ".dat"
+        default = "::" if dat else "\t" if source.suffix in (".tsv", ".tab") else ","
+        self.delimiter = " " if self.libsvm else layout.delimiter or default
+        self.encoding = layout.encoding or ("latin-1" if dat else "utf-8")
+        self.wide = len(self.delimiter.encode()) > 1
+        self.quoted = layout.quoted and not (self.wide or self.libsvm)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The columns wanted, as text; of libsvm the half of each cell that is wanted."""
+        if not self.libsvm:
+            yield from self._text()
+            return
+        if not self.layout.columns:
+            raise DataError(
+                f"{self.source.path}: libsvm has no column names; "
+                + self.source.cure("give them", "columns: [label, first, second, ...]", "write csv")
+            )
+        for batch in self._text():
+            halves = [_half(batch[c.name], 1 if c.type == "number" else 0) for c in self.columns]
+            yield pa.RecordBatch.from_arrays(halves, names=[c.name for c in self.columns])
+
+    def _text(self) -> Iterator[pa.RecordBatch]:
+        def on_ragged(row: pa_csv.InvalidRow) -> str:
+            assert self.dropped is not None
+            self.dropped[f"{self.source.name}: rows with a wrong number of cells"] += 1
+            return "skip"
+
+        names = list(self.layout.columns) if self.layout.columns else None
+        wanted = [c.name for c in self.columns]
+
+        quotes: Quotes | None = None
+
+        def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
+            nonlocal quotes
+            quotes = Quotes(self.delimiter) if self.quoted else None
+            stream = self._utf_8(quotes)
+            return pa_csv.open_csv(
+                stream,
+                pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names),
+                pa_csv.ParseOptions(
+                    delimiter=_UNIT_SEPARATOR.decode() if self.wide else self.delimiter,
+                    quote_char='"' if self.quoted else False,
+                    newlines_in_values=self.quoted,
+                    invalid_row_handler=on_ragged if self.dropped is not None else None,
+                ),
+                pa_csv.ConvertOptions(
+                    column_types={name: pa.string() for name in wanted},
+                    # The others' types would be guessed from the first block and then held to.
+                    include_columns=only,
+                    strings_can_be_null=True,
+                    null_values=[""],
+                ),
+            )
+
+        self._check_beginning()
+        reader: pa_csv.CSVStreamingReader | None = None
+        try:
+            try:
+                reader = opened(wanted)
+            except KeyError:  # a column is missing: look what there is
+                self.check_columns(opened(None).schema.names)
+                raise
+            yield from reader
+        except DataError:
+            raise
+        except QuoteError as error:
+            raise self._unbalanced(error) from None
+        except pa.ArrowInvalid as error:
+            if "straddling" in str(error):
+                raise self._too_long() from None
+            if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
+                raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
+            if "Empty CSV" in str(error):
+                raise EmptyFile(f"{self.source.path}: the file is empty") from None
+            raise DataError(self._unreadable(error)) from None
+        except self.source.failures as error:
+            raise DataError(self._unreadable(error)) from None
+        finally:
+            # What a decoder or a remote file raised passed through this frame, and Arrow's reading
+            # thread keeps it: were the reader still here, that thread could be the one to free it,
+            # and would wait for its own end.
+            reader = None
+
+        if quotes is not None and quotes.most_lines > _MANY_LINES:
+            log.warning(
+                "%s, line %d: a cell in quotes goes on for %d lines; %s",
+                self.source.path,
+                self._line_at(quotes.most_lines_at),
+                quotes.most_lines + 1,
+                self._quotes_are_text,
+            )
+
+    def _utf_8(self, quotes: Quotes | None = None) -> TextStream:
+        """The file's text as Arrow is to read it."""
+        return TextStream(
+            self.source.stream(), self.encoding, self.dropped is not None, self._rewritten, quotes
+        )
+
+    def _rewritten(self, lines: bytes) -> bytes:
+        if self.wide:
+            return lines.replace(self.delimiter.encode(), _UNIT_SEPARATOR)
+        if self.libsvm:
+            return re.sub(rb"[ \t]+(?=\r?\n|$)", b"", lines)
+        return lines
+
+    def _check_beginning(self) -> None:
+        """Refuses what is no text of its encoding, and columns that are missing or come twice."""
+        try:
+            begin = self.source.stream().read(5)
+        except DataError:
+            raise
+        except self.source.failures:
+            return  # the reader says why
+        for magic, suffix in _MAGIC.items():
+            if begin.startswith(magic):
+                raise DataError(
+                    f"{self.source.path}: not readable: it begins as {suffix} files do; call it "
+                    f"{Path(self.source.path).name}{suffix}"
+                )
+        if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
+            raise DataError(
+                f"{self.source.path}, line 1: not readable: it begins as UTF-16 does; "
+                + self.source.cure("name the encoding", "encoding: utf-16", "save it as UTF-8")
+            )
+        if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:
+            self.encoding = "utf-8"  # whatever the suffix's usual one is
+        header: Sequence[str] = self.layout.columns or ()
+        if not header:
+            header = self.first_row()
+        if header and NO_TEXT not in "".join(header):  # else the reader says where
+            self.check_columns(header)
+
+    # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
+
+    def first_row(self) -> Sequence[str]:
+        """The cells of the first line that is not blank; empty where none can be read."""
+        with suppress(csv.Error, *self.source.failures):
+            for _, _, cells in self._parsed():
+                return cells
+        return ()
+
+    def _parsed(self) -> Iterator[tuple[int, int, Sequence[str]]]:
+        """(row below the header, line it begins on, cells) of every row that is not blank."""
+        text = io.TextIOWrapper(
+            io.BufferedReader(TextStream(self.source.stream(), self.encoding, replace=True)),
+            "utf-8-sig",
+            newline="" if self.quoted else None,
+        )
+        row = 0 if self.layout.columns else -1
+        if not self.quoted:
+            for line, cells in enumerate(text, start=1):
+                if cells := cells.rstrip("\r\n"):
+                    yield row, line, self._cells(cells.rstrip(" "))
+                    row += 1
+            return
+        reader = csv.reader(text, delimiter=self.delimiter)
+        while True:
+            line = reader.line_num + 1
+            values = next(reader, None)
+            if values is None:
+                return
+            if values:
+                yield row, line, values
+                row += 1
+
+    def _cells(self, line: str) -> list[str]:
+        """A line without quotes, split where Arrow does."""
+        parted = line.replace(self.delimiter, _UNIT_SEPARATOR.decode()) if self.wide else line
+        return parted.split(_UNIT_SEPARATOR.decode() if self.wide else self.delimiter)
+
+    def where(self, row: int) -> str:
+        """The line on which a row begins."""
+        with suppress(csv.Error, *self.source.failures):
+            for number, line, _ in self._parsed():
+                if number == row:
+                    return f"line {line}"
+        return super().where(row)
+
+    def _ragged(self, expected: int, text: str) -> str:
+        where, n = "a row", len(self._cells(text))
+        with suppress(csv.Error, *self.source.failures):
+            for _, line, cells in self._parsed():
+                if len(cells) != expected:
+                    where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)
+                    break
+        return (
+            f"{self.source.path}, {where}: {n} cells where {expected} are expected: {short(text)}; "
+            f"mend the row or set data.on_bad_row=skip"
+        )
+
+    def _unbalanced(self, error: QuoteError) -> DataError:
+        what = (
+            "text stands behind the closing quote of a cell"
+            if error.is_closed
+            else "a cell begins with a quote that is not closed"
+        )
+        return DataError(
+            f"{self.source.path}, line {self._line_at(error.offset)}: {what}; mend it, or "
+            f"{self._quotes_are_text}"
+        )
+
+    @property
+    def _quotes_are_text(self) -> str:
+        what = "where quotes are text, say so"
+        return self.source.cure(what, "quoted: false", "write it anew without quotes")
+
+    def _too_long(self) -> DataError:
+        """Why a row is longer than Arrow takes: a stray quote, if there is one."""
+        if self.quoted:
+            stream = self._utf_8(Quotes(self.delimiter))
+            try:
+                while stream.read(1 << 20):
+                    pass
+            except QuoteError as error:
+                return self._unbalanced(error)
+        return DataError(
+            f"{self.source.path}: not readable: a row has more than {BLOCK_BYTES:,} bytes"
+        )
+
+    def _line_at(self, offset: int) -> int:
+        """The line that so many bytes of the text lie before, from 1."""
+        line, before = 1, b""
+        stream = self._utf_8()
+        while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
+            ends = block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+            line += ends - (before == b"\r" and block[:1] == b"\n")
+            offset, before = offset - len(block), block[-1:]
+        return line
+
+    def _unreadable(self, error: Exception) -> str:
+        if isinstance(error, UnicodeError) or "UTF8" in str(error):
+            with (
+                suppress(*self.source.failures),
+                io.BufferedReader(_Raw(self.source.stream())) as lines,
+            ):
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        line.decode(self.encoding)
+                    except UnicodeError:
+                        return (
+                            f"{self.source.path}, line {number}: not readable: {short(line)} is no "
+                            f"{self.encoding.upper()} text; "
+                            + self.source.cure(
+                                "name the encoding", "encoding: ...", "save it as UTF-8"
+                            )
+                        )
+        return f"{self.source.path}: not readable: {brief(error)}"
+
+
+class _Raw(io.RawIOBase):
+    """An Arrow stream as Python's io sees one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._of_arrow = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._of_arrow.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+
+def _half(cells: pa.Array, which: int) -> pa.Array:
+    """One half of libsvm's ``index:value``; a cell without colon, such as the label, as it is."""
+    pattern = (r":.*$", r"^[^:]*:")[which]
+    return pc.replace_substring_regex(cells, pattern, "")
