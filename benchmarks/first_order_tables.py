@@ -23,6 +23,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from deepfm_dist import train
 from deepfm_dist.config import load_config
+from deepfm_dist.events import TrainEvent, ValidEvent, read_events
 from deepfm_dist.model import deepfm
 
 LAYOUTS = {"one": deepfm.EmbeddingArch}
@@ -83,11 +84,10 @@ def trained(layout: str, arguments: Sequence[str]) -> dict[str, float]:
     if code := train.main(arguments):
         sys.exit(code)
     config = load_config(arguments[1], arguments[2:])
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    valid = [e for e in events if e["event"] == "valid"]
-    best = max(valid, key=lambda e: e["auc"])
-    speed = statistics.median(e["rows_per_s"] for e in events if e["event"] == "train")
+    events = read_events(config.run_dir / "metrics.jsonl")
+    valid = [e.values() for e in events if isinstance(e, ValidEvent)]
+    best = max(valid, key=lambda figures: figures["auc"])
+    speed = statistics.median(e.rows_per_s or 0.0 for e in events if isinstance(e, TrainEvent))
     return {
         "auc": best["auc"],
         "log_loss": best["log_loss"],

@@ -27,6 +27,8 @@ from typing import Any
 import yaml
 from machine import cpu_model
 
+from deepfm_dist.events import EvaluateEvent, last, read_events
+
 
 def command(module: str, *arguments: str) -> float:
     """Runs a command of the package, its log on stderr; returns its seconds."""
@@ -65,10 +67,10 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
         seconds += command("train", *of_row, begun, f"run.name={name}")
     # What was combined is of another width than the overrides say: the checkpoint knows.
     command("evaluate", *places, f"run.name={name}", *row.get("evaluate", []))
-    lines = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    found = [e for e in map(json.loads, lines) if e["event"] == "evaluate"][-1]
-    figures = {ranking: dict(of) for ranking, of in found.get("figures", {}).items()}
-    figures["model"] = found["rows"] | figures.get("model", {})
+    found = last(read_events(work / "runs" / name / "metrics.jsonl"), EvaluateEvent)
+    assert found is not None
+    figures = {ranking: dict(of) for ranking, of in found.figures.items()}
+    figures["model"] = found.rows | figures.get("model", {})
     return {"seconds": seconds, "figures": figures}
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 from serving import trained
 
+from deepfm_dist.events import RecommendEvent, last, read_events
+
 IMPORTS = "import resource, torch, torchrec; print(resource.getrusage(0).ru_maxrss)"
 
 
@@ -38,10 +40,9 @@ def recommended(run: Path, ranks: int, settings: list[str]) -> dict[str, Any]:
     subprocess.run(
         command, cwd=run.parents[1], env=environment, check=True, stdout=subprocess.DEVNULL
     )
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    figures: dict[str, Any] = json.loads(lines[-1])
-    assert figures["event"] == "recommend"
-    return figures
+    event = last(read_events(run / "metrics.jsonl"), RecommendEvent)
+    assert event is not None
+    return event.values()
 
 
 def main() -> int:

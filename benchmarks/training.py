@@ -39,6 +39,7 @@ from machine import cpu_model
 from torch import Tensor, nn
 
 from deepfm_dist.data.synthetic import NOTEBOOK, write
+from deepfm_dist.events import TrainEvent, read_events
 
 HERE = Path(__file__).parent
 DIM, NEGATIVES = 10, 4
@@ -159,9 +160,9 @@ def ours(config: Path, folder: Path, args: argparse.Namespace, ranks: int) -> fl
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
-    lines = (folder / "runs/speed/metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    return statistics.median([e["rows_per_s"] for e in events if e["event"] == "train"][1:])
+    events = read_events(folder / "runs/speed/metrics.jsonl")
+    speeds = [e.rows_per_s or 0.0 for e in events if isinstance(e, TrainEvent)]
+    return statistics.median(speeds[1:])
 
 
 def timed(step: Callable[[int], object], n: int) -> float:

@@ -7,7 +7,6 @@ the commands, on more ranks, and the other way round.
 
 import contextlib
 import io
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from deepfm_dist.cli import quieten_libraries
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.environment import require
 from deepfm_dist.errors import DataError
+from deepfm_dist.events import EvaluateEvent, last, read_events
 
 _TITLE = "title"
 
@@ -123,10 +123,10 @@ class Model:
             A row for the rows' figures and one for each ranking.
         """
         self._run("evaluate", settings)
-        *_, last = (self.config.run_dir / "metrics.jsonl").read_text().splitlines()
-        event = json.loads(last)
-        rankings = pd.DataFrame(event.get("figures", {})).T
-        return pd.concat([pd.DataFrame(event["rows"], index=[f"{event['split']} rows"]), rankings])
+        event = last(read_events(self.config.run_dir / "metrics.jsonl"), EvaluateEvent)
+        assert event is not None
+        rankings = pd.DataFrame(event.figures).T
+        return pd.concat([pd.DataFrame(event.rows, index=[f"{event.split} rows"]), rankings])
 
     def recommend(self, **settings: Any) -> pd.DataFrame:
         """Every user's best unseen items: ``user_id, item_id, score, rank``.

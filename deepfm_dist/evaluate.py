@@ -26,6 +26,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
+    from deepfm_dist.events import EvaluateEvent
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.evaluation import LOGGED, HeldOutItems, evaluate_ranking
     from deepfm_dist.report.tables import metrics_table
@@ -63,7 +64,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
         if measured is not None:  # rank 0
             rows = measured.figures
             found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
-            metrics.write("evaluate", split=split, rows=rows, **found)
+            metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **found))
             print(metrics_table(split, rows, comparison, cutoffs))
             print(f"\nwritten: {metrics.path}")
             from deepfm_dist.report.page import write_page  # draws: slow to import

@@ -1,8 +1,7 @@
-"""What a run says: lines for people, JSON Lines for machines. Rank 0 only."""
+"""A run's output while it works: progress bars, metrics.jsonl, TensorBoard. Rank 0 only."""
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.events import Event, TrainEvent
 from deepfm_dist.storage import brief, is_of_storage, is_remote, writing
 
 log = logging.getLogger(__name__)
@@ -91,16 +91,17 @@ class TensorBoard:
 
 
 class MetricsLog:
-    """Events of a run: a line of JSON each in ``metrics.jsonl``, and what else is to hear of them.
+    """Events of a run: a line each in ``metrics.jsonl``, and whatever else listens to them.
 
-    An object store cannot append. There the file is written anew, and not for each line of training
-    figures: only with other events and by `flush`.
+    An object store cannot append. There the file is uploaded as a whole, and not for each line of
+    training figures: only with other events and by `flush`.
 
     Args:
         folder: of the run; made if missing.
         is_first: whether this rank writes.
-        from_step: events of later steps are dropped: a resumed run writes them anew; None: none is.
-        loggers: what else hears of events.
+        from_step: events of later steps are dropped: a resumed run writes them again; None: keep
+            all.
+        loggers: what else gets the events.
 
     Raises:
         DeepFMError: the folder cannot be written.
@@ -115,21 +116,24 @@ class MetricsLog:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._is_first, self._loggers = is_first, [*loggers]
-        self._uploads, self._text = is_remote(folder), ""
+        self._uploads, self._text = is_remote(folder), b""
         if not is_first:
             return
         with writing(folder):
             if not self._uploads:
                 folder.mkdir(parents=True, exist_ok=True)
-            found = self.path.read_text() if self.path.exists() else None
-            kept = [line for line in (found or "").splitlines(True) if _is_whole(line)]
+            found = self.path.read_bytes() if self.path.exists() else None
+            lines = (found or b"").splitlines(True)
+            kept = [line for line in lines if _step_of(line) is not None]
+            if dropped := len([line for line in lines if line.strip()]) - len(kept):
+                log.warning("%s: %d damaged lines are dropped", self.path, dropped)
             if from_step is not None:
-                kept = [x for x in kept if from_step and json.loads(x).get("step", 0) <= from_step]
-            self._text = "".join(kept)
+                kept = [line for line in kept if from_step and (_step_of(line) or 0) <= from_step]
+            self._text = b"".join(kept)
             if found != self._text:
-                self.path.write_text(self._text)
+                self.path.write_bytes(self._text)
 
-    def write(self, event: str, **values: Any) -> None:
+    def write(self, event: Event) -> None:
         """Appends one event; NaN, which JSON does not know, becomes null.
 
         Raises:
@@ -137,29 +141,31 @@ class MetricsLog:
         """
         if not self._is_first:
             return
-        line = json.dumps({"event": event} | _without_nan(values)) + "\n"
+        line = event.line().encode()
         if self._uploads:
             self._text += line
-            if event != "train":
+            if not isinstance(event, TrainEvent):
                 self.flush()
         else:
-            with writing(self.path), self.path.open("a") as file:
+            with writing(self.path), self.path.open("ab") as file:
                 file.write(line)
         for logger in [*self._loggers]:
             try:
-                logger(event, values)
+                logger(event.event, event.values())
             except DeepFMError:
                 raise
             except Exception as error:  # somebody else's code, or the network's fault
                 name = getattr(logger, "__name__", type(logger).__name__)
-                log.warning("run.loggers: %s failed and is not told more: %s", name, brief(error))
+                log.warning(
+                    "run.loggers: %s failed and is not called again: %s", name, brief(error)
+                )
                 self._loggers.remove(logger)
 
     def flush(self) -> None:
         """Makes what was written last: a run that goes on from here finds it."""
         if self._is_first and self._uploads:
             with _warned(f"{self.path}: not written, later"):
-                self.path.write_text(self._text)
+                self.path.write_bytes(self._text)
 
     def close(self) -> None:
         """Nothing comes any more: loggers write what they hold."""
@@ -180,17 +186,13 @@ def _warned(what: str) -> Iterator[None]:
         log.warning("%s: %s", what, brief(error))
 
 
-def _is_whole(line: str) -> bool:
-    """Whether a line is an event: one that a kill or a full disk cut short is none."""
+def _step_of(line: bytes) -> int | None:
+    """The step of an event's line, 0 where it has none; None: a cut or damaged line."""
     try:
-        return line.endswith("\n") and isinstance(json.loads(line), dict)
+        event = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
-        return False
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return None
+    if not isinstance(event, dict):
+        return None
+    step = event.get("step")
+    return step if isinstance(step, int) else 0

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
+    from deepfm_dist.events import RecommendEvent
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.recommendation import Wanted, recommend
     from deepfm_dist.report.tables import ranking_table
@@ -42,7 +43,8 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
             trained.checkpoint,
         )
         if written is not None:
-            MetricsLog(config.output_dir, True).write("recommend", **written.figures)
+            event = RecommendEvent(step=trained.step, **written.figures)
+            MetricsLog(config.output_dir, True).write(event)
             print(ranking_table(written, trained.dataset))
 
 

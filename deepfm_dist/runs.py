@@ -215,12 +215,14 @@ class Trained:
         dataset: the prepared dataset it was trained on.
         sharded: the task, in eval mode.
         checkpoint: where the weights were read from.
+        step: optimizer steps taken by then.
     """
 
     config: Config
     dataset: PreparedDataset
     sharded: DistributedModelParallel
     checkpoint: Path
+    step: int
 
 
 def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
@@ -239,7 +241,7 @@ def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trai
     sharded = shard_for_inference(found.config, found.dataset.manifest, world)
     checkpoint.load(found.checkpoint, world, sharded)
     log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
-    return Trained(found.config, found.dataset, sharded, found.checkpoint)
+    return Trained(found.config, found.dataset, sharded, found.checkpoint, found.state["step"])
 
 
 def find_finished(config: Config, overrides: Sequence[str]) -> Finished:

@@ -12,6 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deepfm_dist.build import loggers
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError, DeepFMError
+from deepfm_dist.events import (
+    EndEvent,
+    EvaluateEvent,
+    RecommendEvent,
+    TrainEvent,
+    ValidEvent,
+    last,
+    read_events,
+)
 from deepfm_dist.log import MetricsLog, TensorBoard
 from tests.ranks import run_ranks
 from tests.test_distributed import config_of
@@ -32,8 +41,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_events_are_lines_of_strict_json(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "run", is_first=True)
-    log.write("train", step=1, auc=float("nan"), seconds={"data": float("nan"), "forward": 0.5})
-    MetricsLog(tmp_path / "run", is_first=True).write("end", step=2)
+    log.write(TrainEvent(step=1, auc=float("nan"), seconds={"data": float("nan"), "forward": 0.5}))
+    MetricsLog(tmp_path / "run", is_first=True).write(EndEvent(step=2))
     assert read(log.path) == [
         {"event": "train", "step": 1, "auc": None, "seconds": {"data": None, "forward": 0.5}},
         {"event": "end", "step": 2},
@@ -43,9 +52,9 @@ def test_events_are_lines_of_strict_json(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_lines_up_to_its_step_and_a_new_one_none(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, is_first=True, from_step=0)
     for step in (5, 10, 15):
-        log.write("train", step=step)
+        log.write(TrainEvent(step=step))
     assert [e["step"] for e in read(log.path)] == [5, 10, 15]
-    MetricsLog(tmp_path, is_first=True, from_step=10).write("train", step=12)
+    MetricsLog(tmp_path, is_first=True, from_step=10).write(TrainEvent(step=12))
     assert [e["step"] for e in read(log.path)] == [5, 10, 12]
     MetricsLog(tmp_path, is_first=True, from_step=0)
     assert read(log.path) == []
@@ -53,15 +62,15 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_step_and_a_new_one_none(tmp_pat
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, is_first=True)
-    log.write("train", step=5)
+    log.write(TrainEvent(step=5))
     with log.path.open("a") as file:
         file.write('{"event": "train", "st')
-    MetricsLog(tmp_path, is_first=True, from_step=9).write("train", step=10)
+    MetricsLog(tmp_path, is_first=True, from_step=9).write(TrainEvent(step=10))
     assert [e["step"] for e in read(log.path)] == [5, 10]
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
-    MetricsLog(tmp_path / "run", is_first=False, loggers=[listener]).write("train", step=1)
+    MetricsLog(tmp_path / "run", is_first=False, loggers=[listener]).write(TrainEvent(step=1))
     assert not (tmp_path / "run").exists()
     assert not heard
 
@@ -77,7 +86,7 @@ def test_a_closed_log_has_closed_its_loggers(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path / "tb")
     board._flushes = False  # as on an object store
     log = MetricsLog(tmp_path, is_first=True, loggers=[listener, board])
-    log.write("train", step=1, log_loss=0.5)
+    log.write(TrainEvent(step=1, log_loss=0.5))
     assert {*threading.enumerate()} > threads
     log.close()
     heard.clear()
@@ -92,14 +101,14 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     log.path.unlink()
     log.path.symlink_to("/dev/full")
     with pytest.raises(DeepFMError, match=r"cannot be written: No space left on device; set run\."):
-        log.write("train", step=1)
+        log.write(TrainEvent(step=1))
 
 
 def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, is_first=True, loggers=[TensorBoard(tmp_path / "tb")])
     for step in (1, 2):
-        log.write("train", step=step, log_loss=0.5 / step, seconds={"data": 1.0}, note="no number")
-    log.write("evaluate", rows={"auc": 0.5})
+        log.write(TrainEvent(step=step, log_loss=0.5 / step, seconds={"data": 1.0}))
+    log.write(EvaluateEvent(split="test", rows={"auc": 0.5}))
     found = EventAccumulator(str(tmp_path / "tb"))
     found.Reload()
     assert found.Tags()["scalars"] == ["train/log_loss"]
@@ -131,10 +140,12 @@ def test_a_listener_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_line_cut_short_breaks_no_later_reader(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, is_first=True)
-    log.write("train", step=5)
+    log.write(TrainEvent(step=5))
     with log.path.open("a") as file:
         file.write('{"event": "tr\n{"event": "train", "st')
-    MetricsLog(tmp_path, is_first=True).write("evaluate", rows=3)  # as evaluate goes on
+    MetricsLog(tmp_path, is_first=True).write(
+        EvaluateEvent(split="test", rows={"auc": 0.5})
+    )  # as evaluate goes on
     assert [e["event"] for e in read(log.path)] == ["train", "evaluate"]
 
 
@@ -148,10 +159,10 @@ def test_a_listener_that_fails_ends_nothing(
     heard.clear()
     log = MetricsLog(tmp_path, is_first=True, loggers=[_fails, listener])
     for step in (1, 2):
-        log.write("train", step=step)
+        log.write(TrainEvent(step=step))
     assert len(heard) == len(read(log.path)) == 2
     told = [r.getMessage() for r in caplog.records]
-    assert told == ["run.loggers: _fails failed and is not told more: the server is away"]
+    assert told == ["run.loggers: _fails failed and is not called again: the server is away"]
 
 
 @pytest.mark.parametrize(("from_step", "shown"), [(0, [(1, 9.0)]), (1, [(1, 1.0), (2, 9.0)])])
@@ -168,3 +179,52 @@ def test_tensorboard_shows_one_run(
     found = EventAccumulator(str(tmp_path))
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("train/loss")] == shown
+
+
+def test_what_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
+    """Every kind of event, its figures included, and a number that JSON does not know."""
+    written = [
+        TrainEvent(step=1, rows_per_s=9, seconds={"data": 0.5}, sent_bytes={"ids": 8}, auc=0.75),
+        ValidEvent(step=1, epoch=1, **{"ndcg@10": 0.25}),
+        EndEvent(step=1, peak_memory_gib=[0.5, 0.25]),
+        EvaluateEvent(
+            step=1,
+            split="valid",
+            rows={"auc": 0.75},
+            figures={"model": {"ndcg@10": 0.25}},
+            intervals={"model": {"ndcg@10": (0.125, 0.375)}},
+            differences={},
+        ),
+        RecommendEvent(step=1, peak_memory_gib=[0.5], pairs=6, seconds=2.0, pairs_per_s=3.0),
+    ]
+    log = MetricsLog(tmp_path, is_first=True)
+    for event in written:
+        log.write(event)
+    assert read_events(log.path) == written
+    log.write(TrainEvent(step=2, auc=float("nan")))
+    latest = last(read_events(log.path), TrainEvent)
+    assert latest is not None and latest.step == 2 and latest.figures == {"auc": None}
+    assert last(read_events(tmp_path / "none.jsonl"), TrainEvent) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event": "train", "step": 3, "auc": 0.5\xff}',
+        b'{"event": "train", "st',
+        b'{"event": "of another version", "step": 3}',
+        b'{"event": "train", "step": "three"}',
+        b'["no event"]',
+        b"\x00\x00\x00",
+    ],
+)
+def test_a_line_that_is_no_event_is_skipped_and_counted(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, third = (TrainEvent(step=step).line().encode() for step in (1, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(first + line + b"\n" + third)
+    found = read_events(path)
+    assert [e.step for e in found if isinstance(e, TrainEvent)] == [1, 3]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{path}: 1 of 3 lines skipped: damaged, or of another version")

@@ -98,6 +98,9 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         if step % 500 == 0:
             events.append({"event": "valid", "step": step, **figures, "user_auc": None})
     events.append({"event": "end", "step": 2000, "peak_memory_gib": [0.25, 0.5]})
+    # What other commands, another version and a crash leave in the log is no part of the page.
+    events.append({"event": "recommend", "peak_memory_gib": [99.0], "seconds": 1234.5})
+    events.append({"event": "of another version", "seconds": 1234.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     table = {"table": "user", "rows": 70_000, "row_width": 20, "sharding": "row_wise"}
     plan = {"ranks": 2, "device": "cpu", "tables": [{**table, "ranks": "all", "kernel": "fused"}]}

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +13,7 @@ from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last, read_events
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
@@ -86,7 +86,7 @@ def write_page(
     """
     names = list(comparison.figures) if comparison else [MAIN]
     plotter = Plotter(names)
-    events = _events(folder / "metrics.jsonl")
+    events = read_events(folder / "metrics.jsonl")
     seconds = _seconds(events)
     plan = folder / "plan.json"
     insight = comparison.insight if comparison else None
@@ -119,8 +119,8 @@ def write_page(
         plan=json.loads(plan.read_text()) if plan.is_file() else None,
         seconds=seconds,
         times=_times(plotter, seconds),
-        peak_memory_gib=_last(events, "end").get("peak_memory_gib", []),
-        rows_per_s=_last(events, "train").get("rows_per_s"),
+        peak_memory_gib=ended.peak_memory_gib if (ended := last(events, EndEvent)) else [],
+        rows_per_s=trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
         picture=lambda plot: Markup(plot.svg),
     )
     path = folder / "report.html"
@@ -134,22 +134,13 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if not abs(value) >= 100 else f"{value:,.1f}"
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _last(events: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    return next((e for e in reversed(events) if e["event"] == name), {})
-
-
-def _seconds(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _seconds(events: Sequence[Event]) -> dict[str, float]:
     """Seconds of training by phase, over all windows."""
     found: dict[str, float] = {}
     for event in events:
-        for phase, spent in event.get("seconds", {}).items():
-            found[phase] = found.get(phase, 0.0) + spent
+        if isinstance(event, TrainEvent):
+            for phase, spent in event.seconds.items():
+                found[phase] = found.get(phase, 0.0) + (spent or 0.0)
     return {phase: spent for phase, spent in found.items() if spent > 0}
 
 
@@ -178,19 +169,20 @@ def _verdicts(comparison: Comparison, k: int) -> list[Verdict]:
     return found
 
 
-def _learning(plotter: Plotter, events: Sequence[Mapping[str, Any]]) -> list[Plot]:
+def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
     plots = []
     for name, (title, caption) in _LEARNING.items():
         curves = {
             kind: [
-                (event["step"], event[name])
+                (event.step, value)
                 for event in events
-                if event["event"] == kind and event.get(name) is not None
+                if isinstance(event, kind) and (value := event.figures.get(name)) is not None
             ]
-            for kind in ("train", "valid")
+            for kind in (TrainEvent, ValidEvent)
         }
         if any(curves.values()):
-            plots.append(plotter.learning(name, title, caption, curves["train"], curves["valid"]))
+            train, valid = curves[TrainEvent], curves[ValidEvent]
+            plots.append(plotter.learning(name, title, caption, train, valid))
     return plots
 
 

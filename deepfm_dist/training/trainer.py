@@ -20,6 +20,7 @@ from deepfm_dist.distributed.pipeline import Step, train_pipeline
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed
 from deepfm_dist.training.figures import TrainingFigures
@@ -287,7 +288,7 @@ def train(
                 state.judge(found, schedule)
                 told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
-                metrics.write("valid", step=step, epoch=epoch, **found)
+                metrics.write(ValidEvent(step=step, epoch=epoch, **found))
                 micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
             due |= (
@@ -309,7 +310,7 @@ def train(
                     spent["sent_bytes"] = {
                         k: v * schedule.accumulate_steps for k, v in sent.items()
                     }
-                metrics.write("train", step=step, **line, **spent)
+                metrics.write(TrainEvent(step=step, **line, **spent))
                 state.logged_step, state.lifetime = step, figures.lifetime.tolist()
             if save and saving:
                 due = False
@@ -321,7 +322,9 @@ def train(
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if world.device.type == "cuda":
         peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
-    metrics.write("end", step=state.step, **{k: world.gather(gib) for k, gib in peak.items()})
+    of_ranks = {kind: world.gather(gib) for kind, gib in peak.items()}
+    if world.is_first:
+        metrics.write(EndEvent(step=state.step, **of_ranks))
     return state
 
 

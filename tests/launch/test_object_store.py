@@ -20,6 +20,7 @@ from deepfm_dist.data.sources import Column, find_files, read_table
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
+from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import delete_tree, folder_of, written_as_a_whole
 from tests.ranks import run_ranks
@@ -202,14 +203,14 @@ def test_damage_is_found(sample: PreparedDataset, runs: Path) -> None:
 
 def test_figures_are_written_anew_with_each_checkpoint(runs: Path, wire: Wire) -> None:
     log = MetricsLog(runs, is_first=True, from_step=0)
-    log.write("train", step=1)
+    log.write(TrainEvent(step=1))
     assert log.path.read_text() == ""
     log.flush()
-    log.write("train", step=2)
-    log.write("valid", step=2)
+    log.write(TrainEvent(step=2))
+    log.write(ValidEvent(step=2))
     assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 2, 2]
     log = MetricsLog(runs, is_first=True, from_step=1)
-    log.write("end", step=3)
+    log.write(EndEvent(step=3))
     assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 3]
 
 
