@@ -1,0 +1,433 @@
+"""Every cure that an error line names is typed, and cures.
+
+A row of the tables is a command that fails, a part of its error line, and what a user then types.
+The line has to contain that part, so a cure that is not named fails like one that does not work.
+"""
+
+import gzip
+import json
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepfm_dist import (
+    combine,
+    evaluate,
+    export,
+    plan,
+    predict,
+    prepare,
+    recommend,
+    similar,
+    train,
+    tune,
+)
+
+COMMANDS = {
+    "prepare": prepare.main,
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "recommend": recommend.main,
+    "similar": similar.main,
+    "predict": predict.main,
+    "export": export.main,
+    "tune": tune.main,
+    "plan": plan.main,
+    "combine": combine.main,
+}
+N_USERS, N_ITEMS = 40, 30
+
+
+def _rows() -> list[list[str]]:
+    """A third of all pairs, each with a rating, a label, a device and a time."""
+    rng = np.random.default_rng(7)
+    rows = []
+    for user in range(N_USERS):
+        for item in rng.choice(N_ITEMS, 10, replace=False):
+            rating, device = rng.integers(1, 6), rng.choice(["phone", "desk"])
+            label, time = int(rating > 3), 1_600_000_000 + len(rows)
+            rows.append([f"u{user}", f"i{item}", str(rating), str(label), device, str(time)])
+    return rows
+
+
+def _csv(rows: Sequence[Sequence[str]], header: str = "user,item,rating,label,device,time") -> str:
+    return header + "\n" + "".join(",".join(row) + "\n" for row in rows)
+
+
+ROWS = _rows()
+FILES = {
+    "rows.csv": _csv(ROWS),
+    "items.csv": "item,genre,price\n"
+    + "".join(f"i{i},g{i % 3}|g{i % 5},{i / 4}\n" for i in range(N_ITEMS)),
+    "users.csv": "user\nu1\nu2\n",
+    "histories.csv": "user,item\nnew,i1\nnew,i2\n",
+}
+DATA: dict[str, Any] = {
+    "interactions": {"file": "rows.csv", "user": "user", "item": "item"},
+    "features": [
+        {"name": "user", "entity": "user"},
+        {"name": "item", "entity": "item"},
+        {"name": "genre", "entity": "item", "file": "items.csv", "separator": "|"},
+    ],
+}
+SEEN = {"name": "seen", "entity": "user", "history": "item"}
+CTR = {
+    "task": "ctr",
+    "interactions": {"file": "rows.csv", "user": "user", "item": "item", "label": "label"},
+}
+SMALL = {
+    "model": {"embedding_dim": 4, "over_arch_layer_sizes": [4]},
+    "trainer": {"batch_size": 256, "epochs": 1},
+    "run": {"name": "cures", "loggers": []},
+}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command that fails, what its line says, and what to type then.
+
+    Attributes:
+        command: the command and its arguments.
+        cure: what has to stand in the error line, word for word.
+        typed: arguments added to the command; one of the same setting takes the place of the old.
+        left_out: arguments of the command that the cure takes away.
+        data: changes of `DATA`.
+        files: changes of `FILES`.
+        new_files: what the cure changes in files.
+        new_data: what the cure changes in the configuration's ``data`` section.
+        first: commands that the cure types before the command.
+        before: commands that have run before the mistake.
+    """
+
+    command: str
+    cure: str
+    typed: str = ""
+    left_out: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    new_files: Mapping[str, str | bytes] = field(default_factory=dict)
+    new_data: Mapping[str, Any] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+
+def _changed(row: int, column: int, text: str) -> str:
+    rows = [list(r) for r in ROWS]
+    rows[row][column] = text
+    return _csv(rows)
+
+
+SPACE = "tune.space={optimizer.dense.lr: {low: 0.0001, high: 0.01, log: true}}"
+GROWN = "data.name=grown data.vocabulary_from=prepared_root/cures"
+HASHED = "data.features=[{name: user, entity: user}, {name: item, entity: item, hash_rows: 9}]"
+PRINT = "train --print-config "
+SETTINGS = [
+    Mistake(PRINT + "trainer.batchsize=64", "trainer.batch_size", "trainer.batch_size=64",
+            ("trainer.batchsize=64",)),
+    Mistake(PRINT + "optimizer.dense.decay=linear", "decay_steps", "optimizer.dense.decay_steps=9"),
+    Mistake(PRINT + "optimizer.dense.final_lr=0.1", "linear",
+            "optimizer.dense.decay=linear optimizer.dense.decay_steps=9"),
+    Mistake(PRINT + "optimizer.dense.power=3", "decay=polynomial",
+            "optimizer.dense.decay=polynomial optimizer.dense.decay_steps=9"),
+    Mistake(PRINT + "optimizer.max_norm=1", "optimizer.tables.name=adam",
+            "optimizer.tables.name=adam"),
+    Mistake(PRINT + "optimizer.max_norm=1", "optimizer.dense.max_norm",
+            "optimizer.dense.max_norm=1", ("optimizer.max_norm=1",)),
+    Mistake(PRINT + "'sharding.tables={user: {rank: 0}}'", "kind=table_wise",
+            "'sharding.tables={user: {rank: 0, kind: table_wise}}'"),
+    Mistake(PRINT + "trainer.patience=1", "monitor", "trainer.monitor=auc"),
+    Mistake(PRINT + "trainer.loss=bpr", "candidates", "trainer.candidates=10"),
+    Mistake(PRINT + "trainer.candidates=10", "softmax", "trainer.loss=softmax"),
+    Mistake(PRINT + "trainer.targets_per_user=4 trainer.loss=softmax", "candidates",
+            "trainer.candidates=10"),
+    Mistake(PRINT + "trainer.monitor=auc trainer.validate_every_epochs=0", "validate_every_epochs",
+            "trainer.validate_every_epochs=1"),
+    Mistake(PRINT + "trainer.table_precision=fp16 optimizer.tables.name=adam", "rowwise_adagrad",
+            "optimizer.tables.name=rowwise_adagrad"),
+    Mistake(PRINT + "trainer.accumulate_steps=2", "optimizer.tables.name=adam",
+            "optimizer.tables.name=adam"),
+    Mistake(PRINT + "trainer.loss=softmax model.batch_norm=true", "model.batch_norm=false",
+            "model.batch_norm=false"),
+    Mistake(PRINT + "trainer.loss=softmax model.over_arch=a:B", "model.deep=false",
+            "model.deep=false"),
+    Mistake(PRINT + "recommend.k=20 recommend.candidates=10", "candidates",
+            "recommend.candidates=20"),
+    Mistake(PRINT + "recommend.index=HNSW32", "candidates=500", "recommend.candidates=500"),
+    Mistake(PRINT + "recommend.probes=4", "index=IVF1024,Flat",
+            "recommend.index=IVF1024,Flat recommend.candidates=500"),
+    Mistake(PRINT + "recommend.histories=a.csv recommend.users=[u1]", "leave users out", "",
+            ("recommend.users=[u1]",)),
+    Mistake(PRINT + "data.interactions.rating=rating", "min_rating",
+            "data.interactions.min_rating=4"),
+    Mistake(PRINT + "data.split.method=temporal", "interactions.time",
+            "data.interactions.time=time"),
+    Mistake(PRINT + "data.split.method=leave_last data.interactions.time=time", "whole numbers",
+            "data.split.valid=1 data.split.test=1"),
+    Mistake(PRINT + "data.task=ctr", "interactions.label", "data.interactions.label=label"),
+    Mistake(PRINT + "data.interactions.label=label", "task: ctr", "data.task=ctr"),
+    Mistake(PRINT + "data.interactions.user=null", "interactions.user",
+            "data.interactions.user=user"),
+    Mistake(PRINT + "model.first_order=false model.fm=false model.deep=false", "first_order",
+            "model.first_order=true"),
+    Mistake(PRINT + "model.fm=false model.fm_pairs=across", "fm part", "model.fm=true"),
+    Mistake(PRINT + "'model.over_arch_options={a: 1}'", "over_arch", "model.over_arch=a:B"),
+    Mistake(PRINT + "trainer.loss=softmax trainer.compile=true", "leave it out", "",
+            ("trainer.compile=true",)),
+    Mistake(PRINT + "trainer.profile_steps=[3,2]", "the first, from 1",
+            "trainer.profile_steps=[2,3]"),
+    Mistake(PRINT + "'tune.space={data.seed: [1, 2]}'", "vary model, optimizer and trainer",
+            "'tune.space={model.embedding_dim: [4, 8]}'"),
+    Mistake(PRINT + "data.task=ctr data.interactions.label=label evaluate.k=[5]", "leave it out",
+            "", ("evaluate.k=[5]",)),
+    Mistake(PRINT + "recommend.histories=a.csv recommend.mask=[train]", "leave it out", "",
+            ("recommend.mask=[train]",)),
+    Mistake(PRINT + "trainer.epochs=0", "(got 0)", "trainer.epochs=1"),
+    Mistake(PRINT + "run.device=gpu", "cuda", "run.device=auto"),
+    Mistake(PRINT + "epochs=3", "did you mean trainer.epochs?", "trainer.epochs=3", ("epochs=3",)),
+    *(Mistake(PRINT.strip(), cure, data={"features": [*DATA["features"], bad]},
+              new_data={"features": [*DATA["features"], good]})
+      for bad, cure, good in [
+          ({"name": "genre", "entity": "item", "file": "items.csv"}, "two features",
+           {"name": "more", "column": "genre", "entity": "item", "file": "items.csv"}),
+          ({"name": "price", "kind": "numeric", "fill": "0"}, "fill is for categorical",
+           {"name": "price", "kind": "numeric"}),
+          ({"name": "device", "transform": "log"}, "numeric", {"name": "device"}),
+          ({"name": "device", "hash_rows": 9, "min_count": 2}, "leave min_count out",
+           {"name": "device", "hash_rows": 9}),
+          ({"name": "device", "fill": "x", "separator": "|"}, "leave separator out",
+           {"name": "device", "fill": "x"}),
+          ({"name": "device", "file": "items.csv"}, "column of the interactions file",
+           {"name": "device"}),
+          ({"name": "seen", "history": "item"}, "entity: user",
+           {"name": "seen", "history": "item", "entity": "user"}),
+          ({"name": "seen", "history": "itm", "entity": "user"}, "item",
+           {"name": "seen", "history": "item", "entity": "user"}),
+          ({"name": "time"}, "call the context field", {"name": "at", "column": "time"}),
+          ({"name": "a.b", "column": "device"}, "letters, digits, underscores",
+           {"name": "a_b", "column": "device"}),
+          ({"name": "kind", "entity": "item", "file": "items.csv", "column": "item"},
+           "name the column that holds the value",
+           {"name": "kind", "entity": "item", "file": "items.csv", "column": "genre"}),
+          ({"name": "again", "entity": "item", "file": "items.csv", "column": "genre",
+            "table": "item"}, "cannot be shared",
+           {"name": "again", "entity": "item", "file": "items.csv", "column": "genre",
+            "table": "genre"}),
+      ]),
+    *(Mistake(PRINT.strip(), cure, data={"negatives": {"fixed_per_user": 3}, **bad},
+              new_data={"negatives": {"fixed_per_user": 3}, **good})
+      for bad, cure, good in [
+          ({"negatives": {"fixed_per_user": 3, "redraw": False}}, "leave redraw out", {}),
+          ({"interactions": {**DATA["interactions"], "weight": "rating"}}, "leave it out",
+           {"interactions": DATA["interactions"]}),
+          ({"features": [*DATA["features"], {"name": "device"}]}, "the field device cannot",
+           {"features": DATA["features"]}),
+      ]),
+]  # fmt: skip
+INPUT = [
+    Mistake("prepare data.interactions.user=usr", "user", "data.interactions.user=user"),
+    Mistake("prepare data.root=$NOT_SET/x", "data.root=FOLDER", "data.root=."),
+    Mistake("prepare", "set data.on_bad_row=skip", "data.on_bad_row=skip",
+            files={"rows.csv": _changed(5, 1, "")}),
+    Mistake("prepare data.interactions.time=time", "set data.on_bad_row=skip",
+            "data.on_bad_row=skip", files={"rows.csv": _changed(5, 5, "soon")}),
+    Mistake("prepare", "set data.on_bad_row=skip", "data.on_bad_row=skip", data=CTR,
+            files={"rows.csv": _changed(5, 3, "7")}),
+    Mistake("prepare", "files: {rows.csv: {delimiter: ;}}",
+            "'data.files={rows.csv: {delimiter: ;}}'",
+            files={"rows.csv": FILES["rows.csv"].replace(",", ";")}),
+    Mistake("prepare data.interactions.rating=rating data.interactions.min_rating=9",
+            "lower interactions.min_rating", "data.interactions.min_rating=4"),
+    Mistake("prepare data.split.valid=0.6 data.split.test=0.6", "valid + test",
+            "data.split.valid=0.1 data.split.test=0.1"),
+    Mistake("prepare 'data.features=[{name: item, entity: item, min_count: 500}]'", "lower it",
+            "'data.features=[{name: item, entity: item, min_count: 2}]'"),
+    Mistake("prepare", "data.files", "", data={"files": {"row.csv": {"delimiter": ";"}}},
+            new_data={"files": {"rows.csv": {"delimiter": ","}}}),
+    Mistake("prepare data.interactions.file=row.csv", "is data.root right?",
+            "data.interactions.file=rows.csv"),
+    Mistake("prepare data.interactions.file=rows", "name its files: rows/*",
+            "data.interactions.file=rows/*", files={"rows/a.csv": FILES["rows.csv"]}),
+    Mistake("prepare", "columns: [", "'data.files={rows.csv: {columns: [user, item, rating, label, "
+            "device, time]}}'", files={"rows.csv": FILES["rows.csv"].partition("\n")[2]}),
+    Mistake("prepare data.negatives.fixed_per_user=25", "set it to 20 or less",
+            "data.negatives.fixed_per_user=20"),
+    Mistake("prepare", "{quoted: false}", "'data.files={items.csv: {quoted: false}}'",
+            files={"items.csv": FILES["items.csv"] + 'i1,"g1,3\ni2,g2,4\n'}),
+    Mistake("prepare", "encoding: utf-16", "'data.files={items.csv: {encoding: utf-16}}'",
+            files={"items.csv": FILES["items.csv"].encode("utf-16")}),
+    Mistake("prepare", "encoding: ", "'data.files={items.csv: {encoding: latin-1}}'",
+            files={"items.csv": (FILES["items.csv"] + "i1,g\xe9,3\n").encode("latin-1")}),
+    Mistake("prepare", "call it items.csv.gz", data={},
+            files={"items.csv": gzip.compress(FILES["items.csv"].encode())},
+            new_files={"items.csv.gz": gzip.compress(FILES["items.csv"].encode())},
+            new_data={"features": [*DATA["features"][:2],
+                                   {**DATA["features"][2], "file": "items.csv.gz"}]}),
+    Mistake("prepare data.vocabulary_from=prepared_root/cures", "set data.name",
+            "data.name=grown", before=("train",)),
+    Mistake(f"prepare {GROWN} '{HASHED}'", "set it back", "", (HASHED,), before=("train",)),
+    Mistake(f"prepare {GROWN} '{HASHED}'", "leave vocabulary_from out", "", (GROWN.split()[1],),
+            before=("train",)),
+    Mistake("prepare run.prepared_root=.", "set data.name", "data.name=other",
+            files={"cures/notes.txt": "mine"}),
+]  # fmt: skip
+COMMAND_ORDER = [
+    Mistake("evaluate", "python -m deepfm_dist.train", first=("train",)),
+    Mistake("recommend", "python -m deepfm_dist.train", first=("train",)),
+    Mistake("similar", "python -m deepfm_dist.train", first=("train",)),
+    Mistake("predict --input rows.csv --output out.parquet", "python -m deepfm_dist.train",
+            first=("train",)),
+    Mistake("predict --input rows.csv --output out.csv", "out.parquet", "--output out.parquet",
+            ("--output", "out.csv"), before=("train",)),
+    Mistake("evaluate model.embedding_dim=8", "leave the override out", "",
+            ("model.embedding_dim=8",), before=("train",)),
+    Mistake("evaluate checkpoint.use=99", "7", "checkpoint.use=latest",
+            before=("train",)),
+    Mistake("recommend recommend.allow_items=[nothing]", "recommend.allow_items", "",
+            ("recommend.allow_items=[nothing]",), before=("train",)),
+    Mistake("tune trainer.monitor=auc tune.trials=1", SPACE, f"'{SPACE}'"),
+    Mistake("train trainer.precision=tf32", "fp32", "trainer.precision=fp32"),
+    Mistake("train optimizer.tables.name=lazy_adam", "adam", "optimizer.tables.name=adam"),
+    Mistake("train optimizer.tables.l2=0.1", "use adam", "optimizer.tables.name=adam"),
+    Mistake("train optimizer.tables.max_gradient=1", "use adam", "optimizer.tables.name=adam"),
+    Mistake("train sharding.communication=bf16", "fp16", "sharding.communication=fp16"),
+    Mistake("train 'sharding.tables={usr: {kind: table_wise}}'", "user",
+            "'sharding.tables={user: {kind: table_wise}}'"),
+    Mistake("train 'sharding.tables={user: {kind: table_wise, rank: 3}}'", "0 to 0",
+            "'sharding.tables={user: {kind: table_wise, rank: 0}}'"),
+    Mistake("train trainer.monitor=aucc", "auc", "trainer.monitor=auc"),
+    Mistake("train trainer.profile_steps=[900,901]", "earlier", "trainer.profile_steps=[1,1]"),
+    Mistake("train data.split.valid=0 trainer.monitor=auc", "hold some out",
+            "data.split.valid=0.1"),
+    Mistake("train trainer.batch_size=1 trainer.accumulate_steps=2 optimizer.tables.name=adam",
+            "a larger trainer.batch_size", "trainer.batch_size=64"),
+    Mistake("train model.over_arch=json:JSONDecoder", "mlp", "model.over_arch=mlp"),
+    Mistake("train model.over_arch=nothing:Here", "package.module:Class",
+            "model.over_arch=torch.nn:Bilinear model.over_arch=mlp"),
+    Mistake("train trainer.loss=softmax", "data.history.dropout, to 0.5",
+            "data.history.dropout=0.5",
+            data={"features": [*DATA["features"],
+                               SEEN]}),
+    Mistake("train trainer.loss=softmax", "trainer.loss=bce", "trainer.loss=bce",
+            data={"features": [*DATA["features"], {"name": "device"}]}),
+    Mistake("recommend recommend.histories=histories.csv", str(SEEN).replace("'", ""),
+            "run.name=knows", before=("train",), first=("train run.name=knows",),
+            new_data={"features": [*DATA["features"],
+                                   SEEN]}),
+    Mistake("recommend recommend.users=[nobody]", "leave them out", "recommend.users=[u1]",
+            before=("train",)),
+    Mistake("recommend recommend.users=[]", "leave it out", "", ("recommend.users=[]",),
+            before=("train",)),
+    Mistake("recommend 'recommend.context={device: phone}'", "recommend.context.device", "",
+            ("recommend.context={device: phone}",), before=("train",)),
+    Mistake("recommend recommend.precision=bf16", "leave it out", "",
+            ("recommend.precision=bf16",), before=("train",)),
+    Mistake("plan --world-size 2 --rows usr=5", "user", "--rows user=5", ("usr=5", "--rows"),
+            before=("train",)),
+    Mistake("plan --world-size 2 --rows user=many", "user=1_000_000_000", "--rows user=1_000_000",
+            ("user=many", "--rows"), before=("train",)),
+    Mistake("plan --world-size 2", "python -m deepfm_dist.prepare", first=("prepare",)),
+    Mistake("plan --world-size 2", "--rows user=N", "--rows user=9 --rows item=9 --rows genre=9"),
+    Mistake("plan --world-size 3 --local-world-size 2", "as many GPUs on every machine",
+            "--local-world-size 3", ("--local-world-size", "2"), before=("train",)),
+    Mistake("combine --to both --ease 1 --ease-columns 0", "must be 1 or more",
+            "--ease-columns 4", ("--ease-columns", "0"), before=("train model.deep=false",),
+            data={"features": [*DATA["features"], SEEN]}),
+    Mistake("combine --to both --of cures,cures", "each once", "--of cures",
+            ("--of", "cures,cures"), before=("train model.deep=false",)),
+    Mistake("combine --to both --ease 1 --ease-columns 4", "train with model.deep=false",
+            "--of flat", before=("train",), data={"features": [*DATA["features"], SEEN]},
+            first=("train run.name=flat model.deep=false",)),
+    Mistake("combine --to both --ease 1 --ease-columns 4", str(SEEN).replace("'", ""),
+            "--of seen", before=("train model.deep=false",),
+            new_data={"features": [*DATA["features"], SEEN]},
+            first=("train run.name=seen model.deep=false",)),
+    Mistake("export --output rows.csv", "--output names a folder", "--output exported",
+            ("--output", "rows.csv"), before=("train",)),
+    Mistake("export --output filled", "give another --output", "--output exported",
+            ("--output", "filled"), before=("train",), files={"filled/notes.txt": "mine"}),
+    Mistake("predict --input row.csv", "no such file", "--input rows.csv", ("--input", "row.csv"),
+            before=("train",)),
+    Mistake("evaluate evaluate.split=valid data.split.valid=0", "leave the override out",
+            "", ("data.split.valid=0",), before=("train",)),
+    Mistake("evaluate checkpoint.use=best", "latest", "checkpoint.use=latest", before=("train",)),
+    Mistake("train checkpoint.start_from=nowhere", "python -m deepfm_dist.train", "",
+            ("checkpoint.start_from=nowhere",)),
+    Mistake("train run.name=next model.embedding_dim=8 checkpoint.start_from=runs_root/cures",
+            "set model.embedding_dim=4", "model.embedding_dim=4", before=("train",)),
+    Mistake("train checkpoint.start_from=runs_root/cures", "another run.name", "run.name=next",
+            before=("train",)),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands set the level of our log."""
+    log = logging.getLogger("deepfm_dist")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which ``train`` has run; not to be changed."""
+    folder = tmp_path_factory.mktemp("cures")
+    _write(folder, Mistake("train", ""))
+    assert _typed(folder, "train") == 0
+    return folder
+
+
+def _write(folder: Path, mistake: Mistake, cured: bool = False) -> None:
+    for name, text in {**FILES, **mistake.files, **(mistake.new_files if cured else {})}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    data = {**DATA, **mistake.data, **(mistake.new_data if cured else {}), "root": str(folder)}
+    (folder / "c.yaml").write_text(json.dumps({**SMALL, "data": data}))
+
+
+def _typed(folder: Path, command: str, left_out: Sequence[str] = (), added: str = "") -> int:
+    name, *arguments = shlex.split(command)
+    more = shlex.split(added)
+    settings = {a.partition("=")[0] for a in more if "=" in a}
+    kept = [a for a in arguments if a not in left_out and a.partition("=")[0] not in settings]
+    where = [f"run.{root}={folder / root}" for root in ("runs_root", "prepared_root")]
+    try:
+        return COMMANDS[name](["--quiet", "--config", str(folder / "c.yaml"), *where, *kept, *more])
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)
+
+
+@pytest.mark.parametrize(
+    "mistake", [*SETTINGS, *INPUT, *COMMAND_ORDER], ids=lambda m: f"{m.command}: {m.cure}"
+)
+def test_the_cure_that_an_error_names_cures(
+    mistake: Mistake,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
+    monkeypatch.chdir(tmp_path)
+    if mistake.before == ("train",) and not mistake.data:
+        shutil.copytree(request.getfixturevalue("trained"), tmp_path, dirs_exist_ok=True)
+    _write(tmp_path, mistake)
+    for command in mistake.before if mistake.before != ("train",) or mistake.data else ():
+        assert _typed(tmp_path, command) == 0
+    capsys.readouterr()
+    assert _typed(tmp_path, mistake.command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert mistake.cure in lines[0]
+    _write(tmp_path, mistake, cured=True)
+    for command in mistake.first:
+        assert _typed(tmp_path, command) == 0
+    code = _typed(tmp_path, mistake.command, mistake.left_out, mistake.typed)
+    assert code == 0, capsys.readouterr().err
