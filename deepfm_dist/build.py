@@ -109,7 +109,7 @@ def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
     where = f"model.over_arch={config.over_arch}"
     kind = _imported(config.over_arch, where, "mlp or package.module:Class")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ConfigError(f"{where}: not a torch.nn.Module class")
+        raise ConfigError(f"{where}: not a torch.nn.Module class; give mlp or package.module:Class")
     try:
         over_arch = kind(in_features, **config.over_arch_options).eval()
         with torch.no_grad():

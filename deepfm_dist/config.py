@@ -676,12 +676,7 @@ def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
     loc = problem["loc"]
     where = ".".join(str(part) for part in loc) or "config"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _fields_at(loc[:-1]), n=1)
-        if near:
-            return (
-                f"{where}: unknown field; did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
-            )
-        return f"{where}: unknown field; there are: {', '.join(_fields_at(loc[:-1]))}"
+        return f"{where}: unknown field; {_what_is_meant(loc, problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     message = message.replace("valid tuple", "valid list")  # in the words of YAML
@@ -689,6 +684,22 @@ def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
     return f"{where}: {message} (got {problem['input']!r})"
+
+
+def _what_is_meant(loc: tuple[str | int, ...], value: Any) -> str:
+    """A hint for an unknown field: YAML's ``{a:1}``, a misspelling, a field of another section."""
+    name, fields = str(loc[-1]), _fields_at(loc[:-1])
+    key, colon, text = name.partition(":")
+    if colon and value is None and key in fields:
+        return f"YAML needs a space after the colon: write {key}: {text}"
+    if near := difflib.get_close_matches(name, fields, n=1):
+        return f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+    elsewhere = [
+        f"{section}.{name}" for section in Config.model_fields if name in _fields_at([section])
+    ]
+    if len(loc) == 1 and elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"available: {', '.join(fields)}"
 
 
 def _fields_at(loc: Sequence[str | int]) -> list[str]:

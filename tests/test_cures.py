@@ -239,9 +239,6 @@ INPUT = [
             "data.on_bad_row=skip", files={"rows.csv": _changed(5, 5, "soon")}),
     Mistake("prepare", "set data.on_bad_row=skip", "data.on_bad_row=skip", data=CTR,
             files={"rows.csv": _changed(5, 3, "7")}),
-    Mistake("prepare", "files: {rows.csv: {delimiter: ;}}",
-            "'data.files={rows.csv: {delimiter: ;}}'",
-            files={"rows.csv": FILES["rows.csv"].replace(",", ";")}),
     Mistake("prepare data.interactions.rating=rating data.interactions.min_rating=9",
             "lower interactions.min_rating", "data.interactions.min_rating=4"),
     Mistake("prepare data.split.valid=0.6 data.split.test=0.6", "valid + test",
@@ -254,8 +251,6 @@ INPUT = [
             "data.interactions.file=rows.csv"),
     Mistake("prepare data.interactions.file=rows", "name its files: rows/*",
             "data.interactions.file=rows/*", files={"rows/a.csv": FILES["rows.csv"]}),
-    Mistake("prepare", "columns: [", "'data.files={rows.csv: {columns: [user, item, rating, label, "
-            "device, time]}}'", files={"rows.csv": FILES["rows.csv"].partition("\n")[2]}),
     Mistake("prepare data.negatives.fixed_per_user=25", "set it to 20 or less",
             "data.negatives.fixed_per_user=20"),
     Mistake("prepare", "{quoted: false}", "'data.files={items.csv: {quoted: false}}'",
