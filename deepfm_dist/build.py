@@ -249,6 +249,11 @@ def shard_for_training(
     )
     if config.trainer.compile:
         above.compile()
+    if task.catalogue_loss is not None:
+        # They cancel in a loss of rankings. What rounding leaves of their gradient differs from one
+        # number of ranks to another, and Adam, which divides by its size, would follow it.
+        for constant in deepfm_of(sharded).interaction_arch.constants:
+            constant.register_hook(torch.zeros_like)
     init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)

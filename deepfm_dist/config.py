@@ -75,7 +75,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout after each hidden layer."""
     batch_norm: bool = False
-    """Batch norm (over the global batch) after each hidden linear layer."""
+    """Batch norm (over the global batch) after each hidden linear layer, which then has no bias."""
     over_arch_init: Literal["uniform", "xavier_normal"] = "uniform"
     """Initial weights of the MLP: torch's default, uniform within 1 / sqrt(inputs), biases too; or
     normal with variance 2 / (inputs + outputs), biases 0."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from deepfm_dist.build import shard_for_inference, shard_for_training
+from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
@@ -146,6 +146,40 @@ def test_a_resumed_run_goes_on_exactly_with_batch_norm(
     config = config_of(*SMALL, "sharding.kind=row_wise", "model.batch_norm=true")
     whole = run_ranks(trained_through, 2, sample.folder, config, tmp_path)[0][20:]
     assert run_ranks(resumed, 2, sample.folder, config, tmp_path)[0] == whole
+
+
+def _with_biases_before_norm(folder: Path, config: Config, run_dir: Path) -> np.ndarray:
+    """Saves what earlier versions had, biases in front of batch norm; logits of a batch."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 3)
+        over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
+        for i, linear in enumerate(over_arch.hidden):
+            generator = torch.Generator().manual_seed(i)
+            bias = torch.rand(linear.out_features, generator=generator) - 0.5
+            linear.bias = torch.nn.Parameter(bias)
+            over_arch.norms[i].running_mean += torch.rand(len(bias), generator=generator)
+        run.save(run_dir, 3)
+        return run.sharded.eval()(run.batches.batch(4))[1].numpy()
+
+
+def _logits(folder: Path, config: Config, run_dir: Path) -> np.ndarray:
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        path = checkpoint.find_checkpoint(run_dir)
+        checkpoint.load(path, ranks, run.sharded, run.optimizer)
+        logits = run.sharded.eval()(run.batches.batch(4))[1]
+        return np.concatenate(ranks.all_gather(logits.numpy()))
+
+
+def test_a_checkpoint_with_biases_before_batch_norm_keeps_its_logits(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    config = config_of(*SMALL, "model.batch_norm=true", "trainer.batch_size=1000")
+    expected = run_alone(_with_biases_before_norm, sample.folder, config, tmp_path)
+    for size in (1, 2):
+        found = run_ranks(_logits, size, sample.folder, config, tmp_path)[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [["model.deep=false"], ["trainer.candidates=70"]])

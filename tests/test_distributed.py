@@ -28,12 +28,15 @@ from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.model.deepfm import Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.training.evaluation import HeldOut
 from tests.conftest import HISTORY
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
 
 SMALL = ("model.over_arch_layer_sizes=[30, 20, 10]", "model.embedding_dim=10")
 LARGE = ("model.over_arch_layer_sizes=[400, 400, 400]", "model.embedding_dim=10")
+OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
+SAMPLED = "trainer.candidates=90"
 MIXED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}}"
 
 
@@ -148,11 +151,41 @@ def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDa
         assert difference(losses, alone) <= 3 * apart
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_batch_norm_and_padding_leave_the_losses_alone(sample: PreparedDataset, size: int) -> None:
-    config = config_of(*SMALL, "model.batch_norm=true", "trainer.batch_size=1003")
-    alone = run_alone(train, sample.folder, config, 30)
-    assert difference(run_ranks(train, size, sample.folder, config, 30)[0], alone) <= 2e-6
+def trained_parts(folder: Path, config: Config, steps: int) -> dict[str, Any]:
+    """Losses and validation figures, and what is above the tables, after training."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        losses = run.losses(1, steps)
+        state = run.sharded.state_dict()
+        parts = {name: t.numpy().copy() for name, t in state.items() if ".ebc." not in name}
+        figures = dict(HeldOut(run.dataset, "valid").metrics(run.sharded.eval(), ranks))
+        return parts | {"losses": losses} | figures
+
+
+def test_batch_norm_leaves_every_weight_and_figure_alone_under_adam(
+    sample: PreparedDataset,
+) -> None:
+    """Adam makes a whole step of any gradient: one that is rounding error would drift apart."""
+    common = (*SMALL, "model.batch_norm=true", "trainer.batch_size=1003")
+    assert config_of(*common).optimizer.dense.name == "adam"
+    alone = run_alone(trained_parts, sample.folder, config_of(*common), 12)
+    assert {"model.interaction_arch.over_arch.norms.0.running_mean", "log_loss"} <= alone.keys()
+    for size in (2, 3, 4):
+        found = run_ranks(trained_parts, size, sample.folder, config_of(*common), 12)[0]
+        for name, expected in alone.items():
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_a_loss_of_rankings_leaves_biases_that_cancel_where_they_were(
+    sample: PreparedDataset,
+) -> None:
+    common = (*SMALL, "trainer.loss=softmax", SAMPLED, "trainer.batch_size=1003")
+    before, after = (run_alone(trained_parts, sample.folder, config_of(*common), n) for n in (0, 3))
+    for name in ("bias", "over_arch.output.bias"):
+        name = f"model.interaction_arch.{name}"
+        np.testing.assert_array_equal(after[name], before[name])
+    name = "model.interaction_arch.over_arch.output.weight"
+    assert not np.array_equal(after[name], before[name])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -176,10 +209,6 @@ def test_a_part_of_the_model_alone_trains_alike_on_two_ranks(
     alone = run_alone(train, sample.folder, config, 15)
     assert alone[-1] < alone[0]
     assert difference(run_ranks(train, 2, sample.folder, config, 15)[1], alone) <= 1e-6
-
-
-OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
-SAMPLED = "trainer.candidates=90"
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,14 @@ def copy_weights(plain: PlainDeepFM, ours: DeepFM) -> None:
         if arch.dense_first_order is not None:
             arch.dense_first_order.copy_(plain.dense_first)
         if isinstance(arch.over_arch, OverArch):
-            linears = [m for m in plain.mlp if isinstance(m, nn.Linear)]
-            mine = [*arch.over_arch.hidden, arch.over_arch.output]
-            for a, b in zip(mine, linears, strict=True):
-                a.load_state_dict(b.state_dict())
+            state = {}
+            for kind, names in ((nn.Linear, "hidden"), (nn.BatchNorm1d, "norms")):
+                modules = [m for m in plain.mlp if isinstance(m, kind)]
+                for i, module in enumerate(modules):
+                    name = f"{names}.{i}" if i < len(arch.over_arch.hidden) else "output"
+                    state |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            arch.over_arch.load_state_dict(state)
 
 
 def example() -> tuple[Bags, KeyedJaggedTensor, Tensor]:
@@ -168,6 +172,23 @@ def test_batch_norm_equals_pytorchs_in_training_and_inference() -> None:
     ours.eval()
     plain.eval()
     torch.testing.assert_close(ours(sparse, dense), plain(bags, dense), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_with_biases_before_batch_norm_keep_their_logits() -> None:
+    _, plain = pair(batch_norm=True)
+    bags, _, dense = example()
+    with torch.no_grad():
+        for module in plain.mlp:
+            if isinstance(module, nn.Linear):
+                module.bias.uniform_(-3, 3)
+    for _ in range(3):
+        plain(bags, dense)
+    plain.eval()
+    ours, _ = pair(batch_norm=True)
+    assert not any("hidden" in n and "bias" in n for n, _ in ours.named_parameters())
+    copy_weights(plain, ours)
+    _, sparse, _ = example()
+    torch.testing.assert_close(ours.eval()(sparse, dense), plain(bags, dense), rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_ignores_rows_of_weight_zero() -> None:

@@ -47,6 +47,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
+from deepfm_dist.model.deepfm import biases_before_norm
 from deepfm_dist.storage import (
     brief,
     delete_tree,
@@ -60,6 +61,7 @@ MARKER = "state.json"
 _SUMS = "crc32"
 _OWN_SUM = "crc32_of_this"
 _NAME = re.compile(r"step_(\d{8,})")
+_OVER_ARCH = "model.interaction_arch.over_arch."
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
 _OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
 T = TypeVar("T")
@@ -357,8 +359,11 @@ def load(
         check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
     reader = Reader(path)
-    saved = _translated(reader.read_metadata, path, "cannot be read").state_dict_metadata
+    metadata = _translated(reader.read_metadata, path, "cannot be read")
+    saved: Mapping[str, Any] = metadata.state_dict_metadata
     model = sharded.state_dict()
+    for name in _retired_biases(model, saved):
+        model[name] = torch.empty(saved[f"model.{name}"].size)
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
         make_state(optimizer)  # DCP reads only what is there
@@ -369,6 +374,12 @@ def load(
     sharded.load_state_dict(model)
     if optimizer is not None:
         set_table_steps(sharded, steps_in(read_state(path)))
+
+
+def _retired_biases(model: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Saved biases in front of batch norm, which earlier versions had and the model folds in."""
+    names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
+    return [name for name in biases_before_norm(names, _OVER_ARCH) if name not in model]
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:

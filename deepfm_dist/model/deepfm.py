@@ -4,7 +4,8 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -232,7 +233,9 @@ class OverArch(nn.Module):
         layer_sizes: hidden layers.
         activation: relu, gelu, tanh or sigmoid.
         dropout: probability of dropping a hidden unit in training.
-        batch_norm: normalise each hidden layer before its activation.
+        batch_norm: normalise each hidden layer before its activation. These layers have no bias:
+            the mean that is subtracted takes it away, and Adam would follow the rounding error
+            that is its whole gradient, on every number of ranks another way.
         init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
         all_reduce: sums a tensor over the ranks, differentiably; for batch norm.
     """
@@ -250,7 +253,7 @@ class OverArch(nn.Module):
         super().__init__()
         sizes = [in_features, *layer_sizes]
         pairs = list(itertools.pairwise(sizes))
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=not batch_norm) for a, b in pairs)
         self.norms = nn.ModuleList(
             GlobalBatchNorm(b, all_reduce) if batch_norm else nn.Identity() for _, b in pairs
         )
@@ -260,7 +263,9 @@ class OverArch(nn.Module):
         if init == "xavier_normal":
             for linear in (*self.hidden, self.output):
                 nn.init.xavier_normal_(linear.weight)
-                nn.init.zeros_(linear.bias)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        self.register_load_state_dict_pre_hook(_fold_biases)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BI: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Scores rows.
@@ -299,6 +304,30 @@ class OverArch(nn.Module):
                 x = norm(x, weights_B)
             x = linear(self.dropout(self.activation(x)))
         return x.squeeze(1)
+
+
+def _fold_biases(
+    over_arch: nn.Module, state: dict[str, Any], prefix: str, *of_the_load: object
+) -> None:
+    """Takes the biases that earlier versions had in front of batch norm into the running means."""
+    for name, of_norm in biases_before_norm(state, prefix).items():
+        state[of_norm] = state[of_norm] - state.pop(name)
+
+
+def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, str]:
+    """Biases that an `OverArch` of an earlier version had in front of batch norm.
+
+    Args:
+        names: of a state's tensors.
+        prefix: what the names of the over-arch's tensors begin with.
+
+    Returns:
+        For each bias among the names, the running mean that makes it superfluous.
+    """
+    pattern = re.compile(re.escape(prefix) + r"hidden\.(\d+)\.bias")
+    found = {name: pattern.fullmatch(name) for name in names}
+    of_norms = {name: f"{prefix}norms.{m[1]}.running_mean" for name, m in found.items() if m}
+    return {name: of_norm for name, of_norm in of_norms.items() if of_norm in names}
 
 
 class InteractionArch(nn.Module):
@@ -372,6 +401,12 @@ class InteractionArch(nn.Module):
                     deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
         return logits
+
+    @property
+    def constants(self) -> list[nn.Parameter]:
+        """Biases that every logit has in it alike."""
+        over = self.over_arch
+        return [self.bias, over.output.bias] if isinstance(over, OverArch) else [self.bias]
 
     @torch.no_grad()
     def add(self, other: "InteractionArch", at: int, share: float) -> None:

@@ -155,12 +155,15 @@ def _folded(over_arch: OverArch) -> list[Layer]:
     layers = []
     for linear, norm in zip(over_arch.hidden, over_arch.norms, strict=True):
         assert isinstance(linear, nn.Linear)
-        weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
+        weight = linear.weight.detach().double()
         if isinstance(norm, GlobalBatchNorm):
-            scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+            scale = norm.weight.detach().double() * torch.rsqrt(
+                norm.running_var.double() + norm.eps
+            )
             weight = weight * scale[:, None]
-            bias = (bias - norm.running_mean.double()) * scale + norm.bias.double()
-            weight, bias = weight.detach(), bias.detach()
+            bias = norm.bias.detach().double() - norm.running_mean.double() * scale
+        else:
+            bias = linear.bias.detach().double()
         layers.append((weight, bias))
     output = over_arch.output
     layers.append((output.weight.detach().double(), output.bias.detach().double()))
