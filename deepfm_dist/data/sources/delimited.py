@@ -28,6 +28,8 @@ from deepfm_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
+_DELIMITERS = {",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'}
+"""What may separate cells, and how YAML has it."""
 _MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
 
@@ -64,6 +66,18 @@ class DelimitedReader(Reader):
         for batch in self._text():
             halves = [_half(batch[c.name], 1 if c.type == "number" else 0) for c in self.columns]
             yield pa.RecordBatch.from_arrays(halves, names=[c.name for c in self.columns])
+
+    def layout_hint(self, present: Sequence[str]) -> str:
+        """Another delimiter that would give the columns, or that there may be no header line."""
+        wanted, line = {c.name for c in self.columns}, self.delimiter.join(present)
+        for mark, written in _DELIMITERS.items():
+            if mark != self.delimiter and wanted & set(line.split(mark)):
+                cure = self.source.cure("name it", f"delimiter: {written}", f"save it with {mark}")
+                return f"; its cells seem to be separated by {mark!r}: {cure}"
+        if self.layout.columns is None and not wanted & set(present):
+            cure = self.source.cure("name them", "columns: [first, second, ...]", "add one")
+            return f"; if it has no header line, {cure}, {len(present)} of them"
+        return ""
 
     def _text(self) -> Iterator[pa.RecordBatch]:
         def on_ragged(row: pa_csv.InvalidRow) -> str:

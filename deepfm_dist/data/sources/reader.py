@@ -51,6 +51,14 @@ class Reader(ABC):
         """
         return f"row {row + 1}"
 
+    def layout_hint(self, present: Sequence[str]) -> str:
+        """What a lacking column says about the file's layout, to end an error line with.
+
+        Args:
+            present: the columns that the file seems to have.
+        """
+        return ""
+
     def check_columns(self, present: Sequence[str]) -> None:
         """Refuses a file that lacks a column, or has it twice.
 
@@ -67,6 +75,7 @@ class Reader(ABC):
                 names = ", ".join(n if n.isprintable() else repr(n) for n in present)
                 raise DataError(
                     f"{self.source.path}: no column {column.name!r}; {hint}it has: {names}"
+                    + self.layout_hint(present)
                 )
             if list(present).count(column.name) > 1:
                 raise DataError(
