@@ -133,9 +133,9 @@ class TableOptimizerConfig(LearningRateConfig):
     """Added to the root in the denominator (not for sgd)."""
     l2: float = Field(0.0, ge=0)
     """Adds l2 * row to a row's gradient: under adam every row's at every step (l2 / 2 * |table|^2
-    in the loss); on CUDA under rowwise_adagrad and lazy_adam the looked-up rows'."""
+    in the loss); under rowwise_adagrad, on CUDA only, the looked-up rows'. Refused elsewhere."""
     max_gradient: float | None = Field(None, gt=0)
-    """Bound of each element of a row's gradient."""
+    """Bound of each element of a row's gradient, summed over the row's look-ups; needs adam."""
 
 
 class DenseOptimizerConfig(LearningRateConfig):

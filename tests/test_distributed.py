@@ -702,9 +702,18 @@ def test_the_gradient_of_tables_is_bounded_element_by_element(sample: PreparedDa
         assert np.abs(gradient).max() > 10 * bound
         clipped = np.clip(gradient, -bound, bound)
         np.testing.assert_allclose(bounded, clipped / (1 + np.abs(clipped)), atol=2e-7)
-    with pytest.raises(RankFailed, match=r"max_gradient=0.1: FBGEMM's sgd on cpu bounds the grad"):
+    with pytest.raises(RankFailed, match=r"max_gradient=0.1: FBGEMM's sgd bounds the gradient of"):
         config = config_of("optimizer.tables={name: sgd, max_gradient: 0.1}")
         run_alone(train, sample.folder, config, 1)
+
+
+def test_gradients_of_tables_are_bounded_where_a_rank_holds_none(sample: PreparedDataset) -> None:
+    bounded = "optimizer.tables={name: adam, lr: 0.003, max_gradient: 0.001}"
+    names = ("user", "item", "genre")
+    on_rank0 = ", ".join(f"{name}: {{kind: table_wise, rank: 0}}" for name in names)
+    config = config_of(*SMALL, bounded, f"sharding.tables={{{on_rank0}}}")
+    alone, together = (run_ranks(train, size, sample.folder, config, 5)[0] for size in (1, 2))
+    assert difference(together, alone) <= 1e-6
 
 
 def test_the_norm_of_the_dense_gradient_is_bounded(sample: PreparedDataset) -> None:

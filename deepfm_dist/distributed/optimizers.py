@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torchrec.optim
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -61,7 +62,9 @@ class GradientBounds:
         if self.dense_norm is not None:
             torch.nn.utils.clip_grad_norm_(dense, self.dense_norm)
         if self.table_element is not None:
-            torch.nn.utils.clip_grad_value_(tables, self.table_element)
+            for parameter in tables:  # torch's own function fails on a rank that holds no table
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-self.table_element, self.table_element)
 
 
 def _squared_norm(parameters: Sequence[Tensor], world: World) -> Tensor:
@@ -117,8 +120,9 @@ def table_optimizer(
         eps: added to the root in the denominator.
         device: where the tables are.
         l2: adds ``l2 * row`` to a row's gradient: under adam every row's at every step, which is
-            ``l2 / 2 * |table|^2`` in the loss; under fused kernels the looked-up rows' only.
-        max_gradient: bound of each element of a row's gradient, summed over its look-ups.
+            ``l2 / 2 * |table|^2`` in the loss; under rowwise_adagrad on CUDA the looked-up rows'.
+        max_gradient: bound of each element of a row's gradient, summed over its look-ups; adam's
+            only.
 
     Raises:
         ConfigError: the device cannot do it.
@@ -141,24 +145,31 @@ def table_optimizer(
         )
     if name not in _FUSED:
         raise ConfigError(f"optimizer.tables.name={name}: unknown")
-    decays = name in ("rowwise_adagrad", "lazy_adam") and device.type == "cuda"
-    if l2 and not decays:
+    if l2 and name == "lazy_adam":
         raise ConfigError(
-            f"optimizer.tables.l2={l2:g}: FBGEMM's {name} on {device.type} ignores it; use adam"
-            + ("" if device.type == "cuda" else ", or rowwise_adagrad on CUDA")
+            f"optimizer.tables.l2={l2:g}: FBGEMM's lazy_adam would shrink rows by lr * l2 instead "
+            f"of adding to their gradients; use adam or rowwise_adagrad"
         )
-    if max_gradient is not None and device.type == "cpu":
+    if l2 and not (name == "rowwise_adagrad" and device.type == "cuda"):
         raise ConfigError(
-            f"optimizer.tables.max_gradient={max_gradient:g}: FBGEMM's {name} on cpu bounds the "
-            f"gradient of each look-up instead of their sum; use adam, or run on CUDA"
+            f"optimizer.tables.l2={l2:g}: FBGEMM's {name} on {device.type} ignores it; use adam, "
+            f"or rowwise_adagrad on CUDA"
         )
+    if max_gradient is not None:
+        raise ConfigError(
+            f"optimizer.tables.max_gradient={max_gradient:g}: FBGEMM's {name} bounds the gradient "
+            f"of each look-up instead of their sum; use adam"
+        )
+    fused_params: dict[str, Any] = {}
+    if l2:  # the default mode ignores it
+        fused_params["weight_decay_mode"] = WeightDecayMode.L2
     return TableOptimizer(
         name,
         fused,
         _FUSED[name],
         "updated in backward",
         {"lr": lr} if name == "sgd" else adaptive | ({"weight_decay": l2} if l2 else {}),
-        {} if max_gradient is None else {"gradient_clipping": True, "max_gradient": max_gradient},
+        fused_params,
     )
 
 

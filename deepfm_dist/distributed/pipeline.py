@@ -152,7 +152,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def _checked(self, losses: Tensor) -> Tensor | None:
         """Counts the loss in; what is to be differentiated, or None where it is not finite."""
-        asked = losses.new_tensor(float(self._asked_to_stop()))
+        asked = losses.new_full((), float(self._asked_to_stop()))
         loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
         self._step.loss += loss
         self._step.stop |= stop > 0

@@ -259,6 +259,9 @@ def shard(
             static_graph=False, find_unused_parameters=True
         ),
     )
+    if world.world_size == 1:
+        # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
+        sharded.module.to(world.device)
     return sharded, placed_tables(sharded)
 
 

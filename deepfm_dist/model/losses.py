@@ -152,7 +152,7 @@ def softmax_sum(
     probabilistic language model", 2008; Yi et al., "Sampling-bias-corrected neural modeling for
     large corpus item recommendations", 2019 (logQ).
     """
-    negative = (logits_UC - log_expected_C).index_put(known, logits_UC.new_tensor(NO_NEGATIVE))
+    negative = (logits_UC - log_expected_C).index_put(known, logits_UC.new_full((), NO_NEGATIVE))
     return (weights_T * softplus(torch.logsumexp(negative, 1)[user_T] - logits_T)).sum()
 
 
@@ -177,7 +177,7 @@ def bpr_sum(
 
     Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", 2009.
     """
-    negative = torch.ones_like(logits_UC).index_put(known, logits_UC.new_tensor(0.0))
+    negative = torch.ones_like(logits_UC).index_put(known, logits_UC.new_zeros(()))
     share = negative / negative.sum(1, keepdim=True).clamp(min=1)
     of_pairs = softplus(logits_UC[user_T] - logits_T[:, None])
     return (weights_T[:, None] * share[user_T] * of_pairs).sum()

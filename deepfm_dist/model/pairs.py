@@ -67,12 +67,21 @@ class Fields:
     columns: Tensor
 
     @classmethod
-    def at(cls, places: Tensor, n_categorical: int, embedding_dim: int) -> Self:
-        """Those that stand at ``[f + g]`` places among all fields."""
-        of_field = torch.arange(embedding_dim, device=places.device)
-        columns = places[:, None] * embedding_dim + of_field
-        in_tables = places < n_categorical
-        return cls(places, places[in_tables], places[~in_tables] - n_categorical, columns.flatten())
+    def at(
+        cls, places: Sequence[int], n_categorical: int, embedding_dim: int, device: torch.device
+    ) -> Self:
+        """The fields at the given places among all fields.
+
+        Computed on the host: on a GPU, selecting by a mask would make the host wait for it.
+        """
+        categorical = [place for place in places if place < n_categorical]
+        numeric = [place - n_categorical for place in places if place >= n_categorical]
+        columns = [place * embedding_dim + d for place in places for d in range(embedding_dim)]
+        indices = (
+            torch.tensor(values, dtype=torch.int64, device=device)
+            for values in (places, categorical, numeric, columns)
+        )
+        return cls(*indices)
 
     @classmethod
     def of_both_sides(
@@ -87,9 +96,15 @@ class Fields:
             embedding_dim: D.
             device: of the model.
         """
-        is_item = torch.tensor(of_item, dtype=torch.bool, device=device)
-        sides = ((~is_item).nonzero()[:, 0], is_item.nonzero()[:, 0])
-        user, item = (cls.at(places, n_categorical, embedding_dim) for places in sides)
+        user, item = (
+            cls.at(
+                [place for place, item in enumerate(of_item) if bool(item) == side],
+                n_categorical,
+                embedding_dim,
+                device,
+            )
+            for side in (False, True)
+        )
         return user, item
 
 
@@ -184,6 +199,7 @@ class PairScorer:
 
     def __init__(self, arch: InteractionArch, of_item: Sequence[bool], n_categorical: int) -> None:
         self.arch, self._of_item, self._n_categorical = arch, of_item, n_categorical
+        self._fields: tuple[Fields, Fields] | None = None
 
     def sides(
         self, sums_HFW: Tensor, divisors_HF: Tensor, dense_HN: Tensor, n_users: int, n_items: int
@@ -202,16 +218,17 @@ class PairScorer:
         rows = _Sides.apply(  # type: ignore[no-untyped-call]
             sums_HFW, divisors_HF, (n_users, n_items), places
         )
-        fields = Fields.of_both_sides(
-            self._of_item, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
-        )
+        if self._fields is None:  # the device is known only here; to copy them once is enough
+            self._fields = Fields.of_both_sides(
+                self._of_item, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
+            )
         over, first_layer = self.arch.over_arch, None
         if over is not None:
             assert isinstance(over, OverArch)
             first_layer = over.layers[0].weight, over.layers[0].bias
         users, items = (
-            side_of(self.arch, of_side, r, dense_HN[: len(r)], first_layer, of_side is fields[0])
-            for of_side, r in zip(fields, rows, strict=True)
+            side_of(self.arch, fields, r, dense_HN[: len(r)], first_layer, with_bias)
+            for fields, r, with_bias in zip(self._fields, rows, (True, False), strict=True)
         )
         return users, items
 

@@ -393,7 +393,8 @@ class TritonEngine:
         self._input_precision = "tf32" if precision == "tf32" else "tf32x3"
         sizes = [weight.shape[1] for weight, _ in layers]
         self._layout = layout = Layout.of(sizes, kind)
-        nothing = torch.zeros(0, dtype=torch.float64)
+        model = layers[0][0].device if layers else device
+        nothing = torch.zeros(0, dtype=torch.float64, device=model)
         weights, biases = [nothing], [nothing]
         padded = layout.sizes
         for (weight, bias), n_in, n_out in zip(layers[:-1], padded, padded[1:], strict=False):

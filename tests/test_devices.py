@@ -1,0 +1,304 @@
+"""The meta device in a GPU's place: what would mix devices, or make the host wait, shows on a CPU.
+
+A meta tensor has a shape and a device but no values. An operation that takes one together with a
+CPU tensor would fail on CUDA; one that needs its values would make the host wait for the GPU.
+"""
+
+import dataclasses
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    DenseTableBatchedEmbeddingBagsCodegen,
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deepfm_dist
+from deepfm_dist.build import bounds_of, shard_for_training, training_batches
+from deepfm_dist.config import load_config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.optimizers import table_optimizer
+from deepfm_dist.distributed.pipeline import TrainPipeline
+from deepfm_dist.distributed.sharding import Placement, fused_kernels, shard
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_deepfm
+from deepfm_dist.model.losses import DeepFMTrain
+from deepfm_dist.ranking import catalogue
+from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.engine import TorchEngine
+from tests.conftest import HISTORY
+from tests.ranks import run_alone
+
+META = torch.device("meta")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+_HOME = str(Path(deepfm_dist.__file__).parent)
+_READS = {
+    "aten._local_scalar_dense.default",
+    "aten.equal.default",
+    "aten.is_nonzero.default",
+    "aten.masked_select.default",
+    "aten.nonzero.default",
+    "aten.repeat_interleave.Tensor",
+    "aten._unique2.default",
+}
+
+
+class DeviceUse(TorchDispatchMode):
+    """Notes what a GPU would refuse or be waited for, each with the function that asked for it.
+
+    Attributes:
+        mixed: operations on tensors of two devices. A CPU tensor without dimensions may meet any.
+        reads: operations whose result depends on values, which the host would wait for.
+        copies: copies between devices.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[str] = []
+        self.reads: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {t.device.type for t in tensors if t.dim() or t.device.type == "meta"}
+        name = str(func)
+        if name in ("aten._to_copy.default", "aten.copy_.default"):
+            target = torch.device(kwargs.get("device") or tensors[0].device)
+            source = tensors[-1]
+            if source.device.type == "meta" != target.type:
+                self.reads.append(_caller())
+                return torch.zeros(source.shape, dtype=source.dtype)
+            if source.device != target:
+                self.copies.append(_caller())
+        elif len(devices) > 1:
+            self.mixed.append(f"{name} in {_caller()}")
+        if "meta" in devices and name in _READS:
+            self.reads.append(_caller())
+            if name == "aten._local_scalar_dense.default":
+                return 0.5 if tensors[0].dtype.is_floating_point else 0
+        return func(*args, **kwargs)
+
+
+def _caller() -> str:
+    """The innermost function of this package on the stack, as ``model/pairs.py sides``."""
+    frames = [f for f in traceback.extract_stack() if f.filename.startswith(_HOME)]
+    if not frames:
+        return "torch or torchrec"
+    return f"{Path(frames[-1].filename).relative_to(_HOME)} {frames[-1].name}"
+
+
+class NoDDP(nn.parallel.DistributedDataParallel):
+    """In the place of DDP, which compares the ranks' parameters when it is made."""
+
+    def __init__(self, module: nn.Module, **_: Any) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+
+@contextmanager
+def fake_world(size: int) -> Iterator[World]:
+    """Rank 0 of some ranks on the meta device, whose collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield World(0, size, size, 0, META, dist.HashStore())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the meta device through where only names of devices stand in the way."""
+    autocast = torch.autocast
+
+    def cast(device: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device == "meta" else autocast(device, *args, **kwargs)
+
+    def pooled(self: Any, indices: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+        features = len(self.D_offsets) - 1
+        shape = (len(offsets) - 1) // features, features * self.max_D
+        return torch.zeros(shape, device=META, requires_grad=True)
+
+    monkeypatch.setattr(torch, "autocast", cast)
+    for lookup in (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen):
+        monkeypatch.setattr(lookup, "forward", pooled)
+    monkeypatch.setattr("torchrec.distributed.model_parallel.DistributedDataParallel", NoDDP)
+    monkeypatch.setitem(catalogue.PAIRS_PER_STEP, "meta", 1 << 10)
+
+
+def small_model() -> DeepFMTrain:
+    """With everything that has parameters or buffers: batch norm, numbers, pooled fields."""
+    return DeepFMTrain(
+        build_deepfm(
+            {"user": Table(100, ("user",)), "item": Table(50, ("item", "seen"))},
+            ["user", "item", "seen"],
+            2,
+            7,
+            over_arch=lambda n: OverArch(n, [4, 3], batch_norm=True),
+            pooling={"seen": "sqrt"},
+            device=META,
+            of_item=[False, True, False, False, True],
+        )
+    )
+
+
+def placed_on(size: int, optimizer: str) -> dict[str, str]:
+    with fake_world(size) as ranks:
+        tables = table_optimizer(optimizer, 0.1, 1e-8, CPU)
+        task = small_model()
+        tables.attach(task.model.embedding_arch.ebc.parameters())
+        places = {"user": Placement("row_wise"), "item": Placement("table_wise", size - 1)}
+        sharded, _ = shard(task, ranks, places, tables.kernel)
+        tensors = [*sharded.named_parameters(), *sharded.named_buffers()]
+        return {name: t.device.type for name, t in tensors if t.numel()}
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_parameter_and_buffer_lies_on_the_device(
+    meta: None, size: int, optimizer: str
+) -> None:
+    places = run_alone(placed_on, size, optimizer)
+    assert any(name.endswith("running_var") for name in places)
+    assert any(name.endswith("power_F") for name in places)
+    assert {name for name, device in places.items() if device != "meta"} == set()
+
+
+STEPS = {
+    "rows": [],
+    "batch norm": ["model.batch_norm=true"],
+    "histories": [*HISTORY],
+    "adam": ["optimizer.tables={name: adam, max_gradient: 0.1}"],
+    "softmax": [*HISTORY, "trainer.loss=softmax", "model.deep=false"],
+    "softmax, deep": [*HISTORY, "trainer.loss=softmax", "trainer.candidates=32"],
+    "bpr": [*HISTORY, "trainer.loss=bpr", "trainer.candidates=32"],
+}
+
+
+def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
+    """What two steps of a model on the meta device do, after one that makes what is kept."""
+    config = load_config("sample", [*overrides, "optimizer.dense.name=sgd"])
+    dataset = PreparedDataset(folder)
+    with fake_world(1) as ranks:
+        on_cpu = dataclasses.replace(ranks, device=CPU)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        batch = next(iter(training_batches(config, dataset, on_cpu).steps(1, 1))).to(META)
+        for module in sharded.modules():
+            if hasattr(module, "_has_uninitialized_input_dist"):
+                module._create_input_dist(batch.sparse.keys())
+                module._has_uninitialized_input_dist = False
+        sharded.train()
+        bounds = bounds_of(config.optimizer)
+        pipeline = TrainPipeline(sharded, optimizer, ranks, bounds=bounds)
+        use = DeviceUse()
+        for step in range(3):
+            with use if step else DeviceUse():
+                pipeline._backward(pipeline._forward(batch)[0])
+                bounds.apply(pipeline._of_tables, pipeline._of_dense, ranks)
+                optimizer.step()
+        return use
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_mixes_no_devices_and_reads_the_loss_alone(
+    meta: None, name: str, sample: PreparedDataset, with_history: PreparedDataset
+) -> None:
+    dataset = with_history if STEPS[name][: len(HISTORY)] == [*HISTORY] else sample
+    use = run_alone(device_use_of_a_step, dataset.folder, STEPS[name])
+    assert use.mixed == []
+    # TorchRec's permutation of fields, where tables are shared: pinned, and nobody waits for it.
+    assert set(use.copies) <= {"model/deepfm.py _in_order"}
+    # The loss and whether to stop, once a step: a step whose loss is not finite is not taken.
+    assert use.reads == 2 * ["distributed/pipeline.py _checked"]
+
+
+@pytest.mark.parametrize("layers", [[30, 20, 10], [400], [], None])
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_engines_are_made_and_score_on_the_models_device(
+    meta: None, kind: str, layers: list[int] | None
+) -> None:
+    with META:
+        over = None if layers is None else OverArch(30, layers)
+        arch = InteractionArch(0, 10, over_arch=over).eval()
+        rows, first, dense = torch.zeros(9, 3, 10), torch.zeros(9, 3), torch.zeros(9, 0)
+    with DeviceUse() as made:
+        scorer = CatalogueScorer(arch, [False, True, True], 3)
+        assert scorer.layers is not None
+        if kind == "triton":
+            triton_kernel = pytest.importorskip("deepfm_dist.ranking.triton_kernel")
+            engine = triton_kernel.TritonEngine(scorer.layers, "fp32", META)
+            assert {engine._weights.device, engine._biases.device, engine._output.device} == {META}
+        else:
+            engine = TorchEngine(scorer)
+    assert made.mixed == []
+    with DeviceUse() as use:
+        users, items = (scorer.side(side, rows, first, dense) for side in ("user", "item"))
+        packed = engine.allocate(9, items)
+        engine.fill(packed, 0, items)
+        prepared = engine.users([users])
+        if kind == "torch":
+            engine.scores(prepared, 9, packed)
+            places = torch.zeros(9, 2, dtype=torch.int64, device=META)
+            scorer.scores_of_pairs(users, items, places)
+    assert use.mixed == use.reads == use.copies == []
+
+
+# By the optimizer's name: weight decay and its mode. The CPU build of FBGEMM makes no lazy_adam.
+DECAY = [
+    ("rowwise_adagrad", {}, (0.0, WeightDecayMode.NONE)),
+    ("rowwise_adagrad", {"l2": 0.25}, (0.25, WeightDecayMode.L2)),
+    ("adagrad", {}, (0.0, WeightDecayMode.NONE)),
+    ("sgd", {}, (0.0, WeightDecayMode.NONE)),
+]
+
+
+def arguments_of_fbgemm(name: str, options: dict[str, float]) -> dict[str, Any]:
+    with fake_world(1) as ranks:
+        tables = table_optimizer(name, 0.5, 1e-6, CUDA, **options)
+        task = small_model()
+        tables.attach(task.model.embedding_arch.ebc.parameters())
+        sharded, _ = shard(task, ranks, {}, tables.kernel, fused_params=tables.fused_params)
+        [kernel] = fused_kernels(sharded)
+        return {**kernel.optimizer_args._asdict(), "rate": kernel.get_learning_rate()}
+
+
+@pytest.mark.parametrize(("name", "options", "decay"), DECAY)
+def test_fbgemm_gets_the_optimizers_settings(
+    meta: None, name: str, options: dict[str, float], decay: tuple[float, WeightDecayMode]
+) -> None:
+    found = run_alone(arguments_of_fbgemm, name, options)
+    assert found["rate"] == 0.5
+    assert name == "sgd" or found["eps"] == 1e-6
+    assert (found["weight_decay"], found["weight_decay_mode"]) == (decay[0], decay[1].value)
+    assert not found["gradient_clipping"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("lazy_adam", {"l2": 0.1}, "lazy_adam would shrink rows by lr . l2 instead"),
+        ("adagrad", {"l2": 0.1}, "adagrad on cuda ignores it; use adam, or rowwise_adagrad on"),
+        ("sgd", {"l2": 0.1}, "sgd on cuda ignores it"),
+        *(
+            (name, {"max_gradient": 0.1}, "bounds the gradient of each look-up instead of their")
+            for name in ("rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
+        ),
+    ],
+)
+def test_what_fbgemm_would_do_otherwise_is_refused(
+    name: str, option: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        table_optimizer(name, 0.1, 1e-8, CUDA, **option)
