@@ -1,10 +1,14 @@
-"""Several ranks in one test: forked from the process that has already imported everything."""
+"""Several ranks in one test: forked from the process that has already imported everything.
+
+A process that has used CUDA cannot fork others that do; ranks on GPUs are spawned.
+"""
 
 import itertools
 import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -20,21 +24,26 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    work: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any
+    work: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    spawn: bool = False,
+    **kwargs: Any,
 ) -> list[Any]:
     """Calls ``work(*args, **kwargs)`` on every rank as torchrun would, and returns what each gave.
 
     ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must never
     have joined one: gloo's threads and locks do not survive a fork. A world of one is forked too.
+    With ``spawn`` each rank is a new interpreter, which takes seconds; ``work`` and its arguments
+    are pickled.
     """
     port = next(port for port in _ports if not _answers(port))
     folder = Path(tempfile.mkdtemp())
     children = []
     for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            _be_rank(rank, world_size, port, folder, work, args, kwargs)
-        children.append(child)
+        job = rank, world_size, port, folder, work, args, kwargs
+        children.append(_spawn(*job) if spawn else _fork(*job))
     _wait(children, time.monotonic() + timeout_s)
     results = []
     failures = []
@@ -64,6 +73,22 @@ def _answers(port: int) -> bool:
 def run_alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`run_ranks` with a world of one."""
     return run_ranks(work, 1, *args, **kwargs)[0]
+
+
+def _fork(*job: Any) -> int:
+    child = os.fork()
+    if child == 0:
+        _be_rank(*job)
+    return child
+
+
+def _spawn(rank: int, world_size: int, port: int, folder: Path, *work: Any) -> int:
+    path = folder / f"{rank}.job"
+    path.write_bytes(pickle.dumps((rank, world_size, port, folder, *work)))
+    arguments = [sys.executable, "-m", "tests.ranks", str(path)]
+    root = str(Path(__file__).parent.parent)
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.spawnve(os.P_NOWAIT, sys.executable, arguments, {**os.environ, "PYTHONPATH": paths})
 
 
 def _be_rank(
@@ -112,3 +137,9 @@ def _wait(children: list[int], deadline: float) -> None:
                 os.waitpid(child, 0)
             return
         time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    import tests.conftest  # noqa: F401  (sets the environment up as for pytest's own process)
+
+    _be_rank(*pickle.loads(Path(sys.argv[1]).read_bytes()))

@@ -1,7 +1,12 @@
-"""What only a GPU can show; skipped without one, but where a CPU can run a test's body as well."""
+"""What only a GPU can show; skipped without one, but where a CPU can run a test's body as well.
+
+Ranks on a GPU are spawned: asking whether there is one initialises CUDA here, and no process that
+is forked from this one could use it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fbgemm_gpu
 import pytest
@@ -13,7 +18,7 @@ from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.world import world
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import Precision
-from tests.ranks import run_alone, run_ranks
+from tests.ranks import run_ranks
 from tests.test_checkpoint import resumed, trained_through
 from tests.test_distributed import SMALL, Run, config_of, difference
 from tests.test_kernel import Case, Ranking, error_of
@@ -41,34 +46,46 @@ def on_cuda(*values: object) -> object:
     return pytest.param("cuda", *values, marks=CUDA)
 
 
-def losses_on(device: str, dataset: PreparedDataset, optimizer: str) -> list[float]:
+def run_on(device: str, work: Callable[..., Any], *args: Any, size: int = 1) -> list[Any]:
+    """`run_ranks` on GPUs or on CPU; what ``work`` returned, by rank."""
+    return run_ranks(work, size, *args, device, spawn=device == "cuda")
+
+
+def losses_of(folder: Path, optimizer: str, device: str) -> list[float]:
     config = load_config("sample", [f"optimizer.tables.name={optimizer}"])
     with world(device) as ranks:
-        return Run(dataset.folder, config, ranks).losses(1, 20)
+        return Run(folder, config, ranks).losses(1, 20)
 
 
 @needs_cuda
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
 def test_cuda_kernels_give_the_cpus_losses(sample: PreparedDataset, optimizer: str) -> None:
-    on_cpu = run_alone(losses_on, "cpu", sample, optimizer)
-    assert difference(run_alone(losses_on, "cuda", sample, optimizer), on_cpu) <= 1e-4
+    [on_cpu], [on_gpu] = (
+        run_on(device, losses_of, sample.folder, optimizer) for device in ("cpu", "cuda")
+    )
+    assert difference(on_gpu, on_cpu) <= 1e-4
+
+
+def test_spawned_ranks_are_those_that_are_forked(sample: PreparedDataset) -> None:
+    job = losses_of, 2, sample.folder, "rowwise_adagrad", "cpu"
+    assert run_ranks(*job, spawn=True) == run_ranks(*job)
 
 
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_losses_of_one(sample: PreparedDataset) -> None:
-    alone = run_alone(losses_on, "cuda", sample, "rowwise_adagrad")
-    for losses in run_ranks(losses_on, 2, "cuda", sample, "rowwise_adagrad"):
+    [alone] = run_on("cuda", losses_of, sample.folder, "rowwise_adagrad")
+    for losses in run_on("cuda", losses_of, sample.folder, "rowwise_adagrad", size=2):
         assert difference(losses, alone) <= 1e-5
 
 
 def losses_with(
-    device: str, dataset: PreparedDataset, settings: list[str], stretches: list[tuple[int, int]]
+    folder: Path, settings: list[str], stretches: list[tuple[int, int]], device: str
 ) -> tuple[list[float], str]:
     """Losses of stretches of steps, and the name of the pipeline."""
     config = load_config("sample", settings)
     with world(device, deterministic=config.run.deterministic) as ranks:
-        run = Run(dataset.folder, config, ranks)
+        run = Run(folder, config, ranks)
         losses = [loss for first, last in stretches for loss in run.losses(first, last)]
         return losses, type(train_pipeline(run.sharded, run.optimizer, ranks)).__name__
 
@@ -91,8 +108,8 @@ def test_tables_in_the_machines_memory_train_like_those_on_the_gpu(
     stretches: list[tuple[int, int]],
 ) -> None:
     settings = [f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
-    whole, _ = run_alone(losses_with, device, sample, settings, [(1, 20)])
-    losses, used = run_alone(losses_with, device, sample, [*settings, plan], stretches)
+    [(whole, _)] = run_on(device, losses_with, sample.folder, settings, [(1, 20)])
+    [(losses, used)] = run_on(device, losses_with, sample.folder, [*settings, plan], stretches)
     assert difference(losses, whole) <= most
     assert used == ("PrefetchTrainPipeline" if device == "cuda" else "TrainPipeline")
 
@@ -109,7 +126,7 @@ def test_deterministic_training_repeats_itself_bit_for_bit(
 ) -> None:
     settings = ["run.deterministic=true", f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
     first, second = (
-        run_alone(losses_with, device, sample, settings, [(1, 30)])[0] for _ in range(2)
+        run_on(device, losses_with, sample.folder, settings, [(1, 30)])[0][0] for _ in range(2)
     )
     assert first == second
 
@@ -127,8 +144,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 ) -> None:
     tables = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"
     config = config_of(*SMALL, tables, plan, "run.deterministic=true")
-    whole = run_alone(trained_through, sample.folder, config, tmp_path, device)
-    assert run_alone(resumed, sample.folder, config, tmp_path, device) == whole[20:]
+    [whole] = run_on(device, trained_through, sample.folder, config, tmp_path)
+    assert run_on(device, resumed, sample.folder, config, tmp_path) == [whole[20:]]
 
 
 @needs_cuda
