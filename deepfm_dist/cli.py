@@ -10,11 +10,20 @@ from pathlib import Path
 
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
+from deepfm_dist.launcher import (
+    Launch,
+    read_launch,
+    report_to_torchrun,
+    wait_for_the_end,
+    watch_torchrun,
+)
 from deepfm_dist.storage import folder_of, told_in_one_line
 from deepfm_dist.terminal import coloured
 
 # Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+log = logging.getLogger("deepfm_dist")
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
@@ -75,28 +84,42 @@ def run(
         "overrides", nargs="*", metavar="section.field=value", help="settings to override"
     )
     arguments = parser.parse_intermixed_args(argv)
+    launch = Launch()
     _log_to_stderr(arguments.quiet)
     try:
+        launch = read_launch()
+        watch_torchrun(launch)
+        if launch.rank != 0:
+            log.setLevel(logging.WARNING)
         config = _config_of(arguments)
         if arguments.print_config:
             print(config.to_yaml(), end="")
             return EXIT_OK
         from deepfm_dist.environment import require
 
+        if launch.ignored:
+            log.warning(
+                "ignored: %s; a launcher sets MASTER_ADDR and MASTER_PORT, too, so that this is a "
+                "single process",
+                " ".join(launch.ignored),
+            )
         require(config.run.device)
         work(config, arguments)
     except DeepFMError as error:
-        # Every rank of a launch makes the same mistake; rank 0 says so. A mistake of one rank
-        # alone shows as root cause in torchrun's own summary.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
+        # Usually every rank makes the same mistake, which rank 0 reports.
+        if not isinstance(error, RankLost):
+            wait_for_the_end(launch)
+        if not report_to_torchrun(launch, error):
             name = coloured(type(error).__name__, "red", sys.stderr)
             print(f"{name}: {error}", file=sys.stderr)
-        _tell_torchrun(error)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit:  # another rank has failed
+        wait_for_the_end(launch)
+        raise
     except Exception as error:
-        _tell_torchrun(error)
+        report_to_torchrun(launch, error)
         raise
     return EXIT_OK
 
@@ -133,20 +156,10 @@ def _example(name: str, arguments: str) -> str:
     return f"  python -m deepfm_dist.{name} {arguments}".rstrip() + "\n"
 
 
-def _tell_torchrun(error: Exception) -> None:
-    """Writes the error where torchrun looks for a root cause, if torchrun is there."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
-
-
 def _log_to_stderr(quiet: bool) -> None:
     """Our lines at INFO, others' from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    is_first = os.environ.get("RANK", "0") == "0"
-    level = logging.INFO if is_first and not quiet else logging.WARNING
-    logging.getLogger("deepfm_dist").setLevel(level)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     quieten_libraries()
 
 

@@ -1,13 +1,13 @@
 """``torchrun -m deepfm_dist.prepare``: input files -> a prepared dataset."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+from deepfm_dist.launcher import read_launch
 
 _DAY_S = 24 * 3600.0
 """How long a rank waits for another that reads larger files; torchrun notices dead ones."""
@@ -23,7 +23,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.encode import prepare
 
     given = config.data, config.input_root, config.prepared_dir, config.data_seed
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if read_launch().world_size == 1:
         prepare(*given)  # without torch.distributed, which takes longer to load than many datasets
         return
     import torch

@@ -16,8 +16,9 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
-from deepfm_dist.distributed.world import World, restarted
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.launcher import read_launch
 from deepfm_dist.storage import folder_of, is_remote, told_in_one_line, writing
 from deepfm_dist.training.trainer import LoopState, Schedule
 
@@ -58,7 +59,7 @@ def begin(
             if state.step < last_step:
                 state.go_on(schedule)  # what ended it once may be no reason now
             is_over = state.is_over(schedule, last_step)
-            if is_over and config.checkpoint.resume == "auto" and not restarted():
+            if is_over and config.checkpoint.resume == "auto" and not read_launch().restarted:
                 log.info("%s: the run is over; it is trained anew", path)
                 path, state = None, LoopState()
             else:
@@ -122,7 +123,7 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
         CheckpointError: the checkpoint that was asked for is not there.
     """
     resume, use = config.checkpoint.resume, config.checkpoint.use
-    again = restarted()
+    again = read_launch().restarted
     if (resume == "never" and not again) or not checkpoint.complete_steps(config.run_dir):
         return None
     which = "latest" if use == "auto" or again else use

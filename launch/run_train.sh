@@ -56,6 +56,8 @@ if [[ -n ${LOG_RANK:-} ]]; then
     flags+=(--local-ranks-filter="$LOG_RANK" --tee=3)
 fi
 what=(-m "deepfm_dist.${COMMAND:-train}" --config "${CONFIG:-sample}" "$@")
+# torchrun sets these for each rank; another launcher's would be taken for them here.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # torchrun would take a mistake in the settings for a lost rank, and start the ranks again.
 python "${what[@]}" --print-config >/dev/null
 exec torchrun "${flags[@]}" "${what[@]}"

@@ -19,6 +19,18 @@ from typing import Any
 import torch
 
 
+def variables(rank: int = 0, world_size: int = 1, port: int = 29500) -> dict[str, str]:
+    """What a launcher sets for a rank of one machine."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 class RankFailed(AssertionError):
     """A rank raised, died or hung; the message is its traceback."""
 
@@ -102,14 +114,7 @@ def _be_rank(
 ) -> None:
     code = 1
     try:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        os.environ.update(variables(rank, world_size, port))
         torch.set_num_threads(1)
         outcome = (True, work(*args, **kwargs))
         code = 0

@@ -27,7 +27,7 @@ from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.runs import begin, find_finished, open_trained
 from deepfm_dist.training.trainer import LoopState
-from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.ranks import RankFailed, run_alone, run_ranks, variables
 from tests.test_distributed import config_of
 
 PER_EPOCH = 10
@@ -221,7 +221,7 @@ def test_a_longer_schedule_goes_on_and_a_finished_run_begins_anew(
     assert folder.begin("checkpoint.resume=always") == 40
     for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         with monkeypatch.context() as patch:
-            patch.setenv(variable, "1")
+            _set(patch, {**variables(), variable: "1"})
             assert folder.begin() == 40
     assert folder.begin() == 0
     assert folder.steps == []
@@ -375,6 +375,11 @@ def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folde
         assert (path, state.step) == (checkpoint.checkpoint_path(run_dir, step), 0)
 
 
+def _set(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, text in environment.items():
+        patch.setenv(name, text)
+
+
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 @pytest.mark.parametrize(
     "override",
@@ -384,7 +389,7 @@ def test_a_restart_goes_on_from_the_latest(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, override: str, variable: str
 ) -> None:
     folder.save(10, 20, 30, best=20)
-    monkeypatch.setenv(variable, "1")
+    _set(monkeypatch, {**variables(), variable: "1"})
     assert folder.begin(override) == 30
     assert folder.steps == [10, 20, 30]
     assert folder.begin(override, "run.seed=2") == 0

@@ -99,9 +99,6 @@ def test_a_mistake_is_one_line_and_exit_2(
         [line] = captured.err.splitlines()
         assert re.search(message, line)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-    monkeypatch.setenv("RANK", "1")
-    assert main(["--quiet", *arguments]) == 2
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -171,12 +168,6 @@ def test_an_interrupt_is_no_bug() -> None:
         raise KeyboardInterrupt
 
     assert cli.run("prepare", "", interrupted, []) == cli.EXIT_INTERRUPTED
-
-
-def test_torchrun_is_told_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert prepare.main(["data.root=/nowhere"]) == 2
-    assert "no such file" in (tmp_path / "error.json").read_text()
 
 
 @pytest.mark.parametrize("nproc", ["0", "-1", "two"])

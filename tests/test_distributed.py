@@ -26,6 +26,7 @@ from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
+from deepfm_dist.launcher import Launch
 from deepfm_dist.model.deepfm import Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
 from deepfm_dist.training.evaluation import HeldOut
@@ -593,15 +594,11 @@ def test_more_processes_than_gpus_are_refused_with_the_right_number(
     assert world_module._device("cpu", 0, 4) == torch.device("cpu")
 
 
-def test_restarts_over_machines_without_their_variable_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+def test_restarts_over_machines_without_their_variable_are_refused() -> None:
     # torchrun says so without the variable, and always under its static rendezvous.
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    launch = Launch(world_size=2, agents=2, max_restarts=3, agent_holds_store=True)
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        world_module._store(timedelta(seconds=1))
+        world_module._store(launch, ("localhost", 1), timedelta(seconds=1))
 
 
 def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:

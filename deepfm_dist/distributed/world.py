@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
+from deepfm_dist.launcher import Launch, read_launch
 
 _SHORT = timedelta(seconds=5)
 _BEATS = "beats"  # how often rank 0 has shown that it is there
@@ -250,12 +253,6 @@ class _Gather(torch.autograd.Function):
         return summed[begin : begin + ctx.n]
 
 
-def restarted() -> bool:
-    """Whether a launcher started this process again after an attempt that failed or was moved."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(os.environ.get(name, 0)) > 0 for name in counts)
-
-
 @contextmanager
 def world(
     device: str = "auto", timeout_s: float = 120, threads: int = 1, deterministic: bool = False
@@ -276,18 +273,19 @@ def world(
     torch.set_num_threads(threads)
     # TorchRec's tracing makes torch say, once a process, which of two functions it should call.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    env = os.environ
-    launched = "RANK" in env and "WORLD_SIZE" in env
-    rank, size = (int(env["RANK"]), int(env["WORLD_SIZE"])) if launched else (0, 1)
-    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    chosen = _device(device, local_rank, local_size)
+    launch = read_launch()
+    rank, size, local_size = launch.rank, launch.world_size, launch.local_world_size
+    chosen = _device(device, launch.local_rank, local_size)
     deterministic &= chosen.type == "cuda"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
     torch.use_deterministic_algorithms(deterministic)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _store(timeout) if launched else dist.HashStore()
+        store: dist.Store = dist.HashStore()
+        if launch.master is not None:  # something else may listen there, and never answer
+            join = partial(_store, launch, launch.master, timeout)
+            store = in_background(join).result(timeout_s + _SHORT.total_seconds())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             store=store,
@@ -296,14 +294,10 @@ def world(
             timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    except RuntimeError as error:
-        if _agents() == 1:
+    except (RuntimeError, OSError) as error:
+        if launch.master is None:
             raise
-        raise RankLost(
-            f"rank {rank} of {size} cannot reach the others: {' '.join(str(error).split())[:300]}; "
-            f"if this happens at every start, a machine's name leads to an address that others do "
-            f"not reach: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to its network interface"
-        ) from None
+        raise _unreachable(launch, launch.master, error) from None
     spare = max(0, len(os.sched_getaffinity(0)) // local_size - threads)
     shared = dist.PrefixStore("deepfm_dist", store)
     ranks = World(rank, size, local_size, spare, chosen, shared, timeout_s)
@@ -313,7 +307,7 @@ def world(
             dist.barrier()  # rank 0 may hold the store that others still read
     except RuntimeError as error:
         if size > 1 and _LOST.search(str(error)):
-            _call_the_roll(ranks, timeout_s, error)
+            _call_the_roll(ranks, launch.local_rank, timeout_s, error)
         raise
     finally:
         dist.destroy_process_group()
@@ -333,7 +327,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     return outcome
 
 
-def _call_the_roll(world: World, timeout_s: float, error: RuntimeError) -> None:
+def _call_the_roll(world: World, local_rank: int, timeout_s: float, error: RuntimeError) -> None:
     """After an exchange failed: who is still there?
 
     Raises:
@@ -348,7 +342,7 @@ def _call_the_roll(world: World, timeout_s: float, error: RuntimeError) -> None:
         speaks = min({*range(world.world_size)} - {*missing})
     except (TimeoutError, RuntimeError):
         # Rank 0 held the store. Who else is gone with it cannot be known, nor be said to others.
-        missing, speaks = [0], max(1, world.rank - int(os.environ.get("LOCAL_RANK", 0)))
+        missing, speaks = [0], max(1, world.rank - local_rank)
     if not missing:
         return
     if world.rank != speaks:
@@ -403,7 +397,47 @@ def _fbgemm_has_cuda() -> bool:
     return getattr(fbgemm_gpu, "__variant__", "cpu") == "cuda"
 
 
-def _store(timeout: timedelta) -> dist.Store:
+def _unreachable(launch: Launch, master: tuple[str, int], error: Exception) -> DeepFMError:
+    """What to say of a rank that cannot join the others."""
+    reason = " ".join(str(error).split())[:300] or "no answer"
+    if launch.by_torchrun:
+        return RankLost(
+            f"rank {launch.rank} of {launch.world_size} cannot reach the others: {reason}; if this "
+            f"happens at every start, a machine's name leads to an address that others do not "
+            f"reach: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to its network interface"
+        )
+    host, port = master
+    return EnvironmentProblem(
+        f"RANK={launch.rank} WORLD_SIZE={launch.world_size} MASTER_ADDR={host} MASTER_PORT={port}: "
+        f"the ranks cannot reach each other: {reason}; start all of them, on a free port of an "
+        f"address that all can reach (torchrun --nproc_per_node={launch.world_size} does), or for "
+        f"a single process run unset RANK WORLD_SIZE"
+    )
+
+
+def _wait_for(master: tuple[str, int], is_served_here: bool, timeout_s: float) -> None:
+    """Waits until a store's address can be reached: ranks may start before it, or its name.
+
+    torch would print a stack of its own.
+
+    Raises:
+        OSError: the last reason why not.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if is_served_here:
+                socket.getaddrinfo(*master)
+            else:
+                socket.create_connection(master, timeout_s).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _store(launch: Launch, master: tuple[str, int], timeout: timedelta) -> dist.Store:
     """The store that torchrun's variables point at.
 
     torchrun's agent keeps one store over all restarts, and nothing tells the attempts apart: a
@@ -412,27 +446,17 @@ def _store(timeout: timedelta) -> dist.Store:
     comes or goes counts nowhere. With the variable each rendezvous, however it came about, has a
     store of its own, which rank 0 holds; only torchrun's c10d rendezvous knows the variable.
     """
-    env = os.environ
-    shared_by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if _agents() > 1 and restarts > 0 and shared_by_agent:
+    if launch.agents > 1 and launch.max_restarts > 0 and launch.agent_holds_store:
         raise ConfigError(
             "torchrun over several machines with --max-restarts needs --rdzv-backend=c10d and "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; set both on every machine, "
             "as launch/run_train.sh does"
         )
+    is_served_here = not launch.agent_holds_store and launch.rank == 0
+    _wait_for(master, is_served_here, timeout.total_seconds())
     store: dist.Store = dist.TCPStore(
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        int(env["WORLD_SIZE"]),
-        is_master=not shared_by_agent and env["RANK"] == "0",
-        timeout=timeout,
+        *master, launch.world_size, is_master=is_served_here, timeout=timeout
     )
-    if _agents() > 1:
+    if launch.agents > 1:
         return store
-    return dist.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _agents() -> int:
-    """How many torchruns started the ranks."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return dist.PrefixStore(f"attempt_{launch.restarts}", store)
