@@ -14,14 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.staging import StagingOptions
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.checkpoint import Staging, _optimizer_state
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.world import in_background, world
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -486,3 +491,90 @@ def test_fused_optimizers_know_how_many_steps_they_have_taken(
     config = config_of(*SMALL, "sharding.kind=row_wise")
     for found in run_ranks(_steps_of_fused_tables, size, sample.folder, config, tmp_path):
         assert found == [[4], [3], [5], [5]]
+
+
+class Allocations(TorchDispatchMode):
+    """Notes every tensor that is made by its likeness to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if str(func) in ("aten.empty_like.default", "aten.new_empty.default"):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def _staged(folder: Path, config: Config) -> tuple[list[tuple[int, ...]], list[str], list[str]]:
+    """Placeholders that a copy makes; names whose copies differ; names that share memory."""
+    with world("cpu") as ranks:
+        run = Run(folder, config, ranks)
+        run.losses(1, 2)
+        model = run.sharded.state_dict()
+        tensors = {"model": model, "optimizer": _optimizer_state(run.optimizer, model)}
+        staging = Staging(ranks.device)
+        for _ in range(2):  # into new memory, then into the same again
+            with (made := Allocations()):
+                copy = staging.copy(tensors)
+        before, after = flatten_state_dict(tensors)[0], flatten_state_dict(copy)[0]
+        assert before.keys() == after.keys()
+        differ, shared = [], []
+        for name, value in before.items():
+            pairs = (
+                zip(*(t.to_local().local_shards() for t in (value, after[name])), strict=True)
+                if isinstance(value, DTensor)
+                else [(value, after[name])]
+            )
+            for here, there in pairs:
+                differ += [name] * (not torch.equal(here, there))
+                shared += [name] * (here.data_ptr() == there.data_ptr())
+        return made.shapes, differ, shared
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_copy_for_a_checkpoint_makes_nothing_of_a_tables_size_on_its_device(
+    sample: PreparedDataset, optimizer: str
+) -> None:
+    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}")
+    placeholders, differ, shared = run_alone(_staged, sample.folder, config)
+    assert {shape for shape in placeholders if shape != ()} == set()
+    assert differ == []
+    assert shared == []
+
+
+def test_memory_for_copies_of_a_gpu_is_pinned_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = []
+
+    class Stager:
+        def __init__(self, options: StagingOptions) -> None:
+            self.options = options
+            made.append(options)
+
+        def stage(self, tensors: dict[str, Any]) -> dict[str, Any]:
+            if self.options.use_pinned_memory:
+                raise RuntimeError("Registering memory failed with cudaError: 2")
+            return tensors
+
+    monkeypatch.setattr(checkpoint, "DefaultStager", Stager)
+    assert Staging(torch.device("cuda", 1)).copy({"a": torch.ones(2)})["a"].tolist() == [1, 1]
+    assert [(o.use_pinned_memory, o.use_non_blocking_copy) for o in made] == [
+        (True, True),
+        (False, False),
+    ]
+    assert "not pinned, which is slower: Registering memory failed" in caplog.text
+
+
+def test_the_thread_that_writes_a_checkpoint_is_on_the_ranks_own_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[tuple[torch.device, str]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: chosen.append((d, threading.current_thread().name))
+    )
+    device = torch.device("cuda", 3)
+    name = in_background(lambda: threading.current_thread().name, device).result(5)
+    assert chosen == [(device, name)]

@@ -313,12 +313,20 @@ def world(
         dist.destroy_process_group()
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Calls something that may never return, without keeping the process from ending."""
+def in_background(work: Callable[[], T], device: torch.device | None = None) -> Future[T]:
+    """Calls something that may never return, without keeping the process from ending.
+
+    Args:
+        work: what the thread calls.
+        device: where this rank computes, if ``work`` may touch it. A thread begins on GPU 0, and
+            every rank of a machine would open a CUDA context there.
+    """
     outcome = Future[T]()
 
     def call() -> None:
         try:
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
             outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
