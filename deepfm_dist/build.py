@@ -47,6 +47,7 @@ from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.storage import is_remote
+from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import HeldOut
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
@@ -312,23 +313,24 @@ def validation_of(
 ) -> Callable[[], Mapping[str, float]] | None:
     """Measures the model on the validation rows, the same on all ranks; None: there are none.
 
-    The catalogue is ranked too where the loss or the watched figure is one of rankings.
+    The catalogue is ranked too where the loss or the monitored figure is one of rankings.
 
     Raises:
-        ConfigError: there are none, but ``trainer.monitor`` is to be watched on them; or the
-            catalogue is to be ranked and ``recommend.context`` lacks a field.
+        ConfigError: there are none although a setting asks for a monitored figure; or the figure
+            is undefined on them; or the catalogue is to be ranked and ``recommend.context`` lacks a
+            field.
     """
     if not dataset.manifest.splits["valid"].rows:
-        if config.trainer.monitor is not None:
+        if asked := config.trainer.needs_monitor:
             raise ConfigError(
-                f"trainer.monitor={config.trainer.monitor}: {dataset.folder} has no validation "
-                f"rows to watch it on; hold some out (data.split, data.refit=false), or leave "
-                f"monitor and patience out and say trainer.epochs"
+                f"trainer.{asked}: {dataset.folder} has no validation rows; hold some out "
+                f"(data.split.valid=0.1, data.refit=false), or leave the setting out"
             )
         return None
+    check_monitor(config.monitor, dataset.manifest)
     rows = HeldOut(dataset, "valid")
     items: HeldOutItems | None = None
-    if config.trainer.loss != "bce" or "@" in (config.trainer.monitor or ""):
+    if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
         items = HeldOutItems(dataset, "valid", config.recommend.context)
 
     def validate() -> Mapping[str, float]:
@@ -347,15 +349,16 @@ def schedule_of(config: Config) -> Schedule:
         ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
     """
     trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
+    monitor = config.monitor
     figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
     if config.data.task == "implicit":
         figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
-    if trainer.monitor is not None and trainer.monitor not in figures:
+    if monitor is not None and monitor not in figures:
         raise ConfigError(
-            f"trainer.monitor={trainer.monitor}: no figure to watch; there are: "
+            f"trainer.monitor={monitor}: not a figure that can be monitored; available: "
             f"{', '.join(figures)}"
         )
-    if trainer.monitor == "user_auc" and config.data.interactions.user is None:
+    if monitor == "user_auc" and config.data.interactions.user is None:
         raise ConfigError(
             "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
         )
@@ -370,7 +373,7 @@ def schedule_of(config: Config) -> Schedule:
         config.checkpoint.every_steps,
         trainer.accumulate_steps,
         trainer.max_skipped,
-        trainer.monitor,
+        monitor,
         trainer.patience,
         trainer.plateau_factor,
         trainer.min_delta,
@@ -439,8 +442,11 @@ def search_of(config: Config, folder: Path) -> Search:
             "tune.space is empty: name what to vary, such as tune.space={optimizer.dense.lr: "
             "{low: 0.0001, high: 0.01, log: true}}"
         )
-    if config.trainer.monitor is None:
-        raise ConfigError("tune needs trainer.monitor, the validation figure to search by")
+    if config.monitor is None:
+        raise ConfigError(
+            "tune compares trials by a validation figure, and trainer.monitor=null turns it off; "
+            "leave that out, or set trainer.monitor=auc"
+        )
     if "trainer.monitor" in space:
         raise ConfigError(
             "tune.space.trainer.monitor: trials are compared by one figure; leave it out"
@@ -460,7 +466,7 @@ def search_of(config: Config, folder: Path) -> Search:
             name: values if isinstance(values, tuple) else Span(values.low, values.high, values.log)
             for name, values in space.items()
         },
-        config.trainer.monitor in LOWER_IS_BETTER,
+        config.monitor in LOWER_IS_BETTER,
         config.run.seed,
         config.tune.prune,
         config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
@@ -231,10 +231,12 @@ class TrainerConfig(Section):
     """Steps between two lines of training figures."""
     validate_every_epochs: int = Field(1, ge=0)
     """Epochs between two validations; 0: never."""
-    monitor: str | None = None
-    """Validation figure that is watched (auc, log_loss, ...): its best checkpoint is kept."""
+    monitor: str | None = "auto"
+    """Validation figure (log_loss, auc, ndcg@10, ...) whose best checkpoint is kept and used. auto:
+    log_loss; for bpr and softmax ndcg@K at the largest K of ``evaluate.k``. null: none, and the
+    last checkpoint is used."""
     patience: int | None = Field(None, ge=1)
-    """Validations without a better figure after which training stops."""
+    """Validations without a better monitored figure after which training stops."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rates after each validation without a better figure."""
     min_delta: float = Field(0.0, ge=0)
@@ -249,12 +251,16 @@ class TrainerConfig(Section):
     profile_steps: tuple[int, int] | None = None
     """First and last step whose trace torch's profiler writes to the run's folder."""
 
+    @field_validator("monitor")
+    @classmethod
+    def _none_is_null(cls, monitor: str | None) -> str | None:
+        return None if monitor in ("none", "None") else monitor
+
     @model_validator(mode="after")
     def _something_is_watched(self) -> Self:
-        watching = self.patience is not None or self.plateau_factor < 1 or self.min_delta > 0
-        if self.monitor is None and watching:
+        if self.monitor is None and self.needs_monitor:
             raise ValueError(
-                "patience, plateau_factor and min_delta need monitor, the figure to watch"
+                f"{self.needs_monitor} needs a monitored figure; leave monitor=null out"
             )
         if self.loss == "bpr" and self.candidates is None:
             raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
@@ -262,9 +268,19 @@ class TrainerConfig(Section):
             raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
         if self.candidates is None and self.targets_per_user != 16:
             raise ValueError("targets_per_user goes with candidates: without, all targets count")
-        if self.monitor is not None and self.validate_every_epochs == 0:
-            raise ValueError(f"monitor={self.monitor} needs validate_every_epochs")
+        if self.needs_monitor and self.validate_every_epochs == 0:
+            raise ValueError(f"{self.needs_monitor} needs validations; set validate_every_epochs=1")
         return self
+
+    @property
+    def needs_monitor(self) -> str | None:
+        """The first setting that has no meaning without a monitored figure; None: there is none."""
+        if self.monitor not in (None, "auto"):
+            return f"monitor={self.monitor}"
+        for name in ("patience", "plateau_factor", "min_delta"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                return f"{name}={value:g}"
+        return None
 
     @model_validator(mode="after")
     def _steps_are_in_order(self) -> Self:
@@ -284,7 +300,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Steps between two checkpoints."""
     keep_last: int = Field(2, ge=1)
-    """How many stay, the newest ones (and the best one, where trainer.monitor is set)."""
+    """How many are kept, the newest ones; the best one by ``trainer.monitor`` is kept as well."""
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run of the same settings and data, else begins anew; always
     refuses others; never begins anew. Restarted by a launcher, a run of the same settings and data
@@ -294,8 +310,8 @@ class CheckpointConfig(Section):
     optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):
     new rows start afresh."""
     use: Literal["auto", "latest", "best"] | int = "auto"
-    """The checkpoint to read: a step; latest; best by trainer.monitor; auto: the latest to
-    continue training, else the best one if a figure was watched."""
+    """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
+    continue training, otherwise the best one, or the latest if no figure was monitored."""
 
 
 class IalsConfig(Section):
@@ -507,6 +523,15 @@ class Config(Section):
             )
         if self.trainer.accumulate_steps > 1:
             raise ValueError(f"{told}: accumulate_steps are for rows; use a smaller batch_size")
+
+    @property
+    def monitor(self) -> str | None:
+        """The validation figure that decides which checkpoint is best; None: none does."""
+        if self.trainer.monitor != "auto":
+            return self.trainer.monitor
+        if self.trainer.validate_every_epochs == 0:
+            return None
+        return "log_loss" if self.trainer.loss == "bce" else f"ndcg@{max(self.evaluate.k)}"
 
     @property
     def prepared_dir(self) -> Path:

@@ -24,12 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import baselines_of, deepfm_of
     from deepfm_dist.data.sources import find_file
+    from deepfm_dist.distributed import checkpoint
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import DataError
-    from deepfm_dist.events import EvaluateEvent
+    from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.evaluation import LOGGED, HeldOutItems, evaluate_ranking
     from deepfm_dist.report.tables import metrics_table
+    from deepfm_dist.report.verdicts import verdicts_on
     from deepfm_dist.runs import open_trained
     from deepfm_dist.training.evaluation import HeldOut
 
@@ -66,9 +68,17 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
             found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
             metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **found))
             print(metrics_table(split, rows, comparison, cutoffs))
-            print(f"\nwritten: {metrics.path}")
             from deepfm_dist.report.page import write_page  # draws: slow to import
 
+            verdicts = verdicts_on(
+                checkpoint.read_state(trained.checkpoint),
+                [e for e in read_events(metrics.path) if isinstance(e, ValidEvent)],
+                rows,
+                split,
+                comparison,
+                max(cutoffs),
+            )
+            print("", *verdicts, "", f"written: {metrics.path}", sep="\n")
             page = write_page(
                 config.run_dir,
                 trained.config.to_yaml(),
@@ -79,6 +89,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 measured.calibration,
                 comparison,
                 cutoffs,
+                verdicts,
             )
             print(f"written: {page}")
 

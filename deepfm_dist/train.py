@@ -69,8 +69,10 @@ def train_on(
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.planning import sent_bytes
+    from deepfm_dist.errors import ConfigError
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.runs import begin, write_plan
+    from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
     from deepfm_dist.training.profiling import check_profiled, profiler
     from deepfm_dist.training.stopping import StopSignals
     from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Pruned, train
@@ -87,6 +89,10 @@ def train_on(
     check_profiled(config.trainer.profile_steps, last)
     sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
     validate = validation_of(config, dataset, sharded, ranks)
+    if ranks.is_first:
+        warn_of_numbers(dataset.manifest)
+        for split in ("train", "valid"):
+            warn_of_labels(dataset.manifest, split)
 
     with StopSignals() as asked_to_stop:  # a run that is yet to go on takes a step, then
         path, state = ranks.agreed(
@@ -141,7 +147,7 @@ def train_on(
                     profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
                     partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
                 )
-            except (NonFiniteLoss, Pruned):  # all ranks raise these: they can wait together
+            except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
                 checkpoints.close()
                 raise
             checkpoints.close()

@@ -28,8 +28,9 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.train import train_on
     from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
 
-    folder, monitor = config.run_dir / "tune", config.trainer.monitor or ""
+    folder, monitor = config.run_dir / "tune", config.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
+    shared["trainer.monitor"] = monitor  # the same figure whatever loss a trial has
     of_run = config.run
     with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
         search = ranks.first_does("search", lambda: search_of(config, folder))

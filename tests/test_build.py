@@ -345,7 +345,7 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
 
 @pytest.mark.parametrize("figure", ["calibration", "majority_rate"])
 def test_a_figure_that_does_not_tell_good_from_bad_cannot_be_watched(figure: str) -> None:
-    with pytest.raises(ConfigError, match=f"monitor={figure}: no figure to watch; .*log_loss"):
+    with pytest.raises(ConfigError, match=f"monitor={figure}: not a figure that can be .*log_loss"):
         schedule_of(config_of(f"trainer.monitor={figure}"))
 
 
@@ -361,8 +361,10 @@ def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
 
 def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedDataset) -> None:
     assert run_alone(_validation_of_nothing, sample.folder)
-    with pytest.raises(RankFailed, match=r"ConfigError: trainer.monitor=auc: .*no validation rows"):
-        run_alone(_validation_of_nothing, sample.folder, "trainer.monitor=auc")
+    for asked in ("monitor=auc", "patience=2", "plateau_factor=0.5", "min_delta=0.1"):
+        said = rf"ConfigError: trainer\.{asked}: .*no validation rows"
+        with pytest.raises(RankFailed, match=said):
+            run_alone(_validation_of_nothing, sample.folder, f"trainer.{asked}")
 
 
 def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folder) -> None:
@@ -396,5 +398,5 @@ def test_a_restart_goes_on_from_the_latest(
 
 
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
-    with pytest.raises(ConfigError, match=r"monitor=acu: no figure to watch; there are: auc"):
+    with pytest.raises(ConfigError, match=r"monitor=acu: not a figure .*; available: auc"):
         folder.begin("trainer.monitor=acu")

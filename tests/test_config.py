@@ -101,7 +101,10 @@ TIMELESS = "data.interactions.time=null"
         (["model.over_arch_options={a: 1}"], "go with an over_arch given by import path"),
         (["model={fm: false, fm_pairs: across}"], "chooses pairs of the fm part, which is off"),
         (["trainer.targets_per_user=4"], "targets_per_user goes with candidates"),
-        (["trainer.min_delta=0.1"], "min_delta need monitor, the figure to watch"),
+        (["trainer={monitor: null, min_delta: 0.1}"], "min_delta=0.1 needs a monitored figure"),
+        (["trainer={monitor: none, patience: 2}"], "patience=2 needs a monitored figure"),
+        (["trainer={validate_every_epochs: 0, patience: 2}"], "patience=2 needs validations"),
+        (["trainer={validate_every_epochs: 0, monitor: ne}"], "monitor=ne needs validations"),
         (["optimizer.dense.decay_steps=9"], "need a decay: linear, cosine or polynomial"),
         (["optimizer.tables.final_lr=0.1"], "need a decay: linear, cosine or polynomial"),
         (["optimizer.dense={decay: cosine, decay_steps: 9, power: 3}"], "power=3 is an exponent"),
@@ -248,3 +251,22 @@ def test_values_keep_value_and_type_through_yaml(context: dict[str, object]) -> 
         k: (type(v), v) for k, v in context.items()
     }
     assert config_from(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "monitor"),
+    [
+        ([], "log_loss"),
+        (["trainer.monitor=auc"], "auc"),
+        (["trainer.monitor=null"], None),
+        (["trainer.monitor=none"], None),
+        (["trainer.validate_every_epochs=0"], None),
+        (["trainer.loss=softmax", "evaluate.k=[20, 5]"], "ndcg@20"),
+        (["trainer={loss: bpr, candidates: 50}"], "ndcg@10"),
+        (["trainer={loss: softmax, monitor: log_loss}"], "log_loss"),
+    ],
+)
+def test_the_figure_that_decides_which_checkpoint_is_best(
+    overrides: list[str], monitor: str | None
+) -> None:
+    assert load_config("sample", overrides).monitor == monitor

@@ -77,7 +77,8 @@ class Trained:
 
             def validate() -> dict[str, float]:
                 found = ranks.agreed(dict(held_out.metrics(run.sharded, ranks)))
-                return found | ({"auc": validations.pop(0)} if validations else {})
+                monitor = config.monitor or "auc"
+                return found | ({monitor: validations.pop(0)} if validations else {})
 
             def save(state: LoopState) -> None:
                 self.saved.append(replace(state, lifetime=[*state.lifetime]))
@@ -349,6 +350,89 @@ def test_a_figure_that_is_not_finite_is_no_better() -> None:
         assert (state.best, state.without_better) == (best, without_better)
 
 
+def test_the_best_checkpoint_is_kept_unless_told_otherwise(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    options = ("trainer.batch_size=30000", "trainer.epochs=4")
+    losses = [0.5, 0.4, 0.45, 0.42]
+    run = run_alone(trained, sample, tmp_path, *options, validations=losses)
+    assert (run.state.monitor, run.state.best, run.state.best_step) == ("log_loss", 0.4, 10)
+    assert [s.step for s in run.saved] == [5, 10, 20]
+    run = run_alone(trained, sample, tmp_path, *options, "trainer.monitor=null")
+    assert (run.state.monitor, run.state.best_step) == (None, None)
+    assert [s.step for s in run.saved] == [20]
+
+
+def test_training_that_gets_worse_is_warned_of_once_and_summed_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="log_loss")
+    state, texts = LoopState(), []
+    for step, loss in ((10, 0.5), (20, 0.25), (30, 0.375), (40, 0.5), (50, 0.5625)):
+        state.step = step
+        figures = {"log_loss": loss, "ne": 2 * loss}  # labels with an entropy of 0.5
+        state.judge(figures, schedule)
+        state.warn_if_worsening(figures, per_epoch=10)
+        texts.append(caplog.text)
+        caplog.clear()
+    assert texts[:3] == ["", "", ""]  # one worse validation may be chance
+    assert (
+        "validation log_loss has not improved since epoch 2: 0.5000 now, 0.2500 at ste" in texts[3]
+    )
+    assert texts[4] == ""
+    caplog.set_level("INFO")
+    for patience, level in ((None, "WARNING"), (3, "INFO")):
+        caplog.clear()
+        state.summarize(figures, 10, patience)
+        [record] = caplog.records
+        assert record.levelname == level
+        assert record.getMessage().startswith(
+            "validation log_loss was best at step 20 (epoch 2): 0.2500; at the last step, 50, it is"
+            " 0.5625; the checkpoint of step 20 is the one that is used"
+        )
+
+
+@pytest.mark.parametrize(
+    ("monitor", "entropy"),
+    [("log_loss", 1.25), ("ne", 1.25), ("auc", None), ("ndcg@10", None)],
+)
+def test_a_best_checkpoint_worse_than_a_constant_is_named(
+    caplog: pytest.LogCaptureFixture, monitor: str, entropy: float | None
+) -> None:
+    """The entropy of the labels is 0.5; NE at the best step is not known for every figure."""
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor=monitor)
+    state = LoopState()
+    for step, loss, auc in ((10, 0.625, 0.6), (20, 0.75, 0.5)):
+        state.step = step
+        figures = {"log_loss": loss, "ne": 2 * loss, "auc": auc, "ndcg@10": auc}
+        state.judge(figures, schedule)
+    state.summarize(figures, 10, None)
+    warned = [r.getMessage() for r in caplog.records if "NE" in r.getMessage()]
+    assert len(warned) == (entropy is not None)
+    if entropy is not None:
+        assert f"validation NE of the checkpoint of step 10 is {entropy:.4f}: always" in warned[0]
+
+
+def _never_defined(sample: PreparedDataset, out: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Trained(
+            sample,
+            out,
+            "trainer={epochs: 3, batch_size: 30000, monitor: auc, patience: 2}",
+            validations=[float("nan")] * 3,
+        )
+    return str(caught.value)
+
+
+def test_patience_does_not_run_out_on_a_figure_that_is_never_defined(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    for message in run_ranks(_never_defined, 2, sample, tmp_path):
+        assert message.startswith("trainer.monitor=auc: it is nan on the validation rows")
+        assert message.endswith("set trainer.monitor=log_loss")
+    assert len(events(tmp_path, "valid")) == 0
+
+
 def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
@@ -397,7 +481,7 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
     measured = events(tmp_path / "runs" / "sample", "evaluate")[-1]["figures"]["model"]
     for name in ("ndcg@5", "ndcg@10", "recall@5", "recall@10"):
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
-    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: no figure to watch; .*ndcg@10$"):
+    with pytest.raises(ConfigError, match=r"monitor=ndcg@20: not a figure that can be .*ndcg@10$"):
         schedule_of(config_of("trainer.monitor=ndcg@20"))
 
 

@@ -227,7 +227,10 @@ def _best(states: Iterable[Path]) -> float:
     ("overrides", "said"),
     [
         (["trainer.monitor=auc", "tune.space={}"], "tune.space is empty: name what to vary"),
-        (["tune.space={model.dropout: [0]}"], "tune needs trainer.monitor"),
+        (
+            ["trainer.monitor=null", "tune.space={model.dropout: [0]}"],
+            "tune compares trials by a validation figure, and trainer.monitor=null turns it off",
+        ),
         (
             ["trainer.monitor=auc", "tune.space={model.dropuot: [0]}"],
             "tune.space.model.dropuot: model.dropuot: unknown field; did you mean model.dropout?",

@@ -112,8 +112,8 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
         best = read_state(checkpoint_path(run_dir, step))["trainer"].get("best_step")
         if best is None and which == "best":
             raise CheckpointError(
-                f"{run_dir}: checkpoint.use=best, but training watched no metric; set "
-                f"trainer.monitor, or take latest"
+                f"{run_dir}: checkpoint.use=best, but no figure was monitored in training "
+                f"(trainer.monitor=null, or no validation rows); use checkpoint.use=latest"
             )
         step = step if best is None else best
     elif isinstance(which, int):

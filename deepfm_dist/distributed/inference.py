@@ -12,6 +12,13 @@ from deepfm_dist.log import progress
 from deepfm_dist.model.losses import LabelledRows
 
 
+def probabilities(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """The sigmoid of logits of any size, in float64."""
+    with np.errstate(over="ignore"):  # exp(-z) = inf gives 0, as it should
+        result: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return result
+
+
 def dealt_blocks(n_blocks: int, world: World, description: str) -> Iterator[int]:
     """This rank's blocks, contiguous; every rank gets as many, numbers past the end included.
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
+from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
 from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
 from deepfm_dist.storage import writing
@@ -165,7 +166,7 @@ class Parts:
                 low, high = min(first, end), min(first + MATRIX_USERS, end)
                 found = scores(low, high, MATRIX_USERS)
                 if kind == "int8":
-                    found = np.rint(127 / (1 + np.exp(-found.astype(np.float64))))
+                    found = np.rint(127 * probabilities(found))
                 if high > low:
                     cells = pa.array(found.ravel().astype(cell.to_pandas_dtype()))
                     lists = pa.FixedSizeListArray.from_arrays(cells, len(items))

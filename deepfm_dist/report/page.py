@@ -17,12 +17,12 @@ from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last, re
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
+from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import writing
 from deepfm_dist.training.metrics import Calibration
 
 SHOWN_HISTORY = 10
 """Latest items of a user's history that are shown."""
-MAIN = "model"
 
 _LEARNING = {
     "log_loss": ("Log loss", "Mean cross-entropy in nats; lower is better."),
@@ -48,15 +48,6 @@ class Cell:
     interval: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How the model stands beside another ranking, in words."""
-
-    than: str
-    text: str
-    kind: str
-
-
 def write_page(
     folder: Path,
     config_yaml: str,
@@ -67,6 +58,7 @@ def write_page(
     calibration: Calibration,
     comparison: Comparison | None,
     cutoffs: Sequence[int],
+    verdicts: Sequence[Verdict] = (),
 ) -> Path:
     """Writes the report of a run. Rank 0.
 
@@ -80,11 +72,12 @@ def write_page(
         calibration: on its rows.
         comparison: of rankings, where there are any.
         cutoffs: values of K.
+        verdicts: what stands at its top.
 
     Returns:
         Its path.
     """
-    names = list(comparison.figures) if comparison else [MAIN]
+    names = list(comparison.figures) if comparison else [MODEL]
     plotter = Plotter(names)
     events = read_events(folder / "metrics.jsonl")
     seconds = _seconds(events)
@@ -109,7 +102,7 @@ def write_page(
         k=max(cutoffs),
         rows={name: (value, _MEANING.get(name, "")) for name, value in rows.items()},
         rankings={k: _table(comparison, k) for k in cutoffs} if comparison else {},
-        verdicts=_verdicts(comparison, max(cutoffs)) if comparison else [],
+        verdicts=verdicts,
         learning=_learning(plotter, events),
         calibration=_calibration(plotter, calibration, rows),
         profiles=_profiles(plotter, comparison, insight, max(cutoffs))
@@ -155,18 +148,6 @@ def _table(comparison: Comparison, k: int) -> dict[str, dict[str, Cell]]:
         }
         for ranking, figures in comparison.figures.items()
     }
-
-
-def _verdicts(comparison: Comparison, k: int) -> list[Verdict]:
-    found = []
-    ours = comparison.figures[MAIN][f"ndcg@{k}"]
-    for name, differences in comparison.differences.items():
-        low, high = differences[f"ndcg@{k}"]
-        theirs = comparison.figures[name][f"ndcg@{k}"]
-        kind = "better" if low > 0 else "worse" if high < 0 else "even"
-        times = f", {ours / theirs:.2f} times as much" if theirs > 0 else ""
-        found.append(Verdict(name, f"NDCG@{k} {ours:.4f} against {theirs:.4f}{times}", kind))
-    return found
 
 
 def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:

@@ -14,7 +14,7 @@ from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, pa
 from deepfm_dist.data.fields import ordered_bits
 from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
-from deepfm_dist.distributed.inference import score_rows
+from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.training.metrics import (
     Calibration,
@@ -121,7 +121,7 @@ def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
         wins += won + positive * negatives
         positives, negatives = positives + positive, negatives + negative
         weight = tally.positive + tally.negative
-        predicted = weight / (1 + np.exp(-tally.scores.astype(np.float64)))
+        predicted = weight * probabilities(tally.scores)
         at = _score_bins(tally.scores)
         bins += [np.bincount(at, w, _BINS) for w in (weight, predicted, tally.positive)]
     area = wins / (positives * negatives) if positives and negatives else float("nan")

@@ -16,7 +16,7 @@ from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
-from deepfm_dist.distributed.inference import score_rows
+from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
@@ -75,7 +75,7 @@ def predict(
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
                 table = table.append_column("score", pa.array(logits))
-                probability = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+                probability = probabilities(logits).astype(np.float32)
                 table = table.append_column("probability", pa.array(probability))
                 if writer is None:
                     target.parent.mkdir(parents=True, exist_ok=True)

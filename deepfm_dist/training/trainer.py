@@ -19,7 +19,7 @@ from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rate
 from deepfm_dist.distributed.pipeline import Step, train_pipeline
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import DeepFMError
+from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed
@@ -29,7 +29,9 @@ from deepfm_dist.training.schedule import LearningRate
 log = logging.getLogger(__name__)
 HIGHER_IS_BETTER = ("auc", "user_auc", "accuracy")
 LOWER_IS_BETTER = ("log_loss", "ne")
-"""Figures on rows that can be watched; of rankings all can, and higher is better."""
+"""Figures on rows that can be monitored; of rankings all can, and higher is better."""
+WARN_AFTER = 2
+"""Validations in a row without a better figure that are more than chance."""
 
 
 class Batches(Protocol):
@@ -69,7 +71,7 @@ class Schedule:
         save_every_steps: steps between two checkpoints; 0: by epochs or at the end.
         accumulate_steps: micro-batches per step.
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
-        monitor: the validation figure that is watched.
+        monitor: the validation figure that decides which checkpoint is best; None: none does.
         patience: validations without a better figure after which training stops.
         plateau_factor: learning rates are multiplied by it at each validation without a better one.
         min_delta: by how much a figure has to be better than the best to count as better.
@@ -178,8 +180,77 @@ class LoopState:
         """What `judge` changes."""
         return [self.best, self.best_step, self.without_better, self.lr_scale]
 
+    def warn_if_worsening(self, figures: Mapping[str, float], per_epoch: int) -> None:
+        """Warns at the second validation in a row without a better monitored figure. Rank 0.
+
+        Args:
+            figures: of this validation.
+            per_epoch: steps per epoch.
+        """
+        if self.monitor is None or self.best is None or self.without_better != WARN_AFTER:
+            return
+        log.warning(
+            "validation %s has not improved since epoch %.4g: %.4f now, %.4f at step %s; more "
+            "epochs may not help; see docs/training.md#overfitting",
+            self.monitor,
+            self.best_step_in_epochs(per_epoch),
+            figures[self.monitor],
+            self.best,
+            f"{self.best_step:,}",
+        )
+
+    def summarize(self, figures: Mapping[str, float], per_epoch: int, patience: int | None) -> None:
+        """Says which checkpoint of a run that has ended is the best one. Rank 0.
+
+        Args:
+            figures: of the last validation.
+            per_epoch: steps per epoch.
+            patience: validations without a better figure that end the run.
+        """
+        if self.monitor is None or self.best is None or self.best_step is None:
+            return
+        expected = patience is not None or self.without_better < WARN_AFTER
+        if self.best_step != self.step:
+            log.log(
+                logging.INFO if expected else logging.WARNING,
+                "validation %s was best at step %s (epoch %.4g): %.4f; at the last step, %s, it is "
+                "%.4f; the checkpoint of step %s is the one that is used, or the last one with "
+                "checkpoint.use=latest",
+                self.monitor,
+                f"{self.best_step:,}",
+                self.best_step_in_epochs(per_epoch),
+                self.best,
+                f"{self.step:,}",
+                figures[self.monitor],
+                f"{self.best_step:,}",
+            )
+        if (entropy := self._best_ne(figures)) >= 1:
+            log.warning(
+                "validation NE of the checkpoint of step %s is %.4f: always predicting the mean "
+                "label has a lower log loss; lower the learning rates (optimizer.tables.lr, "
+                "optimizer.dense.lr), or check labels and fields",
+                f"{self.best_step:,}",
+                entropy,
+            )
+
+    def best_step_in_epochs(self, per_epoch: int) -> float:
+        """Epochs up to the best step."""
+        assert self.best_step is not None
+        return self.best_step / per_epoch
+
+    def _best_ne(self, figures: Mapping[str, float]) -> float:
+        """NE at the best step, NaN where it cannot be told from the last validation's figures."""
+        assert self.best is not None
+        if self.monitor == "ne":
+            return self.best
+        if self.monitor == "log_loss" and figures["log_loss"] > 0:  # both over the same entropy
+            return figures["ne"] * (self.best / figures["log_loss"])
+        is_of_rows = self.best_step == self.step and "@" not in (self.monitor or "")
+        return figures["ne"] if is_of_rows else math.nan
+
     def judge(self, figures: Mapping[str, float], schedule: Schedule) -> None:
         """Compares the monitored figure with the best one; one that is not finite is no better."""
+        self.monitor = schedule.monitor
         if schedule.monitor is None:
             return
         value = figures[schedule.monitor]
@@ -230,6 +301,7 @@ def train(
     Raises:
         NonFiniteLoss: more than ``schedule.max_skipped`` steps in a row had a loss that is not
             finite.
+        ConfigError: the monitored figure is NaN at the first validation.
     """
     per_epoch = batches.steps_per_epoch
     last = schedule.last_step(per_epoch)
@@ -254,6 +326,7 @@ def train(
     if state.step < last:
         state.go_on(schedule)
     going_on, due = not state.is_over(schedule, last), False
+    found: Mapping[str, float] = {}
     sharded.train()
     with (
         _frozen(),
@@ -286,9 +359,17 @@ def train(
                 if not _due(schedule.validate_every_epochs, epoch, inside):
                     state.before_end = state.judged
                 state.judge(found, schedule)
+                if schedule.monitor is not None and state.best is None:
+                    raise ConfigError(
+                        f"trainer.monitor={schedule.monitor}: it is {found[schedule.monitor]} on "
+                        f"the validation rows, so that no checkpoint can be the best; set "
+                        f"trainer.monitor=log_loss"
+                    )
                 told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
                 metrics.write(ValidEvent(step=step, epoch=epoch, **found))
+                if world.is_first:
+                    state.warn_if_worsening(found, per_epoch)
                 micro_batches = pieces(step + 1)
             going_on = not (state.is_over(schedule, last) or outcome.stop)
             due |= (
@@ -319,6 +400,8 @@ def train(
                         state.saved_step = step
                     save(state)
     pipeline.detach()
+    if found and world.is_first and state.is_over(schedule, last):
+        state.summarize(found, per_epoch, schedule.patience)
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if world.device.type == "cuda":
         peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30

@@ -1,0 +1,167 @@
+"""How good a model is, in words: cards at the top of the report, last lines of evaluate."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deepfm_dist.events import ValidEvent
+from deepfm_dist.ranking.evaluation import Comparison
+from deepfm_dist.training.trainer import LOWER_IS_BETTER, WARN_AFTER
+
+MODEL = "model"
+_TITLES = {
+    "better": "Better than {}",
+    "worse": "Worse than {}",
+    "even": "No clear difference from {}",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding.
+
+    Attributes:
+        title: the finding.
+        text: the figures behind it.
+        kind: decides the color of its card.
+    """
+
+    title: str
+    text: str
+    kind: Literal["better", "worse", "even"]
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.text}"
+
+
+def ranking_verdicts(comparison: Comparison, k: int) -> list[Verdict]:
+    """The model against each other ranking, by NDCG@K.
+
+    Better or worse where the 95 % interval of the difference excludes 0; an interval that ends at 0
+    does not.
+    """
+    verdicts = []
+    figure = f"ndcg@{k}"
+    ours = comparison.figures[MODEL][figure]
+    for name, differences in comparison.differences.items():
+        low, high = differences[figure]
+        theirs = comparison.figures[name][figure]
+        kind: Literal["better", "worse", "even"] = "even"
+        if low > 0:
+            kind = "better"
+        elif high < 0:
+            kind = "worse"
+        ratio = f" ({ours / theirs:.2f} times)" if theirs > 0 else ""
+        text = (
+            f"NDCG@{k} {ours:.4f}, {name} {theirs:.4f}{ratio}; 95 % interval of the difference "
+            f"{low:+.4f} to {high:+.4f}"
+        )
+        verdicts.append(Verdict(_TITLES[kind].format(name), text, kind))
+    return verdicts
+
+
+def row_verdicts(rows: Mapping[str, float], split: str, is_ranked: bool) -> list[Verdict]:
+    """The model against always predicting the mean label, by NE.
+
+    Args:
+        rows: figures on the rows of the split.
+        split: valid or test.
+        is_ranked: whether rankings are judged as well; good news about rows is then left out.
+    """
+    entropy = rows["ne"]
+    if math.isnan(entropy):
+        if rows["majority_rate"] < 1:
+            return []
+        return [
+            Verdict(
+                f"All {split} labels are the same",
+                "AUC and NE are undefined; hold out rows of both labels (data.split)",
+                "worse",
+            )
+        ]
+    if entropy >= 1:
+        return [
+            Verdict(
+                _TITLES["worse"].format("a constant"),
+                f"NE {entropy:.4f} on {split} rows: always predicting the mean label has a lower "
+                f"log loss than {rows['log_loss']:.4f}",
+                "worse",
+            )
+        ]
+    if is_ranked:
+        return []
+    return [
+        Verdict(
+            _TITLES["better"].format("a constant"),
+            f"NE {entropy:.4f} on {split} rows: log loss {rows['log_loss']:.4f} is "
+            f"{1 - entropy:.1%} below that of always predicting the mean label",
+            "better",
+        )
+    ]
+
+
+def training_verdicts(validations: Sequence[ValidEvent], step: int, monitor: str) -> list[Verdict]:
+    """Whether training went on for too long, and whether a better checkpoint was passed over.
+
+    Args:
+        validations: in order.
+        step: of the checkpoint that is measured.
+        monitor: the figure to compare by.
+    """
+    values = [(v.step, v.figures.get(monitor)) for v in validations]
+    points = [(step, value) for step, value in values if value is not None]
+    if not points:
+        return []
+    sign = 1 if monitor in LOWER_IS_BETTER else -1
+    best_step, best = min(points, key=lambda point: sign * point[1])
+    last_step, last = points[-1]
+    here = dict(points).get(step)
+    name = monitor.replace("_", " ").replace("ndcg", "NDCG").replace("recall", "Recall")
+    if here is not None and best_step < step and sign * (here - best) > 0:
+        return [
+            Verdict(
+                "An earlier checkpoint was better",
+                f"validation {name} {here:.4f} at this one (step {step:,}), {best:.4f} at step "
+                f"{best_step:,}",
+                "worse",
+            )
+        ]
+    if sum(at > best_step for at, _ in points) >= WARN_AFTER:
+        return [
+            Verdict(
+                "Trained for longer than it helped",
+                f"validation {name} was best at step {best_step:,} ({best:.4f}); at the last one, "
+                f"step {last_step:,}, it is {last:.4f}",
+                "even",
+            )
+        ]
+    return []
+
+
+def verdicts_on(
+    state: Mapping[str, Any],
+    validations: Sequence[ValidEvent],
+    rows: Mapping[str, float],
+    split: str,
+    comparison: Comparison | None,
+    k: int,
+) -> list[Verdict]:
+    """All verdicts on a model.
+
+    Args:
+        state: of its checkpoint, as the marker holds it.
+        validations: of its training.
+        rows: figures on the rows of the split.
+        split: valid or test.
+        comparison: of rankings, where there are any.
+        k: the cut-off to compare rankings by.
+    """
+    trainer = state["config"].get("trainer", {})
+    of_rows = trainer.get("loss", "bce") == "bce"  # other losses give no probabilities
+    monitor = state["trainer"].get("monitor") or ("log_loss" if of_rows else f"ndcg@{k}")
+    return [
+        *(ranking_verdicts(comparison, k) if comparison else []),
+        *(row_verdicts(rows, split, comparison is not None) if of_rows else []),
+        *training_verdicts(validations, state["step"], monitor),
+    ]

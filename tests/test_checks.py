@@ -1,0 +1,94 @@
+"""Data that cannot train or measure a model well are named before training."""
+
+import logging
+
+import pytest
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest, NumericSpec
+from deepfm_dist.data.schema import Feature
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.training.checks import check_monitor, warn_of_labels, warn_of_numbers
+
+
+def labelled(manifest: Manifest, split: str, rows: int, positives: int) -> Manifest:
+    spec = manifest.splits[split].model_copy(update={"rows": rows, "positives": positives})
+    data = manifest.data.model_copy(update={"task": "ctr"})
+    splits = {**manifest.splits, split: spec}
+    return manifest.model_copy(update={"data": data, "splits": splits})
+
+
+@pytest.mark.parametrize(
+    ("split", "positives", "message"),
+    [
+        ("train", 0, "all 1,000 training labels are 0: the model can only learn to predict 0; "),
+        ("train", 1000, "all 1,000 training labels are 1: the model can only learn to predict 1; "),
+        ("valid", 0, "all 1,000 validation labels are 0: auc, user_auc and ne are undefined"),
+        ("test", 1000, "all 1,000 test labels are 1: auc, user_auc and ne are undefined"),
+        ("train", 1, None),
+        ("valid", 999, None),
+    ],
+)
+def test_a_split_of_one_label_is_named(
+    sample: PreparedDataset,
+    caplog: pytest.LogCaptureFixture,
+    split: str,
+    positives: int,
+    message: str | None,
+) -> None:
+    warn_of_labels(labelled(sample.manifest, split, 1000, positives), split)
+    assert [r.getMessage().startswith(message or "") for r in caplog.records] == [True] * bool(
+        message
+    )
+
+
+def test_positives_that_get_negatives_and_empty_splits_are_no_single_label(
+    sample: PreparedDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sample.manifest.sampled
+    for split in ("train", "valid", "test"):
+        warn_of_labels(sample.manifest, split)
+    warn_of_labels(labelled(sample.manifest, "valid", 0, 0), "valid")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("monitor", ["auc", "user_auc", "ne"])
+def test_a_figure_that_would_be_nan_cannot_be_monitored(
+    sample: PreparedDataset, monitor: str
+) -> None:
+    manifest = labelled(sample.manifest, "valid", 30, 0)
+    message = f"trainer.monitor={monitor}: all 30 validation labels are 0, so {monitor} is undefine"
+    with pytest.raises(ConfigError, match=message):
+        check_monitor(monitor, manifest)
+    for other in ("log_loss", "ndcg@10", None):
+        check_monitor(other, manifest)
+    check_monitor(monitor, labelled(sample.manifest, "valid", 30, 1))
+
+
+def test_large_numbers_that_are_not_scaled_are_named(
+    sample: PreparedDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {
+        "far": ("none", 5e8, 3e8),
+        "wide": ("none", 0, 2e3),
+        "negative": ("none", -4e3, 1),
+        "small": ("none", 3, 900),
+        "scaled": ("standard", 5e8, 3e8),
+        "log": ("log", 5e8, 3e8),
+    }
+    features = tuple(
+        Feature.model_validate({"name": name, "kind": "numeric", "transform": transform})
+        for name, (transform, _, _) in fields.items()
+    )
+    manifest = sample.manifest.model_copy(
+        update={
+            "data": sample.manifest.data.model_copy(update={"features": features}),
+            "numeric": {n: NumericSpec(mean=m, std=s) for n, (_, m, s) in fields.items()},
+        }
+    )
+    with caplog.at_level(logging.WARNING):
+        warn_of_numbers(manifest)
+    messages = [r.getMessage() for r in caplog.records]
+    assert [m.split("numbers of ")[1].split()[0] for m in messages] == ["far", "wide", "negative"]
+    assert "(mean 5e+08, standard deviation 3e+08)" in messages[0]
+    assert messages[0].endswith("give the field transform: standard or transform: log")
