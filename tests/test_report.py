@@ -18,6 +18,7 @@ from deepfm_dist.ranking.output import Written
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.report.page import write_page
 from deepfm_dist.report.tables import metrics_table, ranking_table
+from deepfm_dist.report.verdicts import Verdict
 from deepfm_dist.training.metrics import Calibration
 from tests.oracles.row_figures import click_figures
 from tests.pages import watched
@@ -134,6 +135,10 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
         comparison,
         (2,),
+        [
+            Verdict("Better than popularity", "by <far>", "better"),
+            Verdict("Worse than a constant", "NE 1.0470 on test rows", "worse"),
+        ],
     )
 
 
@@ -146,7 +151,15 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
         assert ", ".join(cards(row).tags) in text
     assert text.count("✓ hit") == 1
     assert "3 training items,\n      1 of 2 held-out items found" in text
-    assert "NDCG@2 0.7500 against 0.2500, 3.00 times as much" in text
+    shown = re.findall(
+        r'<li class="(\w+)">\s*<strong>(.*?)</strong>\s*<span>(.*?)</span>', text, re.S
+    )
+    assert shown == [
+        ("better", "Better than popularity", "by &lt;far&gt;"),
+        ("worse", "Worse than a constant", "NE 1.0470 on test rows"),
+    ]
+    assert re.search(r"\.verdicts li\.worse \{ border-color: var\(--bad\)", text)
+    assert "compared by a paired bootstrap over users" in text
     for told in ("70,000", "2 x cpu", "row_wise", "0.1250 - 0.8750", "12,345 rows/s", "0.50 GiB"):
         assert told in text
     assert "run: {name: &lt;invented&gt;}" in text
