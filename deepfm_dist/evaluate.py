@@ -41,7 +41,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     if reference is not None and config.data.task == "implicit":
         reference = find_file(config.input_root, reference, "evaluate.reference")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        trained = open_trained(config, arguments.overrides, ranks)
+        trained = open_trained(config, arguments.overrides, ranks, same_rows=True)
         dataset = trained.dataset
         if dataset.manifest.splits[split].rows == 0:
             raise DataError(

@@ -14,6 +14,7 @@ from deepfm_dist.build import shard_for_inference
 from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.match import check_match
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World
@@ -226,26 +227,29 @@ class Trained:
     step: int
 
 
-def open_trained(config: Config, overrides: Sequence[str], world: World) -> Trained:
+def open_trained(
+    config: Config, overrides: Sequence[str], world: World, same_rows: bool = False
+) -> Trained:
     """Loads a run's checkpoint. All ranks.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
         world: the ranks.
+        same_rows: as `find_finished` takes it.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    found = find_finished(config, overrides)
+    found = find_finished(config, overrides, same_rows)
     sharded = shard_for_inference(found.config, found.dataset.manifest, world)
     checkpoint.load(found.checkpoint, world, sharded)
     log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
     return Trained(found.config, found.dataset, sharded, found.checkpoint, found.state["step"])
 
 
-def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
+def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = False) -> Finished:
     """Finds a run's latest checkpoint and its dataset.
 
     A checkpoint knows its data and model, and these settings are taken from it, but for where files
@@ -254,6 +258,8 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
+        same_rows: whether a dataset with other rows than were trained on is refused; else a
+            warning says so.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
@@ -277,7 +283,7 @@ def find_finished(config: Config, overrides: Sequence[str]) -> Finished:
     merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
-    checkpoint.check_vocabulary(path, state, dataset.manifest.vocabulary_hash)
+    check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
     return Finished(config, dataset, path, state)
 
 

@@ -534,19 +534,6 @@ def digest_of(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def check_vocabulary(path: Path, state: Mapping[str, Any], vocabulary_hash: str) -> None:
-    """Refuses a checkpoint that was trained on other data.
-
-    Raises:
-        CheckpointError: the hashes differ.
-    """
-    if state["vocabulary_hash"] != vocabulary_hash:
-        raise CheckpointError(
-            f"{path} was trained on vocabulary {state['vocabulary_hash']}, this dataset has "
-            f"{vocabulary_hash}; use the same prepared data, or train anew"
-        )
-
-
 def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
     for step, path in _folders(run_dir).items():

@@ -1,0 +1,133 @@
+"""Whether a dataset is the one that a model was trained on.
+
+A model knows the fields by their places and the values by their table rows. A dataset in which
+these mean something else gives logits all the same, so that everything is compared beforehand.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepfm_dist.data.manifest import GIVEN, Manifest
+from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+_OF_FILES = ("file", "key")  # settings of a field that say where its values come from
+_OF_READING = ("min_count",)  # and those that vocabularies show
+_FREE = {"name", "root", "files", "memory_bytes", "lanes", "titles", "vocabulary_from", "features"}
+
+
+def check_match(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    trained: DataConfig,
+    folder: Path,
+    manifest: Manifest,
+    same_rows: bool = False,
+) -> None:
+    """Compares what a checkpoint was trained on with a prepared dataset.
+
+    Args:
+        checkpoint: its folder, for messages.
+        state: its marker.
+        trained: the data settings of its run.
+        folder: of the dataset, for messages.
+        manifest: of the dataset.
+        same_rows: whether other rows are refused; else a warning says so.
+
+    Raises:
+        CheckpointError: the dataset is another; it names what differs, both values and a cure.
+    """
+    cure = (
+        f"prepare the data as they were: python -m deepfm_dist.prepare --config "
+        f"{checkpoint.parent.parent}; or train again"
+    )
+    if manifest.fingerprint == GIVEN:
+        cure = (
+            "name the dataset it was trained on by data.name or run.prepared_root, or train again"
+        )
+    prepared = manifest.data
+    differing = next(_differences(trained, prepared), None)
+    if differing is not None:
+        name, old, new = differing
+        raise CheckpointError(
+            f"{checkpoint} was trained with {name}={old}, {folder} was prepared with {name}={new}; "
+            f"{cure}"
+        )
+    others = [f"{name}={new}, not {old}" for name, old, new in _other(trained, prepared)]
+    if state["vocabulary_hash"] != manifest.vocabulary_hash:
+        reason = "; ".join(others) or "the input has changed"
+        raise CheckpointError(
+            f"{checkpoint} was trained on vocabulary {state['vocabulary_hash']}, {folder} has "
+            f"{manifest.vocabulary_hash} ({reason}); {cure}"
+        )
+    hashes = state.get("data_hash"), manifest.data_hash
+    if hashes[0] == hashes[1] or None in hashes:
+        return
+    reason = "; ".join(others) or "the input has changed"
+    said = f"{folder} holds other rows than {checkpoint} was trained on ({reason})"
+    if same_rows:
+        raise CheckpointError(
+            f"{said}: held-out rows may be among those it was trained on, and figures on them "
+            f"would flatter it; {cure}"
+        )
+    log.warning("%s: histories and values of users and items are those of the dataset", said)
+
+
+def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What changes the meaning of a logit, though vocabularies be the same."""
+    theirs = {f.name: f for f in prepared.features}
+    for feature in trained.features:
+        if feature.name in theirs:
+            yield from field_differences(feature, theirs[feature.name])
+    ours, others = (
+        {
+            "data.features": ",".join(f.name for f in data.features),
+            "data.task": data.task,
+            "data.history.max_length": data.history.max_length,
+        }
+        for data in (trained, prepared)
+    )
+    for name in ours:
+        if ours[name] != others[name]:
+            yield name, ours[name], others[name]
+
+
+def field_differences(
+    one: Feature, other: Feature, free: Sequence[str] = (*_OF_FILES, *_OF_READING)
+) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of two fields of one name that differ: ``data.features.NAME.SETTING``, both values.
+
+    Args:
+        one: a field.
+        other: the field it is compared with.
+        free: settings that may differ.
+    """
+    ours, theirs = (
+        f.model_dump(mode="json", exclude={*free, "table"})
+        | {"table": f.table_name, "several values": f.multi_valued, "id": f.names_entity}
+        for f in (one, other)
+    )
+    for setting in ours:
+        if ours[setting] != theirs[setting]:
+            yield f"data.features.{one.name}.{setting}", ours[setting], theirs[setting]
+
+
+def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that change which rows there are, or where they belong."""
+    ours, theirs = (data.model_dump(mode="json", exclude=_FREE) for data in (trained, prepared))
+    yield from _leaves(ours, theirs, "data")
+    fields = {f.name: f for f in prepared.features}
+    for feature in trained.features:
+        if feature.name in fields:
+            yield from field_differences(feature, fields[feature.name], ())
+
+
+def _leaves(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _leaves(old.get(key), new.get(key), f"{name}.{key}")
+    elif old != new:
+        yield name, old, new

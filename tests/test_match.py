@@ -1,0 +1,176 @@
+"""A model is read with the data it was trained on, or refused by what differs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepfm_dist import prepare as prepare_command
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.errors import CheckpointError
+from deepfm_dist.runs import find_finished
+from deepfm_dist.training.trainer import LoopState
+from tests.ranks import run_alone
+
+FIELDS = """
+- {name: user, entity: user}
+- {name: seen, entity: user, history: item}
+- {name: item, entity: item}
+- {name: genre, entity: item, file: items.csv, separator: "|"}
+- {name: maker, entity: item, file: items.csv, hash_rows: 50, keep: first}
+- {name: mood, fill: calm}
+- {name: place, hash_rows: 20}
+- {name: day, column: time, derive: weekday, time_format: "%Y-%m-%d"}
+- {name: price, kind: numeric, transform: log}
+- {name: age, entity: user, column: years, kind: numeric}
+"""
+
+
+def write_input(root: Path, more: str = "") -> None:
+    rows = [
+        f"u{k % 13},i{(7 * k + k // 13) % 40},{['calm', '', 'glad'][k % 3]},p{k % 7},q{k % 5},"
+        f"2024-05-{1 + k % 28:02d},{k % 9}.5,{20 + k % 13}\n"
+        for k in range(160)
+    ]
+    head = "user,item,mood,place,other,time,price,years\n"
+    (root / "rows.csv").write_text(head + "".join(rows) + more)
+    items = [f"i{k},g{k % 3}|g{k % 2},m{k % 4},n{k % 3}\n" for k in range(40)]
+    (root / "items.csv").write_text("item,genre,maker,brand\n" + "".join(items))
+
+
+def config_of(home: Path, fields: str = FIELDS, *overrides: str) -> Config:
+    write = {
+        "run": {"name": "r", "runs_root": str(home), "prepared_root": str(home / "prepared")},
+        "data": {
+            "root": str(home),
+            "interactions": {"file": "rows.csv", "user": "user", "item": "item"},
+            "features": yaml.safe_load(fields),
+            "negatives": {"per_positive": 1, "evaluation_per_positive": 1},
+            "history": {"max_length": 5},
+        },
+    }
+    (home / "config.yaml").write_text(yaml.safe_dump(write))
+    return load_config(str(home / "config.yaml"), list(overrides))
+
+
+def prepared(config: Config) -> Manifest:
+    return prepare(config.data, config.data_root, config.prepared_dir, config.data_seed)
+
+
+def save_marker(config: Config, manifest: Manifest) -> Path:
+    """A checkpoint that has no weights."""
+    path = checkpoint.checkpoint_path(config.run_dir, 5)
+    path.mkdir(parents=True)
+    state = {
+        "step": 5,
+        **manifest.hashes,
+        "config": config.model_dump(mode="json"),
+        "crc32": {},
+        "trainer": asdict(LoopState(5)),
+    }
+    (path / checkpoint.MARKER).write_text(json.dumps(state))
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    return path
+
+
+MOOD, PLACE = "- {name: mood, fill: calm}\n", "- {name: place, hash_rows: 20}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            MOOD + PLACE,
+            PLACE + MOOD,
+            "features=user,seen,item,genre,maker,mood,place,.*was prepare",
+        ),
+        ("history: item}", "history: item, pooling: sum}", "seen.pooling=mean, .*pooling=sum"),
+        ('separator: "|"}', 'separator: "|", pooling: sqrt}', "genre.pooling=mean, .*=sqrt"),
+        ("fill: calm", "fill: glad", "mood.fill=calm, .*fill=glad"),
+        ("hash_rows: 20}", "hash_rows: 20, column: other}", "place.column=None, .*column=other"),
+        ("hash_rows: 20}", "hash_rows: 20, missing: [p1]}", r"place.missing=\[\], .*=\['p1'\]"),
+        ("hash_rows: 20}", "hash_rows: 30}", "place.hash_rows=20, .*hash_rows=30"),
+        ("keep: first}", "keep: all}", "maker.keep=first, .*keep=all"),
+        ("keep: first}", 'keep: first, separator: "1"}', "maker.separator=None, .*separator=1"),
+        ("keep: first}", "keep: first, column: brand}", "maker.column=None, .*column=brand"),
+        ("transform: log", "transform: none", "price.transform=log, .*transform=none"),
+        ("column: years", "column: price", "age.column=years, .*column=price"),
+        (', file: items.csv, separator: "|"', ", column: mood", "genre.column=None, .*column=mood"),
+        (
+            MOOD,
+            "",
+            "features=.*mood.*was prepared with data.features=user,seen,item,genre,maker,pl",
+        ),
+        ("name: mood,", "name: temper, column: mood,", "features=.*mood.*=.*temper"),
+        ("derive: weekday", "derive: weekend", "day.derive=weekday, .*derive=weekend"),
+        (MOOD, MOOD.replace("fill", "min_count: 90, fill"), "vocabulary .*min_count=90, not 1"),
+    ],
+)
+def test_fields_that_mean_something_else_are_named(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    path = save_marker(config, prepared(config))
+    assert old in FIELDS
+    prepared(config_of(tmp_path, FIELDS.replace(old, new, 1)))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        find_finished(config, [])
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_cure_is_typed_and_cures(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    save_marker(config, prepared(config))
+    prepared(config_of(tmp_path, FIELDS.replace("fill: calm", "fill: glad")))
+    with pytest.raises(CheckpointError, match=r"mood\.fill") as caught:
+        find_finished(config, [])
+    cure = str(caught.value).split("python -m deepfm_dist.prepare ")[1].split(";")[0]
+    assert run_alone(prepare_command.main, ["--quiet", *cure.split()]) == 0
+    assert find_finished(config, []).state["step"] == 5
+
+
+def test_where_files_lie_and_what_people_read_may_differ(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    save_marker(config, prepared(config))
+    (tmp_path / "items.csv").rename(tmp_path / "things.csv")
+    fields = FIELDS.replace("items.csv", "things.csv")
+    titles = "data.titles={file: things.csv, column: brand}"
+    other = config_of(tmp_path, fields, titles, "data.files={things.csv: {encoding: ascii}}")
+    prepared(other)
+    assert find_finished(config, []).state["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.negatives.evaluation_per_positive=2", "evaluation_per_positive=2, not 1"),
+        ("data.name=r", "the input has changed"),  # values of a hashed column
+    ],
+)
+def test_other_rows_are_told_and_no_figures_are_taken_on_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, override: str, said: str
+) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    before = prepared(config)
+    save_marker(config, before)
+    find_finished(config, [], same_rows=True)
+    assert not caplog.records
+    if "input" in said:
+        rows = tmp_path / "rows.csv"
+        rows.write_text(rows.read_text().replace(",p1,", ",p8,"))
+    assert prepared(config_of(tmp_path, FIELDS, override)).vocabulary_hash == before.vocabulary_hash
+    find_finished(config, [])
+    [record] = caplog.records
+    assert said in record.getMessage()
+    with pytest.raises(CheckpointError, match=f"holds other rows than .*{said}.*flatter"):
+        find_finished(config, [], same_rows=True)
