@@ -680,7 +680,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+        if text[:1] in tuple("[{'\""):
+            raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+        value = text  # such as %d/%m/%Y, which YAML wants in quotes
     _set(tree, name, value, repr(override))
 
 

@@ -9,7 +9,8 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,10 @@ def _changed(row: int, column: int, text: str) -> str:
     rows = [list(r) for r in ROWS]
     rows[row][column] = text
     return _csv(rows)
+
+
+def _timed(text: Callable[[int], str]) -> str:
+    return _csv([[*row[:5], text(int(row[5]))] for row in ROWS])
 
 
 SPACE = "tune.space={optimizer.dense.lr: {low: 0.0001, high: 0.01, log: true}}"
@@ -372,6 +377,21 @@ INPUT = [
         "set data.on_bad_row=skip",
         "data.on_bad_row=skip",
         files={"rows.csv": _changed(5, 5, "soon")},
+    ),
+    *(
+        Mistake(
+            "prepare data.interactions.time=time",
+            f'data.interactions.time_format="{wanted}"',
+            f'data.interactions.time_format="{wanted}"',
+            files={"rows.csv": _timed(lambda s, f=wanted: time.strftime(f, time.gmtime(s)))},
+        )
+        for wanted in ("%d/%m/%Y %H:%M", "%a %b %d %H:%M:%S %Y", "%m/%d/%Y %I:%M:%S %p")
+    ),
+    Mistake(
+        "prepare data.interactions.time=time",
+        "['%Y-%m-%d %H:%M:%S', '%Y%m%d']",
+        """data.interactions.time_format="['%Y-%m-%d %H:%M:%S', '%Y%m%d']" """,
+        files={"rows.csv": _timed(lambda s: "20200131" if s % 2 else "2020-01-30 10:00:00")},
     ),
     Mistake(
         "prepare",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,7 @@ def test_click_rows_keep_their_labels(root: Path) -> None:
         table["n"].to_pylist(), (np.array([1, 3, 3, 5]) - 3) / np.std([1, 3, 5]), rtol=1e-6
     )
     (root / "clicks.csv").write_text("y,ad,n\n2,p,1\n")
-    with pytest.raises(DataError, match=r"clicks\.csv, line 2: y '2' is no label: 0 or 1"):
+    with pytest.raises(DataError, match=r"clicks\.csv, line 2: y '2' is not a label: 0, 1"):
         prepare(data, root, root / "ctr", seed=1)
 
 
@@ -410,7 +411,7 @@ def test_no_split_but_train_reaches_vocabularies_and_statistics(root: Path) -> N
     assert np.asarray(held_out.context["p"]).tolist() == [98] * 4
     (root / "s.csv").write_text(rows.replace("valid", "perhaps"))
     with pytest.raises(
-        DataError, match=r"s\.csv, line 5: part 'perhaps' is no split: 0, 1, 2 or train"
+        DataError, match=r"s\.csv, line 5: part 'perhaps' is not a split: 0, 1, 2 or train"
     ):
         made_of(root, dataset.manifest.data.model_dump())
     (root / "s.csv").write_text("u,i,p,h,part\na,x,1,k,2\n")
@@ -507,7 +508,8 @@ def test_rare_ids_share_the_unknown_row(root: Path) -> None:
 
 def test_histories_are_in_time_order_ties_in_file_order(root: Path) -> None:
     timed = {"file": "s.csv", "user": "u", "item": "i", "time": "at"}
-    rows = "u,i,at\na,x,1970-01-03\nb,y,5\na,y,1970-01-02\na,z,172800\na,w,86400\n"
+    days = {"ax": 3, "by": 1, "ay": 2, "az": 3, "aw": 2}
+    rows = "u,i,at\n" + "".join(f"{u},{i},1970-01-0{day}\n" for (u, i), day in days.items())
     for spec, order in ((timed, "ywxz"), ({**timed, "time": None}, "xyzw")):
         dataset = small(root, rows, str(USER_AND_ITEM), interactions=spec)
         items = dataset.entity_ids("item").to_pylist()
@@ -610,10 +612,51 @@ def test_an_entitys_field_may_stand_in_the_interactions(root: Path) -> None:
     assert {u: [jobs[v] for v in bag] for u, bag in bags.items()} == first_rows
 
 
-def test_a_column_cannot_be_text_and_number(root: Path) -> None:
-    features = "[{name: user, entity: user}, {name: u, kind: numeric}]"
-    with pytest.raises(ConfigError, match="column 'u' is asked for both as text and as number"):
-        small(root, "u,i\n1,x\n", features)
+def test_one_column_serves_several_purposes_each_with_its_own_settings(root: Path) -> None:
+    """Time, a category, an hour, numbers with and without a word for missing, an id."""
+    features = """[{name: user, entity: user}, {name: item, entity: item},
+      {name: raw, column: at}, {name: hour, column: at, derive: hour, time_format: "%y%m%d%H"},
+      {name: day, column: at, derive: weekday, time_format: "%y%m%d%H"},
+      {name: n, column: m, kind: numeric, missing: ["-1"]}, {name: all, column: m, kind: numeric},
+      {name: c, column: m, missing: ["-1"]}, {name: filled, column: m, missing: ["7"], fill: none},
+      {name: parts, column: s, separator: "|"}, {name: joined, column: s},
+      {name: who, column: u}, {name: number, column: u, kind: numeric}]"""
+    rows = "u,i,at,m,s\n1,x,14102100,-1,a|b\n1,y,14102223,7,b\n2,x,14102105,8,a|b\n"
+    dataset = small(
+        root, rows, features, interactions={"file": "s.csv", "user": "u", "item": "i", "time": "at"}
+    )
+    read, words = dataset.rows("train"), {}
+    order = np.argsort(pq.read_table(dataset.folder / "train")["time"].to_numpy())
+    for feature in dataset.manifest.features:
+        if feature.entity == "context" and feature.kind == "categorical":
+            ids = ["", *dataset.vocabulary(feature.table_name).ids.to_pylist()]
+            values = read.context[feature.name]
+            bags = (
+                [values.values[a:b] for a, b in pairwise(values.offsets)]
+                if isinstance(values, Jagged)
+                else [[v] for v in values]
+            )
+            words[feature.name] = [{ids[v] for v in bags[row]} for row in order]
+    assert words == {
+        "raw": [{"14102100"}, {"14102105"}, {"14102223"}],
+        "hour": [{"0"}, {"5"}, {"23"}],
+        "day": [{"1"}, {"1"}, {"2"}],
+        "c": [{""}, {"8"}, {"7"}],
+        "filled": [{"-1"}, {"8"}, {"none"}],
+        "parts": [{"a", "b"}, {"a", "b"}, {"b"}],
+        "joined": [{"a|b"}, {"a|b"}, {"b"}],
+        "who": [{"1"}, {"2"}, {"1"}],
+    }
+    numbers = {
+        name: [float(read.context[name][row]) for row in order] for name in ("n", "all", "number")
+    }
+    assert numbers == {"n": [0, 8, 7], "all": [-1, 8, 7], "number": [1, 2, 1]}
+    again = RowEncoder(dataset)
+    new = again.encode(read_table(root / "s.csv", again.columns))
+    for name, values in new.context.items():
+        flat = values.values if isinstance(values, Jagged) else values
+        trained = read.context[name]
+        assert sorted(flat) == sorted(trained.values if isinstance(trained, Jagged) else trained)
 
 
 def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
@@ -1456,23 +1499,21 @@ def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
 def test_a_cell_from_which_nothing_can_be_derived_is_named(root: Path) -> None:
     features = [{"name": "x", "derive": "log_squared"}, *USER_AND_ITEM]
     rows = "u,i,x\na,x,3\na,y,\nb,x,many\nb,z,4\n"
-    what = r"s\.csv, line 4: x 'many' is no number, as derive=log_squared of the field x"
+    what = r"s\.csv, line 4: x 'many' is not a number, as derive=log_squared of the field x"
     with pytest.raises(DataError, match=what):
         small(root, rows, str(features))
     (root / "prices.csv").write_text("i,x\nx,3\ny,inf\n")
     in_file = [{**features[0], "entity": "item", "file": "prices.csv"}, *USER_AND_ITEM]
-    with pytest.raises(DataError, match=r"prices\.csv, line 3: x 'inf' is no number"):
+    with pytest.raises(DataError, match=r"prices\.csv, line 3: x 'inf' is not a number"):
         small(root, rows, str(in_file))
     features.append({"name": "z", "column": "x"})  # the column's first field derives nothing
     kept = small(root, rows, str(features[::-1]), on_bad_row="skip").manifest
     assert kept.splits["train"].rows == 3
     assert kept.dropped == {"s.csv: rows with an unreadable cell": 1}
-    with pytest.raises(DataError, match=r"^column 'x': 'many' is no number, as derive=log_sq"):
+    with pytest.raises(DataError, match=r"^column 'x': 'many' is not a number, as derive=log_sq"):
         split_cells(pa.array(["3", "many"]), Feature.model_validate(features[0]))
     features[0] = {"name": "x", "derive": "hour"}
-    with pytest.raises(
-        DataError, match=r"line 3: x 'noon' is no time like %Y-%m-%d %H:%M:%S, as derive=hou"
-    ):
+    with pytest.raises(DataError, match=r"line 3: x 'noon' is not a time, as derive=hou"):
         small(root, "u,i,x\na,x,2020-01-01 11:00:00\nb,x,noon\n", str(features))
 
 

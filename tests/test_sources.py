@@ -31,11 +31,22 @@ COLUMNS = [Column("user"), Column("score", "number"), Column("at", "time")]
 EXPECTED = {"user": ["007", "b"], "score": [1.5, -2.0], "at": [10, 86400]}
 
 
+def values(table: pa.Table) -> dict[str, list[Any]]:
+    """The columns of a table, times as exact numbers."""
+
+    def value(cell: Any) -> Any:
+        if not isinstance(cell, dict):
+            return cell
+        return cell["whole"] + Decimal(cell["billionths"]) / 10**9
+
+    return {name: [value(c) for c in cells] for name, cells in table.to_pydict().items()}
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("a.csv", "at,user,score\n10,007,1.5\n1970-01-02 00:00:00,b,-2\n"),
-        ("a.tsv", "user\tscore\tat\n007\t1.5\t10\n\nb\t-2\t86400.9\n"),
+        ("a.tsv", "user\tscore\tat\n007\t1.5\t10\n\nb\t-2\t86400.0\n"),
         ("a.dat", "user::score::at\n007::1.5::10\nb::-2::86400\n"),
     ],
 )
@@ -45,7 +56,7 @@ def test_text_files_are_read(tmp_path: Path, name: str, text: str, packing: str)
     with pa.output_stream(path) as file:  # packs as the suffix says
         file.write(text.encode())
     assert (path.read_bytes() == text.encode()) == (packing == "")
-    assert read_table(path, COLUMNS).to_pydict() == EXPECTED
+    assert values(read_table(path, COLUMNS)) == EXPECTED
 
 
 def test_parquet_and_headerless_latin_1_files_are_read(tmp_path: Path) -> None:
@@ -65,18 +76,18 @@ def test_parquet_and_headerless_latin_1_files_are_read(tmp_path: Path) -> None:
         ("", "is empty"),
         ("user,score,at\n", "no rows"),
         ("users,score,at\na,1,2\n", r"no column 'user'; did you mean 'users'\?"),
-        ("user,score,at\na,1,2\n\n\nb,x,3\n", "line 5: score 'x' is no number"),
-        ("user,score,at\na,1,2\nb,nan,3\n", "line 3: score 'nan' is no number"),
+        ("user,score,at\na,1,2\n\n\nb,x,3\n", "line 5: score 'x' is not a number"),
+        ("user,score,at\na,1,2\nb,nan,3\n", "line 3: score 'nan' is not a number"),
         ("user,score,at\na,1,2\n,1,3\n", "line 3: user '' is empty"),
-        ("user,score,at\na,1,soon\n", "line 2: at 'soon' is no time"),
+        ("user,score,at\na,1,soon\n", "line 2: at 'soon' is not a time"),
         ("user,score,at\na,1,2\nb,1\n", "line 3: 2 cells where 3 are expected: 'b,1'"),
         ("user,score,at\na,1,2\n\nb,1,2,9\n", "line 4: 4 cells where 3 are expected"),
-        ("user,score,at\r\n\r\na,inf,2\r\n", "line 3: score 'inf' is no number"),
-        ("user,score,at\na,1e300,2\n", "line 2: score '1e300' is no number"),
+        ("user,score,at\r\n\r\na,inf,2\r\n", "line 3: score 'inf' is not a number"),
+        ("user,score,at\na,1e300,2\n", "line 2: score '1e300' is too large a number"),
         ("user,score,at\na,,2\n", "line 2: score '' is empty"),
         ('user,score,at\n"",1,2\n', "line 2: user '' is empty"),
-        ("user,score,at\na,1,1e30\n", "line 2: at '1e30' is no time"),
-        ("user,score,at\na,1,2020-02-30\n", "line 2: at '2020-02-30' is no time"),
+        ("user,score,at\na,1,1e30\n", "line 2: at '1e30' is not a time"),
+        ("user,score,at\na,1,2020-02-30\n", "line 2: at '2020-02-30' is not a time"),
     ],
 )
 def test_a_bad_file_is_named_with_line_and_value(tmp_path: Path, text: str, message: str) -> None:
@@ -173,20 +184,26 @@ def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, cells: list[str])
     ("cell", "seconds"),
     [
         ("86400", 86400),
-        ("86400.9", 86400),
+        ("86400.9", "86400.9"),
         ("1e3", 1000),
         ("1970-01-02", 86400),
         ("1970-01-02T00:00:01", 86401),
         ("1970-01-02T00:00:01Z", 86401),
-        ("1970-01-02 09:00:01.5+09:00", 86401),
-        ("1970-01-02 00:00:01.5", 86401),
-        ("-0.5", -1),
-        ("1969-12-31 23:59:59.5", -1),
+        ("1970-01-02 09:00:01.5+09:00", "86401.5"),
+        ("1970-01-02 00:00:01.5", "86401.5"),
+        ("1970-01-02 00:00:01 UTC", 86401),
+        ("-0.5", "-0.5"),
+        ("1969-12-31 23:59:59.5", "-0.5"),
+        ("1593898000.123456789", "1593898000.123456789"),
+        ("9999-12-31", 253402214400),
+        ("0001-01-01 00:00:00", -62135596800),
+        ("9223372036854775807", 2**63 - 1),
     ],
 )
-def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds: int) -> None:
+def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds: int | str) -> None:
     (tmp_path / "a.csv").write_text(f"at\n{cell}\n")
-    assert read_table(tmp_path / "a.csv", [Column("at", "time")])["at"].to_pylist() == [seconds]
+    read = values(read_table(tmp_path / "a.csv", [Column("at", "time")]))
+    assert read["at"] == [Decimal(seconds)]
 
 
 @pytest.mark.parametrize(
@@ -195,20 +212,20 @@ def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds:
         (pa.array([1.5, None]), "number", [1.5, None]),
         (pa.array([True, False]), "number", [1.0, 0.0]),
         (pa.array(["1", "x"]).dictionary_encode(), "text", ["1", "x"]),
-        (pa.array([90061.7]), "time", [90061]),
+        (pa.array([90061.7]), "time", [Decimal("90061.7")]),
         (pa.array([1], pa.int32()).cast(pa.date32()), "time", [86400]),
-        (pa.array([1500], pa.timestamp("ms", "Asia/Seoul")), "time", [1]),
-        (pa.array([2.0, float("nan")]), "number", "row 2: c nan is no number"),
-        (pa.array([2.0, float("nan")]), "time", "row 2: c nan is no time"),
-        (pa.array(["1", "x"]).dictionary_encode(), "number", "row 2: c 'x' is no number"),
+        (pa.array([1500], pa.timestamp("ms", "Asia/Seoul")), "time", [1.5]),
+        (pa.array([2.0, float("nan")]), "number", "row 2: c nan is not a number"),
+        (pa.array([2.0, float("nan")]), "time", "row 2: c nan is not a time"),
+        (pa.array(["1", "x"]).dictionary_encode(), "number", "row 2: c 'x' is not a number"),
         (pa.array([[1]]), "text", "column 'c' holds list.* and cannot be read as text"),
-        (pa.array([5, 2**63], pa.uint64()), "time", f"row 2: c {2**63} is no time"),
-        (pa.array([1.5, 1e19]), "time", r"row 2: c 1e\+19 is no time"),
-        (pa.array([-0.5, 0.9, 7e9]), "time", [-1, 0, 7_000_000_000]),
-        (pa.array([-500, 1500], pa.timestamp("ms")), "time", [-1, 1]),
+        (pa.array([5, 2**63], pa.uint64()), "time", f"row 2: c {2**63} is not a time"),
+        (pa.array([1.5, 1e19]), "time", r"row 2: c 1e\+19 is not a time"),
+        (pa.array([-0.5, 0.9, 7e9]), "time", [-0.5, Decimal("0.9"), 7_000_000_000]),
+        (pa.array([-500, 1500], pa.timestamp("ms")), "time", [-0.5, 1.5]),
         (pa.array(["a", None]).cast(pa.string_view()), "text", ["a", None]),
         (pa.array(["10"]).cast(pa.string_view()), "time", [10]),
-        (pa.array([b"a", b"\xe9"]), "text", r"row 2: c b'\\xe9' is no text"),
+        (pa.array([b"a", b"\xe9"]), "text", r"row 2: c b'\\xe9' is not text"),
         (pa.array([Decimal("1.00"), Decimal("2.50"), None]), "text", ["1", "2.5", None]),
     ],
 )
@@ -219,20 +236,10 @@ def test_parquet_columns_are_converted_or_refused(
     pq.write_table(pa.table({"c": array}), path)
     columns = [Column("c", kind, required=False)]
     if isinstance(expected, list):
-        assert read_table(path, columns)["c"].to_pylist() == expected
+        assert values(read_table(path, columns))["c"] == expected
     else:
         with pytest.raises(DataError, match=expected):
             read_table(path, columns)
-
-
-def test_fractions_of_seconds_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    for cells in (["0.1", "0.2", "3"], ["1970-01-01 00:00:00.1", "1970-01-01 00:00:00.2", "3"]):
-        path.write_text("\n".join(["at", *cells]))
-        dropped: Counter[str] = Counter()
-        read = read_table(path, [Column("at", "time")], dropped=dropped)
-        assert read["at"].to_pylist() == [0, 0, 3]
-        assert dropped == {"a.csv: fractions of seconds in at": 2}
 
 
 @pytest.mark.parametrize("number", ["1_000", "\u0661\u0662"])
@@ -240,7 +247,7 @@ def test_numbers_are_not_what_python_calls_one(tmp_path: Path, number: str) -> N
     path = tmp_path / "a.csv"
     path.write_text(f"c\n1\n{number}\n", encoding="utf-8")
     for kind in ("number", "time"):
-        with pytest.raises(DataError, match=f"line 3: c '{number}' is no {kind}"):
+        with pytest.raises(DataError, match=f"line 3: c '{number}' is not a {kind}"):
             read_table(path, [Column("c", kind)])
 
 
@@ -308,9 +315,9 @@ def test_every_format_is_read_in_every_encoding(
     text = text.replace("ë", "") if encoding == "gbk" else text
     begin = "\ufeff" if encoding in (None, "utf-16-le") else ""
     (tmp_path / name).write_bytes((begin + text).encode(encoding or "utf-8"))
-    read = read_table(tmp_path / name, COLUMNS, FileFormat(encoding=encoding)).to_pydict()
+    read = read_table(tmp_path / name, COLUMNS, FileFormat(encoding=encoding))
     first = text.split("\n")[1].split(delimiter)[0]
-    assert read == {"user": [first, "b"], "score": [1.5, -2.0], "at": [10, 86400]}
+    assert values(read) == {"user": [first, "b"], "score": [1.5, -2.0], "at": [10, 86400]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "gbk", "utf-8"])
@@ -429,7 +436,7 @@ def test_words_for_missing_are_no_cells(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n\n1\n NA \n\nN/A\n")
     column = Column("n", "number", required=False, missing=("NA", "N/A"))
     assert read_table(tmp_path / "a.csv", [column])["n"].to_pylist() == [1.0, None, None]
-    with pytest.raises(DataError, match="line 5: n 'N/A' is no number"):
+    with pytest.raises(DataError, match="line 5: n 'N/A' is not a number"):
         read_table(tmp_path / "a.csv", [Column("n", "number", required=False, missing=("NA",))])
 
 
@@ -468,7 +475,7 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
         (b'"a\nuser",score\na,1\n', r"no column 'user'; .*it has: 'a\\nuser', score$"),
         (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells where 2 are expected"),
-        (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is no number"),
+        (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is not a number"),
     ],
 )
 def test_what_is_no_text_of_its_encoding_is_told_by_line(
@@ -560,7 +567,9 @@ def test_libsvm_gives_indices_to_texts_and_values_to_numbers(tmp_path: Path) -> 
     with pytest.raises(DataError, match="line 3: 2 cells where 3 are expected: '0 8:1'"):
         read_table(path, columns, layout)
     path.write_text("1 7:1 3:0.5\n-1 8:1 3:1\n")
-    with pytest.raises(DataError, match="line 2: y '-1' is no label: 0 or 1 is expected"):
+    with pytest.raises(
+        DataError, match="line 2: y '-1' is not a label: 0, 1, true or false is expected"
+    ):
         read_table(path, columns, layout)
 
 

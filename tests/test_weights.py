@@ -38,7 +38,7 @@ def clicks(folder: Path, text: str = CLICKS, **changes: Any) -> PreparedDataset:
 @pytest.mark.parametrize("weight", ["-1", "0", "nan", "inf", "", "x", "1e99", "1e-99"])
 def test_what_is_no_weight_is_refused_or_skipped(tmp_path: Path, weight: str) -> None:
     text = CLICKS + f"1,u1,h1,1,{weight}\n"
-    what = r"is empty" if weight == "" else "is no weight: a number above 0 is expected"
+    what = r"is empty" if weight == "" else "is not a weight: a number above 0 is expected"
     with pytest.raises(DataError, match=rf"c\.csv, line 12: w '{weight}' {what}; .*skip$"):
         clicks(tmp_path, text)
     dataset = clicks(tmp_path, text, on_bad_row="skip")

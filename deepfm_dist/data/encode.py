@@ -245,6 +245,7 @@ def _written(job: Job, wanted: str) -> Manifest:
             entities=fitted.rows,
             numeric=fitted.numeric,
             mean_weight=counts.mean_weight,
+            time_scale=partitions.time_scale,
             splits=splits,
             files=job.n_parts,
             lanes=writer.lanes,

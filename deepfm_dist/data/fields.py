@@ -1,8 +1,8 @@
 """A field's cells -> values: columns to read, several values in one cell, numbers, statistics."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
@@ -16,50 +16,34 @@ from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, 
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Check, Column, ColumnType
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.data.times import read_clock
+from deepfm_dist.errors import DataError
 
 _BINS = 1 << 16
 
 
 def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
-    """Columns of the interactions that a configuration needs, each once.
+    """What is read of the interactions, by purpose: ``user``, ``time``, ..., ``field NAME``.
 
-    Raises:
-        ConfigError: a column is wanted as text and as number.
+    A column of the file may serve several purposes.
     """
     spec = data.interactions
-    roles: list[tuple[str | None, ColumnType]] = [
-        (spec.user, "text"),
-        (spec.item, "text"),
-        (spec.label, "label"),
-        (spec.time, "time"),
-        (spec.rating, "number"),
-        (spec.weight, "weight"),
-        (spec.split if with_split else None, "split"),
+    roles: list[tuple[str, ColumnType]] = [
+        ("user", "text"),
+        ("item", "text"),
+        ("label", "label"),
+        ("time", "time"),
+        ("rating", "number"),
+        ("weight", "weight"),
     ]
-    wanted = [Column(name, kind) for name, kind in roles if name is not None]
-    return each_once([*wanted, *map(column_of, in_rows(data))])
-
-
-def each_once(columns: Iterable[Column]) -> list[Column]:
-    """Columns by name, as they are asked for first, with the checks of all.
-
-    Raises:
-        ConfigError: a column is wanted as text and as number.
-    """
-    found: dict[str, Column] = {}
-    for column in columns:
-        first = found.get(column.name)
-        if first is None:
-            found[column.name] = column
-        elif first.type != column.type:
-            raise ConfigError(
-                f"data: column {column.name!r} is asked for both as {first.type} and as "
-                f"{column.type}; copy it under another name"
-            )
-        else:
-            found[column.name] = replace(first, checks=first.checks + column.checks)
-    return list(found.values())
+    if with_split:
+        roles.append(("split", "split"))
+    columns = [
+        Column(name, kind, formats=spec.time_formats if role == "time" else (), purpose=role)
+        for role, kind in roles
+        if (name := getattr(spec, role)) is not None
+    ]
+    return [*columns, *map(column_of, in_rows(data))]
 
 
 def in_rows(data: DataConfig) -> list[Feature]:
@@ -68,14 +52,15 @@ def in_rows(data: DataConfig) -> list[Feature]:
 
 
 def column_of(feature: Feature) -> Column:
-    """The column that holds a field's values."""
-    name = feature.column or feature.name
+    """The column that holds a field's values, by the purpose ``field NAME``."""
+    name, purpose = feature.column or feature.name, f"field {feature.name}"
     if feature.kind == "numeric":
-        return Column(name, "number", required=False, missing=feature.missing)
-    checks = (
-        () if feature.derive is None else (Check(partial(_underivable, feature), _source(feature)),)
-    )
-    return Column(name, required=False, checks=checks)
+        return Column(name, "number", required=False, missing=feature.missing, purpose=purpose)
+    checks: tuple[Check, ...] = ()
+    if feature.derive is not None:
+        setting = f"time_format of the field {feature.name}" if _derives_time(feature) else None
+        checks = (Check(partial(_underivable, feature), _source(feature), setting),)
+    return Column(name, required=False, checks=checks, purpose=purpose)
 
 
 def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
@@ -124,7 +109,7 @@ def _derived(cells: pa.Array, feature: Feature) -> pa.Array:
     if values.null_count:
         text = distinct.dictionary.filter(pc.is_null(values))[0].as_py()
         name = feature.column or feature.name
-        raise DataError(f"column {name!r}: {text!r} is no {_source(feature)}; correct it")
+        raise DataError(f"column {name!r}: {text!r} is not {_source(feature)}; correct it")
     return values.cast(pa.string()).take(distinct.indices)
 
 
@@ -137,9 +122,15 @@ def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
     return wrong[np.asarray(distinct.indices.fill_null(-1))]
 
 
+def _derives_time(feature: Feature) -> bool:
+    return feature.derive in ("hour", "weekday", "weekend")
+
+
 def _source(feature: Feature) -> str:
     """What a field's cells are to be so that something can be derived from them."""
-    kind = "number" if feature.derive == "log_squared" else f"time like {feature.time_format}"
+    kind = "a number"
+    if _derives_time(feature):
+        kind = " or ".join(["a time", *feature.time_formats]).replace(" or ", " like ", 1)
     return (
         f"{kind}, as derive={feature.derive} of the field {feature.name} needs, nor among its "
         f"`missing`"
@@ -154,7 +145,7 @@ def _derivable(texts: pa.Array, feature: Feature) -> pa.Array:
         x = np.where(finite, x, 0)
         whole = np.trunc(np.where(x > 2, np.log(np.maximum(x, 2)) ** 2, x))
         return pa.array(whole.astype(np.int64), mask=~finite)
-    times = pc.strptime(texts, feature.time_format, "s", error_is_null=True)
+    times = read_clock(texts, feature.time_formats)
     if feature.derive == "hour":
         return pc.hour(times)
     days = pc.day_of_week(times)

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.fields import (
     column_of,
-    each_once,
     hashed_rows,
     numbers_of,
     split_cells,
@@ -46,16 +45,16 @@ class RowEncoder:
     @property
     def columns(self) -> list[Column]:
         """What a file of rows must hold."""
-        ids = [Column(column) for column, _ in self._entities.values()]
-        return each_once([*ids, *map(column_of, self._context)])
+        ids = [Column(column, purpose=name) for name, (column, _) in self._entities.items()]
+        return [*ids, *map(column_of, self._context)]
 
     def encode(self, table: pa.Table) -> Rows:
         """Encodes a table that has `columns`."""
         found: dict[str, np.ndarray] = {}
-        for name, (column, ids) in self._entities.items():
-            place = pc.index_in(table[column], value_set=ids).fill_null(-1)
+        for name, (_, ids) in self._entities.items():
+            place = pc.index_in(table[name], value_set=ids).fill_null(-1)
             found[name] = place.to_numpy().astype(np.int32) + np.int32(1)
-        context = {f.name: self._values(f, table[f.column or f.name]) for f in self._context}
+        context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
         return Rows(found.get("user"), found.get("item"), None, context, table.num_rows)
 
     def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:

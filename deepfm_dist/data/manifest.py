@@ -83,6 +83,9 @@ class Manifest(Section):
     """Numeric fields by name."""
     mean_weight: float = 1.0
     """Of the training rows; weights are divided by it, so that they do not change the step size."""
+    time_scale: int = 1
+    """What the times in the rows were multiplied by to make whole numbers of all of them: dates and
+    timestamps, which are seconds since 1970 (UTC) with 1, or the input's numbers."""
     splits: dict[str, SplitSpec]
     """train, valid, test."""
     files: int

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from deepfm_dist.data.times import check_format
 from deepfm_dist.section import Section
 
 Entity = Literal["user", "item", "context"]
@@ -26,6 +27,11 @@ def _named(text: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_named)]
+_TimeFormat = Annotated[str, AfterValidator(check_format)]
+
+
+def _listed(formats: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if formats is None else (formats,) if isinstance(formats, str) else formats
 
 
 class FileFormat(Section):
@@ -62,7 +68,12 @@ class Interactions(Section):
     item: str | None = None
     """Column of the item's id; needed for implicit data."""
     time: str | None = None
-    """Column of the time (a number, or a timestamp); orders histories and temporal splits."""
+    """Column of the time (a number, a date or a timestamp), exact to the nanosecond; orders
+    histories and temporal splits."""
+    time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
+    """How its text and numbers are written, in strptime's codes (``%d/%m/%Y %H:%M``), or ``s``,
+    ``ms``, ``us``, ``ns`` for numbers that count from 1970; of several, the first that fits.
+    Default: ISO 8601 (``2020-01-31 12:00:00.5``, UTC where no zone is given), or plain numbers."""
     label: str | None = None
     """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
     rating: str | None = None
@@ -75,8 +86,15 @@ class Interactions(Section):
     """Column of the row's weight, above 0, in the loss and in the figures on rows; a row of weight
     2 counts as two. Sampled negatives have the weight of their positive."""
 
+    @property
+    def time_formats(self) -> tuple[str, ...]:
+        """``time_format`` as a list."""
+        return _listed(self.time_format)
+
     @model_validator(mode="after")
     def _columns_go_together(self) -> Self:
+        if self.time_format is not None and self.time is None:
+            raise ValueError("time_format is of the column that interactions.time names; name it")
         if (self.rating is None) != (self.min_rating is None):
             raise ValueError("rating and min_rating go together")
         role_of: dict[str, str] = {}
@@ -114,8 +132,9 @@ class Feature(Section):
     """Look up not the cell, but of a number above 2 the whole part of ln(x)^2, and of another its
     own whole part; or of a time its hour, its day of the week (Monday: 0), or whether it is
     Saturday or Sunday."""
-    time_format: str = "%Y-%m-%d %H:%M:%S"
-    """How a cell that a time is derived from is written (strptime's codes)."""
+    time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
+    """How a cell that a time is derived from is written, as ``interactions.time_format``; default:
+    ISO 8601. Hour and day are those of the time zone that the cell is written in."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sqrt", "sum"] = "mean"
@@ -137,6 +156,11 @@ class Feature(Section):
     the row of its bucket in a table of its own."""
     buckets: int = Field(32, ge=2)
     """For ``transform: bucket``: how many, each of about as many training rows."""
+
+    @property
+    def time_formats(self) -> tuple[str, ...]:
+        """``time_format`` as a list."""
+        return _listed(self.time_format)
 
     @property
     def in_table(self) -> bool:

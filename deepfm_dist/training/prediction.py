@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
-from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
+from deepfm_dist.data.sources import Column, in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
@@ -74,6 +74,7 @@ def predict(
                 unknown += 0 if ids is None else int((ids == OUT_OF_VOCABULARY).sum())
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
+                table = _as_in_the_file(table, encoder.columns)
                 table = table.append_column("score", pa.array(logits))
                 probability = probabilities(logits).astype(np.float32)
                 table = table.append_column("probability", pa.array(probability))
@@ -92,6 +93,13 @@ def predict(
     if unknown:
         log.info("%s ids were never seen in training: scored as unknown", f"{unknown:,}")
     return n_rows
+
+
+def _as_in_the_file(table: pa.Table, columns: Sequence[Column]) -> pa.Table:
+    """The columns that were read, each once, by their names in the file."""
+    first = {column.name: column.key for column in reversed(columns)}
+    names = list(dict.fromkeys(column.name for column in columns))
+    return table.select([first[name] for name in names]).rename_columns(names)
 
 
 def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:

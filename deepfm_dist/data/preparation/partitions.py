@@ -23,6 +23,7 @@ from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.merge import unite
 from deepfm_dist.data.preparation.reading import Reading, rows_path
 from deepfm_dist.data.preparation.spill import Part, read_spilled
+from deepfm_dist.data.times import scaled
 from deepfm_dist.seeding import derive_seed
 
 
@@ -33,6 +34,7 @@ class Partitions:
         ids: texts of each vocabulary by code.
         n_open: rows over all ranks that are given to no split.
         side_files: fields in files of their own, on rank 0.
+        time_scale: what times are multiplied by to make whole numbers of all of them.
     """
 
     def __init__(self, job: Job, reading: Reading) -> None:
@@ -45,6 +47,7 @@ class Partitions:
         self.n_open = sum(n_open for _, n_open, _ in said)
         self._places = [places for *_, places in said]
         self.side_files = reading.side_files
+        self.time_scale = reading.times.scale if reading.times is not None else 1
         for feature in job.data.features:
             side = self.side_files.get(feature.name)
             if side is not None and feature.has_vocabulary:
@@ -120,6 +123,9 @@ class Partitions:
             **{name: from_arrow(table[name]) for name in table.column_names},
         }
         columns["row"] = columns["row"] + self._first_row[rank]
+        if "whole" in columns:
+            whole, billionths = columns.pop("whole"), columns.pop("billionths")
+            columns["time"] = scaled(whole, billionths, self.time_scale)
         for name in self._job.entities:
             columns[name] = maps[of_entity(name)][columns[name]]
         if "user" in columns:

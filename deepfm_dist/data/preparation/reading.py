@@ -25,6 +25,7 @@ from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, read_batches
+from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
@@ -50,6 +51,7 @@ class Reading:
         n_read: how many rows it has read.
         n_open: how many of them no file or column has given to a split.
         side_files: fields in files of their own; rank 0 alone reads them.
+        times: what the times of all ranks' rows are like, if they have times.
 
     Raises:
         DataError: an input cannot be read or leaves no row.
@@ -62,6 +64,8 @@ class Reading:
         in_memory = job.n_parts == 1 and job.crew.size == 1
         self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
         self.n_read = self.n_open = 0
+        time = data.interactions.time
+        self.times = None if time is None else TimeColumn(time)
         kept = {name: 0 for _, name, _ in job.inputs}
         sizes = offsets_of([file.text_bytes for file, _, _ in job.inputs])
         middles = (sizes[:-1] + sizes[1:]) // 2
@@ -76,10 +80,13 @@ class Reading:
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
             self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
-        of_ranks = job.crew.gather((kept, job.dropped))
-        dropped = sum((of_rank for _, of_rank in of_ranks), Counter[str]())
+        of_ranks = job.crew.gather((kept, job.dropped, self.times))
+        dropped = sum((of_rank for _, of_rank, _ in of_ranks), Counter[str]())
         for name in kept:
-            self._check_rows(name, sum(of_rank[name] for of_rank, _ in of_ranks), dropped)
+            self._check_rows(name, sum(of_rank[name] for of_rank, *_ in of_ranks), dropped)
+        if self.times is not None:
+            self.times = sum((times for *_, times in of_ranks[1:]), of_ranks[0][2])
+            self.times.check()
 
     def _read(self, number: int, bar: Any) -> None:
         """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
@@ -87,6 +94,9 @@ class Reading:
         columns = row_columns(data, with_split=part == OPEN)
         before, left = self.n_read, file.text_bytes
         for batch in _batches(self._job, file, name, columns, self._job.dropped):
+            if self.times is not None:
+                self.times.add(batch["time"], name)
+                self.times.check()
             rows = self._coded(self._rated(batch), part)
             self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
             self.n_read += rows.num_rows
@@ -114,14 +124,14 @@ class Reading:
     def no_rows(self) -> pa.RecordBatch:
         """None, in the columns of the spill."""
         columns = row_columns(self._job.data, with_split=True)
-        empty = {c.name: pa.array([], c.arrow_type) for c in columns}
+        empty = {c.key: pa.array([], c.arrow_type) for c in columns}
         return self._coded(pa.RecordBatch.from_pydict(empty), OPEN)
 
     def _rated(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         spec = self._job.data.interactions
         if spec.rating is None:
             return batch
-        low = np.asarray(batch[spec.rating]) < spec.min_rating
+        low = np.asarray(batch["rating"]) < spec.min_rating
         self._job.drop(f"rows rated below {spec.min_rating:g}", int(low.sum()))
         return batch.filter(pa.array(~low))
 
@@ -131,17 +141,20 @@ class Reading:
         spec, split = data.interactions, data.split
         columns = {"row": pa.array(np.arange(self.n_read, self.n_read + n))}
         for name in self._job.entities:
-            codes = self.codes[of_entity(name)].encode(batch[getattr(spec, name)])
+            codes = self.codes[of_entity(name)].encode(batch[name])
             columns[name] = pa.array(codes)
         if part == OPEN and spec.split is not None:
-            columns["given"] = batch[spec.split]
+            columns["given"] = batch["split"]
         elif spec.split or split.valid_file or split.test_file:
             columns["given"] = pa.array(np.full(n, part, np.int8))
-        for role in ("label", "time", "weight"):
-            if (column := getattr(spec, role)) is not None:
-                columns[role] = batch[column]
+        for role in ("label", "weight"):
+            if getattr(spec, role) is not None:
+                columns[role] = batch[role]
+        if spec.time is not None:
+            for part_of_time in ("whole", "billionths"):
+                columns[part_of_time] = batch["time"].field(part_of_time)
         for feature in self._job.row_fields:
-            values = self._raw(batch[column_of(feature).name], feature)
+            values = self._raw(batch[f"field {feature.name}"], feature)
             columns[f"field {feature.name}"] = to_arrow(values)
         return pa.RecordBatch.from_pydict(columns)
 
@@ -172,7 +185,7 @@ class Reading:
         assert feature.file is not None
         key = feature.key or getattr(self._job.data.interactions, feature.entity)
         table = side_table(self._job, feature.file, [Column(key), column_of(feature)])
-        keys, cells = table[key].combine_chunks(), table[column_of(feature).name].combine_chunks()
+        keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
         if feature.kind == "numeric":
             return SideFile(keys, numbers_of(cells, feature))
         owners, texts = split_cells(cells, feature)
@@ -191,7 +204,7 @@ def rows_path(job: Job, rank: int) -> Path:
 def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
     """Some columns of a file of users or items."""
     dropped: Counter[str] = Counter()
-    schema = pa.schema([(c.name, c.arrow_type) for c in columns])
+    schema = pa.schema([(c.key, c.arrow_type) for c in columns])
     batches = [b for file in job.files[name] for b in _batches(job, file, name, columns, dropped)]
     _check_some_have_rows(job, name, dropped[_without_rows(name)])
     also_rows = name in {name_of_rows for _, name_of_rows, _ in job.inputs}

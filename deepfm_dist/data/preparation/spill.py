@@ -76,8 +76,9 @@ class Part:
         columns: ``[n]`` each: ``row`` int64, place among all rows read; ``user`` and ``item``
             int32 codes, and ``local`` int32, the user's place among the partition's users, where
             there are any; ``label`` int8; ``given`` int8, train, valid or test where the input
-            says so, else -1; ``time`` int64 and ``weight`` float32 where they are known; ``field
-            NAME``, raw numbers and codes of the fields that stand in the rows.
+            says so, else -1; ``time`` int64, times ``Manifest.time_scale``, and ``weight`` float32
+            where they are known; ``field NAME``, raw numbers and codes of the fields that stand in
+            the rows.
         repeated: how many rows were dropped because an earlier one has their user and item.
         full: how many rows were dropped because their users have seen every item.
     """

@@ -63,8 +63,9 @@ def read_batches(
     source, skip_bad = Source(str(path), name), on_bad_row == "skip"
     counts = Counter[str]() if dropped is None else dropped
     kind = ParquetReader if source.suffix == ".parquet" else DelimitedReader
-    reader = kind(source, columns, layout or FileFormat(), counts if skip_bad else None)
-    cells = CellTyper(source, columns, counts, skip_bad, reader.where)
+    once = list({column.name: column for column in columns}.values())
+    reader = kind(source, once, layout or FileFormat(), counts if skip_bad else None)
+    cells = CellTyper(source, columns, counts, skip_bad, reader.where, reader.cells)
     rows = 0
     for batch in reader.batches():
         yield cells.typed(batch, first_row=rows)
@@ -82,7 +83,7 @@ def read_table(
     name: str = "",
 ) -> pa.Table:
     """All batches of `read_batches` as one table."""
-    schema = pa.schema([(c.name, c.arrow_type) for c in columns])
+    schema = pa.schema([(c.key, c.arrow_type) for c in columns])
     batches = read_batches(path, columns, layout, on_bad_row, dropped, name)
     return pa.Table.from_batches(batches, schema)
 

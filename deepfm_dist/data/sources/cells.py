@@ -1,10 +1,10 @@
 """Cells as a file has them -> the types that are asked for."""
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
@@ -14,24 +14,28 @@ import pyarrow.compute as pc
 
 from deepfm_dist.data.sources.source import Source, short
 from deepfm_dist.data.sources.text_stream import NO_TEXT
+from deepfm_dist.data.times import TIME, cure_for, read_times
 from deepfm_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _TYPES = {
     "text": pa.string(),
     "number": pa.float64(),
     "weight": pa.float32(),
-    "time": pa.int64(),
+    "time": TIME,
     "label": pa.int8(),
     "split": pa.int8(),
 }
 _WANTED = {
     "text": "text",
-    "number": "number",
-    "weight": "weight: a number above 0 is expected",
-    "time": "time",
-    "label": "label: 0 or 1 is expected",
-    "split": "split: 0, 1, 2 or train, valid, test is expected",
+    "number": "a number",
+    "weight": "a weight: a number above 0 is expected",
+    "time": "a time",
+    "label": "a label: 0, 1, true or false is expected",
+    "split": "a split: 0, 1, 2 or train, valid, test is expected",
 }
+_TRUTH = {"false": 0.0, "true": 1.0}
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
 ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
@@ -43,11 +47,13 @@ class Check:
 
     Attributes:
         wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
-        wanted: what they are to be, after "is no".
+        wanted: what they are to be, after "is not".
+        setting: of the format of times, where the cells are times.
     """
 
     wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
     wanted: str
+    setting: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,14 @@ class Column:
 
     Attributes:
         name: its name in the file.
-        type: text -> string; number -> float64; weight -> float32 above 0; time -> int64 seconds
-            (from a number or a timestamp such as ``2020-01-31 12:00:00``); label -> int8 0 or 1;
-            split -> int8 0, 1 or 2 (train, valid, test).
+        type: text -> string; number -> float64; weight -> float32 above 0; time -> `times.TIME`;
+            label -> int8 0 or 1; split -> int8 0, 1 or 2 (train, valid, test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
         checks: what makes a row a bad one, too.
+        formats: of a time, as `times.read_times` takes them.
+        purpose: what it is read for, where one column of a file is read for several; the name that
+            its values go by. Default: ``name``.
     """
 
     name: str
@@ -69,6 +77,13 @@ class Column:
     required: bool = True
     missing: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    formats: tuple[str, ...] = ()
+    purpose: str = ""
+
+    @property
+    def key(self) -> str:
+        """What its values are called."""
+        return self.purpose or self.name
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -85,6 +100,7 @@ class CellTyper:
         dropped: counts of what is left out by reason, added to.
         skip_bad: whether a row with a bad cell is dropped; else it is an error.
         where: where a row of the file stands, for an error line.
+        cells_of: a column's cells in a batch of the file.
     """
 
     def __init__(
@@ -94,9 +110,11 @@ class CellTyper:
         dropped: Counter[str],
         skip_bad: bool,
         where: Callable[[int], str],
+        cells_of: Callable[[pa.RecordBatch, Column], pa.Array],
     ) -> None:
         self._source, self._columns, self._dropped = source, columns, dropped
-        self._skip_bad, self._where = skip_bad, where
+        self._skip_bad, self._where, self._cells_of = skip_bad, where, cells_of
+        self._warned = False
 
     def typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
         """The rows whose cells can be read, typed as `Column` says.
@@ -111,17 +129,15 @@ class CellTyper:
         path, name = self._source.path, self._source.name
         arrays, bad = [], np.zeros(batch.num_rows, bool)
         for column in self._columns:
-            cells = batch.column(column.name)
-            cells = _without(_plain(cells), column.missing)
+            cells = _without(_plain(self._cells_of(batch, column)), column.missing)
             if column.type == "text":
                 cells = _whole_as_integers(cells)
             try:
-                if column.type == "time":
-                    values, cut = _seconds(_moments(cells))
-                    if cut:
-                        self._dropped[f"{name}: fractions of seconds in {column.name}"] += cut
-                else:
-                    values = _convert(cells, column.type)
+                values = (
+                    read_times(cells, column.formats)
+                    if column.type == "time"
+                    else _convert(cells, column.type)
+                )
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise DataError(
                     f"{path}: column {column.name!r} holds {cells.type} and cannot be read "
@@ -135,27 +151,49 @@ class CellTyper:
             if self._skip_bad and column.type == "text":
                 no_text = pc.match_substring(values, NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
-            faults = [(check.wrong(values), check.wanted) for check in column.checks]
+            faults = [(check.wrong(values), check.wanted, check.setting) for check in column.checks]
             if pc.any(unreadable, min_count=0).as_py() is not False:
-                faults.append((np.asarray(unreadable.fill_null(True)), _WANTED[column.type]))
-            for wrong, wanted in faults:
-                if wrong.any() and not self._skip_bad:
-                    self._refuse(column.name, wanted, int(wrong.argmax()), cells, first_row)
+                wrong = np.asarray(unreadable.fill_null(True))
+                setting = "data.interactions.time_format" if column.type == "time" else None
+                faults.append((wrong, _WANTED[column.type], setting))
+            for wrong, wanted, setting in faults:
+                if wrong.any():
+                    at, bad_cells = int(wrong.argmax()), cells.filter(pa.array(wrong))
+                    self._refuse(column.name, wanted, setting, bad_cells, first_row + at)
                 bad |= wrong
             arrays.append(values)
-        typed = pa.RecordBatch.from_arrays(arrays, names=[c.name for c in self._columns])
+        typed = pa.RecordBatch.from_arrays(arrays, names=[c.key for c in self._columns])
         if bad.any():
             self._dropped[f"{name}: rows with an unreadable cell"] += int(bad.sum())
             typed = typed.filter(pa.array(~bad))
         return typed
 
-    def _refuse(self, name: str, wanted: str, at: int, cells: pa.Array, first_row: int) -> None:
-        cell = cells[at].as_py()
-        what = "is empty" if cell in (None, "") else f"is no {wanted}"
+    def _refuse(
+        self, name: str, wanted: str, setting: str | None, cells: pa.Array, row: int
+    ) -> None:
+        """Names the first of some bad cells in an error, or the first of a file in a warning."""
+        if self._skip_bad and self._warned:
+            return
+        cell = cells[0].as_py()
+        what = "is empty" if cell in (None, "") else f"is not {wanted}"
+        if wanted == _WANTED["number"] and math.isfinite(_float_or_none(str(cell)) or math.inf):
+            what = "is too large a number: float32 ends at 3.4e38"
         shown = short("" if cell is None else cell)
+        cure = None
+        if setting and what != "is empty":
+            texts = map(str, cells.slice(0, 1000).drop_null().unique().to_pylist())
+            cure = cure_for([text for text in texts if text], setting)
+        path, where = self._source.path, self._where(row)
+        if self._skip_bad:
+            self._warned = True
+            hint = f"; if all are written so, {cure}" if cure else ""
+            log.warning("%s, %s: %s %s %s: dropped%s", path, where, name, shown, what, hint)
+            return
+        if cure is not None:
+            raise DataError(f"{path}, {where}: {name} {shown} {what}; {cure}")
+        hint = f", or set {setting} to how times are written" if setting else ""
         raise DataError(
-            f"{self._source.path}, {self._where(first_row + at)}: {name} {shown} {what}; "
-            f"mend the row or set data.on_bad_row=skip"
+            f"{path}, {where}: {name} {shown} {what}; fix the row or set data.on_bad_row=skip{hint}"
         )
 
 
@@ -198,7 +236,7 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
         return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-        cells = _numbers(cells)
+        cells = _numbers(cells, _TRUTH if kind == "label" else {})
     cells = cells.cast(pa.float64(), safe=False)
     # NaN and infinity, in float32, are nothing to learn from.
     cells = pc.if_else(pc.is_finite(cells.cast(pa.float32(), safe=False)), cells, None)
@@ -211,42 +249,16 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
     return cells
 
 
-def _numbers(cells: pa.Array) -> pa.Array:
+def _numbers(cells: pa.Array, words: Mapping[str, float]) -> pa.Array:
+    """Text -> float64, null where it is neither a number nor one of some words."""
     cells = pc.utf8_trim_whitespace(cells)
     try:
         return cells.cast(pa.float64())
     except pa.ArrowInvalid:
-        return pa.array([_float_or_none(c) for c in cells.to_pylist()], pa.float64())
-
-
-def _moments(cells: pa.Array) -> pa.Array:
-    """Times of any kind -> a temporal type, integers or floats; null where it is none."""
-    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
-        return cells
-    for kind in (pa.int64(), pa.timestamp("s"), pa.timestamp("us"), pa.float64()):
-        try:
-            return cells.cast(kind)
-        except pa.ArrowInvalid:
-            pass
-    return pa.array([_time_or_none(c) for c in cells.to_pylist()], pa.float64())
-
-
-def _seconds(moments: pa.Array) -> tuple[pa.Array, int]:
-    """Moments -> int64 whole seconds, null where that is too small, and how many were cut."""
-    if pa.types.is_temporal(moments.type):
-        moments = moments.cast(pa.timestamp("us"), safe=False)
-        seconds = pc.floor_temporal(moments, unit="second")
-        cut = pc.not_equal(moments, seconds)
-        return seconds.cast(pa.timestamp("s")).cast(pa.int64()), pc.sum(cut).as_py() or 0
-    if pa.types.is_uint64(moments.type):
-        moments = pc.if_else(pc.less(moments, pa.scalar(2**63, pa.uint64())), moments, None)
-    if not pa.types.is_floating(moments.type):
-        return moments.cast(pa.int64()), 0
-    seconds = pc.floor(moments.cast(pa.float64()))
-    inside = pc.and_(pc.greater_equal(seconds, -(2.0**63)), pc.less(seconds, 2.0**63))
-    seconds = pc.if_else(inside, seconds, None)
-    cut = pc.not_equal(seconds, moments)
-    return seconds.cast(pa.int64()), pc.sum(cut).as_py() or 0
+        distinct = cells.dictionary_encode()
+        texts = distinct.dictionary.to_pylist()
+        numbers = [words.get(t.lower(), _float_or_none(t)) for t in texts]
+        return pa.array(numbers, pa.float64()).take(distinct.indices)
 
 
 def _whole_as_integers(cells: pa.Array) -> pa.Array:
@@ -277,19 +289,6 @@ def _float_or_none(text: str | None) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _time_or_none(text: str | None) -> float | None:
-    if text is None:
-        return None
-    seconds = _float_or_none(text)
-    if seconds is not None:
-        return seconds
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _text_or_none(cell: bytes | None) -> str | None:

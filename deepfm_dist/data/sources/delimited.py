@@ -54,18 +54,18 @@ class DelimitedReader(Reader):
         self.quoted = layout.quoted and not (self.wide or self.libsvm)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The columns wanted, as text; of libsvm the half of each cell that is wanted."""
-        if not self.libsvm:
-            yield from self._text()
-            return
-        if not self.layout.columns:
+        """The columns wanted, as text."""
+        if self.libsvm and not self.layout.columns:
             raise DataError(
                 f"{self.source.path}: libsvm has no column names; "
                 + self.source.cure("give them", "columns: [label, first, second, ...]", "write csv")
             )
-        for batch in self._text():
-            halves = [_half(batch[c.name], 1 if c.type == "number" else 0) for c in self.columns]
-            yield pa.RecordBatch.from_arrays(halves, names=[c.name for c in self.columns])
+        yield from self._text()
+
+    def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
+        """A column's cells; of libsvm the half of each that is wanted."""
+        cells = super().cells(batch, column)
+        return _half(cells, 1 if column.type == "number" else 0) if self.libsvm else cells
 
     def layout_hint(self, present: Sequence[str]) -> str:
         """Another delimiter that would give the columns, or that there may be no header line."""
@@ -245,7 +245,7 @@ class DelimitedReader(Reader):
                     break
         return (
             f"{self.source.path}, {where}: {n} cells where {expected} are expected: {short(text)}; "
-            f"mend the row or set data.on_bad_row=skip"
+            f"fix the row or set data.on_bad_row=skip"
         )
 
     def _unbalanced(self, error: QuoteError) -> DataError:

@@ -43,6 +43,10 @@ class Reader(ABC):
             DataError: it is missing or malformed, or lacks a column.
         """
 
+    def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
+        """A column's cells in a batch of `batches`."""
+        return batch.column(column.name)
+
     def where(self, row: int) -> str:
         """Where a row stands, for an error line.
 

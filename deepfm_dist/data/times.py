@@ -1,0 +1,540 @@
+"""Times as files write them -> exact integers; which unit and notation a column has.
+
+A time is a whole number and billionths: seconds since 1970 and nanoseconds where the cell is a date
+or a timestamp, the number itself where it is one. The preparation then chooses one unit for all
+rows of a dataset, the coarsest that holds each of them exactly.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from itertools import islice
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.jagged import Int64Array
+from deepfm_dist.errors import DataError
+
+TIME = pa.struct([("whole", pa.int64()), ("billionths", pa.int32()), ("dated", pa.bool_())])
+"""A time as it is read: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``; dated: in
+seconds since 1970, UTC, else a number without a unit."""
+EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Units of numbers that count from 1970, each with how many make a second."""
+
+_BILLION = 10**9
+_INT64 = np.iinfo(np.int64)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DIRECTIVES = frozenset("aAbBdfHIjmMpSyYzZ%")
+_ALIASES = {"%T": "%H:%M:%S", "%D": "%m/%d/%y", "%F": "%Y-%m-%d", "%R": "%H:%M", "%e": "%d"}
+_NAMED_ZONE = re.compile(r"\s*(?:UTC|GMT|utc|Z|z)$")
+_FRACTION = re.compile(r"^(.*:\d\d(?::\d\d)?|\S*T\d{6})[.,](\d+)(.*)$")
+
+# Numbers that are most likely one notation of dates between 1990 and 2100: (what, least, most).
+_ERAS = (
+    ("a date such as 20200131", 19900101, 21001231),
+    ("seconds since 1970", 631152000, 4133980799),
+    ("a date such as 202001311200", 199001010000, 210012312359),
+    ("milliseconds since 1970", 631152000 * 10**3, 4133980799 * 10**3),
+    ("a date such as 20200131120000", 19900101000000, 21001231235959),
+    ("microseconds since 1970", 631152000 * 10**6, 4133980799 * 10**6),
+    ("nanoseconds since 1970", 631152000 * 10**9, 4133980799 * 10**9),
+)
+_BOUNDS = np.array([b for _, low, high in _ERAS for b in (low, high + 1)], np.int64)
+
+_DATES = (
+    *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y"),
+    *("%m-%d-%Y", "%d %b %Y", "%d %B %Y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y"),
+    *("%b %d %Y", "%B %d %Y", "%d/%m/%y", "%m/%d/%y", "%m %d, %Y"),
+)
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %H:%M:%S %z")
+_GUESSES = (
+    *(date + comma + clock for date in _DATES for clock in _CLOCKS for comma in ("", ",")),
+    "%a %b %d %H:%M:%S %z %Y",
+    "%a %b %d %H:%M:%S %Y",
+    "%a, %d %b %Y %H:%M:%S %z",
+    "%a, %d %b %Y %H:%M:%S %Z",
+    "%d/%b/%Y:%H:%M:%S %z",
+)
+
+
+def check_format(text: str) -> str:
+    """Returns a time format, if it is one: strptime's codes, or a unit of ``EPOCH_UNITS``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text in EPOCH_UNITS:
+        return text
+    codes = re.findall(r"%(.?)", _plain_codes(text))
+    if wrong := [code for code in codes if code not in _DIRECTIVES or not code]:
+        raise ValueError(f"{text!r}: unknown code %{wrong[0]}; see Python's strptime")
+    if not codes:
+        raise ValueError(
+            f"{text!r} is not a time format; use strptime's codes, such as %Y-%m-%d %H:%M:%S, or "
+            f"the unit of numbers that count from 1970: {', '.join(EPOCH_UNITS)}"
+        )
+    return text
+
+
+def guess_formats(*texts: str) -> list[str]:
+    """Formats that all of some cells may be written in, at most two, most likely first."""
+
+    def fits(guess: str) -> bool:
+        try:
+            for text in texts:
+                datetime.strptime(text.strip(), guess)
+        except ValueError:
+            return False
+        return True
+
+    return list(islice(filter(fits, _GUESSES), 2))
+
+
+def cure_for(cells: Sequence[str], setting: str) -> str | None:
+    """How to make cells readable that are no times by themselves; None if no format fits."""
+    guesses = guess_formats(*cells) or guess_formats(cells[0])
+    if not guesses:
+        return None
+    return f"set {setting}=" + " or ".join(f'"{guess}"' for guess in guesses)
+
+
+def read_times(cells: pa.Array, formats: Sequence[str] = ()) -> pa.StructArray:
+    """Reads times of any notation.
+
+    Args:
+        cells: ``[n]`` text, numbers, dates or timestamps.
+        formats: how text and numbers are written, tried in this order. None: text is ISO 8601 or a
+            number, and numbers stay as they are.
+
+    Returns:
+        ``[n]`` `TIME`, null where the cell is null or cannot be read; what is finer than a
+        billionth is cut off.
+
+    Raises:
+        pa.ArrowNotImplementedError, pa.ArrowInvalid: the type of the cells holds no times.
+    """
+    if pa.types.is_timestamp(cells.type) or pa.types.is_date(cells.type):
+        return _of_timestamps(cells)
+    if _is_text(cells.type):
+        cells = pc.utf8_trim_whitespace(cells.cast(pa.string()))
+        return _of_formats(cells, formats) if formats else _of_text(cells)
+    if formats:
+        return _of_formats(_number_texts(cells), formats)
+    return _of_numbers(cells)
+
+
+def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
+    """What calendar and clock show in the time zone that a cell is written in.
+
+    Args:
+        texts: ``[n]`` string.
+        formats: as in `read_times`; without one, numbers cannot be read.
+
+    Returns:
+        ``[n]`` timestamp[s], null where the cell cannot be read.
+    """
+    distinct = pc.utf8_trim_whitespace(texts.cast(pa.string())).dictionary_encode()
+    values = distinct.dictionary
+    if any("%z" in f for f in formats):
+        times = _one_by_one(values, lambda text: _by_formats(text, formats, in_utc=False))
+    elif formats:
+        times = _of_formats(values, formats)
+    else:  # without its zone, the cell's own time is what is read as UTC
+        zone = r"(:\d\d(?:[.,]\d+)?)\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
+        times = _of_text(pc.replace_substring_regex(values, zone, r"\1"))
+    seconds = times.field("whole")
+    # Arrow's calendar does not reach further than this.
+    shown = pc.and_(times.field("dated"), pc.less(pc.abs(seconds), 10**12))
+    shown = pc.and_(shown, times.is_valid()).fill_null(False)
+    return pc.if_else(shown, seconds, None).cast(pa.timestamp("s")).take(distinct.indices)
+
+
+@dataclass
+class TimeColumn:
+    """What the times of a dataset are like, added up over batches, files and ranks.
+
+    Attributes:
+        name: of the column.
+        examples: the first time of each notation, with its file: "dated", "number", and for
+            numbers the places in `_ERAS`.
+        eras: how many numbers lie below, in and between the bounds of `_ERAS`.
+        decimals: digits behind the point that are needed: 0, 3, 6 or 9.
+        low: the least whole number.
+        high: the largest one.
+    """
+
+    name: str
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    eras: Int64Array = field(default_factory=lambda: np.zeros(len(_BOUNDS) + 1, np.int64))
+    decimals: int = 0
+    low: int = 0
+    high: int = 0
+
+    def add(self, times: pa.StructArray, file: str) -> None:
+        """Takes in the times of a batch."""
+        times = times.drop_null()
+        if not len(times):
+            return
+        whole = np.asarray(times.field("whole"))
+        dated = np.asarray(times.field("dated")).astype(bool)
+        billionths = np.asarray(times.field("billionths"))
+        places = np.where(dated, -1, np.searchsorted(_BOUNDS, whole, side="right"))
+        self.eras += np.bincount(places + 1, minlength=len(_BOUNDS) + 2)[1:]
+        for place, first in zip(*np.unique(places, return_index=True), strict=True):
+            kinds = ["dated"] if place < 0 else ["number", str(place)]
+            for kind in kinds:
+                if kind not in self.examples:
+                    self.examples[kind] = (_shown(times[int(first)]), file)
+        for decimals in (3, 6, 9):
+            if decimals > self.decimals and (billionths % 10 ** (12 - decimals)).any():
+                self.decimals = decimals
+        self.low, self.high = min(self.low, int(whole.min())), max(self.high, int(whole.max()))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.name,
+            other.examples | self.examples,
+            self.eras + other.eras,
+            max(self.decimals, other.decimals),
+            min(self.low, other.low),
+            max(self.high, other.high),
+        )
+
+    def check(self) -> None:
+        """Refuses times of two notations, which would be read as two eras.
+
+        Raises:
+            DataError: names a time of each, and what to do.
+        """
+        if "dated" in self.examples and "number" in self.examples:
+            raise self._mixed(
+                "dated",
+                "number",
+                "whose order is unknown; say how both are written: data.interactions.time_format="
+                f"\"['%Y-%m-%d %H:%M:%S', {_format_of(self.examples['number'][0])}]\"",
+            )
+        eras = np.flatnonzero(self.eras[1::2])
+        if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
+            # Were they counts of something else, some would lie in between.
+            one, two = eras[:2]
+            what = f"which look like {_ERAS[one][0]} and {_ERAS[two][0]}; write all in one unit"
+            raise self._mixed(str(2 * one + 1), str(2 * two + 1), what)
+
+    def _mixed(self, one: str, two: str, what: str) -> DataError:
+        (first, file), (second, other) = self.examples[one], self.examples[two]
+        where = "" if other == file else f" (in {other})"
+        return DataError(
+            f"{file}: the time column {self.name!r} holds both {first} and {second}{where}, {what}"
+        )
+
+    @property
+    def scale(self) -> int:
+        """What times are multiplied by to make whole numbers of all of them: 1 to 10**9.
+
+        Raises:
+            DataError: 64 bits do not hold times so fine and so far apart.
+        """
+        scale = 10**self.decimals
+        if (self.low - 1) * scale < _INT64.min or (self.high + 1) * scale > _INT64.max:
+            far = self.high if self.high > -self.low else self.low
+            dated = "dated" in self.examples
+            shown = _shown(pa.scalar((far, 0, dated), TIME))
+            raise DataError(
+                f"the time column {self.name!r} has {self.decimals} decimals, and one of its times "
+                f"is {shown}: more than 64 bits hold; correct that row, or write fewer decimals"
+            )
+        return scale
+
+
+def scaled(whole: Int64Array, billionths: npt.NDArray[np.int32], scale: int) -> Int64Array:
+    """Times as one integer each, in units of ``1 / scale``."""
+    if scale == 1:
+        return whole
+    found: Int64Array = whole * scale + billionths // (_BILLION // scale)
+    return found
+
+
+# -- cells --------------------------------------------------------------------------------------
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _struct(whole: pa.Array, billionths: pa.Array, dated: bool | pa.Array) -> pa.StructArray:
+    """Columns -> `TIME`, null where ``whole`` is."""
+    if isinstance(dated, bool):
+        dated = pa.repeat(pa.scalar(dated), len(whole))
+    return pa.StructArray.from_arrays(
+        [whole, billionths.cast(pa.int32()), dated], fields=list(TIME), mask=pc.is_null(whole)
+    )
+
+
+def _zeros(n: int) -> pa.Array:
+    return pa.repeat(pa.scalar(0, pa.int32()), n)
+
+
+def _of_timestamps(cells: pa.Array) -> pa.StructArray:
+    """Dates and timestamps of any unit."""
+    if pa.types.is_date32(cells.type):
+        cells = cells.cast(pa.timestamp("s"))
+    elif pa.types.is_date64(cells.type):
+        cells = cells.cast(pa.timestamp("ms"))
+    per_second = EPOCH_UNITS[cells.type.unit]
+    return _in_seconds(cells.cast(pa.int64()), per_second)
+
+
+def _in_seconds(counts: pa.Array, per_second: int) -> pa.StructArray:
+    """Integers that count parts of seconds from 1970 -> times."""
+    valid = np.asarray(counts.is_valid())
+    whole, parts = np.divmod(np.asarray(counts.fill_null(0)), per_second)
+    billionths = (parts * (_BILLION // per_second)).astype(np.int32)
+    return _struct(pa.array(whole, mask=~valid), pa.array(billionths), True)
+
+
+def _of_numbers(cells: pa.Array) -> pa.StructArray:
+    """Numbers as they are, of which NaN and those beyond 64 bits are null."""
+    if pa.types.is_uint64(cells.type):
+        cells = pc.if_else(pc.less(cells, pa.scalar(2**63, pa.uint64())), cells, None)
+    if pa.types.is_integer(cells.type):
+        return _struct(cells.cast(pa.int64()), _zeros(len(cells)), False)
+    if pa.types.is_decimal(cells.type):
+        return _of_text(_number_texts(cells))
+    if not pa.types.is_floating(cells.type):
+        raise pa.ArrowNotImplementedError(f"{cells.type} holds no times")
+    numbers = cells.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    inside = np.abs(numbers) < 2.0**63  # not NaN
+    numbers = np.where(inside, numbers, 0)
+    whole = np.floor(numbers)
+    rest, billionths = numbers - whole, np.zeros(len(numbers), np.int64)
+    # A float is the shortest decimal that it is nearest to: 0.7, not 0.69999999999999996.
+    left = rest > 0
+    for decimals in range(1, 10):
+        if not left.any():
+            break
+        power = 10.0**decimals
+        parts = np.rint(rest * power)
+        fits = ((whole * power + parts) / power == numbers) | (whole + parts / power == numbers)
+        fits &= left
+        billionths[fits] = parts[fits].astype(np.int64) * 10 ** (9 - decimals)
+        left &= ~fits
+    billionths[left] = np.floor(rest[left] * _BILLION).astype(np.int64)
+    whole = pa.array(whole.astype(np.int64), mask=~inside)
+    return _struct(whole, pa.array(billionths), False)
+
+
+def _number_texts(cells: pa.Array) -> pa.Array:
+    """Numbers -> text, whole ones without a point or an exponent."""
+    if pa.types.is_floating(cells.type):
+        exact = cells.cast(pa.float64())
+        is_whole = pc.and_(pc.less(pc.abs(exact), 2.0**63), pc.equal(pc.floor(exact), exact))
+        digits = pc.if_else(is_whole.fill_null(False), exact, None).cast(pa.int64())
+        return pc.coalesce(digits.cast(pa.string()), exact.cast(pa.string()))
+    if pa.types.is_decimal(cells.type):
+        return pa.array([None if c is None else f"{c:f}" for c in cells.to_pylist()], pa.string())
+    if not pa.types.is_integer(cells.type):
+        raise pa.ArrowNotImplementedError(f"{cells.type} holds no times")
+    return cells.cast(pa.string())
+
+
+def _of_text(cells: pa.Array) -> pa.StructArray:
+    """ISO 8601, and numbers."""
+    probe = cells.drop_null()[:100]
+    if len(probe) and _NAMED_ZONE.search(probe[0].as_py()):
+        cells = pc.replace_substring_regex(cells, r"\s*(?:UTC|GMT|Z)$", "Z")
+        probe = cells.drop_null()[:100]
+    ways: list[Callable[[pa.Array], pa.StructArray]] = [_integers, *_TIMESTAMPS, _decimals]
+    for read in ways:
+        try:
+            read(probe)  # Arrow's casts do not stop at the first cell that is wrong
+            return read(cells)
+        except pa.ArrowInvalid:
+            pass
+    return _one_by_one(cells, _by_itself)
+
+
+def _integers(cells: pa.Array) -> pa.StructArray:
+    if pc.any(pc.match_substring(cells, "x")).as_py():
+        raise pa.ArrowInvalid("Arrow would take 0x10")
+    return _struct(cells.cast(pa.int64()), _zeros(len(cells)), False)
+
+
+def _decimals(cells: pa.Array) -> pa.StructArray:
+    if pc.any(pc.match_substring_regex(cells, "^-|x")).as_py():
+        raise pa.ArrowInvalid("numbers below 0 are read one by one")
+    parts = pc.split_pattern(cells, ".", max_splits=1)
+    begins, flat = parts.offsets[:-1], parts.flatten()
+    has_point = pc.equal(pc.list_value_length(parts), 2)
+    whole = flat.take(pc.if_else(cells.is_valid(), begins, None)).cast(pa.int64())
+    digits = flat.take(pc.if_else(has_point, pc.add(begins, 1), None)).fill_null("0")
+    digits = pc.utf8_slice_codeunits(pc.ascii_rpad(digits, 9, "0"), 0, 9)
+    return _struct(whole, digits.cast(pa.int32()), False)
+
+
+def _timestamps(kind: pa.DataType, cells: pa.Array) -> pa.StructArray:
+    return _of_timestamps(cells.cast(kind))
+
+
+_TIMESTAMPS = [
+    partial(_timestamps, kind)
+    for kind in (
+        pa.timestamp("ns"),
+        pa.timestamp("ns", "UTC"),
+        pa.timestamp("us"),
+        pa.timestamp("us", "UTC"),
+    )
+]
+
+_Time = tuple[int, int, bool]
+
+
+def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.StructArray:
+    """Every distinct cell by Python."""
+    distinct = cells.dictionary_encode()
+    times = [None if text is None else read(text) for text in distinct.dictionary.to_pylist()]
+    names = TIME.names
+    found = pa.array([None if t is None else dict(zip(names, t, strict=True)) for t in times], TIME)
+    return found.take(distinct.indices)
+
+
+def _by_itself(text: str) -> _Time | None:
+    """A number or an ISO 8601 time."""
+    if (number := _number(text)) is not None:
+        return (*number, False)
+    text, billionths = _NAMED_ZONE.sub("+00:00", text), 0
+    if fraction := _FRACTION.match(text):
+        text, billionths = fraction[1] + fraction[3], int(fraction[2].ljust(9, "0")[:9])
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return _seconds(moment), billionths, True
+
+
+def _number(text: str) -> tuple[int, int] | None:
+    """Whole part and billionths of a number as files have it: Python would also take 1_000."""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text, re.ASCII):
+        return None
+    try:
+        whole, rest = divmod(Decimal(text), 1)
+    except InvalidOperation:  # hundreds of digits
+        return None
+    if rest < 0:
+        whole, rest = whole - 1, rest + 1
+    if not _INT64.min <= whole <= _INT64.max:
+        return None
+    return int(whole), int(rest * _BILLION)
+
+
+def _seconds(moment: datetime) -> int:
+    """Whole seconds since 1970; a time without zone is UTC."""
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return (moment - _EPOCH) // timedelta(seconds=1)
+
+
+# -- formats ------------------------------------------------------------------------------------
+
+
+def _plain_codes(text: str) -> str:
+    """A format without abbreviations that Python lacks."""
+    for short, codes in _ALIASES.items():
+        text = re.sub(rf"(?<!%)((?:%%)*){short}", rf"\g<1>{codes}", text)
+    return text
+
+
+def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
+    """Text by the first format that fits."""
+    found = pa.nulls(len(texts), TIME)
+    for name in formats:
+        left = pc.and_(found.is_null(), texts.is_valid())
+        at = np.flatnonzero(np.asarray(left))
+        if not len(at):
+            break
+        some = texts.take(pa.array(at))
+        read = _of_unit(some, EPOCH_UNITS[name]) if name in EPOCH_UNITS else _strptime(some, name)
+        if len(at) == len(texts):
+            found = read
+            continue
+        place = np.full(len(texts), -1)
+        place[at] = np.arange(len(at))
+        found = pc.if_else(left, read.take(pa.array(place, mask=place < 0)), found)
+    return found
+
+
+def _of_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
+    times = _of_text(texts)
+    numbers = pc.if_else(times.field("dated"), None, times.field("whole"))
+    numbers = pc.if_else(times.is_valid(), numbers, None)
+    parts = np.asarray(times.field("billionths").fill_null(0)).astype(np.int64)
+    seconds = _in_seconds(numbers, per_second)
+    more = np.asarray(seconds.field("billionths")) + parts // per_second
+    return _struct(seconds.field("whole"), pa.array(more), True)
+
+
+def _strptime(texts: pa.Array, name: str) -> pa.StructArray:
+    """Arrow's strptime, which is fast, and Python's for what that does not know."""
+    if "%f" in name or "%Z" in name:
+        return _one_by_one(texts, lambda text: _by_formats(text, (name,)))
+    times = pc.strptime(texts, _plain_codes(name), "s", error_is_null=True)
+    # February 31 is March 3 for Arrow; with a zone, the day is another one.
+    days = np.asarray(pc.day(times).fill_null(0))
+    zoned = "%z" in name
+    doubtful = (days <= 4) | (days >= 28) if zoned else (days >= 1) & (days <= 3)
+    at = np.flatnonzero(doubtful & np.asarray(texts.is_valid()))
+    found = _in_seconds(times.cast(pa.timestamp("s")).cast(pa.int64()), 1)
+    if not len(at):
+        return found
+    checked = _one_by_one(texts.take(pa.array(at)), lambda text: _by_formats(text, (name,)))
+    place = np.full(len(texts), -1)
+    place[at] = np.arange(len(at))
+    return pc.if_else(pa.array(place >= 0), checked.take(pa.array(place, mask=place < 0)), found)
+
+
+def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time | None:
+    for name in formats:
+        if name in EPOCH_UNITS:
+            if (number := _number(text)) is not None:
+                seconds, parts = divmod(number[0], EPOCH_UNITS[name])
+                per_part = _BILLION // EPOCH_UNITS[name]
+                return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True
+            continue
+        try:
+            moment = datetime.strptime(text, _plain_codes(name))
+        except ValueError:
+            continue
+        if not in_utc:
+            moment = moment.replace(tzinfo=None)
+        return _seconds(moment), moment.microsecond * 1000, True
+    return None
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _shown(time: pa.StructScalar) -> str:
+    whole, billionths, dated = (time[name].as_py() for name in TIME.names)
+    rest = f".{billionths:09d}".rstrip("0").rstrip(".")
+    if not dated:
+        return f"{whole}{rest}"
+    try:
+        return f"{_EPOCH + timedelta(seconds=whole):%Y-%m-%d %H:%M:%S}{rest}"
+    except OverflowError:
+        return f"{whole}{rest} s since 1970"
+
+
+def _format_of(number: str) -> str:
+    """The likely format of a number."""
+    for digits, name in ((8, "%Y%m%d"), (14, "%Y%m%d%H%M%S"), (12, "%Y%m%d%H%M")):
+        if len(number) == digits:
+            with suppress(ValueError):
+                datetime.strptime(number, name)
+                return repr(name)
+    return {10: "s", 13: "ms", 16: "us", 19: "ns"}.get(len(number.partition(".")[0]), "s")

@@ -1,0 +1,234 @@
+"""Times against pandas and exact decimals; notations that do not go together."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepfm_dist.config import load_config
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.sources import Column, read_table
+from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times
+from deepfm_dist.errors import ConfigError, DataError
+
+FORMATS = (
+    ("%d/%m/%Y", "31/01/2020"),
+    ("%Y/%m/%d %H:%M", "2020/01/31 13:05"),
+    ("%a %b %d %H:%M:%S %z %Y", "Fri Jan 31 13:05:58 -0700 2020"),
+    ("%m/%d/%Y %I:%M:%S %p", "1/31/2020 1:05:58 PM"),
+    ("%m/%d/%Y %I:%M:%S %p", "1/31/2020 12:05:58 AM"),
+    ("%y%m%d%H", "20013113"),
+    ("%Y%m%d", "20200131"),
+    ("%m %d, %Y", "01 31, 2020"),
+    ("%d/%b/%Y:%H:%M:%S %z", "31/Jan/2020:13:05:58 +0530"),
+    ("%d.%m.%Y %H:%M:%S.%f", "31.01.2020 13:05:58.250"),
+)
+
+
+def exact(times: pa.Array) -> list[Decimal | None]:
+    """Times as exact numbers."""
+    return [
+        None if t is None else t["whole"] + Decimal(t["billionths"]) / 10**9
+        for t in times.to_pylist()
+    ]
+
+
+def stamp(nanoseconds: int) -> Decimal:
+    return Decimal(nanoseconds) / 10**9
+
+
+@given(
+    st.lists(st.integers(-(2**63) + 1, 2**63 - 1) | st.none(), max_size=20),
+    st.sampled_from(
+        [pa.timestamp("ns"), pa.timestamp("us"), pa.timestamp("ms", "UTC"), pa.int64()]
+    ),
+)
+def test_integers_and_timestamps_of_any_unit_are_exact(
+    numbers: list[int | None], kind: pa.DataType
+) -> None:
+    per_second = {"ns": 10**9, "us": 10**6, "ms": 1000}[kind.unit] if kind != pa.int64() else 1
+    expected = [None if n is None else Decimal(n) / per_second for n in numbers]
+    assert exact(read_times(pa.array(numbers, pa.int64()).cast(kind))) == expected
+
+
+@given(st.lists(st.decimals(-(10**10), 10**10, places=9), min_size=1, max_size=20))
+def test_decimals_in_text_are_exact(numbers: list[Decimal]) -> None:
+    assert exact(read_times(pa.array([f"{n:f}" for n in numbers]))) == numbers
+
+
+@given(
+    st.lists(st.integers(0, 10**16), min_size=1, max_size=20), st.sampled_from([10, 1000, 10**6])
+)
+def test_a_float_is_the_shortest_decimal_that_it_is(counts: list[int], parts: int) -> None:
+    numbers = [count / parts for count in counts]
+    # As Python prints it, cut after nine digits.
+    expected = [Decimal(repr(n)).quantize(Decimal("1e-9"), "ROUND_FLOOR") for n in numbers]
+    assert exact(read_times(pa.array(numbers))) == expected
+
+
+def test_iso_timestamps_are_what_pandas_reads() -> None:
+    texts = [
+        "2020-07-04T21:26:40.700Z", "2020-07-04 21:26:40.123456789", "2020-07-04 21:26",
+        "2020-07-04",
+        "2020-07-04T21:26:40+09:00", "2020-07-04 21:26:40.5-0730", "20200704T212640",
+    ]  # fmt: skip
+    expected = [stamp(pd.to_datetime(t, utc=True).value) for t in texts]
+    assert exact(read_times(pa.array(texts))) == expected  # a mixed batch, one by one
+    for text, time in zip(texts, expected, strict=True):  # each in a batch of its own
+        assert exact(read_times(pa.array([text, None]))) == [time, None]
+
+
+@pytest.mark.parametrize(("name", "text"), FORMATS)
+def test_formats_are_what_pandas_reads(name: str, text: str) -> None:
+    moment = pd.to_datetime(text, format=name)
+    assert exact(read_times(pa.array([text, None, "x"]), [name])) == [
+        stamp(pd.to_datetime(text, format=name, utc=True).value), None, None,
+    ]  # fmt: skip
+    (clock,) = read_clock(pa.array([text]), [name]).to_pylist()  # in the cell's own zone
+    assert clock == moment.tz_localize(None).floor("s").to_pydatetime()
+    assert name in guess_formats(text) or name == "%y%m%d%H" or name == "%Y%m%d"
+
+
+def test_all_bad_cells_say_what_their_format_is(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("at\n01/02/2020\n02/28/2020\n")
+    with pytest.raises(DataError, match=r'line 2: .* set data.*time_format="%m/%d/%Y"$'):
+        read_table(tmp_path / "a.csv", [Column("at", "time")])
+
+
+def test_days_that_no_month_has_are_no_times() -> None:
+    days = [f"{day}/{month}/2019" for month in range(1, 13) for day in range(1, 33)]
+    expected = pd.to_datetime(pd.Series(days), format="%d/%m/%Y", errors="coerce")
+    read = exact(read_times(pa.array(days), ["%d/%m/%Y"]))
+    assert read == [None if pd.isna(t) else stamp(t.value) for t in expected]
+
+
+def test_the_first_format_that_fits_is_taken_and_units_count_from_1970() -> None:
+    cells = pa.array(["2020-01-31 10:00:00", "20200131", None, "1580464800"])
+    read = exact(read_times(cells, ["%Y-%m-%d %H:%M:%S", "%Y%m%d", "s"]))
+    assert read == [1580464800, 1580428800, None, 1580464800]
+    for unit, n in (("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
+        for cells in (pa.array([1580464801 * n]), pa.array([str(1580464801 * n)])):
+            assert exact(read_times(cells, [unit])) == [1580464801]
+            assert read_clock(cells.cast(pa.string()), [unit])[0].as_py().hour == 10
+    assert exact(read_times(pa.array([20200131, None]), ["%Y%m%d"])) == [1580428800, None]
+    assert exact(read_times(pa.array([20200131.0]), ["%Y%m%d"])) == [1580428800]
+
+
+def test_formats_are_checked(tmp_path: Path) -> None:
+    for wrong, message in (("%Q", "unknown code %Q"), ("year", "is not a time format; use")):
+        with pytest.raises(ConfigError, match=message):
+            load_config("sample", [f"data.interactions.time_format='{wrong}'"])
+    with pytest.raises(ConfigError, match="name it"):
+        load_config("sample", ["data.interactions.time=null", "data.interactions.time_format=s"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (
+            [["2020-01-31 10:00:00"], ["20200131"]],
+            r"a\.csv: the time column 'at' holds both 2020-01-31 10:00:00 and 20200131, .*"
+            r"data\.interactions\.time_format=\"\['%Y-%m-%d %H:%M:%S', '%Y%m%d'\]\"",
+        ),
+        ([["1580464800", "1580464800123"]], "both 1580464800 and 1580464800123, .* one unit"),
+        ([["20200131"], ["1580464800"]], "both 20200131 and 1580464800, which look like a date"),
+        ([["1580464800", "0", "-1"], ["7"]], None),
+        ([[str(n) for n in range(0, 10**13, 10**9 + 7)]], None),  # counts of something else
+    ],
+)
+def test_times_of_two_notations_are_refused(cells: list[list[str]], message: str | None) -> None:
+    column = TimeColumn("at")
+    for batch in cells:
+        column += TimeColumn("at")  # as the ranks' are added up
+        column.add(read_times(pa.array(batch)), "a.csv")
+    if message is None:
+        column.check()
+        return
+    with pytest.raises(DataError, match=message):
+        column.check()
+
+
+def test_what_64_bits_do_not_hold_is_refused() -> None:
+    column = TimeColumn("at")
+    column.add(read_times(pa.array(["9999-12-31 00:00:00.5"])), "a.csv")
+    assert column.scale == 1000
+    column.add(read_times(pa.array(["2020-01-01 00:00:00.000000001"])), "a.csv")
+    with pytest.raises(DataError, match=r"has 9 decimals.* is 9999-12-31 00:00:00: more than 64"):
+        _ = column.scale
+
+
+def test_int96_timestamps_do_not_wrap(tmp_path: Path) -> None:
+    far = [253402300799 * 10**6, 0, -62135596800 * 10**6]
+    for array in (pa.array(far, pa.timestamp("us")), pa.array([1, 10**18 + 1], pa.timestamp("ns"))):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"c": array}), path, use_deprecated_int96_timestamps=True)
+        read = exact(read_table(path, [Column("c", "time")])["c"].combine_chunks())
+        per_second = {"us": 10**6, "ns": 10**9}[array.type.unit]
+        assert read == [Decimal(n.value) / per_second for n in array]
+    pq.write_table(
+        pa.table({"c": pa.array(far, pa.timestamp("us"))}),
+        path,
+        use_deprecated_int96_timestamps=True,
+    )
+    assert read_table(path, [Column("c")])["c"][0].as_py().startswith("9999-12-31")
+
+
+def _sessions() -> pd.DataFrame:
+    """Forty sessions of five clicks within less than a second, in any order."""
+    rng, rows = np.random.default_rng(3), []
+    for session in range(40):
+        items, moments = (rng.choice(n, 5, replace=False) for n in (8, 1000))
+        for item, ms in zip(items, moments, strict=True):
+            rows.append((f"s{session}", f"i{item}", 1593898000000 + 1000 * session + int(ms)))
+    frame = pd.DataFrame(rows, columns=["session", "item", "ms"])
+    return frame.sample(frac=1, random_state=1).reset_index(drop=True)
+
+
+@pytest.mark.parametrize("notation", ["ms", "iso", "seconds", "float", "parquet", "d/m/y"])
+def test_the_last_event_is_the_last_in_every_notation(tmp_path: Path, notation: str) -> None:
+    frame = _sessions()
+    last = frame.sort_values("ms").groupby("session").item.last()
+    moments = pd.to_datetime(frame.ms, unit="ms")
+    frame["at"] = {
+        "ms": frame.ms,
+        "iso": moments.dt.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "seconds": frame.ms.map(lambda ms: f"{ms // 1000}.{ms % 1000:03d}"),
+        "float": frame.ms / 1000,
+        "parquet": moments,
+        "d/m/y": moments.dt.strftime("%d/%m/%Y %H:%M:%S.%f"),
+    }[notation]
+    file = "t.parquet" if notation in ("parquet", "float") else "t.csv"
+    rows = frame[["session", "item", "at"]]
+    rows.to_parquet(tmp_path / file) if file == "t.parquet" else rows.to_csv(tmp_path / file)
+    overrides: list[str] = []
+    if notation == "d/m/y":
+        overrides = ["data.interactions.time_format='%d/%m/%Y %H:%M:%S.%f'"]
+    manifest, held_out = _prepared(tmp_path, file, *overrides)
+    assert held_out == last.to_dict()
+    assert manifest.time_scale == {"ms": 1}.get(notation, 1000)
+
+
+def _prepared(root: Path, file: str, *overrides: str) -> tuple[Manifest, dict[Any, Any]]:
+    """Prepares ``session, item, at``; (manifest, each session's held-out item)."""
+    (root / "c.yaml").write_text(f"""
+data:
+  interactions: {{file: {file}, user: session, item: item, time: at}}
+  features: [{{name: user, entity: user}}, {{name: item, entity: item}}]
+  split: {{method: leave_last, valid: 0, test: 1}}
+  negatives: {{evaluation_per_positive: 1}}
+""")
+    config = load_config(str(root / "c.yaml"), overrides)
+    manifest = prepare(config.data, root, root / "prepared", 1)
+    rows = pd.read_parquet(root / "prepared/test").query("label == 1")
+    users, items = (
+        pd.read_parquet(root / f"prepared/entities/{name}.parquet").id for name in ("user", "item")
+    )
+    return manifest, dict(zip(users[rows.user], items[rows.item], strict=True))
