@@ -7,12 +7,13 @@ something has to be cured first.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepfm_dist.terminal import coloured
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "numba")
 _GIB = 2**30
+_LIMIT_S = 300  # of the self-test; compiling kernels for the first time takes a minute
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
@@ -74,14 +76,17 @@ def examine(device: str = "auto") -> dict[str, Any]:
                     fatal=device == "cuda",
                 )
             )
-        self_test("cuda" if wants_gpu and has_gpu else "cpu")
+        if wants_gpu:
+            found += _gpu_problems(report["devices"]["gpus"])
+        failure = _failure_of_self_test("cuda" if wants_gpu and has_gpu else "cpu")
     # A broken binary raises ImportError, OSError, RuntimeError or AttributeError as it likes.
     except Exception as error:
+        failure = _in_one_line(error)
+    if failure is not None:
         report["self_test"] = "failed"
-        reason = (str(error).splitlines() or [""])[0]
         found.append(
             Problem(
-                f"self-test: {type(error).__name__}: {reason}",
+                f"self-test: {failure}",
                 "cure the problems above first"
                 if any(problem.fatal for problem in found)
                 else "run `make clean`, then `make demo`",
@@ -92,16 +97,23 @@ def examine(device: str = "auto") -> dict[str, Any]:
 
 
 def self_test(device: str) -> None:
-    """Permute a jagged batch with fbgemm's kernel and pool it with torchrec's collection.
+    """Runs one small example of everything that training and ranking need.
+
+    The name of each check is printed when it begins.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        Exception: Whatever a broken import or kernel raises; ``AssertionError`` for a wrong sum.
+        Exception: Whatever a broken import or kernel raises; ``AssertionError`` for a wrong result.
     """
-    importlib.import_module("fbgemm_gpu")
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # torchrec's call to it is deprecated
+    for name, check in _CHECKS.items():
+        print(name, flush=True)
+        check(device)
+
+
+def _check_lookup(device: str) -> None:
+    """Permutes a jagged batch with fbgemm's kernel and pools it with torchrec's collection."""
     import torch
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
@@ -119,6 +131,134 @@ def self_test(device: str) -> None:
     pooled = collection(batch.permute([1, 0])).to_dict()
     item = collection.embedding_bags["item"].weight
     torch.testing.assert_close(pooled["item"], torch.stack([item[1] + item[2], item[4]]))
+
+
+def _check_collectives(device: str) -> None:
+    """Joins a process group of one rank, and sums in it on the device and on the host."""
+    import torch
+
+    from deepfm_dist.distributed.world import world
+
+    with world(device) as ranks:
+        for tensor in (torch.ones(3, device=ranks.device), torch.ones(3)):
+            torch.distributed.all_reduce(tensor)
+            torch.testing.assert_close(tensor.cpu(), torch.ones(3))
+
+
+def _check_table_update(device: str) -> None:
+    """Updates a sharded table in the backward pass, by row-wise Adagrad."""
+    import torch
+    from torchrec import KeyedJaggedTensor
+
+    from deepfm_dist.distributed.optimizers import table_optimizer
+    from deepfm_dist.distributed.sharding import fill_tables, local_shards, shard
+    from deepfm_dist.distributed.world import world
+    from deepfm_dist.model.deepfm import Table, build_deepfm
+
+    with world(device) as ranks:
+        tables = table_optimizer("rowwise_adagrad", 0.5, 1e-8, ranks.device)
+        model = build_deepfm(
+            {"user": Table(9, ("user",))}, ["user"], 0, 3, device=torch.device("meta")
+        )
+        tables.attach(model.embedding_arch.ebc.parameters())
+        sharded, _ = shard(model, ranks, {}, tables.kernel, fused_params=tables.fused_params)
+        fill_tables(sharded, {"user": torch.full((9, 4), 2.0, device=ranks.device)})
+        ids = KeyedJaggedTensor(
+            ["user"], torch.tensor([7, 7, 7]), lengths=torch.tensor([2, 0, 1])
+        ).to(ranks.device)
+        rows = sharded.module.embedding_arch.sums(ids)
+        torch.testing.assert_close(rows[:, 0, 0].cpu(), torch.tensor([4.0, 0.0, 2.0]))
+        rows.sum().backward()
+        # The row was looked up three times: g = 3 in every column, h = mean(g^2), so that the step
+        # is lr * g / sqrt(h) = lr.
+        expected = torch.full((9, 4), 2.0)
+        expected[7] -= 0.5
+        torch.testing.assert_close(local_shards(sharded)[0][3].cpu(), expected)
+
+
+def _check_catalogue(device: str) -> None:
+    """Scores all pairs of some users and items by the device's kernel and by torch."""
+    import torch
+
+    from deepfm_dist.model.deepfm import InteractionArch, OverArch
+    from deepfm_dist.ranking.catalogue import CatalogueScorer
+    from deepfm_dist.ranking.engine import engine_for
+
+    torch.manual_seed(0)
+    arch = InteractionArch(0, 8, over_arch=OverArch(16, [20, 10])).to(device).eval()
+    scorer = CatalogueScorer(arch, [False, True], 2)
+    users, items = (
+        scorer.side(
+            side,
+            torch.randn(n, 2, 8, device=device),
+            torch.randn(n, 2, device=device),
+            torch.zeros(n, 0, device=device),
+        )
+        for side, n in (("user", 5), ("item", 300))
+    )
+    engine = engine_for(scorer, torch.device(device))
+    packed = engine.allocate(300, items)
+    engine.fill(packed, 0, items)
+    found = engine.scores(engine.users([users]), 5, packed)
+    torch.testing.assert_close(found, scorer.scores(users, items), rtol=1e-4, atol=1e-4)
+
+
+_CHECKS: dict[str, Callable[[str], None]] = {
+    "look-up": _check_lookup,
+    "collectives": _check_collectives,
+    "table update": _check_table_update,
+    "catalogue kernel": _check_catalogue,
+}
+
+
+def _failure_of_self_test(device: str) -> str | None:
+    """Runs `self_test` in a process of its own, which a broken binary may kill; None: it passed."""
+    program = f"from deepfm_dist.doctor import run_self_test; run_self_test({device!r})"
+    joining = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    environ = {k: v for k, v in os.environ.items() if k not in joining}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=environ,
+            timeout=_LIMIT_S,
+            check=False,
+        )
+        printed, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        return f"{_last_line(printed)}: not done in {_LIMIT_S} seconds"
+    if code == 0:
+        return None
+    if code < 0:
+        return f"{_last_line(printed)}: killed by {signal.Signals(-code).name}"
+    return _last_line(printed) or _last_line(done.stderr)
+
+
+def run_self_test(device: str) -> None:
+    """`self_test` as a process: exit code 1 and what failed as the last line, or 0."""
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # torchrec's call to it is deprecated
+    try:
+        self_test(device)
+    except Exception as error:
+        print(_in_one_line(error), flush=True)
+        sys.exit(1)
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _last_line(text: str) -> str:
+    return next(reversed(text.strip().splitlines()), "")
+
+
+def _gpu_problems(gpus: Sequence[dict[str, Any]]) -> list[Problem]:
+    """Each kind of GPU that tables cannot be on."""
+    kinds = {(gpu["name"], tuple(map(int, gpu["capability"].split(".")))) for gpu in gpus}
+    found = [environment.gpu_problem(*kind) for kind in sorted(kinds)]
+    return [problem for problem in found if problem is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,6 +33,8 @@ FBGEMM_OF_TORCH: dict[Version, Version] = {
     (2, 14): (1, 9),
 }
 TESTED_TORCH = (2, 13)
+FBGEMM_CODE = ("sm_80", "sm_90a", "sm_100a")
+"""What FBGEMM's wheels hold machine code for, without any that a driver could translate."""
 
 _TAKE_CPU = "take the CPU build: `make clean`, then `make VARIANT=cpu demo`"
 _TAKE_CUDA = "take the CUDA build: `make clean`, then `make VARIANT=cuda demo`"
@@ -79,6 +81,25 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.what}; {self.cure}"
+
+
+def has_fbgemm_code(capability: Version) -> bool:
+    """Whether FBGEMM's CUDA wheels run on a GPU of a compute capability, such as ``(8, 6)``.
+
+    Code for sm_80 runs on every 8.x; what is made for sm_90a or sm_100a runs nowhere else.
+    """
+    return capability[0] == 8 or capability in ((9, 0), (10, 0))
+
+
+def gpu_problem(name: str, capability: Version) -> Problem | None:
+    """What keeps tables off a GPU; None: nothing does."""
+    if has_fbgemm_code(capability):
+        return None
+    return Problem(
+        f"FBGEMM has no code for {name} (capability {_dotted(capability)}), only for "
+        f"{', '.join(FBGEMM_CODE)}",
+        "use run.device=cpu, or a GPU of the generation of A100, H100 or B200",
+    )
 
 
 def installed_version(package: str) -> str | None:

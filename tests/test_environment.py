@@ -10,10 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deepfm_dist import doctor, environment
+from deepfm_dist.distributed import world
 from deepfm_dist.environment import FBGEMM_OF_TORCH, TESTED_TORCH, Installation, problems
 from deepfm_dist.errors import EnvironmentProblem
+from tests.ranks import RankFailed, run_alone
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = Installation(
@@ -245,6 +248,12 @@ def test_the_requirement_files_agree_with_pyproject_and_with_the_check() -> None
     assert problems(versions, "cuda") == []
 
 
+@pytest.fixture
+def no_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what the doctor says of other things: the self-test takes seconds."""
+    monkeypatch.setattr(doctor, "_failure_of_self_test", lambda device: None)
+
+
 def test_the_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
@@ -255,7 +264,7 @@ def test_the_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gloo" in out
 
 
-def test_the_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_speaks_json(no_self_test: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["variant"] == environment.observe().variant
@@ -266,7 +275,7 @@ def test_the_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_doctor_lists_each_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_self_test: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -280,7 +289,11 @@ def test_the_doctor_lists_each_gpu(
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 2), ("auto", 0)])
 def test_the_doctor_misses_a_gpu_that_torch_does_not_see(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str, expected: int
+    no_self_test: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    device: str,
+    expected: int,
 ) -> None:
     monkeypatch.setattr(environment, "observe", lambda: CUDA)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -290,18 +303,82 @@ def test_the_doctor_misses_a_gpu_that_torch_does_not_see(
     assert "cure: look at CUDA_VISIBLE_DEVICES" in out
 
 
+@pytest.mark.parametrize(
+    ("module", "failure"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "ImportError: undefined symbol: _ZN3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "look-up: killed by SIGILL"),
+        ("import time; time.sleep(60)", "look-up: not done in 5 seconds"),
+    ],
+)
 def test_a_torchrec_that_does_not_import_is_a_line_and_exit_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    module: str,
+    failure: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchrec", None)
+    """As broken binaries go: an exception, an instruction that the CPU lacks, a call that hangs."""
+    (tmp_path / "torchrec.py").write_text(module)
+    # As light as can be: what is imported before it shall not take the time that is measured.
+    (tmp_path / "torch.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    monkeypatch.setattr(doctor, "_LIMIT_S", 5 if "sleep" in module else 60)
     assert doctor.main([]) == 2
     out = capsys.readouterr().out
-    assert "PROBLEM: self-test: ModuleNotFoundError: import of torchrec halted" in out
+    assert f"PROBLEM: self-test: {failure}" in out
     assert "cure: run `make clean`" in out
 
 
+WRONG = {
+    "_check_collectives": ("torch.distributed.all_reduce", lambda tensor: tensor.add_(1)),
+    "_check_table_update": (
+        "deepfm_dist.distributed.kernels.rowwise_adagrad",
+        lambda *_: None,
+    ),
+    "_check_catalogue": (
+        "deepfm_dist.ranking.engine.KernelEngine.scores",
+        lambda self, users, n, items: torch.zeros(n, items.n),
+    ),
+}
+
+
+@pytest.mark.parametrize("check", WRONG)
+def test_the_self_test_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    monkeypatch.setattr(*WRONG[check])
+    with pytest.raises(RankFailed, match="Tensor-likes are not close"):
+        run_alone(getattr(doctor, check), "cpu")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
+def test_a_gpu_that_fbgemm_has_code_for_is_accepted(capability: tuple[int, int]) -> None:
+    assert environment.gpu_problem("Some GPU", capability) is None
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (10, 3), (12, 0)])
+def test_a_gpu_that_fbgemm_has_no_code_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_self_test: None,
+    capability: tuple[int, int],
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30, major=major, minor=minor)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(environment, "observe", lambda: CUDA)
+    monkeypatch.setattr(world, "_fbgemm_has_cuda", lambda: True)
+    assert doctor.main(["--device", "cuda"]) == 2
+    line = f"FBGEMM has no code for Some GPU (capability {major}.{minor}), only for sm_80, sm_90a"
+    assert capsys.readouterr().out.count(line) == 1
+    assert world._device("auto", 0, 1).type == "cpu"
+    with pytest.raises(EnvironmentProblem, match=r"use run.device=cpu, or a GPU of the gen"):
+        world._device("cuda", 0, 1)
+
+
 def test_a_missing_library_and_a_fatal_problem_are_lines_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_self_test: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = environment.installed_version
     monkeypatch.setattr(

@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepfm_dist.environment import gpu_problem
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 from deepfm_dist.launcher import Launch, read_launch
+
+log = logging.getLogger(__name__)
 
 _SHORT = timedelta(seconds=5)
 _BEATS = "beats"  # how often rank 0 has shown that it is there
@@ -394,6 +397,13 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
             f"{local_size} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start "
             f"torchrun --nproc_per_node={gpus}, or set run.device=cpu"
         )
+    gpu = torch.cuda.get_device_properties(local_rank)
+    problem = gpu_problem(gpu.name, (gpu.major, gpu.minor))
+    if problem is not None and wanted == "cuda":
+        raise EnvironmentProblem(str(problem))
+    if problem is not None:
+        log.warning("the GPU stays unused: %s", problem.what)
+        return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
