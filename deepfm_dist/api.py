@@ -1,27 +1,42 @@
-"""Data frames in, data frames out, over the same path as the commands.
+"""Data frames in, data frames out, by the same code as the commands.
 
-`fit` writes the frames as parquet into a folder, beside them a configuration, and trains as
-``python -m deepfm_dist.train --config FOLDER/NAME.yaml`` would: what is done here can go on with
-the commands, on more ranks, and the other way round.
+`fit` writes the frames as Parquet into a folder, with a configuration next to them, and trains as
+``python -m deepfm_dist.train --config FOLDER/NAME.yaml`` would: the commands can continue what was
+begun here, on more ranks, and the other way round.
 """
 
-import contextlib
 import io
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from deepfm_dist.cli import quieten_libraries
-from deepfm_dist.config import Config, config_from, load_config
+from deepfm_dist.config import Config, config_from, load_config, with_settings
 from deepfm_dist.environment import require
-from deepfm_dist.errors import DataError
-from deepfm_dist.events import EvaluateEvent, last, read_events
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
+from deepfm_dist.launcher import read_launch
 
 _TITLE = "title"
+_METHODS = {
+    "prepare": "fit(...)",
+    "train": "fit(...)",
+    "evaluate": "Model.evaluate()",
+    "recommend": "Model.recommend()",
+    "similar": "Model.similar()",
+    "predict": "Model.predict(rows)",
+}
+_COMMAND = re.compile(rf"python -m deepfm_dist\.({'|'.join(_METHODS)})\b")
+_SETTING = re.compile(
+    rf"(?<![\w./-])({'|'.join(Config.model_fields)})\.([a-z_][\w.]*)=(\[[^\]]*\]|\{{[^}}]*\}}|[^\s;,:)]+)"
+)
 
 
 def fit(
@@ -35,23 +50,25 @@ def fit(
     items: pd.DataFrame | None = None,
     context: Sequence[str] = (),
     folder: str | Path = "deepfm",
-    name: str = "model",
+    name: str | None = None,
     **sections: Mapping[str, Any],
 ) -> "Model":
     """Trains a DeepFM on data frames.
 
     Args:
-        interactions: one row for each: a user, an item, perhaps a time, a label, and context.
+        interactions: one row each: a user, an item, and optionally a time, a label and context.
         user: its column of users.
         item: its column of items.
         time: its column of times (numbers or timestamps).
         label: its column of labels, 0 or 1; without one every row is a positive.
-        users: fields of the users: a column ``user`` and others. Of every frame of fields, text and
+        users: fields of the users: a column ``user`` and others. In every frame of fields, text and
             whole numbers are categories, fractions are numbers, a list holds several categories.
-        items: fields of the items likewise; a column ``title`` is only shown.
-        context: further columns of ``interactions`` that the model looks at.
+        items: fields of the items, in the same way; a column ``title`` is only shown.
+        context: further columns of ``interactions`` that are fields of the model.
         folder: where everything is written.
-        name: of the run.
+        name: of the model in the folder. Default: ``model``, ``model-2`` and so on, a new one for
+            every call. A name that exists is trained further, or returned if it is finished, but
+            only with the same frames and settings.
         sections: settings, such as ``model={"embedding_dim": 32}``; see docs/configuration.md.
 
     Returns:
@@ -59,74 +76,174 @@ def fit(
 
     Raises:
         DataError: a column is missing, or the data cannot be used.
-        ConfigError: a setting is unknown or has a bad value.
+        ConfigError: a setting is unknown or has a bad value, or ``name`` is another model.
     """
-    root = Path(folder)
-    data: dict[str, Any] = {"root": str(root / "input"), **sections.get("data", {})}
-    rows = {"user": user, "item": item, "time": time, "label": label}
-    columns = {role: column for role, column in rows.items() if column is not None}
-    _check_columns(interactions, [*columns.values(), *context], "interactions")
-    (root / "input").mkdir(parents=True, exist_ok=True)
-    _write(interactions[[*columns.values(), *context]], root / "input/interactions.parquet")
-    data["interactions"] = {"file": "interactions.parquet", **columns}
-    if label is not None:
-        data["task"] = "ctr"
-    features = [{"name": f"{e}_id" if e != rows[e] else e, "entity": e} for e in ("user", "item")]
-    for entity, frame in (("user", users), ("item", items)):
-        if frame is not None:
-            key = rows[entity]
-            _check_columns(frame, [str(key)], f"{entity}s")
-            fields = [str(c) for c in frame.columns if c != key]
-            if entity == "item" and _TITLE in fields:
-                fields.remove(_TITLE)
-                data["titles"] = {"file": "titles.parquet", "column": _TITLE}
-                _write(frame[[key, _TITLE]], root / "input/titles.parquet")
-            features += [_field(frame, entity, str(key), c, root / "input") for c in fields]
-    features += [{"name": c, **_kind(interactions[c])} for c in context]
-    data.setdefault("features", features)
-    places = {"prepared_root": str(root / "prepared"), "runs_root": str(root / "runs")}
-    run = {"name": name, **places, "loggers": [], **sections.get("run", {})}
-    config = config_from({**sections, "run": run, "data": data}, origin="fit")
-    (root / f"{name}.yaml").write_text(config.to_yaml())
-    model = Model(config)
-    model._run("train")
-    return model
+    with _in_python():
+        if (ranks := read_launch().world_size) > 1:
+            raise ConfigError(
+                f"fit trains in one process, but a launcher has started {ranks}; write the "
+                f"configuration with fit in one process, then train it under the launcher"
+            )
+        root, frames = Path(folder), dict[str, pd.DataFrame]()
+        data: dict[str, Any] = {**sections.get("data", {})}
+        rows = {"user": user, "item": item, "time": time, "label": label}
+        columns = {role: column for role, column in rows.items() if column is not None}
+        _check_columns(interactions, [*columns.values(), *context], "interactions")
+        further = {**data.get("interactions", {})}  # rating, weight, split, ...
+        kept = [c for c in further.values() if isinstance(c, str) and c in interactions.columns]
+        kept = list(dict.fromkeys([*columns.values(), *context, *kept]))
+        frames["interactions.parquet"] = interactions[kept]
+        data["interactions"] = {**further, "file": "interactions.parquet", **columns}
+        if label is not None:
+            data["task"] = "ctr"
+        features = [
+            {"name": f"{e}_id" if e != rows[e] else e, "entity": e} for e in ("user", "item")
+        ]
+        for entity, frame in (("user", users), ("item", items)):
+            if frame is not None:
+                key = str(rows[entity])
+                _check_columns(frame, [key], f"{entity}s")
+                fields = [str(c) for c in frame.columns if c != key]
+                if entity == "item" and _TITLE in fields:
+                    fields.remove(_TITLE)
+                    data["titles"] = {"file": "titles.parquet", "column": _TITLE}
+                    frames["titles.parquet"] = frame[[key, _TITLE]]
+                features += [_field(frame, entity, key, column, frames) for column in fields]
+        features += [{"name": c, **_kind(interactions[c])} for c in context]
+        data.setdefault("features", features)
+
+        def called(name: str) -> Config:
+            places = {"prepared_root": str(root / "prepared"), "runs_root": str(root / "runs")}
+            run = {**places, "loggers": [], **sections.get("run", {}), "name": name}
+            tree = {**sections, "run": run, "data": {"root": str(_input(root, name)), **data}}
+            return config_from(tree, origin="fit")
+
+        name = name or sections.get("run", {}).get("name")
+        config = called(name or "model")  # what is wrong with the settings, before anything is made
+        config = _claim(root, called) if name is None else config
+        _write_frames(root, config, frames)
+        return Model.train(config)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What `Model.evaluate` measured.
+
+    Attributes:
+        rows: figures on the rows of the split: a line, named after the split.
+        rankings: a line per ranking, the model's first; ``recall@10`` and others as columns. Empty
+            where rows have labels.
+        verdicts: how good that is, in words.
+    """
+
+    rows: pd.DataFrame
+    rankings: pd.DataFrame
+    verdicts: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "\n\n".join([*(f.T.to_string() for f in self._frames), "\n".join(self.verdicts)])
+
+    def _repr_html_(self) -> str:
+        return "".join(f.T.to_html() for f in self._frames) + "<br>".join(self.verdicts)
+
+    @property
+    def _frames(self) -> list[pd.DataFrame]:
+        return [frame for frame in (self.rows, self.rankings) if not frame.empty]
+
+
+@dataclass(frozen=True, repr=False)
 class Model:
-    """A trained model, on disk.
+    """A trained model, on disk: one checkpoint of one run.
 
     Attributes:
         config: its settings, as the commands take them.
+        checkpoint: the folder of its weights. Another one in its place is refused.
+        digest: of its files.
     """
 
     config: Config
+    checkpoint: Path
+    digest: str
 
     @classmethod
-    def load(cls, config: str | Path) -> "Model":
-        """The model of a configuration file: of `fit`'s folder, or of a run's."""
-        return cls(load_config(str(config)))
+    def load(cls, path: str | Path) -> "Model":
+        """The model of a configuration file (of `fit`, or of a run), or of a run's folder.
+
+        Raises:
+            ConfigError: there is no such file.
+            CheckpointError: it is not trained yet.
+        """
+        with _in_python():
+            is_run = Path(path).is_dir()
+            file = Path(path, "config.yaml") if is_run else Path(path)
+            if not file.is_file():
+                raise ConfigError(
+                    f"{path}: not a file; give the configuration that fit wrote, such as "
+                    f"deepfm/model.yaml, or the folder of a run"
+                )
+            config = load_config(str(file))
+            if is_run:  # wherever it was when it was trained
+                where = {"run.runs_root": str(file.parent.parent), "run.name": file.parent.name}
+                config = with_settings(config, where)
+            return cls.of(config)
+
+    @classmethod
+    def train(cls, config: Config) -> "Model":
+        """Trains what a configuration describes."""
+        from deepfm_dist.train import train_run
+
+        with _in_python():
+            _ready(config)
+            train_run(config)
+            return cls.of(config)
+
+    @classmethod
+    def of(cls, config: Config) -> "Model":
+        """The model that a run's ``checkpoint.use`` names now."""
+        from deepfm_dist.distributed.checkpoint import digest_of, find_checkpoint, read_state
+
+        path = find_checkpoint(config.run_dir, config.checkpoint.use)
+        return cls(config, path, digest_of(read_state(path)))
 
     @property
     def report(self) -> Path:
         """The page that `evaluate` writes."""
         return self.config.run_dir / "report.html"
 
-    def evaluate(self, **settings: Any) -> pd.DataFrame:
+    def __repr__(self) -> str:
+        from deepfm_dist.data.manifest import Manifest
+
+        lines = [f"deepfm_dist model {self.config.run.name!r}: {self.checkpoint}"]
+        if (self.config.prepared_dir / "manifest.json").is_file():
+            manifest = Manifest.read(self.config.prepared_dir)
+            sizes = [f"{manifest.splits['train'].rows:,} training rows"]
+            sizes += [f"{n - 1:,} {entity}s" for entity, n in manifest.entities.items()]
+            names = [feature.name for feature in manifest.features]
+            shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]
+            lines += [f"  {', '.join(sizes)}", f"  fields: {', '.join(shown)}"]
+        model = self.config.model
+        layers = "-".join(map(str, model.over_arch_layer_sizes)) if model.deep else "none"
+        lines.append(f"  embedding_dim {model.embedding_dim}, hidden layers {layers}")
+        lines.append("  evaluate(), recommend(), similar(), predict(rows); settings in .config")
+        return "\n".join(lines)
+
+    def evaluate(self, **settings: Any) -> Evaluation:
         """Measures the model on held-out rows, and writes `report`.
 
         Args:
             settings: of the section ``evaluate``, such as ``k=[5, 10]``.
-
-        Returns:
-            A row for the rows' figures and one for each ranking.
         """
-        self._run("evaluate", settings)
-        event = last(read_events(self.config.run_dir / "metrics.jsonl"), EvaluateEvent)
-        assert event is not None
-        rankings = pd.DataFrame(event.figures).T
-        return pd.concat([pd.DataFrame(event.rows, index=[f"{event.split} rows"]), rankings])
+        from deepfm_dist.evaluate import evaluate_run
+
+        with _in_python():
+            result = evaluate_run(self._with("evaluate", settings))
+        assert result is not None  # one process
+        rankings = pd.DataFrame(result.comparison.figures).T if result.comparison else None
+        return Evaluation(
+            pd.DataFrame(result.rows, index=[result.split]),
+            pd.DataFrame() if rankings is None else rankings,
+            tuple(map(str, result.verdicts)),
+        )
 
     def recommend(self, **settings: Any) -> pd.DataFrame:
         """Every user's best unseen items: ``user_id, item_id, score, rank``.
@@ -134,8 +251,12 @@ class Model:
         Args:
             settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``.
         """
-        self._run("recommend", settings)
-        return pd.read_parquet(self.config.output_dir / "recommendations.parquet")
+        from deepfm_dist.recommend import write_recommendations
+
+        with _in_python():
+            written = write_recommendations(self._with("recommend", settings))
+        assert written is not None
+        return pd.read_parquet(written[0].parquet)
 
     def similar(self, **settings: Any) -> pd.DataFrame:
         """Every item's most similar items: ``item_id, similar_item_id, score, rank``.
@@ -143,72 +264,160 @@ class Model:
         Args:
             settings: of the section ``similar``, such as ``k=5``.
         """
-        self._run("similar", settings)
-        return pd.read_parquet(self.config.output_dir / "similar_items.parquet")
+        from deepfm_dist.similar import write_similar_items
 
-    def predict(self, rows: pd.DataFrame) -> pd.Series:
-        """Logits of rows like the interactions, in their order; unknown ids are allowed."""
-        source, target = (self.config.run_dir / f"predict-{n}.parquet" for n in ("in", "out"))
-        _write(rows, source)
-        self._run("predict", None, input=str(source), output=str(target))
-        scores = pd.read_parquet(target)["score"]
-        return pd.Series(scores.to_numpy(), index=rows.index, name="score")
+        with _in_python():
+            written = write_similar_items(self._with("similar", settings))
+        assert written is not None
+        return pd.read_parquet(written[0].parquet)
 
-    def _run(self, command: str, settings: Mapping[str, Any] | None = None, **given: Any) -> None:
-        """Does a command's work; its table for people is not printed."""
+    def predict(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """``logit`` and ``probability`` of rows with the columns of the interactions.
+
+        Args:
+            rows: in any order, which the result keeps along with their index; unknown ids are
+                allowed.
+        """
+        from deepfm_dist.predict import write_predictions
+
+        with _in_python(), tempfile.TemporaryDirectory() as folder:
+            source, target = (Path(folder, f"{name}.parquet") for name in ("rows", "scores"))
+            rows.to_parquet(source, index=False)
+            write_predictions(self._with("predict", {}), str(source), str(target))
+            scores = pd.read_parquet(target, columns=["score", "probability"])
+        return scores.rename(columns={"score": "logit"}).set_axis(rows.index)
+
+    def _with(self, command: str, settings: Mapping[str, Any]) -> Config:
+        """The settings of a command on this checkpoint.
+
+        Raises:
+            CheckpointError: the run has another checkpoint in its place, or none.
+            ConfigError: a setting is unknown or has a bad value.
+        """
+        from deepfm_dist.distributed.checkpoint import digest_of, read_state
+
         tree = self.config.model_dump(mode="json")
         if settings:
             tree[command] |= settings
+        if not self.checkpoint.is_dir() or digest_of(read_state(self.checkpoint)) != self.digest:
+            raise CheckpointError(
+                f"{self.checkpoint}: no longer the checkpoint of this model: its run was trained "
+                f"again; Model.load({str(self.config.run_dir)!r}) gives the model that is there now"
+            )
+        tree["checkpoint"]["use"] = int(self.checkpoint.name.removeprefix("step_"))
         config = config_from(tree, origin=command)
-        quieten_libraries()
-        require(config.run.device)
-        with contextlib.redirect_stdout(io.StringIO()):
-            _work_of(command)(config, Namespace(overrides=[], **given))
+        _ready(config)
+        return config
 
 
-def _work_of(command: str) -> Callable[[Config, Namespace], None]:
-    from deepfm_dist import evaluate, predict, recommend, similar, train
+def _ready(config: Config) -> None:
+    quieten_libraries()
+    require(config.run.device)
 
-    modules = {
-        "train": train._train,
-        "evaluate": evaluate._evaluate,
-        "recommend": recommend._recommend,
-        "similar": similar._similar,
-        "predict": predict._predict,
-    }
-    return modules[command]
+
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Puts errors of the commands into the words of this module."""
+    try:
+        yield
+    except DeepFMError as error:
+        error.args = (python_words(str(error)),)
+        raise
+
+
+def python_words(message: str) -> str:
+    """``data.on_bad_row=skip`` as ``data={"on_bad_row": "skip"}``, and commands as methods."""
+
+    def argument(match: re.Match[str]) -> str:
+        section, name, text = match.groups()
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return match.group()
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        return f"{section}={value!r}".replace("'", '"')
+
+    return _SETTING.sub(argument, _COMMAND.sub(lambda match: _METHODS[match[1]], message))
+
+
+def _input(root: Path, name: str) -> Path:
+    return root / "input" / name
+
+
+def _claim(root: Path, called: Callable[[str], Config]) -> Config:
+    """The settings under the first free name; its folder of input marks it as taken."""
+    for number in count(1):
+        config = called("model" if number == 1 else f"model-{number}")
+        if config.run_dir.exists():
+            continue
+        try:
+            _input(root, config.run.name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return config
+    raise AssertionError
+
+
+def _write_frames(root: Path, config: Config, frames: Mapping[str, pd.DataFrame]) -> None:
+    """Writes the frames and the configuration, unless a model is trained on others.
+
+    Raises:
+        ConfigError: a trained model of this name has other frames or settings.
+    """
+    from deepfm_dist.distributed.checkpoint import complete_steps
+
+    name = config.run.name
+    folder, file = _input(root, name), root / f"{name}.yaml"
+    files = {folder / frame: _parquet(values) for frame, values in frames.items()}
+    files[file] = config.to_yaml().encode()
+    others = [path for path, content in files.items() if not _holds(path, content)]
+    if others and complete_steps(config.run_dir) and config.checkpoint.resume != "never":
+        what = "settings" if others == [file] else "data frames"
+        raise ConfigError(
+            f"fit: {config.run_dir} holds a model {name!r} of other {what}; give this one another "
+            f"name=, leave name= out for a new one, or replace the model with "
+            f"checkpoint.resume=never"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in others:  # only these: the preparation looks at the files' times
+        path.write_bytes(files[path])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def _check_columns(frame: pd.DataFrame, wanted: Sequence[str], what: str) -> None:
     if missing := [c for c in wanted if c not in frame.columns]:
         there = ", ".join(map(str, frame.columns))
-        raise DataError(f"{what}: no column {missing[0]!r}; there are: {there}")
+        raise DataError(f"{what}: no column {missing[0]!r}; available: {there}")
 
 
-def _field(frame: pd.DataFrame, entity: str, key: str, column: str, folder: Path) -> dict[str, Any]:
-    """A field in a file of its own, a line for each value."""
+def _field(
+    frame: pd.DataFrame, entity: str, key: str, column: str, frames: dict[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """A field in a file of its own, a line for each value; the file is added to ``frames``."""
     file = f"{entity}-{column}.parquet"
     values = frame[[key, column]].explode(column).dropna()
     several = bool(values[key].duplicated().any())
-    _write(values, folder / file)
-    found = {
+    frames[file] = values
+    field = {
         "name": column,
         "entity": entity,
         "file": file,
         **_kind(values[column].infer_objects()),
     }
-    return found if several else {**found, "keep": "first"}
+    return field if several else {**field, "keep": "first"}
 
 
 def _kind(values: "pd.Series[Any]") -> dict[str, str]:
     if pd.api.types.is_float_dtype(values):
         return {"kind": "numeric", "transform": "standard"}
     return {}
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a frame, where its content has changed: the preparation looks at the file's time."""
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    if not path.is_file() or path.read_bytes() != buffer.getvalue():
-        path.write_bytes(buffer.getvalue())

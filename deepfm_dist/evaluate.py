@@ -3,9 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+
+if TYPE_CHECKING:
+    from deepfm_dist.ranking.evaluation import Comparison
+    from deepfm_dist.report.verdicts import Verdict
 
 EXAMPLES = (
     "",
@@ -22,6 +29,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.report.tables import metrics_table
+
+    result = evaluate_run(config, arguments.overrides)
+    if result is not None:
+        print(metrics_table(result.split, result.rows, result.comparison, config.evaluate.k))
+        files = (f"written: {path}" for path in result.files)
+        print("", *result.verdicts, "", *files, sep="\n")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_run` measured.
+
+    Attributes:
+        split: valid or test.
+        rows: figures on its rows.
+        comparison: of rankings; None where rows have labels.
+        verdicts: how good that is, in words.
+        files: what was written: the log of metrics, the report.
+    """
+
+    split: str
+    rows: dict[str, float]
+    comparison: "Comparison | None"
+    verdicts: "list[Verdict]"
+    files: tuple[Path, Path]
+
+
+def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None:
+    """Measures a run's model on held-out rows, and writes its report. All ranks.
+
+    Args:
+        config: the settings.
+        overrides: of the command line.
+
+    Returns:
+        On rank 0 what was found; None elsewhere.
+    """
     from deepfm_dist.build import baselines_of, deepfm_of
     from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed import checkpoint
@@ -30,7 +75,6 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.evaluation import LOGGED, HeldOutItems, evaluate_ranking
-    from deepfm_dist.report.tables import metrics_table
     from deepfm_dist.report.verdicts import verdicts_on
     from deepfm_dist.runs import open_trained
     from deepfm_dist.training.evaluation import HeldOut
@@ -41,7 +85,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     if reference is not None and config.data.task == "implicit":
         reference = find_file(config.input_root, reference, "evaluate.reference")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        trained = open_trained(config, arguments.overrides, ranks, same_rows=True)
+        trained = open_trained(config, overrides, ranks, same_rows=True)
         dataset = trained.dataset
         if dataset.manifest.splits[split].rows == 0:
             raise DataError(
@@ -63,35 +107,34 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 reference,
             )
         metrics = MetricsLog(config.run_dir, ranks.is_first)
-        if measured is not None:  # rank 0
-            rows = measured.figures
-            found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
-            metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **found))
-            print(metrics_table(split, rows, comparison, cutoffs))
-            from deepfm_dist.report.page import write_page  # draws: slow to import
+        if measured is None:  # not rank 0
+            return None
+        rows = measured.figures
+        found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
+        metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **found))
+        verdicts = verdicts_on(
+            checkpoint.read_state(trained.checkpoint),
+            [e for e in read_events(metrics.path) if isinstance(e, ValidEvent)],
+            rows,
+            split,
+            comparison,
+            max(cutoffs),
+        )
+        from deepfm_dist.report.page import write_page  # draws: slow to import
 
-            verdicts = verdicts_on(
-                checkpoint.read_state(trained.checkpoint),
-                [e for e in read_events(metrics.path) if isinstance(e, ValidEvent)],
-                rows,
-                split,
-                comparison,
-                max(cutoffs),
-            )
-            print("", *verdicts, "", f"written: {metrics.path}", sep="\n")
-            page = write_page(
-                config.run_dir,
-                trained.config.to_yaml(),
-                trained.checkpoint,
-                dataset,
-                split,
-                rows,
-                measured.calibration,
-                comparison,
-                cutoffs,
-                verdicts,
-            )
-            print(f"written: {page}")
+        page = write_page(
+            config.run_dir,
+            trained.config.to_yaml(),
+            trained.checkpoint,
+            dataset,
+            split,
+            rows,
+            measured.calibration,
+            comparison,
+            cutoffs,
+            verdicts,
+        )
+        return Evaluation(split, rows, comparison, verdicts, (metrics.path, page))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
@@ -29,14 +29,14 @@ def progress(
         description: what goes on.
         unit: what is counted.
         is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
-            no terminal or the log is quiet.
+            neither a terminal nor a notebook's, or the log is quiet.
         done: units done before.
 
     Yields:
         The bar; ``update(n)`` moves it.
     """
     quiet = logging.getLogger("deepfm_dist").level > logging.INFO
-    shown = is_first and sys.stderr.isatty() and not quiet
+    shown = is_first and (sys.stderr.isatty() or _in_notebook()) and not quiet
     scale = total >= 1_000_000
     bar = tqdm(
         total=total,
@@ -49,6 +49,13 @@ def progress(
     )
     with logging_redirect_tqdm(), bar:
         yield bar
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel shows what this process writes."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
 
 
 Logger = Callable[[str, Mapping[str, Any]], None]

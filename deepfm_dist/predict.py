@@ -29,6 +29,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
+    scored = write_predictions(config, arguments.input, arguments.output, arguments.overrides)
+    if scored is not None:
+        target, rows = scored
+        print(f"{target}: {rows:,} rows scored")
+
+
+def write_predictions(
+    config: Config,
+    source: str | None = None,
+    output: str | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Path, int] | None:
+    """Scores the rows of a file. All ranks.
+
+    Args:
+        config: the settings.
+        source: path or URL of the file; None: the interactions file.
+        output: the parquet file to write; None: ``predictions.parquet`` of the run.
+        overrides: of the command line.
+
+    Returns:
+        On rank 0 the file written and its number of rows; None elsewhere.
+    """
     from deepfm_dist.data.manifest import check_formats
     from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed.world import world
@@ -36,22 +59,19 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import open_trained
     from deepfm_dist.training.prediction import predict
 
-    source = arguments.input or find_file(
-        config.input_root, config.data.interactions.file, "--input"
-    )
+    source = source or find_file(config.input_root, config.data.interactions.file, "--input")
     if "://" not in source and not Path(source).is_file():
         raise DataError(f"--input {source}: no such file")
-    if arguments.output and Path(arguments.output).suffix != ".parquet":
-        better = Path(arguments.output).with_suffix(".parquet")
-        raise ConfigError(f"--output {arguments.output}: predictions are parquet; call it {better}")
+    if output and Path(output).suffix != ".parquet":
+        better = Path(output).with_suffix(".parquet")
+        raise ConfigError(f"--output {output}: predictions are parquet; call it {better}")
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        trained = open_trained(config, arguments.overrides, ranks)
-        target = Path(arguments.output or config.output_dir / "predictions.parquet")
+        trained = open_trained(config, overrides, ranks)
+        target = Path(output or config.output_dir / "predictions.parquet")
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
         rows = predict(trained.sharded, ranks, trained.dataset, source, files, target)
-        if ranks.is_first:
-            print(f"{target}: {rows:,} rows scored")
+        return (target, rows) if ranks.is_first else None
 
 
 if __name__ == "__main__":

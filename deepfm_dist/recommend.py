@@ -3,9 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+
+if TYPE_CHECKING:
+    from deepfm_dist.data.dataset import PreparedDataset
+    from deepfm_dist.ranking.output import Written
 
 EXAMPLES = (
     "",
@@ -22,18 +27,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.report.tables import ranking_table
+
+    written = write_recommendations(config, arguments.overrides)
+    if written is not None:
+        print(ranking_table(*written))
+
+
+def write_recommendations(
+    config: Config, overrides: Sequence[str] = ()
+) -> "tuple[Written, PreparedDataset] | None":
+    """Writes every user's best unseen items. All ranks.
+
+    Args:
+        config: the settings.
+        overrides: of the command line.
+
+    Returns:
+        On rank 0 what was written, and the dataset it is of; None elsewhere.
+    """
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.events import RecommendEvent
     from deepfm_dist.log import MetricsLog
     from deepfm_dist.ranking.recommendation import Wanted, recommend
-    from deepfm_dist.report.tables import ranking_table
     from deepfm_dist.runs import open_trained
 
     asked = config.recommend
     wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        trained = open_trained(config, arguments.overrides, ranks)
+        trained = open_trained(config, overrides, ranks)
         written = recommend(
             deepfm_of(trained.sharded),
             ranks,
@@ -45,7 +68,7 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
         if written is not None:
             event = RecommendEvent(step=trained.step, **written.figures)
             MetricsLog(config.output_dir, True).write(event)
-            print(ranking_table(written, trained.dataset))
+        return None if written is None else (written, trained.dataset)
 
 
 if __name__ == "__main__":

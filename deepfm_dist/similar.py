@@ -3,9 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+
+if TYPE_CHECKING:
+    from deepfm_dist.data.dataset import PreparedDataset
+    from deepfm_dist.ranking.output import Written
 
 EXAMPLES = ("", "--config sample similar.k=5 similar.metric=inner_product")
 
@@ -16,21 +21,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _similar(config: Config, arguments: argparse.Namespace) -> None:
+    from deepfm_dist.report.tables import ranking_table
+
+    written = write_similar_items(config, arguments.overrides)
+    if written is not None:
+        print(ranking_table(*written))
+
+
+def write_similar_items(
+    config: Config, overrides: Sequence[str] = ()
+) -> "tuple[Written, PreparedDataset] | None":
+    """Writes every item's most similar items. All ranks.
+
+    Args:
+        config: the settings.
+        overrides: of the command line.
+
+    Returns:
+        On rank 0 what was written, and the dataset it is of; None elsewhere.
+    """
     from deepfm_dist.build import deepfm_of
     from deepfm_dist.distributed.world import world
     from deepfm_dist.ranking.similarity import similar_items
-    from deepfm_dist.report.tables import ranking_table
     from deepfm_dist.runs import open_trained
 
     asked = config.similar
     with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
-        trained = open_trained(config, arguments.overrides, ranks)
+        trained = open_trained(config, overrides, ranks)
         model = deepfm_of(trained.sharded)
         written = similar_items(
             model, ranks, trained.dataset, asked.k, asked.metric, config.output_dir
         )
-        if written is not None:
-            print(ranking_table(written, trained.dataset))
+        return None if written is None else (written, trained.dataset)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> None:
+    train_run(config)
+
+
+def train_run(config: Config) -> None:
+    """Trains a run on the ranks that a launcher has started, or alone. All ranks."""
     from deepfm_dist.distributed.world import world
 
     of_run = config.run

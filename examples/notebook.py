@@ -18,8 +18,11 @@ films["genre"] = pd.read_csv("data/sample/genres.tsv", sep="\t").groupby("item")
 small = {"over_arch_layer_sizes": [64, 32]}
 model = fit(ratings, time="time", items=films.reset_index(), model=small)
 
-# %% Is it any good? The same figures as those of the commands, beside popularity's.
-print(model.evaluate(k=[10])[["auc", "recall@10", "ndcg@10"]])
+# %% Is it any good? Figures of the rows, and of the ranking next to popularity's.
+evaluation = model.evaluate(k=[10])
+print(evaluation.rows[["auc", "log_loss", "ne"]])
+print(evaluation.rankings[["recall@10", "ndcg@10"]])
+print(*evaluation.verdicts, sep="\n")
 
 # %% What to watch next; model.report is the page with everything else.
 best = model.recommend(k=3, users=[4, 6]).merge(films["title"], left_on="item_id", right_index=True)

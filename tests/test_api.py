@@ -1,17 +1,20 @@
 """Data frames in, data frames out."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from deepfm_dist import Model, fit
+from deepfm_dist.api import python_words
 from deepfm_dist.config import load_config
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from tests.ranks import run_alone
 
 ROOT = Path(__file__).parents[1]
@@ -31,13 +34,15 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
     return orders, articles
 
 
-def _fitted(folder: Path) -> dict[str, object]:
+COLUMNS = {"user": "who", "item": "what", "time": "day"}
+
+
+def _fitted(folder: Path) -> dict[str, Any]:
     del os.environ["RANK"]  # as in a notebook, every call makes a group of its own
     orders, articles = shop()
-    columns = {"user": "who", "item": "what", "time": "day"}
     model = fit(
         orders,
-        **columns,
+        **COLUMNS,
         items=articles,
         context=["device"],
         folder=folder,
@@ -45,53 +50,152 @@ def _fitted(folder: Path) -> dict[str, object]:
         trainer={"epochs": 2, "batch_size": 256},
         recommend={"context": {"device": "phone"}},
     )
-    figures = model.evaluate(k=[3, 5])
+    evaluation = model.evaluate(k=[3, 5])
     best = model.recommend(k=3, users=["u3", "u17"])
     rows = orders.iloc[[5, 2]].assign(who=["u3", "nobody"])
     return {
         "features": [f.model_dump(exclude_defaults=True) for f in model.config.data.features],
-        "figures": figures,
+        "rows": evaluation.rows,
+        "rankings": evaluation.rankings,
+        "verdicts": evaluation.verdicts,
+        "shown": (repr(evaluation), evaluation._repr_html_(), repr(model)),
         "best": best,
         "similar": model.similar(k=2),
         "scores": model.predict(rows),
         "again": Model.load(folder / "model.yaml").predict(rows),
+        "of_run": Model.load(folder / "runs" / "model").predict(rows),
         "report": model.report.read_text(),
     }
 
 
-def test_a_model_of_frames(tmp_path: Path) -> None:
+def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = run_alone(_fitted, tmp_path)
-    fields = {f["name"]: f for f in found["features"]}  # type: ignore[attr-defined]
+    assert capfd.readouterr().out == ""
+    fields = {f["name"]: f for f in found["features"]}
     assert list(fields) == ["user_id", "item_id", "tags", "price", "brand", "device"]
     assert "keep" not in fields["tags"]
     assert fields["price"]["kind"] == "numeric"
     assert fields["brand"] == {
         "name": "brand", "entity": "item", "file": "item-brand.parquet", "keep": "first"
     }  # fmt: skip
-    figures = found["figures"]
-    assert list(figures.index) == ["test rows", "model", "popularity"]
-    assert 0 < figures.loc["test rows", "auc"] < 1
-    assert 0 <= figures.loc["model", "recall@5"] <= 1
+    # Rows and rankings apart, with no empty cell; the same figures as in the run's log.
+    rows, rankings = found["rows"], found["rankings"]
+    assert (list(rows.index), list(rankings.index)) == (["test"], ["model", "popularity"])
+    assert not rows.isna().any(axis=None) and not rankings.isna().any(axis=None)
+    logged = json.loads((tmp_path / "runs/model/metrics.jsonl").read_text().splitlines()[-2])
+    assert logged["event"] == "evaluate"
+    assert rows.loc["test"].to_dict() == logged["rows"]
+    assert rankings.loc["model"].to_dict() == logged["figures"]["model"]
+    assert {"recall@3", "recall@5", "ndcg@5"} < set(rankings.columns)
+    [ranked, *_] = found["verdicts"]
+    assert "popularity: NDCG@5" in ranked and ranked in found["shown"][0]
+    assert found["shown"][1].count("<table") == 2
+    shown = found["shown"][2].splitlines()
+    assert shown[0].startswith(f"deepfm_dist model 'model': {tmp_path}/runs/model/checkpoints/step")
+    manifest = json.loads((tmp_path / "prepared/model/manifest.json").read_text())
+    assert shown[1] == f"  {manifest['splits']['train']['rows']} training rows, 40 users, 60 items"
+    assert shown[2] == "  fields: user_id, item_id, tags, price, brand, device"
+    assert len(shown) < 10 and max(map(len, shown[1:])) < 100
     best = found["best"]
     assert best["user_id"].tolist() == ["u17"] * 3 + ["u3"] * 3
     orders, _ = shop()
     for user, of_user in best.groupby("user_id"):
         assert not set(of_user["item_id"]) & set(orders["what"][orders["who"] == user])
     assert len(found["similar"]) == 2 * orders["what"].nunique()
-    assert found["scores"].index.tolist() == [5, 2]
-    pd.testing.assert_series_equal(found["scores"], found["again"])
+    scores = found["scores"]
+    assert (scores.index.tolist(), list(scores.columns)) == ([5, 2], ["logit", "probability"])
+    expected = 1 / (1 + np.exp(-scores["logit"].to_numpy(np.float64)))
+    np.testing.assert_allclose(scores["probability"], expected, rtol=1e-6)
+    pd.testing.assert_frame_equal(scores, found["again"])
+    pd.testing.assert_frame_equal(scores, found["of_run"])
     assert "thing 1" in found["report"]
     # The commands read the same run.
     config = load_config(str(tmp_path / "model.yaml"))
     assert (config.run_dir / "checkpoints").is_dir()
 
 
-def test_mistakes_are_told(tmp_path: Path) -> None:
+def _two_fits(folder: Path) -> dict[str, Any]:
+    del os.environ["RANK"]
     orders, _ = shop()
-    with pytest.raises(DataError, match=r"interactions: no column 'user'; there are: who, what"):
+    settings: dict[str, Any] = {"trainer": {"epochs": 1, "batch_size": 256}, "folder": folder}
+    first = fit(orders, **COLUMNS, model=SMALL, **settings)
+    before = first.predict(orders)
+    second = fit(orders, **COLUMNS, model={**SMALL, "embedding_dim": 8}, **settings)
+    other = orders[orders["what"] < 30]
+    third = fit(other, **COLUMNS, model=SMALL, **settings)
+    found: dict[str, Any] = {
+        "names": [m.config.run.name for m in (first, second, third)],
+        "first": (before, first.predict(orders)),
+        "second": second.predict(orders),
+    }
+    found["errors"] = errors = []
+    named: dict[str, Any] = {**COLUMNS, **settings, "name": "model"}
+    for frame, sizes in ((orders, {**SMALL, "embedding_dim": 8}), (other, SMALL)):
+        with pytest.raises(ConfigError) as caught:
+            fit(frame, **named, model=sizes)
+        errors.append(str(caught.value))
+    found["after"] = first.predict(orders)  # what was refused has changed nothing
+    found["same"] = fit(orders, **named, model=SMALL).predict(orders)
+    found["replaced"] = fit(
+        other, **named, model=SMALL, checkpoint={"resume": "never"}
+    ).config.run.name
+    with pytest.raises(CheckpointError) as caught:
+        first.predict(orders)
+    found["gone"] = str(caught.value)
+    return found
+
+
+def test_every_model_is_its_own(tmp_path: Path) -> None:
+    found = run_alone(_two_fits, tmp_path)
+    assert found["names"] == ["model", "model-2", "model-3"]
+    before, after = found["first"]
+    pd.testing.assert_frame_equal(before, after)
+    assert not np.allclose(before["logit"], found["second"]["logit"])
+    settings, frames = found["errors"]
+    assert (
+        f"{tmp_path}/runs/model holds a model 'model' of other settings; give this one" in settings
+    )
+    assert "of other data frames; give this one" in frames
+    assert settings.endswith('replace the model with checkpoint={"resume": "never"}')
+    pd.testing.assert_frame_equal(before, found["after"])
+    pd.testing.assert_frame_equal(before, found["same"])
+    assert found["replaced"] == "model"
+    assert (
+        "no longer the checkpoint of this model: its run was trained again; Model.load"
+        in found["gone"]
+    )
+
+
+def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders, _ = shop()
+    with pytest.raises(DataError, match=r"interactions: no column 'user'; available: who, what"):
         fit(orders, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"did you mean model\.embedding_dim"):
         fit(orders, user="who", item="what", folder=tmp_path, model={"embeding_dim": 3})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="not a file; give the configuration that fit wrote"):
+        Model.load(tmp_path / "nothing.yaml")
+    (tmp_path / "new.yaml").write_text(load_config("sample").to_yaml())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint; run fit\(\.\.\.\) first"):
+        Model.load("new.yaml")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("drop the row or set data.on_bad_row=skip", 'set data={"on_bad_row": "skip"}'),
+        ("optimizer.tables.lr=0.05: too high", 'optimizer={"tables": {"lr": 0.05}}: too high'),
+        ("set recommend.users=[4, 6]; or", 'set recommend={"users": [4, 6]}; or'),
+        ("(trainer.monitor=null, or", '(trainer={"monitor": None}, or'),
+        ("run python -m deepfm_dist.train first", "run fit(...) first"),
+        ("python -m deepfm_dist.evaluate, then", "Model.evaluate(), then"),
+        ("did you mean model.embedding_dim?", "did you mean model.embedding_dim?"),
+        ("my.data.root=3 and /data.csv", "my.data.root=3 and /data.csv"),
+    ],
+)
+def test_errors_speak_python(message: str, expected: str) -> None:
+    assert expected in python_words(message)
 
 
 def test_importing_the_package_is_light() -> None:

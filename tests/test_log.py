@@ -1,9 +1,11 @@
 """What a run writes down: JSON Lines, TensorBoard, listeners of one's own."""
 
 import json
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from deepfm_dist.events import (
     last,
     read_events,
 )
-from deepfm_dist.log import MetricsLog, TensorBoard
+from deepfm_dist.log import MetricsLog, TensorBoard, progress
 from tests.ranks import run_ranks
 from tests.test_distributed import config_of
 
@@ -228,3 +230,14 @@ def test_a_line_that_is_no_event_is_skipped_and_counted(
     assert [e.step for e in found if isinstance(e, TrainEvent)] == [1, 3]
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{path}: 1 of 3 lines skipped: damaged, or of another version")
+
+
+@pytest.mark.parametrize(("kernel", "shown"), [(object(), True), (None, False)])
+def test_progress_shows_in_notebooks(
+    monkeypatch: pytest.MonkeyPatch, kernel: object, shown: bool
+) -> None:
+    shell = SimpleNamespace(kernel=kernel)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    for is_first in (True, False):
+        with progress(3, "train", "step", is_first) as bar:
+            assert bar.disable is not (shown and is_first)
