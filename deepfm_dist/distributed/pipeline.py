@@ -71,6 +71,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         micro_batches: batches per optimizer step, whose gradients add up.
         bounds: of the gradients; default: none.
         asked_to_stop: whether this process was asked to.
+        overlapped: whether the next batches are prepared meanwhile; default: on CUDA.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         micro_batches: int = 1,
         bounds: GradientBounds | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        overlapped: bool | None = None,
     ) -> None:
         super().__init__(model, _Unused(), world.device, custom_model_fwd=self._forward)
         self._updates = optimizer
         self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
         self._bounds = bounds or GradientBounds()
+        self._overlapped = world.device.type != "cpu" if overlapped is None else overlapped
         self._of_dense = parameters_of(optimizer, "dense")
         self._of_tables = parameters_of(optimizer, "tables")
         # What forward changes by itself (running statistics); a skipped step puts it back.
@@ -109,12 +112,12 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         before = [buffer.clone() for buffer in self._buffers]
         self._updates.zero_grad()
         for _ in range(self._micro_batches):
-            if self._world.device.type == "cpu":
+            if self._overlapped:
+                self.progress(micro_batches)
+            else:
                 with self._timed("data"):
                     batch = next(micro_batches)
                 self._backward(self._forward(batch)[0])
-            else:
-                self.progress(micro_batches)
         if step.is_finite:
             with self._timed("optimizer"):
                 self._bounds.apply(self._of_tables, self._of_dense, self._world)

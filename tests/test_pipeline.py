@@ -1,0 +1,146 @@
+"""TorchRec's pipeline, which CUDA takes, against the plain loop that a CPU takes: both on CPU."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepfm_dist.build import bounds_of, shard_for_training, training_batches
+from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.pipeline import TrainPipeline
+from deepfm_dist.distributed.sharding import set_table_steps
+from deepfm_dist.distributed.world import world
+from deepfm_dist.seeding import derive_seed
+from tests.conftest import HISTORY
+from tests.ranks import run_ranks
+from tests.test_distributed import SMALL, config_of
+
+POISONED = 7
+STRETCHES = ((1, 6), (7, 12))
+
+
+def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
+    """Twelve steps, the seventh with a NaN in a label, with a validation in between."""
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        batches = training_batches(config, dataset, ranks)
+        parts = config.trainer.accumulate_steps
+        pipeline = TrainPipeline(
+            sharded,
+            optimizer,
+            ranks,
+            parts,
+            bounds_of(config.optimizer),
+            overlapped=overlapped,
+        )
+
+        def pieces(first: int, last: int) -> Iterator[Any]:
+            for step, batch in enumerate(batches.steps(first, last), first):
+                whole: Any = batch
+                if step == POISONED and ranks.rank == ranks.world_size - 1:
+                    field = "labels" if hasattr(batch, "labels") else "target_weights"
+                    value = getattr(batch, field) * math.nan
+                    whole = dataclasses.replace(whole, **{field: value})
+                yield from whole.split(parts)
+
+        found = []
+        for first, last in STRETCHES:
+            stream = pieces(first, last)
+            sharded.train()
+            for step in range(first, last + 1):
+                ranks.seed(derive_seed(1, "dropout", step, ranks.rank))
+                found.append(pipeline.train_step(stream).loss)
+            pipeline.detach()
+            sharded.eval()
+            with torch.no_grad():
+                sharded(next(iter(training_batches(rows_of(config), dataset, ranks).steps(1, 1))))
+            set_table_steps(sharded, last)
+        return found
+
+
+def rows_of(config: Config) -> Config:
+    trainer = config.trainer.model_copy(update={"loss": "bce", "candidates": None})
+    return config.model_copy(update={"trainer": trainer})
+
+
+CASES = {
+    "rows": [],
+    "batch norm and dropout": ["model.batch_norm=true", "model.dropout=0.2"],
+    "accumulated": [
+        "trainer.accumulate_steps=2",
+        "optimizer.tables={name: adam, lr: 0.003}",
+        "optimizer.max_norm=0.1",
+    ],
+    "softmax": [*HISTORY, "trainer.loss=softmax", "trainer.batch_size=61"],
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_pipeline_gives_the_losses_of_the_loop_bit_for_bit(
+    sample: PreparedDataset, with_history: PreparedDataset, case: str, size: int
+) -> None:
+    folder = (with_history if case == "softmax" else sample).folder
+    config = config_of(*SMALL, "trainer.batch_size=999", *CASES[case])
+    loop, pipeline = (run_ranks(losses, size, folder, config, kind) for kind in (False, True))
+    assert math.isnan(loop[0][POISONED - 1])
+    assert sum(map(math.isfinite, loop[0])) == len(loop[0]) - 1
+    assert len(set(loop[0])) == len(loop[0])
+    assert list(map(repr, pipeline)) == list(map(repr, loop))
+
+
+# Operations that launch nothing on a GPU: another view of the same memory, or a question.
+_FREE = (
+    *("view", "detach", "expand", "slice", "select", "transpose", "squeeze", "as_strided"),
+    *("aten.t.", "split", "alias", "permute", "is_pinned", "prim.", "sym_", "unbind", "lift_fresh"),
+    "profiler.",
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
+    """Of the sixth step."""
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        stream = iter(training_batches(config, dataset, ranks).steps(1, 9))
+        pipeline = TrainPipeline(sharded, optimizer, ranks, overlapped=overlapped)
+        for _ in range(5):
+            pipeline.train_step(stream)
+        with Operations() as found:
+            pipeline.train_step(stream)
+        pipeline.detach()
+        return dict(found.counts)
+
+
+MOST = {(1, False): 75, (1, True): 78, (2, False): 128, (2, True): 128}
+"""Operations of a step by world size and pipeline. Lower them with the code; a higher one needs
+a reason."""
+
+
+@pytest.mark.parametrize(("size", "overlapped"), MOST)
+def test_a_step_takes_no_more_operations_than_it_did(
+    sample: PreparedDataset, size: int, overlapped: bool
+) -> None:
+    counts = run_ranks(operations, size, sample.folder, config_of(*SMALL), overlapped)[0]
+    working = {k: n for k, n in counts.items() if not any(free in k for free in _FREE)}
+    assert sum(working.values()) <= MOST[size, overlapped], sorted(working.items())
