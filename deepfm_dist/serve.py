@@ -42,6 +42,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from deepfm_dist.serving.app import make_app
+        from deepfm_dist.serving.connections import BACKLOG, ImpatientProtocol, max_connections
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(
             f"serving needs {error.name}, which is not installed; "
@@ -60,8 +61,16 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     url = f"http://{arguments.host}:{listening.getsockname()[1]}"
     print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)
     app = make_app(live, LOOPBACK if arguments.host in LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    server.run(sockets=[listening])
+    ImpatientProtocol.limit = max_connections()
+    settings = uvicorn.Config(
+        app,
+        http=ImpatientProtocol,
+        ws="none",
+        backlog=BACKLOG,
+        log_level="error",  # a client's mistake is not worth a line
+        access_log=False,
+    )
+    uvicorn.Server(settings).run(sockets=[listening])
 
 
 def _check_settings(config: Config, overrides: Sequence[str]) -> None:
@@ -88,7 +97,7 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
 
 def _socket(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=2048)
+        return socket.create_server((host, port), backlog=128)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise EnvironmentProblem(

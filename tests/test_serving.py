@@ -178,6 +178,52 @@ def test_bodies_are_limited(client: Any) -> None:
     assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/healthz?x=1", "unknown parameter 'x'; none is allowed here"),
+        ("/users/4/recommendations?context=a&k=2", "unknown parameter 'context'; allowed: k"),
+        ("/users/4?k=2", "unknown parameter 'k'; allowed: limit"),
+        ("/items?query=Moon", "unknown parameter 'query'; allowed: q, limit"),
+        ("/items/9/similar?k=2&k=3", "k is given 2 times; give it once"),
+        ("/items/9/similar?k=x", "k: input should be a valid integer, unable to parse string"),
+    ],
+)
+def test_parameters_are_heeded_or_refused(client: Any, path: str, told: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()["detail"].startswith(told)) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b'{"items": ["9"], "k": NaN}', 422, "k: input should be a valid integer (got nan)"),
+        (b'{"items": ["9"], "k": 1e400}', 422, "k: input should be a valid integer (got inf)"),
+        (b'{"items": ["9"], "k": true}', 422, "k: input should be a valid integer (got True)"),
+        (b'{"items": [NaN]}', 422, "items.0: input should be a valid string (got nan)"),
+        (b'{"items": ["9"], "exclude": []}', 422, "unknown field 'exclude'; allowed: items, k"),
+        (b'{"k": 1}', 422, "items is missing"),
+        (b'["9"]', 422, "the body must be a JSON object with items, k"),
+        (b'{"items": ["\\ud800"]}', 404, "'\\ud800' is not in the training data"),
+        (b'{"items": ["9"]', 400, "the body is not JSON: Expecting ',' delimiter"),
+        (b'\xff{"items": ["9"]}', 400, "the body is not JSON in UTF-8"),
+        (b"[" * 100_000, 400, "the body is not JSON in UTF-8, is nested too deeply"),
+        (b'{"items": [' + b"9" * 5000 + b"]}", 400, "the body is not JSON in UTF-8, is nested"),
+    ],
+)
+def test_bodies_are_heeded_or_refused(client: Any, body: bytes, status: int, told: str) -> None:
+    answer = client.post("/recommend", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert answer.json()["detail"].startswith(told)
+
+
+def test_head_is_get_without_a_body(client: Any) -> None:
+    for path in ("/", "/healthz", "/users/4/recommendations", "/users/nobody", "/docs"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
 def test_requests_are_counted_by_route(client: Any) -> None:
     def count() -> float:
         line = 'deepfm_requests_total{route="/users/{user_id}/recommendations",status="200"} '

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -16,7 +18,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -89,10 +92,12 @@ class Health(BaseModel):
 class Described(BaseModel):
     """A user, described by items."""
 
+    model_config = ConfigDict(extra="forbid")
+
     items: list[Annotated[str | int, Field(union_mode="left_to_right")]] = Field(
         min_length=1, max_length=MAX_ITEMS
     )
-    k: int = Field(10, ge=1, le=MAX_K)
+    k: int = Field(10, ge=1, le=MAX_K, strict=True)
 
 
 class Problem(BaseModel):
@@ -108,8 +113,11 @@ NOT_ABLE: dict[int | str, dict[str, Any]] = {
     409: {"model": Problem, "description": "this model cannot do that"}
 }
 NOT_READABLE: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "the body is no JSON"},
+    400: {"model": Problem, "description": "the body is not JSON"},
     413: {"model": Problem, "description": "the body is too long"},
+}
+NOT_ALLOWED: dict[int | str, dict[str, Any]] = {
+    422: {"model": Problem, "description": "a parameter or field is unknown or has a bad value"}
 }
 
 
@@ -125,12 +133,15 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
         title="deepfm_dist",
         version=__version__,
         description=f"Recommendations of run {live.name}, step {live.step:,}.",
+        dependencies=[Depends(_refuse_unknown_parameters)],
+        responses=NOT_ALLOWED,
     )
     disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
     registry = CollectorRegistry()
     app.add_middleware(_Limited)
     app.add_middleware(_Watched, registry=registry)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(_AnswersHead)
 
     @app.exception_handler(Unknown)
     async def unknown(request: Request, error: Unknown) -> JSONResponse:
@@ -143,6 +154,22 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
     @app.exception_handler(Unsupported)
     async def unsupported(request: Request, error: Unsupported) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 409)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = error.errors()
+        if problems[0]["type"] == "json_invalid":
+            reason = problems[0]["ctx"]["error"]
+            return JSONResponse({"detail": f"the body is not JSON: {reason}"}, 400)
+        of_place = {_place(problem): _sentence(problem) for problem in reversed(problems)}
+        return JSONResponse({"detail": "; ".join(reversed(of_place.values()))}, 422)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        if error.detail == "There was an error parsing the body":
+            text = "the body is not JSON in UTF-8, is nested too deeply or has too long a number"
+            return JSONResponse({"detail": text}, error.status_code)
+        return await http_exception_handler(request, error)
 
     # An answer takes less time than handing it to a thread would.
 
@@ -207,6 +234,49 @@ def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
     return app
 
 
+async def _refuse_unknown_parameters(request: Request) -> None:
+    """Refuses what a route would ignore in silence.
+
+    Raises:
+        HTTPException: 422 with the names that are allowed.
+    """
+    route = request.scope["route"]
+    if not route.include_in_schema:  # the page
+        return
+    allowed = [parameter.alias for parameter in route.dependant.query_params]
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in allowed:
+            names = f"allowed: {', '.join(allowed)}" if allowed else "none is allowed here"
+            raise HTTPException(422, f"unknown parameter {_short(name)}; {names}")
+        if given.count(name) > 1:
+            raise HTTPException(422, f"{name} is given {given.count(name)} times; give it once")
+
+
+def _sentence(problem: Any) -> str:
+    """A validation error in words that name the field or parameter."""
+    name = _place(problem)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {_short(name)}; allowed: {', '.join(Described.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    if problem["type"] == "model_attributes_type":
+        return f"{name} must be a JSON object with {', '.join(Described.model_fields)}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name}: {message} (got {_short(problem['input'])})"
+
+
+def _place(problem: Any) -> str:
+    # Without the member of a union that did not fit.
+    where = [part for part in problem["loc"][1:] if part not in ("str", "int")]
+    return ".".join(map(str, where)) or "the body"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 50 else f"{text[:47]}..."
+
+
 def _item(card: Card) -> Item:
     return Item(id=card.id, title=card.title, tags=card.tags)
 
@@ -220,8 +290,20 @@ def _ranking(found: Sequence[tuple[Card, float]]) -> Ranking:
     )
 
 
+class _AnswersHead:
+    """Takes a HEAD for a GET; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class _Limited:
-    """Refuses bodies of more than `MAX_BODY_BYTES`, told or not."""
+    """Refuses bodies of more than `MAX_BODY_BYTES`, whether or not their length is declared."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
