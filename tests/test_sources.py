@@ -218,7 +218,7 @@ def test_times_are_numbers_or_iso_timestamps(tmp_path: Path, cell: str, seconds:
         (pa.array([2.0, float("nan")]), "number", "row 2: c nan is not a number"),
         (pa.array([2.0, float("nan")]), "time", "row 2: c nan is not a time"),
         (pa.array(["1", "x"]).dictionary_encode(), "number", "row 2: c 'x' is not a number"),
-        (pa.array([[1]]), "text", "column 'c' holds list.* and cannot be read as text"),
+        (pa.array([[1]]), "text", "column 'c' holds lists where one value is"),
         (pa.array([5, 2**63], pa.uint64()), "time", f"row 2: c {2**63} is not a time"),
         (pa.array([1.5, 1e19]), "time", r"row 2: c 1e\+19 is not a time"),
         (pa.array([-0.5, 0.9, 7e9]), "time", [-0.5, Decimal("0.9"), 7_000_000_000]),

@@ -24,6 +24,7 @@ import hashlib
 import logging
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import remove_leftovers, work_folder
@@ -96,6 +98,9 @@ def prepare(
             log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
+    data = crew.first_says(_with_lists(data, files) if crew.is_first else None)
+    if earlier is not None:
+        _check_meanings(data, earlier)
     aside: Path = crew.first_says(work_folder(folder))
     try:
         job = Job(data, files, seed, crew, aside / "dataset")
@@ -154,7 +159,13 @@ def _earlier(data: DataConfig, folder: Path) -> Manifest:
             f"set data.name (or run.name) to another name"
         )
     manifest = Manifest.read(before)
-    theirs = {f.name: f for f in manifest.features}
+    return manifest
+
+
+def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
+    """Refuses fields that mean something else than in the dataset whose rows stay in force."""
+    option = f"data.vocabulary_from={data.vocabulary_from}"
+    theirs = {f.name: f for f in earlier.features}
     for ours in data.features:
         now, then = ours.meaning, theirs.get(ours.name, ours).meaning
         for setting in now:
@@ -164,7 +175,42 @@ def _earlier(data: DataConfig, folder: Path) -> Manifest:
                     f"{then.get(setting)!r} in {option}, whose rows and statistics stay in force; "
                     f"set it back, give the field another name, or leave vocabulary_from out"
                 )
-    return manifest
+
+
+def _with_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> DataConfig:
+    """The configuration with `Feature.several` set for fields whose columns hold lists."""
+    holds: dict[str, bool] = {}
+    open_ones = [
+        f
+        for f in data.features
+        if (f.several, f.separator, f.history) == (None, None, None)
+        and f.kind == "categorical"
+        and not f.names_entity
+    ]
+    for name in dict.fromkeys(f.file or data.interactions.file for f in open_ones):
+        fields = [f for f in open_ones if (f.file or data.interactions.file) == name]
+        columns = {f.name: f.column or f.name for f in fields}
+        for file in files[name]:
+            try:
+                found = find_lists(file.path, [*columns.values()], data.files.get(name), name)
+            except EmptyFile:
+                continue
+            except DataError:  # reading says what is wrong
+                break
+            holds |= {field: column in found for field, column in columns.items()}
+            break
+    features = []
+    for feature in data.features:
+        if holds.get(feature.name):
+            if feature.fill is not None:
+                raise ConfigError(
+                    f"data.features: {feature.name}: fill is for a cell of one value, and the "
+                    f"column {feature.column or feature.name!r} holds lists; leave fill out"
+                )
+            log.info("%s: the column holds lists, so the field has several values", feature.name)
+            feature = feature.model_copy(update={"several": True})
+        features.append(feature)
+    return data.model_copy(update={"features": tuple(features)})
 
 
 def _current(folder: Path, wanted: str) -> Manifest | None:

@@ -15,7 +15,7 @@ from deepfm_dist.data.codes import Codes, hash_texts
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.schema import DataConfig, Feature
-from deepfm_dist.data.sources import Check, Column, ColumnType
+from deepfm_dist.data.sources import Check, Column, ColumnType, as_lists
 from deepfm_dist.data.times import read_clock
 from deepfm_dist.errors import DataError
 
@@ -60,14 +60,16 @@ def column_of(feature: Feature) -> Column:
     if feature.derive is not None:
         setting = f"time_format of the field {feature.name}" if _derives_time(feature) else None
         checks = (Check(partial(_underivable, feature), _source(feature), setting),)
-    return Column(name, required=False, checks=checks, purpose=purpose)
+    kind: ColumnType = "texts" if feature.in_lists else "text"
+    separator = feature.separator
+    return Column(name, kind, False, checks=checks, separator=separator, purpose=purpose)
 
 
 def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
     """Cells -> (row of each value, value): empty and missing cells gone, several values split.
 
     Args:
-        cells: ``[n]`` string.
+        cells: ``[n]`` string, or list of string.
         feature: its separator, its words for "missing" and what is put for them, and what it
             derives; where it keeps the first value only, a row has at most one.
 
@@ -84,8 +86,8 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
 def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
     """`split_cells` without what is derived."""
     owners = np.arange(len(cells), dtype=np.int64)
-    if feature.separator is not None:
-        lists = pc.split_pattern(cells, feature.separator)
+    if feature.in_lists:
+        lists = cells if pa.types.is_list(cells.type) else as_lists(cells, feature.separator)
         owners = np.asarray(pc.list_parent_indices(lists), dtype=np.int64)
         cells = lists.flatten()
     cells = pc.utf8_trim_whitespace(cells)
@@ -96,7 +98,7 @@ def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
         cells = pc.if_else(pa.array(mask), cells, feature.fill)
     elif not mask.all():
         owners, cells = owners[mask], cells.filter(pa.array(mask))
-    if feature.separator is not None and feature.keep == "first":
+    if feature.in_lists and feature.keep == "first":
         first = np.flatnonzero(np.diff(owners, prepend=-1))
         owners, cells = owners[first], cells.take(pa.array(first))
     return owners, cells
@@ -114,7 +116,12 @@ def _derived(cells: pa.Array, feature: Feature) -> pa.Array:
 
 
 def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` string -> ``[n]`` bool: cells with a value from which nothing can be derived."""
+    """``[n]`` cells -> ``[n]`` bool: those with a value from which nothing can be derived."""
+    if feature.in_lists:
+        owners, texts = _split(cells, feature)
+        bad = np.zeros(len(cells), bool)
+        bad[owners[np.asarray(pc.is_null(_derivable(texts, feature)))]] = True
+        return bad
     distinct = cells.dictionary_encode()
     owners, texts = _split(distinct.dictionary, feature.model_copy(update={"fill": None}))
     wrong = np.zeros(len(distinct.dictionary) + 1, bool)  # the last one stands for null

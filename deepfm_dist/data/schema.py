@@ -61,8 +61,8 @@ class Interactions(Section):
     """The rows to learn from: who did what, and perhaps when and how."""
 
     file: str
-    """File name under ``data.root``: csv, tsv, dat, libsvm or parquet, also gz and zst; with ``*``
-    it names many files, read in the order of their names."""
+    """File name under ``data.root``, of a format that docs/data.md lists; with ``*`` it names many
+    files, read in the order of their names."""
     user: str | None = None
     """Column of the user's id; needed for implicit data."""
     item: str | None = None
@@ -117,13 +117,16 @@ class Feature(Section):
     key: str | None = None
     """Column of that file with the entity's id; default: the interactions' column of the entity."""
     column: str | None = None
-    """Column that holds the value; default: the field's name (for a user or item field without
-    a file: the entity's own id). Where the interactions file holds a user's or item's field, the
-    first training row of each tells."""
+    """Column that holds the value, or a member of its objects (``genres.name``); default: the
+    field's name (for a user or item field without a file: the entity's own id). Where the
+    interactions file holds a user's or item's field, the first training row of each decides."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
     separator: str | None = Field(None, min_length=1)
-    """Splits one cell into several values: ``Comedy|Drama``."""
+    """Splits one cell into several values: ``Comedy|Drama``. Elements of lists are not split."""
+    several: bool | None = None
+    """Whether a cell may hold several values. Default: with a separator, and where the column holds
+    lists: Parquet's and JSON's, or text such as ``['Action', 'Drama']``. Preparation looks."""
     missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
     """Words or numbers that mean "no value", beside the empty cell."""
     fill: str | None = Field(None, min_length=1)
@@ -194,9 +197,14 @@ class Feature(Section):
         return self.entity != "context" and not self.is_id and self.history is None
 
     @property
+    def in_lists(self) -> bool:
+        """Whether its cells are read as lists of values."""
+        return self.kind == "categorical" and (self.separator is not None or bool(self.several))
+
+    @property
     def multi_valued(self) -> bool:
         """Whether one row may hold several values."""
-        many = self.separator is not None or (self.file is not None and self.entity != "context")
+        many = self.in_lists or (self.file is not None and self.entity != "context")
         return self.history is not None or (many and self.keep == "all")
 
     @property
@@ -207,15 +215,20 @@ class Feature(Section):
         model makes of them: a later dataset that keeps these rows may have it otherwise.
         """
         free = {"name", "file", "key", "column", "missing", "time_format", "min_count", "pooling"}
+        free.add("several")  # `multi_valued` says what became of it
         if self.transform != "bucket":
             free.add("buckets")
         said = self.model_dump(exclude=free)
-        return said | {"table": self.table_name, "entity's own id": self.names_entity}
+        return said | {
+            "table": self.table_name,
+            "entity's own id": self.names_entity,
+            "several values": self.multi_valued,
+        }
 
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         if self.kind == "numeric":
-            for option in ("separator", "table", "hash_rows", "fill", "derive"):
+            for option in ("separator", "several", "table", "hash_rows", "fill", "derive"):
                 if getattr(self, option) is not None:
                     raise ValueError(f"{option} is for categorical fields; {self.name} is numeric")
             if self.names_entity:
@@ -227,8 +240,15 @@ class Feature(Section):
         for option in ("fill", "derive"):
             if getattr(self, option) is not None and self.names_entity:
                 raise ValueError(f"{option} is for values; {self.name} is an id")
-        if self.fill is not None and self.separator is not None:
-            raise ValueError(f"{self.name}: fill is for a cell of one value; leave separator out")
+        if self.several is False and self.separator is not None:
+            raise ValueError(
+                f"{self.name}: a separator makes several values; leave one of them out"
+            )
+        if self.several and self.names_entity:
+            raise ValueError(f"several is for values; {self.name} is an id")
+        if self.fill is not None and self.in_lists:
+            option = "separator" if self.separator is not None else "several"
+            raise ValueError(f"{self.name}: fill is for a cell of one value; leave {option} out")
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
         if self.history is not None:

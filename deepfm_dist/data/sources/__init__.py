@@ -13,9 +13,12 @@ import pyarrow as pa
 
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType
-from deepfm_dist.data.sources.columnar import ParquetReader
+from deepfm_dist.data.sources.columnar import ColumnarReader
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
+from deepfm_dist.data.sources.json_lines import JsonLinesReader
+from deepfm_dist.data.sources.nested import as_lists, holds_lists
+from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 
 __all__ = [
@@ -25,33 +28,44 @@ __all__ = [
     "ColumnType",
     "EmptyFile",
     "InputFile",
+    "as_lists",
     "find_file",
     "find_files",
+    "find_lists",
     "in_tables",
     "laid_out_like",
     "read_batches",
     "read_table",
 ]
 
+_READERS: dict[str, type[Reader]] = {
+    ".parquet": ColumnarReader,
+    ".arrow": ColumnarReader,
+    ".orc": ColumnarReader,
+    ".jsonl": JsonLinesReader,
+}
+"""By suffix; any other file is delimited text."""
+
 
 def read_batches(
     path: str | Path,
     columns: Sequence[Column],
     layout: FileFormat | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: Literal["error", "skip"] | None = None,
     dropped: Counter[str] | None = None,
     name: str = "",
 ) -> Iterator[pa.RecordBatch]:
-    """Streams some columns of a csv, tsv, dat (``::``), libsvm or parquet file, gz and zst as well.
+    """Streams some columns of a file of any format that `docs/data.md` lists.
 
     Args:
-        path: the file, or its URL; the suffix tells the format.
+        path: the file, or its URL; the suffix names the format.
         columns: what to read, in the order wanted.
         layout: what the name does not tell: column names, delimiter, encoding.
-        on_bad_row: whether a row with an unreadable or empty required cell is an error or dropped.
+        on_bad_row: whether a row with an unreadable or empty required cell is an error or dropped;
+            None: an error that does not name this setting, where it has no effect.
         dropped: counts of dropped rows by reason, added to.
-        name: what `data.files` calls the file, for error messages and reasons; empty: it is read
-            as it is, whatever `data.files` says.
+        name: what `data.files` calls the file, for error messages and reasons; empty: `data.files`
+            does not describe it.
 
     Yields:
         Record batches with exactly ``columns``, typed as `Column` says.
@@ -60,25 +74,58 @@ def read_batches(
         EmptyFile: the file has no rows.
         DataError: the file is missing or malformed, lacks a column, or has a bad row.
     """
-    source, skip_bad = Source(str(path), name), on_bad_row == "skip"
+    source, skip_bad = Source(str(path), name, on_bad_row is not None), on_bad_row == "skip"
     counts = Counter[str]() if dropped is None else dropped
-    kind = ParquetReader if source.suffix == ".parquet" else DelimitedReader
-    once = list({column.name: column for column in columns}.values())
-    reader = kind(source, once, layout or FileFormat(), counts if skip_bad else None)
+    reader = _reader(source, columns, layout, counts if skip_bad else None)
     cells = CellTyper(source, columns, counts, skip_bad, reader.where, reader.cells)
     rows = 0
     for batch in reader.batches():
-        yield cells.typed(batch, first_row=rows)
+        yield cells.typed(batch, rows)
         rows += batch.num_rows
     if rows == 0:
         raise EmptyFile(f"{source.path}: no rows; expected at least one below the header")
+
+
+def _reader(
+    source: Source,
+    columns: Sequence[Column],
+    layout: FileFormat | None,
+    dropped: Counter[str] | None,
+) -> Reader:
+    """The reader of a file's format."""
+    source.check_contents()
+    kind = _READERS.get(source.suffix, DelimitedReader)
+    return kind(source, columns, layout or FileFormat(), dropped)
+
+
+def find_lists(
+    path: str | Path, names: Sequence[str], layout: FileFormat | None = None, name: str = ""
+) -> set[str]:
+    """Which columns of a file hold lists, by their types or, as text, by the first rows.
+
+    Args:
+        path: the file, or its URL.
+        names: the columns to look at.
+        layout: of the file.
+        name: what `data.files` calls it.
+
+    Raises:
+        EmptyFile: the file has no rows.
+        DataError: the file cannot be read, or lacks a column.
+    """
+    columns = [Column(name, "texts", required=False) for name in names]
+    reader = _reader(Source(str(path), name), columns, layout, Counter())
+    for batch in reader.batches():
+        if batch.num_rows:
+            return {c.name for c in columns if holds_lists(reader.cells(batch, c))}
+    raise EmptyFile(f"{path}: no rows; expected at least one below the header")
 
 
 def read_table(
     path: str | Path,
     columns: Sequence[Column],
     layout: FileFormat | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: Literal["error", "skip"] | None = None,
     dropped: Counter[str] | None = None,
     name: str = "",
 ) -> pa.Table:
@@ -115,5 +162,7 @@ def laid_out_like(
         return layout
     bare = layout.model_copy(update={"columns": None})
     source = Source(str(path))
-    reader = DelimitedReader(source, columns, bare, None)
+    reader = _reader(source, columns, bare, None)
+    if not isinstance(reader, DelimitedReader):
+        return bare
     return bare if {column.name for column in columns} <= set(reader.first_row()) else layout

@@ -1,5 +1,6 @@
 """Cells as a file has them -> the types that are asked for."""
 
+import json
 import logging
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepfm_dist.data.sources.nested import NestedError, as_lists, is_text, plain, texts_of
 from deepfm_dist.data.sources.source import Source, short
 from deepfm_dist.data.sources.text_stream import NO_TEXT
 from deepfm_dist.data.times import TIME, cure_for, read_times
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _TYPES = {
     "text": pa.string(),
+    "texts": pa.list_(pa.string()),
     "number": pa.float64(),
     "weight": pa.float32(),
     "time": TIME,
@@ -29,6 +32,7 @@ _TYPES = {
 }
 _WANTED = {
     "text": "text",
+    "texts": "text",
     "number": "a number",
     "weight": "a weight: a number above 0 is expected",
     "time": "a time",
@@ -38,7 +42,7 @@ _WANTED = {
 _TRUTH = {"false": 0.0, "true": 1.0}
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
-ColumnType = Literal["text", "number", "weight", "time", "label", "split"]
+ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,13 @@ class Column:
 
     Attributes:
         name: its name in the file.
-        type: text -> string; number -> float64; weight -> float32 above 0; time -> `times.TIME`;
-            label -> int8 0 or 1; split -> int8 0, 1 or 2 (train, valid, test).
+        type: text -> string; texts -> list of string; number -> float64; weight -> float32 above
+            0; time -> `times.TIME`; label -> int8 0 or 1; split -> int8 0, 1 or 2 (train, valid,
+            test).
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
         checks: what makes a row a bad one, too.
+        separator: of texts: what stands between the values of a cell that is not a list.
         formats: of a time, as `times.read_times` takes them.
         purpose: what it is read for, where one column of a file is read for several; the name that
             its values go by. Default: ``name``.
@@ -77,6 +83,7 @@ class Column:
     required: bool = True
     missing: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    separator: str | None = None
     formats: tuple[str, ...] = ()
     purpose: str = ""
 
@@ -126,30 +133,16 @@ class CellTyper:
         Raises:
             DataError: a cell or a column cannot be read as what it is to be.
         """
-        path, name = self._source.path, self._source.name
         arrays, bad = [], np.zeros(batch.num_rows, bool)
         for column in self._columns:
-            cells = _without(_plain(self._cells_of(batch, column)), column.missing)
-            if column.type == "text":
-                cells = _whole_as_integers(cells)
-            try:
-                values = (
-                    read_times(cells, column.formats)
-                    if column.type == "time"
-                    else _convert(cells, column.type)
-                )
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise DataError(
-                    f"{path}: column {column.name!r} holds {cells.type} and cannot be read "
-                    f"as {column.type}"
-                ) from None
+            cells, values = self._converted(column, batch)
             unreadable = pc.and_(pc.is_null(values), pc.is_valid(cells))
             if column.required:
                 unreadable = pc.is_null(values)
                 if column.type == "text":
                     unreadable = pc.or_kleene(unreadable, pc.equal(values, ""))
-            if self._skip_bad and column.type == "text":
-                no_text = pc.match_substring(values, NO_TEXT)
+            if self._skip_bad and column.type in ("text", "texts") and is_text(cells.type):
+                no_text = pc.match_substring(cells, NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
             faults = [(check.wrong(values), check.wanted, check.setting) for check in column.checks]
             if pc.any(unreadable, min_count=0).as_py() is not False:
@@ -159,17 +152,38 @@ class CellTyper:
             for wrong, wanted, setting in faults:
                 if wrong.any():
                     at, bad_cells = int(wrong.argmax()), cells.filter(pa.array(wrong))
-                    self._refuse(column.name, wanted, setting, bad_cells, first_row + at)
+                    self._refuse(column, wanted, setting, bad_cells, first_row + at)
                 bad |= wrong
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.key for c in self._columns])
         if bad.any():
-            self._dropped[f"{name}: rows with an unreadable cell"] += int(bad.sum())
+            self._dropped[f"{self._source.name}: rows with an unreadable cell"] += int(bad.sum())
             typed = typed.filter(pa.array(~bad))
         return typed
 
+    def _converted(self, column: Column, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
+        """A column's cells as they are read, null where empty, and their values."""
+        start = f"{self._source.path}: column {column.name!r}"
+        try:
+            cells = _without(plain(self._cells_of(batch, column)), column.missing)
+            if column.type == "texts":
+                return cells, as_lists(cells, column.separator)
+            if column.type == "time":
+                return cells, read_times(cells, column.formats)
+            if column.type == "text" and not pa.types.is_binary(cells.type):
+                cells = texts_of(cells)
+            return cells, _convert(cells, column.type)
+        except NestedError as error:
+            names = " or ".join(f"{column.name}.{member}" for member in error.members[:9])
+            cure = f"; name the member that is wanted: {names}" if names else ""
+            raise DataError(f"{start} {error}{cure}") from None
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise DataError(
+                f"{start} holds {cells.type} and cannot be read as {column.type}"
+            ) from None
+
     def _refuse(
-        self, name: str, wanted: str, setting: str | None, cells: pa.Array, row: int
+        self, column: Column, wanted: str, setting: str | None, cells: pa.Array, row: int
     ) -> None:
         """Names the first of some bad cells in an error, or the first of a file in a warning."""
         if self._skip_bad and self._warned:
@@ -183,7 +197,7 @@ class CellTyper:
         if setting and what != "is empty":
             texts = map(str, cells.slice(0, 1000).drop_null().unique().to_pylist())
             cure = cure_for([text for text in texts if text], setting)
-        path, where = self._source.path, self._where(row)
+        path, where, name = self._source.path, self._where(row), column.name
         if self._skip_bad:
             self._warned = True
             hint = f"; if all are written so, {cure}" if cure else ""
@@ -191,17 +205,15 @@ class CellTyper:
             return
         if cure is not None:
             raise DataError(f"{path}, {where}: {name} {shown} {what}; {cure}")
-        hint = f", or set {setting} to how times are written" if setting else ""
+        also = f", or set {setting} to how times are written" if setting else ""
+        first = ""
+        if column.type == "number" and not column.required and cell is not None:
+            word = json.dumps(str(cell), ensure_ascii=False)
+            first = f"where it means no value, set missing: [{word}] for its field, or "
         raise DataError(
-            f"{path}, {where}: {name} {shown} {what}; fix the row or set data.on_bad_row=skip{hint}"
+            f"{path}, {where}: {name} {shown} {what}; "
+            f"{first}fix the row{self._source.or_skip}{also}"
         )
-
-
-def _plain(cells: pa.Array) -> pa.Array:
-    """Cells without an encoding or a layout of their own."""
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
-    return cells.cast(pa.string()) if pa.types.is_string_view(cells.type) else cells
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -212,7 +224,7 @@ def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
     """Cells with some words, or the numbers that these words are, turned to null."""
     if not words:
         return cells
-    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+    if is_text(cells.type):
         found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
         return pc.if_else(found, None, cells)
     if not _is_number(cells.type):
@@ -235,7 +247,7 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
     if kind == "split":
         place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
         return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
-    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+    if is_text(cells.type):
         cells = _numbers(cells, _TRUTH if kind == "label" else {})
     cells = cells.cast(pa.float64(), safe=False)
     # NaN and infinity, in float32, are nothing to learn from.
@@ -259,26 +271,6 @@ def _numbers(cells: pa.Array, words: Mapping[str, float]) -> pa.Array:
         texts = distinct.dictionary.to_pylist()
         numbers = [words.get(t.lower(), _float_or_none(t)) for t in texts]
         return pa.array(numbers, pa.float64()).take(distinct.indices)
-
-
-def _whole_as_integers(cells: pa.Array) -> pa.Array:
-    """Floats -> text, as their integers have it, which pandas makes floats where there are gaps.
-
-    A gap is no id called nan, and ten thousand million is none called 1e+10. Decimals likewise:
-    1.00 is 1. What is neither stays as it is.
-    """
-    if pa.types.is_decimal(cells.type):
-        texts = [None if c is None else f"{c:f}" for c in cells.to_pylist()]
-        whole = [t if t is None or "." not in t else t.rstrip("0").rstrip(".") for t in texts]
-        return pa.array(whole, pa.string())
-    if not pa.types.is_floating(cells.type):
-        return cells
-    exact = cells.cast(pa.float64())
-    finite = pc.is_finite(exact)
-    whole = pc.and_(finite, pc.less(pc.abs(exact), 2.0**63))
-    whole = pc.and_(whole, pc.equal(pc.trunc(exact), exact))
-    digits = pc.if_else(whole, exact, None).cast(pa.int64()).cast(pa.string())
-    return pc.if_else(whole, digits, pc.if_else(finite, cells, None).cast(pa.string()))
 
 
 def _float_or_none(text: str | None) -> float | None:

@@ -1,50 +1,59 @@
-"""Parquet files: columns with types of their own."""
+"""Parquet, Arrow (Feather) and ORC files: columns with types of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.orc
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import EmptyFile, brief
+from deepfm_dist.data.sources.source import EmptyFile, Source, brief
 from deepfm_dist.errors import DataError
 
+_Read = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+_BATCH_ROWS = 1 << 20
 
-class ParquetReader(Reader):
-    """Reads Parquet files."""
+
+class ColumnarReader(Reader):
+    """Reads files whose columns have types."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""
-        opened, path = self.source.open(), self.source.path
+        path, format_name = self.source.path, self.source.suffix[1:]
         try:
-            file = pq.ParquetFile(opened)
+            present, read = _FORMATS[self.source.suffix](self.source)
         except self.source.failures as error:
             if "file size is 0 bytes" in str(error):
                 raise EmptyFile(f"{path}: the file is empty") from None
-            raise DataError(f"{path}: not a readable parquet file: {brief(error)}") from None
-        self.check_columns(file.schema_arrow.names)
-        names = [c.name for c in self.columns]
-        leaves = [file.schema.column(i) for i in range(len(file.schema.names))]
-        int96 = [c.name for c in leaves if c.physical_type == "INT96" and c.path in names]
+            raise DataError(f"{path}: not a readable {format_name} file: {brief(error)}") from None
+        self.locate(present)
+        names = self.names
         try:
-            if int96:
-                coarse = pq.ParquetFile(self.source.open(), coerce_int96_timestamp_unit="us")
-                batches = zip(_batches(file, names), _batches(coarse, names), strict=True)
-                yield from (_without_overflow(*both, int96) for both in batches)
-            else:
-                yield from _batches(file, names)
+            for batch in read(names):
+                yield batch.select(names)
         except self.source.failures as error:
-            raise DataError(f"{path}: a damaged parquet file: {brief(error)}") from None
+            raise DataError(f"{path}: a damaged {format_name} file: {brief(error)}") from None
 
 
-def _batches(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    for batch in file.iter_batches(columns=names, batch_size=1 << 20):
-        yield batch.select(names)
+def _parquet(source: Source) -> tuple[list[str], _Read]:
+    file = pq.ParquetFile(source.open())
+    leaves = [file.schema.column(i) for i in range(len(file.schema.names))]
+    int96 = {c.name for c in leaves if c.physical_type == "INT96" and c.path == c.name}
+
+    def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        batches = file.iter_batches(_BATCH_ROWS, columns=[*names])
+        if not (far := int96.intersection(names)):
+            return batches
+        coarse = pq.ParquetFile(source.open(), coerce_int96_timestamp_unit="us")
+        both = zip(batches, coarse.iter_batches(_BATCH_ROWS, columns=[*names]), strict=True)
+        return (_without_overflow(*pair, sorted(far)) for pair in both)
+
+    return file.schema_arrow.names, read
 
 
 def _without_overflow(
-    exact: pa.RecordBatch, coarse: pa.RecordBatch, names: list[str]
+    exact: pa.RecordBatch, coarse: pa.RecordBatch, names: Sequence[str]
 ) -> pa.RecordBatch:
     """Timestamps of INT96, in nanoseconds, or in microseconds where one is beyond the year 2262.
 
@@ -55,3 +64,29 @@ def _without_overflow(
         if pc.any(pc.greater(microseconds, (2**63 - 1) // 1000)).as_py():
             exact = exact.set_column(exact.schema.get_field_index(name), name, coarse[name])
     return exact
+
+
+def _arrow(source: Source) -> tuple[list[str], _Read]:
+    """Both of Arrow's formats: the file, which Feather is, and the stream."""
+    opened = source.open()
+    is_file = opened.read(6) == b"ARROW1"
+    opened.seek(0)
+    if not is_file:
+        stream = pa.ipc.open_stream(opened)
+        return stream.schema.names, lambda _: iter(stream)
+    file = pa.ipc.open_file(opened)
+    return file.schema.names, lambda _: map(file.get_batch, range(file.num_record_batches))
+
+
+def _orc(source: Source) -> tuple[list[str], _Read]:
+    file = pyarrow.orc.ORCFile(source.open())
+    return file.schema.names, lambda names: (
+        file.read_stripe(stripe, columns=[*names]) for stripe in range(file.nstripes)
+    )
+
+
+_FORMATS: dict[str, Callable[[Source], tuple[list[str], _Read]]] = {
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".orc": _orc,
+}

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +26,6 @@ from deepfm_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
 _DELIMITERS = {",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'}
 """What may separate cells, and how YAML has it."""
 _MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
@@ -86,7 +84,6 @@ class DelimitedReader(Reader):
             return "skip"
 
         names = list(self.layout.columns) if self.layout.columns else None
-        wanted = [c.name for c in self.columns]
 
         quotes: Quotes | None = None
 
@@ -104,7 +101,7 @@ class DelimitedReader(Reader):
                     invalid_row_handler=on_ragged if self.dropped is not None else None,
                 ),
                 pa_csv.ConvertOptions(
-                    column_types={name: pa.string() for name in wanted},
+                    column_types={name: pa.string() for name in self.names},
                     # The others' types would be guessed from the first block and then held to.
                     include_columns=only,
                     strings_can_be_null=True,
@@ -116,9 +113,9 @@ class DelimitedReader(Reader):
         reader: pa_csv.CSVStreamingReader | None = None
         try:
             try:
-                reader = opened(wanted)
+                reader = opened(self.names)
             except KeyError:  # a column is missing: look what there is
-                self.check_columns(opened(None).schema.names)
+                self.locate(opened(None).schema.names)
                 raise
             yield from reader
         except DataError:
@@ -171,12 +168,6 @@ class DelimitedReader(Reader):
             raise
         except self.source.failures:
             return  # the reader says why
-        for magic, suffix in _MAGIC.items():
-            if begin.startswith(magic):
-                raise DataError(
-                    f"{self.source.path}: not readable: it begins as {suffix} files do; call it "
-                    f"{Path(self.source.path).name}{suffix}"
-                )
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
                 f"{self.source.path}, line 1: not readable: it begins as UTF-16 does; "
@@ -188,7 +179,7 @@ class DelimitedReader(Reader):
         if not header:
             header = self.first_row()
         if header and NO_TEXT not in "".join(header):  # else the reader says where
-            self.check_columns(header)
+            self.locate(header)
 
     # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
 
@@ -245,7 +236,7 @@ class DelimitedReader(Reader):
                     break
         return (
             f"{self.source.path}, {where}: {n} cells where {expected} are expected: {short(text)}; "
-            f"fix the row or set data.on_bad_row=skip"
+            f"fix the row{self.source.or_skip}"
         )
 
     def _unbalanced(self, error: QuoteError) -> DataError:
@@ -255,7 +246,7 @@ class DelimitedReader(Reader):
             else "a cell begins with a quote that is not closed"
         )
         return DataError(
-            f"{self.source.path}, line {self._line_at(error.offset)}: {what}; mend it, or "
+            f"{self.source.path}, line {self._line_at(error.offset)}: {what}; fix it, or "
             f"{self._quotes_are_text}"
         )
 

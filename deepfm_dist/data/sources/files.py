@@ -30,7 +30,7 @@ class InputFile:
     def text_bytes(self) -> int:
         """About as many bytes as its rows would take as plain text."""
         suffix = Path(self.path).suffix.lower()
-        return self.size * (4 if suffix in PACKED or suffix == ".parquet" else 1)
+        return self.size * (4 if suffix in PACKED or suffix in (".parquet", ".orc") else 1)
 
 
 def find_files(root: str | Path, name: str) -> list[InputFile]:

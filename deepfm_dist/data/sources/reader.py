@@ -4,13 +4,33 @@ import difflib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.cells import Column
+from deepfm_dist.data.sources.nested import members
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.errors import DataError
+
+_MOST_NAMES = 100  # of columns, that an error line lists
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a column's cells come from.
+
+    Attributes:
+        column: the file's column; None where a folder of the path gives the value.
+        path: members of nested cells to follow: ``genres.name`` is the member name of the column
+            genres.
+        value: what the folder gives.
+    """
+
+    column: str | None
+    path: tuple[str, ...] = ()
+    value: str | None = None
 
 
 class Reader(ABC):
@@ -22,6 +42,9 @@ class Reader(ABC):
         layout: what the file's name does not tell.
         dropped: counts of dropped rows by reason, added to; None: a row that cannot be read is an
             error.
+
+    Attributes:
+        places: where the columns come from, by name; complete when the first batch is there.
     """
 
     def __init__(
@@ -33,10 +56,11 @@ class Reader(ABC):
     ) -> None:
         self.source, self.columns, self.layout = source, tuple(columns), layout
         self.dropped = dropped
+        self.places = {column.name: Place(column.name) for column in columns}
 
     @abstractmethod
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The columns wanted, by name, with the file's own types.
+        """The file's columns that `places` names, with the file's own types.
 
         Raises:
             EmptyFile: the file is empty.
@@ -44,8 +68,15 @@ class Reader(ABC):
         """
 
     def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
-        """A column's cells in a batch of `batches`."""
-        return batch.column(column.name)
+        """``[n]``: a column's cells in one of the `batches`.
+
+        Raises:
+            NestedError: the column has no such members.
+        """
+        place = self.places[column.name]
+        if place.column is None:
+            return pa.repeat(pa.scalar(place.value, pa.string()), batch.num_rows)
+        return members(batch.column(place.column), place.path)
 
     def where(self, row: int) -> str:
         """Where a row stands, for an error line.
@@ -63,8 +94,16 @@ class Reader(ABC):
         """
         return ""
 
-    def check_columns(self, present: Sequence[str]) -> None:
-        """Refuses a file that lacks a column, or has it twice.
+    @property
+    def names(self) -> list[str]:
+        """Columns of the file that `batches` gives, each once."""
+        named = [place.column for place in self.places.values() if place.column is not None]
+        return list(dict.fromkeys(named))
+
+    def locate(self, present: Sequence[str]) -> None:
+        """Finds out where each column comes from.
+
+        A column of that name comes first, then a member of one, then a folder of the path.
 
         Args:
             present: the columns that the file has.
@@ -73,15 +112,29 @@ class Reader(ABC):
             DataError: a column is missing, or two have its name.
         """
         for column in self.columns:
-            if column.name not in present:
-                near = difflib.get_close_matches(column.name, present, n=1)
+            if (place := self._place(column.name, present)) is None:
+                known = [*present, *self.source.partitions]
+                near = difflib.get_close_matches(column.name, known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                names = ", ".join(n if n.isprintable() else repr(n) for n in present)
+                names = ", ".join(n if n.isprintable() else repr(n) for n in known[:_MOST_NAMES])
+                names += ", ..." if len(known) > _MOST_NAMES else ""
                 raise DataError(
                     f"{self.source.path}: no column {column.name!r}; {hint}it has: {names}"
                     + self.layout_hint(present)
                 )
-            if list(present).count(column.name) > 1:
+            if place.column is not None and list(present).count(place.column) > 1:
                 raise DataError(
-                    f"{self.source.path}: two columns are called {column.name!r}; rename one"
+                    f"{self.source.path}: two columns are called {place.column!r}; rename one"
                 )
+            self.places[column.name] = place
+
+    def _place(self, name: str, present: Sequence[str]) -> Place | None:
+        if name in present:
+            return Place(name)
+        if name in self.source.partitions:
+            return Place(None, value=self.source.partitions[name])
+        parts = name.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            if (head := ".".join(parts[:cut])) in present:
+                return Place(head, tuple(parts[cut:]))
+        return None

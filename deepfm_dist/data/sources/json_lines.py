@@ -1,0 +1,187 @@
+"""JSON lines: an object per line; what is wrong is named by line."""
+
+import ast
+import io
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from deepfm_dist.data.sources.nested import json_text, text_of
+from deepfm_dist.data.sources.reader import Reader
+from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, brief, short
+from deepfm_dist.data.sources.text_stream import NO_TEXT, TextStream
+from deepfm_dist.errors import DataError
+
+_Objects = list[dict[str, Any]]
+_FROM_PYTHON = (
+    'python -c "import ast, json, sys; '
+    '[print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]"'
+)
+
+
+class JsonLinesReader(Reader):
+    """Reads an object per line, or one array of objects, which has to fit into memory.
+
+    Every value becomes text: numbers without a fraction as integers, lists and objects as JSON;
+    null and members that are not there become null.
+    """
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The members wanted, as text."""
+        seen: dict[str, None] = {}
+        names: list[str] = []
+        row = 0
+        for objects in self._blocks():
+            if not names or not seen.keys() >= set(names):
+                for found in objects:
+                    seen |= dict.fromkeys(found)
+            if not names:
+                # A member that objects may lack can still come in a later block.
+                optional = [c.name.split(".")[0] for c in self.columns if not c.required]
+                known = {*seen, *self.source.partitions}
+                self.locate([*seen, *(n for n in optional if n not in known)])
+                names = self.names
+            yield pa.RecordBatch.from_arrays(
+                [self._texts(name, [o.get(name) for o in objects], row) for name in names],
+                names=names,
+            )
+            row += len(objects)
+        if names:
+            self.locate([*seen])
+
+    def where(self, row: int) -> str:
+        """The line of an object; its number where the file is one array."""
+        if not self._is_array():
+            with suppress(*self.source.failures):
+                for number, (line, _) in enumerate(self._lines()):
+                    if number == row:
+                        return f"line {line}"
+        return f"object {row + 1}"
+
+    def _texts(self, name: str, values: list[Any], first_row: int) -> pa.Array:
+        """Values of a member as text."""
+        columns = [c for c in self.columns if self.places[c.name].column == name]
+        nested = all(c.type == "texts" or self.places[c.name].path for c in columns)
+        is_text = any(c.type in ("text", "texts") for c in columns)
+        texts = [v if type(v) is str else text_of(v, is_text) for v in values]
+        for at, value in enumerate(values):
+            if isinstance(value, list | dict):
+                if not nested and self.dropped is None:
+                    what = "a list" if isinstance(value, list) else "an object"
+                    cure = (
+                        "set several: true for its field"
+                        if isinstance(value, list)
+                        else f"name a member of it: column: {name}.{next(iter(value), 'MEMBER')}"
+                    )
+                    raise DataError(
+                        f"{self.source.path}, {self.where(first_row + at)}: {name} "
+                        f"{short(json_text(value))} is {what} where one value is expected; {cure}"
+                    )
+                texts[at] = json_text(value) if nested else NO_TEXT
+        try:
+            return pa.array(texts, pa.string())
+        except UnicodeEncodeError:  # half of a surrogate pair, as a cut text ends with
+            whole = [t and t.encode("utf-8", "replace").decode() for t in texts]
+            return pa.array(whole, pa.string())
+
+    # -- lines ------------------------------------------------------------------------------------
+
+    def _text(self) -> io.BufferedReader:
+        encoding = self.layout.encoding or "utf-8-sig"
+        return io.BufferedReader(
+            TextStream(self.source.stream(), encoding, replace=self.dropped is not None)
+        )
+
+    def _is_array(self) -> bool:
+        with suppress(*self.source.failures), self._text() as text:
+            return text.read(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        return False
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Number, from 1, and text of every line that is not blank."""
+        with self._text() as text:
+            for number, line in enumerate(text, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line := line.strip():
+                    yield number, line
+
+    def _blocks(self) -> Iterator[_Objects]:
+        """Objects of about `BLOCK_BYTES` of text."""
+        try:
+            if self._is_array():
+                yield self._array()
+                return
+            objects: _Objects = []
+            n_bytes = n_read = 0
+            wrong: DataError | None = None
+            for number, line in self._lines():
+                n_read += 1
+                try:
+                    found = json.loads(line.decode())
+                    if type(found) is not dict:
+                        raise ValueError("not an object")
+                    objects.append(found)
+                except (ValueError, RecursionError) as error:
+                    wrong = wrong or self._bad_line(number, line, error)
+                    if self.dropped is None:
+                        raise wrong from None
+                    self.dropped[f"{self.source.name}: lines that are no JSON object"] += 1
+                n_bytes += len(line)
+                if n_bytes >= BLOCK_BYTES:
+                    if wrong is not None and not objects:
+                        raise wrong
+                    yield objects
+                    objects, n_bytes = [], 0
+            if wrong is not None and not objects:
+                raise wrong
+            if n_read == 0:
+                raise EmptyFile(f"{self.source.path}: the file is empty")
+            yield objects
+        except DataError:
+            raise
+        except self.source.failures as error:
+            raise DataError(f"{self.source.path}: not readable: {brief(error)}") from None
+
+    def _array(self) -> _Objects:
+        with self._text() as text:
+            try:
+                found = json.loads(text.read().decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self.source.path}: not readable as a JSON array: {brief(error)}"
+                ) from None
+        for number, value in enumerate(found, start=1):
+            if not isinstance(value, dict):
+                raise DataError(
+                    f"{self.source.path}: element {number} of the array, {short(value)}, is not an "
+                    f"object; write one object for each row"
+                )
+        if not found:
+            raise EmptyFile(f"{self.source.path}: the array is empty")
+        return found
+
+    def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
+        path, text = self.source.path, line.decode(errors="replace")
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            if isinstance(ast.literal_eval(text), dict):
+                unpack = self.source.unpack_command
+                target = f"{Path(path).name.split('.')[0]}.jsonl"
+                return DataError(
+                    f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
+                    f"{unpack} {shlex.quote(path)} | {_FROM_PYTHON} > {target}"
+                )
+        if isinstance(error, UnicodeError):
+            return DataError(
+                f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "
+                + self.source.cure("name the encoding", "encoding: ...", "save it as UTF-8")
+            )
+        return DataError(
+            f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "
+            f"called {self.source.suffix} has one in each line; fix the row{self.source.or_skip}"
+        )

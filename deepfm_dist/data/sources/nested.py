@@ -1,0 +1,242 @@
+"""Nested values: lists, objects and their members, in Arrow's types or written as text."""
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_LITERAL = r"(?s)\A\s*\[.*\]\s*\z"
+_NUMPY = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s+(?:'[^']*'|"[^"]*"))+\s*\]""")
+_QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+_NUMBERS = re.compile(r"\s*[-+.\deE]+(?:\s+[-+.\deE]+)*\s*")
+_SAMPLE = 1000
+
+
+class NestedError(ValueError):
+    """Cells are nested otherwise than is asked for.
+
+    Args:
+        message: what is wrong, to follow the column's name.
+        members: what the cells' objects have, one of which would do.
+    """
+
+    def __init__(self, message: str, members: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.members = tuple(members)
+
+
+def plain(cells: pa.Array) -> pa.Array:
+    """Cells without an encoding or a layout of their own."""
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    return cells.cast(pa.string()) if pa.types.is_string_view(cells.type) else cells
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether cells of a type are texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether cells of a type are lists."""
+    kinds = pa.types
+    return (
+        kinds.is_list(kind)
+        or kinds.is_large_list(kind)
+        or kinds.is_fixed_size_list(kind)
+        or kinds.is_list_view(kind)
+        or kinds.is_large_list_view(kind)
+    )
+
+
+def holds_lists(cells: pa.Array) -> bool:
+    """Whether cells are lists: by their type, or at least half of the first ones as text."""
+    cells = plain(cells)
+    if not is_text(cells.type):
+        return is_list(cells.type)
+    cells = cells.drop_null()
+    sample = cells.filter(pc.not_equal(cells, "")).slice(0, _SAMPLE)
+    found = pc.sum(pc.match_substring_regex(sample, _LITERAL)).as_py() or 0
+    return len(sample) > 0 and 2 * found >= len(sample)
+
+
+def members(cells: pa.Array, path: tuple[str, ...]) -> pa.Array:
+    """Members of nested cells: of ``[{"name": "a"}, {"name": "b"}]`` name is ``["a", "b"]``.
+
+    Args:
+        cells: ``[n]`` structs, maps or lists of them; or texts that are JSON or Python literals.
+        path: names, outermost first.
+
+    Returns:
+        ``[n]`` the members; of texts again texts.
+
+    Raises:
+        NestedError: there is no such member.
+    """
+    for name in path:
+        cells = _member(plain(cells), name)
+    return cells
+
+
+def _member(cells: pa.Array, name: str) -> pa.Array:
+    kind = cells.type
+    if pa.types.is_struct(kind):
+        known = [kind.field(i).name for i in range(kind.num_fields)]
+        if name not in known:
+            raise NestedError(f"has no member {name!r}; its members: {', '.join(known)}")
+        return pc.struct_field(cells, [name])
+    if pa.types.is_map(kind) and is_text(kind.key_type):
+        return pc.map_lookup(cells, pa.scalar(name, kind.key_type), "first")
+    if is_list(kind):
+        lists = cells.cast(pa.list_(kind.value_type))
+        return _listed(lists, _member(plain(pc.list_flatten(lists)), name))
+    if is_text(kind):
+        return _of_distinct(cells, lambda text: json_text(_get(_parsed(text), name)), pa.string())
+    raise NestedError(f"holds {kind}, which has no member {name!r}")
+
+
+def _get(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, dict):
+        return None if value is None else value.get(name)
+    if isinstance(value, list):
+        return [_get(element, name) for element in value]
+    raise NestedError(f"holds {value!r}, which has no member {name!r}")
+
+
+def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
+    """Cells -> lists of texts.
+
+    Elements of lists are taken as they are; a text in square brackets is a list, with or without
+    quotes around its elements; any other text is split at the separator.
+
+    Args:
+        cells: ``[n]`` lists or single values.
+        separator: between the values of a text; None: it is one value.
+
+    Returns:
+        ``[n]`` list of string, empty where the cell is null.
+
+    Raises:
+        NestedError: elements are lists or objects.
+    """
+    if is_list(cells.type):
+        lists = cells.cast(pa.list_(cells.type.value_type))
+        return _listed(lists, texts_of(pc.list_flatten(lists)))
+    texts = texts_of(cells)
+    if pc.any(pc.match_substring_regex(texts, _LITERAL)).as_py():
+        return _of_distinct(texts, lambda t: _elements(t, separator), pa.list_(pa.string()))
+    if separator is not None:
+        return pc.split_pattern(texts, separator)
+    offsets = np.concatenate([[0], np.cumsum(np.asarray(texts.is_valid()), dtype=np.int32)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.drop_null())
+
+
+def texts_of(cells: pa.Array) -> pa.Array:
+    """Single values -> text.
+
+    Floats without a fraction become what their integers are, since pandas makes floats of integers
+    with gaps: 1e10 is 10000000000, NaN is null. Likewise decimals: 1.00 is 1.
+
+    Raises:
+        NestedError: they are lists or objects.
+    """
+    cells = plain(cells)
+    kind = cells.type
+    if pa.types.is_struct(kind):
+        known = [kind.field(i).name for i in range(kind.num_fields)]
+        raise NestedError("holds objects", known)
+    if is_list(kind):
+        raise NestedError(
+            "holds lists where one value is expected; write a row for each, as pandas' explode does"
+        )
+    if pa.types.is_decimal(kind):
+        texts = [None if c is None else f"{c:f}" for c in cells.to_pylist()]
+        whole = [t if t is None or "." not in t else t.rstrip("0").rstrip(".") for t in texts]
+        return pa.array(whole, pa.string())
+    if pa.types.is_floating(kind):
+        exact = cells.cast(pa.float64())
+        finite = pc.is_finite(exact)
+        integral = pc.and_(finite, pc.less(pc.abs(exact), 2.0**63))
+        integral = pc.and_(integral, pc.equal(pc.trunc(exact), exact))
+        digits = pc.if_else(integral, exact, None).cast(pa.int64()).cast(pa.string())
+        return pc.if_else(integral, digits, pc.if_else(finite, cells, None).cast(pa.string()))
+    return cells.cast(pa.string())
+
+
+def text_of(value: Any, gaps_are_null: bool = True) -> str | None:
+    """A Python value as `texts_of` writes it.
+
+    Args:
+        value: None, a bool, a number or a text.
+        gaps_are_null: whether NaN and infinity are null; else they are their names.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None if gaps_are_null else str(value)
+        return str(int(value)) if value.is_integer() and abs(value) < 2.0**63 else repr(value)
+    return None if value is None else str(value)
+
+
+def json_text(value: Any) -> str | None:
+    """A Python value as text: lists and objects as JSON."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return text_of(value)
+
+
+def _listed(lists: pa.Array, elements: pa.Array) -> pa.ListArray:
+    """Other elements in the place of a list array's flattened ones."""
+    lengths = np.asarray(pc.list_value_length(lists).fill_null(0))
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements)
+
+
+def _of_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
+    """A Python function of each cell, called once for each distinct one; null stays null."""
+    distinct = cells.dictionary_encode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a backslash in a Python literal
+        values = [function(text) for text in distinct.dictionary.to_pylist()]
+    return pa.array(values, kind).take(distinct.indices)
+
+
+def _parsed(text: str) -> Any:
+    """A JSON or Python literal; a text that is neither, as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _elements(text: str, separator: str | None) -> list[str]:
+    """The values in a cell: of a list literal, or between separators."""
+    body = text.strip()
+    values: Any = None
+    if body.startswith("[") and body.endswith("]"):
+        if _NUMPY.fullmatch(body):  # ['a' 'b']: to Python, one text
+            values = [single or double for single, double in _QUOTED.findall(body)]
+        else:
+            values = _parsed(body)
+        if isinstance(values, str) and not set(body[1:-1]) & set("[]'\""):
+            inner = body[1:-1]
+            values = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(",")
+    if not isinstance(values, list):
+        return text.split(separator) if separator is not None else [text]
+    if any(isinstance(value, dict) for value in values):
+        raise NestedError("holds objects", next(v for v in values if isinstance(v, dict)))
+    if any(isinstance(value, list | tuple | set) for value in values):
+        raise NestedError("holds lists of lists")
+    return [t for t in map(text_of, values) if t is not None]

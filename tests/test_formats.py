@@ -1,0 +1,387 @@
+"""Formats other than delimited text, packings, lists and partition columns."""
+
+import bz2
+import gzip
+import json
+import lzma
+import shlex
+import subprocess
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.orc
+import pyarrow.parquet as pq
+import pytest
+
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.schema import DataConfig, FileFormat
+from deepfm_dist.data.sources import Column, find_lists, json_lines, read_table
+from deepfm_dist.errors import ConfigError, DataError
+
+COLUMNS = [Column("user"), Column("score", "number")]
+EXPECTED = {"user": ["007", "b"], "score": [1.5, -2.0]}
+CSV = b"user,score\n007,1.5\nb,-2\n"
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".zip", ".lz4", ".gz", ".zst"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_packed_text_is_unpacked_by_its_suffix(tmp_path: Path, suffix: str, remote: bool) -> None:
+    path = tmp_path / f"a.csv{suffix}"
+    halves = CSV[:15], CSV[15:]
+    if suffix == ".bz2":  # as parallel packers write it: several streams
+        path.write_bytes(b"".join(map(bz2.compress, halves)))
+    elif suffix == ".xz":
+        path.write_bytes(b"".join(map(lzma.compress, halves)))
+    elif suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("__MACOSX/._a.csv", b"\0")
+            archive.writestr("folder/a.csv", CSV)
+    else:
+        with pa.output_stream(
+            path, compression={".gz": "gzip", ".zst": "zstd"}.get(suffix, "lz4")
+        ) as file:
+            file.write(CSV)
+    assert path.read_bytes() != CSV
+    url = f"file://{path}" if remote else path
+    assert read_table(url, COLUMNS).to_pydict() == EXPECTED
+
+
+def test_a_zip_archive_is_named_by_what_is_in_it(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("t.tsv", CSV.replace(b",", b"\t"))
+    assert read_table(tmp_path / "t.zip", COLUMNS).to_pydict() == EXPECTED
+    with zipfile.ZipFile(tmp_path / "t.zip", "a") as archive:
+        archive.writestr("u.tsv", b"")
+    with pytest.raises(DataError, match=r"holds 2 files, .*unzip t.zip and name .*t.tsv, u.tsv"):
+        read_table(tmp_path / "t.zip", COLUMNS)
+
+
+TABLE = pa.table({"user": ["007", "b"], "score": [1.5, -2.0], "more": [1, 2]})
+
+
+@pytest.mark.parametrize("name", ["a.feather", "a.arrow", "a.arrows", "a.orc", "a.parquet", "a.pq"])
+def test_typed_columns_are_read_from_every_format(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith("orc"):
+        pyarrow.orc.write_table(TABLE, path, compression="zstd")
+    elif name.endswith(("parquet", "pq")):
+        pq.write_table(TABLE, path)
+    else:
+        new = pa.ipc.new_stream if name.endswith("arrows") else pa.ipc.new_file
+        with new(path, TABLE.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as file:
+            file.write_table(TABLE)
+    assert read_table(path, COLUMNS).to_pydict() == EXPECTED
+    with pytest.raises(DataError, match=r"no column 'users'; did you mean 'user'\?"):
+        read_table(path, [Column("users")])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"not a readable|damaged"):
+        read_table(path, COLUMNS)
+
+
+TAR = gzip.compress(b"x" * 257 + b"ustar")
+
+
+def _workbook(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.csv", bz2.compress(CSV), r"begins as \.bz2 files do; call it a\.csv\.bz2$"),
+        ("a.csv", lzma.compress(CSV), r"begins as \.xz files do; call it a\.csv\.xz$"),
+        ("a.csv.gz", CSV, r"is not packed as \.gz; call it a\.csv$"),
+        ("a.csv.gz", bz2.compress(CSV), r"begins as \.bz2 files do; call it a\.csv\.bz2$"),
+        ("a.csv", b"ARROW1\0\0", r"begins as \.arrow files do; call it a\.csv\.arrow$"),
+        ("a.tgz", TAR, r"a tar archive, .*tar -xf a\.tgz"),
+        ("a.tar.gz", TAR, r"a tar archive, .*tar -xf a\.tar\.gz"),
+        ("a.parquet.gz", gzip.compress(b"PAR1\x15"), r"gunzip -c a\.parquet\.gz > a\.parquet$"),
+        ("a.csv", b"\x89HDF\r\n", r"an HDF5 file, .*pandas\.read_hdf\('a\.csv'\)\.to_parquet"),
+        ("a.pkl", b"\x80\x04\x95", r"a Python pickle, which is not read; python -c .*read_pickle"),
+        ("a.csv", b"<!DOCTYPE html>\n<html>", r"an HTML page, .*download the file again"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "fetch the file with git lfs"),
+        ("a.sqlite", b"SQLite format 3\0", "an SQLite database, .*export the table as CSV"),
+    ],
+)
+def test_what_is_not_what_its_name_says_is_named(
+    tmp_path: Path, name: str, raw: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / name, COLUMNS)
+
+
+def test_a_workbook_is_named_whatever_it_is_called(tmp_path: Path) -> None:
+    for name in ("a.xlsx", "a.csv", "a.zip"):
+        _workbook(tmp_path / name)
+        with pytest.raises(DataError, match="an Excel workbook, which is not read; save it as CSV"):
+            read_table(tmp_path / name, COLUMNS)
+
+
+# -- lists ---------------------------------------------------------------------------------------
+
+TAGS = [["a, b", "c"], [], None, ["c"]]
+WRITTEN = {
+    "python": ["['a, b', 'c']", "[]", "", "['c']"],
+    "json": ['["a, b", "c"]', "[]", "", '["c"]'],
+    "numpy": ["['a, b' 'c']", "[]", "", "['c']"],
+}
+
+
+@pytest.mark.parametrize("form", [*WRITTEN, "list", "large_list", "dictionary", "json lines"])
+@pytest.mark.parametrize("separator", [None, ","])
+def test_lists_are_several_values(tmp_path: Path, form: str, separator: str | None) -> None:
+    path = tmp_path / "a.parquet"
+    if form in WRITTEN:
+        path = tmp_path / "a.csv"
+        pd.DataFrame({"tags": WRITTEN[form], "x": "y"}).to_csv(path, index=False)
+    elif form == "json lines":
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"tags": tags}) + "\n" for tags in TAGS))
+    else:
+        text = pa.dictionary(pa.int32(), pa.string()) if form == "dictionary" else pa.string()
+        kind = pa.large_list(text) if form == "large_list" else pa.list_(text)
+        pq.write_table(pa.table({"tags": pa.array(TAGS, kind)}), path)
+    assert find_lists(path, ["tags"]) == {"tags"}
+    column = Column("tags", "texts", required=False, separator=separator)
+    found = read_table(path, [column])["tags"].to_pylist()
+    assert [values or [] for values in found] == [["a, b", "c"], [], [], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "values"),
+    [
+        ("[27, 9]", ["27", "9"]),
+        ("[27.0, None, 1.5]", ["27", "1.5"]),
+        ("[1 2 3]", ["1", "2", "3"]),
+        ("[Action, Drama]", ["Action", " Drama"]),
+        ("[REC]", ["REC"]),
+        ("[a] or [b]", ["[a] or [b]"]),
+        ('["it\'s", "so \\"good\\""]', ["it's", 'so "good"']),
+        ("Comedy|Drama", ["Comedy", "Drama"]),
+    ],
+)
+def test_cells_of_lists_as_text(tmp_path: Path, cell: str, values: list[str]) -> None:
+    pd.DataFrame({"tags": [cell], "x": 1}).to_csv(tmp_path / "a.csv", index=False)
+    column = Column("tags", "texts", required=False, separator="|")
+    assert read_table(tmp_path / "a.csv", [column])["tags"].to_pylist() == [values]
+
+
+GENRES = [
+    [{"id": 28, "name": "Action"}, {"id": 18, "name": "Drama"}],
+    [],
+    [{"id": 18, "name": "Drama"}],
+]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "json in csv", "python in csv"])
+def test_a_member_of_objects_is_taken(tmp_path: Path, form: str) -> None:
+    path = tmp_path / ("a.csv" if "csv" in form else f"a.{form}")
+    frame = pd.DataFrame({"genres": GENRES, "at": [{"hour": 7}, {"hour": 8}, {}]})
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pandas(frame), path)
+    elif form == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.map(json.dumps if form == "json in csv" else repr).to_csv(path, index=False)
+    columns = [
+        Column("genres.name", "texts", required=False),
+        Column("genres.id", "texts", required=False),
+        Column("at.hour", "number", required=False),
+    ]
+    assert find_lists(path, ["genres.name", "at.hour"]) == {"genres.name"}
+    assert read_table(path, columns).to_pydict() == {
+        "genres.name": [["Action", "Drama"], [], ["Drama"]],
+        "genres.id": [["28", "18"], [], ["18"]],
+        "at.hour": [7.0, 8.0, None],
+    }
+    with pytest.raises(DataError, match=r"holds objects; .*: genres\.id or genres\.name"):
+        read_table(path, [Column("genres", "texts", required=False)])
+    if form == "parquet":
+        with pytest.raises(DataError, match=r"has no member 'nam'; its members: id, name"):
+            read_table(path, [Column("genres.nam", "texts")])
+
+
+def _prepared(root: Path, features: list[dict[str, Any]], **data: Any) -> tuple[Manifest, Path]:
+    rows = {"file": "rows.csv", "user": "user", "item": "item"}
+    ids = [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}]
+    config = DataConfig.model_validate(
+        {
+            "interactions": rows,
+            "features": [*ids, *features],
+            "split": {"valid": 0, "test": 0},
+            **data,
+        }
+    )
+    return prepare(config, root, root / "prepared", seed=1), root / "prepared"
+
+
+def test_a_field_on_a_column_of_lists_has_several_values(tmp_path: Path) -> None:
+    """Of the rows and of a file of items, without a separator."""
+    rows = pd.DataFrame({"user": [*"aabb"], "item": [*"xyxy"]})
+    rows["tags"] = ["['p', 'q']", "['q']", "[]", "['p', 'q']"]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    items = pa.table({"item": ["x", "y"], "genres": [["Drama", "War"], ["War"]]})
+    pq.write_table(items, tmp_path / "items.parquet")
+    features = [{"name": "tags"}, {"name": "genres", "entity": "item", "file": "items.parquet"}]
+    manifest, folder = _prepared(tmp_path, features)
+    assert [f.several for f in manifest.features] == [None, None, True, True]
+    ids = {
+        name: pq.read_table(folder / f"vocabulary/{name}.parquet")["id"].to_pylist()
+        for name in ("item", "tags", "genres")
+    }
+    train = pq.read_table(folder / "train").to_pylist()
+    found = sorted(sorted(ids["tags"][r] for r in row["tags"]) for row in train)
+    assert found == [[], ["p", "q"], ["p", "q"], ["q"]]
+    entities = pq.read_table(folder / "entities/item.parquet").to_pylist()[1:]
+    assert {e["id"]: sorted(ids["genres"][r] for r in e["genres"]) for e in entities} == {
+        "x": ["Drama", "War"],
+        "y": ["War"],
+    }
+    with pytest.raises(ConfigError, match=r"tags: fill is for a cell of one value.*holds lists"):
+        _prepared(tmp_path, [{"name": "tags", "fill": "none"}])
+    manifest, folder = _prepared(tmp_path, [{"name": "tags", "several": False}])
+    assert pq.read_schema(folder / "train/part-00000.parquet").field("tags").type == pa.int32()
+
+
+# -- partitions of folders -----------------------------------------------------------------------
+
+
+def _whole(cell: Any) -> Any:
+    """A time as whole seconds; any other cell as it is."""
+    return cell["whole"] if isinstance(cell, dict) else cell
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_folders_give_columns(tmp_path: Path, suffix: str) -> None:
+    for day, shop in (("2024-01-01", "a%2Fb"), ("2024-01-02", "__HIVE_DEFAULT_PARTITION__")):
+        path = tmp_path / f"dt={day}/shop={shop}/part-0.{suffix}"
+        path.parent.mkdir(parents=True)
+        frame = pd.DataFrame({"user": ["u", "v"]})
+        if suffix == "parquet":
+            frame.to_parquet(path)
+        elif suffix == "csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_json(path, orient="records", lines=True)
+    columns = [Column("user"), Column("dt", "time"), Column("shop", required=False)]
+    tables = [read_table(path, columns) for path in sorted(tmp_path.glob("*/*/*"))]
+    found = [{n: [_whole(c) for c in t[n].to_pylist()] for n in t.column_names} for t in tables]
+    day = pd.Timestamp("2024-01-01").value // 10**9
+    assert found == [
+        {"user": ["u", "v"], "dt": [day] * 2, "shop": ["a/b"] * 2},
+        {"user": ["u", "v"], "dt": [day + 86400] * 2, "shop": [None] * 2},
+    ]
+    with pytest.raises(DataError, match=r"no column 'day'; .*it has: user, dt, shop"):
+        read_table(next(tmp_path.glob(f"*/*/*.{suffix}")), [Column("day")])
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+VALUES = [
+    {"user": "007", "n": 1.0, "at": "2020-01-31 12:00:00", "gone": None},
+    {"user": 2**63 + 5, "n": 2.5, "at": 86400},
+    {"user": 7.0, "n": "3", "at": "1970-01-01", "é": "\ud83d\ude00"},
+    {"user": True, "n": None, "at": 0},
+]
+
+
+@pytest.mark.parametrize("form", ["lines", "blocks", "array", "ndjson.gz", "utf-16"])
+def test_json_is_read(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "blocks":
+        monkeypatch.setattr(json_lines, "BLOCK_BYTES", 60)
+    text = "\r\n\n".join(map(json.dumps, VALUES))
+    path = tmp_path / ("a.ndjson.gz" if "gz" in form else "a.json")
+    encoding = "utf-16" if form == "utf-16" else None
+    begin = "" if encoding else "\ufeff"
+    text = json.dumps(VALUES, indent=1) if form == "array" else begin + text
+    raw = text.encode(encoding or "utf-8")
+    path.write_bytes(gzip.compress(raw) if "gz" in form else raw)
+    columns = [
+        Column("user"),
+        Column("n", "number", required=False),
+        Column("at", "time"),
+        Column("é", required=False),
+    ]
+    found = read_table(path, columns, FileFormat(encoding=encoding)).to_pydict()
+    assert {name: [_whole(cell) for cell in cells] for name, cells in found.items()} == {
+        "user": ["007", str(2**63 + 5), "7", "true"],
+        "n": [1.0, 2.5, 3.0, None],
+        "at": [int(pd.Timestamp("2020-01-31 12:00").timestamp()), 86400, 0, 0],
+        "é": [None, None, "\U0001f600", None],
+    }
+    with pytest.raises(DataError, match=r"no column 'm'; .*it has: user, n, at, gone, é$"):
+        read_table(path, [Column("m", required=False)], FileFormat(encoding=encoding))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"user": "a", "score": 1}\n\n{"user": "b", "score": "x"}',
+            "line 3: score 'x' is not",
+        ),
+        ('{"user": "a", "score": 1}\n{"user": ""}', "line 2: user '' is empty"),
+        ('{"user": "a", "score": 1}\n{"user": "b", ', "line 2: .* is not a JSON object"),
+        ('{"user": "a", "score": NaN}', r"line 1: score 'nan' is not a number"),
+        ('{"user": ["a"], "score": 1}', r"line 1: user '\[\"a\"\]' is a list where one value"),
+        ('{"user": {"id": 1}, "score": 1}', r"name a member of it: column: user\.id$"),
+        (
+            "user,score\na,1\n",
+            r"line 1: 'user,score' is not a JSON object .*called \.jsonl has",
+        ),
+        ("", "the file is empty"),
+        ("[]", "the array is empty"),
+        ("[1]", "element 1 of the array, 1, is not an object"),
+        ('[{"user": "a", "score": "x"}]', "object 1: score 'x' is not a number"),
+    ],
+)
+def test_what_is_wrong_in_json_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_table(tmp_path / "a.jsonl", COLUMNS)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bad_lines_of_json_are_skipped_and_counted(tmp_path: Path) -> None:
+    lines = ['{"user": "a", "score": 1}', "oops", '{"user": ["b"], "score": 2}', '{"score": 3}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"user": "c", "score": 4}']))
+    dropped: Counter[str] = Counter()
+    table = read_table(tmp_path / "a.jsonl", COLUMNS, None, "skip", dropped)
+    assert table.to_pydict() == {"user": ["a", "c"], "score": [1.0, 4.0]}
+    assert dropped == {
+        "a.jsonl: lines that are no JSON object": 1,
+        "a.jsonl: rows with an unreadable cell": 2,
+    }
+    (tmp_path / "a.jsonl").write_text("oops\n" * 3)
+    with pytest.raises(DataError, match="line 1: 'oops' is not a JSON object"):
+        read_table(tmp_path / "a.jsonl", COLUMNS, None, "skip", dropped)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_python_literals_are_converted_by_the_command_that_is_named(
+    tmp_path: Path, packed: bool
+) -> None:
+    """Steam's reviews: one dict of Python for each line."""
+    rows = [
+        {"user": "a'b", "score": 1.5, "early": False},
+        {"user": 'c"', "score": 2, "early": True},
+    ]
+    raw = "".join(f"{row!r}\n" for row in rows).encode()
+    path = tmp_path / f"steam_new.json{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    with pytest.raises(DataError, match="line 1: a Python literal rather than JSON") as caught:
+        read_table(path, COLUMNS)
+    command = str(caught.value).partition("convert the file: ")[2]
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert read_table(tmp_path / shlex.split(command)[-1], COLUMNS).to_pydict() == {
+        "user": ["a'b", 'c"'],
+        "score": [1.5, 2.0],
+    }
