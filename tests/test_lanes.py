@@ -1,6 +1,7 @@
 """Streamed training rows: every row once an epoch, the same batches at any number of ranks."""
 
 import os
+import shutil
 import socket
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepfm_dist.data import lanes as lanes_module
+from deepfm_dist.data import layout
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.lanes import consumed
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import job, writing
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
@@ -220,9 +224,38 @@ def test_damaged_training_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"part-00001\.parquet: missing or damaged"):
         TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
     path.write_bytes(sorted((folder / "train").iterdir())[0].read_bytes())
+    with pytest.raises(DataError, match=r"part-00001\.parquet: .*not the file that was prepared"):
+        TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
+    manifest = Manifest.read(folder).model_copy(update={"sums": {}})
+    manifest.write(folder)  # as another tool would
     with pytest.raises(DataError, match=r"train: \d+ rows, where the manifest says 900"):
         TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
     path.write_bytes(whole)
     pq.write_table(pq.read_table(path), path)
     with pytest.raises(DataError, match=r"train: a row group crosses a cut; delete .*d and prepa"):
         TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
+
+
+def test_a_dataset_that_is_replaced_while_it_is_streamed_is_read_on_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(tmp_path, 900, 4, 100)
+    assert len(list((folder / "train").iterdir())) > 2
+    few, many = (TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1) for _ in range(2))
+    undisturbed = numbers([TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "_HELD_FILES", 1)
+        patch.setattr(lanes_module, "_OPEN_FILES", 1)
+        tight = TrainingBatches(PreparedDataset(folder, 0), 64, 0, 1, 1)
+        first = few.batch(1)
+        tight.batch(1)
+        folder.rename(tmp_path / "before")
+        (tmp_path / "r.csv").unlink()
+        again = prepared(tmp_path, 899, 4, 100)
+        assert again == folder
+        shutil.rmtree(tmp_path / "before")
+        with pytest.raises(DataError, match=r"/d: prepared again, moved or deleted.*run the comm"):
+            for step in range(2, 30):
+                tight.batch(step)
+    assert numbers([many], 2) == undisturbed
+    assert first.labels.tolist() == few.batch(1).labels.tolist()

@@ -341,3 +341,41 @@ def test_fields_of_every_kind_are_laid_out_as_they_have_to_be(tmp_path: Path) ->
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
     Layout(tmp_path / "d", manifest).check_everything()
     PreparedDataset(tmp_path / "d")
+
+
+def test_a_byte_that_has_changed_is_never_read_as_another_number(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    shutil.copytree(sample.folder, tmp_path / "d")
+    for name in ("train/part-00000.parquet", "entities/user.parquet", "vocabulary/item.parquet"):
+        path, whole = tmp_path / "d" / name, sample.layout.read(name)
+        data, noticed = path.read_bytes(), 0
+        for place in np.linspace(4, len(data) - 1, 60).astype(int):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+            try:
+                assert PreparedDataset(tmp_path / "d").layout.read(name).equals(whole)
+            except DataError as error:
+                assert f"{name}: missing or damaged" in str(error)
+                noticed += 1
+        assert noticed >= 55
+        path.write_bytes(data)
+    PreparedDataset(tmp_path / "d").rows("train")
+
+
+def test_files_that_have_changed_places_are_named(tmp_path: Path) -> None:
+    """Two files of the same rows and types: nothing in them alone is wrong."""
+    lines = [f"u{k % 9},i{k % 7},{'ab'[k % 2]},{'ab'[k // 2 % 2]}\n" for k in range(90)]
+    (tmp_path / "r.csv").write_text("u,i,a,b\n" + "".join(lines))
+    fields = [{"name": n, "entity": n} for n in ("user", "item")] + [{"name": "a"}, {"name": "b"}]
+    data = {
+        "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+        "features": fields,
+        "split": {"valid": 0, "test": 0},
+    }
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
+    one, other = (tmp_path / "d" / f"vocabulary/{name}.parquet" for name in "ab")
+    shutil.copyfile(one, tmp_path / "aside")
+    shutil.copyfile(other, one)
+    shutil.copyfile(tmp_path / "aside", other)
+    with pytest.raises(DataError, match=r"vocabulary/a\.parquet: .*not the file that was prepared"):
+        PreparedDataset(tmp_path / "d")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torchrec import KeyedJaggedTensor
 
@@ -28,7 +27,7 @@ from deepfm_dist.data.jagged import (
     taken,
 )
 from deepfm_dist.data.lanes import Lanes, Taken
-from deepfm_dist.data.layout import Layout, damaged
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.negatives import check_enough_unseen, item_weights, put_negatives
 from deepfm_dist.data.read_ahead import read_ahead
@@ -88,14 +87,14 @@ class PreparedDataset:
     def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._layout = Layout(folder, self.manifest)
-        self._layout.check_sizes()
+        self.layout = Layout(folder, self.manifest)
+        self.layout.check_sizes()
         wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
         self.memory_bytes = wanted
 
     def row_columns(self, split: str) -> list[str]:
         """What the model and the sampler need of a split's rows."""
-        present = pq.read_schema(self._file(f"{split}/part-00000.parquet")).names
+        present = self.layout.open(f"{split}/part-00000.parquet").schema_arrow.names
         of_rows = [f.name for f in self.manifest.features if f.entity == "context"]
         return [n for n in ("user", "item", "label", "weight", "drawer", *of_rows) if n in present]
 
@@ -104,7 +103,7 @@ class PreparedDataset:
         files = range(self.manifest.files)
         tables = [self._read(f"{split}/part-{p:05d}.parquet", names) for p in files]
         table = pa.concat_tables(tables)
-        self._layout.agree(split, "rows", table.num_rows, self.manifest.splits[split].rows)
+        self.layout.agree(split, "rows", table.num_rows, self.manifest.splits[split].rows)
         return {name: from_arrow(table[name]) for name in names}
 
     def rows(self, split: str) -> Rows:
@@ -125,7 +124,7 @@ class PreparedDataset:
             ]
             if of_entity:
                 path = f"entities/{name}.parquet"
-                kinds = pq.read_schema(self._file(path))
+                kinds = self.layout.open(path).schema_arrow
                 for f in of_entity:
                     if pa.types.is_list(kinds.field(f.name).type):
                         fields[f.name] = self._mapped_if_large(name, f.name, _as_it_is)
@@ -212,7 +211,7 @@ class PreparedDataset:
         Every rank of a machine maps the same pages, where otherwise each would hold a copy.
         """
         name = f"entities/{entity}.parquet"
-        with pq.ParquetFile(self._file(name)) as file:
+        with self.layout.open(name) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
             leaf = next(
                 i
@@ -226,7 +225,9 @@ class PreparedDataset:
             for g in range(len(groups)):
                 yield change(Jagged.from_arrow(self.read_group(name, g, [column])[column]))
 
-        return mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+        found = mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+        self.layout.check_current()
+        return found
 
     def _values_mapped_if_large(self, entity: str, column: str) -> Values:
         """A plain column of an entity table; see `_mapped_if_large`."""
@@ -239,36 +240,25 @@ class PreparedDataset:
             for g in range(len(rows)):
                 yield self.read_group(name, g, [column])[column].to_numpy()
 
-        return mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
+        found = mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
+        self.layout.check_current()
+        return found
 
     def group_rows(self, name: str) -> list[int]:
         """Rows of each row group of a file."""
-        metadata = pq.read_metadata(self._file(name))
+        metadata = self.layout.open(name).metadata
         return [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
 
     def read_group(self, name: str, group: int, columns: list[str]) -> pa.Table:
         """Some columns of a row group."""
         try:
-            with pq.ParquetFile(self.folder / name) as file:
-                table = file.read_row_group(group, columns)
+            table = self.layout.open(name).read_row_group(group, columns)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self.folder, self.folder / name, error)) from None
-        return self._layout.check(name, table)
-
-    def _file(self, name: str) -> Path:
-        """A file's path; its metadata can be read."""
-        try:
-            pq.read_metadata(self.folder / name)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self.folder, self.folder / name, error)) from None
-        return self.folder / name
+            raise self.layout.damaged(name, error) from None
+        return self.layout.check(name, table)
 
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        try:
-            table = pq.read_table(self.folder / name, columns=columns)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self.folder, self.folder / name, error)) from None
-        return self._layout.check(name, table)
+        return self.layout.read(name, columns)
 
 
 class Collator:
@@ -493,7 +483,7 @@ class TrainingBatches:
             self.threads = min(threads, 1)  # lanes are read in order
             share = self.local_batch_size / self.batch_size
             self._source = Lanes(
-                dataset.folder, manifest, columns, copies, share, self.batch_size, seed
+                dataset.layout, manifest, columns, copies, share, self.batch_size, seed
             )
 
     def batch(self, step: int) -> Batch:

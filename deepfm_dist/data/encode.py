@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import table_names
-from deepfm_dist.data.layout import Layout
+from deepfm_dist.data.layout import Layout, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
     GIVEN,
@@ -299,6 +299,7 @@ def _written(job: Job, wanted: str) -> Manifest:
             dropped=dict(sorted(dropped.items())),
             inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
             versions=versions(),
+            sums=footer_sums(job.folder),
         )
         manifest.write(job.folder)
     found: Manifest = job.crew.first_says(manifest)

@@ -63,10 +63,11 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
     for part in ("vocabulary", "entities"):
         (target / part).mkdir()
     for name in dataset.manifest.vocabularies:
-        file = Path("vocabulary") / f"{name}.parquet"
+        file = f"vocabulary/{name}.parquet"
+        dataset.layout.open(file)
         shutil.copyfile(dataset.folder / file, target / file)
     for name in dataset.manifest.entities:
-        source = pq.ParquetFile(dataset.folder / "entities" / f"{name}.parquet")
+        source = dataset.layout.open(f"entities/{name}.parquet")
         of_entity = [
             f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
         ]
@@ -75,3 +76,4 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in source.iter_batches(columns=schema.names):
                 writer.write_batch(batch.select(schema.names))
+    dataset.layout.check_current()

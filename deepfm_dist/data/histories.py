@@ -43,7 +43,8 @@ class Histories:
         """Writes the user table with its history, and the histories of users without a row."""
         schema = table.schema.append(pa.field("history", pa.list_(pa.int32())))
         rare: list[Jagged] = []
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        how = {"compression": "zstd", "write_page_checksum": True}
+        with pq.ParquetWriter(path, schema, **how) as writer:
             for bucket in range(self.n_buckets):
                 begin = bucket * self.height
                 bags = self._bags(bucket, begin)
@@ -54,7 +55,7 @@ class Histories:
                 rare.append(Jagged(bags.offsets[n:], bags.values))
         if self.n_rare:
             histories = pa.table({"history": Jagged.concatenated(rare).to_arrow()})
-            pq.write_table(histories, path.with_name("rare.parquet"), compression="zstd")
+            pq.write_table(histories, path.with_name("rare.parquet"), **how)
 
     def _bags(self, bucket: int, begin: int) -> Jagged:
         """The distinct items of each row of a bucket, in their order."""

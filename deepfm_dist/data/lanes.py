@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -25,9 +24,8 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, joined, taken
-from deepfm_dist.data.layout import Layout, damaged
+from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed, permute, permuted_range
 
 _OPEN_FILES = 32
@@ -86,7 +84,7 @@ class Lanes:
     """The training rows as lanes; holds the groups in use, and reads ahead.
 
     Args:
-        folder: of the prepared dataset.
+        layout: opens the files of the prepared dataset.
         manifest: of it.
         columns: which to read.
         copies: times that each row comes: once, and once for each negative.
@@ -100,7 +98,7 @@ class Lanes:
 
     def __init__(
         self,
-        folder: Path,
+        layout: Layout,
         manifest: Manifest,
         columns: list[str],
         copies: int,
@@ -112,7 +110,7 @@ class Lanes:
         self._rows = manifest.splits["train"].rows
         self._cuts = manifest.cuts
         self._per_lane = manifest.groups // manifest.lanes
-        self._files = _GroupFiles(folder, manifest, columns)
+        self._files = _GroupFiles(layout, manifest, columns)
         height = int(np.diff(self._cuts).max())
         least = max(1, int(np.diff(self._cuts).min()) * copies)
         # Groups of a lane that one batch may need: the one it leaves, some inside, one it enters.
@@ -285,9 +283,8 @@ def _gather(
 class _GroupFiles:
     """The files of the training rows, read by row number."""
 
-    def __init__(self, folder: Path, manifest: Manifest, columns: list[str]) -> None:
-        self._folder, self._columns = folder, columns
-        self._layout = Layout(folder, manifest)
+    def __init__(self, layout: Layout, manifest: Manifest, columns: list[str]) -> None:
+        self._layout, self._columns = layout, columns
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._one_at_a_time = Lock()  # Arrow's reader of a file is not for two threads
         of_groups: list[tuple[int, int, int]] = []
@@ -305,11 +302,7 @@ class _GroupFiles:
 
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
-            path = self._folder / _name(number)
-            try:
-                self._open[number] = pq.ParquetFile(path)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise DataError(damaged(self._folder, path, error)) from None
+            self._open[number] = self._layout.open(_name(number))
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
@@ -329,7 +322,7 @@ class _GroupFiles:
         try:
             table = self._file(number).read_row_group(group, self._columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self._folder, self._folder / _name(number), error)) from None
+            raise self._layout.damaged(_name(number), error) from None
         return self._layout.check(_name(number), table)
 
 

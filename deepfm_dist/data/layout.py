@@ -3,10 +3,17 @@
 No kernel is relied on to notice another id: FBGEMM's dense ones read what lies behind the table.
 The sizes of tables are compared when a dataset is opened, and values when they are read: once for
 what stays in memory, and once a group of rows for what is streamed.
+
+Every file is the one that was prepared: its footer is compared with the manifest's checksum when it
+is opened, and its pages carry checksums of their own, which Arrow compares when it reads them. It
+stays open, so that a dataset prepared again under the same name takes nobody's rows away.
 """
 
+import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +31,8 @@ _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
 _TEXT = (pa.string(), 0, 0)
+_HELD_FILES = 256
+"""That a process keeps open; it may have some 1,000."""
 
 
 class Layout:
@@ -36,6 +45,68 @@ class Layout:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
+        self._opened = _identity(folder)
+        self._held: OrderedDict[str, tuple[pa.NativeFile, pq.FileMetaData]] = OrderedDict()
+        self._one_at_a_time = Lock()
+
+    def open(self, name: str) -> pq.ParquetFile:
+        """A file of the dataset; several readers of one file may be in use at a time.
+
+        Raises:
+            DataError: it is missing or damaged, not the one that was prepared, or the dataset has
+                been replaced.
+        """
+        try:
+            with self._one_at_a_time:
+                if name not in self._held:
+                    source = pa.OSFile(str(self._folder / name))
+                    self._held[name] = source, pq.read_metadata(source)
+                    self._check_prepared(name, source)
+                self._held.move_to_end(name)
+                source, metadata = self._held[name]
+                if len(self._held) > _HELD_FILES:
+                    self._held.popitem(last=False)
+            return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self.damaged(name, error) from None
+
+    def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Some columns of a file, or all, once their values are checked.
+
+        Raises:
+            DataError: as `open` and `check`.
+        """
+        try:
+            table = self.open(name).read(columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self.damaged(name, error) from None
+        return self.check(name, table)
+
+    def check_current(self) -> None:
+        """Makes sure that what was opened by its path belongs to this dataset.
+
+        Raises:
+            DataError: another one has taken its place.
+        """
+        if _identity(self._folder) != self._opened:
+            raise DataError(
+                f"{self._folder}: prepared again, moved or deleted while it was in use; run the "
+                f"command again"
+            )
+
+    def _check_prepared(self, name: str, source: pa.NativeFile) -> None:
+        self.check_current()
+        expected = self._manifest.sums.get(name)
+        if expected is not None and footer_sum(source) != expected:
+            raise pa.ArrowInvalid("not the file that was prepared: its checksum differs")
+
+    def damaged(self, name: str, error: Exception) -> DataError:
+        """What to raise about a file that cannot be read."""
+        self.check_current()
+        return DataError(
+            f"{self._folder / name}: missing or damaged ({' '.join(str(error).split())[:80]}); "
+            f"delete {self._folder} and prepare it anew"
+        )
 
     def check_sizes(self) -> None:
         """Compares the sizes of tables, vocabularies and entities.
@@ -181,7 +252,7 @@ class Layout:
         return _INT32S if lists else pa.int32(), 0, self._rows_of(feature.table_name)
 
     def _check_ids(self, name: str) -> None:
-        ids = pq.read_table(self._folder / name, columns=["id"])["id"]
+        ids = self.read(name, ["id"])["id"]
         if ids[0].is_valid or ids.null_count != 1:
             raise self.wrong(name, "id must be null in row 0, and in no other")
         if len(ids.unique()) < len(ids):
@@ -208,7 +279,7 @@ class Layout:
         """Rows and columns of each row group, texts left out, once they are checked."""
         columns = self._columns(name)
         try:
-            with pq.ParquetFile(self._folder / name) as file:
+            with self.open(name) as file:
                 schema = file.schema_arrow
                 for column, (kind, *_) in columns.items():
                     found = schema.field(column).type if column in schema.names else "missing"
@@ -219,13 +290,10 @@ class Layout:
                     table = self.check(name, file.read_row_group(g, names))
                     yield table.num_rows, {c: from_arrow(table[c]) for c in names}
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self._folder, self._folder / name, error)) from None
+            raise self.damaged(name, error) from None
 
     def _height(self, name: str) -> int:
-        try:
-            return int(pq.read_metadata(self._folder / name).num_rows)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(damaged(self._folder, self._folder / name, error)) from None
+        return int(self.open(name).metadata.num_rows)
 
     def wrong(self, name: str, what: str) -> DataError:
         """What to raise about a file."""
@@ -235,9 +303,33 @@ class Layout:
         )
 
 
-def damaged(folder: Path, path: Path, error: Exception) -> str:
-    """What to say about a file of a prepared dataset that cannot be read."""
-    return (
-        f"{path}: missing or damaged ({' '.join(str(error).split())[:80]}); delete {folder} and "
-        f"prepare it anew"
-    )
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """Of the manifest that lies in a folder; None: there is none."""
+    try:
+        found = (folder / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def signed_table(table: pa.Table, path: Path, total: int = 0) -> pa.Table:
+    """A table with its file's name and a checksum of its values in its metadata.
+
+    They get into the footer, which without them may be that of another file of as many values.
+    """
+    name = f"{path.parent.name}/{path.name}"
+    return table.replace_schema_metadata({"file": name, "crc32": str(total)})
+
+
+def footer_sum(source: pa.NativeFile) -> int:
+    """CRC-32 of a Parquet file's size and its footer, which tells where pages lie and what of."""
+    size = source.size()
+    length = int.from_bytes(source.read_at(4, size - 8), "little")
+    footer = source.read_at(length + 8, size - length - 8)
+    return zlib.crc32(footer, zlib.crc32(str(size).encode()))
+
+
+def footer_sums(folder: Path) -> dict[str, int]:
+    """`footer_sum` of every Parquet file of a dataset, by its name."""
+    files = sorted(folder.glob("*/*.parquet"))
+    return {str(f.relative_to(folder)): footer_sum(pa.OSFile(str(f))) for f in files}

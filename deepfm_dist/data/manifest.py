@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import InputFile, find_files
@@ -100,6 +100,8 @@ class Manifest(Section):
     """Input files and their bytes."""
     versions: dict[str, str]
     """Software that wrote it."""
+    sums: dict[str, int] = Field(default_factory=dict)
+    """`layout.footer_sum` of every Parquet file, by its name; another tool need not give them."""
 
     @property
     def hashes(self) -> dict[str, str | None]:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.data.layout import signed_table
 from deepfm_dist.seeding import permute
 
 
@@ -81,7 +82,10 @@ class Vocabulary:
         ids = pa.concat_arrays([pa.nulls(1, pa.string()), self.ids])
         counts = np.concatenate([[0], self.counts])
         columns = {"row": pa.array(np.arange(self.rows, dtype=np.int32)), "id": ids}
-        pq.write_table(pa.table(columns | {"count": pa.array(counts)}), path, compression="zstd")
+        table = pa.table(columns | {"count": pa.array(counts)})
+        pq.write_table(
+            signed_table(table, path), path, compression="zstd", write_page_checksum=True
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from deepfm_dist.data.fields import (
     NumericFit,
@@ -71,10 +70,10 @@ class Earlier:
         if self.manifest is None or entity not in self.manifest.entities:
             return None
         file = f"entities/{entity}.parquet"
-        if name not in pq.read_schema(self._folder / file).names:
+        layout = Layout(self._folder, self.manifest)
+        if name not in layout.open(file).schema_arrow.names:
             return None
-        table = pq.read_table(self._folder / file, columns=[name])
-        return Layout(self._folder, self.manifest).check(file, table)[name]
+        return layout.read(file, [name])[name]
 
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""
@@ -89,7 +88,8 @@ class Earlier:
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
         if self.manifest is None or name not in self.manifest.vocabularies:
             return None
-        return Vocabulary.from_table(pq.read_table(self._folder / "vocabulary" / f"{name}.parquet"))
+        layout = Layout(self._folder, self.manifest)
+        return Vocabulary.from_table(layout.read(f"vocabulary/{name}.parquet"))
 
 
 class Fit:

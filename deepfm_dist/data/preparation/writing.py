@@ -21,6 +21,7 @@ from deepfm_dist.data.jagged import (
     taken,
     to_arrow,
 )
+from deepfm_dist.data.layout import signed_table
 from deepfm_dist.data.manifest import SplitSpec, cuts_of
 from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
 from deepfm_dist.data.preparation.counts import Counts
@@ -100,8 +101,9 @@ class RowWriter:
                             table = self._with_negatives(table, part["local"][at], known, p, split)
                         cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
                     file = f"{name}/part-{p:05d}.parquet"
-                    _write_groups(table, job.folder / file, cuts, first)
                     self.sums[file] = sum_of(table)
+                    signed = signed_table(table, job.folder / file, self.sums[file])
+                    _write_groups(signed, job.folder / file, cuts, first)
                     sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
                 if {"user", "item"} <= columns.keys():
                     self.histories.add(*_liked(part, parts, columns))
@@ -228,11 +230,12 @@ def write_entities(
             table["count"] = pa.array(positives)
         if name == "item" and job.data.titles is not None:
             table["title"] = _titles(job, vocabulary)
-        sums[f"entities/{name}.parquet"] = sum_of(pa.table(table))
+        sums[f"entities/{name}.parquet"] = total = sum_of(pa.table(table))
+        signed = signed_table(pa.table(table), path, total)
         if name == "user" and "item" in fit.entities:
-            histories.write(path, pa.table(table))
+            histories.write(path, signed)
         else:
-            pq.write_table(pa.table(table), path, compression="zstd")
+            pq.write_table(signed, path, compression="zstd", write_page_checksum=True)
     return sums
 
 
@@ -287,6 +290,7 @@ def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> 
     inside = cuts[(cuts > first) & (cuts < first + table.num_rows)] - first
     ends = np.unique(np.concatenate([[0], inside, [table.num_rows]]))
     # Few values repeat within a group: a dictionary of them costs more than it saves.
-    with pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False) as writer:
+    how = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with pq.ParquetWriter(path, table.schema, **how) as writer:
         for begin, end in pairwise(ends):
             writer.write_table(table.slice(begin, end - begin), row_group_size=int(end - begin))
