@@ -60,7 +60,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import CheckpointError, ConfigError
     from deepfm_dist.ranking.baselines import ease_tables
-    from deepfm_dist.runs import find_finished
+    from deepfm_dist.runs import find_finished, run_lock
     from deepfm_dist.storage import writing
     from deepfm_dist.training.trainer import LoopState
 
@@ -95,9 +95,12 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
         _check_can_be_widened(one, narrow[0])
     width = columns + sum(one.model.embedding_dim for one in narrow)
     made = narrow[0].renamed(arguments.to).with_columns(width)
-    if checkpoint.complete_steps(made.run_dir):
-        raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with (
+        world(config.run.device, config.run.timeout_s, config.run.threads) as ranks,
+        ranks.first_holds(run_lock(made)),
+    ):
+        if checkpoint.complete_steps(made.run_dir):
+            raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
         whole = {"sharding": ShardingConfig(kind="table_wise")}  # the same places in all
         manifest = dataset.manifest
         sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, ranks)

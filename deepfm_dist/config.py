@@ -302,16 +302,18 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1)
     """How many are kept, the newest ones; the best one by ``trainer.monitor`` is kept as well."""
     resume: Literal["auto", "always", "never"] = "auto"
-    """auto continues an unfinished run of the same settings and data, else begins anew; always
-    refuses others; never begins anew. Restarted by a launcher, a run of the same settings and data
-    goes on from its latest checkpoint, whatever is set here and in ``use``."""
+    """auto continues an unfinished run, leaves a finished one as it is, and refuses other settings
+    and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
+    ...) and begins again; always is auto. Restarted by a launcher, a run of the same settings and
+    data continues from its latest checkpoint, whatever is set here and in ``use``."""
     start_from: str | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
     optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):
     new rows start afresh."""
     use: Literal["auto", "latest", "best"] | int = "auto"
     """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
-    continue training, otherwise the best one, or the latest if no figure was monitored."""
+    continue training, otherwise the best one, or the latest if no figure was monitored. Training
+    that continues from an earlier one moves later ones aside, as ``resume`` says."""
 
 
 class IalsConfig(Section):

@@ -19,6 +19,10 @@ class CheckpointError(DeepFMError):
     """A checkpoint that is missing, incomplete, or made for other data or another model."""
 
 
+class InUse(DeepFMError):
+    """A folder or file that another process is writing; says which process."""
+
+
 class EnvironmentProblem(DeepFMError):
     """An installation that cannot run: versions at odds, a missing driver, no such device."""
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from deepfm_dist.cli import run
@@ -46,14 +47,24 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
     from deepfm_dist.distributed.sharding import fill_tables
     from deepfm_dist.distributed.world import world
+    from deepfm_dist.runs import before_replacing, run_lock
     from deepfm_dist.training.trainer import LoopState
 
     weights = read_weights(Path(arguments.file))
     id_files = dict(_id_file(text) for text in arguments.ids)
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with (
+        world(config.run.device, config.run.timeout_s, config.run.threads) as ranks,
+        ranks.first_holds(run_lock(config)),
+    ):
         ranks.first_does(
             "prepare",
-            lambda: prepare(config.data, config.input_root, config.prepared_dir, config.data_seed),
+            lambda: prepare(
+                config.data,
+                config.input_root,
+                config.prepared_dir,
+                config.data_seed,
+                before_replacing=partial(before_replacing, config),
+            ),
         )
         dataset = PreparedDataset(config.prepared_dir)
         values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from deepfm_dist.cli import run
@@ -21,10 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.crew import Crew
     from deepfm_dist.data.encode import prepare
+    from deepfm_dist.data.manifest import Manifest
+
+    def replacing(old: Manifest, new: Manifest) -> Path | None:
+        from deepfm_dist.runs import before_replacing, run_lock  # torch: slow to import
+
+        with run_lock(config):
+            return before_replacing(config, old, new)
 
     given = config.data, config.input_root, config.prepared_dir, config.data_seed
     if read_launch().world_size == 1:
-        prepare(*given)  # without torch.distributed, which takes longer to load than many datasets
+        # Without torch.distributed, which takes longer to load than many datasets.
+        prepare(*given, before_replacing=replacing)
         return
     import torch
 
@@ -35,7 +44,8 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
         def total(array: Any) -> Any:
             return ranks.sum(torch.from_numpy(array.copy())).numpy()
 
-        prepare(*given, Crew(ranks.rank, ranks.world_size, ranks.all_gather, total))
+        crew = Crew(ranks.rank, ranks.world_size, ranks.all_gather, total)
+        prepare(*given, crew, replacing)
 
 
 if __name__ == "__main__":

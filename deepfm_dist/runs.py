@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from deepfm_dist.data.match import check_match
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.launcher import read_launch
-from deepfm_dist.storage import folder_of, is_remote, told_in_one_line, writing
+from deepfm_dist.lock import Lock
+from deepfm_dist.storage import folder_of, is_remote, move_tree, told_in_one_line, writing
 from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
@@ -29,29 +31,96 @@ _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate
 _OF_ANY_MODEL = ("dropout", "init_std")  # settings of ``model`` that change no weight's meaning
 _OF_THE_PLACE = ("data.root", "data.name")  # where data lie
 _OF_A_COMMAND = (*_OF_THE_PLACE, "data.memory_bytes", "data.files")  # and how one deals with them
+_OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
 PLAN = "plan.json"
+STUDY = "tune"
+"""Folder of a study, below that of the run whose settings it varies."""
+_WITHOUT_RESULTS = ("checkpoints", "config.yaml", "metrics.jsonl", PLAN, "tensorboard", STUDY)
 
 
-def begin(
-    config: Config, manifest: Manifest, schedule: Schedule, last_step: int
-) -> tuple[Path | None, LoopState]:
-    """Makes the run folder ready: to go on from a checkpoint, or to begin anew. Rank 0.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        path: the checkpoint to read, or None.
+        state: of the loop.
+        continues: whether the checkpoint is this run's own.
+        is_over: whether nothing is left to train.
+    """
+
+    path: Path | None
+    state: LoopState
+    continues: bool = False
+    is_over: bool = False
+
+
+def run_lock(config: Config) -> Lock:
+    """The lock of whoever writes checkpoints into the run's folder."""
+    return Lock(config.run_dir, str(config.run_dir), "choose another run.name")
+
+
+def check_settings(config: Config) -> None:
+    """Compares the settings with those of the run that the folder holds, if any. Rank 0.
+
+    It comes before the data are prepared, which would replace those of that run.
+
+    Raises:
+        ConfigError: the run was trained with other settings.
+        CheckpointError: the checkpoint that was asked for does not exist.
+    """
+    with writing(config.run_dir):
+        _checkpoint_to_continue(config)
+
+
+def before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:
+    """Keeps runs from losing the dataset that they were trained on. Rank 0.
+
+    Args:
+        config: of the command that prepares.
+        old: the manifest of the dataset that is about to be replaced.
+        new: the one that takes its place.
 
     Returns:
-        the checkpoint to read, or None, and the state of the loop.
+        Where to move the old dataset, after the run that needs it; None: no run needs it.
+
+    Raises:
+        DataError: runs need it.
+    """
+    runs = [] if old.hashes == new.hashes else _runs_on(config, old)
+    own = runs == [config.run_dir]
+    if own and config.checkpoint.resume == "never":
+        return set_aside(config, with_dataset=True)
+    if runs:
+        names = ", ".join(map(str, runs[:3])) + ", ..." * (len(runs) > 3)
+        cure = (
+            f"checkpoint.resume=never, which moves {config.run_dir} and its dataset aside"
+            if own
+            else "data.name=NAME, for a dataset of its own"
+        )
+        raise DataError(
+            f"{config.prepared_dir}: its input files or settings have changed, and {names} would "
+            f"lose the dataset of the checkpoints there; set another run.name, or {cure}"
+        )
+    return None
+
+
+def begin(config: Config, manifest: Manifest, schedule: Schedule, last_step: int) -> Start:
+    """Decides where a run begins; changes nothing. Rank 0.
 
     Raises:
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
             does not extend.
-        ConfigError: it is of another model, or this run itself.
-        DeepFMError: the run folder cannot be written.
+        ConfigError: it is of another model, or this run itself; or the folder holds a run of other
+            settings or data.
+        DeepFMError: the run folder cannot be read.
     """
     elsewhere = config.checkpoint.start_from
     start = None if elsewhere is None else folder_of(elsewhere).resolve()
     if start is not None and config.run_dir.resolve() in (start, start.parent.parent):
         raise ConfigError(
-            f"checkpoint.start_from={elsewhere}: this run's own folder, whose checkpoints make "
-            f"room for those of a run that begins anew; give the run another run.name"
+            f"checkpoint.start_from={elsewhere}: this run's own folder; give the run another "
+            f"run.name"
         )
     with writing(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest), LoopState()
@@ -60,12 +129,12 @@ def begin(
             if state.step < last_step:
                 state.go_on(schedule)  # what ended it once may be no reason now
             is_over = state.is_over(schedule, last_step)
-            if is_over and config.checkpoint.resume == "auto" and not read_launch().restarted:
-                log.info("%s: the run is over; it is trained anew", path)
-                path, state = None, LoopState()
+            if is_over:
+                log.warning("%s", _finished(config, path, state.step, last_step))
             else:
                 log.info("%s: training goes on after step %s", path, f"{state.step:,}")
-        if path is None and elsewhere is not None:
+            return Start(path, state, continues=True, is_over=is_over)
+        if elsewhere is not None:
             path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
             known = {manifest.vocabulary_hash, *manifest.grown_from}
             if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
@@ -82,14 +151,140 @@ def begin(
                     )
             state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
             log.info("%s: training starts from its weights", path)
-        if not is_remote(config.run_dir):
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.keep_checkpoints(
-            config.run_dir,
-            [s for s in checkpoint.complete_steps(config.run_dir) if s <= state.step],
+        return Start(path, state)
+
+
+def make_ready(config: Config, start: Start) -> None:
+    """Makes the run's folder ready for training. Rank 0.
+
+    A run that this one does not continue is moved aside, and so are checkpoints of later steps than
+    the one that it continues from. Incomplete ones are deleted.
+
+    Raises:
+        DeepFMError: the folder cannot be written.
+    """
+    run_dir = config.run_dir
+    with writing(run_dir):
+        steps = checkpoint.complete_steps(run_dir)
+        if not start.continues and (steps or _has_results(config)):
+            set_aside(config)
+        elif later := [step for step in steps if step > start.state.step]:
+            _set_steps_aside(config, later)
+        if not is_remote(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.keep_checkpoints(run_dir, checkpoint.complete_steps(run_dir))
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+
+
+def set_aside(config: Config, with_dataset: bool = False) -> Path:
+    """Moves a run to the next free name: ``runs/NAME.1``, ``runs/NAME.2``, ... Rank 0.
+
+    Its ``config.yaml`` gets the new name, so that ``--run runs/NAME.1`` finds all of it. A study
+    that `tune` keeps in the folder stays.
+
+    Args:
+        config: of the run that takes its place.
+        with_dataset: whether its dataset is to move likewise, which is left to the caller; else
+            both runs share it.
+
+    Returns:
+        The folder of its dataset.
+    """
+    run_dir, output_dir, number = config.run_dir, config.output_dir, _free_number(config)
+    aside, dataset = _numbered(run_dir, number), config.prepared_dir
+    if with_dataset:
+        dataset = _numbered(dataset, number)
+    if run_dir.exists():
+        move_tree(run_dir, aside)
+        if (aside / STUDY).exists():
+            move_tree(aside / STUDY, run_dir / STUDY)
+        _rename_in_config(aside / "config.yaml", aside, dataset)
+    if output_dir != run_dir and output_dir.exists():
+        move_tree(output_dir, _numbered(output_dir, number))
+    log.info("%s: the earlier run is %s from now on", run_dir, aside)
+    return dataset
+
+
+def _set_steps_aside(config: Config, steps: Sequence[int]) -> None:
+    """Makes a run of its own of later checkpoints than the one a run continues from."""
+    run_dir = config.run_dir
+    aside = _numbered(run_dir, _free_number(config))
+    for step in steps:
+        move_tree(
+            checkpoint.checkpoint_path(run_dir, step), checkpoint.checkpoint_path(aside, step)
         )
-        (config.run_dir / "config.yaml").write_text(config.to_yaml())
-        return path, state
+    for name in ("metrics.jsonl", "config.yaml"):
+        if (run_dir / name).is_file():
+            (aside / name).write_bytes((run_dir / name).read_bytes())
+    _rename_in_config(aside / "config.yaml", aside, config.prepared_dir)
+    text = "%s: checkpoints of steps %s are in %s from now on"
+    log.info(text, run_dir, ", ".join(map(str, steps)), aside)
+
+
+def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
+    with suppress(FileNotFoundError, ConfigError, yaml.YAMLError):  # of another version, say
+        config = config_from(yaml.safe_load(file.read_text())).called(run_dir.name)
+        data = config.data.model_copy(update={"name": dataset.name})
+        file.write_text(config.model_copy(update={"data": data}).to_yaml())
+
+
+def _free_number(config: Config) -> int:
+    folders = (config.run_dir, config.output_dir, config.prepared_dir)
+    return next(n for n in count(1) if not any(_numbered(f, n).exists() for f in folders))
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.{number}")
+
+
+def _has_results(config: Config) -> bool:
+    """Whether the folder holds more than a run leaves that ended before its first checkpoint."""
+    for folder in {config.run_dir, config.output_dir}:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for path in folder.iterdir():
+                if path.name not in _WITHOUT_RESULTS and not path.name.startswith("."):
+                    return True
+    return False
+
+
+def _runs_on(config: Config, manifest: Manifest) -> list[Path]:
+    """Runs whose latest checkpoint was trained on the dataset that ``prepared_dir`` holds.
+
+    Looked for are this run and, on a local disk, its neighbours.
+    """
+    root, own = config.run_dir.parent, config.run_dir
+    others = [] if is_remote(root) else [f.parent for f in root.glob("*/config.yaml")]
+    found = []
+    for folder in [own, *sorted(path for path in others if path != own)]:
+        with suppress(CheckpointError, ConfigError, OSError, yaml.YAMLError):
+            if folder != own:
+                theirs = config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+                if theirs.prepared_dir.resolve() != config.prepared_dir.resolve():
+                    continue
+            steps = checkpoint.complete_steps(folder)
+            if not steps:
+                continue
+            state = checkpoint.read_state(checkpoint.checkpoint_path(folder, steps[-1]))
+            if all(state.get(name) in (hash_, None) for name, hash_ in manifest.hashes.items()):
+                found.append(folder)
+    return found
+
+
+def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
+    """What a command says that has nothing left to train."""
+    asked = f" (asked for: {last_step:,})" if last_step < step else ""
+    text = (
+        f"Run already finished: {config.run_dir}, step {step:,}{asked}. To continue it, raise "
+        f"trainer.epochs or trainer.max_steps; to train again, set another run.name, or "
+        f"checkpoint.resume=never, which moves this run aside"
+    )
+    saved = _settings_in(checkpoint.read_state(path))["trainer"]
+    changed = [
+        f"trainer.{name}={new} (was {old})"
+        for name, old, new in _differences(saved, config.model_dump(mode="json")["trainer"])
+        if name not in _OF_LENGTH
+    ]
+    return f"{text}. Changed without effect: {', '.join(changed)}" if changed else text
 
 
 def _loop_state(path: Path) -> LoopState:
@@ -110,17 +305,21 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
         (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
-def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
-    """The checkpoint from which a run of these settings can go on.
+def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Path | None:
+    """The checkpoint from which the run continues.
 
     What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
     ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
 
+    Args:
+        config: the settings.
+        manifest: of the data; None before they are prepared, when only settings are compared.
+
     Returns:
-        None where there is none, or where the run is to begin anew.
+        None where there is none, or where the run is to begin again.
 
     Raises:
-        ConfigError: ``checkpoint.resume=always``, but the checkpoint is of other settings or data.
+        ConfigError: it is of other settings or data.
         CheckpointError: the checkpoint that was asked for is not there.
     """
     resume, use = config.checkpoint.resume, config.checkpoint.use
@@ -129,26 +328,34 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest) -> Path | None:
         return None
     which = "latest" if use == "auto" or again else use
     path = checkpoint.find_checkpoint(config.run_dir, which)
-    state = checkpoint.read_state(path)
-    differing = [
-        f"{name}={new}, not {old}"
-        for name, old, new in _differences(_settings_in(state), config.model_dump(mode="json"))
-        if _fixes_a_run(name, old, new, manifest.splits["train"].size_bytes)
-    ]
-    differing += [
-        f"the {name.removesuffix('_hash')} is {new}, not {old}"
-        for name, new in manifest.hashes.items()
-        if (old := state.get(name)) != new and None not in (old, new)
-    ]
+    differing = _differing(config, checkpoint.read_state(path), manifest)
     if not differing:
         return path
-    if resume == "always":
-        raise ConfigError(
-            f"checkpoint.resume=always: {path} was trained with other settings: "
-            f"{'; '.join(differing)}; take its settings, or begin anew with checkpoint.resume=never"
-        )
-    log.info("%s is of other settings (%s): training begins anew", path, "; ".join(differing))
-    return None
+    if resume == "never":  # the first start ended before it moved the other run aside
+        return None
+    aside = _numbered(config.run_dir, _free_number(config))
+    raise ConfigError(
+        f"{config.run_dir}: holds a run that was trained with other settings or data: "
+        f"{'; '.join(differing)}; set another run.name, or checkpoint.resume=never, which moves "
+        f"that run to {aside}"
+    )
+
+
+def _differing(config: Config, state: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
+    """What keeps a run from continuing from a checkpoint, each with both values."""
+    train_bytes = None if manifest is None else manifest.splits["train"].size_bytes
+    differing = [
+        f"{name}={_brief(new)} (was {_brief(old)})"
+        for name, old, new in _differences(_settings_in(state), config.model_dump(mode="json"))
+        if _fixes_a_run(name, old, new, train_bytes)
+    ]
+    hashes = {} if manifest is None else manifest.hashes
+    differing += [
+        f"the {name.removesuffix('_hash')} is {new} (was {old})"
+        for name, new in hashes.items()
+        if (old := state.get(name)) != new and None not in (old, new)
+    ]
+    return differing
 
 
 def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,10 +369,19 @@ def _settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int) -> bool:
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:40]}...{text[-15:]}"
+
+
+def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool:
     """Whether another value trains something else, not longer, elsewhere, or to other reports."""
     if name == "data.memory_bytes":  # rows that are streamed come in another order
+        if train_bytes is None:
+            return False
         return old is None or (train_bytes <= old) != (train_bytes <= new)
+    if name == "checkpoint.start_from":
+        return new is not None
     if name.startswith("trainer."):
         return name.removeprefix("trainer.") in _OF_STEPS
     if name == "run.seed":

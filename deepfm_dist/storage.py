@@ -62,6 +62,23 @@ def delete_tree(folder: Path) -> None:
             raise
 
 
+def move_tree(folder: Path, new: Path) -> None:
+    """Moves a folder; what is at the new place must not be there yet.
+
+    An object store copies every file before it deletes the first, so that a crash loses none.
+    """
+    if not is_remote(folder):
+        new.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(new)
+        return
+    remote: Any = folder
+    files = remote.fs.find(remote.path)
+    for file in files:
+        remote.fs.cp_file(file, f"{cast(Any, new).path}{file.removeprefix(remote.path)}")
+    for file in files:
+        remote.fs.rm_file(file)
+
+
 def rename(path: Path, new: Path) -> None:
     """Gives a file another name in its folder."""
     if not is_remote(path):

@@ -18,6 +18,8 @@ EXAMPLES = (
     "torchrun --config mine.yaml trainer.monitor=auc trainer.patience=2",
 )
 
+_RESTART_S = 150.0
+"""Seconds for which a restarted process waits for the lock of the one before it."""
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
@@ -61,7 +63,20 @@ def train_on(
 
     Raises:
         Pruned: as ``heard`` did; what was being saved is whole by then.
+        InUse: another process trains this run.
     """
+    from deepfm_dist.launcher import read_launch
+    from deepfm_dist.runs import run_lock
+
+    # What a launcher restarts may have lost a machine whose lock a network mount keeps for a while.
+    with ranks.first_holds(run_lock(config), _RESTART_S if read_launch().restarted else 0.0):
+        return _train_alone(config, ranks, heard)
+
+
+def _train_alone(
+    config: Config, ranks: "World", heard: Callable[[Mapping[str, float], int], None] | None
+) -> tuple["LoopState", bool]:
+    """`train_on`, of the process that holds the run's lock."""
     from deepfm_dist.build import (
         bytes_of_a_float,
         loggers,
@@ -76,22 +91,44 @@ def train_on(
     from deepfm_dist.distributed.planning import sent_bytes
     from deepfm_dist.errors import ConfigError
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.runs import begin, write_plan
+    from deepfm_dist.runs import (
+        Start,
+        before_replacing,
+        begin,
+        check_settings,
+        make_ready,
+        write_plan,
+    )
     from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
     from deepfm_dist.training.profiling import check_profiled, profiler
     from deepfm_dist.training.stopping import StopSignals
     from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Pruned, train
 
     run_dir, seed = config.run_dir, config.run.seed
-    ranks.first_does(
-        "prepare",
-        lambda: prepare(config.data, config.input_root, config.prepared_dir, config.data_seed),
-    )
+
+    def prepare_data() -> None:
+        check_settings(config)
+        prepare(
+            config.data,
+            config.input_root,
+            config.prepared_dir,
+            config.data_seed,
+            before_replacing=partial(before_replacing, config),
+        )
+
+    ranks.first_does("prepare", prepare_data)
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     batches = training_batches(config, dataset, ranks)
     schedule = schedule_of(config)
     last = schedule.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last)
+    start = ranks.agreed(
+        ranks.first_does("begin", lambda: begin(config, dataset.manifest, schedule, last))
+        or Start(None, LoopState())
+    )
+    path, state = start.path, start.state
+    if start.is_over:
+        return state, False
     sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
     validate = validation_of(config, dataset, sharded, ranks)
     if ranks.is_first:
@@ -100,13 +137,7 @@ def train_on(
             warn_of_labels(dataset.manifest, split)
 
     with StopSignals() as asked_to_stop:  # a run that is yet to go on takes a step, then
-        path, state = ranks.agreed(
-            ranks.first_does(
-                "begin",
-                lambda: begin(config, dataset.manifest, schedule, last),
-            )
-            or (None, LoopState())
-        )
+        ranks.first_does("make_ready", lambda: make_ready(config, start))
         if ranks.is_first:
             write_plan(run_dir, sharded, ranks)
         if path is not None:
@@ -158,7 +189,7 @@ def train_on(
             checkpoints.close()
     stopped = not state.is_over(schedule, last)
     if stopped and ranks.is_first:
-        log.warning("told to stop: step %d is saved, the same command goes on", state.step)
+        log.warning("Stopped by signal at step %d; rerun the same command to resume", state.step)
     return state, stopped
 
 

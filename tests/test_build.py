@@ -1,7 +1,6 @@
 """Where configuration, manifest and checkpoint meet: the model, and what a run goes on from."""
 
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,13 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.runs import begin, find_finished, open_trained
+from deepfm_dist.runs import (
+    begin,
+    check_settings,
+    find_finished,
+    make_ready,
+    open_trained,
+)
 from deepfm_dist.training.trainer import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks, variables
 from tests.test_distributed import config_of
@@ -183,18 +188,26 @@ class Folder:
             (path / checkpoint.MARKER).write_text(json.dumps(state))
 
     def begin(self, *overrides: str) -> int:
-        """The step after which training goes on; 0: anew."""
+        """The step after which training goes on; 0: it begins. The folder is then ready for it."""
         config = self.config(*overrides)
         schedule = schedule_of(config)
-        last = schedule.last_step(PER_EPOCH)
-        path, state = begin(config, self.manifest, schedule, last)
-        assert (path is None) == (state.step == 0)
-        assert path is None or path == checkpoint.checkpoint_path(config.run_dir, state.step)
-        return state.step
+        start = begin(config, self.manifest, schedule, schedule.last_step(PER_EPOCH))
+        self.is_over = start.is_over
+        assert (start.path is None) == (start.state.step == 0) == (not start.continues)
+        assert start.path is None or start.path == checkpoint.checkpoint_path(
+            config.run_dir, start.state.step
+        )
+        if not start.is_over:
+            make_ready(config, start)
+        return start.state.step
 
     @property
     def steps(self) -> list[int]:
-        return checkpoint.complete_steps(self.config().run_dir)
+        return self.steps_of("sample")
+
+    def steps_of(self, name: str) -> list[int]:
+        """Steps of the complete checkpoints of the run of a name."""
+        return checkpoint.complete_steps(self._root / name)
 
 
 @pytest.fixture
@@ -213,20 +226,27 @@ def test_an_unfinished_run_of_the_same_settings_goes_on(folder: Folder) -> None:
     assert folder.steps == [10, 20]
 
 
-def test_a_longer_schedule_goes_on_and_a_finished_run_begins_anew(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
+def test_a_longer_schedule_continues_a_run_and_a_finished_one_is_left_alone(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.save(30, 40)
-    assert folder.begin("trainer.epochs=5") == 40
-    assert folder.begin("checkpoint.resume=always") == 40
+    assert (folder.begin("trainer.epochs=5"), folder.is_over) == (40, False)
+    before = {path: path.stat().st_mtime_ns for path in folder.config().run_dir.rglob("*")}
+    for resume in ("auto", "always"):
+        assert (folder.begin(f"checkpoint.resume={resume}"), folder.is_over) == (40, True)
     for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         with monkeypatch.context() as patch:
             _set(patch, {**variables(), variable: "1"})
-            assert folder.begin() == 40
-    assert folder.begin() == 0
-    assert folder.steps == []
+            assert (folder.begin(), folder.is_over) == (40, True)
+    caplog.clear()
+    assert (folder.begin("trainer.epochs=1", "trainer.monitor=auc"), folder.is_over) == (40, True)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert f"Run already finished: {folder.config().run_dir}, step 40 (asked for: 10)." in said
+    assert said.endswith("Changed without effect: trainer.monitor=auc (was auto)")
+    assert {path: path.stat().st_mtime_ns for path in folder.config().run_dir.rglob("*")} == before
 
 
+@pytest.mark.parametrize("resume", ["auto", "always"])
 @pytest.mark.parametrize(
     "override",
     [
@@ -235,37 +255,74 @@ def test_a_longer_schedule_goes_on_and_a_finished_run_begins_anew(
         "trainer.batch_size=7",
         "model.dropout=0.5",
         "optimizer.dense.lr=1",
+        "checkpoint.start_from=elsewhere",
     ],
 )
-def test_other_settings_begin_anew_or_are_refused_by_name(
-    folder: Folder, caplog: pytest.LogCaptureFixture, override: str
+def test_other_settings_under_the_same_name_are_refused_with_cures_that_work(
+    folder: Folder, override: str, resume: str
 ) -> None:
     folder.save(20)
     name, value = override.split("=")
-    with pytest.raises(ConfigError, match=rf"step_00000020 was .*: {name}={value}.*, not "):
-        folder.begin(override, "checkpoint.resume=always")
+    said = rf"{name}={value}.* \(was .*\); set another run.name, or checkpoint.resume=never, .*\.1$"
+    with pytest.raises(ConfigError, match=said):
+        folder.begin(override, f"checkpoint.resume={resume}")
+    if name != "data.memory_bytes":  # what that changes depends on the data
+        with pytest.raises(ConfigError, match=said):
+            check_settings(folder.config(override, f"checkpoint.resume={resume}"))
     assert folder.steps == [20]
-    with caplog.at_level(logging.INFO, "deepfm_dist"):
-        assert folder.begin(override) == 0
-    assert f"is of other settings ({name}={value}" in caplog.text
-    assert folder.steps == []
+    if name == "checkpoint.start_from":
+        return  # there is nothing to start from
+    assert folder.begin(override, "run.name=another") == 0
+    assert folder.steps == [20]
+    for number in (1, 2):
+        assert folder.begin(override, "checkpoint.resume=never") == 0
+        assert folder.steps == []
+        assert folder.steps_of(f"sample.{number}") == [20]
+        folder.save(20)
 
 
-def test_other_data_begin_anew_or_are_refused_by_their_hash(
-    folder: Folder, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_data_are_refused_by_their_hash(folder: Folder) -> None:
     folder.save(20)
     saved = folder.manifest.data_hash
     folder.manifest = folder.manifest.model_copy(update={"data_hash": "other"})
     run_dir = folder.config().run_dir
     grown = folder.config("run.name=new", f"checkpoint.start_from={run_dir}")
-    assert begin(grown, folder.manifest, schedule_of(grown), 9)[0] is not None
-    with pytest.raises(ConfigError, match=rf"the data is other, not {saved}; take its settings"):
-        folder.begin("checkpoint.resume=always")
+    assert begin(grown, folder.manifest, schedule_of(grown), 9).path is not None
+    with pytest.raises(ConfigError, match=rf"the data is other \(was {saved}\); set another"):
+        folder.begin()
     assert folder.steps == [20]
-    with caplog.at_level(logging.INFO, "deepfm_dist"):
-        assert folder.begin() == 0
-    assert f"is of other settings (the data is other, not {saved})" in caplog.text
+    assert folder.begin("checkpoint.resume=never") == 0
+    assert folder.steps_of("sample.1") == [20]
+
+
+def test_a_run_that_is_moved_aside_takes_its_results_along_and_leaves_its_study(
+    folder: Folder,
+) -> None:
+    folder.save(20)
+    run_dir = folder.config().run_dir
+    (run_dir / "config.yaml").write_text(folder.config("data.name=null").to_yaml())
+    (run_dir / "report.html").write_text("old")
+    (run_dir / "tune").mkdir()
+    (run_dir / "tune/study.log").write_text("a study")
+    assert folder.begin("checkpoint.resume=never") == 0
+    aside = run_dir.with_name("sample.1")
+    assert (aside / "report.html").read_text() == "old"
+    assert not (run_dir / "report.html").exists()
+    assert (run_dir / "tune/study.log").read_text() == "a study"
+    moved = load_config(str(aside / "config.yaml"))
+    assert (moved.run.name, moved.prepared_dir) == ("sample.1", folder.config().prepared_dir)
+
+
+def test_results_without_a_checkpoint_are_moved_aside_too(folder: Folder) -> None:
+    run_dir = folder.config().run_dir
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("")  # as a run leaves that ended early
+    assert folder.begin() == 0
+    assert not run_dir.with_name("sample.1").exists()
+    (run_dir / "recommendations.csv").write_text("user,item\n")
+    assert folder.begin() == 0
+    assert (run_dir.with_name("sample.1") / "recommendations.csv").exists()
+    assert not (run_dir / "recommendations.csv").exists()
 
 
 @pytest.mark.parametrize("lacks", ["checkpoint", "dataset"])
@@ -305,21 +362,15 @@ def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
 
     start = f"checkpoint.start_from={config.run_dir}"
     fresh = folder.config("run.name=new", start)
-    assert begin(fresh, folder.manifest, schedule_of(fresh), 9)[0] == marker.parent
+    assert begin(fresh, folder.manifest, schedule_of(fresh), 9).path == marker.parent
     other = folder.config("run.name=new", start, "model.fm_pairs=across")
     with pytest.raises(ConfigError, match=r"its model has fm_pairs=all, not across; set model.fm"):
         begin(other, folder.manifest, schedule_of(other), 9)
 
-    with pytest.raises(ConfigError, match=r"step_00000020 .*: model.fm_pairs=across, not all; tak"):
+    with pytest.raises(ConfigError, match=r"model.fm_pairs=across \(was all\); set another run"):
         folder.begin("model.fm_pairs=across", "checkpoint.resume=always")
     assert folder.begin("checkpoint.resume=always") == 20
     assert folder.begin() == 20
-
-
-def test_never_begins_anew(folder: Folder) -> None:
-    folder.save(20)
-    assert folder.begin("checkpoint.resume=never") == 0
-    assert folder.steps == []
 
 
 def test_a_run_cannot_start_from_its_own_folder(folder: Folder) -> None:
@@ -337,10 +388,13 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     with pytest.raises(CheckpointError, match="of step 5; there are: 10, 20, 30"):
         folder.begin("checkpoint.use=5")
     assert folder.begin() == 30
+    (folder.config().run_dir / "metrics.jsonl").write_text("the log of 30 steps\n")
     assert folder.begin("checkpoint.use=best") == 20
-    assert folder.steps == [10, 20]
+    assert (folder.steps, folder.steps_of("sample.1")) == ([10, 20], [30])
+    aside = folder.config().run_dir.with_name("sample.1")
+    assert (aside / "metrics.jsonl").read_text() == "the log of 30 steps\n"
     assert folder.begin("checkpoint.use=10") == 10
-    assert folder.steps == [10]
+    assert (folder.steps, folder.steps_of("sample.2")) == ([10], [20])
 
 
 @pytest.mark.parametrize("figure", ["calibration", "majority_rate"])
@@ -373,8 +427,9 @@ def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folde
     for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
         config = folder.config("run.name=new", f"checkpoint.start_from={start}")
         schedule = schedule_of(config)
-        path, state = begin(config, folder.manifest, schedule, schedule.last_step(PER_EPOCH))
-        assert (path, state.step) == (checkpoint.checkpoint_path(run_dir, step), 0)
+        found = begin(config, folder.manifest, schedule, schedule.last_step(PER_EPOCH))
+        assert found.path == checkpoint.checkpoint_path(run_dir, step)
+        assert (found.state.step, found.continues) == (0, False)
 
 
 def _set(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
@@ -394,7 +449,9 @@ def test_a_restart_goes_on_from_the_latest(
     _set(monkeypatch, {**variables(), variable: "1"})
     assert folder.begin(override) == 30
     assert folder.steps == [10, 20, 30]
-    assert folder.begin(override, "run.seed=2") == 0
+    if override == "checkpoint.resume=never":  # the first start ended before it moved that run
+        assert folder.begin(override, "run.seed=2") == 0
+        assert folder.steps_of("sample.1") == [10, 20, 30]
 
 
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:

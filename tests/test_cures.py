@@ -752,6 +752,22 @@ COMMAND_ORDER = [
         before=("train",),
     ),
     Mistake(
+        "train optimizer.dense.lr=0.1", "another run.name", "run.name=other", before=("train",)
+    ),
+    Mistake("prepare data.split.test=0.3", "another run.name", "run.name=other", before=("train",)),
+    Mistake(
+        "prepare data.split.test=0.3",
+        "checkpoint.resume=never",
+        "checkpoint.resume=never",
+        before=("train",),
+    ),
+    Mistake(
+        "prepare data.split.test=0.3",
+        "data.name=NAME",
+        "data.name=more",
+        before=("train", "train run.name=other data.name=cures"),
+    ),
+    Mistake(
         "train run.name=next run.seed=4 checkpoint.start_from=runs_root/cures",
         "data.vocabulary_from",
         "data.vocabulary_from=prepared_root/cures",

@@ -29,7 +29,9 @@ def texts_of_errors() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args:
                 name = getattr(node.func, "id", "")
-                if name.endswith(("Error", "Problem", "NoRoom", "RankLost", "NonFiniteLoss")):
+                if name.endswith(
+                    ("Error", "Problem", "NoRoom", "RankLost", "InUse", "NonFiniteLoss")
+                ):
                     found.add(_text(node.args[0]))
     return found
 

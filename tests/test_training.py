@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from deepfm_dist import evaluate as evaluate_command
+from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
 from deepfm_dist.build import deepfm_of, schedule_of
 from deepfm_dist.data.batch import Batch
@@ -519,29 +520,63 @@ def test_ids_beyond_their_tables_end_training_with_one_line(
         shutil.rmtree(folder)
 
 
-def test_a_run_whose_labels_have_changed_is_trained_anew(
+def _typed(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as end:  # of the ranks that hear of rank 0's mistake
+        return int(str(end.code))
+
+
+def test_a_run_and_its_dataset_outlive_whatever_is_typed_after_the_labels_have_changed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
         f"data={{root: {tmp_path}, task: ctr, interactions: {{file: r.csv, label: y}}, "
-        "features: [{name: a}], split: {valid: 0, test: 0}}",
+        "features: [{name: a}], split: {valid: 0, test: 0.2}}",
         *(f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")),
         "run.loggers=[]",
         "evaluate={}",
         "trainer.batch_size=40",
+        "optimizer.tables.lr=1",
     ]
-    for labels, epochs, resume, code in (
-        ((0, 1), 2, "never", 0),
-        ((0, 1), 4, "always", 0),
-        ((1, 0), 6, "always", 2),
-        ((1, 0), 6, "auto", 0),
-    ):
-        rows = "".join(f"{k % 5},{labels[k % 2]}\n" for k in range(40))
-        (tmp_path / "r.csv").write_text(f"a,y\n{rows}")
-        last = [f"trainer.epochs={epochs}", f"checkpoint.resume={resume}"]
-        assert run_alone(train_command.main, [*arguments, *last]) == code
-        assert ("the data is" in capfd.readouterr().err) == (code == 2)
-    assert [line["step"] for line in events(tmp_path / "runs" / "sample", "train")] == [6]
+
+    def rows(labels: tuple[int, int]) -> None:
+        text = "".join(f"{k % 5},{labels[k % 5 % 2]}\n" for k in range(40))
+        (tmp_path / "r.csv").write_text(f"a,y\n{text}")
+
+    def typed(main: Callable[..., int], *more: str) -> tuple[set[int], str]:
+        codes = run_ranks(_typed, 1, main, [*arguments, *more])
+        return {*codes}, capfd.readouterr().err
+
+    def files() -> dict[Path, bytes]:
+        found = [p for kind in ("prepared", "runs") for p in (tmp_path / kind).rglob("*")]
+        return {p: p.read_bytes() for p in found if p.is_file()}
+
+    runs = tmp_path / "runs"
+    rows((0, 1))
+    assert typed(train_command.main, "trainer.epochs=4")[0] == {0}
+    before = files()
+    assert typed(train_command.main, "trainer.epochs=4")[0] == {0}  # already finished
+    assert files() == before
+
+    rows((1, 0))
+    cure = f"set another run.name, or checkpoint.resume=never, which moves {runs / 'sample'} and"
+    said_of_it = "sample would lose the dataset of the checkpoints there; "
+    for main in (train_command.main, prepare_command.main):
+        codes, said = typed(main, "trainer.epochs=6")
+        assert codes == {2}
+        assert f"{said_of_it}{cure} its dataset aside" in said
+    assert files() == before
+
+    assert typed(train_command.main, "checkpoint.resume=never")[0] == {0}
+    assert [line["step"] for line in events(runs / "sample", "train")] == [10]
+    assert [line["step"] for line in events(runs / "sample.1", "train")] == [4]
+    figures = []
+    for name in ("sample", "sample.1"):
+        folder = ["--run", str(runs / name)]
+        assert {*run_ranks(_typed, 1, evaluate_command.main, folder)} == {0}
+        figures.append(events(runs / name, "evaluate")[0]["rows"]["auc"])
+    assert figures == [1.0, 1.0]  # labels of its own dataset, which the other's contradict
 
 
 def test_a_longer_run_knows_nothing_of_where_a_shorter_one_ended(

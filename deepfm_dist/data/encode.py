@@ -24,7 +24,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,14 +53,19 @@ from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.errors import ConfigError, DataError, DeepFMError
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
 
 
 def prepare(
-    data: DataConfig, root: str | Path, folder: Path, seed: int, crew: Crew | None = None
+    data: DataConfig,
+    root: str | Path,
+    folder: Path,
+    seed: int,
+    crew: Crew | None = None,
+    before_replacing: Callable[[Manifest, Manifest], Path | None] = lambda old, new: None,
 ) -> Manifest:
     """Makes sure that ``folder`` holds the dataset that the configuration describes. All ranks.
 
@@ -73,6 +78,8 @@ def prepare(
         folder: where the prepared dataset goes; of all ranks the same.
         seed: of splits, negatives and row order.
         crew: the ranks that share the work; default: this process alone.
+        before_replacing: rank 0 calls it with the manifests of an earlier dataset and of the one
+            that is about to take its place; it may raise, or return where to keep the earlier one.
 
     Returns:
         The manifest.
@@ -109,11 +116,17 @@ def prepare(
             job.spill("").mkdir()
         crew.gather(None)
         manifest = _written(job, wanted)
+        problem = None
         if crew.is_first:
-            if folder.exists():  # a deletion takes time, in which it would look whole
-                folder.rename(aside / "before")
-            job.folder.rename(folder)
-        crew.gather(None)
+            try:
+                if folder.exists():  # a deletion takes time, in which it would look whole
+                    kept = _kept(folder, manifest, before_replacing)
+                    folder.rename(kept or aside / "before")
+                job.folder.rename(folder)
+            except DeepFMError as error:
+                problem = error
+        if (problem := crew.first_says(problem)) is not None:
+            raise problem
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -122,6 +135,17 @@ def prepare(
     if crew.is_first:
         _report(manifest, folder, time.perf_counter() - started)
     return manifest
+
+
+def _kept(
+    folder: Path, new: Manifest, before_replacing: Callable[[Manifest, Manifest], Path | None]
+) -> Path | None:
+    """Where to keep the dataset that a folder holds; None: it can be deleted."""
+    try:
+        old = Manifest.read(folder)
+    except DataError:  # incomplete, or in a format that this version does not read
+        return None
+    return before_replacing(old, new)
 
 
 def _given(data: DataConfig, folder: Path) -> Manifest | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from deepfm_dist.environment import gpu_problem
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 from deepfm_dist.launcher import Launch, read_launch
+from deepfm_dist.lock import Lock
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,24 @@ class World:
             raise
         self.store.set(name, "done")
         return result
+
+    @contextmanager
+    def first_holds(self, lock: Lock, wait_s: float = 0.0) -> Iterator[None]:
+        """Rank 0 holds a lock while all ranks are inside; see `first_does`. All ranks.
+
+        Args:
+            lock: what rank 0 acquires.
+            wait_s: how long it waits for another holder.
+
+        Raises:
+            InUse: on rank 0, when another process holds it.
+            SystemExit: on the other ranks, then.
+        """
+        self.first_does(str(lock.path), lambda: lock.acquire(wait_s))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _outcome_of(self, name: str) -> bytes:
         """What rank 0 says of its work in the end."""

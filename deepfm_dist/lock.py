@@ -1,0 +1,239 @@
+"""One writer at a time: a lock on a run's folder or on an output file.
+
+The lock file ``.NAME.lock`` lies beside what it protects, names the host and the process that hold
+it, and is deleted when they are done. Where the file system has ``flock``, the kernel holds the
+lock and drops it however the process ends. Elsewhere (an object store, some network mounts) the
+holder rewrites the file every `BEAT_S` seconds: one whose process is gone from this host, or that
+has not changed for `STALE_S` seconds while somebody waited, is left over from a crash and taken.
+Two processes that lock an object store's folder within `SETTLE_S` may miss each other.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deepfm_dist.errors import InUse
+from deepfm_dist.storage import is_of_storage, is_remote, writing
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 10.0
+"""Seconds between two signs of life of a holder without ``flock``."""
+STALE_S = 35.0
+"""Seconds without one after which its lock is left over."""
+SETTLE_S = 0.5
+"""Seconds after which a lock without ``flock`` is read again, in case two were written at once."""
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_descriptors: set[int] = set()
+_tokens: set[str] = set()
+
+
+def _close_in_child() -> None:
+    """A forked child must not hold on to locks of a parent that crashes."""
+    for descriptor in _descriptors:
+        with suppress(OSError):
+            os.close(descriptor)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Lock:
+    """The right to write to a folder or file, for one process at a time.
+
+    Args:
+        target: the folder or file; its parent folder is made if missing.
+        what: the target in words, for messages.
+        cure: what else to do than wait, for messages.
+    """
+
+    def __init__(self, target: Path, what: str, cure: str) -> None:
+        self.path = target.with_name(f".{target.name}.lock")
+        self._what, self._cure = what, cure
+        self._descriptor: int | None = None
+        self._token = uuid.uuid4().hex
+        self._released: threading.Event | None = None
+
+    def acquire(self, wait_s: float = 0.0) -> None:
+        """Takes the lock.
+
+        Args:
+            wait_s: how long to wait for whoever holds it.
+
+        Raises:
+            InUse: another process holds it.
+            DeepFMError: the lock file cannot be written.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            with writing(self.path.parent):
+                holder = self._try()
+            if holder is None:
+                return
+            if time.monotonic() >= deadline:
+                raise InUse(
+                    f"{self._what}: in use by {_described(holder)}; wait for it, stop it, or "
+                    f"{self._cure}"
+                )
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+    def release(self) -> None:
+        """Gives the lock back; without effect where it is not held."""
+        if self._released is not None:
+            self._released.set()
+            self._released = None
+            _tokens.discard(self._token)
+            if self._read().get("token") == self._token:
+                self._unlink()
+        if self._descriptor is not None:
+            self._unlink()  # while it is held: whoever waits for it looks whether it is still there
+            _descriptors.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _try(self) -> dict[str, Any] | None:
+        """Takes the lock; returns its holder where that is another process."""
+        if is_remote(self.path):
+            return self._try_without_flock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self._is_at_path(descriptor):  # its holder deleted it meanwhile
+                    os.close(descriptor)
+                    continue
+            except BlockingIOError:
+                os.close(descriptor)
+                return self._read()
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in _NO_FLOCK:
+                    raise
+                return self._try_without_flock()
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, self._text().encode())
+            self._descriptor = descriptor
+            _descriptors.add(descriptor)
+            return None
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _try_without_flock(self) -> dict[str, Any] | None:
+        holder = self._read()
+        if holder and not _is_gone(holder) and not self._is_left_over(holder):
+            return holder
+        self._put(self._text())
+        time.sleep(SETTLE_S)
+        if (holder := self._read()).get("token") != self._token:
+            return holder
+        _tokens.add(self._token)
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, args=(self._released,), daemon=True).start()
+        return None
+
+    def _is_left_over(self, holder: dict[str, Any]) -> bool:
+        """Waits whether a holder shows that it is alive."""
+        log.info("%s: waiting for a sign of life of %s", self.path, _described(holder))
+        until = time.monotonic() + STALE_S
+        while time.monotonic() < until:
+            time.sleep(min(1.0, STALE_S / 10))
+            now = self._read()
+            if not now:
+                return True
+            if now != holder:
+                return False
+        return True
+
+    def _beat(self, released: threading.Event) -> None:
+        beats = 0
+        while not released.wait(BEAT_S):
+            beats += 1
+            try:
+                if self._read().get("token") == self._token and not released.is_set():
+                    self._put(self._text(beats))
+            except Exception as error:
+                if not is_of_storage(error):
+                    raise
+
+    def _put(self, text: str) -> None:
+        """Replaces the file; readers see the old or the new text."""
+        if is_remote(self.path):
+            self.path.write_text(text)
+            return
+        aside = self.path.with_name(f"{self.path.name}.{self._token}")
+        aside.write_text(text)
+        aside.replace(self.path)
+
+    def _text(self, beats: int = 0) -> str:
+        facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "token": self._token,
+            "beats": beats,
+        }
+        return json.dumps(facts) + "\n"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):  # none, or its holder is writing it
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _unlink(self) -> None:
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether a holder was a process of this host that has ended, or an earlier one of our pid."""
+    if holder.get("host") != socket.gethostname() or holder.get("token") in _tokens:
+        return False
+    pid = holder.get("pid")
+    return pid == os.getpid() or not isinstance(pid, int) or not _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _described(holder: dict[str, Any]) -> str:
+    if "pid" not in holder:
+        return "another process"
+    return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"
