@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -14,10 +14,15 @@ from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.section import Section
 from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
+from deepfm_dist.typed_yaml import DuplicateKeyError, Plain, kind_below, kinds_of, load, typed
 
 PACKAGE = Path(__file__).parent
 BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
 """Where ``configs/`` and ``data/sample/`` lie: in the wheel, or at the root of a clone."""
+
+
+_Id = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""An id or a value, as files have it."""
 
 
 class RunConfig(Section):
@@ -363,16 +368,16 @@ class RecommendConfig(Section):
     """Items per user."""
     mask: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
     """A user's items in these splits are never recommended."""
-    context: dict[str, str | int | float] = Field(default_factory=dict)
-    """Values of the context fields to recommend for."""
-    users: str | tuple[str | int, ...] | None = None
+    context: dict[str, _Id] = Field(default_factory=dict)
+    """Values of the context fields to recommend for, as files have them."""
+    users: str | tuple[_Id, ...] | None = None
     """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
     histories: str | None = None
     """Recommend for the users of this file instead, whom the model knows by these items alone: rows
     of ``user`` and ``item`` (csv, tsv, parquet). For models with a history field."""
-    allow_items: str | tuple[str | int, ...] | None = None
+    allow_items: str | tuple[_Id, ...] | None = None
     """Only these: a list of ids, or a file with a column ``item``."""
-    block_items: str | tuple[str | int, ...] | None = None
+    block_items: str | tuple[_Id, ...] | None = None
     """None of these: a list of ids, or a file with a column ``item``."""
     candidates: int | None = Field(None, ge=1)
     """Score in full only this many items of each user, the best without the over-arch; it is
@@ -612,7 +617,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     Args:
         path: a YAML file or its URL, or the name of a bundled one (``sample``); default: the
             sample.
-        overrides: ``section.field=value`` each; the value is YAML.
+        overrides: ``section.field=value`` each; the value is YAML, or text as it stands where the
+            setting is text.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a field is unknown or has a bad value.
@@ -620,14 +626,16 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     file = _find(path or "sample")
     try:
         with told_in_one_line(file):
-            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            tree = load(file.read_text(encoding="utf-8")) or {}
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
     for override in overrides:
-        _apply(tree, override)
-    return config_from(tree, origin=str(file))
+        _set(tree, *parse_override(override), repr(override))
+    return config_from(typed(tree, Config), origin=str(file))
 
 
 def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
@@ -675,17 +683,28 @@ def _find(path: str) -> Path:
     raise ConfigError(f"--config {path}: no such file{hint}")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """``section.field=value`` -> dotted name and value, as `typed_yaml.load` gives values.
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override!r}: overrides look like section.field=value")
+    kinds: list[Any] = [Config]
+    for part in name.split("."):
+        kinds = kinds_of(kind_below(kinds, part))
+    if set(kinds) <= {str, type(None)} and text.strip()[:1] not in ("'", '"'):
+        return name, Plain(text.strip())
     try:
-        value = yaml.safe_load(text)
+        return name, load(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
     except yaml.YAMLError as error:
-        if text[:1] in tuple("[{'\""):
-            raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
-        value = text  # such as %d/%m/%Y, which YAML wants in quotes
-    _set(tree, name, value, repr(override))
+        if str in kinds and text[:1] not in ("[", "{", "'", '"'):
+            return name, Plain(text)  # such as %d/%m/%Y, which YAML wants in quotes
+        raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
 
 
 def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
@@ -715,7 +734,7 @@ def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
     return f"{where}: {message} (got {problem['input']!r})"
 
 
-def _what_is_meant(loc: tuple[str | int, ...], value: Any) -> str:
+def _what_is_meant(loc: tuple[_Id, ...], value: Any) -> str:
     """A hint for an unknown field: YAML's ``{a:1}``, a misspelling, a field of another section."""
     name, fields = str(loc[-1]), _fields_at(loc[:-1])
     key, colon, text = name.partition(":")
@@ -754,4 +773,5 @@ def _section_of(annotation: Any) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return f"{text}; put the value in quotes" if "cannot start any token" in text else text

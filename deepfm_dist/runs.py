@@ -9,10 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepfm_dist.build import shard_for_inference
-from deepfm_dist.config import Config, config_from
+from deepfm_dist.config import Config, config_from, load_config, parse_override
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.match import check_match
@@ -222,8 +220,8 @@ def _set_steps_aside(config: Config, steps: Sequence[int]) -> None:
 
 
 def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
-    with suppress(FileNotFoundError, ConfigError, yaml.YAMLError):  # of another version, say
-        config = config_from(yaml.safe_load(file.read_text())).called(run_dir.name)
+    with suppress(ConfigError):  # of another version, say
+        config = load_config(str(file)).called(run_dir.name)
         data = config.data.model_copy(update={"name": dataset.name})
         file.write_text(config.model_copy(update={"data": data}).to_yaml())
 
@@ -256,9 +254,9 @@ def _runs_on(config: Config, manifest: Manifest) -> list[Path]:
     others = [] if is_remote(root) else [f.parent for f in root.glob("*/config.yaml")]
     found = []
     for folder in [own, *sorted(path for path in others if path != own)]:
-        with suppress(CheckpointError, ConfigError, OSError, yaml.YAMLError):
+        with suppress(CheckpointError, ConfigError, OSError):
             if folder != own:
-                theirs = config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+                theirs = load_config(str(folder / "config.yaml"))
                 if theirs.prepared_dir.resolve() != config.prepared_dir.resolve():
                     continue
             steps = checkpoint.complete_steps(folder)
@@ -505,8 +503,8 @@ def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = Fa
 
 def settings_of(override: str) -> list[str]:
     """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
-    name, _, text = override.partition("=")
-    value = None if "." in name else yaml.safe_load(text)
+    name = override.partition("=")[0]
+    value = None if "." in name else parse_override(override)[1]
     return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 

@@ -1,5 +1,6 @@
 """Rows from outside the dataset -> rows in its indices."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -79,11 +80,12 @@ class RowEncoder:
     def _fixed(self, feature: Feature, value: str | float) -> Values:
         if feature.kind == "numeric":
             try:
-                return self._values(feature, pa.chunked_array([pa.array([float(value)])]))
+                number = float(value)
             except ValueError:
-                raise ConfigError(
-                    f"recommend.context.{feature.name}={value!r}: expected a number"
-                ) from None
+                number = math.nan
+            if not math.isfinite(number):
+                raise ConfigError(f"recommend.context.{feature.name}={value!r}: expected a number")
+            return self._values(feature, pa.chunked_array([pa.array([number])]))
         found = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
         rows = found.values if isinstance(found, Jagged) else found
         if feature.has_vocabulary and (rows == 0).any():

@@ -1,0 +1,120 @@
+"""YAML in which text stays as it is typed: ``0074``, ``1e3``, ``NO`` are ids, not 60, 1000, False.
+
+What a word without quotes means depends on the setting it is for. So words are kept as they are
+read, and `typed` makes numbers, booleans and nulls of those whose setting takes no text.
+"""
+
+import datetime
+import re
+import types
+from collections.abc import Hashable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from deepfm_dist.section import Section
+
+
+class Plain(str):
+    """A scalar that is written without quotes."""
+
+
+class DuplicateKeyError(yaml.YAMLError):
+    """A mapping has a key twice, of which YAML would keep the last one."""
+
+
+class _Loader(yaml.SafeLoader):
+    # Of what YAML makes of words without quotes, only the merge key << stays.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        "<": yaml.SafeLoader.yaml_implicit_resolvers["<"],
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Hashable, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise DuplicateKeyError(
+                    f"{key.value!r} stands in line {lines[key.value]} and again in line {line}; "
+                    f"put all of it under one"
+                )
+        return node
+
+
+def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    return Plain(node.value) if node.style is None else str(node.value)
+
+
+for _tag in ("str", "merge"):  # << as a value is text, too
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_text)
+
+
+def load(text: str) -> Any:
+    """YAML -> dicts, lists and strings, those without quotes as `Plain`.
+
+    Raises:
+        yaml.YAMLError: it is none, or a key comes twice.
+    """
+    return yaml.load(text, _Loader)
+
+
+def typed(value: Any, kind: Any) -> Any:
+    """A value of `load`, its plain scalars turned into what a setting takes.
+
+    Args:
+        value: dicts, lists and scalars.
+        kind: the setting's annotation: a section, a built-in type, or a union of them.
+    """
+    kinds = kinds_of(kind)
+    if isinstance(value, Plain):
+        return _scalar(value, kinds)
+    if isinstance(value, dict):
+        return {str(key): typed(below, kind_below(kinds, str(key))) for key, below in value.items()}
+    if isinstance(value, list):
+        items = next((get_args(k) for k in kinds if get_origin(k) in (tuple, list)), (Any, ...))
+        if len(items) == 1 or items[1:] == (...,):
+            return [typed(item, items[0]) for item in value]
+        of_each = [*items, *[Any] * len(value)]
+        return [typed(item, of_one) for item, of_one in zip(value, of_each, strict=False)]
+    return value
+
+
+def kinds_of(kind: Any) -> list[Any]:
+    """The alternatives of an annotation."""
+    if get_origin(kind) is Annotated:
+        return kinds_of(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return [k for alternative in get_args(kind) for k in kinds_of(alternative)]
+    return [kind]
+
+
+def kind_below(kinds: list[Any], key: str) -> Any:
+    """The annotation of a key of a section or dict."""
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind.model_fields[key].annotation if key in kind.model_fields else Any
+        if get_origin(kind) is dict:
+            return get_args(kind)[1]
+    return Any
+
+
+def _scalar(text: Plain, kinds: list[Any]) -> Any:
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if text in words:
+        return str(text)
+    if str in kinds:
+        return None if text in ("", "null", "~") and type(None) in kinds else str(text)
+    return resolved(text)
+
+
+def resolved(text: str) -> Any:
+    """What a plain scalar is where no text is expected: null, a boolean, a number, else itself."""
+    if re.fullmatch(r"[-+]?0[0-9]+", text):  # octal in YAML 1.1
+        return int(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return str(text)
+    is_kept = ":" in text or isinstance(value, datetime.date | list | dict)  # 1:30 would be 90
+    return str(text) if is_kept else value
