@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -174,3 +176,19 @@ def test_other_rows_are_told_and_no_figures_are_taken_on_them(
     assert said in record.getMessage()
     with pytest.raises(CheckpointError, match=f"holds other rows than .*{said}.*flatter"):
         find_finished(config, [], same_rows=True)
+
+
+def test_a_column_that_was_found_to_hold_lists_is_the_one_that_was_trained_on(
+    tmp_path: Path,
+) -> None:
+    rows = {"user": [f"u{k % 9}" for k in range(90)], "item": [f"i{k % 31}" for k in range(90)]}
+    lists = pa.array([["a", "b"][: k % 3] for k in range(90)])
+    pq.write_table(pa.table(rows | {"tags": lists}), tmp_path / "rows.parquet")
+    fields = "[{name: user, entity: user}, {name: item, entity: item}, {name: tags}]"
+    rows_of = "data.interactions.file=rows.parquet"
+    config = config_of(tmp_path, fields, rows_of, "data.history={}")
+    manifest = prepared(config)
+    assert manifest.features[-1].multi_valued
+    assert not config.data.features[-1].multi_valued
+    save_marker(config, manifest)
+    assert find_finished(config, []).state["step"] == 5

@@ -78,10 +78,8 @@ def check_match(
 
 def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
     """What changes the meaning of a logit, though vocabularies be the same."""
-    theirs = {f.name: f for f in prepared.features}
-    for feature in trained.features:
-        if feature.name in theirs:
-            yield from field_differences(feature, theirs[feature.name])
+    for one, other in shared_fields(trained, prepared):
+        yield from field_differences(one, other)
     ours, others = (
         {
             "data.features": ",".join(f.name for f in data.features),
@@ -93,6 +91,19 @@ def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[st
     for name in ours:
         if ours[name] != others[name]:
             yield name, ours[name], others[name]
+
+
+def shared_fields(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[Feature, Feature]]:
+    """Fields of one name of a run's settings and of a dataset's.
+
+    Whether a column holds lists is found when it is prepared, and only the dataset's settings say.
+    """
+    theirs = {f.name: f for f in prepared.features}
+    for one in trained.features:
+        other = theirs.get(one.name)
+        if other is not None:
+            known = {"several": other.several} if one.several is None else {}
+            yield one.model_copy(update=known), other
 
 
 def field_differences(
@@ -119,10 +130,8 @@ def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any
     """Settings that change which rows there are, or where they belong."""
     ours, theirs = (data.model_dump(mode="json", exclude=_FREE) for data in (trained, prepared))
     yield from _leaves(ours, theirs, "data")
-    fields = {f.name: f for f in prepared.features}
-    for feature in trained.features:
-        if feature.name in fields:
-            yield from field_differences(feature, fields[feature.name], ())
+    for one, other in shared_fields(trained, prepared):
+        yield from field_differences(one, other, ())
 
 
 def _leaves(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
