@@ -1,8 +1,11 @@
 """The kernel for CUDA, run by Triton's interpreter, against float64, full sorts and itself."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,48 +145,60 @@ def test_layers_that_are_too_wide_or_too_many_are_named() -> None:
     assert reason([9] * 5, "fp32") == "the over-arch has 5 hidden layers, more than 4"
 
 
-COMPILE = """
-import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from deepfm_dist.ranking import triton_kernel
-from deepfm_dist.ranking.triton_kernel import Layout, _rank
-kind = torch.bfloat16 if sys.argv[1] == "bf16" else torch.float32
-layout = Layout.of([int(n) for n in sys.argv[2].split("-")], kind)
-constants = layout.options(True, 16, 10)
-warps = constants.pop("num_warps")
-constants |= {"PRECISION": "tf32x3", "OF_CANDIDATES": False, "KEEP_SCORES": False}
-types = dict.fromkeys(("candidates", "seen", "seen_begins", "seen_ends", "keys"), "*i64")
-types |= dict.fromkeys(
-    ("n_users", "n_items", "columns", "columns_per_split", "offset", "k"), "i32"
-)
-types["weights"] = "*bf16" if kind is torch.bfloat16 else "*fp32"
-signature = {
-    n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _rank.arg_names
+KERNELS = {
+    **{
+        f"{arch} {precision} 30-20-10": (0, True)
+        for arch in ("sm_80", "sm_90", "sm_100")
+        for precision in ("fp32", "tf32", "bf16")
+    },
+    "sm_80 tf32 30-20-10": (8, True),
+    "sm_90 fp32 30-20-10 --top-k 100": (0, True),
+    "sm_90 fp32 30-20-10 --top-k 500": (0, True),
+    "sm_90 fp32 30-20-10 --mode scores": (0, True),
+    "sm_90 fp32 30-20-10 --mode candidates": (0, True),
+    # Without a product: a single layer, and none.
+    "sm_90 fp32 30": (0, False),
+    "sm_90 fp32 none": (0, False),
+    "sm_90 fp32 30-20": (0, True),
+    "sm_90 fp32 40-30-20-10": (64, True),
+    "sm_90 bf16 400-400-400": (216, True),  # twice the pairs share a reading of the weights
+    "sm_90 fp32 400-400-400": (560, True),
+    "sm_80 bf16 400-400-400": (0, True),
 }
-found = compile(
-    ASTSource(_rank, signature, constants),
-    target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": warps},
-)
-print(found.metadata.shared, found.asm["ptx"].count("wgmma.mma_async"))
-"""
+"""Bytes of a thread's registers that may be spilled, and whether tensor cores multiply."""
 
 
-@pytest.mark.slow  # compiles by LLVM and ptxas, without a GPU
-@pytest.mark.parametrize(
-    ("kind", "sizes"), [("fp32", "30-20-10"), ("bf16", "30-20-10"), ("bf16", "400-400-400")]
-)
-def test_it_compiles_for_an_h100_and_fits(kind: str, sizes: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, dict[str, Any]]:
+    """All of `KERNELS` compiled by LLVM and ptxas, without a GPU."""
+    root = Path(__file__).parents[1]
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE, kind, sizes],
-        env=environment,
+        [sys.executable, str(root / "benchmarks" / "compiled_kernels.py"), "--many"],
+        input="\n".join(KERNELS),
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert result.returncode == 0, result.stderr
-    shared_bytes, n_products = map(int, result.stdout.split())
-    assert shared_bytes <= 227 * 1024
-    assert n_products > 0
+    found = map(json.loads, result.stdout.splitlines())
+    return dict(zip(KERNELS, found, strict=True))
+
+
+@pytest.mark.slow  # a minute for all
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernel_compiles_for_each_gpu_and_fits(
+    kernels: dict[str, dict[str, Any]], kernel: str
+) -> None:
+    found, (spilled, multiplies) = kernels[kernel], KERNELS[kernel]
+    assert found["shared_kib"] <= {"sm_80": 163, "sm_90": 227, "sm_100": 227}[kernel.split()[0]]
+    assert found["spilled_bytes"] <= spilled
+    assert (found["tensor_core_instructions"] > 0) == multiplies
+
+
+@pytest.mark.slow  # as above
+def test_another_number_of_users_or_items_compiles_nothing(
+    kernels: dict[str, dict[str, Any]],
+) -> None:
+    [names] = {tuple(found["compiled_again_for_another"]) for found in kernels.values()}
+    assert names == ("columns_per_split",)  # always whole tiles

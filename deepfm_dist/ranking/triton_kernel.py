@@ -252,42 +252,44 @@ def _over_arch(
         for k in tl.range(0, UNITS, STEP):
             x = _first_layer(of_users, of_items, user, item, k, UNITS, STEP, PAIRS)
             total += tl.sum(x * tl.load(output + k + tl.arange(0, STEP))[None, :], 1)
-        return total
-    kind = weights.dtype.element_ty
-    x = ()
-    for b in tl.static_range(len(SECOND)):
-        units = _second_layer(
-            of_users, of_items, user, item, weights, biases, _begin(SECOND, b),
-            UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
-        )  # fmt: skip
-        x = x + (units.to(kind),)  # noqa: RUF005  (Triton knows no star)
-    if len(SECOND) > 0:
-        weights += _size(SECOND) * UNITS
-        biases += _size(SECOND)
-    y = ()
-    for b in tl.static_range(len(THIRD)):
-        units = _next_layer(
-            x, weights, biases, _begin(THIRD, b), SECOND, THIRD[b], PAIRS, PRECISION
-        )
-        y = y + (units.to(kind),)  # type: ignore[assignment] # noqa: RUF005
-    if len(THIRD) > 0:
-        weights += _size(THIRD) * _size(SECOND)
-        biases += _size(THIRD)
-    for n in tl.range(0, LAST, CHUNK, num_stages=LAST_STAGES):
-        if len(THIRD) > 0:
-            z = _next_layer(y, weights, biases, n, THIRD, CHUNK, PAIRS, PRECISION)
-        elif len(SECOND) > 0:
-            z = _next_layer(x, weights, biases, n, SECOND, CHUNK, PAIRS, PRECISION)
-        else:
-            z = _second_layer(
-                of_users, of_items, user, item, weights, biases, n,
-                UNITS, STEP, CHUNK, PAIRS, PRECISION, STAGES,
+    else:  # not after an early return, which Triton compiles all the same
+        kind = weights.dtype.element_ty
+        x = ()
+        for b in tl.static_range(len(SECOND)):
+            units = _second_layer(
+                of_users, of_items, user, item, weights, biases, _begin(SECOND, b),
+                UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
             )  # fmt: skip
-        total += tl.sum(z * tl.load(output + n + tl.arange(0, CHUNK))[None, :], 1)
+            x = x + (units.to(kind),)  # noqa: RUF005  (Triton knows no star)
+        if len(SECOND) > 0:
+            weights += _size(SECOND) * UNITS
+            biases += _size(SECOND)
+        y = ()
+        for b in tl.static_range(len(THIRD)):
+            units = _next_layer(
+                x, weights, biases, _begin(THIRD, b), SECOND, THIRD[b], PAIRS, PRECISION
+            )
+            y = y + (units.to(kind),)  # type: ignore[assignment] # noqa: RUF005
+        if len(THIRD) > 0:
+            weights += _size(THIRD) * _size(SECOND)
+            biases += _size(THIRD)
+        for n in tl.range(0, LAST, CHUNK, num_stages=LAST_STAGES):
+            if len(THIRD) > 0:
+                z = _next_layer(y, weights, biases, n, THIRD, CHUNK, PAIRS, PRECISION)
+            elif len(SECOND) > 0:
+                z = _next_layer(x, weights, biases, n, SECOND, CHUNK, PAIRS, PRECISION)
+            else:
+                z = _second_layer(
+                    of_users, of_items, user, item, weights, biases, n,
+                    UNITS, STEP, CHUNK, PAIRS, PRECISION, STAGES,
+                )  # fmt: skip
+            total += tl.sum(z * tl.load(output + n + tl.arange(0, CHUNK))[None, :], 1)
     return total
 
 
-@triton.jit
+# Triton would compile it again whenever a size becomes 1 or a multiple of 16, or ceases to be one,
+# as the number of users does with every last block.
+@triton.jit(do_not_specialize=["n_users", "n_items", "columns", "offset", "k"])
 def _rank(
     user_constant, user_factors, user_hidden, item_constant, item_factors, item_hidden,
     weights, biases, output,
