@@ -331,7 +331,7 @@ def validation_of(
     rows = HeldOut(dataset, "valid")
     items: HeldOutItems | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
-        items = HeldOutItems(dataset, "valid", config.recommend.context)
+        items = HeldOutItems(dataset, "valid", config.recommend.context, config.evaluate.mask_seen)
 
     def validate() -> Mapping[str, float]:
         found = dict(rows.metrics(sharded, world))

@@ -341,6 +341,10 @@ class EvaluateConfig(Section):
     """Which rows."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of the ranking metrics."""
+    mask_seen: bool | None = None
+    """Whether what users have met in earlier splits, liked or not, is left out of their rankings,
+    and out of what counts as relevant. Default: true, but false where
+    ``data.interactions.repeated`` is ``all``."""
     baselines: tuple[Literal["popularity", "item_knn", "ease", "ials"], ...] = ("popularity",)
     """Rankings beside the model's, fitted on the same training positives; ials needs the library
     ``implicit``."""
@@ -366,8 +370,9 @@ class RecommendConfig(Section):
 
     k: int = Field(10, ge=1)
     """Items per user."""
-    mask: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
-    """A user's items in these splits are never recommended."""
+    mask: tuple[Literal["train", "valid", "test"], ...] | None = None
+    """What a user has met in these splits, liked or not, is not recommended; ``[]`` allows all.
+    Default: all three, but none where ``data.interactions.repeated`` is ``all``."""
     context: dict[str, _Id] = Field(default_factory=dict)
     """Values of the context fields to recommend for, as files have them."""
     users: str | tuple[_Id, ...] | None = None
@@ -401,7 +406,7 @@ class RecommendConfig(Section):
     def _users_of_one_kind(self) -> Self:
         if self.histories is not None and self.users is not None:
             raise ValueError("histories names its users itself: leave users out")
-        if self.histories is not None and self.mask != ("train", "valid", "test"):
+        if self.histories is not None and self.mask is not None:
             raise ValueError(
                 f"mask={list(self.mask)} is of users who were there in training: leave it out, or "
                 f"histories"

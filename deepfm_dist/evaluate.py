@@ -94,7 +94,9 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
             )
         items = None
         if dataset.manifest.data.task == "implicit":
-            items = HeldOutItems(dataset, split, config.recommend.context)
+            items = HeldOutItems(
+                dataset, split, config.recommend.context, config.evaluate.mask_seen
+            )
         measured = HeldOut(dataset, split).measured(trained.sharded, ranks)
         comparison = None
         if items is not None:

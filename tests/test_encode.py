@@ -127,7 +127,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
     ]
     assert found == [
         ("a", "x", "9", ["happy", "calm"], round(np.log1p(10), 4)),
-        ("a", "y", "9", [], round(np.log1p(20), 4)),
+        ("a", "y", "10", ["calm"], round(np.log1p(30), 4)),  # the later of two
         ("b", "x", "9", ["happy"], 0.0),
         ("b", "z", "11", [], round(np.log1p(40), 4)),
         ("c", "z", "9", ["calm"], round(np.log1p(60), 4)),
@@ -141,7 +141,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
         "repeated age values of one user": 1,
         "repeated first values of one item": 1,
         "repeated genre values of one item": 1,
-        "rows rated below 4": 1,
+        "rows rated below 4, kept as seen": 1,
     }
     genre_ids = [None, *dataset.vocabulary("genre").ids.to_pylist()]
     for field, expected in {
@@ -178,10 +178,20 @@ def test_held_out_rows_keep_unknown_ids_and_get_clean_negatives(root: Path) -> N
         assert items[item] not in known.get(users[user] or "", set()) or users[user] is None
 
 
-def test_negatives_that_do_not_exist_are_refused_and_leave_nothing(root: Path) -> None:
-    with pytest.raises(DataError, match=r"evaluation_per_positive=3: .*unseen"):
-        made(root, negatives={"evaluation_per_positive": 3})
-    assert not list((root / "out").iterdir())
+def test_held_out_rows_have_as_many_negatives_as_exist(root: Path) -> None:
+    dataset = made(root, negatives={"evaluation_per_positive": 3})
+    test, users = dataset.rows("test"), dataset.entity_ids("user").to_pylist()
+    items = dataset.entity_ids("item").to_pylist()
+    negatives: dict[str | None, list[str]] = {}
+    for user, item, label in zip(test.users, test.items, test.labels, strict=True):
+        if label == 0:
+            negatives.setdefault(users[user], []).append(items[item])
+    # Of the items v, x, y and z: user a has met x, y and z, and the unknown user d has met x.
+    assert sorted(negatives["a"]) == ["v", "v"]  # of two positives
+    assert sorted(negatives[None]) == ["v", "y", "z"]
+    assert dataset.manifest.splits["test"].rows == 3 + 2 + 3
+    short = "users of test with fewer than negatives.evaluation_per_positive=3 unseen items"
+    assert dataset.manifest.noted[short] == 1
 
 
 def test_a_changed_input_or_setting_is_prepared_anew(root: Path) -> None:
@@ -432,8 +442,8 @@ def test_held_out_files_are_held_out_and_rows_repeated_there_are_dropped(root: P
     assert pairs_of(dataset, "train") == [("a", "x"), ("b", "x"), ("b", "z")]
     assert pairs_of(dataset, "valid") == [("a", None), ("a", "z")]
     assert dataset.manifest.dropped == {
-        "rows rated below 3": 2,
-        "repeated (user, item) rows": 1,
+        "rows rated below 3, kept as seen": 1,
+        "repeated (user, item) rows": 2,  # (b, y) is below in both files
     }
     (root / "v.csv").write_text("u,i,s\na,y,1\n")
     with pytest.raises(DataError, match=r"^v\.csv: no row is rated 3 or more"):
@@ -486,8 +496,14 @@ def test_fixed_negatives_are_distinct_unseen_and_as_many_for_each_user(root: Pat
     assert sorted(u for u, _ in negatives) == ["a", "b", "c"]
     assert not set(negatives) & liked
     assert not dataset.manifest.sampled
-    with pytest.raises(DataError, match=r"fixed_per_user=2: .* 3 of 4 items, so only 1 .* exist"):
-        small(root, rows, features, negatives={"fixed_per_user": 2})
+    dataset = small(root, rows, features, negatives={"fixed_per_user": 3})  # of 2, 3 and 1 unseen
+    found, labels = pairs_of(dataset, "train"), dataset.rows("train").labels
+    negatives = [p for p, y in zip(found, labels, strict=True) if y == 0]
+    assert set(negatives) == {(u, i) for u in "abc" for i in "wxyz"} - liked
+    assert len(negatives) == 2 + 3 + 1
+    assert list(dataset.manifest.noted.items()) == [
+        ("users with fewer than negatives.fixed_per_user=3 unseen items", 2)
+    ]
 
 
 def test_ids_are_text(root: Path) -> None:
@@ -506,10 +522,10 @@ def test_rare_ids_share_the_unknown_row(root: Path) -> None:
     assert np.asarray(dataset.rows("train").context["h"]).tolist() == [1, 0, 1]
 
 
-def test_histories_are_in_time_order_ties_in_file_order(root: Path) -> None:
+def test_histories_are_in_time_order(root: Path) -> None:
     timed = {"file": "s.csv", "user": "u", "item": "i", "time": "at"}
-    days = {"ax": 3, "by": 1, "ay": 2, "az": 3, "aw": 2}
-    rows = "u,i,at\n" + "".join(f"{u},{i},1970-01-0{day}\n" for (u, i), day in days.items())
+    times = {"ax": "03", "by": "01", "ay": "02", "az": "04", "aw": "02 12:00"}
+    rows = "u,i,at\n" + "".join(f"{u},{i},1970-01-{at}\n" for (u, i), at in times.items())
     for spec, order in ((timed, "ywxz"), ({**timed, "time": None}, "xyzw")):
         dataset = small(root, rows, str(USER_AND_ITEM), interactions=spec)
         items = dataset.entity_ids("item").to_pylist()
@@ -604,12 +620,12 @@ def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
 
 def test_an_entitys_field_may_stand_in_the_interactions(root: Path) -> None:
     features = "[{name: user, entity: user}, {name: job, entity: user, column: j, separator: '+'}]"
-    dataset = small(root, "u,i,j\na,x,p+q\na,y,r\nb,x,\nc,x,q\n", features)
+    dataset = small(root, "u,i,j\na,x,p+q\na,y,\nb,x,\nc,x,q\n", features)
     jobs = [None, *dataset.vocabulary("job").ids.to_pylist()]
     users = dataset.entity_ids("user").to_pylist()
     bags = {u: bag_of(dataset.entity_fields["job"], users.index(u)) for u in "abc"}
-    first_rows = {"a": ["p", "q"], "b": [], "c": ["q"]}
-    assert {u: [jobs[v] for v in bag] for u, bag in bags.items()} == first_rows
+    expected = {"a": ["p", "q"], "b": [], "c": ["q"]}
+    assert {u: [jobs[v] for v in bag] for u, bag in bags.items()} == expected
 
 
 def test_one_column_serves_several_purposes_each_with_its_own_settings(root: Path) -> None:
@@ -1327,18 +1343,34 @@ def test_a_dataset_does_not_grow_from_itself(root: Path) -> None:
     assert contents(folder) == before
 
 
-def test_users_who_have_seen_everything_are_named_or_skipped(root: Path) -> None:
-    rows = "u,i\n" + "".join(f"a,{i}\n" for i in "vwxyz") + "b,v\nb,w\n"
-    spec = {"negatives": {"per_positive": 1, "fixed_per_user": 1}}
-    with pytest.raises(DataError, match="fixed_per_user=1: user 'a' has interacted with all 5"):
-        small(root, rows, str(USER_AND_ITEM), **spec)
-    with pytest.raises(DataError, match="per_positive=1: user 'a' has interacted with all 5"):
-        TrainingBatches(
-            small(root, rows, str(USER_AND_ITEM), negatives={"per_positive": 1}), 4, 0, 1, 1
-        )
-    dataset = small(root, rows, str(USER_AND_ITEM), on_bad_row="skip")
-    assert dataset.manifest.dropped == {"rows of users who have seen every item": 5}
-    assert pairs_of(dataset, "train") == [("b", "v"), ("b", "w")]
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_user_who_has_seen_everything_trains_without_negatives(
+    root: Path, threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "u,i,h\n" + "".join(f"a,{i},9\n" for i in "vwxyz") + "b,v,9\nb,w,9\nb,x,9\n"
+    features = str([*USER_AND_ITEM, {"name": "h"}])
+    dataset = small(root, rows, features, negatives={"per_positive": 3})
+    batches = TrainingBatches(dataset, 8, 0, 1, 1, threads)
+    assert "per_positive=3: 2 of 2 users have fewer unseen items" in caplog.text
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    found: Counter[tuple[str, str, float]] = Counter()
+    weights = []
+    for batch in batches.steps(1, batches.steps_per_epoch):
+        fields = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
+        assert float(batch.global_weight) == 8
+        weights += batch.weights.tolist()
+        for user, item, hour, label, weight in zip(
+            fields["user"], fields["item"], fields["h"], batch.labels, batch.weights, strict=True
+        ):
+            if weight == 0:  # as a row that pads the last batch
+                assert (user, item, hour, float(label)) == ([], [], [], 0)
+            else:
+                found[users[user[0]], items[item[0]], float(label)] += 1
+    expected = {("a", i, 1.0): 1 for i in "vwxyz"} | {("b", i, 1.0): 1 for i in "vwx"}
+    assert found == Counter(expected | {("b", i, 0.0): 3 for i in "yz"})
+    assert len(weights) == 4 * 8
+    with pytest.raises(DataError, match="every user has met all 2 items, so that no negative"):
+        TrainingBatches(small(root, "u,i\na,x\na,y\n", str(USER_AND_ITEM)), 4, 0, 1, 1)
 
 
 @pytest.mark.parametrize(("keep", "dropped"), [("all", 3), ("first", 0)])
@@ -1363,17 +1395,13 @@ def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixtur
         DataError, match=r"s\.csv: no item is known: .* 2 training .* min_count is 3"
     ):
         small(root, rows, features)
-    full = "u,i\na,x\na,x\na,y\nb,y\nb,x\n"
-    with pytest.raises(DataError, match=r"no row is left: 4 are of users who have seen every item"):
-        small(root, full, str(USER_AND_ITEM), on_bad_row="skip")
     held_out = {"file": "s.csv", "user": "u", "item": "i", "split": "p"}
-    with pytest.raises(DataError, match=r"no training rows of 2 \(1 repeated ones and 2 of users"):
+    with pytest.raises(DataError, match=r"no training rows of 2 \(1 repeated ones are dropped\)"):
         small(
             root,
-            "u,i,p\na,x,0\na,y,0\nb,x,2\nc,y,2\nb,x,2\n",
+            "u,i,p\nb,x,2\nc,y,2\nb,x,2\n",
             str(USER_AND_ITEM),
             interactions=held_out,
-            on_bad_row="skip",
         )
     with pytest.raises(DataError, match=r"no usable row is left; dropped: 2 rows with an unreadab"):
         small(root, "u,i\n,x\n,y\n", str(USER_AND_ITEM), on_bad_row="skip")

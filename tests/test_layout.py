@@ -70,6 +70,9 @@ def write_by_hand(folder: Path) -> None:
         id=(text, [None, "ann", "bob"]),
         age=(REAL, [0, 1, -1]),
         history=(INTS, [[], [1, 2], [1, 2, 3]]),
+        seen_train=(INTS, [[], [], []]),
+        seen_valid=(INTS, [[], [3], []]),
+        seen_test=(INTS, [[], [], [4]]),
     )
     write(
         folder / "entities" / "item.parquet",
@@ -103,7 +106,7 @@ def write_by_hand(folder: Path) -> None:
     splits = {"train": (5, 5), "valid": (2, 1), "test": (2, 1)}
     sizes = {"user": 3, "item": 5, "genre": 2, "hour": 3, "mood": 3, "ad": 101, "price": 4}
     manifest = {
-        "format": 2,
+        "format": 3,
         "fingerprint": "given",
         "vocabulary_hash": "of the ids in row order",
         "seed": 1,

@@ -7,12 +7,11 @@ from scipy.stats import chi2, chisquare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.negatives import (
     _unseen,
-    check_enough_unseen,
     draw_distinct,
     draw_per_positive,
     item_weights,
+    users_short_of_negatives,
 )
-from deepfm_dist.errors import DataError
 
 N_ITEMS = 30
 SEEN = [[0, 3, 4, 29], [], list(range(25))]
@@ -66,14 +65,38 @@ def test_distinct_draws_reach_every_unseen_item() -> None:
     assert ((free - free.mean()) ** 2 / free.mean()).sum() < 2 * len(free) + 20
 
 
-def test_more_negatives_than_unseen_items_are_refused_with_the_numbers() -> None:
-    users = np.array([0, 2])
-    check_enough_unseen(5, HISTORY, users, N_ITEMS, "k")
-    with pytest.raises(DataError, match=r"k=6: .* 25 of 30 items, so only 5 .* set it to 5"):
-        check_enough_unseen(6, HISTORY, users, N_ITEMS, "k")
-    with pytest.raises(DataError, match="k=1: a user has interacted with all 25 items"):
-        check_enough_unseen(1, HISTORY, users, 25, "k")
-    check_enough_unseen(99, HISTORY, users[:0], N_ITEMS, "k")
+@pytest.mark.parametrize("power", [None, 0.5])
+@pytest.mark.parametrize("n_items", [25, 27, 30])
+def test_a_user_with_few_unseen_items_gets_each_of_them_once(
+    n_items: int, power: float | None
+) -> None:
+    """User 2 has seen 25 items, so that 0, 2 or 5 of 8 wanted negatives exist."""
+    k, positives = 8, 40
+    weights = None if power is None else item_weights(np.arange(n_items) + 1, power)
+    drawn = draw_per_positive(
+        np.repeat(np.arange(positives), k),
+        np.tile(np.arange(k), positives),
+        np.full(k * positives, 2, np.int32),
+        k,
+        HISTORY,
+        n_items,
+        seed=1,
+        weights=weights,
+    ).reshape(positives, k)
+    n_free = n_items - 25
+    assert (drawn[:, n_free:] == -1).all()
+    assert (np.sort(drawn[:, :n_free], axis=1) == np.arange(25, n_items)).all()
+    fixed = draw_distinct(k, HISTORY, n_items, 1)[2]
+    assert sorted(fixed[:n_free]) == [*range(25, n_items)]
+    assert (fixed[n_free:] == -1).all()
+
+
+def test_users_short_of_negatives_are_counted_once() -> None:
+    users = np.array([0, 2, 2])
+    assert users_short_of_negatives(5, HISTORY, users, N_ITEMS) == 0
+    assert users_short_of_negatives(6, HISTORY, users, N_ITEMS) == 1
+    assert users_short_of_negatives(27, HISTORY, users, N_ITEMS) == 2
+    assert users_short_of_negatives(99, HISTORY, users[:0], N_ITEMS) == 0
 
 
 @given(st.sets(st.integers(0, 39)), st.integers(0, 5))

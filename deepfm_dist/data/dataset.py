@@ -1,5 +1,6 @@
 """A prepared dataset -> batches that do not depend on the world size."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.bags import Bags, chosen, kept_in_bags
 from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.histories import HISTORY, SEEN
 from deepfm_dist.data.jagged import (
     FloatArray,
     Int32Array,
@@ -25,17 +27,19 @@ from deepfm_dist.data.jagged import (
     mapped_values,
     offsets_of,
     taken,
+    union,
 )
 from deepfm_dist.data.lanes import Lanes, Taken
 from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.negatives import check_enough_unseen, item_weights, put_negatives
+from deepfm_dist.data.negatives import item_weights, put_negatives, users_short_of_negatives
 from deepfm_dist.data.read_ahead import read_ahead
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import derive_seed, permuted_range
 
+log = logging.getLogger(__name__)
 ABSENT = -1
 """Row number that stands for "nobody": all of its bags are empty."""
 
@@ -127,7 +131,7 @@ class PreparedDataset:
                 kinds = self.layout.open(path).schema_arrow
                 for f in of_entity:
                     if pa.types.is_list(kinds.field(f.name).type):
-                        fields[f.name] = self._mapped_if_large(name, f.name, _as_it_is)
+                        fields[f.name] = self._mapped_if_large(name, [f.name], _as_it_is)
                     else:
                         fields[f.name] = self._values_mapped_if_large(name, f.name)
         return fields
@@ -149,39 +153,47 @@ class PreparedDataset:
     @cached_property
     def history(self) -> Jagged:
         """Each user's training items, in time order where times are known."""
-        return self._mapped_if_large("user", "history", _as_it_is)
+        return self._mapped_if_large("user", [HISTORY], _as_it_is)
 
     @cached_property
     def rare_history(self) -> Jagged:
         """Training items of the users without a row in the user table (`has_rare_users`)."""
         if not self.has_rare_users:
             return Jagged(np.zeros(1, np.int64), np.zeros(0, np.int32))
-        return self._mapped_if_large("rare", "history", _as_it_is)
+        return self._mapped_if_large("rare", [HISTORY], _as_it_is)
 
-    def seen(self, held_out: bool) -> Jagged:
-        """What the sampler avoids.
+    def met(self, split: str) -> list[Jagged]:
+        """What users have met in a split, whether they liked it or not.
 
         Args:
-            held_out: whether the positives of valid and test are avoided too.
+            split: train, valid or test.
+
+        Returns:
+            Lists that together hold each user's items, those with a row in the item table; of
+            train the positives (`history`), and what else was seen.
+        """
+        self._check_users_and_items()
+        return [
+            self.history if name == HISTORY else self._mapped_if_large("user", [name], _as_it_is)
+            for name in SEEN[split]
+        ]
+
+    def seen(self, held_out: bool) -> Jagged:
+        """What the sampler avoids: all that users have met, whether they liked it or not.
+
+        Args:
+            held_out: whether what they met in valid and test is avoided too.
 
         Returns:
             Row r: distinct items, ascending, from 0 (row - 1), of user r; behind the users, of
             those without a row (`column drawer` of the training rows).
         """
-        seen = self._mapped_if_large("user", "history", _ascending_from_0)
+        splits = ("train", "valid", "test") if held_out else ("train",)
+        names = [name for split in splits for name in SEEN[split]]
+        seen = self._mapped_if_large("user", names, _ascending_from_0)
         if self.has_rare_users:
-            rare = self._mapped_if_large("rare", "history", _ascending_from_0)
+            rare = self._mapped_if_large("rare", names, _ascending_from_0)
             seen = Jagged.concatenated([seen, rare])
-        if held_out:
-            drawer = "drawer" if self.has_rare_users else "user"
-            parts = [seen, *(self._positives(s, drawer, len(seen)) for s in ("valid", "test"))]
-            parts[1:] = map(_ascending_from_0, parts[1:])
-            users = np.concatenate([np.repeat(np.arange(len(p)), p.lengths) for p in parts])
-            items = np.concatenate([p.values for p in parts])
-            kept = (items >= 0) & (users > 0)
-            pairs = np.unique(users[kept] * np.int64(self.manifest.entities["item"]) + items[kept])
-            users, items = np.divmod(pairs, self.manifest.entities["item"])
-            seen = Jagged.from_pairs(users, items, len(seen))
         return seen
 
     @property
@@ -193,39 +205,44 @@ class PreparedDataset:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
         if split == "train":
             return self.history
+        self._check_users_and_items()
+        columns: dict[str, Any] = self.columns(split, ["user", "item", "label"])
+        mask = columns["label"] == 1
+        n_users = self.manifest.entities["user"]
+        return Jagged.from_pairs(columns["user"][mask], columns["item"][mask], n_users)
+
+    def _check_users_and_items(self) -> None:
         if not {"user", "item"} <= self.manifest.entities.keys():
             raise DataError(f"{self.folder}: rows without users and items have no top items")
-        return self._positives(split, "user", self.manifest.entities["user"])
-
-    def _positives(self, split: str, user: str, n_users: int) -> Jagged:
-        """Positive items of valid or test by one of the columns that say whose they are."""
-        columns: dict[str, Any] = self.columns(split, [user, "item", "label"])
-        mask = columns["label"] == 1
-        return Jagged.from_pairs(columns[user][mask], columns["item"][mask], n_users)
 
     def _mapped_if_large(
-        self, entity: str, column: str, change: Callable[[Jagged], Jagged]
+        self, entity: str, columns: list[str], change: Callable[[list[Jagged]], Jagged]
     ) -> Jagged:
-        """A list column of an entity table; a large one is unpacked once and then mapped.
+        """List columns of an entity table as one; large ones are unpacked once and then mapped.
 
         Every rank of a machine maps the same pages, where otherwise each would hold a copy.
         """
         name = f"entities/{entity}.parquet"
         with self.layout.open(name) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-            leaf = next(
+            schema = file.metadata.schema
+            leaves = [
                 i
                 for i in range(file.metadata.num_columns)
-                if file.metadata.schema.column(i).path.split(".")[0] == column
-            )
-        if 4 * sum(group.column(leaf).num_values for group in groups) <= self.memory_bytes:
-            return change(Jagged.from_arrow(self._read(name, [column])[column]))
+                if schema.column(i).path.split(".")[0] in columns
+            ]
+        n_values = sum(group.column(leaf).num_values for group in groups for leaf in leaves)
+        if 4 * n_values <= self.memory_bytes:
+            table = self._read(name, columns)
+            return change([Jagged.from_arrow(table[column]) for column in columns])
 
         def pieces() -> Iterator[Jagged]:
             for g in range(len(groups)):
-                yield change(Jagged.from_arrow(self.read_group(name, g, [column])[column]))
+                table = self.read_group(name, g, columns)
+                yield change([Jagged.from_arrow(table[column]) for column in columns])
 
-        found = mapped(self.folder / "mapped" / f"{entity}-{column}-{change.__name__}", pieces)
+        parts = "-".join((entity, *columns, change.__name__))
+        found = mapped(self.folder / "mapped" / parts, pieces)
         self.layout.check_current()
         return found
 
@@ -445,7 +462,7 @@ class TrainingBatches:
 
     Raises:
         ConfigError: the batch is too small to give every rank a row.
-        DataError: a user has fewer unseen items than negatives are wanted.
+        DataError: no user has an unseen item to draw as a negative.
     """
 
     def __init__(
@@ -518,16 +535,26 @@ class TrainingBatches:
                 items = np.empty(len(index), np.int32)
                 items[positive] = _picked(columns["item"], index[positive])
             self._negatives.put(items, found.row, found.slot, drawers, epoch)
+        weights = _picked(columns.get("weight"), index)
+        context_rows = index
+        if self._negatives is not None and self._negatives.some_are_short:
+            assert users is not None and items is not None and drawers is not None
+            absent = self._negatives.absent(found.slot, drawers)
+            users, items = np.where(absent, ABSENT, users), np.where(absent, ABSENT, items)
+            context_rows = np.where(absent, ABSENT, index)
+            weights = np.where(absent, np.float32(0), 1 if weights is None else weights)
+            if bags is not None:
+                bags = chosen(bags, ~np.repeat(padded(absent, len(bags[0]), True), bags[0]))
         height = self.local_batch_size
         return self._collate(
             padded(users, height, ABSENT),
             padded(items, height, ABSENT),
             columns,
-            padded(index, height, ABSENT),
+            padded(context_rows, height, ABSENT),
             padded(labels, height, 0),
             n_real=len(index),
             global_weight=global_weight,
-            weights=_picked(columns.get("weight"), index),
+            weights=weights,
             bags=bags,
         )
 
@@ -564,8 +591,11 @@ class Negatives:
         dataset: the prepared dataset.
         seed: of the draws.
 
+    Attributes:
+        some_are_short: whether some users have fewer unseen items than negatives are wanted.
+
     Raises:
-        DataError: a user has fewer unseen items than negatives are wanted.
+        DataError: no user has an unseen item.
     """
 
     def __init__(self, dataset: PreparedDataset, seed: int) -> None:
@@ -575,14 +605,24 @@ class Negatives:
         self._weights = None
         if self._spec.popularity_power:
             self._weights = item_weights(dataset.popularity()[1:], self._spec.popularity_power)
-        check_enough_unseen(
-            self._spec.per_positive,
-            self._seen,
-            np.arange(len(self._seen)),
-            self._n_items,
-            "data.negatives.per_positive",
-            None if dataset.has_rare_users else dataset.entity_ids("user"),
-        )
+        active = np.flatnonzero(self._seen.lengths)
+        wanted = self._spec.per_positive
+        n_short = users_short_of_negatives(wanted, self._seen, active, self._n_items)
+        self.some_are_short = n_short > 0
+        self._n_unseen = self._n_items - self._seen.lengths if n_short else None
+        if n_short and (self._seen.lengths[active] == self._n_items).all():
+            raise DataError(
+                f"{dataset.folder}: every user has met all {self._n_items:,} items, so that no "
+                f"negative exists; add items, or label the rows (data.task=ctr)"
+            )
+        if n_short:
+            log.warning(
+                "data.negatives.per_positive=%d: %s of %s users have fewer unseen items, and get "
+                "as many negatives as there are",
+                wanted,
+                f"{n_short:,}",
+                f"{len(active):,}",
+            )
 
     def put(
         self,
@@ -595,7 +635,7 @@ class Negatives:
         """Overwrites items, rows of the item table, with the negatives of an epoch.
 
         Args:
-            items: ``[m]``; those with slot 0 stay.
+            items: ``[m]``; those with slot 0 stay, and those that are `absent`.
             rows: ``[m]`` training rows.
             slots: ``[m]`` which of a row's negatives, from 1.
             drawers: ``[m]`` whose negatives.
@@ -614,14 +654,21 @@ class Negatives:
             first_item=1,
         )
 
+    def absent(self, slots: Int64Array, drawers: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """``[m]`` bool: which rows stand for a negative that does not exist; see `put`."""
+        if self._n_unseen is None:
+            return np.zeros(len(slots), bool)
+        return slots > self._n_unseen[drawers]
 
-def _as_it_is(bags: Jagged) -> Jagged:
-    return bags
+
+def _as_it_is(bags: list[Jagged]) -> Jagged:
+    return bags[0]
 
 
-def _ascending_from_0(bags: Jagged) -> Jagged:
-    """Rows of the item table -> items counted from 0, ascending."""
-    return Jagged(bags.offsets, bags.values - np.int32(1)).sorted()
+def _ascending_from_0(bags: list[Jagged]) -> Jagged:
+    """Rows of the item table in any of several lists -> items from 0, each once, ascending."""
+    joint = union(bags)
+    return Jagged(joint.offsets, joint.values - np.int32(1))
 
 
 def _picked(values: Values | None, index: Int64Array) -> Any:

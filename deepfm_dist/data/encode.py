@@ -4,9 +4,9 @@ Layout of ``prepared/<name>/``::
 
     manifest.json                what is here and where it came from; written last
     vocabulary/<table>.parquet   row, id, count
-    entities/user.parquet        row r describes user r: id, fields as lists of rows, history
+    entities/user.parquet        row r describes user r: id, fields as lists, history, seen_*
     entities/item.parquet        row r describes item r: id, fields, count, title
-    entities/rare.parquet        histories of the users below min_count, who share row 0
+    entities/rare.parquet        the same lists of the users below min_count, who share row 0
     train/ valid/ test/          user, item, [label], [time], one column per context field
 
 Rows stream through twice and are never held together. First they are read, their texts become
@@ -35,7 +35,6 @@ from deepfm_dist.data.fields import table_names
 from deepfm_dist.data.layout import Layout, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
-    GIVEN,
     Manifest,
     TableSpec,
     fingerprint,
@@ -152,12 +151,9 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
     """The manifest, where the folder holds what another tool has prepared."""
     if not (folder / "manifest.json").is_file():
         return None
-    try:
-        manifest = Manifest.read(folder)
-    except DataError:
+    if not Manifest.is_given(folder):
         return None
-    if manifest.fingerprint != GIVEN:
-        return None
+    manifest = Manifest.read(folder)
     ours, theirs = settings_of(data), settings_of(manifest.data)
     if differ := [name for name in ours if ours[name] != theirs[name]]:
         raise DataError(
@@ -258,12 +254,32 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for reason, count in manifest.dropped.items():
         log.info("dropped %s: %s", reason, f"{count:,}")
+    for reason, count in manifest.noted.items():
+        log.warning("%s: %s", reason, f"{count:,}")
+    if manifest.data.task == "ctr":
+        _report_labels(manifest)
     for name in SPLITS[1:]:
         if manifest.splits[name].rows == 0 and not manifest.data.refit:
             _report_empty(manifest.data, name)
     sizes = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.splits.items())
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
     log.info("%s: rows %s; tables %s (%.1f s)", folder, sizes, tables, seconds)
+
+
+def _report_labels(manifest: Manifest) -> None:
+    """Warns of splits in which every row has the same label."""
+    for name, spec in manifest.splits.items():
+        if spec.rows and spec.positives in (0, spec.rows):
+            log.warning(
+                "all %s rows of the %s split have label %d: %s; check interactions.label, or "
+                "split the rows in another way",
+                f"{spec.rows:,}",
+                name,
+                spec.positives > 0,
+                "there is nothing to learn from them"
+                if name == "train"
+                else "AUC and normalized entropy cannot be measured on them",
+            )
 
 
 def _report_empty(data: DataConfig, name: str) -> None:
@@ -292,14 +308,15 @@ def _written(job: Job, wanted: str) -> Manifest:
     fitted: Fitted = job.crew.first_says(fit and fit.fitted)
     writer = RowWriter(job, partitions, counts, fitted, earlier)
     splits = writer.write()
-    of_ranks = job.crew.gather((job.dropped, writer.sums))
+    of_ranks = job.crew.gather((job.dropped, job.noted, writer.sums))
     manifest = None
     if fit is not None:
         sums = write_entities(job, fit, counts, writer.histories, earlier)
-        for _, of_rank in of_ranks:
+        for *_, of_rank in of_ranks:
             sums |= of_rank
         before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
-        dropped = sum((of_rank for of_rank, _ in of_ranks[1:]), job.dropped)
+        dropped = sum((of_rank for of_rank, *_ in of_ranks[1:]), job.dropped)
+        noted = sum((of_rank for _, of_rank, _ in of_ranks[1:]), job.noted)
         tables = _tables(job.data, fit)
         manifest = Manifest(
             format=FORMAT,
@@ -321,6 +338,7 @@ def _written(job: Job, wanted: str) -> Manifest:
             lanes=writer.lanes,
             groups=writer.groups,
             dropped=dict(sorted(dropped.items())),
+            noted=dict(sorted(noted.items())),
             inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
             versions=versions(),
             sums=footer_sums(job.folder),

@@ -43,7 +43,16 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         for role, kind in roles
         if (name := getattr(spec, role)) is not None
     ]
+    for name, words in spec.order.items():
+        known = Check(partial(_none_of, words), f"word of interactions.order: {', '.join(words)}")
+        columns.append(Column(name, checks=(known,), purpose="strength"))
     return [*columns, *map(column_of, in_rows(data))]
+
+
+def _none_of(words: tuple[str, ...], cells: pa.Array) -> npt.NDArray[np.bool_]:
+    """``[n]`` string -> ``[n]`` bool: cells with another text than these."""
+    known = pc.or_(pc.is_in(cells, value_set=pa.array(words)), pc.is_null(cells))
+    return ~np.asarray(known, bool)
 
 
 def in_rows(data: DataConfig) -> list[Feature]:

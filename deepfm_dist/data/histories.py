@@ -1,4 +1,4 @@
-"""Each user's training items, gathered from all partitions."""
+"""What each user has met in each split, gathered from all partitions."""
 
 from pathlib import Path
 
@@ -9,11 +9,19 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.crew import Crew
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, grouped, offsets_of
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, grouped, offsets_of, union
+
+HISTORY = "history"
+SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("seen_test",)}
+"""By split, the columns of the user table that together hold the items of a user's rows there.
+``history`` has the training positives, and the others what else was seen."""
+LISTS = tuple(name for names in SEEN.values() for name in names)
+CARRIED = "carried"
+"""What an earlier dataset held out: seen, unless a row of this one has the user and the item."""
 
 
 class Histories:
-    """Everyone's training items, put aside until those of neighbouring rows come together.
+    """Everyone's items, put aside until those of neighbouring rows come together.
 
     Args:
         n_users: rows of the user table.
@@ -28,38 +36,57 @@ class Histories:
         self.n_buckets = n_buckets
         self.height = -(-(n_users + n_rare) // n_buckets)
 
-    def _path(self, bucket: int, rank: int) -> Path:
-        return self.folder / f"history-{bucket}-{rank}.bin"
+    def _path(self, name: str, bucket: int, rank: int) -> Path:
+        return self.folder / f"{name}-{bucket}-{rank}.bin"
 
-    def add(self, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
-        """Appends ``[m]`` pairs; those of one row stay in their order."""
+    def add(self, name: str, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
+        """Appends ``[m]`` pairs to one of `LISTS` or `CARRIED`; those of one row stay in order."""
         offsets, order = grouped(rows // self.height, self.n_buckets)
         pairs = np.stack([rows.astype(np.int32), items], axis=1)[order]
         for bucket in np.flatnonzero(np.diff(offsets)):
-            with self._path(int(bucket), self.crew.rank).open("ab") as file:
+            with self._path(name, int(bucket), self.crew.rank).open("ab") as file:
                 file.write(pairs[offsets[bucket] : offsets[bucket + 1]].data)
 
     def write(self, path: Path, table: pa.Table) -> None:
-        """Writes the user table with its history, and the histories of users without a row."""
-        schema = table.schema.append(pa.field("history", pa.list_(pa.int32())))
-        rare: list[Jagged] = []
+        """Writes the user table with its lists, and the lists of users without a row."""
+        fields = [pa.field(name, pa.list_(pa.int32())) for name in LISTS]
+        schema = pa.schema([*table.schema, *fields], table.schema.metadata)
+        rare: dict[str, list[Jagged]] = {name: [] for name in LISTS}
         how = {"compression": "zstd", "write_page_checksum": True}
         with pq.ParquetWriter(path, schema, **how) as writer:
             for bucket in range(self.n_buckets):
                 begin = bucket * self.height
-                bags = self._bags(bucket, begin)
                 n = max(0, min(self.height, self.n_users - begin))
-                own = Jagged(bags.offsets[: n + 1], bags.values[: bags.offsets[n]])
-                piece = table.slice(begin, n).append_column(schema.field("history"), own.to_arrow())
+                piece = table.slice(begin, n)
+                for field, bags in zip(fields, self._lists(bucket, begin), strict=True):
+                    own = Jagged(bags.offsets[: n + 1], bags.values[: bags.offsets[n]])
+                    piece = piece.append_column(field, own.to_arrow())
+                    rare[field.name].append(Jagged(bags.offsets[n:], bags.values))
                 writer.write_table(piece, row_group_size=max(1, n))
-                rare.append(Jagged(bags.offsets[n:], bags.values))
         if self.n_rare:
-            histories = pa.table({"history": Jagged.concatenated(rare).to_arrow()})
-            pq.write_table(histories, path.with_name("rare.parquet"), **how)
+            lists = {n: Jagged.concatenated(parts).to_arrow() for n, parts in rare.items()}
+            pq.write_table(pa.table(lists), path.with_name("rare.parquet"), **how)
 
-    def _bags(self, bucket: int, begin: int) -> Jagged:
+    def _lists(self, bucket: int, begin: int) -> list[Jagged]:
+        """`LISTS` of a bucket's rows."""
+        lists = {name: self._bags(name, bucket, begin) for name in LISTS}
+        carried = self._bags(CARRIED, bucket, begin)
+        if len(carried.values):
+            rows = np.repeat(np.arange(len(carried)), carried.lengths)
+            n_items = 1 + max(
+                int(bags.values.max(initial=0)) for bags in (carried, *lists.values())
+            )
+            pairs = rows * n_items + carried.values
+            known = union(list(lists.values()))
+            of_known = np.repeat(np.arange(len(known)), known.lengths) * n_items + known.values
+            there = ~np.isin(pairs, of_known)
+            more = Jagged.from_pairs(rows[there], carried.values[there], len(carried))
+            lists["seen_train"] = union([lists["seen_train"], more])
+        return list(lists.values())
+
+    def _bags(self, name: str, bucket: int, begin: int) -> Jagged:
         """The distinct items of each row of a bucket, in their order."""
-        paths = [self._path(bucket, rank) for rank in range(self.crew.size)]
+        paths = [self._path(name, bucket, rank) for rank in range(self.crew.size)]
         flat = [np.fromfile(path, np.int32) for path in paths if path.exists()]
         pairs = np.concatenate([np.zeros(0, np.int32), *flat]).reshape(-1, 2)
         n = max(0, min(self.height, self.n_users + self.n_rare - begin))

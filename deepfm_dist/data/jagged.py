@@ -96,6 +96,23 @@ class Jagged:
         return cls(offsets_of(lengths), np.concatenate(values))
 
 
+def union(parts: Sequence[Jagged]) -> Jagged:
+    """The values that each row has in any of several parts: each once, ascending."""
+    if len(parts) == 1:
+        joint = parts[0].sorted()
+    else:
+        owners = np.concatenate([np.repeat(np.arange(len(p)), p.lengths) for p in parts])
+        values = np.concatenate([p.values[p.offsets[0] : p.offsets[-1]] for p in parts])
+        joint = Jagged.from_pairs(owners, values, len(parts[0])).sorted()
+    first = np.diff(joint.values, prepend=-1) != 0
+    begins = joint.offsets[:-1]
+    first[begins[begins < len(first)]] = True
+    if first.all():
+        return joint
+    kept = np.cumsum(np.append(0, first))
+    return Jagged(kept[joint.offsets], joint.values[first])
+
+
 Values = Int32Array | FloatArray | npt.NDArray[np.float64] | Jagged
 """A field of many rows: one table row each, one number each (float64 until it is transformed), or
 several table rows each."""

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.histories import LISTS
 from deepfm_dist.data.jagged import Values, from_arrow
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import Feature
@@ -214,7 +215,7 @@ class Layout:
             rows = (pa.int32(), 0, self._rows_of(file.removesuffix(".parquet")))
             return {"row": rows, "id": _TEXT, "count": _COUNT}
         if file == "rare.parquet":
-            return {"history": of_history}
+            return dict.fromkeys(LISTS, of_history)
         columns: dict[str, tuple[pa.DataType, float, float]] = {}
         if kind == "entities":
             entity = file.removesuffix(".parquet")
@@ -223,15 +224,16 @@ class Layout:
                 if feature.entity == entity and feature.describes_entity:
                     columns[feature.name] = self._of_field(feature, always_lists=True)
             if {"user", "item"} <= manifest.entities.keys():
-                columns |= {"history": of_history} if entity == "user" else {"count": _COUNT}
+                columns |= (
+                    dict.fromkeys(LISTS, of_history) if entity == "user" else {"count": _COUNT}
+                )
             if entity == "item" and manifest.data.titles is not None:
                 columns["title"] = _TEXT
             return columns
         columns |= {entity: (pa.int32(), 0, rows) for entity, rows in manifest.entities.items()}
         if kind != "train" or not manifest.sampled:
             columns["label"] = (pa.float32(), 0, 1.5)
-        drawn = kind == "train" or manifest.data.negatives.avoid == "all"
-        if drawn and self._has_rare:
+        if kind == "train" and self._has_rare:
             rare = self._height("entities/rare.parquet")
             columns["drawer"] = (pa.int32(), 0, manifest.entities["user"] + rare)
         if manifest.data.interactions.weight is not None:

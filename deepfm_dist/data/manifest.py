@@ -18,8 +18,8 @@ from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.section import Section
 
-FORMAT = 2
-"""Version of the layout; a dataset of another version is prepared anew."""
+FORMAT = 3
+"""Version of the layout; a dataset of another version is prepared again."""
 GIVEN = "given"
 """Fingerprint of a dataset that another tool wrote: it is checked, and never prepared anew."""
 
@@ -96,6 +96,8 @@ class Manifest(Section):
     """Groups of training rows, a multiple of ``lanes``; group g belongs to lane g mod lanes."""
     dropped: dict[str, int]
     """What was left out of the input, by reason."""
+    noted: dict[str, int] = Field(default_factory=dict)
+    """What else to know of the input, by reason: ties, users without enough negatives."""
     inputs: dict[str, int]
     """Input files and their bytes."""
     versions: dict[str, str]
@@ -156,6 +158,15 @@ class Manifest(Section):
         """Writes ``manifest.json``."""
         (folder / "manifest.json").write_text(self.model_dump_json(indent=2) + "\n")
 
+    @staticmethod
+    def is_given(folder: Path) -> bool:
+        """Whether a folder's manifest says that another tool wrote the dataset."""
+        try:
+            told = json.loads((folder / "manifest.json").read_text())
+        except (ValueError, OSError):
+            return False
+        return isinstance(told, dict) and told.get("fingerprint") == GIVEN
+
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Reads ``manifest.json``.
@@ -167,8 +178,21 @@ class Manifest(Section):
         if not path.is_file():
             raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
         try:
-            return cls.model_validate_json(path.read_text())
-        except (ValidationError, UnicodeDecodeError, OSError) as error:
+            text = path.read_text()
+            told = json.loads(text)
+            version = told.get("format") if isinstance(told, dict) else None
+            if isinstance(version, int) and version != FORMAT:
+                cure = (
+                    f'write it again as docs/data.md says, with "format": {FORMAT}'
+                    if told.get("fingerprint") == GIVEN
+                    else "run python -m deepfm_dist.prepare, which prepares it again"
+                )
+                raise DataError(
+                    f"{path}: the dataset has layout format {version}, and this version reads "
+                    f"format {FORMAT}; {cure}"
+                )
+            return cls.model_validate_json(text)
+        except (ValidationError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{path}: not a manifest of this version ({reason}); delete {folder} and run "

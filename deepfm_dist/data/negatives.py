@@ -4,11 +4,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
-from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
@@ -30,7 +28,8 @@ def draw_per_positive(
 
     The ``per_positive`` negatives of one positive are distinct. The user's unseen items, in item
     order, are cut into that many stretches, rotated by a random offset, and one item is drawn
-    from each: every unseen item is equally likely.
+    from each: every unseen item is equally likely. Of a user with fewer unseen items, each is the
+    negative of one slot, and the slots above their number have none.
 
     Args:
         positives: ``[m]`` number of the positive each negative belongs to.
@@ -44,9 +43,9 @@ def draw_per_positive(
             items alike.
 
     Returns:
-        ``[m]`` int32 items.
+        ``[m]`` int32 items; -1 for a slot that has none.
     """
-    out = np.empty(len(positives), np.int32)
+    out = np.full(len(positives), -1, np.int32)
     put_negatives(
         out,
         positives,
@@ -78,7 +77,8 @@ def put_negatives(
     Args:
         out: ``[m]`` int32: the batch's items, those of its positives given.
         positives: ``[m]`` number of the positive that each row is or belongs to.
-        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k.
+        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k. Where the user
+            has fewer than k + 1 unseen items, the row stays as it is, too.
         users: ``[m]`` the positive's user, a row of ``history``.
         per_positive: negatives per positive.
         history: as above.
@@ -130,7 +130,7 @@ def draw_distinct(
             its place.
 
     Returns:
-        ``[users, per_user]`` int32 items.
+        ``[users, per_user]`` int32 items; -1 behind the last of a user with fewer unseen ones.
 
     Source: rejection where most items are free; else sampling without replacement by Floyd's
     algorithm (Bentley, Floyd, 1987) over the ranks of the unseen items.
@@ -140,40 +140,19 @@ def draw_distinct(
     return out
 
 
-def check_enough_unseen(
-    wanted: int,
-    history: Jagged,
-    users: npt.NDArray[np.integer],
-    n_items: int,
-    option: str,
-    ids: pa.Array | None = None,
-) -> None:
-    """Refuses to draw more negatives than there are unseen items.
+def users_short_of_negatives(
+    wanted: int, history: Jagged, users: npt.NDArray[np.integer], n_items: int
+) -> int:
+    """How many of some users have fewer unseen items than negatives are wanted.
 
     Args:
         wanted: distinct negatives to draw at a time.
-        history: each user's items to avoid.
-        users: ``[m]`` users that negatives are drawn for.
+        history: each user's items to avoid, each once.
+        users: ``[m]`` users that negatives are drawn for; each counts once.
         n_items: number of items.
-        option: the setting to name.
-        ids: external ids of the history's rows, to name the user.
-
-    Raises:
-        DataError: for the user with the fewest unseen items, if these are too few.
     """
-    if len(users) == 0:
-        return
-    seen = history.lengths[users]
-    most = int(seen.max())
-    who = "a user" if ids is None else f"user {ids[int(users[seen.argmax()])].as_py()!r}"
-    if n_items - most < wanted:
-        raise DataError(
-            f"{option}={wanted}: {who} has interacted with {most} of {n_items} items, so only "
-            f"{n_items - most} unseen ones exist; set it to {n_items - most} or less"
-            if n_items > most
-            else f"{option}={wanted}: {who} has interacted with all {n_items} items and leaves "
-            f"no unseen one; drop that user or add items"
-        )
+    short = n_items - history.lengths[users] < wanted
+    return len(np.unique(users[short]))
 
 
 @compiled
@@ -272,7 +251,8 @@ def _draw_per_positive(
     for i in range(size):
         begins[n], ends[n] = offsets[users[i]], offsets[users[i] + 1]
         rows[n], words[n], stretches[n] = i, positives[i], slots[i]
-        n += slots[i] > 0  # a positive's place is written over
+        free = n_items - (ends[n] - begins[n])
+        n += (slots[i] > 0) & (slots[i] <= free)  # other rows' places are written over
     key = mix(np.uint64(seed))
     again, ranks = np.empty(n, np.uint64), np.empty(n, np.int64)
     for i in range(n):
@@ -283,8 +263,9 @@ def _draw_per_positive(
         ranks[i] = n_items - (ends[i] - begins[i])
     for i in range(n):
         free = ranks[i]
-        low = _quotient((stretches[i] - 1) * free, per_positive)
-        high = _quotient(stretches[i] * free, per_positive)
+        n_stretches = min(per_positive, free)
+        low = _quotient((stretches[i] - 1) * free, n_stretches)
+        high = _quotient(stretches[i] * free, n_stretches)
         rank = low + _below(again[i], high - low) + _below(words[i], free)
         ranks[i] = rank - free if rank >= free else rank
     guesses, looked = np.empty(n, np.int64), np.empty(n, np.int32)
@@ -320,12 +301,13 @@ def _draw_distinct(
     per_user: int, offsets: Int64Array, seen: Int32Array, n_items: int, seed: int, keys: Int64Array
 ) -> Int32Array:
     n_users = len(offsets) - 1
-    out = np.empty((n_users, per_user), np.int32)
+    out = np.full((n_users, per_user), -1, np.int32)
     taken_by = np.full(n_items, -1, np.int32)  # item, or rank of an unseen one -> last user
     key = mix(np.uint64(seed))
     for user in range(n_users):
         begin, end = offsets[user], offsets[user + 1]
         free = n_items - (end - begin)
+        n_drawn = min(per_user, free)
         word = mix(key ^ np.uint64(keys[user]))
         if 2 * (end - begin + per_user) <= n_items:  # try again: seldom, most items are free
             for j in range(begin, end):
@@ -339,8 +321,8 @@ def _draw_distinct(
                 taken_by[item] = user
                 out[user, k] = item
             continue
-        for k in range(per_user):
-            last = free - per_user + k
+        for k in range(n_drawn):
+            last = free - n_drawn + k
             word += _STEP
             rank = _below(mix(word), last + 1)
             if taken_by[rank] == user:
@@ -388,6 +370,8 @@ def _draw_weighted(
         if slots[i] == 0:
             continue
         begin, end = offsets[users[i]], offsets[users[i] + 1]
+        if slots[i] > len(total) - 1 - (end - begin):
+            continue
         avoid = np.empty(end - begin + slots[i] - 1, np.int32)
         free = total[-1]
         for j in range(begin, end):

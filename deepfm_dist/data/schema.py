@@ -77,7 +77,8 @@ class Interactions(Section):
     label: str | None = None
     """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
     rating: str | None = None
-    """Column of a rating, with ``min_rating``: rows below it are no positives and are dropped."""
+    """Column of a rating, with ``min_rating``: rows below it are no positives. What they are of
+    counts as seen all the same: it is not recommended to the user, and is no negative."""
     min_rating: float | None = None
     """Least rating that counts as a positive."""
     split: str | None = None
@@ -86,10 +87,35 @@ class Interactions(Section):
     """Column of the row's weight, above 0, in the loss and in the figures on rows; a row of weight
     2 counts as two. Sampled negatives have the weight of their positive."""
 
+    repeated: Literal["latest", "earliest", "strongest", "all"] | None = None
+    """Which row stays of several with the same user and item: the latest, the earliest, the
+    strongest (by ``order``, rating, label or weight), or all, each as a row of its own. Default:
+    the latest of implicit data (without times the strongest), and all rows of click data."""
+    order: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """For ``repeated: strongest``: a column and its words, the weakest first, such as
+    ``{behaviour: [pv, fav, cart, buy]}``."""
+
     @property
     def time_formats(self) -> tuple[str, ...]:
         """``time_format`` as a list."""
         return _listed(self.time_format)
+
+    @model_validator(mode="after")
+    def _strength_is_known(self) -> Self:
+        if self.order and self.repeated != "strongest":
+            raise ValueError("order goes with repeated: strongest")
+        if len(self.order) > 1:
+            raise ValueError(f"order is of one column (got {', '.join(self.order)})")
+        for column, words in self.order.items():
+            if len(set(words)) < max(2, len(words)):
+                raise ValueError(f"order: {column} needs two words or more, each once")
+        known = self.order or self.rating or self.label or self.weight
+        if self.repeated == "strongest" and not known:
+            raise ValueError(
+                "repeated: strongest needs something to compare: rating, label, weight, or order, "
+                "such as order: {behaviour: [pv, fav, cart, buy]}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _columns_go_together(self) -> Self:
@@ -119,7 +145,8 @@ class Feature(Section):
     column: str | None = None
     """Column that holds the value, or a member of its objects (``genres.name``); default: the
     field's name (for a user or item field without a file: the entity's own id). Where the
-    interactions file holds a user's or item's field, the first training row of each decides."""
+    interactions file holds a user's or item's field, the latest training row of each that has a
+    value gives it."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
     separator: str | None = Field(None, min_length=1)
@@ -392,6 +419,11 @@ class DataConfig(Section):
                 raise ValueError("task: ctr needs interactions.label")
             if self.negatives != Negatives():
                 raise ValueError("negatives go with task: implicit; ctr rows carry their labels")
+            if rows.repeated not in (None, "all") and (rows.user is None or rows.item is None):
+                raise ValueError(
+                    f"interactions.repeated: {rows.repeated} needs interactions.user and "
+                    f"interactions.item"
+                )
         for entity in ("user", "item"):
             uses = [f.name for f in self.features if f.entity == entity]
             if uses and getattr(rows, entity) is None:
@@ -404,7 +436,8 @@ class DataConfig(Section):
         names = [f.name for f in self.features]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two features are called {twice[0]!r}")
-        if reserved := sorted({"id", "history", "count", "title", "label"} & set(names)):
+        reserved_names = {"id", "history", "seen_train", "seen_valid", "seen_test"}
+        if reserved := sorted((reserved_names | {"count", "title", "label"}) & set(names)):
             raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
         of_rows = {f.name for f in self.features if f.entity == "context"}
         if reserved := sorted({"user", "item", "time", "drawer", "weight"} & of_rows):
@@ -421,6 +454,20 @@ class DataConfig(Section):
         if needs_time and rows.time is None and rows.split is None:
             raise ValueError(f"split.method={self.split.method} needs interactions.time")
         return self
+
+    @property
+    def repeated(self) -> Literal["latest", "earliest", "strongest", "all"]:
+        """Which of several rows with the same user and item stays."""
+        default: Literal["latest", "all"] = "latest" if self.task == "implicit" else "all"
+        return self.interactions.repeated or default
+
+    @property
+    def seen_is_masked(self) -> bool:
+        """Whether what a user has met is left out of the user's rankings by default.
+
+        Not where repeated rows are asked for: a user may take an item again.
+        """
+        return self.interactions.repeated != "all"
 
     def _check_column(self, feature: Feature) -> None:
         rows, column = self.interactions, feature.column or feature.name

@@ -13,8 +13,13 @@ from deepfm_dist.data.schema import Split
 TRAIN, VALID, TEST = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 Parts = npt.NDArray[np.int8]
-Keyed = tuple[Int64Array, Int64Array]
-"""Keys and row numbers of some rows."""
+Keyed = tuple[Int64Array, ...]
+"""Sort keys of some rows, the most significant first; together they tell all rows apart."""
+TieKeys = Callable[[Int64Array], npt.NDArray[np.uint64]]
+"""``[m]`` row numbers -> ``[m]`` keys that order rows whose other keys are equal."""
+
+Bound = tuple[int, ...]
+"""The keys of one row."""
 
 _DIGIT_BITS = 16
 
@@ -25,7 +30,11 @@ def shares(split: Split) -> tuple[float, float]:
 
 
 def split_by_user(
-    split: Split, users: npt.NDArray[np.integer], n_users: int, keys: Int64Array
+    split: Split,
+    users: npt.NDArray[np.integer],
+    n_users: int,
+    keys: Int64Array,
+    ties: TieKeys | None = None,
 ) -> Parts:
     """per_user and leave_last: each user's last rows by key are held out.
 
@@ -33,14 +42,15 @@ def split_by_user(
         split: the method and the sizes.
         users: ``[n]`` in ``[0, n_users)``.
         n_users: number of users.
-        keys: ``[n]`` times, or a shuffle; rows with equal keys keep their order.
+        keys: ``[n]`` times, or a shuffle.
+        ties: orders rows with equal keys; default: they keep their order.
 
     Returns:
         ``[n]`` int8: 0 train, 1 valid, 2 test. A user's only row is never held out.
     """
     valid, test = shares(split)
     offsets, order = grouped(users, n_users)
-    sort_groups(offsets, order, keys)
+    sort_groups(offsets, order, keys, ties)
     sizes = np.diff(offsets)
     if split.method == "per_user":
         n_valid, n_test = np.rint(sizes * valid), np.rint(sizes * test)
@@ -53,17 +63,19 @@ def split_by_user(
     return parts
 
 
-def split_at(keyed: Keyed, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Parts:
+def split_at(keyed: Keyed, bounds: tuple[Bound, Bound]) -> Parts:
     """Random and temporal: the rows from a bound on are held out.
 
     Args:
-        keyed: keys and row numbers.
-        bounds: (key, row) of the first validation row and of the first test row.
+        keyed: the rows' keys.
+        bounds: keys of the first validation row and of the first test row.
     """
-    keys, rows = keyed
-    parts = np.zeros(len(keys), np.int8)
-    for part, (key, row) in zip((VALID, TEST), bounds, strict=True):
-        parts[(keys > key) | ((keys == key) & (rows >= row))] = part
+    parts = np.zeros(len(keyed[0]), np.int8)
+    for part, bound in zip((VALID, TEST), bounds, strict=True):
+        held_out = np.ones(len(parts), bool)  # equal in every key: the bound itself
+        for keys, key in zip(reversed(keyed), reversed(bound), strict=True):
+            held_out = (keys > key) | ((keys == key) & held_out)
+        parts[held_out] = part
     return parts
 
 
@@ -72,8 +84,9 @@ def bounds_of(
     n: int,
     pieces: Callable[[], Iterable[Keyed]],
     add_up: Callable[[Int64Array], Int64Array],
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where the held-out rows of all pieces begin, by key, then row number.
+    n_keys: int = 2,
+) -> tuple[Bound, Bound]:
+    """Where the held-out rows of all pieces begin, by their keys.
 
     Nothing is sorted: digit by digit, histograms say where the bound lies.
 
@@ -82,27 +95,30 @@ def bounds_of(
         n: rows over all pieces and ranks.
         pieces: gives this rank's pieces, as often as it is called.
         add_up: sums an array over the ranks.
+        n_keys: number of keys of a row.
 
     Returns:
-        (key, row) of the first validation row and of the first test row.
+        Keys of the first validation row and of the first test row.
     """
     valid, test = shares(split)
     n_test = round(n * test)
-    found = []
+    found: list[Bound] = []
     for last in (n_test + round(n * valid), n_test):
-        if last == 0:
-            found.append((np.iinfo(np.int64).max, np.iinfo(np.int64).max))
-            continue
-        key, above = _from_top(lambda: (keys for keys, _ in pieces()), last, add_up)
-        of_key = partial(_rows_of_key, pieces, key)
-        row, _ = _from_top(of_key, last - above, add_up)
-        found.append((key, row))
+        bound: Bound = () if last else (np.iinfo(np.int64).max,) * n_keys
+        while len(bound) < n_keys:
+            key, above = _from_top(partial(_next_keys, pieces, bound), last, add_up)
+            bound, last = (*bound, key), last - above
+        found.append(bound)
     return found[0], found[1]
 
 
-def _rows_of_key(pieces: Callable[[], Iterable[Keyed]], key: int) -> Iterator[Int64Array]:
-    for keys, rows in pieces():
-        yield rows[keys == key]
+def _next_keys(pieces: Callable[[], Iterable[Keyed]], bound: Bound) -> Iterator[Int64Array]:
+    """The next key of the rows whose first ones are the bound's."""
+    for keyed in pieces():
+        same = np.ones(len(keyed[0]), bool)
+        for keys, key in zip(keyed, bound, strict=False):
+            same &= keys == key
+        yield keyed[len(bound)][same] if bound else keyed[0]
 
 
 def _from_top(
@@ -126,9 +142,70 @@ def _from_top(
     return prefix - (1 << 63), above
 
 
-def sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> None:
-    """Sorts each group of `jagged.grouped` by key, in place; equal keys keep their order."""
+def sort_groups(
+    offsets: Int64Array, order: Int64Array, keys: Int64Array, ties: TieKeys | None = None
+) -> None:
+    """Sorts each group of `jagged.grouped` by key, in place.
+
+    Args:
+        offsets: of the groups.
+        order: ``[n]`` rows, group by group.
+        keys: ``[n]`` of the rows.
+        ties: orders rows of a group with equal keys; default: they keep their order.
+    """
     _sort_groups(offsets, order, keys)
+    if ties is None:
+        return
+    tied = np.flatnonzero(_tied(offsets, order, keys))
+    if len(tied):
+        more = np.zeros(len(order), np.uint64)
+        more[order[tied]] = ties(order[tied])
+        _sort_ties(offsets, order, keys, more)
+
+
+def parts_by_time(
+    parts: Parts,
+    users: npt.NDArray[np.integer],
+    times: Int64Array,
+    other_users: npt.NDArray[np.integer],
+    other_times: Int64Array,
+    n_users: int,
+) -> Parts:
+    """Where other rows of the same users go under leave_last: by their time.
+
+    What lies before a user's first held-out row is known when it is predicted, and what lies at
+    its time or later is not.
+
+    Args:
+        parts: ``[n]`` of the rows that are split.
+        users: ``[n]`` in ``[0, n_users)``.
+        times: ``[n]``.
+        other_users: ``[m]`` of the other rows.
+        other_times: ``[m]``.
+        n_users: number of users.
+
+    Returns:
+        ``[m]`` int8.
+    """
+    found = np.zeros(len(other_users), np.int8)
+    for part in (VALID, TEST):
+        begins = np.full(n_users, np.iinfo(np.int64).max)
+        at = parts == part
+        np.minimum.at(begins, users[at], times[at])
+        found[other_times >= begins[other_users]] = part
+    return found
+
+
+def tied_cuts(parts: Parts, users: npt.NDArray[np.integer], times: Int64Array) -> tuple[int, int]:
+    """Users whose held-out rows have the time of an earlier split's, and all with held-out rows."""
+    n_users = int(users.max(initial=-1)) + 1
+    tied = np.zeros(n_users, bool)
+    for part in (VALID, TEST):
+        begins = np.full(n_users, np.iinfo(np.int64).max)
+        np.minimum.at(begins, users[parts == part], times[parts == part])
+        before = parts < part
+        tied[users[before][times[before] == begins[users[before]]]] = True
+    return int(tied.sum()), len(np.unique(users[parts != TRAIN]))
 
 
 @compiled
@@ -141,6 +218,35 @@ def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> No
                 for j in range(len(group)):  # not a slice: see `seeding._permuted`
                     group[j] = in_order[j]
                 break
+
+
+@compiled
+def _tied(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> npt.NDArray[np.bool_]:
+    """Whether a place of ``order`` has the key of a neighbour in its sorted group."""
+    tied = np.zeros(len(order), np.bool_)
+    for g in range(len(offsets) - 1):
+        for i in range(offsets[g] + 1, offsets[g + 1]):
+            if keys[order[i]] == keys[order[i - 1]]:
+                tied[i - 1] = tied[i] = True
+    return tied
+
+
+@compiled
+def _sort_ties(
+    offsets: Int64Array, order: Int64Array, keys: Int64Array, ties: npt.NDArray[np.uint64]
+) -> None:
+    for g in range(len(offsets) - 1):
+        begin = offsets[g]
+        while begin < offsets[g + 1]:
+            end = begin + 1
+            while end < offsets[g + 1] and keys[order[end]] == keys[order[begin]]:
+                end += 1
+            if end - begin > 1:
+                run = order[begin:end]
+                in_order = run[np.argsort(ties[run], kind="mergesort")]
+                for j in range(len(run)):  # not a slice: see `seeding._permuted`
+                    run[j] = in_order[j]
+            begin = end
 
 
 @compiled

@@ -68,6 +68,7 @@ class UserBatches:
         manifest = dataset.manifest
         _check(dataset)
         self._collate, self._history = Collator(dataset), dataset.history
+        self._seen = dataset.seen(manifest.data.negatives.avoid == "all")
         self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
         self._seed, self._candidates, self.threads = seed, candidates, threads
         self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
@@ -123,7 +124,8 @@ class UserBatches:
             padded(items, height, ABSENT),
             bags=(padded(bags[0], height, 0), bags[1]),
         )
-        known_users, known_items = _places_of(*self._history.take(users), rows)
+        seen_counts, seen_items = self._seen.take(users)
+        known_users, known_items = _places_of(seen_counts, seen_items + np.int32(1), rows)
         return UserBatch(
             looked_up.sparse,
             looked_up.dense,

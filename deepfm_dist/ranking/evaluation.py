@@ -67,23 +67,39 @@ class Comparison:
 class HeldOutItems:
     """What rankings of the whole catalogue are measured on.
 
-    Users are those known from training with a held-out positive. Masked are their positives in the
-    splits that come before: train, and for the test also valid.
+    Users are those known from training with a held-out positive. Masked is what they have met in
+    the splits that come before, liked or not: in train, and for the test also in valid. A held-out
+    item that they have met there is not relevant.
 
     Args:
         dataset: the prepared dataset.
         split: valid or test.
         context: values of the context fields, where the model looks at some.
+        mask_seen: whether what was met before is masked; default: unless repeated rows are asked
+            for (`DataConfig.seen_is_masked`).
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
     """
 
     def __init__(
-        self, dataset: PreparedDataset, split: str, context: Mapping[str, str | float]
+        self,
+        dataset: PreparedDataset,
+        split: str,
+        context: Mapping[str, str | float],
+        mask_seen: bool | None = None,
     ) -> None:
         self._context = RowEncoder(dataset).fixed_context(context)
-        relevant_of_all = dataset.positives(split)
+        if mask_seen is None:
+            mask_seen = dataset.manifest.data.seen_is_masked
+        before = [bags for s in SPLITS[: SPLITS.index(split)] for bags in dataset.met(s)]
+        before = before if mask_seen else []
+        relevant_of_all, n_seen = _relevant(dataset.positives(split), before)
+        if n_seen:
+            log.info(
+                "%s held-out items were seen before, and are masked: not counted as relevant",
+                f"{n_seen:,}",
+            )
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
         left_out = len(relevant_of_all) - 1 - len(self.users)
@@ -95,8 +111,7 @@ class HeldOutItems:
                 f"{of_unknown:,}",
             )
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
-        before = SPLITS[: SPLITS.index(split)]
-        self._seen = self.catalogue.seen_by(self.users, [dataset.positives(s) for s in before])
+        self._seen = self.catalogue.seen_by(self.users, before)
         self.relevant = Jagged.from_pairs(
             np.repeat(np.arange(len(self.users)), relevant_of_all.lengths[self.users]),
             relevant_of_all.take(self.users)[1],
@@ -133,6 +148,30 @@ class HeldOutItems:
             for name, value in means(found[0]).items()
             if name.partition("@")[0] in RANKING_FIGURES
         }
+
+
+def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]:
+    """Each user's positives, each item once, without those met before, and how many these are.
+
+    Args:
+        positives: item rows of all users, those of unknown users in row 0.
+        before: what users have met before.
+    """
+    n_items = 1 + max((int(bags.values.max(initial=0)) for bags in (positives, *before)), default=0)
+    rows = np.repeat(np.arange(len(positives)), positives.lengths)
+    pairs = rows * n_items + positives.values
+    # Items without a row are all 0: which of them are the same is not known.
+    repeated = np.ones(len(pairs), bool)
+    repeated[np.unique(pairs, return_index=True)[1]] = False
+    repeated &= (positives.values > 0) & (rows > 0)
+    seen = np.zeros(len(pairs), bool)
+    active = np.flatnonzero(positives.lengths)
+    for bags in before:
+        lengths, items = bags.take(active)
+        seen |= np.isin(pairs, np.repeat(active, lengths) * n_items + items)
+    seen &= (positives.values > 0) & (rows > 0)
+    kept = np.flatnonzero(~(repeated | seen))
+    return Jagged.from_pairs(rows[kept], positives.values[kept], len(positives)), int(seen.sum())
 
 
 def evaluate_ranking(

@@ -17,6 +17,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
+from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import external, id_order
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
@@ -50,7 +51,8 @@ class Wanted:
 
     Attributes:
         k: items per user.
-        masked_splits: a user's positives in these are never recommended.
+        masked_splits: what a user has met in these, liked or not, is never recommended; default:
+            all, unless repeated rows are asked for (`DataConfig.seen_is_masked`).
         context: values of the context fields.
         users: only these users; default: all.
         histories: for the users of this file instead, known by their items in it alone.
@@ -66,7 +68,7 @@ class Wanted:
     """
 
     k: int
-    masked_splits: Sequence[str] = ("train", "valid", "test")
+    masked_splits: Sequence[str] | None = None
     context: Mapping[str, str | float] = field(default_factory=dict)
     users: Ids | None = None
     histories: str | None = None
@@ -120,7 +122,8 @@ def recommend(
     histories: Jagged | None = None
     if wanted.histories is None:
         users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
-        positives = [dataset.positives(split) for split in wanted.masked_splits]
+        masked = masked_splits_of(dataset, wanted.masked_splits)
+        positives = [bags for split in masked for bags in dataset.met(split)]
     else:
         user_ids, histories = read_histories(dataset, Path(wanted.histories))
         users, positives = np.arange(len(histories), dtype=np.int32), [histories]
@@ -156,7 +159,7 @@ def recommend(
             if histories is None
             else [external(user_ids).to_pylist(), hash_of(histories.offsets, histories.values)],
             "items": hash_of(catalogue.rows),
-            "mask": list(wanted.masked_splits),
+            "mask": list(masked_splits_of(dataset, wanted.masked_splits)),
             "context": dict(wanted.context),
             "k": wanted.k,
             "candidates": [wanted.candidates, wanted.index, wanted.probes],
@@ -197,6 +200,13 @@ def recommend(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
     return None if written is None else replace(written, figures=figures)
+
+
+def masked_splits_of(dataset: PreparedDataset, wanted: Sequence[str] | None) -> Sequence[str]:
+    """Splits whose items are not recommended to their users; None: as the data says."""
+    if wanted is not None:
+        return wanted
+    return SPLITS if dataset.manifest.data.seen_is_masked else ()
 
 
 def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:

@@ -24,6 +24,7 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import USER_BLOCK
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
+from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import Finished
@@ -98,7 +99,8 @@ class Live:
         self._ranker.keep_users(
             dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
         )
-        self._positives = [dataset.positives(split) for split in config.recommend.mask]
+        masked = masked_splits_of(dataset, config.recommend.mask)
+        self._positives = [bags for split in masked for bags in dataset.met(split)]
         self._history, self._drawn = dataset.history, DrawnHistories(dataset)
         self._vectors = None
         if model.interaction_arch.fm is not None:

@@ -1,12 +1,12 @@
 """Where rows belong, and what training rows say: added up over partitions and ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.crew import Crew
+from deepfm_dist.data.codes import Hashes
 from deepfm_dist.data.fields import NumericFit
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -14,42 +14,85 @@ from deepfm_dist.data.jagged import (
     Jagged,
     Values,
     counted,
-    grouped,
     joined,
     taken,
 )
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.preparation.ties import latest_rows, seeded, words_of
 from deepfm_dist.data.split import (
     SPLITS,
+    TEST,
     TRAIN,
+    VALID,
+    Bound,
     Keyed,
     Parts,
     bounds_of,
+    parts_by_time,
     split_at,
     split_by_user,
+    tied_cuts,
 )
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed, permute
 
 
 @dataclass
-class Firsts:
-    """A field of users or items that stands in the rows: what the first training row says."""
+class EntityValues:
+    """A field of users or items that stands in the rows: what the latest training row says.
 
-    entity: Int32Array  # codes, each once
-    row: Int64Array  # the row that says it
+    Attributes:
+        entity: ``[m]`` codes, each once.
+        time: ``[m]`` of the rows that say it; 0 where no times are read.
+        word: ``[m]`` seeded hashes of the values, the least of which decides between equal times.
+        values: ``[m]``.
+        differ: ``[m]`` whether rows of the same user or item say different things.
+    """
+
+    entity: Int32Array
+    time: Int64Array
+    word: Hashes
     values: Values
+    differ: npt.NDArray[np.bool_]
 
     @classmethod
-    def merged(cls, pieces: Sequence["Firsts"]) -> "Firsts":
-        """The first of each entity over all pieces."""
+    def of_rows(
+        cls,
+        entities: Int32Array,
+        times: Int64Array,
+        words: Hashes,
+        values: Values,
+        n: int,
+    ) -> "EntityValues":
+        """What rows say of ``n`` users or items."""
+        if isinstance(values, Jagged):
+            says = values.lengths > 0
+        else:
+            says = ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
+        row, differ = latest_rows(entities, times, words, says, n)
+        there = np.flatnonzero(row >= 0)
+        row = row[there]
+        return cls(
+            there.astype(np.int32), times[row], words[row], taken(values, row), differ[there]
+        )
+
+    @classmethod
+    def merged(cls, pieces: Sequence["EntityValues"], n: int) -> "EntityValues":
+        """The latest of each entity over all pieces."""
         entity = np.concatenate([p.entity for p in pieces])
-        row = np.concatenate([p.row for p in pieces])
-        order = np.lexsort((row, entity))
-        keep = order[np.flatnonzero(np.diff(entity[order], prepend=-1))]
-        return cls(entity[keep], row[keep], taken(joined([p.values for p in pieces]), keep))
+        found = cls.of_rows(
+            entity,
+            np.concatenate([p.time for p in pieces]),
+            np.concatenate([p.word for p in pieces]),
+            joined([p.values for p in pieces]),
+            n,
+        )
+        differ = np.zeros(n, bool)
+        differ[entity[np.concatenate([p.differ for p in pieces])]] = True
+        found.differ |= differ[found.entity]
+        return found
 
 
 @dataclass
@@ -60,22 +103,22 @@ class Counts:
         tables: training rows by code, of each table that has a vocabulary.
         liked: training positives by item code.
         numeric: of each numeric field that stands in context.
-        firsts: of each field of users and items that stands in the rows.
+        of_entities: of each field of users and items that stands in the rows.
         rows: ``[partitions, splits]``; positives: the same.
         weight: ``[partitions]``: weight of the training rows.
-        repeated: rows dropped because an earlier one has their user and item.
-        full: rows dropped because their users have seen every item.
+        repeated: rows dropped because another one has their user and item.
+        low: rows that are seen but not trained on.
     """
 
     tables: dict[str, Int64Array]
     liked: Int64Array
     numeric: dict[str, NumericFit]
-    firsts: dict[str, Firsts]
+    of_entities: dict[str, EntityValues]
     rows: Int64Array
     positives: Int64Array
     weight: npt.NDArray[np.float64]
     repeated: int = 0
-    full: int = 0
+    low: int = 0
 
     @classmethod
     def none(cls, job: Job, partitions: Partitions) -> "Counts":
@@ -85,14 +128,15 @@ class Counts:
             tables={name: np.zeros(len(ids), np.int64) for name, ids in partitions.ids.items()},
             liked=np.zeros(len(partitions.ids.get(of_entity("item"), ())), np.int64),
             numeric={f.name: NumericFit(f) for f in context if f.kind == "numeric"},
-            firsts={},
+            of_entities={},
             rows=np.zeros((job.n_parts, len(SPLITS)), np.int64),
             positives=np.zeros((job.n_parts, len(SPLITS)), np.int64),
             weight=np.zeros(job.n_parts),
         )
 
-    def add(self, job: Job, p: int, part: Part, parts: Parts) -> None:
+    def add(self, job: Job, partitions: Partitions, p: int, part: Part, parts: Parts) -> None:
         """Counts a partition in, whose rows go where ``parts`` says."""
+        words_seed = np.uint64(derive_seed(job.seed, "values"))
         at = np.flatnonzero(parts == TRAIN)
         for name in job.entities:
             table = self.tables[of_entity(name)]
@@ -102,13 +146,14 @@ class Counts:
         for feature in job.row_fields:
             values = taken(part[f"field {feature.name}"], at)
             if feature.entity != "context":
-                codes = part[feature.entity][at]
-                offsets, order = grouped(codes, len(self.tables[of_entity(feature.entity)]))
-                there = np.flatnonzero(np.diff(offsets))
-                first = order[offsets[there]]
-                found = Firsts(there.astype(np.int32), part["row"][at[first]], taken(values, first))
-                before = [self.firsts[feature.name]] if feature.name in self.firsts else []
-                self.firsts[feature.name] = Firsts.merged([*before, found])
+                n = len(self.tables[of_entity(feature.entity)])
+                hashes = partitions.hashes(feature.table_name) if feature.has_vocabulary else None
+                words = seeded(words_of(values, hashes), words_seed)
+                times = part["time"][at] if "time" in part else np.zeros(len(at), np.int64)
+                found = EntityValues.of_rows(part[feature.entity][at], times, words, values, n)
+                if (before := self.of_entities.get(feature.name)) is not None:
+                    found = EntityValues.merged([before, found], n)
+                self.of_entities[feature.name] = found
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
                 self.numeric[feature.name].add(p, values.astype(np.float64, copy=False))
@@ -120,34 +165,43 @@ class Counts:
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
         self.weight[p] = part["weight"][at].sum(dtype=np.float64) if "weight" in part else len(at)
         self.repeated += part.repeated
-        self.full += part.full
+        self.low += 0 if part.low is None else len(part.low)
 
     @property
     def mean_weight(self) -> float:
         """Of the training rows."""
         return float(self.weight.sum() / self.rows[:, TRAIN].sum())
 
-    def of_all(self, crew: Crew) -> "Counts":
+    def of_all(self, job: Job) -> "Counts":
         """What all ranks counted. All ranks."""
-        others = (self.numeric, self.firsts, self.repeated, self.full)
-        numeric, firsts, repeated, full = zip(*crew.gather(others), strict=True)
+        crew, entity_of = job.crew, {f.name: f.entity for f in job.row_fields}
+        others = (self.numeric, self.of_entities, self.repeated, self.low)
+        numeric, of_entities, repeated, low = zip(*crew.gather(others), strict=True)
+        names = list(dict.fromkeys(name for of_rank in of_entities for name in of_rank))
         return Counts(
             {name: crew.add_up(table) for name, table in self.tables.items()},
             crew.add_up(self.liked),
             {n: sum((f[n] for f in numeric[1:]), numeric[0][n]) for n in self.numeric},
-            {n: Firsts.merged([f[n] for f in firsts if n in f]) for f in firsts for n in f},
+            {
+                name: EntityValues.merged(
+                    [of_rank[name] for of_rank in of_entities if name in of_rank],
+                    len(self.tables[of_entity(entity_of[name])]),
+                )
+                for name in names
+            },
             crew.add_up(self.rows),
             crew.add_up(self.positives),
             crew.add_up(self.weight),
             sum(repeated),
-            sum(full),
+            sum(low),
         )
 
 
 def split_and_count(job: Job, partitions: Partitions) -> Counts:
     """Says where each row belongs, before anything is fitted, and counts training rows. All ranks.
 
-    Each partition's rows get ``[n]`` int8, kept as ``parts``.
+    Each partition's rows get ``[n]`` int8, kept as ``parts``, and those that are only seen, as
+    ``low parts``: they go where a positive of their time, or of their share, would go.
 
     Raises:
         DataError: no row is left for training.
@@ -158,54 +212,107 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     n_shuffled += per_user * len(partitions.ids.get(of_entity("user"), ()))
     seed = derive_seed(job.seed, "split")
 
+    timed = split.method in ("temporal", "leave_last")
+
     def keyed(part: Part) -> Keyed:
         """What the rows that are still open are ordered by: a shuffle, or the time."""
-        row = part["row"][part["given"] == OPEN]
-        if split.method in ("random", "per_user"):
+        at = np.flatnonzero(part["given"] == OPEN)
+        row = part["row"][at]
+        if not timed:
             return permute(row, n_shuffled, seed), row
-        return part["time"][part["given"] == OPEN], row
+        if split.method == "leave_last":
+            return (part["time"][at],)
+        return part["time"][at], partitions.ties(part)(at).view(np.int64), row
 
     def all_keyed() -> Iterator[Keyed]:
         for p in job.mine:
-            yield partitions.kept(p, "keys"), partitions.kept(p, "row")
+            yield tuple(partitions.kept(p, f"key {k}") for k in range(n_keys))
 
-    bounds = None
+    bounds, n_keys = None, 3 if timed else 2
     if split.method in ("random", "temporal") and partitions.n_open and not job.data.refit:
         for p in job.mine:
-            keys, rows = keyed(partitions.load(p))
-            partitions.keep(p, "keys", keys)
-            partitions.keep(p, "row", rows)
-        n = int(job.crew.add_up(np.array([sum(len(k) for k, _ in all_keyed())]))[0])
-        bounds = bounds_of(split, n, all_keyed, job.crew.add_up)
-    counts = Counts.none(job, partitions)
-    for p in job.mine:
-        part = partitions.load(p)
+            for k, keys in enumerate(keyed(partitions.load(p))):
+                partitions.keep(p, f"key {k}", keys)
+        n = int(job.crew.add_up(np.array([sum(len(keys[0]) for keys in all_keyed())]))[0])
+        bounds = bounds_of(split, n, all_keyed, job.crew.add_up, n_keys)
+
+    def parts_of(part: Part, p: int, positives: Part | None = None) -> Parts:
+        """Where rows go; those that are only seen, as their users' positives say."""
         parts = part["given"].copy()
+        at = np.flatnonzero(parts == OPEN)
         if job.data.refit:
             parts[:] = TRAIN
-        elif len(at := np.flatnonzero(parts == OPEN)):
-            if bounds is not None:
-                where = partitions.kept(p, "keys"), partitions.kept(p, "row")
-                parts[at] = split_at(where, bounds)
-            else:
-                n_users = len(partitions.users(p))
-                parts[at] = split_by_user(split, part["local"][at], n_users, keyed(part)[0])
+        elif len(at) and bounds is not None:
+            parts[at] = split_at(keyed(part), bounds)
+        elif len(at) and split.method == "leave_last" and positives is not None:
+            held_out = partitions.kept(p, "parts"), positives["local"], positives["time"]
+            n_users = len(partitions.users(p))
+            parts[at] = parts_by_time(*held_out, part["local"][at], part["time"][at], n_users)
+        elif len(at):
+            ties = partitions.ties(part)
+            parts[at] = split_by_user(
+                split,
+                part["local"][at],
+                len(partitions.users(p)),
+                keyed(part)[0],
+                (lambda rows: ties(at[rows])) if timed else None,
+            )
+        return parts
+
+    counts = Counts.none(job, partitions)
+    tied_users = held_out_users = 0
+    for p in job.mine:
+        part = partitions.load(p)
+        parts = parts_of(part, p)
         partitions.keep(p, "parts", parts)
-        counts.add(job, p, part, parts)
-    counts = counts.of_all(job.crew)
+        if part.low is not None:
+            partitions.keep(p, "low parts", parts_of(part.low, p, part))
+        if split.method == "leave_last":
+            is_open = part["given"] == OPEN
+            tied, held_out = tied_cuts(
+                parts[is_open], part["local"][is_open], part["time"][is_open]
+            )
+            tied_users, held_out_users = tied_users + tied, held_out_users + held_out
+        counts.add(job, partitions, p, part, parts)
+        rule, per = job.data.repeated, f"negatives.fixed_per_user={per_user}"
+        job.note(f"(user, item) pairs whose rows are equal by repeated={rule}", part.tied)
+        job.note(f"users with fewer than {per} unseen items", part.short)
+    counts = counts.of_all(job)
+    _note_ties(job, tied_users, held_out_users, bounds, all_keyed)
     if job.crew.is_first:
         job.drop("repeated (user, item) rows", counts.repeated)
-        job.drop("rows of users who have seen every item", counts.full)
+        least = job.data.interactions.min_rating or 0
+        job.drop(f"rows rated below {least:g}, kept as seen", counts.low)
     n_rows, file = int(counts.rows.sum()), job.data.interactions.file
-    if n_rows == 0:
-        raise DataError(
-            f"{file}: no row is left: {counts.full:,} are of users who have seen every item, for "
-            f"whom no negative exists; add items, or leave these users out"
-        )
     if counts.rows[:, TRAIN].sum() == 0:
         raise DataError(
             f"{file}: the split leaves no training rows of {n_rows:,} ({counts.repeated:,} "
-            f"repeated ones and {counts.full:,} of users who have seen every item are dropped); "
-            f"hold out fewer"
+            f"repeated ones are dropped); hold out fewer"
         )
     return counts
+
+
+def _note_ties(
+    job: Job,
+    tied_users: int,
+    held_out_users: int,
+    bounds: tuple[Bound, Bound] | None,
+    all_keyed: Callable[[], Iterable[Keyed]],
+) -> None:
+    """Counts what equal times left to the hash of the rows' cells. All ranks."""
+    if job.data.split.method == "leave_last":
+        tied_users, held_out_users = job.crew.add_up(np.array([tied_users, held_out_users]))
+        if tied_users and job.crew.is_first:
+            share = f"{tied_users / held_out_users:.1%}"
+            job.note(f"users ({share}) whose held-out rows have a training row's time", tied_users)
+    elif job.data.split.method == "temporal" and bounds is not None:
+        for part, bound in zip((VALID, TEST), bounds, strict=True):
+            at_bound = [keyed[0] == bound[0] for keyed in all_keyed()]
+            below = [
+                same & (split_at(keyed, bounds) < part)
+                for same, keyed in zip(at_bound, all_keyed(), strict=True)
+            ]
+            n, n_below = (sum(int(rows.sum()) for rows in pieces) for pieces in (at_bound, below))
+            n, n_below = job.crew.add_up(np.array([n, n_below]))
+            if n_below and job.crew.is_first:
+                job.note(f"rows at the time where {SPLITS[part]} begins, on both sides", int(n))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
@@ -16,7 +17,7 @@ from deepfm_dist.data.fields import (
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import Layout
-from deepfm_dist.data.manifest import Manifest, NumericSpec
+from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
@@ -26,6 +27,7 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
+_ALL_IN_MEMORY = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Earlier:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = Path(folder or "")
-        self.manifest = None if folder is None else Manifest.read(self._folder)
+        self.dataset = None if folder is None else PreparedDataset(self._folder, _ALL_IN_MEMORY)
+        self.manifest = None if self.dataset is None else self.dataset.manifest
 
     def column(self, entity: str, name: str) -> pa.ChunkedArray | None:
         """A column of its users or items, if there is one."""
@@ -188,9 +191,13 @@ class Fit:
             hashed = np.append(np.int32(0), hashed_rows(vocabulary.ids, feature))
             return Jagged(np.arange(vocabulary.rows + 1), hashed)
         if feature.file is None:
-            firsts = self._counts.firsts[feature.name]
-            rows = vocabulary.lookup(ids[of_entity(feature.entity)])[firsts.entity]
-            found = firsts.values
+            said = self._counts.of_entities[feature.name]
+            rows = vocabulary.lookup(ids[of_entity(feature.entity)])[said.entity]
+            found = said.values
+            self._job.note(
+                f"{feature.entity}s whose rows differ in {feature.name}: the latest one tells",
+                int(said.differ.sum()),
+            )
         else:
             side = self._partitions.side_files[feature.name]
             rows, found = vocabulary.lookup(side.keys), side.values

@@ -34,6 +34,7 @@ class Job:
         crew: the ranks.
         folder: of the dataset to be, all ranks' the same.
         dropped: what this rank has left out of the input, by reason.
+        noted: what users should know of the rest, by reason, counted by this rank.
     """
 
     data: DataConfig
@@ -42,11 +43,17 @@ class Job:
     crew: Crew
     folder: Path
     dropped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
 
     def drop(self, reason: str, count: int) -> None:
         """Counts what is left out."""
         if count:
             self.dropped[reason] += count
+
+    def note(self, reason: str, count: int) -> None:
+        """Counts what users should know of."""
+        if count:
+            self.noted[reason] += count
 
     @cached_property
     def entities(self) -> list[str]:

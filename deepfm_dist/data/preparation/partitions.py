@@ -7,22 +7,24 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.codes import hash_texts
-from deepfm_dist.data.histories import first_pairs
+from deepfm_dist.data.codes import Hashes, hash_texts
 from deepfm_dist.data.jagged import (
     Int32Array,
+    Int64Array,
     Jagged,
     Values,
-    counted,
     from_arrow,
     grouped,
     offsets_of,
+    union,
 )
-from deepfm_dist.data.negatives import check_enough_unseen, draw_distinct
+from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.merge import unite
 from deepfm_dist.data.preparation.reading import Reading, rows_path
 from deepfm_dist.data.preparation.spill import Part, read_spilled
+from deepfm_dist.data.preparation.ties import content_keys, one_per_pair
+from deepfm_dist.data.split import TieKeys
 from deepfm_dist.data.times import scaled
 from deepfm_dist.seeding import derive_seed
 
@@ -62,6 +64,7 @@ class Partitions:
             self._local[by_part] = (np.arange(len(by_part)) - begins).astype(np.int32)
         self._cached: Part | None = None
         self._kept: dict[str, npt.NDArray[Any]] = {}
+        self._hashes: dict[str, Hashes] = {}
 
     def users(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""
@@ -84,21 +87,44 @@ class Partitions:
             return self._kept[name]
         return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
 
+    def hashes(self, name: str) -> Hashes:
+        """``[codes + 1]`` hash of each text of a vocabulary, and 0 for no value."""
+        if name not in self._hashes:
+            self._hashes[name] = np.append(hash_texts(self.ids[name]), np.uint64(0))
+        return self._hashes[name]
+
+    def ties(self, part: Part) -> TieKeys:
+        """Orders rows that are equal in all that a rule compares: by a seeded hash of their cells.
+
+        Args:
+            part: the rows.
+        """
+        of_column = {name: of_entity(name) for name in self._job.entities}
+        of_column |= {
+            f"field {f.name}": f.table_name for f in self._job.row_fields if f.has_vocabulary
+        }
+
+        def keys(rows: Int64Array) -> Hashes:
+            hashes = {column: self.hashes(name) for column, name in of_column.items()}
+            return content_keys(part, rows, hashes, derive_seed(self._job.seed, "ties"))
+
+        return keys
+
     def load(self, p: int) -> Part:
-        """A partition, without repeated rows, with its fixed negatives."""
+        """A partition without repeated rows, and with its fixed negatives."""
         if self._cached is not None:
             return self._cached
         part, data = self._spilled(p), self._job.data
-        if data.task == "implicit":
+        rule = data.repeated
+        if rule != "all":
             n_users, n_items = len(self.users(p)), len(self.ids[of_entity("item")])
-            offsets, order = grouped(part["local"], n_users)
-            first = first_pairs(offsets, order, part["item"], n_items)
-            part = replace(part.where(first), repeated=int((~first).sum()))
-            if data.on_bad_row == "skip":
-                full = counted(part["local"], n_users)[part["local"]] == n_items
-                part = replace(part.where(~full), repeated=part.repeated, full=int(full.sum()))
-            if data.negatives.fixed_per_user is not None:
-                part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
+            keep, tied = one_per_pair(part, n_users, n_items, rule, self.ties(part))
+            part = replace(part.where(keep), repeated=int((~keep).sum()), tied=tied)
+        if data.interactions.rating is not None:
+            positive = part["label"] == 1
+            part = replace(part, columns=part.where(positive).columns, low=part.where(~positive))
+        if data.negatives.fixed_per_user is not None:
+            part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
         if self._job.n_parts == 1:  # several rounds go over it
             self._cached = part
         return part
@@ -138,15 +164,11 @@ class Partitions:
 
     def _with_fixed_negatives(self, part: Part, p: int, per_user: int) -> Part:
         members, n_items = self.users(p), len(self.ids[of_entity("item")])
-        history = Jagged.from_pairs(part["local"], part["item"], len(members)).sorted()
-        check_enough_unseen(
-            per_user,
-            history,
-            np.arange(len(members)),
-            n_items,
-            "data.negatives.fixed_per_user",
-            self.user_ids(p),
+        history = union(
+            [Jagged.from_pairs(s["local"], s["item"], len(members)) for s in part.with_low]
         )
+        with_positives = np.unique(part["local"])
+        short = users_short_of_negatives(per_user, history, with_positives, n_items)
         drawn = draw_distinct(
             per_user,
             history,
@@ -154,21 +176,22 @@ class Partitions:
             derive_seed(self._job.seed, "fixed"),
             members.astype(np.int64),
         )
-        users = np.repeat(members, per_user)
-        slots = np.tile(np.arange(per_user), len(members))
+        there = drawn >= 0
+        there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
+        users = np.repeat(members, there.sum(axis=1))
+        slots = np.nonzero(there)[1]
         # The schema allows no times and no fields in the rows beside these.
         columns = {
             "row": self.n_open + users.astype(np.int64) * per_user + slots,
             "user": users,
-            "item": drawn.ravel(),
+            "item": drawn[there],
             "local": self._local[users],
             "label": np.zeros(len(users), np.int8),
             "given": np.full(len(users), OPEN, np.int8),
         }
         positives = Part({name: part[name] for name in columns})
-        return replace(
-            Part.joined([positives, Part(columns)]), repeated=part.repeated, full=part.full
-        )
+        joint = Part.joined([positives, Part(columns)])
+        return replace(part, columns=joint.columns, short=short)
 
 
 def _mapped(values: Values, code_map: Int32Array) -> Values:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes
 from deepfm_dist.data.fields import (
@@ -49,6 +50,7 @@ class Reading:
         codes: this rank's numbers of the texts of each vocabulary.
         spill: its rows by partition, with these numbers.
         n_read: how many rows it has read.
+        n_positive: how many of them are trained on: all but those rated below ``min_rating``.
         n_open: how many of them no file or column has given to a split.
         side_files: fields in files of their own; rank 0 alone reads them.
         times: what the times of all ranks' rows are like, if they have times.
@@ -63,19 +65,19 @@ class Reading:
         self.codes = {name: Codes() for name in [*map(of_entity, job.entities), *sorted(tables)]}
         in_memory = job.n_parts == 1 and job.crew.size == 1
         self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
-        self.n_read = self.n_open = 0
+        self.n_read = self.n_positive = self.n_open = 0
         time = data.interactions.time
         self.times = None if time is None else TimeColumn(time)
-        kept = {name: 0 for _, name, _ in job.inputs}
+        kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}  # rows, positives
         sizes = offsets_of([file.text_bytes for file, _, _ in job.inputs])
         middles = (sizes[:-1] + sizes[1:]) // 2
         mine = np.flatnonzero(middles * job.crew.size // (sizes[-1] + 1) == job.crew.rank)
         text_bytes = sum(job.inputs[number][0].text_bytes for number in mine)
         with progress(text_bytes, "read", "B", job.crew.is_first) as bar:
             for number in mine.tolist():
-                name, rows = job.inputs[number][1], self.n_read
+                name, rows, positives = job.inputs[number][1], self.n_read, self.n_positive
                 self._read(number, bar)
-                kept[name] += self.n_read - rows
+                kept[name] += np.array([self.n_read - rows, self.n_positive - positives])
         self.spill.close()
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
@@ -83,7 +85,8 @@ class Reading:
         of_ranks = job.crew.gather((kept, job.dropped, self.times))
         dropped = sum((of_rank for _, of_rank, _ in of_ranks), Counter[str]())
         for name in kept:
-            self._check_rows(name, sum(of_rank[name] for of_rank, *_ in of_ranks), dropped)
+            n_rows, n_positive = np.sum([of_rank[name] for of_rank, *_ in of_ranks], axis=0)
+            self._check_rows(name, int(n_rows), int(n_positive), dropped)
         if self.times is not None:
             self.times = sum((times for *_, times in of_ranks[1:]), of_ranks[0][2])
             self.times.check()
@@ -97,23 +100,25 @@ class Reading:
             if self.times is not None:
                 self.times.add(batch["time"], name)
                 self.times.check()
-            rows = self._coded(self._rated(batch), part)
+            rows = self._coded(batch, part)
             self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
             self.n_read += rows.num_rows
+            rated = data.interactions.rating is not None
+            self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
             bar.update(min(BLOCK_BYTES, left))
             left -= min(BLOCK_BYTES, left)
         bar.update(left)
         if part == OPEN and data.interactions.split is None:
             self.n_open += self.n_read - before
 
-    def _check_rows(self, name: str, n_rows: int, dropped: Counter[str]) -> None:
+    def _check_rows(self, name: str, n_rows: int, n_positive: int, dropped: Counter[str]) -> None:
         _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
-        if n_rows == 0:
+        if n_positive == 0:
             least, start = self._job.data.interactions.min_rating, f"{name}: "
             what = (
-                "no usable row is left"
-                if least is None
-                else f"no row is rated {least:g} or more; lower interactions.min_rating"
+                f"no row is rated {least:g} or more; lower interactions.min_rating"
+                if n_rows and least is not None
+                else "no usable row is left"
             )
             lost = [(r, n) for r, n in dropped.items() if r.startswith(start)]
             told = ", ".join(f"{n:,} {r.removeprefix(start)}" for r, n in lost)
@@ -126,14 +131,6 @@ class Reading:
         columns = row_columns(self._job.data, with_split=True)
         empty = {c.key: pa.array([], c.arrow_type) for c in columns}
         return self._coded(pa.RecordBatch.from_pydict(empty), OPEN)
-
-    def _rated(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        spec = self._job.data.interactions
-        if spec.rating is None:
-            return batch
-        low = np.asarray(batch["rating"]) < spec.min_rating
-        self._job.drop(f"rows rated below {spec.min_rating:g}", int(low.sum()))
-        return batch.filter(pa.array(~low))
 
     def _coded(self, batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
         """The columns that later steps need, ids and texts as codes."""
@@ -153,6 +150,13 @@ class Reading:
         if spec.time is not None:
             for part_of_time in ("whole", "billionths"):
                 columns[part_of_time] = batch["time"].field(part_of_time)
+        if spec.rating is not None:
+            positive = np.asarray(batch["rating"]) >= spec.min_rating
+            columns["label"] = pa.array(positive.astype(np.int8))
+            if data.repeated == "strongest":
+                columns["rating"] = batch["rating"]
+        for words in spec.order.values():
+            columns["strength"] = pc.index_in(batch["strength"], value_set=pa.array(words))
         for feature in self._job.row_fields:
             values = self._raw(batch[f"field {feature.name}"], feature)
             columns[f"field {feature.name}"] = to_arrow(values)

@@ -79,13 +79,18 @@ class Part:
             says so, else -1; ``time`` int64, times ``Manifest.time_scale``, and ``weight`` float32
             where they are known; ``field NAME``, raw numbers and codes of the fields that stand in
             the rows.
-        repeated: how many rows were dropped because an earlier one has their user and item.
-        full: how many rows were dropped because their users have seen every item.
+        low: the rows rated below ``min_rating``: what their users have seen, but nothing to learn
+            from; None where no ratings are read.
+        repeated: how many rows were dropped because another one has their user and item.
+        tied: of how many pairs a hash of the rows' cells chose the one that stays.
+        short: how many users have fewer unseen items than fixed negatives are wanted.
     """
 
     columns: dict[str, Any]
+    low: "Part | None" = None
     repeated: int = 0
-    full: int = 0
+    tied: int = 0
+    short: int = 0
 
     def __len__(self) -> int:
         return len(self.columns["row"])
@@ -95,6 +100,11 @@ class Part:
 
     def __contains__(self, name: str) -> bool:
         return name in self.columns
+
+    @property
+    def with_low(self) -> list["Part"]:
+        """These rows, and those that are only seen."""
+        return [self] if self.low is None else [self, self.low]
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "Part":
         """Some of the rows."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.histories import Histories
+from deepfm_dist.data.histories import CARRIED, HISTORY, SEEN, Histories
 from deepfm_dist.data.jagged import (
     Int32Array,
     Int64Array,
@@ -20,10 +20,11 @@ from deepfm_dist.data.jagged import (
     offsets_of,
     taken,
     to_arrow,
+    union,
 )
 from deepfm_dist.data.layout import signed_table
 from deepfm_dist.data.manifest import SplitSpec, cuts_of
-from deepfm_dist.data.negatives import check_enough_unseen, draw_per_positive
+from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
 from deepfm_dist.data.preparation.job import Job, of_entity
@@ -31,7 +32,7 @@ from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
+from deepfm_dist.data.split import SPLITS, TRAIN, Parts, TieKeys, sort_groups
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
@@ -47,7 +48,7 @@ class RowWriter:
     Attributes:
         lanes: streams that training rows are dealt to.
         groups: groups of training rows, a multiple of ``lanes``.
-        histories: training positives, put aside for the user table.
+        histories: what users have met, put aside for the user table.
         sums: `sum_of` every file that this rank has written, by its name.
     """
 
@@ -66,19 +67,16 @@ class RowWriter:
         self._unused = {"train": set[str](), "valid": {"drawer"}, "test": {"drawer"}}
         if self._sampled:
             self._unused["train"] = {"label"}
-            if job.data.negatives.avoid == "all":
-                self._unused |= {"valid": set(), "test": set()}
         n_rows = fitted.rows.get("user", 1)
         n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
         self.histories = Histories(n_rows, n_rare, job.n_parts, job.spill(""), job.crew)
-        before = earlier.column("user", "history")
-        if job.crew.is_first and before is not None:
-            bags = Jagged.from_arrow(before)
-            self.histories.add(np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
+        if job.crew.is_first and earlier.manifest is not None:
+            self._carry(earlier)
 
     def write(self) -> dict[str, SplitSpec]:
         """Writes this rank's partitions."""
         job, sizes = self._job, np.zeros(len(SPLITS), np.int64)
+        n_rows = np.zeros(len(SPLITS), np.int64)
         if job.crew.is_first:
             for name in SPLITS:
                 (job.folder / name).mkdir()
@@ -102,17 +100,17 @@ class RowWriter:
                         cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
                     file = f"{name}/part-{p:05d}.parquet"
                     self.sums[file] = sum_of(table)
+                    n_rows[split] += table.num_rows
                     signed = signed_table(table, job.folder / file, self.sums[file])
                     _write_groups(signed, job.folder / file, cuts, first)
                     sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
                 if {"user", "item"} <= columns.keys():
-                    self.histories.add(*_liked(part, parts, columns))
+                    self._put_histories(part, p, parts, columns)
                 bar.update()
-        sizes = job.crew.add_up(sizes)
-        k = job.data.negatives.evaluation_per_positive if self._sampled else 0
+        sizes, n_rows = job.crew.add_up(sizes), job.crew.add_up(n_rows)
         return {
             name: SplitSpec(
-                rows=int(self._counts.rows[:, s].sum()) * (1 if s == TRAIN else 1 + k),
+                rows=int(n_rows[s]),
                 positives=int(self._counts.positives[:, s].sum()),
                 size_bytes=int(sizes[s]),
             )
@@ -154,22 +152,64 @@ class RowWriter:
 
     def _known_items(self, part: Part, p: int) -> Jagged:
         """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
-        items = self._fitted.row_of_code[of_entity("item")][part["item"]]
-        at = np.flatnonzero(items > 0)
-        n_users = len(self._partitions.users(p))
-        return Jagged.from_pairs(part["local"][at], items[at] - 1, n_users).sorted()
+        n_users, known = len(self._partitions.users(p)), []
+        for rows in part.with_low:
+            items = self._fitted.row_of_code[of_entity("item")][rows["item"]]
+            at = np.flatnonzero(items > 0)
+            known.append(Jagged.from_pairs(rows["local"][at], items[at] - 1, n_users))
+        return union(known)
+
+    def _put_histories(self, part: Part, p: int, parts: Parts, columns: dict[str, Any]) -> None:
+        """Puts aside what the users of a partition have met, by split."""
+        users, items = columns.get("drawer", columns["user"]), columns["item"]
+        known = (users > 0) & (items > 0)
+        positive = part["label"] == 1
+        liked = np.flatnonzero(known & (parts == TRAIN) & positive)
+        if "time" in part:
+            liked = liked[_in_time_order(part, liked, self._partitions.ties(part))]
+        self.histories.add(HISTORY, users[liked], items[liked])
+        # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
+        met = known & (positive | (self._job.data.task == "ctr"))
+        for split, name in enumerate(SPLITS):
+            at = np.flatnonzero(met & (parts == split) & ~((split == TRAIN) & positive))
+            self.histories.add(SEEN[name][-1], users[at], items[at])
+        if (low := part.low) is None:
+            return
+        row_of_code, low_parts = self._fitted.row_of_code, self._partitions.kept(p, "low parts")
+        of_users = row_of_code[of_entity("user")] if self._drawer is None else self._drawer
+        users, items = of_users[low["user"]], row_of_code[of_entity("item")][low["item"]]
+        met = (users > 0) & (items > 0)
+        for split, name in enumerate(SPLITS):
+            at = np.flatnonzero(met & (low_parts == split))
+            self.histories.add(SEEN[name][-1], users[at], items[at])
+        table = pa.table({"user": users, "item": items, "split": np.asarray(low_parts)})
+        self.sums[f"seen/part-{p:05d}"] = sum_of(table)
+
+    def _carry(self, earlier: Earlier) -> None:
+        """What users met in an earlier dataset's splits. Rank 0.
+
+        What it held out is seen by now, but was not trained on.
+        """
+        before = earlier.dataset
+        if before is None or not {"user", "item"} <= before.manifest.entities.keys():
+            return
+        history, seen = before.met("train")
+        held_out = [*before.met("valid"), *before.met("test")]
+        for name, bags in ((HISTORY, history), *((CARRIED, bags) for bags in (seen, *held_out))):
+            self.histories.add(name, np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
 
     def _with_negatives(
         self, table: pa.Table, users: Int32Array, known: Jagged, p: int, split: int
     ) -> pa.Table:
         """Held-out positives, each followed by its negatives.
 
-        Negatives are items of the table, none of them a positive of the user in any split.
+        Negatives are items of the table that the user has no row with, in any split.
         """
         k = self._job.data.negatives.evaluation_per_positive
         n, n_items, first = len(users), self._fitted.rows["item"] - 1, self._first_of[split][p]
-        option = "data.negatives.evaluation_per_positive"
-        check_enough_unseen(k, known, users, n_items, option, self._partitions.user_ids(p))
+        option = f"negatives.evaluation_per_positive={k}"
+        short = users_short_of_negatives(k, known, users, n_items)
+        self._job.note(f"users of {SPLITS[split]} with fewer than {option} unseen items", short)
         drawn = draw_per_positive(
             np.repeat(np.arange(first, first + n), k),
             np.tile(np.arange(k), n),
@@ -180,23 +220,20 @@ class RowWriter:
             derive_seed(self._job.seed, "evaluation", split),
         )
         items = np.hstack([table["item"].to_numpy().reshape(-1, 1), drawn.reshape(-1, k) + 1])
-        labels = np.tile(np.array([1.0] + [0.0] * k, np.float32), n)
-        table = table.take(pa.array(np.repeat(np.arange(n), k + 1)))
-        for name, values in (("item", items.ravel().astype(np.int32)), ("label", labels)):
+        there = np.hstack([np.ones((n, 1), bool), drawn.reshape(-1, k) >= 0])
+        labels = np.tile(np.array([1.0] + [0.0] * k, np.float32), (n, 1))[there]
+        table = table.take(pa.array(np.repeat(np.arange(n), there.sum(axis=1))))
+        for name, values in (("item", items[there].astype(np.int32)), ("label", labels)):
             table = table.set_column(table.column_names.index(name), name, pa.array(values))
         return table
 
 
-def _liked(part: Part, parts: Parts, columns: dict[str, Any]) -> tuple[Int32Array, Int32Array]:
-    """Training positives as (row of the history, item), each user's in time order."""
-    users, items = columns.get("drawer", columns["user"]), columns["item"]
-    at = np.flatnonzero((parts == TRAIN) & (part["label"] == 1) & (users > 0) & (items > 0))
-    if "time" in part:
-        local = part["local"]
-        offsets, order = grouped(local[at], int(local.max(initial=0)) + 1)
-        sort_groups(offsets, order, part["time"][at])
-        at = at[order]
-    return users[at], items[at]
+def _in_time_order(part: Part, rows: Int64Array, ties: TieKeys) -> Int64Array:
+    """Places of some rows, user by user, each user's in time order."""
+    local = part["local"][rows]
+    offsets, order = grouped(local, int(local.max(initial=0)) + 1)
+    sort_groups(offsets, order, part["time"][rows], lambda places: ties(rows[places]))
+    return order
 
 
 def write_entities(

@@ -1,0 +1,290 @@
+"""What becomes of a row by what it says: seen, repeated, tied; never by its place in a file."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import load_config
+from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.preparation import job
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.user_batches import Candidates, UserBatches
+from deepfm_dist.distributed.world import world
+from deepfm_dist.ranking.evaluation import HeldOutItems
+from deepfm_dist.ranking.recommendation import Wanted, recommend
+from tests.ranks import run_alone
+
+Pairs = set[tuple[str, str]]
+BASE: dict[str, Any] = {
+    "interactions": {"file": "s.csv", "user": "u", "item": "i", "time": "t"},
+    "features": [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}],
+    "split": {"valid": 0, "test": 0},
+}
+RATED = BASE["interactions"] | {"rating": "r", "min_rating": 4}
+"""Ratings, of which 4 and 5 are positives."""
+
+
+def prepared(root: Path, rows: pd.DataFrame, name: str = "d", **changes: Any) -> PreparedDataset:
+    rows.to_csv(root / "s.csv", index=False)
+    prepare(DataConfig.model_validate(BASE | changes), root, root / name, seed=1)
+    return PreparedDataset(root / name)
+
+
+def ratings(n_users: int = 12, n_items: int = 16, each: int = 10, seed: int = 3) -> pd.DataFrame:
+    """Every user's ratings of some items, each at a time of its own."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (f"u{u}", f"i{i}", 4 if k < 4 else int(rng.integers(2, 6)))
+        for u in range(n_users)
+        for k, i in enumerate(rng.choice(n_items, each, replace=False))
+    ]
+    frame = pd.DataFrame(rows, columns=["u", "i", "r"])
+    frame["t"] = rng.permutation(len(frame))
+    return frame
+
+
+def external(dataset: PreparedDataset, bags: Jagged, first_item: int = 0) -> Pairs:
+    """(user, item) of lists by user, as ids."""
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    return {(users[u], items[i + first_item]) for u, bag in enumerate(bags.lists()) for i in bag}
+
+
+def pairs_of(rows: pd.DataFrame) -> Pairs:
+    return set(zip(rows["u"], rows["i"], strict=True))
+
+
+def met(dataset: PreparedDataset, split: str) -> Pairs:
+    return set().union(*(external(dataset, bags) for bags in dataset.met(split)))
+
+
+@pytest.mark.parametrize("partition_bytes", [300, 1 << 30])
+def test_rows_below_the_rating_are_seen_from_their_time_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
+) -> None:
+    """leave_last: a user's last two positives are held out, and what comes with them is later."""
+    monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
+    rows = ratings()
+    split = {"method": "leave_last", "valid": 1, "test": 1}
+    one = {"evaluation_per_positive": 1}
+    dataset = prepared(tmp_path, rows, interactions=RATED, split=split, negatives=one)
+    expected: dict[str, Pairs] = {"train": set(), "valid": set(), "test": set()}
+    for user, theirs in rows.groupby("u"):
+        liked = np.sort(theirs["t"][theirs["r"] >= 4].to_numpy())
+        for row in theirs.itertuples():
+            later = [liked[-1] <= row.t, liked[-2] <= row.t]
+            expected["test" if later[0] else "valid" if later[1] else "train"] |= {(user, row.i)}
+    in_table = set(dataset.entity_ids("item").to_pylist())
+    for name, pairs in expected.items():
+        assert met(dataset, name) == {(u, i) for u, i in pairs if i in in_table}
+    low = rows[rows["r"] < 4]
+    assert dataset.manifest.dropped == {"rows rated below 4, kept as seen": len(low)}
+    assert external(dataset, dataset.history) == expected["train"] - pairs_of(low)
+    n_positive = {n: spec.positives for n, spec in dataset.manifest.splits.items()}
+    assert n_positive == {"train": (rows["r"] >= 4).sum() - 24, "valid": 12, "test": 12}
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("avoid", ["train", "all"])
+@pytest.mark.parametrize("least", [1, 6])
+def test_rows_below_the_rating_are_never_negatives(
+    tmp_path: Path, avoid: str, memory_bytes: int, least: int
+) -> None:
+    """Of users with a row of their own (least 1) as of those below min_count."""
+    rows = ratings()
+    dataset = prepared(
+        tmp_path,
+        rows.assign(who=rows["u"]),
+        interactions=RATED,
+        features=[
+            {"name": "user", "entity": "user", "min_count": least},
+            {"name": "item", "entity": "item"},
+            {"name": "who"},
+        ],
+        split={"method": "temporal", "valid": 0.1, "test": 0.1},
+        negatives={"per_positive": 2, "avoid": avoid, "evaluation_per_positive": 2},
+    )
+    held_out_from = np.sort(rows["t"][rows["r"] >= 4].to_numpy())[
+        dataset.manifest.splits["train"].rows
+    ]
+    known = rows if avoid == "all" else rows[rows["t"] < held_out_from]
+    dataset = PreparedDataset(dataset.folder, memory_bytes)
+    who = [None, *dataset.vocabulary("who").ids.to_pylist()]
+    items = dataset.entity_ids("item").to_pylist()
+    batches = TrainingBatches(dataset, 40, 0, 1, seed=2)
+    negatives: Pairs = set()
+    for batch in batches.steps(1, 20 * batches.steps_per_epoch):
+        bags = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
+        for row in range(len(batch.labels)):
+            if batch.weights[row] and not batch.labels[row]:
+                negatives.add((who[bags["who"][row][0]], items[bags["item"][row][0]]))
+    users = set(rows["u"][(rows["r"] >= 4) & (rows["t"] < held_out_from)])
+    everything = {(u, i) for u in users for i in items[1:]}
+    assert negatives == everything - pairs_of(known)
+    for split in ("valid", "test"):
+        held_out = dataset.rows(split)
+        found = zip(held_out.context["who"], held_out.items, held_out.labels, strict=True)
+        drawn = {(who[u], items[i]) for u, i, label in found if label == 0}
+        assert drawn
+        assert not drawn & pairs_of(rows)
+
+
+def test_losses_over_the_catalogue_and_fixed_negatives_avoid_them_too(tmp_path: Path) -> None:
+    rows = ratings()
+    dataset = prepared(tmp_path, rows, interactions=RATED)
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    batch = UserBatches(dataset, 12, 0, 1, 1, Candidates()).batch(1)
+    order = [users[b.tolist()[0]] for b in batch.sparse["user"].to_dense()[:12]]
+    known = zip(batch.known_users.tolist(), batch.known_items.tolist(), strict=True)
+    assert {(order[u], items[1 + i]) for u, i in known} == {
+        (u, i) for u, i in pairs_of(rows) if i in items
+    }
+    fixed = prepared(tmp_path, rows, "f", interactions=RATED, negatives={"fixed_per_user": 3})
+    users, items = (fixed.entity_ids(e).to_pylist() for e in ("user", "item"))
+    train = fixed.rows("train")
+    found = zip(train.users, train.items, train.labels, strict=True)
+    negatives = [(users[u], items[i]) for u, i, label in found if label == 0]
+    assert len(set(negatives)) == 12 * 3
+    assert not set(negatives) & pairs_of(rows)
+    assert met(fixed, "train") == pairs_of(rows)  # and what was drawn is not seen
+
+
+def _rankings(folder: Path, config_path: str, changes: list[str]) -> dict[str, Pairs]:
+    """(user, item) of everything that recommend and evaluate rank, by command."""
+    config = load_config(config_path, changes)
+    with world("cpu") as ranks:
+        dataset = PreparedDataset(folder)
+        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
+        n_items = dataset.manifest.entities["item"] - 1
+        wanted = Wanted(n_items, masked_splits=config.recommend.mask)
+        recommend(model, ranks, dataset, wanted, folder / "out")
+        held_out = HeldOutItems(dataset, "test", {}, config.evaluate.mask_seen)
+        measured = held_out.measured(held_out.ranker(model, ranks), (n_items,), ranks)
+    assert measured is not None
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    csv = pd.read_csv(folder / "out" / "recommendations.csv", dtype=str)
+    return {
+        "recommend": set(zip(csv["user"], csv["item"], strict=True)),
+        "evaluate": {
+            (users[user], items[row])
+            for user, ranked in zip(held_out.users, measured[1], strict=True)
+            for row in ranked
+            if row >= 0
+        },
+        "relevant": {
+            (users[user], items[row])
+            for user, bag in zip(held_out.users, held_out.relevant.lists(), strict=True)
+            for row in bag
+        },
+    }
+
+
+def _config(root: Path, data: dict[str, Any]) -> str:
+    small = {"model": {"embedding_dim": 4, "over_arch_layer_sizes": [4]}}
+    (root / "c.yaml").write_text(yaml.safe_dump({"data": data, **small}))
+    return str(root / "c.yaml")
+
+
+@pytest.mark.parametrize("task", ["implicit", "ctr"])
+def test_what_was_seen_is_not_recommended_unless_allowed(tmp_path: Path, task: str) -> None:
+    rows = ratings()
+    changes: dict[str, Any] = {
+        "interactions": RATED,
+        "split": {"method": "temporal", "valid": 0.1, "test": 0.2},
+        "negatives": {"evaluation_per_positive": 1},
+    }
+    if task == "ctr":  # shown and not clicked is seen as well
+        rows["y"] = (rows["r"] >= 4).astype(int)
+        changes |= {"task": "ctr", "interactions": BASE["interactions"] | {"label": "y"}}
+        del changes["negatives"]
+    dataset = prepared(tmp_path, rows, **changes)
+    config = _config(tmp_path, BASE | changes)
+    users, items = (set(dataset.entity_ids(e).to_pylist()[1:]) for e in ("user", "item"))
+    everything = {(u, i) for u in users for i in items}
+    counted = rows if task == "ctr" else rows[rows["r"] >= 4]
+    order = np.sort(counted["t"].to_numpy())
+    test_from = order[len(order) - round(0.2 * len(order))]
+    in_test = rows[(rows["t"] >= test_from) & (rows["r"] >= 4)]
+    found = run_alone(_rankings, dataset.folder, config, [])
+    assert found["recommend"] == everything - pairs_of(rows)
+    ranked_users = {u for u, i in pairs_of(in_test) if u in users}
+    assert found["evaluate"] == {
+        (u, i) for u, i in everything - pairs_of(rows[rows["t"] < test_from]) if u in ranked_users
+    }
+    assert found["relevant"] == {(u, i) for u, i in pairs_of(in_test) if i in items and u in users}
+    allowed = ["recommend.mask=[]"]
+    if task == "implicit":  # of clicks, no rankings are evaluated
+        allowed.append("evaluate.mask_seen=false")
+    found = run_alone(_rankings, dataset.folder, config, allowed)
+    assert found["recommend"] == everything
+    if task == "implicit":
+        assert found["evaluate"] == {(u, i) for u, i in everything if u in ranked_users}
+
+
+LOG = """u,i,b,t,w
+a,x,pv,1,1
+a,x,buy,2,2
+a,x,pv,3,1
+a,y,cart,5,1
+a,y,pv,6,3
+b,x,pv,4,1
+b,x,pv,4,1
+b,z,cart,9,2
+b,z,buy,9,1
+c,z,pv,1,1
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ({}, {"a x pv 3", "a y pv 6", "b x pv 4", "b z cart 9", "c z pv 1"}),
+        ({"repeated": "latest"}, {"a x pv 3", "a y pv 6", "b x pv 4", "b z cart 9", "c z pv 1"}),
+        (
+            {"repeated": "earliest"},
+            {"a x pv 1", "a y cart 5", "b x pv 4", "b z cart 9", "c z pv 1"},
+        ),
+        (
+            {"repeated": "strongest", "order": {"b": ["pv", "cart", "buy"]}},
+            {"a x buy 2", "a y cart 5", "b x pv 4", "b z buy 9", "c z pv 1"},
+        ),
+        (
+            {"repeated": "strongest"},  # by weight
+            {"a x buy 2", "a y pv 6", "b x pv 4", "b z cart 9", "c z pv 1"},
+        ),
+        ({"repeated": "all"}, set()),
+    ],
+)
+def test_which_of_several_rows_stays_is_a_rule(
+    tmp_path: Path, rule: dict[str, Any], kept: set[str]
+) -> None:
+    """Of b's two rows of z at one time, weights decide: the strongest of those that are equal."""
+    table = pd.DataFrame([line.split(",") for line in LOG.split()[1:]], columns=[*"uibtw"])
+    if rule.get("repeated") == "all":
+        kept = {" ".join(row[:4]) for row in table.to_numpy().tolist()}
+    for seed in range(3):
+        shuffled = table.sample(frac=1, random_state=seed)
+        dataset = prepared(
+            tmp_path,
+            shuffled,
+            interactions=BASE["interactions"] | {"weight": "w"} | rule,
+            features=[*BASE["features"], {"name": "b"}],
+        )
+        users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+        words = [None, *dataset.vocabulary("b").ids.to_pylist()]
+        rows = dataset.columns("train", ["user", "item", "b", "time"])
+        found = Counter(
+            f"{users[u]} {items[i]} {words[b]} {t}"
+            for u, i, b, t in zip(rows["user"], rows["item"], rows["b"], rows["time"], strict=True)
+        )
+        assert set(found) == kept
+        n_dropped = dataset.manifest.dropped.get("repeated (user, item) rows", 0)
+        assert found.total() + n_dropped == len(table)
+        assert n_dropped == (0 if rule.get("repeated") == "all" else 5)
