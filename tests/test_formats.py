@@ -20,7 +20,7 @@ import pytest
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig, FileFormat
-from deepfm_dist.data.sources import Column, find_lists, json_lines, read_table
+from deepfm_dist.data.sources import Column, find_files, find_lists, json_lines, read_table
 from deepfm_dist.errors import ConfigError, DataError
 
 COLUMNS = [Column("user"), Column("score", "number")]
@@ -385,3 +385,64 @@ def test_python_literals_are_converted_by_the_command_that_is_named(
         "user": ["a'b", 'c"'],
         "score": [1.5, 2.0],
     }
+
+
+# -- lists of files and patterns -----------------------------------------------------------------
+
+
+def test_lists_of_files_are_read_as_one(tmp_path: Path) -> None:
+    """Names, patterns, layouts of their own, an empty one among them; of rows, splits and items."""
+    days = {f"day{d}.csv": f"user,item\nu{d},x\nv{d},y\n" for d in range(1, 6)}
+    days |= {"old.txt": "u0;z\n", "day9.csv": "", "test1.csv": "user,item\nu1,y\n"}
+    days |= {"test2.csv": "user,item\nu2,y\n", "a.csv": "item,genre\nx,War\n"}
+    days |= {"b.csv": "item,genre\ny,Drama\n"}
+    for name, text in days.items():
+        (tmp_path / name).write_text(text)
+    manifest, folder = _prepared(
+        tmp_path,
+        [{"name": "genre", "entity": "item", "file": ["a.csv", "b.csv"], "keep": "first"}],
+        interactions={
+            "file": ["day[1-3].csv", "old.txt", "day9.csv"],
+            "user": "user",
+            "item": "item",
+        },
+        files={"old.txt": {"columns": ["user", "item"], "delimiter": ";"}},
+        split={"valid": 0, "test_file": ["test1.csv", "test2.csv"]},
+        titles={"file": ["b.csv", "a.csv"], "column": "genre"},
+        negatives={"per_positive": 1, "evaluation_per_positive": 1},
+    )
+    users = pq.read_table(folder / "vocabulary/user.parquet")["id"].to_pylist()
+    assert sorted(users[1:]) == ["u0", "u1", "u2", "u3", "v1", "v2", "v3"]
+    assert manifest.splits["train"].rows == 7
+    assert [*manifest.inputs][:5] == ["day1.csv", "day2.csv", "day3.csv", "old.txt", "day9.csv"]
+    items = pq.read_table(folder / "entities/item.parquet").to_pylist()[1:]
+    assert {item["id"]: item["title"] for item in items} == {"x": "War", "y": "Drama", "z": None}
+
+
+def test_a_file_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user,item\nu,x\n")
+    with pytest.raises(ConfigError, match=r"a\.csv: both \*\.csv and a\.csv stand for it"):
+        find_files(tmp_path, ("*.csv", "a.csv"))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_pattern_for_a_folder_is_named(tmp_path: Path, remote: bool) -> None:
+    for name in ("log/_SUCCESS", "log/dt=1/part-0.parquet", "log/dt=2/part-0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    root = f"local://{tmp_path}" if remote else str(tmp_path)
+    with pytest.raises(DataError, match="log: is a folder; name its files: ") as caught:
+        find_files(root, "log")
+    pattern = str(caught.value).rpartition(" ")[2]
+    assert pattern == "log/*/*.parquet"
+    found = [file.name for file in find_files(root, pattern)]
+    assert found == ["log/dt=1/part-0.parquet", "log/dt=2/part-0.parquet"]
+
+
+def test_names_with_marks_of_patterns_are_names(tmp_path: Path) -> None:
+    for name in ("day[1].csv", "day1.csv"):
+        (tmp_path / name).write_text("user\na\n")
+    assert [f.name for f in find_files(tmp_path, "day[1].csv")] == ["day[1].csv"]
+    assert [f.name for f in find_files(tmp_path, "day[12].csv")] == ["day1.csv"]
+    [found] = find_files("elsewhere", f"{tmp_path}/day?.csv")
+    assert found.path == f"{tmp_path}/day1.csv"

@@ -807,11 +807,14 @@ def test_a_pattern_means_files_that_are_data(tmp_path: Path, remote: bool) -> No
         "*/*.csv": ["more/part-4.csv", "rows.csv/p.csv"],
         "_temporary/*": ["_temporary/part-2.csv"],
         "_y.csv": ["_y.csv"],
+        "part-?.csv": ["part-0.csv", "part-1.csv"],
+        "part-[1-3].csv": ["part-1.csv"],
+        "**/part-[24].csv": ["more/part-4.csv"],
     }.items():
         assert [f.name for f in sources.find_files(root, pattern)] == found
     for name, said in {
         "rows.csv": r"rows\.csv: is a folder; name its files: rows\.csv/\*\.csv",
-        "more/": r"is a folder; name its files: more/\*$",
+        "more/": r"is a folder; name its files: more/\*\.csv$",
         "ro*.csv": r"is a folder; name its files: ro\*\.csv/\*\.csv",
         "n*.csv": r"no such file; is data\.root right",
     }.items():

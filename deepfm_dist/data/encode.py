@@ -49,7 +49,7 @@ from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
-from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import ConfigError, DataError, DeepFMError
@@ -207,12 +207,13 @@ def _with_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> D
         and f.kind == "categorical"
         and not f.names_entity
     ]
-    for name in dict.fromkeys(f.file or data.interactions.file for f in open_ones):
-        fields = [f for f in open_ones if (f.file or data.interactions.file) == name]
+    for setting in dict.fromkeys(f.file or data.interactions.file for f in open_ones):
+        fields = [f for f in open_ones if (f.file or data.interactions.file) == setting]
         columns = {f.name: f.column or f.name for f in fields}
-        for file in files[name]:
+        for file in files[label_of(setting)]:
+            layout = data.files.get(file.pattern)
             try:
-                found = find_lists(file.path, [*columns.values()], data.files.get(name), name)
+                found = find_lists(file.path, [*columns.values()], layout, file.pattern)
             except EmptyFile:
                 continue
             except DataError:  # reading says what is wrong

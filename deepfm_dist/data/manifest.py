@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
-from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_of
 from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.section import Section
@@ -208,14 +208,14 @@ def cuts_of(rows: int, groups: int) -> npt.NDArray[np.int64]:
 
 
 def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]]:
-    """Every file a configuration reads, by its name or pattern there.
+    """Every file a configuration reads, by the `label_of` its setting.
 
     Raises:
         ConfigError: ``files`` describes a file that it does not read.
         DataError: there is no such file.
     """
     check_formats(data)
-    return {name: find_files(root, name) for name in _names_of(data)}
+    return {label_of(files): find_files(root, files) for files in _files_of(data)}
 
 
 def check_formats(data: DataConfig, *others: str) -> None:
@@ -228,7 +228,8 @@ def check_formats(data: DataConfig, *others: str) -> None:
     Raises:
         ConfigError: ``files`` has it.
     """
-    names = [*_names_of(data), *others]
+    names = [name for files in _files_of(data) for name in names_of(files)]
+    names = [*dict.fromkeys(names), *others]
     for name in data.files:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -239,11 +240,11 @@ def check_formats(data: DataConfig, *others: str) -> None:
             )
 
 
-def _names_of(data: DataConfig) -> list[str]:
-    names = [data.interactions.file, data.split.valid_file, data.split.test_file]
-    names += [f.file for f in data.features]
-    names += [data.titles.file if data.titles else None]
-    return list(dict.fromkeys(n for n in names if n))
+def _files_of(data: DataConfig) -> list[Files]:
+    settings = [data.interactions.file, data.split.valid_file, data.split.test_file]
+    settings += [f.file for f in data.features]
+    settings += [data.titles.file if data.titles else None]
+    return list(dict.fromkeys(files for files in settings if files is not None))
 
 
 def fingerprint(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deepfm_dist.data.times import check_format
 from deepfm_dist.section import Section
@@ -27,6 +27,30 @@ def _named(text: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_named)]
+
+
+def _check_files(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    right = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
+    if not (right and names and len(set(names)) == len(names)):
+        raise ValueError(f"a file name, a pattern or a list of them, each once (got {value!r})")
+    return value
+
+
+Files = Annotated[str | tuple[str, ...], BeforeValidator(_check_files)]
+"""A file name or pattern, or a list of them."""
+
+
+def names_of(files: Files) -> tuple[str, ...]:
+    """The names and patterns of a setting."""
+    return (files,) if isinstance(files, str) else files
+
+
+def label_of(files: Files) -> str:
+    """What the files of a setting are called together."""
+    return ", ".join(names_of(files))
+
+
 _TimeFormat = Annotated[str, AfterValidator(check_format)]
 
 
@@ -60,9 +84,9 @@ class FileFormat(Section):
 class Interactions(Section):
     """The rows to learn from: who did what, and perhaps when and how."""
 
-    file: str
-    """File name under ``data.root``, of a format that docs/data.md lists; with ``*`` it names many
-    files, read in the order of their names."""
+    file: Files
+    """File name under ``data.root``, of a format that docs/data.md lists; a pattern with ``*``,
+    ``?`` or ``[1-3]``, whose files are read in the order of their names; or a list of these."""
     user: str | None = None
     """Column of the user's id; needed for implicit data."""
     item: str | None = None
@@ -138,8 +162,8 @@ class Feature(Section):
     """Name of the field."""
     entity: Entity = "context"
     """What it describes: the user, the item, or the row itself (context)."""
-    file: str | None = None
-    """File that holds it; default: the interactions file."""
+    file: Files | None = None
+    """File that holds it, a pattern or a list of them; default: the interactions file."""
     key: str | None = None
     """Column of that file with the entity's id; default: the interactions' column of the entity."""
     column: str | None = None
@@ -301,8 +325,8 @@ class History(Section):
 class Titles(Section):
     """Where items' titles stand, for people who read recommendations."""
 
-    file: str
-    """File under ``data.root``."""
+    file: Files
+    """File under ``data.root``, a pattern or a list of them."""
     key: str | None = None
     """Column of the item's id; default: the interactions' item column."""
     column: str = "title"
@@ -319,10 +343,12 @@ class Split(Section):
     """Share of the rows (leave_last: number of rows per user) for validation."""
     test: float = Field(0.1, ge=0)
     """Share of the rows (leave_last: number of rows per user) for the test."""
-    valid_file: str | None = None
-    """A file of held-out rows with the interactions' columns; replaces ``valid``."""
-    test_file: str | None = None
-    """A file of held-out rows with the interactions' columns; replaces ``test``."""
+    valid_file: Files | None = None
+    """Held-out rows with the interactions' columns: a file, a pattern or a list of them; replaces
+    ``valid``."""
+    test_file: Files | None = None
+    """Held-out rows with the interactions' columns: a file, a pattern or a list of them; replaces
+    ``test``."""
 
     @model_validator(mode="after")
     def _sizes_fit_the_method(self) -> Self:
@@ -432,7 +458,9 @@ class DataConfig(Section):
             self._check_column(feature)
         titles = self.titles
         if titles is not None and titles.column == (titles.key or rows.item):
-            raise ValueError(f"titles: the column {titles.column!r} is the key of {titles.file}")
+            raise ValueError(
+                f"titles: the column {titles.column!r} is the key of {label_of(titles.file)}"
+            )
         names = [f.name for f in self.features]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two features are called {twice[0]!r}")
@@ -482,8 +510,8 @@ class DataConfig(Section):
                     )
         elif column == (feature.key or getattr(rows, feature.entity)):
             raise ValueError(
-                f"{feature.name}: the column {column!r} is the key of {feature.file}; name the "
-                f"column that holds the value"
+                f"{feature.name}: the column {column!r} is the key of {label_of(feature.file)}; "
+                f"name the column that holds the value"
             )
 
     def source_of(self, history: Feature) -> Feature:

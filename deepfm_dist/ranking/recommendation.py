@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import external, id_order
@@ -230,7 +231,7 @@ def _how_to_know_users_by_items(dataset: PreparedDataset) -> str:
     return (
         f"train a model that knows users by their items, {{name: seen, entity: user, history: "
         f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
-        f"{dataset.manifest.data.interactions.file} and train anew"
+        f"{label_of(dataset.manifest.data.interactions.file)} and train anew"
     )
 
 

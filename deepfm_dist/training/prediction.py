@@ -14,7 +14,7 @@ from torch import nn
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat, names_of
 from deepfm_dist.data.sources import Column, in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
@@ -57,7 +57,7 @@ def predict(
     encoder, collate = RowEncoder(dataset), Collator(dataset)
     name = Path(source).name
     layout = files.get(name) or laid_out_like(
-        source, encoder.columns, files.get(dataset.manifest.data.interactions.file)
+        source, encoder.columns, files.get(names_of(dataset.manifest.data.interactions.file)[0])
     )
     aside = target.with_name(f".{target.name}.part")
     writer: pq.ParquetWriter | None = None

@@ -21,6 +21,7 @@ from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.preparation.ties import latest_rows, seeded, words_of
+from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.split import (
     SPLITS,
     TEST,
@@ -283,7 +284,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
         job.drop("repeated (user, item) rows", counts.repeated)
         least = job.data.interactions.min_rating or 0
         job.drop(f"rows rated below {least:g}, kept as seen", counts.low)
-    n_rows, file = int(counts.rows.sum()), job.data.interactions.file
+    n_rows, file = int(counts.rows.sum()), label_of(job.data.interactions.file)
     if counts.rows[:, TRAIN].sum() == 0:
         raise DataError(
             f"{file}: the split leaves no training rows of {n_rows:,} ({counts.repeated:,} "

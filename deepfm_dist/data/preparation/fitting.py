@@ -21,7 +21,7 @@ from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
@@ -115,8 +115,8 @@ class Fit:
         if job.data.task == "implicit" and self.entities["item"].rows == 1:
             most = int(counts.tables[of_entity("item")].max())
             raise DataError(
-                f"{job.data.interactions.file}: no item is known: the most frequent one has "
-                f"{most:,} training rows, and the item's min_count is "
+                f"{label_of(job.data.interactions.file)}: no item is known: the most frequent one "
+                f"has {most:,} training rows, and the item's min_count is "
                 f"{self._min_count_of('item')}; lower it"
             )
         self.values: dict[str, Values] = {}
@@ -202,7 +202,7 @@ class Fit:
             side = self._partitions.side_files[feature.name]
             rows, found = vocabulary.lookup(side.keys), side.values
             # Several fields of a file may read the same rows.
-            reason = f"{feature.file} rows of {feature.entity}s without training rows"
+            reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
             unknown = int((rows == 0).sum())
             self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
         known = np.flatnonzero(rows > 0)

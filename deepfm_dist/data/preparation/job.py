@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import in_rows
-from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
 from deepfm_dist.data.split import TEST, VALID
 
@@ -29,7 +29,7 @@ class Job:
 
     Attributes:
         data: what is prepared.
-        files: the input files by their names in the configuration.
+        files: the input files by `label_of` their setting.
         seed: of splits, negatives and row order.
         crew: the ranks.
         folder: of the dataset to be, all ranks' the same.
@@ -67,14 +67,15 @@ class Job:
 
     @cached_property
     def inputs(self) -> list[tuple[InputFile, str, int]]:
-        """Every file of rows, the name it goes by in the configuration, and its split."""
+        """Every file of rows, `label_of` its setting, and its split."""
         split = self.data.split
-        names = [
+        settings = [
             (self.data.interactions.file, OPEN),
             (split.valid_file, VALID),
             (split.test_file, TEST),
         ]
-        return [(f, name, part) for name, part in names if name for f in self.files[name]]
+        named = [(label_of(files), part) for files, part in settings if files is not None]
+        return [(file, name, part) for name, part in named for file in self.files[name]]
 
     @cached_property
     def n_parts(self) -> int:

@@ -24,7 +24,7 @@ from deepfm_dist.data.fields import (
 from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.spill import Spill
-from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, read_batches
 from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
@@ -114,14 +114,20 @@ class Reading:
     def _check_rows(self, name: str, n_rows: int, n_positive: int, dropped: Counter[str]) -> None:
         _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
         if n_positive == 0:
-            least, start = self._job.data.interactions.min_rating, f"{name}: "
+            least = self._job.data.interactions.min_rating
+            starts = {f"{file.pattern}: " for file in self._job.files[name]}
             what = (
                 f"no row is rated {least:g} or more; lower interactions.min_rating"
                 if n_rows and least is not None
                 else "no usable row is left"
             )
-            lost = [(r, n) for r, n in dropped.items() if r.startswith(start)]
-            told = ", ".join(f"{n:,} {r.removeprefix(start)}" for r, n in lost)
+            lost = [
+                f"{n:,} {reason.removeprefix(start)}"
+                for reason, n in dropped.items()
+                for start in starts
+                if reason.startswith(start)
+            ]
+            told = ", ".join(lost)
             raise DataError(f"{name}: {what}" + (f"; dropped: {told}" if told else ""))
         if self._job.crew.is_first:
             log.info("read %s: %s rows", name, f"{n_rows:,}")
@@ -188,7 +194,7 @@ class Reading:
     def _side_file(self, feature: Feature) -> SideFile:
         assert feature.file is not None
         key = feature.key or getattr(self._job.data.interactions, feature.entity)
-        table = side_table(self._job, feature.file, [Column(key), column_of(feature)])
+        table = side_table(self._job, label_of(feature.file), [Column(key), column_of(feature)])
         keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
         if feature.kind == "numeric":
             return SideFile(keys, numbers_of(cells, feature))
@@ -222,9 +228,9 @@ def _batches(
     job: Job, file: InputFile, name: str, columns: Sequence[Column], dropped: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
     """A file's rows; none, which is counted, if it is an empty one of many."""
-    layout, on_bad_row = job.data.files.get(name), job.data.on_bad_row
+    layout, on_bad_row = job.data.files.get(file.pattern), job.data.on_bad_row
     try:
-        yield from read_batches(file.path, columns, layout, on_bad_row, dropped, name)
+        yield from read_batches(file.path, columns, layout, on_bad_row, dropped, file.pattern)
     except EmptyFile:
         if len(job.files[name]) == 1:
             raise

@@ -31,6 +31,7 @@ from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.split import SPLITS, TRAIN, Parts, TieKeys, sort_groups
 from deepfm_dist.data.vocabulary import Vocabulary
@@ -309,7 +310,9 @@ def _titles(job: Job, items: Vocabulary) -> pa.Array:
     assert titles is not None
     key = titles.key or job.data.interactions.item
     assert key is not None
-    table = side_table(job, titles.file, [Column(key), Column(titles.column, required=False)])
+    table = side_table(
+        job, label_of(titles.file), [Column(key), Column(titles.column, required=False)]
+    )
     rows = items.lookup(table[key])
     place = np.full(items.rows, -1, np.int64)
     place[rows[::-1]] = np.arange(len(rows))[::-1]

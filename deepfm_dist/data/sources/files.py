@@ -1,11 +1,12 @@
 """Which files a configuration's names and patterns stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 
+from deepfm_dist.data.schema import Files, label_of, names_of
 from deepfm_dist.data.sources.source import PACKED, brief
 from deepfm_dist.errors import ConfigError, DataError
 
@@ -19,12 +20,14 @@ class InputFile:
         name: as it stands in the configuration, below ``data.root``.
         size: in bytes.
         stamp: changes when the contents do, as far as the file system tells.
+        pattern: the name or pattern itself, which `data.files` describes it by.
     """
 
     path: str
     name: str
     size: int
     stamp: str
+    pattern: str
 
     @property
     def text_bytes(self) -> int:
@@ -33,36 +36,66 @@ class InputFile:
         return self.size * (4 if suffix in PACKED or suffix in (".parquet", ".orc") else 1)
 
 
-def find_files(root: str | Path, name: str) -> list[InputFile]:
-    """The files that a name or a pattern with ``*`` stands for, in the order of their names.
+def find_files(root: str | Path, files: Files) -> list[InputFile]:
+    """The files that names and patterns stand for.
 
     Args:
         root: folder: a local one, or a URL such as ``s3://bucket/logs``.
-        name: file name or pattern below it.
+        files: names or patterns below it. Files come in their order, those of a pattern in the
+            order of their names.
 
     Raises:
         DataError: there is none, or the file system cannot be reached.
+        ConfigError: two patterns stand for the same file.
     """
-    if "://" not in str(root):
-        base = Path(root)
-        found = sorted(base.glob(name)) if "*" in name else [base / name]
-        named = {str(p.relative_to(base) if p.is_relative_to(base) else p): p for p in found}
-        named = {n: p for n, p in named.items() if p.exists() and not _is_hidden(n, name)}
-        files = [(n, p, p.stat()) for n, p in named.items() if p.is_file()]
-        if not files:
-            raise DataError(_not_found(str(base / name), name, folders=bool(named)))
-        return [InputFile(str(p), n, s.st_size, str(s.st_mtime_ns)) for n, p, s in files]
-    url = f"{str(root).rstrip('/')}/{name}"
+    found: dict[str, InputFile] = {}
+    for name in names_of(files):
+        for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
+            if (other := found.setdefault(file.path, file)) is not file:
+                raise ConfigError(
+                    f"{file.name}: both {other.pattern} and {name} stand for it; name it once"
+                )
+    return list(found.values())
+
+
+def _local(root: Path, name: str) -> list[InputFile]:
+    base, pattern = root, name
+    if Path(name).is_absolute():
+        base, pattern = Path("/"), name.lstrip("/")
+    found = [base / pattern]
+    if _is_pattern(pattern) and not found[0].exists():
+        found = sorted(base.glob(pattern))
+    named = {str(p.relative_to(root) if p.is_relative_to(root) else p): p for p in found}
+    named = {n: p for n, p in named.items() if p.exists() and not _is_hidden(n, name)}
+    files = [(n, p, p.stat()) for n, p in named.items() if p.is_file()]
+    if not files:
+        inside = (
+            p.relative_to(folder).as_posix()
+            for folder in named.values()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        )
+        raise DataError(_not_found(str(base / pattern), name, bool(named), inside))
+    return [InputFile(str(p), n, s.st_size, str(s.st_mtime_ns), name) for n, p, s in files]
+
+
+def _remote(root: str, name: str) -> list[InputFile]:
+    url = f"{root.rstrip('/')}/{name}"
     try:
         system, below = fsspec.core.url_to_fs(url)
-        paths = sorted(system.glob(below)) if "*" in name else [below]
+        paths = sorted(system.glob(below)) if _is_pattern(name) else [below]
         cut = len(below) - len(name)
         listed = [system.info(path) for path in paths if not _is_hidden(path[cut:], name)]
+        infos = [info for info in listed if info.get("type") != "directory"]
+        inside = [
+            f"{path}/{file}".removeprefix(f"{listed[0]['name'].rstrip('/')}/")
+            for path, _, files in (system.walk(listed[0]["name"]) if listed and not infos else ())
+            for file in files
+        ]
     except Exception as error:  # a file system may raise anything, such as for a lacking password
         raise DataError(f"{url}: cannot be read: {brief(error)}") from None
-    infos = [info for info in listed if info.get("type") != "directory"]
     if not infos:
-        raise DataError(_not_found(url, name, folders=bool(listed)))
+        raise DataError(_not_found(url, name, bool(listed), inside))
     # A change shows in whichever of these the file system keeps.
     marks = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
     return [
@@ -71,37 +104,47 @@ def find_files(root: str | Path, name: str) -> list[InputFile]:
             info["name"][cut:],
             int(info["size"] or 0),
             str(next((info[m] for m in marks if m in info), "")),
+            name,
         )
         for info in infos
     ]
 
 
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
 def _is_hidden(found: str, pattern: str) -> bool:
-    """Whether a ``*`` has found what no program means by it: ``_SUCCESS``, ``.part-0.crc``."""
+    """Whether a pattern has found what nobody means by it: ``_SUCCESS``, ``.part-0.crc``."""
 
     def is_hidden(part: str, patterns: Sequence[str]) -> bool:
         return part[:1] in (".", "_") and not any(p[:1] == part[:1] for p in patterns)
 
     (*folders, file), (*wanted, last) = found.split("/"), pattern.split("/")
-    return "*" in pattern and (
+    return _is_pattern(pattern) and (
         is_hidden(file, [last]) or any(is_hidden(folder, wanted) for folder in folders)
     )
 
 
-def _not_found(where: str, name: str, folders: bool) -> str:
-    if not folders:
+def _not_found(where: str, name: str, is_folder: bool, inside: Iterable[str]) -> str:
+    """Why a name stands for no file, with the pattern of the files in a folder of that name."""
+    if not is_folder:
         return f"{where}: no such file; is data.root right?"
-    return f"{where}: is a folder; name its files: {name.rstrip('/')}/*{Path(name).suffix}"
+    first = next((file for file in inside if not _is_hidden(file, "*")), f"x{Path(name).suffix}")
+    depth, suffix = first.count("/"), Path(first).suffix
+    return f"{where}: is a folder; name its files: {name.rstrip('/')}/{'*/' * depth}*{suffix}"
 
 
-def find_file(root: str | Path, name: str, setting: str) -> str:
-    """Path or URL of the one file that a name or pattern stands for.
+def find_file(root: str | Path, files: Files, setting: str) -> str:
+    """Path or URL of the one file that a name, a pattern or a list of them stands for.
 
     Raises:
         DataError: there is none, or the file system cannot be reached.
         ConfigError: there are several; ``setting`` is what to name one by.
     """
-    files = find_files(root, name)
-    if len(files) > 1:
-        raise ConfigError(f"{setting}: {name} stands for {len(files)} files; say which one")
-    return files[0].path
+    found = find_files(root, files)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{setting}: {label_of(files)} stands for {len(found)} files; say which one"
+        )
+    return found[0].path
