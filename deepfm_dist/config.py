@@ -346,8 +346,9 @@ class EvaluateConfig(Section):
     and out of what counts as relevant. Default: true, but false where
     ``data.interactions.repeated`` is ``all``."""
     baselines: tuple[Literal["popularity", "item_knn", "ease", "ials"], ...] = ("popularity",)
-    """Rankings beside the model's, fitted on the same training positives; ials needs the library
-    ``implicit``."""
+    """Rankings to compare the model's with, fitted on the same training positives. ials needs the
+    library ``implicit``. ease takes 12 bytes of memory per pair of items; without room for all
+    items it is fitted on the most popular ones, and its name in the table says on how many."""
     item_knn_neighbours: int = Field(100, ge=1)
     """Items that an item votes for."""
     ease_l2: float = Field(500.0, gt=0)

@@ -15,8 +15,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from deepfm_dist.errors import EnvironmentProblem
 
@@ -113,6 +115,22 @@ def installed_version(package: str) -> str | None:
 def memory_bytes() -> int:
     """The memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes() -> int:
+    """The memory that this process can still allocate: the machine's, or its container's."""
+    fields = dict(
+        line.split(":") for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("memory.max", "memory.current"),  # cgroup v2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # v1
+    ):
+        with suppress(OSError, ValueError):  # ValueError: "max", no limit
+            most = int(Path("/sys/fs/cgroup", limit).read_text())
+            available = min(available, most - int(Path("/sys/fs/cgroup", used).read_text()))
+    return max(0, available)
 
 
 def observe() -> Installation:

@@ -26,13 +26,22 @@ from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
 from deepfm_dist.ranking import catalogue, evaluation, kernel, output
-from deepfm_dist.ranking.baselines import Ease, Ials, ItemKNN, Popularity, distinct
+from deepfm_dist.ranking.baselines import (
+    AnySize,
+    Baseline,
+    Ease,
+    Ials,
+    ItemKNN,
+    Popularity,
+    distinct,
+)
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
 from deepfm_dist.ranking.evaluation import Comparison, HeldOutItems, evaluate_ranking
@@ -321,8 +330,112 @@ def test_ease_and_item_knn_are_their_definitions() -> None:
         row[np.argsort(-row, kind="stable")[4:]] = 0
     votes = ItemKNN(4).fit(train, 9)(train, everyone)
     np.testing.assert_allclose(votes, x @ cosine, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"ease needs a matrix of 30,001 x 30,001 items \(7 GB\)"):
-        Ease(3.0).fit(train, 30_001)
+
+
+def test_the_nearest_items_are_those_of_a_full_sort() -> None:
+    """Equal cosines, of which there are many, in the order of the items."""
+    rng = np.random.default_rng(1)
+    x = (rng.random((40, 25)) < 0.25).astype(np.float64)
+    x[:, 7] = x[:, 3]  # a pair with the same users
+    x[:, 11] = 0  # nobody's
+    train = Jagged.from_pairs(*x.nonzero(), 40)
+    norm = np.sqrt(np.maximum(x.sum(0), 1))
+    cosine = (x.T @ x / norm[:, None] / norm).astype(np.float32)
+    np.fill_diagonal(cosine, 0)
+    for k in (1, 3, 24, 100):
+        expected = np.zeros_like(cosine)
+        for item in range(25):
+            best = np.argsort(-cosine[item], kind="stable")[:k]
+            expected[item, best] = cosine[item, best]
+        one_item_each = Jagged.from_pairs(np.arange(25), np.arange(25), 25)
+        found = ItemKNN(k).fit(train, 25)(one_item_each, np.arange(25, dtype=np.int32))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_neighbours_of_a_large_catalogue_need_no_matrix() -> None:
+    rng = np.random.default_rng(2)
+    users, items = rng.integers(0, 2000, 20_000), rng.integers(0, 60_000, 20_000)
+    train = distinct(Jagged.from_pairs(users, items, 2000))
+    _, difference = ItemKNN(5).sized(60_000, 10_000_000)
+    assert difference == ""
+    found = ItemKNN(5).fit(train, 60_000)(train, np.array([4, 9], np.int32))
+    assert found.shape == (2, 60_000)  # a matrix of this side would take 29 GB
+    with pytest.raises(ConfigError, match=r"item_knn_neighbours=3, or leave it out") as caught:
+        ItemKNN(5).sized(60_000, 2_000_000)
+    assert "keeps 5 neighbours of each of 60,000 items, 0.0024 GB" in str(caught.value)
+
+
+def test_ease_is_fitted_on_as_many_popular_items_as_memory_has_room_for() -> None:
+    rng = np.random.default_rng(4)
+    x = (rng.random((50, 8)) < [0.2, 0.6, 0.1, 0.5, 0.6, 0.3, 0.05, 0.4]).astype(np.float64)
+    train = Jagged.from_pairs(*x.nonzero(), 50)
+    counts = x.sum(0)
+    popular = np.sort(np.argsort(-counts, kind="stable")[:5])
+    others = np.setdiff1d(np.arange(8), popular)
+    found = Ease(3.0, 5).fit(train, 8)(train, np.arange(50, dtype=np.int32)).numpy()
+    inverse = np.linalg.inv(x[:, popular].T @ x[:, popular] + 3 * np.eye(5))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    np.testing.assert_allclose(found[:, popular], x[:, popular] @ weights, atol=1e-5)
+    assert found[:, others].max() < found[:, popular].min()
+    for row in found:
+        assert np.argsort(-row[others], kind="stable").tolist() == (
+            np.argsort(-counts[others], kind="stable").tolist()
+        )
+
+
+@pytest.mark.parametrize(
+    ("room_bytes", "n_fitted"),
+    [
+        # 12 bytes per cell in four fifths of the memory: 15 GB have room for 31,622 items.
+        (int(15e9), 30_000),
+        (int(1e9), 8_000),  # 8,164
+        (int(160e9), None),  # 103,279
+        (int(0.015e9), 1_000),
+    ],
+)
+def test_what_ease_is_fitted_on_follows_from_memory(room_bytes: int, n_fitted: int | None) -> None:
+    sized, difference = Ease(500.0).sized(100_000, room_bytes)
+    assert sized == Ease(500.0, n_fitted)
+    assert difference == ("" if n_fitted is None else f" on {n_fitted:,} items")
+
+
+def test_baselines_without_room_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"ease takes 120\.0 GB for a matrix of 100,000 x "):
+        Ease(500.0).sized(100_000, 10_000_000)
+    monkeypatch.setattr("deepfm_dist.ranking.baselines.available_bytes", lambda: 10**9)
+    train = Jagged.from_pairs([0], [1], 1)
+    with pytest.raises(ConfigError, match=r"EASE of 100,000 items takes 280\.0 GB of memory"):
+        Ease(500.0).factors(train, 100_000, 4)
+    for baseline in (Popularity(), Ials(4, 0.1, 1.0, 2, 1)):
+        assert baseline.sized(10**9, 0) == (baseline, "")
+
+
+def _names_of_rankings(folder: Path, room_bytes: int) -> list[str] | None:
+    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepfm_dist.ranking.evaluation.available_bytes", lambda: room_bytes)
+        patch.setattr("deepfm_dist.ranking.baselines._FIT_BYTES", 10_000)
+        dataset = PreparedDataset(folder)
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
+        held_out = HeldOutItems(dataset, "test", {})
+        baselines: dict[str, Baseline] = {"popularity": Popularity(), "ease": Ease(500.0)}
+        found = evaluate_ranking(model, ranks, held_out, (5,), baselines)
+        return None if found is None else list(found.figures)
+
+
+def test_the_table_names_what_ease_was_fitted_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    rows = {(u, int(i)) for u in range(60) for i in rng.integers(0, 1500, 40)}
+    (tmp_path / "r.csv").write_text("u,i\n" + "".join(f"{u},{i}\n" for u, i in sorted(rows)))
+    data = {
+        "interactions": {"file": "r.csv", "user": "u", "item": "i"},
+        "features": [{"name": "u", "entity": "user"}, {"name": "i", "entity": "item"}],
+        "split": {"method": "per_user", "valid": 0, "test": 0.1},
+    }
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "p", 1)
+    # Two ranks of a machine share its memory: half of it has room for 1,000 items.
+    names = run_ranks(_names_of_rankings, 2, tmp_path / "p", int(2 * 1.3 * 10_000 * 1000**2))
+    assert names == [["model", "popularity", "ease on 1,000 items"], None]
 
 
 def test_ials_solves_its_own_least_squares() -> None:
@@ -609,7 +722,7 @@ def _told_of_reference(folder: Path, reference: str) -> list[str]:
     return [r.getMessage() for r in records if "part.csv" in r.getMessage()]
 
 
-class _Counting:
+class _Counting(AnySize):
     """A baseline that keeps what it is fitted on."""
 
     counts: np.ndarray

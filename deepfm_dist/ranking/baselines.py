@@ -1,10 +1,12 @@
 """Rankings without a neural network, fitted on the same training positives as the model."""
 
 import importlib.util
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +17,14 @@ from torch.nn.functional import embedding_bag, pad
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
+from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.ranking.topk import top_k
 
-MAX_ITEMS = 30_000
-"""Items up to which an item-item matrix is computed: float64 of this side takes 7 GB."""
+log = logging.getLogger(__name__)
+USABLE = 0.8
+"""Share of the available memory that a baseline may take."""
+_FIT_BYTES, _FACTORS_BYTES = 12, 28
+"""Bytes per cell of EASE's item-item matrix: while it is fitted, and while it is factorised."""
 
 Fitted = Callable[[Jagged, Int32Array], Tensor]
 """(each user's training items, ``[n]`` users) -> ``[n, I]`` float32 scores. Picklable."""
@@ -32,9 +37,32 @@ class Baseline(Protocol):
         """Learns from each user's training items, numbers below ``n_items``, each once."""
         ...
 
+    def sized(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
+        """The baseline that memory has room for.
+
+        Args:
+            n_items: of the catalogue.
+            room_bytes: of memory.
+
+        Returns:
+            It, and what its name in tables says of how it differs: empty, if it does not.
+
+        Raises:
+            ConfigError: there is no room for it.
+        """
+        ...
+
+
+class AnySize:
+    """A baseline whose memory grows with the items only, as the model's own does."""
+
+    def sized(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
+        """See `Baseline`."""
+        return cast(Baseline, self), ""
+
 
 @dataclass(frozen=True)
-class Popularity:
+class Popularity(AnySize):
     """Items by their number of training positives, for everyone the same."""
 
     def fit(self, train: Jagged, n_items: int) -> Fitted:
@@ -57,30 +85,80 @@ class ItemKNN:
 
     def fit(self, train: Jagged, n_items: int) -> Fitted:
         """See `Baseline`."""
-        together = torch.from_numpy(_together(train, n_items, "item_knn"))
-        norm = together.diagonal().sqrt().clamp(min=1)
-        cosine = (together / norm[:, None] / norm).fill_diagonal_(0)
-        nearest, cosines = top_k(cosine.float(), min(self.neighbours, n_items))
-        weights = torch.zeros(n_items, n_items).scatter_(1, nearest, cosines)
-        return partial(_linear, weights)
+        owner = np.repeat(np.arange(len(train), dtype=np.int32), train.lengths)
+        users = Jagged.from_pairs(train.values, owner, n_items)
+        k = min(self.neighbours, n_items)
+        nearest, cosines = np.full((n_items, k), -1, np.int32), np.zeros((n_items, k), np.float32)
+        _neighbours(users.offsets, users.values, train.offsets, train.values, nearest, cosines)
+        return partial(_votes, nearest, cosines)
+
+    def sized(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
+        """See `Baseline`."""
+        needed = 8 * n_items * min(self.neighbours, n_items)
+        if needed > USABLE * room_bytes:
+            raise ConfigError(
+                f"evaluate.baselines: item_knn keeps {self.neighbours:,} neighbours of each of "
+                f"{n_items:,} items, {needed / 1e9:,.3g} GB, and {room_bytes / 1e9:,.3g} GB of "
+                f"memory are available; set evaluate.item_knn_neighbours="
+                f"{max(1, int(USABLE * room_bytes / 8 / n_items))}, or leave it out"
+            )
+        return self, ""
 
 
 @dataclass(frozen=True)
 class Ease:
     """The item-item matrix with a zero diagonal that best rebuilds the training positives.
 
+    Its memory grows with the square of the items, and its time with the cube. Where memory has no
+    room for all of them, it is fitted on the most popular ones, and the others follow behind these
+    by popularity.
+
     Attributes:
         l2: weight of its squared norm.
+        n_fitted: items that it is fitted on, the most popular ones; None: all.
 
     Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019: with
     ``P = (X'X + l2 I)^-1``, ``B_ij = -P_ij / P_jj`` off the diagonal.
     """
 
     l2: float
+    n_fitted: int | None = None
 
     def fit(self, train: Jagged, n_items: int) -> Fitted:
         """See `Baseline`."""
-        return partial(_linear, self._weights(_together(train, n_items, "ease")).float())
+        if self.n_fitted is None:
+            return partial(_linear, self._weights(_co_counts(*_arrays(train), n_items)))
+        counts = np.bincount(train.values, minlength=n_items)
+        popular = np.sort(np.argsort(-counts, kind="stable")[: self.n_fitted])
+        place = np.full(n_items, -1, np.int32)
+        place[popular] = np.arange(len(popular))
+        log.warning(
+            "ease: fitted on the %s most popular of %s items, which have %.1f %% of the training "
+            "positives; the others follow behind them by popularity",
+            f"{len(popular):,}",
+            f"{n_items:,}",
+            100 * counts[popular].sum() / max(1, counts.sum()),
+        )
+        kept = distinct(Jagged(train.offsets, place[train.values]))
+        weights = self._weights(_co_counts(*_arrays(kept), len(popular)))
+        # Whole numbers that float32 holds, below every score.
+        behind = torch.from_numpy(counts - float(2**24)).float()
+        return partial(_linear_among, weights, popular, place, behind)
+
+    def sized(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
+        """See `Baseline`."""
+        room = int(math.sqrt(USABLE * room_bytes / _FIT_BYTES))
+        if n_items <= room:
+            return self, ""
+        step = 10_000 if room >= 10_000 else 1_000  # not another number for every free page
+        n_fitted = room // step * step
+        if n_fitted == 0:
+            raise ConfigError(
+                f"evaluate.baselines: ease takes {_FIT_BYTES * n_items**2 / 1e9:,.1f} GB for a "
+                f"matrix of {n_items:,} x {n_items:,} items, and {room_bytes / 1e9:,.2f} GB of "
+                f"memory are available; leave it out"
+            )
+        return replace(self, n_fitted=n_fitted), f" on {n_fitted:,} items"
 
     def factors(
         self,
@@ -113,11 +191,18 @@ class Ease:
         groups by Jeunen, Van Balen, Goethals, "Closed-form models for collaborative filtering with
         side-information", 2020.
         """
-        together = _together(train, n_items, "ease")
-        fitted_on = together
+        needed, room = _FACTORS_BYTES * n_items**2, available_bytes()
+        if needed > USABLE * room:
+            raise ConfigError(
+                f"EASE of {n_items:,} items takes {needed / 1e9:,.1f} GB of memory to factorise, "
+                f"and {room / 1e9:,.1f} GB are available; use a machine with more memory, or raise "
+                f"min_count of the items"
+            )
+        together = _co_counts(*_arrays(train), n_items)
+        fitted_on = together.copy()
         if groups is not None and group_weight:
-            fitted_on = together + group_weight * _together(groups, n_items, "ease")
-        weights = self._weights(fitted_on).float()
+            fitted_on += group_weight * _co_counts(*_arrays(groups), n_items)
+        weights = self._weights(fitted_on)
         of_scores = weights.T @ torch.from_numpy(together).float() @ weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(n_items)
@@ -127,14 +212,18 @@ class Ease:
         return weights @ leading, leading
 
     def _weights(self, together: npt.NDArray[np.float64]) -> Tensor:
-        gram = torch.from_numpy(together).clone()
+        """B in float32. The counts are overwritten: the matrix may fill the memory."""
+        gram = torch.from_numpy(together)
         gram.diagonal().add_(self.l2)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return (inverse / -inverse.diagonal()).fill_diagonal_(0)
+        columns = gram.T  # as LAPACK lays a matrix out; it is symmetric
+        torch.linalg.cholesky(columns, out=columns)
+        inverse = torch.cholesky_inverse(columns, out=columns)
+        inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
+        return inverse.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
-class Ials:
+class Ials(AnySize):
     """Weighted matrix factorisation by alternating least squares, by the library ``implicit``.
 
     Attributes:
@@ -240,29 +329,107 @@ def distinct(jagged: Jagged) -> Jagged:
     return Jagged.from_pairs(pairs[:, 0], pairs[:, 1], len(jagged))
 
 
-def _together(train: Jagged, n_items: int, name: str) -> npt.NDArray[np.float64]:
-    """``[I, I]`` number of users who have both items.
-
-    Raises:
-        ConfigError: the matrix is too large.
-    """
-    if n_items > MAX_ITEMS:
-        raise ConfigError(
-            f"evaluate.baselines: {name} needs a matrix of {n_items:,} x {n_items:,} items "
-            f"({n_items**2 * 8 / 1e9:,.0f} GB); it is made for at most {MAX_ITEMS:,} items: leave "
-            f"it out"
-        )
-    return _co_counts(train.offsets, train.values, n_items)
+def _arrays(jagged: Jagged) -> tuple[Int64Array, Int32Array]:
+    return jagged.offsets, jagged.values
 
 
 @compiled
 def _co_counts(offsets: Int64Array, values: Int32Array, n_items: int) -> Any:
+    """``[I, I]`` float64 number of users who have both items."""
     counts = np.zeros((n_items, n_items))
     for row in range(len(offsets) - 1):
         for a in range(offsets[row], offsets[row + 1]):
             for b in range(offsets[row], offsets[row + 1]):
                 counts[values[a], values[b]] += 1
     return counts
+
+
+@compiled
+def _neighbours(
+    user_offsets: Int64Array,
+    users: Int32Array,
+    item_offsets: Int64Array,
+    items: Int32Array,
+    nearest: Any,
+    cosines: Any,
+) -> None:
+    """Fills ``[I, K]`` with the K items of highest cosine, equal ones in ascending order.
+
+    One item at a time: counts of what its users have, then the best of these.
+
+    Source: Gustavson, "Two fast algorithms for sparse matrices", 1978.
+
+    Args:
+        user_offsets: ``[I + 1]`` into ``users``: of each item.
+        users: users of the items.
+        item_offsets: ``[U + 1]`` into ``items``: of each user.
+        items: items of the users.
+        nearest: ``[I, K]`` int32; what is not filled stays.
+        cosines: ``[I, K]`` float32, likewise.
+    """
+    n_items, k = nearest.shape
+    norm = np.sqrt(np.maximum(np.diff(user_offsets), 1).astype(np.float64))
+    counts, met = np.zeros(n_items), np.empty(n_items, np.int32)
+    for item in range(n_items):
+        n = 0
+        for user in users[user_offsets[item] : user_offsets[item + 1]]:
+            for other in items[item_offsets[user] : item_offsets[user + 1]]:
+                if counts[other] == 0 and other != item:
+                    met[n] = other
+                    n += 1
+                counts[other] += other != item
+        candidates = np.sort(met[:n])
+        cosine = np.empty(n, np.float32)
+        for at, other in enumerate(candidates):
+            cosine[at] = counts[other] / norm[item] / norm[other]
+            counts[other] = 0
+        n_kept = min(k, n)
+        bound = np.partition(cosine, n - n_kept)[n - n_kept] if n_kept else np.float32(0)
+        n_tied = n_kept - (cosine > bound).sum()  # of those at the bound, the first ones
+        place = 0
+        for at, other in enumerate(candidates):
+            tied = cosine[at] == bound
+            if cosine[at] > bound or (tied and n_tied > 0):
+                n_tied -= tied
+                nearest[item, place], cosines[item, place] = other, cosine[at]
+                place += 1
+
+
+@compiled
+def _vote(offsets: Int64Array, items: Int32Array, nearest: Any, cosines: Any, scores: Any) -> None:
+    """Adds to each user's scores what the neighbours of the user's items have."""
+    for user in range(len(offsets) - 1):
+        for item in items[offsets[user] : offsets[user + 1]]:
+            for place in range(nearest.shape[1]):
+                if nearest[item, place] >= 0:
+                    scores[user, nearest[item, place]] += cosines[item, place]
+
+
+def _votes(nearest: Any, cosines: Any, train: Jagged, users: Int32Array) -> Tensor:
+    lengths, items = train.take(users)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    scores = np.zeros((len(users), len(nearest)), np.float32)
+    _vote(offsets, items, nearest, cosines, scores)
+    return torch.from_numpy(scores)
+
+
+def _linear_among(
+    weights: Tensor,
+    fitted: Int64Array,
+    place: Int32Array,
+    others: Tensor,
+    train: Jagged,
+    users: Int32Array,
+) -> Tensor:
+    """Scores of the fitted items by the weights among them, and of the others as given."""
+    lengths, items = train.take(users)
+    owner = np.repeat(np.arange(len(users)), lengths)[place[items] >= 0]
+    among = Jagged.from_pairs(owner, place[items][place[items] >= 0], len(users))
+    scores = others.repeat(len(users), 1)
+    scores[:, torch.from_numpy(fitted)] = _linear(
+        weights, among, np.arange(len(users), dtype=np.int32)
+    )
+    return scores
 
 
 def _the_same(per_item: Tensor, train: Jagged, users: Int32Array) -> Tensor:

@@ -18,6 +18,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.world import World
+from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
@@ -214,8 +215,11 @@ def evaluate_ranking(
                 ]
             )
         )
+        room = world.agreed(available_bytes()) // world.local_world_size
         for name, baseline in baselines.items():
-            makers[name] = partial(_fitted, name, baseline, train, len(catalogue), users, world)
+            sized, difference = baseline.sized(len(catalogue), room)
+            name += difference
+            makers[name] = partial(_fitted, name, sized, train, len(catalogue), users, world)
     if reference is not None:
         name = Path(reference).stem
         if name in makers:
@@ -224,7 +228,9 @@ def evaluate_ranking(
                 f"called; give the file another name"
             )
         scores = _reference_scores(reference, dataset, catalogue, users)  # before hours of others
-        makers[name] = partial(_reference_ranker, scores, world)
+        makers[name] = lambda: FixedRanker(
+            lambda begin, end: scores(begin, end).to(world.device), len(catalogue)
+        )
     activity = Groups.by_quantile(dataset.history.lengths[users])
     popularity = Groups.by_quantile(held_out.counts[relevant.values])
     figures, samples, profiles, shown = {}, {}, {}, []
@@ -280,8 +286,8 @@ def _fitted(
 
 def _reference_scores(
     path: str, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array
-) -> Tensor:
-    """``[U, I]`` float32 scores of another system; -inf where it has none."""
+) -> Callable[[int, int], Tensor]:
+    """(first user, last + 1) -> ``[n, I]`` float32 scores of another system; -inf without one."""
     table = read_table(path, [Column("user"), Column("item"), Column("score", "number")])
     user_ids = dataset.entity_ids("user").take(pa.array(users))
     rows = np.asarray(pc.index_in(table["user"], value_set=user_ids).fill_null(-1))
@@ -305,14 +311,15 @@ def _reference_scores(
             path,
             f"{len(users) - n_scored:,}",
         )
-    dense = torch.full((len(users), len(catalogue)), float("-inf"))
-    dense[rows[known], places[known]] = torch.from_numpy(
-        np.asarray(table["score"])[known].astype(np.float32)
-    )
-    return dense
+    by_row = known[np.argsort(rows[known], kind="stable")]
+    offsets = np.searchsorted(rows[by_row], np.arange(len(users) + 1))
+    values = np.asarray(table["score"])[by_row].astype(np.float32)
+    rows, places = rows[by_row], places[by_row]
 
+    def scores(begin: int, end: int) -> Tensor:
+        block = slice(offsets[begin], offsets[end])
+        dense = np.full((end - begin, len(catalogue)), -np.inf, np.float32)
+        dense[rows[block] - begin, places[block]] = values[block]
+        return torch.from_numpy(dense)
 
-def _reference_ranker(scores: Tensor, world: World) -> FixedRanker:
-    return FixedRanker(
-        lambda begin, end: scores[begin:end].to(world.device, copy=True), scores.shape[1]
-    )
+    return scores
