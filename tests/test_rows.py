@@ -1,5 +1,6 @@
 """What becomes of a row by what it says: seen, repeated, tied; never by its place in a file."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from deepfm_dist.data.preparation import job
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.world import world
+from deepfm_dist.errors import DataError
 from deepfm_dist.ranking.evaluation import HeldOutItems
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from tests.ranks import run_alone
+from tests.test_encode import together
 
 Pairs = set[tuple[str, str]]
 BASE: dict[str, Any] = {
@@ -288,3 +291,212 @@ def test_which_of_several_rows_stays_is_a_rule(
         n_dropped = dataset.manifest.dropped.get("repeated (user, item) rows", 0)
         assert found.total() + n_dropped == len(table)
         assert n_dropped == (0 if rule.get("repeated") == "all" else 5)
+
+
+def _clicks(n: int = 400, seed: int = 5) -> pd.DataFrame:
+    """Rows of few users, items, times and words, so that many are equal in some of them."""
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "u": [f"u{k}" for k in rng.integers(0, 12, n)],
+            "i": [f"i{k}" for k in rng.integers(0, 30, n)],
+            "t": rng.integers(0, 9, n),
+            "b": rng.choice(["pv", "cart", "buy"], n),
+            "x": rng.integers(0, 4, n) / 2,
+            "c": rng.choice(["k", "l", "m", ""], n),
+            "r": rng.integers(2, 6, n),
+        }
+    )
+
+
+def _in_words(dataset: PreparedDataset) -> dict[str, Any]:
+    """All that a dataset says of rows and entities, as ids, in an order of its own."""
+    users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
+    words = {n: [None, *dataset.vocabulary(n).ids.to_pylist()] for n in ("b", "cat")}
+    found: dict[str, Any] = {"noted": dataset.manifest.noted, "dropped": dataset.manifest.dropped}
+    for split in ("train", "valid", "test"):
+        columns = dataset.columns(split, ["user", "item", "b", "x", "time"])
+        label = dataset.columns(split, ["label"])["label"] if split != "train" else None
+        found[split] = Counter(
+            (users[u], items[i], words["b"][b], float(x), int(t))
+            for row, (u, i, b, x, t) in enumerate(zip(*columns.values(), strict=True))
+            if label is None or label[row]
+        )
+        found[f"met {split}"] = sorted(met(dataset, split))
+    found["history"] = {
+        users[u]: [items[i] for i in bag] for u, bag in enumerate(dataset.history.lists())
+    }
+    for entity, name, ids in (("user", "price", users), ("item", "cat", items)):
+        values = dataset.entity_fields[name]
+        said = values.lists() if isinstance(values, Jagged) else np.asarray(values).tolist()
+        said = [[words["cat"][v] for v in bag] for bag in said] if name == "cat" else said
+        found[f"{entity} {name}"] = dict(zip(ids[1:], said[1:], strict=True))
+    return found
+
+
+@pytest.mark.parametrize("method", ["leave_last", "temporal"])
+@pytest.mark.parametrize("repeated", ["latest", "earliest", "strongest", "all"])
+def test_nothing_depends_on_the_order_of_rows_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, repeated: str
+) -> None:
+    rows = _clicks()
+    spec = BASE | {
+        "interactions": {
+            **{"file": "s*.csv", "user": "u", "item": "i", "time": "t", "repeated": repeated},
+            **({"rating": "r", "min_rating": 3} if repeated != "earliest" else {}),
+        },
+        "features": [
+            *BASE["features"],
+            {"name": "b"},
+            {"name": "x", "kind": "numeric"},
+            {"name": "cat", "entity": "item", "column": "c"},
+            {"name": "price", "entity": "user", "column": "x", "kind": "numeric"},
+        ],
+        "split": {"method": method}
+        | ({"valid": 1, "test": 2} if method == "leave_last" else {"valid": 0.1, "test": 0.2}),
+        "negatives": {"evaluation_per_positive": 1},
+    }
+    found = []
+    for seed, (n_files, partition_bytes) in enumerate(((1, 1 << 30), (1, 1 << 30), (3, 700))):
+        monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
+        root = tmp_path / str(seed)
+        root.mkdir()
+        shuffled = rows.sample(frac=1, random_state=seed)
+        for k in range(n_files):
+            shuffled.iloc[k::n_files].to_csv(root / f"s{k}.csv", index=False)
+        data = DataConfig.model_validate(spec)
+        together(1 + seed, lambda crew: prepare(data, root, root / "d", 1, crew))  # noqa: B023
+        found.append(_in_words(PreparedDataset(root / "d")))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    assert any("time" in reason for reason in found[0]["noted"])
+    assert any("differ in cat" in reason for reason in found[0]["noted"])
+
+
+def test_users_whose_last_rows_are_tied_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = pd.DataFrame(
+        [(f"u{u}", f"i{i}", i) for u in range(20) for i in range(5)], columns=[*"uit"]
+    )
+    tied = rows["u"].isin(["u3", "u7", "u9"])
+    rows.loc[tied & (rows["t"] == 3), "t"] = 4  # their last two rows
+    rows.loc[(rows["u"] == "u5") & (rows["t"] == 1), "t"] = 0  # ties far from the end are none
+    split = {"method": "leave_last", "valid": 0, "test": 1}
+    dataset = prepared(tmp_path, rows, split=split, negatives={"evaluation_per_positive": 1})
+    reason = "users (15.0%) whose held-out rows have a training row's time"
+    assert dataset.manifest.noted[reason] == 3
+    assert f"{reason}: 3" in caplog.text
+    split = {"method": "temporal", "valid": 0, "test": 0.1}  # 10 of the 23 rows at time 4
+    dataset = prepared(tmp_path, rows, "t", split=split, negatives={"evaluation_per_positive": 1})
+    assert dataset.manifest.noted["rows at the time where test begins, on both sides"] == 23
+
+
+def test_the_latest_training_row_with_a_value_describes_an_item(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        [
+            *[("a", "x", 1, "old"), ("b", "x", 3, "new"), ("c", "x", 5, ""), ("a", "y", 2, "one")],
+            *[("d", "x", 9, "held out"), ("c", "y", 0, "one"), ("d", "y", 1, "one")],
+        ],
+        columns=["u", "i", "t", "c"],
+    )
+    for order in (rows, rows[::-1]):
+        dataset = prepared(
+            tmp_path,
+            order,
+            features=[*BASE["features"], {"name": "cat", "entity": "item", "column": "c"}],
+            split={"method": "temporal", "valid": 0, "test": 0.15},
+            negatives={"evaluation_per_positive": 1},
+        )
+        words = [None, *dataset.vocabulary("cat").ids.to_pylist()]
+        items = dataset.entity_ids("item").to_pylist()
+        cats = dataset.entity_fields["cat"]
+        assert isinstance(cats, Jagged)
+        said = {items[k]: [words[v] for v in bag] for k, bag in enumerate(cats.lists())}
+        assert said == {None: [], "x": ["new"], "y": ["one"]}
+        assert dataset.manifest.noted["items whose rows differ in cat: the latest one tells"] == 1
+
+
+def test_a_grown_dataset_has_seen_what_the_earlier_one_held_out(tmp_path: Path) -> None:
+    day1 = ratings(6, 14, 12, seed=1)
+    split = {"method": "leave_last", "valid": 1, "test": 1}
+    one = {"evaluation_per_positive": 1}
+    spec = {"interactions": RATED, "split": split, "negatives": one}
+    old = prepared(tmp_path, day1, "old", **spec)
+    seen_before = {s: met(old, s) for s in ("train", "valid", "test")}
+    day2 = ratings(6, 14, 6, seed=2)
+    day2["t"] += 1000
+    new = prepared(tmp_path, day2, "new", vocabulary_from=str(tmp_path / "old"), **spec)
+    today = {
+        (row.u, row.i): split
+        for split in ("train", "valid", "test")
+        for row in day2.itertuples()
+        if (row.u, row.i) in met(new, split)
+    }
+    before = set().union(*seen_before.values())
+    liked_before = external(old, old.history)
+    assert met(new, "train") == (before - set(today)) | liked_before | {
+        pair for pair, split in today.items() if split == "train"
+    }
+    assert met(new, "test") <= pairs_of(day2)
+    assert before - met(new, "train") - met(new, "valid") - met(new, "test") == set()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_another_layout_format_is_refused_by_its_number(tmp_path: Path, given: bool) -> None:
+    dataset = prepared(tmp_path, ratings(), interactions=RATED)
+    path = dataset.folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format": 2}
+    if given:
+        manifest["fingerprint"] = "given"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"layout format 2, .* reads format 3") as caught:
+        PreparedDataset(dataset.folder)
+    if given:
+        assert 'write it again as docs/data.md says, with "format": 3' in str(caught.value)
+        with pytest.raises(DataError, match="layout format 2"):  # and is never overwritten
+            prepared(tmp_path, ratings(), interactions=RATED)
+    else:
+        assert "run python -m deepfm_dist.prepare, which" in str(caught.value)
+        prepared(tmp_path, ratings(), interactions=RATED)
+
+
+def test_repeated_rows_of_all_are_ranked_again(tmp_path: Path) -> None:
+    """`all`: what was bought before may be bought again, and counts once among the relevant."""
+    rows = _clicks(150)
+    changes = {
+        "interactions": BASE["interactions"] | {"repeated": "all"},
+        "split": {"method": "temporal", "valid": 0, "test": 0.3},
+        "negatives": {"evaluation_per_positive": 1},
+    }
+    dataset = prepared(tmp_path, rows, **changes)
+    train = external(dataset, dataset.history)
+    test = external(dataset, dataset.positives("test"))
+    assert train & test  # bought again
+    found = run_alone(_rankings, dataset.folder, _config(tmp_path, BASE | changes), [])
+    users, items = (dataset.entity_ids(e).to_pylist()[1:] for e in ("user", "item"))
+    assert found["recommend"] == {(u, i) for u in users for i in items}
+    assert {(u, i) for u, i in found["relevant"] if i} == {(u, i) for u, i in test if u and i}
+    assert {u for u, _ in found["evaluate"]} == {u for u, _ in test if u}
+    assert len(found["evaluate"]) == len(items) * len({u for u, _ in found["evaluate"]})
+
+
+@pytest.mark.parametrize(
+    ("interactions", "message"),
+    [
+        ({"repeated": "strongest"}, "repeated: strongest needs something to compare"),
+        ({"order": {"b": ["pv", "buy"]}}, "order goes with repeated: strongest"),
+        ({"repeated": "strongest", "order": {"b": ["pv", "pv"]}}, "needs two words or more"),
+        ({"repeated": "strongest", "order": {"b": ["pv"], "c": ["k"]}}, "order is of one column"),
+    ],
+)
+def test_a_rule_that_cannot_decide_is_refused(interactions: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig.model_validate(BASE | {"interactions": BASE["interactions"] | interactions})
+
+
+def test_a_word_outside_the_order_is_named(tmp_path: Path) -> None:
+    rule = {"repeated": "strongest", "order": {"b": ["pv", "cart"]}}
+    rows = pd.DataFrame([("a", "x", 1, "pv"), ("a", "y", 2, "buy")], columns=[*"uitb"])
+    with pytest.raises(DataError, match=r"line 3: b 'buy' is .*word of interactions\.order: pv"):
+        prepared(tmp_path, rows, interactions=BASE["interactions"] | rule)

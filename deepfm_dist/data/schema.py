@@ -27,6 +27,7 @@ def _named(text: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_named)]
+_Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 def _check_files(value: Any) -> Any:
@@ -115,7 +116,7 @@ class Interactions(Section):
     """Which row stays of several with the same user and item: the latest, the earliest, the
     strongest (by ``order``, rating, label or weight), or all, each as a row of its own. Default:
     the latest of implicit data (without times the strongest), and all rows of click data."""
-    order: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    order: dict[str, tuple[_Word, ...]] = Field(default_factory=dict)
     """For ``repeated: strongest``: a column and its words, the weakest first, such as
     ``{behaviour: [pv, fav, cart, buy]}``."""
 
@@ -178,7 +179,7 @@ class Feature(Section):
     several: bool | None = None
     """Whether a cell may hold several values. Default: with a separator, and where the column holds
     lists: Parquet's and JSON's, or text such as ``['Action', 'Drama']``. Preparation looks."""
-    missing: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
+    missing: tuple[_Word, ...] = ()
     """Words or numbers that mean "no value", beside the empty cell."""
     fill: str | None = Field(None, min_length=1)
     """What an empty or missing cell of a categorical field counts as; default: no value, row 0."""

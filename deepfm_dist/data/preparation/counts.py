@@ -308,6 +308,8 @@ def _note_ties(
             job.note(f"users ({share}) whose held-out rows have a training row's time", tied_users)
     elif job.data.split.method == "temporal" and bounds is not None:
         for part, bound in zip((VALID, TEST), bounds, strict=True):
+            if part == VALID and bound == bounds[1]:  # nothing is held out for it
+                continue
             at_bound = [keyed[0] == bound[0] for keyed in all_keyed()]
             below = [
                 same & (split_at(keyed, bounds) < part)
