@@ -16,11 +16,19 @@ import pyarrow as pa
 import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.schema import DataConfig, FileFormat
-from deepfm_dist.data.sources import Column, find_files, find_lists, json_lines, read_table
+from deepfm_dist.data.schema import DataConfig, Feature, FileFormat
+from deepfm_dist.data.sources import (
+    Column,
+    delimited,
+    find_files,
+    find_lists,
+    json_lines,
+    read_table,
+)
 from deepfm_dist.errors import ConfigError, DataError
 
 COLUMNS = [Column("user"), Column("score", "number")]
@@ -446,3 +454,125 @@ def test_names_with_marks_of_patterns_are_names(tmp_path: Path) -> None:
     assert [f.name for f in find_files(tmp_path, "day[12].csv")] == ["day1.csv"]
     [found] = find_files("elsewhere", f"{tmp_path}/day?.csv")
     assert found.path == f"{tmp_path}/day1.csv"
+
+
+# -- layouts of delimited text -------------------------------------------------------------------
+
+NUMBERS = [Column("n", "number", required=False), Column("at", "time", required=False)]
+
+
+def test_decimal_commas_are_read_where_they_are_declared(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "n;at;text\n0,50;1593898069,5;1,5\n -1,5e3 ;2020-01-31 00:00:00.5;\n7;8;\n,5;;\n"
+    )
+    declared = FileFormat(delimiter=";", decimal=",")
+    found = read_table(path, [*NUMBERS, Column("text", required=False)], declared)
+    assert found["n"].to_pylist() == [0.5, -1500.0, 7.0, 0.5]
+    halves = [(cell or {}).get("billionths") for cell in found["at"].to_pylist()]
+    assert halves == [500_000_000, 500_000_000, 0, None]
+    assert found["text"].to_pylist() == ["1,5", None, None, None]  # a category as it stands
+    with pytest.raises(
+        DataError, match="line 2: n '0,50' is not a number; where the comma is"
+    ) as e:
+        read_table(path, NUMBERS, FileFormat(delimiter=";"), name="a.csv")
+    cure = str(e.value).partition("in data.files: ")[2].partition(", or fix")[0]
+    assert yaml.safe_load(cure) == {"a.csv": {"decimal": ","}}
+    path.write_text("n;at\n1.234,5;\n1.234;\n")
+    for line, cell in ((2, "1.234,5"), (3, "1.234")):  # with a comma for decimals, perhaps 1234
+        with pytest.raises(
+            DataError, match=rf"line {line}: n '{cell} \(a point\)' is not a number"
+        ):
+            read_table(path, NUMBERS, declared)
+        path.write_text("n;at\n1;\n1.234;\n")
+
+
+def test_an_escape_makes_the_next_character_text(tmp_path: Path) -> None:
+    """As in Book-Crossing; the quotes are followed over blocks of any size."""
+    path = tmp_path / "a.csv"
+    rows = ['1;"The \\"Book\\""', '2;"a\\";b"', '3;"c\\\\"', "4;d\\;e", '5;"say ""yes"""']
+    path.write_text("id;title\n" + "\n".join(rows * 40) + "\n", encoding="latin-1")
+    columns, layout = [Column("id"), Column("title")], {"delimiter": ";", "encoding": "latin-1"}
+    escaped = FileFormat.model_validate(layout | {"escape": "\\"})
+    titles = ['The "Book"', 'a";b', "c\\", "d;e", 'say "yes"']
+    for block_bytes in (64, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(delimited, "BLOCK_BYTES", block_bytes)
+            assert read_table(path, columns, escaped)["title"].to_pylist() == titles * 40
+    with pytest.raises(DataError, match="line 2: text stands behind the closing quote") as caught:
+        read_table(path, columns, FileFormat.model_validate(layout), name="a.csv")
+    cure = yaml.safe_load(str(caught.value).partition("in data.files: ")[2])
+    assert cure == {"a.csv": {"escape": "\\"}}
+    path.write_text('id;title\n1;"x\\"\n')
+    with pytest.raises(DataError, match="line 2: a cell begins with a quote that is not closed"):
+        read_table(path, columns, escaped)
+    path.write_text('id;title\n1;"x\\"y"\n2;z;z\n')
+    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+        read_table(path, columns, escaped)
+    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+        read_table(path, columns, escaped.model_copy(update={"quoted": False}))
+
+
+@pytest.mark.parametrize("written", ["\\t", "\\x09", "\\u0009", "\\011", "\t"])
+def test_a_tab_may_be_written_with_a_backslash(tmp_path: Path, written: str) -> None:
+    assert FileFormat(delimiter=written).delimiter == "\t"
+    assert Feature(name="a", separator=written).separator == "\t"
+    (tmp_path / "a.txt").write_bytes(CSV.replace(b",", b"\t"))
+    found = read_table(tmp_path / "a.txt", COLUMNS, FileFormat(delimiter=written))
+    assert found.to_pydict() == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"escape": "ab"}, "escape: one ASCII character"),
+        ({"escape": "|", "delimiter": "|"}, "escape and delimiter are both"),
+        ({"delimiter": "\n"}, "delimiter: '\\\\n' ends a line"),
+        ({"decimal": ";"}, "decimal"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(layout: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FileFormat.model_validate(layout)
+
+
+def test_a_header_is_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(" User ,score\na,1\n")
+    named = FileFormat(columns=("user", "score"))
+    with pytest.raises(DataError, match=r"first line is a header, ' User ,score', .*leave columns"):
+        read_table(path, COLUMNS, named)
+    with pytest.raises(DataError, match="first line is a header"):
+        read_table(path, COLUMNS[:1], named, "skip")
+    path.write_text("user,points\na,1\n")
+    assert len(read_table(path, COLUMNS, named, "skip")) == 1
+    assert "its first line looks like a header, 'user,points', and is read as a row" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "said"),
+    [
+        ("a.parquet", {"delimiter": ";"}, "delimiter is not of .parquet files; leave it out"),
+        ("a.json", {"columns": ["user"]}, "columns is not of .jsonl files"),
+    ],
+)
+def test_settings_that_a_format_has_no_use_for_are_refused(
+    tmp_path: Path, name: str, layout: dict[str, Any], said: str
+) -> None:
+    pq.write_table(TABLE, tmp_path / name) if "parquet" in name else None
+    (tmp_path / "a.json").write_text('{"user": "a", "score": 1}')
+    with pytest.raises(DataError, match=said):
+        read_table(tmp_path / name, COLUMNS, FileFormat.model_validate(layout))
+
+
+def test_the_cure_for_nan_in_parquet_cures(tmp_path: Path) -> None:
+    """Of a field's numbers; NaN is a number to nobody."""
+    table = pa.table({"n": [1.5, float("nan")], "text": ["NULL", "2"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name, expected in (("n", [1.5, None]), ("text", [None, 2.0])):
+        with pytest.raises(DataError, match="where it means no value, set missing: ") as caught:
+            read_table(tmp_path / "a.parquet", [Column(name, "number", required=False)])
+        cure = str(caught.value).partition(", set ")[2].partition(" for its field")[0]
+        words = yaml.safe_load(cure)["missing"]
+        column = Column(name, "number", required=False, missing=tuple(words))
+        assert read_table(tmp_path / "a.parquet", [column])[name].to_pylist() == expected

@@ -760,7 +760,7 @@ def test_the_advice_on_a_layout_is_the_cure(tmp_path: Path, name: str) -> None:
         found = yaml.safe_load(told)
         assert list(found) == [name]
         layout = FileFormat(encoding=said or "latin-1")
-        assert found[name] == {"encoding": said or "..."}
+        assert found[name] == {"encoding": said or "latin-1"}
         assert read_table(path, COLUMNS[:2], layout)["user"].to_pylist() == ["Jos\xe9"]
         with pytest.raises(DataError, match=r"; save it as UTF-8$"):  # data.files is not asked
             read_table(path, COLUMNS[:2])

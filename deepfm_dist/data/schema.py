@@ -59,18 +59,45 @@ def _listed(formats: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if formats is None else (formats,) if isinstance(formats, str) else formats
 
 
+def _unescaped(mark: str) -> str:
+    r"""YAML has no escapes outside double quotes: ``delimiter: \t`` is a backslash and a t."""
+    if not re.fullmatch(r"\\(t|x[\da-fA-F]{2}|u[\da-fA-F]{4}|[0-7]{3})", mark):
+        return mark
+    return mark.encode().decode("unicode_escape")
+
+
+_Mark = Annotated[str, Field(min_length=1), AfterValidator(_unescaped)]
+
+
 class FileFormat(Section):
     """How one input file is laid out, where its name does not tell."""
 
     columns: tuple[str, ...] | None = None
     """Column names of a file without a header line; of libsvm: the label's, then one a field."""
-    delimiter: str | None = Field(None, min_length=1)
+    delimiter: _Mark | None = None
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
     """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
     quoted: bool = True
     """Whether a cell that begins with a double quote ends with the next one, line breaks and
     delimiters being part of it; false where quotes are text. There are none in dat and libsvm."""
+    escape: str | None = None
+    r"""Character after which a quote or a delimiter is text, such as ``\`` where ``\"`` is a quote
+    in a cell; default: none, a quote in a cell is written twice."""
+    decimal: Literal[".", ","] = "."
+    """What separates the whole part of a number from its fraction."""
+
+    @model_validator(mode="after")
+    def _marks_differ(self) -> Self:
+        if self.delimiter is not None and set(self.delimiter) & set('\r\n"'):
+            raise ValueError(f"delimiter: {self.delimiter!r} ends a line or quotes a cell")
+        if self.escape is not None and (
+            len(self.escape) != 1 or not self.escape.isascii() or self.escape in '\r\n"'
+        ):
+            raise ValueError(f"escape: one ASCII character, such as \\ (got {self.escape!r})")
+        if self.escape is not None and self.escape == self.delimiter:
+            raise ValueError(f"escape and delimiter are both {self.escape!r}")
+        return self
 
     @model_validator(mode="after")
     def _encoding_exists(self) -> Self:
@@ -174,7 +201,7 @@ class Feature(Section):
     value gives it."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
-    separator: str | None = Field(None, min_length=1)
+    separator: _Mark | None = None
     """Splits one cell into several values: ``Comedy|Drama``. Elements of lists are not split."""
     several: bool | None = None
     """Whether a cell may hold several values. Default: with a separator, and where the column holds

@@ -162,7 +162,7 @@ def laid_out_like(
         return layout
     bare = layout.model_copy(update={"columns": None})
     source = Source(str(path))
-    reader = _reader(source, columns, bare, None)
-    if not isinstance(reader, DelimitedReader):
-        return bare
+    if source.suffix in _READERS:
+        return None
+    reader = DelimitedReader(source, columns, bare, None)
     return bare if {column.name for column in columns} <= set(reader.first_row()) else layout

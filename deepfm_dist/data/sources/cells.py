@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _WANTED = {
     "split": "a split: 0, 1, 2 or train, valid, test is expected",
 }
 _TRUTH = {"false": 0.0, "true": 1.0}
+_DECIMAL_COMMA = r"^(\s*[-+]?\d*),(\d*(?:[eE][-+]?\d+)?\s*)$"
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
 ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split"]
@@ -210,10 +212,24 @@ class CellTyper:
         if column.type == "number" and not column.required and cell is not None:
             word = json.dumps(str(cell), ensure_ascii=False)
             first = f"where it means no value, set missing: [{word}] for its field, or "
+        if wanted == _WANTED["number"] and re.match(_DECIMAL_COMMA, str(cell)):
+            meant, otherwise = "where the comma is a decimal point, say so", "write points"
+            first = self._source.cure(meant, 'decimal: ","', otherwise) + ", or "
         raise DataError(
             f"{path}, {where}: {name} {shown} {what}; "
             f"{first}fix the row{self._source.or_skip}{also}"
         )
+
+
+def with_decimal_points(cells: pa.Array, kind: ColumnType) -> pa.Array:
+    """Texts with decimal commas -> with points; numbers with a point become no numbers."""
+    if kind in ("text", "texts") or not is_text(cells.type):
+        return cells
+    points = pc.replace_substring_regex(cells, _DECIMAL_COMMA, r"\1.\2")
+    if kind == "time":  # timestamps have points
+        return points
+    strange = pc.match_substring(cells, ".")
+    return pc.if_else(strange, pc.binary_join_element_wise(cells, "(a point)", " "), points)
 
 
 def _is_number(kind: pa.DataType) -> bool:

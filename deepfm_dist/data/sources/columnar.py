@@ -18,6 +18,8 @@ _BATCH_ROWS = 1 << 20
 class ColumnarReader(Reader):
     """Reads files whose columns have types."""
 
+    takes = frozenset({"decimal"})
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""
         path, format_name = self.source.path, self.source.suffix[1:]

@@ -89,7 +89,7 @@ class DelimitedReader(Reader):
 
         def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
             nonlocal quotes
-            quotes = Quotes(self.delimiter) if self.quoted else None
+            quotes = Quotes(self.delimiter, self.layout.escape) if self.quoted else None
             stream = self._utf_8(quotes)
             return pa_csv.open_csv(
                 stream,
@@ -97,6 +97,7 @@ class DelimitedReader(Reader):
                 pa_csv.ParseOptions(
                     delimiter=_UNIT_SEPARATOR.decode() if self.wide else self.delimiter,
                     quote_char='"' if self.quoted else False,
+                    escape_char=self.layout.escape or False,
                     newlines_in_values=self.quoted,
                     invalid_row_handler=on_ragged if self.dropped is not None else None,
                 ),
@@ -178,8 +179,28 @@ class DelimitedReader(Reader):
         header: Sequence[str] = self.layout.columns or ()
         if not header:
             header = self.first_row()
+        elif not self.libsvm:
+            self._check_first_row(header)
         if header and NO_TEXT not in "".join(header):  # else the reader says where
             self.locate(header)
+
+    def _check_first_row(self, names: Sequence[str]) -> None:
+        """Refuses a header line where the configuration names the columns."""
+        first = dict(zip(names, self.first_row(), strict=False))
+        wanted = [c.name for c in self.columns if c.name in first]
+        same = [name for name in wanted if first[name].strip().casefold() == name.casefold()]
+        if same and same == wanted:
+            raise DataError(
+                f"{self.source.path}: its first line is a header, {short(','.join(first.values()))}"
+                f", although data.files names its columns; leave columns out there"
+            )
+        if same:
+            log.warning(
+                "%s: its first line looks like a header, %s, and is read as a row, since its "
+                "columns are named in data.files",
+                self.source.path,
+                short(",".join(first.values())),
+            )
 
     # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
 
@@ -204,7 +225,7 @@ class DelimitedReader(Reader):
                     yield row, line, self._cells(cells.rstrip(" "))
                     row += 1
             return
-        reader = csv.reader(text, delimiter=self.delimiter)
+        reader = csv.reader(text, delimiter=self.delimiter, escapechar=self.layout.escape)
         while True:
             line = reader.line_num + 1
             values = next(reader, None)
@@ -217,7 +238,11 @@ class DelimitedReader(Reader):
     def _cells(self, line: str) -> list[str]:
         """A line without quotes, split where Arrow does."""
         parted = line.replace(self.delimiter, _UNIT_SEPARATOR.decode()) if self.wide else line
-        return parted.split(_UNIT_SEPARATOR.decode() if self.wide else self.delimiter)
+        mark, escape = _UNIT_SEPARATOR.decode() if self.wide else self.delimiter, self.layout.escape
+        if escape is None:
+            return parted.split(mark)
+        rows = csv.reader([parted], delimiter=mark, escapechar=escape, quoting=csv.QUOTE_NONE)
+        return next(rows, [])
 
     def where(self, row: int) -> str:
         """The line on which a row begins."""
@@ -245,10 +270,21 @@ class DelimitedReader(Reader):
             if error.is_closed
             else "a cell begins with a quote that is not closed"
         )
+        cure = self._quotes_are_text
+        if self.layout.escape is None and b'\\"' in self._text_at(error.offset):
+            meant = 'where \\" is a quote in a cell, say so'
+            cure = self.source.cure(meant, r"escape: '\'", 'write "" instead of \\"')
         return DataError(
-            f"{self.source.path}, line {self._line_at(error.offset)}: {what}; fix it, or "
-            f"{self._quotes_are_text}"
+            f"{self.source.path}, line {self._line_at(error.offset)}: {what}; fix it, or {cure}"
         )
+
+    def _text_at(self, offset: int) -> bytes:
+        """Up to 4096 bytes of the text from an offset on."""
+        stream = self._utf_8()
+        while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
+            offset -= len(block)
+        text: bytes = stream.read(1 << 12)
+        return text
 
     @property
     def _quotes_are_text(self) -> str:
@@ -258,7 +294,7 @@ class DelimitedReader(Reader):
     def _too_long(self) -> DataError:
         """Why a row is longer than Arrow takes: a stray quote, if there is one."""
         if self.quoted:
-            stream = self._utf_8(Quotes(self.delimiter))
+            stream = self._utf_8(Quotes(self.delimiter, self.layout.escape))
             try:
                 while stream.read(1 << 20):
                     pass
@@ -290,9 +326,9 @@ class DelimitedReader(Reader):
                     except UnicodeError:
                         return (
                             f"{self.source.path}, line {number}: not readable: {short(line)} is no "
-                            f"{self.encoding.upper()} text; "
+                            f"{self.encoding.upper()} text, but perhaps latin-1, gbk or the like; "
                             + self.source.cure(
-                                "name the encoding", "encoding: ...", "save it as UTF-8"
+                                "name the encoding", "encoding: latin-1", "save it as UTF-8"
                             )
                         )
         return f"{self.source.path}: not readable: {brief(error)}"

@@ -31,6 +31,8 @@ class JsonLinesReader(Reader):
     null and members that are not there become null.
     """
 
+    takes = frozenset({"encoding", "decimal"})
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The members wanted, as text."""
         seen: dict[str, None] = {}
@@ -179,7 +181,7 @@ class JsonLinesReader(Reader):
         if isinstance(error, UnicodeError):
             return DataError(
                 f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "
-                + self.source.cure("name the encoding", "encoding: ...", "save it as UTF-8")
+                + self.source.cure("name the encoding", "encoding: latin-1", "save it as UTF-8")
             )
         return DataError(
             f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "

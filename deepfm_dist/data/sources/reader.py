@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources.cells import Column
+from deepfm_dist.data.sources.cells import Column, with_decimal_points
 from deepfm_dist.data.sources.nested import members
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.errors import DataError
@@ -47,6 +47,9 @@ class Reader(ABC):
         places: where the columns come from, by name; complete when the first batch is there.
     """
 
+    takes: frozenset[str] = frozenset(FileFormat.model_fields)
+    """Settings of `FileFormat` that the format has a use for."""
+
     def __init__(
         self,
         source: Source,
@@ -57,6 +60,13 @@ class Reader(ABC):
         self.source, self.columns, self.layout = source, tuple(columns), layout
         self.dropped = dropped
         self.places = {column.name: Place(column.name) for column in columns}
+
+        for setting, field in FileFormat.model_fields.items():
+            if setting not in self.takes and getattr(layout, setting) != field.default:
+                raise DataError(
+                    f"{source.path}: {setting} is not of {source.suffix} files; leave it out of "
+                    f"data.files"
+                )
 
     @abstractmethod
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -76,7 +86,10 @@ class Reader(ABC):
         place = self.places[column.name]
         if place.column is None:
             return pa.repeat(pa.scalar(place.value, pa.string()), batch.num_rows)
-        return members(batch.column(place.column), place.path)
+        cells = members(batch.column(place.column), place.path)
+        if self.layout.decimal == ",":
+            cells = with_decimal_points(cells, column.type)
+        return cells
 
     def where(self, row: int) -> str:
         """Where a row stands, for an error line.

@@ -22,7 +22,7 @@ _UTF_8 = ("utf-8", "utf-8-sig")
 _MOST_HELD_BYTES = 64 << 20  # of a line without an end: far more than Arrow takes
 
 _CELL_BEGINS, _PLAIN, _QUOTED, _QUOTE_IN_QUOTED = range(4)
-_STATE, _OPENED_AT, _LINES, _MOST_LINES, _MOST_LINES_AT = range(5)
+_STATE, _OPENED_AT, _LINES, _MOST_LINES, _MOST_LINES_AT, _IS_ESCAPED = range(6)
 
 
 class QuoteError(ValueError):
@@ -45,15 +45,17 @@ class Quotes:
 
     Args:
         delimiter: between cells, one byte.
+        escape: character after which any other is text; None: there is none.
 
     Attributes:
         most_lines: line ends within one cell, at most.
         most_lines_at: bytes before the quote that opens this cell.
     """
 
-    def __init__(self, delimiter: str) -> None:
+    def __init__(self, delimiter: str, escape: str | None = None) -> None:
         self._delimiter, self._before = ord(delimiter), 0
-        self._found = np.zeros(5, np.int64)
+        self._escape = -1 if escape is None else ord(escape)
+        self._found = np.zeros(6, np.int64)
 
     most_lines = property(lambda self: int(self._found[_MOST_LINES]))
     most_lines_at = property(lambda self: int(self._found[_MOST_LINES_AT]))
@@ -66,7 +68,7 @@ class Quotes:
         """
         if b'"' in lines or self._found[_STATE] == _QUOTED:
             text = np.frombuffer(lines, np.uint8)
-            if _followed(text, self._delimiter, self._before, self._found):
+            if _followed(text, self._delimiter, self._escape, self._before, self._found):
                 raise QuoteError(int(self._found[_OPENED_AT]), is_closed=True)
         self._before += len(lines)
 
@@ -82,13 +84,24 @@ class Quotes:
 
 @compiled
 def _followed(
-    text: npt.NDArray[np.uint8], delimiter: int, before: int, found: npt.NDArray[np.int64]
+    text: npt.NDArray[np.uint8],
+    delimiter: int,
+    escape: int,
+    before: int,
+    found: npt.NDArray[np.int64],
 ) -> bool:
     """Goes on from ``found`` through a text; whether it stopped at what is not in order."""
     state, opened_at, lines = found[_STATE], found[_OPENED_AT], found[_LINES]
+    is_escaped = found[_IS_ESCAPED]
     for i in range(len(text)):
         byte = text[i]
-        if state == _QUOTED:
+        if is_escaped:
+            is_escaped = 0
+            lines += byte == 10
+        elif byte == escape and state != _QUOTE_IN_QUOTED:
+            is_escaped = 1
+            state = _PLAIN if state == _CELL_BEGINS else state
+        elif state == _QUOTED:
             if byte == 34:
                 state = _QUOTE_IN_QUOTED
             lines += byte == 10
@@ -106,6 +119,7 @@ def _followed(
         else:
             state = _PLAIN
     found[_STATE], found[_OPENED_AT], found[_LINES] = state, opened_at, lines
+    found[_IS_ESCAPED] = is_escaped
     return False
 
 
