@@ -12,8 +12,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.section import Section
-from deepfm_dist.storage import folder_of, is_remote, told_in_one_line
+from deepfm_dist.section import Problem, Section, one_per_setting
+from deepfm_dist.storage import (
+    LocalPath,
+    PathOrUrl,
+    folder_of,
+    is_remote,
+    option_of,
+    path_or_url,
+    told_in_one_line,
+)
 from deepfm_dist.typed_yaml import DuplicateKeyError, Plain, kind_below, kinds_of, load, typed
 
 PACKAGE = Path(__file__).parent
@@ -32,9 +40,9 @@ class RunConfig(Section):
     """Name of the run's folder under ``runs_root``."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
-    prepared_root: str = "prepared"
-    """Folder of prepared datasets."""
-    runs_root: str = "runs"
+    prepared_root: LocalPath = "prepared"
+    """Folder of prepared datasets, on this machine."""
+    runs_root: PathOrUrl = "runs"
     """Folder of runs: checkpoints, metrics, recommendations. Behind a URL (``s3://bucket/runs``) is
     what ``train`` and ``evaluate`` write; what other commands write is then in ``runs`` on this
     machine."""
@@ -311,7 +319,7 @@ class CheckpointConfig(Section):
     and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
     ...) and begins again; always is auto. Restarted by a launcher, a run of the same settings and
     data continues from its latest checkpoint, whatever is set here and in ``use``."""
-    start_from: str | None = None
+    start_from: PathOrUrl | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
     optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):
     new rows start afresh."""
@@ -376,14 +384,14 @@ class RecommendConfig(Section):
     Default: all three, but none where ``data.interactions.repeated`` is ``all``."""
     context: dict[str, _Id] = Field(default_factory=dict)
     """Values of the context fields to recommend for, as files have them."""
-    users: str | tuple[_Id, ...] | None = None
+    users: LocalPath | tuple[_Id, ...] | None = None
     """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
-    histories: str | None = None
+    histories: LocalPath | None = None
     """Recommend for the users of this file instead, whom the model knows by these items alone: rows
     of ``user`` and ``item`` (csv, tsv, parquet). For models with a history field."""
-    allow_items: str | tuple[_Id, ...] | None = None
+    allow_items: LocalPath | tuple[_Id, ...] | None = None
     """Only these: a list of ids, or a file with a column ``item``."""
-    block_items: str | tuple[_Id, ...] | None = None
+    block_items: LocalPath | tuple[_Id, ...] | None = None
     """None of these: a list of ids, or a file with a column ``item``."""
     candidates: int | None = Field(None, ge=1)
     """Score in full only this many items of each user, the best without the over-arch; it is
@@ -591,7 +599,7 @@ class Config(Section):
                 f"data.root={self.data.root}: the variable is not set; export it, or pass "
                 f"data.root=FOLDER"
             )
-        return text
+        return option_of("data.root", text, path_or_url)
 
     @property
     def data_seed(self) -> int:
@@ -653,7 +661,7 @@ def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_describe(problem, tree) for problem in error.errors()]
+        problems = [_describe(p) for p in one_per_setting(error.errors(), Config)]
     if len(problems) == 1:
         raise ConfigError(f"{origin}: {problems[0]}")
     lines = "".join(f"\n  {problem}" for problem in problems)
@@ -726,18 +734,20 @@ def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
     node[last] = value
 
 
-def _describe(problem: Any, tree: Mapping[str, Any]) -> str:
+def _describe(problem: Problem) -> str:
     loc = problem["loc"]
     where = ".".join(str(part) for part in loc) or "config"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown field; {_what_is_meant(loc, problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    message = message.replace("valid tuple", "valid list")  # in the words of YAML
+    message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
     message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
-    return f"{where}: {message} (got {problem['input']!r})"
+    value = repr(problem["input"])
+    value = value if len(value) <= 200 else f"{value[:197]}..."
+    return f"{where}: {message} (got {value})"
 
 
 def _what_is_meant(loc: tuple[_Id, ...], value: Any) -> str:

@@ -37,11 +37,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import find_finished
+    from deepfm_dist.storage import option_of
 
     if arguments.max_file_bytes < 1:
         raise ConfigError(f"--max-file-bytes {arguments.max_file_bytes}: must be positive")
+    output = option_of("--output", arguments.output) if arguments.output else None
     found = find_finished(config, arguments.overrides)
-    target = Path(arguments.output or found.config.output_dir / "export")
+    target = Path(output or found.config.output_dir / "export")
     tensors = export(found, target, arguments.max_file_bytes)
     print(f"{target}: {tensors} tensors, {len(found.dataset.manifest.tables)} tables")
 

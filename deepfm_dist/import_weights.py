@@ -10,6 +10,7 @@ from pathlib import Path
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.storage import option_of
 
 EXAMPLES = (
     "model.pt --config notebook run.name=imported",
@@ -50,8 +51,8 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.runs import before_replacing, run_lock
     from deepfm_dist.training.trainer import LoopState
 
-    weights = read_weights(Path(arguments.file))
     id_files = dict(_id_file(text) for text in arguments.ids)
+    weights = read_weights(Path(option_of("FILE", arguments.file)))
     with (
         world(config.run.device, config.run.timeout_s, config.run.threads) as ranks,
         ranks.first_holds(run_lock(config)),
@@ -93,7 +94,7 @@ def _id_file(text: str) -> tuple[str, Path]:
     field, equals, file = text.partition("=")
     if not (field and equals and file):
         raise ConfigError(f"--ids {text}: give FIELD=FILE")
-    return field, Path(file)
+    return field, Path(option_of("--ids", file))
 
 
 if __name__ == "__main__":

@@ -57,9 +57,14 @@ def write_predictions(
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import ConfigError, DataError
     from deepfm_dist.runs import open_trained
+    from deepfm_dist.storage import option_of, path_or_url
     from deepfm_dist.training.prediction import predict
 
-    source = source or find_file(config.input_root, config.data.interactions.file, "--input")
+    if source:
+        source = option_of("--input", source, path_or_url)
+    else:
+        source = find_file(config.input_root, config.data.interactions.file, "--input")
+    output = option_of("--output", output) if output else None
     if "://" not in source and not Path(source).is_file():
         raise DataError(f"--input {source}: no such file")
     if output and Path(output).suffix != ".parquet":

@@ -10,23 +10,83 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator
 
 from deepfm_dist.errors import ConfigError, DeepFMError
 
 log = logging.getLogger(__name__)
+_SCHEMES = (
+    *("s3", "s3a", "gs", "gcs", "az", "adl", "abfs", "abfss", "hdfs", "oss"),
+    *("http", "https", "ftp", "sftp", "memory", "file"),
+)
+"""URLs, also where slashes are missing; a folder's name may hold a colon, too."""
+
+
+def path_or_url(text: str) -> str:
+    """A path, or a URL; a local file's URL becomes its path.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    text = text.removeprefix("file://")
+    scheme, _, rest = text.partition(":")
+    if scheme in _SCHEMES and not (rest.startswith("//") and rest.strip("/")):
+        raise ValueError(f"is not a complete URL; write {scheme}://{rest.strip('/') or 'BUCKET'}")
+    return text
+
+
+def local_path(text: str) -> str:
+    """A path on this machine; a local file's URL becomes its path.
+
+    Raises:
+        ValueError: the text is a URL.
+    """
+    if "://" in (text := path_or_url(text)):
+        raise ValueError("is a URL, and only a path on this machine can be used here")
+    return text
+
+
+def _as_setting(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise ValueError(f"{text} {error}") from None
+
+
+PathOrUrl = Annotated[str, AfterValidator(partial(_as_setting, path_or_url))]
+"""A setting that is a path or a URL."""
+LocalPath = Annotated[str, AfterValidator(partial(_as_setting, local_path))]
+"""A setting that is a path on this machine."""
+
+
+def option_of(option: str, text: str, check: Callable[[str], str] = local_path) -> str:
+    """The path that an option of a command names.
+
+    Raises:
+        ConfigError: as ``check`` says.
+    """
+    try:
+        return check(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text} {error}") from None
 
 
 def folder_of(text: str) -> Path:
     """A local folder, or one behind a URL.
 
     Raises:
-        ConfigError: a library for such URLs is not installed.
+        ConfigError: the URL is malformed, or a library for such URLs is not installed.
     """
-    text = text.removeprefix("file://")
+    try:
+        text = path_or_url(text)
+    except ValueError as error:
+        raise ConfigError(f"{text} {error}") from None
     if "://" not in text:
         return Path(text)
     try:

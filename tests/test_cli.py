@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("runs", "runs/sample"),
+        ("runs", "runs"),
         ("runs/sample/plan.json/x", "plan.json"),
         ("runs/sample/tensorboard", "tensorboard"),
     ],

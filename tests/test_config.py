@@ -1,4 +1,8 @@
+import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 
 from deepfm_dist.config import BUNDLE, Config, config_from, load_config
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.section import Section
 from deepfm_dist.typed_yaml import load, typed
 
 BUNDLED = sorted(p.stem for p in (BUNDLE / "configs").glob("*.yaml"))
@@ -346,3 +351,91 @@ def test_the_figure_that_decides_which_checkpoint_is_best(
     overrides: list[str], monitor: str | None
 ) -> None:
     assert load_config("sample", overrides).monitor == monitor
+
+
+Parts = tuple[str | int, ...]
+KEY = "model.x"  # of every dictionary
+
+
+def settings(section: type[Section], prefix: Parts = ()) -> Iterator[Parts]:
+    """Every setting's place, those of lists' and dictionaries' sections included."""
+    for name, field in section.model_fields.items():
+        path = (*prefix, name)
+        yield path
+        for inner, place in ((field.annotation, ()), *_inside(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from settings(inner, (*path, *place))
+
+
+def _inside(annotation: Any) -> Iterator[tuple[Any, Parts]]:
+    places: dict[Any, Parts] = {tuple: (0,), dict: (KEY,)}
+    for inner in get_args(annotation):
+        place = places.get(get_origin(annotation), ())
+        yield inner, place
+        yield from ((deeper, (*place, *below)) for deeper, below in _inside(inner))
+
+
+WRONG = [
+    *(None, True, -1, 2.5, 10**30, float("nan"), "x", "", "s3:x"),
+    *([], [None], [[1]], [{}], {}, {"x": None}, {"x": [[]]}, {1: 2}),
+]
+
+
+def test_every_wrong_value_is_a_sentence_about_its_setting() -> None:
+    names = [*settings(Config)]
+    assert len(names) > 150
+    assert {("data", "features", 0, "min_count"), ("tune", "space", KEY, "low")} <= {*names}
+    base = load_config("sample").model_dump(mode="json")
+    base["data"]["files"] = {KEY: {}}
+    base["tune"]["space"] = {KEY: {"low": 1, "high": 2}}
+    base["sharding"]["tables"] = {KEY: {}}
+    jargon = re.compile(
+        r"tuple|function-|literal\[|NoneType|pydantic|http|dictionary|union|Value error|instance"
+        r"|\bstr\b|\bint\b|Traceback"
+    )
+    bad, refused = [], 0
+    for name in names:
+        for wrong in WRONG:
+            tree = copy.deepcopy(base)
+            node: Any = tree
+            for parent in name[:-1]:
+                if node[parent] is None:  # an optional section
+                    node[parent] = {}
+                node = node[parent]
+            node[name[-1]] = wrong
+            try:
+                config_from(tree)
+            except ConfigError as error:
+                refused += 1
+                text = str(error)
+                if len(text) > 600 or jargon.search(text):
+                    bad.append(f"{name}={wrong!r}: {text}")
+                elif not any(part in text for part in name if isinstance(part, str)):
+                    bad.append(f"{name}={wrong!r}: names no setting: {text}")
+                elif text.count("\n") > 3:
+                    bad.append(f"{name}={wrong!r}: several lines about one value: {text}")
+            except Exception as error:
+                bad.append(f"{name}={wrong!r}: {type(error).__name__}: {error}")
+    assert refused > 1000
+    assert bad == [], "\n".join(bad[:40])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("recommend.users={a: 1}", "recommend.users: input should be text, a list or null (got {"),
+        ("recommend.users=[[1]]", "recommend.users.0: input should be a valid string (got [1])"),
+        ("checkpoint.use=newest", "use: input should be auto, latest, best or a whole number"),
+        ("checkpoint.use=1.5", "use: input should be auto, latest, best or a whole number"),
+        ("tune.space={x: 5}", "space.x: input should be a section of fields or a list (got 5)"),
+        ("tune.space={x: {low: 1}}", "tune.space.x.high: field required"),
+        ("tune.space={x: {low: a, high: 2}}", "space.x.low: input should be a number (got 'a')"),
+        ("trainer.profile_steps=[1]", "profile_steps.1: field required"),
+        ("evaluate.k=[x]", "evaluate.k.0: input should be a valid integer"),
+    ],
+)
+def test_a_value_of_no_type_of_several_is_one_sentence(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("sample", [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)

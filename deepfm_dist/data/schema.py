@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deepfm_dist.data.times import check_format
 from deepfm_dist.section import Section
+from deepfm_dist.storage import LocalPath, PathOrUrl
 
 Entity = Literal["user", "item", "context"]
 
@@ -422,7 +423,7 @@ class DataConfig(Section):
 
     name: str | None = None
     """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
-    root: str = "."
+    root: PathOrUrl = "."
     """Folder (may hold ``${VARIABLES}``) of the input files, or a URL that fsspec opens, such as
     ``s3://bucket/logs``; relative ones are looked for here, then beside the bundled sample."""
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -448,7 +449,7 @@ class DataConfig(Section):
     """Train on all rows, held-out ones included: for the last fit before a submission."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row whose id, label, time or number cannot be read."""
-    vocabulary_from: str | None = None
+    vocabulary_from: LocalPath | None = None
     """Folder of an earlier prepared dataset: its ids keep their rows, new ones are appended, and
     its statistics of numeric fields stay in force."""
     lanes: int | None = Field(None, ge=1, le=4096)

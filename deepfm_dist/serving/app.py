@@ -18,7 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +97,14 @@ class Described(BaseModel):
     items: list[Annotated[str | int, Field(union_mode="left_to_right")]] = Field(
         min_length=1, max_length=MAX_ITEMS
     )
-    k: int = Field(10, ge=1, le=MAX_K, strict=True)
+    k: int = Field(10, ge=1, le=MAX_K)
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, k: Any) -> Any:
+        if isinstance(k, bool):
+            raise ValueError("input should be a valid integer")
+        return k
 
 
 class Problem(BaseModel):
@@ -262,7 +269,8 @@ def _sentence(problem: Any) -> str:
         return f"{name} is missing"
     if problem["type"] == "model_attributes_type":
         return f"{name} must be a JSON object with {', '.join(Described.model_fields)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{name}: {message} (got {_short(problem['input'])})"
 
 

@@ -9,6 +9,7 @@ import fsspec
 from deepfm_dist.data.schema import Files, label_of, names_of
 from deepfm_dist.data.sources.source import PACKED, brief
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.storage import local_path
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,27 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
 
     Raises:
         DataError: there is none, or the file system cannot be reached.
-        ConfigError: two patterns stand for the same file.
+        ConfigError: two patterns stand for the same file, or a name is a URL, which is a matter of
+            ``data.root``.
     """
     found: dict[str, InputFile] = {}
-    for name in names_of(files):
+    for name in map(_below_root, names_of(files)):
         for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
             if (other := found.setdefault(file.path, file)) is not file:
                 raise ConfigError(
                     f"{file.name}: both {other.pattern} and {name} stand for it; name it once"
                 )
     return list(found.values())
+
+
+def _below_root(name: str) -> str:
+    try:
+        return local_path(name)
+    except ValueError:
+        folder, _, file = name.rpartition("/")
+        raise ConfigError(
+            f"{name}: files are named below data.root; set data.root={folder} and call it {file}"
+        ) from None
 
 
 def _local(root: Path, name: str) -> list[InputFile]:
