@@ -23,6 +23,7 @@ from deepfm_dist.config import (
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
+from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import (
     GradientBounds,
@@ -44,6 +45,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
+from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
 from deepfm_dist.storage import is_remote
@@ -97,6 +99,37 @@ def build_model(
         manifest.of_item if config.fm_pairs == "across" else None,
     )
     return DeepFMTrain(model)
+
+
+def transfer_of(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:
+    """What a model takes from one that was trained on other fields.
+
+    Args:
+        trained: the data settings of the trained one.
+        manifest: of the data of the other.
+        model: settings of both.
+
+    Raises:
+        ConfigError: the fields are not the same, and the over-arch is the user's own, of whose
+            weights nobody else knows which belong to which field.
+    """
+    names = {f.name for f in trained.features}
+    shared = [f for f in manifest.categorical if f.name in names]
+    before, after = (
+        ([f.name for f in fields if f.in_table], [f.name for f in fields if not f.in_table])
+        for fields in (trained.features, manifest.features)
+    )
+    first_layer = None
+    if model.deep and model.over_arch == "mlp":
+        first_layer = "hidden.0" if model.over_arch_layer_sizes else "output"
+    found = Transfer.between({f.table_name for f in shared}, before, after, first_layer)
+    if found.moves and model.deep and first_layer is None:
+        raise ConfigError(
+            f"model.over_arch={model.over_arch}: which of its weights belong to which field is not "
+            f"known; to start from a trained one, give data.features its fields in its order: "
+            f"{', '.join(f.name for f in trained.features)}"
+        )
+    return found
 
 
 def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTrain:

@@ -135,7 +135,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
             put_columns(sharded, at, values)
         step = max(of_run.state["step"] for of_run in found)
         marker = {
-            **manifest.hashes,
+            **manifest.marks,
             "config": made.model_dump(mode="json"),
             "trainer": asdict(LoopState(step=step)),
         }

@@ -321,12 +321,22 @@ class CheckpointConfig(Section):
     data continues from its latest checkpoint, whatever is set here and in ``use``."""
     start_from: PathOrUrl | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
-    optimizer state. Its data must be the same, or what this run's grew from (data.vocabulary_from):
-    new rows start afresh."""
+    optimizer state, field by field: new fields start afresh, and others may be left out. The ids of
+    a field must be the same, or what this run's grew from (data.vocabulary_from): new rows start
+    afresh."""
+    start_weights_only: bool = False
+    """Whether ``start_from`` takes weights alone, and the optimizer starts afresh: for another
+    optimizer, or another task."""
     use: Literal["auto", "latest", "best"] | int = "auto"
     """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
     continue training, otherwise the best one, or the latest if no figure was monitored. Training
     that continues from an earlier one moves later ones aside, as ``resume`` says."""
+
+    @model_validator(mode="after")
+    def _weights_come_from_somewhere(self) -> Self:
+        if self.start_weights_only and self.start_from is None:
+            raise ValueError("start_weights_only goes with start_from; name a run's folder there")
+        return self
 
 
 class IalsConfig(Section):

@@ -79,7 +79,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
         deepfm_of(sharded).interaction_arch.load_state_dict(state)
         checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
         marker = {
-            **dataset.manifest.hashes,
+            **dataset.manifest.marks,
             "config": config.model_dump(mode="json"),
             "trainer": asdict(LoopState()),
         }

@@ -9,11 +9,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from deepfm_dist.build import shard_for_inference
+from torchrec.optim.keyed import CombinedOptimizer
+
+from deepfm_dist.build import shard_for_inference, transfer_of
 from deepfm_dist.config import Config, config_from, load_config, parse_override
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.match import check_match
+from deepfm_dist.data.match import check_match, check_start, shared_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World
@@ -26,7 +28,7 @@ from deepfm_dist.training.trainer import LoopState, Schedule
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
-_OF_ANY_MODEL = ("dropout", "init_std")  # settings of ``model`` that change no weight's meaning
+_OF_ANY_MODEL = ("dropout", "init_std", "over_arch_init")  # they change no weight's meaning
 _OF_THE_PLACE = ("data.root", "data.name")  # where data lie
 _OF_A_COMMAND = (*_OF_THE_PLACE, "data.memory_bytes", "data.files")  # and how one deals with them
 _OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
@@ -134,22 +136,65 @@ def begin(config: Config, manifest: Manifest, schedule: Schedule, last_step: int
             return Start(path, state, continues=True, is_over=is_over)
         if elsewhere is not None:
             path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
-            known = {manifest.vocabulary_hash, *manifest.grown_from}
-            if (trained_on := checkpoint.read_state(path)["vocabulary_hash"]) not in known:
-                raise CheckpointError(
-                    f"checkpoint.start_from={elsewhere}: trained on vocabulary {trained_on}, which "
-                    f"this run's data does not extend; prepare it with data.vocabulary_from"
-                )
-            saved = _settings_in(checkpoint.read_state(path))["model"]
-            for name, old, new in _differences(saved, config.model.model_dump(mode="json")):
-                if name not in _OF_ANY_MODEL:
-                    raise ConfigError(
-                        f"checkpoint.start_from={elsewhere}: its model has {name}={old}, not "
-                        f"{new}; set model.{name}={str(old).replace(' ', '')}"
-                    )
-            state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
+            _check_start(config, manifest, checkpoint.read_state(path))
+            if not config.checkpoint.start_weights_only:
+                state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
             log.info("%s: training starts from its weights", path)
         return Start(path, state)
+
+
+def _check_start(config: Config, manifest: Manifest, state: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose weights would mean something else to this run's model."""
+    option = f"checkpoint.start_from={config.checkpoint.start_from}"
+    saved = _settings_in(state)
+    for name, old, new in _differences(saved["model"], config.model.model_dump(mode="json")):
+        if name not in _OF_ANY_MODEL:
+            raise ConfigError(
+                f"{option}: its model has {name}={old}, not {new}; set "
+                f"model.{name}={str(old).replace(' ', '')}"
+            )
+    for part in () if config.checkpoint.start_weights_only else ("tables", "dense"):
+        old, new = saved["optimizer"][part]["name"], getattr(config.optimizer, part).name
+        if old != new:
+            raise ConfigError(
+                f"{option}: it was trained with optimizer.{part}.name={old}, whose state {new} "
+                f"cannot take over; set optimizer.{part}.name={old}, or "
+                f"checkpoint.start_weights_only=true"
+            )
+    trained = config_from(state["config"], origin=option).data
+    check_start(option, state, trained, manifest)
+    if transfer_of(trained, manifest, config.model).moves:
+        shared = {one.name for one, _ in shared_fields(trained, manifest.data)}
+        for text, fields in (
+            ("start afresh", manifest.features),
+            ("are left out", trained.features),
+        ):
+            names = [f.name for f in fields if f.name not in shared]
+            log.info("%s: fields that %s: %s", option, text, ", ".join(names) or "none")
+
+
+def read_start(
+    path: Path,
+    config: Config,
+    manifest: Manifest,
+    world: World,
+    sharded: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+) -> None:
+    """Reads the weights of another run, and the optimizer's state if wanted. All ranks.
+
+    Args:
+        path: the checkpoint that `begin` has found.
+        config: the settings.
+        manifest: of the data.
+        world: the ranks.
+        sharded: the model.
+        optimizer: its optimizer.
+    """
+    trained = config_from(checkpoint.read_state(path)["config"], origin=str(path)).data
+    transfer = transfer_of(trained, manifest, config.model)
+    wanted = None if config.checkpoint.start_weights_only else optimizer
+    checkpoint.load(path, world, sharded, wanted, transfer)
 
 
 def make_ready(config: Config, start: Start) -> None:

@@ -97,6 +97,7 @@ def _train_alone(
         begin,
         check_settings,
         make_ready,
+        read_start,
         write_plan,
     )
     from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
@@ -141,10 +142,13 @@ def _train_alone(
         if ranks.is_first:
             write_plan(run_dir, sharded, ranks)
         if path is not None:
-            load(path, ranks, sharded, optimizer, may_have_grown=state.step == 0)
+            if start.continues:
+                load(path, ranks, sharded, optimizer)
+            else:
+                read_start(path, config, dataset.manifest, ranks, sharded, optimizer)
         checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
         belongs_to = {
-            **dataset.manifest.hashes,
+            **dataset.manifest.marks,
             "config": config.model_dump(mode="json"),
         }
 

@@ -35,7 +35,7 @@ FIELDS = """
 
 def write_input(root: Path, more: str = "") -> None:
     rows = [
-        f"u{k % 13},i{(7 * k + k // 13) % 40},{['calm', '', 'glad'][k % 3]},p{k % 7},q{k % 5},"
+        f"u{k % 13},i{(k // 13 * 3 + k % 13) % 40},{['calm', '', 'glad'][k % 3]},p{k % 7},q{k % 5},"
         f"2024-05-{1 + k % 28:02d},{k % 9}.5,{20 + k % 13}\n"
         for k in range(160)
     ]

@@ -52,6 +52,7 @@ from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.split import SPLITS
+from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError, DeepFMError
 from deepfm_dist.storage import remove_leftovers, work_folder
 
@@ -319,10 +320,12 @@ def _written(job: Job, wanted: str) -> Manifest:
         dropped = sum((of_rank for of_rank, *_ in of_ranks[1:]), job.dropped)
         noted = sum((of_rank for _, of_rank, _ in of_ranks[1:]), job.noted)
         tables = _tables(job.data, fit)
+        vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)
         manifest = Manifest(
             format=FORMAT,
             fingerprint=wanted,
-            vocabulary_hash=_hash_of(job.data, fit, tables),
+            vocabulary_hash=vocabulary_hash,
+            field_hashes=field_hashes,
             data_hash=hash_of([sums, before]),
             grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
             if earlier.manifest
@@ -363,14 +366,11 @@ def _tables(data: DataConfig, fit: Fit) -> dict[str, TableSpec]:
     return tables
 
 
-def _hash_of(data: DataConfig, fit: Fit, tables: dict[str, TableSpec]) -> str:
-    """Of all that says which row or number a value becomes."""
-    digests = {}
-    for name, vocabulary in fit.vocabularies.items():
-        digest = hashlib.sha256()
-        for buffer in pa.concat_arrays([vocabulary.ids]).buffers():
-            digest.update(buffer or b"")
-        digests[name] = digest.hexdigest()
+def _hashes_of(
+    data: DataConfig, fit: Fit, tables: dict[str, TableSpec]
+) -> tuple[str, dict[str, str]]:
+    """Of all that says which row or number a value becomes; and of each field's part of it."""
+    digests = {name: _digest_of(vocabulary) for name, vocabulary in fit.vocabularies.items()}
     numbers: dict[str, tuple[str | float, ...]] = {}
     for feature in (f for f in data.features if f.kind == "numeric"):
         spec = fit.fitted.numeric[feature.name]
@@ -379,4 +379,19 @@ def _hash_of(data: DataConfig, fit: Fit, tables: dict[str, TableSpec]) -> str:
             # Without the last digits, which go by the order in which partitions are summed up.
             numbers[feature.name] += (round(spec.mean / spec.std, 6) + 0.0, f"{spec.std:.6g}")
     rows = {name: spec.rows for name, spec in tables.items()}
-    return hash_of([digests, rows, numbers])
+    of_fields = {}
+    for feature in data.features:
+        source = feature if feature.history is None else data.source_of(feature)
+        ids = digests.get(source.table_name) if feature.in_table else None
+        if ids is None and source.is_id:  # a history of items that have no table of their own
+            ids = _digest_of(fit.entities[source.entity])
+        own = rows[feature.table_name] if feature.in_table else None, numbers.get(feature.name)
+        of_fields[feature.name] = hash_of([ids, own, feature.multi_valued])
+    return hash_of([digests, rows, numbers]), of_fields
+
+
+def _digest_of(vocabulary: Vocabulary) -> str:
+    digest = hashlib.sha256()
+    for buffer in pa.concat_arrays([vocabulary.ids]).buffers():
+        digest.update(buffer or b"")
+    return digest.hexdigest()

@@ -102,6 +102,9 @@ class Manifest(Section):
     """Input files and their bytes."""
     versions: dict[str, str]
     """Software that wrote it."""
+    field_hashes: dict[str, str] = Field(default_factory=dict)
+    """Of what says which row or number a value of a field becomes, by its name; another tool need
+    not give them."""
     sums: dict[str, int] = Field(default_factory=dict)
     """`layout.footer_sum` of every Parquet file, by its name; another tool need not give them."""
 
@@ -109,6 +112,11 @@ class Manifest(Section):
     def hashes(self) -> dict[str, str | None]:
         """What a checkpoint remembers of its data."""
         return {"vocabulary_hash": self.vocabulary_hash, "data_hash": self.data_hash}
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """`hashes` and those of the fields, for a checkpoint that another run may start from."""
+        return self.hashes | {"field_hashes": self.field_hashes}
 
     @property
     def features(self) -> tuple[Feature, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepfm_dist.data.manifest import GIVEN, Manifest
 from deepfm_dist.data.schema import DataConfig, Feature
-from deepfm_dist.errors import CheckpointError
+from deepfm_dist.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 _OF_FILES = ("file", "key")  # settings of a field that say where its values come from
@@ -58,7 +58,9 @@ def check_match(
         )
     others = [f"{name}={new}, not {old}" for name, old, new in _other(trained, prepared)]
     if state["vocabulary_hash"] != manifest.vocabulary_hash:
+        fields = changed_fields(state, manifest)
         reason = "; ".join(others) or "the input has changed"
+        reason += f"; ids or statistics differ of {', '.join(fields)}" * bool(fields)
         raise CheckpointError(
             f"{checkpoint} was trained on vocabulary {state['vocabulary_hash']}, {folder} has "
             f"{manifest.vocabulary_hash} ({reason}); {cure}"
@@ -74,6 +76,56 @@ def check_match(
             f"would flatter it; {cure}"
         )
     log.warning("%s: histories and values of users and items are those of the dataset", said)
+
+
+def changed_fields(state: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """Fields whose values have other rows or numbers in a dataset than in a checkpoint's.
+
+    Fields of which either says nothing are not among them.
+    """
+    before, now = state.get("field_hashes") or {}, manifest.field_hashes
+    return [name for name in before if name in now and before[name] != now[name]]
+
+
+def check_start(
+    option: str, state: Mapping[str, Any], trained: DataConfig, manifest: Manifest
+) -> None:
+    """Makes sure that the fields that a model shares with the one it starts from mean the same.
+
+    Args:
+        option: the setting that names the checkpoint, and its value, for messages.
+        state: the checkpoint's marker.
+        trained: the data settings of its run.
+        manifest: of the data that the new model is trained on.
+
+    Raises:
+        CheckpointError: ids have other rows, or numbers another scale.
+        ConfigError: a field is of another kind.
+    """
+    shared = [*shared_fields(trained, manifest.data)]
+    for one, other in shared:
+        before, now = one.meaning, other.meaning
+        for setting in now:
+            if before[setting] != now[setting]:
+                raise ConfigError(
+                    f"{option}: data.features: {one.name}: {setting} is {now[setting]!r} and was "
+                    f"{before[setting]!r} in training; set it back, or give the field (and its "
+                    f"table) another name, to start it afresh"
+                )
+        for name, old, new in field_differences(one, other):
+            log.warning(
+                "%s: %s=%s, not %s: its weights are taken all the same", option, name, new, old
+            )
+    if state["vocabulary_hash"] in (manifest.vocabulary_hash, *manifest.grown_from):
+        return
+    changed = changed_fields(state, manifest)
+    known = (state.get("field_hashes") or {}).keys() & manifest.field_hashes.keys()
+    if changed or not {one.name for one, _ in shared} <= known:
+        fields = f" in the fields {', '.join(changed)}" if changed else ""
+        raise CheckpointError(
+            f"{option}: trained on vocabulary {state['vocabulary_hash']}, which this run's data "
+            f"does not extend{fields}; prepare it with data.vocabulary_from"
+        )
 
 
 def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -49,6 +50,7 @@ from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.model.deepfm import biases_before_norm
+from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.storage import (
     brief,
     delete_tree,
@@ -406,7 +408,7 @@ def load(
     world: World,
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer | None = None,
-    may_have_grown: bool = False,
+    transfer: Transfer | None = None,
 ) -> None:
     """Reads weights, and the optimizer's state, under any plan and at any world size. All ranks.
 
@@ -415,8 +417,8 @@ def load(
         world: the ranks.
         sharded: the model.
         optimizer: its optimizer; None reads the weights only.
-        may_have_grown: whether tables may have more rows than were saved; those rows are left as
-            they are.
+        transfer: what is taken from a model of other fields; what is not is left as it is, and so
+            are rows of tables beyond those that were saved. None: it is the same model.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
@@ -434,9 +436,13 @@ def load(
     if optimizer is not None:
         make_state(optimizer)  # DCP reads only what is there
         tensors["optimizer"] = _optimizer_state(optimizer, model)
-    if may_have_grown:
+    put_in_place: list[Callable[[], object]] = []
+    if transfer is not None:
         tensors = _without_new_rows(tensors, saved)
+        tensors, put_in_place = _transferred(tensors, saved, transfer)
     _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
+    for work in put_in_place:
+        work()
     sharded.load_state_dict(model)
     if optimizer is not None:
         set_table_steps(sharded, steps_in(read_state(path)))
@@ -599,6 +605,50 @@ def _without_new_rows(
             kept, offsets = [p for p, _ in pieces], [offset for _, offset in pieces]
             cut[key] = _of_pieces(value, kept, offsets, shape)
     return cut
+
+
+def _transferred(
+    tensors: Mapping[str, Any], saved: Mapping[str, Any], transfer: Transfer
+) -> tuple[dict[str, Any], list[Callable[[], object]]]:
+    """What to read for a model that takes over another's weights, by its full name.
+
+    Returns:
+        The tensors to read, and what to do then, which puts those that are taken field by field
+        where they belong.
+    """
+    wanted: dict[str, Any] = {}
+    then: list[Callable[[], object]] = []
+    for name, value in _flat(tensors):
+        parameter = name if name.startswith("model.") else name.rpartition(".")[0]
+        if transfer.is_fresh(parameter):
+            continue
+        wanted[name] = value
+        if not transfer.by_field(parameter):
+            continue
+        if name not in saved:  # the first numeric fields
+            del wanted[name]
+        elif value.dim():  # else it is a step count
+            shape = saved[name].size
+            dim, places = transfer.places(parameter, shape[-1])
+            wanted[name] = whole = value.new_empty(shape)
+            before, after = (
+                torch.tensor(p, dtype=torch.int64, device=value.device) for p in places
+            )
+            then.append(partial(_copy_places, value, whole, dim, before, after))
+    return wanted, then
+
+
+def _copy_places(target: Tensor, source: Tensor, dim: int, before: Tensor, after: Tensor) -> None:
+    target.index_copy_(dim, after, source.index_select(dim, before))
+
+
+def _flat(tensors: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors by their full names, as DCP has them."""
+    for key, value in tensors.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _pieces_of(table: DTensor) -> list[tuple[Tensor, Any]]:

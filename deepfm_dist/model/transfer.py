@@ -1,0 +1,82 @@
+"""A model's weights for another one, whose fields are others or stand in other places."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+Order = tuple[Sequence[str], Sequence[str]]
+"""Names of a model's categorical and of its numeric fields, each in order."""
+Places = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where the same things stand before and after."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a model takes from a trained one, by the names of their fields.
+
+    Attributes:
+        tables: embedding tables that are taken; the others start afresh.
+        moves: whether a field has another place, is new or is left out.
+        fields: places of the fields that both have, among all, categorical ones first.
+        numeric: places of the numeric fields that both have, among the numeric ones.
+        n_fields: number of fields of the trained model.
+        first_layer: of the over-arch, whose columns go by fields; None: there is none.
+    """
+
+    tables: frozenset[str]
+    moves: bool
+    fields: Places
+    numeric: Places
+    n_fields: int
+    first_layer: str | None
+
+    @classmethod
+    def between(
+        cls, tables: Collection[str], before: Order, after: Order, first_layer: str | None
+    ) -> Self:
+        """From a trained model to another; the arguments are as the attributes."""
+        names = [(*categorical, *numeric) for categorical, numeric in (before, after)]
+        return cls(
+            frozenset(tables),
+            tuple(map(tuple, before)) != tuple(map(tuple, after)),
+            _places(*names),
+            _places(before[1], after[1]),
+            len(names[0]),
+            first_layer,
+        )
+
+    def is_fresh(self, name: str) -> bool:
+        """Whether a tensor, named as in a state of the model, is of a table that is not taken."""
+        _, inside, table = name.partition(".embedding_bags.")
+        return bool(inside) and table.partition(".")[0] not in self.tables
+
+    def by_field(self, name: str) -> bool:
+        """Whether a parameter is taken field by field."""
+        return self.moves and (
+            name.endswith(("interaction_arch.dense_factors", "interaction_arch.dense_first_order"))
+            or name.endswith(f"interaction_arch.over_arch.{self.first_layer}.weight")
+        )
+
+    def places(self, name: str, columns: int) -> tuple[int, Places]:
+        """How a parameter is taken field by field.
+
+        Args:
+            name: of the parameter.
+            columns: of the trained one's, its last dimension.
+
+        Returns:
+            A dimension, and the places along it.
+        """
+        if "over_arch" not in name:
+            return 0, self.numeric
+        width = columns // self.n_fields
+        before, after = (
+            tuple(place * width + i for place in places for i in range(width))
+            for places in self.fields
+        )
+        return 1, (before, after)
+
+
+def _places(before: Sequence[str], after: Sequence[str]) -> Places:
+    shared = [name for name in before if name in after]
+    return tuple(map(before.index, shared)), tuple(map(after.index, shared))
