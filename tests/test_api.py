@@ -14,6 +14,7 @@ import pytest
 from deepfm_dist import Model, fit
 from deepfm_dist.api import python_words
 from deepfm_dist.config import load_config
+from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from tests.ranks import run_alone
 
@@ -164,6 +165,17 @@ def test_every_model_is_its_own(tmp_path: Path) -> None:
         "no longer the checkpoint of this model: its run was trained again; Model.load"
         in found["gone"]
     )
+
+
+def _hook_is_left_alone() -> bool:
+    before = sys.excepthook
+    with world("cpu"):
+        pass
+    return sys.excepthook is before
+
+
+def test_later_tracebacks_name_no_rank() -> None:
+    assert run_alone(_hook_is_left_alone)
 
 
 def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,8 @@ def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
             box = tab.locator(f"#{name} svg").bounding_box()
             assert box["width"] > 250 and box["height"] > 150, name
             assert drawn.count() > 5, name
+            svg = tab.locator(f"#{name} svg")
+            assert svg.evaluate("svg => getComputedStyle(svg).overflow") == "visible"  # no cut text
         # The pictures follow the page's colours, and nothing makes a telephone scroll sideways.
         colours = tab.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document"

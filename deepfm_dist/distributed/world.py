@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -303,6 +304,7 @@ def world(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
     torch.use_deterministic_algorithms(deterministic)
     timeout = timedelta(seconds=timeout_s)
+    excepthook = sys.excepthook  # torch's own, set below, puts the rank in front of every line
     try:
         store: dist.Store = dist.HashStore()
         if launch.master is not None:  # something else may listen there, and never answer
@@ -333,6 +335,8 @@ def world(
         raise
     finally:
         dist.destroy_process_group()
+        if size == 1:  # a notebook or a script may go on after it
+            sys.excepthook = excepthook
 
 
 def in_background(work: Callable[[], T], device: torch.device | None = None) -> Future[T]:
