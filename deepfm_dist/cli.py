@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepfm_dist.config import Config, load_config
+from deepfm_dist.config import Config, load_config, settings_of
 from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
 from deepfm_dist.launcher import (
     Launch,
@@ -33,6 +33,39 @@ EXAMPLES = (
     "torchrun --config mine.yaml data.root=/data",
 )
 """Arguments worth showing; with several ranks where torchrun comes first."""
+
+
+_ALWAYS = ("run.name", "run.runs_root", "run.prepared_root", "run.threads", "data")
+_INFERENCE = (
+    *(*_ALWAYS, "run.device", "run.deterministic", "run.timeout_s"),
+    *("model", "sharding.kind", "checkpoint.use"),
+)
+_TRAINING = (
+    *("run", "data", "model", "optimizer", "sharding", "trainer", "checkpoint"),
+    *("evaluate.k", "evaluate.mask_seen", "recommend.context"),
+)
+HEEDED = {
+    "prepare": (*_ALWAYS, "run.seed"),
+    "train": _TRAINING,
+    "evaluate": (*_INFERENCE, "evaluate", "recommend.context"),
+    "recommend": (*_INFERENCE, "recommend"),
+    "similar": (*_INFERENCE, "similar"),
+    "predict": _INFERENCE,
+    # Those of recommend and similar that a service would not heed are refused.
+    "serve": (*_ALWAYS, "run.timeout_s", "model", "checkpoint.use", "recommend", "similar"),
+    "export": (*_ALWAYS, "model", "checkpoint.use"),
+    "import_weights": _TRAINING,
+    "combine": _TRAINING,
+    "plan": _TRAINING,
+    "tune": (*_TRAINING, "tune"),
+}
+"""The settings, or their sections, that change what a command does."""
+
+
+def heeds(command: str, setting: str) -> bool:
+    """Whether a setting, by its dotted name, changes what a command does."""
+    heeded = HEEDED.get(command, Config.model_fields)
+    return any(f"{setting}.".startswith(f"{name}.") for name in heeded)
 
 
 def run(
@@ -103,6 +136,8 @@ def run(
                 "single process",
                 " ".join(launch.ignored),
             )
+        if launch.rank == 0:
+            _warn_of_settings_without_effect(name, arguments.overrides)
         require(config.run.device)
         work(config, arguments)
     except DeepFMError as error:
@@ -122,6 +157,13 @@ def run(
         report_to_torchrun(launch, error)
         raise
     return EXIT_OK
+
+
+def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> None:
+    for setting in (name for override in overrides for name in settings_of(override)):
+        if not heeds(command, setting):
+            others = ", ".join(other for other in HEEDED if heeds(other, setting))
+            log.warning("%s has no effect on %s; it is a setting of %s", setting, command, others)
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:

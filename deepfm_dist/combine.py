@@ -96,7 +96,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     width = columns + sum(one.model.embedding_dim for one in narrow)
     made = narrow[0].renamed(arguments.to).with_columns(width)
     with (
-        world(config.run.device, config.run.timeout_s, config.run.threads) as ranks,
+        world(*config.run.process_group) as ranks,
         ranks.first_holds(run_lock(made)),
     ):
         if checkpoint.complete_steps(made.run_dir):

@@ -59,6 +59,11 @@ class RunConfig(Section):
     """What hears of metrics beside metrics.jsonl: tensorboard, or import paths
     ``package.module:function``; called with (event, values) on rank 0."""
 
+    @property
+    def process_group(self) -> tuple[str, float, int, bool]:
+        """Device, time-out in seconds, threads and determinism: what `world` takes."""
+        return self.device, self.timeout_s, self.threads, self.deterministic
+
 
 class ModelConfig(Section):
     """The DeepFM."""
@@ -693,6 +698,13 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
     for name, value in settings.items():
         _set(tree, name, value, origin)
     return config_from(tree, origin)
+
+
+def settings_of(override: str) -> list[str]:
+    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
+    name = override.partition("=")[0]
+    value = None if "." in name else parse_override(override)[1]
+    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
 def _find(path: str) -> Path:

@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print results and errors only")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args(argv)
+    from deepfm_dist.cli import heeds
+    from deepfm_dist.config import load_config, settings_of
+
     ranks = arguments.nproc or _ranks()
     torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     alone = ["python", "-m"]
@@ -39,15 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         (torchrun, "recommend"),
     ):
         quiet = ["--quiet"] * arguments.quiet
-        command = [*launcher, f"deepfm_dist.{name}", *quiet, *arguments.overrides]
+        heeded = [o for o in arguments.overrides if any(heeds(name, s) for s in settings_of(o))]
+        command = [*launcher, f"deepfm_dist.{name}", *quiet, *heeded]
         print(coloured(f"\n$ {shlex.join(command)}", "bold"), flush=True)
         code = subprocess.run(_here(command), check=False).returncode
         if code != 0:
             print(f"{name} failed: exit code {code}", file=sys.stderr)
             return code
     print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
-    from deepfm_dist.config import load_config
-
     run = load_config(None, arguments.overrides).run_dir
     print(
         f"is it any good? {run / 'report.html'} tells, in a browser; to try it: "

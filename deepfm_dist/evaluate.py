@@ -84,7 +84,7 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
     reference = config.evaluate.reference
     if reference is not None and config.data.task == "implicit":
         reference = find_file(config.input_root, reference, "evaluate.reference")
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks, same_rows=True)
         dataset = trained.dataset
         if dataset.manifest.splits[split].rows == 0:

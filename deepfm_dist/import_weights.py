@@ -54,7 +54,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     id_files = dict(_id_file(text) for text in arguments.ids)
     weights = read_weights(Path(option_of("FILE", arguments.file)))
     with (
-        world(config.run.device, config.run.timeout_s, config.run.threads) as ranks,
+        world(*config.run.process_group) as ranks,
         ranks.first_holds(run_lock(config)),
     ):
         ranks.first_does(

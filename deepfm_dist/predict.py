@@ -70,7 +70,7 @@ def write_predictions(
     if output and Path(output).suffix != ".parquet":
         better = Path(output).with_suffix(".parquet")
         raise ConfigError(f"--output {output}: predictions are parquet; call it {better}")
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks)
         target = Path(output or config.output_dir / "predictions.parquet")
         check_formats(trained.config.data, Path(source).name)

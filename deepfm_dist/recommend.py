@@ -55,7 +55,7 @@ def write_recommendations(
 
     asked = config.recommend
     wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks)
         written = recommend(
             deepfm_of(trained.sharded),

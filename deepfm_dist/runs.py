@@ -12,7 +12,7 @@ from typing import Any
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import shard_for_inference, transfer_of
-from deepfm_dist.config import Config, config_from, load_config, parse_override
+from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.match import check_match, check_start, shared_fields
@@ -544,13 +544,6 @@ def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = Fa
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
     return Finished(config, dataset, path, state)
-
-
-def settings_of(override: str) -> list[str]:
-    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
-    name = override.partition("=")[0]
-    value = None if "." in name else parse_override(override)[1]
-    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
 def _at(tree: Any, dotted: str) -> Any:

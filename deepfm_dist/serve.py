@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
-from deepfm_dist.config import Config
+from deepfm_dist.config import Config, settings_of
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -79,8 +79,6 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: the service would not heed it.
     """
-    from deepfm_dist.runs import settings_of
-
     names = [name for override in overrides for name in settings_of(override)]
     for name in [*names, "recommend.allow_items", "recommend.block_items"]:
         section, _, field = name.partition(".")

@@ -46,7 +46,7 @@ def write_similar_items(
     from deepfm_dist.runs import open_trained
 
     asked = config.similar
-    with world(config.run.device, config.run.timeout_s, config.run.threads) as ranks:
+    with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks)
         model = deepfm_of(trained.sharded)
         written = similar_items(

@@ -42,8 +42,7 @@ def train_run(config: Config) -> None:
     """Trains a run on the ranks that a launcher has started, or alone. All ranks."""
     from deepfm_dist.distributed.world import world
 
-    of_run = config.run
-    with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
+    with world(*config.run.process_group) as ranks:
         train_on(config, ranks)
 
 

@@ -31,8 +31,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     folder, monitor = config.run_dir / "tune", config.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
     shared["trainer.monitor"] = monitor  # the same figure whatever loss a trial has
-    of_run = config.run
-    with world(of_run.device, of_run.timeout_s, of_run.threads, of_run.deterministic) as ranks:
+    with world(*config.run.process_group) as ranks:
         search = ranks.first_does("search", lambda: search_of(config, folder))
 
         def heard(figures: Mapping[str, float], epoch: int) -> None:

@@ -238,3 +238,64 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.coloured("yes", "red", Terminal()) == "\033[31myes\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     assert terminal.coloured("no", "red", Terminal()) == "no"
+
+
+@pytest.mark.parametrize(
+    ("command", "heeded", "without_effect"),
+    [
+        ("prepare", ["data.root", "run.seed"], ["trainer.epochs", "run.device", "recommend.k"]),
+        (
+            "train",
+            ["run.loggers", "evaluate.k"],
+            ["evaluate.ease_l2", "recommend.k", "tune.trials"],
+        ),
+        (
+            "evaluate",
+            ["evaluate.ease_l2", "recommend.context.x"],
+            ["trainer.epochs", "recommend.k"],
+        ),
+        ("recommend", ["run.deterministic", "recommend.k"], ["evaluate.k", "run.loggers"]),
+        ("similar", ["similar.k"], ["recommend.k", "sharding.tables.user.kind"]),
+        ("predict", ["run.device", "run.deterministic"], ["recommend.k", "optimizer.tables.lr"]),
+        ("serve", ["recommend.context", "run.threads"], ["run.device", "trainer.compile"]),
+        ("export", ["checkpoint.use"], ["run.device", "run.deterministic"]),
+        ("tune", ["tune.trials", "optimizer.dense.lr"], ["similar.k"]),
+    ],
+)
+def test_settings_without_effect_are_known(
+    command: str, heeded: list[str], without_effect: list[str]
+) -> None:
+    assert [name for name in heeded if not cli.heeds(command, name)] == []
+    assert [name for name in without_effect if cli.heeds(command, name)] == []
+
+
+def test_every_setting_changes_what_some_command_does() -> None:
+    tree = load_config("sample").model_dump()
+    names = [f"{section}.{field}" for section in tree for field in tree[section]]
+    assert len(names) > 80
+    assert [n for n in names if not any(cli.heeds(c, n) for c in cli.HEEDED)] == []
+    not_of_a_run = {"demo", "doctor"}
+    assert {*cli.HEEDED} | not_of_a_run == {*__main__.commands()}
+
+
+def test_a_setting_without_effect_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["trainer.epochs=3", "similar={k: 5}", f"run.prepared_root={tmp_path}"]
+    assert prepare.main(["--quiet", *settings]) == 0
+    lines = [r.getMessage() for r in caplog.records if "no effect" in r.getMessage()]
+    assert lines == [
+        "trainer.epochs has no effect on prepare; it is a setting of train, import_weights, "
+        "combine, plan, tune",
+        "similar.k has no effect on prepare; it is a setting of similar, serve",
+    ]
+
+
+def test_settings_of_ranks_reach_the_process_group() -> None:
+    """Every command that computes joins its ranks with the same four settings."""
+    wanted = ("cpu", 7.0, 3, True)
+    options = ["run.device=cpu", "run.timeout_s=7", "run.threads=3", "run.deterministic=true"]
+    assert load_config("sample", options).run.process_group == wanted
+    for command in ("train", "evaluate", "recommend", "similar", "predict", "combine", "tune"):
+        source = (ROOT / f"deepfm_dist/{command}.py").read_text()
+        assert "world(*config.run.process_group)" in source, command
