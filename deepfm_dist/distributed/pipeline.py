@@ -156,7 +156,8 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def _checked(self, losses: Tensor) -> Tensor | None:
         """Counts the loss in; what is to be differentiated, or None where it is not finite."""
         asked = losses.new_full((), float(self._asked_to_stop()))
-        loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
+        with self._world.waiting():
+            loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
         self._step.loss += loss
         self._step.stop |= stop > 0
         # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over

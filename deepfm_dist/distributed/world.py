@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepfm_dist.distributed.watch import Watch, rank_lost
 from deepfm_dist.environment import gpu_problem
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 from deepfm_dist.launcher import Launch, read_launch
@@ -44,6 +45,8 @@ class World:
         device: where this rank computes.
         store: shared key-value store.
         timeout_s: seconds after which a rank that waits for a lost one gives up.
+        watch: ends this process when it waits on its GPU for ranks that are gone; None: waiting
+            for a lost rank raises an error.
     """
 
     rank: int
@@ -53,6 +56,11 @@ class World:
     device: torch.device
     store: dist.Store
     timeout_s: float = 120
+    watch: Watch | None = None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """To be entered while the host waits for the device, and with it for all ranks."""
+        return nullcontext() if self.watch is None else self.watch.waiting()
 
     @property
     def is_first(self) -> bool:
@@ -324,19 +332,43 @@ def world(
         raise _unreachable(launch, launch.master, error) from None
     spare = max(0, len(os.sched_getaffinity(0)) // local_size - threads)
     shared = dist.PrefixStore("deepfm_dist", store)
-    ranks = World(rank, size, local_size, spare, chosen, shared, timeout_s)
+    watch = None
+    if chosen.type == "cuda" and size > 1:
+        of_its_own: dist.Store = shared.clone()  # type: ignore[attr-defined]
+        watch = Watch(of_its_own, rank, size, timeout_s)
+    ranks = World(rank, size, local_size, spare, chosen, shared, timeout_s, watch)
+    failed = True
     try:
-        with ranks.showing_life():
+        with ExitStack() as stack:
+            if watch is not None:
+                stack.enter_context(watch)
+            stack.enter_context(ranks.showing_life())
             yield ranks
-            dist.barrier()  # rank 0 may hold the store that others still read
+            with ranks.waiting():
+                dist.barrier()  # rank 0 may hold the store that others still read
+        failed = False
     except RuntimeError as error:
         if size > 1 and _LOST.search(str(error)):
             _call_the_roll(ranks, launch.local_rank, timeout_s, error)
         raise
     finally:
-        dist.destroy_process_group()
+        _leave(abort=failed and watch is not None)
         if size == 1:  # a notebook or a script may go on after it
             sys.excepthook = excepthook
+
+
+def _leave(abort: bool) -> None:
+    """Leaves the process group.
+
+    Args:
+        abort: gives up what is under way. NCCL's communicators would otherwise be destroyed
+            together with all ranks, after their collectives, which a failed rank never joins.
+    """
+    if not abort:
+        dist.destroy_process_group()
+        return
+    with suppress(TimeoutError, RuntimeError):
+        in_background(dist.distributed_c10d._abort_process_group).result(_SHORT.total_seconds())
 
 
 def in_background(work: Callable[[], T], device: torch.device | None = None) -> Future[T]:
@@ -381,11 +413,7 @@ def _call_the_roll(world: World, local_rank: int, timeout_s: float, error: Runti
         return
     if world.rank != speaks:
         raise SystemExit(RankLost.exit_code) from error
-    names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-    raise RankLost(
-        f"{names} of {world.world_size} did not answer: killed, or hanging for run.timeout_s="
-        f"{timeout_s:g} seconds; look into {'their' if len(missing) > 1 else 'its'} log"
-    ) from error
+    raise rank_lost(missing, world.world_size, timeout_s) from error
 
 
 def _missing(world: World) -> list[int]:

@@ -1,0 +1,108 @@
+"""A process that waits inside a C call for a rank that is gone, as behind one of NCCL's kernels."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
+
+import pytest
+import torch.distributed as dist
+
+from deepfm_dist.distributed import watch
+from deepfm_dist.distributed import world as world_module
+from deepfm_dist.distributed.watch import Watch
+from deepfm_dist.distributed.world import world
+from deepfm_dist.training.stopping import StopSignals
+from tests.ranks import RankFailed, run_ranks
+
+
+@contextmanager
+def watched(timeout_s: float) -> Iterator[Watch]:
+    watch._ANSWER_S = 0.5
+    with world("cpu", timeout_s) as ranks:
+        store = ranks.store.clone()  # type: ignore[attr-defined]
+        with StopSignals(), Watch(store, ranks.rank, ranks.world_size, timeout_s) as found:
+            yield found
+
+
+def stuck(for_s: float) -> None:
+    """A call that comes back when it is done and no earlier, whatever signal arrives."""
+    library = ctypes.CDLL(None)
+    lock = ctypes.create_string_buffer(64)
+    library.pthread_mutex_init(lock, None)
+    library.pthread_mutex_lock(lock)
+    Timer(for_s, lambda: library.pthread_mutex_unlock(lock)).start()
+    library.pthread_mutex_lock(lock)
+
+
+def _one_is_killed() -> None:
+    with watched(60) as found:
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        # As torchrun does for those that are left.
+        Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        with found.waiting():
+            stuck(20)
+
+
+def _one_hangs() -> None:
+    with watched(2) as found:
+        if dist.get_rank() == 0:
+            time.sleep(20)
+        with found.waiting():
+            stuck(20)
+
+
+@pytest.mark.parametrize(
+    ("work", "lost"), [(_one_is_killed, "rank 1 of 3"), (_one_hangs, "rank 0 of 3")]
+)
+def test_a_rank_that_is_lost_while_the_others_are_stuck_is_named_once(
+    capfd: pytest.CaptureFixture[str], work: object, lost: str
+) -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankFailed):
+        run_ranks(work, 3, timeout_s=15)  # type: ignore[arg-type]
+    assert time.monotonic() - begun < 12
+    said = capfd.readouterr().err
+    assert said.count(f"RankLost: {lost} did not answer: killed, or hanging for run.timeout") == 1
+    assert said.count("RankLost") == 1
+
+
+def _told_to_stop() -> bool:
+    """All ranks get the signal that asks for a checkpoint, in the middle of a long step."""
+    with watched(60) as found, StopSignals() as asked:
+        Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        with found.waiting():
+            stuck(3)
+        time.sleep(0.1)
+        return asked()
+
+
+def _one_is_told() -> bool:
+    """A signal to one rank alone, whose step goes on."""
+    with watched(60) as found, StopSignals() as asked:
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(20):
+            with found.waiting():
+                stuck(0.05)
+        return asked()
+
+
+def test_a_signal_ends_nobody_while_all_ranks_are_there() -> None:
+    assert run_ranks(_told_to_stop, 2) == [True, True]
+    assert run_ranks(_one_is_told, 2) == [True, False]
+
+
+def test_a_group_with_outstanding_collectives_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("_abort_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist.distributed_c10d, name, lambda name=name: calls.append(name))
+        monkeypatch.setattr(dist, name, lambda name=name: calls.append(name), raising=False)
+    world_module._leave(abort=True)
+    world_module._leave(abort=False)
+    assert calls == ["_abort_process_group", "destroy_process_group"]
