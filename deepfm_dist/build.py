@@ -288,7 +288,13 @@ def shard_for_training(
         # number of ranks to another, and Adam, which divides by its size, would follow it.
         for constant in deepfm_of(sharded).interaction_arch.constants:
             constant.register_hook(torch.zeros_like)
-    init_tables(sharded, arch.embedding_dim + 1, config.model.init_std, config.run.seed)
+    init_tables(
+        sharded,
+        arch.embedding_dim + 1,
+        config.model.init_std,
+        config.run.seed,
+        threads=1 + world.spare_threads,
+    )
     if world.is_first:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)

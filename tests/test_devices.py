@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,9 +30,16 @@ from deepfm_dist.build import bounds_of, shard_for_training, training_batches
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
-from deepfm_dist.distributed.pipeline import TrainPipeline
-from deepfm_dist.distributed.sharding import Placement, fused_kernels, shard
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
+from deepfm_dist.distributed.sharding import (
+    Placement,
+    TableCollection,
+    fused_kernels,
+    init_tables,
+    local_shards,
+    shard,
+)
+from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
@@ -39,7 +47,7 @@ from deepfm_dist.ranking import catalogue
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import TorchEngine
 from tests.conftest import HISTORY
-from tests.ranks import run_alone
+from tests.ranks import run_alone, run_ranks
 
 META = torch.device("meta")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -302,3 +310,67 @@ def test_what_fbgemm_would_do_otherwise_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         table_optimizer(name, 0.1, 1e-8, CUDA, **option)
+
+
+@dataclasses.dataclass
+class CachedKernel:
+    """What an FBGEMM kernel with cached rows knows of its cache."""
+
+    lxu_cache_locking_counter: list[int]
+    lxu_cache_locations: list[int]
+    prefetch_pipeline: bool = True
+
+
+def unlocked(folder: Path, poisoned: bool) -> list[list[int]]:
+    """Rows that are unlocked by a step, and by a validation after it."""
+    counters: list[list[int]] = []
+    kernel = CachedKernel([1, 1], [0, 1])
+
+    def decrement(counter: list[int], locations: list[int]) -> None:
+        for place in locations:
+            counter[place] -= 1
+
+    torch.ops.fbgemm.lxu_cache_locking_counter_decrement = decrement
+    config = load_config("sample", [])
+    dataset = PreparedDataset(folder)
+    with world("cpu") as ranks:
+        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        batch: Any = next(iter(training_batches(config, dataset, ranks).steps(1, 1)))
+        if poisoned:
+            batch = dataclasses.replace(batch, labels=batch.labels * float("nan"))
+        pipeline = PrefetchTrainPipeline(sharded, optimizer, ranks)
+        sharded.train()
+        sharded(batch)  # which makes the exchanges
+        TableCollection.fused_kernels = property(lambda self: [kernel])  # type: ignore[assignment]
+        loss, _ = pipeline._forward(batch)
+        loss.backward()
+        counters.append(list(kernel.lxu_cache_locking_counter))
+        with torch.no_grad():
+            sharded.eval()(batch)
+        counters.append(list(kernel.lxu_cache_locking_counter))
+    return counters
+
+
+def test_cached_rows_are_unlocked_where_no_backward_pass_does_it(sample: PreparedDataset) -> None:
+    assert run_alone(unlocked, sample.folder, poisoned=False) == [[1, 1], [0, 0]]
+    assert run_alone(unlocked, sample.folder, poisoned=True) == [[0, 0], [-1, -1]]
+
+
+def initialised(threads: int) -> list[np.ndarray]:
+    with world("cpu") as ranks:
+        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, CPU)
+        model = build_deepfm({"user": Table(30_000, ("user",))}, ["user"], 0, 3, device=META)
+        tables.attach(model.embedding_arch.ebc.parameters())
+        places = {"user": Placement("row_wise")}
+        sharded, _ = shard(model, ranks, places, tables.kernel)
+        init_tables(sharded, 4, 0.5, seed=3, threads=threads)
+        return [piece.numpy().copy() for *_, piece in local_shards(sharded)]
+
+
+def test_threads_and_ranks_change_no_initial_row() -> None:
+    [[alone]] = run_ranks(initialised, 1, 1)
+    assert abs(alone.std() - 0.5) < 0.01
+    assert len(np.unique(alone)) > 0.99 * alone.size
+    for size, threads in ((1, 3), (2, 2)):
+        pieces = [piece for [piece] in run_ranks(initialised, size, threads)]
+        assert np.array_equal(np.concatenate(pieces), alone)

@@ -19,7 +19,7 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
-from deepfm_dist.distributed.sharding import fused_kernels
+from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
 from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
@@ -207,8 +207,10 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
         with self._timed("backward"):
             # TorchRec's progress() differentiates what it is given here, without `_backward`.
             to_learn_from = self._checked(loss)
-        nothing = loss.new_zeros((), requires_grad=True)
-        return nothing if to_learn_from is None else to_learn_from, logits
+        if to_learn_from is None:
+            unlock_cached_rows(self._model)
+            to_learn_from = loss.new_zeros((), requires_grad=True)
+        return to_learn_from, logits
 
     def _prefetch(self, context: Any) -> None:
         with self._timed("embeddings"):
