@@ -535,10 +535,9 @@ def test_rank_zero_works_while_the_others_wait() -> None:
 def _first_takes(seconds: float, held_by: int) -> str | None:
     """Rank 0 works for some seconds, or stops where they are none; a rank holds the store."""
 
-    def store(timeout: timedelta) -> dist.Store:
-        env, rank = os.environ, int(os.environ["RANK"])
-        place = env["MASTER_ADDR"], int(env["MASTER_PORT"]), int(env["WORLD_SIZE"])
-        return dist.TCPStore(*place, is_master=rank == held_by, timeout=timeout)
+    def store(launch: Launch, master: tuple[str, int], timeout: timedelta) -> dist.Store:
+        is_master = launch.rank == held_by
+        return dist.TCPStore(*master, launch.world_size, is_master=is_master, timeout=timeout)
 
     def work() -> str:
         if seconds == 0:
