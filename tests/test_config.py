@@ -90,8 +90,8 @@ TIMELESS = "data.interactions.time=null"
         (["data.features=[{name: a, file: x.csv}]"], "a: a context field is a column of the inter"),
         (["data.features=[{name: a, min_count: 0}]"], r"features\.0\.min_count: .* \(got 0\)"),
         (
-            ["data.features=[{name: user, entity: user}, {name: b, table: user}]"],
-            "'user': the table of an id cannot be shared",
+            ["data.features=[{name: user, entity: user}, {name: b, table: user, hash_rows: 9}]"],
+            "'user': b cannot share the table of the users' ids",
         ),
         (["data.interactions.label=y"], "goes with task: ctr"),
         (

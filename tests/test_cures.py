@@ -329,8 +329,9 @@ SETTINGS = [
                     "file": "items.csv",
                     "column": "genre",
                     "table": "item",
+                    "hash_rows": 9,
                 },
-                "cannot be shared",
+                "cannot share",
                 {
                     "name": "again",
                     "entity": "item",

@@ -38,14 +38,18 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
     ]
     if with_split:
         roles.append(("split", "split"))
+    if spec.impressions is not None:
+        roles = [(role, kind) for role, kind in roles if role not in ("item", "label")]
     columns = [
         Column(name, kind, formats=spec.time_formats if role == "time" else (), purpose=role)
         for role, kind in roles
         if (name := getattr(spec, role)) is not None
     ]
     for name, words in spec.order.items():
-        known = Check(partial(_none_of, words), f"word of interactions.order: {', '.join(words)}")
+        known = Check(partial(_none_of, words), f"a word of interactions.order: {', '.join(words)}")
         columns.append(Column(name, checks=(known,), purpose="strength"))
+    if spec.impressions is not None:
+        columns.append(impressions_column(spec.impressions, labelled=True))
     return [*columns, *map(column_of, in_rows(data))]
 
 
@@ -53,6 +57,50 @@ def _none_of(words: tuple[str, ...], cells: pa.Array) -> npt.NDArray[np.bool_]:
     """``[n]`` string -> ``[n]`` bool: cells with another text than these."""
     known = pc.or_(pc.is_in(cells, value_set=pa.array(words)), pc.is_null(cells))
     return ~np.asarray(known, bool)
+
+
+def impressions_column(name: str, labelled: bool) -> Column:
+    """A column of items that were shown together.
+
+    Args:
+        name: of the column.
+        labelled: whether an item without its label makes the row a bad one.
+    """
+    checks = (Check(_unlabelled, "a list of items with labels, such as N1-1 N2-0"),)
+    return Column(
+        name, "texts", checks=checks if labelled else (), separator=" ", purpose="impressions"
+    )
+
+
+def _unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
+    """``[n]`` list of string -> ``[n]`` bool: cells of which some item has no label, or of none."""
+    owners, items = _shown(cells)
+    wrong = np.asarray(pc.equal(cells.is_valid(), True)).copy()
+    wrong[owners] = False
+    wrong[owners[~np.asarray(pc.match_substring_regex(items, r".-[01]$")).astype(bool)]] = True
+    return wrong
+
+
+def _shown(cells: pa.Array) -> tuple[Int64Array, pa.Array]:
+    """The items of each cell, empty ones between two spaces left out: (row, item and label)."""
+    owners = np.asarray(pc.list_parent_indices(cells), np.int64)
+    items = pc.utf8_trim_whitespace(cells.flatten())
+    there = np.asarray(pc.not_equal(items, "").fill_null(False)).astype(bool)
+    return owners[there], items.filter(pa.array(there))
+
+
+def exploded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A row for each item of ``impressions``: its columns are ``item``, ``label`` and all others.
+
+    Where an item of the batch has no label, those of all are missing, and items are as they stand.
+    """
+    owners, items = _shown(batch["impressions"])
+    labels = pa.nulls(len(items), pa.int8())
+    if pc.all(pc.match_substring_regex(items, r".-[01]$")).as_py():
+        labels = pc.ends_with(items, "1").cast(pa.int8())
+        items = pc.utf8_slice_codeunits(items, 0, -2)
+    rows = batch.drop_columns("impressions").take(pa.array(owners))
+    return rows.append_column("item", items).append_column("label", labels)
 
 
 def in_rows(data: DataConfig) -> list[Feature]:

@@ -1,7 +1,7 @@
 """Rows from outside the dataset -> rows in its indices."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.fields import (
     column_of,
+    exploded,
     hashed_rows,
+    impressions_column,
     numbers_of,
     split_cells,
     transformed,
@@ -47,7 +49,25 @@ class RowEncoder:
     def columns(self) -> list[Column]:
         """What a file of rows must hold."""
         ids = [Column(column, purpose=name) for name, (column, _) in self._entities.items()]
+        impressions = self._manifest.data.interactions.impressions
+        if impressions is not None:
+            ids = [column for column in ids if column.key != "item"]
+            ids.append(impressions_column(impressions, labelled=False))
         return [*ids, *map(column_of, self._context)]
+
+    def in_rows(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """A file's batches with a row for each that is scored: of impressions each item."""
+        for batch in batches:
+            yield exploded(batch) if "impressions" in batch.schema.names else batch
+
+    def as_in_the_file(self, table: pa.Table) -> pa.Table:
+        """The columns that were read, each once, by their names in the file."""
+        columns = [(c.name, c.key) for c in self.columns if c.key != "impressions"]
+        if len(columns) < len(self.columns):
+            columns.append((self._entities["item"][0], "item"))
+        first = dict(reversed(columns))
+        names = list(dict.fromkeys(name for name, _ in columns))
+        return table.select([first[name] for name in names]).rename_columns(names)
 
     def encode(self, table: pa.Table) -> Rows:
         """Encodes a table that has `columns`."""

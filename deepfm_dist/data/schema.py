@@ -147,11 +147,26 @@ class Interactions(Section):
     order: dict[str, tuple[_Word, ...]] = Field(default_factory=dict)
     """For ``repeated: strongest``: a column and its words, the weakest first, such as
     ``{behaviour: [pv, fav, cart, buy]}``."""
+    impressions: str | None = None
+    """Column of the items that were shown together, each with its label: ``N1-1 N2-0``. Every item
+    becomes a row with the row's other cells; ``item`` and ``label`` then need no columns (other
+    files' keys are called ``item`` by default). For click data."""
 
     @property
     def time_formats(self) -> tuple[str, ...]:
         """``time_format`` as a list."""
         return _listed(self.time_format)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _impressions_have_items_and_labels(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("impressions") is not None:
+            return {
+                **tree,
+                "item": tree.get("item") or "item",
+                "label": tree.get("label") or "label",
+            }
+        return tree
 
     @model_validator(mode="after")
     def _strength_is_known(self) -> Self:
@@ -228,8 +243,9 @@ class Feature(Section):
     the item's field of this name. While training, those beside the row's own. It also serves
     users unseen in training whose items are known."""
     table: _Name | None = None
-    """Embedding table; fields that name the same table share its rows (a history may name that of
-    the field it is of). Default: its own."""
+    """Embedding table; fields that name the same table share its rows. A history may name that of
+    the field it is of, and a field of user or item ids (``N1 N2``) that of the users or items: ids
+    not seen in training have row 0. Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
     hash_rows: int | None = Field(None, ge=1)
@@ -468,7 +484,8 @@ class DataConfig(Section):
             if rows.user is None or rows.item is None:
                 raise ValueError("implicit data needs interactions.user and interactions.item")
             if rows.label is not None:
-                raise ValueError("interactions.label goes with task: ctr")
+                which = "label" if rows.impressions is None else "impressions"
+                raise ValueError(f"interactions.{which} goes with task: ctr")
         else:
             if rows.label is None:
                 raise ValueError("task: ctr needs interactions.label")
@@ -530,6 +547,12 @@ class DataConfig(Section):
         rows, column = self.interactions, feature.column or feature.name
         if feature.is_id or feature.history is not None:
             return
+        in_rows = feature.file is None and not feature.names_entity
+        if rows.impressions is not None and in_rows and feature.entity == "item":
+            raise ValueError(
+                f"{feature.name}: a row of impressions has many items; name the file that "
+                f"describes them"
+            )
         if feature.file is None:
             for role in _NOT_FOR_THE_MODEL:
                 if column == getattr(rows, role):
@@ -592,15 +615,24 @@ class DataConfig(Section):
 
 
 def _check_shared_tables(features: Sequence[Feature]) -> None:
-    first_of: dict[str, Feature] = {}
+    first_of = {f.table_name: f for f in features if f.is_id}
     for feature in features:
         if not feature.in_table:
             continue
         first = first_of.setdefault(feature.table_name, feature)
         if first is not feature and not (feature.history is None is first.history):
             continue  # `DataConfig._check_histories` has seen to it
-        if first is not feature and (first.is_id or feature.is_id):
-            raise ValueError(f"table {feature.table_name!r}: the table of an id cannot be shared")
+        if first is not feature and first.is_id:
+            if feature.is_id or not feature.has_vocabulary:
+                raise ValueError(
+                    f"table {feature.table_name!r}: {feature.name} cannot share the table of the "
+                    f"{first.entity}s' ids; only a categorical field of such ids can"
+                )
+            if feature.min_count != 1:
+                raise ValueError(
+                    f"{feature.name}: min_count is that of {first.name}, whose table it shares; "
+                    f"leave it out"
+                )
         if first is not feature and "bucket" in (first.transform, feature.transform):
             raise ValueError(f"table {feature.table_name!r}: a table of buckets cannot be shared")
         if first.hash_rows != feature.hash_rows:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat, names_of
-from deepfm_dist.data.sources import Column, in_tables, laid_out_like, read_batches
+from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
@@ -64,7 +64,7 @@ def predict(
     n_rows = unknown = 0
     try:
         batches = read_batches(source, encoder.columns, layout, name=name)
-        for table in in_tables(batches, ROWS_AT_A_TIME):
+        for table in in_tables(encoder.in_rows(batches), ROWS_AT_A_TIME):
             rows = encoder.encode(table)
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
@@ -74,7 +74,7 @@ def predict(
                 unknown += 0 if ids is None else int((ids == OUT_OF_VOCABULARY).sum())
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                table = _as_in_the_file(table, encoder.columns)
+                table = encoder.as_in_the_file(table)
                 table = table.append_column("score", pa.array(logits))
                 probability = probabilities(logits).astype(np.float32)
                 table = table.append_column("probability", pa.array(probability))
@@ -93,13 +93,6 @@ def predict(
     if unknown:
         log.info("%s ids were never seen in training: scored as unknown", f"{unknown:,}")
     return n_rows
-
-
-def _as_in_the_file(table: pa.Table, columns: Sequence[Column]) -> pa.Table:
-    """The columns that were read, each once, by their names in the file."""
-    first = {column.name: column.key for column in reversed(columns)}
-    names = list(dict.fromkeys(column.name for column in columns))
-    return table.select([first[name] for name in names]).rename_columns(names)
 
 
 def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:

@@ -129,8 +129,11 @@ class Fit:
             features = [f for f in features if f.history is None]
             if not features:  # a history's own
                 continue
-            if features[0].is_id:
-                self.vocabularies[table] = self.entities[features[0].entity]
+            ids = [f for f in features if f.is_id]
+            if ids:  # other fields of such ids may share it
+                self.vocabularies[table] = self.entities[ids[0].entity]
+                if len(features) > 1:
+                    self._check_ids(table, ids[0], [f for f in features if not f.is_id])
             elif features[0].has_vocabulary:
                 least = max(f.min_count for f in features)
                 self.vocabularies[table] = self._vocabulary(table, least)
@@ -144,6 +147,22 @@ class Fit:
             self._numeric(),
             {name: v.rows for name, v in self.entities.items()},
         )
+
+    def _check_ids(self, table: str, named: Feature, others: list[Feature]) -> None:
+        """Refuses fields that share the table of ids and hold none of them."""
+        values, counts = self._partitions.ids[table], self._counts.tables[table]
+        known = self.entities[named.entity].lookup(values) > 0
+        n, n_known = int(counts.sum()), int(counts[known].sum())
+        names = ", ".join(f.name for f in others)
+        if n and not n_known:
+            raise DataError(
+                f"{names}: table {table!r} is that of the {named.entity}s' ids, and none of {n:,} "
+                f"values is one: such as {values[int(counts.argmax())].as_py()!r}, where ids are "
+                f"such as {self.entities[named.entity].ids[0].as_py()!r}; name the column of ids, "
+                f"or leave the table out"
+            )
+        share = 100 * n_known / max(n, 1)
+        log.info("%s: %.1f %% of the values are ids of known %ss", names, share, named.entity)
 
     def _fit_histories(self) -> None:
         """A history's table has the rows of that which its values belong to."""

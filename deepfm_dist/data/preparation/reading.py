@@ -16,6 +16,7 @@ from deepfm_dist.data.codes import Codes
 from deepfm_dist.data.fields import (
     coded,
     column_of,
+    exploded,
     hashed_rows,
     numbers_of,
     row_columns,
@@ -33,6 +34,7 @@ from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 _FILE_BLOCK_ROWS = 1 << 16
+_IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
 
 
 @dataclass
@@ -100,16 +102,25 @@ class Reading:
             if self.times is not None:
                 self.times.add(batch["time"], name)
                 self.times.check()
-            rows = self._coded(batch, part)
-            self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
-            self.n_read += rows.num_rows
             rated = data.interactions.rating is not None
-            self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
+            for piece in self._pieces(batch):
+                rows = self._coded(piece, part)
+                self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
+                self.n_read += rows.num_rows
+                self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
             bar.update(min(BLOCK_BYTES, left))
             left -= min(BLOCK_BYTES, left)
         bar.update(left)
         if part == OPEN and data.interactions.split is None:
             self.n_open += self.n_read - before
+
+    def _pieces(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """The batch; of impressions a row for each item, which take many times its memory."""
+        if self._job.data.interactions.impressions is None:
+            yield batch
+            return
+        for begin in range(0, batch.num_rows, _IMPRESSIONS):
+            yield exploded(batch.slice(begin, _IMPRESSIONS))
 
     def _check_rows(self, name: str, n_rows: int, n_positive: int, dropped: Counter[str]) -> None:
         _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
@@ -136,7 +147,10 @@ class Reading:
         """None, in the columns of the spill."""
         columns = row_columns(self._job.data, with_split=True)
         empty = {c.key: pa.array([], c.arrow_type) for c in columns}
-        return self._coded(pa.RecordBatch.from_pydict(empty), OPEN)
+        batch = pa.RecordBatch.from_pydict(empty)
+        if self._job.data.interactions.impressions is not None:
+            batch = exploded(batch)
+        return self._coded(batch, OPEN)
 
     def _coded(self, batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
         """The columns that later steps need, ids and texts as codes."""
