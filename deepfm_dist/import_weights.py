@@ -42,13 +42,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, from_notebook, shard_for_training
-    from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.data.notebook import read_weights
     from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
     from deepfm_dist.distributed.sharding import fill_tables
     from deepfm_dist.distributed.world import world
-    from deepfm_dist.runs import before_replacing, run_lock
+    from deepfm_dist.runs import before_replacing, open_dataset, run_lock
     from deepfm_dist.training.trainer import LoopState
 
     id_files = dict(_id_file(text) for text in arguments.ids)
@@ -67,7 +66,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
                 before_replacing=partial(before_replacing, config),
             ),
         )
-        dataset = PreparedDataset(config.prepared_dir)
+        dataset = open_dataset(config, ranks)
         values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)
         if any((config.run_dir / "checkpoints").glob("step_*")):
             raise CheckpointError(

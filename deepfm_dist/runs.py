@@ -14,7 +14,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from deepfm_dist.build import shard_for_inference, transfer_of
 from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import Manifest, hash_of
 from deepfm_dist.data.match import check_match, check_start, shared_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
@@ -441,6 +441,33 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, old, new
 
 
+def open_dataset(config: Config, world: World) -> PreparedDataset:
+    """The prepared dataset, once it is known to be the same on all ranks. All ranks.
+
+    Raises:
+        DataError: there is none, or another one on another machine.
+    """
+    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    check_everywhere(dataset, world)
+    return dataset
+
+
+def check_everywhere(dataset: PreparedDataset, world: World) -> None:
+    """Makes sure that all ranks have opened the same dataset. All ranks.
+
+    Raises:
+        DataError: the folder holds another one on another machine, or has been replaced meanwhile.
+    """
+    marks = world.all_gather(hash_of(dataset.manifest.model_dump(mode="json")))
+    other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{dataset.folder}: rank {other} finds another dataset there ({marks[other]}) than "
+            f"rank 0 ({marks[0]}); set run.prepared_root to a folder that all machines share, or "
+            f"copy rank 0's dataset to the others"
+        )
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run has left on disk.
@@ -458,12 +485,15 @@ class Finished:
     state: dict[str, Any]
 
     @property
-    def identity(self) -> dict[str, int | str]:
-        """What tells the checkpoint from any other, also from one of the same step."""
+    def identity(self) -> dict[str, int | str | None]:
+        """What tells the checkpoint from any other, also from one of the same step, and the data.
+
+        An export holds the values of users and items, which the dataset may have got anew.
+        """
         return {
             "step": self.state["step"],
             "checkpoint": checkpoint.digest_of(self.state),
-            "vocabulary_hash": self.state["vocabulary_hash"],
+            **self.dataset.manifest.hashes,
         }
 
 
@@ -502,6 +532,7 @@ def open_trained(
         ConfigError: an override asks for other data or another model than were trained.
     """
     found = find_finished(config, overrides, same_rows)
+    check_everywhere(found.dataset, world)
     sharded = shard_for_inference(found.config, found.dataset.manifest, world)
     checkpoint.load(found.checkpoint, world, sharded)
     log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")

@@ -84,7 +84,6 @@ def _train_alone(
         training_batches,
         validation_of,
     )
-    from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.distributed.checkpoint import Checkpoints, load
     from deepfm_dist.distributed.planning import sent_bytes
@@ -96,6 +95,7 @@ def _train_alone(
         begin,
         check_settings,
         make_ready,
+        open_dataset,
         read_start,
         write_plan,
     )
@@ -117,7 +117,7 @@ def _train_alone(
         )
 
     ranks.first_does("prepare", prepare_data)
-    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    dataset = open_dataset(config, ranks)
     batches = training_batches(config, dataset, ranks)
     schedule = schedule_of(config)
     last = schedule.last_step(batches.steps_per_epoch)

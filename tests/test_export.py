@@ -307,8 +307,9 @@ def _served(settings: list[str]) -> dict[str, np.ndarray]:
 
 def test_a_run_trained_anew_to_the_same_step_is_exported_anew(tmp_path: Path) -> None:
     where = [f"run.runs_root={tmp_path}", f"run.prepared_root={tmp_path / 'prepared'}"]
+    again = "checkpoint.resume=never"  # moves the earlier run and its export aside
     for rate in (0.01, 0.02):
-        how = [*where, "trainer.max_steps=1", f"optimizer.dense.lr={rate}"]
+        how = [*where, "trainer.max_steps=1", f"optimizer.dense.lr={rate}", again]
         assert run_alone(train.main, ["--quiet", *how]) == 0
         served = run_alone(_served, where)
         written = tmp_path / "sample/export"

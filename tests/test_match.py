@@ -1,6 +1,8 @@
 """A model is read with the data it was trained on, or refused by what differs."""
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from deepfm_dist import prepare as prepare_command
+from deepfm_dist import train as train_command
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
@@ -17,7 +20,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.runs import find_finished
 from deepfm_dist.training.trainer import LoopState
-from tests.ranks import run_alone
+from tests.ranks import run_alone, run_ranks
 
 FIELDS = """
 - {name: user, entity: user}
@@ -192,3 +195,26 @@ def test_a_column_that_was_found_to_hold_lists_is_the_one_that_was_trained_on(
     assert not config.data.features[-1].multi_valued
     save_marker(config, manifest)
     assert find_finished(config, []).state["step"] == 5
+
+
+def _train_on_own_data(home: Path) -> int:
+    """Each rank on a machine of its own, whose folder is called alike."""
+    rank = os.environ["RANK"]
+    own = f"run.prepared_root={home / rank}"
+    arguments = ["--quiet", "--config", str(home / "config.yaml"), own, "trainer.max_steps=2"]
+    return train_command.main(arguments)
+
+
+def test_machines_with_different_datasets_of_one_name_are_told_apart(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path)
+    for rank, fields in enumerate((FIELDS, FIELDS.replace("fill: calm", "fill: glad"))):
+        prepared(config_of(tmp_path, fields, f"run.prepared_root={tmp_path / str(rank)}"))
+    config_of(tmp_path)
+    assert run_ranks(_train_on_own_data, 2, tmp_path) == [2, 2]
+    assert "rank 1 finds another dataset there" in capfd.readouterr().err
+    assert not (tmp_path / "r" / "checkpoints").exists()
+    shutil.rmtree(tmp_path / "1")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    assert run_ranks(_train_on_own_data, 2, tmp_path) == [0, 0]
