@@ -68,7 +68,7 @@ def fit(
         folder: where everything is written.
         name: of the model in the folder. Default: ``model``, ``model-2`` and so on, a new one for
             every call. A name that exists is trained further, or returned if it is finished, but
-            only with the same frames and settings.
+            only with the same frames and settings; a longer ``trainer.epochs`` is none of these.
         sections: settings, such as ``model={"embedding_dim": 32}``; see docs/configuration.md.
 
     Returns:
@@ -78,6 +78,8 @@ def fit(
         DataError: a column is missing, or the data cannot be used.
         ConfigError: a setting is unknown or has a bad value, or ``name`` is another model.
     """
+    from deepfm_dist.distributed.checkpoint import complete_steps
+
     with _in_python():
         if (ranks := read_launch().world_size) > 1:
             raise ConfigError(
@@ -121,8 +123,13 @@ def fit(
         name = name or sections.get("run", {}).get("name")
         config = called(name or "model")  # what is wrong with the settings, before anything is made
         config = _claim(root, called) if name is None else config
-        _write_frames(root, config, frames)
-        return Model.train(config)
+        _write_frames(_input(root, config.run.name), config, frames)
+        file = root / f"{config.run.name}.yaml"
+        if not complete_steps(config.run_dir):
+            file.write_text(config.to_yaml())
+        model = Model.train(config)  # refused if a trained model has other settings
+        file.write_text(config.to_yaml())
+        return model
 
 
 @dataclass(frozen=True, repr=False)
@@ -338,7 +345,8 @@ def python_words(message: str) -> str:
             value = {part: value}
         return f"{section}={value!r}".replace("'", '"')
 
-    return _SETTING.sub(argument, _COMMAND.sub(lambda match: _METHODS[match[1]], message))
+    message = _COMMAND.sub(lambda match: _METHODS[match[1]], message)
+    return _SETTING.sub(argument, message.replace("another run.name", "another name"))
 
 
 def _input(root: Path, name: str) -> Path:
@@ -359,24 +367,20 @@ def _claim(root: Path, called: Callable[[str], Config]) -> Config:
     raise AssertionError
 
 
-def _write_frames(root: Path, config: Config, frames: Mapping[str, pd.DataFrame]) -> None:
-    """Writes the frames and the configuration, unless a model is trained on others.
+def _write_frames(folder: Path, config: Config, frames: Mapping[str, pd.DataFrame]) -> None:
+    """Writes the frames, unless a model is trained on others.
 
     Raises:
-        ConfigError: a trained model of this name has other frames or settings.
+        ConfigError: a trained model of this name has other frames.
     """
     from deepfm_dist.distributed.checkpoint import complete_steps
 
-    name = config.run.name
-    folder, file = _input(root, name), root / f"{name}.yaml"
-    files = {folder / frame: _parquet(values) for frame, values in frames.items()}
-    files[file] = config.to_yaml().encode()
+    files = {folder / name: _parquet(frame) for name, frame in frames.items()}
     others = [path for path, content in files.items() if not _holds(path, content)]
     if others and complete_steps(config.run_dir) and config.checkpoint.resume != "never":
-        what = "settings" if others == [file] else "data frames"
         raise ConfigError(
-            f"fit: {config.run_dir} holds a model {name!r} of other {what}; give this one another "
-            f"name=, leave name= out for a new one, or replace the model with "
+            f"fit: {config.run_dir} holds a model {config.run.name!r} of other data frames; give "
+            f"this one another name=, leave name= out for a new one, or replace the model with "
             f"checkpoint.resume=never"
         )
     folder.mkdir(parents=True, exist_ok=True)

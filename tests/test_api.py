@@ -137,6 +137,8 @@ def _two_fits(folder: Path) -> dict[str, Any]:
         errors.append(str(caught.value))
     found["after"] = first.predict(orders)  # what was refused has changed nothing
     found["same"] = fit(orders, **named, model=SMALL).predict(orders)
+    longer = {**named, "trainer": {"epochs": 2, "batch_size": 256}}
+    found["steps"] = [m.checkpoint.name for m in (first, fit(orders, **longer, model=SMALL))]
     found["replaced"] = fit(
         other, **named, model=SMALL, checkpoint={"resume": "never"}
     ).config.run.name
@@ -153,11 +155,12 @@ def test_every_model_is_its_own(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(before, after)
     assert not np.allclose(before["logit"], found["second"]["logit"])
     settings, frames = found["errors"]
-    assert (
-        f"{tmp_path}/runs/model holds a model 'model' of other settings; give this one" in settings
-    )
-    assert "of other data frames; give this one" in frames
-    assert settings.endswith('replace the model with checkpoint={"resume": "never"}')
+    assert 'model={"embedding_dim": 8}' in settings and "another name" in settings
+    assert f"{tmp_path}/runs/model holds a model 'model' of other data frames; give this" in frames
+    for message in (settings, frames):
+        assert 'checkpoint={"resume": "never"}' in message
+    first, longer = (int(name.removeprefix("step_")) for name in found["steps"])
+    assert longer == 2 * first
     pd.testing.assert_frame_equal(before, found["after"])
     pd.testing.assert_frame_equal(before, found["same"])
     assert found["replaced"] == "model"
