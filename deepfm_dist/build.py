@@ -417,6 +417,7 @@ def schedule_of(config: Config) -> Schedule:
         trainer.plateau_factor,
         trainer.min_delta,
         bounds_of(config.optimizer),
+        trainer.needs_monitor is not None,
     )
 
 

@@ -414,6 +414,23 @@ def test_a_best_checkpoint_worse_than_a_constant_is_named(
         assert f"validation NE of the checkpoint of step 10 is {entropy:.4f}: always" in warned[0]
 
 
+def test_a_default_figure_that_is_undefined_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="ndcg@10")
+    state, undefined = LoopState(), {"ndcg@10": float("nan")}
+    for is_first in (True, True, False):
+        state.judge(undefined, schedule)
+        state.check_monitored(undefined, schedule, is_first)
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "ndcg@10 is nan on the validation rows, so that no checkpoint can be the best; the last "
+        "one is used"
+    )
+    with pytest.raises(ConfigError, match=r"trainer\.monitor=ndcg@10: it is nan on the validation"):
+        state.check_monitored(undefined, replace(schedule, needs_monitor=True), True)
+
+
 def _never_defined(sample: PreparedDataset, out: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         Trained(

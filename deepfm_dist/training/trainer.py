@@ -75,6 +75,7 @@ class Schedule:
         patience: validations without a better figure after which training stops.
         plateau_factor: learning rates are multiplied by it at each validation without a better one.
         min_delta: by how much a figure has to be better than the best to count as better.
+        needs_monitor: whether a setting asks for the monitored figure; else it is a default.
         bounds: of the gradients.
     """
 
@@ -93,6 +94,7 @@ class Schedule:
     plateau_factor: float = 1.0
     min_delta: float = 0.0
     bounds: GradientBounds = field(default_factory=GradientBounds)
+    needs_monitor: bool = False
 
     def last_step(self, steps_per_epoch: int) -> int:
         """The step after which training ends, if nothing ends it before."""
@@ -179,6 +181,29 @@ class LoopState:
     def judged(self) -> list[Any]:
         """What `judge` changes."""
         return [self.best, self.best_step, self.without_better, self.lr_scale]
+
+    def check_monitored(
+        self, figures: Mapping[str, float], schedule: Schedule, is_first: bool
+    ) -> None:
+        """Refuses a monitored figure that is undefined on the validation rows.
+
+        One that nobody asked for is warned of, at the first validation.
+
+        Raises:
+            ConfigError: it is NaN, and so it will stay.
+        """
+        if schedule.monitor is None or self.best is not None:
+            return
+        text = (
+            f"{figures[schedule.monitor]} on the validation rows, so that no checkpoint can be the "
+            f"best"
+        )
+        if schedule.needs_monitor:
+            raise ConfigError(
+                f"trainer.monitor={schedule.monitor}: it is {text}; set trainer.monitor=log_loss"
+            )
+        if is_first and self.without_better == 1:
+            log.warning("%s is %s; the last one is used", schedule.monitor, text)
 
     def warn_if_worsening(self, figures: Mapping[str, float], per_epoch: int) -> None:
         """Warns at the second validation in a row without a better monitored figure. Rank 0.
@@ -359,12 +384,7 @@ def train(
                 if not _due(schedule.validate_every_epochs, epoch, inside):
                     state.before_end = state.judged
                 state.judge(found, schedule)
-                if schedule.monitor is not None and state.best is None:
-                    raise ConfigError(
-                        f"trainer.monitor={schedule.monitor}: it is {found[schedule.monitor]} on "
-                        f"the validation rows, so that no checkpoint can be the best; set "
-                        f"trainer.monitor=log_loss"
-                    )
+                state.check_monitored(found, schedule, world.is_first)
                 told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
                 metrics.write(ValidEvent(step=step, epoch=epoch, **found))
