@@ -87,6 +87,7 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
     with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks, same_rows=True)
         dataset = trained.dataset
+        own_split = trained.settings.get("evaluate", {}).get("split", split)
         if dataset.manifest.splits[split].rows == 0:
             raise DataError(
                 f"{dataset.folder}: the {split} split has no rows"
@@ -135,6 +136,7 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
             comparison,
             cutoffs,
             verdicts,
+            "report.html" if split == own_split else f"report-{split}.html",
         )
         return Evaluation(split, rows, comparison, verdicts, (metrics.path, page))
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -507,6 +507,7 @@ class Trained:
         sharded: the task, in eval mode.
         checkpoint: where the weights were read from.
         step: optimizer steps taken by then.
+        settings: the run's own, of every section.
     """
 
     config: Config
@@ -514,6 +515,33 @@ class Trained:
     sharded: DistributedModelParallel
     checkpoint: Path
     step: int
+    settings: Mapping[str, Any]
+
+    def output(self, section: str, name: str, about: Collection[str], given: str | None) -> Path:
+        """The parquet file that a command writes; a CSV of the same name may go with it.
+
+        By default it is ``NAME.parquet`` in the run's folder for the run's own settings. Others are
+        added to the name (``NAME-k20-users.parquet``), so that a small or a special result does not
+        take the place of the full one.
+
+        Args:
+            section: of the command's settings.
+            name: of the default file.
+            about: settings of the section that decide what the result is of.
+            given: what ``--output`` says.
+
+        Raises:
+            ConfigError: ``--output`` names no parquet file.
+        """
+        if given is not None:
+            if Path(given).suffix != ".parquet":
+                better = Path(given).with_suffix(".parquet")
+                raise ConfigError(f"--output {given}: the result is parquet; call it {better}")
+            return Path(given)
+        asked, own = self.config.model_dump(mode="json")[section], self.settings.get(section, {})
+        changed = [option for option in about if asked[option] != own.get(option)]
+        parts = [name, *(option + _in_a_name(asked[option]) for option in changed)]
+        return self.config.output_dir / f"{'-'.join(parts)}.parquet"
 
 
 def open_trained(
@@ -536,7 +564,14 @@ def open_trained(
     sharded = shard_for_inference(found.config, found.dataset.manifest, world)
     checkpoint.load(found.checkpoint, world, sharded)
     log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
-    return Trained(found.config, found.dataset, sharded, found.checkpoint, found.state["step"])
+    return Trained(
+        found.config,
+        found.dataset,
+        sharded,
+        found.checkpoint,
+        found.state["step"],
+        _settings_in(found.state),
+    )
 
 
 def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = False) -> Finished:
@@ -575,6 +610,10 @@ def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = Fa
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
     return Finished(config, dataset, path, state)
+
+
+def _in_a_name(value: Any) -> str:
+    return str(value) if isinstance(value, int | float) else ""
 
 
 def _at(tree: Any, dotted: str) -> Any:

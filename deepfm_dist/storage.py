@@ -7,11 +7,12 @@ an object store does otherwise is here.
 import glob
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -169,6 +170,8 @@ def remove_leftovers(folder: Path) -> None:
             log.info("%s: left by another machine; delete it if nothing is at work there", aside)
         elif process == str(os.getpid()) or not Path("/proc", process).exists():
             shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):  # a file, or gone by now
+                aside.unlink()
 
 
 @contextmanager
@@ -176,12 +179,14 @@ def written_as_a_whole(path: Path) -> Iterator[Path]:
     """Gives a local file to write; it appears as ``path`` when the block ends without an error."""
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
+        remove_leftovers(path)
+        aside = work_folder(path)  # two processes may write it at once
         try:
             yield aside
             aside.rename(path)
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
         return
     remote: Any = path
     with tempfile.TemporaryDirectory() as folder:
@@ -221,15 +226,17 @@ def writing(folder: Path) -> Iterator[None]:
         with told_in_one_line(folder):
             yield
     except OSError as error:
+        reason = "it is no folder" if isinstance(error, FileExistsError) else brief(error)
         raise DeepFMError(
-            f"{error.filename or folder}: cannot be written: {brief(error)}; set run.runs_root to "
-            f"a folder of yours that has room"
+            f"{error.filename or folder}: cannot be written: {reason}; set run.runs_root, or "
+            f"--output, to a folder of yours that has room"
         ) from None
 
 
 def brief(error: BaseException) -> str:
     """An error in one line; never empty."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    text = re.sub(r"^.*Detail: \[errno \d+\] ", "", text)  # Arrow's words around the system's
     return text or type(error).__name__
 
 

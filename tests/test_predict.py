@@ -1,5 +1,6 @@
 """Rows to score from files that are laid out as those of training, or otherwise."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from deepfm_dist import evaluate, predict, train
-from tests.ranks import run_alone
+from tests.ranks import run_alone, run_ranks
 
 NAMES = ["label", "user", "ad"]
 
@@ -59,3 +60,49 @@ def test_memory_is_a_matter_of_the_machine(home: Path) -> None:
     settings = ["--quiet", "--run", str(home / "r"), "data.memory_bytes=0"]
     assert run_alone(evaluate.main, settings) == 0
     assert run_alone(evaluate.main, [*settings, "data.refit=true"]) == 2
+
+
+def _unwritable(home: Path, output: str, limit: int | None) -> int:
+    if limit is not None:  # bytes of a file: what a full disk does, at a byte that is known
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    arguments = ["--quiet", "--run", str(home / "r"), "--output", output]
+    try:
+        return predict.main(arguments)
+    except SystemExit as end:  # of the ranks that hear of rank 0's mistake
+        return int(str(end.code))
+
+
+@pytest.mark.parametrize(
+    ("where", "limit", "said", "size"),
+    [
+        ("clicks.csv/scores.parquet", None, "it is no folder", 2),
+        ("clicks.csv/folder/scores.parquet", None, "Not a directory", 1),
+        ("/proc/scores.parquet", None, "No such file or directory", 1),
+        ("scores.parquet", 1000, "File too large", 1),
+        ("scores.parquet", 1000, "File too large", 2),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(
+    home: Path,
+    capfd: pytest.CaptureFixture[str],
+    where: str,
+    limit: int | None,
+    said: str,
+    size: int,
+) -> None:
+    before = {*home.rglob("*")}
+    assert run_ranks(_unwritable, size, home, str(home / where), limit) == [2] * size
+    lines = [x for x in capfd.readouterr().err.splitlines() if "Error" in x]
+    assert len(lines) == 1, lines
+    [line] = lines
+    assert line.startswith("DeepFMError: ") and f"cannot be written: {said}" in line
+    assert line.endswith("; set run.runs_root, or --output, to a folder of yours that has room")
+    assert {*home.rglob("*")} == before
+
+
+def test_an_output_folder_is_made(home: Path) -> None:
+    target = home / "some/folder/scores.parquet"
+    arguments = ["--quiet", "--run", str(home / "r"), "--output", str(target)]
+    assert run_alone(predict.main, arguments) == 0
+    assert len(pd.read_parquet(target)) == 400
+    assert [p.name for p in target.parent.iterdir()] == [target.name]

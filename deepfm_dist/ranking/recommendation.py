@@ -90,6 +90,7 @@ def recommend(
     wanted: Wanted,
     folder: Path,
     checkpoint: Path | None = None,
+    name: str = "recommendations",
 ) -> Written | None:
     """Ranks the catalogue for every user. All ranks.
 
@@ -105,6 +106,8 @@ def recommend(
         folder: where the files go.
         checkpoint: where the weights are from; a run that was killed is continued if they have
             not changed.
+        name: of the files, without their endings. The matrix is ``score_matrix`` then: a name that
+            begins with ``recommendations`` gives it its ending, another is added.
 
     Returns:
         On rank 0 what was written; None elsewhere. Its figures: ``peak_memory_gib`` of each rank;
@@ -166,7 +169,7 @@ def recommend(
             "candidates": [wanted.candidates, wanted.index, wanted.probes],
             "engine": ranker.engine.name,
         }
-    parts = Parts(folder, "recommendations.parquet", len(users), key, world)
+    parts = Parts(folder, f"{name}.parquet", len(users), key, world)
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
@@ -177,7 +180,8 @@ def recommend(
     if wanted.matrix is not None:
         # Before anything is merged: a run that is killed here goes on with both files' parts.
         of_matrix = key and {**key, "matrix": wanted.matrix}
-        matrix = Parts(folder, "score_matrix.parquet", len(users), of_matrix, world)
+        of_name = f"-{name}".removeprefix("-recommendations")
+        matrix = Parts(folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world)
         matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)

@@ -58,6 +58,7 @@ def similar_items(
     k: int,
     metric: Literal["cosine", "inner_product"],
     folder: Path,
+    name: str = "similar_items",
 ) -> Written | None:
     """Ranks all other items for every item. All ranks.
 
@@ -74,6 +75,7 @@ def similar_items(
         k: items per item.
         metric: of two vectors.
         folder: where the files go.
+        name: of the files, without their endings.
 
     Returns:
         On rank 0 what was written; None elsewhere.
@@ -93,7 +95,7 @@ def similar_items(
     if metric == "cosine":
         vectors = of_length_one(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
-    parts = Parts(folder, "similar_items.parquet", n, None, world)
+    parts = Parts(folder, f"{name}.parquet", n, None, world)
     ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}

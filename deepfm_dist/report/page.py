@@ -18,7 +18,7 @@ from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
-from deepfm_dist.storage import writing
+from deepfm_dist.storage import writing, written_as_a_whole
 from deepfm_dist.training.metrics import Calibration
 
 SHOWN_HISTORY = 10
@@ -59,6 +59,7 @@ def write_page(
     comparison: Comparison | None,
     cutoffs: Sequence[int],
     verdicts: Sequence[Verdict] = (),
+    name: str = "report.html",
 ) -> Path:
     """Writes the report of a run. Rank 0.
 
@@ -73,6 +74,7 @@ def write_page(
         comparison: of rankings, where there are any.
         cutoffs: values of K.
         verdicts: what stands at its top.
+        name: of the file.
 
     Returns:
         Its path.
@@ -116,9 +118,9 @@ def write_page(
         rows_per_s=trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
         picture=lambda plot: Markup(plot.svg),
     )
-    path = folder / "report.html"
-    with writing(path):
-        path.write_text(page, encoding="utf-8")
+    path = folder / name
+    with writing(path), written_as_a_whole(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.storage import remove_leftovers, work_folder, writing
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
 
 log = logging.getLogger(__name__)
@@ -52,17 +54,21 @@ def predict(
 
     Raises:
         DataError: ``source`` cannot be read.
-        DeepFMError: ``target`` cannot be written.
+        DeepFMError: on rank 0, where ``target`` cannot be written.
+        SystemExit: on the other ranks, then.
     """
     encoder, collate = RowEncoder(dataset), Collator(dataset)
     name = Path(source).name
     layout = files.get(name) or laid_out_like(
         source, encoder.columns, files.get(names_of(dataset.manifest.data.interactions.file)[0])
     )
-    aside = target.with_name(f".{target.name}.part")
+    aside = work_folder(target)  # two processes may write the same file
     writer: pq.ParquetWriter | None = None
+    problem: DeepFMError | None = None
     n_rows = unknown = 0
     try:
+        # Before any work that would be lost.
+        world.first_does(str(target), lambda: _check_writable(target, aside))
         batches = read_batches(source, encoder.columns, layout, name=name)
         for table in in_tables(encoder.in_rows(batches), ROWS_AT_A_TIME):
             rows = encoder.encode(table)
@@ -78,21 +84,33 @@ def predict(
                 table = table.append_column("score", pa.array(logits))
                 probability = probabilities(logits).astype(np.float32)
                 table = table.append_column("probability", pa.array(probability))
-                if writer is None:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    writer = pq.ParquetWriter(aside, table.schema, compression="zstd")
-                writer.write_table(table)
+                try:
+                    with writing(target):
+                        if writer is None:
+                            writer = pq.ParquetWriter(aside, table.schema, compression="zstd")
+                        writer.write_table(table)
+                except DeepFMError as error:
+                    problem = error
+            if (problem := world.agreed(problem)) is not None:
+                raise problem if world.is_first else SystemExit(problem.exit_code)
         if writer is not None:
-            writer.close()
-            os.replace(aside, target)
-    except OSError as error:
-        raise DeepFMError(f"{target}: cannot be written: {error.strerror or error}") from None
+            with writing(target):
+                writer.close()
+                os.replace(aside, target)
     finally:
         if world.is_first:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
     if unknown:
         log.info("%s ids were never seen in training: scored as unknown", f"{unknown:,}")
     return n_rows
+
+
+def _check_writable(target: Path, aside: Path) -> None:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        aside.touch()
 
 
 def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:
