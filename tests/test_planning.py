@@ -237,6 +237,23 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
 
 
+def test_buffers_hold_three_batches_of_ids_and_one_of_rows() -> None:
+    """By hand: 64 rows, 12 floats a row; ids of a batch in training, in exchange and in copy."""
+    tables = "user: {kind: row_wise}, item: {kind: table_wise, rank: 0}, "
+    tables += "genre: {kind: table_wise, rank: 0}"
+    settings = (f"sharding.tables={{{tables}}}", "model.embedding_dim=10", "trainer.batch_size=64")
+    found = planned(config_of(*settings), {"user": 100, "item": 100, "genre": 100}, 2, 2, 80)
+    rows = 2 * 64 * 12 * 4  # pooled rows and their gradient
+    ids = 3 * 64 * (4 + 4)  # an id and a length each
+    received = 3 * (rows + ids) // 2  # three tables, half of the batch
+    cut = rows + ids // 2  # every rank pools all rows of a table that is cut, from half of the ids
+    assert [rank.buffer_bytes for rank in found.ranks] == [
+        received + cut + 2 * (rows + ids),
+        received + cut,
+    ]
+    assert found.ranks[1].buffer_bytes == 18_432
+
+
 def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
     cached = "sharding.tables={user: {kind: row_wise, cached: 0.1}}"
     whole = planned(config_of("sharding.kind=row_wise"), BILLION, 8, 8, 80)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 from deepfm_dist.data.cards import Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.events import TrainEvent, ValidEvent
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import Written
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
+from deepfm_dist.report import page as page_module
+from deepfm_dist.report import tables
 from deepfm_dist.report.page import write_page
-from deepfm_dist.report.tables import metrics_table, ranking_table
+from deepfm_dist.report.plots import Plotter
+from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
 from deepfm_dist.report.verdicts import Verdict
 from deepfm_dist.training.metrics import Calibration
+from deepfm_dist.training.search import Trial
 from tests.oracles.row_figures import click_figures
 from tests.pages import watched
 
@@ -197,3 +203,114 @@ def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
 
 def _brightness(colour: str) -> float:
     return float(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.12345, "0.1235"), (99.99994, "99.9999"), (100, "100.0"), (-1234.56, "-1,234.6")],
+)
+def test_figures_have_as_many_digits_as_say_something(value: float, shown: str) -> None:
+    assert page_module._figure(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (0.979, "predictions are too low: 0.979 times the share of positives."),
+        (0.98, "predictions are right: 0.980 times"),
+        (1.02, "predictions are right: 1.020 times"),
+        (1.021, "predictions are too high: 1.021 times"),
+        (float("nan"), None),
+    ],
+)
+def test_the_caption_of_calibration_follows_the_ratio(ratio: float, text: str | None) -> None:
+    curve = Calibration([0.1, 0.7], [0.2, 0.6], [1234, 1233])
+    plot = page_module._calibration(Plotter(), curve, {"calibration": ratio})
+    first = "Each point is one of 2 bins of about 1,234 rows, ordered by prediction."
+    assert plot.caption.startswith(first)
+    assert (plot.caption == first) if text is None else (text in plot.caption)
+
+
+def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
+    events = [
+        TrainEvent(step=50, log_loss=0.5, ne=None, seconds={"data": 1.0, "forward": 0.0}),
+        TrainEvent(step=100, log_loss=0.4, ne=None, seconds={"data": 0.5, "forward": 4.5}),
+        ValidEvent(step=100, epoch=1, log_loss=0.45),
+    ]
+    [plot] = page_module._learning(Plotter(), events)  # neither NE nor AUC has a value
+    assert (plot.name, plot.title) == ("learning-log_loss", "Log loss")
+    assert plot.caption == "Mean cross-entropy in nats; lower is better."
+    for label in ("training, before learning", "validation", "step"):
+        assert f">{label}</text>" in plot.svg
+    [without] = page_module._learning(Plotter(), events[:2])
+    assert ">validation</text>" not in without.svg
+    seconds = page_module._seconds(events)
+    assert seconds == {"data": 1.5, "forward": 4.5}
+    times = page_module._times(Plotter(), seconds)
+    assert times is not None
+    assert times.caption == "Shares of 6.0 host seconds on rank 0."
+    for label in ("data", "forward", "25.0%", "75.0%"):
+        assert f">{label}</text>" in times.svg
+    assert page_module._times(Plotter(), {}) is None
+
+
+def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Path) -> None:
+    rows = click_figures(np.array([0.0, 1, 0, 1]), np.array([-1.0, 1, 2, 0.5]))
+    curve = Calibration([0.1, 0.7], [0.2, 0.6], [2, 2])
+    path = write_page(
+        tmp_path, "x: 1\n", Path("step_00000009"), sample, "valid", rows, curve, None, (5,)
+    )
+    text = path.read_text()
+    assert "Figures on valid rows" in text and "step_00000009 · valid rows" in text
+    for absent in ('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"):
+        assert absent not in text, absent
+    assert f"predict --run {tmp_path} --input rows.csv" in text
+    meanings = re.findall(r'<td class="muted">(.+?)</td>', text)
+    assert len(meanings) == len(rows)  # every figure is explained
+    splits = sample.manifest.splits
+    lead = " ".join(re.findall(r'<p class="lead">(.*?)</p>', text, re.S)[0].split())
+    assert lead == (
+        f"{splits['train'].rows:,} training rows, {splits['valid'].rows:,} for validation, "
+        f"{splits['test'].rows:,} for the test; 700 users; 400 items. Fields: user, item, genre."
+    )
+
+
+def test_what_a_short_list_misses_is_under_the_table(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.parquet"
+    item = int(sample.entity_ids("item")[1].as_py())
+    table = {"user_id": [1], "item_id": [item], "score": [0.5], "rank": [1]}
+    pq.write_table(pa.table(table), path)
+    short = {"candidates": 500, "users": 1000, "overlap": 0.98765, "times_as_fast": 3.25}
+    short["deep_share"] = 0.125
+    written = Written(path, path, 1, 1, 10, 1, {"short_list": short})
+    assert (
+        "500 candidates: on 1,000 users 0.9877 of the exact top 10, 3.2 times as fast; the "
+        "over-arch replaces 0.125 of the pairwise part's top 10"
+    ) in ranking_table(written, sample)
+    assert "candidates" not in ranking_table(replace(written, figures={}), sample)
+
+
+def test_trials_are_listed_with_what_they_varied() -> None:
+    trials = [
+        Trial(
+            "000", {"optimizer.dense.lr": 0.0123456, "model.dropout": 0.5}, "complete", 0.87654321
+        ),
+        Trial("001", {"optimizer.dense.lr": 1e-05}, "failed", None),
+    ]
+    lines = [line.split() for line in trials_table(trials, "auc").splitlines()]
+    assert lines[0] == ["trial", "outcome", "auc", "optimizer.dense.lr", "model.dropout"]
+    assert lines[1] == ["000", "complete", "0.87654", "0.012346", "0.5"]
+    assert lines[2] == ["001", "failed", "1e-05"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "shown"),
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (5 << 20, "5 MiB"),
+        (int(2.25 * 2**30), "2.25 GiB"), (3 << 40, "3.0 TiB"), (4096 << 40, "4,096.0 TiB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_units(n_bytes: int, shown: str) -> None:
+    assert tables._size(n_bytes) == shown

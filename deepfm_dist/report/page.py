@@ -26,17 +26,20 @@ SHOWN_HISTORY = 10
 
 _LEARNING = {
     "log_loss": ("Log loss", "Mean cross-entropy in nats; lower is better."),
-    "ne": ("Normalised entropy", "Log loss as a share of what the mean label gives; 1 is no use."),
-    "auc": ("AUC", "Chance that a positive row scores above a negative one; 0.5 is no use."),
+    "ne": (
+        "Normalized entropy",
+        "Log loss divided by that of always predicting the mean label; 1 is no better than that.",
+    ),
+    "auc": ("AUC", "Chance that a positive row scores above a negative one; 0.5 is guessing."),
 }
 _MEANING = {
     "auc": "chance that a positive row scores above a negative one; 0.5 is guessing",
     "user_auc": "the same within each user, weighted by rows",
     "log_loss": "mean cross-entropy in nats; lower is better",
-    "ne": "log loss as a share of what the mean label gives; below 1 is better than that",
-    "calibration": "mean prediction over mean label; 1 is right",
-    "accuracy": "rows whose probability is on the label's side of one half",
-    "majority_rate": "accuracy of always giving the more frequent label",
+    "ne": "log loss divided by that of always predicting the mean label; below 1 is better",
+    "calibration": "mean prediction divided by mean label; 1 is right",
+    "accuracy": "share of rows whose probability is on the label's side of one half",
+    "majority_rate": "accuracy of always predicting the more frequent label",
 }
 
 
@@ -172,13 +175,13 @@ def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
 def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
     ratio = rows["calibration"]
     caption = (
-        f"Each point is one of {len(curve.rows)} stretches of about {curve.rows[0]:,.0f} rows, by "
-        f"their predictions."
+        f"Each point is one of {len(curve.rows)} bins of about {curve.rows[0]:,.0f} rows, ordered "
+        f"by prediction."
     )
     if not math.isnan(ratio):
-        told = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"
+        judged = "too low" if ratio < 0.98 else "too high" if ratio > 1.02 else "right"
         caption += (
-            f" Over all rows predictions are {told}: {ratio:.3f} times the share of positives."
+            f" Over all rows predictions are {judged}: {ratio:.3f} times the share of positives."
         )
     return plotter.calibration(curve, caption)
 
@@ -201,7 +204,7 @@ def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int
         plotter.groups(
             "by-activity",
             f"NDCG@{k} by user activity",
-            f"The {insight.n_users:,} users in groups of about one size, the least active first.",
+            f"{insight.n_users:,} users in groups of about equal size, the least active first.",
             "training items of the user",
             _labels(insight.activity),
             {name: p.by_activity for name, p in profiles.items()},
@@ -209,7 +212,7 @@ def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int
         plotter.groups(
             "by-popularity",
             f"Recall@{k} by item popularity",
-            f"The {insight.n_held_out:,} held-out items in groups of about one size, rarest first.",
+            f"{insight.n_held_out:,} held-out items in groups of about equal size, rarest first.",
             "training rows of the item",
             _labels(insight.popularity),
             {name: p.by_popularity for name, p in profiles.items()},
@@ -217,7 +220,7 @@ def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int
         plotter.shares(
             "coverage",
             f"Catalogue coverage, K = {k}",
-            "Share of the catalogue that at least one user is recommended.",
+            "Share of items recommended to at least one user.",
             {name: of[f"coverage@{k}"] for name, of in figures.items()},
             per_ranking=True,
         ),
@@ -235,7 +238,7 @@ def _times(plotter: Plotter, seconds: Mapping[str, float]) -> Plot | None:
     return plotter.shares(
         "times",
         "Where training's time went",
-        f"Of {total:,.1f} seconds on rank 0, as the host saw them.",
+        f"Shares of {total:,.1f} host seconds on rank 0.",
         {phase: spent / total for phase, spent in seconds.items()},
         per_ranking=False,
     )
