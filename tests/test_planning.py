@@ -18,8 +18,9 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.planning import Job, Plan, imagined_world, plan, sent_bytes
-from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.sharding import RESERVED, local_shards
 from deepfm_dist.distributed.world import world
+from deepfm_dist.report.tables import plan_table
 from tests.ranks import run_ranks
 from tests.test_distributed import SMALL, Run, config_of
 
@@ -235,6 +236,28 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
     base = planned(config_of(), BILLION, 64, 8, 80)
     assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
+
+
+def test_a_plan_is_put_into_words() -> None:
+    found = planned(config_of("sharding.kind=row_wise"), BILLION, 64, 8, 80)
+    table_lines, rank_lines, summary = plan_table(found).split("\n\n")
+    assert [line.split()[0] for line in table_lines.splitlines()] == [
+        "table", "user", "item", "genre"
+    ]  # fmt: skip
+    # Neighbours that need the same share a line: all but the owner of the small table.
+    [owner] = found.tables[2].ranks
+    shown = [line.split()[0] for line in rank_lines.splitlines()[1:]]
+    assert 0 < owner < 63
+    first = "0" if owner == 1 else f"0-{owner - 1}"
+    assert shown == [first, str(owner), "63" if owner == 62 else f"{owner + 1}-63"]
+    assert summary.splitlines() == [
+        f"64 GPUs on 8 machines, 80 GiB each, {RESERVED:.0%} of it to stay free; rowwise_adagrad; "
+        f"2,048 rows a step",
+        f"fullest rank: {found.fullest.total_bytes / GIB:.4g} GiB, {found.share:.1%} of the limit; "
+        f"about {found.seconds_sending * 1000:.2f} ms of a step go to sending",
+    ]
+    alone = plan_table(planned(config_of(), {"user": 9, "item": 9, "genre": 9}, 1, 1, 0.5))
+    assert "\n1 GPU on 1 machine, 512 MiB each, " in alone
 
 
 def test_buffers_hold_three_batches_of_ids_and_one_of_rows() -> None:
