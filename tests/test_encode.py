@@ -675,6 +675,17 @@ def test_one_column_serves_several_purposes_each_with_its_own_settings(root: Pat
         assert sorted(flat) == sorted(trained.values if isinstance(trained, Jagged) else trained)
 
 
+def test_ids_that_only_look_alike_are_kept_apart_and_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    with caplog.at_level("WARNING"):
+        dataset = small(root, f"u,i\na,{composed}\nb,{decomposed}\nb,tea\n", str(USER_AND_ITEM))
+    assert {composed, decomposed, "tea"} <= set(dataset.entity_ids("item").to_pylist())
+    assert "item: 1 of 3 values differ from another one only in Unicode's" in caplog.text
+    assert "'caf\\xe9'" in caplog.text and "'cafe\\u0301'" in caplog.text
+
+
 def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
     (root / "who.csv").write_text("u,g,age\na,k,1\n,k,2\nb,k,x\n")
     features = """[{name: user, entity: user}, {name: g, entity: user, file: who.csv},

@@ -86,6 +86,8 @@ def test_parquet_and_headerless_latin_1_files_are_read(tmp_path: Path) -> None:
         ("user,score,at\na,1e300,2\n", "line 2: score '1e300' is too large a number"),
         ("user,score,at\na,,2\n", "line 2: score '' is empty"),
         ('user,score,at\n"",1,2\n', "line 2: user '' is empty"),
+        ("user,score,at\na,1e400,2\n", "line 2: score '1e400' is too large a number"),
+        ("user,score,at\na,1,18446744073709551616\n", "line 2: at '18446744073709551616' is not a"),
         ("user,score,at\na,1,1e30\n", "line 2: at '1e30' is not a time"),
         ("user,score,at\na,1,2020-02-30\n", "line 2: at '2020-02-30' is not a time"),
     ],

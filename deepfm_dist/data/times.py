@@ -187,12 +187,13 @@ class TimeColumn:
         dated = np.asarray(times.field("dated")).astype(bool)
         billionths = np.asarray(times.field("billionths"))
         places = np.where(dated, -1, np.searchsorted(_BOUNDS, whole, side="right"))
-        self.eras += np.bincount(places + 1, minlength=len(_BOUNDS) + 2)[1:]
-        for place, first in zip(*np.unique(places, return_index=True), strict=True):
-            kinds = ["dated"] if place < 0 else ["number", str(place)]
-            for kind in kinds:
+        counts = np.bincount(places + 1, minlength=len(_BOUNDS) + 2)
+        self.eras += counts[1:]
+        for place in np.flatnonzero(counts) - 1:
+            for kind in ["dated"] if place < 0 else ["number", str(place)]:
                 if kind not in self.examples:
-                    self.examples[kind] = (_shown(times[int(first)]), file)
+                    first = times[int(np.argmax(places == place))]
+                    self.examples[kind] = (_shown(first), file)
         for decimals in (3, 6, 9):
             if decimals > self.decimals and (billionths % 10 ** (12 - decimals)).any():
                 self.decimals = decimals

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import (
@@ -119,6 +120,8 @@ class Fit:
                 f"has {most:,} training rows, and the item's min_count is "
                 f"{self._min_count_of('item')}; lower it"
             )
+        for name, ids in partitions.ids.items():
+            _warn_of_look_alikes(name, ids)
         self.values: dict[str, Values] = {}
         for feature in job.data.features:
             if feature.describes_entity:
@@ -260,3 +263,25 @@ class Fit:
         if without:
             log.info("%s: %s %ss have none", feature.name, f"{without:,}", feature.entity)
         return bags if feature.multi_valued else bags.firsts()
+
+
+def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
+    """Says that some texts of a vocabulary are the same to the eye, but for Unicode's encodings."""
+    if pc.all(pc.string_is_ascii(ids)).as_py() is not False:
+        return
+    composed = pc.utf8_normalize(ids, "NFC").dictionary_encode()
+    count = len(ids) - len(composed.dictionary)
+    if not count:
+        return
+    places = np.asarray(composed.indices)
+    alike = np.flatnonzero(places == np.flatnonzero(np.bincount(places) > 1)[0])
+    one, two = (ascii(ids[int(at)].as_py()) for at in alike[:2])
+    log.warning(
+        "%s: %s of %s values differ from another one only in Unicode's normal form, such as %s and "
+        "%s; they are kept apart: write all files in one form (NFC) if they mean the same",
+        name.removeprefix(of_entity("")),
+        f"{count:,}",
+        f"{len(ids):,}",
+        one,
+        two,
+    )

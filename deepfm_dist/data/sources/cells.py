@@ -192,7 +192,7 @@ class CellTyper:
             return
         cell = cells[0].as_py()
         what = "is empty" if cell in (None, "") else f"is not {wanted}"
-        if wanted == _WANTED["number"] and math.isfinite(_float_or_none(str(cell)) or math.inf):
+        if wanted == _WANTED["number"] and _is_too_large(str(cell)):
             what = "is too large a number: float32 ends at 3.4e38"
         shown = short("" if cell is None else cell)
         cure = None
@@ -297,6 +297,11 @@ def _float_or_none(text: str | None) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _is_too_large(text: str) -> bool:
+    """Whether a text that is no number for `_convert` has the digits of one."""
+    return _float_or_none(text) is not None and any(digit in text for digit in "0123456789")
 
 
 def _text_or_none(cell: bytes | None) -> str | None:
