@@ -2,9 +2,12 @@
 
 import importlib
 import logging
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +42,8 @@ from deepfm_dist.distributed.sharding import (
     shard,
 )
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.environment import memory_bytes
+from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
@@ -67,8 +71,10 @@ def build_model(
     """The unsharded model: tables on the meta device, the rest initialised from the seed.
 
     Raises:
-        ConfigError: ``model.over_arch`` cannot be imported or built.
+        ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
+            machine's memory.
     """
+    _check_memory(config, manifest, world, half)
     torch.manual_seed(seed)
     over_arch: Callable[[int], nn.Module] | None = None
     if config.deep and config.over_arch == "mlp":
@@ -130,6 +136,36 @@ def transfer_of(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> 
             f"{', '.join(f.name for f in trained.features)}"
         )
     return found
+
+
+def _check_memory(config: ModelConfig, manifest: Manifest, world: World, half: bool) -> None:
+    """Looks at the weights' size before anything is allocated.
+
+    Raises:
+        ConfigError: the weights that this machine has to hold exceed its memory.
+    """
+    dim, memory = config.embedding_dim, memory_bytes()
+    fields = len(manifest.categorical) + len(manifest.dense)
+    rows = sum(spec.rows for spec in manifest.tables.values())
+    on_machine = world.local_world_size / world.world_size
+    tables = round(rows * (dim + 1) * (2 if half else 4) * on_machine)
+    if world.device.type == "cpu" and tables > memory:  # the planner knows the GPUs' memory
+        raise ConfigError(
+            f"model.embedding_dim={dim:,}: {rows:,} rows of tables take {_gigabytes(tables)} of "
+            f"this machine's {_gigabytes(memory)}; use a smaller one, or more machines"
+        )
+    layers = (fields * dim, *config.over_arch_layer_sizes, 1)
+    deep = 4 * world.local_world_size * sum(a * b for a, b in pairwise(layers))
+    if config.deep and config.over_arch == "mlp" and deep > memory:
+        raise ConfigError(
+            f"model.over_arch_layer_sizes={list(config.over_arch_layer_sizes)} on {fields} fields "
+            f"of model.embedding_dim={dim:,}: the weights take {_gigabytes(deep)} of this "
+            f"machine's {_gigabytes(memory)}; use smaller layers or a smaller embedding_dim"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTrain:
@@ -282,6 +318,7 @@ def shard_for_training(
         config.sharding.communication,
     )
     if config.trainer.compile:
+        _check_compiler(world.device)
         above.compile()
     if task.catalogue_loss is not None:
         # They cancel in a loss of rankings. What rounding leaves of their gradient differs from one
@@ -551,6 +588,20 @@ def shard_for_inference(
     sharded, _ = shard(task, world, placements, EmbeddingComputeKernel.DENSE, kind)
     sharded.eval()
     return sharded
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Looks for the compiler that torch.compile would miss at the first step.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise EnvironmentProblem(
+            f"trainer.compile=true: torch.compile needs a C++ compiler on a CPU, and {compiler} is "
+            f"not found; install g++ or name another one in CXX, or set trainer.compile=false"
+        )
 
 
 def from_notebook(

@@ -3,13 +3,15 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from deepfm_dist.config import Config, load_config, settings_of
-from deepfm_dist.errors import ConfigError, DeepFMError, RankLost
+from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
 from deepfm_dist.launcher import (
     Launch,
     read_launch,
@@ -139,7 +141,8 @@ def run(
         if launch.rank == 0:
             _warn_of_settings_without_effect(name, arguments.overrides)
         require(config.run.device)
-        work(config, arguments)
+        with memory_errors_to_user():
+            work(config, arguments)
     except DeepFMError as error:
         # Usually every rank makes the same mistake, which rank 0 reports.
         if not isinstance(error, RankLost):
@@ -157,6 +160,30 @@ def run(
         report_to_torchrun(launch, error)
         raise
     return EXIT_OK
+
+
+@contextmanager
+def memory_errors_to_user() -> Iterator[None]:
+    """Around work whose size follows from settings.
+
+    Raises:
+        OutOfMemory: numpy, Arrow or torch cannot allocate what it needs.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        # torch's CPU allocator raises a plain RuntimeError; CUDA's is called OutOfMemoryError.
+        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (is_memory or "DefaultCPUAllocator: can't allocate memory" in text):
+            raise
+        wanted = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGTP]i?B)", text)
+        size = f"{int(wanted[1]) / 1e9:,.1f} GB" if wanted and wanted[1] else wanted and wanted[2]
+        raise OutOfMemory(
+            f"cannot allocate {size or 'memory'}: lower what the settings ask for "
+            f"(trainer.batch_size, model.embedding_dim, recommend.k, evaluate.k, "
+            f"recommend.memory_bytes), or use a larger machine"
+        ) from error
 
 
 def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ class RunConfig(Section):
     machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where torch and fbgemm both support it, else the CPU."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=1024)
     """CPU threads per process. More than one may change the last digits of results."""
     deterministic: bool = False
     """On CUDA: only kernels whose result is the same bit for bit every time, which a resumed run
@@ -237,7 +237,7 @@ class TrainerConfig(Section):
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, whatever the epochs say."""
-    reading_threads: int | None = Field(None, ge=0)
+    reading_threads: int | None = Field(None, ge=0, le=1024)
     """Threads of a process that make the next batches while one trains; the batches are the same.
     Default: one for each core that the processes of the machine leave idle, at most 4; 0: none."""
     accumulate_steps: int = Field(1, ge=1)

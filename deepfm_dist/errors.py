@@ -31,3 +31,7 @@ class RankLost(DeepFMError):
     """Other ranks were killed or hang; says which. Raised on one rank, nobody's mistake."""
 
     exit_code = 1
+
+
+class OutOfMemory(DeepFMError):
+    """Memory that cannot be allocated: the machine's, or a GPU's."""

@@ -457,3 +457,41 @@ def test_a_restart_goes_on_from_the_latest(
 def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
     with pytest.raises(ConfigError, match=r"monitor=acu: not a figure .*; available: auc"):
         folder.begin("trainer.monitor=acu")
+
+
+def _build(folder: Path, override: str) -> None:
+    config = config_of(override)
+    with world("cpu") as ranks:
+        build_model(config.model, Manifest.read(folder), ranks, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        # The sample's tables have 701 + 401 + 19 rows, of embedding_dim + 1 floats.
+        ("model.embedding_dim=1000000000000", r"1,121 rows of tables take 4,484,000\.0 GB of "),
+        # 3 fields of 10 numbers each: 4 B * (30 * 200,000 + 200,000 ** 2 + 200,000)
+        (
+            "model={embedding_dim: 10, over_arch_layer_sizes: [200000, 200000]}",
+            r"the weights take 160\.0 GB of ",
+        ),
+    ],
+)
+def test_weights_that_exceed_the_memory_are_refused_before_they_are_allocated(
+    sample: PreparedDataset, override: str, told: str
+) -> None:
+    with pytest.raises(RankFailed, match=f"ConfigError: model.*{told}"):
+        run_alone(_build, sample.folder, override)
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    sample: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RankFailed, match=r"EnvironmentProblem: .*no-such-compiler is not found"):
+        run_alone(_shard, sample.folder, "trainer.compile=true")
+
+
+def _shard(folder: Path, override: str) -> None:
+    with world("cpu") as ranks:
+        shard_for_training(config_of(override), Manifest.read(folder), ranks)

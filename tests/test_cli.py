@@ -10,7 +10,9 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from deepfm_dist import (
     __main__,
@@ -299,3 +301,16 @@ def test_settings_of_ranks_reach_the_process_group() -> None:
     for command in ("train", "evaluate", "recommend", "similar", "predict", "combine", "tune"):
         source = (ROOT / f"deepfm_dist/{command}.py").read_text()
         assert "world(*config.run.process_group)" in source, command
+
+
+def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def torch_s(*_: object) -> None:
+        torch.empty(1 << 60)
+
+    def numpy_s(*_: object) -> None:
+        np.empty(1 << 55)
+
+    for work, told in ((torch_s, "cannot allocate 4,611,686,018.4 GB: "), (numpy_s, "256. PiB: ")):
+        assert cli.run("prepare", "", work, ["--quiet"]) == 2
+        [line] = capsys.readouterr().err.splitlines()[-1:]
+        assert re.match(f"OutOfMemory: .*{told}", line)

@@ -248,7 +248,7 @@ class Feature(Section):
     not seen in training have row 0. Default: its own."""
     min_count: int = Field(1, ge=1)
     """Values seen less often in training share the out-of-vocabulary row."""
-    hash_rows: int | None = Field(None, ge=1)
+    hash_rows: int | None = Field(None, ge=1, lt=2**31 - 1)
     """Hash values onto this many rows instead of fitting a vocabulary."""
     transform: Literal["none", "log", "standard", "bucket"] = "none"
     """For numeric fields: as it is, sign(x) * log(1 + |x|), (x - mean) / standard deviation, or
