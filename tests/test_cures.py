@@ -390,8 +390,8 @@ INPUT = [
     ),
     Mistake(
         "prepare data.interactions.time=time",
-        "['%Y-%m-%d %H:%M:%S', '%Y%m%d']",
-        """data.interactions.time_format="['%Y-%m-%d %H:%M:%S', '%Y%m%d']" """,
+        "[iso, '%Y%m%d']",
+        """data.interactions.time_format="[iso, '%Y%m%d']" """,
         files={"rows.csv": _timed(lambda s: "20200131" if s % 2 else "2020-01-30 10:00:00")},
     ),
     Mistake(

@@ -124,8 +124,8 @@ class Interactions(Section):
     """Column of the time (a number, a date or a timestamp), exact to the nanosecond; orders
     histories and temporal splits."""
     time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
-    """How its text and numbers are written, in strptime's codes (``%d/%m/%Y %H:%M``), or ``s``,
-    ``ms``, ``us``, ``ns`` for numbers that count from 1970; of several, the first that fits.
+    """How its text and numbers are written: strptime's codes (``%d/%m/%Y %H:%M``), ``iso``, or
+    ``s``, ``ms``, ``us``, ``ns`` for numbers that count from 1970; of several, the first that fits.
     Default: ISO 8601 (``2020-01-31 12:00:00.5``, UTC where no zone is given), or plain numbers."""
     label: str | None = None
     """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
@@ -194,6 +194,8 @@ class Interactions(Section):
         role_of: dict[str, str] = {}
         for role in ("user", "item", "time", *_NOT_FOR_THE_MODEL):
             column = getattr(self, role)
+            if role == "weight" and column == self.rating:
+                continue  # rows may count by their rating
             if column is not None and role_of.setdefault(column, role) != role:
                 raise ValueError(f"{role_of[column]} and {role} are both the column {column!r}")
         return self

@@ -7,7 +7,6 @@ rows of a dataset, the coarsest that holds each of them exactly.
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -26,6 +25,8 @@ from deepfm_dist.errors import DataError
 TIME = pa.struct([("whole", pa.int64()), ("billionths", pa.int32()), ("dated", pa.bool_())])
 """A time as it is read: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``; dated: in
 seconds since 1970, UTC, else a number without a unit."""
+ISO = "iso"
+"""Stands for ISO 8601 among formats."""
 EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 """Units of numbers that count from 1970, each with how many make a second."""
 
@@ -34,6 +35,7 @@ _INT64 = np.iinfo(np.int64)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIRECTIVES = frozenset("aAbBdfHIjmMpSyYzZ%")
 _ALIASES = {"%T": "%H:%M:%S", "%D": "%m/%d/%y", "%F": "%Y-%m-%d", "%R": "%H:%M", "%e": "%d"}
+_ZONE = r"(:\d\d(?:[.,]\d+)?)\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 _NAMED_ZONE = re.compile(r"\s*(?:UTC|GMT|utc|Z|z)$")
 _FRACTION = re.compile(r"^(.*:\d\d(?::\d\d)?|\S*T\d{6})[.,](\d+)(.*)$")
 
@@ -62,23 +64,24 @@ _GUESSES = (
     "%a, %d %b %Y %H:%M:%S %z",
     "%a, %d %b %Y %H:%M:%S %Z",
     "%d/%b/%Y:%H:%M:%S %z",
+    *("%Y%m%d", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%y%m%d%H"),
 )
 
 
 def check_format(text: str) -> str:
-    """Returns a time format, if it is one: strptime's codes, or a unit of ``EPOCH_UNITS``.
+    """Returns a time format, if it is one: strptime's codes, `ISO`, or one of `EPOCH_UNITS`.
 
     Raises:
         ValueError: it is something else.
     """
-    if text in EPOCH_UNITS:
+    if text in (ISO, *EPOCH_UNITS):
         return text
     codes = re.findall(r"%(.?)", _plain_codes(text))
     if wrong := [code for code in codes if code not in _DIRECTIVES or not code]:
         raise ValueError(f"{text!r}: unknown code %{wrong[0]}; see Python's strptime")
     if not codes:
         raise ValueError(
-            f"{text!r} is not a time format; use strptime's codes, such as %Y-%m-%d %H:%M:%S, or "
+            f"{text!r} is not a time format; use strptime's codes, such as %d/%m/%Y %H:%M, iso, or "
             f"the unit of numbers that count from 1970: {', '.join(EPOCH_UNITS)}"
         )
     return text
@@ -95,6 +98,9 @@ def guess_formats(*texts: str) -> list[str]:
             return False
         return True
 
+    units = {10: "s", 13: "ms", 16: "us", 19: "ns"}
+    if texts and all(text.isdigit() and len(text) == len(texts[0]) in units for text in texts):
+        return [units[len(texts[0])]]
     return list(islice(filter(fits, _GUESSES), 2))
 
 
@@ -143,13 +149,13 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
     """
     distinct = pc.utf8_trim_whitespace(texts.cast(pa.string())).dictionary_encode()
     values = distinct.dictionary
+    formats = formats or (ISO,)
     if any("%z" in f for f in formats):
         times = _one_by_one(values, lambda text: _by_formats(text, formats, in_utc=False))
-    elif formats:
+    else:
+        if ISO in formats:  # without its zone, the cell's own time is what is read as UTC
+            values = pc.replace_substring_regex(values, _ZONE, r"\1")
         times = _of_formats(values, formats)
-    else:  # without its zone, the cell's own time is what is read as UTC
-        zone = r"(:\d\d(?:[.,]\d+)?)\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
-        times = _of_text(pc.replace_substring_regex(values, zone, r"\1"))
     seconds = times.field("whole")
     # Arrow's calendar does not reach further than this.
     shown = pc.and_(times.field("dated"), pc.less(pc.abs(seconds), 10**12))
@@ -216,11 +222,13 @@ class TimeColumn:
             DataError: names a time of each, and what to do.
         """
         if "dated" in self.examples and "number" in self.examples:
+            number = self.examples["number"][0]
+            guess = (guess_formats(number) or ["s"])[0]
             raise self._mixed(
                 "dated",
                 "number",
                 "whose order is unknown; say how both are written: data.interactions.time_format="
-                f"\"['%Y-%m-%d %H:%M:%S', {_format_of(self.examples['number'][0])}]\"",
+                f'"[iso, {guess if guess in EPOCH_UNITS else repr(guess)}]"',
             )
         eras = np.flatnonzero(self.eras[1::2])
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
@@ -460,7 +468,10 @@ def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
         if not len(at):
             break
         some = texts.take(pa.array(at))
-        read = _of_unit(some, EPOCH_UNITS[name]) if name in EPOCH_UNITS else _strptime(some, name)
+        if name in EPOCH_UNITS:
+            read = _of_unit(some, EPOCH_UNITS[name])
+        else:
+            read = _of_iso(some) if name == ISO else _strptime(some, name)
         if len(at) == len(texts):
             found = read
             continue
@@ -468,6 +479,11 @@ def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
         place[at] = np.arange(len(at))
         found = pc.if_else(left, read.take(pa.array(place, mask=place < 0)), found)
     return found
+
+
+def _of_iso(texts: pa.Array) -> pa.StructArray:
+    times = _of_text(texts)
+    return pc.if_else(times.field("dated").fill_null(False), times, None)
 
 
 def _of_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
@@ -507,6 +523,11 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
                 per_part = _BILLION // EPOCH_UNITS[name]
                 return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True
             continue
+        if name == ISO:
+            time = _by_itself(text if in_utc else re.sub(_ZONE, r"\1", text))
+            if time is not None and time[2]:
+                return time
+            continue
         try:
             moment = datetime.strptime(text, _plain_codes(name))
         except ValueError:
@@ -529,13 +550,3 @@ def _shown(time: pa.StructScalar) -> str:
         return f"{_EPOCH + timedelta(seconds=whole):%Y-%m-%d %H:%M:%S}{rest}"
     except OverflowError:
         return f"{whole}{rest} s since 1970"
-
-
-def _format_of(number: str) -> str:
-    """The likely format of a number."""
-    for digits, name in ((8, "%Y%m%d"), (14, "%Y%m%d%H%M%S"), (12, "%Y%m%d%H%M")):
-        if len(number) == digits:
-            with suppress(ValueError):
-                datetime.strptime(number, name)
-                return repr(name)
-    return {10: "s", 13: "ms", 16: "us", 19: "ns"}.get(len(number.partition(".")[0]), "s")
