@@ -453,9 +453,21 @@ INPUT = [
         files={"rows/a.csv": FILES["rows.csv"]},
     ),
     Mistake(
-        "prepare data.negatives.fixed_per_user=25",
-        "set it to 20 or less",
-        "data.negatives.fixed_per_user=20",
+        "prepare",
+        "upper and lower case; write them alike",
+        files={"items.csv": FILES["items.csv"].replace("\ni", "\nI")},
+        new_files={"items.csv": FILES["items.csv"]},
+    ),
+    Mistake(
+        "prepare",
+        "set key to the column of the item ids",
+        files={"items.csv": "item,id" + FILES["items.csv"][4:].replace("\ni", "\nthe i,i")},
+        new_data={"features": [*DATA["features"][:2], {**DATA["features"][2], "key": "id"}]},
+    ),
+    Mistake(
+        "prepare data.interactions.repeated=strongest",
+        "needs something to compare: rating",
+        "data.interactions.rating=rating data.interactions.min_rating=3",
     ),
     Mistake(
         "prepare",

@@ -1,5 +1,6 @@
 """Rows from outside the dataset -> rows in its indices."""
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -18,9 +19,13 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Jagged, Values
+from deepfm_dist.data.matching import Unseen, difference
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.errors import ConfigError
+
+_FEW_VALUES = 100_000
+"""That a similar word is looked for among."""
 
 
 class RowEncoder:
@@ -44,6 +49,7 @@ class RowEncoder:
         self._vocabularies = {
             f.name: dataset.vocabulary(f.table_name) for f in self._context if f.has_vocabulary
         }
+        self._unseen = {name: Unseen(name) for name in (*self._entities, *self._vocabularies)}
 
     @property
     def columns(self) -> list[Column]:
@@ -75,8 +81,16 @@ class RowEncoder:
         for name, (_, ids) in self._entities.items():
             place = pc.index_in(table[name], value_set=ids).fill_null(-1)
             found[name] = place.to_numpy().astype(np.int32) + np.int32(1)
+            self._unseen[name].add(table[name], found[name] > 0)
         context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
         return Rows(found.get("user"), found.get("item"), None, context, table.num_rows)
+
+    def unseen(self) -> list[str]:
+        """What to say of the values encoded so far that training never saw, field by field."""
+        known = {name: ids for name, (_, ids) in self._entities.items()}
+        known |= {name: vocabulary.ids for name, vocabulary in self._vocabularies.items()}
+        found = [unseen.report(known[name]) for name, unseen in self._unseen.items()]
+        return [text for text in found if text is not None]
 
     def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
         """One row of context from the configuration, for recommendations.
@@ -109,8 +123,22 @@ class RowEncoder:
         found = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
         rows = found.values if isinstance(found, Jagged) else found
         if feature.has_vocabulary and (rows == 0).any():
-            raise ConfigError(f"recommend.context.{feature.name}={value!r}: never seen in training")
+            raise ConfigError(
+                f"recommend.context.{feature.name}={value!r}: never seen in training"
+                f"{self._known_instead(feature, str(value))}"
+            )
         return found
+
+    def _known_instead(self, feature: Feature, value: str) -> str:
+        """A value of the training rows that may be meant."""
+        known = self._vocabularies[feature.name].ids
+        if how := difference(pa.array([value]), known):
+            return f"; did you mean {how.known!r}?"
+        if len(known) <= _FEW_VALUES:
+            near = difflib.get_close_matches(value, known.to_pylist(), n=1)
+            if near:
+                return f"; did you mean {near[0]!r}?"
+        return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
     def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:
         if feature.kind == "numeric":
@@ -123,6 +151,7 @@ class RowEncoder:
             rows = hashed_rows(texts, feature)
         else:
             rows = self._vocabularies[feature.name].lookup(texts)
+            self._unseen[feature.name].add(texts, rows > 0)
         if feature.multi_valued:
             return Jagged.from_pairs(owners, rows, len(cells))
         single = np.zeros(len(cells), np.int32)

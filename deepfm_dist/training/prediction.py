@@ -15,7 +15,7 @@ from torch import nn
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.schema import OUT_OF_VOCABULARY, FileFormat, names_of
+from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.world import World
@@ -65,7 +65,7 @@ def predict(
     aside = work_folder(target)  # two processes may write the same file
     writer: pq.ParquetWriter | None = None
     problem: DeepFMError | None = None
-    n_rows = unknown = 0
+    n_rows = 0
     try:
         # Before any work that would be lost.
         world.first_does(str(target), lambda: _check_writable(target, aside))
@@ -76,8 +76,6 @@ def predict(
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
             pieces = world.gather([logits for _, logits in scored])
             n_rows += rows.n
-            for ids in (rows.users, rows.items):
-                unknown += 0 if ids is None else int((ids == OUT_OF_VOCABULARY).sum())
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
                 table = encoder.as_in_the_file(table)
@@ -101,8 +99,8 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    if unknown:
-        log.info("%s ids were never seen in training: scored as unknown", f"{unknown:,}")
+    for text in encoder.unseen():
+        log.warning("%s: %s", name, text)
     return n_rows
 
 

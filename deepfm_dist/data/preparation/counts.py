@@ -1,7 +1,9 @@
 """Where rows belong, and what training rows say: added up over partitions and ranks."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.preparation.ties import latest_rows, seeded, words_of
-from deepfm_dist.data.schema import label_of
+from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.data.split import (
     SPLITS,
     TEST,
@@ -38,6 +40,10 @@ from deepfm_dist.data.split import (
 )
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed, permute
+
+log = logging.getLogger(__name__)
+NEARLY_ALL = 0.95
+"""Share of the rows, users or items without a value from which on a field is warned of."""
 
 
 @dataclass
@@ -68,11 +74,7 @@ class EntityValues:
         n: int,
     ) -> "EntityValues":
         """What rows say of ``n`` users or items."""
-        if isinstance(values, Jagged):
-            says = values.lengths > 0
-        else:
-            says = ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
-        row, differ = latest_rows(entities, times, words, says, n)
+        row, differ = latest_rows(entities, times, words, has_value(values), n)
         there = np.flatnonzero(row >= 0)
         row = row[there]
         return cls(
@@ -96,6 +98,32 @@ class EntityValues:
         return found
 
 
+def has_value(values: Values) -> npt.NDArray[np.bool_]:
+    """``[n]`` bool: which raw values of a field are not missing."""
+    if isinstance(values, Jagged):
+        return np.asarray(values.lengths > 0)
+    return np.asarray(~np.isnan(values) if values.dtype.kind == "f" else values >= 0)
+
+
+def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
+    """Logs how many of ``n`` rows, users or items have no value in a field."""
+    if n_empty:
+        where = f"column {feature.column or feature.name!r}"
+        where += f" of {label_of(feature.file)}" if feature.file else ""
+        nearly_all = n_empty >= NEARLY_ALL * n
+        log.log(
+            logging.WARNING if nearly_all else logging.INFO,
+            "%s: %s of %s %s have no value%s",
+            feature.name,
+            f"{n_empty:,}",
+            f"{n:,}",
+            rows,
+            f"; is the {where} the right one, and what {feature.name}.missing says?"
+            if nearly_all
+            else "",
+        )
+
+
 @dataclass
 class Counts:
     """What a rank's partitions add to the statistics.
@@ -109,6 +137,7 @@ class Counts:
         weight: ``[partitions]``: weight of the training rows.
         repeated: rows dropped because another one has their user and item.
         low: rows that are seen but not trained on.
+        empty: training rows without a value, of each field that stands in context.
     """
 
     tables: dict[str, Int64Array]
@@ -120,6 +149,7 @@ class Counts:
     weight: npt.NDArray[np.float64]
     repeated: int = 0
     low: int = 0
+    empty: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def none(cls, job: Job, partitions: Partitions) -> "Counts":
@@ -146,6 +176,8 @@ class Counts:
             self.liked += counted(part["item"][at[part["label"][at] == 1]], len(self.liked))
         for feature in job.row_fields:
             values = taken(part[f"field {feature.name}"], at)
+            if feature.entity == "context":
+                self.empty[feature.name] += len(at) - int(has_value(values).sum())
             if feature.entity != "context":
                 n = len(self.tables[of_entity(feature.entity)])
                 hashes = partitions.hashes(feature.table_name) if feature.has_vocabulary else None
@@ -176,8 +208,8 @@ class Counts:
     def of_all(self, job: Job) -> "Counts":
         """What all ranks counted. All ranks."""
         crew, entity_of = job.crew, {f.name: f.entity for f in job.row_fields}
-        others = (self.numeric, self.of_entities, self.repeated, self.low)
-        numeric, of_entities, repeated, low = zip(*crew.gather(others), strict=True)
+        others = (self.numeric, self.of_entities, self.repeated, self.low, self.empty)
+        numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
         names = list(dict.fromkeys(name for of_rank in of_entities for name in of_rank))
         return Counts(
             {name: crew.add_up(table) for name, table in self.tables.items()},
@@ -195,6 +227,7 @@ class Counts:
             crew.add_up(self.weight),
             sum(repeated),
             sum(low),
+            sum(empty, Counter()),
         )
 
 
@@ -282,6 +315,9 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     _note_ties(job, tied_users, held_out_users, bounds, all_keyed)
     if job.crew.is_first:
         job.drop("repeated (user, item) rows", counts.repeated)
+        for feature in job.row_fields:
+            n_train = int(counts.rows[:, TRAIN].sum())
+            report_empty(feature, counts.empty[feature.name], n_train, "training rows")
         least = job.data.interactions.min_rating or 0
         job.drop(f"rows rated below {least:g}, kept as seen", counts.low)
     n_rows, file = int(counts.rows.sum()), label_of(job.data.interactions.file)

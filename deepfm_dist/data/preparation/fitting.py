@@ -19,10 +19,11 @@ from deepfm_dist.data.fields import (
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import NumericSpec
-from deepfm_dist.data.preparation.counts import Counts
+from deepfm_dist.data.matching import check_join
+from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.schema import Feature, label_of
+from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
@@ -123,6 +124,7 @@ class Fit:
         for name, ids in partitions.ids.items():
             _warn_of_look_alikes(name, ids)
         self.values: dict[str, Values] = {}
+        self._joined: dict[tuple[str, str | None], bool] = {}
         for feature in job.data.features:
             if feature.describes_entity:
                 self.values[feature.name] = self._entity_values(feature)
@@ -222,6 +224,7 @@ class Fit:
             )
         else:
             side = self._partitions.side_files[feature.name]
+            self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
             rows, found = vocabulary.lookup(side.keys), side.values
             # Several fields of a file may read the same rows.
             reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
@@ -229,10 +232,63 @@ class Fit:
             self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
         known = np.flatnonzero(rows > 0)
         values = self._by_row(feature, rows[known], taken(found, known), vocabulary.rows)
+        self._check_filled(feature, values)
         if isinstance(values, Jagged) and feature.has_vocabulary:
             table = self._counts.tables[feature.table_name]
             table += np.bincount(values.values, minlength=len(table))
         return values
+
+    def check_join(
+        self,
+        entity: str,
+        file: Files,
+        key: str | None,
+        keys: pa.Array | pa.ChunkedArray,
+        field: str,
+    ) -> None:
+        """Compares a side file's keys with the users or items of the training rows, once.
+
+        Args:
+            entity: user or item.
+            file: the file.
+            key: column of the keys; None: the interactions'.
+            keys: string.
+            field: what is read of the file.
+
+        Raises:
+            DataError: none of the keys is one of theirs.
+        """
+        name, column = label_of(file), key or getattr(self._job.data.interactions, entity)
+        if (name, column) in self._joined:
+            return
+        ids = self._partitions.ids[of_entity(entity)]
+        trained = pa.array(self._counts.tables[of_entity(entity)] > 0)
+        others = pa.concat_arrays([ids.cast(pa.string()), self.entities[entity].ids])
+        try:
+            warning = check_join(
+                f"{name}: the column {column!r}",
+                keys,
+                ids.filter(trained),
+                others,
+                entity,
+                f"set key to the column of the {entity} ids, or leave {field} out",
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        self._joined[name, column] = warning is not None
+        if warning is not None:
+            log.warning("%s", warning)
+
+    def _check_filled(self, feature: Feature, values: Values) -> None:
+        """Says how many users or items have no value in a field."""
+        if self._earlier.column(feature.entity, feature.name) is not None:
+            return  # an earlier dataset may have it
+        key = feature.key or getattr(self._job.data.interactions, feature.entity)
+        if feature.file is not None and self._joined[label_of(feature.file), key]:
+            return  # said already: few of them are in the file
+        n = len(values) - 1
+        n_empty = n - int(has_value(values)[1:].sum())
+        report_empty(feature, n_empty, n, f"{feature.entity}s")
 
     def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
         """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
@@ -259,9 +315,6 @@ class Fit:
             f"repeated {feature.name} values of one {feature.entity}", len(pair) - len(first)
         )
         bags = Jagged.from_pairs(owners[first], values[first], n)
-        without = int((bags.lengths[1:] == 0).sum())
-        if without:
-            log.info("%s: %s %ss have none", feature.name, f"{without:,}", feature.entity)
         return bags if feature.multi_valued else bags.firsts()
 
 

@@ -1,5 +1,6 @@
 """Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
 
+import logging
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.layout import signed_table
 from deepfm_dist.data.manifest import SplitSpec, cuts_of
+from deepfm_dist.data.matching import difference
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
@@ -34,13 +36,15 @@ from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.split import SPLITS, TRAIN, Parts, TieKeys, sort_groups
-from deepfm_dist.data.vocabulary import Vocabulary
+from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
 
+log = logging.getLogger(__name__)
 LANE_WINDOW_ROWS = 1 << 22
 """Rows that all lanes together hold in memory when they are streamed."""
 HELD_OUT_GROUP_ROWS = 1 << 20
+_MOST_UNKNOWN = 10_000
 
 
 class RowWriter:
@@ -62,6 +66,7 @@ class RowWriter:
         self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
         self._cuts = cuts_of(n_train, self.groups)
         self.sums: dict[str, int] = {}
+        self._known = KnownInTraining(job, partitions, counts)
         self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
         self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
         self._drawer = self._rows_to_draw_by()
@@ -105,9 +110,11 @@ class RowWriter:
                     signed = signed_table(table, job.folder / file, self.sums[file])
                     _write_groups(signed, job.folder / file, cuts, first)
                     sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
+                self._known.add(part, parts)
                 if {"user", "item"} <= columns.keys():
                     self._put_histories(part, p, parts, columns)
                 bar.update()
+        self._known.check()
         sizes, n_rows = job.crew.add_up(sizes), job.crew.add_up(n_rows)
         return {
             name: SplitSpec(
@@ -237,6 +244,75 @@ def _in_time_order(part: Part, rows: Int64Array, ties: TieKeys) -> Int64Array:
     return order
 
 
+class KnownInTraining:
+    """Counts held-out rows whose users and items have training rows. All ranks.
+
+    Args:
+        job: the preparation.
+        partitions: its rows.
+        counts: of its training rows.
+    """
+
+    def __init__(self, job: Job, partitions: Partitions, counts: Counts) -> None:
+        self._job, self._partitions = job, partitions
+        self._trained = {name: counts.tables[of_entity(name)] > 0 for name in job.entities}
+        self._rows = np.zeros((len(SPLITS), len(job.entities), 2), np.int64)  # known, all
+        self._unknown: dict[tuple[int, str], Int32Array] = {}
+
+    def add(self, part: Part, parts: Parts) -> None:
+        """Counts a partition in, whose rows go where ``parts`` says."""
+        for split in range(TRAIN + 1, len(SPLITS)):
+            at = np.flatnonzero(parts == split)
+            for place, name in enumerate(self._job.entities):
+                codes = part[name][at]
+                known = self._trained[name][codes]
+                self._rows[split, place] += known.sum(), len(known)
+                before = self._unknown.get((split, name), np.zeros(0, np.int32))
+                unknown = np.unique(np.concatenate([before, codes[~known]]))
+                self._unknown[split, name] = unknown[:_MOST_UNKNOWN]
+
+    def check(self) -> None:
+        """Says where few held-out rows, or none, are of users and items with training rows.
+
+        Raises:
+            DataError: none is, in a split that a file or a column gives.
+        """
+        job = self._job
+        rows, unknown = job.crew.add_up(self._rows), job.crew.gather(self._unknown)
+        for split in range(TRAIN + 1, len(SPLITS)):
+            file = getattr(job.data.split, f"{SPLITS[split]}_file")
+            given = file or job.data.interactions.split
+            texts = []
+            for (n_known, n), name in zip(rows[split].tolist(), job.entities, strict=True):
+                codes = [of_rank[split, name] for of_rank in unknown if (split, name) in of_rank]
+                if 2 * n_known >= n or not codes:
+                    continue
+                ids = self._partitions.ids[of_entity(name)]
+                strange = ids.take(pa.array(np.unique(np.concatenate(codes))))
+                trained = ids.filter(pa.array(self._trained[name]))
+                how = difference(strange, trained)
+                texts.append(
+                    f"{n_known:,} of {n:,} rows have {'a user' if name == 'user' else 'an item'} "
+                    f"of the training rows: "
+                    + (
+                        f"of the other {name}s, {how}"
+                        if how
+                        else f"{strange[0].as_py()!r} is not among them, {trained[0].as_py()!r} is"
+                    )
+                )
+                if n_known == 0 and how is not None and given:
+                    raise DataError(self._told(split, texts[-1:]) + "; write the ids alike")
+            if texts and len(texts) == len(job.entities) and not rows[split, :, 0].any() and given:
+                raise DataError(self._told(split, texts) + "; are these rows of the same log?")
+            if texts and job.crew.is_first:
+                log.warning("%s", self._told(split, texts))
+
+    def _told(self, split: int, texts: list[str]) -> str:
+        file = getattr(self._job.data.split, f"{SPLITS[split]}_file")
+        where = label_of(file) if file else f"the {SPLITS[split]} split"
+        return f"{where}: {'; '.join(texts)}"
+
+
 def write_entities(
     job: Job, fit: Fit, counts: Counts, histories: Histories, earlier: Earlier
 ) -> dict[str, int]:
@@ -267,7 +343,7 @@ def write_entities(
                 positives[: len(before)] += before.to_numpy()
             table["count"] = pa.array(positives)
         if name == "item" and job.data.titles is not None:
-            table["title"] = _titles(job, vocabulary)
+            table["title"] = _titles(job, fit)
         sums[f"entities/{name}.parquet"] = total = sum_of(pa.table(table))
         signed = signed_table(pa.table(table), path, total)
         if name == "user" and "item" in fit.entities:
@@ -305,14 +381,15 @@ def _carried(raw: Values, encoded: Values, before: Values) -> Values:
     return encoded
 
 
-def _titles(job: Job, items: Vocabulary) -> pa.Array:
-    titles = job.data.titles
+def _titles(job: Job, fit: Fit) -> pa.Array:
+    titles, items = job.data.titles, fit.entities["item"]
     assert titles is not None
     key = titles.key or job.data.interactions.item
     assert key is not None
     table = side_table(
         job, label_of(titles.file), [Column(key), Column(titles.column, required=False)]
     )
+    fit.check_join("item", titles.file, titles.key, table[key], "titles")
     rows = items.lookup(table[key])
     place = np.full(items.rows, -1, np.int64)
     place[rows[::-1]] = np.arange(len(rows))[::-1]

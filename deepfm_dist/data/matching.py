@@ -1,0 +1,166 @@
+"""Whether two sides of a join write their ids alike, and how those differ that do not match."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_MOST_TEXTS = 10_000
+"""Texts without a match that are looked at."""
+
+
+def _replaced(pattern: str, replacement: str, texts: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(texts, pattern=pattern, replacement=replacement)
+
+
+_WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
+    ("the spaces around them", pc.utf8_trim_whitespace),
+    ("decimals of zero", partial(_replaced, r"^(\s*-?\d+)\.0+(\s*)$", r"\1\2")),
+    ("leading zeros", partial(_replaced, r"^(\s*)0+(\d)", r"\1\2")),
+    ("upper and lower case", pc.utf8_lower),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """In what most texts differ from known ones that mean the same.
+
+    Attributes:
+        what: the difference, after "but for".
+        count: of the texts that were looked at.
+        text: one of them.
+        known: the known one that it is meant to be.
+    """
+
+    what: str
+    count: int
+    text: str
+    known: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} would match but for {self.what}: {self.text!r} and {self.known!r}"
+
+
+def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
+    """In what texts without a match differ from known ones, if it is how they are written.
+
+    Args:
+        texts: string, none of them among the known ones; each once.
+        known: string.
+    """
+    texts, best = texts.drop_null()[:_MOST_TEXTS], None
+    if len(texts) == 0 or len(known) == 0:
+        return None
+    alike = [texts, known]
+    for what, way in (*_WAYS, ("the way they are written", None)):
+        if way is None:  # all ways, one after the other
+            for _, each in _WAYS:
+                alike = [each(side) for side in alike]
+            ours, theirs = alike
+        else:
+            ours, theirs = way(texts), way(known)
+        place = np.asarray(pc.index_in(ours, value_set=theirs).fill_null(-1))
+        at = np.flatnonzero(place >= 0)
+        if len(at) > (best.count if best else 0):
+            first = int(at[0])
+            pair = texts[first].as_py(), known[int(place[first])].as_py()
+            best = Difference(what, len(at), *pair)
+    return best
+
+
+def check_join(
+    source: str,
+    keys: pa.Array | pa.ChunkedArray,
+    wanted: pa.Array,
+    others: pa.Array,
+    entity: str,
+    cure: str,
+) -> str | None:
+    """Compares the keys of a side file with the users or items of the rows.
+
+    Args:
+        source: the file and the column of its keys, as a message names them.
+        keys: string.
+        wanted: ``[m]`` distinct ids of the training rows.
+        others: ids that may be there as well, such as an earlier dataset's.
+        entity: user or item.
+        cure: what to do where nothing matches.
+
+    Returns:
+        What to warn of: that few match, or that ids are written in different ways.
+
+    Raises:
+        ValueError: says that no key matches.
+    """
+    distinct = pc.unique(keys).drop_null()
+    if isinstance(distinct, pa.ChunkedArray):
+        distinct = distinct.combine_chunks()
+    found = pc.is_in(wanted, value_set=distinct)
+    n_found, n = pc.sum(found).as_py() or 0, len(wanted)
+    if n_found == n:
+        return None
+    missing = wanted.filter(pc.invert(found))
+    how = difference(missing, distinct)
+    if n_found == 0 and not pc.any(pc.is_in(others, value_set=distinct)).as_py():
+        theirs, ours = (how.known, how.text) if how else (_least(distinct), _least(wanted))
+        but = f", and {how.count:,} would match but for {how.what}" if how else ""
+        raise ValueError(
+            f"{source} has none of the {n:,} {entity}s of the training rows: it has {theirs!r} and "
+            f"the rows have {ours!r}{but}; {'write them alike' if how else cure}"
+        )
+    if how is None and 2 * n_found >= n:
+        return None
+    without = f", and {missing[0].as_py()!r}, say, is not there" if how is None else f"; {how}"
+    return f"{source} has {n_found:,} of the {n:,} {entity}s ({n_found / n:.1%}){without}"
+
+
+def _least(texts: pa.Array) -> str | None:
+    """The first in order, so that messages do not depend on the order of rows."""
+    least: str | None = pc.min(texts).as_py()
+    return least
+
+
+class Unseen:
+    """Counts the values of one field that a model does not know.
+
+    Attributes:
+        name: of the field.
+        count: of the values that are not known.
+        total: of all values.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count, self.total = name, 0, 0
+        self._texts: dict[str, None] = {}
+
+    def add(self, texts: pa.Array | pa.ChunkedArray, is_known: np.ndarray) -> None:
+        """Takes in values, and which of them are known."""
+        self.total += len(texts)
+        if is_known.all():
+            return
+        unknown = texts.filter(pa.array(~is_known))
+        self.count += len(unknown)
+        if len(self._texts) < _MOST_TEXTS:
+            self._texts |= dict.fromkeys(_listed(unknown.unique()))
+
+    def report(self, known: pa.Array) -> str | None:
+        """What to say of them, if there are any.
+
+        Args:
+            known: the texts that the model knows.
+        """
+        if self.count == 0:
+            return None
+        how = difference(pa.array(list(self._texts), pa.string()), known)
+        text = (
+            f"{self.name}: {self.count:,} of {self.total:,} values were never seen in training and "
+            f"are scored as unknown (such as {next(iter(self._texts))!r})"
+        )
+        return text if how is None else f"{text}; of {len(self._texts):,} different ones, {how}"
+
+
+def _listed(texts: pa.Array | pa.ChunkedArray) -> Iterable[str]:
+    return (str(text) for text in texts[:_MOST_TEXTS].to_pylist())

@@ -1,0 +1,243 @@
+"""Joins that join nothing, or little, say so; and so do fields that are empty for everybody."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.matching import difference
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.errors import ConfigError, DataError
+
+BASE: dict[str, Any] = {
+    "interactions": {"file": "s.csv", "user": "u", "item": "i"},
+    "features": [
+        {"name": "user", "entity": "user"},
+        {"name": "item", "entity": "item"},
+        {"name": "brand", "entity": "item", "file": "items.csv"},
+        {"name": "price", "entity": "item", "file": "items.csv", "kind": "numeric"},
+    ],
+    "split": {"valid": 0, "test": 0},
+}
+ROWS = [(f"u{k % 5}", str(k % 20)) for k in range(60)]
+
+
+def prepared(root: Path, keys: list[str], **changes: Any) -> PreparedDataset:
+    """Rows of the items 0 to 19, and a file that describes others."""
+    if not (root / "s.csv").exists():
+        pd.DataFrame(ROWS, columns=["u", "i"]).to_csv(root / "s.csv", index=False)
+    lines = [(key, f"b{k % 3}", k, f"The {k}") for k, key in enumerate(keys)]
+    items = pd.DataFrame(lines, columns=["i", "brand", "price", "title"])
+    items.to_csv(root / "items.csv", index=False)
+    prepare(DataConfig.model_validate(BASE | changes), root, root / "d", seed=1)
+    return PreparedDataset(root / "d")
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "what"),
+    [
+        (" 1", "1", "the spaces around them"),
+        ("1", "1 ", "the spaces around them"),
+        ("20.0", "20", "decimals of zero"),
+        ("20", "20.00", "decimals of zero"),
+        ("0001", "1", "leading zeros"),
+        ("-1", "-1.0", "decimals of zero"),
+        ("PHONE", "phone", "upper and lower case"),
+        (" 01.0", "1", "the way they are written"),
+        ("0", "00", "leading zeros"),
+        ("1.5", "15", None),
+        ("10", "1", None),
+        ("1.0.0", "1.0", None),
+        ("", "0", None),
+    ],
+)
+def test_how_two_texts_differ_is_said(text: str, known: str, what: str | None) -> None:
+    found = difference(pa.array([text, "other"]), pa.array(["else", known]))
+    if what is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.what, found.count, found.text, found.known) == (what, 1, text, known)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            "{}.0",
+            r"it has '0\.0' and the rows have '0', and 20 would .* decimals of zero; write",
+        ),
+        ("{} ", r"it has '0 ' and the rows have '0', and 20 would match but for the spaces"),
+        ("{:04d}", r"it has '0000' and the rows have '0', and 20 would match but for leading zer"),
+        ("item-{}", r"it has 'item-0' and the rows have '0'; set key to the column of the item id"),
+    ],
+)
+@pytest.mark.parametrize("of_titles", [False, True])
+def test_a_side_file_without_a_matching_key_is_refused(
+    tmp_path: Path, written: str, message: str, of_titles: bool
+) -> None:
+    keys = [written.format(k) for k in range(20)]
+    changes: dict[str, Any] = {}
+    if of_titles:
+        changes = {"features": BASE["features"][:2], "titles": {"file": "items.csv"}}
+    message = (
+        r"items\.csv: the column 'i' has none of the 20 items of the training rows: " + message
+    )
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, keys, **changes)
+
+
+def test_a_side_file_with_few_matching_keys_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = [str(k) for k in range(20)]
+    prepared(tmp_path, [*every, "99"])
+    assert "has" not in caplog.text
+    prepared(tmp_path, every[:12])  # 60 %
+    assert not caplog.records
+    prepared(tmp_path, every[:5])
+    told = "items.csv: the column 'i' has 5 of the 20 items (25.0%), and "
+    assert [r.getMessage().startswith(told) for r in caplog.records] == [
+        True
+    ]  # once for two fields
+    caplog.clear()
+    prepared(tmp_path, [*every[:15], *(f"{k}.0" for k in range(15, 20))])
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert re.fullmatch(
+        r"items\.csv: the column 'i' has 15 of the 20 items \(75\.0%\); 5 would match but for "
+        r"decimals of zero: '(1[5-9])' and '\1\.0'",
+        message,
+    )
+
+
+def test_a_grown_dataset_may_describe_old_items_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared(tmp_path, [str(k) for k in range(20)])
+    (tmp_path / "d").rename(tmp_path / "old")
+    pd.DataFrame([("u1", "new")], columns=["u", "i"]).to_csv(tmp_path / "s.csv", index=False)
+    prepared(tmp_path, ["3"], vocabulary_from=str(tmp_path / "old"))
+    with pytest.raises(DataError, match="it has 'x' and the rows have 'new'"):
+        prepared(tmp_path, ["x"], vocabulary_from=str(tmp_path / "old"))
+
+
+def test_a_field_that_is_empty_for_nearly_everybody_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    n = 100
+    rows = pd.DataFrame(
+        {
+            "u": [f"u{k % 10}" for k in range(n)],
+            "i": [f"i{k}" for k in range(n)],
+            "h": ["x"] + ["-"] * (n - 1),
+            "n": [1.0] * 6 + [None] * (n - 6),
+            "c": ["", "k"] * (n // 2),
+            "m": ["k"] * 4 + ["NONE"] * (n - 4),
+        }
+    )
+    rows.to_csv(tmp_path / "s.csv", index=False)
+    fields = [
+        {"name": "h", "missing": ["-"]},
+        {"name": "n", "kind": "numeric"},
+        {"name": "c"},
+        {"name": "m", "entity": "item", "column": "m", "missing": ["NONE"]},
+    ]
+    caplog.set_level(logging.INFO, "deepfm_dist")
+    prepared(tmp_path, ["0"], features=[*BASE["features"][:2], *fields])
+    said = {r.getMessage(): r.levelname for r in caplog.records if "no value" in r.getMessage()}
+    assert said == {
+        "h: 99 of 100 training rows have no value; is the column 'h' the right one, and what "
+        "h.missing says?": "WARNING",
+        "n: 94 of 100 training rows have no value": "INFO",
+        "c: 50 of 100 training rows have no value": "INFO",
+        "m: 96 of 100 items have no value; is the column 'm' the right one, and what m.missing "
+        "says?": "WARNING",
+    }
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        ([("u0.0", "3.0")], "0 of 1 rows .*"),
+        (
+            [("u1", "3.0"), ("u2", "4.0")],
+            "v.csv: 0 of 2 rows have an item .*decimals of zero.*ali",
+        ),
+        ([("U1", "3"), ("U2", "4")], "v.csv: 0 of 2 rows have a user .* upper and lower case: 'U"),
+        (
+            [("w1", "x1"), ("w2", "x2")],
+            "v.csv: 0 of 2 rows have a user .*are these rows of",
+        ),
+    ],
+)
+def test_held_out_files_that_match_nothing_are_refused(
+    tmp_path: Path, held_out: list[tuple[str, str]], message: str
+) -> None:
+    pd.DataFrame(held_out, columns=["u", "i"]).to_csv(tmp_path / "v.csv", index=False)
+    split = {"valid_file": "v.csv", "test": 0}
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, [str(k) for k in range(20)], split=split)
+
+
+def test_held_out_files_that_match_little_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """New users alone may be meant: their items are known."""
+    held_out = [("w1", "3"), ("w2", "4"), ("w3", "5")]
+    pd.DataFrame(held_out, columns=["u", "i"]).to_csv(tmp_path / "v.csv", index=False)
+    split = {"valid_file": "v.csv", "test": 0}
+    prepared(tmp_path, [str(k) for k in range(20)], split=split)
+    (message,) = [r.getMessage() for r in caplog.records if "v.csv" in r.getMessage()]
+    assert message.startswith("v.csv: 0 of 3 rows have a user of the training rows: 'w")
+
+
+def test_values_never_seen_in_training_are_counted_field_by_field(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        {
+            "u": [f"u{k % 5}" for k in range(40)],
+            "i": [str(k % 8) for k in range(40)],
+            "device": ["phone", "desktop"] * 20,
+            "size": ["20", "30"] * 20,
+            "n": range(40),
+        }
+    )
+    rows.to_csv(tmp_path / "s.csv", index=False)
+    fields = [{"name": "device"}, {"name": "size"}, {"name": "n", "kind": "numeric"}]
+    dataset = prepared(tmp_path, ["0"], features=[*BASE["features"][:2], *fields])
+    encoder = RowEncoder(dataset)
+    table = {
+        "user": ["u1", "u2", "nobody"],
+        "item": ["1", "2", "3"],
+        "field device": ["phone", "PHONE", "DESKTOP"],
+        "field size": ["20.0", None, "30"],
+        "field n": [1.0, 2.0, None],
+    }
+    assert {c.key for c in encoder.columns} == set(table)
+    for piece in (slice(0, 2), slice(2, 3)):
+        encoder.encode(pa.table({name: values[piece] for name, values in table.items()}))
+    user, device, size = encoder.unseen()
+    assert user == (
+        "user: 1 of 3 values were never seen in training and are scored as unknown (such as "
+        "'nobody')"
+    )
+    assert device.startswith("device: 2 of 3 values were never seen in training")
+    assert "of 2 different ones, 2 would match but for upper and lower case: 'PHONE' and" in device
+    assert "size: 1 of 2 values" in size
+    assert "1 would match but for decimals of zero: '20.0' and '20'" in size
+    context = {"device": "phone", "size": "20", "n": 1.0}
+    encoder.fixed_context(context)
+    for wrong, told in (
+        ({"device": "PHONE"}, "device='PHONE': never seen in training; did you mean 'phone'"),
+        ({"size": "20.0"}, "size='20.0': never seen in training; did you mean '20'"),
+        ({"device": "desktp"}, "never seen in training; did you mean 'desktop'"),
+        ({"size": "x"}, r"never seen in training; it has [23]0, [23]0$"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            encoder.fixed_context(context | wrong)
