@@ -17,7 +17,8 @@ import socket
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +88,7 @@ class Lock:
                     f"{self._what}: in use by {_described(holder)}; wait for it, stop it, or "
                     f"{self._cure}"
                 )
-            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
 
     def release(self) -> None:
         """Gives the lock back; without effect where it is not held."""
@@ -102,6 +103,15 @@ class Lock:
             _descriptors.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
+
+    @contextmanager
+    def waiting(self, wait_s: float) -> Iterator[None]:
+        """Holds the lock inside, after waiting for whoever holds it; see `acquire`."""
+        self.acquire(wait_s)
+        try:
+            yield
+        finally:
+            self.release()
 
     def __enter__(self) -> Self:
         self.acquire()

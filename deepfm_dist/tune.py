@@ -25,6 +25,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import ConfigError, DeepFMError
     from deepfm_dist.report.tables import trials_table
+    from deepfm_dist.storage import writing, written_as_a_whole
     from deepfm_dist.train import train_on
     from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
 
@@ -47,7 +48,9 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
                 tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
                 state, stopped = train_on(tried, alone, heard)
                 if stopped:
-                    return  # the same command goes on with this trial
+                    if search is not None:
+                        search.close()
+                    return  # the same command resumes this trial
                 outcome, best = "complete", state.best
             except Pruned:
                 outcome = "pruned"
@@ -64,11 +67,16 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
         if search is not None:
             print(trials_table(search.past(), monitor))
             found = search.best()
-            if found is None:
+            if elsewhere := search.n_elsewhere():
+                print(f"\n{elsewhere} trials are still open in other processes")
+            elif found is None:
                 raise DeepFMError(f"{search.path}: no trial is complete; see its log")
-            path = folder / "best.yaml"
-            path.write_text(with_settings(config, found.values).to_yaml())
-            print(f"\nbest: {found.name}, {monitor} {found.best:.6f}\nwritten: {path}")
+            if found is not None:
+                path = folder / "best.yaml"
+                best_run = with_settings(config, found.values).renamed(f"{config.run.name}_best")
+                with writing(path), written_as_a_whole(path) as file:
+                    file.write_text(best_run.to_yaml())
+                print(f"\nbest: {found.name}, {monitor} {found.best:.6f}\nwritten: {path}")
 
 
 if __name__ == "__main__":

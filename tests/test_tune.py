@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def tried(search: Search, trials: int, until: int = 10**9) -> list[Trial]:
     while (trial := search.next(trials)) is not None:
         found.append(trial)
         if len(found) == until:
+            search.close()  # as the end of its process does
             break
         search.over("complete", value_of(trial))
     return found
@@ -118,6 +120,7 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
         search.next(9)
         told = [search.heard(epoch, 0.9) for epoch in (1, 2, 3)]
         if cut:
+            search.close()
             search = Search(
                 tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True
             )
@@ -179,14 +182,14 @@ def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path:
         yaml.safe_load((tmp_path / name / "tune" / "best.yaml").read_text())
         for name in ("one", "two")
     ]
-    assert found[0]["run"].pop("name") == "one" and found[1]["run"].pop("name") == "two"
+    assert found[0]["run"].pop("name") == "one_best" and found[1]["run"].pop("name") == "two_best"
     assert found[0] == found[1]
     assert found[0]["optimizer"]["tables"]["lr"] == 0.3
     tried = tmp_path / "one" / "tune"
     kept = list(tried.glob("*/checkpoints/step_*/state.json"))
     assert len({path.parts[-4] for path in kept}) == 1  # the best trial's
     assert run_alone(_run, train.main, "--config", str(tried / "best.yaml"), timeout_s=300) == 0
-    again = (tmp_path / "one" / "checkpoints").glob("step_*/state.json")
+    again = (tmp_path / "one_best" / "checkpoints").glob("step_*/state.json")
     assert _best(again) == _best(kept)
 
 
@@ -275,3 +278,67 @@ def test_a_search_without_its_library_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tune needs the library optuna.*pip install optuna"):
         Search(tmp_path, SPACE, False, 1, prune=False)
+
+
+def _worker(folder: Path, started: Path) -> list[str]:
+    """Takes part in a search until it is over; its trials."""
+    search, found = Search(folder, SPACE, False, 1, prune=False), []
+    while (trial := search.next(12)) is not None:
+        (started / trial.name).open("x").close()  # nobody else has it
+        time.sleep(0.5)  # trains
+        search.over("complete", value_of(trial))
+        found.append(trial.name)
+    return found
+
+
+def test_several_workers_share_one_study(tmp_path: Path) -> None:
+    """Each trial is of one worker, each is tried once, and all differ."""
+    (tmp_path / "started").mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(_worker, tmp_path / "study", tmp_path / "started") for _ in range(3)]
+        found = [future.result() for future in futures]
+    assert sorted(name for of_worker in found for name in of_worker) == [
+        f"trial_{n:03}" for n in range(12)
+    ]
+    assert all(found)  # none was kept out
+    past = Search(tmp_path / "study", SPACE, False, 1, prune=False).past()
+    assert [t.outcome for t in past] == ["complete"] * 12
+    assert [t.best for t in past] == [value_of(t) for t in past]
+    assert len({json.dumps(t.values) for t in past}) == 12
+
+
+def test_a_trial_of_a_worker_at_work_is_left_alone_and_that_of_a_lost_one_taken_over(
+    tmp_path: Path,
+) -> None:
+    first, second = (Search(tmp_path, SPACE, False, 1, prune=False) for _ in range(2))
+    lost, other = first.next(2), second.next(2)
+    assert lost is not None and other is not None
+    assert (lost.name, other.name) == ("trial_000", "trial_001")
+    assert second.n_elsewhere() == 2
+    second.over("complete", 0.5)
+    assert second.next(2) is None  # the first is still at work
+    assert second.n_elsewhere() == 1
+    first.close()  # as the end of its process does
+    assert second.next(2) == lost
+    second.over("complete", 0.25)
+    assert second.next(2) is None
+    assert (second.n_elsewhere(), len(second.past())) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"op_code": 5, "wor', b"\xff\xfe\x00", b'{"op_code": 5}garbage\n', b"[]\n"]
+)
+def test_a_study_is_read_across_damaged_lines(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = tried(Search(tmp_path, SPACE, False, 1, prune=False), 3)
+    with (tmp_path / "study.log").open("ab") as file:
+        file.write(damage)
+    again = Search(tmp_path, SPACE, False, 1, prune=False)
+    after = tried(again, 5)
+    whole = tried(Search(tmp_path / "whole", SPACE, False, 1, prune=False), 5)
+    assert before + after == whole
+    caplog.clear()
+    assert len(Search(tmp_path, SPACE, False, 1, prune=False).past()) == 5
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path / 'study.log'}: 1 damaged lines skipped; ")

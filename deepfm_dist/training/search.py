@@ -2,15 +2,23 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, InUse
+from deepfm_dist.lock import Lock
 from deepfm_dist.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+_CHOOSING_S = 60.0
+"""Seconds for which a process waits until others have chosen what to try."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,14 @@ class Search:
     """A study: which settings were tried, how well they did, what to try next. Rank 0.
 
     What a trial tries depends on the seed and the trials before it, so that a search that was
-    stopped and goes on tries the same as one that was not.
+    stopped and resumed tries the same as one that was not. Several processes may search in one
+    study: each holds a lock on the trial that it trains, and a trial whose lock is free although it
+    is open has lost its process; the next that asks takes it over, under the same name.
 
     Args:
-        folder: of the study's file; a study that is there is gone on with.
+        folder: of the study's file; a study that is there is resumed.
         space: by setting, a `Span` or the values to choose from.
-        lower_is_better: whether the watched figure is to be small.
+        lower_is_better: whether the monitored figure is to be small.
         seed: of what is tried.
         prune: whether a trial ends when its best figure so far is worse than the median of the
             earlier trials' at the same epoch; the first four trials, and the first epoch of each,
@@ -81,59 +91,96 @@ class Search:
             )
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "study.log"
         self._optuna, self._space, self._seed = optuna, space, seed
         self._lower = lower_is_better
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self.path))),
-            study_name="tune",
-            direction="minimize" if lower_is_better else "maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-            if prune
-            else optuna.pruners.NopPruner(),
-        )
         spread = {k: asdict(v) if isinstance(v, Span) else list(v) for k, v in space.items()}
         asked = json.dumps({"space": spread, "lower": lower_is_better, "seed": seed, "of": of})
-        if self._study.user_attrs.get("asked", asked) != asked:
-            raise ConfigError(
-                f"{self.path}: the study of another search (space, figure, seed, or settings of "
-                f"data, model or training differ); choose another run.name, or remove the folder"
+        journal = _journal(self.path)
+        with self._alone():
+            self._study = optuna.create_study(
+                storage=JournalStorage(journal),
+                study_name="tune",
+                direction="minimize" if lower_is_better else "maximize",
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
+                if prune
+                else optuna.pruners.NopPruner(),
             )
-        self._study.set_user_attr("asked", asked)
+            if self._study.user_attrs.get("asked", asked) != asked:
+                raise ConfigError(
+                    f"{self.path}: the study of another search (space, figure, seed, or settings "
+                    f"of data, model or training differ); choose another run.name, or remove the "
+                    f"folder"
+                )
+            self._study.set_user_attr("asked", asked)
+        if journal.skipped:
+            text = "%s: %d damaged lines skipped; what they said of trials is lost"
+            log.warning(text, self.path, len(journal.skipped))
         self._open: Any = None
+        self._lock: Lock | None = None  # of the open trial
         self._told: set[int] = set()  # epochs of the open trial whose figures are known
 
     def next(self, trials: int) -> Trial | None:
-        """What to try next; None once so many trials are over.
+        """What to try next; None when that many trials are over or open in other processes.
 
-        One that is open since an earlier process ended comes first, under the same name.
+        A trial that has lost its process comes first.
         """
         state = self._optuna.trial.TrialState
-        waiting = {_name(t) for t in self._study.get_trials(states=(state.WAITING,))}
-        for old in self._study.get_trials(states=(state.RUNNING,)):
-            if _name(old) and _name(old) not in waiting:
-                self._study.enqueue_trial(old.params, {"name": _name(old)})
-            self._study.tell(old.number, state=state.FAIL)
-        n_over = len(self.past())
-        if n_over >= trials:
-            return None
-        self._study.sampler = self._optuna.samplers.TPESampler(
-            seed=derive_seed(self._seed, "tune", n_over) % 2**32
-        )
-        self._open = self._study.ask()
-        name = _name(self._open) or f"trial_{n_over:03}"
-        self._open.set_user_attr("name", name)
+        with self._alone():
+            for old in self._study.get_trials(states=(state.RUNNING,)):
+                name = _name(old)
+                lock = self._lock_of(name)
+                try:
+                    lock.acquire()
+                except InUse:
+                    continue
+                lock.release()  # nobody else looks meanwhile
+                waiting = {_name(t) for t in self._study.get_trials(states=(state.WAITING,))}
+                if name and name not in waiting:
+                    self._study.enqueue_trial(old.params, {"name": name})
+                self._study.tell(old.number, state=state.FAIL)
+            known = {_name(t) for t in self._study.get_trials(deepcopy=False) if _name(t)}
+            waits = bool(self._study.get_trials(deepcopy=False, states=(state.WAITING,)))
+            if not waits and len(known) >= trials:
+                return None
+            self._study.sampler = self._optuna.samplers.TPESampler(
+                seed=derive_seed(self._seed, "tune", len(known) - waits) % 2**32
+            )
+            self._open = self._study.ask()
+            name = _name(self._open) or f"trial_{len(known):03}"
+            self._open.set_user_attr("name", name)
+            self._lock = self._lock_of(name)
+            self._lock.acquire()
+            drawn = {setting: self._drawn(setting) for setting in self._space}
         self._told = set()
         for earlier in self._study.get_trials(deepcopy=False):  # of the same, before it was cut off
             if _name(earlier) == name and earlier.number != self._open.number:
                 for epoch, figure in earlier.intermediate_values.items():
                     self._report(figure, epoch)
-        return Trial(name, {setting: self._drawn(setting) for setting in self._space})
+        return Trial(name, drawn)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Holds off other processes that choose what to try."""
+        return Lock(self.path, str(self.path), "choose another run.name").waiting(_CHOOSING_S)
+
+    def _lock_of(self, name: str) -> Lock:
+        return Lock(self.path.with_name(f"{name}.worker"), name, "choose another run.name")
+
+    def close(self) -> None:
+        """Leaves the open trial, if any, to whoever searches next."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def n_elsewhere(self) -> int:
+        """How many trials are open in other processes."""
+        state = self._optuna.trial.TrialState
+        open_ones = self._study.get_trials(deepcopy=False, states=(state.RUNNING, state.WAITING))
+        return len({_name(trial) for trial in open_ones})
 
     def heard(self, epoch: int, figure: float) -> bool:
         """Takes a validation's figure, after ``epoch`` epochs.
@@ -158,6 +205,7 @@ class Search:
             self._study.tell(self._open, best)
         else:
             self._study.tell(self._open, state=state.PRUNED if outcome == "pruned" else state.FAIL)
+        self.close()
 
     def best(self) -> Trial | None:
         """The complete trial with the best figure; None where no trial is complete."""
@@ -193,6 +241,61 @@ class Search:
         whole = isinstance(span.low, int) and isinstance(span.high, int)
         suggest = self._open.suggest_int if whole else self._open.suggest_float
         return suggest(setting, span.low, span.high, log=span.log)
+
+
+def _journal(path: Path) -> Any:
+    """Optuna's journal in a file, read across lines that a crash or a full disk cut short."""
+    from optuna.storages.journal import BaseJournalBackend, JournalFileSymlinkLock
+
+    guard = JournalFileSymlinkLock(str(path.resolve()))
+
+    class Journal(BaseJournalBackend):
+        def __init__(self) -> None:
+            path.touch()
+            self.skipped: set[int] = set()  # offsets of damaged lines
+            self._offsets = {0: 0}  # by number of the event
+
+        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+            number = max(n for n in self._offsets if n <= log_number_from)
+            offset = self._offsets[number]
+            with path.open("rb") as file:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return  # another process is writing it, or has died of it
+                    event = _parsed(line)
+                    if event is None:
+                        self.skipped |= {offset} if line.strip() else set()
+                    elif number >= log_number_from:
+                        yield event
+                    offset += len(line)
+                    number += event is not None
+                    self._offsets[number] = offset
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            guard.acquire()
+            try:
+                with path.open("r+b") as file:
+                    end = file.seek(0, os.SEEK_END)
+                    file.seek(max(0, end - 1))
+                    cut = end > 0 and file.read(1) != b"\n"  # else both lines would be lost
+                    file.seek(end)
+                    text = "".join(json.dumps(entry) + "\n" for entry in logs)
+                    file.write(b"\n" * cut + text.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                guard.release()
+
+    return Journal()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "op_code" in event else None
 
 
 def _name(trial: Any) -> str:
