@@ -3,9 +3,12 @@ import csv
 import gzip
 import io
 import itertools
+import json
+import lzma
 import os
 import re
 import traceback
+import zipfile
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any, Literal
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -586,9 +591,22 @@ def test_wide_delimiters_are_found_wherever_blocks_end(tmp_path: Path, packing: 
 
 
 PIECES = st.sampled_from(
-    [*'aé1,;|"\t :-.\0\x1f\x85\ufeff\n\r', "\r\n", "::", '""', "nan", "1e999", "user", "score"]
+    [
+        *'aé1,;|"\\\t :-.[]{}\0\x1f\x85\ufeff\n\r',
+        "\r\n",
+        "::",
+        '""',
+        "nan",
+        "1e999",
+        "user",
+        "score",
+    ]
 )
-NAMES = ("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parquet")
+NAMES = (
+    *("f.csv", "f.tsv", "f.dat", "f.libsvm", "f.csv.gz", "f.txt.zst", "f.parquet", "f.jsonl"),
+    *("f.csv.bz2", "f.csv.xz", "f.zip", "f.feather", "f.orc", "f.json.gz"),
+)
+TYPED = ("parquet", "feather", "orc")
 
 
 @settings(max_examples=EXAMPLES)
@@ -616,7 +634,10 @@ def test_fuzz_any_file_is_read_or_refused_in_one_line(
         columns=None if headed else ("user", "score"),
         delimiter=None if option == "latin-1" else option,
         encoding="latin-1" if option == "latin-1" else None,
+        escape="\\" if option == "|" else None,
     )
+    if any(suffix in name for suffix in ("json", *TYPED)):
+        layout = FileFormat()
     dropped: Counter[str] = Counter()
     try:
         table = read_table(path, COLUMNS[:2], layout, on_bad_row, dropped)
@@ -656,6 +677,16 @@ def edited(raw: bytes, edits: list[tuple[int, int, str]]) -> bytes:
     return raw
 
 
+def write_typed(table: pa.Table, path: Path) -> None:
+    """A table in the format that the suffix names."""
+    if path.suffix == ".orc":
+        pyarrow.orc.write_table(table, path)
+    elif path.suffix == ".feather":
+        pyarrow.feather.write_feather(table, path)
+    else:
+        pq.write_table(table, path)
+
+
 @settings(max_examples=EXAMPLES)
 @given(
     st.lists(EDIT, max_size=4),
@@ -681,10 +712,19 @@ def test_fuzz_a_damaged_file_is_read_or_refused_in_one_line(
     text = edited(WHOLE.replace(",", delimiter).encode(), in_text)
     if encoding == "utf-16":
         text = text.decode(errors="replace").encode(encoding)
-    if name.endswith("parquet"):
-        cells = [line.split(",") for line in WHOLE.replace("two\nlines", "").splitlines()]
-        table = {n: [row[c] for row in cells[1:]] for c, n in enumerate(cells[0])}
-        pq.write_table(pa.table(table), path)
+    cells = [line.split(",") for line in WHOLE.replace("two\nlines", "").splitlines()]
+    table = pa.table({n: [row[c] for row in cells[1:]] for c, n in enumerate(cells[0])})
+    if "json" in name:
+        text = edited("".join(json.dumps(r) + "\n" for r in table.to_pylist()).encode(), in_text)
+        encoding = None
+    if name.endswith(TYPED):
+        encoding = None
+        write_typed(table, path)
+    elif name.endswith("zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("f.csv", text)
+    elif name.endswith("xz"):
+        path.write_bytes(lzma.compress(text))
     else:
         with pa.output_stream(path) as file:
             file.write(text)

@@ -1,6 +1,5 @@
 """JSON lines: an object per line; what is wrong is named by line."""
 
-import ast
 import io
 import json
 import shlex
@@ -11,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from deepfm_dist.data.sources.nested import json_text, text_of
+from deepfm_dist.data.sources.nested import json_text, python_literal, text_of
 from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, brief, short
 from deepfm_dist.data.sources.text_stream import NO_TEXT, TextStream
@@ -71,25 +70,25 @@ class JsonLinesReader(Reader):
         nested = all(c.type == "texts" or self.places[c.name].path for c in columns)
         is_text = any(c.type in ("text", "texts") for c in columns)
         texts = [v if type(v) is str else text_of(v, is_text) for v in values]
-        for at, value in enumerate(values):
-            if isinstance(value, list | dict):
-                if not nested and self.dropped is None:
-                    what = "a list" if isinstance(value, list) else "an object"
-                    cure = (
-                        "set several: true for its field"
-                        if isinstance(value, list)
-                        else f"name a member of it: column: {name}.{next(iter(value), 'MEMBER')}"
-                    )
-                    raise DataError(
-                        f"{self.source.path}, {self.where(first_row + at)}: {name} "
-                        f"{short(json_text(value))} is {what} where one value is expected; {cure}"
-                    )
-                texts[at] = json_text(value) if nested else NO_TEXT
+        for at in [at for at, value in enumerate(values) if type(value) in (list, dict)]:
+            if not nested and self.dropped is None:
+                raise self._nested(name, values[at], first_row + at)
+            texts[at] = json_text(values[at]) if nested else NO_TEXT
         try:
             return pa.array(texts, pa.string())
         except UnicodeEncodeError:  # half of a surrogate pair, as a cut text ends with
             whole = [t and t.encode("utf-8", "replace").decode() for t in texts]
             return pa.array(whole, pa.string())
+
+    def _nested(self, name: str, value: list[Any] | dict[str, Any], row: int) -> DataError:
+        what, cure = "a list", "set several: true for its field"
+        if isinstance(value, dict):
+            what = "an object"
+            cure = f"name a member of it: column: {name}.{next(iter(value), 'MEMBER')}"
+        return DataError(
+            f"{self.source.path}, {self.where(row)}: {name} {short(json_text(value))} is {what} "
+            f"where one value is expected; {cure}"
+        )
 
     # -- lines ------------------------------------------------------------------------------------
 
@@ -170,14 +169,13 @@ class JsonLinesReader(Reader):
 
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            if isinstance(ast.literal_eval(text), dict):
-                unpack = self.source.unpack_command
-                target = f"{Path(path).name.split('.')[0]}.jsonl"
-                return DataError(
-                    f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
-                    f"{unpack} {shlex.quote(path)} | {_FROM_PYTHON} > {target}"
-                )
+        if isinstance(python_literal(text), dict):
+            unpack = self.source.unpack_command
+            target = f"{Path(path).name.split('.')[0]}.jsonl"
+            return DataError(
+                f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
+                f"{unpack} {shlex.quote(path)} | {_FROM_PYTHON} > {target}"
+            )
         if isinstance(error, UnicodeError):
             return DataError(
                 f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "

@@ -203,9 +203,7 @@ def _listed(lists: pa.Array, elements: pa.Array) -> pa.ListArray:
 def _of_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
     """A Python function of each cell, called once for each distinct one; null stays null."""
     distinct = cells.dictionary_encode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a backslash in a Python literal
-        values = [function(text) for text in distinct.dictionary.to_pylist()]
+    values = [function(text) for text in distinct.dictionary.to_pylist()]
     return pa.array(values, kind).take(distinct.indices)
 
 
@@ -214,11 +212,17 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
+        return python_literal(text)
+
+
+def python_literal(text: str) -> Any:
+    """What a Python literal stands for; a text that is none, as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return text
 
 
 def _elements(text: str, separator: str | None) -> list[str]:
