@@ -5,12 +5,13 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deepfm_dist.config import Config, load_config, settings_of
+from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
 from deepfm_dist.launcher import (
     Launch,
@@ -209,7 +210,44 @@ def _config_of(arguments: argparse.Namespace) -> Config:
             f"python -m deepfm_dist.train makes it"
         )
     where = [f"run.runs_root={folder.parent}", f"run.name={folder.name}"]
-    return load_config(str(file), [*where, *arguments.overrides])
+    overrides = [*where, *arguments.overrides]
+    try:
+        config = load_config(str(file), overrides)
+        with told_in_one_line(file):
+            text = file.read_text(encoding="utf-8")
+    except ConfigError as error:
+        return _config_of_checkpoint(folder, overrides, error)
+    # Commands write all sections; those that were cut off would have their defaults.
+    cut = [s for s in Config.model_fields if not re.search(rf"^{s}:.*\n", text, re.MULTILINE)]
+    if cut:
+        with suppress(ConfigError):
+            damage = ConfigError(f"{file}: the section {cut[0]} is missing")
+            return _config_of_checkpoint(folder, overrides, damage)
+    return config
+
+
+def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: ConfigError) -> Config:
+    """The settings that a run's latest checkpoint has, where its config.yaml is damaged.
+
+    Raises:
+        ConfigError: there is no checkpoint, or the overrides are what is wrong.
+    """
+    from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+
+    try:
+        path = find_checkpoint(folder)
+        settings = config_from(read_state(path)["config"], origin=str(path))
+    except DeepFMError:
+        raise damage from None
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary, "config.yaml")
+        copy.write_text(settings.to_yaml(), encoding="utf-8")
+        try:
+            config = load_config(str(copy), overrides)
+        except ConfigError:
+            raise damage from None
+    log.warning("%s; the settings of %s are used", damage, path)
+    return config
 
 
 def _is_run(config: str) -> bool:

@@ -1,13 +1,15 @@
 """``report.html`` of a run: one file with everything in it, for any browser, without a network."""
 
-import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import BaseModel, Field
 
 from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card, Cards
@@ -20,6 +22,8 @@ from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import writing, written_as_a_whole
 from deepfm_dist.training.metrics import Calibration
+
+log = logging.getLogger(__name__)
 
 SHOWN_HISTORY = 10
 """Latest items of a user's history that are shown."""
@@ -49,6 +53,25 @@ class Cell:
 
     value: float
     interval: tuple[float, float] | None
+
+
+class _Plan(BaseModel):
+    """What ``plan.json`` holds."""
+
+    ranks: int
+    device: str
+    tables: list[dict[str, Any]] = Field(min_length=1)
+
+
+def _plan(path: Path) -> _Plan | None:
+    """The sharding plan; None where there is none, or, with a warning, a damaged one."""
+    try:
+        return _Plan.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        log.warning("%s: damaged; the report leaves the sharding plan out", path)
+        return None
 
 
 def write_page(
@@ -86,7 +109,6 @@ def write_page(
     plotter = Plotter(names)
     events = read_events(folder / "metrics.jsonl")
     seconds = _seconds(events)
-    plan = folder / "plan.json"
     insight = comparison.insight if comparison else None
     environment = Environment(
         loader=PackageLoader("deepfm_dist.report"),
@@ -114,7 +136,7 @@ def write_page(
         if comparison and insight
         else [],
         examples=_examples(dataset, insight) if insight else [],
-        plan=json.loads(plan.read_text()) if plan.is_file() else None,
+        plan=_plan(folder / "plan.json"),
         seconds=seconds,
         times=_times(plotter, seconds),
         peak_memory_gib=ended.peak_memory_gib if (ended := last(events, EndEvent)) else [],

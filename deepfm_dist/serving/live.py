@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
@@ -28,6 +28,7 @@ from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import Finished
+from deepfm_dist.storage import brief
 
 CARDS = 100_000
 """Items whose cards stay in memory."""
@@ -218,10 +219,13 @@ class Live:
 
 
 def is_export_of(found: Finished, export: Path) -> bool:
-    """Whether a folder holds the export of a run's checkpoint."""
+    """Whether a folder holds the export of a run's checkpoint; a damaged one is none."""
     path = export / "config.json"
-    told = json.loads(path.read_text()) if path.is_file() else {}
-    return found.identity.items() <= told.items()
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return False
+    return isinstance(config, dict) and found.identity.items() <= config.items()
 
 
 def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
@@ -256,6 +260,11 @@ def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
 def _weights(export: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(export.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({brief(error)}); delete {export}, and it is exported again"
+            ) from None
     return found
