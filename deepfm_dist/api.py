@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from deepfm_dist.cli import quieten_libraries
@@ -287,10 +289,11 @@ class Model:
         """
         from deepfm_dist.predict import write_predictions
 
-        with _in_python(), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             source, target = (Path(folder, f"{name}.parquet") for name in ("rows", "scores"))
-            rows.to_parquet(source, index=False)
-            write_predictions(self._with("predict", {}), str(source), str(target))
+            with _in_python({str(source): "rows"}):
+                source.write_bytes(_parquet(rows, "rows"))
+                write_predictions(self._with("predict", {}), str(source), str(target))
             scores = pd.read_parquet(target, columns=["score", "probability"])
         return scores.rename(columns={"score": "logit"}).set_axis(rows.index)
 
@@ -323,12 +326,19 @@ def _ready(config: Config) -> None:
 
 
 @contextmanager
-def _in_python() -> Iterator[None]:
-    """Puts errors of the commands into the words of this module."""
+def _in_python(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Puts errors of the commands into the words of this module.
+
+    Args:
+        names: what to call files that the caller does not know.
+    """
     try:
         yield
     except DeepFMError as error:
-        error.args = (python_words(str(error)),)
+        message = python_words(str(error))
+        for path, name in names.items():
+            message = message.replace(path, name)
+        error.args = (message,)
         raise
 
 
@@ -375,7 +385,7 @@ def _write_frames(folder: Path, config: Config, frames: Mapping[str, pd.DataFram
     """
     from deepfm_dist.distributed.checkpoint import complete_steps
 
-    files = {folder / name: _parquet(frame) for name, frame in frames.items()}
+    files = {folder / name: _parquet(frame, Path(name).stem) for name, frame in frames.items()}
     others = [path for path, content in files.items() if not _holds(path, content)]
     if others and complete_steps(config.run_dir) and config.checkpoint.resume != "never":
         raise ConfigError(
@@ -392,9 +402,21 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
+def _parquet(frame: pd.DataFrame, name: str) -> bytes:
+    """A frame as a Parquet file.
+
+    Raises:
+        DataError: a column holds values of several kinds.
+    """
     buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
+    try:
+        frame.to_parquet(buffer, index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{name}: a column holds values that Parquet cannot store together "
+            f"({' '.join(str(error).split())}); give each column one type, such as "
+            f"frame[column].astype(str)"
+        ) from None
     return buffer.getvalue()
 
 

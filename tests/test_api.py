@@ -38,6 +38,12 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
 COLUMNS = {"user": "who", "item": "what", "time": "day"}
 
 
+def _mistake(model: Model, rows: pd.DataFrame) -> str:
+    with pytest.raises(DataError) as caught:
+        model.predict(rows)
+    return str(caught.value)
+
+
 def _fitted(folder: Path) -> dict[str, Any]:
     del os.environ["RANK"]  # as in a notebook, every call makes a group of its own
     orders, articles = shop()
@@ -66,6 +72,10 @@ def _fitted(folder: Path) -> dict[str, Any]:
         "again": Model.load(folder / "model.yaml").predict(rows),
         "of_run": Model.load(folder / "runs" / "model").predict(rows),
         "report": model.report.read_text(),
+        "mistakes": [
+            _mistake(model, rows.drop(columns="device")),
+            _mistake(model, rows.assign(what=[3, "x"])),
+        ],
     }
 
 
@@ -110,6 +120,10 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     pd.testing.assert_frame_equal(scores, found["again"])
     pd.testing.assert_frame_equal(scores, found["of_run"])
     assert "thing 1" in found["report"]
+    missing, mixed = found["mistakes"]
+    assert missing.startswith("rows: no column 'device'")
+    assert mixed.startswith("rows: a column holds values that Parquet cannot store together (")
+    assert "column what" in mixed
     # The commands read the same run.
     config = load_config(str(tmp_path / "model.yaml"))
     assert (config.run_dir / "checkpoints").is_dir()
