@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.fields import column_of, split_cells
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times
 from deepfm_dist.errors import ConfigError, DataError
+from tests.test_encode import contents, together
 
 FORMATS = (
     ("%d/%m/%Y", "31/01/2020"),
@@ -240,3 +243,41 @@ data:
         pd.read_parquet(root / f"prepared/entities/{name}.parquet").id for name in ("user", "item")
     )
     return manifest, dict(zip(users[rows.user], items[rows.item], strict=True))
+
+
+@pytest.mark.parametrize("zone", [None, "Asia/Seoul"])
+def test_what_is_derived_from_timestamps_is_what_their_clock_shows(
+    tmp_path: Path, zone: str | None
+) -> None:
+    moments = pd.date_range("2020-01-30", periods=50, freq="5h17min", tz=zone) + pd.Timedelta("7ms")
+    pd.DataFrame({"at": moments, "iso": moments.map(pd.Timestamp.isoformat)}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    for column in ("at", "iso"):
+        for derive, expected in (
+            ("hour", moments.hour),
+            ("weekday", moments.weekday),
+            ("weekend", (moments.weekday >= 5).astype(int)),
+        ):
+            feature = Feature.model_validate({"name": "x", "column": column, "derive": derive})
+            table = read_table(tmp_path / "a.parquet", [column_of(feature)])
+            _, texts = split_cells(table["field x"].combine_chunks(), feature)
+            assert texts.to_pylist() == [str(n) for n in expected]
+
+
+def test_ranks_agree_on_the_unit_of_all_files(tmp_path: Path) -> None:
+    """One file has whole seconds, the other milliseconds; each rank reads one."""
+    frame = _sessions()
+    frame["at"] = frame.ms.map(lambda ms: f"{ms // 1000}.{ms % 1000:03d}")
+    extra = pd.DataFrame({"session": ["s0", "s0"], "item": ["i0", "i1"], "at": ["5", "1593999999"]})
+    columns = ["session", "item", "at"]
+    extra.to_csv(tmp_path / "a.csv", columns=columns, index=False)
+    frame.to_csv(tmp_path / "b.csv", columns=columns, index=False)
+    manifest, last = _prepared(tmp_path, "'*.csv'")
+    assert (manifest.time_scale, last["s0"]) == (1000, "i1")
+    data = load_config(str(tmp_path / "c.yaml")).data
+    together(2, lambda crew: prepare(data, tmp_path, tmp_path / "two", 1, crew))
+    assert contents(tmp_path / "two") == contents(tmp_path / "prepared")
+    (tmp_path / "a.csv").write_text("session,item,at\ns0,i0,2020-01-31\n")
+    with pytest.raises(DataError, match=r"holds both 2020-01-31 00:00:00 and 15938\d+\S* \(in "):
+        prepare(data, tmp_path, tmp_path / "mixed", 1)

@@ -100,7 +100,7 @@ class Reading:
         before, left = self.n_read, file.text_bytes
         for batch in _batches(self._job, file, name, columns, self._job.dropped):
             if self.times is not None:
-                self.times.add(batch["time"], name)
+                self.times.add(batch["time"], file.name)
                 self.times.check()
             rated = data.interactions.rating is not None
             for piece in self._pieces(batch):
