@@ -179,6 +179,25 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
     assert float(alone["state"][f"{step}.step"]) == float(saved["optimizer"][step]["step"]) == 6
 
 
+def test_grown_data_of_other_fields_keep_the_rows_of_earlier_ids(
+    before: tuple[Path, dict[str, Any]],
+) -> None:
+    home, saved = before
+    rows = re.sub(r"\bu(\d+),i(\d)", r"v\1,j\2", (home / "rows.csv").read_text())
+    (home / "day2.csv").write_text(rows)
+    grown = f"data.vocabulary_from={home / 'prepared' / 'before'}"
+    config = after(home, AFTER, "grown", grown, "data.interactions.file=day2.csv")
+    found = run_ranks(_started, 2, config)[0]
+    for table in ("user", "item", "mood"):
+        name = f"model.embedding_arch.ebc.embedding_bags.{table}.weight"
+        old, new = saved["model"][name].numpy(), found["weights"][table]
+        np.testing.assert_array_equal(new[: len(old)], old, err_msg=table)
+        np.testing.assert_array_equal(new[len(old) :], found["fresh"][table][len(old) :])
+        assert (len(new) > len(old)) == (table != "mood")
+    arguments_of = arguments(home, "grown")
+    assert run_alone(train_command.main, ["--quiet", *arguments_of]) == 0
+
+
 def test_weights_alone_are_taken_under_another_optimizer(
     before: tuple[Path, dict[str, Any]],
 ) -> None:

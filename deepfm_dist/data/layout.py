@@ -32,8 +32,8 @@ _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
 _TEXT = (pa.string(), 0, 0)
-_HELD_FILES = 256
-"""That a process keeps open; it may have some 1,000."""
+_HELD_FILES = 128
+"""That a process keeps open; some systems allow it 256."""
 
 
 class Layout:
