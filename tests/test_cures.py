@@ -364,7 +364,66 @@ SETTINGS = [
         ]
     ),
 ]
+ITEMS = FILES["items.csv"]
+PRICE = [
+    *DATA["features"],
+    {"name": "price", "entity": "item", "file": "items.csv", "kind": "numeric"},
+]
+OBJECTS = "".join(f'{{"item": "i{i}", "genres": [{{"id": {i % 3}}}]}}\n' for i in range(N_ITEMS))
+
+
+def _genres(**of_field: str) -> list[dict[str, Any]]:
+    """The fields, with the items' genres in a file of objects."""
+    genre = {"name": "genres", "entity": "item", "file": "items.jsonl", **of_field}
+    return [*DATA["features"][:2], genre]
+
+
 INPUT = [
+    Mistake(
+        "prepare",
+        'set missing: ["n/a"] for its field',
+        new_data={"features": [*PRICE[:-1], PRICE[-1] | {"missing": ["n/a"]}]},
+        data={"features": PRICE},
+        files={"items.csv": ITEMS.replace(",0.5\n", ",n/a\n")},
+    ),
+    Mistake(
+        "prepare",
+        'in data.files: {items.csv: {decimal: ","}}',
+        new_data={"files": {"items.csv": {"delimiter": ";", "decimal": ","}}},
+        data={"features": PRICE, "files": {"items.csv": {"delimiter": ";"}}},
+        files={"items.csv": ITEMS.replace(",", ";").replace(".", ",")},
+    ),
+    Mistake(
+        "prepare",
+        r"in data.files: {items.csv: {escape: '\'}}",
+        r"""'data.files={items.csv: {escape: "\\"}}'""",
+        files={"items.csv": ITEMS.replace("g0|g1", r'"g0|\"g1\""')},
+    ),
+    Mistake(
+        "prepare 'data.files={rows.csv: {columns: [user, item, rating, label, device, time]}}'",
+        "leave columns out",
+        "data.files={}",
+    ),
+    Mistake(
+        "prepare",
+        "name the member that is wanted: genres.id",
+        data={"features": _genres()},
+        new_data={"features": _genres(column="genres.id")},
+        files={"items.jsonl": OBJECTS},
+    ),
+    Mistake(
+        "prepare",
+        "call it rows.csv",
+        "data.interactions.file=rows.csv",
+        data={"interactions": {"file": "rows.csv.gz", "user": "user", "item": "item"}},
+        files={"rows.csv.gz": FILES["rows.csv"]},
+    ),
+    Mistake(
+        "prepare data.interactions.file=log",
+        "name its files: log/*/*.csv",
+        "data.interactions.file=log/*/*.csv",
+        files={"log/day=1/rows.csv": FILES["rows.csv"]},
+    ),
     Mistake("prepare data.interactions.user=usr", "user", "data.interactions.user=user"),
     Mistake("prepare data.root=$NOT_SET/x", "data.root=FOLDER", "data.root=."),
     Mistake(
@@ -835,7 +894,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _write(folder: Path, mistake: Mistake, cured: bool = False) -> None:
     for name, text in {**FILES, **mistake.files, **(mistake.new_files if cured else {})}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
     data = {**DATA, **mistake.data, **(mistake.new_data if cured else {}), "root": str(folder)}
     (folder / "c.yaml").write_text(json.dumps({**SMALL, "data": data}))

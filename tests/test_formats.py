@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import shlex
@@ -18,7 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig, Feature, FileFormat
 from deepfm_dist.data.sources import (
@@ -253,6 +257,17 @@ def test_a_field_on_a_column_of_lists_has_several_values(tmp_path: Path) -> None
         "x": ["Drama", "War"],
         "y": ["War"],
     }
+    encoder = RowEncoder(PreparedDataset(folder))
+    rows.assign(tags=[["p", "q"], ["q"], [], None]).to_json(
+        tmp_path / "new.jsonl", orient="records", lines=True
+    )
+    new = encoder.encode(read_table(tmp_path / "new.jsonl", encoder.columns)).context["tags"]
+    assert isinstance(new, Jagged)
+    bags = [new.values[a:b] for a, b in itertools.pairwise(new.offsets)]
+    assert [sorted(ids["tags"][r] for r in bag) for bag in bags] == [["p", "q"], ["q"], [], []]
+    given = encoder.fixed_context({"tags": "['q', 'p']"})["tags"]
+    assert isinstance(given, Jagged)
+    assert sorted(ids["tags"][r] for r in given.values) == ["p", "q"]
     with pytest.raises(ConfigError, match=r"tags: fill is for a cell of one value.*holds lists"):
         _prepared(tmp_path, [{"name": "tags", "fill": "none"}])
     manifest, folder = _prepared(tmp_path, [{"name": "tags", "several": False}])
@@ -576,3 +591,9 @@ def test_the_cure_for_nan_in_parquet_cures(tmp_path: Path) -> None:
         words = yaml.safe_load(cure)["missing"]
         column = Column(name, "number", required=False, missing=tuple(words))
         assert read_table(tmp_path / "a.parquet", [column])[name].to_pylist() == expected
+
+
+def test_names_in_quotes_where_quotes_are_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"user","score"\n"a",1\n')
+    with pytest.raises(DataError, match="its names are in quotes: leave quoted: false out of"):
+        read_table(tmp_path / "a.csv", COLUMNS, FileFormat(quoted=False))

@@ -72,6 +72,8 @@ class DelimitedReader(Reader):
             if mark != self.delimiter and wanted & set(line.split(mark)):
                 cure = self.source.cure("name it", f"delimiter: {written}", f"save it with {mark}")
                 return f"; its cells seem to be separated by {mark!r}: {cure}"
+        if not self.quoted and wanted & {name.strip('"') for name in present}:
+            return "; its names are in quotes: leave quoted: false out of data.files"
         if self.layout.columns is None and not wanted & set(present):
             cure = self.source.cure("name them", "columns: [first, second, ...]", "add one")
             return f"; if it has no header line, {cure}, {len(present)} of them"
