@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton, which would interpret
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -132,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         for line in sys.stdin:
             main(shlex.split(line))
         return
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     if options.layers is None:
         parser.error("name an architecture, a precision and layers; sm_90 fp32 30-20-10")
     found = compiled(

@@ -324,8 +324,8 @@ class Understood(Exception):
 
 def test_benchmarks_know_the_options_that_pages_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def only(parse: Callable[..., object]) -> Callable[..., None]:
-        def parsed(parser: argparse.ArgumentParser) -> None:
-            raise Understood(parse(parser))
+        def parsed(parser: argparse.ArgumentParser, *arguments: object) -> None:
+            raise Understood(parse(parser, *arguments))
 
         return parsed
 
