@@ -277,9 +277,7 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _something_is_watched(self) -> Self:
         if self.monitor is None and self.needs_monitor:
-            raise ValueError(
-                f"{self.needs_monitor} needs a monitored figure; leave monitor=null out"
-            )
+            raise ValueError(f"{self.needs_monitor} needs a monitored figure; set monitor=auto")
         if self.loss == "bpr" and self.candidates is None:
             raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
         if self.loss == "bce" and self.candidates is not None:

@@ -169,7 +169,14 @@ SETTINGS = [
         "kind=table_wise",
         "'sharding.tables={user: {rank: 0, kind: table_wise}}'",
     ),
-    Mistake(PRINT + "trainer.patience=1", "monitor", "trainer.monitor=auc"),
+    Mistake(
+        PRINT + "trainer.patience=1 trainer.monitor=null", "monitor=auto", "trainer.monitor=auto"
+    ),
+    Mistake(
+        PRINT + "trainer.patience=1 trainer.validate_every_epochs=0",
+        "validate_every_epochs=1",
+        "trainer.validate_every_epochs=1",
+    ),
     Mistake(PRINT + "trainer.loss=bpr", "candidates", "trainer.candidates=10"),
     Mistake(PRINT + "trainer.candidates=10", "softmax", "trainer.loss=softmax"),
     Mistake(
@@ -770,7 +777,17 @@ COMMAND_ORDER = [
         ("data.split.valid=0",),
         before=("train",),
     ),
-    Mistake("evaluate checkpoint.use=best", "latest", "checkpoint.use=latest", before=("train",)),
+    Mistake(
+        "evaluate checkpoint.use=best",
+        "checkpoint.use=latest",
+        "checkpoint.use=latest",
+        before=("train trainer.monitor=null",),
+    ),
+    Mistake(
+        "tune trainer.monitor=null tune.trials=1 'tune.space={model.dropout: [0, 0.1]}'",
+        "trainer.monitor=auc",
+        "trainer.monitor=auc",
+    ),
     Mistake(
         "train checkpoint.start_from=nowhere",
         "python -m deepfm_dist.train",
