@@ -37,7 +37,8 @@ _METHODS = {
 }
 _COMMAND = re.compile(rf"python -m deepfm_dist\.({'|'.join(_METHODS)})\b")
 _SETTING = re.compile(
-    rf"(?<![\w./-])({'|'.join(Config.model_fields)})\.([a-z_][\w.]*)=(\[[^\]]*\]|\{{[^}}]*\}}|[^\s;,:)]+)"
+    rf"(?<![\w./-])({'|'.join(Config.model_fields)})\.([a-z_][\w.]*)="
+    rf"(\"[^\"]*\"|\[[^\]]*\]|\{{[^}}]*\}}|[^\s;,:)]+)"
 )
 
 
@@ -349,6 +350,8 @@ def python_words(message: str) -> str:
         section, name, text = match.groups()
         try:
             value = yaml.safe_load(text)
+            if isinstance(value, str) and value.startswith("["):  # a list in quotes, for a shell
+                value = yaml.safe_load(value)
         except yaml.YAMLError:
             return match.group()
         for part in reversed(name.split(".")):

@@ -216,6 +216,14 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("drop the row or set data.on_bad_row=skip", 'set data={"on_bad_row": "skip"}'),
         ("optimizer.tables.lr=0.05: too high", 'optimizer={"tables": {"lr": 0.05}}: too high'),
         ("set recommend.users=[4, 6]; or", 'set recommend={"users": [4, 6]}; or'),
+        (
+            'set data.interactions.time_format="%d/%m/%Y %H:%M" or',
+            'set data={"interactions": {"time_format": "%d/%m/%Y %H:%M"}} or',
+        ),
+        (
+            "data.interactions.time_format=\"[iso, '%Y%m%d']\"",
+            'data={"interactions": {"time_format": ["iso", "%Y%m%d"]}}',
+        ),
         ("(trainer.monitor=null, or", '(trainer={"monitor": None}, or'),
         ("run python -m deepfm_dist.train first", "run fit(...) first"),
         ("python -m deepfm_dist.evaluate, then", "Model.evaluate(), then"),

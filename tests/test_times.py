@@ -256,8 +256,8 @@ def test_what_is_derived_from_timestamps_is_what_their_clock_shows(
     for column in ("at", "iso"):
         for derive, expected in (
             ("hour", moments.hour),
-            ("weekday", moments.weekday),
-            ("weekend", (moments.weekday >= 5).astype(int)),
+            ("weekday", moments.day_of_week),
+            ("weekend", (moments.day_of_week >= 5).astype(int)),
         ):
             feature = Feature.model_validate({"name": "x", "column": column, "derive": derive})
             table = read_table(tmp_path / "a.parquet", [column_of(feature)])
