@@ -16,9 +16,11 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import exploded
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from tests.ranks import run_alone
+from tests.test_encode import contents, together
 
 MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
 Impression = tuple[str, datetime, list[str], list[tuple[str, int]]]
@@ -246,3 +248,19 @@ def test_a_field_without_one_id_of_the_table_is_refused(tmp_path: Path) -> None:
         DataError, match=r"none of 6 values is one: such as 'n1', where ids .* 'N\d'"
     ):
         prepare(_config(features=[*ids, field]), tmp_path, tmp_path / "p", 1)
+
+
+def test_several_ranks_explode_the_same_rows(
+    mind: Mind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_IMPRESSIONS", 7)
+    root, *_ = mind
+    data = load_config("mind", [f"data.root={root}"]).data
+    prepare(data, root, tmp_path / "one", 1)
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
+    prepare(data, root, tmp_path / "parted", 1)
+    together(2, lambda crew: prepare(data, root, tmp_path / "two", 1, crew))
+    assert contents(tmp_path / "two") == contents(tmp_path / "parted")
+    one, two = (PreparedDataset(tmp_path / name) for name in ("one", "two"))
+    for split in ("train", "valid", "test"):
+        assert Counter(_rows_of(one, split)) == Counter(_rows_of(two, split))
