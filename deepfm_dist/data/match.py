@@ -14,6 +14,7 @@ from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
+_UNNAMED = "the input or the version of deepfm_dist has changed"
 _OF_FILES = ("file", "key")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
 _FREE = {"name", "root", "files", "memory_bytes", "lanes", "titles", "vocabulary_from", "features"}
@@ -59,7 +60,7 @@ def check_match(
     others = [f"{name}={new}, not {old}" for name, old, new in _other(trained, prepared)]
     if state["vocabulary_hash"] != manifest.vocabulary_hash:
         fields = changed_fields(state, manifest)
-        reason = "; ".join(others) or "the input has changed"
+        reason = "; ".join(others) or _UNNAMED
         reason += f"; ids or statistics differ of {', '.join(fields)}" * bool(fields)
         raise CheckpointError(
             f"{checkpoint} was trained on vocabulary {state['vocabulary_hash']}, {folder} has "
@@ -68,7 +69,7 @@ def check_match(
     hashes = state.get("data_hash"), manifest.data_hash
     if hashes[0] == hashes[1] or None in hashes:
         return
-    reason = "; ".join(others) or "the input has changed"
+    reason = "; ".join(others) or _UNNAMED
     said = f"{folder} holds other rows than {checkpoint} was trained on ({reason})"
     if same_rows:
         raise CheckpointError(
