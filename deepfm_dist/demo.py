@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
     run = load_config(None, arguments.overrides).run_dir
     print(
-        f"is it any good? {run / 'report.html'} tells, in a browser; to try it: "
-        f"python -m deepfm_dist.serve --run {run}; what else there is: python -m deepfm_dist"
+        f"Open {run / 'report.html'} in a browser for the results. To try the model: "
+        f"python -m deepfm_dist.serve --run {run}. All commands: python -m deepfm_dist"
     )
     return 0
 

@@ -77,18 +77,22 @@ class Lock:
             InUse: another process holds it.
             DeepFMError: the lock file cannot be written.
         """
-        deadline = time.monotonic() + wait_s
+        begun, said = time.monotonic(), False
         while True:
             with writing(self.path.parent):
                 holder = self._try()
             if holder is None:
                 return
-            if time.monotonic() >= deadline:
+            waited = time.monotonic() - begun
+            if waited >= wait_s:
                 raise InUse(
                     f"{self._what}: in use by {_described(holder)}; wait for it, stop it, or "
                     f"{self._cure}"
                 )
-            time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+            if not said and waited > 1:
+                log.info("%s: in use by %s; waiting for it", self._what, _described(holder))
+                said = True
+            time.sleep(min(0.2, wait_s - waited))
 
     def release(self) -> None:
         """Gives the lock back; without effect where it is not held."""

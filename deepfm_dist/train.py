@@ -19,7 +19,10 @@ EXAMPLES = (
 )
 
 _RESTART_S = 150.0
-"""Seconds for which a restarted process waits for the lock of the one before it."""
+"""Seconds for which a restarted process waits for the lock of the one before it: a network mount
+may keep that of a lost machine for a while."""
+_ORPHAN_S = 15.0
+"""The same for others: the ranks of a launcher that was killed need some seconds to end."""
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
@@ -67,8 +70,7 @@ def train_on(
     from deepfm_dist.launcher import read_launch
     from deepfm_dist.runs import run_lock
 
-    # What a launcher restarts may have lost a machine whose lock a network mount keeps for a while.
-    with ranks.first_holds(run_lock(config), _RESTART_S if read_launch().restarted else 0.0):
+    with ranks.first_holds(run_lock(config), _RESTART_S if read_launch().restarted else _ORPHAN_S):
         return _train_alone(config, ranks, heard)
 
 

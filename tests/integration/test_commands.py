@@ -439,7 +439,7 @@ def test_asking_for_another_model_than_was_trained_is_refused(
 def test_a_mistake_on_every_rank_is_said_once(typed: Callable[[Block], Done]) -> None:
     home, _ = typed(OWN_DATA)
     command = ["torchrun", "--nproc_per_node=2", "-m", "deepfm_dist.train", "--config", "mine.yaml"]
-    done = run([*command, "trainer.batch_size=1"], home)
+    done = run([*command, "trainer.batch_size=1", "run.name=tiny", "data.name=mine"], home)
     assert done.returncode != 0
     said = [x for x in done.stderr.splitlines() if x.startswith("ConfigError: a batch of 1 rows")]
     assert len(said) == 1

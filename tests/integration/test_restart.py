@@ -143,7 +143,7 @@ def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path
         assert run.returncode == 0, output
         assert time.monotonic() - asked < 10
         stopped = complete_steps(home / "runs/sample")[-1]
-        assert f"told to stop: step {stopped} is saved, the same command goes on" in output
+        assert f"Stopped by signal at step {stopped}; rerun the same command to resume" in output
     run = start(home, 0)
     output = run.communicate()[0]
     assert run.returncode == 0, output

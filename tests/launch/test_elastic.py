@@ -197,7 +197,7 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     assert second.process.wait(30) == 0, second.output
     assert first.output.count("sharding plan on 2 x cpu") == 2
     joined = re.findall(rf"{went_on} (\d+)", first.output)[1]
-    assert first.said(f"told to stop: step {joined} is saved")  # nothing was lost by growing
+    assert first.said(f"Stopped by signal at step {joined};")  # nothing was lost by growing
     of_training = [e for e in lines(tmp_path) if e["event"] != "end"]
     assert difference(of_training, [e for e in undisturbed if e["event"] != "end"]) <= 1e-5
 

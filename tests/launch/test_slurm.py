@@ -221,7 +221,7 @@ def test_a_requeued_job_goes_on(one_machine: Path, tmp_path: Path) -> None:
     went_on = "training goes on after step"
     job.start_now()
     wait_until(lambda: went_on in job.output, 90, "requeue")
-    assert "told to stop" in job.output.split(went_on)[0]
+    assert "Stopped by signal" in job.output.split(went_on)[0]
     job.wait_for_checkpoint(complete_steps(tmp_path / "runs/sample")[-1])
     told("scontrol", "requeue", job.id)
     job.start_now()
