@@ -416,11 +416,13 @@ class Negatives(Section):
     """Draw this many distinct negatives per user once, before the split, and split them together
     with the positives (the notebook's way); replaces ``per_positive``."""
     evaluation_per_positive: int = Field(4, ge=1)
-    """Negatives per held-out positive, drawn once; they avoid all of the user's positives."""
+    """Negatives per held-out positive, drawn once; they avoid all that the user has met, in any
+    split."""
     popularity_power: float = Field(0.0, ge=0)
     """Training draws items in proportion to (training positives) ** this; 0: all alike."""
     avoid: Literal["train", "all"] = "train"
-    """Whose positives training negatives avoid: the training rows', or the held-out rows' too."""
+    """What training negatives avoid: what the user has met in training rows, or in held-out rows
+    too."""
     redraw: bool = True
     """Whether every epoch draws new negatives; else all epochs have the first one's."""
 
