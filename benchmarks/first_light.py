@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 TOTAL_S = 600
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam")
 
@@ -412,6 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in CHECKS]:
         parser.error(f"unknown check {unknown[0]}; available: {', '.join(CHECKS)}")
     gpus, report = _gpus() if options.device == "cuda" else 2, {}
+    if gpus == 0:
+        parser.error("torch sees no GPU; --device cpu rehearses the checks")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         for name in names:

@@ -44,6 +44,8 @@ NOT_AS_TYPED = [
     (r"(-m deepfm_dist\.tune\b[^\n]*)", r"\1 tune.trials=1 trainer.max_steps=20"),
     (r"(--config avazu_x4)", r"\1 model.over_arch_layer_sizes=[8]"),
     (r"(benchmarks/catalogue\.py [^\n]*)", r"\1 --seconds 0.5 --users 64 --items 512"),
+    (r"(benchmarks/first_light\.py)( --device cpu)?", r"\1 --device cpu --only placement"),
+    (r"^(python benchmarks/compiled_kernels\.py)", r"env -u TRITON_INTERPRET \1"),
     (r"(notebook_reference\.py [^\n]*)", r"\1 --epochs 1"),
     (r"(first_order_tables\.py [^\n]*)", r"\1 --seeds 1 trainer.max_steps=5"),
     (r"(benchmarks/prepare\.py --rows) \w+", r"\1 1000"),
