@@ -30,6 +30,7 @@ from deepfm_dist import (
     train,
     tune,
 )
+from tests.ranks import run_alone
 
 COMMANDS = {
     "prepare": prepare.main,
@@ -923,8 +924,16 @@ def _typed(folder: Path, command: str, left_out: Sequence[str] = (), added: str 
     settings = {a.partition("=")[0] for a in more if "=" in a}
     kept = [a for a in arguments if a not in left_out and a.partition("=")[0] not in settings]
     where = [f"run.{root}={folder / root}" for root in ("runs_root", "prepared_root")]
+    argv = ["--quiet", "--config", str(folder / "c.yaml"), *where, *kept, *more]
+    if name == "prepare" or "--print-config" in argv:
+        return _exit_code(name, argv)
+    code: int = run_alone(_exit_code, name, argv)  # the others join a process group
+    return code
+
+
+def _exit_code(name: str, argv: Sequence[str]) -> int:
     try:
-        return COMMANDS[name](["--quiet", "--config", str(folder / "c.yaml"), *where, *kept, *more])
+        return COMMANDS[name](argv)
     except SystemExit as error:  # argparse
         return int(error.code or 0)
 
@@ -937,7 +946,7 @@ def test_the_cure_that_an_error_names_cures(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
     monkeypatch.chdir(tmp_path)
@@ -946,13 +955,13 @@ def test_the_cure_that_an_error_names_cures(
     _write(tmp_path, mistake)
     for command in mistake.before if mistake.before != ("train",) or mistake.data else ():
         assert _typed(tmp_path, command) == 0
-    capsys.readouterr()
+    capfd.readouterr()
     assert _typed(tmp_path, mistake.command) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert mistake.cure in lines[0]
     _write(tmp_path, mistake, cured=True)
     for command in mistake.first:
         assert _typed(tmp_path, command) == 0
     code = _typed(tmp_path, mistake.command, mistake.left_out, mistake.typed)
-    assert code == 0, capsys.readouterr().err
+    assert code == 0, capfd.readouterr().err
