@@ -96,7 +96,7 @@ def test_typed_columns_are_read_from_every_format(tmp_path: Path, name: str) -> 
         read_table(path, COLUMNS)
 
 
-TAR = gzip.compress(b"x" * 257 + b"ustar")
+TAR = gzip.compress(b"x" * 257 + b"ustar", mtime=0)
 
 
 def _workbook(path: Path) -> None:
@@ -114,7 +114,11 @@ def _workbook(path: Path) -> None:
         ("a.csv", b"ARROW1\0\0", r"begins as \.arrow files do; call it a\.csv\.arrow$"),
         ("a.tgz", TAR, r"a tar archive, .*tar -xf a\.tgz"),
         ("a.tar.gz", TAR, r"a tar archive, .*tar -xf a\.tar\.gz"),
-        ("a.parquet.gz", gzip.compress(b"PAR1\x15"), r"gunzip -c a\.parquet\.gz > a\.parquet$"),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"PAR1\x15", mtime=0),
+            r"gunzip -c a\.parquet\.gz > a\.parquet$",
+        ),
         ("a.csv", b"\x89HDF\r\n", r"an HDF5 file, .*pandas\.read_hdf\('a\.csv'\)\.to_parquet"),
         ("a.pkl", b"\x80\x04\x95", r"a Python pickle, which is not read; python -c .*read_pickle"),
         ("a.csv", b"<!DOCTYPE html>\n<html>", r"an HTML page, .*download the file again"),

@@ -1,6 +1,8 @@
 """Imports go downwards, as CONTRIBUTING says."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import deepfm_dist
@@ -55,6 +57,14 @@ def test_no_module_imports_from_above_or_beside() -> None:
             ):
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert wrong == []
+
+
+def test_one_process_prepares_without_torch() -> None:
+    # It takes longer to load than many datasets to prepare, and 0.3 GiB.
+    code = (
+        "import sys, deepfm_dist.prepare, deepfm_dist.data.encode; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_special_libraries_stay_in_their_rooms() -> None:

@@ -3,12 +3,12 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
@@ -27,6 +27,9 @@ from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from deepfm_dist.data.dataset import PreparedDataset
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
@@ -58,6 +61,13 @@ class Fitted:
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
 
 
+def _opened(folder: Path) -> "PreparedDataset":
+    # It imports torch, which takes longer to load than many datasets.
+    from deepfm_dist.data.dataset import PreparedDataset
+
+    return PreparedDataset(folder, _ALL_IN_MEMORY)
+
+
 class Earlier:
     """The dataset whose ids keep their rows; it may be none.
 
@@ -67,7 +77,7 @@ class Earlier:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = Path(folder or "")
-        self.dataset = None if folder is None else PreparedDataset(self._folder, _ALL_IN_MEMORY)
+        self.dataset = None if folder is None else _opened(self._folder)
         self.manifest = None if self.dataset is None else self.dataset.manifest
 
     def column(self, entity: str, name: str) -> pa.ChunkedArray | None:

@@ -83,12 +83,10 @@ def one_per_pair(
     Returns:
         ``[n]`` bool, and of how many pairs ``ties`` chose between rows that differ.
     """
-    pair = _first_of_pair(*grouped(part["local"], n_users), part["item"], n_items)
-    again = np.flatnonzero(np.bincount(pair, minlength=len(pair))[pair] > 1)
-    keep = np.ones(len(part), bool)
+    pair, keep = _first_of_pair(*grouped(part["local"], n_users), part["item"], n_items)
+    again = np.flatnonzero(~keep)
     if len(again) == 0:
         return keep, 0
-    keep[again] = False
     strengths = [-part[name][again].astype(np.float64) for name in _STRENGTHS if name in part]
     times = [part["time"][again]] if "time" in part else []
     if rule != "earliest":
@@ -184,11 +182,9 @@ def _latest_rows(
 
 
 @compiled
-def _first_of_pair(
-    offsets: Int64Array, order: Int64Array, items: Int32Array, n_items: int
-) -> Int64Array:
-    """``[n]`` int64: the first row with the group and the item of each row."""
-    first = np.empty(len(items), np.int64)
+def _first_of_pair(offsets: Int64Array, order: Int64Array, items: Int32Array, n_items: int) -> Any:
+    """``[n]`` int32, the first row with each row's group and item; ``[n]`` bool, the only ones."""
+    first, alone = np.empty(len(items), np.int32), np.ones(len(items), np.bool_)
     last_group = np.full(n_items, -1, np.int64)
     row_of = np.zeros(n_items, np.int64)
     for g in range(len(offsets) - 1):
@@ -198,8 +194,10 @@ def _first_of_pair(
             if last_group[item] != g:
                 last_group[item] = g
                 row_of[item] = row
+            else:
+                alone[row] = alone[row_of[item]] = False
             first[row] = row_of[item]
-    return first
+    return first, alone
 
 
 def seeded(words: Hashes, seed: np.uint64) -> Hashes:
