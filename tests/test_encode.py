@@ -686,6 +686,52 @@ def test_ids_that_only_look_alike_are_kept_apart_and_named(
     assert "'caf\\xe9'" in caplog.text and "'cafe\\u0301'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (" 7", "the spaces around them"),
+        ("7 ", "the spaces around them"),
+        ("7.0", "decimals of zero"),
+        ("007", "leading zeros"),
+        ("17", None),
+        ("7.5", None),
+    ],
+)
+def test_ids_written_in_two_ways_are_kept_apart_and_named(
+    root: Path, caplog: pytest.LogCaptureFixture, other: str, what: str | None
+) -> None:
+    with caplog.at_level("WARNING"):
+        dataset = small(root, f"u,i\na,7\nb,{other}\nb,tea\na,TEA\n", str(USER_AND_ITEM))
+    assert set(dataset.entity_ids("item").to_pylist()) == {None, "7", other, "tea", "TEA"}
+    said = f"item: 1 of 4 values differ from another one only in {what}, such as {other!r} and '7'"
+    assert (said in caplog.text) == (what is not None)
+    assert ("differ from another" in caplog.text) == (what is not None)
+
+
+@pytest.mark.parametrize("text", ["['a', 'b']", "{'a', 'b'}", "('a', 'b')", '["a", "b"]'])
+def test_lists_among_texts_are_named_and_sets_and_tuples_are_lists(
+    root: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    fields = str(USER_AND_ITEM)[:-1] + ", {name: g%s}]"
+    cell = '"' + text.replace('"', '""') + '"'
+    few = f"u,i,g\na,x,{cell}\na,y,c\nb,y,c\nb,z,[REC]\nc,x,c\n"
+
+    def ids(rows: str, several: str = "") -> set[str]:
+        dataset = small(root, rows, fields % several)
+        texts = pq.read_table(dataset.folder / "vocabulary/g.parquet")["id"].to_pylist()
+        return set(texts) - {None}
+
+    with caplog.at_level("WARNING"):
+        assert ids(few) == {text, "c", "[REC]"}
+        assert f"g: 1 of 3 values are lists, such as {text!r}, and each is taken" in caplog.text
+        caplog.clear()
+        assert ids(few, ", several: false") == {text, "c", "[REC]"}
+        assert ids(few, ", several: true") == {"a", "b", "c", "REC"}
+        assert ids(f"u,i,g\na,x,{cell}\na,y,c\nb,y,{cell}\n") == {"a", "b", "c"}
+        assert not ids(few.replace(cell, "(USA)")) ^ {"(USA)", "c", "[REC]"}
+        assert "are lists" not in caplog.text
+
+
 def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
     (root / "who.csv").write_text("u,g,age\na,k,1\n,k,2\nb,k,x\n")
     features = """[{name: user, entity: user}, {name: g, entity: user, file: who.csv},

@@ -133,10 +133,38 @@ def test_the_first_format_that_fits_is_taken_and_units_count_from_1970() -> None
     assert exact(read_times(pa.array([20200131.0]), ["%Y%m%d"])) == [1580428800]
 
 
+def test_a_unit_that_leads_beyond_the_year_9999_is_not_the_cells(tmp_path: Path) -> None:
+    cells = pa.array(["1580464800123", "253402300799", "253402300800"])
+    for formats in (["s"], ["%Y", "s"], ["%H %z", "s"]):
+        assert exact(read_times(cells, formats)) == [None, 253402300799, None]
+        assert read_clock(cells, formats).null_count == 2
+    assert exact(read_times(pa.array([-62135596800, -62135596801]), ["s"])) == [-62135596800, None]
+    (tmp_path / "a.csv").write_text("at\n1580464800123\n")
+    with pytest.raises(DataError, match=r'time_format="ms"$'):
+        read_table(tmp_path / "a.csv", [Column("at", "time", formats=("s",))])
+
+
+def test_an_empty_time_is_not_cured_by_a_format(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("at,b\n,1\n")
+    with pytest.raises(DataError, match=r"line 2: at '' is empty; fix the row$"):
+        read_table(tmp_path / "a.csv", [Column("at", "time")])
+
+
 def test_formats_are_checked(tmp_path: Path) -> None:
     for wrong, message in (("%Q", "unknown code %Q"), ("year", "is not a time format; use")):
         with pytest.raises(ConfigError, match=message):
             load_config("sample", [f"data.interactions.time_format='{wrong}'"])
+    for wrong, message in (
+        ("%m/%d/%Y %H:%M:%S %p", "%p, AM or PM, counts with %I alone; write %I .* instead of %H"),
+        ("%m/%d/%Y %I:%M", "%I is an hour of AM or PM.* add %p, or write %H"),
+        ("%Y-%M-%d", "a day and no month; %M is the minute, %m the month"),
+        ("%Y-%m-%d %H:%m", "%m twice; %m is the month, %M the minute"),
+        ("%F %d", "%d twice"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config("sample", [f"data.interactions.time_format='{wrong}'"])
+    for right in ("%H:%M", "%Y%j", "100%% %Y", "%% %%%y"):
+        load_config("sample", [f"data.interactions.time_format='{right}'"])
     with pytest.raises(ConfigError, match="name it"):
         load_config("sample", ["data.interactions.time=null", "data.interactions.time_format=s"])
 
@@ -149,6 +177,9 @@ def test_formats_are_checked(tmp_path: Path) -> None:
             r"a\.csv: the time column 'at' holds both 2020-01-31 10:00:00 and 20200131, .*"
             r"data\.interactions\.time_format=\"\[iso, '%Y%m%d'\]\"",
         ),
+        ([["1991-05-01", "1991"]], r"both 1991-05-01 00:00:00 and 1991, .*\[iso, '%Y'\]"),
+        ([["1991-05-01", "199111"]], r"and 199111, .*\[iso, '%Y%m'\]"),
+        ([["1991-05-01", "7"]], "and 7, whose order is unknown; write both in one way"),
         ([["1580464800", "1580464800123"]], "both 1580464800 and 1580464800123, .* one unit"),
         ([["20200131"], ["1580464800"]], "both 20200131 and 1580464800, which look like a date"),
         ([["1580464800", "0", "-1"], ["7"]], None),

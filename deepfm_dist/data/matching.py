@@ -22,6 +22,8 @@ _WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("leading zeros", partial(_replaced, r"^(\s*)0+(\d)", r"\1\2")),
     ("upper and lower case", pc.utf8_lower),
 )
+_CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d")
+"""What texts look like that the first of `_WAYS` change."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
             first = int(at[0])
             pair = texts[first].as_py(), known[int(place[first])].as_py()
             best = Difference(what, len(at), *pair)
+    return best
+
+
+def written_twice(texts: pa.Array) -> Difference | None:
+    """In what some texts of a vocabulary differ from others that most likely mean the same.
+
+    Upper and lower case does not count: ids such as YouTube's are told apart by it.
+
+    Args:
+        texts: string, each once.
+    """
+    best: Difference | None = None
+    for (what, way), pattern in zip(_WAYS, _CANDIDATES, strict=False):
+        some = texts.filter(pc.match_substring_regex(texts, pattern))[:_MOST_TEXTS]
+        if len(some) == 0:
+            continue
+        plain = way(some)
+        other = np.asarray(pc.and_(pc.not_equal(plain, some), pc.is_in(plain, value_set=texts)))
+        if other.sum() > (best.count if best else 0):
+            first = int(other.argmax())
+            best = Difference(what, int(other.sum()), some[first].as_py(), plain[first].as_py())
     return best
 
 

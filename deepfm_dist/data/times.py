@@ -33,7 +33,9 @@ EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _BILLION = 10**9
 _INT64 = np.iinfo(np.int64)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_DIRECTIVES = frozenset("aAbBdfHIjmMpSyYzZ%")
+_CALENDAR = (-62135596800, 253402300800)
+"""Seconds since 1970 of the years 1 to 9999: milliseconds read as seconds lie beyond."""
+_DIRECTIVES = frozenset("aAbBdfHIjmMpSyYzZ")
 _ALIASES = {"%T": "%H:%M:%S", "%D": "%m/%d/%y", "%F": "%Y-%m-%d", "%R": "%H:%M", "%e": "%d"}
 _ZONE = r"(:\d\d(?:[.,]\d+)?)\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 _NAMED_ZONE = re.compile(r"\s*(?:UTC|GMT|utc|Z|z)$")
@@ -57,6 +59,7 @@ _DATES = (
     *("%b %d %Y", "%B %d %Y", "%d/%m/%y", "%m/%d/%y", "%m %d, %Y"),
 )
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %H:%M:%S %z")
+_COMPACT = ("%Y%m%d", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%y%m%d%H", "%Y%m", "%Y")
 _GUESSES = (
     *(date + comma + clock for date in _DATES for clock in _CLOCKS for comma in ("", ",")),
     "%a %b %d %H:%M:%S %z %Y",
@@ -64,7 +67,7 @@ _GUESSES = (
     "%a, %d %b %Y %H:%M:%S %z",
     "%a, %d %b %Y %H:%M:%S %Z",
     "%d/%b/%Y:%H:%M:%S %z",
-    *("%Y%m%d", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%y%m%d%H"),
+    *_COMPACT,
 )
 
 
@@ -76,9 +79,11 @@ def check_format(text: str) -> str:
     """
     if text in (ISO, *EPOCH_UNITS):
         return text
-    codes = re.findall(r"%(.?)", _plain_codes(text))
-    if wrong := [code for code in codes if code not in _DIRECTIVES or not code]:
+    codes = [c for c in re.findall(r"%(.?)", _plain_codes(text)) if c != "%"]
+    if wrong := [code for code in codes if code not in _DIRECTIVES]:
         raise ValueError(f"{text!r}: unknown code %{wrong[0]}; see Python's strptime")
+    if fault := _fault(codes):
+        raise ValueError(f"{text!r}: {fault}")
     if not codes:
         raise ValueError(
             f"{text!r} is not a time format; use strptime's codes, such as %d/%m/%Y %H:%M, iso, or "
@@ -87,16 +92,36 @@ def check_format(text: str) -> str:
     return text
 
 
+def _fault(codes: Sequence[str]) -> str | None:
+    """Why a format would read other times than are written, if it would."""
+    twice = next((code for code in codes if codes.count(code) > 1), None)
+    if twice is not None:
+        also = "; %m is the month, %M the minute" if twice in "mM" else ""
+        return f"it has %{twice} twice{also}"
+    if "p" in codes and "I" not in codes:
+        return "%p, AM or PM, counts with %I alone; write %I for the hour" + (
+            " instead of %H" if "H" in codes else ""
+        )
+    if "I" in codes and "p" not in codes:
+        return "%I is an hour of AM or PM, which %p reads; add %p, or write %H"
+    if "d" in codes and not set("mbBj") & set(codes):
+        return "it has a day and no month" + ("; %M is the minute, %m the month" * ("M" in codes))
+    return None
+
+
 def guess_formats(*texts: str) -> list[str]:
     """Formats that all of some cells may be written in, at most two, most likely first."""
 
     def fits(guess: str) -> bool:
         try:
-            for text in texts:
-                datetime.strptime(text.strip(), guess)
+            moments = [datetime.strptime(text.strip(), guess) for text in texts]
         except ValueError:
             return False
-        return True
+        # Python takes 1991 for January 1 of 199 where a format has no separators.
+        return guess not in _COMPACT or all(
+            moment.strftime(guess) == text.strip()
+            for moment, text in zip(moments, texts, strict=True)
+        )
 
     units = {10: "s", 13: "ms", 16: "us", 19: "ns"}
     if texts and all(text.isdigit() and len(text) == len(texts[0]) in units for text in texts):
@@ -223,13 +248,12 @@ class TimeColumn:
         """
         if "dated" in self.examples and "number" in self.examples:
             number = self.examples["number"][0]
-            guess = (guess_formats(number) or ["s"])[0]
-            raise self._mixed(
-                "dated",
-                "number",
-                "whose order is unknown; say how both are written: data.interactions.time_format="
-                f'"[iso, {guess if guess in EPOCH_UNITS else repr(guess)}]"',
-            )
+            guess = next(iter(guess_formats(number)), None)
+            cure = "write both in one way"
+            if guess is not None:
+                shown = guess if guess in EPOCH_UNITS else repr(guess)
+                cure = f'say how both are written: data.interactions.time_format="[iso, {shown}]"'
+            raise self._mixed("dated", "number", f"whose order is unknown; {cure}")
         eras = np.flatnonzero(self.eras[1::2])
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
             # Were they counts of something else, some would lie in between.
@@ -493,7 +517,9 @@ def _of_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
     parts = np.asarray(times.field("billionths").fill_null(0)).astype(np.int64)
     seconds = _in_seconds(numbers, per_second)
     more = np.asarray(seconds.field("billionths")) + parts // per_second
-    return _struct(seconds.field("whole"), pa.array(more), True)
+    whole = seconds.field("whole")
+    in_calendar = pc.and_(pc.greater_equal(whole, _CALENDAR[0]), pc.less(whole, _CALENDAR[1]))
+    return _struct(pc.if_else(in_calendar, whole, None), pa.array(more), True)
 
 
 def _strptime(texts: pa.Array, name: str) -> pa.StructArray:
@@ -520,6 +546,8 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
         if name in EPOCH_UNITS:
             if (number := _number(text)) is not None:
                 seconds, parts = divmod(number[0], EPOCH_UNITS[name])
+                if not _CALENDAR[0] <= seconds < _CALENDAR[1]:
+                    continue
                 per_part = _BILLION // EPOCH_UNITS[name]
                 return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True
             continue

@@ -19,11 +19,13 @@ from deepfm_dist.data.fields import (
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import NumericSpec
-from deepfm_dist.data.matching import check_join
+from deepfm_dist.data.matching import check_join, written_twice
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.schema import Feature, Files, label_of
+from deepfm_dist.data.sources.nested import list_literals
+from deepfm_dist.data.sources.source import short
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
@@ -133,6 +135,12 @@ class Fit:
             )
         for name, ids in partitions.ids.items():
             _warn_of_look_alikes(name, ids)
+            _warn_of_two_spellings(name, ids)
+        for feature in job.data.features:
+            if feature.has_vocabulary and not feature.names_entity:
+                texts = partitions.ids.get(feature.table_name)
+                if texts is not None:
+                    _warn_of_list_literals(feature, texts)
         self.values: dict[str, Values] = {}
         self._joined: dict[tuple[str, str | None], bool] = {}
         for feature in job.data.features:
@@ -348,3 +356,35 @@ def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
         one,
         two,
     )
+
+
+def _warn_of_two_spellings(name: str, ids: pa.Array) -> None:
+    """Says that some texts of a vocabulary are written like others, but for spaces or zeros."""
+    if (how := written_twice(ids.cast(pa.string()))) is not None:
+        log.warning(
+            "%s: %s of %s values differ from another one only in %s, such as %r and %r; they are "
+            "kept apart: write them alike if they mean the same",
+            name.removeprefix(of_entity("")),
+            f"{how.count:,}",
+            f"{len(ids):,}",
+            how.what,
+            how.text,
+            how.known,
+        )
+
+
+def _warn_of_list_literals(feature: Feature, ids: pa.Array) -> None:
+    """Says that some values of a field of one value are lists."""
+    if feature.in_lists or feature.several is not None or feature.derive is not None:
+        return
+    lists = list_literals(ids.cast(pa.string()))
+    lists = lists.filter(pc.match_substring_regex(lists, """[,'"0-9]"""))  # not the film [REC]
+    if len(lists):
+        log.warning(
+            "%s: %s of %s values are lists, such as %s, and each is taken for one value; set "
+            "several: true for the field, or several: false if that is meant",
+            feature.name,
+            f"{len(lists):,}",
+            f"{len(ids):,}",
+            short(lists[0].as_py()),
+        )

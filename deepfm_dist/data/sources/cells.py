@@ -207,7 +207,8 @@ class CellTyper:
             return
         if cure is not None:
             raise DataError(f"{path}, {where}: {name} {shown} {what}; {cure}")
-        also = f", or set {setting} to how times are written" if setting else ""
+        is_unknown = setting and what != "is empty"
+        also = f", or set {setting} to how times are written" if is_unknown else ""
         first = ""
         if column.type == "number" and not column.required and cell is not None:
             word = json.dumps(str(cell), ensure_ascii=False)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _LITERAL = r"(?s)\A\s*\[.*\]\s*\z"
+_SET = r"""(?s)\A\s*(?:\(\s*['"].*\)|\{\s*['"].*\})\s*\z"""  # or a tuple, of texts
 _NUMPY = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s+(?:'[^']*'|"[^"]*"))+\s*\]""")
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBERS = re.compile(r"\s*[-+.\deE]+(?:\s+[-+.\deE]+)*\s*")
@@ -63,8 +64,17 @@ def holds_lists(cells: pa.Array) -> bool:
         return is_list(cells.type)
     cells = cells.drop_null()
     sample = cells.filter(pc.not_equal(cells, "")).slice(0, _SAMPLE)
-    found = pc.sum(pc.match_substring_regex(sample, _LITERAL)).as_py() or 0
-    return len(sample) > 0 and 2 * found >= len(sample)
+    return len(sample) > 0 and 2 * len(list_literals(sample)) >= len(sample)
+
+
+def list_literals(texts: pa.Array) -> pa.Array:
+    """Those of some texts that are lists, sets or tuples, as Python or JSON write them."""
+    sets = texts.filter(pc.match_substring_regex(texts, _SET))
+    sets = sets.filter(
+        pa.array([_listed_in(text) is not None for text in sets.to_pylist()], pa.bool_())
+    )
+    lists = texts.filter(pc.match_substring_regex(texts, _LITERAL))
+    return pa.concat_arrays([lists, sets])
 
 
 def members(cells: pa.Array, path: tuple[str, ...]) -> pa.Array:
@@ -114,7 +124,8 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
     """Cells -> lists of texts.
 
     Elements of lists are taken as they are; a text in square brackets is a list, with or without
-    quotes around its elements; any other text is split at the separator.
+    quotes around its elements, and so is a Python set or tuple of texts; any other text is split
+    at the separator.
 
     Args:
         cells: ``[n]`` lists or single values.
@@ -130,7 +141,7 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
         lists = cells.cast(pa.list_(cells.type.value_type))
         return _listed(lists, texts_of(pc.list_flatten(lists)))
     texts = texts_of(cells)
-    if pc.any(pc.match_substring_regex(texts, _LITERAL)).as_py():
+    if pc.any(pc.match_substring_regex(texts, f"{_LITERAL}|{_SET}")).as_py():
         return _of_distinct(texts, lambda t: _elements(t, separator), pa.list_(pa.string()))
     if separator is not None:
         return pc.split_pattern(texts, separator)
@@ -225,9 +236,19 @@ def python_literal(text: str) -> Any:
             return text
 
 
+def _listed_in(text: str) -> list[str] | None:
+    """The texts in a Python set or tuple, in their order; None if it is something else."""
+    values = python_literal(f"[{text.strip()[1:-1]}]")
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return values
+    return None
+
+
 def _elements(text: str, separator: str | None) -> list[str]:
     """The values in a cell: of a list literal, or between separators."""
     body = text.strip()
+    if re.fullmatch(_SET.replace("\\z", ""), body) and (texts := _listed_in(body)) is not None:
+        return texts
     values: Any = None
     if body.startswith("[") and body.endswith("]"):
         if _NUMPY.fullmatch(body):  # ['a' 'b']: to Python, one text
