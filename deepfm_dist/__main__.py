@@ -1,13 +1,13 @@
 """``python -m deepfm_dist``: what there is to type."""
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from deepfm_dist import __version__
+from deepfm_dist.messages import nearest
 from deepfm_dist.terminal import coloured
 
 _FIRST = ("prepare", "train", "evaluate", "recommend", "similar", "predict", "serve")
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = importlib.import_module(f"deepfm_dist.{name}").main(rest)
         return code
     if arguments and arguments[0] not in ("-h", "--help"):
-        near = difflib.get_close_matches(arguments[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+        near = nearest(arguments[0], known)
+        hint = f"did you mean {near}?" if near else f"there are: {', '.join(known)}"
         print(f"ConfigError: {arguments[0]}: no such command; {hint}", file=sys.stderr)
         return 2
     width = max(map(len, known))

@@ -1,6 +1,5 @@
 """All settings: sections with defaults, read from YAML, overridden on the command line."""
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import nearest, short
 from deepfm_dist.section import Problem, Section, one_per_setting
 from deepfm_dist.storage import (
     LocalPath,
@@ -712,8 +712,8 @@ def _find(path: str) -> Path:
             if candidate.is_file():
                 return candidate
     names = sorted(p.stem for p in bundled.glob("*.yaml"))
-    near = difflib.get_close_matches(Path(path).stem, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; bundled are: {', '.join(names)}"
+    near = nearest(Path(path).stem, names)
+    hint = f"; did you mean {near}?" if near else f"; bundled are: {', '.join(names)}"
     raise ConfigError(f"--config {path}: no such file{hint}")
 
 
@@ -765,9 +765,7 @@ def _describe(problem: Problem) -> str:
     message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
     if problem["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
-    value = repr(problem["input"])
-    value = value if len(value) <= 200 else f"{value[:197]}..."
-    return f"{where}: {message} (got {value})"
+    return f"{where}: {message} (got {short(problem['input'], 200)})"
 
 
 def _what_is_meant(loc: tuple[_Id, ...], value: Any) -> str:
@@ -776,8 +774,8 @@ def _what_is_meant(loc: tuple[_Id, ...], value: Any) -> str:
     key, colon, text = name.partition(":")
     if colon and value is None and key in fields:
         return f"YAML needs a space after the colon: write {key}: {text}"
-    if near := difflib.get_close_matches(name, fields, n=1):
-        return f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+    if near := nearest(name, fields):
+        return f"did you mean {'.'.join([*map(str, loc[:-1]), near])}?"
     elsewhere = [
         f"{section}.{name}" for section in Config.model_fields if name in _fields_at([section])
     ]

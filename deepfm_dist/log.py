@@ -13,7 +13,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.events import Event, TrainEvent
-from deepfm_dist.storage import brief, is_of_storage, is_remote, writing
+from deepfm_dist.messages import brief
+from deepfm_dist.storage import is_of_storage, is_remote, writing
 
 log = logging.getLogger(__name__)
 

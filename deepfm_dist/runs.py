@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -15,7 +15,7 @@ from deepfm_dist.build import shard_for_inference, transfer_of
 from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, hash_of
-from deepfm_dist.data.match import check_match, check_start, shared_fields
+from deepfm_dist.data.match import changed_settings, check_match, check_start, shared_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
 from deepfm_dist.distributed.world import World
@@ -147,7 +147,7 @@ def _check_start(config: Config, manifest: Manifest, state: Mapping[str, Any]) -
     """Refuses a checkpoint whose weights would mean something else to this run's model."""
     option = f"checkpoint.start_from={config.checkpoint.start_from}"
     saved = _settings_in(state)
-    for name, old, new in _differences(saved["model"], config.model.model_dump(mode="json")):
+    for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
         if name not in _OF_ANY_MODEL:
             raise ConfigError(
                 f"{option}: its model has {name}={old}, not {new}; set "
@@ -324,7 +324,7 @@ def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
     saved = _settings_in(checkpoint.read_state(path))["trainer"]
     changed = [
         f"trainer.{name}={new} (was {old})"
-        for name, old, new in _differences(saved, config.model_dump(mode="json")["trainer"])
+        for name, old, new in changed_settings(saved, config.model_dump(mode="json")["trainer"])
         if name not in _OF_LENGTH
     ]
     return f"{text}. Changed without effect: {', '.join(changed)}" if changed else text
@@ -389,7 +389,7 @@ def _differing(config: Config, state: Mapping[str, Any], manifest: Manifest | No
     train_bytes = None if manifest is None else manifest.splits["train"].size_bytes
     differing = [
         f"{name}={_brief(new)} (was {_brief(old)})"
-        for name, old, new in _differences(_settings_in(state), config.model_dump(mode="json"))
+        for name, old, new in changed_settings(_settings_in(state), config.model_dump(mode="json"))
         if _fixes_a_run(name, old, new, train_bytes)
     ]
     hashes = {} if manifest is None else manifest.hashes
@@ -430,15 +430,6 @@ def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool
     if name == "run.seed":
         return True
     return name.startswith(("data.", "model.", "optimizer.")) and name not in _OF_THE_PLACE
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings whose values differ: dotted name, old and new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    elif old != new:
-        yield name, old, new
 
 
 def open_dataset(config: Config, world: World) -> PreparedDataset:

@@ -7,7 +7,6 @@ an object store does otherwise is here.
 import glob
 import logging
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -20,6 +19,7 @@ from typing import Annotated, Any, cast
 from pydantic import AfterValidator
 
 from deepfm_dist.errors import ConfigError, DeepFMError
+from deepfm_dist.messages import brief
 
 log = logging.getLogger(__name__)
 _SCHEMES = (
@@ -231,13 +231,6 @@ def writing(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: cannot be written: {reason}; set run.runs_root, or "
             f"--output, to a folder of yours that has room"
         ) from None
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line; never empty."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
-    text = re.sub(r"^.*Detail: \[errno \d+\] ", "", text)  # Arrow's words around the system's
-    return text or type(error).__name__
 
 
 def is_of_storage(error: Exception) -> bool:

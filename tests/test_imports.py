@@ -9,7 +9,7 @@ import deepfm_dist
 
 PACKAGE = Path(deepfm_dist.__file__).parent
 LEVELS = {
-    "errors": 0, "section": 0, "compiled": 0, "terminal": 0, "events": 0,
+    "errors": 0, "messages": 0, "section": 0, "compiled": 0, "terminal": 0, "events": 0,
     "launcher": 1, "storage": 1, "seeding": 1, "typed_yaml": 1, "log": 2, "lock": 2,
     "environment": 2, "model": 3, "data": 4, "distributed": 4, "training": 5, "ranking": 5,
 }  # fmt: skip

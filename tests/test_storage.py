@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import brief
 from deepfm_dist.storage import (
-    brief,
     delete_tree,
     folder_of,
     is_of_storage,

@@ -1,6 +1,5 @@
 """Rows from outside the dataset -> rows in its indices."""
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -23,6 +22,7 @@ from deepfm_dist.data.matching import Unseen, difference
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import nearest
 
 _FEW_VALUES = 100_000
 """That a similar word is looked for among."""
@@ -135,9 +135,9 @@ class RowEncoder:
         if how := difference(pa.array([value]), known):
             return f"; did you mean {how.known!r}?"
         if len(known) <= _FEW_VALUES:
-            near = difflib.get_close_matches(value, known.to_pylist(), n=1)
-            if near:
-                return f"; did you mean {near[0]!r}?"
+            near = nearest(value, known.to_pylist())
+            if near is not None:
+                return f"; did you mean {near!r}?"
         return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
     def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:

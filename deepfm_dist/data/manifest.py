@@ -1,6 +1,5 @@
 """The manifest: what a prepared dataset holds, where it came from, whether it is still current."""
 
-import difflib
 import hashlib
 import json
 import platform
@@ -16,6 +15,7 @@ from pydantic import Field, ValidationError
 from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_of
 from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.messages import nearest
 from deepfm_dist.section import Section
 
 FORMAT = 3
@@ -240,8 +240,8 @@ def check_formats(data: DataConfig, *others: str) -> None:
     names = [*dict.fromkeys(names), *others]
     for name in data.files:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(name, names)
+            hint = f"did you mean {near!r}? " if near else ""
             raise ConfigError(
                 f"data.files: {name!r} is none of the files that are read; {hint}"
                 f"there are: {', '.join(names)}"

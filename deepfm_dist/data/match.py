@@ -182,14 +182,15 @@ def field_differences(
 def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
     """Settings that change which rows there are, or where they belong."""
     ours, theirs = (data.model_dump(mode="json", exclude=_FREE) for data in (trained, prepared))
-    yield from _leaves(ours, theirs, "data")
+    yield from changed_settings(ours, theirs, "data")
     for one, other in shared_fields(trained, prepared):
         yield from field_differences(one, other, ())
 
 
-def _leaves(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+def changed_settings(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings whose values differ: dotted name below ``name``, old and new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            yield from _leaves(old.get(key), new.get(key), f"{name}.{key}")
+            yield from changed_settings(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, old, new

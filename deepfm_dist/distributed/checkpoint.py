@@ -49,10 +49,10 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
+from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import biases_before_norm
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.storage import (
-    brief,
     delete_tree,
     is_of_storage,
     is_remote,

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from deepfm_dist.distributed.checkpoint import Reader
 from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.log import progress
+from deepfm_dist.messages import brief
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 FORMAT = 1
@@ -269,5 +270,4 @@ class _Reader:
         return int(stored.offset + empty.untyped_storage()._checkpoint_offset)
 
     def _damaged(self, error: object) -> CheckpointError:
-        reason = " ".join(str(error).split())[:300]
-        return CheckpointError(f"{self._folder}: cannot be read: {reason}")
+        return CheckpointError(f"{self._folder}: cannot be read: {brief(error)}")

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card
+from deepfm_dist.messages import short
 from deepfm_dist.serving.live import Live, Unknown, Unsupported
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
@@ -255,7 +256,7 @@ async def _refuse_unknown_parameters(request: Request) -> None:
     for name in given:
         if name not in allowed:
             names = f"allowed: {', '.join(allowed)}" if allowed else "none is allowed here"
-            raise HTTPException(422, f"unknown parameter {_short(name)}; {names}")
+            raise HTTPException(422, f"unknown parameter {short(name, 50)}; {names}")
         if given.count(name) > 1:
             raise HTTPException(422, f"{name} is given {given.count(name)} times; give it once")
 
@@ -264,25 +265,20 @@ def _sentence(problem: Any) -> str:
     """A validation error in words that name the field or parameter."""
     name = _place(problem)
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {_short(name)}; allowed: {', '.join(Described.model_fields)}"
+        return f"unknown field {short(name, 50)}; allowed: {', '.join(Described.model_fields)}"
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] == "model_attributes_type":
         return f"{name} must be a JSON object with {', '.join(Described.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{name}: {message} (got {_short(problem['input'])})"
+    return f"{name}: {message} (got {short(problem['input'], 50)})"
 
 
 def _place(problem: Any) -> str:
     # Without the member of a union that did not fit.
     where = [part for part in problem["loc"][1:] if part not in ("str", "int")]
     return ".".join(map(str, where)) or "the body"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 50 else f"{text[:47]}..."
 
 
 def _item(card: Card) -> Item:

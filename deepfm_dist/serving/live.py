@@ -20,6 +20,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
+from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import USER_BLOCK
@@ -28,7 +29,6 @@ from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import Finished
-from deepfm_dist.storage import brief
 
 CARDS = 100_000
 """Items whose cards stay in memory."""
@@ -252,8 +252,7 @@ def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
             bag.weight.data[:, : table.shape[1]] = table
         model.interaction_arch.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{export}: does not fit the run's model: {reason}") from None
+        raise CheckpointError(f"{export}: does not fit the run's model: {brief(error)}") from None
     return model.eval()
 
 

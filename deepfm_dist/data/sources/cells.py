@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.sources.nested import NestedError, as_lists, is_text, plain, texts_of
-from deepfm_dist.data.sources.source import Source, short
+from deepfm_dist.data.sources.source import Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT
 from deepfm_dist.data.times import TIME, cure_for, read_times
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import short
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import EmptyFile, Source, brief
+from deepfm_dist.data.sources.source import EmptyFile, Source
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import brief
 
 _Read = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
 _BATCH_ROWS = 1 << 20

@@ -20,9 +20,10 @@ import pyarrow.csv as pa_csv
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.cells import Column
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source, brief, short
+from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import brief, short
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import fsspec
 
 from deepfm_dist.data.schema import Files, label_of, names_of
-from deepfm_dist.data.sources.source import PACKED, brief
+from deepfm_dist.data.sources.source import PACKED
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.messages import brief
 from deepfm_dist.storage import local_path
 
 

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from deepfm_dist.data.sources.nested import json_text, python_literal, text_of
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, brief, short
+from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile
 from deepfm_dist.data.sources.text_stream import NO_TEXT, TextStream
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import brief, short
 
 _Objects = list[dict[str, Any]]
 _FROM_PYTHON = (

@@ -1,6 +1,5 @@
 """What every format's reader offers; a new format is one more subclass."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from deepfm_dist.data.sources.cells import Column, with_decimal_points
 from deepfm_dist.data.sources.nested import members
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import nearest
 
 _MOST_NAMES = 100  # of columns, that an error line lists
 
@@ -127,8 +127,8 @@ class Reader(ABC):
         for column in self.columns:
             if (place := self._place(column.name, present)) is None:
                 known = [*present, *self.source.partitions]
-                near = difflib.get_close_matches(column.name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                near = nearest(column.name, known)
+                hint = f"did you mean {near!r}? " if near else ""
                 names = ", ".join(n if n.isprintable() else repr(n) for n in known[:_MOST_NAMES])
                 names += ", ..." if len(known) > _MOST_NAMES else ""
                 raise DataError(

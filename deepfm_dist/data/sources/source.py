@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import brief
 
 BLOCK_BYTES = 16 << 20
 """Of text, that is parsed at a time."""
@@ -265,14 +266,3 @@ def _yaml_key(name: str) -> str:
     return (
         name if re.fullmatch(r"([\w/.][\w/.*-]*)?", name) else "'" + name.replace("'", "''") + "'"
     )
-
-
-def brief(error: Exception) -> str:
-    """An error's message on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
-
-
-def short(value: object) -> str:
-    """A value as an error line shows it: its repr, at most 120 characters."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,23 @@
+"""Parts of error messages: errors and values on one line, and the name that may be meant."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+def brief(error: object) -> str:
+    """An error, or its text, on one line of at most 300 characters; never empty."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    text = re.sub(r"^.*Detail: \[errno \d+\] ", "", text)  # Arrow's words around the system's
+    return text or type(error).__name__
+
+
+def short(value: object, length: int = 120) -> str:
+    """The repr of a value, cut to at most ``length`` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelled one is closest to, if any is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
