@@ -25,9 +25,9 @@ from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.sources.nested import list_literals
-from deepfm_dist.data.sources.source import short
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import short
 from deepfm_dist.seeding import derive_seed
 
 if TYPE_CHECKING:
