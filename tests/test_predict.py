@@ -1,5 +1,6 @@
 """Rows to score from files that are laid out as those of training, or otherwise."""
 
+import logging
 import resource
 from pathlib import Path
 
@@ -106,3 +107,29 @@ def test_an_output_folder_is_made(home: Path) -> None:
     assert run_alone(predict.main, arguments) == 0
     assert len(pd.read_parquet(target)) == 400
     assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_scores_that_are_not_numbers_are_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
+    rows = "y,user,price\n" + "".join(f"{k % 2},u{k % 7},{k % 5}\n" for k in range(60))
+    (tmp_path / "c.csv").write_text(rows)
+    data = {
+        "root": str(tmp_path),
+        "task": "ctr",
+        "interactions": {"file": "c.csv", "user": "user", "label": "y"},
+        "features": [{"name": "user", "entity": "user"}, {"name": "price", "kind": "numeric"}],
+    }
+    run = {"name": "r", "runs_root": str(tmp_path), "prepared_root": str(tmp_path / "prepared")}
+    config = {"run": run, "data": data, "trainer": {"max_steps": 1}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert run_alone(train.main, ["--quiet", "--config", str(tmp_path / "c.yaml")]) == 0
+    (tmp_path / "new.csv").write_text("user,price\nu1,3\nu2,1e30\nu1,2\nu1,-1e30\n")
+    capfd.readouterr()
+    scored = _scored(tmp_path, "new.csv")
+    assert scored["score"].isna().tolist() == [False, True, False, True]
+    line = "new.csv: 2 of 4 scores are not numbers, the first that of row 2: a number of that row"
+    assert line in capfd.readouterr().err
+    _scored(tmp_path, "c.csv")
+    assert "not numbers" not in capfd.readouterr().err

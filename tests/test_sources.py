@@ -580,6 +580,35 @@ def test_libsvm_gives_indices_to_texts_and_values_to_numbers(tmp_path: Path) -> 
         read_table(path, columns, layout)
 
 
+@pytest.mark.parametrize(
+    ("kind", "last"), [(pa.float64(), 2**53), (pa.float32(), 2**24), (pa.float16(), 2**11)]
+)
+def test_floats_that_stand_for_several_ids_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: pa.DataType, last: int
+) -> None:
+    assert float(np.array(last + 1, kind.to_pandas_dtype())) == last  # it is the next id's, too
+    path = tmp_path / "a.parquet"
+    for largest, is_named in ((last - 1, False), (last, True)):
+        cells = pa.array(np.array([7, np.nan, largest], kind.to_pandas_dtype()), from_pandas=True)
+        pq.write_table(pa.table({"who": cells, "n": cells}), path)
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            table = read_table(path, [Column("who", required=False), Column("n", "number", False)])
+        assert table["who"].to_pylist() == ["7", None, str(largest)]
+        said = f"'who' holds ids as {kind}, such as {last}, each of which stands for several integ"
+        assert (said in caplog.text) == is_named
+        assert len(caplog.records) == is_named
+
+
+def test_a_label_of_other_words_is_told_what_skipping_does(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y\n1\nno\n")
+    with pytest.raises(DataError, match=r"line 3: y 'no' is not a label: .* in its place$"):
+        read_table(tmp_path / "a.csv", [Column("y", "label")])
+    said = r"write 0 or 1 in its place, or set data\.on_bad_row=skip, which drops such rows$"
+    with pytest.raises(DataError, match=said):
+        read_table(tmp_path / "a.csv", [Column("y", "label")], on_bad_row="error")
+
+
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_wide_delimiters_are_found_wherever_blocks_end(tmp_path: Path, packing: str) -> None:
     rows = [(f"user: {i}", str(i)) for i in range(150_000)]

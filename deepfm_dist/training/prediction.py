@@ -65,7 +65,7 @@ def predict(
     aside = work_folder(target)  # two processes may write the same file
     writer: pq.ParquetWriter | None = None
     problem: DeepFMError | None = None
-    n_rows = 0
+    n_rows = n_strange = first_strange = 0
     try:
         # Before any work that would be lost.
         world.first_does(str(target), lambda: _check_writable(target, aside))
@@ -78,6 +78,10 @@ def predict(
             n_rows += rows.n
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
+                strange = np.flatnonzero(~np.isfinite(logits))
+                if len(strange) and not n_strange:
+                    first_strange = n_rows - rows.n + int(strange[0]) + 1
+                n_strange += len(strange)
                 table = encoder.as_in_the_file(table)
                 table = table.append_column("score", pa.array(logits))
                 probability = probabilities(logits).astype(np.float32)
@@ -99,6 +103,15 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
+    if n_strange:
+        log.warning(
+            "%s: %s of %s scores are not numbers, the first that of row %s: a number of that row "
+            "is too far from those of training",
+            name,
+            f"{n_strange:,}",
+            f"{n_rows:,}",
+            f"{first_strange:,}",
+        )
     for text in encoder.unseen():
         log.warning("%s: %s", name, text)
     return n_rows

@@ -41,6 +41,8 @@ _WANTED = {
     "label": "a label: 0, 1, true or false is expected",
     "split": "a split: 0, 1, 2 or train, valid, test is expected",
 }
+_LARGE_FLOATS = {pa.float64(): 2.0**53, pa.float32(): 2.0**24, pa.float16(): 2.0**11}
+"""From where on a float stands for several integers."""
 _TRUTH = {"false": 0.0, "true": 1.0}
 _DECIMAL_COMMA = r"^(\s*[-+]?\d*),(\d*(?:[eE][-+]?\d+)?\s*)$"
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
@@ -125,6 +127,7 @@ class CellTyper:
         self._source, self._columns, self._dropped = source, columns, dropped
         self._skip_bad, self._where, self._cells_of = skip_bad, where, cells_of
         self._warned = False
+        self._with_large_floats: set[str] = set()
 
     def typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
         """The rows whose cells can be read, typed as `Column` says.
@@ -169,6 +172,8 @@ class CellTyper:
         start = f"{self._source.path}: column {column.name!r}"
         try:
             cells = _without(plain(self._cells_of(batch, column)), column.missing)
+            if column.type in ("text", "texts") and pa.types.is_floating(cells.type):
+                self._warn_of_large_floats(column, cells)
             if column.type == "texts":
                 return cells, as_lists(cells, column.separator)
             if column.type == "time":
@@ -184,6 +189,25 @@ class CellTyper:
             raise DataError(
                 f"{start} holds {cells.type} and cannot be read as {column.type}"
             ) from None
+
+    def _warn_of_large_floats(self, column: Column, cells: pa.Array) -> None:
+        """Says that ids are floats which stand for several integers; once for each column."""
+        if column.name in self._with_large_floats:
+            return
+        sizes = pc.abs(cells.cast(pa.float64()))
+        large = cells.filter(pc.greater_equal(sizes, _LARGE_FLOATS[cells.type]))
+        large = texts_of(large).drop_null()
+        if len(large):
+            self._with_large_floats.add(column.name)
+            log.warning(
+                "%s: the column %r holds ids as %s, such as %s, each of which stands for several "
+                "integers: ids that were different may have become one; write them as integers or "
+                "text",
+                self._source.path,
+                column.name,
+                cells.type,
+                large[0],
+            )
 
     def _refuse(
         self, column: Column, wanted: str, setting: str | None, cells: pa.Array, row: int
@@ -208,6 +232,11 @@ class CellTyper:
             return
         if cure is not None:
             raise DataError(f"{path}, {where}: {name} {shown} {what}; {cure}")
+        if column.type == "label" and what != "is empty":
+            skip = f",{self._source.or_skip}, which drops such rows" if self._source.or_skip else ""
+            raise DataError(
+                f"{path}, {where}: {name} {shown} {what}; write 0 or 1 in its place{skip}"
+            )
         is_unknown = setting and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
         first = ""
