@@ -23,6 +23,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.crew import Crew
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.data.manifest import Manifest
+    from deepfm_dist.training.checks import warn_of_labels
 
     def replacing(old: Manifest, new: Manifest) -> Path | None:
         from deepfm_dist.runs import before_replacing, run_lock  # torch: slow to import
@@ -33,7 +34,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     given = config.data, config.input_root, config.prepared_dir, config.data_seed
     if read_launch().world_size == 1:
         # Without torch.distributed, which takes longer to load than many datasets.
-        prepare(*given, before_replacing=replacing)
+        warn_of_labels(prepare(*given, before_replacing=replacing))
         return
     import torch
 
@@ -45,7 +46,9 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
             return ranks.sum(torch.from_numpy(array.copy())).numpy()
 
         crew = Crew(ranks.rank, ranks.world_size, ranks.all_gather, total)
-        prepare(*given, crew, replacing)
+        manifest = prepare(*given, crew, replacing)
+        if ranks.is_first:
+            warn_of_labels(manifest)
 
 
 if __name__ == "__main__":

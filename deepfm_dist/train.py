@@ -135,8 +135,7 @@ def _train_alone(
     validate = validation_of(config, dataset, sharded, ranks)
     if ranks.is_first:
         warn_of_numbers(dataset.manifest)
-        for split in ("train", "valid"):
-            warn_of_labels(dataset.manifest, split)
+        warn_of_labels(dataset.manifest)
 
     with StopSignals() as asked_to_stop:  # a run that is yet to go on takes a step, then
         ranks.first_does("make_ready", lambda: make_ready(config, start))

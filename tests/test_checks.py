@@ -1,9 +1,11 @@
 """Data that cannot train or measure a model well are named before training."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
+from deepfm_dist import prepare, train
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, NumericSpec
 from deepfm_dist.data.schema import Feature
@@ -12,9 +14,12 @@ from deepfm_dist.training.checks import check_monitor, warn_of_labels, warn_of_n
 
 
 def labelled(manifest: Manifest, split: str, rows: int, positives: int) -> Manifest:
-    spec = manifest.splits[split].model_copy(update={"rows": rows, "positives": positives})
+    splits = {
+        name: spec.model_copy(update={"positives": spec.rows // 2})
+        for name, spec in manifest.splits.items()
+    }
+    splits[split] = splits[split].model_copy(update={"rows": rows, "positives": positives})
     data = manifest.data.model_copy(update={"task": "ctr"})
-    splits = {**manifest.splits, split: spec}
     return manifest.model_copy(update={"data": data, "splits": splits})
 
 
@@ -36,7 +41,7 @@ def test_a_split_of_one_label_is_named(
     positives: int,
     message: str | None,
 ) -> None:
-    warn_of_labels(labelled(sample.manifest, split, 1000, positives), split)
+    warn_of_labels(labelled(sample.manifest, split, 1000, positives))
     assert [r.getMessage().startswith(message or "") for r in caplog.records] == [True] * bool(
         message
     )
@@ -46,9 +51,8 @@ def test_positives_that_get_negatives_and_empty_splits_are_no_single_label(
     sample: PreparedDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert sample.manifest.sampled
-    for split in ("train", "valid", "test"):
-        warn_of_labels(sample.manifest, split)
-    warn_of_labels(labelled(sample.manifest, "valid", 0, 0), "valid")
+    warn_of_labels(sample.manifest)
+    warn_of_labels(labelled(sample.manifest, "valid", 0, 0))
     assert caplog.records == []
 
 
@@ -92,3 +96,28 @@ def test_large_numbers_that_are_not_scaled_are_named(
     assert [m.split("numbers of ")[1].split()[0] for m in messages] == ["far", "wide", "negative"]
     assert "(mean 5e+08, standard deviation 3e+08)" in messages[0]
     assert messages[0].endswith("give the field transform: standard or transform: log")
+
+
+def test_a_split_of_one_label_is_warned_of_once_by_each_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"u{i % 7},i{i % 11},{i},{int(i < 160 and i % 2)}" for i in range(200)]
+    (tmp_path / "rows.csv").write_text("\n".join(["user,item,time,clicked", *rows]))
+    (tmp_path / "c.yaml").write_text(
+        f"""
+data:
+  root: {tmp_path}
+  task: ctr
+  interactions: {{file: rows.csv, user: user, item: item, time: time, label: clicked}}
+  features: [{{name: user, entity: user}}, {{name: item, entity: item}}]
+  split: {{method: temporal, valid: 0.1, test: 0.1}}
+run: {{name: one, runs_root: {tmp_path}/runs, prepared_root: {tmp_path}/prepared}}
+trainer: {{epochs: 1, batch_size: 64}}
+"""
+    )
+    for command in (prepare, train):
+        assert command.main(["--config", str(tmp_path / "c.yaml")]) == 0
+        lines = [text for r in caplog.records if " label" in (text := r.getMessage())]
+        caplog.clear()
+        names = [line.removeprefix("all 20 ").partition(" labels are 0: ")[0] for line in lines]
+        assert names == ["validation", "test"]

@@ -258,30 +258,12 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
         log.info("dropped %s: %s", reason, f"{count:,}")
     for reason, count in manifest.noted.items():
         log.warning("%s: %s", reason, f"{count:,}")
-    if manifest.data.task == "ctr":
-        _report_labels(manifest)
     for name in SPLITS[1:]:
         if manifest.splits[name].rows == 0 and not manifest.data.refit:
             _report_empty(manifest.data, name)
     sizes = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.splits.items())
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
     log.info("%s: rows %s; tables %s (%.1f s)", folder, sizes, tables, seconds)
-
-
-def _report_labels(manifest: Manifest) -> None:
-    """Warns of splits in which every row has the same label."""
-    for name, spec in manifest.splits.items():
-        if spec.rows and spec.positives in (0, spec.rows):
-            log.warning(
-                "all %s rows of the %s split have label %d: %s; check interactions.label, or "
-                "split the rows in another way",
-                f"{spec.rows:,}",
-                name,
-                spec.positives > 0,
-                "there is nothing to learn from them"
-                if name == "train"
-                else "AUC and normalized entropy cannot be measured on them",
-            )
 
 
 def _report_empty(data: DataConfig, name: str) -> None:

@@ -11,28 +11,28 @@ LARGE = 1000.0
 _OF_BOTH_LABELS = ("auc", "user_auc", "ne")
 
 
-def warn_of_labels(manifest: Manifest, split: str) -> None:
-    """Warns if all labels of a split are the same. Rank 0."""
-    label = _only_label(manifest, split)
-    if label is None:
-        return
-    rows = f"{manifest.splits[split].rows:,}"
-    if split == "train":
-        log.warning(
-            "all %s training labels are %d: the model can only learn to predict %d; check "
-            "data.interactions.label and data.split",
-            rows,
-            label,
-            label,
-        )
-        return
-    log.warning(
-        "all %s %s labels are %d: auc, user_auc and ne are undefined (nan); hold out rows of both "
-        "labels (data.split)",
-        rows,
-        {"valid": "validation"}.get(split, split),
-        label,
-    )
+def warn_of_labels(manifest: Manifest) -> None:
+    """Warns of splits in which all labels are the same. Rank 0."""
+    for split, spec in manifest.splits.items():
+        label = _only_label(manifest, split)
+        if label is None:
+            continue
+        if split == "train":
+            log.warning(
+                "all %s training labels are %d: the model can only learn to predict %d; check "
+                "data.interactions.label and data.split",
+                f"{spec.rows:,}",
+                label,
+                label,
+            )
+        else:
+            log.warning(
+                "all %s %s labels are %d: auc, user_auc and ne are undefined (nan); hold out rows "
+                "of both labels (data.split)",
+                f"{spec.rows:,}",
+                {"valid": "validation"}.get(split, split),
+                label,
+            )
 
 
 def check_monitor(monitor: str | None, manifest: Manifest) -> None:
