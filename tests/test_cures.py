@@ -469,6 +469,12 @@ INPUT = [
         files={"rows.csv": _changed(5, 3, "7")},
     ),
     Mistake(
+        "prepare data.interactions.repeated=strongest "
+        "data.interactions.order={device:[desk,tablet]}",
+        "is not a word of interactions.order: desk, tablet; add it there, or",
+        "data.interactions.order={device:[desk,tablet,phone]}",
+    ),
+    Mistake(
         "prepare",
         "files: {rows.csv: {delimiter: ;}}",
         "'data.files={rows.csv: {delimiter: ;}}'",

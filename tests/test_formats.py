@@ -414,6 +414,14 @@ def test_python_literals_are_converted_by_the_command_that_is_named(
     }
 
 
+def test_bytes_that_are_no_text_are_no_python_literal(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"user": "a", "score": 1}\n{"user": "\xe9", "score": 2}\n')
+    with pytest.raises(DataError, match=r"line 2: not readable: .* is no UTF-8 text; name the enc"):
+        read_table(tmp_path / "a.jsonl", COLUMNS, name="a.jsonl")
+    layout = FileFormat(encoding="latin-1")
+    assert read_table(tmp_path / "a.jsonl", COLUMNS, layout)["user"].to_pylist() == ["a", "\xe9"]
+
+
 # -- lists of files and patterns -----------------------------------------------------------------
 
 

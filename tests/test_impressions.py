@@ -198,7 +198,7 @@ def test_impressions_explode(cells: list[str], expected: list[object]) -> None:
     assert found["user"] == ["u"] * 2 + ["v"] * (len(expected) - 2)
 
 
-@pytest.mark.parametrize("cell", ["N1-1 N2", "N1-2", "-1", ""])
+@pytest.mark.parametrize("cell", ["N1-1 N2", "N1-2", "-1", "", "N1-1,N2-0"])
 def test_an_impression_without_label_is_named(tmp_path: Path, cell: str) -> None:
     (tmp_path / "a.tsv").write_text(f"user\tshown\nu\tN1-1\nv\t{cell}\n")
     with pytest.raises(

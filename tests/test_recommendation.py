@@ -98,12 +98,13 @@ def test_lists_of_users_and_items_are_kept_to(
         [int(i) for i in sample.entity_ids(e).to_pylist()[1:]] for e in ("user", "item")
     )
     users, allowed, blocked = all_users[5:40:3], all_items[:60], [*all_items[::4], 10**9]
-    wanted = Wanted(40, users=users[::-1], allow_items=[*allowed, "none"], block_items=blocked)
+    misspelt = f"{all_items[0]}.0"  # meant is all_items[0], which is blocked anyway
+    wanted = Wanted(40, users=users[::-1], allow_items=[*allowed, misspelt], block_items=blocked)
     if as_files:
         names = {}
         for name, column, ids in (
             ("users", "user", users),
-            ("allow_items", "item", [*allowed, "none"]),
+            ("allow_items", "item", [*allowed, misspelt]),
             ("block_items", "item", blocked),
         ):
             names[name] = str(tmp_path / f"{name}.csv")
@@ -119,7 +120,11 @@ def test_lists_of_users_and_items_are_kept_to(
     assert figures["pairs"] == len(users) * len(set(allowed) - set(blocked))
     assert figures["pairs_per_s"] == pytest.approx(figures["pairs"] / figures["seconds"])
     assert len(figures["peak_memory_gib"]) == 1 and 0.1 < figures["peak_memory_gib"][0] < 8
-    assert "recommend.allow_items: 1 items are not in the catalogue (such as 'none')" in lines
+    line = (
+        f"recommend.allow_items: 1 items are not in the catalogue (such as {misspelt!r}; 1 would "
+        f"match but for decimals of zero: {misspelt!r} and '{all_items[0]}')"
+    )
+    assert line in lines
     assert "recommend.block_items: 1 items are not in the catalogue (such as '1000000000')" in lines
 
 
@@ -127,6 +132,10 @@ def test_lists_of_users_and_items_are_kept_to(
     ("lists", "message"),
     [
         ({"users": ["4", "zz", "yy"]}, r"DataError: recommend\.users: 2 of 3 .*'zz'.*train anew"),
+        (
+            {"users": ["4", " 4"]},
+            r"1 of 2 .*' 4'; 1 would match but for the spaces.*: ' 4' and '4'",
+        ),
         ({"users": []}, r"DataError: recommend\.users: the list is empty"),
         ({"allow_items": ["zz"]}, r"DataError: .* leave no item"),
         ({"users": "nowhere.csv"}, r"DataError: nowhere\.csv: no such file"),

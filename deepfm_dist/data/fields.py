@@ -46,7 +46,11 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         if (name := getattr(spec, role)) is not None
     ]
     for name, words in spec.order.items():
-        known = Check(partial(_none_of, words), f"a word of interactions.order: {', '.join(words)}")
+        known = Check(
+            partial(_none_of, words),
+            f"a word of interactions.order: {', '.join(words)}",
+            cure="add it there",
+        )
         columns.append(Column(name, checks=(known,), purpose="strength"))
     if spec.impressions is not None:
         columns.append(impressions_column(spec.impressions, labelled=True))
@@ -77,7 +81,9 @@ def _unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
     owners, items = _shown(cells)
     wrong = np.asarray(pc.equal(cells.is_valid(), True)).copy()
     wrong[owners] = False
-    wrong[owners[~np.asarray(pc.match_substring_regex(items, r".-[01]$")).astype(bool)]] = True
+    labelled = pc.match_substring_regex(items, r".-[01]$")
+    joined = pc.match_substring_regex(items, r"-[01][,;|]")  # N1-1,N2-0: other separators
+    wrong[owners[~np.asarray(pc.and_not(labelled, joined)).astype(bool)]] = True
     return wrong
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.matching import difference
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
@@ -221,7 +222,8 @@ def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
     if unknown:
         raise DataError(
             f"recommend.users: {len(unknown):,} of {len(unknown) + len(rows):,} are not in the "
-            f"training data (such as {unknown[0]!r}): leave them out, "
+            f"training data (such as {unknown[0]!r}{_meant(dataset, 'user', unknown)}): leave them "
+            "out, "
             + (
                 "or give their items: recommend.histories=FILE"
                 if dataset.manifest.has_history
@@ -294,8 +296,10 @@ def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> In
         rows, unknown = _rows_of(dataset, "item", ids, f"recommend.{option}")
         kept[rows] = value
         if unknown:
-            text = "recommend.%s: %s items are not in the catalogue (such as %r)"
-            log.info(text, option, f"{len(unknown):,}", unknown[0])
+            text = "recommend.%s: %s items are not in the catalogue (such as %r%s)"
+            meant = _meant(dataset, "item", unknown)
+            level = logging.WARNING if meant else logging.INFO
+            log.log(level, text, option, f"{len(unknown):,}", unknown[0], meant)
     if not kept.any():
         raise DataError(
             "recommend.allow_items and recommend.block_items leave no item of the catalogue"
@@ -317,6 +321,12 @@ def _rows_of(
     place = pc.index_in(column, value_set=dataset.entity_ids(entity).slice(1))
     rows = np.asarray(place.drop_null(), np.int32) + np.int32(1)
     return rows, column.filter(pc.is_null(place)).to_pylist()
+
+
+def _meant(dataset: PreparedDataset, entity: str, unknown: Sequence[str]) -> str:
+    """What to say of unknown ids that are known ones, written in another way; may be empty."""
+    how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity).slice(1))
+    return f"; {how}" if how else ""
 
 
 def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:

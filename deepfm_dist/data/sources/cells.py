@@ -58,11 +58,13 @@ class Check:
         wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
         wanted: what they are to be, after "is not".
         setting: of the format of times, where the cells are times.
+        cure: what to do first about one that is something else.
     """
 
     wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
     wanted: str
     setting: str | None = None
+    cure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,15 @@ class CellTyper:
             if self._skip_bad and column.type in ("text", "texts") and is_text(cells.type):
                 no_text = pc.match_substring(cells, NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
-            faults = [(check.wrong(values), check.wanted, check.setting) for check in column.checks]
+            faults = [(c.wrong(values), c.wanted, c.setting, c.cure) for c in column.checks]
             if pc.any(unreadable, min_count=0).as_py() is not False:
                 wrong = np.asarray(unreadable.fill_null(True))
                 setting = "data.interactions.time_format" if column.type == "time" else None
-                faults.append((wrong, _WANTED[column.type], setting))
-            for wrong, wanted, setting in faults:
+                faults.append((wrong, _WANTED[column.type], setting, None))
+            for wrong, wanted, setting, first in faults:
                 if wrong.any():
                     at, bad_cells = int(wrong.argmax()), cells.filter(pa.array(wrong))
-                    self._refuse(column, wanted, setting, bad_cells, first_row + at)
+                    self._refuse(column, wanted, setting, first, bad_cells, first_row + at)
                 bad |= wrong
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.key for c in self._columns])
@@ -210,7 +212,13 @@ class CellTyper:
             )
 
     def _refuse(
-        self, column: Column, wanted: str, setting: str | None, cells: pa.Array, row: int
+        self,
+        column: Column,
+        wanted: str,
+        setting: str | None,
+        first_cure: str | None,
+        cells: pa.Array,
+        row: int,
     ) -> None:
         """Names the first of some bad cells in an error, or the first of a file in a warning."""
         if self._skip_bad and self._warned:
@@ -239,7 +247,7 @@ class CellTyper:
             )
         is_unknown = setting and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
-        first = ""
+        first = f"{first_cure}, or " if first_cure else ""
         if column.type == "number" and not column.required and cell is not None:
             word = json.dumps(str(cell), ensure_ascii=False)
             first = f"where it means no value, set missing: [{word}] for its field, or "

@@ -170,17 +170,17 @@ class JsonLinesReader(Reader):
 
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")
+        if isinstance(error, UnicodeError):
+            return DataError(
+                f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "
+                + self.source.cure("name the encoding", "encoding: latin-1", "save it as UTF-8")
+            )
         if isinstance(python_literal(text), dict):
             unpack = self.source.unpack_command
             target = f"{Path(path).name.split('.')[0]}.jsonl"
             return DataError(
                 f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
                 f"{unpack} {shlex.quote(path)} | {_FROM_PYTHON} > {target}"
-            )
-        if isinstance(error, UnicodeError):
-            return DataError(
-                f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "
-                + self.source.cure("name the encoding", "encoding: latin-1", "save it as UTF-8")
             )
         return DataError(
             f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "
