@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import yaml
@@ -27,6 +28,7 @@ from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMEr
 from deepfm_dist.launcher import read_launch
 
 _TITLE = "title"
+_OF_NUMPY = (np.ndarray, np.generic, pd.Series, pd.Index)
 _METHODS = {
     "prepare": "fit(...)",
     "train": "fit(...)",
@@ -51,7 +53,7 @@ def fit(
     label: str | None = None,
     users: pd.DataFrame | None = None,
     items: pd.DataFrame | None = None,
-    context: Sequence[str] = (),
+    context: str | Sequence[str] = (),
     folder: str | Path = "deepfm",
     name: str | None = None,
     **sections: Mapping[str, Any],
@@ -89,6 +91,10 @@ def fit(
                 f"fit trains in one process, but a launcher has started {ranks}; write the "
                 f"configuration with fit in one process, then train it under the launcher"
             )
+        for what, frame in (("interactions", interactions), ("users", users), ("items", items)):
+            if frame is not None:
+                _check_frame(frame, what)
+        context = [context] if isinstance(context, str) else context
         root, frames = Path(folder), dict[str, pd.DataFrame]()
         data: dict[str, Any] = {**sections.get("data", {})}
         rows = {"user": user, "item": item, "time": time, "label": label}
@@ -120,8 +126,11 @@ def fit(
         def called(name: str) -> Config:
             places = {"prepared_root": str(root / "prepared"), "runs_root": str(root / "runs")}
             run = {**places, "loggers": [], **sections.get("run", {}), "name": name}
-            tree = {**sections, "run": run, "data": {"root": str(_input(root, name)), **data}}
-            return config_from(tree, origin="fit")
+            tree = {**sections, "run": run, "data": {"root": str(_input(root, f"{name}")), **data}}
+            config = config_from(_plain(tree), origin="fit")
+            if "/" in name:
+                raise ConfigError(f"fit: name={name!r}: a name, not a path; give folder= the path")
+            return config
 
         name = name or sections.get("run", {}).get("name")
         config = called(name or "model")  # what is wrong with the settings, before anything is made
@@ -290,6 +299,7 @@ class Model:
         """
         from deepfm_dist.predict import write_predictions
 
+        _check_frame(rows, "rows")
         with tempfile.TemporaryDirectory() as folder:
             source, target = (Path(folder, f"{name}.parquet") for name in ("rows", "scores"))
             with _in_python({str(source): "rows"}):
@@ -309,7 +319,7 @@ class Model:
 
         tree = self.config.model_dump(mode="json")
         if settings:
-            tree[command] |= settings
+            tree[command] |= _plain(settings)
         if not self.checkpoint.is_dir() or digest_of(read_state(self.checkpoint)) != self.digest:
             raise CheckpointError(
                 f"{self.checkpoint}: no longer the checkpoint of this model: its run was trained "
@@ -421,6 +431,27 @@ def _parquet(frame: pd.DataFrame, name: str) -> bytes:
             f"frame[column].astype(str)"
         ) from None
     return buffer.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Settings with numpy's and pandas' values as those of Python that they stand for."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, _OF_NUMPY) else value
+
+
+def _check_frame(frame: object, what: str) -> None:
+    """Refuses what is no data frame of pandas.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not isinstance(frame, pd.DataFrame):
+        kind = f"{type(frame).__module__}.{type(frame).__name__}".removeprefix("builtins.")
+        cure = ".to_pandas()" if hasattr(frame, "to_pandas") else "pandas.DataFrame(...)"
+        raise DataError(f"{what}: must be a pandas DataFrame, not {kind}; pass it as {cure}")
 
 
 def _check_columns(frame: pd.DataFrame, wanted: Sequence[str], what: str) -> None:

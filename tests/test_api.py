@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from deepfm_dist import Model, fit
@@ -38,7 +39,7 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
 COLUMNS = {"user": "who", "item": "what", "time": "day"}
 
 
-def _mistake(model: Model, rows: pd.DataFrame) -> str:
+def _mistake(model: Model, rows: Any) -> str:
     with pytest.raises(DataError) as caught:
         model.predict(rows)
     return str(caught.value)
@@ -58,7 +59,7 @@ def _fitted(folder: Path) -> dict[str, Any]:
         recommend={"context": {"device": "phone"}},
     )
     evaluation = model.evaluate(k=[3, 5])
-    best = model.recommend(k=3, users=["u3", "u17"])
+    best = model.recommend(k=3, users=["u3", "u17"], allow_items=articles["what"].to_numpy())
     rows = orders.iloc[[5, 2]].assign(who=["u3", "nobody"])
     return {
         "features": [f.model_dump(exclude_defaults=True) for f in model.config.data.features],
@@ -74,6 +75,7 @@ def _fitted(folder: Path) -> dict[str, Any]:
         "report": model.report.read_text(),
         "mistakes": [
             _mistake(model, rows.drop(columns="device")),
+            _mistake(model, rows.to_dict()),
             _mistake(model, rows.assign(what=[3, "x"])),
         ],
     }
@@ -120,7 +122,8 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     pd.testing.assert_frame_equal(scores, found["again"])
     pd.testing.assert_frame_equal(scores, found["of_run"])
     assert "thing 1" in found["report"]
-    missing, mixed = found["mistakes"]
+    missing, no_frame, mixed = found["mistakes"]
+    assert no_frame.startswith("rows: must be a pandas DataFrame, not dict")
     assert missing.startswith("rows: no column 'device'")
     assert mixed.startswith("rows: a column holds values that Parquet cannot store together (")
     assert "column what" in mixed
@@ -201,6 +204,17 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         fit(orders, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"did you mean model\.embedding_dim"):
         fit(orders, user="who", item="what", folder=tmp_path, model={"embeding_dim": 3})
+    for frames, message in (
+        ({"interactions": [1, 2]}, "interactions: must be a pandas DataFrame, not list"),
+        ({"interactions": orders, "items": pa.table({"what": [1]})}, r"it as \.to_pandas\(\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fit(**frames, user="who", item="what", folder=tmp_path)
+    for name, message in ((2024, r"run\.name: input should be a valid string"), ("a/b", "folder=")):
+        with pytest.raises(ConfigError, match=message):
+            fit(orders, user="who", item="what", folder=tmp_path, name=name)
+    with pytest.raises(DataError, match="no column 'shelf'"):  # a text is one column
+        fit(orders, user="who", item="what", context="shelf", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="not a file; give the configuration that fit wrote"):
         Model.load(tmp_path / "nothing.yaml")

@@ -681,6 +681,12 @@ COMMAND_ORDER = [
         before=("train",),
     ),
     Mistake(
+        "recommend recommend.users=u1",
+        "recommend.users=[u1]",
+        "recommend.users=[u1]",
+        before=("train",),
+    ),
+    Mistake(
         "recommend recommend.users=[]",
         "leave it out",
         "",

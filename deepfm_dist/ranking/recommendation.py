@@ -312,6 +312,11 @@ def _rows_of(
 ) -> tuple[Int32Array, list[str]]:
     """Rows of the known ids, each once, and the unknown ids."""
     if isinstance(ids, str):
+        if not Path(ids).exists():
+            raise DataError(
+                f"{option}={ids}: no such file; to name the {entity}s themselves, put them in "
+                f"brackets: {option}=[{ids}]"
+            )
         column = read_table(Path(ids), [Column(entity)])[entity]
     else:
         column = pa.chunked_array([pa.array([str(i) for i in ids], pa.string())])
