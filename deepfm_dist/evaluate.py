@@ -115,9 +115,10 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
         rows = measured.figures
         found = {k: getattr(comparison, k) for k in LOGGED} if comparison else {}
         metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **found))
+        events = read_events(metrics.path)
         verdicts = verdicts_on(
             checkpoint.read_state(trained.checkpoint),
-            [e for e in read_events(metrics.path) if isinstance(e, ValidEvent)],
+            [e for e in events if isinstance(e, ValidEvent)],
             rows,
             split,
             comparison,
@@ -137,6 +138,7 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
             cutoffs,
             verdicts,
             "report.html" if split == own_split else f"report-{split}.html",
+            events,
         )
         return Evaluation(split, rows, comparison, verdicts, (metrics.path, page))
 

@@ -254,12 +254,25 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     assert page_module._times(Plotter(), {}) is None
 
 
-def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Path) -> None:
+def test_the_page_of_rows_has_no_rankings(
+    sample: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("of another version\n")
     rows = click_figures(np.array([0.0, 1, 0, 1]), np.array([-1.0, 1, 2, 0.5]))
     curve = Calibration([0.1, 0.7], [0.2, 0.6], [2, 2])
     path = write_page(
-        tmp_path, "x: 1\n", Path("step_00000009"), sample, "valid", rows, curve, None, (5,)
+        tmp_path,
+        "x: 1\n",
+        Path("step_00000009"),
+        sample,
+        "valid",
+        rows,
+        curve,
+        None,
+        (5,),
+        events=[],
     )
+    assert not caplog.messages  # who has read the events has said what they lack
     text = path.read_text()
     assert "Figures on valid rows" in text and "step_00000009 · valid rows" in text
     for absent in ('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"):

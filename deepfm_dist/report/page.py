@@ -86,6 +86,7 @@ def write_page(
     cutoffs: Sequence[int],
     verdicts: Sequence[Verdict] = (),
     name: str = "report.html",
+    events: list[Event] | None = None,
 ) -> Path:
     """Writes the report of a run. Rank 0.
 
@@ -101,13 +102,14 @@ def write_page(
         cutoffs: values of K.
         verdicts: what stands at its top.
         name: of the file.
+        events: of the run; default: those of its ``metrics.jsonl``.
 
     Returns:
         Its path.
     """
     names = list(comparison.figures) if comparison else [MODEL]
     plotter = Plotter(names)
-    events = read_events(folder / "metrics.jsonl")
+    events = read_events(folder / "metrics.jsonl") if events is None else events
     seconds = _seconds(events)
     insight = comparison.insight if comparison else None
     environment = Environment(
