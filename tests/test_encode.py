@@ -732,6 +732,36 @@ def test_lists_among_texts_are_named_and_sets_and_tuples_are_lists(
         assert "are lists" not in caplog.text
 
 
+def test_values_between_separators_that_no_field_names_are_told(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "u,i,g\na,x,War|Drama\na,y,Drama|Crime\nb,y,War\nb,z,Crime;x\n"
+
+    def ids(settings: str) -> set[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            dataset = small(root, rows, str(USER_AND_ITEM)[:-1] + f", {{name: g{settings}}}]")
+        texts = pq.read_table(dataset.folder / "vocabulary/g.parquet")["id"].to_pylist()
+        return set(texts) - {None}
+
+    assert ids("") == {"War|Drama", "Drama|Crime", "War", "Crime;x"}
+    line = "g: 2 of 4 values hold '|', such as 'Drama|Crime', and each is taken for one value; set"
+    assert line in caplog.text
+    assert len(ids(", separator: ;")) == 5
+    assert "g: 2 of 5 values hold" not in caplog.text  # fewer than half
+    assert ids(', separator: "|"') == {"War", "Drama", "Crime", "Crime;x"}
+    assert "values hold" not in caplog.text
+    assert len(ids(", several: false")) == 4
+    assert "values hold" not in caplog.text
+
+
+def test_a_separator_holds_within_brackets_too(root: Path) -> None:
+    rows = 'u,i,g\na,x,[War;Drama]\na,y,[Crime]\nb,y,War\nb,z,"[War, x]"\n'
+    fields = str(USER_AND_ITEM)[:-1] + ", {name: g, separator: ;}]"
+    texts = pq.read_table(small(root, rows, fields).folder / "vocabulary/g.parquet")["id"]
+    assert {t.strip() for t in texts.to_pylist() if t} == {"War", "Drama", "Crime", "x"}
+
+
 def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
     (root / "who.csv").write_text("u,g,age\na,k,1\n,k,2\nb,k,x\n")
     features = """[{name: user, entity: user}, {name: g, entity: user, file: who.csv},

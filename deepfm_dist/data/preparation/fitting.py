@@ -141,6 +141,7 @@ class Fit:
                 texts = partitions.ids.get(feature.table_name)
                 if texts is not None:
                     _warn_of_list_literals(feature, texts)
+                    _warn_of_unsplit_values(feature, texts)
         self.values: dict[str, Values] = {}
         self._joined: dict[tuple[str, str | None], bool] = {}
         for feature in job.data.features:
@@ -388,3 +389,26 @@ def _warn_of_list_literals(feature: Feature, ids: pa.Array) -> None:
             f"{len(ids):,}",
             short(lists[0].as_py()),
         )
+
+
+def _warn_of_unsplit_values(feature: Feature, ids: pa.Array) -> None:
+    """Says that most values of a field look like several, between separators that it does not name.
+
+    Commas do not count: too many names have them.
+    """
+    if feature.several is False or feature.derive is not None:
+        return
+    for separator in "|;":
+        joined = ids.filter(pc.match_substring(ids, separator))
+        if len(joined) > 1 and 2 * len(joined) >= len(ids):
+            log.warning(
+                "%s: %s of %s values hold %r, such as %s, and each is taken for one value%s; set "
+                'separator: "%s" for the field if they are several, or several: false',
+                feature.name,
+                f"{len(joined):,}",
+                f"{len(ids):,}",
+                separator,
+                short(joined[0].as_py()),
+                f", since separator is {feature.separator!r}" if feature.separator else "",
+                separator,
+            )

@@ -257,7 +257,8 @@ def _elements(text: str, separator: str | None) -> list[str]:
             values = _parsed(body)
         if isinstance(values, str) and not set(body[1:-1]) & set("[]'\""):
             inner = body[1:-1]
-            values = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(",")
+            between = separator if separator and separator in inner else ","
+            values = inner.split() if _NUMBERS.fullmatch(inner) else inner.split(between)
     if not isinstance(values, list):
         return text.split(separator) if separator is not None else [text]
     if any(isinstance(value, dict) for value in values):
