@@ -220,10 +220,10 @@ def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
         return None
     rows, unknown = _rows_of(dataset, "user", ids, "recommend.users")
     if unknown:
+        such = f"{unknown[0]!r}{_meant(dataset, 'user', unknown)}"
         raise DataError(
             f"recommend.users: {len(unknown):,} of {len(unknown) + len(rows):,} are not in the "
-            f"training data (such as {unknown[0]!r}{_meant(dataset, 'user', unknown)}): leave them "
-            "out, "
+            f"training data (such as {such}): leave them out, "
             + (
                 "or give their items: recommend.histories=FILE"
                 if dataset.manifest.has_history
