@@ -138,7 +138,7 @@ def test_lists_of_users_and_items_are_kept_to(
         ),
         ({"users": []}, r"DataError: recommend\.users: the list is empty"),
         ({"allow_items": ["zz"]}, r"DataError: .* leave no item"),
-        ({"users": "nowhere.csv"}, r"DataError: nowhere\.csv: no such file"),
+        ({"users": "nowhere.csv"}, r"DataError: recommend\.users=nowhere\.csv: no such file"),
     ],
 )
 def test_lists_that_cannot_be_used_are_refused(
