@@ -431,7 +431,10 @@ def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
     files[0].unlink()
     message, _ = run_ranks(_said_about, size, sample.folder, config, path)[0]
     other = checkpoint.checkpoint_path(tmp_path, 1)
-    assert message.endswith(f"; take another: checkpoint.use=1, or checkpoint.start_from={other}")
+    assert message.endswith(
+        f"; take another: checkpoint.use=1, or for a run of another name "
+        f"checkpoint.start_from={other}"
+    )
     assert checkpoint.find_checkpoint(other, "auto") == other
 
 

@@ -497,7 +497,10 @@ def _instead_of(path: Path) -> str:
     if not others:
         return "train anew with checkpoint.resume=never"
     other = checkpoint_path(path.parent.parent, others[-1])
-    return f"take another: checkpoint.use={others[-1]}, or checkpoint.start_from={other}"
+    return (
+        f"take another: checkpoint.use={others[-1]}, or for a run of another name "
+        f"checkpoint.start_from={other}"
+    )
 
 
 def read_state(path: Path) -> dict[str, Any]:
