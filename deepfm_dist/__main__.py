@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     if arguments and arguments[0] not in ("-h", "--help"):
         near = nearest(arguments[0], known)
-        hint = f"did you mean {near}?" if near else f"there are: {', '.join(known)}"
-        print(f"ConfigError: {arguments[0]}: no such command; {hint}", file=sys.stderr)
+        hint = f"did you mean {near}?" if near else f"available: {', '.join(known)}"
+        print(f"ConfigError: {arguments[0]}: unknown command; {hint}", file=sys.stderr)
         return 2
     width = max(map(len, known))
     print(f"deepfm_dist {__version__}\n\nusage: python -m deepfm_dist.COMMAND [arguments]\n")

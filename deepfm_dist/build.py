@@ -246,7 +246,7 @@ def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
         known |= {name: spec.rows for name, spec in tables.items()}
     known |= rows
     if strange := sorted(rows.keys() - readers.keys()):
-        raise ConfigError(f"--rows {strange[0]}: no such table; there are: {', '.join(readers)}")
+        raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")
     if unknown := [name for name in readers if name not in known]:
         raise ConfigError(
             f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "

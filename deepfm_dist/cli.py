@@ -135,8 +135,8 @@ def run(
 
         if launch.ignored:
             log.warning(
-                "ignored: %s; a launcher sets MASTER_ADDR and MASTER_PORT, too, so that this is a "
-                "single process",
+                "ignored: %s; MASTER_ADDR and MASTER_PORT are not set, so this runs as a single "
+                "process",
                 " ".join(launch.ignored),
             )
         if launch.rank == 0:

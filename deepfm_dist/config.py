@@ -205,7 +205,7 @@ class TablePlan(Section):
     @model_validator(mode="after")
     def _rank_has_a_table(self) -> Self:
         if self.rank is not None and self.kind != "table_wise":
-            raise ValueError(f"rank={self.rank} goes with kind=table_wise")
+            raise ValueError(f"rank={self.rank} needs kind=table_wise")
         return self
 
 
@@ -283,7 +283,7 @@ class TrainerConfig(Section):
         if self.loss == "bce" and self.candidates is not None:
             raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
         if self.candidates is None and self.targets_per_user != 16:
-            raise ValueError("targets_per_user goes with candidates: without, all targets count")
+            raise ValueError("targets_per_user needs candidates; without them all targets count")
         if self.needs_monitor and self.validate_every_epochs == 0:
             raise ValueError(f"{self.needs_monitor} needs validations; set validate_every_epochs=1")
         return self
@@ -320,8 +320,8 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run, leaves a finished one as it is, and refuses other settings
     and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
-    ...) and begins again; always is auto. Restarted by a launcher, a run of the same settings and
-    data continues from its latest checkpoint, whatever is set here and in ``use``."""
+    ...) and begins again; always means the same as auto. Restarted by a launcher, a run of the same
+    settings and data continues from its latest checkpoint, whatever is set here and in ``use``."""
     start_from: PathOrUrl | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
     optimizer state, field by field: new fields start afresh, and others may be left out. The ids of
@@ -338,7 +338,7 @@ class CheckpointConfig(Section):
     @model_validator(mode="after")
     def _weights_come_from_somewhere(self) -> Self:
         if self.start_weights_only and self.start_from is None:
-            raise ValueError("start_weights_only goes with start_from; name a run's folder there")
+            raise ValueError("start_weights_only needs start_from, the folder of a run")
         return self
 
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _number_of_ranks(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks")
 
 
 def _ranks() -> int:

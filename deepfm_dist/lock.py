@@ -176,7 +176,7 @@ class Lock:
 
     def _is_left_over(self, holder: dict[str, Any]) -> bool:
         """Waits whether a holder shows that it is alive."""
-        log.info("%s: waiting for a sign of life of %s", self.path, _described(holder))
+        log.info("%s: waiting to see whether %s is alive", self.path, _described(holder))
         until = time.monotonic() + STALE_S
         while time.monotonic() < until:
             time.sleep(min(1.0, STALE_S / 10))

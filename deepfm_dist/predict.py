@@ -69,7 +69,7 @@ def write_predictions(
         raise DataError(f"--input {source}: no such file")
     if output and Path(output).suffix != ".parquet":
         better = Path(output).with_suffix(".parquet")
-        raise ConfigError(f"--output {output}: predictions are parquet; call it {better}")
+        raise ConfigError(f"--output {output}: predictions are parquet; use --output {better}")
     with world(*config.run.process_group) as ranks:
         trained = open_trained(config, overrides, ranks)
         target = Path(output or config.output_dir / "predictions.parquet")

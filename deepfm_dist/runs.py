@@ -335,7 +335,7 @@ def _loop_state(path: Path) -> LoopState:
         return LoopState(**checkpoint.read_state(path)["trainer"])
     except TypeError as error:
         raise CheckpointError(
-            f"{path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); train anew "
+            f"{path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); train again "
             f"with checkpoint.resume=never"
         ) from None
 
@@ -527,7 +527,7 @@ class Trained:
         if given is not None:
             if Path(given).suffix != ".parquet":
                 better = Path(given).with_suffix(".parquet")
-                raise ConfigError(f"--output {given}: the result is parquet; call it {better}")
+                raise ConfigError(f"--output {given}: the result is parquet; use --output {better}")
             return Path(given)
         asked, own = self.config.model_dump(mode="json")[section], self.settings.get(section, {})
         changed = [option for option in about if asked[option] != own.get(option)]

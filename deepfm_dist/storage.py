@@ -226,10 +226,10 @@ def writing(folder: Path) -> Iterator[None]:
         with told_in_one_line(folder):
             yield
     except OSError as error:
-        reason = "it is no folder" if isinstance(error, FileExistsError) else brief(error)
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else brief(error)
         raise DeepFMError(
             f"{error.filename or folder}: cannot be written: {reason}; set run.runs_root, or "
-            f"--output, to a folder of yours that has room"
+            f"--output, to a writable folder with enough space"
         ) from None
 
 

@@ -385,7 +385,7 @@ def test_a_run_cannot_start_from_its_own_folder(folder: Folder) -> None:
 
 def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
     folder.save(10, 20, 30, best=20)
-    with pytest.raises(CheckpointError, match="of step 5; there are: 10, 20, 30"):
+    with pytest.raises(CheckpointError, match="of step 5; available: 10, 20, 30"):
         folder.begin("checkpoint.use=5")
     assert folder.begin() == 30
     (folder.config().run_dir / "metrics.jsonl").write_text("the log of 30 steps\n")

@@ -297,7 +297,7 @@ def test_a_checkpoint_is_found_by_its_step_or_as_latest_or_best(tmp_path: Path) 
     assert checkpoint.find_checkpoint(tmp_path).name == "step_100000000"
     assert checkpoint.find_checkpoint(tmp_path, "auto").name == "step_100000000"
     assert checkpoint.find_checkpoint(tmp_path, 5).name == "step_00000005"
-    with pytest.raises(CheckpointError, match="of step 7; there are: 5, 99999999, 100000000"):
+    with pytest.raises(CheckpointError, match="of step 7; available: 5, 99999999, 100000000"):
         checkpoint.find_checkpoint(tmp_path, 7)
     with pytest.raises(CheckpointError, match=r"use=best, but no figure was monitored"):
         checkpoint.find_checkpoint(tmp_path, "best")
@@ -397,7 +397,7 @@ def test_incomplete_and_foreign_checkpoints_are_refused(
     assert checkpoint.find_checkpoint(tmp_path) == path
     with pytest.raises(RankFailed, match=r"CheckpointError: .*cannot be read: .*ize"):
         run_alone(_loaded, sample.folder, config_of("model.embedding_dim=30"), path)
-    for text, said in (("{", "damaged: it is no JSON"), ("{}", r"damaged \(step is None\)")):
+    for text, said in (("{", "damaged: it is not JSON"), ("{}", r"damaged \(step is None\)")):
         (path / checkpoint.MARKER).write_text(text)
         with pytest.raises(CheckpointError, match=said):
             checkpoint.read_state(path)
@@ -424,7 +424,7 @@ def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
             what = "cannot be read: No such file" if damage is None else "damaged: its checksum"
             for message, logged in run_ranks(_said_about, size, sample.folder, config, path):
                 assert message.startswith(f"{file}: {what}")
-                assert message.endswith("; train anew with checkpoint.resume=never")
+                assert message.endswith("; train again with checkpoint.resume=never")
                 assert logged == []
         file.write_bytes(whole)
     _fake(tmp_path, 1)

@@ -78,7 +78,7 @@ def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             predict.main,
             ["--output=out.csv"],
-            r"ConfigError: --output out\.csv: predictions are parquet; call it out\.parquet$",
+            r"ConfigError: --output out\.csv: predictions are parquet; use --output out\.parquet$",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_the_demo_refuses_a_number_of_ranks_that_is_none(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--nproc", nproc])
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"'{nproc}' is no number of ranks")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"'{nproc}' is not a number of ranks")
 
 
 def test_the_commands_are_listed_and_can_be_named(
@@ -192,7 +192,7 @@ def test_the_commands_are_listed_and_can_be_named(
         [line] = [line for line in lines if line.split()[:1] == [name]]
         assert len(line) > 40
     assert __main__.main(["trian"]) == 2
-    assert capsys.readouterr().err == "ConfigError: trian: no such command; did you mean train?\n"
+    assert capsys.readouterr().err == "ConfigError: trian: unknown command; did you mean train?\n"
     assert __main__.main(["prepare", "--print-config", "run.seed=9"]) == 0
     assert "seed: 9" in capsys.readouterr().out
 

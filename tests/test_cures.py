@@ -889,7 +889,7 @@ COMMAND_ORDER = [
     ),
     Mistake(
         "predict",
-        "say which one",
+        "name one of them",
         "--input rows.csv",
         data={"interactions": {**DATA["interactions"], "file": "rows*.csv"}},
         files={"rows2.csv": FILES["rows.csv"]},

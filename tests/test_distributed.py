@@ -568,7 +568,7 @@ def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sharding.tables={users: {kind: row_wise}}", "no such table; there are: user, item"),
+        ("sharding.tables={users: {kind: row_wise}}", "unknown table; available: user, item"),
         ("sharding.tables={user: {kind: table_wise, rank: 3}}", "only 1 ranks, 0 to 0"),
         ("optimizer.tables.name=lazy_adam", "no such kernel on cpu; use adam"),
     ],

@@ -783,8 +783,8 @@ def test_bad_rows_are_refused_or_skipped_and_counted_once(root: Path) -> None:
 def test_a_description_of_no_file_is_refused(root: Path) -> None:
     rows = "u;i\na;x\n"
     for name, said in (
-        ("t.csv", r"'t\.csv' is none of the files that are read; did you mean 's\.csv'\? there a"),
-        ("other.txt", r"'other\.txt' is none of the files that are read; there are: s\.csv, who"),
+        ("t.csv", r"'t\.csv' is not a file that is read; did you mean 's\.csv'\? available"),
+        ("other.txt", r"'other\.txt' is not a file that is read; available: s\.csv, who"),
     ):
         fields = "[{name: user, entity: user}, {name: g, entity: user, file: who.tsv}]"
         with pytest.raises(ConfigError, match=r"^data\.files: " + said):

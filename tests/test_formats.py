@@ -384,7 +384,7 @@ def test_bad_lines_of_json_are_skipped_and_counted(tmp_path: Path) -> None:
     table = read_table(tmp_path / "a.jsonl", COLUMNS, None, "skip", dropped)
     assert table.to_pydict() == {"user": ["a", "c"], "score": [1.0, 4.0]}
     assert dropped == {
-        "a.jsonl: lines that are no JSON object": 1,
+        "a.jsonl: lines that are not JSON objects": 1,
         "a.jsonl: rows with an unreadable cell": 2,
     }
     (tmp_path / "a.jsonl").write_text("oops\n" * 3)
@@ -416,7 +416,7 @@ def test_python_literals_are_converted_by_the_command_that_is_named(
 
 def test_bytes_that_are_no_text_are_no_python_literal(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"user": "a", "score": 1}\n{"user": "\xe9", "score": 2}\n')
-    with pytest.raises(DataError, match=r"line 2: not readable: .* is no UTF-8 text; name the enc"):
+    with pytest.raises(DataError, match=r"line 2: not readable: .* is not UTF-8 text; name the"):
         read_table(tmp_path / "a.jsonl", COLUMNS, name="a.jsonl")
     layout = FileFormat(encoding="latin-1")
     assert read_table(tmp_path / "a.jsonl", COLUMNS, layout)["user"].to_pylist() == ["a", "\xe9"]
@@ -456,7 +456,7 @@ def test_lists_of_files_are_read_as_one(tmp_path: Path) -> None:
 
 def test_a_file_is_named_once(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("user,item\nu,x\n")
-    with pytest.raises(ConfigError, match=r"a\.csv: both \*\.csv and a\.csv stand for it"):
+    with pytest.raises(ConfigError, match=r"a\.csv: matched by both \*\.csv and a\.csv"):
         find_files(tmp_path, ("*.csv", "a.csv"))
 
 
@@ -526,7 +526,7 @@ def test_an_escape_makes_the_next_character_text(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(delimited, "BLOCK_BYTES", block_bytes)
             assert read_table(path, columns, escaped)["title"].to_pylist() == titles * 40
-    with pytest.raises(DataError, match="line 2: text stands behind the closing quote") as caught:
+    with pytest.raises(DataError, match="line 2: text follows the closing quote") as caught:
         read_table(path, columns, FileFormat.model_validate(layout), name="a.csv")
     cure = yaml.safe_load(str(caught.value).partition("in data.files: ")[2])
     assert cure == {"a.csv": {"escape": "\\"}}

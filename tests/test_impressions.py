@@ -221,7 +221,7 @@ def _config(**changes: object) -> DataConfig:
 
 def test_what_impressions_cannot_be_is_refused() -> None:
     assert _config() == DataConfig.model_validate(_config().model_dump())
-    with pytest.raises(ValueError, match=r"interactions\.impressions goes with task: ctr"):
+    with pytest.raises(ValueError, match=r"interactions\.impressions needs task: ctr"):
         _config(task="implicit")
     ids = [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}]
     for field, message in (

@@ -282,7 +282,7 @@ def test_no_id_beyond_its_table_is_read(
     """A dataset that was whole once; what another tool wrote is looked at only once."""
     write_by_hand(tmp_path)
     spoil(tmp_path)
-    with pytest.raises(DataError, match=message + ".*; delete .* and prepare it anew") as caught:
+    with pytest.raises(DataError, match=message + ".*; delete .* and prepare it again") as caught:
         dataset = PreparedDataset(tmp_path, memory_bytes)
         TrainingBatches(dataset, 10, 0, 1, seed=1).batch(1)
         SplitReader(dataset, "valid").read(0, 2)

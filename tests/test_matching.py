@@ -72,10 +72,10 @@ def test_how_two_texts_differ_is_said(text: str, known: str, what: str | None) -
     [
         (
             "{}.0",
-            r"it has '0\.0' and the rows have '0', and 20 would .* decimals of zero; write",
+            r"it has '0\.0' and the rows have '0', and 20 differ .* decimals of zero; write",
         ),
-        ("{} ", r"it has '0 ' and the rows have '0', and 20 would match but for the spaces"),
-        ("{:04d}", r"it has '0000' and the rows have '0', and 20 would match but for leading zer"),
+        ("{} ", r"it has '0 ' and the rows have '0', and 20 differ only in the spaces"),
+        ("{:04d}", r"it has '0000' and the rows have '0', and 20 differ only in leading zer"),
         ("item-{}", r"it has 'item-0' and the rows have '0'; set key to the column of the item id"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_side_file_with_few_matching_keys_is_warned_of(
     prepared(tmp_path, [*every[:15], *(f"{k}.0" for k in range(15, 20))])
     (message,) = [r.getMessage() for r in caplog.records]
     assert re.fullmatch(
-        r"items\.csv: the column 'i' has 15 of the 20 items \(75\.0%\); 5 would match but for "
+        r"items\.csv: the column 'i' has 15 of the 20 items \(75\.0%\); 5 differ only in "
         r"decimals of zero: '(1[5-9])' and '\1\.0'",
         message,
     )
@@ -153,12 +153,12 @@ def test_a_field_that_is_empty_for_nearly_everybody_is_warned_of(
     prepared(tmp_path, ["0"], features=[*BASE["features"][:2], *fields])
     said = {r.getMessage(): r.levelname for r in caplog.records if "no value" in r.getMessage()}
     assert said == {
-        "h: 99 of 100 training rows have no value; is the column 'h' the right one, and what "
-        "h.missing says?": "WARNING",
+        "h: 99 of 100 training rows have no value; is the column 'h' the right one, and does "
+        "h.missing fit?": "WARNING",
         "n: 94 of 100 training rows have no value": "INFO",
         "c: 50 of 100 training rows have no value": "INFO",
-        "m: 96 of 100 items have no value; is the column 'm' the right one, and what m.missing "
-        "says?": "WARNING",
+        "m: 96 of 100 items have no value; is the column 'm' the right one, and does m.missing "
+        "fit?": "WARNING",
     }
 
 
@@ -228,9 +228,9 @@ def test_values_never_seen_in_training_are_counted_field_by_field(tmp_path: Path
         "'nobody')"
     )
     assert device.startswith("device: 2 of 3 values were never seen in training")
-    assert "of 2 different ones, 2 would match but for upper and lower case: 'PHONE' and" in device
+    assert "of 2 different ones, 2 differ only in upper and lower case: 'PHONE' and" in device
     assert "size: 1 of 2 values" in size
-    assert "1 would match but for decimals of zero: '20.0' and '20'" in size
+    assert "1 differ only in decimals of zero: '20.0' and '20'" in size
     context = {"device": "phone", "size": "20", "n": 1.0}
     encoder.fixed_context(context)
     for wrong, told in (

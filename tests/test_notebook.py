@@ -244,7 +244,7 @@ def _complaint(arguments: list[str]) -> str:
             r"set model.over_arch_layer_sizes=\[9,5\] model.activation=relu model.batch_norm=F",
         ),
         (["--fields", "user,item"], "ConfigError: --fields user,item: must name each of user, it"),
-        (["--ids", "genres=x"], "ConfigError: --ids genres=...: no such field; there are: user"),
+        (["--ids", "genres=x"], "ConfigError: --ids genres=...: unknown field; available: user"),
         (["--ids", "genre"], "ConfigError: --ids genre: give FIELD=FILE"),
         (["--ids", "genre=GENRES"], "DataError: GENRES: cannot be read: No such file"),
         (["--ids", "genre=TWICE"], "DataError: TWICE, line 3: 'a' stands in line 1 already"),

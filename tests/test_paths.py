@@ -76,7 +76,7 @@ def test_options_refuse_urls(
     assert main(["--quiet", *arguments]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "s3://bucket/x.parquet" in line
-    assert "is a URL" in line or "set data.root=s3://bucket and call it x.parquet" in line
+    assert "is a URL" in line or "set data.root=s3://bucket and name it x.parquet" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["CONFIG"]
 
 

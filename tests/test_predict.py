@@ -76,7 +76,7 @@ def _unwritable(home: Path, output: str, limit: int | None) -> int:
 @pytest.mark.parametrize(
     ("where", "limit", "said", "size"),
     [
-        ("clicks.csv/scores.parquet", None, "it is no folder", 2),
+        ("clicks.csv/scores.parquet", None, "it is not a folder", 2),
         ("clicks.csv/folder/scores.parquet", None, "Not a directory", 1),
         ("/proc/scores.parquet", None, "No such file or directory", 1),
         ("scores.parquet", 1000, "File too large", 1),
@@ -97,7 +97,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert len(lines) == 1, lines
     [line] = lines
     assert line.startswith("DeepFMError: ") and f"cannot be written: {said}" in line
-    assert line.endswith("; set run.runs_root, or --output, to a folder of yours that has room")
+    assert line.endswith("; set run.runs_root, or --output, to a writable folder with enough space")
     assert {*home.rglob("*")} == before
 
 

@@ -121,8 +121,8 @@ def test_lists_of_users_and_items_are_kept_to(
     assert figures["pairs_per_s"] == pytest.approx(figures["pairs"] / figures["seconds"])
     assert len(figures["peak_memory_gib"]) == 1 and 0.1 < figures["peak_memory_gib"][0] < 8
     line = (
-        f"recommend.allow_items: 1 items are not in the catalogue (such as {misspelt!r}; 1 would "
-        f"match but for decimals of zero: {misspelt!r} and '{all_items[0]}')"
+        f"recommend.allow_items: 1 items are not in the catalogue (such as {misspelt!r}; 1 differ "
+        f"only in decimals of zero: {misspelt!r} and '{all_items[0]}')"
     )
     assert line in lines
     assert "recommend.block_items: 1 items are not in the catalogue (such as '1000000000')" in lines
@@ -131,10 +131,10 @@ def test_lists_of_users_and_items_are_kept_to(
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"users": ["4", "zz", "yy"]}, r"DataError: recommend\.users: 2 of 3 .*'zz'.*train anew"),
+        ({"users": ["4", "zz", "yy"]}, r"DataError: recommend\.users: 2 of 3 .*'zz'.*train again"),
         (
             {"users": ["4", " 4"]},
-            r"1 of 2 .*' 4'; 1 would match but for the spaces.*: ' 4' and '4'",
+            r"1 of 2 .*' 4'; 1 differ only in the spaces.*: ' 4' and '4'",
         ),
         ({"users": []}, r"DataError: recommend\.users: the list is empty"),
         ({"allow_items": ["zz"]}, r"DataError: .* leave no item"),

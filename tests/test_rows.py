@@ -414,7 +414,7 @@ def test_the_latest_training_row_with_a_value_describes_an_item(tmp_path: Path) 
         assert isinstance(cats, Jagged)
         said = {items[k]: [words[v] for v in bag] for k, bag in enumerate(cats.lists())}
         assert said == {None: [], "x": ["new"], "y": ["one"]}
-        assert dataset.manifest.noted["items whose rows differ in cat: the latest one tells"] == 1
+        assert dataset.manifest.noted["items whose rows differ in cat: the latest row is used"] == 1
 
 
 def test_a_grown_dataset_has_seen_what_the_earlier_one_held_out(tmp_path: Path) -> None:
@@ -485,9 +485,9 @@ def test_repeated_rows_of_all_are_ranked_again(tmp_path: Path) -> None:
     ("interactions", "message"),
     [
         ({"repeated": "strongest"}, "repeated: strongest needs something to compare"),
-        ({"order": {"b": ["pv", "buy"]}}, "order goes with repeated: strongest"),
+        ({"order": {"b": ["pv", "buy"]}}, "order needs repeated: strongest"),
         ({"repeated": "strongest", "order": {"b": ["pv", "pv"]}}, "needs two words or more"),
-        ({"repeated": "strongest", "order": {"b": ["pv"], "c": ["k"]}}, "order is of one column"),
+        ({"repeated": "strongest", "order": {"b": ["pv"], "c": ["k"]}}, "order takes one column"),
     ],
 )
 def test_a_rule_that_cannot_decide_is_refused(interactions: dict[str, Any], message: str) -> None:

@@ -116,7 +116,7 @@ def test_a_refusal_keeps_no_reader_alive(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)  # the reader opens; a later block is bad
     path = tmp_path / "a.csv"
     path.write_bytes(("user,score,at\n" + "a,1,2\n" * 3000).encode("utf-16")[:-1])
-    with pytest.raises(DataError, match="is no UTF-16 text") as caught:
+    with pytest.raises(DataError, match="is not UTF-16 text") as caught:
         read_table(path, COLUMNS, FileFormat(encoding="utf-16"))
     decoder = caught.value.__context__
     assert isinstance(decoder, UnicodeDecodeError)
@@ -270,9 +270,9 @@ def test_words_for_missing_are_numbers_too(tmp_path: Path) -> None:
 STRAY = {
     "unclosed": ('1,x\n2,"y\n' + "3,z\n" * 3000, 3, "a quote that is not closed"),
     "unclosed, empty": ('1,x\n2,"', 3, "a quote that is not closed"),
-    "two strays": ('1,"Open\n' + "3,z\n" * 3000 + '4,"Open\n', 2, "behind the closing quote"),
-    "a nickname": ('1,x\r\n\r\n2,"Weird Al" Yankovic\r\n', 4, "behind the closing quote"),
-    "another column": ('1,x\r2,y\r"3"3,z\r', 4, "behind the closing quote"),
+    "two strays": ('1,"Open\n' + "3,z\n" * 3000 + '4,"Open\n', 2, "follows the closing quote"),
+    "a nickname": ('1,x\r\n\r\n2,"Weird Al" Yankovic\r\n', 4, "follows the closing quote"),
+    "another column": ('1,x\r2,y\r"3"3,z\r', 4, "follows the closing quote"),
     "after lines in quotes": ('1,"a\n""b""\n"\n2,"y\n', 5, "a quote that is not closed"),
 }
 
@@ -309,7 +309,7 @@ def test_a_cell_of_very_many_lines_is_told_of(
     path = tmp_path / "a.csv"
     path.write_text('id,title\n0,"two\nlines"\n1,"Open\n' + "3,z\n" * 3000 + '4,6"\n5,w\n')
     assert read_table(path, [Column("id")])["id"].to_pylist() == ["0", "1", "5"]
-    assert "a.csv, line 4: a cell in quotes goes on for 3002 lines" in caplog.text
+    assert "a.csv, line 4: a quoted cell spans 3002 lines" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.dat"])
@@ -342,7 +342,7 @@ def test_rows_that_are_no_text_are_skipped_in_any_encoding(tmp_path: Path, encod
     read = read_table(path, COLUMNS[:2], layout, "skip", dropped).to_pydict()
     assert read == {"user": ["\u4e2d", "b"], "score": [1.0, 3.0]}
     assert dropped == {"a.csv: rows with an unreadable cell": 1}
-    with pytest.raises(DataError, match=r"is no .* text"):
+    with pytest.raises(DataError, match=r"is not .* text"):
         read_table(path, COLUMNS[:2], layout)
 
 
@@ -477,8 +477,8 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
     ("raw", "message"),
     [
         ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it begins as UTF-16 does"),
-        (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is no UTF-8 text"),
-        (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is no UTF-8 text"),
+        (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is not UTF-8 text"),
+        (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is not UTF-8 text"),
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
         (b'"a\nuser",score\na,1\n', r"no column 'user'; .*it has: 'a\\nuser', score$"),
         (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells where 2 are expected"),

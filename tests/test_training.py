@@ -389,7 +389,7 @@ def test_training_that_gets_worse_is_warned_of_once_and_summed_up(
         assert record.levelname == level
         assert record.getMessage().startswith(
             "validation log_loss was best at step 20 (epoch 2): 0.2500; at the last step, 50, it is"
-            " 0.5625; the checkpoint of step 20 is the one that is used"
+            " 0.5625; the checkpoint of step 20 is used"
         )
 
 

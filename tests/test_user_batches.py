@@ -176,7 +176,7 @@ def test_held_out_rows_see_the_same_at_most_20_items(with_history: PreparedDatas
     ("override", "message"),
     [
         ("data.history={}", "set data.history.dropout, to 0.5 for example"),
-        ("data.features=[{name: a, entity: user, history: nothing}]", "there are: item"),
+        ("data.features=[{name: a, entity: user, history: nothing}]", "available: item"),
         ("data.features=[{name: a, entity: item, history: item}]", "a history is a user's"),
         ("data.features=[{name: a, entity: user, history: item, keep: first}]", "keep does not go"),
         ("data.features=[{name: a, entity: user}]", "history: no field has it"),

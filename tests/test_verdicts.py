@@ -124,7 +124,7 @@ def test_a_better_checkpoint_that_was_passed_over_is_named(monitor: str) -> None
 def test_epochs_that_did_not_help_are_named() -> None:
     validations = losses(0.5, 0.25, 0.375, 0.3125)
     [verdict] = training_verdicts(validations, 20, "log_loss")
-    assert (verdict.title, verdict.kind) == ("Trained for longer than it helped", "even")
+    assert (verdict.title, verdict.kind) == ("Trained for too long", "even")
     assert verdict.text == (
         "validation log loss was best at step 20 (0.2500); at the last one, step 40, it is 0.3125"
     )

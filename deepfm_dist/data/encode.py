@@ -244,7 +244,7 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
             manifest = None
         if manifest is not None and manifest.fingerprint == wanted:
             return manifest
-        log.info("%s is of other inputs or settings: preparing it anew", folder)
+        log.info("%s is of other inputs or settings: preparing it again", folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(
             f"{folder}: holds files but no prepared dataset; delete it, or set data.name or "

@@ -106,7 +106,7 @@ class Layout:
         self.check_current()
         return DataError(
             f"{self._folder / name}: missing or damaged ({' '.join(str(error).split())[:80]}); "
-            f"delete {self._folder} and prepare it anew"
+            f"delete {self._folder} and prepare it again"
         )
 
     def check_sizes(self) -> None:
@@ -300,7 +300,7 @@ class Layout:
     def wrong(self, name: str, what: str) -> DataError:
         """What to raise about a file."""
         return DataError(
-            f"{self._folder / name}: {what}; delete {self._folder} and prepare it anew, laid out "
+            f"{self._folder / name}: {what}; delete {self._folder} and prepare it again, laid out "
             f"as docs/data.md says"
         )
 

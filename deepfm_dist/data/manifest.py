@@ -243,8 +243,8 @@ def check_formats(data: DataConfig, *others: str) -> None:
             near = nearest(name, names)
             hint = f"did you mean {near!r}? " if near else ""
             raise ConfigError(
-                f"data.files: {name!r} is none of the files that are read; {hint}"
-                f"there are: {', '.join(names)}"
+                f"data.files: {name!r} is not a file that is read; {hint}"
+                f"available: {', '.join(names)}"
             )
 
 

@@ -42,8 +42,8 @@ def check_match(
         CheckpointError: the dataset is another; it names what differs, both values and a cure.
     """
     cure = (
-        f"prepare the data as they were: python -m deepfm_dist.prepare --config "
-        f"{checkpoint.parent.parent}; or train again"
+        f"prepare the data with the settings it was trained with: "
+        f"python -m deepfm_dist.prepare --config {checkpoint.parent.parent}; or train again"
     )
     if manifest.fingerprint == GIVEN:
         cure = (
@@ -114,9 +114,7 @@ def check_start(
                     f"table) another name, to start it afresh"
                 )
         for name, old, new in field_differences(one, other):
-            log.warning(
-                "%s: %s=%s, not %s: its weights are taken all the same", option, name, new, old
-            )
+            log.warning("%s: %s=%s, not %s: its weights are used anyway", option, name, new, old)
     if state["vocabulary_hash"] in (manifest.vocabulary_hash, *manifest.grown_from):
         return
     changed = changed_fields(state, manifest)

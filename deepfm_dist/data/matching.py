@@ -31,7 +31,7 @@ class Difference:
     """In what most texts differ from known ones that mean the same.
 
     Attributes:
-        what: the difference, after "but for".
+        what: the difference, after "differ only in".
         count: of the texts that were looked at.
         text: one of them.
         known: the known one that it is meant to be.
@@ -43,7 +43,7 @@ class Difference:
     known: str
 
     def __str__(self) -> str:
-        return f"{self.count:,} would match but for {self.what}: {self.text!r} and {self.known!r}"
+        return f"{self.count:,} differ only in {self.what}: {self.text!r} and {self.known!r}"
 
 
 def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
@@ -129,7 +129,7 @@ def check_join(
     how = difference(missing, distinct)
     if n_found == 0 and not pc.any(pc.is_in(others, value_set=distinct)).as_py():
         theirs, ours = (how.known, how.text) if how else (_least(distinct), _least(wanted))
-        but = f", and {how.count:,} would match but for {how.what}" if how else ""
+        but = f", and {how.count:,} differ only in {how.what}" if how else ""
         raise ValueError(
             f"{source} has none of the {n:,} {entity}s of the training rows: it has {theirs!r} and "
             f"the rows have {ours!r}{but}; {'write them alike' if how else cure}"

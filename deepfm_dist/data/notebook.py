@@ -99,7 +99,7 @@ def notebook_fields(
             )
         fields[feature.name] = NotebookField(places, vocabulary.rows)
     if strange := sorted(id_files.keys() - fields.keys()):
-        raise ConfigError(f"--ids {strange[0]}=...: no such field; there are: {', '.join(fields)}")
+        raise ConfigError(f"--ids {strange[0]}=...: unknown field; available: {', '.join(fields)}")
     return fields
 
 

@@ -23,7 +23,9 @@ _NOT_FOR_THE_MODEL = ("label", "rating", "split", "weight")
 def _named(text: str) -> str:
     # A table's name is also that of a file and of a torch module, which may hold no dot.
     if not re.fullmatch(r"\w[\w -]*", text):
-        raise ValueError(f"{text!r} is no name; use letters, digits, underscores, hyphens, spaces")
+        raise ValueError(
+            f"{text!r} is not a valid name; use letters, digits, underscores, hyphens, spaces"
+        )
     return text
 
 
@@ -171,9 +173,9 @@ class Interactions(Section):
     @model_validator(mode="after")
     def _strength_is_known(self) -> Self:
         if self.order and self.repeated != "strongest":
-            raise ValueError("order goes with repeated: strongest")
+            raise ValueError("order needs repeated: strongest")
         if len(self.order) > 1:
-            raise ValueError(f"order is of one column (got {', '.join(self.order)})")
+            raise ValueError(f"order takes one column (got {', '.join(self.order)})")
         for column, words in self.order.items():
             if len(set(words)) < max(2, len(words)):
                 raise ValueError(f"order: {column} needs two words or more, each once")
@@ -188,7 +190,7 @@ class Interactions(Section):
     @model_validator(mode="after")
     def _columns_go_together(self) -> Self:
         if self.time_format is not None and self.time is None:
-            raise ValueError("time_format is of the column that interactions.time names; name it")
+            raise ValueError("time_format describes the column interactions.time; set it")
         if (self.rating is None) != (self.min_rating is None):
             raise ValueError("rating and min_rating go together")
         role_of: dict[str, str] = {}
@@ -343,7 +345,7 @@ class Feature(Section):
                 f"{self.name}: a separator makes several values; leave one of them out"
             )
         if self.several and self.names_entity:
-            raise ValueError(f"several is for values; {self.name} is an id")
+            raise ValueError(f"several does not apply to an id such as {self.name}")
         if self.fill is not None and self.in_lists:
             option = "separator" if self.separator is not None else "several"
             raise ValueError(f"{self.name}: fill is for a cell of one value; leave {option} out")
@@ -489,7 +491,7 @@ class DataConfig(Section):
                 raise ValueError("implicit data needs interactions.user and interactions.item")
             if rows.label is not None:
                 which = "label" if rows.impressions is None else "impressions"
-                raise ValueError(f"interactions.{which} goes with task: ctr")
+                raise ValueError(f"interactions.{which} needs task: ctr")
         else:
             if rows.label is None:
                 raise ValueError("task: ctr needs interactions.label")
@@ -587,7 +589,7 @@ class DataConfig(Section):
                 fitting = [f.name for f in self.features if f.entity == "item" and f.has_vocabulary]
                 raise ValueError(
                     f"{field.name}: history is of {field.history!r}, no field of items with a "
-                    f"vocabulary; there are: {', '.join(dict.fromkeys(['item', *fitting]))}"
+                    f"vocabulary; available: {', '.join(dict.fromkeys(['item', *fitting]))}"
                 )
             for other in self.features:
                 shares = other is not field and other.table_name == field.table_name

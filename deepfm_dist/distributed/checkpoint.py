@@ -122,7 +122,7 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
         step = which
     if step not in steps:
         raise CheckpointError(
-            f"{run_dir}: no complete checkpoint of step {step}; there are: "
+            f"{run_dir}: no complete checkpoint of step {step}; available: "
             f"{', '.join(map(str, steps))}"
         )
     return checkpoint_path(run_dir, step)
@@ -495,7 +495,7 @@ def _instead_of(path: Path) -> str:
     """What to do where a checkpoint is damaged."""
     others = [s for s in complete_steps(path.parent.parent) if f"{s:08d}" not in path.name]
     if not others:
-        return "train anew with checkpoint.resume=never"
+        return "train again with checkpoint.resume=never"
     other = checkpoint_path(path.parent.parent, others[-1])
     return (
         f"take another: checkpoint.use={others[-1]}, or for a run of another name "
@@ -515,7 +515,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: no complete checkpoint ({brief(error)})") from None
     except ValueError:
-        raise CheckpointError(f"{marker}: damaged: it is no JSON; {_instead_of(path)}") from None
+        raise CheckpointError(f"{marker}: damaged: it is not JSON; {_instead_of(path)}") from None
     expected = state.pop(_OWN_SUM, None) if isinstance(state, dict) else None
     if expected is not None and expected != _sum_of(state):  # earlier versions wrote none
         raise CheckpointError(

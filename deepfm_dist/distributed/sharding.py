@@ -332,7 +332,7 @@ def place(
     for name, placement in placements.items():
         if name not in tables:
             raise ConfigError(
-                f"sharding.tables.{name}: no such table; there are: {', '.join(tables)}"
+                f"sharding.tables.{name}: unknown table; available: {', '.join(tables)}"
             )
         if placement.rank is not None and placement.rank >= world.world_size:
             raise ConfigError(

@@ -237,7 +237,7 @@ def _how_to_know_users_by_items(dataset: PreparedDataset) -> str:
     return (
         f"train a model that knows users by their items, {{name: seen, entity: user, history: "
         f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
-        f"{label_of(dataset.manifest.data.interactions.file)} and train anew"
+        f"{label_of(dataset.manifest.data.interactions.file)} and train again"
     )
 
 

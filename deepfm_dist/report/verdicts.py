@@ -130,7 +130,7 @@ def training_verdicts(validations: Sequence[ValidEvent], step: int, monitor: str
     if sum(at > best_step for at, _ in points) >= WARN_AFTER:
         return [
             Verdict(
-                "Trained for longer than it helped",
+                "Trained for too long",
                 f"validation {name} was best at step {best_step:,} ({best:.4f}); at the last one, "
                 f"step {last_step:,}, it is {last:.4f}",
                 "even",

@@ -107,13 +107,6 @@ class Described(BaseModel):
             raise ValueError("input should be a valid integer")
         return k
 
-    @field_validator("items", mode="before")
-    @classmethod
-    def _true_is_no_id(cls, items: Any) -> Any:
-        if isinstance(items, list) and any(isinstance(item, bool) for item in items):
-            raise ValueError("ids are text or whole numbers, not true or false")
-        return items
-
 
 class Problem(BaseModel):
     """What is wrong, and what to do about it."""

@@ -240,7 +240,7 @@ def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
         CheckpointError: the export is of another checkpoint, or lacks something.
     """
     if not is_export_of(found, export):
-        raise CheckpointError(f"{export}: not of {found.checkpoint}; export it anew")
+        raise CheckpointError(f"{export}: not of {found.checkpoint}; export it again")
     config = found.config
     model = build_model(config.model, found.dataset.manifest, world, config.run.seed).model
     weights = _weights(export)

@@ -118,7 +118,7 @@ class Search:
                 )
             self._study.set_user_attr("asked", asked)
         if journal.skipped:
-            text = "%s: %d damaged lines skipped; what they said of trials is lost"
+            text = "%s: %d damaged lines skipped; the trials recorded there are lost"
             log.warning(text, self.path, len(journal.skipped))
         self._open: Any = None
         self._lock: Lock | None = None  # of the open trial

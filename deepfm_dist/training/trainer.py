@@ -239,7 +239,7 @@ class LoopState:
             log.log(
                 logging.INFO if expected else logging.WARNING,
                 "validation %s was best at step %s (epoch %.4g): %.4f; at the last step, %s, it is "
-                "%.4f; the checkpoint of step %s is the one that is used, or the last one with "
+                "%.4f; the checkpoint of step %s is used; to use the last one, set "
                 "checkpoint.use=latest",
                 self.monitor,
                 f"{self.best_step:,}",

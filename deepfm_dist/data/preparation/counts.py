@@ -118,7 +118,7 @@ def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
             f"{n_empty:,}",
             f"{n:,}",
             rows,
-            f"; is the {where} the right one, and what {feature.name}.missing says?"
+            f"; is the {where} the right one, and does {feature.name}.missing fit?"
             if nearly_all
             else "",
         )

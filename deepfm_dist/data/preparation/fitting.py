@@ -238,7 +238,7 @@ class Fit:
             rows = vocabulary.lookup(ids[of_entity(feature.entity)])[said.entity]
             found = said.values
             self._job.note(
-                f"{feature.entity}s whose rows differ in {feature.name}: the latest one tells",
+                f"{feature.entity}s whose rows differ in {feature.name}: the latest row is used",
                 int(said.differ.sum()),
             )
         else:
@@ -338,7 +338,7 @@ class Fit:
 
 
 def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
-    """Says that some texts of a vocabulary are the same to the eye, but for Unicode's encodings."""
+    """Warns of texts of a vocabulary that differ only in Unicode's normal form."""
     if pc.all(pc.string_is_ascii(ids)).as_py() is not False:
         return
     composed = pc.utf8_normalize(ids, "NFC").dictionary_encode()
@@ -360,7 +360,7 @@ def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
 
 
 def _warn_of_two_spellings(name: str, ids: pa.Array) -> None:
-    """Says that some texts of a vocabulary are written like others, but for spaces or zeros."""
+    """Says that some texts of a vocabulary differ from others only in spaces or zeros."""
     if (how := written_twice(ids.cast(pa.string()))) is not None:
         log.warning(
             "%s: %s of %s values differ from another one only in %s, such as %r and %r; they are "

@@ -144,7 +144,7 @@ class DelimitedReader(Reader):
 
         if quotes is not None and quotes.most_lines > _MANY_LINES:
             log.warning(
-                "%s, line %d: a cell in quotes goes on for %d lines; %s",
+                "%s, line %d: a quoted cell spans %d lines; %s",
                 self.source.path,
                 self._line_at(quotes.most_lines_at),
                 quotes.most_lines + 1,
@@ -269,7 +269,7 @@ class DelimitedReader(Reader):
 
     def _unbalanced(self, error: QuoteError) -> DataError:
         what = (
-            "text stands behind the closing quote of a cell"
+            "text follows the closing quote of a cell"
             if error.is_closed
             else "a cell begins with a quote that is not closed"
         )
@@ -292,7 +292,7 @@ class DelimitedReader(Reader):
     @property
     def _quotes_are_text(self) -> str:
         what = "where quotes are text, say so"
-        return self.source.cure(what, "quoted: false", "write it anew without quotes")
+        return self.source.cure(what, "quoted: false", "write the file without quotes")
 
     def _too_long(self) -> DataError:
         """Why a row is longer than Arrow takes: a stray quote, if there is one."""
@@ -328,8 +328,8 @@ class DelimitedReader(Reader):
                         line.decode(self.encoding)
                     except UnicodeError:
                         return (
-                            f"{self.source.path}, line {number}: not readable: {short(line)} is no "
-                            f"{self.encoding.upper()} text, but perhaps latin-1, gbk or the like; "
+                            f"{self.source.path}, line {number}: not readable: {short(line)} is "
+                            f"not {self.encoding.upper()} text, but perhaps latin-1 or gbk; "
                             + self.source.cure(
                                 "name the encoding", "encoding: latin-1", "save it as UTF-8"
                             )

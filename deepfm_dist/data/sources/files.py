@@ -56,7 +56,7 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
         for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
             if (other := found.setdefault(file.path, file)) is not file:
                 raise ConfigError(
-                    f"{file.name}: both {other.pattern} and {name} stand for it; name it once"
+                    f"{file.name}: matched by both {other.pattern} and {name}; list it once"
                 )
     return list(found.values())
 
@@ -67,7 +67,7 @@ def _below_root(name: str) -> str:
     except ValueError:
         folder, _, file = name.rpartition("/")
         raise ConfigError(
-            f"{name}: files are named below data.root; set data.root={folder} and call it {file}"
+            f"{name}: files are named below data.root; set data.root={folder} and name it {file}"
         ) from None
 
 
@@ -158,6 +158,6 @@ def find_file(root: str | Path, files: Files, setting: str) -> str:
     found = find_files(root, files)
     if len(found) > 1:
         raise ConfigError(
-            f"{setting}: {label_of(files)} stands for {len(found)} files; say which one"
+            f"{setting}: {label_of(files)} matches {len(found)} files; name one of them"
         )
     return found[0].path

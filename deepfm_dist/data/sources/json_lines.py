@@ -133,7 +133,7 @@ class JsonLinesReader(Reader):
                     wrong = wrong or self._bad_line(number, line, error)
                     if self.dropped is None:
                         raise wrong from None
-                    self.dropped[f"{self.source.name}: lines that are no JSON object"] += 1
+                    self.dropped[f"{self.source.name}: lines that are not JSON objects"] += 1
                 n_bytes += len(line)
                 if n_bytes >= BLOCK_BYTES:
                     if wrong is not None and not objects:
@@ -172,7 +172,7 @@ class JsonLinesReader(Reader):
         path, text = self.source.path, line.decode(errors="replace")
         if isinstance(error, UnicodeError):
             return DataError(
-                f"{path}, line {number}: not readable: {short(line)} is no UTF-8 text; "
+                f"{path}, line {number}: not readable: {short(line)} is not UTF-8 text; "
                 + self.source.cure("name the encoding", "encoding: latin-1", "save it as UTF-8")
             )
         if isinstance(python_literal(text), dict):

@@ -34,7 +34,7 @@ class QuoteError(ValueError):
     """
 
     def __init__(self, offset: int, is_closed: bool) -> None:
-        super().__init__("text behind a closing quote" if is_closed else "a quote without an end")
+        super().__init__("text after a closing quote" if is_closed else "an unclosed quote")
         self.offset, self.is_closed = offset, is_closed
 
 
