@@ -73,7 +73,7 @@ def fit(
         folder: where everything is written.
         name: of the model in the folder. Default: ``model``, ``model-2`` and so on, a new one for
             every call. A name that exists is trained further, or returned if it is finished, but
-            only with the same frames and settings; a longer ``trainer.epochs`` is none of these.
+            only with the same frames and settings; ``trainer.epochs`` may be larger.
         sections: settings, such as ``model={"embedding_dim": 32}``; see docs/configuration.md.
 
     Returns:
@@ -81,7 +81,7 @@ def fit(
 
     Raises:
         DataError: a column is missing, or the data cannot be used.
-        ConfigError: a setting is unknown or has a bad value, or ``name`` is another model.
+        ConfigError: a setting is unknown or has a bad value, or ``name`` holds a different model.
     """
     from deepfm_dist.distributed.checkpoint import complete_steps
 

@@ -30,7 +30,15 @@ def texts_of_errors() -> set[str]:
             if isinstance(node, ast.Call) and node.args:
                 name = getattr(node.func, "id", "")
                 if name.endswith(
-                    ("Error", "Problem", "NoRoom", "RankLost", "InUse", "NonFiniteLoss")
+                    (
+                        "Error",
+                        "Problem",
+                        "NoRoom",
+                        "RankLost",
+                        "InUse",
+                        "NonFiniteLoss",
+                        "OutOfMemory",
+                    )
                 ):
                     found.add(_text(node.args[0]))
     return found

@@ -132,8 +132,8 @@ class Interactions(Section):
     label: str | None = None
     """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
     rating: str | None = None
-    """Column of a rating, with ``min_rating``: rows below it are no positives. What they are of
-    counts as seen all the same: it is not recommended to the user, and is no negative."""
+    """Column of a rating, with ``min_rating``: rows below it are not positives. Their items
+    still count as seen: they are not recommended to the user and not drawn as negatives."""
     min_rating: float | None = None
     """Least rating that counts as a positive."""
     split: str | None = None
