@@ -87,6 +87,8 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
         settings = getattr(config, section)
         if getattr(settings, field) != type(settings).model_fields[field].default:
             value = settings.model_dump(mode="json")[field]
+            if isinstance(value, list):
+                value = f"[{', '.join(map(str, value))}]"
             raise ConfigError(
                 f"{name}={value}: no setting of a service, which ranks all items for whoever asks, "
                 f"as many as a request says, and similar ones by cosine; leave it out"

@@ -148,7 +148,7 @@ def test_somebody_described_by_items_gets_what_the_command_says(
     option = "recommend.histories=strangers.csv"
     command = _command("recommend", "--run", "runs/sample", option)
     subprocess.run(command, cwd=home, check=True, capture_output=True)
-    wanted = pd.read_parquet(home / "runs/sample/recommendations.parquet")
+    wanted = pd.read_parquet(home / "runs/sample/recommendations-histories.parquet")
     found = client.post("/recommend", json={"items": [*liked, liked[0]], "k": 10}).json()["items"]
     assert [i["id"] for i in found] == wanted["item_id"].tolist()
     np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
