@@ -35,6 +35,15 @@ for noisy in ("torchrec", "fbgemm_gpu"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands set the level of our log."""
+    log = logging.getLogger("deepfm_dist")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def sample_config() -> Config:
     """The bundled sample's configuration."""

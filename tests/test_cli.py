@@ -7,7 +7,7 @@ import logging
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +32,6 @@ from tests.ranks import run_alone
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[Sequence[str] | None], int]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Commands set the level of our log."""
-    log = logging.getLogger("deepfm_dist")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -902,15 +902,6 @@ COMMAND_ORDER = [
         before=("train",),
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Commands set the level of our log."""
-    log = logging.getLogger("deepfm_dist")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
