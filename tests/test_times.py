@@ -165,7 +165,7 @@ def test_formats_are_checked(tmp_path: Path) -> None:
             load_config("sample", [f"data.interactions.time_format='{wrong}'"])
     for right in ("%H:%M", "%Y%j", "100%% %Y", "%% %%%y"):
         load_config("sample", [f"data.interactions.time_format='{right}'"])
-    with pytest.raises(ConfigError, match="interactions.time; set it"):
+    with pytest.raises(ConfigError, match="time; set it"):
         load_config("sample", ["data.interactions.time=null", "data.interactions.time_format=s"])
 
 
