@@ -3,6 +3,7 @@
 A process that has used CUDA cannot fork others that do; ranks on GPUs are spawned.
 """
 
+import faulthandler
 import itertools
 import os
 import pickle
@@ -113,6 +114,7 @@ def _be_rank(
     kwargs: Any,
 ) -> None:
     code = 1
+    faulthandler.register(signal.SIGUSR1, file=2)
     try:
         os.environ.update(variables(rank, world_size, port))
         torch.set_num_threads(1)
@@ -137,6 +139,9 @@ def _wait(children: list[int], deadline: float) -> None:
                 if status != 0:
                     deadline = min(deadline, time.monotonic() + 5)
         if left and time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGUSR1)  # it shows where it hangs
+            time.sleep(0.2)
             for child in left:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
