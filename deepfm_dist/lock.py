@@ -1,6 +1,6 @@
 """One writer at a time: a lock on a run's folder or on an output file.
 
-The lock file ``.NAME.lock`` lies beside what it protects, names the host and the process that hold
+The lock file ``.NAME.lock`` is next to what it protects, names the host and the process that hold
 it, and is deleted when they are done. Where the file system has ``flock``, the kernel holds the
 lock and drops it however the process ends. Elsewhere (an object store, some network mounts) the
 holder rewrites the file every `BEAT_S` seconds: one whose process is gone from this host, or that

@@ -50,32 +50,34 @@ def train_run(config: Config) -> None:
 
 
 def train_on(
-    config: Config, ranks: "World", heard: Callable[[Mapping[str, float], int], None] | None = None
+    config: Config,
+    ranks: "World",
+    on_validation: Callable[[Mapping[str, float], int], None] | None = None,
 ) -> tuple["LoopState", bool]:
     """Prepares the data if need be, and trains. All ranks.
 
     Args:
         config: the settings.
         ranks: the ranks.
-        heard: called on all ranks with every validation's figures and its epoch; it may raise
-            `Pruned`, on all of them.
+        on_validation: called on all ranks with every validation's figures and its epoch; it may
+            raise `Pruned`, on all of them.
 
     Returns:
         The state of the loop, and whether a signal ended it before its time.
 
     Raises:
-        Pruned: as ``heard`` did; what was being saved is whole by then.
+        Pruned: as ``on_validation`` did; what was being saved is whole by then.
         InUse: another process trains this run.
     """
     from deepfm_dist.launcher import read_launch
     from deepfm_dist.runs import run_lock
 
     with ranks.first_holds(run_lock(config), _RESTART_S if read_launch().restarted else _ORPHAN_S):
-        return _train_alone(config, ranks, heard)
+        return _train_alone(config, ranks, on_validation)
 
 
 def _train_alone(
-    config: Config, ranks: "World", heard: Callable[[Mapping[str, float], int], None] | None
+    config: Config, ranks: "World", on_validation: Callable[[Mapping[str, float], int], None] | None
 ) -> tuple["LoopState", bool]:
     """`train_on`, of the process that holds the run's lock."""
     from deepfm_dist.build import (
@@ -164,8 +166,8 @@ def _train_alone(
         def validate_aloud() -> Mapping[str, float]:
             assert validate is not None
             found = validate()
-            if heard is not None:
-                heard(found, state.step // batches.steps_per_epoch)
+            if on_validation is not None:
+                on_validation(found, state.step // batches.steps_per_epoch)
             return found
 
         hearing = loggers(config, ranks, state.step)

@@ -35,18 +35,18 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     with world(*config.run.process_group) as ranks:
         search = ranks.first_does("search", lambda: search_of(config, folder))
 
-        def heard(figures: Mapping[str, float], epoch: int) -> None:
-            if ranks.agreed(search is not None and search.heard(epoch, figures[monitor])):
+        def on_validation(figures: Mapping[str, float], epoch: int) -> None:
+            if ranks.agreed(search is not None and search.report(epoch, figures[monitor])):
                 raise Pruned
 
         while trial := ranks.agreed(search.next(config.tune.trials) if search else None):
             log.info("%s: %s", trial.name, trial.values)
-            # What ranks tell each other by name in one trial is not to be heard in the next.
+            # Names that ranks use in the store in one trial must not be seen in the next.
             alone = replace(ranks, store=PrefixStore(trial.name, ranks.store))
             best = None
             try:
                 tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
-                state, stopped = train_on(tried, alone, heard)
+                state, stopped = train_on(tried, alone, on_validation)
                 if stopped:
                     if search is not None:
                         search.close()

@@ -91,17 +91,17 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
     sign = -1 if lower else 1
     for level in (0.5, 0.6, 0.7, 0.8):  # the first four run to their end
         assert search.next(9) is not None
-        assert not any(search.heard(epoch, sign * (level + epoch / 100)) for epoch in range(1, 6))
+        assert not any(search.report(epoch, sign * (level + epoch / 100)) for epoch in range(1, 6))
         search.over("complete", sign * (level + 0.05))
     search.next(9)
-    assert not search.heard(1, sign * 0.1)  # too early to tell
-    assert search.heard(2, sign * 0.1)
+    assert not search.report(1, sign * 0.1)  # too early to tell
+    assert search.report(2, sign * 0.1)
     search.over("pruned", None)
     search.next(9)
-    assert search.heard(3, sign * 0.6)
+    assert search.report(3, sign * 0.6)
     search.over("pruned", None)
     search.next(9)
-    assert not search.heard(3, sign * 0.75)
+    assert not search.report(3, sign * 0.75)
     search.over("failed", None)
     assert [t.outcome for t in search.past()] == ["complete"] * 4 + ["pruned"] * 2 + ["failed"]
     best = search.best()
@@ -115,18 +115,18 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
         search = Search(tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True)
         for level in (0.5, 0.6, 0.7, 0.8):
             search.next(9)
-            assert not any(search.heard(epoch, level) for epoch in range(1, 6))
+            assert not any(search.report(epoch, level) for epoch in range(1, 6))
             search.over("complete", level)
         search.next(9)
-        told = [search.heard(epoch, 0.9) for epoch in (1, 2, 3)]
+        told = [search.report(epoch, 0.9) for epoch in (1, 2, 3)]
         if cut:
             search.close()
             search = Search(
                 tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True
             )
             search.next(9)
-            told += [search.heard(3, 0.9)]  # validated again, after the checkpoint before it
-        told += [search.heard(epoch, 0.5) for epoch in (4, 5)]
+            told += [search.report(3, 0.9)]  # validated again, after the checkpoint before it
+        told += [search.report(epoch, 0.5) for epoch in (4, 5)]
         search.over("complete", 0.9)
         trials = search._study.get_trials(deepcopy=False)
         found.append(trials[-1].intermediate_values)
@@ -202,14 +202,14 @@ def _pruned_while_saving(config: Config) -> tuple[list[int], int]:
         time.sleep(0.2)  # into what would come next
         as_it_is(self, **arguments)
 
-    def heard(figures: Mapping[str, float], epoch: int) -> None:
+    def on_validation(figures: Mapping[str, float], epoch: int) -> None:
         pruned.set()
         raise Pruned
 
     as_it_is, checkpoint._Writer.finish = checkpoint._Writer.finish, finish  # type: ignore[method-assign]
     with world("cpu") as ranks:
         with pytest.raises(Pruned):
-            train.train_on(config, ranks, heard)
+            train.train_on(config, ranks, on_validation)
         return checkpoint.complete_steps(config.run_dir), len(distributed_c10d._world.pg_map)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from deepfm_dist.errors import RankLost
 
-_ANSWER_S = 5.0  # in which a rank that waits, too, is heard of
+_ANSWER_S = 5.0  # in which another waiting rank answers
 
 
 def rank_lost(missing: list[int], world_size: int, timeout_s: float) -> RankLost:
@@ -109,7 +109,7 @@ class Watch:
             before = [self._store.add(f"waits_{rank}", 0) for rank in range(self._world_size)]
             there = {self._rank}
             until = time.monotonic() + 2 * _ANSWER_S
-            # To the end even when all are heard of: a rank that began later has to hear of this.
+            # To the end even when all have answered: a rank that began later needs this answer.
             while time.monotonic() < until and self._since == since:
                 self._store.add(f"waits_{self._rank}", 1)
                 time.sleep(_ANSWER_S / 10)

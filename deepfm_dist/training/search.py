@@ -182,7 +182,7 @@ class Search:
         open_ones = self._study.get_trials(deepcopy=False, states=(state.RUNNING, state.WAITING))
         return len({_name(trial) for trial in open_ones})
 
-    def heard(self, epoch: int, figure: float) -> bool:
+    def report(self, epoch: int, figure: float) -> bool:
         """Takes a validation's figure, after ``epoch`` epochs.
 
         Returns:

@@ -52,7 +52,7 @@ ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "spli
 
 @dataclass(frozen=True)
 class Check:
-    """What a column's cells are to be beside their type.
+    """What a column's cells must be, in addition to their type.
 
     Attributes:
         wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
