@@ -28,7 +28,7 @@ def call(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complet
     for name in ("torchrun", "nvidia-smi"):
         (folder / name).chmod(0o755)
     command = [str(SCRIPT), *arguments]
-    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    path = {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(command, env=path | variables, capture_output=True, text=True)
 
 
