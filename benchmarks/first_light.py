@@ -90,11 +90,11 @@ def placement(device: str) -> int:
     """Where a sharded model lies, at one rank."""
     from deepfm_dist.build import shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
 
     folder, config = sample("model.batch_norm=true")
-    with world(device) as ranks:
-        sharded, _ = shard_for_training(config, PreparedDataset(folder).manifest, ranks)
+    with process_group(device) as world:
+        sharded, _ = shard_for_training(config, PreparedDataset(folder).manifest, world)
         tensors = [*sharded.named_parameters(), *sharded.named_buffers()]
         elsewhere = [name for name, tensor in tensors if tensor.device.type != device]
     assert elsewhere == [], elsewhere
@@ -191,7 +191,7 @@ def synchronisations_of_a_step(device: str) -> dict[str, int]:
     import torch
 
     from deepfm_dist.distributed.pipeline import train_pipeline
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from tests.test_distributed import Run
 
     lines: Counter[str] = Counter()
@@ -200,9 +200,9 @@ def synchronisations_of_a_step(device: str) -> dict[str, int]:
         lines["/".join(Path(filename).parts[-2:]) + f":{lineno}"] += 1
 
     folder, config = sample()
-    with world(device) as ranks:
-        run = Run(folder, config, ranks)
-        pipeline = train_pipeline(run.sharded, run.optimizer, ranks)
+    with process_group(device) as world:
+        run = Run(folder, config, world)
+        pipeline = train_pipeline(run.sharded, run.optimizer, world)
         stream = iter(run.batches.steps(1, 9))
         for _ in range(5):
             pipeline.train_step(stream)
@@ -259,18 +259,18 @@ def checkpoint_memory(device: str) -> dict[str, float]:
 
     from deepfm_dist.distributed.checkpoint import Staging
     from deepfm_dist.distributed.optimizers import table_optimizer
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.distributed.sharding import shard
-    from deepfm_dist.distributed.world import world
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
     rows = 1 << 25 if device == "cuda" else 1 << 12
     meta = torch.device("meta")
-    with world(device) as ranks:
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, ranks.device)
+    with process_group(device) as world:
+        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, world.device)
         model = build_deepfm({"user": Table(rows, ("user",))}, ["user"], 0, 15, device=meta)
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(model, ranks, {}, tables.kernel, fused_params=tables.fused_params)
-        staging, state = Staging(ranks.device), sharded.state_dict()
+        sharded, _ = shard(model, world, {}, tables.kernel, fused_params=tables.fused_params)
+        staging, state = Staging(world.device), sharded.state_dict()
         took, before = [], 0
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -294,7 +294,7 @@ def training_speed(device: str) -> dict[str, Any]:
 
     from deepfm_dist.config import load_config
     from deepfm_dist.distributed.pipeline import train_pipeline
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from tests.test_distributed import Run
 
     found: dict[str, Any] = {}
@@ -308,9 +308,9 @@ def training_speed(device: str) -> dict[str, Any]:
         config = load_config(
             file, [f"trainer.batch_size={size}", "model.over_arch_layer_sizes=[30,20,10]"]
         )
-        with world(device) as ranks:
-            run = Run(prepared, config, ranks)
-            pipeline = train_pipeline(run.sharded, run.optimizer, ranks)
+        with process_group(device) as world:
+            run = Run(prepared, config, world)
+            pipeline = train_pipeline(run.sharded, run.optimizer, world)
             stream = iter(run.batches.steps(1, 2 * steps + 10))
             for _ in range(10):
                 pipeline.train_step(stream)
@@ -385,12 +385,12 @@ def sample(*overrides: str) -> tuple[Path, Any]:
 
 def losses(device: str, steps: int, *overrides: str) -> list[float]:
     """Losses of the first steps on the sample."""
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from tests.test_distributed import Run
 
     folder, config = sample(*overrides)
-    with world(device) as ranks:
-        return Run(folder, config, ranks).losses(1, steps)
+    with process_group(device) as world:
+        return Run(folder, config, world).losses(1, steps)
 
 
 def difference(a: list[float], b: list[float]) -> float:

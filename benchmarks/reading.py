@@ -30,7 +30,7 @@ from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.synthetic import PRESETS, write
 from deepfm_dist.distributed.pipeline import TrainPipeline
-from deepfm_dist.distributed.world import World, world
+from deepfm_dist.distributed.process_group import World, process_group
 
 WARM_STEPS, MADE_BEFORE = 30, 40
 
@@ -78,7 +78,7 @@ def run(files: Path, folder: Path, steps: int) -> dict[str, int]:
     config = config_from(settings(files, folder))
     prepare(config.data, config.data_root, config.prepared_dir, config.run.seed)
     figures = {}
-    with world("cpu", config.run.timeout_s, config.run.threads) as ranks:
+    with process_group("cpu", config.run.timeout_s, config.run.threads) as world:
         dataset = PreparedDataset(config.prepared_dir)
         for prefix, memory_bytes in (("", None), ("streamed_", 0)):
             source = PreparedDataset(config.prepared_dir, memory_bytes)
@@ -87,21 +87,21 @@ def run(files: Path, folder: Path, steps: int) -> dict[str, int]:
             figures[f"{prefix}reading_rows_per_s"] = rows_per_s(stream, steps, None)
             if not prefix:
                 made = itertools.cycle([batches.batch(s) for s in range(1, MADE_BEFORE + 1)])
-                train = trainer(config, dataset, ranks)
+                train = trainer(config, dataset, world)
                 figures["training_rows_per_s"] = rows_per_s(made, steps, train)
             for figure, threads in (("both_rows_per_s", 0), ("both_ahead_rows_per_s", 1)):
                 batches.threads = threads
-                train = trainer(config, dataset, ranks)
+                train = trainer(config, dataset, world)
                 stream = batches.steps(1, 10**9)
                 figures[f"{prefix}{figure}"] = rows_per_s(stream, steps, train)
     return {name: round(value) for name, value in figures.items()}
 
 
-def trainer(config: Config, dataset: PreparedDataset, ranks: World) -> TrainPipeline:
+def trainer(config: Config, dataset: PreparedDataset, world: World) -> TrainPipeline:
     """A fresh model in a pipeline."""
-    sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+    sharded, optimizer = shard_for_training(config, dataset.manifest, world)
     sharded.train()
-    return TrainPipeline(sharded, optimizer, ranks)
+    return TrainPipeline(sharded, optimizer, world)
 
 
 def main() -> int:

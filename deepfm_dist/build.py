@@ -34,6 +34,7 @@ from deepfm_dist.distributed.optimizers import (
     combined_optimizer,
     table_optimizer,
 )
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import (
     DistributedModelParallel,
     EmbeddingComputeKernel,
@@ -41,7 +42,6 @@ from deepfm_dist.distributed.sharding import (
     init_tables,
     shard,
 )
-from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
@@ -51,10 +51,10 @@ from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
-from deepfm_dist.ranking.evaluation import RANKING_FIGURES, HeldOutItems
+from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.storage import is_remote
 from deepfm_dist.training.checks import check_monitor
-from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
 from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches, Schedule
@@ -221,7 +221,7 @@ def bytes_of_a_float(config: Config) -> int:
     return 4 if config.sharding.communication == "fp32" else 2
 
 
-def imagined_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
+def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
     """What the manifest of data with so many rows would say, as far as the model asks.
 
     Args:
@@ -277,14 +277,14 @@ def table_optimizer_of(config: OptimizerConfig, device: torch.device) -> TableOp
     Raises:
         ConfigError: the device cannot do it.
     """
-    of_tables = config.tables
+    table_config = config.tables
     return table_optimizer(
-        of_tables.name,
-        of_tables.lr,
-        of_tables.eps,
+        table_config.name,
+        table_config.lr,
+        table_config.eps,
         device,
-        of_tables.l2 if config.max_norm is None else 0.0,  # else it is a part of what is bounded
-        of_tables.max_gradient,
+        table_config.l2 if config.max_norm is None else 0.0,  # else it is a part of what is bounded
+        table_config.max_gradient,
     )
 
 
@@ -295,7 +295,7 @@ def shard_for_training(
 
     Logs the plan.
     """
-    of_dense = config.optimizer.dense
+    dense_config = config.optimizer.dense
     in_gradient = config.optimizer.max_norm is not None  # L2: a part of what is bounded
     tables = table_optimizer_of(config.optimizer, world.device)
     task = model_to_train(config, manifest, world)
@@ -337,8 +337,10 @@ def shard_for_training(
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
-    dense_l2 = 0.0 if in_gradient else of_dense.l2
-    return sharded, combined_optimizer(sharded, tables, of_dense.name, of_dense.lr, dense_l2)
+    dense_l2 = 0.0 if in_gradient else dense_config.l2
+    return sharded, combined_optimizer(
+        sharded, tables, dense_config.name, dense_config.lr, dense_l2
+    )
 
 
 def _catalogue_loss(
@@ -404,16 +406,18 @@ def validation_of(
             )
         return None
     check_monitor(config.monitor, dataset.manifest)
-    rows = HeldOut(dataset, "valid")
-    items: HeldOutItems | None = None
+    rows = RowEvaluator(dataset, "valid")
+    items: RankingEvaluator | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
-        items = HeldOutItems(dataset, "valid", config.recommend.context, config.evaluate.mask_seen)
+        items = RankingEvaluator(
+            dataset, "valid", config.recommend.context, config.evaluate.mask_seen
+        )
 
     def validate() -> Mapping[str, float]:
         found = dict(rows.metrics(sharded, world))
         if items is not None:
             found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
-        return world.agreed(found)
+        return world.broadcast(found)
 
     return validate
 

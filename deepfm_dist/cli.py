@@ -20,7 +20,7 @@ from deepfm_dist.launcher import (
     wait_for_the_end,
     watch_torchrun,
 )
-from deepfm_dist.storage import folder_of, told_in_one_line
+from deepfm_dist.storage import folder_of, storage_errors_to_user
 from deepfm_dist.terminal import coloured
 
 # Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
@@ -202,7 +202,7 @@ def _config_of(arguments: argparse.Namespace) -> Config:
         return load_config(arguments.config, arguments.overrides)
     folder = folder_of(run.rstrip("/"))
     file = folder / "config.yaml"
-    with told_in_one_line(file):
+    with storage_errors_to_user(file):
         found = file.is_file()
     if not found:
         raise ConfigError(
@@ -213,7 +213,7 @@ def _config_of(arguments: argparse.Namespace) -> Config:
     overrides = [*where, *arguments.overrides]
     try:
         config = load_config(str(file), overrides)
-        with told_in_one_line(file):
+        with storage_errors_to_user(file):
             text = file.read_text(encoding="utf-8")
     except ConfigError as error:
         return _config_of_checkpoint(folder, overrides, error)

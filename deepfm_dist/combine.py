@@ -56,12 +56,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _combine(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, shard_for_training
     from deepfm_dist.distributed import checkpoint
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.distributed.sharding import add_factors, local_shards, put_columns
-    from deepfm_dist.distributed.world import world
     from deepfm_dist.errors import CheckpointError, ConfigError
     from deepfm_dist.ranking.baselines import ease_tables
-    from deepfm_dist.runs import find_finished, run_lock
-    from deepfm_dist.storage import writing
+    from deepfm_dist.runs import find_run, run_lock
+    from deepfm_dist.storage import write_errors_to_user
     from deepfm_dist.training.trainer import LoopState
 
     with_ease = arguments.ease is not None
@@ -77,7 +77,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     names = arguments.of.split(",") if arguments.of else [config.run.name]
     if not all(names) or len(set(names)) < len(names):
         raise ConfigError(f"--of {arguments.of}: give names of runs, each once: A,B,C")
-    found = [find_finished(config.called(name), arguments.overrides) for name in names]
+    found = [find_run(config.called(name), arguments.overrides) for name in names]
     dataset = found[0].dataset
     narrow = [
         config_from(f.state["config"], origin=str(f.checkpoint)).model_copy(
@@ -85,10 +85,10 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
         )
         for f in found
     ]
-    for of_run, one in zip(found, narrow, strict=True):
-        if of_run.state["vocabulary_hash"] != dataset.manifest.vocabulary_hash:
+    for source, one in zip(found, narrow, strict=True):
+        if source.state["vocabulary_hash"] != dataset.manifest.vocabulary_hash:
             raise CheckpointError(
-                f"{of_run.checkpoint}: of vocabulary {of_run.state['vocabulary_hash']}, not "
+                f"{source.checkpoint}: of vocabulary {source.state['vocabulary_hash']}, not "
                 f"{dataset.manifest.vocabulary_hash} as {found[0].checkpoint}; what is put "
                 f"together has one: train them with the same data.seed"
             )
@@ -96,14 +96,14 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     width = columns + sum(one.model.embedding_dim for one in narrow)
     made = narrow[0].renamed(arguments.to).with_columns(width)
     with (
-        world(*config.run.process_group) as ranks,
-        ranks.first_holds(run_lock(made)),
+        process_group(*config.run.process_group) as world,
+        world.hold_on_rank0(run_lock(made)),
     ):
         if checkpoint.complete_steps(made.run_dir):
             raise CheckpointError(f"{made.run_dir}: has checkpoints already; choose another --to")
         whole = {"sharding": ShardingConfig(kind="table_wise")}  # the same places in all
         manifest = dataset.manifest
-        sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, ranks)
+        sharded, optimizer = shard_for_training(made.model_copy(update=whole), manifest, world)
         checkpoint.make_state(optimizer)  # a run may go on from it
         for *_, rows in local_shards(sharded):
             rows.zero_()
@@ -111,16 +111,16 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
         for parameter in arch.parameters():
             parameter.data.zero_()
         at, share = 0, 1 / len(found)
-        for of_run, one in zip(found, narrow, strict=True):
-            part, _ = shard_for_training(one.model_copy(update=whole), manifest, ranks)
-            checkpoint.load(of_run.checkpoint, ranks, part)
+        for source, one in zip(found, narrow, strict=True):
+            part, _ = shard_for_training(one.model_copy(update=whole), manifest, world)
+            checkpoint.load(source.checkpoint, world, part)
             dim = one.model.embedding_dim
             add_factors(part, sharded, (dim, width), at, share)
             arch.add(deepfm_of(part).interaction_arch, at, share)
             at += dim
         if with_ease:
-            values = ranks.agreed(
-                ranks.first_does(
+            values = world.broadcast(
+                world.run_on_rank0(
                     "ease",
                     lambda: ease_tables(
                         dataset,
@@ -133,17 +133,17 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
             )
             assert values is not None
             put_columns(sharded, at, values)
-        step = max(of_run.state["step"] for of_run in found)
+        step = max(source.state["step"] for source in found)
         marker = {
             **manifest.marks,
             "config": made.model_dump(mode="json"),
             "trainer": asdict(LoopState(step=step)),
         }
-        checkpoints = checkpoint.Checkpoints(made.run_dir, ranks, made.checkpoint.keep_last)
+        checkpoints = checkpoint.Checkpoints(made.run_dir, world, made.checkpoint.keep_last)
         checkpoints.save(step, sharded, optimizer, marker)
         checkpoints.close()
-        if ranks.is_first:
-            with writing(made.run_dir):
+        if world.is_first:
+            with write_errors_to_user(made.run_dir):
                 (made.run_dir / "config.yaml").write_text(made.to_yaml())
             print(checkpoint.checkpoint_path(made.run_dir, step))
 

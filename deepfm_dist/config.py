@@ -20,7 +20,7 @@ from deepfm_dist.storage import (
     is_remote,
     option_of,
     path_or_url,
-    told_in_one_line,
+    storage_errors_to_user,
 )
 from deepfm_dist.typed_yaml import DuplicateKeyError, Plain, kind_below, kinds_of, load, typed
 
@@ -652,7 +652,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     """
     file = _find(path or "sample")
     try:
-        with told_in_one_line(file):
+        with storage_errors_to_user(file):
             tree = load(file.read_text(encoding="utf-8")) or {}
     except DuplicateKeyError as error:
         raise ConfigError(f"{file}: {error}") from None
@@ -708,7 +708,7 @@ def settings_of(override: str) -> list[str]:
 def _find(path: str) -> Path:
     bundled = BUNDLE / "configs"
     for candidate in (folder_of(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
-        with told_in_one_line(candidate):
+        with storage_errors_to_user(candidate):
             if candidate.is_file():
                 return candidate
     names = sorted(p.stem for p in bundled.glob("*.yaml"))

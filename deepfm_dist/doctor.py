@@ -137,10 +137,10 @@ def _check_collectives(device: str) -> None:
     """Joins a process group of one rank, and sums in it on the device and on the host."""
     import torch
 
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
 
-    with world(device) as ranks:
-        for tensor in (torch.ones(3, device=ranks.device), torch.ones(3)):
+    with process_group(device) as world:
+        for tensor in (torch.ones(3, device=world.device), torch.ones(3)):
             torch.distributed.all_reduce(tensor)
             torch.testing.assert_close(tensor.cpu(), torch.ones(3))
 
@@ -151,21 +151,21 @@ def _check_table_update(device: str) -> None:
     from torchrec import KeyedJaggedTensor
 
     from deepfm_dist.distributed.optimizers import table_optimizer
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.distributed.sharding import fill_tables, local_shards, shard
-    from deepfm_dist.distributed.world import world
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
-    with world(device) as ranks:
-        tables = table_optimizer("rowwise_adagrad", 0.5, 1e-8, ranks.device)
+    with process_group(device) as world:
+        tables = table_optimizer("rowwise_adagrad", 0.5, 1e-8, world.device)
         model = build_deepfm(
             {"user": Table(9, ("user",))}, ["user"], 0, 3, device=torch.device("meta")
         )
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(model, ranks, {}, tables.kernel, fused_params=tables.fused_params)
-        fill_tables(sharded, {"user": torch.full((9, 4), 2.0, device=ranks.device)})
+        sharded, _ = shard(model, world, {}, tables.kernel, fused_params=tables.fused_params)
+        fill_tables(sharded, {"user": torch.full((9, 4), 2.0, device=world.device)})
         ids = KeyedJaggedTensor(
             ["user"], torch.tensor([7, 7, 7]), lengths=torch.tensor([2, 0, 1])
-        ).to(ranks.device)
+        ).to(world.device)
         rows = sharded.module.embedding_arch.sums(ids)
         torch.testing.assert_close(rows[:, 0, 0].cpu(), torch.tensor([4.0, 0.0, 2.0]))
         rows.sum().backward()

@@ -70,22 +70,22 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
     from deepfm_dist.build import baselines_of, deepfm_of
     from deepfm_dist.data.sources import find_file
     from deepfm_dist.distributed import checkpoint
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.errors import DataError
     from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
     from deepfm_dist.log import MetricsLog
-    from deepfm_dist.ranking.evaluation import LOGGED, HeldOutItems, evaluate_ranking
+    from deepfm_dist.ranking.evaluation import LOGGED, RankingEvaluator, evaluate_ranking
     from deepfm_dist.report.verdicts import verdicts_on
     from deepfm_dist.runs import open_trained
-    from deepfm_dist.training.evaluation import HeldOut
+    from deepfm_dist.training.evaluation import RowEvaluator
 
     split, cutoffs = config.evaluate.split, config.evaluate.k
     baselines = baselines_of(config)
     reference = config.evaluate.reference
     if reference is not None and config.data.task == "implicit":
         reference = find_file(config.input_root, reference, "evaluate.reference")
-    with world(*config.run.process_group) as ranks:
-        trained = open_trained(config, overrides, ranks, same_rows=True)
+    with process_group(*config.run.process_group) as world:
+        trained = open_trained(config, overrides, world, same_rows=True)
         dataset = trained.dataset
         own_split = trained.settings.get("evaluate", {}).get("split", split)
         if dataset.manifest.splits[split].rows == 0:
@@ -95,21 +95,21 @@ def evaluate_run(config: Config, overrides: Sequence[str] = ()) -> Evaluation | 
             )
         items = None
         if dataset.manifest.data.task == "implicit":
-            items = HeldOutItems(
+            items = RankingEvaluator(
                 dataset, split, config.recommend.context, config.evaluate.mask_seen
             )
-        measured = HeldOut(dataset, split).measured(trained.sharded, ranks)
+        measured = RowEvaluator(dataset, split).measured(trained.sharded, world)
         comparison = None
         if items is not None:
             comparison = evaluate_ranking(
                 deepfm_of(trained.sharded),
-                ranks,
+                world,
                 items,
                 cutoffs,
                 baselines,
                 reference,
             )
-        metrics = MetricsLog(config.run_dir, ranks.is_first)
+        metrics = MetricsLog(config.run_dir, world.is_first)
         if measured is None:  # not rank 0
             return None
         rows = measured.figures

@@ -11,7 +11,7 @@ from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deepfm_dist.runs import Finished
+    from deepfm_dist.runs import RunOnDisk
 
 MAX_FILE_BYTES = 5_000_000_000
 EXAMPLES = ("", "--config mine.yaml --output /models/mine --max-file-bytes 2000000000")
@@ -36,19 +36,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.runs import find_finished
+    from deepfm_dist.runs import find_run
     from deepfm_dist.storage import option_of
 
     if arguments.max_file_bytes < 1:
         raise ConfigError(f"--max-file-bytes {arguments.max_file_bytes}: must be positive")
     output = option_of("--output", arguments.output) if arguments.output else None
-    found = find_finished(config, arguments.overrides)
+    found = find_run(config, arguments.overrides)
     target = Path(output or found.config.output_dir / "export")
     tensors = export(found, target, arguments.max_file_bytes)
     print(f"{target}: {tensors} tensors, {len(found.dataset.manifest.tables)} tables")
 
 
-def export(found: "Finished", target: Path, max_file_bytes: int = MAX_FILE_BYTES) -> int:
+def export(found: "RunOnDisk", target: Path, max_file_bytes: int = MAX_FILE_BYTES) -> int:
     """Writes a finished run's model into a folder.
 
     Args:

@@ -45,18 +45,18 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.data.encode import prepare
     from deepfm_dist.data.notebook import read_weights
     from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.distributed.sharding import fill_tables
-    from deepfm_dist.distributed.world import world
     from deepfm_dist.runs import before_replacing, open_dataset, run_lock
     from deepfm_dist.training.trainer import LoopState
 
     id_files = dict(_id_file(text) for text in arguments.ids)
     weights = read_weights(Path(option_of("FILE", arguments.file)))
     with (
-        world(*config.run.process_group) as ranks,
-        ranks.first_holds(run_lock(config)),
+        process_group(*config.run.process_group) as world,
+        world.hold_on_rank0(run_lock(config)),
     ):
-        ranks.first_does(
+        world.run_on_rank0(
             "prepare",
             lambda: prepare(
                 config.data,
@@ -66,17 +66,17 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
                 before_replacing=partial(before_replacing, config),
             ),
         )
-        dataset = open_dataset(config, ranks)
+        dataset = open_dataset(config, world)
         values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)
         if any((config.run_dir / "checkpoints").glob("step_*")):
             raise CheckpointError(
                 f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"
             )
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
         make_state(optimizer)  # a run may go on from the import
         fill_tables(sharded, values)
         deepfm_of(sharded).interaction_arch.load_state_dict(state)
-        checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
+        checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
         marker = {
             **dataset.manifest.marks,
             "config": config.model_dump(mode="json"),
@@ -84,7 +84,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
         }
         checkpoints.save(0, sharded, optimizer, marker)
         checkpoints.close()
-        if ranks.is_first:
+        if world.is_first:
             (config.run_dir / "config.yaml").write_text(config.to_yaml())
             print(f"{checkpoint_path(config.run_dir, 0)}: {len(values)} tables of {arguments.file}")
 

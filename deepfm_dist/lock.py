@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from deepfm_dist.errors import InUse
-from deepfm_dist.storage import is_of_storage, is_remote, writing
+from deepfm_dist.storage import is_of_storage, is_remote, write_errors_to_user
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Lock:
         """
         begun, said = time.monotonic(), False
         while True:
-            with writing(self.path.parent):
+            with write_errors_to_user(self.path.parent):
                 holder = self._try()
             if holder is None:
                 return

@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.events import Event, TrainEvent
 from deepfm_dist.messages import brief
-from deepfm_dist.storage import is_of_storage, is_remote, writing
+from deepfm_dist.storage import is_of_storage, is_remote, write_errors_to_user
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._folder = folder
-        with writing(folder):
+        with write_errors_to_user(folder):
             self._writer: Any = SummaryWriter(str(folder), purge_step=from_step + 1)
         self._flushes = not is_remote(folder)  # an upload each would hold training up
 
@@ -86,7 +86,7 @@ class TensorBoard:
         """Writes ``event/name`` at ``step``."""
         if "step" not in values:
             return
-        with writing(self._folder):
+        with write_errors_to_user(self._folder):
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
                     self._writer.add_scalar(f"{event}/{name}", value, values["step"])
@@ -127,7 +127,7 @@ class MetricsLog:
         self._uploads, self._text = is_remote(folder), b""
         if not is_first:
             return
-        with writing(folder):
+        with write_errors_to_user(folder):
             if not self._uploads:
                 folder.mkdir(parents=True, exist_ok=True)
             found = self.path.read_bytes() if self.path.exists() else None
@@ -155,7 +155,7 @@ class MetricsLog:
             if not isinstance(event, TrainEvent):
                 self.flush()
         else:
-            with writing(self.path), self.path.open("ab") as file:
+            with write_errors_to_user(self.path), self.path.open("ab") as file:
                 file.write(line)
         for logger in [*self._loggers]:
             try:

@@ -47,13 +47,13 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
 
     from deepfm_dist.build import (
         bytes_of_a_float,
-        imagined_manifest,
+        hypothetical_manifest,
         model_to_train,
         placements_of,
         table_optimizer_of,
     )
-    from deepfm_dist.distributed.planning import Job, imagined_world, plan
-    from deepfm_dist.distributed.sharding import NoRoom, check_placements
+    from deepfm_dist.distributed.planning import Job, hypothetical_world, plan
+    from deepfm_dist.distributed.sharding import DoesNotFit, check_placements
     from deepfm_dist.report.tables import plan_table
 
     size = arguments.world_size
@@ -64,8 +64,8 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
             f"{arguments.hbm_gib:g}: positive numbers are needed, as many GPUs on every machine"
         )
     optimizer = table_optimizer_of(config.optimizer, torch.device("cuda"))
-    manifest = imagined_manifest(config, dict(_rows(text) for text in arguments.rows))
-    ranks = imagined_world(size, per_machine)
+    manifest = hypothetical_manifest(config, dict(_rows(text) for text in arguments.rows))
+    ranks = hypothetical_world(size, per_machine)
     check_placements(placements_of(config), optimizer.kernel, ranks.device)
     task = model_to_train(config, manifest, ranks)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
@@ -85,7 +85,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     if not found.fits:
         gpus = f"{size} GPU{'s' * (size > 1)} of {arguments.hbm_gib:g} GiB"
         remedies = "; or ".join(found.remedies) or "more and larger GPUs, fewer rows"
-        raise NoRoom(f"does not fit {gpus}; use {remedies}")
+        raise DoesNotFit(f"does not fit {gpus}; use {remedies}")
 
 
 def _rows(text: str) -> tuple[str, int]:

@@ -54,7 +54,7 @@ def write_predictions(
     """
     from deepfm_dist.data.manifest import check_formats
     from deepfm_dist.data.sources import find_file
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.errors import ConfigError, DataError
     from deepfm_dist.runs import open_trained
     from deepfm_dist.storage import option_of, path_or_url
@@ -70,13 +70,13 @@ def write_predictions(
     if output and Path(output).suffix != ".parquet":
         better = Path(output).with_suffix(".parquet")
         raise ConfigError(f"--output {output}: predictions are parquet; use --output {better}")
-    with world(*config.run.process_group) as ranks:
-        trained = open_trained(config, overrides, ranks)
+    with process_group(*config.run.process_group) as world:
+        trained = open_trained(config, overrides, world)
         target = Path(output or config.output_dir / "predictions.parquet")
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
-        rows = predict(trained.sharded, ranks, trained.dataset, source, files, target)
-        return (target, rows) if ranks.is_first else None
+        rows = predict(trained.sharded, world, trained.dataset, source, files, target)
+        return (target, rows) if world.is_first else None
 
 
 if __name__ == "__main__":

@@ -38,16 +38,16 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
         return
     import torch
 
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
 
-    with world("cpu", _DAY_S, config.run.threads) as ranks:
+    with process_group("cpu", _DAY_S, config.run.threads) as world:
 
         def total(array: Any) -> Any:
-            return ranks.sum(torch.from_numpy(array.copy())).numpy()
+            return world.sum(torch.from_numpy(array.copy())).numpy()
 
-        crew = Crew(ranks.rank, ranks.world_size, ranks.all_gather, total)
+        crew = Crew(world.rank, world.world_size, world.all_gather_object, total)
         manifest = prepare(*given, crew, replacing)
-        if ranks.is_first:
+        if world.is_first:
             warn_of_labels(manifest)
 
 

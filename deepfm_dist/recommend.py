@@ -10,7 +10,7 @@ from deepfm_dist.config import Config
 
 if TYPE_CHECKING:
     from deepfm_dist.data.dataset import PreparedDataset
-    from deepfm_dist.ranking.output import Written
+    from deepfm_dist.ranking.output import RankingFiles
 
 WHAT = ("k", "users", "histories", "allow_items", "block_items", "mask", "context")
 """Settings that decide whom and what a file is of; the others decide how it is made."""
@@ -52,19 +52,19 @@ def _recommend(config: Config, arguments: argparse.Namespace) -> None:
 
 def write_recommendations(
     config: Config, overrides: Sequence[str] = (), output: str | None = None
-) -> "tuple[Written, PreparedDataset] | None":
+) -> "tuple[RankingFiles, PreparedDataset] | None":
     """Writes every user's best unseen items. All ranks.
 
     Args:
         config: the settings.
         overrides: of the command line.
-        output: the parquet file; None: in the run's folder, see `Trained.output`.
+        output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
 
     Returns:
         On rank 0 what was written, and the dataset it is of; None elsewhere.
     """
     from deepfm_dist.build import deepfm_of
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.events import RecommendEvent
     from deepfm_dist.lock import Lock
     from deepfm_dist.log import MetricsLog
@@ -73,13 +73,13 @@ def write_recommendations(
 
     asked = config.recommend
     wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
-    with world(*config.run.process_group) as ranks:
-        trained = open_trained(config, overrides, ranks)
+    with process_group(*config.run.process_group) as world:
+        trained = open_trained(config, overrides, world)
         target = trained.output("recommend", "recommendations", WHAT, output)
-        with ranks.first_holds(Lock(target, str(target), "choose another --output")):
+        with world.hold_on_rank0(Lock(target, str(target), "choose another --output")):
             written = recommend(
                 deepfm_of(trained.sharded),
-                ranks,
+                world,
                 trained.dataset,
                 wanted,
                 target.parent,

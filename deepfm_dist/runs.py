@@ -17,12 +17,18 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, hash_of
 from deepfm_dist.data.match import changed_settings, check_match, check_start, shared_fields
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
-from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.lock import Lock
-from deepfm_dist.storage import folder_of, is_remote, move_tree, told_in_one_line, writing
+from deepfm_dist.storage import (
+    folder_of,
+    is_remote,
+    move_tree,
+    storage_errors_to_user,
+    write_errors_to_user,
+)
 from deepfm_dist.training.trainer import LoopState, Schedule
 
 log = logging.getLogger(__name__)
@@ -69,7 +75,7 @@ def check_settings(config: Config) -> None:
         ConfigError: the run was trained with other settings.
         CheckpointError: the checkpoint that was asked for does not exist.
     """
-    with writing(config.run_dir):
+    with write_errors_to_user(config.run_dir):
         _checkpoint_to_continue(config)
 
 
@@ -122,7 +128,7 @@ def begin(config: Config, manifest: Manifest, schedule: Schedule, last_step: int
             f"checkpoint.start_from={elsewhere}: this run's own folder; give the run another "
             f"run.name"
         )
-    with writing(config.run_dir):
+    with write_errors_to_user(config.run_dir):
         path, state = _checkpoint_to_continue(config, manifest), LoopState()
         if path is not None:
             state = _loop_state(path)
@@ -207,7 +213,7 @@ def make_ready(config: Config, start: Start) -> None:
         DeepFMError: the folder cannot be written.
     """
     run_dir = config.run_dir
-    with writing(run_dir):
+    with write_errors_to_user(run_dir):
         steps = checkpoint.complete_steps(run_dir)
         if not start.continues and (steps or _has_results(config)):
             set_aside(config)
@@ -344,7 +350,7 @@ def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) ->
     """Writes ``plan.json`` into the run's folder: the ranks, and a line per table. Rank 0."""
     tables = [asdict(line) for line in placed_tables(sharded)]
     plan = {"ranks": world.world_size, "device": world.device.type, "tables": tables}
-    with writing(folder):
+    with write_errors_to_user(folder):
         (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
 
 
@@ -449,7 +455,7 @@ def check_everywhere(dataset: PreparedDataset, world: World) -> None:
     Raises:
         DataError: the folder holds another one on another machine, or has been replaced meanwhile.
     """
-    marks = world.all_gather(hash_of(dataset.manifest.model_dump(mode="json")))
+    marks = world.all_gather_object(hash_of(dataset.manifest.model_dump(mode="json")))
     other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
     if other is not None:
         raise DataError(
@@ -460,7 +466,7 @@ def check_everywhere(dataset: PreparedDataset, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Finished:
+class RunOnDisk:
     """What a run has left on disk.
 
     Attributes:
@@ -489,7 +495,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A run's model, ready for inference.
 
     Attributes:
@@ -537,25 +543,25 @@ class Trained:
 
 def open_trained(
     config: Config, overrides: Sequence[str], world: World, same_rows: bool = False
-) -> Trained:
+) -> LoadedModel:
     """Loads a run's checkpoint. All ranks.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
         world: the ranks.
-        same_rows: as `find_finished` takes it.
+        same_rows: as `find_run` takes it.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    found = find_finished(config, overrides, same_rows)
+    found = find_run(config, overrides, same_rows)
     check_everywhere(found.dataset, world)
     sharded = shard_for_inference(found.config, found.dataset.manifest, world)
     checkpoint.load(found.checkpoint, world, sharded)
     log.info("%s, step %s", found.checkpoint, f"{found.state['step']:,}")
-    return Trained(
+    return LoadedModel(
         found.config,
         found.dataset,
         sharded,
@@ -565,7 +571,7 @@ def open_trained(
     )
 
 
-def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = False) -> Finished:
+def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
     A checkpoint knows its data and model, and these settings are taken from it, but for where files
@@ -581,7 +587,7 @@ def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = Fa
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    with told_in_one_line(config.run_dir):
+    with storage_errors_to_user(config.run_dir):
         path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
         state = checkpoint.read_state(path)
     trained_with = _settings_in(state)
@@ -600,7 +606,7 @@ def find_finished(config: Config, overrides: Sequence[str], same_rows: bool = Fa
     config = config_from(merged, origin=str(path))
     dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
     check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
-    return Finished(config, dataset, path, state)
+    return RunOnDisk(config, dataset, path, state)
 
 
 def _in_a_name(value: Any) -> str:

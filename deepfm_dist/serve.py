@@ -13,7 +13,7 @@ from deepfm_dist.config import Config, settings_of
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
-    from deepfm_dist.runs import Finished
+    from deepfm_dist.runs import RunOnDisk
 
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
 SERVED = ("context", "mask", "memory_bytes")
@@ -48,16 +48,16 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
             f"serving needs {error.name}, which is not installed; "
             f"pip install fastapi 'uvicorn[standard]' prometheus-client"
         ) from None
-    from deepfm_dist.distributed.world import world
-    from deepfm_dist.runs import find_finished
-    from deepfm_dist.serving.live import Live
+    from deepfm_dist.distributed.process_group import process_group
+    from deepfm_dist.runs import find_run
+    from deepfm_dist.serving.live import Recommender
 
     _check_settings(config, arguments.overrides)
     listening = _socket(arguments.host, arguments.port)
-    found = find_finished(config, arguments.overrides)
+    found = find_run(config, arguments.overrides)
     folder = _exported(found)
-    with world("cpu", config.run.timeout_s, config.run.threads) as ranks:
-        live = Live(found, folder, ranks)
+    with process_group("cpu", config.run.timeout_s, config.run.threads) as world:
+        live = Recommender(found, folder, world)
     url = f"http://{arguments.host}:{listening.getsockname()[1]}"
     print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)
     app = make_app(live, LOOPBACK if arguments.host in LOOPBACK else ("*",))
@@ -105,7 +105,7 @@ def _socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _exported(found: "Finished") -> Path:
+def _exported(found: "RunOnDisk") -> Path:
     """The export of the run's checkpoint, made where there is none or one of another."""
     from deepfm_dist.export import export
     from deepfm_dist.serving.live import is_export_of

@@ -10,7 +10,7 @@ from deepfm_dist.config import Config
 
 if TYPE_CHECKING:
     from deepfm_dist.data.dataset import PreparedDataset
-    from deepfm_dist.ranking.output import Written
+    from deepfm_dist.ranking.output import RankingFiles
 
 EXAMPLES = ("", "--config sample similar.k=5 similar.metric=inner_product")
 
@@ -46,32 +46,32 @@ def _similar(config: Config, arguments: argparse.Namespace) -> None:
 
 def write_similar_items(
     config: Config, overrides: Sequence[str] = (), output: str | None = None
-) -> "tuple[Written, PreparedDataset] | None":
+) -> "tuple[RankingFiles, PreparedDataset] | None":
     """Writes every item's most similar items. All ranks.
 
     Args:
         config: the settings.
         overrides: of the command line.
-        output: the parquet file; None: in the run's folder, see `Trained.output`.
+        output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
 
     Returns:
         On rank 0 what was written, and the dataset it is of; None elsewhere.
     """
     from deepfm_dist.build import deepfm_of
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.lock import Lock
     from deepfm_dist.ranking.similarity import similar_items
     from deepfm_dist.runs import open_trained
 
     asked = config.similar
-    with world(*config.run.process_group) as ranks:
-        trained = open_trained(config, overrides, ranks)
+    with process_group(*config.run.process_group) as world:
+        trained = open_trained(config, overrides, world)
         model = deepfm_of(trained.sharded)
         target = trained.output("similar", "similar_items", ("k", "metric"), output)
-        with ranks.first_holds(Lock(target, str(target), "choose another --output")):
+        with world.hold_on_rank0(Lock(target, str(target), "choose another --output")):
             written = similar_items(
                 model,
-                ranks,
+                world,
                 trained.dataset,
                 asked.k,
                 asked.metric,

@@ -175,7 +175,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def written_as_a_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a local file to write; it appears as ``path`` when the block ends without an error."""
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,12 +192,12 @@ def written_as_a_whole(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / path.name
         yield aside
-        with told_in_one_line(path):
+        with storage_errors_to_user(path):
             remote.fs.put_file(str(aside), remote.path)
 
 
 @contextmanager
-def told_in_one_line(path: Path) -> Iterator[None]:
+def storage_errors_to_user(path: Path) -> Iterator[None]:
     """Around calls that may go over a network.
 
     Raises:
@@ -215,7 +215,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def write_errors_to_user(folder: Path) -> Iterator[None]:
     """Around what writes to a run's folder.
 
     Raises:
@@ -223,7 +223,7 @@ def writing(folder: Path) -> Iterator[None]:
             nowhere.
     """
     try:
-        with told_in_one_line(folder):
+        with storage_errors_to_user(folder):
             yield
     except OSError as error:
         reason = "it is not a folder" if isinstance(error, FileExistsError) else brief(error)

@@ -26,7 +26,7 @@ _ORPHAN_S = 15.0
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from deepfm_dist.distributed.world import World
+    from deepfm_dist.distributed.process_group import World
     from deepfm_dist.training.trainer import LoopState
 
 
@@ -43,22 +43,22 @@ def _train(config: Config, arguments: argparse.Namespace) -> None:
 
 def train_run(config: Config) -> None:
     """Trains a run on the ranks that a launcher has started, or alone. All ranks."""
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
 
-    with world(*config.run.process_group) as ranks:
-        train_on(config, ranks)
+    with process_group(*config.run.process_group) as world:
+        train_on(config, world)
 
 
 def train_on(
     config: Config,
-    ranks: "World",
+    world: "World",
     on_validation: Callable[[Mapping[str, float], int], None] | None = None,
 ) -> tuple["LoopState", bool]:
     """Prepares the data if need be, and trains. All ranks.
 
     Args:
         config: the settings.
-        ranks: the ranks.
+        world: the process group.
         on_validation: called on all ranks with every validation's figures and its epoch; it may
             raise `Pruned`, on all of them.
 
@@ -72,12 +72,14 @@ def train_on(
     from deepfm_dist.launcher import read_launch
     from deepfm_dist.runs import run_lock
 
-    with ranks.first_holds(run_lock(config), _RESTART_S if read_launch().restarted else _ORPHAN_S):
-        return _train_alone(config, ranks, on_validation)
+    with world.hold_on_rank0(
+        run_lock(config), _RESTART_S if read_launch().restarted else _ORPHAN_S
+    ):
+        return _train_alone(config, world, on_validation)
 
 
 def _train_alone(
-    config: Config, ranks: "World", on_validation: Callable[[Mapping[str, float], int], None] | None
+    config: Config, world: "World", on_validation: Callable[[Mapping[str, float], int], None] | None
 ) -> tuple["LoopState", bool]:
     """`train_on`, of the process that holds the run's lock."""
     from deepfm_dist.build import (
@@ -120,35 +122,35 @@ def _train_alone(
             before_replacing=partial(before_replacing, config),
         )
 
-    ranks.first_does("prepare", prepare_data)
-    dataset = open_dataset(config, ranks)
-    batches = training_batches(config, dataset, ranks)
+    world.run_on_rank0("prepare", prepare_data)
+    dataset = open_dataset(config, world)
+    batches = training_batches(config, dataset, world)
     schedule = schedule_of(config)
     last = schedule.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last)
-    start = ranks.agreed(
-        ranks.first_does("begin", lambda: begin(config, dataset.manifest, schedule, last))
+    start = world.broadcast(
+        world.run_on_rank0("begin", lambda: begin(config, dataset.manifest, schedule, last))
         or Start(None, LoopState())
     )
     path, state = start.path, start.state
     if start.is_over:
         return state, False
-    sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-    validate = validation_of(config, dataset, sharded, ranks)
-    if ranks.is_first:
+    sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+    validate = validation_of(config, dataset, sharded, world)
+    if world.is_first:
         warn_of_numbers(dataset.manifest)
         warn_of_labels(dataset.manifest)
 
     with StopSignals() as asked_to_stop:  # a run that is yet to go on takes a step, then
-        ranks.first_does("make_ready", lambda: make_ready(config, start))
-        if ranks.is_first:
-            write_plan(run_dir, sharded, ranks)
+        world.run_on_rank0("make_ready", lambda: make_ready(config, start))
+        if world.is_first:
+            write_plan(run_dir, sharded, world)
         if path is not None:
             if start.continues:
-                load(path, ranks, sharded, optimizer)
+                load(path, world, sharded, optimizer)
             else:
-                read_start(path, config, dataset.manifest, ranks, sharded, optimizer)
-        checkpoints = Checkpoints(run_dir, ranks, config.checkpoint.keep_last)
+                read_start(path, config, dataset.manifest, world, sharded, optimizer)
+        checkpoints = Checkpoints(run_dir, world, config.checkpoint.keep_last)
         belongs_to = {
             **dataset.manifest.marks,
             "config": config.model_dump(mode="json"),
@@ -163,38 +165,38 @@ def _train_alone(
                 state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
             )
 
-        def validate_aloud() -> Mapping[str, float]:
+        def validate_and_notify() -> Mapping[str, float]:
             assert validate is not None
             found = validate()
             if on_validation is not None:
                 on_validation(found, state.step // batches.steps_per_epoch)
             return found
 
-        hearing = loggers(config, ranks, state.step)
-        metrics = MetricsLog(run_dir, ranks.is_first, state.step, hearing)
+        listeners = loggers(config, world, state.step)
+        metrics = MetricsLog(run_dir, world.is_first, state.step, listeners)
         with closing(metrics):
             try:
                 train(
                     sharded,
                     optimizer,
                     batches,
-                    ranks,
+                    world,
                     schedule,
                     state,
                     seed,
                     metrics,
-                    validate_aloud if validate else None,
+                    validate_and_notify if validate else None,
                     save,
                     asked_to_stop,
-                    profiler(config.trainer.profile_steps, state.step, run_dir, ranks),
-                    partial(sent_bytes, sharded, ranks, float_bytes=bytes_of_a_float(config)),
+                    profiler(config.trainer.profile_steps, state.step, run_dir, world),
+                    partial(sent_bytes, sharded, world, float_bytes=bytes_of_a_float(config)),
                 )
             except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
                 checkpoints.close()
                 raise
             checkpoints.close()
     stopped = not state.is_over(schedule, last)
-    if stopped and ranks.is_first:
+    if stopped and world.is_first:
         log.warning("Stopped by signal at step %d; rerun the same command to resume", state.step)
     return state, stopped
 

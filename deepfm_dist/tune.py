@@ -22,27 +22,27 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
     from deepfm_dist.build import search_of
     from deepfm_dist.distributed.checkpoint import keep_checkpoints
-    from deepfm_dist.distributed.world import world
+    from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.errors import ConfigError, DeepFMError
     from deepfm_dist.report.tables import trials_table
-    from deepfm_dist.storage import writing, written_as_a_whole
+    from deepfm_dist.storage import atomic_write, write_errors_to_user
     from deepfm_dist.train import train_on
     from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
 
     folder, monitor = config.run_dir / "tune", config.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}
     shared["trainer.monitor"] = monitor  # the same figure whatever loss a trial has
-    with world(*config.run.process_group) as ranks:
-        search = ranks.first_does("search", lambda: search_of(config, folder))
+    with process_group(*config.run.process_group) as world:
+        search = world.run_on_rank0("search", lambda: search_of(config, folder))
 
         def on_validation(figures: Mapping[str, float], epoch: int) -> None:
-            if ranks.agreed(search is not None and search.report(epoch, figures[monitor])):
+            if world.broadcast(search is not None and search.report(epoch, figures[monitor])):
                 raise Pruned
 
-        while trial := ranks.agreed(search.next(config.tune.trials) if search else None):
+        while trial := world.broadcast(search.next(config.tune.trials) if search else None):
             log.info("%s: %s", trial.name, trial.values)
             # Names that ranks use in the store in one trial must not be seen in the next.
-            alone = replace(ranks, store=PrefixStore(trial.name, ranks.store))
+            alone = replace(world, store=PrefixStore(trial.name, world.store))
             best = None
             try:
                 tried = with_settings(config, trial.values | shared | {"run.name": trial.name})
@@ -74,7 +74,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
             if found is not None:
                 path = folder / "best.yaml"
                 best_run = with_settings(config, found.values).renamed(f"{config.run.name}_best")
-                with writing(path), written_as_a_whole(path) as file:
+                with write_errors_to_user(path), atomic_write(path) as file:
                     file.write_text(best_run.to_yaml())
                 print(f"\nbest: {found.name}, {monitor} {found.best:.6f}\nwritten: {path}")
 

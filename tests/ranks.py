@@ -46,10 +46,9 @@ def run_ranks(
 ) -> list[Any]:
     """Calls ``work(*args, **kwargs)`` on every rank as torchrun would, and returns what each gave.
 
-    ``work`` joins the group itself, by `deepfm_dist.distributed.world.world`. The parent must never
-    have joined one: gloo's threads and locks do not survive a fork. A world of one is forked too.
-    With ``spawn`` each rank is a new interpreter, which takes seconds; ``work`` and its arguments
-    are pickled.
+    ``work`` joins the group itself, by `process_group`. The parent must never have joined one:
+    gloo's threads and locks do not survive a fork. A single rank is forked too. With ``spawn`` each
+    rank is a new interpreter, which takes seconds; ``work`` and its arguments are pickled.
     """
     port = next(port for port in _ports if not _answers(port))
     folder = Path(tempfile.mkdtemp())

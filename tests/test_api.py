@@ -15,7 +15,7 @@ import pytest
 from deepfm_dist import Model, fit
 from deepfm_dist.api import python_words
 from deepfm_dist.config import load_config
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from tests.ranks import run_alone
 
@@ -71,7 +71,7 @@ def _fitted(folder: Path) -> dict[str, Any]:
         "similar": model.similar(k=2),
         "scores": model.predict(rows),
         "again": Model.load(folder / "model.yaml").predict(rows),
-        "of_run": Model.load(folder / "runs" / "model").predict(rows),
+        "run_config": Model.load(folder / "runs" / "model").predict(rows),
         "report": model.report.read_text(),
         "mistakes": [
             _mistake(model, rows.drop(columns="device")),
@@ -120,7 +120,7 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     expected = 1 / (1 + np.exp(-scores["logit"].to_numpy(np.float64)))
     np.testing.assert_allclose(scores["probability"], expected, rtol=1e-6)
     pd.testing.assert_frame_equal(scores, found["again"])
-    pd.testing.assert_frame_equal(scores, found["of_run"])
+    pd.testing.assert_frame_equal(scores, found["run_config"])
     assert "thing 1" in found["report"]
     missing, no_frame, mixed = found["mistakes"]
     assert no_frame.startswith("rows: must be a pandas DataFrame, not dict")
@@ -189,7 +189,7 @@ def test_every_model_is_its_own(tmp_path: Path) -> None:
 
 def _hook_is_left_alone() -> bool:
     before = sys.excepthook
-    with world("cpu"):
+    with process_group("cpu"):
         pass
     return sys.excepthook is before
 

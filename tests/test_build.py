@@ -21,13 +21,13 @@ from deepfm_dist.config import Config, ModelConfig, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.runs import (
     begin,
     check_settings,
-    find_finished,
+    find_run,
     make_ready,
     open_trained,
 )
@@ -88,8 +88,8 @@ def test_an_over_arch_that_cannot_be_used_is_refused_in_one_line(
 
 
 def _powers(config: ModelConfig, manifest: Manifest) -> list[float]:
-    with world("cpu") as ranks:
-        return build_model(config, manifest, ranks, seed=1).model.embedding_arch.power_F.tolist()
+    with process_group("cpu") as world:
+        return build_model(config, manifest, world, seed=1).model.embedding_arch.power_F.tolist()
 
 
 @pytest.mark.parametrize(("pooling", "power"), [("mean", 1.0), ("sqrt", 0.5), ("sum", 0.0)])
@@ -105,9 +105,9 @@ def test_fields_are_pooled_as_configured(
 
 
 def _unwrapped(folder: Path, config: Config) -> tuple[bool, bool]:
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
-        sharded, _ = shard_for_training(config, dataset.manifest, ranks)
+        sharded, _ = shard_for_training(config, dataset.manifest, world)
         wrapped = any(isinstance(m, DistributedDataParallel) for m in sharded.modules())
         return wrapped, isinstance(deepfm_of(sharded), DeepFM)
 
@@ -123,9 +123,9 @@ def test_the_model_is_found_inside_its_wrappers(
 def _after_another_run(folder: Path, config: Config, training: bool) -> tuple[bool, str]:
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         manifest = PreparedDataset(folder).manifest
-        (shard_for_training if training else shard_for_inference)(config, manifest, ranks)
+        (shard_for_training if training else shard_for_inference)(config, manifest, world)
         return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
 
 
@@ -160,8 +160,8 @@ def test_a_marker_edited_by_hand_is_named(state: object, tmp_path: Path) -> None
 
 
 def _opened(config: Config) -> None:
-    with world("cpu") as ranks:
-        open_trained(config, [], ranks)
+    with process_group("cpu") as world:
+        open_trained(config, [], world)
 
 
 class Folder:
@@ -355,10 +355,10 @@ def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
 
     prepared = (f"run.prepared_root={sample.folder.parent}", f"data.name={sample.folder.name}")
     for override in ("model.fm_pairs=all", "model={fm_pairs: all}"):
-        found = find_finished(folder.config(*prepared, override), [override])
+        found = find_run(folder.config(*prepared, override), [override])
         assert found.config.model == config.model
     with pytest.raises(ConfigError, match=r"fm_pairs=across: .* was trained with all; train with"):
-        find_finished(folder.config("model.fm_pairs=across"), ["model.fm_pairs=across"])
+        find_run(folder.config("model.fm_pairs=across"), ["model.fm_pairs=across"])
 
     start = f"checkpoint.start_from={config.run_dir}"
     fresh = folder.config("run.name=new", start)
@@ -404,13 +404,13 @@ def test_a_figure_that_does_not_tell_good_from_bad_cannot_be_watched(figure: str
 
 
 def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
         splits = dataset.manifest.splits
         splits["valid"] = splits["valid"].model_copy(update={"rows": 0})
         config = config_of(*overrides)
-        sharded, _ = shard_for_training(config, dataset.manifest, ranks)
-        return validation_of(config, dataset, sharded, ranks) is None
+        sharded, _ = shard_for_training(config, dataset.manifest, world)
+        return validation_of(config, dataset, sharded, world) is None
 
 
 def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedDataset) -> None:
@@ -461,8 +461,8 @@ def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
 
 def _build(folder: Path, override: str) -> None:
     config = config_of(override)
-    with world("cpu") as ranks:
-        build_model(config.model, Manifest.read(folder), ranks, 1)
+    with process_group("cpu") as world:
+        build_model(config.model, Manifest.read(folder), world, 1)
 
 
 @pytest.mark.parametrize(
@@ -493,5 +493,5 @@ def test_compiling_without_a_compiler_is_one_line(
 
 
 def _shard(folder: Path, override: str) -> None:
-    with world("cpu") as ranks:
-        shard_for_training(config_of(override), Manifest.read(folder), ranks)
+    with process_group("cpu") as world:
+        shard_for_training(config_of(override), Manifest.read(folder), world)

@@ -25,8 +25,8 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.checkpoint import Staging, _optimizer_state
+from deepfm_dist.distributed.process_group import in_background, process_group
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
-from deepfm_dist.distributed.world import in_background, world
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -37,17 +37,17 @@ OPTIMIZERS = ["rowwise_adagrad", "adagrad", "sgd", "adam"]
 
 def _saved(folder: Path, config: Config, run_dir: Path) -> list[tuple[str, slice, np.ndarray]]:
     """Trains three steps and saves; this rank's pieces of the tables."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, 3)
         run.save(run_dir, 3)
         return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
 
 
 def _loaded(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
-    with world("cpu") as ranks:
-        sharded = shard_for_inference(config, PreparedDataset(folder).manifest, ranks)
-        checkpoint.load(path, ranks, sharded)
+    with process_group("cpu") as world:
+        sharded = shard_for_inference(config, PreparedDataset(folder).manifest, world)
+        checkpoint.load(path, world, sharded)
         return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(sharded)]
 
 
@@ -83,8 +83,8 @@ def test_four_ranks_save_the_optimizer_state_of_one(
         states.append(torch.load(tmp_path / "whole.pt")["optimizer"])
     alone, sharded = states
     assert {k: v.keys() for k, v in alone.items()} == {k: v.keys() for k, v in sharded.items()}
-    of_tables = [name for name in alone if ".ebc." in name]
-    assert len(of_tables) == (0 if optimizer == "sgd" else 3)
+    table_config = [name for name in alone if ".ebc." in name]
+    assert len(table_config) == (0 if optimizer == "sgd" else 3)
     for name in alone:
         for key, value in alone[name].items():
             torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
@@ -94,9 +94,9 @@ def trained_through(
     folder: Path, config: Config, run_dir: Path, device: str = "cpu"
 ) -> list[float]:
     """Forty steps; the checkpoints of steps 10 and 20 are written while training goes on."""
-    with world(device, deterministic=config.run.deterministic) as ranks:
-        run = Run(folder, config, ranks)
-        checkpoints = checkpoint.Checkpoints(run_dir, ranks, keep_last=2)
+    with process_group(device, deterministic=config.run.deterministic) as world:
+        run = Run(folder, config, world)
+        checkpoints = checkpoint.Checkpoints(run_dir, world, keep_last=2)
         losses: list[float] = []
         for step in (10, 20):
             losses += run.losses(step - 9, step)
@@ -108,9 +108,9 @@ def trained_through(
 
 
 def resumed(folder: Path, config: Config, run_dir: Path, device: str = "cpu") -> list[float]:
-    with world(device, deterministic=config.run.deterministic) as ranks:
-        run = Run(folder, config, ranks)
-        checkpoint.load(checkpoint.find_checkpoint(run_dir), ranks, run.sharded, run.optimizer)
+    with process_group(device, deterministic=config.run.deterministic) as world:
+        run = Run(folder, config, world)
+        checkpoint.load(checkpoint.find_checkpoint(run_dir), world, run.sharded, run.optimizer)
         return run.losses(21, 40)
 
 
@@ -155,8 +155,8 @@ def test_a_resumed_run_goes_on_exactly_with_batch_norm(
 
 def _with_biases_before_norm(folder: Path, config: Config, run_dir: Path) -> np.ndarray:
     """Saves what earlier versions had, biases in front of batch norm; logits of a batch."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, 3)
         over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
         for i, linear in enumerate(over_arch.hidden):
@@ -169,12 +169,12 @@ def _with_biases_before_norm(folder: Path, config: Config, run_dir: Path) -> np.
 
 
 def _logits(folder: Path, config: Config, run_dir: Path) -> np.ndarray:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         path = checkpoint.find_checkpoint(run_dir)
-        checkpoint.load(path, ranks, run.sharded, run.optimizer)
+        checkpoint.load(path, world, run.sharded, run.optimizer)
         logits = run.sharded.eval()(run.batches.batch(4))[1]
-        return np.concatenate(ranks.all_gather(logits.numpy()))
+        return np.concatenate(world.all_gather_object(logits.numpy()))
 
 
 def test_a_checkpoint_with_biases_before_batch_norm_keeps_its_logits(
@@ -201,19 +201,19 @@ def test_training_on_users_goes_on_exactly(
 
 def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dict[str, Any]:
     """Whole tables and row-wise accumulators of a model whose tables have ``more`` rows."""
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         manifest = PreparedDataset(folder).manifest
         tables = {
             name: spec.model_copy(update={"rows": spec.rows + more})
             for name, spec in manifest.tables.items()
         }
         sharded, optimizer = shard_for_training(
-            config, manifest.model_copy(update={"tables": tables}), ranks
+            config, manifest.model_copy(update={"tables": tables}), world
         )
         if run_dir is not None:
             path = checkpoint.find_checkpoint(run_dir)
             transfer = transfer_of(config.data, manifest, config.model)
-            checkpoint.load(path, ranks, sharded, optimizer, transfer)
+            checkpoint.load(path, world, sharded, optimizer, transfer)
         state = {f"t.{name}": value for name, value in sharded.state_dict().items()}
         for name, values in optimizer.state_dict()["state"].items():
             state |= {f"o.{name}.{key}": value for key, value in values.items()}
@@ -261,8 +261,8 @@ def test_larger_tables_keep_what_was_saved_and_start_new_rows_afresh(
 
 def _moved_by_make_state(folder: Path, config: Config) -> tuple[list[str], set[float]]:
     """Weights that differ afterwards, and the learning rates of all but fused tables."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         before = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
         checkpoint.make_state(run.optimizer)
         assert run.optimizer.state_dict()["state"]
@@ -309,9 +309,9 @@ def test_a_checkpoint_is_found_by_its_step_or_as_latest_or_best(tmp_path: Path) 
 
 
 def _many_saved(folder: Path, run_dir: Path) -> None:
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
-        checkpoints = checkpoint.Checkpoints(run_dir, ranks, keep_last=2)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
+        checkpoints = checkpoint.Checkpoints(run_dir, world, keep_last=2)
         for step in range(1, 7):
             state = {"config": {"data": {}, "model": {}}, "vocabulary_hash": "", "trainer": {}}
             checkpoints.save(step, run.sharded, run.optimizer, state, keep=[2])
@@ -337,10 +337,10 @@ def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
 
 
 def _disk_gets_full(folder: Path, run_dir: Path, room_bytes: int) -> str:
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
         run.save(run_dir, 3)
-        if ranks.rank == ranks.world_size - 1:
+        if world.rank == world.world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, resource.RLIM_INFINITY))
         with pytest.raises(CheckpointError) as caught:
             run.save(run_dir, 4)
@@ -362,9 +362,9 @@ def test_a_full_disk_is_one_line_on_every_rank_and_leaves_the_checkpoint_before(
 
 def _one_stops_in_a_save(folder: Path, run_dir: Path, stops: int) -> None:
     try:
-        with world("cpu", timeout_s=3) as ranks:
-            run = Run(folder, config_of(*SMALL), ranks)
-            if ranks.rank == stops:
+        with process_group("cpu", timeout_s=3) as world:
+            run = Run(folder, config_of(*SMALL), world)
+            if world.rank == stops:
                 with pytest.MonkeyPatch.context() as patch:
                     stop = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
                     patch.setattr(checkpoint._Files, "create_stream", stop)
@@ -471,14 +471,14 @@ def test_one_flipped_bit_of_a_marker_changes_nothing_in_silence(
 
 
 def _steps_of_fused_tables(folder: Path, config: Config, run_dir: Path) -> list[list[int]]:
-    with world("cpu") as ranks:
-        run, found = Run(folder, config, ranks), []
+    with process_group("cpu") as world:
+        run, found = Run(folder, config, world), []
         run.losses(1, 3)
         run.save(run_dir, 3)
         run.sharded(next(run.batches.steps(4, 4)))  # FBGEMM counts a look-up that is no step
         found.append([int(k.iter) for k in fused_kernels(run.sharded)])
-        again = Run(folder, config, ranks)
-        checkpoint.load(checkpoint.find_checkpoint(run_dir), ranks, again.sharded, again.optimizer)
+        again = Run(folder, config, world)
+        checkpoint.load(checkpoint.find_checkpoint(run_dir), world, again.sharded, again.optimizer)
         found.append([int(k.iter) for k in fused_kernels(again.sharded)])
         again.losses(4, 5)
         found.append([int(k.iter) for k in fused_kernels(again.sharded)])
@@ -511,12 +511,12 @@ class Allocations(TorchDispatchMode):
 
 def _staged(folder: Path, config: Config) -> tuple[list[tuple[int, ...]], list[str], list[str]]:
     """Placeholders that a copy makes; names whose copies differ; names that share memory."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, 2)
         model = run.sharded.state_dict()
         tensors = {"model": model, "optimizer": _optimizer_state(run.optimizer, model)}
-        staging = Staging(ranks.device)
+        staging = Staging(world.device)
         for _ in range(2):  # into new memory, then into the same again
             with (made := Allocations()):
                 copy = staging.copy(tensors)

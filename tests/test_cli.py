@@ -291,7 +291,7 @@ def test_settings_of_ranks_reach_the_process_group() -> None:
     assert load_config("sample", options).run.process_group == wanted
     for command in ("train", "evaluate", "recommend", "similar", "predict", "combine", "tune"):
         source = (ROOT / f"deepfm_dist/{command}.py").read_text()
-        assert "world(*config.run.process_group)" in source, command
+        assert "process_group(*config.run.process_group)" in source, command
 
 
 def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

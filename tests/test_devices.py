@@ -31,6 +31,7 @@ from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
+from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.distributed.sharding import (
     Placement,
     TableCollection,
@@ -39,7 +40,6 @@ from deepfm_dist.distributed.sharding import (
     local_shards,
     shard,
 )
-from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
@@ -163,12 +163,12 @@ def small_model() -> DeepFMTrain:
 
 
 def placed_on(size: int, optimizer: str) -> dict[str, str]:
-    with fake_world(size) as ranks:
+    with fake_world(size) as world:
         tables = table_optimizer(optimizer, 0.1, 1e-8, CPU)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
         places = {"user": Placement("row_wise"), "item": Placement("table_wise", size - 1)}
-        sharded, _ = shard(task, ranks, places, tables.kernel)
+        sharded, _ = shard(task, world, places, tables.kernel)
         tensors = [*sharded.named_parameters(), *sharded.named_buffers()]
         return {name: t.device.type for name, t in tensors if t.numel()}
 
@@ -199,9 +199,9 @@ def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
     """What two steps of a model on the meta device do, after one that makes what is kept."""
     config = load_config("sample", [*overrides, "optimizer.dense.name=sgd"])
     dataset = PreparedDataset(folder)
-    with fake_world(1) as ranks:
-        on_cpu = dataclasses.replace(ranks, device=CPU)
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
+    with fake_world(1) as world:
+        on_cpu = dataclasses.replace(world, device=CPU)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
         batch = next(iter(training_batches(config, dataset, on_cpu).steps(1, 1))).to(META)
         for module in sharded.modules():
             if hasattr(module, "_has_uninitialized_input_dist"):
@@ -209,12 +209,12 @@ def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
                 module._has_uninitialized_input_dist = False
         sharded.train()
         bounds = bounds_of(config.optimizer)
-        pipeline = TrainPipeline(sharded, optimizer, ranks, bounds=bounds)
+        pipeline = TrainPipeline(sharded, optimizer, world, bounds=bounds)
         use = DeviceUse()
         for step in range(3):
             with use if step else DeviceUse():
                 pipeline._backward(pipeline._forward(batch)[0])
-                bounds.apply(pipeline._of_tables, pipeline._of_dense, ranks)
+                bounds.apply(pipeline._of_tables, pipeline._of_dense, world)
                 optimizer.step()
         return use
 
@@ -273,11 +273,11 @@ DECAY = [
 
 
 def arguments_of_fbgemm(name: str, options: dict[str, float]) -> dict[str, Any]:
-    with fake_world(1) as ranks:
+    with fake_world(1) as world:
         tables = table_optimizer(name, 0.5, 1e-6, CUDA, **options)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(task, ranks, {}, tables.kernel, fused_params=tables.fused_params)
+        sharded, _ = shard(task, world, {}, tables.kernel, fused_params=tables.fused_params)
         [kernel] = fused_kernels(sharded)
         return {**kernel.optimizer_args._asdict(), "rate": kernel.get_learning_rate()}
 
@@ -333,12 +333,12 @@ def unlocked(folder: Path, poisoned: bool) -> list[list[int]]:
     torch.ops.fbgemm.lxu_cache_locking_counter_decrement = decrement
     config = load_config("sample", [])
     dataset = PreparedDataset(folder)
-    with world("cpu") as ranks:
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-        batch: Any = next(iter(training_batches(config, dataset, ranks).steps(1, 1)))
+    with process_group("cpu") as world:
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+        batch: Any = next(iter(training_batches(config, dataset, world).steps(1, 1)))
         if poisoned:
             batch = dataclasses.replace(batch, labels=batch.labels * float("nan"))
-        pipeline = PrefetchTrainPipeline(sharded, optimizer, ranks)
+        pipeline = PrefetchTrainPipeline(sharded, optimizer, world)
         sharded.train()
         sharded(batch)  # which makes the exchanges
         TableCollection.fused_kernels = property(lambda self: [kernel])  # type: ignore[assignment]
@@ -357,12 +357,12 @@ def test_cached_rows_are_unlocked_where_no_backward_pass_does_it(sample: Prepare
 
 
 def initialised(threads: int) -> list[np.ndarray]:
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, CPU)
         model = build_deepfm({"user": Table(30_000, ("user",))}, ["user"], 0, 3, device=META)
         tables.attach(model.embedding_arch.ebc.parameters())
         places = {"user": Placement("row_wise")}
-        sharded, _ = shard(model, ranks, places, tables.kernel)
+        sharded, _ = shard(model, world, places, tables.kernel)
         init_tables(sharded, 4, 0.5, seed=3, threads=threads)
         return [piece.numpy().copy() for *_, piece in local_shards(sharded)]
 

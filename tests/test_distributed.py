@@ -20,16 +20,16 @@ from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint, sharding
-from deepfm_dist.distributed import world as world_module
+from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
+from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
-from deepfm_dist.distributed.world import World, world
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.launcher import Launch
 from deepfm_dist.model.deepfm import Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain
-from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.evaluation import RowEvaluator
 from tests.conftest import HISTORY
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -48,11 +48,11 @@ def config_of(*overrides: str) -> Config:
 class Run:
     """A model being trained on one rank."""
 
-    def __init__(self, folder: Path, config: Config, ranks: World) -> None:
+    def __init__(self, folder: Path, config: Config, world: World) -> None:
         self.dataset = PreparedDataset(folder)
-        self.config, self.world = config, ranks
-        self.sharded, self.optimizer = shard_for_training(config, self.dataset.manifest, ranks)
-        self.batches = training_batches(config, self.dataset, ranks)
+        self.config, self.process_group = config, world
+        self.sharded, self.optimizer = shard_for_training(config, self.dataset.manifest, world)
+        self.batches = training_batches(config, self.dataset, world)
 
     def losses(
         self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
@@ -61,7 +61,7 @@ class Run:
         pipeline = train_pipeline(
             self.sharded,
             self.optimizer,
-            self.world,
+            self.process_group,
             parts,
             bounds_of(self.config.optimizer),
         )
@@ -71,7 +71,7 @@ class Run:
         return losses
 
     def save(self, run_dir: Path, step: int) -> None:
-        checkpoints = checkpoint.Checkpoints(run_dir, self.world, keep_last=9)
+        checkpoints = checkpoint.Checkpoints(run_dir, self.process_group, keep_last=9)
         state = {
             "vocabulary_hash": self.dataset.manifest.vocabulary_hash,
             "config": self.config.model_dump(mode="json"),
@@ -82,8 +82,8 @@ class Run:
 
 
 def train(folder: Path, config: Config, steps: int, shuffled: int | None = None) -> list[float]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         return run.losses(1, steps, lambda b: b if shuffled is None else permuted(b, shuffled))
 
 
@@ -154,12 +154,12 @@ def test_a_wide_over_arch_differs_no_more_than_reordered_rows(sample: PreparedDa
 
 def trained_parts(folder: Path, config: Config, steps: int) -> dict[str, Any]:
     """Losses and validation figures, and what is above the tables, after training."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         losses = run.losses(1, steps)
         state = run.sharded.state_dict()
         parts = {name: t.numpy().copy() for name, t in state.items() if ".ebc." not in name}
-        figures = dict(HeldOut(run.dataset, "valid").metrics(run.sharded.eval(), ranks))
+        figures = dict(RowEvaluator(run.dataset, "valid").metrics(run.sharded.eval(), world))
         return parts | {"losses": losses} | figures
 
 
@@ -193,8 +193,8 @@ def test_a_loss_of_rankings_leaves_biases_that_cancel_where_they_were(
 def test_a_wide_over_arch_trains_alike_under_every_optimizer(
     sample: PreparedDataset, optimizer: str
 ) -> None:
-    of_tables = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"
-    common = (*LARGE, of_tables, "trainer.batch_size=1024")
+    table_config = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"
+    common = (*LARGE, table_config, "trainer.batch_size=1024")
     alone = run_alone(train, sample.folder, config_of(*common), 10)
     for size, plan in [(2, MIXED), (4, "sharding.kind=row_wise")]:
         losses = run_ranks(train, size, sample.folder, config_of(*common, plan), 10)[0]
@@ -237,8 +237,8 @@ def test_histories_and_losses_of_users_do_not_depend_on_the_world_size(
 
 
 def _what_is_agreed(value: object) -> bool:
-    with world("cpu") as ranks:
-        return ranks.agreed(value if ranks.is_first else None) is value
+    with process_group("cpu") as world:
+        return world.broadcast(value if world.is_first else None) is value
 
 
 def test_one_rank_agrees_with_itself_without_a_copy() -> None:
@@ -246,9 +246,9 @@ def test_one_rank_agrees_with_itself_without_a_copy() -> None:
 
 
 def _sent_around() -> tuple[list[int], list[int]]:
-    with world("cpu") as ranks:
-        mine = 10 * ranks.rank + torch.arange(2 * ranks.world_size)
-        return ranks.gathered(mine[:2]).tolist(), ranks.exchanged(mine).tolist()
+    with process_group("cpu") as world:
+        mine = 10 * world.rank + torch.arange(2 * world.world_size)
+        return world.all_gather_tensor(mine[:2]).tolist(), world.all_to_all(mine).tolist()
 
 
 def test_rows_are_gathered_and_exchanged_by_rank() -> None:
@@ -262,24 +262,24 @@ def test_rows_are_gathered_and_exchanged_by_rank() -> None:
 
 def _placed_in(gib: int) -> str:
     """Where ranks of machines of so much memory place a table of 3.2 GB."""
-    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+    with process_group("cpu") as world, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "memory_bytes", lambda: gib << 30)
         table = {"item": Table(100_000_000, ("item",))}
         model = build_deepfm(table, ["item"], 0, embedding_dim=7, device=torch.device("meta"))
-        return sharding.place(model, ranks, {}, "auto", 64, hbm_bytes=0)["item"].kind
+        return sharding.place(model, world, {}, "auto", 64, hbm_bytes=0)["item"].kind
 
 
 def test_the_planner_knows_the_memory_of_the_machine() -> None:
     assert run_ranks(_placed_in, 2, 32) in (["table_wise"] * 2, ["row_wise"] * 2)
     assert run_ranks(_placed_in, 2, 5) == ["row_wise"] * 2
-    with pytest.raises(RankFailed, match="NoRoom: the tables do not fit 2 ranks"):
+    with pytest.raises(RankFailed, match="DoesNotFit: the tables do not fit 2 ranks"):
         run_ranks(_placed_in, 2, 2)
 
 
 def _by_the_pipeline(folder: Path, config: Config, overlapped: bool) -> list[float]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
-        pipeline = train_pipeline(run.sharded, run.optimizer, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
+        pipeline = train_pipeline(run.sharded, run.optimizer, world)
         batches, losses = run.batches.steps(1, 4), []
         for _ in range(4):
             if overlapped:  # what CUDA runs: the model is traced, ids are exchanged ahead
@@ -305,10 +305,10 @@ def test_losses_of_users_pass_torchrecs_pipeline(
 
 
 def _seconds_where_embeddings_travel_slowly(folder: Path) -> dict[str, float]:
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
         pipeline, batches = (
-            train_pipeline(run.sharded, run.optimizer, ranks),
+            train_pipeline(run.sharded, run.optimizer, world),
             run.batches.steps(1, 4),
         )
         pipeline.train_step(batches)
@@ -369,8 +369,8 @@ def _ours_and_plain(sample: PreparedDataset, optimizer: str) -> tuple[list[float
         10,
         (30, 20, 10),
     )
-    with world("cpu") as ranks:
-        run = Run(sample.folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(sample.folder, config, world)
         arch = deepfm_of(run.sharded).interaction_arch
         with torch.no_grad():
             for table, _, _, piece in local_shards(run.sharded):
@@ -384,7 +384,7 @@ def _ours_and_plain(sample: PreparedDataset, optimizer: str) -> tuple[list[float
     tables = list(plain.tables.parameters())
     in_tables = {id(p) for p in tables}
     rest = [p for p in plain.parameters() if id(p) not in in_tables and p.numel()]
-    of_tables: Any = {
+    table_config: Any = {
         "sgd": lambda: torch.optim.SGD(tables, lr=lr),
         "adam": lambda: torch.optim.Adam(tables, lr=lr, eps=1e-8),
         "rowwise_adagrad": lambda: RowWiseAdagrad(tables, lr, width=12),
@@ -399,15 +399,15 @@ def _ours_and_plain(sample: PreparedDataset, optimizer: str) -> tuple[list[float
         )
         plain.zero_grad()
         loss.backward()
-        of_tables.step()
+        table_config.step()
         dense.step()
         expected.append(float(loss))
     return losses, expected
 
 
 def _pieces(folder: Path, config: Config) -> list[tuple[str, slice, np.ndarray]]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
 
 
@@ -448,7 +448,7 @@ def _with_small_tables(
 ) -> tuple[list[float], set[str]]:
     """Losses of three steps, and the tables that this rank has rows of."""
     rows = {"gender": 3, "age": 9, "user": 10}
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         torch.manual_seed(0)
         model = build_deepfm(
             {name: Table(n, (name,)) for name, n in rows.items()},
@@ -457,12 +457,12 @@ def _with_small_tables(
             embedding_dim=3,
             device=torch.device("meta"),
         )
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, ranks.device)
+        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, world.device)
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(DeepFMTrain(model), ranks, placements, tables.kernel, default)
+        sharded, _ = shard(DeepFMTrain(model), world, placements, tables.kernel, default)
         init_tables(sharded, 4, 0.5, seed=1)
         optimizer = combined_optimizer(sharded, tables, "sgd", 0.1)
-        mine = torch.arange(24).chunk(ranks.world_size)[ranks.rank]
+        mine = torch.arange(24).chunk(world.world_size)[world.rank]
         batch = Batch(
             KeyedJaggedTensor(
                 list(rows),
@@ -474,7 +474,7 @@ def _with_small_tables(
             torch.ones(len(mine)),
             torch.tensor(24.0),
         )
-        pipeline, stream = train_pipeline(sharded, optimizer, ranks), iter([batch] * 3)
+        pipeline, stream = train_pipeline(sharded, optimizer, world), iter([batch] * 3)
         losses = [pipeline.train_step(stream).loss for _ in range(3)]
         return losses, {table for table, _, _, piece in local_shards(sharded) if len(piece)}
 
@@ -510,8 +510,8 @@ def _out_of_range(folder: Path) -> None:
         batch.sparse.values()[0] = 10_000
         return batch
 
-    with world("cpu") as ranks:
-        Run(folder, config_of(*SMALL), ranks).losses(1, 1, shifted)
+    with process_group("cpu") as world:
+        Run(folder, config_of(*SMALL), world).losses(1, 1, shifted)
 
 
 def _first_does(fails: bool) -> int | None:
@@ -520,8 +520,8 @@ def _first_does(fails: bool) -> int | None:
             raise DataError("rank 0 could not")
         return 5
 
-    with world("cpu") as ranks:
-        return ranks.first_does("something", work)
+    with process_group("cpu") as world:
+        return world.run_on_rank0("something", work)
 
 
 def test_rank_zero_works_while_the_others_wait() -> None:
@@ -546,8 +546,8 @@ def _first_takes(seconds: float, held_by: int) -> str | None:
         return "done"
 
     world_module._store, world_module._SHORT = store, timedelta(seconds=1)
-    with world("cpu", timeout_s=2) as ranks:
-        return ranks.first_does("something", work)
+    with process_group("cpu", timeout_s=2) as world:
+        return world.run_on_rank0("something", work)
 
 
 def test_rank_zero_may_work_for_longer_than_the_time_out() -> None:
@@ -602,10 +602,10 @@ def test_restarts_over_machines_without_their_variable_are_refused() -> None:
 
 def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:
     world_module._SHORT = timedelta(seconds=1)
-    with world("cpu", timeout_s) as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
+    with process_group("cpu", timeout_s) as world:
+        run = Run(folder, config_of(*SMALL), world)
         run.losses(1, 2)
-        if ranks.rank == asleep:
+        if world.rank == asleep:
             time.sleep(600)
         run.losses(3, 4)
 
@@ -626,8 +626,8 @@ def test_a_hanging_rank_is_named_within_the_time_out(sample: PreparedDataset, as
 
 def _weights_after(folder: Path, config: Config, steps: int) -> dict[str, np.ndarray]:
     """Whole tables and the over-arch, of one rank."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, steps)
         state = run.sharded.state_dict()
         return {
@@ -751,8 +751,8 @@ def test_the_norm_of_the_whole_gradient_is_bounded_l2_included(
         for name, s in step.items()
     }
     norm = np.sqrt(sum(np.square(g).sum() for g in gradient.values()))
-    of_tables = np.sqrt(sum(np.square(g).sum() for n, g in gradient.items() if ".ebc." in n))
-    assert 0.05 < of_tables / norm < 0.999 and 0.02 < norm < 50
+    table_config = np.sqrt(sum(np.square(g).sum() for n, g in gradient.items() if ".ebc." in n))
+    assert 0.05 < table_config / norm < 0.999 and 0.02 < norm < 50
     config = config_of(*common, f"optimizer.max_norm={bound}")
     moved = run_alone(_weights_after, sample.folder, config, 1)
     for name, g in gradient.items():
@@ -817,11 +817,11 @@ def test_what_a_cpu_has_not_is_refused(sample: PreparedDataset, override: str, s
 
 
 def _pipelines(folder: Path) -> list[str]:
-    with world("cpu") as ranks:
-        run, found = Run(folder, config_of(*SMALL), ranks), []
+    with process_group("cpu") as world:
+        run, found = Run(folder, config_of(*SMALL), world), []
         [kernel] = sharding.fused_kernels(run.sharded)
         for kernel.prefetch_pipeline in (False, True):
-            found.append(type(train_pipeline(run.sharded, run.optimizer, ranks)).__name__)
+            found.append(type(train_pipeline(run.sharded, run.optimizer, world)).__name__)
         return found
 
 

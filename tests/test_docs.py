@@ -33,7 +33,7 @@ def texts_of_errors() -> set[str]:
                     (
                         "Error",
                         "Problem",
-                        "NoRoom",
+                        "DoesNotFit",
                         "RankLost",
                         "InUse",
                         "NonFiniteLoss",

@@ -42,7 +42,7 @@ from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import delimited, read_table
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -793,7 +793,7 @@ def test_a_description_of_no_file_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_rows_are_kept_or_counted_file_by_file(root: Path, ranks: int) -> None:
+def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
     """Files of one name in several folders are several, and so are their rows and what is read
     of them for users and items."""
     texts = {
@@ -814,7 +814,7 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, ranks: int) -> None:
         "negatives": {"evaluation_per_positive": 1},
     }
     data = DataConfig.model_validate(spec)
-    manifests = together(ranks, lambda crew: prepare(data, root, root / "out" / "s", 1, crew))
+    manifests = together(world, lambda crew: prepare(data, root, root / "out" / "s", 1, crew))
     found = {reason: n for reason, n in manifests[0].dropped.items() if ": rows with" in reason}
     assert found == {
         "a/x.csv: rows with a wrong number of cells": 2,
@@ -833,7 +833,7 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, ranks: int) -> None:
     [(".csv", "error", 1), (".csv", "skip", 2), (".parquet", "skip", 1), (".csv.gz", "error", 1)],
 )
 def test_one_of_many_files_may_be_empty(
-    root: Path, suffix: str, on_bad_row: str, ranks: int, caplog: pytest.LogCaptureFixture
+    root: Path, suffix: str, on_bad_row: str, world: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "deepfm_dist")
 
@@ -866,7 +866,7 @@ def test_one_of_many_files_may_be_empty(
     def prepared() -> Manifest:
         data = DataConfig.model_validate(spec)
         folder = root / "out" / "s"
-        return together(ranks, lambda crew: prepare(data, root, folder, 1, crew))[0]
+        return together(world, lambda crew: prepare(data, root, folder, 1, crew))[0]
 
     manifest = prepared()
     assert manifest.splits["train"].rows == 3  # (a, x) comes twice
@@ -1119,9 +1119,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(
 
 def prepared_by_ranks(work: Callable[[Crew], Any], event: int, dying: int) -> None:
     """As `deepfm_dist.prepare` does under torchrun; one rank is killed."""
-    with world("cpu") as ranks:
-        crew = Crew(ranks.rank, ranks.world_size, ranks.all_gather)
-        killed_at(event if ranks.rank == dying else -1, lambda: work(crew))
+    with process_group("cpu") as world:
+        crew = Crew(world.rank, world.world_size, world.all_gather)
+        killed_at(event if world.rank == dying else -1, lambda: work(crew))
 
 
 @pytest.mark.slow  # waits until the other rank misses it
@@ -1663,8 +1663,8 @@ def test_published_splits_are_prepared_and_trained_on(name: str, tmp_path: Path)
 
 
 def _losses(folder: Path, config: Config) -> list[float]:
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         return run.losses(1, 2)
 
 

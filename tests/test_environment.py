@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deepfm_dist import doctor, environment
-from deepfm_dist.distributed import world
+from deepfm_dist.distributed import process_group
 from deepfm_dist.environment import FBGEMM_OF_TORCH, TESTED_TORCH, Installation, problems
 from deepfm_dist.errors import EnvironmentProblem
 from tests.ranks import RankFailed, run_alone
@@ -368,13 +368,13 @@ def test_a_gpu_that_fbgemm_has_no_code_for_is_refused(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
     monkeypatch.setattr(environment, "observe", lambda: CUDA)
-    monkeypatch.setattr(world, "_fbgemm_has_cuda", lambda: True)
+    monkeypatch.setattr(process_group, "_fbgemm_has_cuda", lambda: True)
     assert doctor.main(["--device", "cuda"]) == 2
     line = f"FBGEMM has no code for Some GPU (capability {major}.{minor}), only for sm_80, sm_90a"
     assert capsys.readouterr().out.count(line) == 1
-    assert world._device("auto", 0, 1).type == "cpu"
+    assert process_group._device("auto", 0, 1).type == "cpu"
     with pytest.raises(EnvironmentProblem, match=r"use run.device=cpu, or a GPU of the gen"):
-        world._device("cuda", 0, 1)
+        process_group._device("cuda", 0, 1)
 
 
 def test_a_missing_library_and_a_fatal_problem_are_lines_too(

@@ -15,9 +15,9 @@ from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.jagged import Jagged, taken
 from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.training import evaluation
-from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.evaluation import RowEvaluator
 from tests.oracles.row_figures import click_figures
 from tests.ranks import run_ranks
 
@@ -97,8 +97,8 @@ class Scorer(nn.Module):
 
 
 def figures(folder: Path) -> dict[str, float]:
-    with world("cpu") as ranks:
-        return dict(HeldOut(PreparedDataset(folder, 0), "valid").metrics(Scorer(), ranks))
+    with process_group("cpu") as world:
+        return dict(RowEvaluator(PreparedDataset(folder, 0), "valid").metrics(Scorer(), world))
 
 
 @pytest.mark.parametrize("ranked_rows", [1 << 20, 60])

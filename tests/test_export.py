@@ -22,7 +22,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.export import export_folder, write_weights
 from deepfm_dist.errors import CheckpointError, DeepFMError
-from deepfm_dist.runs import find_finished
+from deepfm_dist.runs import find_run
 from deepfm_dist.serving.live import is_export_of
 from tests.ranks import run_alone, run_ranks
 from tests.test_checkpoint import _saved
@@ -299,7 +299,7 @@ def test_one_flipped_bit_is_found_before_anything_is_written(
 
 def _served(settings: list[str]) -> dict[str, np.ndarray]:
     """Weights of the export that `serve` would read."""
-    found = find_finished(load_config("sample", settings), settings)
+    found = find_run(load_config("sample", settings), settings)
     folder = serve._exported(found)
     assert is_export_of(found, folder)
     return {name: t.numpy() for name, t in load_file(folder / "model.safetensors").items()}

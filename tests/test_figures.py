@@ -16,7 +16,7 @@ from torchrec.metrics.metrics_config import (
 )
 
 from deepfm_dist.distributed.pipeline import Step
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.training.figures import TrainingFigures
 from tests.ranks import run_alone, run_ranks
 
@@ -33,21 +33,21 @@ def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _lines() -> list[dict[str, float]]:
     """A line after every second step, a new object between them as after a resume."""
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         lines, lifetime = [], list[float]()
         for first in range(0, STEPS, 2):
             figures = TrainingFigures(lifetime)
             for step in (first, first + 1):
-                mine = tuple(t.tensor_split(ranks.world_size)[ranks.rank] for t in drawn(step))
+                mine = tuple(t.tensor_split(world.world_size)[world.rank] for t in drawn(step))
                 figures.add(Step(0.5, rows=[mine]))
                 figures.add(Step(float("nan"), rows=[mine]))
-            lines.append(figures.line(ranks))
+            lines.append(figures.line(world))
             lifetime = figures.lifetime.tolist()
         return lines
 
 
 def _of_torchrec() -> dict[str, float]:
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         task = RecTaskInfo("ctr", "label", "prediction", "weight")
         kinds = (RecMetricEnum.NE, RecMetricEnum.CALIBRATION)
         metrics: Any = generate_metric_module(
@@ -62,7 +62,7 @@ def _of_torchrec() -> dict[str, float]:
             world_size=1,
             my_rank=0,
             state_metrics_mapping={},
-            device=ranks.device,
+            device=world.device,
         )
         for step in range(STEPS):
             logits, labels, weights = drawn(step)
@@ -99,8 +99,8 @@ def test_figures_do_not_depend_on_the_world_size() -> None:
 
 
 def _nothing() -> dict[str, float]:
-    with world("cpu") as ranks:
-        return TrainingFigures().line(ranks)
+    with process_group("cpu") as world:
+        return TrainingFigures().line(world)
 
 
 def test_a_window_without_rows_has_no_figures() -> None:

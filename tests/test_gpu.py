@@ -15,7 +15,7 @@ import torch
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import train_pipeline
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import Precision
 from tests.ranks import run_ranks
@@ -53,8 +53,8 @@ def run_on(device: str, work: Callable[..., Any], *args: Any, size: int = 1) -> 
 
 def losses_of(folder: Path, optimizer: str, device: str) -> list[float]:
     config = load_config("sample", [f"optimizer.tables.name={optimizer}"])
-    with world(device) as ranks:
-        return Run(folder, config, ranks).losses(1, 20)
+    with process_group(device) as world:
+        return Run(folder, config, world).losses(1, 20)
 
 
 @needs_cuda
@@ -84,10 +84,10 @@ def losses_with(
 ) -> tuple[list[float], str]:
     """Losses of stretches of steps, and the name of the pipeline."""
     config = load_config("sample", settings)
-    with world(device, deterministic=config.run.deterministic) as ranks:
-        run = Run(folder, config, ranks)
+    with process_group(device, deterministic=config.run.deterministic) as world:
+        run = Run(folder, config, world)
         losses = [loss for first, last in stretches for loss in run.losses(first, last)]
-        return losses, type(train_pipeline(run.sharded, run.optimizer, ranks)).__name__
+        return losses, type(train_pipeline(run.sharded, run.optimizer, world)).__name__
 
 
 @pytest.mark.parametrize("stretches", [[(1, 20)], [(1, 1), (2, 9), (10, 20)]])

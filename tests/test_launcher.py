@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepfm_dist import cli, launcher, prepare
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import EnvironmentProblem
 from deepfm_dist.launcher import Launch, read_launch
 from tests.ranks import variables
@@ -133,7 +133,7 @@ def test_what_is_ignored_is_said(
 
 
 def test_ranks_that_cannot_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepfm_dist.distributed.world._SHORT", timedelta(seconds=0.1))
+    monkeypatch.setattr("deepfm_dist.distributed.process_group._SHORT", timedelta(seconds=0.1))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         port = silent.getsockname()[1]
         for rank, reason in ((0, "address already in use"), (1, "no answer")):
@@ -147,7 +147,7 @@ def test_ranks_that_cannot_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def join() -> None:
-    with world("cpu", timeout_s=0.5):
+    with process_group("cpu", timeout_s=0.5):
         pass
 
 

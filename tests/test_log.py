@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepfm_dist.build import loggers
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.events import (
     EndEvent,
@@ -118,8 +118,8 @@ def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
 
 
 def _listeners(root: Path, names: str) -> list[str]:
-    with world("cpu") as ranks:
-        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), ranks, 0)
+    with process_group("cpu") as world:
+        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), world, 0)
         return [getattr(logger, "__name__", type(logger).__name__) for logger in found]
 
 

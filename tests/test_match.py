@@ -18,7 +18,7 @@ from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError
-from deepfm_dist.runs import find_finished
+from deepfm_dist.runs import find_run
 from deepfm_dist.training.trainer import LoopState
 from tests.ranks import run_alone, run_ranks
 
@@ -125,7 +125,7 @@ def test_fields_that_mean_something_else_are_named(
     assert old in FIELDS
     prepared(config_of(tmp_path, FIELDS.replace(old, new, 1)))
     with pytest.raises(CheckpointError, match=said) as caught:
-        find_finished(config, [])
+        find_run(config, [])
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -136,10 +136,10 @@ def test_the_cure_is_typed_and_cures(tmp_path: Path) -> None:
     save_marker(config, prepared(config))
     prepared(config_of(tmp_path, FIELDS.replace("fill: calm", "fill: glad")))
     with pytest.raises(CheckpointError, match=r"mood\.fill") as caught:
-        find_finished(config, [])
+        find_run(config, [])
     cure = str(caught.value).split("python -m deepfm_dist.prepare ")[1].split(";")[0]
     assert run_alone(prepare_command.main, ["--quiet", *cure.split()]) == 0
-    assert find_finished(config, []).state["step"] == 5
+    assert find_run(config, []).state["step"] == 5
 
 
 def test_where_files_lie_and_what_people_read_may_differ(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_where_files_lie_and_what_people_read_may_differ(tmp_path: Path) -> None
     titles = "data.titles={file: things.csv, column: brand}"
     other = config_of(tmp_path, fields, titles, "data.files={things.csv: {encoding: ascii}}")
     prepared(other)
-    assert find_finished(config, []).state["step"] == 5
+    assert find_run(config, []).state["step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -171,17 +171,17 @@ def test_other_rows_are_told_and_no_figures_are_taken_on_them(
     config = config_of(tmp_path)
     before = prepared(config)
     save_marker(config, before)
-    find_finished(config, [], same_rows=True)
+    find_run(config, [], same_rows=True)
     assert not caplog.records
     if "input" in said:
         rows = tmp_path / "rows.csv"
         rows.write_text(rows.read_text().replace(",p1,", ",p8,"))
     assert prepared(config_of(tmp_path, FIELDS, override)).vocabulary_hash == before.vocabulary_hash
-    find_finished(config, [])
+    find_run(config, [])
     [record] = caplog.records
     assert said in record.getMessage()
     with pytest.raises(CheckpointError, match=f"holds other rows than .*{said}.*flatter"):
-        find_finished(config, [], same_rows=True)
+        find_run(config, [], same_rows=True)
 
 
 def test_a_column_that_was_found_to_hold_lists_is_the_one_that_was_trained_on(
@@ -197,7 +197,7 @@ def test_a_column_that_was_found_to_hold_lists_is_the_one_that_was_trained_on(
     assert manifest.features[-1].multi_valued
     assert not config.data.features[-1].multi_valued
     save_marker(config, manifest)
-    assert find_finished(config, []).state["step"] == 5
+    assert find_run(config, []).state["step"] == 5
 
 
 def _train_on_own_data(home: Path) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.model.deepfm import (
     DeepFM,
     EmbeddingArch,
@@ -212,9 +212,9 @@ def test_batch_norm_of_padding_alone_takes_the_running_statistics_and_leaves_the
 
 
 def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, ...]:
-    with world("cpu") as ranks:
-        norm = GlobalBatchNorm(3, ranks.differentiable_sum)
-        mine = x.chunk(ranks.world_size)[ranks.rank].clone().requires_grad_()
+    with process_group("cpu") as world:
+        norm = GlobalBatchNorm(3, world.differentiable_sum)
+        mine = x.chunk(world.world_size)[world.rank].clone().requires_grad_()
         out = norm(mine)
         (out**3).sum().backward()
         assert mine.grad is not None

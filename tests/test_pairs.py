@@ -50,9 +50,9 @@ def test_pairs_are_scored_as_rows_are_with_the_same_gradients(
     u, i = (
         g.flatten() for g in torch.meshgrid(torch.arange(USERS), torch.arange(ITEMS), indexing="ij")
     )
-    of_tables, of_numbers = is_item[:CATEGORICAL], is_item[CATEGORICAL:]
+    table_config, of_numbers = is_item[:CATEGORICAL], is_item[CATEGORICAL:]
     divided = rows / divisors[:, :, None]
-    pair_rows = torch.where(of_tables[None, :, None], divided[i], divided[u])
+    pair_rows = torch.where(table_config[None, :, None], divided[i], divided[u])
     pair_dense = torch.where(of_numbers, dense[i], dense[u])
     expected = arch(pair_rows, pair_dense).view(USERS, ITEMS)
 

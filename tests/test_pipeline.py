@@ -15,8 +15,8 @@ from deepfm_dist.build import bounds_of, shard_for_training, training_batches
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import TrainPipeline
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
-from deepfm_dist.distributed.world import world
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
 from tests.ranks import run_ranks
@@ -28,15 +28,15 @@ STRETCHES = ((1, 6), (7, 12))
 
 def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
     """Twelve steps, the seventh with a NaN in a label, with a validation in between."""
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-        batches = training_batches(config, dataset, ranks)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+        batches = training_batches(config, dataset, world)
         parts = config.trainer.accumulate_steps
         pipeline = TrainPipeline(
             sharded,
             optimizer,
-            ranks,
+            world,
             parts,
             bounds_of(config.optimizer),
             overlapped=overlapped,
@@ -45,7 +45,7 @@ def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
         def pieces(first: int, last: int) -> Iterator[Any]:
             for step, batch in enumerate(batches.steps(first, last), first):
                 whole: Any = batch
-                if step == POISONED and ranks.rank == ranks.world_size - 1:
+                if step == POISONED and world.rank == world.world_size - 1:
                     field = "labels" if hasattr(batch, "labels") else "target_weights"
                     value = getattr(batch, field) * math.nan
                     whole = dataclasses.replace(whole, **{field: value})
@@ -56,12 +56,12 @@ def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
             stream = pieces(first, last)
             sharded.train()
             for step in range(first, last + 1):
-                ranks.seed(derive_seed(1, "dropout", step, ranks.rank))
+                world.seed(derive_seed(1, "dropout", step, world.rank))
                 found.append(pipeline.train_step(stream).loss)
             pipeline.detach()
             sharded.eval()
             with torch.no_grad():
-                sharded(next(iter(training_batches(rows_of(config), dataset, ranks).steps(1, 1))))
+                sharded(next(iter(training_batches(rows_of(config), dataset, world).steps(1, 1))))
             set_table_steps(sharded, last)
         return found
 
@@ -119,11 +119,11 @@ class Operations(TorchDispatchMode):
 
 def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
     """Of the sixth step."""
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
-        sharded, optimizer = shard_for_training(config, dataset.manifest, ranks)
-        stream = iter(training_batches(config, dataset, ranks).steps(1, 9))
-        pipeline = TrainPipeline(sharded, optimizer, ranks, overlapped=overlapped)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+        stream = iter(training_batches(config, dataset, world).steps(1, 9))
+        pipeline = TrainPipeline(sharded, optimizer, world, overlapped=overlapped)
         for _ in range(5):
             pipeline.train_step(stream)
         with Operations() as found:

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
-from deepfm_dist.build import bytes_of_a_float, imagined_manifest, model_to_train, placements_of
+from deepfm_dist.build import bytes_of_a_float, hypothetical_manifest, model_to_train, placements_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
-from deepfm_dist.distributed.planning import Job, Plan, imagined_world, plan, sent_bytes
+from deepfm_dist.distributed.planning import Job, Plan, hypothetical_world, plan, sent_bytes
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import RESERVED, local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.report.tables import plan_table
 from tests.ranks import run_ranks
 from tests.test_distributed import SMALL, Run, config_of
@@ -33,12 +33,12 @@ GIB = 1 << 30
 def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: float) -> Plan:
     of = config.optimizer.tables
     optimizer = table_optimizer(of.name, of.lr, of.eps, torch.device("cuda"))
-    ranks = imagined_world(size, local)
-    task = model_to_train(config, imagined_manifest(config, rows), ranks)
+    world = hypothetical_world(size, local)
+    task = model_to_train(config, hypothetical_manifest(config, rows), world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     where = (placements_of(config), config.sharding.kind)
     batch, floats = config.trainer.batch_size, bytes_of_a_float(config)
-    return plan(Job(task, ranks, optimizer, *where, batch, int(gib * GIB), floats))
+    return plan(Job(task, world, optimizer, *where, batch, int(gib * GIB), floats))
 
 
 def said(*arguments: str) -> tuple[int, str, str]:
@@ -55,15 +55,15 @@ def test_a_billion_rows_over_64_gpus() -> None:
     found = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
     user, item, genre = found.tables
     assert found.fits
-    assert (user.sharding, user.ranks) == ("row_wise", range(64))
+    assert (user.sharding, user.world) == ("row_wise", range(64))
     assert genre.sharding == "table_wise"
     assert (user.weight_bytes, user.state_bytes) == (10**9 * 20 * 4, 10**9 * 4)  # 16 + 1 -> 20
     assert item.weight_bytes == 50_000_000 * 80
-    assert sum(rank.table_bytes for rank in found.ranks) == sum(
+    assert sum(rank.table_bytes for rank in found.world) == sum(
         table.weight_bytes + table.state_bytes for table in found.tables
     )
     least = 10**9 // 64 * 84
-    assert all(rank.table_bytes >= least for rank in found.ranks)
+    assert all(rank.table_bytes >= least for rank in found.world)
     code, out, _ = said(*ROWS, "--world-size=64", "trainer.batch_size=65536")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_told_with_changes_that_help_and_no_more_than_neede
     assert code == 2
     assert re.search(r"fullest rank: .* [GT]iB, [2-9]\d{2,3}\.\d% of the limit", out)
     [line] = err.splitlines()
-    assert line.startswith("NoRoom: does not fit 16 GPUs of 80 GiB; use --world-size ")
+    assert line.startswith("DoesNotFit: does not fit 16 GPUs of 80 GiB; use --world-size ")
     remedies = line.partition("; use ")[2].split("; or ")
     assert len(remedies) == 3
     for remedy in remedies:
@@ -149,8 +149,8 @@ def test_hashed_tables_and_buckets_need_no_data() -> None:
 
 def _bytes_held(folder: Path, config: Config) -> int:
     """Weights, optimizer state and dense gradients of this rank's pieces of the tables."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, 2)
         held = [piece for *_, piece in local_shards(run.sharded)]
         for name, values in run.optimizer.state_dict()["state"].items():
@@ -188,7 +188,7 @@ def test_ranks_hold_as_many_bytes_as_planned(
     held = run_ranks(_bytes_held, 2, sample.folder, config_of(*settings))
     rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
     found = planned(config_of(*settings), rows, 2, 2, 80)
-    assert [rank.table_bytes for rank in found.ranks] == held
+    assert [rank.table_bytes for rank in found.world] == held
 
 
 @pytest.mark.parametrize(("float_kind", "float_bytes"), [("fp32", 4), ("bf16", 2)])
@@ -216,9 +216,9 @@ def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_by
     assert [table.traffic_bytes for table in found.tables] == traffic
     arch = found.job.task.model.interaction_arch
     reduced = 2 * 3 * sum(p.numel() for p in arch.parameters()) * 4 // 4  # ring: 2 (W-1)/W
-    assert [rank.sent_bytes - reduced for rank in found.ranks] == sent
+    assert [rank.sent_bytes - reduced for rank in found.world] == sent
     # Two of three others are on the other machine of two ranks.
-    seconds = max(r.sent_bytes for r in found.ranks) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
+    seconds = max(r.sent_bytes for r in found.world) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
     assert found.seconds_sending == pytest.approx(seconds)
 
 
@@ -231,11 +231,11 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     n = sum(p.numel() for m in linears for p in m.parameters()) + 1
     assert n == 48 * 800 + 800 + 800 * 8 + 8 + 8 + 1 + 1
     ends = 48 + 800 + 800 + 8 + 8 + 1
-    assert wide.ranks[0].dense_bytes == 4 * (5 * n + 2 * 2048 // 64 * ends)
-    assert small.ranks[0].dense_bytes < wide.ranks[0].dense_bytes
+    assert wide.world[0].dense_bytes == 4 * (5 * n + 2 * 2048 // 64 * ends)
+    assert small.world[0].dense_bytes < wide.world[0].dense_bytes
     larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
     base = planned(config_of(), BILLION, 64, 8, 80)
-    assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
+    assert larger.world[0].buffer_bytes == 10 * base.world[0].buffer_bytes
 
 
 def test_a_plan_is_put_into_words() -> None:
@@ -245,7 +245,7 @@ def test_a_plan_is_put_into_words() -> None:
         "table", "user", "item", "genre"
     ]  # fmt: skip
     # Neighbours that need the same share a line: all but the owner of the small table.
-    [owner] = found.tables[2].ranks
+    [owner] = found.tables[2].world
     shown = [line.split()[0] for line in rank_lines.splitlines()[1:]]
     assert 0 < owner < 63
     first = "0" if owner == 1 else f"0-{owner - 1}"
@@ -270,11 +270,11 @@ def test_buffers_hold_three_batches_of_ids_and_one_of_rows() -> None:
     ids = 3 * 64 * (4 + 4)  # an id and a length each
     received = 3 * (rows + ids) // 2  # three tables, half of the batch
     cut = rows + ids // 2  # every rank pools all rows of a table that is cut, from half of the ids
-    assert [rank.buffer_bytes for rank in found.ranks] == [
+    assert [rank.buffer_bytes for rank in found.world] == [
         received + cut + 2 * (rows + ids),
         received + cut,
     ]
-    assert found.ranks[1].buffer_bytes == 18_432
+    assert found.world[1].buffer_bytes == 18_432
 
 
 def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
@@ -284,7 +284,7 @@ def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
     per_rank = 10**9 // 8
     # 20 floats and an accumulator a row; a tenth of the rows with 16 bytes more each, the
     # accumulator and a place for every row.
-    saved = whole.ranks[0].table_bytes - found.ranks[0].table_bytes
+    saved = whole.world[0].table_bytes - found.world[0].table_bytes
     assert saved == per_rank * 84 - round(per_rank * (0.1 * 96 + 4 + 4))
     assert (whole.tables[0].cached, found.tables[0].cached) == (None, 0.1)
     code, out, _ = said(*ROWS, "--world-size=2", "--hbm-gib=80", cached)
@@ -310,8 +310,8 @@ EXCHANGES = ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tens
 
 def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a step: as told of all ranks, and as this rank gave them to torch.distributed."""
-    with world("cpu") as ranks:
-        run = Run(folder, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
         run.losses(1, 1)
         counted = {"ids": 0, "floats": 0}
 
@@ -323,11 +323,11 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
             def counts(*arguments: Any, **named: Any) -> Any:
                 bound = parameters.bind(*arguments, **named).arguments
                 given = bound["input_tensor" if "input_tensor" in bound else "input"]
-                mine = given.numel() / ranks.world_size  # which stays
+                mine = given.numel() / world.world_size  # which stays
                 if name == "all_to_all_single" and bound.get("input_split_sizes"):
-                    mine = bound["input_split_sizes"][ranks.rank] * given[:1].numel()
+                    mine = bound["input_split_sizes"][world.rank] * given[:1].numel()
                 elif name == "all_gather_into_tensor":
-                    mine = given.numel() * (2 - ranks.world_size)
+                    mine = given.numel() * (2 - world.world_size)
                 kind = {torch.int32: "ids", torch.float32: "floats"}.get(given.dtype)
                 if kind is not None:  # int64: how much is to come
                     counted[kind] += int((given.numel() - mine) * 4)
@@ -339,7 +339,7 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
             setattr(dist, name, counting(name))
         [batch] = run.batches.steps(2, 2)
         run.losses(2, 2)
-        return sent_bytes(run.sharded, ranks, batch.sparse), counted
+        return sent_bytes(run.sharded, world, batch.sparse), counted
 
 
 @pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])

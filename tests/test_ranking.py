@@ -27,8 +27,8 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
@@ -44,13 +44,13 @@ from deepfm_dist.ranking.baselines import (
 )
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
-from deepfm_dist.ranking.evaluation import Comparison, HeldOutItems, evaluate_ranking
+from deepfm_dist.ranking.evaluation import Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import open_trained
 from deepfm_dist.training import prediction
-from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.evaluation import RowEvaluator
 from tests.cross_net import CrossNet
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import Run
@@ -412,14 +412,14 @@ def test_baselines_without_room_say_what_they_need(monkeypatch: pytest.MonkeyPat
 
 
 def _names_of_rankings(folder: Path, room_bytes: int) -> list[str] | None:
-    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+    with process_group("cpu") as world, pytest.MonkeyPatch.context() as patch:
         patch.setattr("deepfm_dist.ranking.evaluation.available_bytes", lambda: room_bytes)
         patch.setattr("deepfm_dist.ranking.baselines._FIT_BYTES", 10_000)
         dataset = PreparedDataset(folder)
-        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
-        held_out = HeldOutItems(dataset, "test", {})
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, world)[0].eval())
+        held_out = RankingEvaluator(dataset, "test", {})
         baselines: dict[str, Baseline] = {"popularity": Popularity(), "ease": Ease(500.0)}
-        found = evaluate_ranking(model, ranks, held_out, (5,), baselines)
+        found = evaluate_ranking(model, world, held_out, (5,), baselines)
         return None if found is None else list(found.figures)
 
 
@@ -465,21 +465,21 @@ def test_ials_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, object]:
     """Ranks, predicts and evaluates with an untrained model whose rows depend on the seed only."""
     dataset = PreparedDataset(folder)
-    with world("cpu") as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        model, items = deepfm_of(sharded), HeldOutItems(dataset, "test", {})
-        recommend(model, ranks, dataset, Wanted(k), out)
+    with process_group("cpu") as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
+        model, items = deepfm_of(sharded), RankingEvaluator(dataset, "test", {})
+        recommend(model, world, dataset, Wanted(k), out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
         n_rows = prediction.predict(
-            sharded, ranks, dataset, str(source), {}, out / "predictions.parquet"
+            sharded, world, dataset, str(source), {}, out / "predictions.parquet"
         )
         pieces = {t: p.numpy().copy() for t, _, _, p in local_shards(sharded)}
         over = model.interaction_arch.over_arch
         assert isinstance(over, OverArch)
         return {
-            "rankings": evaluate_ranking(model, ranks, items, (5, 10), BASELINES),
-            "rows": dict(HeldOut(dataset, "test").metrics(sharded, ranks)),
+            "rankings": evaluate_ranking(model, world, items, (5, 10), BASELINES),
+            "rows": dict(RowEvaluator(dataset, "test").metrics(sharded, world)),
             "n_rows": n_rows,
             "tables": pieces,
             "layers": [
@@ -627,17 +627,17 @@ def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: P
 def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
     for split in ("valid", "test"):
         with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):
-            HeldOutItems(sample, split, {"hour": 8})
+            RankingEvaluator(sample, split, {"hour": 8})
 
 
 def _times_sorted_out(folder: Path) -> int:
     """How often the training items were sorted out for all baselines together."""
     done: list[Jagged] = []
-    with world("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+    with process_group("cpu") as world, pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "distinct", lambda rows: (done.append(rows), distinct(rows))[1])
         dataset = PreparedDataset(folder)
-        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
-        evaluate_ranking(model, ranks, HeldOutItems(dataset, "test", {}), (5,), BASELINES)
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, world)[0].eval())
+        evaluate_ranking(model, world, RankingEvaluator(dataset, "test", {}), (5,), BASELINES)
     return len(done)
 
 
@@ -647,8 +647,8 @@ def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> Non
 
 def _written_to_a_full_disk(folder: Path, file: str) -> None:
     table = pa.table({"user": ["u"], "item": ["i"], "rank": [1]})
-    with world("cpu") as ranks:
-        parts = output.Parts(folder, "found.parquet", 1, None, ranks)
+    with process_group("cpu") as world:
+        parts = output.Parts(folder, "found.parquet", 1, None, world)
         (parts.aside / file).symlink_to("/dev/full")
         parts.write(0, table.schema, [table])
         parts.merge_ranked({"user": "user"}, 1)
@@ -665,11 +665,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
 
 def _ranked_by_reference(folder: Path, reference: str) -> Comparison | None:
     config = config_of()
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
-        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
-        items = HeldOutItems(dataset, "test", {})
-        return evaluate_ranking(model, ranks, items, (5, 10), BASELINES, reference)
+        model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
+        items = RankingEvaluator(dataset, "test", {})
+        return evaluate_ranking(model, world, items, (5, 10), BASELINES, reference)
 
 
 def test_a_reference_of_counts_ranks_as_popularity_does(
@@ -733,11 +733,11 @@ class _Counting(AnySize):
 
 
 def _fitted_on(folder: Path) -> tuple[list[int], list[int]]:
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset, kept = PreparedDataset(folder), _Counting()
-        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, ranks)[0].eval())
-        items = HeldOutItems(dataset, "test", {})
-        evaluate_ranking(model, ranks, items, (5,), {"kept": kept})
+        model = deepfm_of(shard_for_training(config_of(), dataset.manifest, world)[0].eval())
+        items = RankingEvaluator(dataset, "test", {})
+        evaluate_ranking(model, world, items, (5,), {"kept": kept})
         return kept.counts.tolist(), dataset.popularity()[items.catalogue.rows].tolist()
 
 
@@ -799,27 +799,27 @@ def every_kind_of_field(folder: Path) -> Config:
 
 
 def _trained_and_saved(config: Config) -> None:
-    with world("cpu") as ranks:
-        run = Run(config.prepared_dir, config, ranks)
+    with process_group("cpu") as world:
+        run = Run(config.prepared_dir, config, world)
         run.losses(1, 10)
         run.save(config.run_dir, 10)
 
 
 def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> None:
-    with world("cpu") as ranks:
-        trained = open_trained(config, overrides, ranks)
+    with process_group("cpu") as world:
+        trained = open_trained(config, overrides, world)
         context, dataset = config.recommend.context, trained.dataset
         wanted = Wanted(12, ("train",), context)
-        recommend(deepfm_of(trained.sharded), ranks, dataset, wanted, out, trained.checkpoint)
+        recommend(deepfm_of(trained.sharded), world, dataset, wanted, out, trained.checkpoint)
 
         def write_pairs() -> None:
             pairs = pd.read_parquet(out / "recommendations.parquet")[["user_id", "item_id"]]
             pairs.columns = pd.Index(["user", "item"])
             pairs.assign(**context).to_csv(out / "pairs.csv", index=False)
 
-        ranks.first_does("pairs", write_pairs)
+        world.run_on_rank0("pairs", write_pairs)
         source, target = out / "pairs.csv", out / "predictions.parquet"
-        prediction.predict(trained.sharded, ranks, dataset, str(source), {}, target)
+        prediction.predict(trained.sharded, world, dataset, str(source), {}, target)
 
 
 def test_a_checkpoint_gives_the_same_files_anywhere_and_scores_as_its_forward_pass_does(

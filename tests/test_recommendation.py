@@ -18,11 +18,11 @@ from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import Collator, PreparedDataset
 from deepfm_dist.data.schema import History
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking import engine, ranker
-from deepfm_dist.ranking.output import Parts
+from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -54,20 +54,20 @@ def _recommended(
     if by_torch:
         engine.kernel.HAS_FMA = False
     written = 0
-    write = Parts.write
+    write = ResumableOutput.write
 
-    def counted(self: Parts, begin: int, schema: Any, tables: Any) -> None:
+    def counted(self: ResumableOutput, begin: int, schema: Any, tables: Any) -> None:
         nonlocal written
         if written == dies_after:
             raise KeyboardInterrupt
         write(self, begin, schema, tables)
         written += 1
 
-    Parts.write = counted  # type: ignore[method-assign]
+    ResumableOutput.write = counted  # type: ignore[method-assign]
     dataset = PreparedDataset(folder)
-    with world("cpu", threads=1) as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        found = recommend(deepfm_of(sharded), ranks, dataset, wanted, out, checkpoint)
+    with process_group("cpu", threads=1) as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
+        found = recommend(deepfm_of(sharded), world, dataset, wanted, out, checkpoint)
     return written, lines, {} if found is None else found.figures
 
 
@@ -350,8 +350,8 @@ def _for_users_and_for_strangers(
     data = dataset.manifest.data.model_copy(update={"history": History(dropout=0.5)})
     dataset.manifest = dataset.manifest.model_copy(update={"data": data})
     config = load_config("sample", [*HISTORY, "model.init_std=0.3", "model.embedding_dim=8"])
-    with world("cpu", threads=1) as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+    with process_group("cpu", threads=1) as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         for table, _, _, piece in local_shards(sharded):
             if table == "user":
                 piece.zero_()
@@ -360,7 +360,7 @@ def _for_users_and_for_strangers(
             (Wanted(10, ("train",)), out / "users"),
             (Wanted(10, ("train", "valid"), histories=str(file)), out / "strangers"),
         ):
-            recommend(model, ranks, dataset, wanted, target)
+            recommend(model, world, dataset, wanted, target)
     return frame_of(out / "users"), frame_of(out / "strangers")
 
 
@@ -428,11 +428,11 @@ def _scores_of_pairs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """``[users, items]`` logits: factorised, and from a batch with a row for each pair."""
     dataset = PreparedDataset(folder)
     config = load_config("sample", [*HISTORY, "model.init_std=0.2"])
-    with world("cpu", threads=1) as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+    with process_group("cpu", threads=1) as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         model, catalogue = deepfm_of(sharded), ranker.Catalogue(dataset)
         users = np.array([1, 5, 77], np.int32)
-        of_users = ranker.ModelRanker(model, ranks, dataset, catalogue, users, {})
+        of_users = ranker.ModelRanker(model, world, dataset, catalogue, users, {})
         found = of_users.scores(0, len(users), len(users))
         pairs = np.repeat(users, len(catalogue)), np.tile(catalogue.rows, len(users))
         batch = Collator(dataset)(*pairs)
@@ -452,13 +452,13 @@ def _ranked_users(folder: Path, at_once: int) -> list[ranker.Ranked]:
     """Users of six stretches, of which two were ranked before."""
     dataset, config = PreparedDataset(folder), load_config("sample", ["model.init_std=0.2"])
     ranker.USERS_AT_ONCE = at_once
-    with world("cpu") as ranks:
-        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
+    with process_group("cpu") as world:
+        model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
         catalogue = ranker.Catalogue(dataset)
         users = np.resize(np.arange(1, 701, dtype=np.int32), 6 * ranker.USER_BLOCK - 100)
-        of_users = ranker.ModelRanker(model, ranks, dataset, catalogue, users, {})
+        of_users = ranker.ModelRanker(model, world, dataset, catalogue, users, {})
         seen = catalogue.seen_by(users, [dataset.positives("train")])
-        return list(ranker.rank_users(of_users, len(users), seen, 10, ranks, [0, 2, 3, 5]))
+        return list(ranker.rank_users(of_users, len(users), seen, 10, world, [0, 2, 3, 5]))
 
 
 def test_users_looked_up_together_are_ranked_as_one_stretch_after_another(

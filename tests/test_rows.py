@@ -18,9 +18,9 @@ from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.preparation import job
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import DataError
-from deepfm_dist.ranking.evaluation import HeldOutItems
+from deepfm_dist.ranking.evaluation import RankingEvaluator
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from tests.ranks import run_alone
 from tests.test_encode import together
@@ -162,14 +162,14 @@ def test_losses_over_the_catalogue_and_fixed_negatives_avoid_them_too(tmp_path: 
 def _rankings(folder: Path, config_path: str, changes: list[str]) -> dict[str, Pairs]:
     """(user, item) of everything that recommend and evaluate rank, by command."""
     config = load_config(config_path, changes)
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
-        model = deepfm_of(shard_for_training(config, dataset.manifest, ranks)[0].eval())
+        model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
         n_items = dataset.manifest.entities["item"] - 1
         wanted = Wanted(n_items, masked_splits=config.recommend.mask)
-        recommend(model, ranks, dataset, wanted, folder / "out")
-        held_out = HeldOutItems(dataset, "test", {}, config.evaluate.mask_seen)
-        measured = held_out.measured(held_out.ranker(model, ranks), (n_items,), ranks)
+        recommend(model, world, dataset, wanted, folder / "out")
+        held_out = RankingEvaluator(dataset, "test", {}, config.evaluate.mask_seen)
+        measured = held_out.measured(held_out.ranker(model, world), (n_items,), world)
     assert measured is not None
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
     csv = pd.read_csv(folder / "out" / "recommendations.csv", dtype=str)

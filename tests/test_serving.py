@@ -15,8 +15,8 @@ import pytest
 
 from deepfm_dist import serve
 from deepfm_dist.config import load_config
-from deepfm_dist.distributed.world import world
-from deepfm_dist.runs import find_finished
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.runs import find_run
 from tests.conftest import HISTORY
 from tests.pages import watched
 from tests.ranks import RankFailed, run_alone
@@ -25,7 +25,7 @@ from tests.test_report import PICTURES
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
-from deepfm_dist.serving.live import Live  # noqa: E402
+from deepfm_dist.serving.live import Recommender  # noqa: E402
 
 pytestmark = pytest.mark.slow  # trains, serves, and drives a browser
 SETTINGS = [
@@ -157,9 +157,9 @@ def test_somebody_described_by_items_gets_what_the_command_says(
 def _asked_by_items(home: Path) -> None:
     where = [f"run.runs_root={home}", f"run.prepared_root={home / 'prepared'}"]
     config = load_config("sample", [*where, "run.name=plain"])
-    with world("cpu", threads=1) as ranks:
-        found = find_finished(config, [])
-        Live(found, serve._exported(found), ranks).recommend_for(["9"], 3)
+    with process_group("cpu", threads=1) as world:
+        found = find_run(config, [])
+        Recommender(found, serve._exported(found), world).recommend_for(["9"], 3)
 
 
 def test_a_model_that_knows_users_by_id_alone_says_so(tmp_path: Path) -> None:

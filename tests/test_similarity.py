@@ -11,8 +11,8 @@ from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.ranking.similarity import similar_items
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_ranking import config_of, digest
@@ -25,9 +25,9 @@ def _similar(
 ) -> dict[str, np.ndarray]:
     """Ranks by an untrained model that depends on the seed alone; its tables."""
     dataset = PreparedDataset(folder)
-    with world("cpu") as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
-        similar_items(deepfm_of(sharded), ranks, dataset, 500, metric, out)
+    with process_group("cpu") as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
+        similar_items(deepfm_of(sharded), world, dataset, 500, metric, out)
         return {name: piece.numpy().copy() for name, _, _, piece in local_shards(sharded)}
 
 

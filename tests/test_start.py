@@ -13,8 +13,8 @@ from deepfm_dist import train as train_command
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.runs import read_start
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import Run, difference
@@ -72,11 +72,11 @@ def after(home: Path, fields: str, name: str, *overrides: str) -> Config:
 
 def _started(config: Config) -> dict[str, Any]:
     """Weights and a batch before and after, logits after, and the losses that follow."""
-    with world("cpu") as ranks:
-        run = Run(config.prepared_dir, config, ranks)
-        fresh = _weights(run, ranks)
+    with process_group("cpu") as world:
+        run = Run(config.prepared_dir, config, world)
+        fresh = _weights(run, world)
         path = checkpoint.find_checkpoint(Path(str(config.checkpoint.start_from)))
-        read_start(path, config, run.dataset.manifest, ranks, run.sharded, run.optimizer)
+        read_start(path, config, run.dataset.manifest, world, run.sharded, run.optimizer)
         batch = run.batches.batch(1)
         logits = run.sharded.eval()(batch)[1].numpy()
         run.sharded.train()
@@ -87,7 +87,7 @@ def _started(config: Config) -> dict[str, Any]:
             for key, value in values.items()
             if ".ebc." not in name
         }
-        weights = _weights(run, ranks)
+        weights = _weights(run, world)
         losses = run.losses(1, 8)
         return {
             "fresh": fresh, "weights": weights, "bags": bags, "dense": batch.dense.numpy(),
@@ -95,12 +95,12 @@ def _started(config: Config) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _weights(run: Run, ranks: Any) -> dict[str, np.ndarray]:
+def _weights(run: Run, world: Any) -> dict[str, np.ndarray]:
     """Everything above the tables, and whole tables."""
     state = run.sharded.state_dict()
     found = {n: t.numpy().copy() for n, t in state.items() if ".ebc." not in n}
     mine = [(t, rows.start, p.numpy().copy()) for t, rows, _, p in local_shards(run.sharded)]
-    pieces = [piece for of_rank in ranks.all_gather(mine) for piece in of_rank]
+    pieces = [piece for of_rank in world.all_gather_object(mine) for piece in of_rank]
     for table in {t for t, *_ in pieces}:
         parts = sorted(((b, p) for t, b, p in pieces if t == table), key=lambda part: part[0])
         found[table] = np.concatenate([p for _, p in parts])

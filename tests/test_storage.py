@@ -8,12 +8,12 @@ import pytest
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import (
+    atomic_write,
     delete_tree,
     folder_of,
     is_of_storage,
     is_remote,
-    told_in_one_line,
-    written_as_a_whole,
+    storage_errors_to_user,
 )
 
 
@@ -31,11 +31,11 @@ def test_a_url_without_a_library_for_it_is_one_line(monkeypatch: pytest.MonkeyPa
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
-    with written_as_a_whole(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text("whole")
         assert not path.exists()
     assert path.read_text() == "whole"
-    with pytest.raises(ZeroDivisionError), written_as_a_whole(path) as aside:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as aside:
         aside.write_text("half")
         _ = 1 / 0
     assert path.read_text() == "whole"
@@ -46,7 +46,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_local_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught, told_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, storage_errors_to_user(tmp_path):
         (tmp_path / "nothing").read_text()
     assert is_of_storage(caught.value)
     assert brief(caught.value) == "No such file or directory"

@@ -29,12 +29,12 @@ from deepfm_dist.distributed.checkpoint import (
     read_state,
     steps_in,
 )
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
-from deepfm_dist.distributed.world import world
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
-from deepfm_dist.training.evaluation import HeldOut
+from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Schedule, train
@@ -45,7 +45,7 @@ from tests.test_layout import cell, setting
 Change = Callable[[Batch, int, int], None]
 
 
-class Trained:
+class LoadedModel:
     """What a rank saw of a training run.
 
     Attributes:
@@ -65,39 +65,39 @@ class Trained:
         validations: list[float] | None = None,
         signal_at: int | None = None,
     ) -> None:
-        with world("cpu") as ranks:
+        with process_group("cpu") as world:
             config = config_of(*SMALL, "trainer.log_every_steps=1", *overrides)
-            run = Run(sample.folder, config, ranks)
+            run = Run(sample.folder, config, world)
             batch_of = run.batches.batch
 
             def batch(step: int) -> Batch:
                 made = batch_of(step)
                 if change:
-                    change(made, step, ranks.rank)
+                    change(made, step, world.rank)
                 return made
 
             def validate() -> dict[str, float]:
-                found = ranks.agreed(dict(held_out.metrics(run.sharded, ranks)))
+                found = world.broadcast(dict(held_out.metrics(run.sharded, world)))
                 monitor = config.monitor or "auc"
                 return found | ({monitor: validations.pop(0)} if validations else {})
 
             def save(state: LoopState) -> None:
                 self.saved.append(replace(state, lifetime=[*state.lifetime]))
-                if state.step == signal_at and ranks.rank == ranks.world_size - 1:
+                if state.step == signal_at and world.rank == world.world_size - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
 
             run.batches.batch = batch  # type: ignore[method-assign]
-            held_out = HeldOut(sample, "valid")
+            held_out = RowEvaluator(sample, "valid")
             self.losses: list[float] = []
             self.saved: list[LoopState] = []
-            metrics = MetricsLog(out, ranks.is_first, 0, [self._note])
+            metrics = MetricsLog(out, world.is_first, 0, [self._note])
             handler = signal.getsignal(signal.SIGTERM)
             with StopSignals() as asked_to_stop:
                 state = train(
                     run.sharded,
                     run.optimizer,
                     run.batches,
-                    ranks,
+                    world,
                     schedule_of(config),
                     state or LoopState(),
                     1,
@@ -109,7 +109,7 @@ class Trained:
             assert signal.getsignal(signal.SIGTERM) is handler
             self.steps, self.state = state.step, state
             run.sharded.eval()
-            self.figures = dict(held_out.metrics(run.sharded, ranks))
+            self.figures = dict(held_out.metrics(run.sharded, world))
             self.weights = [piece.numpy().copy() for *_, piece in local_shards(run.sharded)]
             over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
             assert over_arch is not None
@@ -120,8 +120,8 @@ class Trained:
             self.losses.append(values["log_loss"])
 
 
-def trained(sample: PreparedDataset, out: Path, *overrides: str, **more: Any) -> Trained:
-    return Trained(sample, out, *overrides, **more)
+def trained(sample: PreparedDataset, out: Path, *overrides: str, **more: Any) -> LoadedModel:
+    return LoadedModel(sample, out, *overrides, **more)
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -215,8 +215,8 @@ def _masks(folder: Path, first_draws: int) -> list[bytes]:
         "model={over_arch_layer_sizes: [40], activation: sigmoid, dropout: 0.5}",
         "trainer.max_steps=3",
     )
-    with world("cpu") as ranks:
-        run, masks = Run(folder, config, ranks), list[bytes]()
+    with process_group("cpu") as world:
+        run, masks = Run(folder, config, world), list[bytes]()
         over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
         assert isinstance(over_arch, OverArch)
         over_arch.dropout.register_forward_hook(
@@ -224,7 +224,7 @@ def _masks(folder: Path, first_draws: int) -> list[bytes]:
         )
         torch.rand(first_draws)
         log, schedule = MetricsLog(folder, is_first=False), schedule_of(config)
-        train(run.sharded, run.optimizer, run.batches, ranks, schedule, LoopState(), 1, log)
+        train(run.sharded, run.optimizer, run.batches, world, schedule, LoopState(), 1, log)
         return masks
 
 
@@ -237,12 +237,12 @@ def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) ->
 
 def _left_of_a_run(folder: Path) -> list[str]:
     """Parameters that are still there after training, when nobody has the model any more."""
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         config = config_of(*SMALL, *SHORT, "trainer.max_steps=2")
-        run, log = Run(folder, config, ranks), MetricsLog(folder, is_first=False)
+        run, log = Run(folder, config, world), MetricsLog(folder, is_first=False)
         names = {name: weakref.ref(p) for name, p in run.sharded.named_parameters()}
         train(
-            run.sharded, run.optimizer, run.batches, ranks, schedule_of(config), LoopState(), 1, log
+            run.sharded, run.optimizer, run.batches, world, schedule_of(config), LoopState(), 1, log
         )
         del run
         gc.collect()
@@ -296,7 +296,7 @@ def test_training_goes_on_after_a_skipped_step(sample: PreparedDataset, tmp_path
 
 def _gives_up(sample: PreparedDataset, out: Path) -> str:
     with pytest.raises(NonFiniteLoss) as caught:
-        Trained(
+        LoadedModel(
             sample,
             out,
             *SHORT,
@@ -333,14 +333,17 @@ def test_an_improvement_too_small_is_none() -> None:
     for value in (0.5, 0.5625, 0.625, 0.75, 0.875):
         state.judge({"auc": value}, schedule)
         falls.judge({"log_loss": 1 - value}, replace(schedule, monitor="log_loss"))
-    assert (state.best, state.without_better) == (0.75, 1)  # by just min_delta is not enough
-    assert (falls.best, falls.without_better) == (0.25, 1)
+    assert (state.best, state.validations_since_best) == (
+        0.75,
+        1,
+    )  # by just min_delta is not enough
+    assert (falls.best, falls.validations_since_best) == (0.25, 1)
 
 
 def test_a_figure_that_is_not_finite_is_no_better() -> None:
     schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc")
     state = LoopState()
-    for value, best, without_better in (
+    for value, best, validations_since_best in (
         (float("nan"), None, 1),
         (0.5, 0.5, 0),
         (float("nan"), 0.5, 1),
@@ -348,7 +351,7 @@ def test_a_figure_that_is_not_finite_is_no_better() -> None:
         (0.75, 0.75, 0),
     ):
         state.judge({"auc": value}, schedule)
-        assert (state.best, state.without_better) == (best, without_better)
+        assert (state.best, state.validations_since_best) == (best, validations_since_best)
 
 
 def test_the_best_checkpoint_is_kept_unless_told_otherwise(
@@ -433,7 +436,7 @@ def test_a_default_figure_that_is_undefined_is_warned_of_once(
 
 def _never_defined(sample: PreparedDataset, out: Path) -> str:
     with pytest.raises(ConfigError) as caught:
-        Trained(
+        LoadedModel(
             sample,
             out,
             "trainer={epochs: 3, batch_size: 30000, monitor: auc, patience: 2}",
@@ -465,7 +468,7 @@ def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
     aucs = [0.6, 0.7, 0.65, 0.8, 0.7, 0.75, 0.9]
     run = run_alone(trained, sample, tmp_path, *options, validations=aucs)
     assert run.steps == 6 * 5
-    assert (run.state.best, run.state.best_step, run.state.without_better) == (0.8, 20, 2)
+    assert (run.state.best, run.state.best_step, run.state.validations_since_best) == (0.8, 20, 2)
     assert [s.step for s in run.saved] == [5, 10, 20, 30]
     by_epoch = [line["lr_tables"] for line in events(tmp_path, "train")[::5]]
     assert by_epoch == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05, 0.005])
@@ -657,7 +660,7 @@ def test_nothing_is_saved_while_steps_are_skipped(sample: PreparedDataset, tmp_p
 
 def _ends_without_numbers(sample: PreparedDataset, out: Path) -> str:
     with pytest.raises(NonFiniteLoss) as caught:
-        Trained(
+        LoadedModel(
             sample,
             out,
             "trainer={epochs: 3, batch_size: 30000}",

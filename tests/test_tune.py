@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from deepfm_dist import train, tune
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.search import Search, Span, Trial
 from deepfm_dist.training.trainer import LoopState, Pruned
@@ -207,9 +207,9 @@ def _pruned_while_saving(config: Config) -> tuple[list[int], int]:
         raise Pruned
 
     as_it_is, checkpoint._Writer.finish = checkpoint._Writer.finish, finish  # type: ignore[method-assign]
-    with world("cpu") as ranks:
+    with process_group("cpu") as world:
         with pytest.raises(Pruned):
-            train.train_on(config, ranks, on_validation)
+            train.train_on(config, world, on_validation)
         return checkpoint.complete_steps(config.run_dir), len(distributed_c10d._world.pg_map)
 
 

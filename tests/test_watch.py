@@ -11,10 +11,10 @@ from threading import Timer
 import pytest
 import torch.distributed as dist
 
+from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed import watch
-from deepfm_dist.distributed import world as world_module
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.watch import Watch
-from deepfm_dist.distributed.world import world
 from deepfm_dist.training.stopping import StopSignals
 from tests.ranks import RankFailed, run_ranks
 
@@ -22,9 +22,9 @@ from tests.ranks import RankFailed, run_ranks
 @contextmanager
 def watched(timeout_s: float) -> Iterator[Watch]:
     watch._ANSWER_S = 0.5
-    with world("cpu", timeout_s) as ranks:
-        store = ranks.store.clone()  # type: ignore[attr-defined]
-        with StopSignals(), Watch(store, ranks.rank, ranks.world_size, timeout_s) as found:
+    with process_group("cpu", timeout_s) as world:
+        store = world.store.clone()  # type: ignore[attr-defined]
+        with StopSignals(), Watch(store, world.rank, world.world_size, timeout_s) as found:
             yield found
 
 

@@ -41,6 +41,6 @@ class Crew:
         )
         return total
 
-    def first_says(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value. All ranks."""
         return self.gather(value if self.is_first else None)[0]

@@ -91,24 +91,24 @@ def prepare(
     crew = crew or Crew()
     if crew.is_first:
         remove_leftovers(folder)
-    given = crew.first_says(_given(data, folder) if crew.is_first else None)
+    given = crew.broadcast(_given(data, folder) if crew.is_first else None)
     if given is not None:
         found: Manifest = given
         return found
     files = input_files(data, root)
     earlier = _earlier(data, folder) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
-    wanted = crew.first_says(wanted)
-    current = crew.first_says(_current(folder, wanted) if crew.is_first else None)
+    wanted = crew.broadcast(wanted)
+    current = crew.broadcast(_current(folder, wanted) if crew.is_first else None)
     if current is not None:
         if crew.is_first:
             log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
-    data = crew.first_says(_with_lists(data, files) if crew.is_first else None)
+    data = crew.broadcast(_with_lists(data, files) if crew.is_first else None)
     if earlier is not None:
         _check_meanings(data, earlier)
-    aside: Path = crew.first_says(work_folder(folder))
+    aside: Path = crew.broadcast(work_folder(folder))
     try:
         job = Job(data, files, seed, crew, aside / "dataset")
         if crew.is_first:
@@ -125,7 +125,7 @@ def prepare(
                 job.folder.rename(folder)
             except DeepFMError as error:
                 problem = error
-        if (problem := crew.first_says(problem)) is not None:
+        if (problem := crew.broadcast(problem)) is not None:
             raise problem
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -289,7 +289,7 @@ def _written(job: Job, wanted: str) -> Manifest:
     partitions = Partitions(job, Reading(job))
     counts = split_and_count(job, partitions)
     fit = Fit(job, partitions, counts, earlier) if job.crew.is_first else None
-    fitted: Fitted = job.crew.first_says(fit and fit.fitted)
+    fitted: Fitted = job.crew.broadcast(fit and fit.fitted)
     writer = RowWriter(job, partitions, counts, fitted, earlier)
     splits = writer.write()
     of_ranks = job.crew.gather((job.dropped, job.noted, writer.sums))
@@ -330,7 +330,7 @@ def _written(job: Job, wanted: str) -> Manifest:
             sums=footer_sums(job.folder),
         )
         manifest.write(job.folder)
-    found: Manifest = job.crew.first_says(manifest)
+    found: Manifest = job.crew.broadcast(manifest)
     return found
 
 

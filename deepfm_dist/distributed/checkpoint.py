@@ -46,8 +46,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
+from deepfm_dist.distributed.process_group import World, in_background
 from deepfm_dist.distributed.sharding import set_table_steps
-from deepfm_dist.distributed.world import World, in_background
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import biases_before_norm
@@ -57,7 +57,7 @@ from deepfm_dist.storage import (
     is_of_storage,
     is_remote,
     rename,
-    told_in_one_line,
+    storage_errors_to_user,
 )
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Checkpoints:
         """
         self.wait()
         path = checkpoint_path(self._run_dir, step)
-        self._world.first_does(f"save_{path.name}", lambda: _make_room(path))
+        self._world.run_on_rank0(f"save_{path.name}", lambda: _make_room(path))
         model = sharded.state_dict()
 
         def clear() -> None:
@@ -423,7 +423,7 @@ def load(
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
     """
-    with told_in_one_line(path):
+    with storage_errors_to_user(path):
         check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
     reader = Reader(path)
@@ -485,7 +485,7 @@ def check_files(path: Path, world: World | None = None) -> None:
             if not is_of_storage(error):
                 raise
             problem = f"{path / name}: cannot be read: {brief(error)}"
-    problems = world.all_gather(problem) if world else [problem]
+    problems = world.all_gather_object(problem) if world else [problem]
     found = next((p for p in problems if p is not None), None)
     if found is not None:
         raise CheckpointError(f"{found}; {_instead_of(path)}")

@@ -16,7 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from deepfm_dist.distributed import kernels
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import ConfigError
 
 

@@ -19,8 +19,8 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
-from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 

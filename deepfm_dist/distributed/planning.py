@@ -13,8 +13,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
-from deepfm_dist.distributed.sharding import RESERVED, NoRoom, Placement, TableCollection, place
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, Placement, TableCollection, place
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
 
@@ -28,7 +28,7 @@ DENSE_COPIES = 5
 """Floats per parameter of the over-arch: value, gradient, DDP's bucket, Adam's two moments."""
 
 
-def imagined_world(world_size: int, local_world_size: int) -> World:
+def hypothetical_world(world_size: int, local_world_size: int) -> World:
     """GPUs to plan for; there is no process group, nor need there be a GPU."""
     return World(0, world_size, local_world_size, 0, torch.device("cuda"), dist.HashStore())
 
@@ -39,7 +39,7 @@ class Job:
 
     Attributes:
         task: the model, its tables on the meta device.
-        world: the ranks, as `imagined_world` makes them.
+        world: the ranks, as `hypothetical_world` makes them.
         optimizer: of the tables.
         placements: of tables, by name.
         default: kind of the other tables.
@@ -68,7 +68,7 @@ class TableDemand:
         weight_bytes: of all its rows.
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise or row_wise.
-        ranks: the ranks that hold it.
+        world: the ranks that hold it.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients.
@@ -113,7 +113,7 @@ class Plan:
     Attributes:
         job: what was planned.
         tables: a line per table.
-        ranks: a line per rank.
+        world: a line per rank.
         remedies: what would make it fit, each by itself; empty where it fits.
     """
 
@@ -164,7 +164,7 @@ def _asked(job: Job) -> Plan | None:
     """As the job says; None where the planner finds no room."""
     try:
         return _added_up(job, _placed(job))
-    except NoRoom:
+    except DoesNotFit:
         return None
 
 
@@ -339,10 +339,10 @@ def _remedies(job: Job) -> Iterator[str]:
     local = job.world.local_world_size
     sizes = range(job.world.world_size + local, MOST_RANKS + 1, local)
     enough = bisect_left(
-        sizes, True, key=lambda n: fits(replace(job, world=imagined_world(n, local)))
+        sizes, True, key=lambda n: fits(replace(job, world=hypothetical_world(n, local)))
     )
     if enough < len(sizes):
-        more = replace(job, world=imagined_world(sizes[enough], local))
+        more = replace(job, world=hypothetical_world(sizes[enough], local))
         yield typed(f"--world-size {sizes[enough]}", more)
     if job.optimizer.name != "rowwise_adagrad":
         smaller = table_optimizer("rowwise_adagrad", 0.1, 1e-8, job.world.device)

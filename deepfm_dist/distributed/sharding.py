@@ -52,7 +52,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed
@@ -67,7 +67,7 @@ RESERVED = 0.15
 _NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS)
 
 
-class NoRoom(ConfigError):
+class DoesNotFit(ConfigError):
     """No placement of the tables fits the ranks' memory."""
 
 
@@ -96,7 +96,7 @@ class PlacedTable:
         rows: its rows.
         row_width: floats per row.
         sharding: table_wise or row_wise.
-        ranks: the ranks that hold it.
+        world: the ranks that hold it.
         kernel: fused, fused_uvm_caching or dense.
     """
 
@@ -229,7 +229,7 @@ def shard(
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
             table that is too small, or caches one where that cannot be.
-        NoRoom: the tables do not fit.
+        DoesNotFit: the tables do not fit.
     """
     path, ebc = _collection(module)
     # An id that is out of range is a bug to stop at, never a look-up of another row.
@@ -325,7 +325,7 @@ def place(
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
             table that is too small.
-        NoRoom: the tables do not fit.
+        DoesNotFit: the tables do not fit.
     """
     path, ebc = _collection(module)
     tables = {config.name: config for config in ebc.embedding_bag_configs()}
@@ -479,7 +479,7 @@ def _planned(
     except PlannerError as error:
         if error.error_type not in _NO_ROOM:
             raise
-        raise NoRoom(
+        raise DoesNotFit(
             f"the tables do not fit {world.world_size} ranks; python -m deepfm_dist.plan says what "
             f"to change"
         ) from None

@@ -100,10 +100,10 @@ class Watch:
             elif now - since > self._patience_s or (
                 signalled is not None and now - signalled > _ANSWER_S
             ):
-                self._call_the_roll(since)
+                self.raise_if_ranks_missing(since)
                 signalled = None
 
-    def _call_the_roll(self, since: float) -> None:
+    def raise_if_ranks_missing(self, since: float) -> None:
         """Ends the process if other ranks do not wait as this one does."""
         with suppress(dist.DistError):
             before = [self._store.add(f"waits_{rank}", 0) for rank in range(self._world_size)]

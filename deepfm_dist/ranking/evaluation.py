@@ -17,7 +17,7 @@ from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM
@@ -65,7 +65,7 @@ class Comparison:
     insight: Insight
 
 
-class HeldOutItems:
+class RankingEvaluator:
     """What rankings of the whole catalogue are measured on.
 
     Users are those known from training with a held-out positive. Masked is what they have met in
@@ -178,7 +178,7 @@ def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]
 def evaluate_ranking(
     model: DeepFM,
     world: World,
-    held_out: HeldOutItems,
+    held_out: RankingEvaluator,
     cutoffs: Sequence[int],
     baselines: Mapping[str, Baseline],
     reference: str | None = None,
@@ -215,7 +215,7 @@ def evaluate_ranking(
                 ]
             )
         )
-        room = world.agreed(available_bytes()) // world.local_world_size
+        room = world.broadcast(available_bytes()) // world.local_world_size
         for name, baseline in baselines.items():
             sized, difference = baseline.sized(len(catalogue), room)
             name += difference
@@ -275,7 +275,9 @@ def _fitted(
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
     log.info("%s: fitting on %s positives", name, f"{len(train.values):,}")
-    fitted = world.agreed(world.first_does(f"fit_{name}", lambda: baseline.fit(train, n_items)))
+    fitted = world.broadcast(
+        world.run_on_rank0(f"fit_{name}", lambda: baseline.fit(train, n_items))
+    )
     assert fitted is not None
 
     def scores(begin: int, end: int) -> Tensor:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.inference import probabilities
-from deepfm_dist.distributed.world import World
-from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, stretch_of
-from deepfm_dist.storage import writing
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, users_per_chunk
+from deepfm_dist.storage import write_errors_to_user
 
 FloatArray = npt.NDArray[np.float32]
 MatrixKind = Literal["int8", "fp16", "fp32"]
@@ -33,7 +33,7 @@ _KEY = "key.json"
 
 
 @dataclass(frozen=True)
-class Written:
+class RankingFiles:
     """What was written.
 
     Attributes:
@@ -55,7 +55,7 @@ class Written:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Parts:
+class ResumableOutput:
     """The parts of a file that is being made, each complete or not there. All ranks.
 
     A run that was killed left its parts behind; they are taken over if they were made from the
@@ -64,7 +64,7 @@ class Parts:
     Args:
         folder: of the run; the same disk for all ranks.
         name: of the file to be.
-        n_users: users of all ranks; each `stretch_of` them has a part.
+        n_users: users of all ranks; each `users_per_chunk` them has a part.
         key: what the parts depend on, as JSON values; None: parts found are never taken over.
         world: the ranks.
 
@@ -80,9 +80,9 @@ class Parts:
         self, folder: Path, name: str, n_users: int, key: Mapping[str, object] | None, world: World
     ) -> None:
         self.target, self.aside = folder / name, folder / f".{name}.parts"
-        self._size, self._n_users, self._world = stretch_of(n_users), n_users, world
+        self._size, self._n_users, self._world = users_per_chunk(n_users), n_users, world
         text = json.dumps(key, indent=2, sort_keys=True)
-        world.first_does(f"{name}_begin", lambda: self._open(text, key is not None))
+        world.run_on_rank0(f"{name}_begin", lambda: self._open(text, key is not None))
         n = -(-n_users // self._size)
         self.missing = [s for s in range(n) if not self._path(s).exists()]
         self.found = n - len(self.missing)
@@ -93,7 +93,7 @@ class Parts:
 
     def _open(self, text: str, lasting: bool) -> None:
         key = self.aside / _KEY
-        with writing(self.aside):
+        with write_errors_to_user(self.aside):
             if not (lasting and key.is_file() and key.read_text() == text):
                 shutil.rmtree(self.aside, ignore_errors=True)
                 self.aside.mkdir(parents=True)
@@ -107,7 +107,7 @@ class Parts:
         """
         path = self._path(begin // self._size)
         aside = path.with_suffix(".part")
-        with writing(aside):
+        with write_errors_to_user(aside):
             with pq.ParquetWriter(aside, schema, use_dictionary=_repeated(schema)) as writer:
                 for table in tables:
                     writer.write_table(table)
@@ -181,7 +181,7 @@ class Parts:
             else:
                 list(tables(begin, end))  # looking up is for all ranks
 
-    def merge_ranked(self, csv_columns: Mapping[str, str], k: int) -> Written | None:
+    def merge_ranked(self, csv_columns: Mapping[str, str], k: int) -> RankingFiles | None:
         """Joins what `write_ranked` wrote, and some columns of it into a CSV file. All ranks.
 
         Neither file appears before it is whole.
@@ -206,7 +206,7 @@ class Parts:
         self._merge(csv_columns, 1 << 20, count)
         if not self._world.is_first:
             return None
-        return Written(self.target, self.csv, self._n_users, rows, k, full)
+        return RankingFiles(self.target, self.csv, self._n_users, rows, k, full)
 
     def merge_matrix(self) -> None:
         """Joins what `write_matrix` wrote; the file appears when it is whole. All ranks."""
@@ -216,11 +216,11 @@ class Parts:
         self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
     ) -> None:
         def merged() -> None:
-            with writing(self.target):
+            with write_errors_to_user(self.target):
                 self._merged(csv_columns, rows, see)
 
         self._world.barrier()
-        self._world.first_does(f"{self.target.name}_end", merged)
+        self._world.run_on_rank0(f"{self.target.name}_end", merged)
 
     @property
     def csv(self) -> Path:

@@ -24,7 +24,7 @@ from deepfm_dist.data.dataset import (
 )
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values, offsets_of
 from deepfm_dist.data.vocabulary import id_order
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
@@ -259,7 +259,9 @@ class ModelRanker:
                 found = self._index.candidates(sides, n, seen, count)
                 candidates = [found.to(self._world.device)]
             if self._share:
-                of_all = self._world.gathered(_with_rows(candidates[0], height)).split(height)
+                of_all = self._world.all_gather_tensor(_with_rows(candidates[0], height)).split(
+                    height
+                )
                 candidates = [t[:m] for t, (_, m, _) in zip(of_all, groups, strict=True)]
             best = self._update_of_candidates(groups, candidates, k)
         mine = self._mine_of(best, n, height)
@@ -268,15 +270,19 @@ class ModelRanker:
     def _of_all_ranks(self, sides: list[Side], n: int, height: int, seen: Jagged) -> list[Group]:
         """All ranks' users, brought here for this rank's share of the items."""
         mine = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
-        columns = [self._world.gathered(_with_rows(t, height)).split(height) for t in mine.tensors]
-        lengths = self._world.gathered(_with_rows(torch.from_numpy(seen.lengths), height)).split(
-            height
-        )
-        counts, totals = self._world.gathered(torch.tensor([[n, len(seen.values)]])).T.tolist()
+        columns = [
+            self._world.all_gather_tensor(_with_rows(t, height)).split(height) for t in mine.tensors
+        ]
+        lengths = self._world.all_gather_tensor(
+            _with_rows(torch.from_numpy(seen.lengths), height)
+        ).split(height)
+        counts, totals = self._world.all_gather_tensor(
+            torch.tensor([[n, len(seen.values)]])
+        ).T.tolist()
         longest = max(1, *totals)
-        values = self._world.gathered(_with_rows(torch.from_numpy(seen.values), longest)).split(
-            longest
-        )
+        values = self._world.all_gather_tensor(
+            _with_rows(torch.from_numpy(seen.values), longest)
+        ).split(longest)
         groups = []
         for rank, (count, total) in enumerate(zip(counts, totals, strict=True)):
             users = self.engine.users([Side(*(column[rank] for column in columns))])
@@ -309,7 +315,7 @@ class ModelRanker:
         keys = torch.cat([_with_rows(keys_of(b.scores, b.positions), height) for b in found])
         k = keys.shape[1]
         merged = (
-            self._world.exchanged(keys).view(-1, height, k).transpose(0, 1).reshape(height, -1)[:n]
+            self._world.all_to_all(keys).view(-1, height, k).transpose(0, 1).reshape(height, -1)[:n]
         )
         return Best(*best_of_keys(merged, k))
 
@@ -427,7 +433,7 @@ class ModelRanker:
             mine = first + self._world.rank * ITEM_BLOCK
             rows = self._rows[min(mine, end) : min(mine + ITEM_BLOCK, end)]
             side = self._side("item", padded(rows, ITEM_BLOCK, ABSENT))
-            yield first, Side(*map(self._world.gathered, side.tensors))
+            yield first, Side(*map(self._world.all_gather_tensor, side.tensors))
 
 
 def _with_rows(tensor: Tensor, n: int) -> Tensor:
@@ -465,7 +471,7 @@ class FixedRanker(Ranker):
         return positions, best
 
 
-def stretch_of(n_users: int) -> int:
+def users_per_chunk(n_users: int) -> int:
     """Users that are ranked and written together: about 64 stretches, of 512 to 65,536 users.
 
     It is the same at every world size.
@@ -490,13 +496,13 @@ def rank_users(
         seen: their masked positions.
         k: K.
         world: the ranks.
-        stretches: which stretches of `stretch_of` users, the same on all ranks; default: all.
+        stretches: which stretches of `users_per_chunk` users, the same on all ranks; default: all.
         description: of the progress bar.
 
     Yields:
         A stretch of users at a time, in order; the users of ranks follow one another.
     """
-    size = stretch_of(n_users)
+    size = users_per_chunk(n_users)
     mine, together = _my_stretches(n_users, world, stretches), max(1, USERS_AT_ONCE // size)
     for at, (begin, end) in enumerate(
         dealt_stretches(n_users, len(ranker), world, stretches, description)
@@ -548,7 +554,7 @@ def _my_stretches(
     n_users: int, world: World, stretches: Sequence[int] | None
 ) -> list[tuple[int, int]]:
     """What `dealt_stretches` yields: as many on every rank, empty ones where it has fewer."""
-    size = stretch_of(n_users)
+    size = users_per_chunk(n_users)
     left = list(range(-(-n_users // size))) if stretches is None else list(stretches)
     per_rank = -(-len(left) // world.world_size)
     mine = left[world.rank * per_rank : (world.rank + 1) * per_rank]
@@ -558,7 +564,7 @@ def _my_stretches(
 
 def gather_ranked(ranked: Iterator[Ranked], k: int, world: World) -> Int64Array | None:
     """Positions of all users, ``[U, K]``, on rank 0; None elsewhere. All ranks."""
-    pieces = world.gather([positions for _, positions, _ in ranked])
+    pieces = world.gather_object([positions for _, positions, _ in ranked])
     if pieces is None:
         return None
     blocks = [block for piece in pieces for block in piece]

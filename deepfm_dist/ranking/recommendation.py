@@ -21,13 +21,13 @@ from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import external, id_order
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.engine import Precision
 from deepfm_dist.ranking.nearest import NearestItems
-from deepfm_dist.ranking.output import MatrixKind, Parts, Written, hash_of, state_of
+from deepfm_dist.ranking.output import MatrixKind, RankingFiles, ResumableOutput, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
     MEMORY_BYTES,
     Catalogue,
@@ -92,7 +92,7 @@ def recommend(
     folder: Path,
     checkpoint: Path | None = None,
     name: str = "recommendations",
-) -> Written | None:
+) -> RankingFiles | None:
     """Ranks the catalogue for every user. All ranks.
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
@@ -170,7 +170,7 @@ def recommend(
             "candidates": [wanted.candidates, wanted.index, wanted.probes],
             "engine": ranker.engine.name,
         }
-    parts = Parts(folder, f"{name}.parquet", len(users), key, world)
+    parts = ResumableOutput(folder, f"{name}.parquet", len(users), key, world)
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
@@ -182,14 +182,16 @@ def recommend(
         # Before anything is merged: a run that is killed here goes on with both files' parts.
         of_matrix = key and {**key, "matrix": wanted.matrix}
         of_name = f"-{name}".removeprefix("-recommendations")
-        matrix = Parts(folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world)
+        matrix = ResumableOutput(
+            folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world
+        )
         matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
     columns = {"user": "user_id", "item": "item_id"}
     written = parts.merge_ranked(columns, wanted.k)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures["peak_memory_gib"] = world.gather(peak_gib)
+    figures["peak_memory_gib"] = world.gather_object(peak_gib)
     if not parts.found:
         pairs = len(users) * len(catalogue)
         figures |= {"pairs": pairs, "seconds": took, "pairs_per_s": pairs / took}

@@ -9,12 +9,12 @@ import torch
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Jagged
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engine import Best, KernelEngine
-from deepfm_dist.ranking.output import Parts, Written
+from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
 
 
@@ -59,7 +59,7 @@ def similar_items(
     metric: Literal["cosine", "inner_product"],
     folder: Path,
     name: str = "similar_items",
-) -> Written | None:
+) -> RankingFiles | None:
     """Ranks all other items for every item. All ranks.
 
     Compared are sums of an item's factor vectors, its side features' included: what a user's
@@ -95,7 +95,7 @@ def similar_items(
     if metric == "cosine":
         vectors = of_length_one(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
-    parts = Parts(folder, f"{name}.parquet", n, None, world)
+    parts = ResumableOutput(folder, f"{name}.parquet", n, None, world)
     ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}

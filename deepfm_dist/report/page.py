@@ -20,7 +20,7 @@ from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
-from deepfm_dist.storage import writing, written_as_a_whole
+from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.metrics import Calibration
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def write_page(
         picture=lambda plot: Markup(plot.svg),
     )
     path = folder / name
-    with writing(path), written_as_a_whole(path) as file:
+    with write_errors_to_user(path), atomic_write(path) as file:
         file.write_text(page, encoding="utf-8")
     return path
 

@@ -12,7 +12,7 @@ from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.planning import Plan, RankDemand
 from deepfm_dist.distributed.sharding import RESERVED
 from deepfm_dist.ranking.evaluation import Comparison
-from deepfm_dist.ranking.output import Written
+from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.training.search import Trial
 
 SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
@@ -51,7 +51,7 @@ def _four_digits(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def ranking_table(written: Written, dataset: PreparedDataset) -> str:
+def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     """The first users' (or items') items by title, and the files."""
     with pq.ParquetFile(written.parquet) as file:  # of a size that may fit no memory
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)

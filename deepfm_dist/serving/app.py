@@ -1,4 +1,4 @@
-"""HTTP over `Live`: routes, limits, figures for Prometheus."""
+"""HTTP over `Recommender`: routes, limits, figures for Prometheus."""
 
 import time
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card
 from deepfm_dist.messages import short
-from deepfm_dist.serving.live import Live, Unknown, Unsupported
+from deepfm_dist.serving.live import Recommender, Unknown, Unsupported
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
@@ -129,7 +129,7 @@ NOT_ALLOWED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(live: Live, hosts: Sequence[str] = ("*",)) -> FastAPI:
+def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The application.
 
     Args:

@@ -18,7 +18,7 @@ from deepfm_dist.data.dataset import ABSENT, DrawnHistories, padded
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
@@ -28,7 +28,7 @@ from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
 from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
-from deepfm_dist.runs import Finished
+from deepfm_dist.runs import RunOnDisk
 
 CARDS = 100_000
 """Items whose cards stay in memory."""
@@ -42,7 +42,7 @@ class Unsupported(Exception):
     """What this model cannot do."""
 
 
-class _OneByOne(ModelRanker):
+class SingleUserRanker(ModelRanker):
     """Takes users as they come: what the model makes of them is kept, or made as they come."""
 
     _kept_users: Side | None = None
@@ -74,7 +74,7 @@ class _OneByOne(ModelRanker):
         return [self._kept_users[row : row + 1]]
 
 
-class Live:
+class Recommender:
     """Answers for users and items by their external ids.
 
     Args:
@@ -88,7 +88,7 @@ class Live:
         knows_users_by_items: whether a user can be described by a list of items.
     """
 
-    def __init__(self, found: Finished, export: Path, world: World) -> None:
+    def __init__(self, found: RunOnDisk, export: Path, world: World) -> None:
         dataset, config = found.dataset, found.config
         self.name, self.step = config.run.name, int(found.state["step"])
         self.knows_users_by_items = dataset.manifest.has_history
@@ -96,7 +96,7 @@ class Live:
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
         model = exported_model(found, export, world)
         nobody = np.zeros(0, np.int32)
-        self._ranker = _OneByOne(model, world, dataset, self._catalogue, nobody, context)
+        self._ranker = SingleUserRanker(model, world, dataset, self._catalogue, nobody, context)
         self._ranker.keep_users(
             dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
         )
@@ -205,7 +205,7 @@ class Live:
         found: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return found
 
-    def _best(self, ranker: _OneByOne, seen: Jagged, k: int) -> list[tuple[Card, float]]:
+    def _best(self, ranker: SingleUserRanker, seen: Jagged, k: int) -> list[tuple[Card, float]]:
         positions, scores = ranker.best(0, 1, 1, seen, k)
         return self._shown(positions[0], scores[0])
 
@@ -218,7 +218,7 @@ class Live:
         ]
 
 
-def is_export_of(found: Finished, export: Path) -> bool:
+def is_export_of(found: RunOnDisk, export: Path) -> bool:
     """Whether a folder holds the export of a run's checkpoint; a damaged one is none."""
     path = export / "config.json"
     try:
@@ -228,7 +228,7 @@ def is_export_of(found: Finished, export: Path) -> bool:
     return isinstance(config, dict) and found.identity.items() <= config.items()
 
 
-def exported_model(found: Finished, export: Path, world: World) -> DeepFM:
+def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:
     """The model of an export, unsharded, in eval mode.
 
     Args:

@@ -15,7 +15,7 @@ from deepfm_dist.data.fields import ordered_bits
 from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities, score_rows
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.training.metrics import (
     Calibration,
     FloatArray,
@@ -47,7 +47,7 @@ class Measured:
     calibration: Calibration
 
 
-class HeldOut:
+class RowEvaluator:
     """The labelled rows of a split, ready to be scored again and again.
 
     Rows are read from disk as they are needed, and lie there again with their scores: memory does
@@ -101,7 +101,7 @@ class HeldOut:
             figures = {"auc": area}
             if self._n_users:
                 figures["user_auc"] = _user_auc(records, self._n_users, world)
-        gathered = world.gather(sums)
+        gathered = world.gather_object(sums)
         if gathered is None:
             return None
         figures |= figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
@@ -171,7 +171,7 @@ def _tallies(
             pieces.append(
                 Tally.of(groups, rows["logit"], weight * is_positive, weight * ~is_positive)
             )
-        gathered = world.gather(Tally.merged(pieces))
+        gathered = world.gather_object(Tally.merged(pieces))
         yield Tally.merged(gathered or [Tally.of(*np.zeros((4, 0)))])
         low = high
 

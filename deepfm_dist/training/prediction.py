@@ -18,9 +18,9 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DeepFMError
-from deepfm_dist.storage import remove_leftovers, work_folder, writing
+from deepfm_dist.storage import remove_leftovers, work_folder, write_errors_to_user
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
 
 log = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ def predict(
     n_rows = n_strange = first_strange = 0
     try:
         # Before any work that would be lost.
-        world.first_does(str(target), lambda: _check_writable(target, aside))
+        world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
         batches = read_batches(source, encoder.columns, layout, name=name)
         for table in in_tables(encoder.in_rows(batches), ROWS_AT_A_TIME):
             rows = encoder.encode(table)
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
-            pieces = world.gather([logits for _, logits in scored])
+            pieces = world.gather_object([logits for _, logits in scored])
             n_rows += rows.n
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
@@ -87,16 +87,16 @@ def predict(
                 probability = probabilities(logits).astype(np.float32)
                 table = table.append_column("probability", pa.array(probability))
                 try:
-                    with writing(target):
+                    with write_errors_to_user(target):
                         if writer is None:
                             writer = pq.ParquetWriter(aside, table.schema, compression="zstd")
                         writer.write_table(table)
                 except DeepFMError as error:
                     problem = error
-            if (problem := world.agreed(problem)) is not None:
+            if (problem := world.broadcast(problem)) is not None:
                 raise problem if world.is_first else SystemExit(problem.exit_code)
         if writer is not None:
-            with writing(target):
+            with write_errors_to_user(target):
                 writer.close()
                 os.replace(aside, target)
     finally:
@@ -118,7 +118,7 @@ def predict(
 
 
 def _check_writable(target: Path, aside: Path) -> None:
-    with writing(target):
+    with write_errors_to_user(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         aside.touch()

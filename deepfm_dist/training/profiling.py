@@ -4,9 +4,9 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from deepfm_dist.distributed.world import World
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.storage import writing, written_as_a_whole
+from deepfm_dist.storage import atomic_write, write_errors_to_user
 
 
 def profiler(
@@ -50,5 +50,5 @@ def check_profiled(steps: tuple[int, int] | None, last: int) -> None:
 
 
 def _write(trace: profile, path: Path) -> None:
-    with writing(path), written_as_a_whole(path) as file:
+    with write_errors_to_user(path), atomic_write(path) as file:
         trace.export_chrome_trace(str(file))

@@ -17,8 +17,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, train_pipeline
+from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import set_table_steps
-from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
@@ -115,11 +115,11 @@ class LoopState:
         best: best value of the monitored figure.
         best_step: step it was measured at.
         monitor: the figure it is of.
-        without_better: validations since.
+        validations_since_best: validations since.
         lr_scale: what plateaus have left of the learning rates.
         lifetime: sums of `TrainingFigures`.
-        before_end: best, best_step, without_better and lr_scale before a validation that was there
-            only because training ended: one that goes on has them again.
+        before_end: best, best_step, validations_since_best and lr_scale before a validation that
+            ran only because training ended; they are restored when training is resumed.
         earlier_steps: steps of the runs before, whose weights and optimizer state it began with.
     """
 
@@ -130,7 +130,7 @@ class LoopState:
     saved_step: int | None = None
     best: float | None = None
     best_step: int | None = None
-    without_better: int = 0
+    validations_since_best: int = 0
     lr_scale: float = 1.0
     lifetime: list[float] = field(default_factory=list)
     monitor: str | None = None
@@ -140,10 +140,10 @@ class LoopState:
     def go_on(self, schedule: Schedule) -> None:
         """Makes it the state of a run that did not end here, and watches what ``schedule`` does."""
         if self.before_end is not None:
-            self.best, self.best_step, self.without_better, self.lr_scale = self.before_end
+            self.best, self.best_step, self.validations_since_best, self.lr_scale = self.before_end
             self.before_end = None
         if schedule.monitor != self.monitor:
-            self.best, self.best_step, self.without_better = None, None, 0
+            self.best, self.best_step, self.validations_since_best = None, None, 0
             self.monitor = schedule.monitor
 
     def count(self, outcome: Step, schedule: Schedule) -> None:
@@ -174,13 +174,15 @@ class LoopState:
 
     def is_over(self, schedule: Schedule, last: int) -> bool:
         """Whether nothing is left to do."""
-        out_of_patience = schedule.patience is not None and self.without_better >= schedule.patience
+        out_of_patience = (
+            schedule.patience is not None and self.validations_since_best >= schedule.patience
+        )
         return self.step >= last or out_of_patience
 
     @property
     def judged(self) -> list[Any]:
         """What `judge` changes."""
-        return [self.best, self.best_step, self.without_better, self.lr_scale]
+        return [self.best, self.best_step, self.validations_since_best, self.lr_scale]
 
     def check_monitored(
         self, figures: Mapping[str, float], schedule: Schedule, is_first: bool
@@ -202,7 +204,7 @@ class LoopState:
             raise ConfigError(
                 f"trainer.monitor={schedule.monitor}: it is {text}; set trainer.monitor=log_loss"
             )
-        if is_first and self.without_better == 1:
+        if is_first and self.validations_since_best == 1:
             log.warning("%s is %s; the last one is used", schedule.monitor, text)
 
     def warn_if_worsening(self, figures: Mapping[str, float], per_epoch: int) -> None:
@@ -212,7 +214,7 @@ class LoopState:
             figures: of this validation.
             per_epoch: steps per epoch.
         """
-        if self.monitor is None or self.best is None or self.without_better != WARN_AFTER:
+        if self.monitor is None or self.best is None or self.validations_since_best != WARN_AFTER:
             return
         log.warning(
             "validation %s has not improved since epoch %.4g: %.4f now, %.4f at step %s; more "
@@ -234,7 +236,7 @@ class LoopState:
         """
         if self.monitor is None or self.best is None or self.best_step is None:
             return
-        expected = patience is not None or self.without_better < WARN_AFTER
+        expected = patience is not None or self.validations_since_best < WARN_AFTER
         if self.best_step != self.step:
             log.log(
                 logging.INFO if expected else logging.WARNING,
@@ -282,9 +284,9 @@ class LoopState:
         sign = -1 if schedule.monitor in LOWER_IS_BETTER else 1
         gain = sign * (value - self.best) if self.best is not None else math.inf
         if math.isfinite(value) and gain > schedule.min_delta:
-            self.best, self.best_step, self.without_better = value, self.step, 0
+            self.best, self.best_step, self.validations_since_best = value, self.step, 0
         else:
-            self.without_better += 1
+            self.validations_since_best += 1
             self.lr_scale *= schedule.plateau_factor
 
 
@@ -425,7 +427,7 @@ def train(
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if world.device.type == "cuda":
         peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
-    of_ranks = {kind: world.gather(gib) for kind, gib in peak.items()}
+    of_ranks = {kind: world.gather_object(gib) for kind, gib in peak.items()}
     if world.is_first:
         metrics.write(EndEvent(step=state.step, **of_ranks))
     return state

@@ -10,9 +10,9 @@ from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.baselines import Ease, Popularity
-from deepfm_dist.ranking.evaluation import HeldOutItems, evaluate_ranking
+from deepfm_dist.ranking.evaluation import RankingEvaluator, evaluate_ranking
 from tests.ranks import run_alone
 
 
@@ -47,11 +47,11 @@ def _figures_of_baselines(folder: Path) -> dict[str, tuple[float, ...]]:
     config = load_config("aistages_ranking", ["model.embedding_dim=1"])
     prepare(config.data, config.data_root, folder, seed=1)
     dataset = PreparedDataset(folder)
-    with world("cpu") as ranks:
-        sharded = shard_for_training(config, dataset.manifest, ranks)[0].eval()
+    with process_group("cpu") as world:
+        sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         baselines = {"popularity": Popularity(), "ease": Ease(500.0)}
-        held_out = HeldOutItems(dataset, "test", {})
-        found = evaluate_ranking(deepfm_of(sharded), ranks, held_out, [10], baselines)
+        held_out = RankingEvaluator(dataset, "test", {})
+        found = evaluate_ranking(deepfm_of(sharded), world, held_out, [10], baselines)
     assert found is not None
     return {n: (found.figures[n]["recall@10"], found.figures[n]["ndcg@10"]) for n in baselines}
 

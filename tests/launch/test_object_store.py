@@ -18,11 +18,11 @@ from deepfm_dist.build import shard_for_inference
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import Column, find_files, read_table
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.world import world
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog
-from deepfm_dist.storage import delete_tree, folder_of, written_as_a_whole
+from deepfm_dist.storage import atomic_write, delete_tree, folder_of
 from tests.ranks import run_ranks
 from tests.runs import lines
 from tests.test_distributed import SMALL, Run, config_of, difference
@@ -128,9 +128,9 @@ def _state(step: int) -> dict[str, Any]:
 
 def _saved(folder: Path, run_dir: str) -> list[float]:
     """Losses of steps 1 to 20; checkpoints of 5 and 10 are written meanwhile."""
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
-        checkpoints = checkpoint.Checkpoints(folder_of(run_dir), ranks, keep_last=1)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
+        checkpoints = checkpoint.Checkpoints(folder_of(run_dir), world, keep_last=1)
         losses: list[float] = []
         for step in (5, 10):
             losses += run.losses(step - 4, step)
@@ -141,10 +141,10 @@ def _saved(folder: Path, run_dir: str) -> list[float]:
 
 
 def _resumed(folder: Path, run_dir: str) -> list[float]:
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
         path = checkpoint.find_checkpoint(folder_of(run_dir))
-        checkpoint.load(path, ranks, run.sharded, run.optimizer)
+        checkpoint.load(path, world, run.sharded, run.optimizer)
         return run.losses(11, 20)
 
 
@@ -161,8 +161,8 @@ def _cut_while_saving(folder: Path, run_dir: str) -> str:
     import s3fs
 
     s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
-    with world("cpu") as ranks:
-        run = Run(folder, config_of(*SMALL), ranks)
+    with process_group("cpu") as world:
+        run = Run(folder, config_of(*SMALL), world)
         run.save(folder_of(run_dir), 3)
         with pytest.raises(CheckpointError) as caught:
             run.save(folder_of(run_dir), 4)
@@ -185,9 +185,9 @@ def test_a_cut_in_a_save_is_one_line_and_leaves_the_checkpoint_before(
 
 
 def _loaded(folder: Path, path: str) -> None:
-    with world("cpu") as ranks:
-        sharded = shard_for_inference(config_of(*SMALL), PreparedDataset(folder).manifest, ranks)
-        checkpoint.load(folder_of(path), ranks, sharded)
+    with process_group("cpu") as world:
+        sharded = shard_for_inference(config_of(*SMALL), PreparedDataset(folder).manifest, world)
+        checkpoint.load(folder_of(path), world, sharded)
 
 
 def test_damage_is_found(sample: PreparedDataset, runs: Path) -> None:
@@ -235,7 +235,7 @@ def test_data_are_found_by_pattern_and_read_as_from_a_disk(runs: Path) -> None:
 
 
 def test_a_file_that_was_written_here_is_there(runs: Path) -> None:
-    with written_as_a_whole(runs / "trace[0]*.json") as file:
+    with atomic_write(runs / "trace[0]*.json") as file:
         file.write_text("{}")
         assert not (runs / "trace[0]*.json").exists()
     assert (runs / "trace[0]*.json").read_text() == "{}"
@@ -257,9 +257,9 @@ def test_a_run_of_and_in_a_bucket_cut_in_a_save_ends_as_a_local_one(
         (runs / "data" / file.name).write_bytes(file.read_bytes())
     options = ["trainer={max_steps: 40, log_every_steps: 20}", "checkpoint.every_steps=10"]
 
-    def train(home: Path, ranks: int, *more: str) -> "subprocess.Popen[str]":
+    def train(home: Path, world: int, *more: str) -> "subprocess.Popen[str]":
         home.mkdir(exist_ok=True)
-        torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--max-restarts=1"]
+        torchrun = ["torch.distributed.run", f"--nproc_per_node={world}", "--max-restarts=1"]
         return subprocess.Popen(
             [sys.executable, "-m", *torchrun, "-m", "deepfm_dist.train", *options, *more],
             cwd=home,

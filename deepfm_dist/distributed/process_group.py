@@ -90,7 +90,7 @@ class World:
         joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
         return joined
 
-    def gathered(self, tensor: Tensor) -> Tensor:
+    def all_gather_tensor(self, tensor: Tensor) -> Tensor:
         """Joins the ranks' tensors of one shape by rank, on this one's device. All ranks.
 
         ``[n, ...]`` -> ``[ranks * n, ...]``, without gradients.
@@ -102,7 +102,7 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
-    def exchanged(self, tensor: Tensor) -> Tensor:
+    def all_to_all(self, tensor: Tensor) -> Tensor:
         """Sends each rank a stretch of rows, and joins by rank what was sent here. All ranks.
 
         Args:
@@ -126,20 +126,20 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def all_gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Picklable values of all ranks, by rank, on every rank. All ranks."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def gather(self, value: Any) -> list[Any] | None:
+    def gather_object(self, value: Any) -> list[Any] | None:
         """Picklable values of all ranks, on rank 0; None elsewhere. All ranks."""
         values: list[Any] | None = [None] * self.world_size if self.is_first else None
         dist.gather_object(value, values)
@@ -149,7 +149,7 @@ class World:
         """Waits for all ranks."""
         dist.barrier()
 
-    def first_does(self, name: str, work: Callable[[], T]) -> T | None:
+    def run_on_rank0(self, name: str, work: Callable[[], T]) -> T | None:
         """Rank 0 works while the others wait, however long; its failure ends all of them.
 
         They wait as long as rank 0's process is alive: one that was stopped or whose machine is
@@ -187,8 +187,8 @@ class World:
         return result
 
     @contextmanager
-    def first_holds(self, lock: Lock, wait_s: float = 0.0) -> Iterator[None]:
-        """Rank 0 holds a lock while all ranks are inside; see `first_does`. All ranks.
+    def hold_on_rank0(self, lock: Lock, wait_s: float = 0.0) -> Iterator[None]:
+        """Rank 0 holds a lock while all ranks are inside; see `run_on_rank0`. All ranks.
 
         Args:
             lock: what rank 0 acquires.
@@ -198,7 +198,7 @@ class World:
             InUse: on rank 0, when another process holds it.
             SystemExit: on the other ranks, then.
         """
-        self.first_does(str(lock.path), lambda: lock.acquire(wait_s))
+        self.run_on_rank0(str(lock.path), lambda: lock.acquire(wait_s))
         try:
             yield
         finally:
@@ -226,7 +226,7 @@ class World:
         raise dist.DistStoreError(f"timed out: no sign of life from rank 0 in {name!r}")
 
     @contextmanager
-    def showing_life(self) -> Iterator[None]:
+    def heartbeat(self) -> Iterator[None]:
         """Rank 0 counts on in the store as long as its process runs."""
         over = Event()
 
@@ -285,7 +285,7 @@ class _Gather(torch.autograd.Function):
 
 
 @contextmanager
-def world(
+def process_group(
     device: str = "auto", timeout_s: float = 120, threads: int = 1, deterministic: bool = False
 ) -> Iterator[World]:
     """Joins the process group that torchrun describes, or makes one of a single rank.
@@ -336,20 +336,20 @@ def world(
     if chosen.type == "cuda" and size > 1:
         of_its_own: dist.Store = shared.clone()  # type: ignore[attr-defined]
         watch = Watch(of_its_own, rank, size, timeout_s)
-    ranks = World(rank, size, local_size, spare, chosen, shared, timeout_s, watch)
+    world = World(rank, size, local_size, spare, chosen, shared, timeout_s, watch)
     failed = True
     try:
         with ExitStack() as stack:
             if watch is not None:
                 stack.enter_context(watch)
-            stack.enter_context(ranks.showing_life())
-            yield ranks
-            with ranks.waiting():
+            stack.enter_context(world.heartbeat())
+            yield world
+            with world.waiting():
                 dist.barrier()  # rank 0 may hold the store that others still read
         failed = False
     except RuntimeError as error:
         if size > 1 and _LOST.search(str(error)):
-            _call_the_roll(ranks, launch.local_rank, timeout_s, error)
+            raise_if_ranks_missing(world, launch.local_rank, timeout_s, error)
         raise
     finally:
         _leave(abort=failed and watch is not None)
@@ -393,7 +393,9 @@ def in_background(work: Callable[[], T], device: torch.device | None = None) -> 
     return outcome
 
 
-def _call_the_roll(world: World, local_rank: int, timeout_s: float, error: RuntimeError) -> None:
+def raise_if_ranks_missing(
+    world: World, local_rank: int, timeout_s: float, error: RuntimeError
+) -> None:
     """After an exchange failed: who is still there?
 
     Raises:
