@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import (
-    Config,
-    LearningRateConfig,
-    ModelConfig,
-    OptimizerConfig,
-    with_settings,
-)
+from deepfm_dist.config import Config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
@@ -35,6 +29,7 @@ from deepfm_dist.distributed.optimizers import (
     table_optimizer,
 )
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import LearningRateConfig, OptimizerConfig
 from deepfm_dist.distributed.sharding import (
     DistributedModelParallel,
     EmbeddingComputeKernel,
@@ -49,6 +44,7 @@ from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
+from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from deepfm_dist.cli import run
-from deepfm_dist.config import Config, ShardingConfig, config_from
+from deepfm_dist.config import Config, config_from
+from deepfm_dist.distributed.settings import ShardingConfig
 
 EXAMPLES = (
     "--config aistages_ranking --ease 96 --to both",

@@ -17,13 +17,14 @@ from deepfm_dist.build import (
     shard_for_training,
     validation_of,
 )
-from deepfm_dist.config import Config, ModelConfig, load_config
+from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.runs import (
     begin,
     check_settings,

@@ -1,0 +1,149 @@
+"""The sections `optimizer`, `sharding` and `checkpoint`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deepfm_dist.section import Section
+from deepfm_dist.storage import PathOrUrl
+
+
+class LearningRateConfig(Section):
+    """A learning rate over the steps: linear warm-up, then decay."""
+
+    lr: float = Field(gt=0)
+    """Learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises to lr."""
+    decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
+    """Shape of what follows."""
+    decay_steps: int | None = Field(None, ge=1)
+    """Steps from the end of warm-up to the end of decay; needed unless decay is constant."""
+    final_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of decay."""
+    power: float = Field(2.0, gt=0)
+    """Exponent of polynomial decay."""
+
+    @model_validator(mode="after")
+    def _decay_has_a_length(self) -> Self:
+        if self.decay != "constant" and self.decay_steps is None:
+            raise ValueError(f"decay={self.decay} needs decay_steps")
+        if self.decay == "constant" and (self.decay_steps is not None or self.final_lr):
+            raise ValueError("decay_steps and final_lr need a decay: linear, cosine or polynomial")
+        if self.decay != "polynomial" and self.power != 2.0:
+            raise ValueError(f"power={self.power:g} is an exponent of decay=polynomial")
+        return self
+
+
+class TableOptimizerConfig(LearningRateConfig):
+    """Optimizer of the embedding tables."""
+
+    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lazy_adam"] = "rowwise_adagrad"
+    """adam moves every row at every step; lazy_adam (CUDA only) the looked-up ones."""
+    lr: float = Field(0.05, gt=0)
+    """Learning rate after warm-up."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root in the denominator (not for sgd)."""
+    l2: float = Field(0.0, ge=0)
+    """Adds l2 * row to a row's gradient: under adam every row's at every step (l2 / 2 * |table|^2
+    in the loss); under rowwise_adagrad, on CUDA only, the looked-up rows'. Refused elsewhere."""
+    max_gradient: float | None = Field(None, gt=0)
+    """Bound of each element of a row's gradient, summed over the row's look-ups; needs adam."""
+
+
+class DenseOptimizerConfig(LearningRateConfig):
+    """Optimizer of everything but the tables."""
+
+    name: Literal["adam", "adagrad", "sgd"] = "adam"
+    """torch.optim's class."""
+    lr: float = Field(0.001, gt=0)
+    """Learning rate after warm-up."""
+    l2: float = Field(0.0, ge=0)
+    """Adds l2 * weight to the gradient."""
+    max_norm: float | None = Field(None, gt=0)
+    """Bound of the norm of their gradient, the tables' left out."""
+
+
+class OptimizerConfig(Section):
+    """Who updates what."""
+
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    """The embedding tables."""
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    """Bias, over-arch, numeric fields."""
+    max_norm: float | None = Field(None, gt=0)
+    """Bound of the norm of the whole gradient, that of the tables and of L2 included; needs adam on
+    the tables (fused ones are updated before the norm is known)."""
+
+    @model_validator(mode="after")
+    def _norm_is_known(self) -> Self:
+        if self.max_norm is not None and self.tables.name != "adam":
+            raise ValueError(
+                f"max_norm={self.max_norm:g}: {self.tables.name} updates tables in the backward "
+                f"pass, before the norm of all gradients is known; use optimizer.tables.name=adam, "
+                f"or bound the rest by optimizer.dense.max_norm"
+            )
+        return self
+
+
+class TablePlan(Section):
+    """Where one table lies."""
+
+    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
+    """Whole on one rank, or cut by rows over all; auto: as the planner says."""
+    rank: int | None = Field(None, ge=0)
+    """For table_wise: the rank that holds it; default: dealt by the planner's order."""
+    cached: float | None = Field(None, gt=0, lt=1)
+    """Keep the table in the machine's memory, and this share of its rows in a GPU's, where those of
+    the next batches are fetched before they are needed. Default: all in the GPU's; CUDA only."""
+
+    @model_validator(mode="after")
+    def _rank_has_a_table(self) -> Self:
+        if self.rank is not None and self.kind != "table_wise":
+            raise ValueError(f"rank={self.rank} needs kind=table_wise")
+        return self
+
+
+class ShardingConfig(Section):
+    """How the tables are cut over the ranks."""
+
+    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
+    """auto asks TorchRec's planner to choose between the other two for each table."""
+    tables: dict[str, TablePlan] = Field(default_factory=dict)
+    """An explicit plan for single tables; the rest follows ``kind``."""
+    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In which embeddings and their gradients travel between ranks."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, and what is read again."""
+
+    every_epochs: int = Field(0, ge=0)
+    """Epochs between two checkpoints; there is always one of the last step."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between two checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """How many are kept, the newest ones; the best one by ``trainer.monitor`` is kept as well."""
+    resume: Literal["auto", "always", "never"] = "auto"
+    """auto continues an unfinished run, leaves a finished one as it is, and refuses other settings
+    and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
+    ...) and begins again; always means the same as auto. Restarted by a launcher, a run of the same
+    settings and data continues from its latest checkpoint, whatever is set here and in ``use``."""
+    start_from: PathOrUrl | None = None
+    """Folder of another run, or of one of its checkpoints: training begins with its weights and
+    optimizer state, field by field: new fields start afresh, and others may be left out. The ids of
+    a field must be the same, or what this run's grew from (data.vocabulary_from): new rows start
+    afresh."""
+    start_weights_only: bool = False
+    """Whether ``start_from`` takes weights alone, and the optimizer starts afresh: for another
+    optimizer, or another task."""
+    use: Literal["auto", "latest", "best"] | int = "auto"
+    """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
+    continue training, otherwise the best one, or the latest if no figure was monitored. Training
+    that continues from an earlier one moves later ones aside, as ``resume`` says."""
+
+    @model_validator(mode="after")
+    def _weights_come_from_somewhere(self) -> Self:
+        if self.start_weights_only and self.start_from is None:
+            raise ValueError("start_weights_only needs start_from, the folder of a run")
+        return self

@@ -1,0 +1,55 @@
+"""The section `model`."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from deepfm_dist.section import Section
+
+
+class ModelConfig(Section):
+    """The DeepFM."""
+
+    embedding_dim: int = Field(16, ge=1)
+    """Length D of each field's factor vector."""
+    init_std: float = Field(0.01, ge=0)
+    """Standard deviation of the tables' initial values."""
+    first_order: bool = True
+    """The linear part."""
+    fm: bool = True
+    """The pairwise part."""
+    fm_pairs: Literal["all", "across"] = "all"
+    """Its pairs of fields: all, as in the paper, or only those across: of a field of the item with
+    one of the user or the context. The others rank nothing that the first order could not."""
+    deep: bool = True
+    """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
+    over_arch: str = "mlp"
+    """mlp, or the import path ``package.module:Class`` of a module [B, in] -> [B]; it is called
+    with in_features and over_arch_options."""
+    over_arch_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of an over-arch given by import path."""
+    over_arch_layer_sizes: tuple[int, ...] = (400, 400, 400)
+    """Hidden layers of the MLP."""
+    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
+    """Activation of the MLP."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout after each hidden layer."""
+    batch_norm: bool = False
+    """Batch norm (over the global batch) after each hidden linear layer, which then has no bias."""
+    over_arch_init: Literal["uniform", "xavier_normal"] = "uniform"
+    """Initial weights of the MLP: torch's default, uniform within 1 / sqrt(inputs), biases too; or
+    normal with variance 2 / (inputs + outputs), biases 0."""
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if not (self.first_order or self.fm or self.deep):
+            raise ValueError("first_order, fm and deep are all off: nothing is left to train")
+        if any(size < 1 for size in self.over_arch_layer_sizes):
+            raise ValueError(
+                f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
+            )
+        if self.fm_pairs == "across" and not self.fm:
+            raise ValueError("fm_pairs=across chooses pairs of the fm part, which is off")
+        if self.over_arch == "mlp" and self.over_arch_options:
+            raise ValueError("over_arch_options go with an over_arch given by import path")
+        return self

@@ -1,0 +1,137 @@
+"""The sections `trainer` and `tune`."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from deepfm_dist.section import Section
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    loss: Literal["bce", "bpr", "softmax"] = "bce"
+    """bce: cross-entropy of single rows, positives and their negatives. bpr, softmax: a batch is of
+    users, and each user's targets are compared with candidate items."""
+    batch_size: int = Field(8192, ge=1)
+    """Rows (of bpr and softmax: users) per step over all ranks."""
+    candidates: int | None = Field(None, ge=1)
+    """For bpr and softmax: items drawn in each step, by ``data.negatives.popularity_power``, for
+    which the softmax is corrected (logQ). Default: the whole catalogue."""
+    targets_per_user: int = Field(16, ge=1)
+    """With candidates: a user's targets in a step, at most."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, whatever the epochs say."""
+    reading_threads: int | None = Field(None, ge=0, le=1024)
+    """Threads of a process that make the next batches while one trains; the batches are the same.
+    Default: one for each core that the processes of the machine leave idle, at most 4; 0: none."""
+    accumulate_steps: int = Field(1, ge=1)
+    """Parts of a batch that are computed one after the other, to save memory; needs adam on the
+    tables (fused ones are updated by every part). Batch norm sees each part alone."""
+    max_skipped: int = Field(10, ge=0)
+    """A step whose loss is NaN or infinite is skipped; more than so many in a row end the run."""
+    log_every_steps: int = Field(50, ge=1)
+    """Steps between two lines of training figures."""
+    validate_every_epochs: int = Field(1, ge=0)
+    """Epochs between two validations; 0: never."""
+    monitor: str | None = "auto"
+    """Validation figure (log_loss, auc, ndcg@10, ...) whose best checkpoint is kept and used. auto:
+    log_loss; for bpr and softmax ndcg@K at the largest K of ``evaluate.k``. null: none, and the
+    last checkpoint is used."""
+    patience: int | None = Field(None, ge=1)
+    """Validations without a better monitored figure after which training stops."""
+    plateau_factor: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rates after each validation without a better figure."""
+    min_delta: float = Field(0.0, ge=0)
+    """By how much a figure has to be better than the best to count as better."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of the over-arch's matrix products while training; tf32 on CUDA only. There is no fp16: it
+    needs a scaled loss, which tables updated in the backward pass would take for the loss."""
+    table_precision: Literal["fp32", "fp16"] = "fp32"
+    """In which tables are kept while training (fp16: not with adam)."""
+    compile: bool = False
+    """Compile everything above the tables with torch.compile (on CPU it needs a C++ compiler)."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step whose trace torch's profiler writes to the run's folder."""
+
+    @field_validator("monitor")
+    @classmethod
+    def _none_is_null(cls, monitor: str | None) -> str | None:
+        return None if monitor in ("none", "None") else monitor
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> Self:
+        if self.monitor is None and self.needs_monitor:
+            raise ValueError(f"{self.needs_monitor} needs a monitored figure; set monitor=auto")
+        if self.loss == "bpr" and self.candidates is None:
+            raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
+        if self.loss == "bce" and self.candidates is not None:
+            raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
+        if self.candidates is None and self.targets_per_user != 16:
+            raise ValueError("targets_per_user needs candidates; without them all targets count")
+        if self.needs_monitor and self.validate_every_epochs == 0:
+            raise ValueError(f"{self.needs_monitor} needs validations; set validate_every_epochs=1")
+        return self
+
+    @property
+    def needs_monitor(self) -> str | None:
+        """The first setting that has no meaning without a monitored figure; None: there is none."""
+        if self.monitor not in (None, "auto"):
+            return f"monitor={self.monitor}"
+        for name in ("patience", "plateau_factor", "min_delta"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                return f"{name}={value:g}"
+        return None
+
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> Self:
+        first, last = self.profile_steps or (1, 1)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"profile_steps=[{first}, {last}]: give the first, from 1, and the last"
+            )
+        return self
+
+
+class SpanConfig(Section):
+    """Numbers between two bounds; whole ones where both bounds are."""
+
+    low: int | float
+    """The lower bound."""
+    high: int | float
+    """The upper bound; it may be reached."""
+    log: bool = False
+    """Spread them evenly over orders of magnitude."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(
+                f"low must be below high, and above 0 with log (got {self.low:g}, {self.high:g})"
+            )
+        return self
+
+
+class TuneConfig(Section):
+    """A search for the settings with the best ``trainer.monitor``."""
+
+    space: dict[str, SpanConfig | tuple[Any, ...]] = Field(default_factory=dict)
+    """What to vary: settings of model, optimizer and trainer by their dotted name, each with bounds
+    (``{low: 0.001, high: 0.1, log: true}``) or a list of values."""
+    trials: int = Field(20, ge=1)
+    """Settings to try, those of earlier, unfinished searches included."""
+    prune: bool = True
+    """End a trial early that is worse than the median of the earlier ones at the same epoch."""
+
+    @model_validator(mode="after")
+    def _can_be_varied(self) -> Self:
+        for name, values in self.space.items():
+            if name.partition(".")[0] not in ("model", "optimizer", "trainer"):
+                raise ValueError(
+                    f"space: {name} is the same for all trials; vary model, optimizer and trainer"
+                )
+            if values == ():
+                raise ValueError(f"space: {name} has no values to choose from")
+        return self
