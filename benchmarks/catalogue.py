@@ -33,9 +33,11 @@ from torch import Tensor
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
-from deepfm_dist.ranking import kernel
 from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
-from deepfm_dist.ranking.engine import USER_BLOCK, Best, Engine, KernelEngine, TorchEngine
+from deepfm_dist.ranking.engines import numba_kernel as kernel
+from deepfm_dist.ranking.engines.numba import NumbaEngine
+from deepfm_dist.ranking.engines.torch import TorchEngine
+from deepfm_dist.ranking.types import USER_BLOCK, Best, Engine
 
 SEEN_PER_USER = 164
 """As in the AI Stages movie data: 5.2 M interactions of 31,360 users."""
@@ -103,8 +105,8 @@ def engines_of(
 ) -> dict[str, Engine]:
     """The kernels of a device, by the names of their figures."""
     if device.type == "cpu":
-        return {"pairs_per_s": KernelEngine(layers, threads)}
-    from deepfm_dist.ranking.triton_kernel import TritonEngine
+        return {"pairs_per_s": NumbaEngine(layers, threads)}
+    from deepfm_dist.ranking.engines.triton import TritonEngine
 
     return {
         "pairs_per_s": TritonEngine(layers, "fp32", device),

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from deepfm_dist.ranking.triton_kernel import Layout, _rank
+from deepfm_dist.ranking.engines.triton_kernel import TileConfig, rank_pairs
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 """Shared memory of a program at most, by compute capability; CUDA C++ programming guide."""
@@ -50,7 +50,7 @@ def compiled(
         tensor cores the code holds.
     """
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    constants = Layout.of(sizes, kind).options(True, dim, 1 if mode == "scores" else top_k)
+    constants = TileConfig.of(sizes, kind).options(True, dim, 1 if mode == "scores" else top_k)
     warps = constants.pop("num_warps")
     constants |= {
         "PRECISION": "tf32" if precision == "tf32" else "tf32x3",
@@ -62,17 +62,17 @@ def compiled(
     types["weights"] = "*bf16" if kind is torch.bfloat16 else "*fp32"
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*fp32")
-        for name in _rank.arg_names
+        for name in rank_pairs.arg_names
     }
     # What the launcher finds out of its arguments: memory is aligned, columns come in tiles.
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(_rank.arg_names)
+        for place, name in enumerate(rank_pairs.arg_names)
         if signature[name].startswith("*") or name == "columns_per_split"
     }
     begun = time.perf_counter()
     kernel = compile(
-        ASTSource(_rank, signature, constants, aligned),
+        ASTSource(rank_pairs, signature, constants, aligned),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": warps},
     )
@@ -89,7 +89,7 @@ def compiled(
         ),
         "compiled_again_for_another": [
             parameter.name
-            for parameter in _rank.params
+            for parameter in rank_pairs.params
             if parameter.name in _SIZES and not parameter.do_not_specialize
         ],
     }

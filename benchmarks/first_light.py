@@ -118,7 +118,7 @@ def kernel_is_right(device: str) -> dict[str, float]:
     """The catalogue kernel against float64."""
     import torch
 
-    from deepfm_dist.ranking.triton_kernel import TritonEngine
+    from deepfm_dist.ranking.engines.triton import TritonEngine
     from tests.test_kernel import Case, Ranking, error_of
 
     most = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}
@@ -149,8 +149,8 @@ def catalogue_speed(device: str) -> dict[str, float]:
 
     from deepfm_dist.data.jagged import Jagged
     from deepfm_dist.model.pairs import Side
-    from deepfm_dist.ranking.engine import Best
-    from deepfm_dist.ranking.triton_kernel import TritonEngine
+    from deepfm_dist.ranking.engines.triton import TritonEngine
+    from deepfm_dist.ranking.types import Best
     from tests.test_kernel import Case
 
     n_users, n_items = (31_360, 6_807) if device == "cuda" else (8, 130)

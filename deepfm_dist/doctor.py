@@ -182,7 +182,7 @@ def _check_catalogue(device: str) -> None:
 
     from deepfm_dist.model.deepfm import InteractionArch, OverArch
     from deepfm_dist.ranking.catalogue import CatalogueScorer
-    from deepfm_dist.ranking.engine import engine_for
+    from deepfm_dist.ranking.engines.selection import engine_for
 
     torch.manual_seed(0)
     arch = InteractionArch(0, 8, over_arch=OverArch(16, [20, 10])).to(device).eval()

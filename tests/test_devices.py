@@ -45,7 +45,7 @@ from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_dee
 from deepfm_dist.model.losses import DeepFMTrain
 from deepfm_dist.ranking import catalogue
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engine import TorchEngine
+from deepfm_dist.ranking.engines.torch import TorchEngine
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
 
@@ -245,8 +245,8 @@ def test_engines_are_made_and_score_on_the_models_device(
         scorer = CatalogueScorer(arch, [False, True, True], 3)
         assert scorer.layers is not None
         if kind == "triton":
-            triton_kernel = pytest.importorskip("deepfm_dist.ranking.triton_kernel")
-            engine = triton_kernel.TritonEngine(scorer.layers, "fp32", META)
+            triton = pytest.importorskip("deepfm_dist.ranking.engines.triton")
+            engine = triton.TritonEngine(scorer.layers, "fp32", META)
             assert {engine._weights.device, engine._biases.device, engine._output.device} == {META}
         else:
             engine = TorchEngine(scorer)

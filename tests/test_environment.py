@@ -337,7 +337,7 @@ WRONG = {
         lambda *_: None,
     ),
     "_check_catalogue": (
-        "deepfm_dist.ranking.engine.KernelEngine.scores",
+        "deepfm_dist.ranking.engines.numba.NumbaEngine.scores",
         lambda self, users, n, items: torch.zeros(n, items.n),
     ),
 }

@@ -17,7 +17,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engine import Precision
+from deepfm_dist.ranking.types import Precision
 from tests.ranks import run_ranks
 from tests.test_checkpoint import resumed, trained_through
 from tests.test_distributed import SMALL, Run, config_of, difference
@@ -164,7 +164,7 @@ def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
 
 
 def ranked_on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ranking:
-    from deepfm_dist.ranking.triton_kernel import TritonEngine
+    from deepfm_dist.ranking.engines.triton import TritonEngine
 
     engine = TritonEngine(case.layers, precision, torch.device("cuda"))
     return Ranking(case.to("cuda"), n_users, n_items, engine)

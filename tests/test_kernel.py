@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking import kernel
-from deepfm_dist.ranking.engine import Best, Engine, KernelEngine
+from deepfm_dist.ranking.engines import numba_kernel as kernel
+from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.topk import NO_ITEM
+from deepfm_dist.ranking.types import Best, Engine
 
 pytestmark = pytest.mark.skipif(not kernel.HAS_FMA, reason="the kernel needs multiply-add")
 
@@ -145,7 +146,7 @@ class Ranking:
 
 
 def compiled(case: Case, n_users: int, n_items: int, threads: int = 1) -> Ranking:
-    return Ranking(case, n_users, n_items, KernelEngine(case.layers, threads))
+    return Ranking(case, n_users, n_items, NumbaEngine(case.layers, threads))
 
 
 def sorted_top_k(scores: torch.Tensor, candidates: list[list[int]], k: int) -> list[list[int]]:

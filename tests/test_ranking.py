@@ -32,7 +32,7 @@ from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
-from deepfm_dist.ranking import catalogue, evaluation, kernel, output
+from deepfm_dist.ranking import catalogue, evaluation, output
 from deepfm_dist.ranking.baselines import (
     AnySize,
     Baseline,
@@ -43,7 +43,10 @@ from deepfm_dist.ranking.baselines import (
     distinct,
 )
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engine import KernelEngine, TorchEngine, engine_for
+from deepfm_dist.ranking.engines import numba_kernel as kernel
+from deepfm_dist.ranking.engines.numba import NumbaEngine
+from deepfm_dist.ranking.engines.selection import engine_for
+from deepfm_dist.ranking.engines.torch import TorchEngine
 from deepfm_dist.ranking.evaluation import Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
 from deepfm_dist.ranking.recommendation import Wanted, recommend
@@ -172,9 +175,9 @@ def test_an_over_arch_of_ones_own_is_scored_exactly() -> None:
 @pytest.mark.parametrize(
     ("hidden", "custom", "activation", "kind"),
     [
-        ((9, 4), False, "relu", KernelEngine),
-        ((), False, "gelu", KernelEngine),
-        (None, False, "relu", KernelEngine),
+        ((9, 4), False, "relu", NumbaEngine),
+        ((), False, "gelu", NumbaEngine),
+        (None, False, "relu", NumbaEngine),
         ((9, 4), False, "gelu", TorchEngine),
         (None, True, "relu", TorchEngine),
     ],

@@ -21,7 +21,8 @@ from deepfm_dist.data.schema import History
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.ranking import engine, ranker
+from deepfm_dist.ranking import ranker
+from deepfm_dist.ranking.engines import numba_kernel
 from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import Wanted, recommend
 from tests.conftest import HISTORY
@@ -52,7 +53,7 @@ def _recommended(
     logger.setLevel(logging.INFO)
     ranker.ITEM_BLOCK = item_block
     if by_torch:
-        engine.kernel.HAS_FMA = False
+        numba_kernel.HAS_FMA = False
     written = 0
     write = ResumableOutput.write
 

@@ -13,12 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.ranking.engine import Precision
+from deepfm_dist.ranking.types import Precision
 from tests.test_kernel import Case, Ranking, error_of
 
-triton_kernel = pytest.importorskip(
-    "deepfm_dist.ranking.triton_kernel", exc_type=ModuleNotFoundError
-)
+triton = pytest.importorskip("deepfm_dist.ranking.engines.triton", exc_type=ModuleNotFoundError)
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("a GPU is there: tests/test_gpu.py runs the kernel", allow_module_level=True)
 CPU = torch.device("cpu")
@@ -28,7 +26,7 @@ sizes = st.lists(st.integers(1, 40), max_size=4)
 
 
 def interpreted(case: Case, n_users: int, n_items: int, precision: Precision = "fp32") -> Ranking:
-    engine = triton_kernel.TritonEngine(case.layers, precision, CPU)
+    engine = triton.TritonEngine(case.layers, precision, CPU)
     return Ranking(case, n_users, n_items, engine)
 
 
@@ -67,7 +65,7 @@ def test_top_k_equals_a_full_sort_of_the_same_scores(
 
 
 def test_more_items_per_user_than_registers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernel, "MOST_K", 4)
+    monkeypatch.setattr(triton, "MOST_K", 4)
     interpreted(Case.of(6, 200, 5, [7, 3], seed=4), 6, 200).check(9, (128,))
 
 
@@ -77,7 +75,7 @@ def test_splits_tiles_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPat
     case = Case.of(n_users, n_items, 12, [33, 21, 10, 7], seed=1)
     alone = interpreted(case, n_users, n_items).top_k(17)
     for programs, cuts in ((1, ()), (2, (256,)), (2048, (128,))):
-        monkeypatch.setattr(triton_kernel, "PROGRAMS", programs)
+        monkeypatch.setattr(triton, "PROGRAMS", programs)
         again = interpreted(case, n_users, n_items).top_k(17, cuts)
         assert again.positions.equal(alone.positions)
         assert again.scores.equal(alone.scores)
@@ -86,11 +84,11 @@ def test_splits_tiles_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPat
     scores = interpreted(case, n_users, n_items).scores()
     assert few.scores().equal(scores[:2])
     lean = interpreted(case, n_users, n_items)
-    layout = lean.engine._layout
-    while (layout := layout.leaner) is not None:
-        lean.engine._layout = layout
+    tiles = lean.engine._tiles
+    while (tiles := tiles.leaner) is not None:
+        lean.engine._tiles = tiles
         assert lean.scores().equal(scores)
-    assert lean.engine._layout.pairs == 16
+    assert lean.engine._tiles.pairs == 16
 
 
 @pytest.mark.parametrize("sizes", [[30, 20, 10], [400, 400, 400]])
@@ -135,7 +133,7 @@ def test_what_tensor_cores_round_leaves_the_error_that_is_documented(
 
 
 def test_layers_that_are_too_wide_or_too_many_are_named() -> None:
-    reason = triton_kernel.reason_against
+    reason = triton.unsupported_reason
     assert reason([4000, 512, 4000], "fp32") is None
     assert reason([30, 513, 20], "fp32") == (
         "layers between the first and the last have more than 512 units in fp32"

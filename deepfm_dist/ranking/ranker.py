@@ -30,9 +30,10 @@ from deepfm_dist.log import progress
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision, engine_for
+from deepfm_dist.ranking.engines.selection import engine_for
 from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.topk import best_of_keys, keys_of, mask_of, masked_top_k
+from deepfm_dist.ranking.types import USER_BLOCK, Best, Precision
 
 log = logging.getLogger(__name__)
 

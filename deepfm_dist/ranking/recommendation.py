@@ -25,7 +25,6 @@ from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
-from deepfm_dist.ranking.engine import Precision
 from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.output import MatrixKind, RankingFiles, ResumableOutput, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
@@ -37,6 +36,7 @@ from deepfm_dist.ranking.ranker import (
     in_id_order,
     rank_users,
 )
+from deepfm_dist.ranking.types import Precision
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking.engine import Best, KernelEngine
+from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
+from deepfm_dist.ranking.types import Best
 
 
 class _VectorRanker(Ranker):
@@ -24,7 +25,7 @@ class _VectorRanker(Ranker):
     def __init__(self, vectors: torch.Tensor, threads: int) -> None:
         n = len(vectors)
         self._side = Side(torch.zeros(n), vectors, torch.zeros(n, 0))
-        self._engine = KernelEngine([], threads)
+        self._engine = NumbaEngine([], threads)
         self._items = self._engine.allocate(n, self._side)
         self._engine.fill(self._items, 0, self._side)
 

@@ -23,11 +23,11 @@ from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking.engine import USER_BLOCK
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
 from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
+from deepfm_dist.ranking.types import USER_BLOCK
 from deepfm_dist.runs import RunOnDisk
 
 CARDS = 100_000

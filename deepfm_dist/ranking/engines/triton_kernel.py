@@ -11,22 +11,15 @@ in does not change a bit of it.
 """
 
 import itertools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking.engine import USER_BLOCK, Best, Precision
-from deepfm_dist.ranking.topk import NO_KEY, best_of_keys, keys_of, mask_of
-
-log = logging.getLogger(__name__)
+from deepfm_dist.ranking.topk import NO_KEY
+from deepfm_dist.ranking.types import Precision
 
 ITEM_TILE = 128
 """Items that what pads a catalogue fills up to; a tile has a part of it."""
@@ -42,15 +35,13 @@ MOST_K = 512
 """Items per user that registers hold; more are taken from scores in memory."""
 RESIDENT_BYTES = 1 << 16
 """Weights that may stay on chip from tile to tile; more are read again for each."""
-PROGRAMS = 2048
-"""Programs that keep a large GPU busy; fewer users than that share the catalogue out."""
 
 _NONE = tl.constexpr(NO_KEY)
 _FULL = tl.constexpr(2**63 - 1)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-class Layout(NamedTuple):
+class TileConfig(NamedTuple):
     """How a model's hidden layers are cut; each is padded by units of zero.
 
     Attributes:
@@ -72,22 +63,22 @@ class Layout(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, sizes: Sequence[int], kind: torch.dtype) -> "Layout":
+    def of(cls, sizes: Sequence[int], kind: torch.dtype) -> "TileConfig":
         """Of hidden layers of some sizes, their units of a type."""
         if not sizes:
             return cls(0, (), 0, 0, 128, False, 1)
         half = kind.itemsize == 2
-        chunk = _power(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
+        chunk = power_of_two(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
         middle = tuple(_blocks(size, 128 if half else 64) for size in sizes[1:-1])
         # Tensor cores take 64 rows at a time; 128 halve the traffic of weights, if they fit.
         fit = _held(sizes) * kind.itemsize <= 1024
-        n_weights = sum(_multiple(a, 16) * _multiple(b, 16) for a, b in itertools.pairwise(sizes))
+        n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
         # In fp32 each lies there twice, as its tf32 and what that leaves.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
         return cls(
-            _multiple(sizes[0], STEP),
+            round_up(sizes[0], STEP),
             middle,
-            _multiple(sizes[-1], chunk) if chunk else 0,
+            round_up(sizes[-1], chunk) if chunk else 0,
             chunk,
             128 if fit and (half or not streamed) else 64,
             streamed,
@@ -119,7 +110,7 @@ class Layout(NamedTuple):
             "CHUNK": self.chunk,
             "USERS": USERS,
             "ITEMS": self.pairs // USERS,
-            "K": _power(k, 2 * k, 1),
+            "K": power_of_two(k, 2 * k, 1),
             "STREAMED": self.streamed,
             "STAGES": self.stages + 1,
             "LAST_STAGES": self.stages,
@@ -127,16 +118,16 @@ class Layout(NamedTuple):
         }
 
     @property
-    def leaner(self) -> "Layout | None":
+    def leaner(self) -> "TileConfig | None":
         """One that takes less of the chip and gives the same scores; None: there is none."""
         if self.pairs == 16:
             return None
         return self._replace(pairs=self.pairs // 2, stages=1)
 
 
-def reason_against(sizes: Sequence[int], precision: Precision) -> str | None:
+def unsupported_reason(sizes: Sequence[int], precision: Precision) -> str | None:
     """Why hidden layers of some sizes are not for this kernel; None: they are."""
-    most = HELD_BYTES // _kind(precision).itemsize
+    most = HELD_BYTES // weight_dtype(precision).itemsize
     if len(sizes) > 4:
         return f"the over-arch has {len(sizes)} hidden layers, more than 4"
     if _held(sizes) > most:
@@ -144,28 +135,30 @@ def reason_against(sizes: Sequence[int], precision: Precision) -> str | None:
     return None
 
 
-def _kind(precision: Precision) -> torch.dtype:
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """In which the weights of the over-arch's products are kept."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _held(sizes: Sequence[int]) -> int:
     """Units that are held at once."""
-    middle = [_multiple(size, 16) for size in sizes[1:-1]]
+    middle = [round_up(size, 16) for size in sizes[1:-1]]
     return max((a + b for a, b in itertools.pairwise([0, *middle])), default=0)
 
 
-def _power(n: int, most: int, least: int = 16) -> int:
-    """The smallest power of two that holds n, within limits."""
+def power_of_two(n: int, most: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n, within limits."""
     return max(least, min(most, 1 << (n - 1).bit_length()))
 
 
-def _multiple(n: int, of: int) -> int:
-    return -(-n // of) * of
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least n."""
+    return -(-n // multiple) * multiple
 
 
 def _blocks(n: int, most: int) -> tuple[int, ...]:
     """Powers of two whose sum is n, rounded up to a multiple of 16."""
-    n, found = _multiple(n, 16), []
+    n, found = round_up(n, 16), []
     for size in (128, 64, 32, 16):
         if size <= most:
             found += [size] * (n // size)
@@ -290,7 +283,7 @@ def _over_arch(
 # Triton would compile it again whenever a size becomes 1 or a multiple of 16, or ceases to be one,
 # as the number of users does with every last block.
 @triton.jit(do_not_specialize=["n_users", "n_items", "columns", "offset", "k"])
-def _rank(
+def rank_pairs(
     user_constant, user_factors, user_hidden, item_constant, item_factors, item_hidden,
     weights, biases, output,
     candidates, seen, seen_begins, seen_ends, keys, scores_out,
@@ -373,210 +366,3 @@ def _rank(
     if not KEEP_SCORES:
         place = keys + (split * n_users + user[:, None]) * k + lane[None, :]
         tl.store(place, best, (user[:, None] < n_users) & (lane[None, :] < k))
-
-
-class TritonEngine:
-    """ReLU layers on CUDA: one pass over the catalogue.
-
-    Args:
-        layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
-        precision: of its products: ``fp32`` takes three of tf32's for one, which leaves float32's
-            rounding; ``tf32`` takes one, and ``bf16`` also holds the hidden units so.
-        device: a CUDA device.
-    """
-
-    def __init__(
-        self, layers: Sequence[tuple[Tensor, Tensor]], precision: Precision, device: torch.device
-    ) -> None:
-        self.name = f"Triton kernel, {precision}"
-        self.work_bytes = 0
-        self._device = device
-        kind = _kind(precision)
-        self._input_precision = "tf32" if precision == "tf32" else "tf32x3"
-        sizes = [weight.shape[1] for weight, _ in layers]
-        self._layout = layout = Layout.of(sizes, kind)
-        model = layers[0][0].device if layers else device
-        nothing = torch.zeros(0, dtype=torch.float64, device=model)
-        weights, biases = [nothing], [nothing]
-        padded = layout.sizes
-        for (weight, bias), n_in, n_out in zip(layers[:-1], padded, padded[1:], strict=False):
-            weights.append(_padded(weight, n_out, n_in).flatten())
-            biases.append(_padded(bias[:, None], n_out, 1).flatten())
-        output = _padded(layers[-1][0], 1, padded[-1]).flatten() if layers else nothing
-        self._weights = torch.cat(weights).to(device, kind)
-        self._biases = torch.cat(biases).to(device, torch.float32)
-        self._output = output.to(device, torch.float32)
-
-    def allocate(self, n: int, like: Side) -> "Items":
-        """Room for n items."""
-        rows = _multiple(n, ITEM_TILE)
-        side = Side(
-            like.constant.new_full((rows,), float("-inf")),
-            like.factor_sum.new_zeros(rows, _columns(like.factor_sum)),
-            like.hidden.new_zeros(rows, self._layout.units),
-        )
-        return Items(side, n)
-
-    def fill(self, items: "Items", begin: int, side: Side) -> None:
-        """Puts items into their place; what is past the end is left out."""
-        n = min(items.n - begin, len(side.constant))
-        for target, source in zip(items.side.tensors, side.tensors, strict=True):
-            room = target[begin : begin + n]
-            if source.dim() > 1:
-                room = room[:, : source.shape[1]]
-            room.copy_(source[:n])
-
-    def users(self, sides: Sequence[Side]) -> Side:
-        """Prepares users."""
-        n = sum(len(side.constant) for side in sides)
-        users = self.allocate(n, sides[0])
-        begin = 0
-        for side in sides:
-            self.fill(users, begin, side)
-            begin += len(side.constant)
-        return users.side
-
-    def update(
-        self, users: Side, items: "Items", offset: int, seen: Jagged, best: Best, deep: bool = True
-    ) -> None:
-        """Runs items past users; see `Engine`."""
-        n, k = best.scores.shape
-        if k > MOST_K:
-            self._update_from_scores(users, items, offset, seen, best, deep)
-            return
-        columns = len(items.side.constant)
-        splits, width = self._splits(n, columns)
-        rows, positions = mask_of(seen, self._device)(0, n)
-        positions -= offset
-        here = (positions >= 0) & (positions < items.n)
-        order = ((rows[here] << 32) | positions[here]).sort().values
-        owners = torch.arange(n, device=self._device) << 32
-        firsts = torch.arange(splits, device=self._device) * width
-        begins = torch.searchsorted(order, owners + firsts[:, None])
-        ends = torch.searchsorted(order, owners + (1 << 32))
-        found = order & 0xFFFFFFFF, begins, ends
-        self._launch(users, items, offset, n, columns, best, deep, seen=found)
-
-    def _update_from_scores(
-        self, users: Side, items: "Items", offset: int, seen: Jagged, best: Best, deep: bool
-    ) -> None:
-        positions = torch.arange(offset, offset + items.n, device=self._device)
-        mask = mask_of(seen, self._device)
-        for begin in range(0, len(best.scores), USER_BLOCK):
-            part = slice(begin, min(begin + USER_BLOCK, len(best.scores)))
-            scores = self._scores(users[part], len(best.scores[part]), items, deep)
-            rows, places = mask(part.start, part.stop)
-            places -= offset
-            here = (places >= 0) & (places < items.n)
-            scores[rows[here], places[here]] = float("-inf")
-            self._merge(best, part, keys_of(scores, positions))
-
-    def update_of_candidates(
-        self, users: Side, items: "Items", offset: int, candidates: Tensor, best: Best
-    ) -> None:
-        """Runs each user's own items past it; see `Engine`."""
-        n, columns = candidates.shape
-        candidates = candidates.contiguous()
-        if best.scores.shape[1] > MOST_K:
-            out = torch.empty(n, columns, device=self._device)
-            self._launch(users, items, offset, n, columns, None, candidates=candidates, out=out)
-            self._merge(best, slice(0, n), keys_of(out, candidates))
-            return
-        self._launch(users, items, offset, n, columns, best, candidates=candidates)
-
-    def scores(self, users: Side, n_users: int, items: "Items") -> Tensor:
-        """``[n_users, items]`` float32."""
-        return self._scores(users, n_users, items)
-
-    def _scores(self, users: Side, n_users: int, items: "Items", deep: bool = True) -> Tensor:
-        out = torch.empty(n_users, items.n, device=self._device)
-        columns = len(items.side.constant)
-        self._launch(users, items, 0, n_users, columns, None, deep, out=out)
-        return out
-
-    def _merge(self, best: Best, users: slice, keys: Tensor) -> None:
-        scores, positions = best.scores[users], best.positions[users]
-        keys = torch.cat([keys_of(scores, positions), keys], 1)
-        scores[:], positions[:] = best_of_keys(keys, scores.shape[1])
-
-    def _splits(self, n_users: int, columns: int) -> tuple[int, int]:
-        """In how many parts the catalogue is taken, and how many columns each has."""
-        wanted = -(-PROGRAMS * USERS // max(n_users, 1))
-        tiles = -(-columns // ITEM_TILE)
-        width = -(-tiles // min(wanted, tiles)) * ITEM_TILE
-        return -(-columns // width), width
-
-    def _launch(
-        self,
-        users: Side,
-        items: "Items",
-        offset: int,
-        n: int,
-        columns: int,
-        best: Best | None,
-        deep: bool = True,
-        seen: tuple[Tensor, Tensor, Tensor] | None = None,
-        candidates: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> None:
-        unused = users.constant
-        splits, width = self._splits(n, columns)
-        k = 1 if best is None else best.scores.shape[1]
-        keys = torch.empty(splits, n, k, dtype=torch.int64, device=self._device)
-        arguments = (
-            *users.tensors,
-            *items.side.tensors,
-            self._weights,
-            self._biases,
-            self._output,
-            unused if candidates is None else candidates,
-            *((unused,) * 3 if seen is None else seen),
-            keys,
-            unused if out is None else out,
-            n,
-            items.n,
-            columns,
-            width,
-            offset,
-            k,
-        )
-        while True:
-            options = self._layout.options(deep, users.factor_sum.shape[1], k)
-            options |= {"OF_CANDIDATES": candidates is not None, "KEEP_SCORES": out is not None}
-            options["PRECISION"] = self._input_precision
-            try:
-                _rank[-(-n // USERS), splits](*arguments, **options)
-                break
-            except OutOfResources as error:
-                leaner = self._layout.leaner
-                if leaner is None:
-                    raise
-                log.info("catalogue: tiles of %d pairs, since %s", leaner.pairs, error)
-                self._layout = leaner
-        if best is not None:
-            self._merge(best, slice(0, n), keys.transpose(0, 1).reshape(n, splits * k))
-
-
-class Items(NamedTuple):
-    """The item side.
-
-    Attributes:
-        side: padded to whole tiles by items with a constant of ``-inf``, and to whole blocks of
-            numbers and units.
-        n: number of items.
-    """
-
-    side: Side
-    n: int
-
-
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    room = matrix.new_zeros(rows, columns)
-    room[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return room
-
-
-def _columns(factors: Tensor) -> int:
-    """D in whole steps, or the power of two that holds it."""
-    dim = factors.shape[1]
-    return _multiple(dim, _power(dim, DIM_STEP, 1)) if dim else 0

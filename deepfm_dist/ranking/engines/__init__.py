@@ -1,0 +1,1 @@
+"""Engines that score and rank the catalogue, one file each."""

@@ -1,0 +1,145 @@
+"""Ranks on CPU with the kernel that numba compiles."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.engines import numba_kernel as kernel
+from deepfm_dist.ranking.types import Best
+
+USERS_PER_TASK = 64
+"""Users that a thread takes at a time."""
+
+
+class NumbaEngine:
+    """ReLU layers on CPU: one compiled pass over the catalogue.
+
+    Args:
+        layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
+        threads: how many users are worked on at a time.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], threads: int) -> None:
+        self.work_bytes = 0
+        self.name = f"compiled kernel, {kernel.LANES * 32}-bit vectors"
+        self._network = kernel.network_of([(w.numpy(), b.numpy()) for w, b in layers])
+        self._pairwise = kernel.network_of([])
+        self._threads = threads
+
+    def allocate(self, n: int, like: Side) -> kernel.Items:
+        """Room for n items."""
+        blocks, dim, units = -(-n // kernel.BLOCK), like.factor_sum.shape[1], like.hidden.shape[1]
+        constant = kernel.aligned(blocks * kernel.BLOCK)
+        constant[n:] = -np.inf
+        factors, hidden = (kernel.aligned(blocks * size * kernel.BLOCK) for size in (dim, units))
+        return kernel.Items(constant, factors, hidden, n, dim, units)
+
+    def fill(self, items: kernel.Items, begin: int, side: Side) -> None:
+        """Puts items into their place; ``begin`` is that of a block of the kernel's."""
+        n = min(items.n - begin, len(side.constant))
+        items.constant[begin : begin + n] = side.constant[:n].numpy()
+        first, blocks = begin // kernel.BLOCK, -(-n // kernel.BLOCK)
+        for packed, values in ((items.factors, side.factor_sum), (items.hidden, side.hidden)):
+            size = values.shape[1]
+            room = torch.from_numpy(packed).view(-(-items.n // kernel.BLOCK), size, kernel.BLOCK)
+            rows = values.new_zeros(blocks * kernel.BLOCK, size)
+            rows[:n] = values[:n]
+            room[first : first + blocks] = rows.view(blocks, kernel.BLOCK, size).transpose(1, 2)
+
+    def users(self, sides: Sequence[Side]) -> kernel.Users:
+        """Prepares users."""
+        n = sum(len(s.constant) for s in sides)
+        dim, units = sides[0].factor_sum.shape[1], sides[0].hidden.shape[1]
+        height = -(-n // kernel.ROWS) * kernel.ROWS
+        users = kernel.Users(
+            kernel.aligned(height), kernel.aligned(height * dim), kernel.aligned(height * units)
+        )
+        side = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
+        users.constant[:n] = side.constant.numpy()
+        users.hidden[: n * units] = side.hidden.flatten().numpy()
+        factors = np.zeros((height, dim), np.float32)
+        factors[:n] = side.factor_sum.numpy()
+        users.factors[:] = (
+            factors.reshape(height // kernel.ROWS, kernel.ROWS, dim).transpose(0, 2, 1).ravel()
+        )
+        return users
+
+    def update(
+        self,
+        users: kernel.Users,
+        items: kernel.Items,
+        offset: int,
+        seen: Jagged,
+        best: Best,
+        deep: bool = True,
+    ) -> None:
+        """Runs items past users; see `Engine`."""
+        network = self._network if deep else self._pairwise
+        if not deep:
+            items = items._replace(units=0)
+        found = best.scores.numpy(), best.positions.numpy()
+
+        def work(begin: int, end: int) -> None:
+            kernel.update_top_k(
+                users,
+                begin,
+                end,
+                items,
+                offset,
+                network,
+                seen.offsets,
+                seen.values,
+                *found,
+                self._scratch(network),
+            )
+
+        self._over_users(work, len(best.scores))
+
+    def update_of_candidates(
+        self,
+        users: kernel.Users,
+        items: kernel.Items,
+        offset: int,
+        candidates: Tensor,
+        best: Best,
+    ) -> None:
+        """Runs each user's own items past it; see `Engine`."""
+        network, wanted = self._network, candidates.numpy()
+        found = best.scores.numpy(), best.positions.numpy()
+
+        def work(begin: int, end: int) -> None:
+            scratch = self._scratch(network)
+            kernel.update_top_k_of_candidates(
+                users, begin, end, items, offset, network, wanted, *found, scratch
+            )
+
+        self._over_users(work, len(best.scores))
+
+    def scores(self, users: kernel.Users, n_users: int, items: kernel.Items) -> Tensor:
+        """``[n_users, items]`` float32."""
+        out = np.empty((n_users, items.n), np.float32)
+
+        def work(begin: int, end: int) -> None:
+            scratch = self._scratch(self._network)
+            kernel.all_scores(users, begin, end, items, self._network, out, scratch)
+
+        self._over_users(work, n_users)
+        return torch.from_numpy(out)
+
+    def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
+        return kernel.aligned((network.rows + kernel.ROWS) * kernel.BLOCK)
+
+    def _over_users(self, work: Callable[[int, int], None], n: int) -> None:
+        step = -(-USERS_PER_TASK // kernel.ROWS) * kernel.ROWS
+        begins = range(0, n, step)
+        if self._threads == 1 or len(begins) < 2:
+            work(0, n)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            for done in [pool.submit(work, b, min(b + step, n)) for b in begins]:
+                done.result()

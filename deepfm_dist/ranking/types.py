@@ -1,0 +1,79 @@
+"""What a ranking engine is, and what it takes and gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.topk import NO_ITEM
+
+USER_BLOCK = 512
+"""Users looked up and multiplied together: a GEMM's last digits depend on its height."""
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Of the over-arch's products on CUDA."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best items of some users so far.
+
+    Attributes:
+        scores: ``[n, K]`` float32, best first; ``-inf`` in empty places.
+        positions: ``[n, K]`` int64; `NO_ITEM` in empty places.
+    """
+
+    scores: Tensor
+    positions: Tensor
+
+    @classmethod
+    def none(cls, n: int, k: int, device: torch.device) -> Self:
+        """No item for any of n users."""
+        scores = torch.full((n, k), float("-inf"), device=device)
+        return cls(scores, torch.full((n, k), NO_ITEM, dtype=torch.int64, device=device))
+
+
+class Engine(Protocol):
+    """Ranks items for users, both prepared by it.
+
+    Attributes:
+        name: what it is.
+        work_bytes: memory it works in, beside the item itself, for every item of a block.
+    """
+
+    name: str
+    work_bytes: int
+
+    def allocate(self, n: int, like: Side) -> Any:
+        """Room for n items."""
+
+    def fill(self, items: Any, begin: int, side: Side) -> None:
+        """Puts items into their place; what is past the end is left out."""
+
+    def users(self, sides: Sequence[Side]) -> Any:
+        """Prepares users, in blocks of `USER_BLOCK`."""
+
+    def update(
+        self, users: Any, items: Any, offset: int, seen: Jagged, best: Best, deep: bool = True
+    ) -> None:
+        """Runs items past the first ``len(best.scores)`` users.
+
+        Args:
+            users: from `users`.
+            items: from `allocate`, filled; of higher positions than any that came before.
+            offset: position of the first.
+            seen: each user's masked positions.
+            best: changed in place.
+            deep: whether the over-arch counts.
+        """
+
+    def update_of_candidates(
+        self, users: Any, items: Any, offset: int, candidates: Tensor, best: Best
+    ) -> None:
+        """`update` for each user's own items, ``[n, N]`` positions, ascending, `NO_ITEM` first."""
+
+    def scores(self, users: Any, n_users: int, items: Any) -> Tensor:
+        """``[n_users, items]`` float32."""
