@@ -66,7 +66,7 @@ class Wanted:
         probes: of the index; see `NearestItems`.
         memory_bytes: limit of what a rank keeps of the items.
         precision: of the over-arch's products on CUDA.
-        matrix: also write every score, in this type; see `Parts.write_matrix`.
+        matrix: also write every score, in this type; see `ResumableOutput.write_matrix`.
     """
 
     k: int
@@ -97,7 +97,8 @@ def recommend(
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
     1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
-    ``score_matrix.parquet`` (``user_id, scores``; see `Parts.write_matrix`), seen items included.
+    ``score_matrix.parquet`` (``user_id, scores``; see `ResumableOutput.write_matrix`), with the
+    seen items.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
