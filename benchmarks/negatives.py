@@ -19,10 +19,10 @@ from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
+from synthetic import PRESETS, generate
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.negatives import draw_distinct
-from deepfm_dist.data.synthetic import PRESETS, generate
 
 REPEATS = 7
 

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from synthetic import NOTEBOOK, write
 
 MODEL = ["model.embedding_dim=10", "model.over_arch_layer_sizes=[30,20,10]"]
 CONNECTIONS = 32
@@ -76,8 +77,7 @@ def trained(shape: str, home: Path) -> Path:
     if shape == "notebook":
         data = home / "data"
         if not (data / "train_ratings.csv").is_file():
-            command = [sys.executable, "-m", "deepfm_dist.data.synthetic", str(data)]
-            subprocess.run([*command, "--preset", "notebook"], check=True, cwd=home)
+            write(NOTEBOOK, data)
         settings += [f"data.root={data}", "run.name=notebook"]
     command = [sys.executable, "-m", "deepfm_dist.train", "--quiet", "--config", "sample"]
     subprocess.run([*command, *settings], check=True, cwd=home)

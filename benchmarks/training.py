@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from machine import cpu_model
+from synthetic import NOTEBOOK, write
 from torch import Tensor, nn
 
-from deepfm_dist.data.synthetic import NOTEBOOK, write
 from deepfm_dist.events import TrainEvent, read_events
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from deepfm_dist.data.synthetic import (
+from benchmarks.synthetic import (
     GENRES,
     NOTEBOOK,
     SAMPLE,

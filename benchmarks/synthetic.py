@@ -14,7 +14,7 @@ The same population gives the same data everywhere. Vectors and log-popularities
 multiples of 1/256, so that a float64 dot product is exact in whatever order it is summed, and
 only numpy's elementary draws (uniform, normal, exponential) are used, which releases keep stable.
 
-    python -m deepfm_dist.data.synthetic OUT --preset sample
+    python benchmarks/synthetic.py OUT --preset sample
 """
 
 import argparse
@@ -580,16 +580,16 @@ def _write_text(path: Path, delimiter: str, columns: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a preset population to a folder, as told on the command line.
+    """Write a preset population to a folder, as the command line says.
 
     Args:
         argv: Arguments; those of the process if None.
 
     Returns:
-        The exit status: 0, or 2 after an error told in one line.
+        The exit status: 0, or 2 after an error, which takes one line.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m deepfm_dist.data.synthetic", description="Write a synthetic data set."
+        prog="python benchmarks/synthetic.py", description="Write a synthetic data set."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write to")
     parser.add_argument("--preset", choices=PRESETS, default="sample", help="what to draw")
