@@ -260,13 +260,14 @@ def checkpoint_memory(device: str) -> dict[str, float]:
     from deepfm_dist.distributed.checkpoint import Staging
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.process_group import process_group
+    from deepfm_dist.distributed.settings import OptimizerConfig
     from deepfm_dist.distributed.sharding import shard
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
     rows = 1 << 25 if device == "cuda" else 1 << 12
     meta = torch.device("meta")
     with process_group(device) as world:
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, world.device)
+        tables = table_optimizer(OptimizerConfig(), world.device)
         model = build_deepfm({"user": Table(rows, ("user",))}, ["user"], 0, 15, device=meta)
         tables.attach(model.embedding_arch.ebc.parameters())
         sharded, _ = shard(model, world, {}, tables.kernel, fused_params=tables.fused_params)

@@ -22,14 +22,8 @@ from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
-from deepfm_dist.distributed.optimizers import (
-    GradientBounds,
-    TableOptimizer,
-    combined_optimizer,
-    table_optimizer,
-)
+from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
-from deepfm_dist.distributed.settings import LearningRateConfig, OptimizerConfig
 from deepfm_dist.distributed.sharding import (
     DistributedModelParallel,
     EmbeddingComputeKernel,
@@ -51,9 +45,8 @@ from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.storage import is_remote
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
-from deepfm_dist.training.schedule import LearningRate
 from deepfm_dist.training.search import Search, Span
-from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches, Schedule
+from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches
 
 log = logging.getLogger(__name__)
 
@@ -267,23 +260,6 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
     )
 
 
-def table_optimizer_of(config: OptimizerConfig, device: torch.device) -> TableOptimizer:
-    """The tables' optimizer on a device.
-
-    Raises:
-        ConfigError: the device cannot do it.
-    """
-    table_config = config.tables
-    return table_optimizer(
-        table_config.name,
-        table_config.lr,
-        table_config.eps,
-        device,
-        table_config.l2 if config.max_norm is None else 0.0,  # else it is a part of what is bounded
-        table_config.max_gradient,
-    )
-
-
 def shard_for_training(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -291,9 +267,7 @@ def shard_for_training(
 
     Logs the plan.
     """
-    dense_config = config.optimizer.dense
-    in_gradient = config.optimizer.max_norm is not None  # L2: a part of what is bounded
-    tables = table_optimizer_of(config.optimizer, world.device)
+    tables = table_optimizer(config.optimizer, world.device)
     task = model_to_train(config, manifest, world)
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
@@ -333,10 +307,7 @@ def shard_for_training(
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
         log.info("%s: %s kernel, %s", tables.name, tables.kernel.value, tables.reason)
-    dense_l2 = 0.0 if in_gradient else dense_config.l2
-    return sharded, combined_optimizer(
-        sharded, tables, dense_config.name, dense_config.lr, dense_l2
-    )
+    return sharded, combined_optimizer(sharded, tables, config.optimizer)
 
 
 def _catalogue_loss(
@@ -418,13 +389,12 @@ def validation_of(
     return validate
 
 
-def schedule_of(config: Config) -> Schedule:
-    """The loop's schedule.
+def check_monitor_name(config: Config) -> None:
+    """Refuses to monitor what is not a figure of the validation rows.
 
     Raises:
         ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
     """
-    trainer, tables, dense = config.trainer, config.optimizer.tables, config.optimizer.dense
     monitor = config.monitor
     figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
     if config.data.task == "implicit":
@@ -438,47 +408,6 @@ def schedule_of(config: Config) -> Schedule:
         raise ConfigError(
             "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
         )
-    return Schedule(
-        trainer.epochs,
-        _rate_of(tables),
-        _rate_of(dense),
-        trainer.max_steps,
-        trainer.log_every_steps,
-        trainer.validate_every_epochs,
-        config.checkpoint.every_epochs,
-        config.checkpoint.every_steps,
-        trainer.accumulate_steps,
-        trainer.max_skipped,
-        monitor,
-        trainer.patience,
-        trainer.plateau_factor,
-        trainer.min_delta,
-        bounds_of(config.optimizer),
-        trainer.needs_monitor is not None,
-    )
-
-
-def bounds_of(config: OptimizerConfig) -> GradientBounds:
-    """The bounds of the gradients that are applied after backward; FBGEMM's kernels have theirs."""
-    tables, dense = config.tables, config.dense
-    return GradientBounds(
-        config.max_norm,
-        0.0 if config.max_norm is None else tables.l2,
-        0.0 if config.max_norm is None else dense.l2,
-        dense.max_norm,
-        tables.max_gradient if tables.name == "adam" else None,
-    )
-
-
-def _rate_of(config: LearningRateConfig) -> LearningRate:
-    return LearningRate(
-        config.lr,
-        config.warmup_steps,
-        config.decay,
-        config.decay_steps or 1,
-        config.final_lr / config.lr,
-        config.power,
-    )
 
 
 def baselines_of(config: Config) -> dict[str, Baseline]:

@@ -152,11 +152,12 @@ def _check_table_update(device: str) -> None:
 
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.process_group import process_group
+    from deepfm_dist.distributed.settings import OptimizerConfig, TableOptimizerConfig
     from deepfm_dist.distributed.sharding import fill_tables, local_shards, shard
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
     with process_group(device) as world:
-        tables = table_optimizer("rowwise_adagrad", 0.5, 1e-8, world.device)
+        tables = table_optimizer(OptimizerConfig(tables=TableOptimizerConfig(lr=0.5)), world.device)
         model = build_deepfm(
             {"user": Table(9, ("user",))}, ["user"], 0, 3, device=torch.device("meta")
         )

@@ -50,8 +50,8 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
         hypothetical_manifest,
         model_to_train,
         placements_of,
-        table_optimizer_of,
     )
+    from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, hypothetical_world, plan
     from deepfm_dist.distributed.sharding import DoesNotFit, check_placements
     from deepfm_dist.report.tables import plan_table
@@ -63,7 +63,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
             f"--world-size {size} --local-world-size {per_machine} --hbm-gib "
             f"{arguments.hbm_gib:g}: positive numbers are needed, as many GPUs on every machine"
         )
-    optimizer = table_optimizer_of(config.optimizer, torch.device("cuda"))
+    optimizer = table_optimizer(config.optimizer, torch.device("cuda"))
     manifest = hypothetical_manifest(config, dict(_rows(text) for text in arguments.rows))
     ranks = hypothetical_world(size, per_machine)
     check_placements(placements_of(config), optimizer.kernel, ranks.device)

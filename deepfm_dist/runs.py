@@ -29,7 +29,7 @@ from deepfm_dist.storage import (
     storage_errors_to_user,
     write_errors_to_user,
 )
-from deepfm_dist.training.trainer import LoopState, Schedule
+from deepfm_dist.training.trainer import LoopState
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
@@ -111,7 +111,7 @@ def before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | Non
     return None
 
 
-def begin(config: Config, manifest: Manifest, schedule: Schedule, last_step: int) -> Start:
+def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
     """Decides where a run begins; changes nothing. Rank 0.
 
     Raises:
@@ -133,8 +133,8 @@ def begin(config: Config, manifest: Manifest, schedule: Schedule, last_step: int
         if path is not None:
             state = _loop_state(path)
             if state.step < last_step:
-                state.go_on(schedule)  # what ended it once may be no reason now
-            is_over = state.is_over(schedule, last_step)
+                state.resume(config.monitor)  # what ended it once may be no reason now
+            is_over = state.is_over(config.trainer.patience, last_step)
             if is_over:
                 log.warning("%s", _finished(config, path, state.step, last_step))
             else:

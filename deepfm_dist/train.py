@@ -84,8 +84,8 @@ def _train_alone(
     """`train_on`, of the process that holds the run's lock."""
     from deepfm_dist.build import (
         bytes_of_a_float,
+        check_monitor_name,
         loggers,
-        schedule_of,
         shard_for_training,
         training_batches,
         validation_of,
@@ -125,11 +125,11 @@ def _train_alone(
     world.run_on_rank0("prepare", prepare_data)
     dataset = open_dataset(config, world)
     batches = training_batches(config, dataset, world)
-    schedule = schedule_of(config)
-    last = schedule.last_step(batches.steps_per_epoch)
+    check_monitor_name(config)
+    last = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last)
     start = world.broadcast(
-        world.run_on_rank0("begin", lambda: begin(config, dataset.manifest, schedule, last))
+        world.run_on_rank0("begin", lambda: begin(config, dataset.manifest, last))
         or Start(None, LoopState())
     )
     path, state = start.path, start.state
@@ -159,7 +159,7 @@ def _train_alone(
         def save(state: LoopState) -> None:
             metrics.flush()
             # The best one, that of a longer run, and the last before steps were skipped.
-            kept = [state.best_step, (state.before_end or state.judged)[1], state.saved_step]
+            kept = [state.best_step, (state.before_end or state.best_state)[1], state.saved_step]
             keep = [step for step in kept if step is not None]
             checkpoints.save(
                 state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
@@ -181,7 +181,10 @@ def _train_alone(
                     optimizer,
                     batches,
                     world,
-                    schedule,
+                    config.trainer,
+                    config.optimizer,
+                    config.checkpoint,
+                    config.monitor,
                     state,
                     seed,
                     metrics,
@@ -195,7 +198,7 @@ def _train_alone(
                 checkpoints.close()
                 raise
             checkpoints.close()
-    stopped = not state.is_over(schedule, last)
+    stopped = not state.is_over(config.trainer.patience, last)
     if stopped and world.is_first:
         log.warning("Stopped by signal at step %d; rerun the same command to resume", state.step)
     return state, stopped

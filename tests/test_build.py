@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepfm_dist.build import (
     build_model,
+    check_monitor_name,
     deepfm_of,
-    schedule_of,
     shard_for_inference,
     shard_for_training,
     validation_of,
@@ -191,8 +191,7 @@ class Folder:
     def begin(self, *overrides: str) -> int:
         """The step after which training goes on; 0: it begins. The folder is then ready for it."""
         config = self.config(*overrides)
-        schedule = schedule_of(config)
-        start = begin(config, self.manifest, schedule, schedule.last_step(PER_EPOCH))
+        start = begin(config, self.manifest, config.trainer.last_step(PER_EPOCH))
         self.is_over = start.is_over
         assert (start.path is None) == (start.state.step == 0) == (not start.continues)
         assert start.path is None or start.path == checkpoint.checkpoint_path(
@@ -288,7 +287,7 @@ def test_other_data_are_refused_by_their_hash(folder: Folder) -> None:
     folder.manifest = folder.manifest.model_copy(update={"data_hash": "other"})
     run_dir = folder.config().run_dir
     grown = folder.config("run.name=new", f"checkpoint.start_from={run_dir}")
-    assert begin(grown, folder.manifest, schedule_of(grown), 9).path is not None
+    assert begin(grown, folder.manifest, 9).path is not None
     with pytest.raises(ConfigError, match=rf"the data is other \(was {saved}\); set another"):
         folder.begin()
     assert folder.steps == [20]
@@ -363,10 +362,10 @@ def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
 
     start = f"checkpoint.start_from={config.run_dir}"
     fresh = folder.config("run.name=new", start)
-    assert begin(fresh, folder.manifest, schedule_of(fresh), 9).path == marker.parent
+    assert begin(fresh, folder.manifest, 9).path == marker.parent
     other = folder.config("run.name=new", start, "model.fm_pairs=across")
     with pytest.raises(ConfigError, match=r"its model has fm_pairs=all, not across; set model.fm"):
-        begin(other, folder.manifest, schedule_of(other), 9)
+        begin(other, folder.manifest, 9)
 
     with pytest.raises(ConfigError, match=r"model.fm_pairs=across \(was all\); set another run"):
         folder.begin("model.fm_pairs=across", "checkpoint.resume=always")
@@ -401,7 +400,7 @@ def test_an_earlier_checkpoint_can_be_asked_for(folder: Folder) -> None:
 @pytest.mark.parametrize("figure", ["calibration", "majority_rate"])
 def test_a_figure_that_does_not_tell_good_from_bad_cannot_be_watched(figure: str) -> None:
     with pytest.raises(ConfigError, match=f"monitor={figure}: not a figure that can be .*log_loss"):
-        schedule_of(config_of(f"trainer.monitor={figure}"))
+        check_monitor_name(config_of(f"trainer.monitor={figure}"))
 
 
 def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
@@ -427,8 +426,7 @@ def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folde
     run_dir = folder.config().run_dir
     for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
         config = folder.config("run.name=new", f"checkpoint.start_from={start}")
-        schedule = schedule_of(config)
-        found = begin(config, folder.manifest, schedule, schedule.last_step(PER_EPOCH))
+        found = begin(config, folder.manifest, config.trainer.last_step(PER_EPOCH))
         assert found.path == checkpoint.checkpoint_path(run_dir, step)
         assert (found.state.step, found.continues) == (0, False)
 
@@ -455,9 +453,9 @@ def test_a_restart_goes_on_from_the_latest(
         assert folder.steps_of("sample.1") == [10, 20, 30]
 
 
-def test_a_figure_that_is_none_cannot_be_watched(folder: Folder) -> None:
+def test_a_figure_that_is_none_cannot_be_watched() -> None:
     with pytest.raises(ConfigError, match=r"monitor=acu: not a figure .*; available: auc"):
-        folder.begin("trainer.monitor=acu")
+        check_monitor_name(config_of("trainer.monitor=acu"))
 
 
 def _build(folder: Path, override: str) -> None:

@@ -26,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepfm_dist
-from deepfm_dist.build import bounds_of, shard_for_training, training_batches
+from deepfm_dist.build import shard_for_training, training_batches
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.optimizers import table_optimizer
+from deepfm_dist.distributed.optimizers import bound_gradients, table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
 from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.settings import OptimizerConfig, TableOptimizerConfig
 from deepfm_dist.distributed.sharding import (
     Placement,
     TableCollection,
@@ -162,9 +163,13 @@ def small_model() -> DeepFMTrain:
     )
 
 
+def optimizers(**tables: Any) -> OptimizerConfig:
+    return OptimizerConfig(tables=TableOptimizerConfig(**tables))
+
+
 def placed_on(size: int, optimizer: str) -> dict[str, str]:
     with fake_world(size) as world:
-        tables = table_optimizer(optimizer, 0.1, 1e-8, CPU)
+        tables = table_optimizer(optimizers(name=optimizer), CPU)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
         places = {"user": Placement("row_wise"), "item": Placement("table_wise", size - 1)}
@@ -208,13 +213,12 @@ def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
                 module._create_input_dist(batch.sparse.keys())
                 module._has_uninitialized_input_dist = False
         sharded.train()
-        bounds = bounds_of(config.optimizer)
-        pipeline = TrainPipeline(sharded, optimizer, world, bounds=bounds)
+        pipeline = TrainPipeline(sharded, optimizer, world, config=config.optimizer)
         use = DeviceUse()
         for step in range(3):
             with use if step else DeviceUse():
                 pipeline._backward(pipeline._forward(batch)[0])
-                bounds.apply(pipeline._of_tables, pipeline._of_dense, world)
+                bound_gradients(config.optimizer, pipeline._of_tables, pipeline._of_dense, world)
                 optimizer.step()
         return use
 
@@ -274,7 +278,7 @@ DECAY = [
 
 def arguments_of_fbgemm(name: str, options: dict[str, float]) -> dict[str, Any]:
     with fake_world(1) as world:
-        tables = table_optimizer(name, 0.5, 1e-6, CUDA, **options)
+        tables = table_optimizer(optimizers(name=name, lr=0.5, eps=1e-6, **options), CUDA)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
         sharded, _ = shard(task, world, {}, tables.kernel, fused_params=tables.fused_params)
@@ -309,7 +313,7 @@ def test_what_fbgemm_would_do_otherwise_is_refused(
     name: str, option: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        table_optimizer(name, 0.1, 1e-8, CUDA, **option)
+        table_optimizer(optimizers(name=name, **option), CUDA)
 
 
 @dataclasses.dataclass
@@ -358,7 +362,7 @@ def test_cached_rows_are_unlocked_where_no_backward_pass_does_it(sample: Prepare
 
 def initialised(threads: int) -> list[np.ndarray]:
     with process_group("cpu") as world:
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, CPU)
+        tables = table_optimizer(OptimizerConfig(), CPU)
         model = build_deepfm({"user": Table(30_000, ("user",))}, ["user"], 0, 3, device=META)
         tables.attach(model.embedding_arch.ebc.parameters())
         places = {"user": Placement("row_wise")}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
-from deepfm_dist.build import bounds_of, deepfm_of, shard_for_training, training_batches
+from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
@@ -24,6 +24,11 @@ from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.settings import (
+    DenseOptimizerConfig,
+    OptimizerConfig,
+    TableOptimizerConfig,
+)
 from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.launcher import Launch
@@ -63,7 +68,7 @@ class Run:
             self.optimizer,
             self.process_group,
             parts,
-            bounds_of(self.config.optimizer),
+            self.config.optimizer,
         )
         stream = (p for b in self.batches.steps(first, last) for p in change(b).split(parts))
         losses = [pipeline.train_step(stream).loss for _ in range(first, last + 1)]
@@ -457,11 +462,14 @@ def _with_small_tables(
             embedding_dim=3,
             device=torch.device("meta"),
         )
-        tables = table_optimizer("rowwise_adagrad", 0.1, 1e-8, world.device)
+        optimizers = OptimizerConfig(
+            tables=TableOptimizerConfig(lr=0.1), dense=DenseOptimizerConfig(name="sgd", lr=0.1)
+        )
+        tables = table_optimizer(optimizers, world.device)
         tables.attach(model.embedding_arch.ebc.parameters())
         sharded, _ = shard(DeepFMTrain(model), world, placements, tables.kernel, default)
         init_tables(sharded, 4, 0.5, seed=1)
-        optimizer = combined_optimizer(sharded, tables, "sgd", 0.1)
+        optimizer = combined_optimizer(sharded, tables, optimizers)
         mine = torch.arange(24).chunk(world.world_size)[world.rank]
         batch = Batch(
             KeyedJaggedTensor(

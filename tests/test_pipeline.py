@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepfm_dist.build import bounds_of, shard_for_training, training_batches
+from deepfm_dist.build import shard_for_training, training_batches
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import TrainPipeline
@@ -38,7 +38,7 @@ def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
             optimizer,
             world,
             parts,
-            bounds_of(config.optimizer),
+            config.optimizer,
             overlapped=overlapped,
         )
 

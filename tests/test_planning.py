@@ -31,8 +31,7 @@ GIB = 1 << 30
 
 
 def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: float) -> Plan:
-    of = config.optimizer.tables
-    optimizer = table_optimizer(of.name, of.lr, of.eps, torch.device("cuda"))
+    optimizer = table_optimizer(config.optimizer, torch.device("cuda"))
     world = hypothetical_world(size, local)
     task = model_to_train(config, hypothetical_manifest(config, rows), world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())

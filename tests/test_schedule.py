@@ -9,8 +9,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from deepfm_dist.config import load_config
+from deepfm_dist.distributed.settings import LearningRateConfig
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.training.schedule import LearningRate
 
 WARM, DECAY, LAST = 10, 30, 60
 
@@ -46,7 +46,10 @@ def of_torch(after: Callable[[Any], Any]) -> list[float]:
 def test_rates_are_those_of_torchs_schedulers(
     decay: Any, final: float, after: Callable[[Any], Any]
 ) -> None:
-    rate = LearningRate(0.2, WARM, decay, DECAY, final)
+    steps = None if decay == "constant" else DECAY
+    rate = LearningRateConfig(
+        lr=0.2, warmup_steps=WARM, decay=decay, decay_steps=steps, final_lr=0.2 * final
+    )
     ours = [rate.at(step) for step in range(1, LAST + 1)]
     last = WARM + DECAY if decay == "cosine" else LAST
     assert ours[:last] == pytest.approx(of_torch(after)[:last], abs=1e-9)
@@ -54,8 +57,8 @@ def test_rates_are_those_of_torchs_schedulers(
 
 
 def test_without_warm_up_the_first_step_has_the_base_rate() -> None:
-    assert LearningRate(0.2).at(1) == 0.2
-    assert LearningRate(0.2, decay="linear", decay_steps=10).at(10) == 0
+    assert LearningRateConfig(lr=0.2).at(1) == 0.2
+    assert LearningRateConfig(lr=0.2, decay="linear", decay_steps=10).at(10) == 0
 
 
 def test_decay_needs_a_length() -> None:

@@ -20,7 +20,7 @@ import torch
 from deepfm_dist import evaluate as evaluate_command
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
-from deepfm_dist.build import deepfm_of, schedule_of
+from deepfm_dist.build import check_monitor_name, deepfm_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.checkpoint import (
@@ -35,9 +35,9 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training.evaluation import RowEvaluator
-from deepfm_dist.training.schedule import LearningRate
+from deepfm_dist.training.settings import TrainerConfig
 from deepfm_dist.training.stopping import StopSignals
-from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Schedule, train
+from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 from tests.test_layout import cell, setting
@@ -98,7 +98,10 @@ class LoadedModel:
                     run.optimizer,
                     run.batches,
                     world,
-                    schedule_of(config),
+                    config.trainer,
+                    config.optimizer,
+                    config.checkpoint,
+                    config.monitor,
                     state or LoopState(),
                     1,
                     metrics,
@@ -122,6 +125,24 @@ class LoadedModel:
 
 def trained(sample: PreparedDataset, out: Path, *overrides: str, **more: Any) -> LoadedModel:
     return LoadedModel(sample, out, *overrides, **more)
+
+
+def train_quietly(run: Run) -> None:
+    """Trains without validations, checkpoints and log."""
+    config = run.config
+    train(
+        run.sharded,
+        run.optimizer,
+        run.batches,
+        run.process_group,
+        config.trainer,
+        config.optimizer,
+        config.checkpoint,
+        config.monitor,
+        LoopState(),
+        1,
+        MetricsLog(run.dataset.folder, is_first=False),
+    )
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -223,8 +244,7 @@ def _masks(folder: Path, first_draws: int) -> list[bytes]:
             lambda _, __, out: masks.append((out != 0).numpy().tobytes())
         )
         torch.rand(first_draws)
-        log, schedule = MetricsLog(folder, is_first=False), schedule_of(config)
-        train(run.sharded, run.optimizer, run.batches, world, schedule, LoopState(), 1, log)
+        train_quietly(run)
         return masks
 
 
@@ -239,11 +259,9 @@ def _left_of_a_run(folder: Path) -> list[str]:
     """Parameters that are still there after training, when nobody has the model any more."""
     with process_group("cpu") as world:
         config = config_of(*SMALL, *SHORT, "trainer.max_steps=2")
-        run, log = Run(folder, config, world), MetricsLog(folder, is_first=False)
+        run = Run(folder, config, world)
         names = {name: weakref.ref(p) for name, p in run.sharded.named_parameters()}
-        train(
-            run.sharded, run.optimizer, run.batches, world, schedule_of(config), LoopState(), 1, log
-        )
+        train_quietly(run)
         del run
         gc.collect()
         return [name for name, parameter in names.items() if parameter() is not None]
@@ -328,11 +346,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
 
 
 def test_an_improvement_too_small_is_none() -> None:
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc", min_delta=0.125)
-    state, falls = LoopState(), LoopState()
+    trainer = TrainerConfig(min_delta=0.125)
+    state, falls = LoopState(monitor="auc"), LoopState(monitor="log_loss")
     for value in (0.5, 0.5625, 0.625, 0.75, 0.875):
-        state.judge({"auc": value}, schedule)
-        falls.judge({"log_loss": 1 - value}, replace(schedule, monitor="log_loss"))
+        state.update_best({"auc": value}, trainer)
+        falls.update_best({"log_loss": 1 - value}, trainer)
     assert (state.best, state.validations_since_best) == (
         0.75,
         1,
@@ -341,8 +359,7 @@ def test_an_improvement_too_small_is_none() -> None:
 
 
 def test_a_figure_that_is_not_finite_is_no_better() -> None:
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="auc")
-    state = LoopState()
+    state = LoopState(monitor="auc")
     for value, best, validations_since_best in (
         (float("nan"), None, 1),
         (0.5, 0.5, 0),
@@ -350,7 +367,7 @@ def test_a_figure_that_is_not_finite_is_no_better() -> None:
         (float("inf"), 0.5, 2),
         (0.75, 0.75, 0),
     ):
-        state.judge({"auc": value}, schedule)
+        state.update_best({"auc": value}, TrainerConfig())
         assert (state.best, state.validations_since_best) == (best, validations_since_best)
 
 
@@ -370,12 +387,11 @@ def test_the_best_checkpoint_is_kept_unless_told_otherwise(
 def test_training_that_gets_worse_is_warned_of_once_and_summed_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="log_loss")
-    state, texts = LoopState(), []
+    state, texts = LoopState(monitor="log_loss"), []
     for step, loss in ((10, 0.5), (20, 0.25), (30, 0.375), (40, 0.5), (50, 0.5625)):
         state.step = step
         figures = {"log_loss": loss, "ne": 2 * loss}  # labels with an entropy of 0.5
-        state.judge(figures, schedule)
+        state.update_best(figures, TrainerConfig())
         state.warn_if_worsening(figures, per_epoch=10)
         texts.append(caplog.text)
         caplog.clear()
@@ -404,12 +420,11 @@ def test_a_best_checkpoint_worse_than_a_constant_is_named(
     caplog: pytest.LogCaptureFixture, monitor: str, entropy: float | None
 ) -> None:
     """The entropy of the labels is 0.5; NE at the best step is not known for every figure."""
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor=monitor)
-    state = LoopState()
+    state = LoopState(monitor=monitor)
     for step, loss, auc in ((10, 0.625, 0.6), (20, 0.75, 0.5)):
         state.step = step
         figures = {"log_loss": loss, "ne": 2 * loss, "auc": auc, "ndcg@10": auc}
-        state.judge(figures, schedule)
+        state.update_best(figures, TrainerConfig())
     state.summarize(figures, 10, None)
     warned = [r.getMessage() for r in caplog.records if "NE" in r.getMessage()]
     assert len(warned) == (entropy is not None)
@@ -420,18 +435,17 @@ def test_a_best_checkpoint_worse_than_a_constant_is_named(
 def test_a_default_figure_that_is_undefined_is_warned_of_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="ndcg@10")
-    state, undefined = LoopState(), {"ndcg@10": float("nan")}
+    state, undefined = LoopState(monitor="ndcg@10"), {"ndcg@10": float("nan")}
     for is_first in (True, True, False):
-        state.judge(undefined, schedule)
-        state.check_monitored(undefined, schedule, is_first)
+        state.update_best(undefined, TrainerConfig())
+        state.check_monitored(undefined, is_required=False, is_first=is_first)
     [record] = caplog.records
     assert record.getMessage() == (
         "ndcg@10 is nan on the validation rows, so that no checkpoint can be the best; the last "
         "one is used"
     )
     with pytest.raises(ConfigError, match=r"trainer\.monitor=ndcg@10: it is nan on the validation"):
-        state.check_monitored(undefined, replace(schedule, needs_monitor=True), True)
+        state.check_monitored(undefined, is_required=True, is_first=True)
 
 
 def _never_defined(sample: PreparedDataset, out: Path) -> str:
@@ -503,7 +517,7 @@ def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> 
     for name in ("ndcg@5", "ndcg@10", "recall@5", "recall@10"):
         assert best[name] == pytest.approx(measured[name], abs=1e-9)
     with pytest.raises(ConfigError, match=r"monitor=ndcg@20: not a figure that can be .*ndcg@10$"):
-        schedule_of(config_of("trainer.monitor=ndcg@20"))
+        check_monitor_name(config_of("trainer.monitor=ndcg@20"))
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
@@ -633,18 +647,17 @@ def test_a_longer_run_knows_nothing_of_where_a_shorter_one_ended(
         validations=[0.4, 0.7],
         state=state,
     )
-    assert on.state.judged == whole.state.judged == [0.7, 20, 0, 0.25]
+    assert on.state.best_state == whole.state.best_state == [0.7, 20, 0, 0.25]
 
 
 def test_another_figure_to_watch_is_not_compared_with_the_one_before() -> None:
-    schedule = Schedule(9, LearningRate(0.1), LearningRate(0.1), monitor="ne")
     state = LoopState()
-    state.go_on(schedule)
+    state.resume("ne")
     state.step = 5
-    state.judge({"ne": 0.9}, schedule)
-    state.go_on(schedule)
-    assert state.judged == [0.9, 5, 0, 1.0]
-    state.go_on(replace(schedule, monitor="auc"))
+    state.update_best({"ne": 0.9}, TrainerConfig())
+    state.resume("ne")
+    assert state.best_state == [0.9, 5, 0, 1.0]
+    state.resume("auc")
     assert (state.monitor, state.best, state.best_step) == ("auc", None, None)
 
 

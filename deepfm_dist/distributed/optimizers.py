@@ -17,54 +17,40 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from deepfm_dist.distributed import kernels
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class GradientBounds:
-    """How large gradients may be; a larger one is cut down between backward and update.
+@torch.no_grad()
+def bound_gradients(
+    config: OptimizerConfig, tables: Sequence[Tensor], dense: Sequence[Tensor], world: World
+) -> None:
+    """Cuts gradients down between backward and update, as the configuration bounds them. All ranks.
 
-    Attributes:
-        norm: of all gradients together, the L2 terms below included.
-        l2_tables: adds ``l2_tables * row`` to the tables' gradients, before ``norm`` is applied.
-        l2_dense: the same for everything but the tables.
-        dense_norm: of the gradients of everything but the tables together.
-        table_element: of each element of the tables' gradients.
+    Args:
+        config: names the bounds; L2 is added here where it is part of what is bounded.
+        tables: this rank's pieces of the tables under the dense kernel.
+        dense: parameters that every rank has, their gradients summed over the ranks.
+        world: the ranks.
     """
-
-    norm: float | None = None
-    l2_tables: float = 0.0
-    l2_dense: float = 0.0
-    dense_norm: float | None = None
-    table_element: float | None = None
-
-    @torch.no_grad()
-    def apply(self, tables: Sequence[Tensor], dense: Sequence[Tensor], world: World) -> None:
-        """Cuts the gradients down. All ranks.
-
-        Args:
-            tables: this rank's pieces of the tables under the dense kernel.
-            dense: parameters that every rank has, their gradients summed over the ranks.
-            world: the ranks.
-        """
-        if self.norm is not None:
-            for parameters, l2 in ((tables, self.l2_tables), (dense, self.l2_dense)):
-                for parameter in parameters:
-                    if l2 and parameter.grad is not None:
-                        parameter.grad.add_(parameter, alpha=l2)
-            # Each rank has a part of the tables, and all of the rest.
-            squared = world.sum(_squared_norm(tables, world)) + _squared_norm(dense, world)
-            # As torch.nn.utils.clip_grad_norm_ does.
-            scale = (self.norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
-            for parameter in (*tables, *dense):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        if self.dense_norm is not None:
-            torch.nn.utils.clip_grad_norm_(dense, self.dense_norm)
-        if self.table_element is not None:
-            for parameter in tables:  # torch's own function fails on a rank that holds no table
-                if parameter.grad is not None:
-                    parameter.grad.clamp_(-self.table_element, self.table_element)
+    if config.max_norm is not None:
+        for parameters, l2 in ((tables, config.tables.l2), (dense, config.dense.l2)):
+            for parameter in parameters:
+                if l2 and parameter.grad is not None:
+                    parameter.grad.add_(parameter, alpha=l2)
+        # Each rank has a part of the tables, and all of the rest.
+        squared = world.sum(_squared_norm(tables, world)) + _squared_norm(dense, world)
+        # As torch.nn.utils.clip_grad_norm_ does.
+        scale = (config.max_norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+        for parameter in (*tables, *dense):
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    if config.dense.max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(dense, config.dense.max_norm)
+    if (bound := config.tables.max_gradient) is not None:
+        for parameter in tables:  # torch's own function fails on a rank that holds no table
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-bound, bound)
 
 
 def _squared_norm(parameters: Sequence[Tensor], world: World) -> Tensor:
@@ -104,31 +90,20 @@ class TableOptimizer:
             _apply_optimizer_in_backward(self.kind, parameters, self.arguments)
 
 
-def table_optimizer(
-    name: str,
-    lr: float,
-    eps: float,
-    device: torch.device,
-    l2: float = 0.0,
-    max_gradient: float | None = None,
-) -> TableOptimizer:
+def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptimizer:
     """Chooses the kernel.
 
     Args:
-        name: rowwise_adagrad, adagrad, sgd, adam or lazy_adam.
-        lr: learning rate.
-        eps: added to the root in the denominator.
+        config: the optimizers' settings. With ``max_norm`` L2 is left to `bound_gradients`.
         device: where the tables are.
-        l2: adds ``l2 * row`` to a row's gradient: under adam every row's at every step, which is
-            ``l2 / 2 * |table|^2`` in the loss; under rowwise_adagrad on CUDA the looked-up rows'.
-        max_gradient: bound of each element of a row's gradient, summed over its look-ups; adam's
-            only.
 
     Raises:
         ConfigError: the device cannot do it.
     """
+    name, lr, max_gradient = config.tables.name, config.tables.lr, config.tables.max_gradient
+    l2 = config.tables.l2 if config.max_norm is None else 0.0
     fused, dense = EmbeddingComputeKernel.FUSED, EmbeddingComputeKernel.DENSE
-    adaptive = {"lr": lr, "eps": eps}
+    adaptive = {"lr": lr, "eps": config.tables.eps}
     if name == "adam":
         return TableOptimizer(
             name,
@@ -143,8 +118,6 @@ def table_optimizer(
             f"optimizer.tables.name=lazy_adam: FBGEMM has no such kernel on {device.type}; "
             f"use adam (every row moves) or rowwise_adagrad, or run on CUDA"
         )
-    if name not in _FUSED:
-        raise ConfigError(f"optimizer.tables.name={name}: unknown")
     if l2 and name == "lazy_adam":
         raise ConfigError(
             f"optimizer.tables.l2={l2:g}: FBGEMM's lazy_adam would shrink rows by lr * l2 instead "
@@ -189,18 +162,14 @@ _DENSE: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def combined_optimizer(
     sharded: DistributedModelParallel,
     tables: TableOptimizer,
-    dense_name: str,
-    dense_lr: float,
-    dense_l2: float = 0.0,
+    config: OptimizerConfig,
 ) -> CombinedOptimizer:
     """One optimizer over the fused tables, the dense tables and everything else.
 
     Args:
         sharded: the model after sharding.
         tables: how the tables are updated.
-        dense_name: adam, adagrad or sgd.
-        dense_lr: learning rate of everything but the tables.
-        dense_l2: adds ``dense_l2 * weight`` to their gradients.
+        config: the optimizers' settings. With ``max_norm`` L2 is left to `bound_gradients`.
     """
     left = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     in_tables = {k: p for k, p in left.items() if ".ebc." in k}
@@ -213,8 +182,9 @@ def combined_optimizer(
                 KeyedOptimizerWrapper(in_tables, lambda p: tables.kind(p, **tables.arguments)),
             )
         )
-    dense = {"lr": dense_lr, "weight_decay": dense_l2}
-    parts.append(("dense", KeyedOptimizerWrapper(others, lambda p: _DENSE[dense_name](p, **dense))))
+    l2 = config.dense.l2 if config.max_norm is None else 0.0
+    dense = partial(_DENSE[config.dense.name], lr=config.dense.lr, weight_decay=l2)
+    parts.append(("dense", KeyedOptimizerWrapper(others, dense)))
     return CombinedOptimizer(parts)
 
 

@@ -18,8 +18,9 @@ from torchrec.distributed.train_pipeline import (
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.distributed.optimizers import GradientBounds, parameters_of
+from deepfm_dist.distributed.optimizers import bound_gradients, parameters_of
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
@@ -69,7 +70,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         optimizer: the combined optimizer.
         world: the ranks.
         micro_batches: batches per optimizer step, whose gradients add up.
-        bounds: of the gradients; default: none.
+        config: bounds of the gradients; default: none.
         asked_to_stop: whether this process was asked to.
         overlapped: whether the next batches are prepared meanwhile; default: on CUDA.
     """
@@ -80,14 +81,14 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         optimizer: CombinedOptimizer,
         world: World,
         micro_batches: int = 1,
-        bounds: GradientBounds | None = None,
+        config: OptimizerConfig | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
         overlapped: bool | None = None,
     ) -> None:
         super().__init__(model, _Unused(), world.device, custom_model_fwd=self._forward)
         self._updates = optimizer
         self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
-        self._bounds = bounds or GradientBounds()
+        self._config = config or OptimizerConfig()
         self._overlapped = world.device.type != "cpu" if overlapped is None else overlapped
         self._of_dense = parameters_of(optimizer, "dense")
         self._of_tables = parameters_of(optimizer, "tables")
@@ -120,7 +121,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 self._backward(self._forward(batch)[0])
         if step.is_finite:
             with self._timed("optimizer"):
-                self._bounds.apply(self._of_tables, self._of_dense, self._world)
+                bound_gradients(self._config, self._of_tables, self._of_dense, self._world)
                 self._updates.step()
         else:
             for buffer, value in zip(self._buffers, before, strict=True):

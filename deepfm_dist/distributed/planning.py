@@ -14,6 +14,7 @@ from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_N
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, Placement, TableCollection, place
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
@@ -345,7 +346,7 @@ def _remedies(job: Job) -> Iterator[str]:
         more = replace(job, world=hypothetical_world(sizes[enough], local))
         yield typed(f"--world-size {sizes[enough]}", more)
     if job.optimizer.name != "rowwise_adagrad":
-        smaller = table_optimizer("rowwise_adagrad", 0.1, 1e-8, job.world.device)
+        smaller = table_optimizer(OptimizerConfig(), job.world.device)
         if fits(changed := replace(job, optimizer=smaller)):
             yield typed("optimizer.tables.name=rowwise_adagrad", changed)
     width = job.task.model.embedding_arch.row_width

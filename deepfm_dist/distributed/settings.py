@@ -1,5 +1,6 @@
 """The sections `optimizer`, `sharding` and `checkpoint`."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -33,6 +34,23 @@ class LearningRateConfig(Section):
         if self.decay != "polynomial" and self.power != 2.0:
             raise ValueError(f"power={self.power:g} is an exponent of decay=polynomial")
         return self
+
+    def at(self, step: int) -> float:
+        """The rate of a step, counted from 1; after the decay it stays at ``final_lr``."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        left = 1 - min((step - self.warmup_steps) / (self.decay_steps or 1), 1.0)
+        match self.decay:
+            case "constant":
+                return self.lr
+            case "linear":
+                shape = left
+            case "cosine":
+                shape = 0.5 * (1 - math.cos(math.pi * left))
+            case "polynomial":
+                shape = left**self.power
+        final = self.final_lr / self.lr
+        return self.lr * (final + (1 - final) * shape)
 
 
 class TableOptimizerConfig(LearningRateConfig):

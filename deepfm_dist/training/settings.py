@@ -94,6 +94,11 @@ class TrainerConfig(Section):
             )
         return self
 
+    def last_step(self, steps_per_epoch: int) -> int:
+        """The step after which training ends, if nothing ends it before."""
+        steps = self.epochs * steps_per_epoch
+        return min(steps, self.max_steps or steps)
+
 
 class SpanConfig(Section):
     """Numbers between two bounds; whole ones where both bounds are."""

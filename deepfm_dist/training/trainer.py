@@ -15,16 +15,17 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.distributed.optimizers import GradientBounds, set_learning_rates
+from deepfm_dist.distributed.optimizers import set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, train_pipeline
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import CheckpointConfig, OptimizerConfig
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed
 from deepfm_dist.training.figures import TrainingFigures
-from deepfm_dist.training.schedule import LearningRate
+from deepfm_dist.training.settings import TrainerConfig
 
 log = logging.getLogger(__name__)
 HIGHER_IS_BETTER = ("auc", "user_auc", "accuracy")
@@ -54,52 +55,6 @@ class NonFiniteLoss(DeepFMError):
 
 class Pruned(Exception):
     """The run is not worth going on with; all ranks say so after the same validation."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When things happen.
-
-    Attributes:
-        epochs: passes over the training rows.
-        tables: learning rate of the tables.
-        dense: learning rate of everything else.
-        max_steps: upper bound on the steps, or None.
-        log_every_steps: steps between two lines of training figures.
-        validate_every_epochs: epochs between two validations; 0: never.
-        save_every_epochs: epochs between two checkpoints; 0: by steps or at the end.
-        save_every_steps: steps between two checkpoints; 0: by epochs or at the end.
-        accumulate_steps: micro-batches per step.
-        max_skipped: steps in a row that may be skipped for a loss that is not finite.
-        monitor: the validation figure that decides which checkpoint is best; None: none does.
-        patience: validations without a better figure after which training stops.
-        plateau_factor: learning rates are multiplied by it at each validation without a better one.
-        min_delta: by how much a figure has to be better than the best to count as better.
-        needs_monitor: whether a setting asks for the monitored figure; else it is a default.
-        bounds: of the gradients.
-    """
-
-    epochs: int
-    tables: LearningRate
-    dense: LearningRate
-    max_steps: int | None = None
-    log_every_steps: int = 50
-    validate_every_epochs: int = 1
-    save_every_epochs: int = 0
-    save_every_steps: int = 0
-    accumulate_steps: int = 1
-    max_skipped: int = 10
-    monitor: str | None = None
-    patience: int | None = None
-    plateau_factor: float = 1.0
-    min_delta: float = 0.0
-    bounds: GradientBounds = field(default_factory=GradientBounds)
-    needs_monitor: bool = False
-
-    def last_step(self, steps_per_epoch: int) -> int:
-        """The step after which training ends, if nothing ends it before."""
-        steps = self.epochs * steps_per_epoch
-        return min(steps, self.max_steps or steps)
 
 
 @dataclass
@@ -137,16 +92,20 @@ class LoopState:
     before_end: list[Any] | None = None
     earlier_steps: int = 0
 
-    def go_on(self, schedule: Schedule) -> None:
-        """Makes it the state of a run that did not end here, and watches what ``schedule`` does."""
+    def resume(self, monitor: str | None) -> None:
+        """Makes it the state of a run that did not end here, and monitors a figure.
+
+        Args:
+            monitor: the validation figure that decides which checkpoint is best; None: none does.
+        """
         if self.before_end is not None:
             self.best, self.best_step, self.validations_since_best, self.lr_scale = self.before_end
             self.before_end = None
-        if schedule.monitor != self.monitor:
+        if monitor != self.monitor:
             self.best, self.best_step, self.validations_since_best = None, None, 0
-            self.monitor = schedule.monitor
+            self.monitor = monitor
 
-    def count(self, outcome: Step, schedule: Schedule) -> None:
+    def count(self, outcome: Step, max_skipped: int) -> None:
         """Counts a step in.
 
         Raises:
@@ -157,10 +116,10 @@ class LoopState:
         self.skipped += not outcome.is_finite
         if not outcome.is_finite:
             log.warning("step %d skipped: its loss is %s", self.step, outcome.loss)
-        if self.skipped_in_a_row > schedule.max_skipped:
+        if self.skipped_in_a_row > max_skipped:
             raise self.not_finite(
-                f"the loss is {outcome.loss}, as in the {schedule.max_skipped} steps before, all "
-                f"of them skipped"
+                f"the loss is {outcome.loss}, as in the {max_skipped} steps before, all of them "
+                f"skipped"
             )
 
     def not_finite(self, what: str) -> NonFiniteLoss:
@@ -172,40 +131,46 @@ class LoopState:
             f"fields"
         )
 
-    def is_over(self, schedule: Schedule, last: int) -> bool:
-        """Whether nothing is left to do."""
-        out_of_patience = (
-            schedule.patience is not None and self.validations_since_best >= schedule.patience
-        )
+    def is_over(self, patience: int | None, last: int) -> bool:
+        """Whether nothing is left to do.
+
+        Args:
+            patience: validations without a better figure that end the run.
+            last: the step after which it ends.
+        """
+        out_of_patience = patience is not None and self.validations_since_best >= patience
         return self.step >= last or out_of_patience
 
     @property
-    def judged(self) -> list[Any]:
-        """What `judge` changes."""
+    def best_state(self) -> list[Any]:
+        """What `update_best` changes."""
         return [self.best, self.best_step, self.validations_since_best, self.lr_scale]
 
     def check_monitored(
-        self, figures: Mapping[str, float], schedule: Schedule, is_first: bool
+        self, figures: Mapping[str, float], is_required: bool, is_first: bool
     ) -> None:
         """Refuses a monitored figure that is undefined on the validation rows.
 
-        One that nobody asked for is warned of, at the first validation.
+        Args:
+            figures: of this validation.
+            is_required: whether a setting asks for it; if not, a warning is logged at the first
+                validation.
+            is_first: whether this is rank 0.
 
         Raises:
             ConfigError: it is NaN, and so it will stay.
         """
-        if schedule.monitor is None or self.best is not None:
+        if self.monitor is None or self.best is not None:
             return
         text = (
-            f"{figures[schedule.monitor]} on the validation rows, so that no checkpoint can be the "
-            f"best"
+            f"{figures[self.monitor]} on the validation rows, so that no checkpoint can be the best"
         )
-        if schedule.needs_monitor:
+        if is_required:
             raise ConfigError(
-                f"trainer.monitor={schedule.monitor}: it is {text}; set trainer.monitor=log_loss"
+                f"trainer.monitor={self.monitor}: it is {text}; set trainer.monitor=log_loss"
             )
         if is_first and self.validations_since_best == 1:
-            log.warning("%s is %s; the last one is used", schedule.monitor, text)
+            log.warning("%s is %s; the last one is used", self.monitor, text)
 
     def warn_if_worsening(self, figures: Mapping[str, float], per_epoch: int) -> None:
         """Warns at the second validation in a row without a better monitored figure. Rank 0.
@@ -275,19 +240,18 @@ class LoopState:
         is_of_rows = self.best_step == self.step and "@" not in (self.monitor or "")
         return figures["ne"] if is_of_rows else math.nan
 
-    def judge(self, figures: Mapping[str, float], schedule: Schedule) -> None:
+    def update_best(self, figures: Mapping[str, float], trainer: TrainerConfig) -> None:
         """Compares the monitored figure with the best one; one that is not finite is no better."""
-        self.monitor = schedule.monitor
-        if schedule.monitor is None:
+        if self.monitor is None:
             return
-        value = figures[schedule.monitor]
-        sign = -1 if schedule.monitor in LOWER_IS_BETTER else 1
+        value = figures[self.monitor]
+        sign = -1 if self.monitor in LOWER_IS_BETTER else 1
         gain = sign * (value - self.best) if self.best is not None else math.inf
-        if math.isfinite(value) and gain > schedule.min_delta:
+        if math.isfinite(value) and gain > trainer.min_delta:
             self.best, self.best_step, self.validations_since_best = value, self.step, 0
         else:
             self.validations_since_best += 1
-            self.lr_scale *= schedule.plateau_factor
+            self.lr_scale *= trainer.plateau_factor
 
 
 def train(
@@ -295,7 +259,10 @@ def train(
     optimizer: CombinedOptimizer,
     batches: Batches,
     world: World,
-    schedule: Schedule,
+    trainer: TrainerConfig,
+    optimizers: OptimizerConfig,
+    checkpoints: CheckpointConfig,
+    monitor: str | None,
     state: LoopState,
     seed: int,
     metrics: MetricsLog,
@@ -312,7 +279,10 @@ def train(
         optimizer: its optimizer.
         batches: the global batches, sliced for this rank.
         world: the ranks.
-        schedule: when to stop, log, validate, save, and at which learning rates.
+        trainer: when to stop, log and validate.
+        optimizers: learning rates, and bounds of the gradients.
+        checkpoints: when to save.
+        monitor: the validation figure that decides which checkpoint is best; None: none does.
         state: of the loop; changed in place.
         seed: of dropout.
         metrics: where events are written.
@@ -326,33 +296,33 @@ def train(
         ``state``.
 
     Raises:
-        NonFiniteLoss: more than ``schedule.max_skipped`` steps in a row had a loss that is not
+        NonFiniteLoss: more than ``trainer.max_skipped`` steps in a row had a loss that is not
             finite.
         ConfigError: the monitored figure is NaN at the first validation.
     """
     per_epoch = batches.steps_per_epoch
-    last = schedule.last_step(per_epoch)
+    last = trainer.last_step(per_epoch)
     pipeline = train_pipeline(
         sharded,
         optimizer,
         world,
-        schedule.accumulate_steps,
-        schedule.bounds,
+        trainer.accumulate_steps,
+        optimizers,
         asked_to_stop,
     )
 
     def pieces(first: int) -> Iterator[Any]:
         """Micro-batches up to the next validation, before which the pipeline has to be empty."""
-        every = schedule.validate_every_epochs * per_epoch if validate else last
+        every = trainer.validate_every_epochs * per_epoch if validate else last
         until = min(last, -(-first // every) * every) if every else last
         for batch in batches.steps(first, until):
-            yield from batch.split(schedule.accumulate_steps)
+            yield from batch.split(trainer.accumulate_steps)
 
     micro_batches = pieces(state.step + 1)
     figures, clock = TrainingFigures(state.lifetime), _Clock(pipeline.seconds)
     if state.step < last:
-        state.go_on(schedule)
-    going_on, due = not state.is_over(schedule, last), False
+        state.resume(monitor)
+    going_on, due = not state.is_over(trainer.patience, last), False
     found: Mapping[str, float] = {}
     sharded.train()
     with (
@@ -364,17 +334,18 @@ def train(
             step = state.step + 1
             # Dropout of a step on a rank is the same whatever came before it.
             world.seed(derive_seed(seed, "dropout", step, world.rank))
-            rates = [rate.at(step) * state.lr_scale for rate in (schedule.tables, schedule.dense)]
-            set_learning_rates(optimizer, *rates)
+            lr_tables = optimizers.tables.at(step) * state.lr_scale
+            lr_dense = optimizers.dense.at(step) * state.lr_scale
+            set_learning_rates(optimizer, lr_tables, lr_dense)
             outcome = pipeline.train_step(micro_batches)
-            state.count(outcome, schedule)
+            state.count(outcome, trainer.max_skipped)
             figures.add(outcome)
             bar.update()
             if profiler:
                 profiler.step()
 
             epoch, inside = divmod(step, per_epoch)
-            if validate and _due(schedule.validate_every_epochs, epoch, inside, step == last):
+            if validate and _due(trainer.validate_every_epochs, epoch, inside, step == last):
                 pipeline.detach()  # validation calls the model directly
                 sharded.eval()
                 with clock.timed("validation"):
@@ -383,36 +354,34 @@ def train(
                 set_table_steps(sharded, state.earlier_steps + step)
                 if not math.isfinite(found.get("log_loss", 0.0)):
                     raise state.not_finite(f"the validation log loss is {found['log_loss']}")
-                if not _due(schedule.validate_every_epochs, epoch, inside):
-                    state.before_end = state.judged
-                state.judge(found, schedule)
-                state.check_monitored(found, schedule, world.is_first)
+                if not _due(trainer.validate_every_epochs, epoch, inside):
+                    state.before_end = state.best_state
+                state.update_best(found, trainer)
+                state.check_monitored(found, trainer.needs_monitor is not None, world.is_first)
                 told = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, outcome.loss, told)
                 metrics.write(ValidEvent(step=step, epoch=epoch, **found))
                 if world.is_first:
                     state.warn_if_worsening(found, per_epoch)
                 micro_batches = pieces(step + 1)
-            going_on = not (state.is_over(schedule, last) or outcome.stop)
+            going_on = not (state.is_over(trainer.patience, last) or outcome.stop)
             due |= (
                 state.best_step == step
-                or _due(schedule.save_every_epochs, epoch, inside)
-                or (schedule.save_every_steps > 0 and step % schedule.save_every_steps == 0)
+                or _due(checkpoints.every_epochs, epoch, inside)
+                or (checkpoints.every_steps > 0 and step % checkpoints.every_steps == 0)
             )
             # While steps are skipped nothing is saved that earlier checkpoints would make room for.
             saving = save is not None and (not going_on or (due and outcome.is_finite))
-            if saving or not going_on or step % schedule.log_every_steps == 0:
+            if saving or not going_on or step % trainer.log_every_steps == 0:
                 # A checkpoint ends a window, so that a resumed run begins one where this run does.
                 line = figures.line(world)
                 spent = clock.read(step - state.logged_step, batches.batch_size)
                 shown = {"loss": f"{line['loss']:.4f}", "rows/s": f"{spent['rows_per_s']:,.0f}"}
                 bar.set_postfix(shown, refresh=False)
-                line |= {"lr_tables": rates[0], "lr_dense": rates[1], "skipped": state.skipped}
+                line |= {"lr_tables": lr_tables, "lr_dense": lr_dense, "skipped": state.skipped}
                 if outcome.sparse is not None:
                     sent = sent_bytes(outcome.sparse)
-                    spent["sent_bytes"] = {
-                        k: v * schedule.accumulate_steps for k, v in sent.items()
-                    }
+                    spent["sent_bytes"] = {k: v * trainer.accumulate_steps for k, v in sent.items()}
                 metrics.write(TrainEvent(step=step, **line, **spent))
                 state.logged_step, state.lifetime = step, figures.lifetime.tolist()
             if save and saving:
@@ -422,8 +391,8 @@ def train(
                         state.saved_step = step
                     save(state)
     pipeline.detach()
-    if found and world.is_first and state.is_over(schedule, last):
-        state.summarize(found, per_epoch, schedule.patience)
+    if found and world.is_first and state.is_over(trainer.patience, last):
+        state.summarize(found, per_epoch, trainer.patience)
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if world.device.type == "cuda":
         peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
