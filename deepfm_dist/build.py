@@ -19,7 +19,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
-from deepfm_dist.data.notebook import notebook_fields
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
@@ -32,11 +31,10 @@ from deepfm_dist.distributed.sharding import (
     shard,
 )
 from deepfm_dist.environment import memory_bytes
-from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
+from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
-from deepfm_dist.model.notebook import NotebookWeights
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.model.transfer import Transfer
@@ -531,74 +529,6 @@ def _check_compiler(device: torch.device) -> None:
             f"trainer.compile=true: torch.compile needs a C++ compiler on a CPU, and {compiler} is "
             f"not found; install g++ or name another one in CXX, or set trainer.compile=false"
         )
-
-
-def from_notebook(
-    config: Config,
-    dataset: PreparedDataset,
-    weights: NotebookWeights,
-    id_files: Mapping[str, Path],
-    fields: str | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A notebook's weights as ours.
-
-    Args:
-        config: of the run that is made of them.
-        dataset: the prepared dataset.
-        weights: the notebook's.
-        id_files: files with the notebook's ids of single fields.
-        fields: names in the notebook's order, between commas; None: as in ``data.features``.
-
-    Returns:
-        Values ``[rows, D + 1]`` by table, and the state of the interaction arch.
-
-    Raises:
-        ConfigError: the configuration is of another model, or of data no notebook can have.
-        DataError: the fields' ids do not add up to the rows of the offset table.
-    """
-    model = config.model
-    wanted: dict[str, Any] = {
-        "embedding_dim": weights.embedding_dim,
-        "over_arch_layer_sizes": weights.layer_sizes,
-        "over_arch": "mlp",
-        "activation": "relu",
-        "batch_norm": False,
-        "first_order": True,
-        "fm": True,
-        "fm_pairs": "all",
-        "deep": True,
-    }
-    differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}
-    if differ:
-        overrides = (
-            f"model.{k}={str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}"
-            for k, v in differ.items()
-        )
-        raise ConfigError(f"the notebook's model is another; set {' '.join(overrides)}")
-    ours = notebook_fields(dataset, id_files)
-    order = fields.split(",") if fields else list(ours)
-    if sorted(order) != sorted(ours):
-        raise ConfigError(f"--fields {fields}: must name each of {', '.join(ours)} once")
-    sizes = {name: len(ours[name].places) for name in order}
-    width = weights.layers[0][0].shape[1]
-    if width != len(order) * weights.embedding_dim:
-        raise ConfigError(
-            f"mlp_layers.0 takes {width} numbers, {width / weights.embedding_dim:g} fields of "
-            f"{weights.embedding_dim}; data.features has {len(order)}: {', '.join(order)}"
-        )
-    if sum(sizes.values()) != len(weights.rows):
-        told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
-        raise DataError(
-            f"embedding.weight has {len(weights.rows):,} rows, the fields' ids are "
-            f"{sum(sizes.values()):,} ({told}); give the notebook's ids by --ids FIELD=FILE where "
-            f"they are not those of the training rows"
-        )
-    of_field = dict(zip(order, weights.rows.split(list(sizes.values())), strict=True))
-    tables = {
-        feature.table_name: ours[feature.name].table(of_field[feature.name])
-        for feature in dataset.manifest.categorical
-    }
-    return tables, weights.interaction_arch([order.index(name) for name in ours])
 
 
 def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:

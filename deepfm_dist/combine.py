@@ -58,9 +58,9 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.build import deepfm_of, shard_for_training
     from deepfm_dist.distributed import checkpoint
     from deepfm_dist.distributed.process_group import process_group
-    from deepfm_dist.distributed.sharding import add_factors, local_shards, put_columns
+    from deepfm_dist.distributed.sharding import local_shards
     from deepfm_dist.errors import CheckpointError, ConfigError
-    from deepfm_dist.ranking.baselines import ease_tables
+    from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
     from deepfm_dist.runs import find_run, run_lock
     from deepfm_dist.storage import write_errors_to_user
     from deepfm_dist.training.trainer import LoopState
@@ -116,8 +116,8 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
             part, _ = shard_for_training(one.model_copy(update=whole), manifest, world)
             checkpoint.load(source.checkpoint, world, part)
             dim = one.model.embedding_dim
-            add_factors(part, sharded, (dim, width), at, share)
-            arch.add(deepfm_of(part).interaction_arch, at, share)
+            add_tables(part, sharded, (dim, width), at, share)
+            add_dense(deepfm_of(part).interaction_arch, arch, at, share)
             at += dim
         if with_ease:
             values = world.broadcast(

@@ -59,9 +59,14 @@ def export(found: "RunOnDisk", target: Path, max_file_bytes: int = MAX_FILE_BYTE
     Returns:
         How many tensors there are.
     """
-    from deepfm_dist.data.export import copy_vocabularies, describe_fields
     from deepfm_dist.distributed.checkpoint import check_files
-    from deepfm_dist.distributed.export import export_folder, write_config, write_weights
+    from deepfm_dist.interop.safetensors import (
+        copy_vocabularies,
+        describe_fields,
+        export_folder,
+        write_config,
+        write_weights,
+    )
 
     check_files(found.checkpoint)
     model = found.config.model

@@ -41,12 +41,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import deepfm_of, from_notebook, shard_for_training
+    from deepfm_dist.build import deepfm_of, shard_for_training
     from deepfm_dist.data.encode import prepare
-    from deepfm_dist.data.notebook import read_weights
     from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
     from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.distributed.sharding import fill_tables
+    from deepfm_dist.interop.notebook import from_notebook, read_weights
     from deepfm_dist.runs import before_replacing, open_dataset, run_lock
     from deepfm_dist.training.trainer import LoopState
 
@@ -67,7 +67,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
             ),
         )
         dataset = open_dataset(config, world)
-        values, state = from_notebook(config, dataset, weights, id_files, arguments.fields)
+        values, state = from_notebook(config.model, dataset, weights, id_files, arguments.fields)
         if any((config.run_dir / "checkpoints").glob("step_*")):
             raise CheckpointError(
                 f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"

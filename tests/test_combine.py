@@ -11,6 +11,8 @@ import torch
 from deepfm_dist import combine, evaluate, predict, train
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.interop.combine import ease_factors
 from deepfm_dist.ranking.baselines import Ease, distinct
 from tests.ranks import run_ranks
 
@@ -99,14 +101,21 @@ def test_both_are_better_than_the_model_alone_and_can_be_trained_on(
 
 def test_factors_are_the_best_of_their_number(sample: PreparedDataset) -> None:
     train_items, n_items, k = distinct(sample.history), 401, 20
-    first, second = (f.double() for f in Ease(50).factors(train_items, n_items, k))
+    first, second = (f.double() for f in ease_factors(Ease(50), train_items, n_items, k))
     x = torch.zeros(len(train_items), n_items, dtype=torch.float64)
     x[np.repeat(np.arange(len(x)), train_items.lengths), train_items.values] = 1
     p = torch.linalg.inv(x.T @ x + 50 * torch.eye(n_items))
     scores = x @ (-p / p.diagonal()).fill_diagonal_(0)
     left = torch.linalg.svdvals(scores)[k:].square().sum()
     assert (scores - x @ first @ second.T).square().sum() == pytest.approx(left.item(), rel=1e-3)
-    assert Ease(50).factors(train_items, n_items, k)[0].double().equal(first)
+    assert ease_factors(Ease(50), train_items, n_items, k)[0].double().equal(first)
+
+
+def test_factors_without_room_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepfm_dist.interop.combine.available_bytes", lambda: 10**9)
+    train_items = Jagged.from_pairs([0], [1], 1)
+    with pytest.raises(ConfigError, match=r"EASE of 100,000 items takes 280\.0 GB of memory"):
+        ease_factors(Ease(500.0), train_items, 100_000, 4)
 
 
 def test_columns_beyond_the_items_leave_the_model_where_it_was(
@@ -202,7 +211,7 @@ def test_models_of_other_vocabularies_or_kinds_are_refused(
 def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDataset) -> None:
     train_items, n_items = distinct(sample.history), 401
     groups = Jagged.from_pairs([0, 0, 0, 1, 1], [3, 4, 90, 4, 200], 2)
-    first, second = Ease(50).factors(train_items, n_items, n_items, groups, 7.0)
+    first, second = ease_factors(Ease(50), train_items, n_items, n_items, groups, 7.0)
     x = torch.zeros(len(train_items) + 2, n_items, dtype=torch.float64)
     x[np.repeat(np.arange(len(train_items)), train_items.lengths), train_items.values] = 1
     for row, items in enumerate(groups.lists()):
@@ -213,7 +222,7 @@ def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDatas
     expected = users @ weights
     found = users @ first.double() @ second.double().T
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    plain = users @ Ease(50).factors(train_items, n_items, n_items)[0].double()
+    plain = users @ ease_factors(Ease(50), train_items, n_items, n_items)[0].double()
     assert (plain - users @ first.double()).abs().max() > 1e-3
 
 

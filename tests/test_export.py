@@ -20,8 +20,8 @@ from deepfm_dist import export, predict, serve, train
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.export import export_folder, write_weights
 from deepfm_dist.errors import CheckpointError, DeepFMError
+from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.runs import find_run
 from deepfm_dist.serving.live import is_export_of
 from tests.ranks import run_alone, run_ranks

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from deepfm_dist import import_weights, predict, recommend, train
 from deepfm_dist.config import BUNDLE
-from deepfm_dist.data.notebook import read_weights
 from deepfm_dist.errors import DataError
+from deepfm_dist.interop.notebook import read_weights
 from tests.ranks import run_alone, run_ranks
 
 DIM, HIDDEN = 6, (9, 5)

@@ -550,36 +550,6 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
         shard_tensor[:, : piece.shape[1]].copy_(piece)
 
 
-@torch.no_grad()
-def add_factors(
-    source: DistributedModelParallel,
-    target: DistributedModelParallel,
-    dims: tuple[int, int],
-    at: int,
-    share: float,
-) -> None:
-    """Adds a model's tables to those of a wider one, whose logits get ``share`` times its own.
-
-    Args:
-        source: a model.
-        target: the same tables in the same places, with more columns.
-        dims: D of the source and of the target.
-        at: column of the target's factors that the source's first one becomes.
-        share: of the logits; a pair of factors is a product, so that each gets its root.
-    """
-    dim, width = dims
-    for (*_, narrow), (*_, wide) in zip(local_shards(source), local_shards(target), strict=True):
-        wide[:, at : at + dim] += share**0.5 * narrow[:, :dim]
-        wide[:, width] += share * narrow[:, dim]
-
-
-def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, Tensor]) -> None:
-    """Writes ``[rows, columns]`` by table into factors, from column ``at`` on."""
-    for table, rows, _, piece in local_shards(target):
-        if table in values:
-            piece[:, at : at + values[table].shape[1]] = values[table][rows]
-
-
 def local_shards(
     sharded: DistributedModelParallel,
 ) -> list[tuple[str, slice, slice, Tensor]]:

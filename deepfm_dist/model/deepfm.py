@@ -408,22 +408,6 @@ class InteractionArch(nn.Module):
         over = self.over_arch
         return [self.bias, over.output.bias] if isinstance(over, OverArch) else [self.bias]
 
-    @torch.no_grad()
-    def add(self, other: "InteractionArch", at: int, share: float) -> None:
-        """Adds ``share`` times what a narrower one without a deep part gives.
-
-        Args:
-            other: of the same fields, with fewer columns of factors.
-            at: column of these factors that the other's first one becomes.
-            share: of the logits; a pair of factors is a product, so that each gets its root.
-        """
-        self.bias.add_(share * other.bias)
-        if self.dense_factors is not None and other.dense_factors is not None:
-            columns = slice(at, at + other.embedding_dim)
-            self.dense_factors[:, columns] += share**0.5 * other.dense_factors
-        if self.dense_first_order is not None and other.dense_first_order is not None:
-            self.dense_first_order.add_(share * other.dense_first_order)
-
     def dense_rows(self, n: int, rows_BFW: Tensor) -> Tensor:
         """``[n_dense, W]``: what numeric fields would have in a table, of the kind of ``rows``."""
         dim, width = self.embedding_dim, rows_BFW.shape[2]

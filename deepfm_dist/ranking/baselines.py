@@ -12,19 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 
 from deepfm_dist.compiled import compiled
-from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values
-from deepfm_dist.environment import available_bytes
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 USABLE = 0.8
 """Share of the available memory that a baseline may take."""
-_FIT_BYTES, _FACTORS_BYTES = 12, 28
-"""Bytes per cell of EASE's item-item matrix: while it is fitted, and while it is factorised."""
+_FIT_BYTES = 12
+"""Bytes per cell of EASE's item-item matrix while it is fitted."""
 
 Fitted = Callable[[Jagged, Int32Array], Tensor]
 """(each user's training items, ``[n]`` users) -> ``[n, I]`` float32 scores. Picklable."""
@@ -127,7 +125,7 @@ class Ease:
     def fit(self, train: Jagged, n_items: int) -> Fitted:
         """See `Baseline`."""
         if self.n_fitted is None:
-            return partial(_linear, self._weights(_co_counts(*_arrays(train), n_items)))
+            return partial(_linear, self.weights(co_counts(train, n_items)))
         counts = np.bincount(train.values, minlength=n_items)
         popular = np.sort(np.argsort(-counts, kind="stable")[: self.n_fitted])
         place = np.full(n_items, -1, np.int32)
@@ -140,7 +138,7 @@ class Ease:
             100 * counts[popular].sum() / max(1, counts.sum()),
         )
         kept = distinct(Jagged(train.offsets, place[train.values]))
-        weights = self._weights(_co_counts(*_arrays(kept), len(popular)))
+        weights = self.weights(co_counts(kept, len(popular)))
         # Whole numbers that float32 holds, below every score.
         behind = torch.from_numpy(counts - float(2**24)).float()
         return partial(_linear_among, weights, popular, place, behind)
@@ -160,59 +158,11 @@ class Ease:
             )
         return replace(self, n_fitted=n_fitted), f" on {n_fitted:,} items"
 
-    def factors(
-        self,
-        train: Jagged,
-        n_items: int,
-        n_factors: int,
-        groups: Jagged | None = None,
-        group_weight: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Two vectors an item that give nearly its scores.
+    def weights(self, together: npt.NDArray[np.float64]) -> Tensor:
+        """``[I, I]`` B in float32, from `co_counts`.
 
-        Of all rankings whose scores are ``<sum of the user's items' first vectors, second
-        vector>``, this one's are nearest to EASE's for the training users, in squares: with B the
-        item-item matrix and V the leading right singular vectors of XB, they are BV and V. Cut in
-        this way EASE ranks unseen items better than it does whole, where users are few.
-
-        Args:
-            train: each user's training items, numbers below ``n_items``, each once.
-            n_items: I.
-            n_factors: length of a vector.
-            groups: items that have something in common, such as a genre; each group counts as
-                ``group_weight`` users who have all of its items.
-            group_weight: see there.
-
-        Returns:
-            ``[I, n_factors]`` float32 each; what exceeds the items is 0.
-
-        Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975;
-        singular vectors by Halko, Martinsson, Tropp, "Finding structure with randomness", 2011;
-        groups by Jeunen, Van Balen, Goethals, "Closed-form models for collaborative filtering with
-        side-information", 2020.
+        The counts are overwritten: the matrix may fill the memory.
         """
-        needed, room = _FACTORS_BYTES * n_items**2, available_bytes()
-        if needed > USABLE * room:
-            raise ConfigError(
-                f"EASE of {n_items:,} items takes {needed / 1e9:,.1f} GB of memory to factorise, "
-                f"and {room / 1e9:,.1f} GB are available; use a machine with more memory, or raise "
-                f"min_count of the items"
-            )
-        together = _co_counts(*_arrays(train), n_items)
-        fitted_on = together.copy()
-        if groups is not None and group_weight:
-            fitted_on += group_weight * _co_counts(*_arrays(groups), n_items)
-        weights = self._weights(fitted_on)
-        of_scores = weights.T @ torch.from_numpy(together).float() @ weights
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(n_items)
-            spread = min(n_items, n_factors + 24)
-            leading = torch.svd_lowrank(of_scores, q=spread, niter=4)[2][:, :n_factors]
-        leading = pad(leading, (0, n_factors - leading.shape[1]))
-        return weights @ leading, leading
-
-    def _weights(self, together: npt.NDArray[np.float64]) -> Tensor:
-        """B in float32. The counts are overwritten: the matrix may fill the memory."""
         gram = torch.from_numpy(together)
         gram.diagonal().add_(self.l2)
         columns = gram.T  # as LAPACK lays a matrix out; it is symmetric
@@ -269,59 +219,6 @@ class Ials(AnySize):
         return partial(_product, users, items)
 
 
-def ease_tables(
-    dataset: PreparedDataset, columns: int, l2: float, weight: float, of_fields: float = 0.0
-) -> dict[str, Tensor]:
-    """EASE, fitted on the training positives, as columns of two tables.
-
-    Args:
-        dataset: the prepared dataset.
-        columns: how many.
-        l2: EASE's.
-        weight: of its scores.
-        of_fields: as how many users each value of an item's field counts, who have all of its
-            items.
-
-    Returns:
-        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
-        pooling of the history.
-
-    Raises:
-        ConfigError: there is no table of items or of histories of them.
-    """
-    manifest, n_items = dataset.manifest, dataset.manifest.entities["item"]
-    of_items = [f for f in manifest.categorical if f.entity == "item"]
-    items = [f for f in of_items if f.is_id]
-    own = [
-        f
-        for f in manifest.features
-        if f.history is not None
-        and manifest.data.source_of(f).is_id
-        and manifest.tables[f.table_name].features == (f.name,)
-    ]
-    if not items or not own:
-        raise ConfigError(
-            "combine: EASE needs the items' own id and a history of items with a table of its own "
-            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
-            "item}"
-        )
-    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
-    shared = Jagged.concatenated(groups) if groups else None
-    first, second = Ease(l2).factors(distinct(dataset.history), n_items, columns, shared, of_fields)
-    return {own[0].table_name: weight * first, items[0].table_name: second}
-
-
-def _items_by_value(values: Values) -> Jagged:
-    """For each value of an item's field but the unknown one, the items that have it."""
-    of_item = np.arange(len(values))
-    if isinstance(values, Jagged):
-        of_item, values = np.repeat(of_item, values.lengths), values.values
-    flat = values.astype(np.int32, copy=False)
-    known = flat > 0
-    n = int(flat.max(initial=0)) + 1
-    return distinct(Jagged.from_pairs(flat[known], of_item[known], n))
-
-
 def distinct(jagged: Jagged) -> Jagged:
     """The same rows, each value once and in ascending order; negative ones are left out."""
     owner = np.repeat(np.arange(len(jagged)), jagged.lengths)[jagged.values >= 0]
@@ -329,13 +226,14 @@ def distinct(jagged: Jagged) -> Jagged:
     return Jagged.from_pairs(pairs[:, 0], pairs[:, 1], len(jagged))
 
 
-def _arrays(jagged: Jagged) -> tuple[Int64Array, Int32Array]:
-    return jagged.offsets, jagged.values
+def co_counts(train: Jagged, n_items: int) -> npt.NDArray[np.float64]:
+    """``[I, I]`` number of users who have both items."""
+    counts: npt.NDArray[np.float64] = _co_counts(train.offsets, train.values, n_items)
+    return counts
 
 
 @compiled
 def _co_counts(offsets: Int64Array, values: Int32Array, n_items: int) -> Any:
-    """``[I, I]`` float64 number of users who have both items."""
     counts = np.zeros((n_items, n_items))
     for row in range(len(offsets) - 1):
         for a in range(offsets[row], offsets[row + 1]):

@@ -1,6 +1,5 @@
 """A run's model in one process, ready to answer for one user at a time."""
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError, safe_open
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
@@ -20,6 +18,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import CheckpointError
+from deepfm_dist.interop.safetensors import read_config, read_weights
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
@@ -220,12 +219,7 @@ class Recommender:
 
 def is_export_of(found: RunOnDisk, export: Path) -> bool:
     """Whether a folder holds the export of a run's checkpoint; a damaged one is none."""
-    path = export / "config.json"
-    try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        return False
-    return isinstance(config, dict) and found.identity.items() <= config.items()
+    return found.identity.items() <= read_config(export).items()
 
 
 def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:
@@ -243,7 +237,7 @@ def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:
         raise CheckpointError(f"{export}: not of {found.checkpoint}; export it again")
     config = found.config
     model = build_model(config.model, found.dataset.manifest, world, config.run.seed).model
-    weights = _weights(export)
+    weights = read_weights(export)
     bags = model.embedding_arch.ebc.to_empty(device="cpu").embedding_bags
     try:
         for name, bag in bags.items():
@@ -254,16 +248,3 @@ def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{export}: does not fit the run's model: {brief(error)}") from None
     return model.eval()
-
-
-def _weights(export: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(export.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: damaged ({brief(error)}); delete {export}, and it is exported again"
-            ) from None
-    return found

@@ -1,0 +1,175 @@
+"""Several FMs, and EASE in closed form, as the factor columns of one wider FM."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged, Values
+from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
+from deepfm_dist.environment import available_bytes
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.model.deepfm import InteractionArch
+from deepfm_dist.ranking.baselines import USABLE, Ease, co_counts, distinct
+
+_FACTORS_BYTES = 28
+"""Bytes per cell of EASE's item-item matrix while it is factorised."""
+
+
+@torch.no_grad()
+def add_tables(
+    source: DistributedModelParallel,
+    target: DistributedModelParallel,
+    dims: tuple[int, int],
+    at: int,
+    share: float,
+) -> None:
+    """Adds a model's tables to those of a wider one, whose logits get ``share`` times its own.
+
+    Args:
+        source: a model.
+        target: the same tables in the same places, with more columns.
+        dims: D of the source and of the target.
+        at: column of the target's factors that the source's first one becomes.
+        share: of the logits; a pair of factors is a product, so each gets its square root.
+    """
+    dim, width = dims
+    for (*_, narrow), (*_, wide) in zip(local_shards(source), local_shards(target), strict=True):
+        wide[:, at : at + dim] += share**0.5 * narrow[:, :dim]
+        wide[:, width] += share * narrow[:, dim]
+
+
+@torch.no_grad()
+def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: float) -> None:
+    """Adds the bias and the numeric fields of a model without an over-arch, as `add_tables` does.
+
+    Args:
+        source: the model's part above the tables.
+        target: the wider one's, with the same fields.
+        at: column of the target's factors that the source's first one becomes.
+        share: of the logits.
+    """
+    target.bias.add_(share * source.bias)
+    if target.dense_factors is not None and source.dense_factors is not None:
+        columns = slice(at, at + source.embedding_dim)
+        target.dense_factors[:, columns] += share**0.5 * source.dense_factors
+    if target.dense_first_order is not None and source.dense_first_order is not None:
+        target.dense_first_order.add_(share * source.dense_first_order)
+
+
+def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, Tensor]) -> None:
+    """Writes ``[rows, columns]`` by table into factors, from column ``at`` on."""
+    for table, rows, _, shard in local_shards(target):
+        if table in values:
+            shard[:, at : at + values[table].shape[1]] = values[table][rows]
+
+
+def ease_tables(
+    dataset: PreparedDataset, columns: int, l2: float, weight: float, of_fields: float = 0.0
+) -> dict[str, Tensor]:
+    """EASE, fitted on the training positives, as columns of two tables.
+
+    Args:
+        dataset: the prepared dataset.
+        columns: how many.
+        l2: EASE's.
+        weight: of its scores.
+        of_fields: as how many users each value of an item's field counts, who have all of its
+            items.
+
+    Returns:
+        ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
+        pooling of the history.
+
+    Raises:
+        ConfigError: there is no table of items or of histories of them.
+    """
+    manifest, n_items = dataset.manifest, dataset.manifest.entities["item"]
+    of_items = [f for f in manifest.categorical if f.entity == "item"]
+    items = [f for f in of_items if f.is_id]
+    own = [
+        f
+        for f in manifest.features
+        if f.history is not None
+        and manifest.data.source_of(f).is_id
+        and manifest.tables[f.table_name].features == (f.name,)
+    ]
+    if not items or not own:
+        raise ConfigError(
+            "combine: EASE needs the items' own id and a history of items with a table of its own "
+            "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
+            "item}"
+        )
+    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
+    shared = Jagged.concatenated(groups) if groups else None
+    first, second = ease_factors(
+        Ease(l2), distinct(dataset.history), n_items, columns, shared, of_fields
+    )
+    return {own[0].table_name: weight * first, items[0].table_name: second}
+
+
+def _items_by_value(values: Values) -> Jagged:
+    """For each value of an item's field but the unknown one, the items that have it."""
+    of_item = np.arange(len(values))
+    if isinstance(values, Jagged):
+        of_item, values = np.repeat(of_item, values.lengths), values.values
+    flat = values.astype(np.int32, copy=False)
+    known = flat > 0
+    n = int(flat.max(initial=0)) + 1
+    return distinct(Jagged.from_pairs(flat[known], of_item[known], n))
+
+
+def ease_factors(
+    ease: Ease,
+    train: Jagged,
+    n_items: int,
+    n_factors: int,
+    groups: Jagged | None = None,
+    group_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Two vectors an item that give nearly its scores.
+
+    Of all rankings whose scores are ``<sum of the user's items' first vectors, second
+    vector>``, this one's are nearest to EASE's for the training users, in squares: with B the
+    item-item matrix and V the leading right singular vectors of XB, they are BV and V. Cut in
+    this way EASE ranks unseen items better than it does whole, where users are few.
+
+    Args:
+        ease: whose scores they give.
+        train: each user's training items, numbers below ``n_items``, each once.
+        n_items: I.
+        n_factors: length of a vector.
+        groups: items that have something in common, such as a genre; each group counts as
+            ``group_weight`` users who have all of its items.
+        group_weight: see there.
+
+    Returns:
+        ``[I, n_factors]`` float32 each; what exceeds the items is 0.
+
+    Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975;
+    singular vectors by Halko, Martinsson, Tropp, "Finding structure with randomness", 2011;
+    groups by Jeunen, Van Balen, Goethals, "Closed-form models for collaborative filtering with
+    side-information", 2020.
+    """
+    needed, room = _FACTORS_BYTES * n_items**2, available_bytes()
+    if needed > USABLE * room:
+        raise ConfigError(
+            f"EASE of {n_items:,} items takes {needed / 1e9:,.1f} GB of memory to factorise, "
+            f"and {room / 1e9:,.1f} GB are available; use a machine with more memory, or raise "
+            f"min_count of the items"
+        )
+    together = co_counts(train, n_items)
+    fitted_on = together.copy()
+    if groups is not None and group_weight:
+        fitted_on += group_weight * co_counts(groups, n_items)
+    weights = ease.weights(fitted_on)
+    of_scores = weights.T @ torch.from_numpy(together).float() @ weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(n_items)
+        spread = min(n_items, n_factors + 24)
+        leading = torch.svd_lowrank(of_scores, q=spread, niter=4)[2][:, :n_factors]
+    leading = pad(leading, (0, n_factors - leading.shape[1]))
+    return weights @ leading, leading

@@ -1,0 +1,251 @@
+"""A model as unsharded safetensors, with vocabularies and ``config.json``, for other code."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.schema import Feature
+from deepfm_dist.distributed.stored_model import StoredModel, StoredWeight
+from deepfm_dist.errors import CheckpointError, DeepFMError
+from deepfm_dist.log import progress
+from deepfm_dist.messages import brief
+from deepfm_dist.storage import remove_leftovers, work_folder
+
+FORMAT = 1
+"""Version of the layout of an export."""
+BUFFER_BYTES = 32 << 20
+"""Bytes of a table that are read at a time."""
+
+_DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+_CONFIG = "config.json"
+
+
+@contextmanager
+def export_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``target`` when all is written.
+
+    Args:
+        target: replaced where it holds an earlier export.
+
+    Raises:
+        DeepFMError: it holds something else, or cannot be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise DeepFMError(f"{target}: is a file; --output names a folder")
+    if target.exists() and not (target / _CONFIG).is_file() and any(target.iterdir()):
+        raise DeepFMError(f"{target}: holds files but no export; give another --output")
+    part = work_folder(target)
+    try:
+        remove_leftovers(target)
+        part.mkdir(parents=True)
+        yield part
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+    except OSError as error:
+        raise DeepFMError(f"{target}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `write_config` wrote; empty where there is no export, or a damaged one."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def write_config(folder: Path, **values: Any) -> None:
+    """Writes ``config.json``: what a reader needs besides weights and vocabularies."""
+    (folder / _CONFIG).write_text(json.dumps({"format": FORMAT} | values, indent=2) + "\n")
+
+
+def write_weights(
+    checkpoint: Path,
+    target: Path,
+    table_columns: int,
+    max_file_bytes: int,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> dict[str, tuple[int, ...]]:
+    """Writes a checkpoint's model as safetensors, without a process group.
+
+    Up to ``max_file_bytes`` it is one ``model.safetensors``; beyond, tensors are dealt in order to
+    ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` says which is where,
+    as Hugging Face's libraries do. A tensor larger than that has a file of its own.
+    torch.distributed.checkpoint's writer of this layout takes tensors from memory, which tables
+    may not fit into.
+
+    Args:
+        checkpoint: its folder.
+        target: an existing folder to write into.
+        table_columns: leading columns of the tables that are used; the padding is left out.
+        max_file_bytes: bytes of tensors in a file.
+        buffer_bytes: bytes of a table that are in memory at a time, besides one copy.
+
+    Returns:
+        Shapes by name: ``tables.<table>`` of ``[rows, table_columns]``, and the rest as
+        `deepfm_dist.model.deepfm.InteractionArch` names it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        OSError: the folder cannot be written.
+    """
+    reader = StoredModel(checkpoint)
+    weights = reader.weights(table_columns)
+    groups = _grouped(weights, max_file_bytes)
+    files = {
+        "model.safetensors"
+        if len(groups) == 1
+        else f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+    total = sum(weight.size_bytes for weight in weights)
+    with progress(total, "export", "B", is_first=True) as bar:
+        for file, group in files.items():
+            with (target / file).open("wb") as out:
+                out.write(_header(group))
+                for weight in group:
+                    for rows in reader.slices(weight, buffer_bytes):
+                        out.write(rows)
+                        bar.update(rows.nbytes)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {w.name: file for file, group in files.items() for w in group},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (target / "model.safetensors.index.json").write_text(text + "\n")
+    return {w.name: w.shape for w in weights}
+
+
+def _grouped(weights: Sequence[StoredWeight], max_bytes: int) -> list[list[StoredWeight]]:
+    groups: list[list[StoredWeight]] = [[]]
+    for weight in weights:
+        filled = sum(w.size_bytes for w in groups[-1])
+        if groups[-1] and filled + weight.size_bytes > max_bytes:
+            groups.append([])
+        groups[-1].append(weight)
+    return groups
+
+
+def _header(weights: Sequence[StoredWeight]) -> bytes:
+    """Length and JSON that a safetensors file begins with.
+
+    Source: https://github.com/huggingface/safetensors, README, "Format".
+    """
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for weight in weights:
+        described[weight.name] = {
+            "dtype": _DTYPES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [at, at + weight.size_bytes],
+        }
+        at += weight.size_bytes
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_weights(export: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an export by name.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(export.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({brief(error)}); delete {export}, and it is exported again"
+            ) from None
+    return found
+
+
+def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
+    """The fields in the model's order, as JSON values.
+
+    Returns:
+        ``entities``: the column with the external id of each entity; ``categorical`` and
+        ``numeric``: the fields.
+    """
+    manifest = dataset.manifest
+    rows = manifest.data.interactions
+    return {
+        "entities": {name: getattr(rows, name) for name in manifest.entities},
+        "categorical": [
+            _described(f)
+            | {
+                "table": f.table_name,
+                "is_id": f.is_id,
+                "fill": f.fill,
+                "derive": f.derive,
+                "hash_rows": f.hash_rows,
+                "boundaries": manifest.numeric[f.name].boundaries
+                if f.transform == "bucket"
+                else None,
+                "history": f.history,
+                "several": f.multi_valued,
+                "pooling": f.pooling if f.multi_valued else "sum",
+            }
+            for f in manifest.categorical
+        ],
+        "numeric": [
+            _described(f)
+            | {"transform": f.transform}
+            | {k: getattr(manifest.numeric[f.name], k) for k in ("mean", "std")}
+            for f in manifest.dense
+        ],
+    }
+
+
+def _described(feature: Feature) -> dict[str, Any]:
+    return {
+        "name": feature.name,
+        "entity": feature.entity,
+        "column": feature.column or feature.name,
+        "separator": feature.separator,
+        "missing": ["", *feature.missing],
+    }
+
+
+def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
+    """Copies ``vocabulary/`` and, without histories, ``entities/`` into a folder."""
+    for part in ("vocabulary", "entities"):
+        (target / part).mkdir()
+    for name in dataset.manifest.vocabularies:
+        file = f"vocabulary/{name}.parquet"
+        dataset.layout.open(file)
+        shutil.copyfile(dataset.folder / file, target / file)
+    for name in dataset.manifest.entities:
+        source = dataset.layout.open(f"entities/{name}.parquet")
+        of_entity = [
+            f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
+        ]
+        schema = pa.schema([source.schema_arrow.field(name) for name in ("id", *of_entity)])
+        path = target / "entities" / f"{name}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for batch in source.iter_batches(columns=schema.names):
+                writer.write_batch(batch.select(schema.names))
+    dataset.layout.check_current()
