@@ -284,18 +284,9 @@ def test_the_planner_knows_the_memory_of_the_machine() -> None:
 def _by_the_pipeline(folder: Path, config: Config, overlapped: bool) -> list[float]:
     with process_group("cpu") as world:
         run = Run(folder, config, world)
-        pipeline = train_pipeline(run.sharded, run.optimizer, world)
-        batches, losses = run.batches.steps(1, 4), []
-        for _ in range(4):
-            if overlapped:  # what CUDA runs: the model is traced, ids are exchanged ahead
-                pipeline._step = type(pipeline._step)()
-                run.optimizer.zero_grad()
-                pipeline.progress(batches)
-                run.optimizer.step()
-                losses.append(pipeline._step.loss)
-            else:
-                losses.append(pipeline.train_step(batches).loss)
-        return losses
+        pipeline = train_pipeline(run.sharded, run.optimizer, world, overlapped=overlapped)
+        batches = run.batches.steps(1, 4)
+        return [pipeline.train_step(batches).loss for _ in range(4)]
 
 
 @pytest.mark.parametrize("options", [["model.deep=false"], [SAMPLED]])

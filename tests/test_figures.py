@@ -39,8 +39,11 @@ def _lines() -> list[dict[str, float]]:
             figures = TrainingFigures(lifetime)
             for step in (first, first + 1):
                 mine = tuple(t.tensor_split(world.world_size)[world.rank] for t in drawn(step))
-                figures.add(Step(0.5, rows=[mine]))
-                figures.add(Step(float("nan"), rows=[mine]))
+                for loss in (0.5, float("nan")):
+                    outcome = Step(world)
+                    outcome.add(torch.tensor(loss / world.world_size), torch.zeros(()))
+                    outcome.rows.append(mine)
+                    figures.add(outcome)
             lines.append(figures.line(world))
             lifetime = figures.lifetime.tolist()
         return lines

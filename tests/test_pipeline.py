@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,14 +20,14 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
-from tests.ranks import run_ranks
+from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, config_of
 
 POISONED = 7
 STRETCHES = ((1, 6), (7, 12))
 
 
-def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
+def losses(folder: Path, config: Config, overlapped: bool, deferred: bool) -> list[float]:
     """Twelve steps, the seventh with a NaN in a label, with a validation in between."""
     with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
@@ -40,7 +41,9 @@ def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
             parts,
             config.optimizer,
             overlapped=overlapped,
+            deferred=deferred,
         )
+        assert pipeline.deferred is deferred
 
         def pieces(first: int, last: int) -> Iterator[Any]:
             for step, batch in enumerate(batches.steps(first, last), first):
@@ -51,19 +54,19 @@ def losses(folder: Path, config: Config, overlapped: bool) -> list[float]:
                     whole = dataclasses.replace(whole, **{field: value})
                 yield from whole.split(parts)
 
-        found = []
+        taken = []
         for first, last in STRETCHES:
             stream = pieces(first, last)
             sharded.train()
             for step in range(first, last + 1):
                 world.seed(derive_seed(1, "dropout", step, world.rank))
-                found.append(pipeline.train_step(stream).loss)
+                taken.append(pipeline.train_step(stream))
             pipeline.detach()
             sharded.eval()
             with torch.no_grad():
                 sharded(next(iter(training_batches(rows_of(config), dataset, world).steps(1, 1))))
             set_table_steps(sharded, last)
-        return found
+        return [step.loss for step in taken]
 
 
 def rows_of(config: Config) -> Config:
@@ -83,6 +86,10 @@ CASES = {
 }
 
 
+KINDS = [(False, False), (True, False), (False, True), (True, True)]
+"""Whether batches pass TorchRec's pipeline, and whether the host reads losses late."""
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_the_pipeline_gives_the_losses_of_the_loop_bit_for_bit(
@@ -90,11 +97,69 @@ def test_the_pipeline_gives_the_losses_of_the_loop_bit_for_bit(
 ) -> None:
     folder = (with_history if case == "softmax" else sample).folder
     config = config_of(*SMALL, "trainer.batch_size=999", *CASES[case])
-    loop, pipeline = (run_ranks(losses, size, folder, config, kind) for kind in (False, True))
+    loop, *others = (run_ranks(losses, size, folder, config, *kind) for kind in KINDS)
     assert math.isnan(loop[0][POISONED - 1])
     assert sum(map(math.isfinite, loop[0])) == len(loop[0]) - 1
     assert len(set(loop[0])) == len(loop[0])
-    assert list(map(repr, pipeline)) == list(map(repr, loop))
+    for other in others:
+        assert list(map(repr, other)) == list(map(repr, loop))
+
+
+def trained(folder: Path, config: Config, poisoned: str | None, device_decides: bool) -> Any:
+    """All weights and states of optimizers after batches 1 and 3, or 1, a poisoned 2, and 3."""
+    with process_group("cpu") as world:
+        dataset = PreparedDataset(folder)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+        pipeline = TrainPipeline(
+            sharded, optimizer, world, 1, config.optimizer, deferred=device_decides
+        )
+        batches: list[Any] = list(training_batches(config, dataset, world).steps(1, 3))
+        if poisoned is None:
+            del batches[1]
+        else:
+            value = getattr(batches[1], poisoned) * math.inf
+            batches[1] = dataclasses.replace(batches[1], **{poisoned: value})
+        stream = iter(batches)
+        finite = [pipeline.train_step(stream).is_finite for _ in batches]
+        assert finite.count(False) == (poisoned is not None)
+        states = {
+            f"{k}.{n}": v for k, s in optimizer.state_dict()["state"].items() for n, v in s.items()
+        }
+        tensors = {**sharded.state_dict(), **states}
+        return {
+            name: (t.to_local().local_shards()[0] if hasattr(t, "to_local") else t).clone().numpy()
+            for name, t in tensors.items()
+        }
+
+
+OPTIMIZERS = {
+    "rowwise_adagrad": ("rowwise_adagrad", "{name: adam, l2: 0.1}"),
+    "adagrad": ("adagrad", "{name: adagrad, l2: 0.1}"),
+    "sgd": ("sgd", "{name: sgd, l2: 0.1}"),
+    "adam": ("adam", "{name: adam, max_norm: 0.01}"),
+}
+
+
+@pytest.mark.parametrize("device_decides", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_leaves_no_trace_in_weights_and_optimizers(
+    sample: PreparedDataset, optimizer: str, device_decides: bool
+) -> None:
+    tables, dense = OPTIMIZERS[optimizer]
+    config = config_of(
+        *SMALL,
+        "trainer.batch_size=999",
+        "model.batch_norm=true",
+        f"optimizer.tables.name={tables}",
+        f"optimizer.dense={dense}",
+    )
+    expected = run_alone(trained, sample.folder, config, None, False)
+    for field in ("weights", "labels"):
+        found = run_alone(trained, sample.folder, config, field, device_decides)
+        assert found.keys() == expected.keys()
+        assert any("running_mean" in name for name in found)
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value), name
 
 
 # Operations that launch nothing on a GPU: another view of the same memory, or a question.

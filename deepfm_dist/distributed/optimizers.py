@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 import torchrec.optim
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -154,8 +158,8 @@ _FUSED: dict[str, type[torch.optim.Optimizer]] = {
 }
 _DENSE: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
+    "adagrad": partial(torch.optim.Adagrad, fused=True),
+    "sgd": partial(torch.optim.SGD, fused=True),
 }
 
 
@@ -196,6 +200,32 @@ def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
         if name == part
         for parameter in keyed.params.values()
     ]
+
+
+def skip_updates_if(flag: Tensor, optimizer: CombinedOptimizer) -> None:
+    """Keeps all but the fused tables from an update, and from its trace in their state.
+
+    As mixed precision's `torch.amp.GradScaler` does it: torch's fused kernels look at the flag on
+    the device.
+
+    Args:
+        flag: ``[]`` float32 on their device; 1 at a step that is to be skipped, else 0.
+        optimizer: a `combined_optimizer`.
+    """
+    for name, keyed in optimizer.optimizers:
+        if name != "fused":
+            keyed._optimizer.found_inf, keyed._optimizer.grad_scale = flag, None
+
+
+def can_skip_on_device(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Whether gradients of zero leave a fused table and its optimizer's state as they are.
+
+    Adam's moments would fade, and rows with weight decay shrink.
+    """
+    return kernel.optimizer in _STILL_AT_ZERO and not kernel.optimizer_args.weight_decay
+
+
+_STILL_AT_ZERO = (OptimType.EXACT_ROWWISE_ADAGRAD, OptimType.EXACT_ADAGRAD, OptimType.EXACT_SGD)
 
 
 def set_learning_rates(optimizer: CombinedOptimizer, tables: float, dense: float) -> None:

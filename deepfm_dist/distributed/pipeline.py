@@ -1,14 +1,13 @@
-"""TorchRec's train pipeline with what every step has to pass before it touches a weight."""
+"""One optimizer step: TorchRec's train pipeline, or a plain loop, with a check of the loss."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import (
@@ -18,7 +17,12 @@ from torchrec.distributed.train_pipeline import (
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.distributed.optimizers import bound_gradients, parameters_of
+from deepfm_dist.distributed.optimizers import (
+    bound_gradients,
+    can_skip_on_device,
+    parameters_of,
+    skip_updates_if,
+)
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
@@ -26,44 +30,134 @@ from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 
 
-class _Unused:
-    """The pipeline's own idea of when to update would leave no room between backward and step."""
+class _NoOptimizer:
+    """For TorchRec's pipeline, whose own update would leave no room between backward and step."""
 
     def zero_grad(self) -> None: ...
 
     def step(self) -> None: ...
 
 
-@dataclass
 class Step:
-    """What one optimizer step saw.
+    """The outcome of one optimizer step.
+
+    On CUDA the host goes on before the device has computed it: whoever first asks for ``loss``,
+    ``stop`` or ``is_finite`` waits until it has.
+
+    Args:
+        world: the ranks.
 
     Attributes:
-        loss: mean over the global batch, the same on every rank.
-        stop: whether any rank was asked to stop.
         sparse: table rows of this rank's last micro-batch.
         rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each;
             none where the loss is that of users.
     """
 
-    loss: float = 0.0
-    stop: bool = False
-    sparse: KeyedJaggedTensor | None = None
-    rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self, world: World) -> None:
+        self.sparse: KeyedJaggedTensor | None = None
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._world = world
+        self._totals: Tensor | None = None
+        self._is_copied: torch.cuda.Event | None = None
+        self._values: tuple[float, float] | None = None
+
+    def add(self, loss: Tensor, stop: Tensor) -> Tensor:
+        """Adds a micro-batch's loss. All ranks.
+
+        Args:
+            loss: ``[]`` this rank's share.
+            stop: ``[]`` 1 where this process was asked to stop, else 0.
+
+        Returns:
+            ``[]`` the loss of all ranks and of the step's micro-batches so far.
+        """
+        totals = self._world.sum(torch.stack([loss.detach(), stop]))
+        self._totals = totals if self._totals is None else self._totals + totals
+        self._values = None
+        return self._totals[0]
+
+    def copy_to_host(self) -> None:
+        """Queues the copy of the outcome, so that reading it waits for this step alone."""
+        if self._totals is not None and self._totals.device.type == "cuda":
+            host = torch.empty(self._totals.shape, pin_memory=True)
+            self._totals = host.copy_(self._totals, non_blocking=True)
+            self._is_copied = torch.cuda.Event()
+            self._is_copied.record()
+
+    def _read(self) -> tuple[float, float]:
+        if self._values is None:
+            assert self._totals is not None
+            with self._world.waiting():
+                if self._is_copied is not None:
+                    self._is_copied.synchronize()
+                loss, stop = self._totals.tolist()
+            self._values = loss, stop
+        return self._values
+
+    @property
+    def loss(self) -> float:
+        """Mean over the global batch, the same on every rank."""
+        return self._read()[0]
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self._read()[1] > 0
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step was taken; one with a NaN or infinite loss touches no weight."""
+        """Whether the step was taken; one with a NaN or infinite loss changes no weight."""
         return math.isfinite(self.loss)
 
 
-class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
-    """On CUDA, copies the next batches and exchanges their ids while the current one trains.
+class _Ahead:
+    """Batches on the device: while one trains, the next one is copied on a stream of its own.
 
-    On CPU there is nothing to overlap, and a plain loop over the same steps costs less.
+    Args:
+        device: where they go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: Any = None
+
+    def take(self, batches: Iterator[Any]) -> Any:
+        """The next batch.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        batch = self._copy(batches) if self._next is None else self._next
+        if batch is None:
+            raise StopIteration
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            batch.record_stream(current)
+        self._next = self._copy(batches)
+        return batch
+
+    def _copy(self, batches: Iterator[Any]) -> Any:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(self._stream):  # None: of no effect
+            return batch.to(self._device, non_blocking=True)
+
+
+class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
+    """Takes optimizer steps, and never one whose loss is not finite.
+
+    The batches of several ranks on CUDA pass TorchRec's pipeline, which copies the next batches and
+    exchanges their ids while the current one trains. One rank has no ids to exchange and takes a
+    plain loop, with the next batch copied ahead on CUDA; so do ranks on CPU, which have nothing to
+    overlap.
 
     The loss is summed over the ranks before backward: fused tables are updated in backward, so
-    that a NaN found later would already be in them.
+    that a NaN found later would already be in them. Where ``deferred``, the host does not wait for
+    this sum. Backward then runs in any case, and a flag on the device turns the gradients of the
+    pooled rows into zeros, which change no table, and keeps the other optimizers from updating.
 
     Args:
         model: the sharded task; its forward returns (loss, logits).
@@ -72,29 +166,46 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         micro_batches: batches per optimizer step, whose gradients add up.
         config: bounds of the gradients; default: none.
         asked_to_stop: whether this process was asked to.
-        overlapped: whether the next batches are prepared meanwhile; default: on CUDA.
+        overlapped: whether batches pass TorchRec's pipeline; default: of several ranks on CUDA.
+        deferred: whether the device alone decides on a step; default: on CUDA where no table's
+            optimizer moves rows whose gradients are zero.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         optimizer: CombinedOptimizer,
         world: World,
         micro_batches: int = 1,
         config: OptimizerConfig | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
         overlapped: bool | None = None,
+        deferred: bool | None = None,
     ) -> None:
-        super().__init__(model, _Unused(), world.device, custom_model_fwd=self._forward)
+        super().__init__(model, _NoOptimizer(), world.device, custom_model_fwd=self._forward)
+        on_device = world.device.type != "cpu"
         self._updates = optimizer
         self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
         self._config = config or OptimizerConfig()
-        self._overlapped = world.device.type != "cpu" if overlapped is None else overlapped
-        self._of_dense = parameters_of(optimizer, "dense")
-        self._of_tables = parameters_of(optimizer, "tables")
-        # What forward changes by itself (running statistics); a skipped step puts it back.
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self._step = Step()
+        self._overlapped = overlapped
+        if overlapped is None:
+            self._overlapped = on_device and (self._always_overlapped or world.world_size > 1)
+        self._ahead = _Ahead(world.device) if on_device else None
+        self.deferred = on_device if deferred is None else deferred
+        self.deferred &= all(map(can_skip_on_device, fused_kernels(model)))
+        self._dense = parameters_of(optimizer, "dense")
+        self._tables = parameters_of(optimizer, "tables")
+        self._buffers = _running_statistics(model)
+        # A tensor as the first gradient costs no operation, and scales nothing on one rank.
+        # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
+        # the ranks, so that the shares must be scaled up to add up to the mean's.
+        self._scale = torch.full((), float(world.world_size), device=world.device)
+        self._stop = torch.zeros((), device=world.device)
+        self._is_finite = torch.ones((), dtype=torch.bool, device=world.device)
+        self._is_not_finite = torch.zeros((), device=world.device)
+        if self.deferred:
+            skip_updates_if(self._is_not_finite, optimizer)
+        self._step = Step(world)
         self._looking_up_since = 0.0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """Host seconds by phase.
@@ -107,9 +218,11 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 module.register_forward_pre_hook(self._looking_up)
                 module.register_forward_hook(self._looked_up)
 
+    _always_overlapped = False
+
     def train_step(self, micro_batches: Iterator[Any]) -> Step:
         """Takes one optimizer step. All ranks."""
-        step = self._step = Step()
+        step = self._step = Step(self._world)
         before = [buffer.clone() for buffer in self._buffers]
         self._updates.zero_grad()
         for _ in range(self._micro_batches):
@@ -117,15 +230,23 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 self.progress(micro_batches)
             else:
                 with self._timed("data"):
-                    batch = next(micro_batches)
+                    batch = (
+                        next(micro_batches)
+                        if self._ahead is None
+                        else self._ahead.take(micro_batches)
+                    )
                 self._backward(self._forward(batch)[0])
-        if step.is_finite:
+        if self.deferred or step.is_finite:
             with self._timed("optimizer"):
-                bound_gradients(self._config, self._of_tables, self._of_dense, self._world)
+                bound_gradients(self._config, self._tables, self._dense, self._world)
                 self._updates.step()
-        else:
+        if self.deferred:
+            for buffer, value in zip(self._buffers, before, strict=True):
+                torch.where(self._is_finite, buffer, value, out=buffer)
+        elif not step.is_finite:
             for buffer, value in zip(self._buffers, before, strict=True):
                 buffer.copy_(value)
+        step.copy_to_host()
         return step
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -136,34 +257,40 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
             self._step.rows.append((logits, batch.labels, batch.weights))
         return loss, logits
 
-    def _looking_up(self, _module: torch.nn.Module, _arguments: Any) -> None:
+    def _looking_up(self, _module: nn.Module, _arguments: Any) -> None:
         self._looking_up_since = time.perf_counter()
 
-    def _looked_up(self, module: torch.nn.Module, _arguments: Any, pooled: Any) -> Any:
+    def _looked_up(self, module: nn.Module, _arguments: Any, pooled: Any) -> Any:
         """Waits for the pooled rows, which are used next in any case."""
         waited = pooled.wait() if isinstance(pooled, LazyAwaitable) else pooled
         if module.training:  # validation has a phase of its own
             took = time.perf_counter() - self._looking_up_since
             self.seconds["embeddings"] += took
             self.seconds["forward"] -= took
+            values = waited.values()
+            if self.deferred and values.requires_grad:
+                values.register_hook(self._zero_if_skipped)
         return waited
+
+    def _zero_if_skipped(self, gradient: Tensor) -> Tensor:
+        """The gradient of the pooled rows; zeros, whatever it is, where the loss is not finite."""
+        return torch.where(self._is_finite, gradient, 0.0)
 
     def _backward(self, losses: Tensor) -> None:
         with self._timed("backward"):
-            to_learn_from = self._checked(losses)
-            if to_learn_from is not None:
-                super()._backward(to_learn_from)
+            if self._decide(losses):
+                losses.backward(self._scale)
 
-    def _checked(self, losses: Tensor) -> Tensor | None:
-        """Counts the loss in; what is to be differentiated, or None where it is not finite."""
-        asked = losses.new_full((), float(self._asked_to_stop()))
-        with self._world.waiting():
-            loss, stop = self._world.sum(torch.stack([losses.detach(), asked])).tolist()
-        self._step.loss += loss
-        self._step.stop |= stop > 0
-        # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
-        # the ranks, so that the shares must be scaled up to add up to the mean's.
-        return losses * self._world.world_size if self._step.is_finite else None
+    def _decide(self, loss: Tensor) -> bool:
+        """Adds a micro-batch's loss to the step's; whether backward is to run. All ranks."""
+        if self._asked_to_stop():
+            self._stop.fill_(1.0)
+        total = self._step.add(loss, self._stop)
+        if not self.deferred:
+            return self._step.is_finite
+        torch.lt(total.abs(), math.inf, out=self._is_finite)
+        torch.logical_not(self._is_finite, out=self._is_not_finite)
+        return True
 
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""
@@ -197,6 +324,8 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
     fetched: give it an iterator that ends there.
     """
 
+    _always_overlapped = True
+
     def progress(self, dataloader_iter: Iterator[Any]) -> Any:
         """Trains one batch; `detach`, before the model is called directly, is undone."""
         if not self._model_attached:
@@ -207,18 +336,30 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
         loss, logits = super()._forward(batch)
         with self._timed("backward"):
             # TorchRec's progress() differentiates what it is given here, without `_backward`.
-            to_learn_from = self._checked(loss)
-        if to_learn_from is None:
-            unlock_cached_rows(self._model)
-            to_learn_from = loss.new_zeros((), requires_grad=True)
-        return to_learn_from, logits
+            if self._decide(loss):
+                return loss * self._scale, logits
+        unlock_cached_rows(self._model)
+        return loss.new_zeros((), requires_grad=True), logits
 
     def _prefetch(self, context: Any) -> None:
         with self._timed("embeddings"):
             super()._prefetch(context)
 
 
-def train_pipeline(model: torch.nn.Module, *arguments: Any, **options: Any) -> TrainPipeline:
+def train_pipeline(model: nn.Module, *arguments: Any, **options: Any) -> TrainPipeline:
     """The pipeline that a model's tables need, with the arguments of `TrainPipeline`."""
     cached = any(kernel.prefetch_pipeline for kernel in fused_kernels(model))
     return (PrefetchTrainPipeline if cached else TrainPipeline)(model, *arguments, **options)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """What forward changes by itself: buffers that checkpoints hold. A skipped step restores them.
+
+    Others, such as constants that follow from the configuration, are not persistent.
+    """
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
