@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
+from deepfm_dist.version import __version__
+
 if TYPE_CHECKING:
     from deepfm_dist.api import Model, fit
 
-__version__ = "0.1.0"
-__all__ = ["Model", "fit"]
+__all__ = ["Model", "__version__", "fit"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the Python API, and with it torch, when it is asked for."""
-    if name in __all__:
+    if name in ("Model", "fit"):
         from deepfm_dist import api
 
         return getattr(api, name)

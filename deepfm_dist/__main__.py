@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepfm_dist import __version__
 from deepfm_dist.messages import nearest
 from deepfm_dist.terminal import coloured
+from deepfm_dist.version import __version__
 
 _FIRST = ("prepare", "train", "evaluate", "recommend", "similar", "predict", "serve")
 """In the order in which they are met; the rest follows by name."""

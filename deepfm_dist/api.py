@@ -252,10 +252,10 @@ class Model:
         Args:
             settings: of the section ``evaluate``, such as ``k=[5, 10]``.
         """
-        from deepfm_dist.evaluate import evaluate_run
+        from deepfm_dist.jobs.evaluate import evaluate
 
         with _in_python():
-            result = evaluate_run(self._with("evaluate", settings))
+            result = evaluate(self._with("evaluate", settings))
         assert result is not None  # one process
         rankings = pd.DataFrame(result.comparison.figures).T if result.comparison else None
         return Evaluation(
@@ -270,12 +270,12 @@ class Model:
         Args:
             settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``.
         """
-        from deepfm_dist.recommend import write_recommendations
+        from deepfm_dist.jobs.recommend import recommend
 
         with _in_python():
-            written = write_recommendations(self._with("recommend", settings))
-        assert written is not None
-        return pd.read_parquet(written[0].parquet)
+            result = recommend(self._with("recommend", settings))
+        assert result is not None  # one process
+        return pd.read_parquet(result.files.parquet)
 
     def similar(self, **settings: Any) -> pd.DataFrame:
         """Every item's most similar items: ``item_id, similar_item_id, score, rank``.
@@ -283,12 +283,12 @@ class Model:
         Args:
             settings: of the section ``similar``, such as ``k=5``.
         """
-        from deepfm_dist.similar import write_similar_items
+        from deepfm_dist.jobs.similar import similar
 
         with _in_python():
-            written = write_similar_items(self._with("similar", settings))
-        assert written is not None
-        return pd.read_parquet(written[0].parquet)
+            result = similar(self._with("similar", settings))
+        assert result is not None  # one process
+        return pd.read_parquet(result.files.parquet)
 
     def predict(self, rows: pd.DataFrame) -> pd.DataFrame:
         """``logit`` and ``probability`` of rows with the columns of the interactions.
@@ -297,14 +297,14 @@ class Model:
             rows: in any order, which the result keeps along with their index; unknown ids are
                 allowed.
         """
-        from deepfm_dist.predict import write_predictions
+        from deepfm_dist.jobs.predict import predict
 
         _check_frame(rows, "rows")
         with tempfile.TemporaryDirectory() as folder:
             source, target = (Path(folder, f"{name}.parquet") for name in ("rows", "scores"))
             with _in_python({str(source): "rows"}):
                 source.write_bytes(_parquet(rows, "rows"))
-                write_predictions(self._with("predict", {}), str(source), str(target))
+                predict(self._with("predict", {}), str(source), target)
             scores = pd.read_parquet(target, columns=["score", "probability"])
         return scores.rename(columns={"score": "logit"}).set_axis(rows.index)
 

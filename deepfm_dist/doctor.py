@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from deepfm_dist import __version__, environment
+from deepfm_dist import environment
 from deepfm_dist.environment import Problem, memory_bytes
 from deepfm_dist.terminal import coloured
+from deepfm_dist.version import __version__
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "numba")
 _GIB = 2**30

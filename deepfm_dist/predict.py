@@ -7,6 +7,8 @@ from pathlib import Path
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
+from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.storage import option_of, path_or_url
 
 EXAMPLES = (
     "--config sample --input rows.csv --output scores.parquet",
@@ -29,54 +31,35 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
-    scored = write_predictions(config, arguments.input, arguments.output, arguments.overrides)
-    if scored is not None:
-        target, rows = scored
-        print(f"{target}: {rows:,} rows scored")
+    from deepfm_dist.jobs.predict import predict
+
+    source, target = _source(config, arguments.input), _target(arguments.output)
+    result = predict(config, source, target, arguments.overrides)
+    if result is not None:
+        print(f"{result.path}: {result.rows:,} rows scored")
 
 
-def write_predictions(
-    config: Config,
-    source: str | None = None,
-    output: str | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[Path, int] | None:
-    """Scores the rows of a file. All ranks.
-
-    Args:
-        config: the settings.
-        source: path or URL of the file; None: the interactions file.
-        output: the parquet file to write; None: ``predictions.parquet`` of the run.
-        overrides: of the command line.
-
-    Returns:
-        On rank 0 the file written and its number of rows; None elsewhere.
-    """
-    from deepfm_dist.data.manifest import check_formats
+def _source(config: Config, given: str | None) -> str:
+    """Path or URL of the rows to score."""
     from deepfm_dist.data.sources import find_file
-    from deepfm_dist.distributed.process_group import process_group
-    from deepfm_dist.errors import ConfigError, DataError
-    from deepfm_dist.runs import open_trained
-    from deepfm_dist.storage import option_of, path_or_url
-    from deepfm_dist.training.prediction import predict
 
-    if source:
-        source = option_of("--input", source, path_or_url)
+    if given:
+        source = option_of("--input", given, path_or_url)
     else:
         source = find_file(config.input_root, config.data.interactions.file, "--input")
-    output = option_of("--output", output) if output else None
     if "://" not in source and not Path(source).is_file():
         raise DataError(f"--input {source}: no such file")
-    if output and Path(output).suffix != ".parquet":
-        better = Path(output).with_suffix(".parquet")
-        raise ConfigError(f"--output {output}: predictions are parquet; use --output {better}")
-    with process_group(*config.run.process_group) as world:
-        trained = open_trained(config, overrides, world)
-        target = Path(output or config.output_dir / "predictions.parquet")
-        check_formats(trained.config.data, Path(source).name)
-        files = trained.config.data.files
-        rows = predict(trained.sharded, world, trained.dataset, source, files, target)
-        return (target, rows) if world.is_first else None
+    return source
+
+
+def _target(given: str | None) -> Path | None:
+    if not given:
+        return None
+    target = Path(option_of("--output", given))
+    if target.suffix != ".parquet":
+        better = target.with_suffix(".parquet")
+        raise ConfigError(f"--output {given}: predictions are parquet; use --output {better}")
+    return target
 
 
 if __name__ == "__main__":

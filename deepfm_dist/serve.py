@@ -1,25 +1,18 @@
 """``python -m deepfm_dist.serve``: a run as a web service, with a page to try it."""
 
 import argparse
-import logging
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config, settings_of
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 
-if TYPE_CHECKING:
-    from deepfm_dist.runs import RunOnDisk
-
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
 SERVED = ("context", "mask", "memory_bytes")
 """Settings of ``recommend`` that a service looks at."""
 LOOPBACK = ("127.0.0.1", "localhost")
-log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,18 +42,19 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
             f"pip install fastapi 'uvicorn[standard]' prometheus-client"
         ) from None
     from deepfm_dist.distributed.process_group import process_group
+    from deepfm_dist.jobs.export import up_to_date_export
     from deepfm_dist.runs import find_run
     from deepfm_dist.serving.live import Recommender
 
     _check_settings(config, arguments.overrides)
     listening = _socket(arguments.host, arguments.port)
-    found = find_run(config, arguments.overrides)
-    folder = _exported(found)
+    source = find_run(config, arguments.overrides)
+    folder = up_to_date_export(source)
     with process_group("cpu", config.run.timeout_s, config.run.threads) as world:
-        live = Recommender(found, folder, world)
+        recommender = Recommender(source, folder, world)
     url = f"http://{arguments.host}:{listening.getsockname()[1]}"
     print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)
-    app = make_app(live, LOOPBACK if arguments.host in LOOPBACK else ("*",))
+    app = make_app(recommender, LOOPBACK if arguments.host in LOOPBACK else ("*",))
     ImpatientProtocol.limit = max_connections()
     settings = uvicorn.Config(
         app,
@@ -103,18 +97,6 @@ def _socket(host: str, port: int) -> socket.socket:
         raise EnvironmentProblem(
             f"--host {host} --port {port}: {reason}; give another --port, or 0 for any"
         ) from None
-
-
-def _exported(found: "RunOnDisk") -> Path:
-    """The export of the run's checkpoint, made where there is none or one of another."""
-    from deepfm_dist.export import export
-    from deepfm_dist.serving.live import is_export_of
-
-    folder = found.config.output_dir / "export"
-    if not is_export_of(found, folder):
-        log.info("%s: exporting step %s", folder, f"{found.state['step']:,}")
-        export(found, folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 from deepfm_dist import cli, evaluate, recommend, train
 from deepfm_dist.distributed.checkpoint import find_checkpoint
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.report.page import _plan
 from tests.ranks import run_alone
 
@@ -103,11 +104,10 @@ def test_what_cannot_be_read_without_is_one_line(
 
 
 def test_a_damaged_export_is_none(tmp_path: Path) -> None:
-    live = pytest.importorskip("deepfm_dist.serving.live")
     run = SimpleNamespace(identity={"step": 2})
     config = b'{"step": 2, "model": {}}'
     for damage in DAMAGE.values():
         (tmp_path / "config.json").write_bytes(config)
-        assert live.is_export_of(run, tmp_path)
+        assert is_export_of(run, tmp_path)
         (tmp_path / "config.json").write_bytes(damage(config))
-        assert not live.is_export_of(run, tmp_path)
+        assert not is_export_of(run, tmp_path)

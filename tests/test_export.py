@@ -16,14 +16,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from deepfm_dist import export, predict, serve, train
+from deepfm_dist import export, predict, train
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.interop.safetensors import export_folder, write_weights
+from deepfm_dist.jobs.export import is_export_of, up_to_date_export
 from deepfm_dist.runs import find_run
-from deepfm_dist.serving.live import is_export_of
 from tests.ranks import run_alone, run_ranks
 from tests.test_checkpoint import _saved
 from tests.test_distributed import SMALL, config_of
@@ -300,7 +300,7 @@ def test_one_flipped_bit_is_found_before_anything_is_written(
 def _served(settings: list[str]) -> dict[str, np.ndarray]:
     """Weights of the export that `serve` would read."""
     found = find_run(load_config("sample", settings), settings)
-    folder = serve._exported(found)
+    folder = up_to_date_export(found)
     assert is_export_of(found, folder)
     return {name: t.numpy() for name, t in load_file(folder / "model.safetensors").items()}
 

@@ -14,13 +14,13 @@ import pytest
 from deepfm_dist.data.cards import Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.events import TrainEvent, ValidEvent
+from deepfm_dist.events import TrainEvent, ValidEvent, read_events
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.report import page as page_module
 from deepfm_dist.report import tables
-from deepfm_dist.report.page import write_page
+from deepfm_dist.report.page import Report, write_page
 from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
 from deepfm_dist.report.verdicts import Verdict
@@ -131,21 +131,23 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         {"popularity": {"ndcg@2": (0.375, 0.625)}},
         Insight(profiles, 3, activity.bounds, 4, popularity.bounds, example),
     )
-    return write_page(
-        folder,
-        "run: {name: <invented>}\n",
-        Path("step_00002000"),
-        sample,
-        "test",
-        click_figures(labels, logits),
-        Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
-        comparison,
-        (2,),
-        [
+    report = Report(
+        folder=folder,
+        config_yaml="run: {name: <invented>}\n",
+        checkpoint=Path("step_00002000"),
+        dataset=sample,
+        split="test",
+        rows=click_figures(labels, logits),
+        calibration=Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
+        comparison=comparison,
+        cutoffs=(2,),
+        events=read_events(folder / "metrics.jsonl"),
+        verdicts=[
             Verdict("Better than popularity", "by <far>", "better"),
             Verdict("Worse than a constant", "NE 1.0470 on test rows", "worse"),
         ],
     )
+    return write_page(report)
 
 
 def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> None:
@@ -254,25 +256,21 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     assert page_module._times(Plotter(), {}) is None
 
 
-def test_the_page_of_rows_has_no_rankings(
-    sample: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text("of another version\n")
+def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Path) -> None:
     rows = click_figures(np.array([0.0, 1, 0, 1]), np.array([-1.0, 1, 2, 0.5]))
-    curve = Calibration([0.1, 0.7], [0.2, 0.6], [2, 2])
-    path = write_page(
-        tmp_path,
-        "x: 1\n",
-        Path("step_00000009"),
-        sample,
-        "valid",
-        rows,
-        curve,
-        None,
-        (5,),
+    report = Report(
+        folder=tmp_path,
+        config_yaml="x: 1\n",
+        checkpoint=Path("step_00000009"),
+        dataset=sample,
+        split="valid",
+        rows=rows,
+        calibration=Calibration([0.1, 0.7], [0.2, 0.6], [2, 2]),
+        comparison=None,
+        cutoffs=(5,),
         events=[],
     )
-    assert not caplog.messages  # who has read the events has said what they lack
+    path = write_page(report)
     text = path.read_text()
     assert "Figures on valid rows" in text and "step_00000009 · valid rows" in text
     for absent in ('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"):

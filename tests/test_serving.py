@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfm_dist import serve
 from deepfm_dist.config import load_config
 from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.jobs.export import up_to_date_export
 from deepfm_dist.runs import find_run
 from tests.conftest import HISTORY
 from tests.pages import watched
@@ -159,7 +159,7 @@ def _asked_by_items(home: Path) -> None:
     config = load_config("sample", [*where, "run.name=plain"])
     with process_group("cpu", threads=1) as world:
         found = find_run(config, [])
-        Recommender(found, serve._exported(found), world).recommend_for(["9"], 3)
+        Recommender(found, up_to_date_export(found), world).recommend_for(["9"], 3)
 
 
 def test_a_model_that_knows_users_by_id_alone_says_so(tmp_path: Path) -> None:

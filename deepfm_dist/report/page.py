@@ -11,17 +11,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel, Field
 
-from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
-from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last, read_events
+from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.metrics import Calibration
+from deepfm_dist.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -74,24 +74,12 @@ def _plan(path: Path) -> _Plan | None:
         return None
 
 
-def write_page(
-    folder: Path,
-    config_yaml: str,
-    checkpoint: Path,
-    dataset: PreparedDataset,
-    split: str,
-    rows: Mapping[str, float],
-    calibration: Calibration,
-    comparison: Comparison | None,
-    cutoffs: Sequence[int],
-    verdicts: Sequence[Verdict] = (),
-    name: str = "report.html",
-    events: list[Event] | None = None,
-) -> Path:
-    """Writes the report of a run. Rank 0.
+@dataclass(frozen=True)
+class Report:
+    """What the page of a run shows.
 
-    Args:
-        folder: of the run, with its ``metrics.jsonl`` and ``plan.json``.
+    Attributes:
+        folder: of the run, with its ``plan.json``.
         config_yaml: the settings in force.
         checkpoint: what was measured.
         dataset: the prepared dataset.
@@ -100,18 +88,37 @@ def write_page(
         calibration: on its rows.
         comparison: of rankings, where there are any.
         cutoffs: values of K.
-        verdicts: what stands at its top.
-        name: of the file.
-        events: of the run; default: those of its ``metrics.jsonl``.
+        events: of the run's log.
+        verdicts: shown at the top.
+    """
+
+    folder: Path
+    config_yaml: str
+    checkpoint: Path
+    dataset: PreparedDataset
+    split: str
+    rows: Mapping[str, float]
+    calibration: Calibration
+    comparison: Comparison | None
+    cutoffs: Sequence[int]
+    events: Sequence[Event]
+    verdicts: Sequence[Verdict] = ()
+
+
+def write_page(report: Report, name: str = "report.html") -> Path:
+    """Writes the page into the run's folder. Rank 0.
 
     Returns:
         Its path.
     """
-    names = list(comparison.figures) if comparison else [MODEL]
-    plotter = Plotter(names)
-    events = read_events(folder / "metrics.jsonl") if events is None else events
-    seconds = _seconds(events)
-    insight = comparison.insight if comparison else None
+    path = report.folder / name
+    page = _environment().get_template("report.html").render(_variables(report))
+    with write_errors_to_user(path), atomic_write(path) as file:
+        file.write_text(page, encoding="utf-8")
+    return path
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("deepfm_dist.report"),
         autoescape=True,
@@ -120,35 +127,40 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters["figure"] = _figure
-    page = environment.get_template("report.html").render(
-        version=__version__,
-        run=folder.name,
-        folder=folder,
-        config=config_yaml,
-        checkpoint=checkpoint.name,
-        manifest=dataset.manifest,
-        split=split,
-        k=max(cutoffs),
-        rows={name: (value, _MEANING.get(name, "")) for name, value in rows.items()},
-        rankings={k: _table(comparison, k) for k in cutoffs} if comparison else {},
-        verdicts=verdicts,
-        learning=_learning(plotter, events),
-        calibration=_calibration(plotter, calibration, rows),
-        profiles=_profiles(plotter, comparison, insight, max(cutoffs))
+    return environment
+
+
+def _variables(report: Report) -> dict[str, Any]:
+    """What the template names."""
+    comparison, cutoffs, events = report.comparison, report.cutoffs, report.events
+    plotter = Plotter(list(comparison.figures) if comparison else [MODEL])
+    seconds = _seconds(events)
+    insight = comparison.insight if comparison else None
+    return {
+        "version": __version__,
+        "run": report.folder.name,
+        "folder": report.folder,
+        "config": report.config_yaml,
+        "checkpoint": report.checkpoint.name,
+        "manifest": report.dataset.manifest,
+        "split": report.split,
+        "k": max(cutoffs),
+        "rows": {name: (value, _MEANING.get(name, "")) for name, value in report.rows.items()},
+        "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
+        "verdicts": report.verdicts,
+        "learning": _learning(plotter, events),
+        "calibration": _calibration(plotter, report.calibration, report.rows),
+        "profiles": _profiles(plotter, comparison, insight, max(cutoffs))
         if comparison and insight
         else [],
-        examples=_examples(dataset, insight) if insight else [],
-        plan=_plan(folder / "plan.json"),
-        seconds=seconds,
-        times=_times(plotter, seconds),
-        peak_memory_gib=ended.peak_memory_gib if (ended := last(events, EndEvent)) else [],
-        rows_per_s=trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
-        picture=lambda plot: Markup(plot.svg),
-    )
-    path = folder / name
-    with write_errors_to_user(path), atomic_write(path) as file:
-        file.write_text(page, encoding="utf-8")
-    return path
+        "examples": _examples(report.dataset, insight) if insight else [],
+        "plan": _plan(report.folder / "plan.json"),
+        "seconds": seconds,
+        "times": _times(plotter, seconds),
+        "peak_memory_gib": ended.peak_memory_gib if (ended := last(events, EndEvent)) else [],
+        "rows_per_s": trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
+        "picture": lambda plot: Markup(plot.svg),
+    }
 
 
 def _figure(value: float) -> str:

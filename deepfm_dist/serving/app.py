@@ -23,10 +23,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepfm_dist import __version__
 from deepfm_dist.data.cards import Card
 from deepfm_dist.messages import short
 from deepfm_dist.serving.live import Recommender, Unknown, Unsupported
+from deepfm_dist.version import __version__
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""

@@ -18,7 +18,8 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import CheckpointError
-from deepfm_dist.interop.safetensors import read_config, read_weights
+from deepfm_dist.interop.safetensors import read_weights
+from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
@@ -215,11 +216,6 @@ class Recommender:
             for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
             if position != NO_ITEM
         ]
-
-
-def is_export_of(found: RunOnDisk, export: Path) -> bool:
-    """Whether a folder holds the export of a run's checkpoint; a damaged one is none."""
-    return found.identity.items() <= read_config(export).items()
 
 
 def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:

@@ -1,0 +1,119 @@
+"""Measures a run's model on held-out rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepfm_dist.build import baselines_of, deepfm_of
+from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.sources import find_file
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.errors import DataError
+from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
+from deepfm_dist.log import MetricsLog
+from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
+from deepfm_dist.report.verdicts import Verdict, verdicts_on
+from deepfm_dist.runs import LoadedModel, open_trained
+from deepfm_dist.training.evaluation import Measured, RowEvaluator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a model on held-out rows.
+
+    Attributes:
+        split: valid or test.
+        rows: figures on its rows.
+        comparison: of rankings; None where rows have labels.
+        verdicts: how good the figures are, in words.
+        metrics_log: the file that the figures were added to.
+        report: the page that was written.
+    """
+
+    split: str
+    rows: dict[str, float]
+    comparison: Comparison | None
+    verdicts: list[Verdict]
+    metrics_log: Path
+    report: Path
+
+
+def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None:
+    """Measures a run's model on held-out rows, and writes its report. All ranks.
+
+    Args:
+        config: the settings.
+        overrides: of the command line.
+
+    Returns:
+        The figures on rank 0; None elsewhere.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint.
+        ConfigError: a setting does not fit the run, or a baseline needs a missing library.
+        DataError: the split is empty, or the reference cannot be read.
+    """
+    split = config.evaluate.split
+    baselines, reference = baselines_of(config), _reference(config)
+    with process_group(*config.run.process_group) as world:
+        trained = open_trained(config, overrides, world, same_rows=True)
+        _check_not_empty(trained.dataset, split)
+        held_out = None
+        if trained.config.data.task == "implicit":
+            held_out = RankingEvaluator(
+                trained.dataset, split, config.recommend.context, config.evaluate.mask_seen
+            )
+        measured = RowEvaluator(trained.dataset, split).measured(trained.sharded, world)
+        comparison = None
+        if held_out is not None:
+            model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k
+            comparison = evaluate_ranking(model, world, held_out, cutoffs, baselines, reference)
+        return None if measured is None else _report(config, trained, measured, comparison)
+
+
+def _reference(config: Config) -> str | None:
+    """Path or URL of the ranking to compare with."""
+    reference = config.evaluate.reference
+    if reference is None or config.data.task != "implicit":
+        return reference
+    return find_file(config.input_root, reference, "evaluate.reference")
+
+
+def _check_not_empty(dataset: PreparedDataset, split: str) -> None:
+    if dataset.manifest.splits[split].rows == 0:
+        refit = "; it was refit on all of them" if dataset.manifest.data.refit else ""
+        raise DataError(f"{dataset.folder}: the {split} split has no rows{refit}")
+
+
+def _report(
+    config: Config, trained: LoadedModel, measured: Measured, comparison: Comparison | None
+) -> Evaluation:
+    """Logs the figures and writes the page. Rank 0."""
+    from deepfm_dist.report.page import Report, write_page  # draws: slow to import
+
+    split, rows, cutoffs = config.evaluate.split, measured.figures, config.evaluate.k
+    metrics = MetricsLog(config.run_dir, is_first=True)
+    logged = {name: getattr(comparison, name) for name in LOGGED} if comparison else {}
+    metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **logged))
+    events = read_events(metrics.path)
+    validations = [event for event in events if isinstance(event, ValidEvent)]
+    state = checkpoint.read_state(trained.checkpoint)
+    verdicts = verdicts_on(state, validations, rows, split, comparison, max(cutoffs))
+    report = Report(
+        folder=config.run_dir,
+        config_yaml=trained.config.to_yaml(),
+        checkpoint=trained.checkpoint,
+        dataset=trained.dataset,
+        split=split,
+        rows=rows,
+        calibration=measured.calibration,
+        comparison=comparison,
+        cutoffs=cutoffs,
+        verdicts=verdicts,
+        events=events,
+    )
+    own_split = trained.settings.get("evaluate", {}).get("split", split)
+    name = "report.html" if split == own_split else f"report-{split}.html"
+    return Evaluation(split, rows, comparison, verdicts, metrics.path, write_page(report, name))

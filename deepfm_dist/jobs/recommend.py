@@ -1,0 +1,53 @@
+"""Writes every user's best unseen items."""
+
+from collections.abc import Sequence
+
+from deepfm_dist.config import Config
+from deepfm_dist.events import RecommendEvent
+from deepfm_dist.jobs.ranking_files import RankingOutput, Rankings, ranking_job
+from deepfm_dist.log import MetricsLog
+from deepfm_dist.ranking import recommendation
+from deepfm_dist.ranking.recommendation import Wanted
+
+OUTPUT = RankingOutput(
+    "recommend",
+    "recommendations",
+    ("k", "users", "histories", "allow_items", "block_items", "mask", "context"),
+)
+
+
+def recommend(
+    config: Config, overrides: Sequence[str] = (), output: str | None = None
+) -> Rankings | None:
+    """Writes every user's best unseen items as Parquet and CSV. All ranks.
+
+    Args:
+        config: the settings.
+        overrides: of the command line.
+        output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
+
+    Returns:
+        What was written on rank 0; None elsewhere.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint.
+        ConfigError: a setting does not fit the run, or ``output`` is not a parquet file.
+        DataError: a list of users or items cannot be used.
+        InUse: another process writes the same file.
+    """
+    asked = config.recommend
+    wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
+    with ranking_job(config, overrides, OUTPUT, output) as job:
+        files = recommendation.recommend(
+            job.model,
+            job.world,
+            job.trained.dataset,
+            wanted,
+            job.target.parent,
+            checkpoint=job.trained.checkpoint,
+            name=job.target.stem,
+        )
+        if files is not None:
+            event = RecommendEvent(step=job.trained.step, **files.figures)
+            MetricsLog(config.output_dir, is_first=True).write(event)
+        return job.result(files)
