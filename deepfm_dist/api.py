@@ -21,9 +21,8 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from deepfm_dist.cli import quieten_libraries
 from deepfm_dist.config import Config, config_from, load_config, with_settings
-from deepfm_dist.environment import require
+from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.launcher import read_launch
 

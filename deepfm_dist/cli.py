@@ -6,12 +6,12 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepfm_dist.config import Config, config_from, load_config, settings_of
+from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
 from deepfm_dist.launcher import (
     Launch,
@@ -131,8 +131,6 @@ def run(
         if arguments.print_config:
             print(config.to_yaml(), end="")
             return EXIT_OK
-        from deepfm_dist.environment import require
-
         if launch.ignored:
             log.warning(
                 "ignored: %s; MASTER_ADDR and MASTER_PORT are not set, so this runs as a single "
@@ -268,12 +266,3 @@ def _log_to_stderr(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     quieten_libraries()
-
-
-def quieten_libraries() -> None:
-    """Hides what torch and torchrec say that is known to be harmless, or reaches us otherwise."""
-    for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their errors reach us as exceptions
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
-        # What torch and torchrec say about each other is not the user's to cure.
-        warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)")

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -283,3 +284,12 @@ def _minor(version: str) -> Version:
 
 def _dotted(version: Version) -> str:
     return ".".join(map(str, version))
+
+
+def quieten_libraries() -> None:
+    """Hides messages of torch and torchrec that are harmless, or reach the user as exceptions."""
+    for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        # The user cannot fix what torch and torchrec warn about in each other.
+        warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)")

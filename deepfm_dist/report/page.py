@@ -101,7 +101,7 @@ class Report:
     calibration: Calibration
     comparison: Comparison | None
     cutoffs: Sequence[int]
-    events: Sequence[Event]
+    events: list[Event]
     verdicts: Sequence[Verdict] = ()
 
 
