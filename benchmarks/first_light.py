@@ -260,7 +260,7 @@ def checkpoint_memory(device: str) -> dict[str, float]:
     from deepfm_dist.distributed.checkpoint import Staging
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.process_group import process_group
-    from deepfm_dist.distributed.settings import OptimizerConfig
+    from deepfm_dist.distributed.settings import OptimizerConfig, ShardingConfig
     from deepfm_dist.distributed.sharding import shard
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
@@ -270,7 +270,7 @@ def checkpoint_memory(device: str) -> dict[str, float]:
         tables = table_optimizer(OptimizerConfig(), world.device)
         model = build_deepfm({"user": Table(rows, ("user",))}, ["user"], 0, 15, device=meta)
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(model, world, {}, tables.kernel, fused_params=tables.fused_params)
+        sharded, _ = shard(model, world, ShardingConfig(), tables)
         staging, state = Staging(world.device), sharded.state_dict()
         took, before = [], 0
         if device == "cuda":

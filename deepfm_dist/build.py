@@ -23,10 +23,9 @@ from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.distributed.sharding import (
     DistributedModelParallel,
-    EmbeddingComputeKernel,
-    Placement,
     init_tables,
     shard,
 )
@@ -195,19 +194,6 @@ def _told(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def placements_of(config: Config) -> dict[str, Placement]:
-    """The explicit part of the plan."""
-    return {
-        name: Placement(plan.kind, plan.rank, plan.cached)
-        for name, plan in config.sharding.tables.items()
-    }
-
-
-def bytes_of_a_float(config: Config) -> int:
-    """In which embeddings travel between ranks."""
-    return 4 if config.sharding.communication == "fp32" else 2
-
-
 def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
     """What the manifest of data with so many rows would say, as far as the model asks.
 
@@ -278,12 +264,9 @@ def shard_for_training(
     sharded, plan = shard(
         task,
         world,
-        placements_of(config),
-        tables.kernel,
-        config.sharding.kind,
+        config.sharding,
+        tables,
         config.trainer.batch_size,
-        tables.fused_params,
-        config.sharding.communication,
     )
     if config.trainer.compile:
         _check_compiler(world.device)
@@ -510,9 +493,11 @@ def shard_for_inference(
     torch.set_float32_matmul_precision("highest")  # whatever was trained before in this process
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
-    placements = dict.fromkeys(several, Placement("table_wise"))
-    kind = "row_wise" if config.sharding.kind == "row_wise" else "auto"
-    sharded, _ = shard(task, world, placements, EmbeddingComputeKernel.DENSE, kind)
+    sharding = ShardingConfig(
+        kind="row_wise" if config.sharding.kind == "row_wise" else "auto",
+        tables=dict.fromkeys(several, TablePlan(kind="table_wise")),
+    )
+    sharded, _ = shard(task, world, sharding)
     sharded.eval()
     return sharded
 

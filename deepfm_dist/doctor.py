@@ -153,7 +153,11 @@ def _check_table_update(device: str) -> None:
 
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.process_group import process_group
-    from deepfm_dist.distributed.settings import OptimizerConfig, TableOptimizerConfig
+    from deepfm_dist.distributed.settings import (
+        OptimizerConfig,
+        ShardingConfig,
+        TableOptimizerConfig,
+    )
     from deepfm_dist.distributed.sharding import fill_tables, local_shards, shard
     from deepfm_dist.model.deepfm import Table, build_deepfm
 
@@ -163,7 +167,7 @@ def _check_table_update(device: str) -> None:
             {"user": Table(9, ("user",))}, ["user"], 0, 3, device=torch.device("meta")
         )
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(model, world, {}, tables.kernel, fused_params=tables.fused_params)
+        sharded, _ = shard(model, world, ShardingConfig(), tables)
         fill_tables(sharded, {"user": torch.full((9, 4), 2.0, device=world.device)})
         ids = KeyedJaggedTensor(
             ["user"], torch.tensor([7, 7, 7]), lengths=torch.tensor([2, 0, 1])

@@ -46,10 +46,8 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     import torch
 
     from deepfm_dist.build import (
-        bytes_of_a_float,
         hypothetical_manifest,
         model_to_train,
-        placements_of,
     )
     from deepfm_dist.distributed.optimizers import table_optimizer
     from deepfm_dist.distributed.planning import Job, hypothetical_world, plan
@@ -66,7 +64,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
     optimizer = table_optimizer(config.optimizer, torch.device("cuda"))
     manifest = hypothetical_manifest(config, dict(_rows(text) for text in arguments.rows))
     ranks = hypothetical_world(size, per_machine)
-    check_placements(placements_of(config), optimizer.kernel, ranks.device)
+    check_placements(config.sharding, optimizer.kernel, ranks.device)
     task = model_to_train(config, manifest, ranks)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     found = plan(
@@ -74,11 +72,9 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
             task,
             ranks,
             optimizer,
-            placements_of(config),
-            config.sharding.kind,
+            config.sharding,
             config.trainer.batch_size,
             round(arguments.hbm_gib * GIB),
-            bytes_of_a_float(config),
         )
     )
     print(plan_table(found))

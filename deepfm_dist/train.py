@@ -83,7 +83,6 @@ def _train_alone(
 ) -> tuple["LoopState", bool]:
     """`train_on`, of the process that holds the run's lock."""
     from deepfm_dist.build import (
-        bytes_of_a_float,
         check_monitor_name,
         loggers,
         shard_for_training,
@@ -192,7 +191,7 @@ def _train_alone(
                     save,
                     asked_to_stop,
                     profiler(config.trainer.profile_steps, state.step, run_dir, world),
-                    partial(sent_bytes, sharded, world, float_bytes=bytes_of_a_float(config)),
+                    partial(sent_bytes, sharded, world, float_bytes=config.sharding.float_bytes),
                 )
             except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
                 checkpoints.close()

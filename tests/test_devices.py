@@ -33,9 +33,13 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
 from deepfm_dist.distributed.process_group import World, process_group
-from deepfm_dist.distributed.settings import OptimizerConfig, TableOptimizerConfig
+from deepfm_dist.distributed.settings import (
+    OptimizerConfig,
+    ShardingConfig,
+    TableOptimizerConfig,
+    TablePlan,
+)
 from deepfm_dist.distributed.sharding import (
-    Placement,
     TableCollection,
     fused_kernels,
     init_tables,
@@ -177,8 +181,9 @@ def placed_on(size: int, optimizer: str) -> dict[str, str]:
         tables = table_optimizer(optimizers(name=optimizer), CPU)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
-        places = {"user": Placement("row_wise"), "item": Placement("table_wise", size - 1)}
-        sharded, _ = shard(task, world, places, tables.kernel)
+        last = TablePlan(kind="table_wise", rank=size - 1)
+        config = ShardingConfig(tables={"user": TablePlan(kind="row_wise"), "item": last})
+        sharded, _ = shard(task, world, config, tables)
         tensors = [*sharded.named_parameters(), *sharded.named_buffers()]
         return {name: t.device.type for name, t in tensors if t.numel()}
 
@@ -283,7 +288,7 @@ def arguments_of_fbgemm(name: str, options: dict[str, float]) -> dict[str, Any]:
         tables = table_optimizer(optimizers(name=name, lr=0.5, eps=1e-6, **options), CUDA)
         task = small_model()
         tables.attach(task.model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(task, world, {}, tables.kernel, fused_params=tables.fused_params)
+        sharded, _ = shard(task, world, ShardingConfig(), tables)
         [kernel] = fused_kernels(sharded)
         return {**kernel.optimizer_args._asdict(), "rate": kernel.get_learning_rate()}
 
@@ -367,8 +372,7 @@ def initialised(threads: int) -> list[np.ndarray]:
         tables = table_optimizer(OptimizerConfig(), CPU)
         model = build_deepfm({"user": Table(30_000, ("user",))}, ["user"], 0, 3, device=META)
         tables.attach(model.embedding_arch.ebc.parameters())
-        places = {"user": Placement("row_wise")}
-        sharded, _ = shard(model, world, places, tables.kernel)
+        sharded, _ = shard(model, world, ShardingConfig(kind="row_wise"), tables)
         init_tables(sharded, 4, 0.5, seed=3, threads=threads)
         return [piece.numpy().copy() for *_, piece in local_shards(sharded)]
 

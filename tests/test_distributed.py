@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,9 +27,11 @@ from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.distributed.settings import (
     DenseOptimizerConfig,
     OptimizerConfig,
+    ShardingConfig,
     TableOptimizerConfig,
+    TablePlan,
 )
-from deepfm_dist.distributed.sharding import Placement, init_tables, local_shards, shard
+from deepfm_dist.distributed.sharding import init_tables, local_shards, shard
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.launcher import Launch
 from deepfm_dist.model.deepfm import Table, build_deepfm
@@ -271,7 +273,7 @@ def _placed_in(gib: int) -> str:
         patch.setattr(sharding, "memory_bytes", lambda: gib << 30)
         table = {"item": Table(100_000_000, ("item",))}
         model = build_deepfm(table, ["item"], 0, embedding_dim=7, device=torch.device("meta"))
-        return sharding.place(model, world, {}, "auto", 64, hbm_bytes=0)["item"].kind
+        return sharding.place(model, world, ShardingConfig(), 64, hbm_bytes=0)["item"].kind
 
 
 def test_the_planner_knows_the_memory_of_the_machine() -> None:
@@ -439,9 +441,7 @@ def test_tables_lie_where_the_plan_says(
         assert [sum(len(p) for t, _, p in of_rank if t == table) for of_rank in found] == rows
 
 
-def _with_small_tables(
-    default: str, placements: dict[str, Placement]
-) -> tuple[list[float], set[str]]:
+def _with_small_tables(config: ShardingConfig) -> tuple[list[float], set[str]]:
     """Losses of three steps, and the tables that this rank has rows of."""
     rows = {"gender": 3, "age": 9, "user": 10}
     with process_group("cpu") as world:
@@ -458,7 +458,7 @@ def _with_small_tables(
         )
         tables = table_optimizer(optimizers, world.device)
         tables.attach(model.embedding_arch.ebc.parameters())
-        sharded, _ = shard(DeepFMTrain(model), world, placements, tables.kernel, default)
+        sharded, _ = shard(DeepFMTrain(model), world, config, tables)
         init_tables(sharded, 4, 0.5, seed=1)
         optimizer = combined_optimizer(sharded, tables, optimizers)
         mine = torch.arange(24).chunk(world.world_size)[world.rank]
@@ -479,16 +479,18 @@ def _with_small_tables(
 
 
 @pytest.mark.parametrize("default", ["row_wise", "auto"])
-def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(default: str) -> None:
-    alone, _ = run_alone(_with_small_tables, "table_wise", {})
-    found = run_ranks(_with_small_tables, 4, default, {})
+def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(
+    default: Literal["row_wise", "auto"],
+) -> None:
+    alone, _ = run_alone(_with_small_tables, ShardingConfig(kind="table_wise"))
+    found = run_ranks(_with_small_tables, 4, ShardingConfig(kind=default))
     for losses, _ in found:
         assert difference(losses, alone) <= 1e-6
     holders = {t: sum(t in tables for _, tables in found) for t in ("gender", "age", "user")}
     assert holders["gender"] == holders["age"] == 1  # nine rows go 3, 3, 3, 0
     assert default == "auto" or holders["user"] == 4
     with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
-        run_ranks(_with_small_tables, 4, default, {"age": Placement("row_wise")})
+        run_ranks(_with_small_tables, 4, ShardingConfig(tables={"age": TablePlan(kind="row_wise")}))
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
-from deepfm_dist.build import bytes_of_a_float, hypothetical_manifest, model_to_train, placements_of
+from deepfm_dist.build import hypothetical_manifest, model_to_train
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
@@ -35,9 +35,8 @@ def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: fl
     world = hypothetical_world(size, local)
     task = model_to_train(config, hypothetical_manifest(config, rows), world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
-    where = (placements_of(config), config.sharding.kind)
-    batch, floats = config.trainer.batch_size, bytes_of_a_float(config)
-    return plan(Job(task, world, optimizer, *where, batch, int(gib * GIB), floats))
+    batch = config.trainer.batch_size
+    return plan(Job(task, world, optimizer, config.sharding, batch, int(gib * GIB)))
 
 
 def said(*arguments: str) -> tuple[int, str, str]:
@@ -54,15 +53,15 @@ def test_a_billion_rows_over_64_gpus() -> None:
     found = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
     user, item, genre = found.tables
     assert found.fits
-    assert (user.sharding, user.world) == ("row_wise", range(64))
+    assert (user.sharding, user.ranks) == ("row_wise", range(64))
     assert genre.sharding == "table_wise"
     assert (user.weight_bytes, user.state_bytes) == (10**9 * 20 * 4, 10**9 * 4)  # 16 + 1 -> 20
     assert item.weight_bytes == 50_000_000 * 80
-    assert sum(rank.table_bytes for rank in found.world) == sum(
+    assert sum(rank.table_bytes for rank in found.ranks) == sum(
         table.weight_bytes + table.state_bytes for table in found.tables
     )
     least = 10**9 // 64 * 84
-    assert all(rank.table_bytes >= least for rank in found.world)
+    assert all(rank.table_bytes >= least for rank in found.ranks)
     code, out, _ = said(*ROWS, "--world-size=64", "trainer.batch_size=65536")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
@@ -187,7 +186,7 @@ def test_ranks_hold_as_many_bytes_as_planned(
     held = run_ranks(_bytes_held, 2, sample.folder, config_of(*settings))
     rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
     found = planned(config_of(*settings), rows, 2, 2, 80)
-    assert [rank.table_bytes for rank in found.world] == held
+    assert [rank.table_bytes for rank in found.ranks] == held
 
 
 @pytest.mark.parametrize(("float_kind", "float_bytes"), [("fp32", 4), ("bf16", 2)])
@@ -215,9 +214,9 @@ def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_by
     assert [table.traffic_bytes for table in found.tables] == traffic
     arch = found.job.task.model.interaction_arch
     reduced = 2 * 3 * sum(p.numel() for p in arch.parameters()) * 4 // 4  # ring: 2 (W-1)/W
-    assert [rank.sent_bytes - reduced for rank in found.world] == sent
+    assert [rank.sent_bytes - reduced for rank in found.ranks] == sent
     # Two of three others are on the other machine of two ranks.
-    seconds = max(r.sent_bytes for r in found.world) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
+    seconds = max(r.sent_bytes for r in found.ranks) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
     assert found.seconds_sending == pytest.approx(seconds)
 
 
@@ -230,11 +229,11 @@ def test_the_over_arch_and_the_buffers_count() -> None:
     n = sum(p.numel() for m in linears for p in m.parameters()) + 1
     assert n == 48 * 800 + 800 + 800 * 8 + 8 + 8 + 1 + 1
     ends = 48 + 800 + 800 + 8 + 8 + 1
-    assert wide.world[0].dense_bytes == 4 * (5 * n + 2 * 2048 // 64 * ends)
-    assert small.world[0].dense_bytes < wide.world[0].dense_bytes
+    assert wide.ranks[0].dense_bytes == 4 * (5 * n + 2 * 2048 // 64 * ends)
+    assert small.ranks[0].dense_bytes < wide.ranks[0].dense_bytes
     larger = planned(config_of("trainer.batch_size=20480"), BILLION, 64, 8, 80)
     base = planned(config_of(), BILLION, 64, 8, 80)
-    assert larger.world[0].buffer_bytes == 10 * base.world[0].buffer_bytes
+    assert larger.ranks[0].buffer_bytes == 10 * base.ranks[0].buffer_bytes
 
 
 def test_a_plan_is_put_into_words() -> None:
@@ -244,7 +243,7 @@ def test_a_plan_is_put_into_words() -> None:
         "table", "user", "item", "genre"
     ]  # fmt: skip
     # Neighbours that need the same share a line: all but the owner of the small table.
-    [owner] = found.tables[2].world
+    [owner] = found.tables[2].ranks
     shown = [line.split()[0] for line in rank_lines.splitlines()[1:]]
     assert 0 < owner < 63
     first = "0" if owner == 1 else f"0-{owner - 1}"
@@ -269,11 +268,11 @@ def test_buffers_hold_three_batches_of_ids_and_one_of_rows() -> None:
     ids = 3 * 64 * (4 + 4)  # an id and a length each
     received = 3 * (rows + ids) // 2  # three tables, half of the batch
     cut = rows + ids // 2  # every rank pools all rows of a table that is cut, from half of the ids
-    assert [rank.buffer_bytes for rank in found.world] == [
+    assert [rank.buffer_bytes for rank in found.ranks] == [
         received + cut + 2 * (rows + ids),
         received + cut,
     ]
-    assert found.world[1].buffer_bytes == 18_432
+    assert found.ranks[1].buffer_bytes == 18_432
 
 
 def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
@@ -283,7 +282,7 @@ def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
     per_rank = 10**9 // 8
     # 20 floats and an accumulator a row; a tenth of the rows with 16 bytes more each, the
     # accumulator and a place for every row.
-    saved = whole.world[0].table_bytes - found.world[0].table_bytes
+    saved = whole.ranks[0].table_bytes - found.ranks[0].table_bytes
     assert saved == per_rank * 84 - round(per_rank * (0.1 * 96 + 4 + 4))
     assert (whole.tables[0].cached, found.tables[0].cached) == (None, 0.1)
     code, out, _ = said(*ROWS, "--world-size=2", "--hbm-gib=80", cached)

@@ -14,8 +14,8 @@ from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_N
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
-from deepfm_dist.distributed.settings import OptimizerConfig
-from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, Placement, TableCollection, place
+from deepfm_dist.distributed.settings import OptimizerConfig, ShardingConfig, TablePlan
+from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, TableCollection, place
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
 
@@ -42,21 +42,17 @@ class Job:
         task: the model, its tables on the meta device.
         world: the ranks, as `hypothetical_world` makes them.
         optimizer: of the tables.
-        placements: of tables, by name.
-        default: kind of the other tables.
+        sharding: where the tables are asked to lie.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU.
-        float_bytes: bytes in which a float of an embedding travels.
     """
 
     task: DeepFMTrain
     world: World
     optimizer: TableOptimizer
-    placements: Mapping[str, Placement]
-    default: str
+    sharding: ShardingConfig
     batch_size: int
     hbm_bytes: int
-    float_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class TableDemand:
         weight_bytes: of all its rows.
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise or row_wise.
-        world: the ranks that hold it.
+        ranks: that hold it.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients.
@@ -114,7 +110,7 @@ class Plan:
     Attributes:
         job: what was planned.
         tables: a line per table.
-        world: a line per rank.
+        ranks: a line per rank.
         remedies: what would make it fit, each by itself; empty where it fits.
     """
 
@@ -170,14 +166,14 @@ def _asked(job: Job) -> Plan | None:
 
 
 def _spread(job: Job) -> Job:
-    return replace(job, default=_SPREAD)
+    return replace(job, sharding=job.sharding.model_copy(update={"kind": _SPREAD}))
 
 
-def _placed(job: Job) -> dict[str, Placement]:
-    return place(job.task, job.world, job.placements, job.default, job.batch_size, job.hbm_bytes)
+def _placed(job: Job) -> dict[str, TablePlan]:
+    return place(job.task, job.world, job.sharding, job.batch_size, job.hbm_bytes)
 
 
-def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None = None) -> Plan:
+def _added_up(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
     """What a placement needs; with another width of the rows, if wanted."""
     arch = job.task.model.embedding_arch
     width = row_width or arch.row_width
@@ -211,7 +207,7 @@ def _added_up(job: Job, placed: Mapping[str, Placement], row_width: int | None =
             # The same of the local batch, as it is received.
             buffers[rank] += (2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes) // ranks
         traffic = [
-            sum(_sent(owner, rank, ranks, pooled * job.float_bytes, id_bytes, id_bytes))
+            sum(_sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes))
             for rank in range(ranks)
         ]
         sent = [a + b for a, b in zip(sent, traffic, strict=True)]
@@ -327,16 +323,16 @@ def _remedies(job: Job) -> Iterator[str]:
 
     def typed(setting: str, changed: Job | None = None) -> str:
         as_asked = changed and _asked(changed)
-        if job.default == _SPREAD or (as_asked and as_asked.fits):
+        if job.sharding.kind == _SPREAD or (as_asked and as_asked.fits):
             return setting
         return f"{setting} sharding.kind={_SPREAD}"
 
-    if job.default != _SPREAD and fits(job):
+    if job.sharding.kind != _SPREAD and fits(job):
         yield f"sharding.kind={_SPREAD}"
-    if job.placements and fits(replace(job, placements={})):
-        yield typed(
-            f"no sharding.tables ({', '.join(job.placements)})", replace(job, placements={})
-        )
+    if tables := job.sharding.tables:
+        free = replace(job, sharding=job.sharding.model_copy(update={"tables": {}}))
+        if fits(free):
+            yield typed(f"no sharding.tables ({', '.join(tables)})", free)
     local = job.world.local_world_size
     sizes = range(job.world.world_size + local, MOST_RANKS + 1, local)
     enough = bisect_left(

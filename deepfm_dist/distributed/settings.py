@@ -132,6 +132,11 @@ class ShardingConfig(Section):
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
     """In which embeddings and their gradients travel between ranks."""
 
+    @property
+    def float_bytes(self) -> int:
+        """Bytes in which a float of an embedding travels between ranks."""
+        return 4 if self.communication == "fp32" else 2
+
 
 class CheckpointConfig(Section):
     """What is saved, and what is read again."""

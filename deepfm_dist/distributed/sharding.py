@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,9 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
+from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed
@@ -72,22 +74,6 @@ class DoesNotFit(ConfigError):
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a table is asked to lie.
-
-    Attributes:
-        kind: table_wise (whole on one rank), row_wise (cut by rows over all), or auto.
-        rank: for table_wise, the rank; None: as the planner says, else dealt in turn.
-        cached: share of its rows that GPUs keep of a table in the machines' memory; None: the
-            whole table lies on GPUs.
-    """
-
-    kind: str = "auto"
-    rank: int | None = None
-    cached: float | None = None
-
-
-@dataclass(frozen=True)
 class PlacedTable:
     """One line of the plan.
 
@@ -96,7 +82,7 @@ class PlacedTable:
         rows: its rows.
         row_width: floats per row.
         sharding: table_wise or row_wise.
-        world: the ranks that hold it.
+        ranks: that hold it.
         kernel: fused, fused_uvm_caching or dense.
     """
 
@@ -203,25 +189,19 @@ class _Sharder(EmbeddingBagCollectionSharder):
 def shard(
     module: nn.Module,
     world: World,
-    placements: Mapping[str, Placement],
-    kernel: EmbeddingComputeKernel,
-    default: str = "auto",
+    config: ShardingConfig,
+    optimizer: TableOptimizer | None = None,
     batch_size: int = BATCH_SIZE,
-    fused_params: Mapping[str, Any] | None = None,
-    communication: str = "fp32",
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
         world: the ranks.
-        placements: by table name.
-        kernel: of all tables.
-        default: kind of the tables that ``placements`` does not name; one that is too small to
-            give every rank a row is never cut.
+        config: where tables lie; one that is too small to give every rank a row is never cut
+            unless it is named.
+        optimizer: of the tables, attached to them; None: they are only read.
         batch_size: rows per step over all ranks, by which the planner judges.
-        fused_params: further settings of FBGEMM's kernels.
-        communication: fp32, fp16 or bf16: how embeddings and gradients travel.
 
     Returns:
         The sharded module and its plan, a line per table.
@@ -234,15 +214,19 @@ def shard(
     path, ebc = _collection(module)
     # An id that is out of range is a bug to stop at, never a look-up of another row.
     sharder = _Sharder(
-        fused_params={"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})},
-        qcomm_codecs_registry=_codecs(communication, world),
+        fused_params={
+            "bounds_check_mode": BoundsCheckMode.FATAL,
+            **(optimizer.fused_params if optimizer else {}),
+        },
+        qcomm_codecs_registry=_codecs(config.communication, world),
     )
     hbm_bytes = (
         torch.cuda.get_device_properties(world.device).total_memory
         if world.device.type == "cuda"
         else 0
     )
-    placed = place(module, world, placements, default, batch_size, hbm_bytes)
+    placed = place(module, world, config, batch_size, hbm_bytes)
+    kernel = optimizer.kernel if optimizer else EmbeddingComputeKernel.DENSE
     plan: dict[str, ParameterShardingGenerator] = {}
     for name, placement in placed.items():
         of_table = _kernel_of(name, placement, kernel, world.device).value
@@ -304,18 +288,16 @@ def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
 def place(
     module: nn.Module,
     world: World,
-    placements: Mapping[str, Placement],
-    default: str,
+    config: ShardingConfig,
     batch_size: int,
     hbm_bytes: int,
-) -> dict[str, Placement]:
+) -> dict[str, TablePlan]:
     """Decides where each table lies. All ranks, or none: the ranks may be imagined.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
         world: the ranks; without a process group, as many as it says are planned for.
-        placements: by table name.
-        default: kind of the tables that ``placements`` does not name.
+        config: where tables are asked to lie.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU; not asked for on CPU.
 
@@ -329,7 +311,7 @@ def place(
     """
     path, ebc = _collection(module)
     tables = {config.name: config for config in ebc.embedding_bag_configs()}
-    for name, placement in placements.items():
+    for name, placement in config.tables.items():
         if name not in tables:
             raise ConfigError(
                 f"sharding.tables.{name}: unknown table; available: {', '.join(tables)}"
@@ -344,9 +326,11 @@ def place(
                 f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
                 f"over {world.world_size} ranks leave a rank without any; use table_wise"
             )
-    wanted = {name: placements.get(name, Placement()) for name in tables}
+    wanted = {name: config.tables.get(name, TablePlan()) for name in tables}
     wanted = {
-        name: replace(p, kind=default if _can_be_cut(tables[name], world) else "table_wise")
+        name: p.model_copy(
+            update={"kind": config.kind if _can_be_cut(tables[name], world) else "table_wise"}
+        )
         if p.kind == "auto"
         else p
         for name, p in wanted.items()
@@ -356,29 +340,30 @@ def place(
     return {
         name: placement
         if placement.kind == "row_wise"
-        else replace(
-            placement,
-            kind="table_wise",
-            rank=turn % world.world_size if placement.rank is None else placement.rank,
+        else placement.model_copy(
+            update={
+                "kind": "table_wise",
+                "rank": turn % world.world_size if placement.rank is None else placement.rank,
+            }
         )
         for turn, (name, placement) in enumerate(wanted.items())
     }
 
 
 def check_placements(
-    placements: Mapping[str, Placement], kernel: EmbeddingComputeKernel, device: torch.device
+    config: ShardingConfig, kernel: EmbeddingComputeKernel, device: torch.device
 ) -> None:
     """Refuses what the kernel or the device cannot do.
 
     Raises:
         ConfigError: a table is to be cached where that cannot be.
     """
-    for name, placement in placements.items():
+    for name, placement in config.tables.items():
         _kernel_of(name, placement, kernel, device)
 
 
 def _kernel_of(
-    table: str, placement: Placement, kernel: EmbeddingComputeKernel, device: torch.device
+    table: str, placement: TablePlan, kernel: EmbeddingComputeKernel, device: torch.device
 ) -> EmbeddingComputeKernel:
     """The kernel of a table, given that of all.
 
@@ -398,7 +383,7 @@ def _kernel_of(
     return EmbeddingComputeKernel.FUSED_UVM_CACHING
 
 
-def _cache_of(placement: Placement) -> CacheParams | None:
+def _cache_of(placement: TablePlan) -> CacheParams | None:
     if placement.cached is None:
         return None
     return CacheParams(load_factor=placement.cached, prefetch_pipeline=True)
@@ -435,10 +420,10 @@ def _planned(
     module: nn.Module,
     path: str,
     world: World,
-    wanted: Mapping[str, Placement],
+    wanted: Mapping[str, TablePlan],
     batch_size: int,
     hbm_bytes: int,
-) -> dict[str, Placement]:
+) -> dict[str, TablePlan]:
     """Asks TorchRec's planner about the tables left to it; it agrees on all ranks."""
     topology = Topology(
         world_size=world.world_size,
@@ -488,9 +473,11 @@ def _planned(
         found = plan[name]
         rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
         placed[name] = (
-            replace(placement, kind=found.sharding_type, rank=rank)
+            placement.model_copy(update={"kind": found.sharding_type, "rank": rank})
             if placement.kind == "auto"
-            else replace(placement, rank=rank if placement.rank is None else placement.rank)
+            else placement.model_copy(
+                update={"rank": rank if placement.rank is None else placement.rank}
+            )
         )
     return placed
 
