@@ -43,7 +43,8 @@ from deepfm_dist.storage import is_remote
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.search import Search, Span
-from deepfm_dist.training.trainer import HIGHER_IS_BETTER, LOWER_IS_BETTER, Batches
+from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from deepfm_dist.training.trainer import Batches
 
 log = logging.getLogger(__name__)
 

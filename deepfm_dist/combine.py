@@ -63,7 +63,7 @@ def _combine(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
     from deepfm_dist.runs import find_run, run_lock
     from deepfm_dist.storage import write_errors_to_user
-    from deepfm_dist.training.trainer import LoopState
+    from deepfm_dist.training.state import LoopState
 
     with_ease = arguments.ease is not None
     columns = arguments.ease_columns if with_ease else 0

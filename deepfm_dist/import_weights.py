@@ -48,7 +48,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.distributed.sharding import fill_tables
     from deepfm_dist.interop.notebook import from_notebook, read_weights
     from deepfm_dist.runs import before_replacing, open_dataset, run_lock
-    from deepfm_dist.training.trainer import LoopState
+    from deepfm_dist.training.state import LoopState
 
     id_files = dict(_id_file(text) for text in arguments.ids)
     weights = read_weights(Path(option_of("FILE", arguments.file)))

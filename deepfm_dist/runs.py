@@ -29,7 +29,7 @@ from deepfm_dist.storage import (
     storage_errors_to_user,
     write_errors_to_user,
 )
-from deepfm_dist.training.trainer import LoopState
+from deepfm_dist.training.state import LoopState
 
 log = logging.getLogger(__name__)
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from deepfm_dist.distributed.process_group import World
-    from deepfm_dist.training.trainer import LoopState
+    from deepfm_dist.training.state import LoopState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,10 +106,11 @@ def _train_alone(
     )
     from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
     from deepfm_dist.training.profiling import check_profiled, profiler
+    from deepfm_dist.training.state import LoopState, NonFiniteLoss
     from deepfm_dist.training.stopping import StopSignals
-    from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, Pruned, train
+    from deepfm_dist.training.trainer import Hooks, Pruned, Trainer
 
-    run_dir, seed = config.run_dir, config.run.seed
+    run_dir = config.run_dir
 
     def prepare_data() -> None:
         check_settings(config)
@@ -164,35 +165,30 @@ def _train_alone(
                 state.step, sharded, optimizer, {**belongs_to, "trainer": asdict(state)}, keep
             )
 
-        def validate_and_notify() -> Mapping[str, float]:
-            assert validate is not None
-            found = validate()
-            if on_validation is not None:
-                on_validation(found, state.step // batches.steps_per_epoch)
-            return found
-
         listeners = loggers(config, world, state.step)
         metrics = MetricsLog(run_dir, world.is_first, state.step, listeners)
         with closing(metrics):
             try:
-                train(
+                Trainer(
                     sharded,
                     optimizer,
                     batches,
                     world,
-                    config.trainer,
-                    config.optimizer,
-                    config.checkpoint,
-                    config.monitor,
-                    state,
-                    seed,
-                    metrics,
-                    validate_and_notify if validate else None,
-                    save,
-                    asked_to_stop,
-                    profiler(config.trainer.profile_steps, state.step, run_dir, world),
-                    partial(sent_bytes, sharded, world, float_bytes=config.sharding.float_bytes),
-                )
+                    config,
+                    seed=config.run.seed,
+                    state=state,
+                    metrics=metrics,
+                    hooks=Hooks(
+                        validate,
+                        on_validation,
+                        save,
+                        asked_to_stop,
+                        profiler(config.trainer.profile_steps, state.step, run_dir, world),
+                        partial(
+                            sent_bytes, sharded, world, float_bytes=config.sharding.float_bytes
+                        ),
+                    ),
+                ).fit()
             except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
                 checkpoints.close()
                 raise

@@ -27,7 +27,8 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.report.tables import trials_table
     from deepfm_dist.storage import atomic_write, write_errors_to_user
     from deepfm_dist.train import train_on
-    from deepfm_dist.training.trainer import NonFiniteLoss, Pruned
+    from deepfm_dist.training.state import NonFiniteLoss
+    from deepfm_dist.training.trainer import Pruned
 
     folder, monitor = config.run_dir / "tune", config.monitor or ""
     shared = {"run.runs_root": str(folder), "data.name": config.prepared_dir.name}

@@ -32,7 +32,7 @@ from deepfm_dist.runs import (
     make_ready,
     open_trained,
 )
-from deepfm_dist.training.trainer import LoopState
+from deepfm_dist.training.state import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks, variables
 from tests.test_distributed import config_of
 

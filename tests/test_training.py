@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,18 @@ from deepfm_dist.distributed.checkpoint import (
     read_state,
     steps_in,
 )
+from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
+from deepfm_dist.training import trainer
 from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.settings import TrainerConfig
+from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
-from deepfm_dist.training.trainer import LoopState, NonFiniteLoss, train
+from deepfm_dist.training.trainer import Hooks, Trainer
 from tests.ranks import run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 from tests.test_layout import cell, setting
@@ -64,7 +68,9 @@ class LoadedModel:
         change: Change | None = None,
         validations: list[float] | None = None,
         signal_at: int | None = None,
+        deferred: bool | None = None,
     ) -> None:
+        trainer.train_pipeline = partial(train_pipeline, deferred=deferred)
         with process_group("cpu") as world:
             config = config_of(*SMALL, "trainer.log_every_steps=1", *overrides)
             run = Run(sample.folder, config, world)
@@ -93,22 +99,17 @@ class LoadedModel:
             metrics = MetricsLog(out, world.is_first, 0, [self._note])
             handler = signal.getsignal(signal.SIGTERM)
             with StopSignals() as asked_to_stop:
-                state = train(
+                state = Trainer(
                     run.sharded,
                     run.optimizer,
                     run.batches,
                     world,
-                    config.trainer,
-                    config.optimizer,
-                    config.checkpoint,
-                    config.monitor,
-                    state or LoopState(),
-                    1,
-                    metrics,
-                    validate,
-                    save,
-                    asked_to_stop,
-                )
+                    config,
+                    seed=1,
+                    state=state or LoopState(),
+                    metrics=metrics,
+                    hooks=Hooks(validate, save=save, asked_to_stop=asked_to_stop),
+                ).fit()
             assert signal.getsignal(signal.SIGTERM) is handler
             self.steps, self.state = state.step, state
             run.sharded.eval()
@@ -130,19 +131,16 @@ def trained(sample: PreparedDataset, out: Path, *overrides: str, **more: Any) ->
 def train_quietly(run: Run) -> None:
     """Trains without validations, checkpoints and log."""
     config = run.config
-    train(
+    Trainer(
         run.sharded,
         run.optimizer,
         run.batches,
         run.process_group,
-        config.trainer,
-        config.optimizer,
-        config.checkpoint,
-        config.monitor,
-        LoopState(),
-        1,
-        MetricsLog(run.dataset.folder, is_first=False),
-    )
+        config,
+        seed=1,
+        state=LoopState(),
+        metrics=MetricsLog(run.dataset.folder, is_first=False),
+    ).fit()
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -272,7 +270,7 @@ def test_nothing_is_left_of_a_model_that_was_trained(sample: PreparedDataset, si
     assert run_ranks(_left_of_a_run, size, sample.folder) == [[]] * size
 
 
-def _nan_at(steps: range, field: str) -> Change:
+def _nan_at(steps: Collection[int], field: str) -> Change:
     def change(batch: Batch, step: int, rank: int) -> None:
         if step in steps and rank == 1:
             getattr(batch, field)[0] = float("nan")
@@ -312,7 +310,7 @@ def test_training_goes_on_after_a_skipped_step(sample: PreparedDataset, tmp_path
     assert all(np.isfinite(w).all() for w in run.weights)
 
 
-def _gives_up(sample: PreparedDataset, out: Path) -> str:
+def _gives_up(sample: PreparedDataset, out: Path, deferred: bool) -> str:
     with pytest.raises(NonFiniteLoss) as caught:
         LoadedModel(
             sample,
@@ -320,7 +318,9 @@ def _gives_up(sample: PreparedDataset, out: Path) -> str:
             *SHORT,
             "trainer.max_skipped=3",
             "checkpoint.every_steps=5",
+            "trainer.log_every_steps=100",
             change=_nan_at(range(12, 30), "labels"),
+            deferred=deferred,
         )
     return str(caught.value)
 
@@ -328,10 +328,45 @@ def _gives_up(sample: PreparedDataset, out: Path) -> str:
 def test_too_many_skipped_steps_end_all_ranks_naming_step_and_checkpoint(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
-    for message in run_ranks(_gives_up, 2, sample, tmp_path):
+    late = run_ranks(_gives_up, 2, sample, tmp_path / "late", deferred=True)
+    for message in [*run_ranks(_gives_up, 2, sample, tmp_path, deferred=False), *late]:
         assert message.startswith("step 15: the loss is nan, as in the 3 steps before")
         assert "the last checkpoint is that of step 15" not in message
         assert "the last checkpoint is that of step 10; lower the learning rates" in message
+
+
+def test_outcomes_that_are_read_late_are_counted_in_exactly(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    """As on CUDA, where the device decides and the host reads some steps later."""
+    options = (*SHORT, "trainer.log_every_steps=7", "checkpoint.every_steps=9")
+    poison = _nan_at([3, 4, 9, 18], "labels")
+    at_once, late = (
+        run_ranks(
+            trained,
+            2,
+            sample,
+            tmp_path / str(deferred),
+            *options,
+            change=poison,
+            deferred=deferred,
+        )
+        for deferred in (False, True)
+    )
+    for a, b in zip(at_once, late, strict=True):
+        assert (b.state, b.saved, b.losses) == (a.state, a.saved, a.losses)
+        assert (b.state.skipped, [s.step for s in b.saved]) == (4, [10, 19, 20])
+        for x, y in zip(a.weights, b.weights, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_signal_that_is_read_late_ends_all_ranks_after_the_same_step(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    options = (*SHORT, "trainer.log_every_steps=100", "checkpoint.every_steps=4")
+    runs = run_ranks(trained, 2, sample, tmp_path, *options, signal_at=4, deferred=True)
+    # Read with the outcome of step 5 at the latest: where the next checkpoint is due.
+    assert [run.steps for run in runs] == [8, 8]
 
 
 @pytest.mark.parametrize("size", [1, 2])

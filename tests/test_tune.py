@@ -22,7 +22,8 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.search import Search, Span, Trial
-from deepfm_dist.training.trainer import LoopState, Pruned
+from deepfm_dist.training.state import LoopState
+from deepfm_dist.training.trainer import Pruned
 from tests.ranks import run_alone, run_ranks
 
 SPACE = {

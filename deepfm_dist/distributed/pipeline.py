@@ -185,7 +185,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         super().__init__(model, _NoOptimizer(), world.device, custom_model_fwd=self._forward)
         on_device = world.device.type != "cpu"
         self._updates = optimizer
-        self._world, self._micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
+        self._world, self.micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
         self._config = config or OptimizerConfig()
         self._overlapped = overlapped
         if overlapped is None:
@@ -225,7 +225,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         step = self._step = Step(self._world)
         before = [buffer.clone() for buffer in self._buffers]
         self._updates.zero_grad()
-        for _ in range(self._micro_batches):
+        for _ in range(self.micro_batches):
             if self._overlapped:
                 self.progress(micro_batches)
             else:

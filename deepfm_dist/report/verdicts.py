@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from deepfm_dist.events import ValidEvent
 from deepfm_dist.ranking.evaluation import Comparison
-from deepfm_dist.training.trainer import LOWER_IS_BETTER, WARN_AFTER
+from deepfm_dist.training.state import LOWER_IS_BETTER, WARN_AFTER
 
 MODEL = "model"
 _TITLES = {
