@@ -15,7 +15,7 @@ COMMANDS = {
     "export", "import_weights", "combine", "plan", "serve", "tune",
 }  # fmt: skip
 LEVELS = [
-    {"errors", "messages", "section", "compiled", "terminal", "events", "version"},
+    {"errors", "messages", "section", "compiled", "float_order", "terminal", "events", "version"},
     {"launcher", "storage", "seeding", "typed_yaml"},
     {"log", "lock", "environment"},
     {"model"},

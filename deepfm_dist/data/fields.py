@@ -18,6 +18,7 @@ from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Check, Column, ColumnType, as_lists
 from deepfm_dist.data.times import read_clock
 from deepfm_dist.errors import DataError
+from deepfm_dist.float_order import sortable
 
 _BINS = 1 << 16
 
@@ -333,8 +334,7 @@ class NumericFit:
         if self.feature.transform == "bucket":
             if len(self.histogram) == 0:
                 self.histogram = np.zeros(_BINS, np.int64)
-            places = ordered_bits(values.astype(np.float32)) >> np.uint32(16)
-            self.histogram += np.bincount(places.astype(np.int64), minlength=_BINS)
+            self.histogram += np.bincount(upper_bits(values), minlength=_BINS)
         elif len(values):
             mean = float(values.mean())
             self.moments[piece] = (len(values), mean, float(((values - mean) ** 2).sum()))
@@ -373,16 +373,14 @@ class NumericFit:
         wanted = below[-1] * np.arange(1, self.feature.buckets) / self.feature.buckets
         bins = np.unique(np.searchsorted(below, wanted, side="right"))
         bins = bins[bins > np.flatnonzero(self.histogram)[0]]
-        bits = bins.astype(np.uint32) << np.uint32(16)
-        negative = bits < np.uint32(1 << 31)
-        raw = np.where(negative, ~bits, bits ^ np.uint32(1 << 31))
-        return tuple(float(v) for v in raw.astype(np.uint32).view(np.float32))
+        bits = sortable((bins - _BINS // 2).astype(np.int32) << 16)
+        return tuple(float(v) for v in bits.view(np.float32))
 
 
-def ordered_bits(values: FloatArray) -> npt.NDArray[np.uint32]:
-    """float32 bits as integers that sort as the numbers do."""
-    bits = (values + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+def upper_bits(values: npt.NDArray[np.floating]) -> Int64Array:
+    """The upper half of each number's float32 bits: ``[n]`` in [0, 2^16), in their order."""
+    bits = (values.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
+    return (sortable(bits) >> 16).astype(np.int64) + _BINS // 2
 
 
 def lookup_rows(values: Values, row_of_code: Int32Array) -> Values:

@@ -24,11 +24,45 @@ def hits(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
     Returns:
         ``[U, K]``.
     """
+    shown, wanted = _pairs(ranked, relevant)
+    return np.isin(shown, wanted) & (ranked >= 0)
+
+
+def found_items(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
+    """Which of ``relevant.values`` their user's ranking shows; arguments as of `hits`."""
+    shown, wanted = _pairs(ranked, relevant)
+    return np.isin(wanted, shown[ranked >= 0])
+
+
+def _pairs(ranked: Int64Array, relevant: Jagged) -> tuple[Int64Array, Int64Array]:
+    """Ranked and relevant items, each as one number with its user."""
     n = int(max(ranked.max(initial=0), relevant.values.max(initial=0))) + 1
     owner = np.repeat(np.arange(len(relevant), dtype=np.int64), relevant.lengths)
-    wanted = owner * n + relevant.values
-    found = np.arange(len(ranked), dtype=np.int64)[:, None] * n + ranked
-    return np.isin(found, wanted) & (ranked >= 0)
+    return np.arange(len(ranked), dtype=np.int64)[:, None] * n + ranked, owner * n + relevant.values
+
+
+def recall(hit: npt.NDArray[np.bool_], n_relevant: Int64Array, k: int) -> FloatArray:
+    """``[U]`` hits among the first K divided by the number of relevant items.
+
+    Args:
+        hit: ``[U, at least K]``, of `hits`.
+        n_relevant: ``[U]``, at least 1 each.
+        k: K.
+    """
+    return np.asarray(hit[:, :k].sum(1) / n_relevant)
+
+
+def ndcg(hit: npt.NDArray[np.bool_], n_relevant: Int64Array, k: int) -> FloatArray:
+    """``[U]`` NDCG@K: binary gain, discount ``1 / log2(rank + 1)``, ideal of min(|relevant|, K).
+
+    Args:
+        hit: ``[U, at least K]``, of `hits`.
+        n_relevant: ``[U]``, at least 1 each.
+        k: K.
+    """
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    ideal = np.cumsum(discounts)[np.minimum(n_relevant, k) - 1]
+    return np.asarray(hit[:, :k] @ discounts / ideal)
 
 
 def user_metrics(
@@ -63,8 +97,6 @@ def user_metrics(
     hit = hits(ranked, relevant)
     n_relevant = relevant.lengths
     ranks = np.arange(1, ranked.shape[1] + 1)
-    discounts = 1 / np.log2(ranks + 1)
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, max(cutoffs) + 2)))])
     precisions = hit.cumsum(1) / ranks
     filled = ranked >= 0
     items = np.where(filled, ranked, 0)
@@ -77,8 +109,8 @@ def user_metrics(
         best_possible = np.minimum(n_relevant, k)
         n_filled = np.where(has_items, filled[:, :k].sum(1), np.nan)
         figures |= {
-            f"recall@{k}": np.asarray(at_k.sum(1) / n_relevant),
-            f"ndcg@{k}": np.asarray(at_k @ discounts[:k] / ideal[best_possible]),
+            f"recall@{k}": recall(hit, n_relevant, k),
+            f"ndcg@{k}": ndcg(hit, n_relevant, k),
             f"hit_rate@{k}": np.asarray(at_k.any(1), np.float64),
             f"precision@{k}": np.asarray(at_k.sum(1) / k),
             f"map@{k}": (at_k * precisions[:, :k]).sum(1) / best_possible,

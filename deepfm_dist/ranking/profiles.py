@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.data.jagged import Int64Array, Jagged
-from deepfm_dist.ranking.metrics import hits
+from deepfm_dist.ranking.metrics import found_items, hits, ndcg, recall
 
 FloatArray = npt.NDArray[np.float64]
 GROUPS, EXAMPLES = 5, 5
@@ -76,25 +76,15 @@ def profile(ranked: Int64Array, relevant: Jagged, activity: Groups, popularity: 
         popularity: groups of ``relevant.values``.
     """
     hit = hits(ranked, relevant)
-    n_relevant = relevant.lengths[:, None]
-    k = np.arange(1, ranked.shape[1] + 1)
-    discounts = 1 / np.log2(k + 1)
-    recall = hit.cumsum(1) / n_relevant
-    ndcg = (hit * discounts).cumsum(1) / discounts.cumsum()[np.minimum(n_relevant, k) - 1]
-    owners = np.repeat(np.arange(len(relevant)), relevant.lengths)
-    n = int(max(ranked.max(initial=0), relevant.values.max(initial=0))) + 1
-    wanted = owners * np.int64(n) + relevant.values
-    shown = (np.arange(len(ranked))[:, None] * np.int64(n) + ranked)[hit]
-    found = np.isin(wanted, shown).astype(np.float64)
+    at = range(1, ranked.shape[1] + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no user: no mean
-        recall_at, ndcg_at = recall.mean(0), ndcg.mean(0)
-    return Profile(
-        recall_at.tolist(),
-        ndcg_at.tolist(),
-        activity.means(ndcg[:, -1]),
-        popularity.means(found),
-    )
+        return Profile(
+            [float(recall(hit, relevant.lengths, k).mean()) for k in at],
+            [float(ndcg(hit, relevant.lengths, k).mean()) for k in at],
+            activity.means(ndcg(hit, relevant.lengths, ranked.shape[1])),
+            popularity.means(found_items(ranked, relevant).astype(np.float64)),
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.float_order import sortable
 
 NO_ITEM = -1
 """Position that fills the places of users with fewer than K candidates."""
@@ -41,9 +42,7 @@ def keys_of(scores: Tensor, positions: Tensor) -> Tensor:
         positions: int64 in [0, 2^32), of the same shape or one that broadcasts to it; any where
             there is no candidate.
     """
-    # A float's bits, seen as an integer, are in its order once negative ones are flipped.
-    bits = (scores + 0.0).view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    ordered = sortable((scores + 0.0).view(torch.int32)).to(torch.int64)
     return (ordered << 32) | ((_LAST - positions) & _LAST)
 
 
@@ -63,8 +62,7 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         gap = found.new_full((len(found), k - found.shape[1]), NO_KEY)
         found = torch.cat([found, gap], 1)
     known = found >= _LEAST << 32
-    ordered = (found >> 32).to(torch.int32)
-    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    scores = sortable((found >> 32).to(torch.int32)).view(torch.float32)
     return (
         scores.where(known, float("-inf")),
         (_LAST - (found & _LAST)).where(known, NO_ITEM),

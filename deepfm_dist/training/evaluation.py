@@ -11,12 +11,13 @@ from torch import nn
 
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, padded
-from deepfm_dist.data.fields import ordered_bits
+from deepfm_dist.data.fields import upper_bits
 from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.training.metrics import (
+    AreaUnderCurve,
     Calibration,
     FloatArray,
     Tally,
@@ -114,18 +115,14 @@ def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
     Returns:
         It, NaN where all labels are the same, and what `metrics.calibration_curve` takes.
     """
-    wins = positives = negatives = 0.0
-    bins = np.zeros((3, _BINS))
-    for tally in _tallies(records, world, lambda rows: _score_bins(rows["logit"]), by_user=False):
-        won, positive, negative = (float(v.sum()) for v in tally.by_group())
-        wins += won + positive * negatives
-        positives, negatives = positives + positive, negatives + negative
+    area, bins = AreaUnderCurve(), np.zeros((3, _BINS))
+    for tally in _tallies(records, world, lambda rows: upper_bits(rows["logit"]), by_user=False):
+        area.add(tally)
         weight = tally.positive + tally.negative
         predicted = weight * probabilities(tally.scores)
-        at = _score_bins(tally.scores)
+        at = upper_bits(tally.scores)
         bins += [np.bincount(at, w, _BINS) for w in (weight, predicted, tally.positive)]
-    area = wins / (positives * negatives) if positives and negatives else float("nan")
-    return area, bins
+    return area.value, bins
 
 
 def _user_auc(records: _Records, n_users: int, world: World) -> float:
@@ -136,11 +133,6 @@ def _user_auc(records: _Records, n_users: int, world: World) -> float:
         of_users, their_weight = mean_auc(tally)
         total, weight = total + of_users, weight + their_weight
     return total / weight if weight else float("nan")
-
-
-def _score_bins(logits: FloatArray) -> npt.NDArray[np.int64]:
-    """``[n]`` in ``[0, _BINS)``, ascending with the score."""
-    return (ordered_bits(logits.astype(np.float32)) >> np.uint32(16)).astype(np.int64)
 
 
 def _tallies(

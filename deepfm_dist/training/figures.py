@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from deepfm_dist.distributed.pipeline import Step
 from deepfm_dist.distributed.process_group import World
-from deepfm_dist.training.metrics import normalized_entropy
+from deepfm_dist.float_order import sortable
+from deepfm_dist.training.metrics import AreaUnderCurve, Tally, normalized_entropy
 
 _BINS = 1 << 16
 
@@ -55,10 +57,14 @@ class TrainingFigures:
         for sums in of_steps:
             self.lifetime += sums
         counts = _histogram(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
-        counts = world.sum(counts).cpu()
+        negative, positive = world.sum(counts).cpu().numpy().T
+        area = AreaUnderCurve()
+        area.add(
+            Tally(np.zeros(_BINS, np.int64), np.arange(_BINS, dtype=np.float32), positive, negative)
+        )
         return {
             **_figures(of_steps.sum(0)),
-            "auc": _auc(counts[:, 1], counts[:, 0]),
+            "auc": area.value,
             **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
         }
 
@@ -83,16 +89,9 @@ def _figures(sums: Tensor) -> dict[str, float]:
 
 def _histogram(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """``[bins, 2]`` float64: weight by bin, in the order of the logits, and label."""
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there are two zeros
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16
-    cell = (ordered + _BINS // 2) * 2 + (labels > 0.5)
+    upper = sortable((logits + 0.0).view(torch.int32)) >> 16  # + 0.0: there are two zeros
+    cell = (upper + _BINS // 2) * 2 + (labels > 0.5)
     counts = torch.zeros(2 * _BINS, dtype=torch.float64, device=logits.device)
     # Not bincount, which may give another sum every time on CUDA, and is refused there if it must
     # not.
     return counts.index_add_(0, cell, weights.double()).view(_BINS, 2)
-
-
-def _auc(positive: Tensor, negative: Tensor) -> float:
-    below = negative.cumsum(0) - negative
-    pairs = positive.sum() * negative.sum()
-    return float((positive * (below + negative / 2)).sum() / pairs)

@@ -67,6 +67,28 @@ class Tally:
         return tuple(sums)  # type: ignore[return-value]
 
 
+class AreaUnderCurve:
+    """Area under the ROC curve of rows that come in the order of their scores.
+
+    A positive row and a negative one that share a score count one half.
+    """
+
+    def __init__(self) -> None:
+        self._wins = self._positive = self._negative = 0.0
+
+    def add(self, tally: Tally) -> None:
+        """Takes in rows of one group, whose scores are above those of all earlier rows."""
+        wins, positive, negative = (float(v.sum()) for v in tally.by_group())
+        self._wins += wins + positive * self._negative
+        self._positive, self._negative = self._positive + positive, self._negative + negative
+
+    @property
+    def value(self) -> float:
+        """NaN where all labels are the same."""
+        pairs = self._positive * self._negative
+        return self._wins / pairs if pairs else float("nan")
+
+
 def mean_auc(tally: Tally) -> tuple[float, float]:
     """Summed AUC of the groups that have both labels, each times its weight; and that weight.
 
