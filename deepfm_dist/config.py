@@ -230,11 +230,18 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
     for override in overrides:
         _set(tree, *parse_override(override), repr(override))
-    return config_from(typed(tree, Config), origin=str(file))
+    return config_from(typed(tree, Config), str(file), overrides)
 
 
-def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
+def config_from(
+    tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()
+) -> Config:
     """Checks a tree of settings and fills in the defaults.
+
+    Args:
+        tree: sections of settings.
+        origin: where it comes from, for messages.
+        overrides: those that are in it, which are named instead where they are to blame.
 
     Raises:
         ConfigError: names each bad field, its value, and for an unknown field the nearest one.
@@ -242,11 +249,26 @@ def config_from(tree: Mapping[str, Any], origin: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_describe(p) for p in one_per_setting(error.errors(), Config)]
+        found = one_per_setting(error.errors(), Config)
+    causes = [_override_of(problem["loc"], overrides) for problem in found]
+    problems = [_describe(problem) for problem in found]
     if len(problems) == 1:
-        raise ConfigError(f"{origin}: {problems[0]}")
-    lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{causes[0] or origin}: {problems[0]}")
+    lines = "".join(
+        f"\n  {problem}" + (f" [{cause}]" if cause else "")
+        for cause, problem in zip(causes, problems, strict=True)
+    )
     raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
+
+
+def _override_of(loc: Sequence[str | int], overrides: Sequence[str]) -> str | None:
+    """The last override that has set a setting, or part of it."""
+    where = ".".join(map(str, loc)) + "."
+    for override in reversed(overrides):
+        names = [f"{name}." for name in settings_of(override)]
+        if any(where.startswith(name) or name.startswith(where) for name in names if len(loc)):
+            return override
+    return None
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "config") -> Config:

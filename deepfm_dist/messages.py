@@ -18,6 +18,17 @@ def short(value: object, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """A count with its noun: 1 row, 2,000 rows.
+
+    Args:
+        count: how many.
+        noun: of one.
+        nouns: of several; default: with an s.
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that a misspelled one is closest to, if any is close."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

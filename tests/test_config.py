@@ -448,3 +448,27 @@ def test_a_value_of_no_type_of_several_is_one_sentence(override: str, told: str)
         load_config("sample", [override])
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        load_config("sample").to_yaml().replace("embedding_dim: 16", "embedding_dim: 0")
+    )
+    with pytest.raises(ConfigError) as told:
+        load_config(str(path), ["recommend.k=0"])
+    lines = str(told.value).splitlines()
+    assert lines[0] == f"{path}: 2 problems"
+    assert lines[1].startswith("  model.embedding_dim: ") and lines[1].endswith("(got 0)")
+    assert lines[2].startswith("  recommend.k: ") and lines[2].endswith("(got 0) [recommend.k=0]")
+    for overrides, cause in [
+        (["recommend.k=0"], "recommend.k=0"),
+        (["recommend={k: 0}"], "recommend={k: 0}"),
+        (["recommend.k=0", "run.seed=2"], "recommend.k=0"),
+        (["recommend.k=-1", "recommend.k=0"], "recommend.k=0"),
+        (["data.nme=x"], "data.nme=x"),
+        (["optimizer.dense.decay=linear"], "optimizer.dense.decay=linear"),
+    ]:
+        with pytest.raises(ConfigError) as told:
+            load_config("sample", overrides)
+        assert str(told.value).startswith(f"{cause}: ")

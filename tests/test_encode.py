@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import math
 import os
 import pickle
@@ -792,7 +793,7 @@ def test_a_description_of_no_file_is_refused(root: Path) -> None:
     assert small(root, rows, files={"s.csv": {"delimiter": ";"}}).manifest.splits["train"].rows == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
     """Files of one name in several folders are several, and so are their rows and what is read
     of them for users and items."""
@@ -829,7 +830,7 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "on_bad_row", "ranks"),
+    ("suffix", "on_bad_row", "world"),
     [(".csv", "error", 1), (".csv", "skip", 2), (".parquet", "skip", 1), (".csv.gz", "error", 1)],
 )
 def test_one_of_many_files_may_be_empty(
@@ -934,6 +935,20 @@ def many_days(folder: Path, rows: int = 900) -> Path:
     genres = "".join(f"{i},{'xyz'[i % 3]}\n{i},k\n" for i in range(0, 450, 2))
     (folder / "genres.csv").write_text("i,g\n" + genres)
     return folder
+
+
+@pytest.mark.parametrize("text", ['{"format":', "{}"])
+def test_a_damaged_manifest_is_named_when_it_is_prepared_again(
+    root: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    folder = made(root).folder
+    wanted = contents(folder)
+    (folder / "manifest.json").write_text(text)
+    with caplog.at_level(logging.INFO):
+        made(root)
+    assert contents(folder) == wanted
+    assert "manifest.json: not a manifest of this version" in caplog.text
+    assert "of other inputs or settings" not in caplog.text
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -609,3 +609,82 @@ def test_names_in_quotes_where_quotes_are_text_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('"user","score"\n"a",1\n')
     with pytest.raises(DataError, match="its names are in quotes: leave quoted: false out of"):
         read_table(tmp_path / "a.csv", COLUMNS, FileFormat(quoted=False))
+
+
+@pytest.mark.parametrize(
+    ("cell", "values"),
+    [
+        ("{a,b}", ["a", "b"]),
+        ('{"b c",a}', ["b c", "a"]),
+        ('{"say \\"x\\"",NULL,d}', ['say "x"', "d"]),
+        ("{}", []),
+        ("{3F2504E0-4F89-11D3-9A0C-0305E82C3301}", ["{3F2504E0-4F89-11D3-9A0C-0305E82C3301}"]),
+        ('{"a": 1}', ['{"a": 1}']),
+    ],
+)
+def test_arrays_as_postgresql_writes_them_are_lists(
+    tmp_path: Path, cell: str, values: list[str]
+) -> None:
+    frame = pd.DataFrame({"c": [cell, "{x,y}", "{z}"]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    assert find_lists(tmp_path / "a.csv", ["c"]) == {"c"}
+    read = read_table(tmp_path / "a.csv", [Column("c", "texts", required=False)])
+    assert read["c"].to_pylist() == [values, ["x", "y"], ["z"]]
+    pd.DataFrame({"c": ["{a}", "{b}"]}).to_csv(tmp_path / "b.csv", index=False)
+    assert find_lists(tmp_path / "b.csv", ["c"]) == set()
+
+
+def test_lists_of_lists_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"c": [[["a"], ["b", "c"]]]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text('c\n"[[1], [2, 3]]"\n')
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(DataError, match=r"'c' holds lists of lists; write each cell as one li"):
+            read_table(tmp_path / name, [Column("c", "texts")])
+
+
+def test_an_item_above_its_rows_is_written_into_them_by_the_command_that_is_named(
+    tmp_path: Path,
+) -> None:
+    text = "1:\n1488844,3,2005-09-06\n822109,5,2005-05-13\n2:\n885013,4,2005-10-19\n"
+    (tmp_path / "combined_data_1.txt").write_text(text)
+    layout = FileFormat(columns=("user", "rating", "day"))
+    for given in (None, layout):
+        with pytest.raises(DataError, match=r"line 1: '1:' stands above the rows of an ite") as why:
+            read_table(tmp_path / "combined_data_1.txt", [Column("user")], given, "skip")
+    command = str(why.value).partition("each row: ")[2].partition(", and name")[0]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    layout = FileFormat(columns=("item", "user", "rating", "day"))
+    columns = [Column("item"), Column("user"), Column("rating", "number")]
+    read = read_table(tmp_path / "combined_data_1-rows.txt", columns, layout)
+    assert read.to_pydict() == {
+        "item": ["1", "1", "2"],
+        "user": ["1488844", "822109", "885013"],
+        "rating": [3, 5, 4],
+    }
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    "text", [b"# a table\n" + CSV, b"# of users, and scores\n" + CSV, CSV + b"# end\n"]
+)
+def test_comments_are_left_out_by_the_command_that_is_named(
+    tmp_path: Path, suffix: str, text: bytes
+) -> None:
+    path = tmp_path / f"a.csv{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix else text)
+    with pytest.raises(DataError, match=r"comment; write it without comments: ") as why:
+        read_table(path, COLUMNS)
+    command = str(why.value).partition("without comments: ")[2]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert read_table(tmp_path / "a-rows.csv", COLUMNS).to_pydict() == EXPECTED
+
+
+def test_a_comment_that_may_be_a_row_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_text("# user,0\n007,1.5\n")
+    read_table(tmp_path / "a.csv", COLUMNS, FileFormat(columns=("user", "score")))
+    assert "looks like a comment, '# user,0', and is read as a row" in caplog.text
+    (tmp_path / "b.csv").write_text("#user,score\n007,1.5\n")
+    with pytest.raises(DataError, match="remove the # at the beginning of its header line"):
+        read_table(tmp_path / "b.csv", COLUMNS)

@@ -241,3 +241,23 @@ def test_values_never_seen_in_training_are_counted_field_by_field(tmp_path: Path
     ):
         with pytest.raises(ConfigError, match=told):
             encoder.fixed_context(context | wrong)
+
+
+def test_words_for_a_missing_value_among_ids_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS, ("NULL", "1"), ("NULL", "2"), ("nan", "3"), ("u1", "None"), ("Nancy", "nana")]
+    pd.DataFrame(rows, columns=["u", "i"]).to_csv(tmp_path / "s.csv", index=False)
+    features = [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}]
+    with caplog.at_level(logging.WARNING):
+        prepared(tmp_path, ["1"], features=features)
+    users, items = (line for line in caplog.messages if "write for a missing value" in line)
+    assert users.startswith("u: 3 training rows with 'NULL' or 'nan' as the id")
+    assert items.startswith("i: 1 training row with 'None' as the id")
+    assert 'set missing: ["NULL", "nan"] for user and data.on_bad_row=skip' in users
+    features[0]["missing"], features[1]["missing"] = ["NULL", "nan"], ["None"]  # type: ignore[assignment]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        dataset = prepared(tmp_path, ["1"], features=features, on_bad_row="skip")
+    assert not [line for line in caplog.messages if "write for a missing value" in line]
+    assert dataset.manifest.splits["train"].rows == len({*ROWS, ("Nancy", "nana")})

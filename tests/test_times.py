@@ -1,5 +1,6 @@
 """Times against pandas and exact decimals; notations that do not go together."""
 
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,67 @@ def test_ranks_agree_on_the_unit_of_all_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("session,item,at\ns0,i0,2020-01-31\n")
     with pytest.raises(DataError, match=r"holds both 2020-01-31 00:00:00 and 15938\d+\S* \(in "):
         prepare(data, tmp_path, tmp_path / "mixed", 1)
+
+
+@pytest.mark.parametrize(
+    ("usual", "outside", "expected"),
+    [
+        ("{:d}", ["0", "-5"], "2 of 42 times are not between 1990 and 2100 .*, such as 0 in a.csv"),
+        ("2020-01-01 00:00:{:02d}", ["1970-01-01"], "1 of 41 times .* such as 1970-01-01 00:00:00"),
+        ("2020-01-01 00:00:{:02d}", ["9999-12-31"], "1 of 41 times .* such as 9999-12-31 00:00:00"),
+        ("1920-01-01 00:00:{:02d}", ["1921-01-01"], None),
+        ("2020-01-01 00:00:{:02d}", ["1995-01-01"], None),
+    ],
+)
+def test_times_far_from_all_others_are_counted(
+    usual: str, outside: list[str], expected: str | None
+) -> None:
+    start = 1_600_000_000 if usual == "{:d}" else 0
+    one, two = TimeColumn("at"), TimeColumn("at")
+    one.add(read_times(pa.array([usual.format(start + k) for k in range(20)])), "b.csv")
+    texts = outside + [usual.format(start + k) for k in range(20, 40)]
+    two.add(read_times(pa.array(texts)), "a.csv")
+    said = (one + two).warnings()
+    if expected is None:
+        assert said == []
+    else:
+        assert len(said) == 1
+        assert re.search(expected, said[0])
+
+
+def test_counts_that_begin_at_0_are_no_times_far_from_others() -> None:
+    column = TimeColumn("at")
+    column.add(read_times(pa.array(range(100))), "a.csv")
+    assert column.warnings() == []
+
+
+@pytest.mark.parametrize("formats", [(), ("iso",), ("%Y-%m-%d %H:%M:%S%z", "%Y-%m-%d %H:%M:%S")])
+def test_time_zones_in_some_cells_only_are_counted(formats: tuple[str, ...]) -> None:
+    zoned = [f"2020-01-01 10:00:{k:02d}+05:00" for k in range(30)]
+    local = [f"2020-01-01 10:00:{k:02d}" for k in range(30, 40)]
+    column = TimeColumn("at")
+    column.add(read_times(pa.array(zoned), formats), "a.csv")
+    assert column.warnings() == []
+    column.add(read_times(pa.array(local), formats), "b.csv")
+    assert [w.partition(";")[0] for w in column.warnings()] == [
+        "the time column 'at': 30 of 40 times have a time zone"
+    ]
+    mixed = TimeColumn("at")
+    mixed.add(read_times(pa.array(zoned + local), formats), "a.csv")
+    assert mixed.warnings() == column.warnings()
+
+
+def test_a_field_of_the_time_column_is_read_as_the_times_are(tmp_path: Path) -> None:
+    frame = _sessions()
+    moments = pd.to_datetime(frame.ms, unit="ms") + pd.to_timedelta(frame.index % 24, unit="h")
+    frame["at"] = moments.dt.strftime("%d/%m/%Y %H:%M")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    hour = "{name: hour, column: at, derive: hour}"
+    manifest, _ = _prepared(
+        tmp_path,
+        "t.csv",
+        "data.interactions.time_format='%d/%m/%Y %H:%M'",
+        f"data.features=[{{name: user, entity: user}}, {{name: item, entity: item}}, {hour}]",
+    )
+    assert manifest.tables["hour"].rows == 1 + moments.dt.hour.nunique()
+    assert manifest.data.features[2].time_formats == ("%d/%m/%Y %H:%M",)

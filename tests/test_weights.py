@@ -134,3 +134,14 @@ def test_a_row_of_weight_2_trains_as_two_rows(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_weights_too_far_apart_for_float32_stay_above_zero(tmp_path: Path) -> None:
+    """Of 1e30 and 1e-30 by turns the mean is 5e29, of which the lesser ones are 2e-60."""
+    rows = "".join(f"{k % 2},u{k % 4},h{k % 3},{k},{(1e-30, 1e30)[k % 2]}\n" for k in range(40))
+    dataset = clicks(tmp_path, "y,u,h,n,w\n" + rows)
+    noted = dataset.manifest.noted
+    assert [n for text, n in noted.items() if "weight is below 1.2e-38 of the mean" in text] == [20]
+    weights = pd.read_parquet(tmp_path / "d/train").weight
+    assert sorted(set(weights)) == [np.finfo(np.float32).tiny, 2.0]
+    assert len(dataset.rows("train").weights) == 40  # type: ignore[arg-type]  # all are above 0

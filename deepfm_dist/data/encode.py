@@ -240,9 +240,10 @@ def _current(folder: Path, wanted: str) -> Manifest | None:
     if (folder / "manifest.json").is_file():
         try:
             manifest = Manifest.read(folder)
-        except DataError:
-            manifest = None
-        if manifest is not None and manifest.fingerprint == wanted:
+        except DataError as error:  # of another version, or damaged
+            log.warning("%s: preparing it again", str(error).partition("; ")[0])
+            return None
+        if manifest.fingerprint == wanted:
             return manifest
         log.info("%s is of other inputs or settings: preparing it again", folder)
     elif folder.is_dir() and any(folder.iterdir()):

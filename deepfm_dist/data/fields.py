@@ -41,8 +41,17 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         roles.append(("split", "split"))
     if spec.impressions is not None:
         roles = [(role, kind) for role, kind in roles if role not in ("item", "label")]
+    missing: dict[str, tuple[str, ...]] = {
+        f.entity: f.missing for f in data.features if f.names_entity
+    }
     columns = [
-        Column(name, kind, formats=spec.time_formats if role == "time" else (), purpose=role)
+        Column(
+            name,
+            kind,
+            missing=missing.get(role, ()),
+            formats=spec.time_formats if role == "time" else (),
+            purpose=role,
+        )
         for role, kind in roles
         if (name := getattr(spec, role)) is not None
     ]

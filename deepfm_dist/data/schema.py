@@ -58,6 +58,13 @@ def label_of(files: Files) -> str:
 _TimeFormat = Annotated[str, AfterValidator(check_format)]
 
 
+def _as_tree(section: Any) -> dict[str, Any]:
+    """A section as it may be given: a dict or a model; what is neither is refused elsewhere."""
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return section if isinstance(section, dict) else {}
+
+
 def _listed(formats: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if formats is None else (formats,) if isinstance(formats, str) else formats
 
@@ -236,7 +243,8 @@ class Feature(Section):
     Saturday or Sunday."""
     time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
     """How a cell that a time is derived from is written, as ``interactions.time_format``; default:
-    ISO 8601. Hour and day are those of the time zone that the cell is written in."""
+    that one where the column is ``interactions.time``, else ISO 8601. Hour and day are those of the
+    time zone that the cell is written in."""
     keep: Literal["all", "first"] = "all"
     """Keep all values of an entity, or only the first one of the file."""
     pooling: Literal["mean", "sqrt", "sum"] = "mean"
@@ -481,6 +489,26 @@ class DataConfig(Section):
     """Training rows are read into memory up to this size, and streamed from disk beyond it; what
     is known of users and items is then mapped from disk, once for all ranks of a machine."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_the_time_are_written_like_it(cls, tree: Any) -> Any:
+        """A field derived from the column of times has its ``time_format``, if it names none."""
+        if not isinstance(tree, dict):
+            return tree
+        rows, features = _as_tree(tree.get("interactions")), tree.get("features")
+        time, written = rows.get("time"), rows.get("time_format")
+        if time is None or written is None or not isinstance(features, list | tuple):
+            return tree
+        inheriting = []
+        for feature in features:
+            own = _as_tree(feature)
+            is_of_time = own.get("derive") in ("hour", "weekday", "weekend")
+            same = own.get("file") is None and (own.get("column") or own.get("name")) == time
+            if is_of_time and same and own.get("time_format") is None:
+                feature = {**own, "time_format": written}
+            inheriting.append(feature)
+        return {**tree, "features": inheriting}
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         rows = self.interactions
@@ -518,12 +546,10 @@ class DataConfig(Section):
             raise ValueError(f"two features are called {twice[0]!r}")
         reserved_names = {"id", "history", "seen_train", "seen_valid", "seen_test"}
         if reserved := sorted((reserved_names | {"count", "title", "label"}) & set(names)):
-            raise ValueError(f"{reserved[0]!r} is a reserved name; call the feature otherwise")
+            raise ValueError(_reserved(reserved[0], self.features))
         of_rows = {f.name for f in self.features if f.entity == "context"}
         if reserved := sorted({"user", "item", "time", "drawer", "weight"} & of_rows):
-            raise ValueError(
-                f"{reserved[0]!r} is a reserved name; call the context field otherwise"
-            )
+            raise ValueError(_reserved(reserved[0], self.features))
         self._check_histories()
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
@@ -618,6 +644,16 @@ class DataConfig(Section):
                     f"negatives.fixed_per_user have no {feature.column or feature.name}: "
                     f"the field {feature.name} cannot come from the interactions file"
                 )
+
+
+def _reserved(name: str, features: Sequence[Feature]) -> str:
+    """How to name a field whose name a prepared dataset has another use for."""
+    feature = next(f for f in features if f.name == name)
+    is_plain = feature.column is None and feature.history is None
+    column = f", column: {name}" if is_plain else ""
+    return (
+        f"{name!r} is a reserved name; call the field otherwise: {{name: my_{name}{column}, ...}}"
+    )
 
 
 def _check_shared_tables(features: Sequence[Feature]) -> None:

@@ -22,9 +22,19 @@ import pyarrow.compute as pc
 from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.errors import DataError
 
-TIME = pa.struct([("whole", pa.int64()), ("billionths", pa.int32()), ("dated", pa.bool_())])
+TIME = pa.struct(
+    [
+        ("whole", pa.int64()),
+        ("billionths", pa.int32()),
+        ("dated", pa.bool_()),
+        ("zone", pa.int8()),
+    ]
+)
 """A time as it is read: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``; dated: in
-seconds since 1970, UTC, else a number without a unit."""
+seconds since 1970, UTC, else a number without a unit; zone: `_UNZONED`, `_LOCAL` or
+`_ZONED`."""
+_UNZONED, _LOCAL, _ZONED = range(3)
+"""A number; a date or timestamp without a time zone, taken for UTC; one with a zone."""
 ISO = "iso"
 """Stands for ISO 8601 among formats."""
 EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -51,6 +61,8 @@ _ERAS = (
     ("microseconds since 1970", 631152000 * 10**6, 4133980799 * 10**6),
     ("nanoseconds since 1970", 631152000 * 10**9, 4133980799 * 10**9),
 )
+_USUAL = (631152000, 4133980799)
+"""Seconds since 1970 of the years 1990 to 2100, in which nearly all logs lie."""
 _BOUNDS = np.array([b for _, low, high in _ERAS for b in (low, high + 1)], np.int64)
 
 _DATES = (
@@ -197,6 +209,8 @@ class TimeColumn:
         examples: the first time of each notation, with its file: "dated", "number", and for
             numbers the places in `_ERAS`.
         eras: how many numbers lie below, in and between the bounds of `_ERAS`.
+        dates: how many dated times lie before, in and after `_USUAL`.
+        zones: how many times have each kind of zone.
         decimals: digits behind the point that are needed: 0, 3, 6 or 9.
         low: the least whole number.
         high: the largest one.
@@ -205,6 +219,8 @@ class TimeColumn:
     name: str
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)
     eras: Int64Array = field(default_factory=lambda: np.zeros(len(_BOUNDS) + 1, np.int64))
+    dates: Int64Array = field(default_factory=lambda: np.zeros(3, np.int64))
+    zones: Int64Array = field(default_factory=lambda: np.zeros(3, np.int64))
     decimals: int = 0
     low: int = 0
     high: int = 0
@@ -225,6 +241,14 @@ class TimeColumn:
                 if kind not in self.examples:
                     first = times[int(np.argmax(places == place))]
                     self.examples[kind] = (_shown(first), file)
+        if dated.any():
+            eras = np.searchsorted(np.add(_USUAL, (0, 1)), whole, side="right")
+            self.dates += np.bincount(eras[dated], minlength=3)
+            self.zones += np.bincount(np.asarray(times.field("zone"))[dated], minlength=3)
+            for name, outside in (("early", eras == 0), ("late", eras == 2)):
+                if name not in self.examples and (outside & dated).any():
+                    first = times[int(np.argmax(outside & dated))]
+                    self.examples[name] = (_shown(first), file)
         for decimals in (3, 6, 9):
             if decimals > self.decimals and (billionths % 10 ** (12 - decimals)).any():
                 self.decimals = decimals
@@ -235,6 +259,8 @@ class TimeColumn:
             self.name,
             other.examples | self.examples,
             self.eras + other.eras,
+            self.dates + other.dates,
+            self.zones + other.zones,
             max(self.decimals, other.decimals),
             min(self.low, other.low),
             max(self.high, other.high),
@@ -261,6 +287,39 @@ class TimeColumn:
             what = f"which look like {_ERAS[one][0]} and {_ERAS[two][0]}; write all in one unit"
             raise self._mixed(str(2 * one + 1), str(2 * two + 1), what)
 
+    def warnings(self) -> list[str]:
+        """What is worth a warning: times far from all others, and time zones in some cells only."""
+        found = []
+        if (text := self._outliers()) is not None:
+            found.append(text)
+        if self.zones[_LOCAL] and self.zones[_ZONED]:
+            n, n_zoned = int(self.zones.sum()), int(self.zones[_ZONED])
+            found.append(
+                f"the time column {self.name!r}: {n_zoned:,} of {n:,} times have a time zone; the "
+                f"others have none and are read as UTC, which puts them out of order if they are "
+                f"local times; write the zone in every cell"
+            )
+        return found
+
+    def _outliers(self) -> str | None:
+        """Times outside of `_USUAL`, or of the unit of most numbers, where most are inside."""
+        groups = {"early": int(self.dates[0]), "late": int(self.dates[2])}
+        n, usual = int(self.dates.sum()), int(self.dates[1])
+        if not n:
+            era = 2 * int(self.eras[1::2].argmax()) + 1
+            n, usual = int(self.eras.sum()), int(self.eras[era])
+            groups = {str(k): int(c) for k, c in enumerate(self.eras) if k != era}
+        if 2 * usual <= n or usual == n:
+            return None
+        kind = max(groups, key=lambda kind: groups[kind])
+        example, file = self.examples[kind]
+        return (
+            f"the time column {self.name!r}: {n - usual:,} of {n:,} times are not between 1990 and "
+            f"2100 as the others are, such as {example} in {file}: they sort before or after all "
+            f"others; if they stand for an unknown time, empty these cells and set "
+            f"data.on_bad_row=skip"
+        )
+
     def _mixed(self, one: str, two: str, what: str) -> DataError:
         (first, file), (second, other) = self.examples[one], self.examples[two]
         where = "" if other == file else f" (in {other})"
@@ -279,7 +338,7 @@ class TimeColumn:
         if (self.low - 1) * scale < _INT64.min or (self.high + 1) * scale > _INT64.max:
             far = self.high if self.high > -self.low else self.low
             dated = "dated" in self.examples
-            shown = _shown(pa.scalar((far, 0, dated), TIME))
+            shown = _shown(pa.scalar((far, 0, dated, _UNZONED), TIME))
             raise DataError(
                 f"the time column {self.name!r} has {self.decimals} decimals, and one of its times "
                 f"is {shown}: more than 64 bits hold; correct that row, or write fewer decimals"
@@ -302,12 +361,15 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _struct(whole: pa.Array, billionths: pa.Array, dated: bool | pa.Array) -> pa.StructArray:
+def _struct(
+    whole: pa.Array, billionths: pa.Array, dated: bool, zone: int = _UNZONED
+) -> pa.StructArray:
     """Columns -> `TIME`, null where ``whole`` is."""
-    if isinstance(dated, bool):
-        dated = pa.repeat(pa.scalar(dated), len(whole))
+    of_all = [
+        pa.repeat(pa.scalar(v, t), len(whole)) for v, t in ((dated, pa.bool_()), (zone, pa.int8()))
+    ]
     return pa.StructArray.from_arrays(
-        [whole, billionths.cast(pa.int32()), dated], fields=list(TIME), mask=pc.is_null(whole)
+        [whole, billionths.cast(pa.int32()), *of_all], fields=list(TIME), mask=pc.is_null(whole)
     )
 
 
@@ -322,15 +384,16 @@ def _of_timestamps(cells: pa.Array) -> pa.StructArray:
     elif pa.types.is_date64(cells.type):
         cells = cells.cast(pa.timestamp("ms"))
     per_second = EPOCH_UNITS[cells.type.unit]
-    return _in_seconds(cells.cast(pa.int64()), per_second)
+    zone = _LOCAL if cells.type.tz is None else _ZONED
+    return _in_seconds(cells.cast(pa.int64()), per_second, zone)
 
 
-def _in_seconds(counts: pa.Array, per_second: int) -> pa.StructArray:
+def _in_seconds(counts: pa.Array, per_second: int, zone: int = _UNZONED) -> pa.StructArray:
     """Integers that count parts of seconds from 1970 -> times."""
     valid = np.asarray(counts.is_valid())
     whole, parts = np.divmod(np.asarray(counts.fill_null(0)), per_second)
     billionths = (parts * (_BILLION // per_second)).astype(np.int32)
-    return _struct(pa.array(whole, mask=~valid), pa.array(billionths), True)
+    return _struct(pa.array(whole, mask=~valid), pa.array(billionths), True, zone)
 
 
 def _of_numbers(cells: pa.Array) -> pa.StructArray:
@@ -426,7 +489,7 @@ _TIMESTAMPS = [
     )
 ]
 
-_Time = tuple[int, int, bool]
+_Time = tuple[int, int, bool, int]
 
 
 def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.StructArray:
@@ -441,7 +504,7 @@ def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.Stru
 def _by_itself(text: str) -> _Time | None:
     """A number or an ISO 8601 time."""
     if (number := _number(text)) is not None:
-        return (*number, False)
+        return (*number, False, _UNZONED)
     text, billionths = _NAMED_ZONE.sub("+00:00", text), 0
     if fraction := _FRACTION.match(text):
         text, billionths = fraction[1] + fraction[3], int(fraction[2].ljust(9, "0")[:9])
@@ -449,7 +512,7 @@ def _by_itself(text: str) -> _Time | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return _seconds(moment), billionths, True
+    return _seconds(moment), billionths, True, _zone(moment)
 
 
 def _number(text: str) -> tuple[int, int] | None:
@@ -465,6 +528,10 @@ def _number(text: str) -> tuple[int, int] | None:
     if not _INT64.min <= whole <= _INT64.max:
         return None
     return int(whole), int(rest * _BILLION)
+
+
+def _zone(moment: datetime) -> int:
+    return _LOCAL if moment.tzinfo is None else _ZONED
 
 
 def _seconds(moment: datetime) -> int:
@@ -532,7 +599,8 @@ def _strptime(texts: pa.Array, name: str) -> pa.StructArray:
     zoned = "%z" in name
     doubtful = (days <= 4) | (days >= 28) if zoned else (days >= 1) & (days <= 3)
     at = np.flatnonzero(doubtful & np.asarray(texts.is_valid()))
-    found = _in_seconds(times.cast(pa.timestamp("s")).cast(pa.int64()), 1)
+    counts = times.cast(pa.timestamp("s")).cast(pa.int64())
+    found = _in_seconds(counts, 1, _ZONED if zoned else _LOCAL)
     if not len(at):
         return found
     checked = _one_by_one(texts.take(pa.array(at)), lambda text: _by_formats(text, (name,)))
@@ -549,7 +617,7 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
                 if not _CALENDAR[0] <= seconds < _CALENDAR[1]:
                     continue
                 per_part = _BILLION // EPOCH_UNITS[name]
-                return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True
+                return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True, _UNZONED
             continue
         if name == ISO:
             time = _by_itself(text if in_utc else re.sub(_ZONE, r"\1", text))
@@ -560,9 +628,10 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
             moment = datetime.strptime(text, _plain_codes(name))
         except ValueError:
             continue
+        zone = _zone(moment)
         if not in_utc:
             moment = moment.replace(tzinfo=None)
-        return _seconds(moment), moment.microsecond * 1000, True
+        return _seconds(moment), moment.microsecond * 1000, True, zone
     return None
 
 
@@ -570,7 +639,7 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
 
 
 def _shown(time: pa.StructScalar) -> str:
-    whole, billionths, dated = (time[name].as_py() for name in TIME.names)
+    whole, billionths, dated = (time[name].as_py() for name in ("whole", "billionths", "dated"))
     rest = f".{billionths:09d}".rstrip("0").rstrip(".")
     if not dated:
         return f"{whole}{rest}"

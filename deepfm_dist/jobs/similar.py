@@ -33,7 +33,8 @@ def similar(
             job.model,
             job.world,
             job.trained.dataset,
-            config.similar,
+            config.similar.k,
+            config.similar.metric,
             folder=job.target.parent,
             name=job.target.stem,
         )

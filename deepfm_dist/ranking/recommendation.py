@@ -3,8 +3,8 @@
 import logging
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.nearest import NearestItems
-from deepfm_dist.ranking.output import RankingFiles, ResumableOutput, hash_of, state_of
+from deepfm_dist.ranking.output import MatrixKind, RankingFiles, ResumableOutput, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
+    MEMORY_BYTES,
     Catalogue,
     ModelRanker,
     Seen,
@@ -35,22 +36,59 @@ from deepfm_dist.ranking.ranker import (
     in_id_order,
     rank_users,
 )
-from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.types import Precision
 
 log = logging.getLogger(__name__)
 
 SAMPLE_PAIRS, SAMPLE_USERS = 2_000_000, (16, 512)
 """Pairs that are scored to see what a short list misses, and the fewest and most users for it."""
 
-Ids = str | Sequence[str]
+Ids = str | Sequence[str | int]
 """A file with a column of ids, or the ids themselves."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Whom and what to recommend.
+
+    Attributes:
+        k: items per user.
+        masked_splits: what a user has met in these, liked or not, is never recommended; default:
+            all, unless repeated rows are asked for (`DataConfig.seen_is_masked`).
+        context: values of the context fields.
+        users: only these users; default: all.
+        histories: for the users of this file instead, known by their items in it alone.
+        allow_items: only these items; default: all.
+        block_items: none of these items.
+        candidates: how many items of each user, the best without the over-arch, are scored in
+            full; default: all.
+        index: kind of faiss index that finds these; default: all items are looked at.
+        probes: of the index; see `NearestItems`.
+        memory_bytes: limit of what a rank keeps of the items.
+        precision: of the over-arch's products on CUDA.
+        matrix: also write every score, in this type; see `ResumableOutput.write_matrix`.
+    """
+
+    k: int
+    masked_splits: Sequence[str] | None = None
+    context: Mapping[str, str | float] = field(default_factory=dict)
+    users: Ids | None = None
+    histories: str | None = None
+    allow_items: Ids | None = None
+    block_items: Ids | None = None
+    candidates: int | None = None
+    index: str | None = None
+    probes: int = 16
+    memory_bytes: int = MEMORY_BYTES
+    precision: Precision = "fp32"
+    matrix: MatrixKind | None = None
 
 
 def recommend(
     model: DeepFM,
     world: World,
     dataset: PreparedDataset,
-    config: RecommendConfig,
+    wanted: Wanted,
     folder: Path,
     checkpoint: Path | None = None,
     name: str = "recommendations",
@@ -66,7 +104,7 @@ def recommend(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        config: whom and what to recommend.
+        wanted: whom and what.
         folder: where the files go.
         checkpoint: where the weights are from; a run that was killed is continued if they have
             not changed.
@@ -85,15 +123,15 @@ def recommend(
             given to a model that has no field for them.
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
-    catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
-    context = RowEncoder(dataset).fixed_context(config.context)
+    catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
+    context = RowEncoder(dataset).fixed_context(wanted.context)
     histories: Jagged | None = None
-    if config.histories is None:
-        users, user_ids = in_id_order(dataset, "user", _users(dataset, config.users))
-        masked = masked_splits_of(dataset, config.mask)
+    if wanted.histories is None:
+        users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
+        masked = masked_splits_of(dataset, wanted.masked_splits)
         positives = [bags for split in masked for bags in dataset.met(split)]
     else:
-        user_ids, histories = read_histories(dataset, Path(config.histories))
+        user_ids, histories = read_histories(dataset, Path(wanted.histories))
         users, positives = np.arange(len(histories), dtype=np.int32), [histories]
     ranker = ModelRanker(
         model,
@@ -102,22 +140,22 @@ def recommend(
         catalogue,
         users,
         context,
-        config.memory_bytes,
+        wanted.memory_bytes,
         histories,
-        config.precision,
+        wanted.precision,
     )
     seen = catalogue.seen_by(users, positives)
     figures: dict[str, Any] = {}
-    if config.candidates is not None and not ranker.has_deep_part:
+    if wanted.candidates is not None and not ranker.has_deep_part:
         log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
-    elif config.candidates is not None and config.candidates < len(catalogue):
+    elif wanted.candidates is not None and wanted.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
-        index = None if config.index is None else ranker.index(config.index, config.probes)
+        index = None if wanted.index is None else ranker.index(wanted.index, wanted.probes)
         figures["short_list"] = _compare(
-            ranker, users[chosen], of_sample, config.k, config.candidates, index, world
+            ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world
         )
-        ranker = ranker.of(users, config.candidates, index)
+        ranker = ranker.of(users, wanted.candidates, index)
     key = None
     if checkpoint is not None:
         key = {
@@ -127,32 +165,32 @@ def recommend(
             if histories is None
             else [external(user_ids).to_pylist(), hash_of(histories.offsets, histories.values)],
             "items": hash_of(catalogue.rows),
-            "mask": list(masked_splits_of(dataset, config.mask)),
-            "context": dict(config.context),
-            "k": config.k,
-            "candidates": [config.candidates, config.index, config.probes],
+            "mask": list(masked_splits_of(dataset, wanted.masked_splits)),
+            "context": dict(wanted.context),
+            "k": wanted.k,
+            "candidates": [wanted.candidates, wanted.index, wanted.probes],
             "engine": ranker.engine.name,
         }
     parts = ResumableOutput(folder, f"{name}.parquet", len(users), key, world)
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
-    ranked = rank_users(ranker, len(users), seen, config.k, world, parts.missing)
+    ranked = rank_users(ranker, len(users), seen, wanted.k, world, parts.missing)
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
-    if config.matrix is not None:
+    if wanted.matrix is not None:
         # Before anything is merged: a run that is killed here goes on with both files' parts.
-        of_matrix = key and {**key, "matrix": config.matrix}
+        of_matrix = key and {**key, "matrix": wanted.matrix}
         of_name = f"-{name}".removeprefix("-recommendations")
         matrix = ResumableOutput(
             folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world
         )
-        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, config.matrix)
+        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
     columns = {"user": "user_id", "item": "item_id"}
-    written = parts.merge_ranked(columns, config.k)
+    written = parts.merge_ranked(columns, wanted.k)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures["peak_memory_gib"] = world.gather_object(peak_gib)
     if not parts.found:
@@ -168,15 +206,15 @@ def recommend(
         )
     if written is not None and (short := len(users) - written.full):
         log.info(
-            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", config.k
+            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
         )
     return None if written is None else replace(written, figures=figures)
 
 
-def masked_splits_of(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
+def masked_splits_of(dataset: PreparedDataset, wanted: Sequence[str] | None) -> Sequence[str]:
     """Splits whose items are not recommended to their users; None: as the data says."""
-    if mask is not None:
-        return mask
+    if wanted is not None:
+        return wanted
     return SPLITS if dataset.manifest.data.seen_is_masked else ()
 
 

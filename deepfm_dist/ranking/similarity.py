@@ -1,6 +1,7 @@
 """Every item's most similar items, by the vectors with which users meet it."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
-from deepfm_dist.ranking.settings import SimilarConfig
 from deepfm_dist.ranking.types import Best
 
 
@@ -56,7 +56,8 @@ def similar_items(
     model: DeepFM,
     world: World,
     dataset: PreparedDataset,
-    config: SimilarConfig,
+    k: int,
+    metric: Literal["cosine", "inner_product"],
     folder: Path,
     name: str = "similar_items",
 ) -> RankingFiles | None:
@@ -72,7 +73,8 @@ def similar_items(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        config: how many of them, by which measure.
+        k: items per item.
+        metric: of two vectors.
         folder: where the files go.
         name: of the files, without their endings.
 
@@ -91,11 +93,11 @@ def similar_items(
     n = len(catalogue)
     nobody = np.zeros(0, np.int32)
     vectors = ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu()
-    if config.metric == "cosine":
+    if metric == "cosine":
         vectors = of_length_one(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
     parts = ResumableOutput(folder, f"{name}.parquet", n, None, world)
-    ranked = rank_users(ranker, n, _itself, config.k, world, description="compare items")
+    ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.merge_ranked(columns, config.k)
+    return parts.merge_ranked(columns, k)

@@ -1,5 +1,6 @@
 """Vocabularies and statistics, fitted on training rows."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.sources.nested import list_literals
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
-from deepfm_dist.messages import short
+from deepfm_dist.messages import plural, short
 from deepfm_dist.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
+_NO_IDS = pa.array(
+    ["null", "(null)", "nan", "none", "nil", "na", "n/a", "#n/a", "<na>", "nat", "undefined", r"\n"]
+)
+"""Ids, in lower case, that programs write where they have none."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class Fit:
                 f"has {most:,} training rows, and the item's min_count is "
                 f"{self._min_count_of('item')}; lower it"
             )
+        for name in job.entities:
+            _warn_of_placeholders(job, name, partitions.ids[of_entity(name)], counts)
         for name, ids in partitions.ids.items():
             _warn_of_look_alikes(name, ids)
             _warn_of_two_spellings(name, ids)
@@ -335,6 +342,28 @@ class Fit:
         )
         bags = Jagged.from_pairs(owners[first], values[first], n)
         return bags if feature.multi_valued else bags.firsts()
+
+
+def _warn_of_placeholders(job: Job, entity: str, ids: pa.Array, counts: Counts) -> None:
+    """Says which ids are words that stand for a missing one in other programs."""
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(ids.cast(pa.string())))
+    is_word = np.asarray(pc.is_in(words, value_set=_NO_IDS))
+    if not is_word.any():
+        return
+    rows = int(counts.tables[of_entity(entity)][: len(ids)][is_word].sum())
+    shown = ids.filter(pa.array(is_word)).to_pylist()
+    field = next((f.name for f in job.data.features if f.entity == entity and f.names_entity), None)
+    words_missing = json.dumps(shown, ensure_ascii=False)
+    cure = "empty these cells" if field is None else f"set missing: {words_missing} for {field}"
+    log.warning(
+        "%s: %s with %s as the id, which other programs write for a missing value, and which is "
+        "one more %s here; if it means none, %s and data.on_bad_row=skip",
+        getattr(job.data.interactions, entity),
+        plural(rows, "training row"),
+        " or ".join(map(repr, shown)),
+        entity,
+        cure,
+    )
 
 
 def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:

@@ -92,6 +92,8 @@ class Reading:
         if self.times is not None:
             self.times = sum((times for *_, times in of_ranks[1:]), of_ranks[0][2])
             self.times.check()
+            for text in self.times.warnings() if job.crew.is_first else ():
+                log.warning("%s", text)
 
     def _read(self, number: int, bar: Any) -> None:
         """Reads a file; the bar counts bytes of text, of which a batch is about a block."""

@@ -134,7 +134,13 @@ class RowWriter:
             columns["drawer"] = self._drawer[part["user"]]
         columns["label"] = part["label"].astype(np.float32)
         if "weight" in part:
-            columns["weight"] = (part["weight"] / self._counts.mean_weight).astype(np.float32)
+            weights = part["weight"].astype(np.float64) / self._counts.mean_weight
+            least = float(np.finfo(np.float32).tiny)  # below it, float32 ends at 0
+            self._job.note(
+                f"rows whose weight is below {least:.1e} of the mean and counts as that",
+                int((weights < least).sum()),
+            )
+            columns["weight"] = np.maximum(weights, least).astype(np.float32)
         if "time" in part:
             columns["time"] = part["time"]
         for feature in self._job.row_fields:

@@ -8,9 +8,11 @@ import csv
 import io
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pyarrow.csv as pa_csv
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.cells import Column
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
+from deepfm_dist.data.sources.source import BLOCK_BYTES, PACKED, EmptyFile, Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief, short
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 _DELIMITERS = {",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'}
 """What may separate cells, and how YAML has it."""
 _MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
+_ID_LINE = re.compile(r"[\w-]+:")  # of Netflix's files: the item of the rows below it
 _UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
 
 
@@ -69,6 +72,10 @@ class DelimitedReader(Reader):
     def layout_hint(self, present: Sequence[str]) -> str:
         """Another delimiter that would give the columns, or that there may be no header line."""
         wanted, line = {c.name for c in self.columns}, self.delimiter.join(present)
+        if line.startswith("#"):
+            if present[0].lstrip("# ") in wanted:
+                return "; remove the # at the beginning of its header line"
+            return f"; its first line is a comment; {self._without_comments}"
         for mark, written in _DELIMITERS.items():
             if mark != self.delimiter and wanted & set(line.split(mark)):
                 cure = self.source.cure("name it", f"delimiter: {written}", f"save it with {mark}")
@@ -180,22 +187,33 @@ class DelimitedReader(Reader):
         if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:
             self.encoding = "utf-8"  # whatever the suffix's usual one is
         header: Sequence[str] = self.layout.columns or ()
+        first = self.first_row()
+        if len(first) == 1 and _ID_LINE.fullmatch(first[0].strip()):
+            raise DataError(self._id_above_rows(first[0].strip()))
         if not header:
-            header = self.first_row()
+            header = first
         elif not self.libsvm:
-            self._check_first_row(header)
+            self._check_first_row(header, first)
         if header and NO_TEXT not in "".join(header):  # else the reader says where
             self.locate(header)
 
-    def _check_first_row(self, names: Sequence[str]) -> None:
+    def _check_first_row(self, names: Sequence[str], cells: Sequence[str]) -> None:
         """Refuses a header line where the configuration names the columns."""
-        first = dict(zip(names, self.first_row(), strict=False))
+        first = dict(zip(names, cells, strict=False))
         wanted = [c.name for c in self.columns if c.name in first]
         same = [name for name in wanted if first[name].strip().casefold() == name.casefold()]
         if same and same == wanted:
             raise DataError(
                 f"{self.source.path}: its first line is a header, {short(','.join(first.values()))}"
                 f", although data.files names its columns; leave columns out there"
+            )
+        if cells and cells[0].startswith("#"):
+            log.warning(
+                "%s: its first line looks like a comment, %s, and is read as a row; if it is one, "
+                "%s",
+                self.source.path,
+                short(self.delimiter.join(cells)),
+                self._without_comments,
             )
         if same:
             log.warning(
@@ -262,10 +280,36 @@ class DelimitedReader(Reader):
                 if len(cells) != expected:
                     where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)
                     break
+        if text.lstrip().startswith("#"):
+            return (
+                f"{self.source.path}, {where}: {n} cells where {expected} are expected: "
+                f"{short(text)}, a comment; {self._without_comments}{self.source.or_skip}"
+            )
         return (
             f"{self.source.path}, {where}: {n} cells where {expected} are expected: {short(text)}; "
             f"fix the row{self.source.or_skip}"
         )
+
+    @property
+    def _without_comments(self) -> str:
+        """How to write a file without its lines that begin with #."""
+        return "write it without comments: " + self._filtered("grep -v '^#'")
+
+    def _id_above_rows(self, line: str) -> str:
+        rows = """awk '/:$/ {sub(":", ""); id = $0; next} {print id "," $0}'"""
+        return (
+            f"{self.source.path}, line 1: {line!r} stands above the rows of an item, as in "
+            f"Netflix's files; write it into each row: {self._filtered(rows)}, and name that file "
+            f"and its columns, the item's first"
+        )
+
+    def _filtered(self, command: str) -> str:
+        """A shell command that passes the file through another and writes NAME-rows.SUFFIX."""
+        name = Path(self.source.path).name
+        stem, *suffixes = name.split(".")
+        kept = [s for s in suffixes if f".{s.lower()}" not in PACKED]
+        target = shlex.quote(".".join([f"{stem}-rows", *kept]))
+        return f"{self.source.unpack_command} {shlex.quote(name)} | {command} > {target}"
 
     def _unbalanced(self, error: QuoteError) -> DataError:
         what = (

@@ -1,6 +1,7 @@
 """Nested values: lists, objects and their members, in Arrow's types or written as text."""
 
 import ast
+import csv
 import json
 import math
 import re
@@ -15,9 +16,12 @@ import pyarrow.compute as pc
 _LITERAL = r"(?s)\A\s*\[.*\]\s*\z"
 _SET = r"""(?s)\A\s*(?:\(\s*['"].*\)|\{\s*['"].*\})\s*\z"""  # or a tuple, of texts
 _NUMPY = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s+(?:'[^']*'|"[^"]*"))+\s*\]""")
+_ARRAY = r"""(?s)\A\s*\{[^{}:]*\}\s*\z"""  # as PostgreSQL writes them: {a,"b c",NULL}
+_GUID = re.compile(r"\{[\da-fA-F]{8}-[\da-fA-F-]+\}")
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBERS = re.compile(r"\s*[-+.\deE]+(?:\s+[-+.\deE]+)*\s*")
 _SAMPLE = 1000
+_LISTS_OF_LISTS = "holds lists of lists; write each cell as one list"
 
 
 class NestedError(ValueError):
@@ -74,7 +78,12 @@ def list_literals(texts: pa.Array) -> pa.Array:
         pa.array([_listed_in(text) is not None for text in sets.to_pylist()], pa.bool_())
     )
     lists = texts.filter(pc.match_substring_regex(texts, _LITERAL))
-    return pa.concat_arrays([lists, sets])
+    arrays = texts.filter(pc.match_substring_regex(texts, _ARRAY))
+    arrays = arrays.filter(pc.invert(pc.match_substring_regex(arrays, _GUID.pattern)))
+    arrays = arrays.filter(pc.invert(pc.is_in(arrays, value_set=sets)))
+    if not pc.any(pc.match_substring(arrays, ","), min_count=0).as_py():
+        arrays = arrays[:0]  # of braces alone, {a}, nobody knows
+    return pa.concat_arrays([lists, sets, arrays])
 
 
 def members(cells: pa.Array, path: tuple[str, ...]) -> pa.Array:
@@ -124,8 +133,8 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
     """Cells -> lists of texts.
 
     Elements of lists are taken as they are; a text in square brackets is a list, with or without
-    quotes around its elements, and so is a Python set or tuple of texts; any other text is split
-    at the separator.
+    quotes around its elements, and so is a Python set or tuple of texts, and PostgreSQL's
+    ``{a,"b c"}``; any other text is split at the separator.
 
     Args:
         cells: ``[n]`` lists or single values.
@@ -138,10 +147,12 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
         NestedError: elements are lists or objects.
     """
     if is_list(cells.type):
+        if is_list(cells.type.value_type):
+            raise NestedError(_LISTS_OF_LISTS)
         lists = cells.cast(pa.list_(cells.type.value_type))
         return _listed(lists, texts_of(pc.list_flatten(lists)))
     texts = texts_of(cells)
-    if pc.any(pc.match_substring_regex(texts, f"{_LITERAL}|{_SET}")).as_py():
+    if pc.any(pc.match_substring_regex(texts, f"{_LITERAL}|{_SET}|{_ARRAY}")).as_py():
         return _of_distinct(texts, lambda t: _elements(t, separator), pa.list_(pa.string()))
     if separator is not None:
         return pc.split_pattern(texts, separator)
@@ -244,11 +255,19 @@ def _listed_in(text: str) -> list[str] | None:
     return None
 
 
+def _array(inner: str) -> list[str]:
+    """The elements of a PostgreSQL array, given what its braces hold; NULL is left out."""
+    reader = csv.reader([inner], escapechar="\\", skipinitialspace=True)
+    return [text for text in next(reader, []) if text and text.upper() != "NULL"]
+
+
 def _elements(text: str, separator: str | None) -> list[str]:
     """The values in a cell: of a list literal, or between separators."""
     body = text.strip()
     if re.fullmatch(_SET.replace("\\z", ""), body) and (texts := _listed_in(body)) is not None:
         return texts
+    if re.fullmatch(_ARRAY.replace("\\z", ""), body) and not _GUID.fullmatch(body):
+        return _array(body[1:-1])
     values: Any = None
     if body.startswith("[") and body.endswith("]"):
         if _NUMPY.fullmatch(body):  # ['a' 'b']: to Python, one text
@@ -264,5 +283,5 @@ def _elements(text: str, separator: str | None) -> list[str]:
     if any(isinstance(value, dict) for value in values):
         raise NestedError("holds objects", next(v for v in values if isinstance(v, dict)))
     if any(isinstance(value, list | tuple | set) for value in values):
-        raise NestedError("holds lists of lists")
+        raise NestedError(_LISTS_OF_LISTS)
     return [t for t in map(text_of, values) if t is not None]
