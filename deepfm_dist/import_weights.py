@@ -3,13 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
-from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.storage import option_of
 
 EXAMPLES = (
@@ -41,52 +39,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.build import deepfm_of, shard_for_training
-    from deepfm_dist.data.encode import prepare
-    from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
-    from deepfm_dist.distributed.process_group import process_group
-    from deepfm_dist.distributed.sharding import fill_tables
-    from deepfm_dist.interop.notebook import from_notebook, read_weights
-    from deepfm_dist.runs import before_replacing, open_dataset, run_lock
-    from deepfm_dist.training.state import LoopState
+    from deepfm_dist.jobs.import_weights import import_weights
 
     id_files = dict(_id_file(text) for text in arguments.ids)
-    weights = read_weights(Path(option_of("FILE", arguments.file)))
-    with (
-        process_group(*config.run.process_group) as world,
-        world.hold_on_rank0(run_lock(config)),
-    ):
-        world.run_on_rank0(
-            "prepare",
-            lambda: prepare(
-                config.data,
-                config.input_root,
-                config.prepared_dir,
-                config.data_seed,
-                before_replacing=partial(before_replacing, config),
-            ),
-        )
-        dataset = open_dataset(config, world)
-        values, state = from_notebook(config.model, dataset, weights, id_files, arguments.fields)
-        if any((config.run_dir / "checkpoints").glob("step_*")):
-            raise CheckpointError(
-                f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"
-            )
-        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
-        make_state(optimizer)  # a run may go on from the import
-        fill_tables(sharded, values)
-        deepfm_of(sharded).interaction_arch.load_state_dict(state)
-        checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
-        marker = {
-            **dataset.manifest.marks,
-            "config": config.model_dump(mode="json"),
-            "trainer": asdict(LoopState()),
-        }
-        checkpoints.save(0, sharded, optimizer, marker)
-        checkpoints.close()
-        if world.is_first:
-            (config.run_dir / "config.yaml").write_text(config.to_yaml())
-            print(f"{checkpoint_path(config.run_dir, 0)}: {len(values)} tables of {arguments.file}")
+    file = Path(option_of("FILE", arguments.file))
+    result = import_weights(config, file, id_files, arguments.fields)
+    if result is not None:
+        print(f"{result.checkpoint}: {result.n_tables} tables of {arguments.file}")
 
 
 def _id_file(text: str) -> tuple[str, Path]:

@@ -124,18 +124,18 @@ NOT_ALLOWED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
+def make_app(recommender: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The application.
 
     Args:
-        live: what answers.
+        recommender: what answers.
         hosts: names that requests may come for; others are refused, so that no web page can reach
             a service on this machine by a name of its own.
     """
     app = FastAPI(
         title="deepfm_dist",
         version=__version__,
-        description=f"Recommendations of run {live.name}, step {live.step:,}.",
+        description=f"Recommendations of run {recommender.name}, step {recommender.step:,}.",
         dependencies=[Depends(_refuse_unknown_parameters)],
         responses=NOT_ALLOWED,
     )
@@ -145,11 +145,17 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
     app.add_middleware(_Watched, registry=registry)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(_AnswersHead)
+    _add_error_handlers(app, recommender.name)
+    _add_status_routes(app, recommender, registry)
+    _add_recommender_routes(app, recommender)
+    return app
 
+
+def _add_error_handlers(app: FastAPI, run_name: str) -> None:
     @app.exception_handler(Unknown)
     async def unknown(request: Request, error: Unknown) -> JSONResponse:
         text = (
-            f"{error.args[0]!r} is not in the training data of run {live.name}; /users and "
+            f"{error.args[0]!r} is not in the training data of run {run_name}; /users and "
             f"/items?q=TITLE list what is"
         )
         return JSONResponse({"detail": text}, 404)
@@ -174,8 +180,11 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
             return JSONResponse({"detail": text}, error.status_code)
         return await http_exception_handler(request, error)
 
-    # An answer takes less time than handing it to a thread would.
 
+# Routes are coroutines: handing an answer to a thread would take longer than making it.
+
+
+def _add_status_routes(app: FastAPI, recommender: Recommender, registry: CollectorRegistry) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return PAGE.read_text(encoding="utf-8")
@@ -185,11 +194,11 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
         """Whether the service is up, and what it serves."""
         return Health(
             status="ok",
-            run=live.name,
-            step=live.step,
-            users=live.n_users,
-            items=live.n_items,
-            knows_users_by_items=live.knows_users_by_items,
+            run=recommender.name,
+            step=recommender.step,
+            users=recommender.n_users,
+            items=recommender.n_items,
+            knows_users_by_items=recommender.knows_users_by_items,
         )
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -197,23 +206,25 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
         """Requests and seconds by route, in Prometheus' text format."""
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+
+def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
     @app.get("/users")
     async def users(
         q: Annotated[str, Query(max_length=MAX_ID, description="beginning of the id")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Users:
         """Ids of users."""
-        return Users(total=live.n_users, ids=live.find_users(q, limit))
+        return Users(total=recommender.n_users, ids=recommender.find_users(q, limit))
 
     @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
     async def recommendations(user_id: Id, k: K = 10) -> Ranking:
         """A user's best unseen items of the whole catalogue; the score is the logit."""
-        return _ranking(live.recommend(user_id, k))
+        return _ranking(recommender.recommend(user_id, k))
 
     @app.get("/users/{user_id:path}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
         """A user's latest items of training."""
-        latest, total = live.history(user_id, limit)
+        latest, total = recommender.history(user_id, limit)
         return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
 
     @app.post(
@@ -223,7 +234,7 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
     )
     async def recommend(described: Described) -> Ranking:
         """The best items for somebody who is described by some items."""
-        return _ranking(live.recommend_for([str(i) for i in described.items], described.k))
+        return _ranking(recommender.recommend_for([str(i) for i in described.items], described.k))
 
     @app.get("/items")
     async def items(
@@ -231,14 +242,12 @@ def make_app(live: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
         limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
     ) -> Items:
         """Items by a part of their title."""
-        return Items(items=[_item(card) for card in live.find(q, limit)])
+        return Items(items=[_item(card) for card in recommender.find(q, limit)])
 
     @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
     async def similar(item_id: Id, k: K = 10) -> Ranking:
         """The items most similar to one; the score is the cosine."""
-        return _ranking(live.similar(item_id, k))
-
-    return app
+        return _ranking(recommender.similar(item_id, k))
 
 
 async def _refuse_unknown_parameters(request: Request) -> None:

@@ -1,0 +1,213 @@
+"""Puts trained FMs, and the closed-form ranker EASE, into one wider FM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torchrec.optim.keyed import CombinedOptimizer
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import Config, config_from
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.settings import ShardingConfig
+from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
+from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
+from deepfm_dist.jobs.new_run import save_new_run
+from deepfm_dist.runs import RunOnDisk, find_run, run_lock
+
+
+@dataclass(frozen=True)
+class EaseColumns:
+    """EASE as further columns of the factors.
+
+    Attributes:
+        weight: of its scores next to the models' logits.
+        columns: number of columns.
+        l2: its weight decay.
+        field_weight: each value of an item's field counts as this many users who have all of its
+            items.
+    """
+
+    weight: float
+    columns: int = 256
+    l2: float = 500.0
+    field_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A run that was made of others.
+
+    Attributes:
+        config: its settings.
+        checkpoint: the folder of its weights.
+    """
+
+    config: Config
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A run to combine, and the settings that it was trained with."""
+
+    run: RunOnDisk
+    config: Config
+
+
+def combine(
+    config: Config,
+    run_names: Sequence[str],
+    new_name: str,
+    ease: EaseColumns | None = None,
+    overrides: Sequence[str] = (),
+) -> Combined | None:
+    """Makes a run whose logits are the mean of others', plus EASE's weighted scores. All ranks.
+
+    Args:
+        config: the settings.
+        run_names: of the runs to combine.
+        new_name: of the run to make.
+        ease: EASE's part; None: none.
+        overrides: of the command line.
+
+    Returns:
+        The new run on rank 0; None elsewhere.
+
+    Raises:
+        CheckpointError: a run has no checkpoint or another vocabulary, or the new one exists.
+        ConfigError: the models cannot be combined.
+        InUse: another process writes the new run.
+    """
+    sources = _sources(config, run_names, overrides)
+    dataset, like = sources[0].run.dataset, sources[0].config
+    width = sum(source.config.model.embedding_dim for source in sources)
+    width += 0 if ease is None else ease.columns
+    target = like.renamed(new_name).with_columns(width)
+    with (
+        process_group(*config.run.process_group) as world,
+        world.hold_on_rank0(run_lock(target)),
+    ):
+        if checkpoint.complete_steps(target.run_dir):
+            raise CheckpointError(f"{target.run_dir}: has checkpoints already; choose another --to")
+        sharded, optimizer = _shard(target, dataset.manifest, world)
+        _zero(sharded)
+        column = _add_models(sources, sharded, world, width)
+        if ease is not None:
+            _add_ease(dataset, ease, sharded, world, column)
+        step = max(source.run.state["step"] for source in sources)
+        path = save_new_run(target, dataset.manifest, world, sharded, optimizer, step)
+        return Combined(target, path) if world.is_first else None
+
+
+def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> list[_Source]:
+    """The runs of some names.
+
+    Raises:
+        CheckpointError: a run has no checkpoint, or their vocabularies differ.
+        ConfigError: their models cannot be combined.
+    """
+    sources = []
+    for name in names:
+        run = find_run(config.called(name), overrides)
+        trained = config_from(run.state["config"], origin=str(run.checkpoint))
+        where = {"run": run.config.run, "data": run.config.data}
+        sources.append(_Source(run, trained.model_copy(update=where)))
+    first = sources[0]
+    vocabulary = first.run.dataset.manifest.vocabulary_hash
+    for source in sources:
+        if source.run.state["vocabulary_hash"] != vocabulary:
+            raise CheckpointError(
+                f"{source.run.checkpoint}: of vocabulary {source.run.state['vocabulary_hash']}, "
+                f"not {vocabulary} as {first.run.checkpoint}; what is put together has one: train "
+                f"them with the same data.seed"
+            )
+        _check_can_be_widened(source.config, first.config)
+    return sources
+
+
+def _check_can_be_widened(config: Config, like: Config) -> None:
+    """Refuses a model that cannot become further columns of another one's factors.
+
+    Raises:
+        ConfigError: the model has a deep part or no pairwise one, or its fields or their treatment
+            differ from those of ``like``.
+    """
+    model = config.model
+    if model.deep or not model.fm:
+        raise ConfigError(
+            f"combine: {config.run.name} has model.deep={model.deep}, model.fm={model.fm}: more "
+            f"columns are for a pairwise part alone, a deep part would read them too; train with "
+            f"model.deep=false"
+        )
+    for name in ("first_order", "fm_pairs"):
+        ours, others = getattr(model, name), getattr(like.model, name)
+        if ours != others:
+            raise ConfigError(
+                f"combine: {config.run.name} has model.{name}={ours}, {like.run.name} {others}; "
+                f"train both with the same"
+            )
+    for name in ("features", "history"):
+        if getattr(config.data, name) != getattr(like.data, name):
+            raise ConfigError(
+                f"combine: {config.run.name} and {like.run.name} have other data.{name}; train "
+                f"both with the same"
+            )
+
+
+def _shard(
+    config: Config, manifest: Manifest, world: World
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """A model whose tables are in the same places whatever their width. All ranks."""
+    sharding = ShardingConfig(kind="table_wise")
+    return shard_for_training(config.model_copy(update={"sharding": sharding}), manifest, world)
+
+
+def _zero(sharded: DistributedModelParallel) -> None:
+    for *_, rows in local_shards(sharded):
+        rows.zero_()
+    for parameter in deepfm_of(sharded).interaction_arch.parameters():
+        parameter.data.zero_()
+
+
+def _add_models(
+    sources: Sequence[_Source], target: DistributedModelParallel, world: World, width: int
+) -> int:
+    """Adds the models' equal shares, side by side. All ranks.
+
+    Returns:
+        The first column that is still free.
+    """
+    column, share = 0, 1 / len(sources)
+    for source in sources:
+        model, _ = _shard(source.config, source.run.dataset.manifest, world)
+        checkpoint.load(source.run.checkpoint, world, model)
+        dim = source.config.model.embedding_dim
+        add_tables(model, target, (dim, width), column, share)
+        add_dense(
+            deepfm_of(model).interaction_arch, deepfm_of(target).interaction_arch, column, share
+        )
+        column += dim
+    return column
+
+
+def _add_ease(
+    dataset: PreparedDataset,
+    ease: EaseColumns,
+    target: DistributedModelParallel,
+    world: World,
+    column: int,
+) -> None:
+    """Writes EASE's factors from a column on. All ranks."""
+
+    def fit() -> dict[str, Tensor]:
+        return ease_tables(dataset, ease.columns, ease.l2, ease.weight, ease.field_weight)
+
+    values = world.broadcast(world.run_on_rank0("ease", fit))
+    assert values is not None
+    put_columns(target, column, values)

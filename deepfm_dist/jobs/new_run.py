@@ -1,0 +1,53 @@
+"""A run whose weights were computed, not trained."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torchrec.optim.keyed import CombinedOptimizer
+
+from deepfm_dist.config import Config
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.storage import write_errors_to_user
+from deepfm_dist.training.state import LoopState
+
+
+def save_new_run(
+    config: Config,
+    manifest: Manifest,
+    world: World,
+    sharded: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    step: int = 0,
+) -> Path:
+    """Saves a model as the only checkpoint of a run, which training can continue. All ranks.
+
+    Args:
+        config: of the run.
+        manifest: of its data.
+        world: the ranks.
+        sharded: the model.
+        optimizer: as training would start with it.
+        step: that the checkpoint counts as.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DeepFMError: the run's folder cannot be written.
+    """
+    make_state(optimizer)
+    marker = {
+        **manifest.marks,
+        "config": config.model_dump(mode="json"),
+        "trainer": asdict(LoopState(step=step)),
+    }
+    checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
+    checkpoints.save(step, sharded, optimizer, marker)
+    checkpoints.close()
+    if world.is_first:
+        with write_errors_to_user(config.run_dir):
+            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    return checkpoint_path(config.run_dir, step)
