@@ -42,7 +42,7 @@ from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.storage import is_remote
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
-from deepfm_dist.training.search import Search, Span
+from deepfm_dist.training.search import Search
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from deepfm_dist.training.trainer import Batches
 
@@ -398,12 +398,12 @@ def baselines_of(config: Config) -> dict[str, Baseline]:
     Raises:
         ConfigError: one needs a library that is not installed.
     """
-    settings, ials = config.evaluate, config.evaluate.ials
+    settings = config.evaluate
     makers: dict[str, Callable[[], Baseline]] = {
         "popularity": Popularity,
         "item_knn": lambda: ItemKNN(settings.item_knn_neighbours),
         "ease": lambda: Ease(settings.ease_l2),
-        "ials": lambda: Ials(ials.factors, ials.l2, ials.alpha, ials.iterations, config.run.seed),
+        "ials": lambda: Ials(settings.ials, config.run.seed),
     }
     return {name: makers[name]() for name in settings.baselines}
 
@@ -450,13 +450,9 @@ def search_of(config: Config, folder: Path) -> Search:
             with_settings(config, {name: value}, f"tune.space.{name}")
     return Search(
         folder,
-        {
-            name: values if isinstance(values, tuple) else Span(values.low, values.high, values.log)
-            for name, values in space.items()
-        },
+        config.tune,
         config.monitor in LOWER_IS_BETTER,
         config.run.seed,
-        config.tune.prune,
         config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),
     )
 

@@ -49,7 +49,8 @@ from deepfm_dist.ranking.engines.selection import engine_for
 from deepfm_dist.ranking.engines.torch import TorchEngine
 from deepfm_dist.ranking.evaluation import Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_means, user_metrics
-from deepfm_dist.ranking.recommendation import Wanted, recommend
+from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.settings import IalsConfig, RecommendConfig
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs import open_trained
 from deepfm_dist.training import prediction
@@ -406,7 +407,7 @@ def test_what_ease_is_fitted_on_follows_from_memory(room_bytes: int, n_fitted: i
 def test_baselines_without_room_say_what_they_need() -> None:
     with pytest.raises(ConfigError, match=r"ease takes 120\.0 GB for a matrix of 100,000 x "):
         Ease(500.0).sized(100_000, 10_000_000)
-    for baseline in (Popularity(), Ials(4, 0.1, 1.0, 2, 1)):
+    for baseline in (Popularity(), Ials(IalsConfig(factors=4, l2=0.1, alpha=1.0, iterations=2), 1)):
         assert baseline.sized(10**9, 0) == (baseline, "")
 
 
@@ -442,7 +443,7 @@ def test_ials_solves_its_own_least_squares() -> None:
     rng = np.random.default_rng(0)
     x = (rng.random((60, 12)) < 0.3).astype(np.float64)
     train = Jagged.from_pairs(*x.nonzero(), 60)
-    fitted = Ials(4, 0.7, 5.0, 200, 1).fit(train, 12)
+    fitted = Ials(IalsConfig(factors=4, l2=0.7, alpha=5.0, iterations=200), 1).fit(train, 12)
     assert isinstance(fitted, partial)
     users, items = (f.double().numpy() for f in fitted.args)
     # An item's vector, solved for last, given the users': weight 5 on a positive, else 1.
@@ -458,7 +459,7 @@ def test_ials_solves_its_own_least_squares() -> None:
 def test_ials_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"ials needs the library implicit.*pip install"):
-        Ials(8, 0.1, 1.0, 2, 1)
+        Ials(IalsConfig(factors=8, l2=0.1, alpha=1.0, iterations=2), 1)
 
 
 def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, object]:
@@ -467,7 +468,7 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
     with process_group("cpu") as world:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         model, items = deepfm_of(sharded), RankingEvaluator(dataset, "test", {})
-        recommend(model, world, dataset, Wanted(k), out)
+        recommend(model, world, dataset, RecommendConfig(k=k), out)
         prediction.ROWS_AT_A_TIME, prediction.BLOCK_ROWS = 20_000, 8192
         source = config.data_root / "train_ratings.csv"
         n_rows = prediction.predict(
@@ -808,7 +809,7 @@ def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> No
     with process_group("cpu") as world:
         trained = open_trained(config, overrides, world)
         context, dataset = config.recommend.context, trained.dataset
-        wanted = Wanted(12, ("train",), context)
+        wanted = RecommendConfig(k=12, mask=("train",), context=context)
         recommend(deepfm_of(trained.sharded), world, dataset, wanted, out, trained.checkpoint)
 
         def write_pairs() -> None:

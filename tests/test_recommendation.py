@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,8 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking import ranker
 from deepfm_dist.ranking.engines import numba_kernel
 from deepfm_dist.ranking.output import ResumableOutput
-from deepfm_dist.ranking.recommendation import Wanted, recommend
+from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.settings import RecommendConfig
 from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_ranking import config_of, digest
@@ -37,7 +37,7 @@ FILES = ("recommendations.csv", "recommendations.parquet")
 def _recommended(
     folder: Path,
     config: Config,
-    wanted: Wanted,
+    wanted: RecommendConfig,
     out: Path,
     checkpoint: Path | None = None,
     item_block: int = ranker.ITEM_BLOCK,
@@ -80,7 +80,7 @@ def frame_of(out: Path) -> pd.DataFrame:
 def whole(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every user's unseen items, all of them."""
     out = tmp_path_factory.mktemp("whole")
-    run_alone(_recommended, sample.folder, SETTINGS, Wanted(400), out)
+    run_alone(_recommended, sample.folder, SETTINGS, RecommendConfig(k=400), out)
     return out
 
 
@@ -100,7 +100,14 @@ def test_lists_of_users_and_items_are_kept_to(
     )
     users, allowed, blocked = all_users[5:40:3], all_items[:60], [*all_items[::4], 10**9]
     misspelt = f"{all_items[0]}.0"  # meant is all_items[0], which is blocked anyway
-    wanted = Wanted(40, users=users[::-1], allow_items=[*allowed, misspelt], block_items=blocked)
+    wanted = RecommendConfig.model_validate(
+        {
+            "k": 40,
+            "users": users[::-1],
+            "allow_items": [*allowed, misspelt],
+            "block_items": blocked,
+        }
+    )
     if as_files:
         names = {}
         for name, column, ids in (
@@ -110,7 +117,7 @@ def test_lists_of_users_and_items_are_kept_to(
         ):
             names[name] = str(tmp_path / f"{name}.csv")
             pd.DataFrame({column: ids, "note": "x"}).to_csv(names[name], index=False)
-        wanted = replace(wanted, **names)
+        wanted = wanted.model_copy(update=names)
     _, lines, figures = run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
     expected = of_lists(frame_of(whole), set(users), set(allowed) - set(blocked), 40)
     pd.testing.assert_frame_equal(frame_of(tmp_path), expected)
@@ -145,7 +152,7 @@ def test_lists_of_users_and_items_are_kept_to(
 def test_lists_that_cannot_be_used_are_refused(
     sample: PreparedDataset, tmp_path: Path, lists: dict[str, Any], message: str
 ) -> None:
-    wanted = Wanted(3, **lists)
+    wanted = RecommendConfig(k=3, **lists)
     with pytest.raises(RankFailed, match=message):
         run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
 
@@ -155,7 +162,7 @@ def test_lists_that_cannot_be_used_are_refused(
 def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     sample: PreparedDataset, whole: Path, tmp_path: Path, world_size: int, by_torch: bool
 ) -> None:
-    wanted = Wanted(400, memory_bytes=20_000)
+    wanted = RecommendConfig(k=400, memory_bytes=20_000)
     _, lines, _ = run_ranks(
         _recommended,
         world_size,
@@ -187,7 +194,9 @@ def test_a_catalogue_that_only_all_ranks_can_hold_is_shared_out(
     outs = {size: tmp_path / str(size) for size in (1, 4)}
     for size, out in outs.items():
         out.mkdir()
-        wanted = Wanted(10, candidates=candidates, memory_bytes=40_000 if size == 4 else 1 << 30)
+        wanted = RecommendConfig(
+            k=10, candidates=candidates, memory_bytes=40_000 if size == 4 else 1 << 30
+        )
         arguments = (sample.folder, SETTINGS, wanted, out)
         results = run_ranks(_recommended, size, *arguments, item_block=64)
     assert any("400 items, 128 of them in memory of each rank" in line for line in results[0][1])
@@ -201,7 +210,7 @@ def test_a_matrix_of_a_catalogue_that_is_shared_out(
     for size, memory_bytes in ((1, 1 << 30), (4, 40_000)):
         out = tmp_path / str(size)
         out.mkdir()
-        wanted = Wanted(3, matrix="fp32", memory_bytes=memory_bytes)
+        wanted = RecommendConfig(k=3, matrix="fp32", memory_bytes=memory_bytes)
         run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out, item_block=64)
         digests.append([digest(out / f) for f in (*FILES, "score_matrix.parquet")])
     assert digests[0] == digests[1]
@@ -214,9 +223,9 @@ def test_short_lists_are_scored_in_full(
     shallow = load_config("sample", ["model={embedding_dim: 10, deep: false, init_std: 0.5}"])
     fm, full, short = tmp_path / "fm", tmp_path / "full", tmp_path / "short"
     for out, config, wanted in (
-        (fm, shallow, Wanted(30)),
-        (full, SETTINGS, Wanted(5, candidates=399)),
-        (short, SETTINGS, Wanted(5, candidates=30)),
+        (fm, shallow, RecommendConfig(k=30)),
+        (full, SETTINGS, RecommendConfig(k=5, candidates=399)),
+        (short, SETTINGS, RecommendConfig(k=5, candidates=30)),
     ):
         out.mkdir()
         arguments = (sample.folder, config, wanted, out)
@@ -253,7 +262,7 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     (checkpoint / "weights").write_text("1")
     once, again = tmp_path / "once", tmp_path / "again"
     once.mkdir()
-    arguments = (sample.folder, SETTINGS, Wanted(10))
+    arguments = (sample.folder, SETTINGS, RecommendConfig(k=10))
     assert run_alone(_recommended, *arguments, once, checkpoint)[0] == 2
     with pytest.raises(RankFailed, match="KeyboardInterrupt"):
         run_alone(_recommended, *arguments, again, checkpoint, dies_after=1)
@@ -268,7 +277,7 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
 
     other = tmp_path / "other"
     shutil.copytree(killed, other)
-    few = Wanted(9)
+    few = RecommendConfig(k=9)
     assert run_alone(_recommended, sample.folder, SETTINGS, few, other, checkpoint)[0] == 2
     (checkpoint / "weights").write_text("22")
     assert run_alone(_recommended, *arguments, killed, checkpoint)[0] == 2
@@ -280,7 +289,7 @@ def test_a_run_that_was_killed_at_its_score_matrix_ranks_nothing_twice(
     checkpoint, once, again = (tmp_path / name for name in ("checkpoint", "once", "again"))
     for folder in (checkpoint, once, again):
         folder.mkdir()
-    arguments = (sample.folder, SETTINGS, Wanted(10, matrix="fp32"))
+    arguments = (sample.folder, SETTINGS, RecommendConfig(k=10, matrix="fp32"))
     assert run_alone(_recommended, *arguments, once, checkpoint)[0] == 4
     with pytest.raises(RankFailed, match="KeyboardInterrupt"):
         run_alone(_recommended, *arguments, again, checkpoint, dies_after=3)
@@ -302,7 +311,12 @@ def test_a_killed_run_for_strangers_is_not_continued_with_other_items(
     for name, first in (("once", 0), ("killed", 1), ("killed", 0)):
         rows = [(f"s{n}", ids[(n + k + first) % len(ids)]) for n in range(700) for k in range(3)]
         pd.DataFrame(rows, columns=["user", "item"]).to_csv(file, index=False)
-        arguments = (with_history.folder, config, Wanted(5, histories=str(file)), tmp_path / name)
+        arguments = (
+            with_history.folder,
+            config,
+            RecommendConfig(k=5, histories=str(file)),
+            tmp_path / name,
+        )
         (tmp_path / name).mkdir(exist_ok=True)
         if first:
             with pytest.raises(RankFailed, match="KeyboardInterrupt"):
@@ -320,7 +334,7 @@ def test_the_score_matrix_holds_every_score(
     once, twice = tmp_path / "once", tmp_path / "twice"
     for out, size in ((once, 1), (twice, 2)):
         out.mkdir()
-        wanted = Wanted(400, masked_splits=(), matrix=kind)
+        wanted = RecommendConfig(k=400, mask=(), matrix=kind)
         run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out)
     assert digest(once / "score_matrix.parquet") == digest(twice / "score_matrix.parquet")
     table = pq.read_table(once / "score_matrix.parquet")
@@ -358,8 +372,8 @@ def _for_users_and_for_strangers(
                 piece.zero_()
         model = deepfm_of(sharded)
         for wanted, target in (
-            (Wanted(10, ("train",)), out / "users"),
-            (Wanted(10, ("train", "valid"), histories=str(file)), out / "strangers"),
+            (RecommendConfig(k=10, mask=("train",)), out / "users"),
+            (RecommendConfig(k=10, histories=str(file)), out / "strangers"),
         ):
             recommend(model, world, dataset, wanted, target)
     return frame_of(out / "users"), frame_of(out / "strangers")
@@ -396,20 +410,24 @@ def test_strangers_are_scored_by_their_items_as_users_are_by_theirs(
     ("wanted", "rows", "said"),
     [
         (
-            Wanted(5, histories="FILE"),
+            RecommendConfig(k=5, histories="FILE"),
             "1,1",
             "FILE: this model knows its users by id.*history: item",
         ),
-        (Wanted(5, users=["nobody"]), "", "leave them out, or train a model .*history: item"),
+        (
+            RecommendConfig(k=5, users=("nobody",)),
+            "",
+            "leave them out, or train a model .*history: item",
+        ),
     ],
 )
 def test_without_a_history_strangers_are_refused_with_the_way_to_get_it(
-    sample: PreparedDataset, tmp_path: Path, wanted: Wanted, rows: str, said: str
+    sample: PreparedDataset, tmp_path: Path, wanted: RecommendConfig, rows: str, said: str
 ) -> None:
     file = tmp_path / "FILE"
     file.with_suffix(".csv").write_text(f"user,item\n{rows}\n")
     if wanted.histories:
-        wanted = replace(wanted, histories=str(file.with_suffix(".csv")))
+        wanted = RecommendConfig(k=wanted.k, histories=str(file.with_suffix(".csv")))
         said = said.replace("FILE", "FILE.csv")
     with pytest.raises(RankFailed, match=f"DataError: .*{said}"):
         run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
@@ -419,7 +437,7 @@ def test_a_file_of_strangers_without_a_known_item_is_refused(
     with_history: PreparedDataset, tmp_path: Path
 ) -> None:
     (tmp_path / "x.csv").write_text("user,item\n1,never seen\n")
-    wanted = Wanted(5, histories=str(tmp_path / "x.csv"))
+    wanted = RecommendConfig(k=5, histories=str(tmp_path / "x.csv"))
     config = load_config("sample", HISTORY)
     with pytest.raises(RankFailed, match=r"x\.csv: none of its items is in the training data"):
         run_alone(_recommended, with_history.folder, config, wanted, tmp_path)
@@ -482,7 +500,7 @@ def test_histories_give_the_same_bytes_at_any_world_size(
     digests = set()
     for size in (1, 2, 4):
         out = tmp_path / str(size)
-        run_ranks(_recommended, size, with_history.folder, config, Wanted(10), out)
+        run_ranks(_recommended, size, with_history.folder, config, RecommendConfig(k=10), out)
         digests.add(tuple(digest(out / name) for name in FILES))
     assert len(digests) == 1
 
@@ -494,9 +512,10 @@ def test_an_index_that_looks_at_everything_finds_the_candidates(
 ) -> None:
     pytest.importorskip("faiss")
     outs = [tmp_path / name for name in ("all", "index")]
-    for out, kind in zip(outs, (None, "IVF4,Flat"), strict=True):
+    by_all = RecommendConfig(k=5, candidates=30, memory_bytes=memory_bytes)
+    by_index = by_all.model_copy(update={"index": "IVF4,Flat", "probes": 4})
+    for out, wanted in zip(outs, (by_all, by_index), strict=True):
         out.mkdir()
-        wanted = Wanted(5, candidates=30, index=kind, probes=4, memory_bytes=memory_bytes)
         arguments = (sample.folder, SETTINGS, wanted, out)
         *_, figures = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
     everything, found = (frame_of(out) for out in outs)
@@ -509,7 +528,12 @@ def test_an_index_that_looks_at_everything_finds_the_candidates(
 def test_indexes_that_cannot_be_had_are_refused(
     sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = (sample.folder, SETTINGS, Wanted(5, candidates=30, index="IVF9,Nonsense"), tmp_path)
+    arguments = (
+        sample.folder,
+        SETTINGS,
+        RecommendConfig(k=5, candidates=30, index="IVF9,Nonsense"),
+        tmp_path,
+    )
     message = r"ConfigError: recommend\.index=IVF9,Nonsense: faiss "
     with pytest.raises(
         RankFailed, match=message + r"(cannot make it of 400 items|is not installed)"

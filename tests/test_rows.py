@@ -21,7 +21,8 @@ from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import DataError
 from deepfm_dist.ranking.evaluation import RankingEvaluator
-from deepfm_dist.ranking.recommendation import Wanted, recommend
+from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.settings import RecommendConfig
 from tests.ranks import run_alone
 from tests.test_encode import together
 
@@ -166,7 +167,7 @@ def _rankings(folder: Path, config_path: str, changes: list[str]) -> dict[str, P
         dataset = PreparedDataset(folder)
         model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
         n_items = dataset.manifest.entities["item"] - 1
-        wanted = Wanted(n_items, masked_splits=config.recommend.mask)
+        wanted = RecommendConfig(k=n_items, mask=config.recommend.mask)
         recommend(model, world, dataset, wanted, folder / "out")
         held_out = RankingEvaluator(dataset, "test", {}, config.evaluate.mask_seen)
         measured = held_out.measured(held_out.ranker(model, world), (n_items,), world)

@@ -13,6 +13,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.ranking.settings import SimilarConfig
 from deepfm_dist.ranking.similarity import similar_items
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_ranking import config_of, digest
@@ -27,7 +28,7 @@ def _similar(
     dataset = PreparedDataset(folder)
     with process_group("cpu") as world:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
-        similar_items(deepfm_of(sharded), world, dataset, 500, metric, out)
+        similar_items(deepfm_of(sharded), world, dataset, SimilarConfig(k=500, metric=metric), out)
         return {name: piece.numpy().copy() for name, _, _, piece in local_shards(sharded)}
 
 

@@ -21,16 +21,21 @@ from deepfm_dist.config import Config, load_config
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.training.search import Search, Span, Trial
+from deepfm_dist.training.search import Search, Trial
+from deepfm_dist.training.settings import SpanConfig, TuneConfig
 from deepfm_dist.training.state import LoopState
 from deepfm_dist.training.trainer import Pruned
 from tests.ranks import run_alone, run_ranks
 
-SPACE = {
-    "optimizer.dense.lr": Span(0.001, 1.0, log=True),
-    "model.embedding_dim": Span(4, 32),
-    "model.over_arch_layer_sizes": [[30, 20], [64]],
-}
+TUNE = TuneConfig(
+    space={
+        "optimizer.dense.lr": SpanConfig(low=0.001, high=1.0, log=True),
+        "model.embedding_dim": SpanConfig(low=4, high=32),
+        "model.over_arch_layer_sizes": ([30, 20], [64]),
+    },
+    prune=False,
+)
+PRUNED = TuneConfig(space={"model.dropout": SpanConfig(low=0.0, high=0.5)})
 
 
 def value_of(trial: Trial) -> float:
@@ -53,13 +58,13 @@ def tried(search: Search, trials: int, until: int = 10**9) -> list[Trial]:
 
 
 def test_a_search_stays_in_its_space_and_finds_what_is_good(tmp_path: Path) -> None:
-    search = Search(tmp_path, SPACE, False, 1, prune=False)
+    search = Search(tmp_path, TUNE, False, 1)
     trials = tried(search, 40)
     assert [t.name for t in trials] == [f"trial_{n:03}" for n in range(40)]
     for trial in trials:
         assert 0.001 <= trial.values["optimizer.dense.lr"] <= 1.0
         assert trial.values["model.embedding_dim"] in range(4, 33)
-        assert trial.values["model.over_arch_layer_sizes"] in SPACE["model.over_arch_layer_sizes"]
+        assert trial.values["model.over_arch_layer_sizes"] in ([30, 20], [64])
     best = search.best()
     assert best is not None
     assert best.best == max(value_of(t) for t in trials) > 0.4
@@ -70,9 +75,9 @@ def test_a_search_stays_in_its_space_and_finds_what_is_good(tmp_path: Path) -> N
 def test_a_search_that_was_cut_off_tries_the_same_as_one_that_was_not(
     tmp_path: Path, until: int
 ) -> None:
-    whole = tried(Search(tmp_path / "whole", SPACE, False, 1, prune=False), 16)
-    before = tried(Search(tmp_path / "cut", SPACE, False, 1, prune=False), 16, until)
-    again = Search(tmp_path / "cut", SPACE, False, 1, prune=False)
+    whole = tried(Search(tmp_path / "whole", TUNE, False, 1), 16)
+    before = tried(Search(tmp_path / "cut", TUNE, False, 1), 16, until)
+    again = Search(tmp_path / "cut", TUNE, False, 1)
     after = tried(again, 16)
     assert before[-1] == after[0]  # the open one, under its name
     assert before[:-1] + after == whole
@@ -81,14 +86,14 @@ def test_a_search_that_was_cut_off_tries_the_same_as_one_that_was_not(
     ]
     assert again.next(16) is None
     with pytest.raises(ConfigError, match=r"study\.log: the study of another search"):
-        Search(tmp_path / "cut", SPACE, False, 2, prune=False)
+        Search(tmp_path / "cut", TUNE, False, 2)
     with pytest.raises(ConfigError, match=r"study\.log: the study of another search"):
-        Search(tmp_path / "cut", SPACE, False, 1, prune=False, of={"trainer": {"epochs": 9}})
+        Search(tmp_path / "cut", TUNE, False, 1, of={"trainer": {"epochs": 9}})
 
 
 @pytest.mark.parametrize("lower", [False, True])
 def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, lower: bool) -> None:
-    search = Search(tmp_path, {"model.dropout": Span(0.0, 0.5)}, lower, 1, prune=True)
+    search = Search(tmp_path, PRUNED, lower, 1)
     sign = -1 if lower else 1
     for level in (0.5, 0.6, 0.7, 0.8):  # the first four run to their end
         assert search.next(9) is not None
@@ -113,7 +118,7 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
 def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: Path) -> None:
     found = []
     for name, cut in (("whole", False), ("cut", True)):
-        search = Search(tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True)
+        search = Search(tmp_path / name, PRUNED, False, 1)
         for level in (0.5, 0.6, 0.7, 0.8):
             search.next(9)
             assert not any(search.report(epoch, level) for epoch in range(1, 6))
@@ -122,9 +127,7 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
         told = [search.report(epoch, 0.9) for epoch in (1, 2, 3)]
         if cut:
             search.close()
-            search = Search(
-                tmp_path / name, {"model.dropout": Span(0.0, 0.5)}, False, 1, prune=True
-            )
+            search = Search(tmp_path / name, PRUNED, False, 1)
             search.next(9)
             told += [search.report(3, 0.9)]  # validated again, after the checkpoint before it
         told += [search.report(epoch, 0.5) for epoch in (4, 5)]
@@ -278,12 +281,12 @@ def test_a_search_without_its_library_is_refused(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tune needs the library optuna.*pip install optuna"):
-        Search(tmp_path, SPACE, False, 1, prune=False)
+        Search(tmp_path, TUNE, False, 1)
 
 
 def _worker(folder: Path, started: Path) -> list[str]:
     """Takes part in a search until it is over; its trials."""
-    search, found = Search(folder, SPACE, False, 1, prune=False), []
+    search, found = Search(folder, TUNE, False, 1), []
     while (trial := search.next(12)) is not None:
         (started / trial.name).open("x").close()  # nobody else has it
         time.sleep(0.5)  # trains
@@ -302,7 +305,7 @@ def test_several_workers_share_one_study(tmp_path: Path) -> None:
         f"trial_{n:03}" for n in range(12)
     ]
     assert all(found)  # none was kept out
-    past = Search(tmp_path / "study", SPACE, False, 1, prune=False).past()
+    past = Search(tmp_path / "study", TUNE, False, 1).past()
     assert [t.outcome for t in past] == ["complete"] * 12
     assert [t.best for t in past] == [value_of(t) for t in past]
     assert len({json.dumps(t.values) for t in past}) == 12
@@ -311,7 +314,7 @@ def test_several_workers_share_one_study(tmp_path: Path) -> None:
 def test_a_trial_of_a_worker_at_work_is_left_alone_and_that_of_a_lost_one_taken_over(
     tmp_path: Path,
 ) -> None:
-    first, second = (Search(tmp_path, SPACE, False, 1, prune=False) for _ in range(2))
+    first, second = (Search(tmp_path, TUNE, False, 1) for _ in range(2))
     lost, other = first.next(2), second.next(2)
     assert lost is not None and other is not None
     assert (lost.name, other.name) == ("trial_000", "trial_001")
@@ -332,14 +335,14 @@ def test_a_trial_of_a_worker_at_work_is_left_alone_and_that_of_a_lost_one_taken_
 def test_a_study_is_read_across_damaged_lines(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = tried(Search(tmp_path, SPACE, False, 1, prune=False), 3)
+    before = tried(Search(tmp_path, TUNE, False, 1), 3)
     with (tmp_path / "study.log").open("ab") as file:
         file.write(damage)
-    again = Search(tmp_path, SPACE, False, 1, prune=False)
+    again = Search(tmp_path, TUNE, False, 1)
     after = tried(again, 5)
-    whole = tried(Search(tmp_path / "whole", SPACE, False, 1, prune=False), 5)
+    whole = tried(Search(tmp_path / "whole", TUNE, False, 1), 5)
     assert before + after == whole
     caplog.clear()
-    assert len(Search(tmp_path, SPACE, False, 1, prune=False).past()) == 5
+    assert len(Search(tmp_path, TUNE, False, 1).past()) == 5
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{tmp_path / 'study.log'}: 1 damaged lines skipped; ")

@@ -7,7 +7,6 @@ from deepfm_dist.events import RecommendEvent
 from deepfm_dist.jobs.ranking_files import RankingOutput, Rankings, ranking_job
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking import recommendation
-from deepfm_dist.ranking.recommendation import Wanted
 
 OUTPUT = RankingOutput(
     "recommend",
@@ -35,14 +34,12 @@ def recommend(
         DataError: a list of users or items cannot be used.
         InUse: another process writes the same file.
     """
-    asked = config.recommend
-    wanted = Wanted(**asked.model_dump(exclude={"mask"}), masked_splits=asked.mask)
     with ranking_job(config, overrides, OUTPUT, output) as job:
         files = recommendation.recommend(
             job.model,
             job.world,
             job.trained.dataset,
-            wanted,
+            config.recommend,
             job.target.parent,
             checkpoint=job.trained.checkpoint,
             name=job.target.stem,

@@ -33,8 +33,7 @@ def similar(
             job.model,
             job.world,
             job.trained.dataset,
-            config.similar.k,
-            config.similar.metric,
+            config.similar,
             folder=job.target.parent,
             name=job.target.stem,
         )

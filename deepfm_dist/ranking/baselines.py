@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking.settings import IalsConfig
 
 log = logging.getLogger(__name__)
 USABLE = 0.8
@@ -177,19 +178,13 @@ class Ials(AnySize):
     """Weighted matrix factorisation by alternating least squares, by the library ``implicit``.
 
     Attributes:
-        factors: length of a user's and an item's vector.
-        l2: weight of their squared norms.
-        alpha: weight of a positive; everything else has 1.
-        iterations: passes over users and items.
+        config: its settings.
         seed: of the first vectors.
 
     Source: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", 2008.
     """
 
-    factors: int
-    l2: float
-    alpha: float
-    iterations: int
+    config: IalsConfig
     seed: int
 
     def __post_init__(self) -> None:
@@ -207,10 +202,10 @@ class Ials(AnySize):
         ones = np.ones(len(train.values), np.float32)
         shape = (len(train), n_items)
         model = AlternatingLeastSquares(
-            factors=self.factors,
-            regularization=self.l2,
-            alpha=self.alpha,
-            iterations=self.iterations,
+            factors=self.config.factors,
+            regularization=self.config.l2,
+            alpha=self.config.alpha,
+            iterations=self.config.iterations,
             num_threads=torch.get_num_threads(),
             random_state=self.seed % 2**32,
         )

@@ -3,8 +3,8 @@
 import logging
 import resource
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.nearest import NearestItems
-from deepfm_dist.ranking.output import MatrixKind, RankingFiles, ResumableOutput, hash_of, state_of
+from deepfm_dist.ranking.output import RankingFiles, ResumableOutput, hash_of, state_of
 from deepfm_dist.ranking.ranker import (
-    MEMORY_BYTES,
     Catalogue,
     ModelRanker,
     Seen,
@@ -36,59 +35,22 @@ from deepfm_dist.ranking.ranker import (
     in_id_order,
     rank_users,
 )
-from deepfm_dist.ranking.types import Precision
+from deepfm_dist.ranking.settings import RecommendConfig
 
 log = logging.getLogger(__name__)
 
 SAMPLE_PAIRS, SAMPLE_USERS = 2_000_000, (16, 512)
 """Pairs that are scored to see what a short list misses, and the fewest and most users for it."""
 
-Ids = str | Sequence[str | int]
+Ids = str | Sequence[str]
 """A file with a column of ids, or the ids themselves."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Whom and what to recommend.
-
-    Attributes:
-        k: items per user.
-        masked_splits: what a user has met in these, liked or not, is never recommended; default:
-            all, unless repeated rows are asked for (`DataConfig.seen_is_masked`).
-        context: values of the context fields.
-        users: only these users; default: all.
-        histories: for the users of this file instead, known by their items in it alone.
-        allow_items: only these items; default: all.
-        block_items: none of these items.
-        candidates: how many items of each user, the best without the over-arch, are scored in
-            full; default: all.
-        index: kind of faiss index that finds these; default: all items are looked at.
-        probes: of the index; see `NearestItems`.
-        memory_bytes: limit of what a rank keeps of the items.
-        precision: of the over-arch's products on CUDA.
-        matrix: also write every score, in this type; see `ResumableOutput.write_matrix`.
-    """
-
-    k: int
-    masked_splits: Sequence[str] | None = None
-    context: Mapping[str, str | float] = field(default_factory=dict)
-    users: Ids | None = None
-    histories: str | None = None
-    allow_items: Ids | None = None
-    block_items: Ids | None = None
-    candidates: int | None = None
-    index: str | None = None
-    probes: int = 16
-    memory_bytes: int = MEMORY_BYTES
-    precision: Precision = "fp32"
-    matrix: MatrixKind | None = None
 
 
 def recommend(
     model: DeepFM,
     world: World,
     dataset: PreparedDataset,
-    wanted: Wanted,
+    config: RecommendConfig,
     folder: Path,
     checkpoint: Path | None = None,
     name: str = "recommendations",
@@ -104,7 +66,7 @@ def recommend(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        wanted: whom and what.
+        config: whom and what to recommend.
         folder: where the files go.
         checkpoint: where the weights are from; a run that was killed is continued if they have
             not changed.
@@ -123,15 +85,15 @@ def recommend(
             given to a model that has no field for them.
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
-    catalogue = Catalogue(dataset, _items(dataset, wanted.allow_items, wanted.block_items))
-    context = RowEncoder(dataset).fixed_context(wanted.context)
+    catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
+    context = RowEncoder(dataset).fixed_context(config.context)
     histories: Jagged | None = None
-    if wanted.histories is None:
-        users, user_ids = in_id_order(dataset, "user", _users(dataset, wanted.users))
-        masked = masked_splits_of(dataset, wanted.masked_splits)
+    if config.histories is None:
+        users, user_ids = in_id_order(dataset, "user", _users(dataset, config.users))
+        masked = masked_splits_of(dataset, config.mask)
         positives = [bags for split in masked for bags in dataset.met(split)]
     else:
-        user_ids, histories = read_histories(dataset, Path(wanted.histories))
+        user_ids, histories = read_histories(dataset, Path(config.histories))
         users, positives = np.arange(len(histories), dtype=np.int32), [histories]
     ranker = ModelRanker(
         model,
@@ -140,22 +102,22 @@ def recommend(
         catalogue,
         users,
         context,
-        wanted.memory_bytes,
+        config.memory_bytes,
         histories,
-        wanted.precision,
+        config.precision,
     )
     seen = catalogue.seen_by(users, positives)
     figures: dict[str, Any] = {}
-    if wanted.candidates is not None and not ranker.has_deep_part:
+    if config.candidates is not None and not ranker.has_deep_part:
         log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
-    elif wanted.candidates is not None and wanted.candidates < len(catalogue):
+    elif config.candidates is not None and config.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
-        index = None if wanted.index is None else ranker.index(wanted.index, wanted.probes)
+        index = None if config.index is None else ranker.index(config.index, config.probes)
         figures["short_list"] = _compare(
-            ranker, users[chosen], of_sample, wanted.k, wanted.candidates, index, world
+            ranker, users[chosen], of_sample, config.k, config.candidates, index, world
         )
-        ranker = ranker.of(users, wanted.candidates, index)
+        ranker = ranker.of(users, config.candidates, index)
     key = None
     if checkpoint is not None:
         key = {
@@ -165,32 +127,32 @@ def recommend(
             if histories is None
             else [external(user_ids).to_pylist(), hash_of(histories.offsets, histories.values)],
             "items": hash_of(catalogue.rows),
-            "mask": list(masked_splits_of(dataset, wanted.masked_splits)),
-            "context": dict(wanted.context),
-            "k": wanted.k,
-            "candidates": [wanted.candidates, wanted.index, wanted.probes],
+            "mask": list(masked_splits_of(dataset, config.mask)),
+            "context": dict(config.context),
+            "k": config.k,
+            "candidates": [config.candidates, config.index, config.probes],
             "engine": ranker.engine.name,
         }
     parts = ResumableOutput(folder, f"{name}.parquet", len(users), key, world)
     if parts.found:
         log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
     start = time.monotonic()
-    ranked = rank_users(ranker, len(users), seen, wanted.k, world, parts.missing)
+    ranked = rank_users(ranker, len(users), seen, config.k, world, parts.missing)
     parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
     took = time.monotonic() - start
-    if wanted.matrix is not None:
+    if config.matrix is not None:
         # Before anything is merged: a run that is killed here goes on with both files' parts.
-        of_matrix = key and {**key, "matrix": wanted.matrix}
+        of_matrix = key and {**key, "matrix": config.matrix}
         of_name = f"-{name}".removeprefix("-recommendations")
         matrix = ResumableOutput(
             folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world
         )
-        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, wanted.matrix)
+        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, config.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
     columns = {"user": "user_id", "item": "item_id"}
-    written = parts.merge_ranked(columns, wanted.k)
+    written = parts.merge_ranked(columns, config.k)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures["peak_memory_gib"] = world.gather_object(peak_gib)
     if not parts.found:
@@ -206,15 +168,15 @@ def recommend(
         )
     if written is not None and (short := len(users) - written.full):
         log.info(
-            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", wanted.k
+            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", config.k
         )
     return None if written is None else replace(written, figures=figures)
 
 
-def masked_splits_of(dataset: PreparedDataset, wanted: Sequence[str] | None) -> Sequence[str]:
+def masked_splits_of(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
     """Splits whose items are not recommended to their users; None: as the data says."""
-    if wanted is not None:
-        return wanted
+    if mask is not None:
+        return mask
     return SPLITS if dataset.manifest.data.seen_is_masked else ()
 
 

@@ -1,7 +1,6 @@
 """Every item's most similar items, by the vectors with which users meet it."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
 from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
+from deepfm_dist.ranking.settings import SimilarConfig
 from deepfm_dist.ranking.types import Best
 
 
@@ -56,8 +56,7 @@ def similar_items(
     model: DeepFM,
     world: World,
     dataset: PreparedDataset,
-    k: int,
-    metric: Literal["cosine", "inner_product"],
+    config: SimilarConfig,
     folder: Path,
     name: str = "similar_items",
 ) -> RankingFiles | None:
@@ -73,8 +72,7 @@ def similar_items(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        k: items per item.
-        metric: of two vectors.
+        config: how many of them, by which measure.
         folder: where the files go.
         name: of the files, without their endings.
 
@@ -93,11 +91,11 @@ def similar_items(
     n = len(catalogue)
     nobody = np.zeros(0, np.int32)
     vectors = ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu()
-    if metric == "cosine":
+    if config.metric == "cosine":
         vectors = of_length_one(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
     parts = ResumableOutput(folder, f"{name}.parquet", n, None, world)
-    ranked = rank_users(ranker, n, _itself, k, world, description="compare items")
+    ranked = rank_users(ranker, n, _itself, config.k, world, description="compare items")
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.merge_ranked(columns, k)
+    return parts.merge_ranked(columns, config.k)

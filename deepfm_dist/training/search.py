@@ -4,9 +4,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,11 @@ import numpy as np
 from deepfm_dist.errors import ConfigError, InUse
 from deepfm_dist.lock import Lock
 from deepfm_dist.seeding import derive_seed
+from deepfm_dist.training.settings import SpanConfig, TuneConfig
 
 log = logging.getLogger(__name__)
 _CHOOSING_S = 60.0
 """Seconds for which a process waits until others have chosen what to try."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Numbers between two bounds, both included.
-
-    Attributes:
-        low: the lower one; where both are whole, whole numbers are drawn.
-        high: the upper one.
-        log: whether they are spread evenly over orders of magnitude.
-    """
-
-    low: float
-    high: float
-    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +49,11 @@ class Search:
 
     Args:
         folder: of the study's file; a study that is there is resumed.
-        space: by setting, a `Span` or the values to choose from.
+        config: what to vary, and whether a trial ends when its best figure so far is worse than the
+            median of the earlier trials' at the same epoch; the first four trials, and the first
+            epoch of each, are left alone.
         lower_is_better: whether the monitored figure is to be small.
         seed: of what is tried.
-        prune: whether a trial ends when its best figure so far is worse than the median of the
-            earlier trials' at the same epoch; the first four trials, and the first epoch of each,
-            are left alone.
         of: what else the trials have in common, as JSON values: only trials alike in that can be
             compared.
 
@@ -79,10 +64,9 @@ class Search:
     def __init__(
         self,
         folder: Path,
-        space: Mapping[str, Span | Sequence[Any]],
+        config: TuneConfig,
         lower_is_better: bool,
         seed: int,
-        prune: bool,
         of: Any = None,
     ) -> None:
         if importlib.util.find_spec("optuna") is None:
@@ -95,10 +79,10 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "study.log"
-        self._optuna, self._space, self._seed = optuna, space, seed
+        self._optuna, self._space, self._seed = optuna, config.space, seed
         self._lower = lower_is_better
-        spread = {k: asdict(v) if isinstance(v, Span) else list(v) for k, v in space.items()}
-        asked = json.dumps({"space": spread, "lower": lower_is_better, "seed": seed, "of": of})
+        space = config.model_dump(mode="json")["space"]
+        asked = json.dumps({"space": space, "lower": lower_is_better, "seed": seed, "of": of})
         journal = _journal(self.path)
         with self._alone():
             self._study = optuna.create_study(
@@ -107,7 +91,7 @@ class Search:
                 direction="minimize" if lower_is_better else "maximize",
                 load_if_exists=True,
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-                if prune
+                if config.prune
                 else optuna.pruners.NopPruner(),
             )
             if self._study.user_attrs.get("asked", asked) != asked:
@@ -236,7 +220,7 @@ class Search:
 
     def _drawn(self, setting: str) -> Any:
         span = self._space[setting]
-        if not isinstance(span, Span):
+        if not isinstance(span, SpanConfig):
             return _decoded(self._open.suggest_categorical(setting, [json.dumps(v) for v in span]))
         whole = isinstance(span.low, int) and isinstance(span.high, int)
         suggest = self._open.suggest_int if whole else self._open.suggest_float
