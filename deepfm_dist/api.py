@@ -208,11 +208,11 @@ class Model:
     @classmethod
     def train(cls, config: Config) -> "Model":
         """Trains what a configuration describes."""
-        from deepfm_dist.train import train_run
+        from deepfm_dist.jobs.train import train
 
         with _in_python():
             _ready(config)
-            train_run(config)
+            train(config)
             return cls.of(config)
 
     @classmethod

@@ -289,11 +289,10 @@ def test_settings_of_ranks_reach_the_process_group() -> None:
     wanted = ("cpu", 7.0, 3, True)
     options = ["run.device=cpu", "run.timeout_s=7", "run.threads=3", "run.deterministic=true"]
     assert load_config("sample", options).run.process_group == wanted
-    names = ("evaluate", "predict", "ranking_files", "combine", "import_weights")
-    jobs = [f"jobs/{name}" for name in names]
-    for module in ("train", "tune", *jobs):
-        source = (ROOT / f"deepfm_dist/{module}.py").read_text()
-        assert "process_group(*config.run.process_group)" in source, module
+    jobs = ("train", "tune", "evaluate", "predict", "ranking_files", "combine", "import_weights")
+    for name in jobs:
+        source = (ROOT / f"deepfm_dist/jobs/{name}.py").read_text()
+        assert "process_group(*config.run.process_group)" in source, name
 
 
 def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

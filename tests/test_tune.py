@@ -21,6 +21,7 @@ from deepfm_dist.config import Config, load_config
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.train import Trained, train_on
 from deepfm_dist.training.search import Search, Trial
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
 from deepfm_dist.training.state import LoopState
@@ -141,12 +142,12 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
 def test_settings_that_do_not_go_together_are_a_failed_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(config: Config, *_: Any) -> tuple[LoopState, bool]:
+    def trained(config: Config, *_: Any) -> Trained:
         if config.model.dropout:
             raise ConfigError("has no rows for batch norm")
-        return LoopState(best=0.5), False
+        return Trained(LoopState(best=0.5), stopped=False)
 
-    monkeypatch.setattr(train, "train_on", trained)
+    monkeypatch.setattr("deepfm_dist.jobs.tune.train_on", trained)
     space = "tune={trials: 6, space: {model.dropout: [0, 0.5]}}"
     assert run_ranks(_run, 1, tune.main, *_settings(tmp_path, "one"), space) == [0]
     journal = JournalStorage(JournalFileBackend(str(tmp_path / "one/tune/study.log")))
@@ -213,7 +214,7 @@ def _pruned_while_saving(config: Config) -> tuple[list[int], int]:
     as_it_is, checkpoint._Writer.finish = checkpoint._Writer.finish, finish  # type: ignore[method-assign]
     with process_group("cpu") as world:
         with pytest.raises(Pruned):
-            train.train_on(config, world, on_validation)
+            train_on(config, world, on_validation)
         return checkpoint.complete_steps(config.run_dir), len(distributed_c10d._world.pg_map)
 
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import fill_tables
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.interop.notebook import from_notebook, read_weights
 from deepfm_dist.jobs.new_run import save_new_run
-from deepfm_dist.runs import before_replacing, open_dataset, run_lock
+from deepfm_dist.jobs.prepare import prepare_locked
+from deepfm_dist.runs import open_dataset, run_lock
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,7 @@ def import_weights(
         process_group(*config.run.process_group) as world,
         world.hold_on_rank0(run_lock(config)),
     ):
-        world.run_on_rank0(
-            "prepare",
-            lambda: prepare(
-                config.data,
-                config.input_root,
-                config.prepared_dir,
-                config.data_seed,
-                before_replacing=partial(before_replacing, config),
-            ),
-        )
+        world.run_on_rank0("prepare", lambda: prepare_locked(config))
         dataset = open_dataset(config, world)
         values, state = from_notebook(config.model, dataset, weights, id_files, fields)
         if any((config.run_dir / "checkpoints").glob("step_*")):

@@ -1,0 +1,212 @@
+"""Trains a run."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from torchrec.optim.keyed import CombinedOptimizer
+
+from deepfm_dist.build import (
+    check_monitor_name,
+    loggers,
+    shard_for_training,
+    training_batches,
+    validation_of,
+)
+from deepfm_dist.config import Config
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed.checkpoint import Checkpoints, load
+from deepfm_dist.distributed.planning import sent_bytes
+from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.prepare import prepare_locked
+from deepfm_dist.launcher import read_launch
+from deepfm_dist.log import MetricsLog
+from deepfm_dist.runs import (
+    Start,
+    begin,
+    check_settings,
+    make_ready,
+    open_dataset,
+    read_start,
+    run_lock,
+    write_plan,
+)
+from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
+from deepfm_dist.training.profiling import check_profiled, profiler
+from deepfm_dist.training.state import LoopState, NonFiniteLoss
+from deepfm_dist.training.stopping import StopSignals
+from deepfm_dist.training.trainer import Batches, Hooks, Pruned, Trainer
+
+OnValidation = Callable[[Mapping[str, float], int], None]
+"""Called on all ranks with the figures of every validation and its epoch."""
+
+_RESTART_S = 150.0
+"""Seconds for which a restarted process waits for the lock of the one before it: a network mount
+may keep that of a lost machine for a while."""
+_ORPHAN_S = 15.0
+"""The same for others: the ranks of a launcher that was killed need some seconds to end."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that was trained.
+
+    Attributes:
+        state: of the loop.
+        stopped: whether a signal ended it early; the same command resumes it.
+    """
+
+    state: LoopState
+    stopped: bool
+
+
+def train(config: Config) -> Trained:
+    """Trains a run on the ranks that a launcher has started, or in this process. All ranks.
+
+    Raises:
+        CheckpointError: the checkpoint to continue from is missing or damaged.
+        ConfigError: a setting does not fit the data, the device or the run that is there.
+        DataError: the data cannot be prepared.
+        InUse: another process trains this run.
+        NonFiniteLoss: the loss stayed NaN or infinite.
+    """
+    with process_group(*config.run.process_group) as world:
+        return train_on(config, world)
+
+
+def train_on(config: Config, world: World, on_validation: OnValidation | None = None) -> Trained:
+    """Trains a run in a process group that exists. All ranks.
+
+    Args:
+        config: the settings.
+        world: the process group.
+        on_validation: it may raise `Pruned`, on all ranks.
+
+    Raises:
+        Pruned: as ``on_validation`` did; the checkpoint being saved is complete by then.
+        DeepFMError: as `train` does.
+    """
+    patience_s = _RESTART_S if read_launch().restarted else _ORPHAN_S
+    with world.hold_on_rank0(run_lock(config), patience_s):
+        return _train_locked(config, world, on_validation)
+
+
+def _train_locked(config: Config, world: World, on_validation: OnValidation | None) -> Trained:
+    """`train_on`, while this process holds the run's lock."""
+    world.run_on_rank0("prepare", lambda: _prepare(config))
+    dataset = open_dataset(config, world)
+    manifest = dataset.manifest
+    batches = training_batches(config, dataset, world)
+    check_monitor_name(config)
+    last_step = config.trainer.last_step(batches.steps_per_epoch)
+    check_profiled(config.trainer.profile_steps, last_step)
+    start = world.broadcast(
+        world.run_on_rank0("begin", lambda: begin(config, manifest, last_step))
+        or Start(None, LoopState())
+    )
+    if start.is_over:
+        return Trained(start.state, stopped=False)
+    sharded, optimizer = shard_for_training(config, manifest, world)
+    validate = validation_of(config, dataset, sharded, world)
+    if world.is_first:
+        warn_of_numbers(manifest)
+        warn_of_labels(manifest)
+    # Signals are held from here on: a run that has yet to continue takes a step first.
+    with StopSignals() as asked_to_stop:
+        run = _Run(config, world, manifest, sharded, optimizer, start.state)
+        run.make_ready(start)
+        run.fit(batches, Hooks(validate, on_validation, asked_to_stop=asked_to_stop))
+    stopped = not start.state.is_over(config.trainer.patience, last_step)
+    if stopped and world.is_first:
+        text = "Stopped by signal at step %d; rerun the same command to resume"
+        log.warning(text, start.state.step)
+    return Trained(start.state, stopped)
+
+
+def _prepare(config: Config) -> None:
+    check_settings(config)
+    prepare_locked(config)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is about to train. All ranks call every method.
+
+    Attributes:
+        config: the settings.
+        world: the ranks.
+        manifest: of the data.
+        sharded: the model.
+        optimizer: its optimizer.
+        state: of the loop, which training updates.
+    """
+
+    config: Config
+    world: World
+    manifest: Manifest
+    sharded: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    state: LoopState
+
+    def make_ready(self, start: Start) -> None:
+        """Makes the run's folder ready, and reads the weights that training starts from."""
+        config, world = self.config, self.world
+        world.run_on_rank0("make_ready", lambda: make_ready(config, start))
+        if world.is_first:
+            write_plan(config.run_dir, self.sharded, world)
+        if start.path is None:
+            return
+        if start.continues:
+            load(start.path, world, self.sharded, self.optimizer)
+        else:
+            read_start(start.path, config, self.manifest, world, self.sharded, self.optimizer)
+
+    def fit(self, batches: Batches, hooks: Hooks) -> None:
+        """Trains to the end, or until a signal; checkpoints are complete afterwards."""
+        config, world, state = self.config, self.world, self.state
+        run_dir, steps = config.run_dir, config.trainer.profile_steps
+        checkpoints = Checkpoints(run_dir, world, config.checkpoint.keep_last)
+        listeners = loggers(config, world, state.step)
+        metrics = MetricsLog(run_dir, world.is_first, state.step, listeners)
+        float_bytes = config.sharding.float_bytes
+        hooks = replace(
+            hooks,
+            save=partial(self._save, checkpoints, metrics),
+            profiler=profiler(steps, state.step, run_dir, world),
+            sent_bytes=partial(sent_bytes, self.sharded, world, float_bytes=float_bytes),
+        )
+        trainer = Trainer(
+            self.sharded,
+            self.optimizer,
+            batches,
+            world,
+            config,
+            seed=config.run.seed,
+            state=state,
+            metrics=metrics,
+            hooks=hooks,
+        )
+        with closing(metrics):
+            try:
+                trainer.fit()
+            except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
+                checkpoints.close()
+                raise
+            checkpoints.close()
+
+    def _save(self, checkpoints: Checkpoints, metrics: MetricsLog, state: LoopState) -> None:
+        metrics.flush()
+        # The best one, that of a longer run, and the last before steps were skipped.
+        kept = [state.best_step, (state.before_end or state.best_state)[1], state.saved_step]
+        marker = {
+            **self.manifest.marks,
+            "config": self.config.model_dump(mode="json"),
+            "trainer": asdict(state),
+        }
+        steps = [step for step in kept if step is not None]
+        checkpoints.save(state.step, self.sharded, self.optimizer, marker, steps)

@@ -1,0 +1,125 @@
+"""Searches for the settings with the best validation figure."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.distributed import PrefixStore
+
+from deepfm_dist.build import search_of
+from deepfm_dist.config import Config, with_settings
+from deepfm_dist.distributed.checkpoint import keep_checkpoints
+from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.train import train_on
+from deepfm_dist.storage import atomic_write, write_errors_to_user
+from deepfm_dist.training.search import Search, Trial
+from deepfm_dist.training.state import NonFiniteLoss
+from deepfm_dist.training.trainer import Pruned
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search whose trials are over, or open in other processes.
+
+    Attributes:
+        study: the file that records it.
+        monitor: the figure that trials are compared by.
+        trials: those that are over.
+        best: the best complete one; None: none is complete.
+        best_config: the configuration file that was written for it.
+        n_open: trials that are open in other processes.
+    """
+
+    study: Path
+    monitor: str
+    trials: list[Trial]
+    best: Trial | None
+    best_config: Path | None
+    n_open: int
+
+
+def tune(config: Config) -> SearchResult | None:
+    """Trains trial after trial, and writes the best one's settings. All ranks.
+
+    Returns:
+        The search on rank 0; None elsewhere, and where a signal stopped it: the same command
+        resumes it.
+
+    Raises:
+        ConfigError: nothing can be searched, or the study is of another search.
+    """
+    folder = _folder(config)
+    with process_group(*config.run.process_group) as world:
+        search = world.run_on_rank0("search", lambda: search_of(config, folder))
+        while trial := world.broadcast(search.next(config.tune.trials) if search else None):
+            log.info("%s: %s", trial.name, trial.values)
+            outcome, best = _run_trial(config, trial, search, world)
+            if outcome == "stopped":
+                if search is not None:
+                    search.close()
+                return None
+            if search is not None:
+                search.over(outcome, best)
+                _keep_best(config, search, trial, outcome)
+        return None if search is None else _result(config, search)
+
+
+def _folder(config: Config) -> Path:
+    """Where the study and its trials' runs are."""
+    return config.run_dir / "tune"
+
+
+def _run_trial(
+    config: Config, trial: Trial, search: Search | None, world: World
+) -> tuple[str, float | None]:
+    """Trains with a trial's settings. All ranks.
+
+    Returns:
+        ``complete``, ``pruned``, ``failed`` or ``stopped``, and the best figure of a complete one.
+    """
+    monitor = config.monitor or ""
+    shared = {
+        "run.runs_root": str(_folder(config)),
+        "run.name": trial.name,
+        "data.name": config.prepared_dir.name,
+        "trainer.monitor": monitor,  # the same figure whatever loss a trial has
+    }
+
+    def on_validation(figures: Mapping[str, float], epoch: int) -> None:
+        if world.broadcast(search is not None and search.report(epoch, figures[monitor])):
+            raise Pruned
+
+    # Names that ranks use in the store in one trial must not be seen in the next.
+    own_store = replace(world, store=PrefixStore(trial.name, world.store))
+    try:
+        result = train_on(with_settings(config, trial.values | shared), own_store, on_validation)
+    except Pruned:
+        return "pruned", None
+    except (NonFiniteLoss, ConfigError) as error:  # settings that do not go together, too
+        log.warning("%s", error)
+        return "failed", None
+    return ("stopped", None) if result.stopped else ("complete", result.state.best)
+
+
+def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> None:
+    """Logs a trial that is over, and deletes the checkpoints of all but the best. Rank 0."""
+    for past in search.past():
+        if past.name == trial.name:
+            log.info("%s: %s, %s %s", past.name, outcome, config.monitor, past.best)
+        if past != search.best():
+            keep_checkpoints(_folder(config) / past.name, ())
+
+
+def _result(config: Config, search: Search) -> SearchResult:
+    best, path = search.best(), None
+    if best is not None:
+        path = _folder(config) / "best.yaml"
+        settings = with_settings(config, best.values).renamed(f"{config.run.name}_best")
+        with write_errors_to_user(path), atomic_write(path) as file:
+            file.write_text(settings.to_yaml())
+    n_open = search.n_elsewhere()
+    return SearchResult(search.path, config.monitor or "", search.past(), best, path, n_open)
