@@ -20,8 +20,9 @@ from deepfm_dist.data.schema import History
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.ranking import ranker
+from deepfm_dist.ranking import chunks, lookup, ranker
 from deepfm_dist.ranking.engines import numba_kernel
+from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
@@ -40,7 +41,7 @@ def _recommended(
     wanted: RecommendConfig,
     out: Path,
     checkpoint: Path | None = None,
-    item_block: int = ranker.ITEM_BLOCK,
+    item_block: int = lookup.ITEM_BLOCK,
     dies_after: int | None = None,
     by_torch: bool = False,
 ) -> tuple[int, list[str], Mapping[str, Any]]:
@@ -51,7 +52,7 @@ def _recommended(
     logger = logging.getLogger("deepfm_dist")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    ranker.ITEM_BLOCK = item_block
+    lookup.ITEM_BLOCK = item_block
     if by_torch:
         numba_kernel.HAS_FMA = False
     written = 0
@@ -449,9 +450,11 @@ def _scores_of_pairs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     config = load_config("sample", [*HISTORY, "model.init_std=0.2"])
     with process_group("cpu", threads=1) as world:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
-        model, catalogue = deepfm_of(sharded), ranker.Catalogue(dataset)
+        model, catalogue = deepfm_of(sharded), Catalogue(dataset)
         users = np.array([1, 5, 77], np.int32)
-        of_users = ranker.ModelRanker(model, world, dataset, catalogue, users, {})
+        of_users = ranker.ModelRanker.of_model(
+            model, world, dataset, catalogue, ranker.Users(users), {}
+        )
         found = of_users.scores(0, len(users), len(users))
         pairs = np.repeat(users, len(catalogue)), np.tile(catalogue.rows, len(users))
         batch = Collator(dataset)(*pairs)
@@ -467,17 +470,19 @@ def test_factorised_scores_of_histories_are_the_forwards(with_history: PreparedD
     assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
 
-def _ranked_users(folder: Path, at_once: int) -> list[ranker.Ranked]:
+def _ranked_users(folder: Path, at_once: int) -> list[chunks.Ranked]:
     """Users of six stretches, of which two were ranked before."""
     dataset, config = PreparedDataset(folder), load_config("sample", ["model.init_std=0.2"])
-    ranker.USERS_AT_ONCE = at_once
+    chunks.USERS_AT_ONCE = ranker.USERS_AT_ONCE = at_once
     with process_group("cpu") as world:
         model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
-        catalogue = ranker.Catalogue(dataset)
+        catalogue = Catalogue(dataset)
         users = np.resize(np.arange(1, 701, dtype=np.int32), 6 * ranker.USER_BLOCK - 100)
-        of_users = ranker.ModelRanker(model, world, dataset, catalogue, users, {})
+        of_users = ranker.ModelRanker.of_model(
+            model, world, dataset, catalogue, ranker.Users(users), {}
+        )
         seen = catalogue.seen_by(users, [dataset.positives("train")])
-        return list(ranker.rank_users(of_users, len(users), seen, 10, world, [0, 2, 3, 5]))
+        return list(chunks.rank_users(of_users, len(users), seen, 10, world, [0, 2, 3, 5]))
 
 
 def test_users_looked_up_together_are_ranked_as_one_stretch_after_another(

@@ -22,6 +22,8 @@ from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
+from deepfm_dist.ranking.chunks import gather_ranked, rank_users
+from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.metrics import (
     FloatArray,
     coverage,
@@ -31,14 +33,7 @@ from deepfm_dist.ranking.metrics import (
     user_metrics,
 )
 from deepfm_dist.ranking.profiles import Groups, Insight, examples, profile
-from deepfm_dist.ranking.ranker import (
-    Catalogue,
-    FixedRanker,
-    ModelRanker,
-    Ranker,
-    gather_ranked,
-    rank_users,
-)
+from deepfm_dist.ranking.ranker import FixedRanker, ModelRanker, Ranker, Users
 
 log = logging.getLogger(__name__)
 RANKING_FIGURES = ("recall", "ndcg")
@@ -137,7 +132,9 @@ class RankingEvaluator:
 
     def ranker(self, model: DeepFM, world: World) -> ModelRanker:
         """Ranks for the users by a model in eval mode. All ranks."""
-        return ModelRanker(model, world, self.dataset, self.catalogue, self.users, self._context)
+        return ModelRanker.of_model(
+            model, world, self.dataset, self.catalogue, Users(self.users), self._context
+        )
 
     def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""

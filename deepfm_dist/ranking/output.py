@@ -1,4 +1,4 @@
-"""Rankings in files: a parquet part for each stretch, merged into parquet and CSV by rank 0."""
+"""Rankings in files: a parquet part per chunk of users, merged into parquet and CSV by rank 0."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.process_group import World
-from deepfm_dist.ranking.ranker import Ranked, dealt_stretches, users_per_chunk
+from deepfm_dist.ranking.chunks import Ranked, deal_chunks, users_per_chunk
 from deepfm_dist.storage import write_errors_to_user
 
 FloatArray = npt.NDArray[np.float32]
@@ -64,12 +64,12 @@ class ResumableOutput:
     Args:
         folder: of the run; the same disk for all ranks.
         name: of the file to be.
-        n_users: users of all ranks; each `users_per_chunk` them has a part.
+        n_users: users of all ranks; each `users_per_chunk` of them has a part.
         key: what the parts depend on, as JSON values; None: parts found are never taken over.
         world: the ranks.
 
     Attributes:
-        missing: the stretches left to do.
+        missing: numbers of the chunks left to do.
         found: how many parts were there already.
 
     Raises:
@@ -88,8 +88,8 @@ class ResumableOutput:
         self.found = n - len(self.missing)
         world.barrier()  # nobody writes a part before all have looked
 
-    def _path(self, stretch: int) -> Path:
-        return self.aside / f"{stretch:06d}.parquet"
+    def _path(self, chunk: int) -> Path:
+        return self.aside / f"{chunk:06d}.parquet"
 
     def _open(self, text: str, lasting: bool) -> None:
         key = self.aside / _KEY
@@ -100,7 +100,7 @@ class ResumableOutput:
                 key.write_text(text)
 
     def write(self, begin: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-        """Writes the part of the stretch that begins with user ``begin``.
+        """Writes the part of the chunk that begins with user ``begin``.
 
         Raises:
             DeepFMError: the disk is full, say.
@@ -116,7 +116,7 @@ class ResumableOutput:
     def write_ranked(
         self, ranked: Iterator[Ranked], owners: pa.Array, items: pa.Array, names: tuple[str, str]
     ) -> None:
-        """Writes ranked stretches as ``owner, item, score, rank``. All ranks.
+        """Writes ranked chunks as ``owner, item, score, rank``. All ranks.
 
         Args:
             ranked: this rank's.
@@ -143,7 +143,7 @@ class ResumableOutput:
         items: pa.Array,
         kind: MatrixKind,
     ) -> None:
-        """Writes stretches as ``user_id`` and ``scores``, a list of one length. All ranks.
+        """Writes chunks of users as ``user_id`` and ``scores``, a list of one length. All ranks.
 
         A column for each item would take thousands of times as many pages as one of lists. The
         items are told in the schema's metadata: JSON under ``item_ids``.
@@ -172,9 +172,7 @@ class ResumableOutput:
                     lists = pa.FixedSizeListArray.from_arrays(cells, len(items))
                     yield pa.table([user_ids[low:high], lists], schema=schema)
 
-        dealt = dealt_stretches(
-            self._n_users, len(items), self._world, self.missing, "score matrix"
-        )
+        dealt = deal_chunks(self._n_users, len(items), self._world, self.missing, "score matrix")
         for begin, end in dealt:
             if end > begin:
                 self.write(begin, schema, tables(begin, end))

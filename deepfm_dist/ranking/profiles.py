@@ -17,7 +17,7 @@ GROUPS, EXAMPLES = 5, 5
 
 @dataclass(frozen=True)
 class Groups:
-    """Values cut into stretches of about as many each; equal ones stay together.
+    """Values cut into groups of about equal size; equal values stay together.
 
     Attributes:
         of: ``[n]`` the group of each value.

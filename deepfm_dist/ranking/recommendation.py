@@ -25,16 +25,11 @@ from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
+from deepfm_dist.ranking.chunks import gather_ranked, rank_users
+from deepfm_dist.ranking.items import Catalogue, Seen, in_id_order
 from deepfm_dist.ranking.nearest import NearestItems
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput, hash_of, state_of
-from deepfm_dist.ranking.ranker import (
-    Catalogue,
-    ModelRanker,
-    Seen,
-    gather_ranked,
-    in_id_order,
-    rank_users,
-)
+from deepfm_dist.ranking.ranker import ModelRanker, Users
 from deepfm_dist.ranking.settings import RecommendConfig
 
 log = logging.getLogger(__name__)
@@ -95,16 +90,15 @@ def recommend(
     else:
         user_ids, histories = read_histories(dataset, Path(config.histories))
         users, positives = np.arange(len(histories), dtype=np.int32), [histories]
-    ranker = ModelRanker(
+    ranker = ModelRanker.of_model(
         model,
         world,
         dataset,
         catalogue,
-        users,
+        Users(users, histories),
         context,
-        config.memory_bytes,
-        histories,
-        config.precision,
+        memory_bytes=config.memory_bytes,
+        precision=config.precision,
     )
     seen = catalogue.seen_by(users, positives)
     figures: dict[str, Any] = {}
@@ -113,11 +107,11 @@ def recommend(
     elif config.candidates is not None and config.candidates < len(catalogue):
         chosen = _sample(len(users), len(catalogue))
         of_sample = catalogue.seen_by(users[chosen], positives)
-        index = None if config.index is None else ranker.index(config.index, config.probes)
+        index = None if config.index is None else ranker.make_index(config.index, config.probes)
         figures["short_list"] = _compare(
             ranker, users[chosen], of_sample, config.k, config.candidates, index, world
         )
-        ranker = ranker.of(users, config.candidates, index)
+        ranker = ranker.for_users(users, config.candidates, index)
     key = None
     if checkpoint is not None:
         key = {
@@ -330,7 +324,9 @@ def _compare(
         world.barrier()
         start = time.monotonic()
         found[name] = gather_ranked(
-            rank_users(ranker.of(users, n, of), len(users), seen, k, world, description="compare"),
+            rank_users(
+                ranker.for_users(users, n, of), len(users), seen, k, world, description="compare"
+            ),
             k,
             world,
         )

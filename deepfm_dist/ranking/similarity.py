@@ -1,5 +1,6 @@
 """Every item's most similar items, by the vectors with which users meet it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.chunks import rank_users
 from deepfm_dist.ranking.engines.numba import NumbaEngine
+from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
-from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, Ranker, rank_users
+from deepfm_dist.ranking.ranker import ModelRanker, Users
 from deepfm_dist.ranking.settings import SimilarConfig
 from deepfm_dist.ranking.types import Best
 
 
-class _VectorRanker(Ranker):
+class _VectorRanker:
     """Ranks items by inner products with items."""
 
     def __init__(self, vectors: torch.Tensor, threads: int) -> None:
@@ -32,9 +35,13 @@ class _VectorRanker(Ranker):
     def __len__(self) -> int:
         return self._items.n
 
+    def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> Sequence[tuple[int, int]]:
+        return chunks
+
     def best(
-        self, begin: int, end: int, height: int, seen: Jagged, k: int
+        self, users: tuple[int, int], seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        begin, end = users
         found = Best.none(end - begin, k, torch.device("cpu"))
         if end > begin:
             items = self._engine.users([self._side[begin:end]])
@@ -89,8 +96,9 @@ def similar_items(
         )
     catalogue = Catalogue(dataset)
     n = len(catalogue)
-    nobody = np.zeros(0, np.int32)
-    vectors = ModelRanker(model, world, dataset, catalogue, nobody, {}).item_vectors().cpu()
+    nobody = Users(np.zeros(0, np.int32))
+    ranker_of_items = ModelRanker.of_model(model, world, dataset, catalogue, nobody, {})
+    vectors = ranker_of_items.item_vectors().cpu()
     if config.metric == "cosine":
         vectors = of_length_one(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())

@@ -82,7 +82,7 @@ def masked_top_k(scores: Tensor, masked: tuple[Tensor, Tensor], k: int) -> tuple
 
 
 Mask = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first, last + 1) of a stretch of users -> (rows, positions) of their masked pairs."""
+"""(first, last + 1) of some users -> (rows, positions) of their masked pairs."""
 
 
 def mask_of(seen: Jagged, device: torch.device) -> Mask:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,8 @@ import torch
 
 from deepfm_dist.build import build_model
 from deepfm_dist.data.cards import Card, Cards
-from deepfm_dist.data.dataset import ABSENT, DrawnHistories, padded
-from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.dataset import ABSENT, padded
+from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.process_group import World
@@ -23,7 +22,9 @@ from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking.ranker import Catalogue, ModelRanker, in_id_order
+from deepfm_dist.ranking.items import Catalogue, in_id_order
+from deepfm_dist.ranking.lookup import SideEncoder
+from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
 from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
@@ -40,38 +41,6 @@ class Unknown(KeyError):
 
 class Unsupported(Exception):
     """What this model cannot do."""
-
-
-class SingleUserRanker(ModelRanker):
-    """Takes users as they come: what the model makes of them is kept, or made as they come."""
-
-    _kept_users: Side | None = None
-
-    def keep_users(self, n: int, memory_bytes: int) -> None:
-        """Computes the side of all user rows from 1 to n, where it fits the memory."""
-        first = self._side("user", np.ones(1, np.int32))
-        if n * sum(t.nbytes for t in first.tensors) > memory_bytes:
-            return
-        everyone = np.arange(1, n + 1, dtype=np.int32)
-        blocks = [
-            self._side("user", padded(everyone[b : b + USER_BLOCK], USER_BLOCK, ABSENT))
-            for b in range(0, n, USER_BLOCK)
-        ]
-        sides = (torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True))
-        self._kept_users = Side(*sides)
-
-    def of_items(self, items: Int32Array, drawn: DrawnHistories) -> Self:
-        """The same for somebody who is nothing but some items."""
-        other = self.of(np.zeros(1, np.int32), None)
-        other._histories, other._drawn = Jagged(np.array([0, len(items)]), items), drawn
-        other._kept_users = None
-        return other
-
-    def _user_sides(self, begin: int, end: int, height: int) -> list[Side]:
-        if self._kept_users is None:
-            return [self._side("user", self._users[begin:end])]
-        row = int(self._users[begin]) - 1
-        return [self._kept_users[row : row + 1]]
 
 
 class Recommender:
@@ -95,14 +64,13 @@ class Recommender:
         self._catalogue = Catalogue(dataset)
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
         model = exported_model(found, export, world)
-        nobody = np.zeros(0, np.int32)
-        self._ranker = SingleUserRanker(model, world, dataset, self._catalogue, nobody, context)
-        self._ranker.keep_users(
-            dataset.manifest.entities["user"] - 1, config.recommend.memory_bytes
-        )
+        nobody = Users(np.zeros(0, np.int32))
+        self._ranker = ModelRanker.of_model(model, world, dataset, self._catalogue, nobody, context)
+        n_users = dataset.manifest.entities["user"] - 1
+        self._kept_users = _all_users(self._ranker.encoder, n_users, config.recommend.memory_bytes)
         masked = masked_splits_of(dataset, config.recommend.mask)
         self._positives = [bags for split in masked for bags in dataset.met(split)]
-        self._history, self._drawn = dataset.history, DrawnHistories(dataset)
+        self._history = dataset.history
         self._vectors = None
         if model.interaction_arch.fm is not None:
             self._vectors = of_length_one(self._ranker.item_vectors())
@@ -137,7 +105,10 @@ class Recommender:
             raise Unknown(user)
         row = np.array([self._users[user]], np.int32)
         seen = self._catalogue.seen_by(row, self._positives)(0, 1)
-        return self._best(self._ranker.of(row, None), seen, k)
+        if self._kept_users is None:
+            return self._best(self._ranker.encoder.users(row), seen, k)
+        kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
+        return self._best([kept], seen, k)
 
     def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
         """The best other items for somebody who is known by some items alone.
@@ -158,7 +129,7 @@ class Recommender:
         rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
         nobody, theirs = np.zeros(1, np.int32), [Jagged(np.array([0, len(rows)]), rows)]
         seen = self._catalogue.seen_by(nobody, theirs)(0, 1)
-        return self._best(self._ranker.of_items(rows, self._drawn), seen, k)
+        return self._best(self._ranker.encoder.users(nobody, histories=theirs[0]), seen, k)
 
     def similar(self, item: str, k: int) -> list[tuple[Card, float]]:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.
@@ -205,8 +176,8 @@ class Recommender:
         found: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return found
 
-    def _best(self, ranker: SingleUserRanker, seen: Jagged, k: int) -> list[tuple[Card, float]]:
-        positions, scores = ranker.best(0, 1, 1, seen, k)
+    def _best(self, user: Sequence[Side], seen: Jagged, k: int) -> list[tuple[Card, float]]:
+        positions, scores = self._ranker.best(UserChunk(user, 1, 1), seen, k)
         return self._shown(positions[0], scores[0])
 
     def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[tuple[Card, float]]:
@@ -216,6 +187,19 @@ class Recommender:
             for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
             if position != NO_ITEM
         ]
+
+
+def _all_users(encoder: SideEncoder, n: int, memory_bytes: int) -> Side | None:
+    """The side of the user rows from 1 to n; None where it does not fit the memory."""
+    [first] = encoder.users(np.ones(1, np.int32))
+    if n * sum(t.nbytes for t in first.tensors) > memory_bytes:
+        return None
+    rows = np.arange(1, n + 1, dtype=np.int32)
+    blocks = [
+        encoder.users(padded(rows[b : b + USER_BLOCK], USER_BLOCK, ABSENT))[0]
+        for b in range(0, n, USER_BLOCK)
+    ]
+    return Side(*(torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True)))
 
 
 def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:

@@ -1,0 +1,183 @@
+"""Users and items looked up in the sharded tables and prepared for the engines."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepfm_dist.data.dataset import ABSENT, Collator, DrawnHistories, PreparedDataset, padded
+from deepfm_dist.data.jagged import Int32Array, Jagged, Values
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.types import USER_BLOCK, Engine
+
+log = logging.getLogger(__name__)
+
+ITEM_BLOCK = 1024
+"""Items looked up and multiplied together."""
+
+
+class SideEncoder:
+    """Makes the user and the item side of a model's scores. All ranks.
+
+    Args:
+        model: the DeepFM, sharded, in eval mode.
+        world: the ranks.
+        dataset: the prepared dataset.
+        context: one row of context fields.
+
+    Attributes:
+        scorer: of pairs of both sides.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        model: DeepFM,
+        world: World,
+        dataset: PreparedDataset,
+        context: Mapping[str, Values],
+    ) -> None:
+        self.world = world
+        self._model, self._dataset, self._context = model, dataset, context
+        self._collate = Collator(dataset)
+        manifest = dataset.manifest
+        self.scorer = CatalogueScorer(
+            model.interaction_arch, manifest.of_item, len(manifest.categorical)
+        )
+
+    @cached_property
+    def _drawn(self) -> DrawnHistories:
+        return DrawnHistories(self._dataset)
+
+    @torch.no_grad()
+    def users(
+        self, rows: Int32Array, block: int = USER_BLOCK, histories: Jagged | None = None
+    ) -> list[Side]:
+        """Users looked up together, and multiplied in blocks of one size.
+
+        Args:
+            rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
+            block: users of a block.
+            histories: item rows of users who are known by these items alone.
+        """
+        known, bags = rows, None
+        if histories is not None:
+            known = np.full(len(rows), ABSENT, np.int32)
+            bags = self._drawn.whole(rows, histories)
+        context_rows = np.zeros(len(rows), np.int32)
+        batch = self._collate(known, None, self._context, context_rows, bags=bags)
+        return self._sides("user", batch, block)
+
+    @torch.no_grad()
+    def items(self, rows: Int32Array) -> Side:
+        """Items as one block of at least `ITEM_BLOCK`; the rest is padding."""
+        rows = padded(rows, max(len(rows), ITEM_BLOCK), ABSENT)
+        [side] = self._sides("item", self._collate(None, rows), len(rows))
+        return side
+
+    def _sides(self, which: str, batch: Any, block: int) -> list[Side]:
+        batch = batch.to(self.world.device)
+        factors, first_order = self._model.embedding_arch(batch.sparse)
+        blocks = zip(*(t.split(block) for t in (factors, first_order, batch.dense)), strict=True)
+        return [self.scorer.side(which, *parts) for parts in blocks]
+
+
+class ItemStore:
+    """The items of a catalogue, prepared by an engine and kept in memory as far as they fit.
+
+    Of a catalogue larger than the limit each rank keeps a share, to which all ranks' users are
+    brought. One whose shares exceed it too is computed in blocks, again for every chunk of users.
+
+    Args:
+        encoder: of the model. All ranks.
+        engine: that ranks.
+        rows: ``[I]`` item rows by position.
+        memory_bytes: limit of what a rank keeps.
+
+    Attributes:
+        is_shared: whether each rank keeps its own share only.
+    """
+
+    def __init__(
+        self, encoder: SideEncoder, engine: Engine, rows: Int32Array, memory_bytes: int
+    ) -> None:
+        self._encoder, self._engine, self._rows = encoder, engine, rows
+        self._world = encoder.world
+        n, size = len(rows), self._world.world_size
+        item_bytes = sum(t[0].nbytes for t in encoder.items(rows[:1]).tensors) + engine.work_bytes
+        self._per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
+        # Whole blocks of the kernels, so that an item's place in one is the same everywhere.
+        self._share = -(-n // (size * ITEM_BLOCK)) * ITEM_BLOCK
+        self.is_shared = self._per_block < n and self._share <= self._per_block
+        kept = self._share if self.is_shared else min(self._per_block, n)
+        log.info(
+            "%s items, %s of them in memory %s, %.1f MB of %.1f MB",
+            f"{n:,}",
+            f"{kept:,}",
+            "of each rank" if self.is_shared else "at a time",
+            item_bytes * kept / 1e6,
+            item_bytes * n / 1e6,
+        )
+        self._kept: Any = None
+        if self.is_shared:
+            self._kept = self._my_share()
+        elif self._per_block >= n:
+            self._kept = self._block(0)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._rows)
+
+    def blocks(self) -> Iterator[tuple[int, Any]]:
+        """(position of the first, items) of this rank's share, or of all items, in order."""
+        if not self.is_shared:
+            yield from self.all_blocks()
+        elif (begin := self._world.rank * self._share) < len(self._rows):
+            yield begin, self._kept
+
+    def all_blocks(self) -> Iterator[tuple[int, Any]]:
+        """(position of the first, items) of all items, in order. All ranks."""
+        if self._kept is not None and not self.is_shared:
+            yield 0, self._kept
+            return
+        for begin in range(0, len(self._rows), self._per_block):
+            yield begin, self._block(begin)
+
+    def sides(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Side]]:
+        """Items computed by all ranks and gathered on each, one block of each rank's at a time.
+
+        The padding of the last one comes after all items. All ranks.
+        """
+        size, end = self._world.world_size, len(self._rows) if end is None else end
+        for first in range(begin, end, size * ITEM_BLOCK):
+            mine = first + self._world.rank * ITEM_BLOCK
+            side = self._encoder.items(self._rows[min(mine, end) : min(mine + ITEM_BLOCK, end)])
+            yield first, Side(*map(self._world.all_gather_tensor, side.tensors))
+
+    def _block(self, begin: int) -> Any:
+        n = min(self._per_block, len(self._rows) - begin)
+        items = None
+        for at, side in self.sides(begin, begin + n):
+            if items is None:
+                items = self._engine.allocate(n, side)
+            self._engine.fill(items, at - begin, side)
+        return items
+
+    def _my_share(self) -> Any:
+        """This rank's items, looked up in as many steps as every rank takes."""
+        begin = min(self._world.rank * self._share, len(self._rows))
+        mine = self._rows[begin : begin + self._share]
+        items = None
+        for first in range(0, self._share, ITEM_BLOCK):
+            side = self._encoder.items(mine[first : first + ITEM_BLOCK])
+            if items is None:
+                items = self._engine.allocate(len(mine), side)
+            if first < len(mine):
+                self._engine.fill(items, first, side)
+        return items
