@@ -32,6 +32,7 @@ from deepfm_dist.distributed.sharding import (
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
+from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.pairs import PairScorer
@@ -192,7 +193,7 @@ def _imported(path: str, where: str, form: str) -> Any:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return brief(f"{type(error).__name__}: {error}")
 
 
 def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:

@@ -1,24 +1,27 @@
 """All settings: sections with defaults, read from YAML, overridden on the command line."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.distributed.settings import CheckpointConfig, OptimizerConfig, ShardingConfig
+from deepfm_dist.distributed.settings import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    ShardingConfig,
+)
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import nearest, short
+from deepfm_dist.messages import nearest
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.ranking.settings import EvaluateConfig, RecommendConfig, SimilarConfig
-from deepfm_dist.section import Problem, Section, one_per_setting
+from deepfm_dist.section import Section
+from deepfm_dist.setting_errors import describe
 from deepfm_dist.storage import (
-    LocalPath,
-    PathOrUrl,
     folder_of,
     is_remote,
     option_of,
@@ -26,43 +29,11 @@ from deepfm_dist.storage import (
     storage_errors_to_user,
 )
 from deepfm_dist.training.settings import TrainerConfig, TuneConfig
-from deepfm_dist.typed_yaml import DuplicateKeyError, Plain, kind_below, kinds_of, load, typed
+from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, typed
 
 PACKAGE = Path(__file__).parent
 BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
 """Where ``configs/`` and ``data/sample/`` lie: in the wheel, or at the root of a clone."""
-
-
-class RunConfig(Section):
-    """What the run is called and where it computes."""
-
-    name: str = Field("default", min_length=1)
-    """Name of the run's folder under ``runs_root``."""
-    seed: int = Field(1, ge=0, lt=2**63)
-    """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
-    prepared_root: LocalPath = "prepared"
-    """Folder of prepared datasets, on this machine."""
-    runs_root: PathOrUrl = "runs"
-    """Folder of runs: checkpoints, metrics, recommendations. Behind a URL (``s3://bucket/runs``) is
-    what ``train`` and ``evaluate`` write; what other commands write is then in ``runs`` on this
-    machine."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where torch and fbgemm both support it, else the CPU."""
-    threads: int = Field(1, ge=1, le=1024)
-    """CPU threads per process. More than one may change the last digits of results."""
-    deterministic: bool = False
-    """On CUDA: only kernels whose result is the same bit for bit every time, which a resumed run
-    needs to be that; slower. The CPU's always are."""
-    timeout_s: float = Field(120, gt=0)
-    """Seconds after which a rank that waits for a lost or hanging one gives up."""
-    loggers: tuple[str, ...] = ("tensorboard",)
-    """What hears of metrics beside metrics.jsonl: tensorboard, or import paths
-    ``package.module:function``; called with (event, values) on rank 0."""
-
-    @property
-    def process_group(self) -> tuple[str, float, int, bool]:
-        """Device, time-out in seconds, threads and determinism: what `world` takes."""
-        return self.device, self.timeout_s, self.threads, self.deterministic
 
 
 class Config(Section):
@@ -225,11 +196,11 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     except DuplicateKeyError as error:
         raise ConfigError(f"{file}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{file}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
     for override in overrides:
-        _set(tree, *parse_override(override), repr(override))
+        _set(tree, *parse_override(override, Config), repr(override))
     return config_from(typed(tree, Config), str(file), overrides)
 
 
@@ -249,24 +220,24 @@ def config_from(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        found = one_per_setting(error.errors(), Config)
-    causes = [_override_of(problem["loc"], overrides) for problem in found]
-    problems = [_describe(problem) for problem in found]
+        problems = describe(error, Config)
+    causes = [_override_of(name, overrides) for name in problems]
     if len(problems) == 1:
-        raise ConfigError(f"{causes[0] or origin}: {problems[0]}")
+        [problem] = problems.values()
+        raise ConfigError(f"{causes[0] or origin}: {problem}")
     lines = "".join(
         f"\n  {problem}" + (f" [{cause}]" if cause else "")
-        for cause, problem in zip(causes, problems, strict=True)
+        for cause, problem in zip(causes, problems.values(), strict=True)
     )
     raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
 
 
-def _override_of(loc: Sequence[str | int], overrides: Sequence[str]) -> str | None:
+def _override_of(setting: str, overrides: Sequence[str]) -> str | None:
     """The last override that has set a setting, or part of it."""
-    where = ".".join(map(str, loc)) + "."
+    where = f"{setting}."
     for override in reversed(overrides):
         names = [f"{name}." for name in settings_of(override)]
-        if any(where.startswith(name) or name.startswith(where) for name in names if len(loc)):
+        if any(where.startswith(name) or name.startswith(where) for name in names if setting):
             return override
     return None
 
@@ -291,7 +262,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
 def settings_of(override: str) -> list[str]:
     """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
     name = override.partition("=")[0]
-    value = None if "." in name else parse_override(override)[1]
+    value = None if "." in name else parse_override(override, Config)[1]
     return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
@@ -307,30 +278,6 @@ def _find(path: str) -> Path:
     raise ConfigError(f"--config {path}: no such file{hint}")
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    """``section.field=value`` -> dotted name and value, as `typed_yaml.load` gives values.
-
-    Raises:
-        ConfigError: it is no such thing.
-    """
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"{override!r}: overrides look like section.field=value")
-    kinds: list[Any] = [Config]
-    for part in name.split("."):
-        kinds = kinds_of(kind_below(kinds, part))
-    if set(kinds) <= {str, type(None)} and text.strip()[:1] not in ("'", '"'):
-        return name, Plain(text.strip())
-    try:
-        return name, load(text)
-    except DuplicateKeyError as error:
-        raise ConfigError(f"{override!r}: {error}") from None
-    except yaml.YAMLError as error:
-        if str in kinds and text[:1] not in ("[", "{", "'", '"'):
-            return name, Plain(text)  # such as %d/%m/%Y, which YAML wants in quotes
-        raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
-
-
 def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
     *parents, last = name.split(".")
     node = tree
@@ -342,60 +289,3 @@ def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
             raise ConfigError(f"{origin}: {parent} is not a section")
         node = below
     node[last] = value
-
-
-def _describe(problem: Problem) -> str:
-    loc = problem["loc"]
-    where = ".".join(str(part) for part in loc) or "config"
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown field; {_what_is_meant(loc, problem['input'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
-    message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
-    if problem["type"] in ("missing", "value_error"):
-        return f"{where}: {message}"
-    return f"{where}: {message} (got {short(problem['input'], 200)})"
-
-
-def _what_is_meant(loc: tuple[str | int, ...], value: Any) -> str:
-    """A hint for an unknown field: YAML's ``{a:1}``, a misspelling, a field of another section."""
-    name, fields = str(loc[-1]), _fields_at(loc[:-1])
-    key, colon, text = name.partition(":")
-    if colon and value is None and key in fields:
-        return f"YAML needs a space after the colon: write {key}: {text}"
-    if near := nearest(name, fields):
-        return f"did you mean {'.'.join([*map(str, loc[:-1]), near])}?"
-    elsewhere = [
-        f"{section}.{name}" for section in Config.model_fields if name in _fields_at([section])
-    ]
-    if len(loc) == 1 and elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"available: {', '.join(fields)}"
-
-
-def _fields_at(loc: Sequence[str | int]) -> list[str]:
-    kind: Any = Config
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
-            return []
-        if part not in kind.model_fields:
-            continue
-        kind = _section_of(kind.model_fields[part].annotation)
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
-
-
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if (found := _section_of(inner)) is not None:
-            return found
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{text}; put the value in quotes" if "cannot start any token" in text else text

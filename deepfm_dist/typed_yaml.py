@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import brief
 from deepfm_dist.section import Section
 
 
@@ -118,3 +120,33 @@ def resolved(text: str) -> Any:
         return str(text)
     is_kept = ":" in text or isinstance(value, datetime.date | list | dict)  # 1:30 would be 90
     return str(text) if is_kept else value
+
+
+def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
+    """``section.field=value`` -> dotted name and value, as `load` gives values.
+
+    Raises:
+        ConfigError: it does not look like that, or the value is not YAML.
+    """
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r}: overrides look like section.field=value")
+    kinds: list[Any] = [section]
+    for part in name.split("."):
+        kinds = kinds_of(kind_below(kinds, part))
+    if set(kinds) <= {str, type(None)} and text.strip()[:1] not in ("'", '"'):
+        return name, Plain(text.strip())
+    try:
+        return name, load(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
+    except yaml.YAMLError as error:
+        if str in kinds and text[:1] not in ("[", "{", "'", '"'):
+            return name, Plain(text)  # such as %d/%m/%Y, which YAML wants in quotes
+        raise ConfigError(f"{override!r}: the value is not YAML: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong with YAML, on one line."""
+    text = brief(error)
+    return f"{text}; put the value in quotes" if "cannot start any token" in text else text

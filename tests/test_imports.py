@@ -17,7 +17,7 @@ COMMANDS = {
 LEVELS = [
     {"errors", "messages", "section", "compiled", "float_order", "terminal", "events", "version"},
     {"launcher", "storage", "seeding", "typed_yaml"},
-    {"log", "lock", "environment"},
+    {"log", "lock", "environment", "setting_errors"},
     {"model"},
     {"data", "distributed"},
     {"training", "ranking"},

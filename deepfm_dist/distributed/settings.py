@@ -1,4 +1,4 @@
-"""The sections `optimizer`, `sharding` and `checkpoint`."""
+"""The sections `run`, `optimizer`, `sharding` and `checkpoint`."""
 
 import math
 from typing import Literal, Self
@@ -6,7 +6,39 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from deepfm_dist.section import Section
-from deepfm_dist.storage import PathOrUrl
+from deepfm_dist.storage import LocalPath, PathOrUrl
+
+
+class RunConfig(Section):
+    """What the run is called and where it computes."""
+
+    name: str = Field("default", min_length=1)
+    """Name of the run's folder under ``runs_root``."""
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
+    prepared_root: LocalPath = "prepared"
+    """Folder of prepared datasets, on this machine."""
+    runs_root: PathOrUrl = "runs"
+    """Folder of runs: checkpoints, metrics, recommendations. With a URL (``s3://bucket/runs``),
+    ``train`` and ``evaluate`` write there; the other commands then write to ``runs`` on this
+    machine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where torch and fbgemm both support it, else the CPU."""
+    threads: int = Field(1, ge=1, le=1024)
+    """CPU threads per process. More than one may change the last digits of results."""
+    deterministic: bool = False
+    """On CUDA: only kernels whose result is the same bit for bit every time, which a resumed run
+    needs to be that; slower. The CPU's always are."""
+    timeout_s: float = Field(120, gt=0)
+    """Seconds after which a rank that waits for a lost or hanging one gives up."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Metric loggers in addition to metrics.jsonl: tensorboard, or import paths
+    ``package.module:function``; called with (event, values) on rank 0."""
+
+    @property
+    def process_group(self) -> tuple[str, float, int, bool]:
+        """Device, time-out in seconds, threads and determinism: what `world` takes."""
+        return self.device, self.timeout_s, self.threads, self.deterministic
 
 
 class LearningRateConfig(Section):

@@ -1,0 +1,160 @@
+"""What is wrong with settings, in the words of YAML, and the setting that may be meant."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+
+from deepfm_dist.messages import nearest, short
+from deepfm_dist.section import Section
+from deepfm_dist.typed_yaml import kinds_of
+
+Problem = Mapping[str, Any]
+"""A validation error as pydantic has it: ``type``, ``loc``, ``msg``, ``input``."""
+
+
+def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
+    """What is wrong with each setting, and its value, by the setting's dotted name.
+
+    Args:
+        error: of validating ``section``.
+        section: the outermost section.
+    """
+    return {
+        ".".join(map(str, problem["loc"])): _describe(problem, section)
+        for problem in _one_per_setting(error.errors(), section)
+    }
+
+
+def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> list[Problem]:
+    """Merges what pydantic reports for each member of a union.
+
+    Args:
+        problems: errors of validating ``section``.
+        section: the outermost section.
+
+    Returns:
+        One problem for each setting; its ``loc`` has the names and places of settings only.
+    """
+    merged: dict[tuple[str | int, ...], list[Problem]] = {}
+    members: set[tuple[str | int, ...]] = set()  # settings whose union has members at odds
+    kinds: dict[tuple[str | int, ...], Any] = {}
+    for problem in problems:
+        path: tuple[str | int, ...] = ()
+        kinds[path] = section
+        for part, kind in _settings_on(problem["loc"], section):
+            if part is None:
+                members.add(path)
+            else:
+                path = (*path, part)
+                kinds[path] = kind
+        merged.setdefault(path, []).append(problem)
+    chosen_ones: list[Problem] = []
+    for path, group in merged.items():
+        deeper = any(other[: len(path)] == path and other != path for other in merged)
+        if path in members and deeper:
+            continue  # the member that the value is of has a problem of its own
+        # What a check of ours says is more than that the value is of no other type either.
+        chosen = next((p for p in group if p["type"] == "value_error"), group[0])
+        if len(group) > 1 and chosen["type"] != "value_error":
+            message = f"Input should be {_in_words(kinds[path])}"
+            chosen = {"type": "union", "msg": message, "input": chosen["input"]}
+        chosen_ones.append({**chosen, "loc": path})
+    return chosen_ones
+
+
+def _settings_on(loc: Sequence[Any], section: Any) -> Iterator[tuple[str | int | None, Any]]:
+    """The names and places in an error's location, and their types; None for a union's member."""
+    kind = section
+    for part in loc:
+        if part == "[key]":
+            continue
+        inner = _inside(kind, part)
+        if inner is None and _is_member(part, kind):
+            yield None, kind
+            continue
+        kind = Any if inner is None else inner
+        yield part, kind
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    """The type of a field, a list's element or a dictionary's value; None: there is none."""
+    for member in kinds_of(kind):
+        arguments = get_args(member)
+        if isinstance(part, int) and get_origin(member) is tuple:
+            return arguments[0 if arguments[-1] is Ellipsis else min(part, len(arguments) - 1)]
+        if _is_section(member) and part in member.model_fields:
+            return member.model_fields[str(part)].annotation
+        if get_origin(member) is dict and not (len(kinds_of(kind)) > 1 and _is_member(part, kind)):
+            return arguments[1]
+    return None
+
+
+def _is_member(part: str | int, kind: Any) -> bool:
+    """Whether a part of an error's location names a member of a union, as pydantic writes it."""
+    several = len([m for m in kinds_of(kind) if m is not type(None)]) > 1
+    sections = [m.__name__ for m in kinds_of(kind) if isinstance(m, type)]
+    return several and isinstance(part, str) and ("[" in part or part in sections)
+
+
+def _in_words(kind: Any) -> str:
+    members = kinds_of(kind)
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    words: list[str] = []
+    for member in members:
+        origin = get_origin(member)
+        if origin is Literal:
+            words += [str(value) for value in get_args(member)]
+        elif origin is tuple:
+            words.append("a list")
+        elif origin is dict or _is_section(member):
+            words.append("a section of fields")
+        elif member is type(None):
+            words.append("null")
+        elif not (member is int and float in members):
+            words.append(names.get(member, "something else"))
+    words = list(dict.fromkeys(words))
+    return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+
+
+def _describe(problem: Problem, section: type[Section]) -> str:
+    loc = problem["loc"]
+    where = ".".join(str(part) for part in loc) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown field; {_what_is_meant(loc, problem['input'], section)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
+    message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
+    if problem["type"] in ("missing", "value_error"):
+        return f"{where}: {message}"
+    return f"{where}: {message} (got {short(problem['input'], 200)})"
+
+
+def _what_is_meant(loc: tuple[str | int, ...], value: Any, section: type[Section]) -> str:
+    """A hint for an unknown field: YAML's ``{a:1}``, a misspelling, a field of another section."""
+    name, fields = str(loc[-1]), _fields_at(loc[:-1], section)
+    key, colon, text = name.partition(":")
+    if colon and value is None and key in fields:
+        return f"YAML needs a space after the colon: write {key}: {text}"
+    if near := nearest(name, fields):
+        return f"did you mean {'.'.join([*map(str, loc[:-1]), near])}?"
+    elsewhere = [
+        f"{outer}.{name}" for outer in section.model_fields if name in _fields_at([outer], section)
+    ]
+    if len(loc) == 1 and elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"available: {', '.join(fields)}"
+
+
+def _fields_at(loc: Sequence[str | int], section: type[Section]) -> list[str]:
+    kind: Any = section
+    for part in loc:
+        kind = _inside(kind, part)
+    sections = [member for member in kinds_of(kind) if _is_section(member)]
+    return [name for member in sections for name in member.model_fields]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
