@@ -1,14 +1,13 @@
-"""Configuration + manifest -> the model, sharded: the one place where both meet."""
+"""Configuration + manifest -> the model, sharded, and its batches."""
 
 import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.config import Config, with_settings
+from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
@@ -38,13 +37,6 @@ from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.model.transfer import Transfer
-from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
-from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
-from deepfm_dist.storage import is_remote
-from deepfm_dist.training.checks import check_monitor
-from deepfm_dist.training.evaluation import RowEvaluator
-from deepfm_dist.training.search import Search
-from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from deepfm_dist.training.trainer import Batches
 
 log = logging.getLogger(__name__)
@@ -83,19 +75,19 @@ def build_model(
         [f.name for f in manifest.categorical],
         len(manifest.dense),
         config.embedding_dim,
-        config.first_order,
-        config.fm,
-        over_arch,
-        config.init_std,
-        {f.name: f.pooling for f in manifest.categorical if f.multi_valued},
-        torch.device("meta"),
-        half,
-        manifest.of_item if config.fm_pairs == "across" else None,
+        first_order=config.first_order,
+        fm=config.fm,
+        over_arch=over_arch,
+        init_std=config.init_std,
+        pooling={f.name: f.pooling for f in manifest.categorical if f.multi_valued},
+        device=torch.device("meta"),
+        half=half,
+        of_item=manifest.of_item if config.fm_pairs == "across" else None,
     )
     return DeepFMTrain(model)
 
 
-def transfer_of(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:
+def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:
     """What a model takes from one that was trained on other fields.
 
     Args:
@@ -196,56 +188,6 @@ def _told(error: Exception) -> str:
     return brief(f"{type(error).__name__}: {error}")
 
 
-def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
-    """What the manifest of data with so many rows would say, as far as the model asks.
-
-    Args:
-        config: names the fields.
-        rows: rows by table. Those of a prepared dataset, where there is one, fill the gaps, and
-            what the configuration says of hashed tables and buckets.
-
-    Raises:
-        ConfigError: a table's rows are not known, or an unknown table is named.
-    """
-    readers: dict[str, list[str]] = {}
-    known: dict[str, int] = {}
-    for feature in config.data.features:
-        if feature.in_table:
-            readers.setdefault(feature.table_name, []).append(feature.name)
-        if feature.transform == "bucket":
-            known[feature.table_name] = 1 + feature.buckets
-        elif feature.hash_rows is not None:
-            known[feature.table_name] = 1 + feature.hash_rows
-    if (config.prepared_dir / "manifest.json").is_file():
-        tables = Manifest.read(config.prepared_dir).tables
-        known |= {name: spec.rows for name, spec in tables.items()}
-    known |= rows
-    if strange := sorted(rows.keys() - readers.keys()):
-        raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")
-    if unknown := [name for name in readers if name not in known]:
-        raise ConfigError(
-            f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "
-            f"data: python -m deepfm_dist.prepare"
-        )
-    return Manifest(
-        format=FORMAT,
-        fingerprint="",
-        vocabulary_hash="",
-        seed=config.run.seed,
-        data=config.data,
-        tables={n: TableSpec(rows=known[n], features=tuple(f)) for n, f in readers.items()},
-        entities={},
-        numeric={},
-        splits={},
-        files=0,
-        lanes=0,
-        groups=0,
-        dropped={},
-        inputs={},
-        versions={},
-    )
-
-
 def shard_for_training(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -310,21 +252,27 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         ConfigError: they cannot be made of this data, or give a rank nothing.
         DataError: a user has fewer unseen items than negatives are wanted.
     """
-    trainer, seed = config.trainer, config.run.seed
+    trainer = config.trainer
     threads = trainer.reading_threads
     if threads is None:
         threads = min(world.spare_threads, MOST_READING_THREADS)
-    of_world = (trainer.batch_size, world.rank, world.world_size, seed)
+    slice_of_rank: dict[str, Any] = {
+        "batch_size": trainer.batch_size,
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "seed": config.run.seed,
+        "threads": threads,
+    }
     batches: Batches
     if trainer.loss == "bce":
-        batches = TrainingBatches(dataset, *of_world, threads)
+        batches = TrainingBatches(dataset, **slice_of_rank)
     else:
         candidates = Candidates(
             trainer.candidates,
             config.data.negatives.popularity_power,
             trainer.targets_per_user,
         )
-        batches = UserBatches(dataset, *of_world, candidates, threads)
+        batches = UserBatches(dataset, candidates=candidates, **slice_of_rank)
     if world.is_first:
         log.info(
             "batches of %d: %s",
@@ -334,128 +282,6 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
             else "each made when its step begins",
         )
     return batches
-
-
-def validation_of(
-    config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
-) -> Callable[[], Mapping[str, float]] | None:
-    """Measures the model on the validation rows, the same on all ranks; None: there are none.
-
-    The catalogue is ranked too where the loss or the monitored figure is one of rankings.
-
-    Raises:
-        ConfigError: there are none although a setting asks for a monitored figure; or the figure
-            is undefined on them; or the catalogue is to be ranked and ``recommend.context`` lacks a
-            field.
-    """
-    if not dataset.manifest.splits["valid"].rows:
-        if asked := config.trainer.needs_monitor:
-            raise ConfigError(
-                f"trainer.{asked}: {dataset.folder} has no validation rows; hold some out "
-                f"(data.split.valid=0.1, data.refit=false), or leave the setting out"
-            )
-        return None
-    check_monitor(config.monitor, dataset.manifest)
-    rows = RowEvaluator(dataset, "valid")
-    items: RankingEvaluator | None = None
-    if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
-        items = RankingEvaluator(
-            dataset, "valid", config.recommend.context, config.evaluate.mask_seen
-        )
-
-    def validate() -> Mapping[str, float]:
-        found = dict(rows.metrics(sharded, world))
-        if items is not None:
-            found |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
-        return world.broadcast(found)
-
-    return validate
-
-
-def check_monitor_name(config: Config) -> None:
-    """Refuses to monitor what is not a figure of the validation rows.
-
-    Raises:
-        ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
-    """
-    monitor = config.monitor
-    figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
-    if config.data.task == "implicit":
-        figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
-    if monitor is not None and monitor not in figures:
-        raise ConfigError(
-            f"trainer.monitor={monitor}: not a figure that can be monitored; available: "
-            f"{', '.join(figures)}"
-        )
-    if monitor == "user_auc" and config.data.interactions.user is None:
-        raise ConfigError(
-            "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
-        )
-
-
-def baselines_of(config: Config) -> dict[str, Baseline]:
-    """The baselines that the configuration names.
-
-    Raises:
-        ConfigError: one needs a library that is not installed.
-    """
-    settings = config.evaluate
-    makers: dict[str, Callable[[], Baseline]] = {
-        "popularity": Popularity,
-        "item_knn": lambda: ItemKNN(settings.item_knn_neighbours),
-        "ease": lambda: Ease(settings.ease_l2),
-        "ials": lambda: Ials(settings.ials, config.run.seed),
-    }
-    return {name: makers[name]() for name in settings.baselines}
-
-
-def search_of(config: Config, folder: Path) -> Search:
-    """The search that the configuration describes.
-
-    Args:
-        config: the settings that all trials share, and the space.
-        folder: of the study.
-
-    Raises:
-        ConfigError: nothing is to be varied or watched, the folder is behind a URL, or the study
-            cannot be gone on with.
-    """
-    if is_remote(folder):
-        raise ConfigError(
-            f"run.runs_root={config.run.runs_root}: the journal of a search is locked and appended "
-            f"to, which takes a disk; set run.runs_root to a local folder"
-        )
-    space = config.tune.space
-    if not space:
-        raise ConfigError(
-            "tune.space is empty: name what to vary, such as tune.space={optimizer.dense.lr: "
-            "{low: 0.0001, high: 0.01, log: true}}"
-        )
-    if config.monitor is None:
-        raise ConfigError(
-            "tune compares trials by a validation figure, and trainer.monitor=null turns it off; "
-            "leave that out, or set trainer.monitor=auc"
-        )
-    if "trainer.monitor" in space:
-        raise ConfigError(
-            "tune.space.trainer.monitor: trials are compared by one figure; leave it out"
-        )
-    for name, values in space.items():
-        if isinstance(values, tuple):
-            tried: tuple[Any, ...] = values
-        else:
-            tried = (values.low, values.high)
-            if not all(isinstance(bound, int) for bound in tried):  # is a fraction a value, too?
-                tried = (*tried, values.low + 0.382 * (values.high - values.low))
-        for value in tried:
-            with_settings(config, {name: value}, f"tune.space.{name}")
-    return Search(
-        folder,
-        config.tune,
-        config.monitor in LOWER_IS_BETTER,
-        config.run.seed,
-        config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),
-    )
 
 
 def loggers(config: Config, world: World, from_step: int) -> list[Logger]:

@@ -43,15 +43,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(config: Config, arguments: argparse.Namespace) -> None:
-    import torch
-
-    from deepfm_dist.build import (
-        hypothetical_manifest,
-        model_to_train,
-    )
-    from deepfm_dist.distributed.optimizers import table_optimizer
-    from deepfm_dist.distributed.planning import Job, hypothetical_world, plan
-    from deepfm_dist.distributed.sharding import DoesNotFit, check_placements
+    from deepfm_dist.distributed.sharding import DoesNotFit
+    from deepfm_dist.jobs.plan import plan
     from deepfm_dist.report.tables import plan_table
 
     size = arguments.world_size
@@ -61,26 +54,12 @@ def _plan(config: Config, arguments: argparse.Namespace) -> None:
             f"--world-size {size} --local-world-size {per_machine} --hbm-gib "
             f"{arguments.hbm_gib:g}: positive numbers are needed, as many GPUs on every machine"
         )
-    optimizer = table_optimizer(config.optimizer, torch.device("cuda"))
-    manifest = hypothetical_manifest(config, dict(_rows(text) for text in arguments.rows))
-    ranks = hypothetical_world(size, per_machine)
-    check_placements(config.sharding, optimizer.kernel, ranks.device)
-    task = model_to_train(config, manifest, ranks)
-    optimizer.attach(task.model.embedding_arch.ebc.parameters())
-    found = plan(
-        Job(
-            task,
-            ranks,
-            optimizer,
-            config.sharding,
-            config.trainer.batch_size,
-            round(arguments.hbm_gib * GIB),
-        )
-    )
-    print(plan_table(found))
-    if not found.fits:
+    rows = dict(_rows(text) for text in arguments.rows)
+    result = plan(config, rows, size, per_machine, round(arguments.hbm_gib * GIB))
+    print(plan_table(result))
+    if not result.fits:
         gpus = f"{size} GPU{'s' * (size > 1)} of {arguments.hbm_gib:g} GiB"
-        remedies = "; or ".join(found.remedies) or "more and larger GPUs, fewer rows"
+        remedies = "; or ".join(result.remedies) or "more and larger GPUs, fewer rows"
         raise DoesNotFit(f"does not fit {gpus}; use {remedies}")
 
 

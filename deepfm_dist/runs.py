@@ -11,7 +11,7 @@ from typing import Any
 
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.build import shard_for_inference, transfer_of
+from deepfm_dist.build import shard_for_inference, weight_transfer
 from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, hash_of
@@ -169,7 +169,7 @@ def _check_start(config: Config, manifest: Manifest, state: Mapping[str, Any]) -
             )
     trained = config_from(state["config"], origin=option).data
     check_start(option, state, trained, manifest)
-    if transfer_of(trained, manifest, config.model).moves:
+    if weight_transfer(trained, manifest, config.model).moves:
         shared = {one.name for one, _ in shared_fields(trained, manifest.data)}
         for text, fields in (
             ("start afresh", manifest.features),
@@ -198,7 +198,7 @@ def read_start(
         optimizer: its optimizer.
     """
     trained = config_from(checkpoint.read_state(path)["config"], origin=str(path)).data
-    transfer = transfer_of(trained, manifest, config.model)
+    transfer = weight_transfer(trained, manifest, config.model)
     wanted = None if config.checkpoint.start_weights_only else optimizer
     checkpoint.load(path, world, sharded, wanted, transfer)
 

@@ -11,11 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepfm_dist.build import (
     build_model,
-    check_monitor_name,
     deepfm_of,
     shard_for_inference,
     shard_for_training,
-    validation_of,
 )
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
@@ -23,6 +21,7 @@ from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.runs import (
@@ -410,7 +409,7 @@ def _validation_of_nothing(folder: Path, *overrides: str) -> bool:
         splits["valid"] = splits["valid"].model_copy(update={"rows": 0})
         config = config_of(*overrides)
         sharded, _ = shard_for_training(config, dataset.manifest, world)
-        return validation_of(config, dataset, sharded, world) is None
+        return make_validate(config, dataset, sharded, world) is None
 
 
 def test_a_figure_cannot_be_watched_without_validation_rows(sample: PreparedDataset) -> None:

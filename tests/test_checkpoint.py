@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training, transfer_of
+from deepfm_dist.build import deepfm_of, shard_for_inference, shard_for_training, weight_transfer
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
@@ -212,7 +212,7 @@ def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dic
         )
         if run_dir is not None:
             path = checkpoint.find_checkpoint(run_dir)
-            transfer = transfer_of(config.data, manifest, config.model)
+            transfer = weight_transfer(config.data, manifest, config.model)
             checkpoint.load(path, world, sharded, optimizer, transfer)
         state = {f"t.{name}": value for name, value in sharded.state_dict().items()}
         for name, values in optimizer.state_dict()["state"].items():

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
-from deepfm_dist.build import hypothetical_manifest, model_to_train
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.optimizers import table_optimizer
-from deepfm_dist.distributed.planning import Job, Plan, hypothetical_world, plan, sent_bytes
+from deepfm_dist.distributed.planning import Plan, sent_bytes
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import RESERVED, local_shards
+from deepfm_dist.jobs.plan import plan
 from deepfm_dist.report.tables import plan_table
 from tests.ranks import run_ranks
 from tests.test_distributed import SMALL, Run, config_of
@@ -31,12 +30,7 @@ GIB = 1 << 30
 
 
 def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: float) -> Plan:
-    optimizer = table_optimizer(config.optimizer, torch.device("cuda"))
-    world = hypothetical_world(size, local)
-    task = model_to_train(config, hypothetical_manifest(config, rows), world)
-    optimizer.attach(task.model.embedding_arch.ebc.parameters())
-    batch = config.trainer.batch_size
-    return plan(Job(task, world, optimizer, config.sharding, batch, int(gib * GIB)))
+    return plan(config, rows, size, local, int(gib * GIB))
 
 
 def said(*arguments: str) -> tuple[int, str, str]:

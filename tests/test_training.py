@@ -21,7 +21,7 @@ import torch
 from deepfm_dist import evaluate as evaluate_command
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
-from deepfm_dist.build import check_monitor_name, deepfm_of
+from deepfm_dist.build import deepfm_of
 from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.checkpoint import (
@@ -34,6 +34,7 @@ from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.validation import check_monitor_name
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
 from deepfm_dist.training import trainer

@@ -1,10 +1,10 @@
 """Measures a run's model on held-out rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepfm_dist.build import baselines_of, deepfm_of
+from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import find_file
@@ -13,6 +13,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import DataError
 from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
 from deepfm_dist.log import MetricsLog
+from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs import LoadedModel, open_trained
@@ -56,7 +57,7 @@ def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None
         DataError: the split is empty, or the reference cannot be read.
     """
     split = config.evaluate.split
-    baselines, reference = baselines_of(config), _reference(config)
+    baselines, reference = _baselines(config), _reference(config)
     with process_group(*config.run.process_group) as world:
         trained = open_trained(config, overrides, world, same_rows=True)
         _check_not_empty(trained.dataset, split)
@@ -117,3 +118,19 @@ def _report(
     own_split = trained.settings.get("evaluate", {}).get("split", split)
     name = "report.html" if split == own_split else f"report-{split}.html"
     return Evaluation(split, rows, comparison, verdicts, metrics.path, write_page(report, name))
+
+
+def _baselines(config: Config) -> dict[str, Baseline]:
+    """The baselines that the configuration names.
+
+    Raises:
+        ConfigError: one needs a library that is not installed.
+    """
+    settings = config.evaluate
+    makers: dict[str, Callable[[], Baseline]] = {
+        "popularity": Popularity,
+        "item_knn": lambda: ItemKNN(settings.item_knn_neighbours),
+        "ease": lambda: Ease(settings.ease_l2),
+        "ials": lambda: Ials(settings.ials, config.run.seed),
+    }
+    return {name: makers[name]() for name in settings.baselines}

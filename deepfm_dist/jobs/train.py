@@ -8,13 +8,7 @@ from functools import partial
 
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist.build import (
-    check_monitor_name,
-    loggers,
-    shard_for_training,
-    training_batches,
-    validation_of,
-)
+from deepfm_dist.build import loggers, shard_for_training, training_batches
 from deepfm_dist.config import Config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load
@@ -23,6 +17,7 @@ from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.prepare import prepare_locked
+from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.runs import (
@@ -112,7 +107,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     if start.is_over:
         return Trained(start.state, stopped=False)
     sharded, optimizer = shard_for_training(config, manifest, world)
-    validate = validation_of(config, dataset, sharded, world)
+    validate = make_validate(config, dataset, sharded, world)
     if world.is_first:
         warn_of_numbers(manifest)
         warn_of_labels(manifest)

@@ -4,18 +4,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore
 
-from deepfm_dist.build import search_of
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.distributed.checkpoint import keep_checkpoints
 from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.train import train_on
-from deepfm_dist.storage import atomic_write, write_errors_to_user
+from deepfm_dist.storage import atomic_write, is_remote, write_errors_to_user
 from deepfm_dist.training.search import Search, Trial
-from deepfm_dist.training.state import NonFiniteLoss
+from deepfm_dist.training.state import LOWER_IS_BETTER, NonFiniteLoss
 from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def tune(config: Config) -> SearchResult | None:
     """
     folder = _folder(config)
     with process_group(*config.run.process_group) as world:
-        search = world.run_on_rank0("search", lambda: search_of(config, folder))
+        search = world.run_on_rank0("search", lambda: _open_search(config, folder))
         while trial := world.broadcast(search.next(config.tune.trials) if search else None):
             log.info("%s: %s", trial.name, trial.values)
             outcome, best = _run_trial(config, trial, search, world)
@@ -123,3 +123,61 @@ def _result(config: Config, search: Search) -> SearchResult:
             file.write_text(settings.to_yaml())
     n_open = search.n_elsewhere()
     return SearchResult(search.path, config.monitor or "", search.past(), best, path, n_open)
+
+
+def _open_search(config: Config, folder: Path) -> Search:
+    """The search that the configuration describes.
+
+    Args:
+        config: the settings that all trials share, and what to vary.
+        folder: of the study.
+
+    Raises:
+        ConfigError: nothing is to be varied or watched, the folder is behind a URL, or the study
+            cannot be continued.
+    """
+    if is_remote(folder):
+        raise ConfigError(
+            f"run.runs_root={config.run.runs_root}: the journal of a search is locked and appended "
+            f"to, which takes a disk; set run.runs_root to a local folder"
+        )
+    space = config.tune.space
+    if not space:
+        raise ConfigError(
+            "tune.space is empty: name what to vary, such as tune.space={optimizer.dense.lr: "
+            "{low: 0.0001, high: 0.01, log: true}}"
+        )
+    if config.monitor is None:
+        raise ConfigError(
+            "tune compares trials by a validation figure, and trainer.monitor=null turns it off; "
+            "leave that out, or set trainer.monitor=auc"
+        )
+    if "trainer.monitor" in space:
+        raise ConfigError(
+            "tune.space.trainer.monitor: trials are compared by one figure; leave it out"
+        )
+    _check_space(config)
+    return Search(
+        folder,
+        config.tune,
+        config.monitor in LOWER_IS_BETTER,
+        config.run.seed,
+        config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),
+    )
+
+
+def _check_space(config: Config) -> None:
+    """Tries the ends of what is varied, and a fraction where numbers need not be whole.
+
+    Raises:
+        ConfigError: a setting is unknown or cannot have such a value.
+    """
+    for name, values in config.tune.space.items():
+        if isinstance(values, tuple):
+            tried: tuple[Any, ...] = values
+        else:
+            tried = (values.low, values.high)
+            if not all(isinstance(bound, int) for bound in tried):
+                tried = (*tried, values.low + 0.382 * (values.high - values.low))
+        for value in tried:
+            with_settings(config, {name: value}, f"tune.space.{name}")

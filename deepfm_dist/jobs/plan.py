@@ -1,0 +1,90 @@
+"""Says whether a model fits a cluster, without the cluster."""
+
+from collections.abc import Mapping
+
+from deepfm_dist.build import model_to_train
+from deepfm_dist.config import Config
+from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
+from deepfm_dist.distributed import planning
+from deepfm_dist.distributed.optimizers import table_optimizer
+from deepfm_dist.distributed.planning import Job, Plan, hypothetical_world
+from deepfm_dist.distributed.sharding import check_placements
+from deepfm_dist.errors import ConfigError
+
+
+def plan(
+    config: Config,
+    rows: Mapping[str, int],
+    world_size: int,
+    local_world_size: int,
+    hbm_bytes: int,
+) -> Plan:
+    """Adds up what training needs of each GPU's memory and of the network.
+
+    Args:
+        config: the settings.
+        rows: rows by table, as `hypothetical_manifest` takes them.
+        world_size: GPUs.
+        local_world_size: GPUs of a machine.
+        hbm_bytes: memory of a GPU.
+
+    Raises:
+        ConfigError: a table's rows are not known, or a setting is not for GPUs.
+    """
+    world = hypothetical_world(world_size, local_world_size)
+    optimizer = table_optimizer(config.optimizer, world.device)
+    check_placements(config.sharding, optimizer.kernel, world.device)
+    task = model_to_train(config, hypothetical_manifest(config, rows), world)
+    optimizer.attach(task.model.embedding_arch.ebc.parameters())
+    batch_size = config.trainer.batch_size
+    return planning.plan(Job(task, world, optimizer, config.sharding, batch_size, hbm_bytes))
+
+
+def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
+    """The manifest of data with the given rows, as far as building the model needs it.
+
+    Args:
+        config: names the fields.
+        rows: rows by table. Those of a prepared dataset, where there is one, fill the gaps, and
+            what the configuration says of hashed tables and buckets.
+
+    Raises:
+        ConfigError: a table's rows are not known, or an unknown table is named.
+    """
+    readers: dict[str, list[str]] = {}
+    known: dict[str, int] = {}
+    for feature in config.data.features:
+        if feature.in_table:
+            readers.setdefault(feature.table_name, []).append(feature.name)
+        if feature.transform == "bucket":
+            known[feature.table_name] = 1 + feature.buckets
+        elif feature.hash_rows is not None:
+            known[feature.table_name] = 1 + feature.hash_rows
+    if (config.prepared_dir / "manifest.json").is_file():
+        tables = Manifest.read(config.prepared_dir).tables
+        known |= {name: spec.rows for name, spec in tables.items()}
+    known |= rows
+    if strange := sorted(rows.keys() - readers.keys()):
+        raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")
+    if unknown := [name for name in readers if name not in known]:
+        raise ConfigError(
+            f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "
+            f"data: python -m deepfm_dist.prepare"
+        )
+    return Manifest(
+        format=FORMAT,
+        fingerprint="",
+        vocabulary_hash="",
+        seed=config.run.seed,
+        data=config.data,
+        tables={n: TableSpec(rows=known[n], features=tuple(f)) for n, f in readers.items()},
+        entities={},
+        numeric={},
+        splits={},
+        files=0,
+        lanes=0,
+        groups=0,
+        dropped={},
+        inputs={},
+        versions={},
+    )

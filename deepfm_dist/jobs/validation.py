@@ -1,0 +1,71 @@
+"""Figures on the validation rows while a model trains."""
+
+from collections.abc import Callable, Mapping
+
+from deepfm_dist.build import deepfm_of
+from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
+from deepfm_dist.training.checks import check_monitor
+from deepfm_dist.training.evaluation import RowEvaluator
+from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
+
+
+def make_validate(
+    config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
+) -> Callable[[], Mapping[str, float]] | None:
+    """Measures the model on the validation rows, the same on all ranks; None: there are none.
+
+    The catalogue is ranked too where the loss or the monitored figure is one of rankings.
+
+    Raises:
+        ConfigError: there are none although a setting asks for a monitored figure; or the figure
+            is undefined on them; or the catalogue is to be ranked and ``recommend.context`` lacks a
+            field.
+    """
+    if not dataset.manifest.splits["valid"].rows:
+        if asked := config.trainer.needs_monitor:
+            raise ConfigError(
+                f"trainer.{asked}: {dataset.folder} has no validation rows; hold some out "
+                f"(data.split.valid=0.1, data.refit=false), or leave the setting out"
+            )
+        return None
+    check_monitor(config.monitor, dataset.manifest)
+    rows = RowEvaluator(dataset, "valid")
+    items: RankingEvaluator | None = None
+    if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
+        items = RankingEvaluator(
+            dataset, "valid", config.recommend.context, config.evaluate.mask_seen
+        )
+
+    def validate() -> Mapping[str, float]:
+        figures = dict(rows.metrics(sharded, world))
+        if items is not None:
+            figures |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
+        return world.broadcast(figures)
+
+    return validate
+
+
+def check_monitor_name(config: Config) -> None:
+    """Refuses to monitor what is not a figure of the validation rows.
+
+    Raises:
+        ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
+    """
+    monitor = config.monitor
+    figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
+    if config.data.task == "implicit":
+        figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
+    if monitor is not None and monitor not in figures:
+        raise ConfigError(
+            f"trainer.monitor={monitor}: not a figure that can be monitored; available: "
+            f"{', '.join(figures)}"
+        )
+    if monitor == "user_auc" and config.data.interactions.user is None:
+        raise ConfigError(
+            "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
+        )
