@@ -272,7 +272,7 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     shutil.copytree(again, killed)
     results = run_ranks(_recommended, 2, *arguments, again, checkpoint)
     assert [written for written, *_ in results] == [1, 0]
-    assert "1 parts of an interrupted run are taken over" in results[0][1]
+    assert "1 parts of an interrupted run are reused" in results[0][1]
     assert [digest(again / f) for f in FILES] == [digest(once / f) for f in FILES]
     assert sorted(p.name for p in again.iterdir()) == list(FILES)
 

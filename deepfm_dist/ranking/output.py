@@ -58,14 +58,13 @@ class RankingFiles:
 class ResumableOutput:
     """The parts of a file that is being made, each complete or not there. All ranks.
 
-    A run that was killed left its parts behind; they are taken over if they were made from the
-    same key.
+    The parts of a run that was killed are reused if they were made from the same key.
 
     Args:
         folder: of the run; the same disk for all ranks.
         name: of the file to be.
         n_users: users of all ranks; each `users_per_chunk` of them has a part.
-        key: what the parts depend on, as JSON values; None: parts found are never taken over.
+        key: what the parts depend on, as JSON values; None: earlier parts are never reused.
         world: the ranks.
 
     Attributes:

@@ -4,7 +4,7 @@ import logging
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,100 +71,142 @@ def recommend(
     Returns:
         On rank 0 what was written; None elsewhere. Its figures: ``peak_memory_gib`` of each rank;
         ``pairs``, ``seconds`` and ``pairs_per_s`` unless parts of an interrupted run were taken
-        over; of a short list ``short_list``: on how many ``users`` it was compared with the whole
+        over; with a short list ``short_list``: on how many ``users`` it was compared with the whole
         catalogue, the ``overlap`` (which share of the exact top K it has), ``times_as_fast``, and
         ``deep_share`` (which share of the pairwise part's top K the over-arch replaces).
 
     Raises:
-        DataError: a list names nothing that is known, or users who are not; or histories are
-            given to a model that has no field for them.
+        DataError: a list has no known id, or has unknown users; or histories are given to a model
+            that has no field for them.
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
     catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
-    context = RowEncoder(dataset).fixed_context(config.context)
-    histories: Jagged | None = None
-    if config.histories is None:
-        users, user_ids = in_id_order(dataset, "user", _users(dataset, config.users))
-        masked = masked_splits_of(dataset, config.mask)
-        positives = [bags for split in masked for bags in dataset.met(split)]
-    else:
-        user_ids, histories = read_histories(dataset, Path(config.histories))
-        users, positives = np.arange(len(histories), dtype=np.int32), [histories]
+    asked = _asked_for(dataset, config)
     ranker = ModelRanker.of_model(
         model,
         world,
         dataset,
         catalogue,
-        Users(users, histories),
-        context,
+        asked.users,
+        RowEncoder(dataset).fixed_context(config.context),
         memory_bytes=config.memory_bytes,
         precision=config.precision,
     )
-    seen = catalogue.seen_by(users, positives)
-    figures: dict[str, Any] = {}
-    if config.candidates is not None and not ranker.has_deep_part:
-        log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
-    elif config.candidates is not None and config.candidates < len(catalogue):
-        chosen = _sample(len(users), len(catalogue))
-        of_sample = catalogue.seen_by(users[chosen], positives)
-        index = None if config.index is None else ranker.make_index(config.index, config.probes)
-        figures["short_list"] = _compare(
-            ranker, users[chosen], of_sample, config.k, config.candidates, index, world
-        )
-        ranker = ranker.for_users(users, config.candidates, index)
+    ranker, figures = _with_short_list(ranker, asked, catalogue, config, world)
     key = None
     if checkpoint is not None:
-        key = {
-            "weights": state_of(checkpoint),
-            "data": dataset.manifest.fingerprint,
-            "users": hash_of(users)
-            if histories is None
-            else [external(user_ids).to_pylist(), hash_of(histories.offsets, histories.values)],
-            "items": hash_of(catalogue.rows),
-            "mask": list(masked_splits_of(dataset, config.mask)),
-            "context": dict(config.context),
-            "k": config.k,
-            "candidates": [config.candidates, config.index, config.probes],
-            "engine": ranker.engine.name,
-        }
-    parts = ResumableOutput(folder, f"{name}.parquet", len(users), key, world)
+        key = {"weights": state_of(checkpoint), "engine": ranker.engine.name}
+        key |= _key(dataset, catalogue, asked, config)
+    n_users = len(asked.ids)
+    parts = ResumableOutput(folder, f"{name}.parquet", n_users, key, world)
     if parts.found:
-        log.info("%s parts of an interrupted run are taken over", f"{parts.found:,}")
+        log.info("%s parts of an interrupted run are reused", f"{parts.found:,}")
     start = time.monotonic()
-    ranked = rank_users(ranker, len(users), seen, config.k, world, parts.missing)
-    parts.write_ranked(ranked, user_ids, catalogue.ids, ("user_id", "item_id"))
+    seen = catalogue.seen_by(asked.users.rows, asked.positives)
+    ranked = rank_users(ranker, n_users, seen, config.k, world, parts.missing)
+    parts.write_ranked(ranked, asked.ids, catalogue.ids, ("user_id", "item_id"))
     world.barrier()
-    took = time.monotonic() - start
+    seconds = time.monotonic() - start
     if config.matrix is not None:
-        # Before anything is merged: a run that is killed here goes on with both files' parts.
+        # Before anything is merged: a run that is killed here resumes with both files' parts.
         of_matrix = key and {**key, "matrix": config.matrix}
         of_name = f"-{name}".removeprefix("-recommendations")
         matrix = ResumableOutput(
-            folder, f"score_matrix{of_name}.parquet", len(users), of_matrix, world
+            folder, f"score_matrix{of_name}.parquet", n_users, of_matrix, world
         )
-        matrix.write_matrix(ranker.scores, user_ids, catalogue.ids, config.matrix)
+        matrix.write_matrix(ranker.scores, asked.ids, catalogue.ids, config.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
-    columns = {"user": "user_id", "item": "item_id"}
-    written = parts.merge_ranked(columns, config.k)
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures["peak_memory_gib"] = world.gather_object(peak_gib)
-    if not parts.found:
-        pairs = len(users) * len(catalogue)
-        figures |= {"pairs": pairs, "seconds": took, "pairs_per_s": pairs / took}
-    if written is not None and not parts.found:
-        log.info(
-            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.2f GiB",
-            f"{pairs:,}",
-            took,
-            pairs / took / 1e6,
-            peak_gib,
-        )
-    if written is not None and (short := len(users) - written.full):
+    files = parts.merge_ranked({"user": "user_id", "item": "item_id"}, config.k)
+    figures |= _speed(n_users * len(catalogue), None if parts.found else seconds, world)
+    if files is None:
+        return None
+    if short := n_users - files.full:
         log.info(
             "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", config.k
         )
-    return None if written is None else replace(written, figures=figures)
+    return replace(files, figures=figures)
+
+
+@dataclass(frozen=True)
+class _AskedFor:
+    """Whom to recommend for.
+
+    Attributes:
+        users: in ranking order.
+        ids: their external ids.
+        positives: item rows that are not recommended to them, by row of ``users``.
+    """
+
+    users: Users
+    ids: pa.Array
+    positives: list[Jagged]
+
+
+def _asked_for(dataset: PreparedDataset, config: RecommendConfig) -> _AskedFor:
+    if config.histories is not None:
+        ids, histories = read_histories(dataset, Path(config.histories))
+        users = Users(np.arange(len(histories), dtype=np.int32), histories)
+        return _AskedFor(users, ids, [histories])
+    rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
+    masked = masked_splits_of(dataset, config.mask)
+    return _AskedFor(Users(rows), ids, [bags for split in masked for bags in dataset.met(split)])
+
+
+def _key(
+    dataset: PreparedDataset, catalogue: Catalogue, asked: _AskedFor, config: RecommendConfig
+) -> dict[str, Any]:
+    """What rankings depend on besides weights and engine, as JSON values."""
+    histories = asked.users.histories
+    return {
+        "data": dataset.manifest.fingerprint,
+        "users": hash_of(asked.users.rows)
+        if histories is None
+        else [external(asked.ids).to_pylist(), hash_of(histories.offsets, histories.values)],
+        "items": hash_of(catalogue.rows),
+        "mask": list(masked_splits_of(dataset, config.mask)),
+        "context": dict(config.context),
+        "k": config.k,
+        "candidates": [config.candidates, config.index, config.probes],
+    }
+
+
+def _with_short_list(
+    ranker: ModelRanker,
+    asked: _AskedFor,
+    catalogue: Catalogue,
+    config: RecommendConfig,
+    world: World,
+) -> tuple[ModelRanker, dict[str, Any]]:
+    """A ranker that scores only candidates in full where they are asked for, and its figures."""
+    if config.candidates is not None and not ranker.has_deep_part:
+        log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
+        return ranker, {}
+    if config.candidates is None or config.candidates >= len(catalogue):
+        return ranker, {}
+    rows = asked.users.rows
+    sample = rows[_sample(len(rows), len(catalogue))]
+    seen = catalogue.seen_by(sample, asked.positives)
+    index = None if config.index is None else ranker.make_index(config.index, config.probes)
+    compared = _compare(ranker, sample, seen, config.k, config.candidates, index, world)
+    return ranker.for_users(rows, config.candidates, index), {"short_list": compared}
+
+
+def _speed(pairs: int, seconds: float | None, world: World) -> dict[str, Any]:
+    """Peak memory of each rank and pairs per second; seconds: None for a run that was resumed."""
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures: dict[str, Any] = {"peak_memory_gib": world.gather_object(peak_gib)}
+    if seconds is None:
+        return figures
+    if world.is_first:
+        log.info(
+            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.2f GiB",
+            f"{pairs:,}",
+            seconds,
+            pairs / seconds / 1e6,
+            peak_gib,
+        )
+    return figures | {"pairs": pairs, "seconds": seconds, "pairs_per_s": pairs / seconds}
 
 
 def masked_splits_of(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
