@@ -696,8 +696,8 @@ def test_a_reference_that_would_mislead_is_refused_or_told_of(
     item = sample.entity_ids("item")[1].as_py()
     twice = [(users[0], item, 1.0), (users[1], item, 1.0), (users[0], item, 2.0)]
     for name, rows, said in (
-        ("model", twice[:1], "model is what another ranking of the table is called"),
-        ("popularity", twice[:1], "popularity is what another ranking of the table is called"),
+        ("model", twice[:1], "another ranking of the table is called model"),
+        ("popularity", twice[:1], "another ranking of the table is called popularity"),
         ("other", twice, f"user '{users[0]}' and item '{item}' have 2 scores; leave one of them"),
     ):
         path = tmp_path / f"{name}.csv"

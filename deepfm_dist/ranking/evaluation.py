@@ -194,52 +194,36 @@ def evaluate_ranking(
         On rank 0 the rankings' figures, the model's first; None elsewhere.
 
     Raises:
-        ConfigError: a baseline cannot be fitted on so many items, or the reference is called like
-            another ranking.
-        DataError: the reference cannot be read, or says a score twice.
+        ConfigError: a baseline cannot be fitted on this many items, or the reference has the name
+            of another ranking.
+        DataError: the reference cannot be read, or repeats a pair of user and item.
     """
-    dataset, catalogue = held_out.dataset, held_out.catalogue
-    users, relevant = held_out.users, held_out.relevant
-    makers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
-    if baselines:
-        # Users below min_count come behind the others: nobody is ranked for them, but their rows
-        # are training rows.
-        train = distinct(
-            Jagged.concatenated(
-                [
-                    catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
-                    for items in (dataset.history, dataset.rare_history)
-                ]
-            )
-        )
-        room = world.broadcast(available_bytes()) // world.local_world_size
-        for name, baseline in baselines.items():
-            sized, difference = baseline.sized(len(catalogue), room)
-            name += difference
-            makers[name] = partial(_fitted, name, sized, train, len(catalogue), users, world)
+    rankers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
+    rankers |= _baseline_rankers(held_out, baselines, world)
     if reference is not None:
         name = Path(reference).stem
-        if name in makers:
+        if name in rankers:
             raise ConfigError(
-                f"evaluate.reference={reference}: {name} is what another ranking of the table is "
-                f"called; give the file another name"
+                f"evaluate.reference={reference}: another ranking of the table is called {name}; "
+                f"give the file another name"
             )
-        scores = _reference_scores(reference, dataset, catalogue, users)  # before hours of others
-        makers[name] = lambda: FixedRanker(
-            lambda begin, end: scores(begin, end).to(world.device), len(catalogue)
-        )
-    activity = Groups.by_quantile(dataset.history.lengths[users])
-    popularity = Groups.by_quantile(held_out.counts[relevant.values])
+        n_items = len(held_out.catalogue)
+        # Read before other rankings take hours.
+        scores = _reference_scores(reference, held_out.dataset, held_out.catalogue, held_out.users)
+        rankers[name] = lambda: FixedRanker(lambda b, e: scores(b, e).to(world.device), n_items)
+    history = held_out.dataset.history
+    activity = Groups.by_quantile(history.lengths[held_out.users])
+    popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])
     figures, samples, profiles, shown = {}, {}, {}, []
-    for name, ranker in makers.items():
-        found = held_out.measured(ranker(), cutoffs, world)
-        if found is not None:
-            of_users, ranked = found
-            figures[name] = means(of_users) | coverage(ranked, cutoffs, len(catalogue))
+    for name, ranker in rankers.items():
+        measured = held_out.measured(ranker(), cutoffs, world)
+        if measured is not None:
+            of_users, ranked = measured
+            figures[name] = means(of_users) | coverage(ranked, cutoffs, len(held_out.catalogue))
             samples[name] = resampled_means(of_users)
-            profiles[name] = profile(ranked, relevant, activity, popularity)
+            profiles[name] = profile(ranked, held_out.relevant, activity, popularity)
             if name == "model":
-                shown = examples(users, ranked, dataset.history, relevant)
+                shown = examples(held_out.users, ranked, history, held_out.relevant)
     if not world.is_first:
         return None
     ours = samples["model"]
@@ -253,13 +237,36 @@ def evaluate_ranking(
         },
         Insight(
             profiles,
-            len(users),
+            len(held_out.users),
             activity.bounds,
-            len(relevant.values),
+            len(held_out.relevant.values),
             popularity.bounds,
             shown,
         ),
     )
+
+
+def _baseline_rankers(
+    held_out: RankingEvaluator, baselines: Mapping[str, Baseline], world: World
+) -> dict[str, Callable[[], Ranker]]:
+    """By name, what fits a baseline on the training positives. All ranks."""
+    if not baselines:
+        return {}
+    dataset, catalogue = held_out.dataset, held_out.catalogue
+    # Users below min_count come behind the others: nobody is ranked for them, but their rows are
+    # training rows.
+    positives = [
+        catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
+        for items in (dataset.history, dataset.rare_history)
+    ]
+    train = distinct(Jagged.concatenated(positives))
+    room_bytes = world.broadcast(available_bytes()) // world.local_world_size
+    rankers: dict[str, Callable[[], Ranker]] = {}
+    for name, baseline in baselines.items():
+        sized, difference = baseline.sized(len(catalogue), room_bytes)
+        name += difference
+        rankers[name] = partial(_fitted, name, sized, train, len(catalogue), held_out.users, world)
+    return rankers
 
 
 def _fitted(

@@ -37,11 +37,11 @@ _Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Measured:
-    """What held-out rows say of a model.
+    """A model's figures on held-out rows.
 
     Attributes:
         figures: auc, user_auc where rows have users, and `figures_of`.
-        calibration: how far its probabilities are to be believed.
+        calibration: predicted against observed probabilities.
     """
 
     figures: dict[str, float]
@@ -49,9 +49,9 @@ class Measured:
 
 
 class RowEvaluator:
-    """The labelled rows of a split, ready to be scored again and again.
+    """Scores the labelled rows of a split, as often as is wanted.
 
-    Rows are read from disk as they are needed, and lie there again with their scores: memory does
+    Rows are read from disk when they are needed and written back with their scores, so memory does
     not grow with them.
 
     Args:
@@ -110,7 +110,7 @@ class RowEvaluator:
 
 
 def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
-    """Area under the ROC curve of all ranks' rows, on rank 0: a stretch of scores after the other.
+    """Area under the ROC curve of all ranks' rows, on rank 0, some scores at a time.
 
     Returns:
         It, NaN where all labels are the same, and what `metrics.calibration_curve` takes.
@@ -126,7 +126,7 @@ def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
 
 
 def _user_auc(records: _Records, n_users: int, world: World) -> float:
-    """Mean AUC of known users by their rows, on rank 0: a stretch of users after the other."""
+    """Mean AUC of known users by their rows, on rank 0, some users at a time."""
     height = -(-n_users // _BINS)
     total = weight = 0.0
     for tally in _tallies(records, world, lambda rows: rows["user"] // height, by_user=True):
@@ -141,7 +141,7 @@ def _tallies(
     bins_of: Callable[[_Records], npt.NDArray[np.integer]],
     by_user: bool,
 ) -> Iterator[Tally]:
-    """Stretch by stretch of bins, the tally of all ranks' rows; empty off rank 0. All ranks."""
+    """The tally of all ranks' rows, some bins at a time; empty off rank 0. All ranks."""
     counts = np.zeros(_BINS, np.int64)
     for rows in _chunks(records):
         counts += np.bincount(bins_of(rows), minlength=_BINS)

@@ -150,10 +150,10 @@ def normalized_entropy(log_loss: float, rate: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows in the order of their logits, cut into stretches of about as much weight each.
+    """Rows in the order of their logits, cut into bins of about equal weight.
 
     Attributes:
-        predicted: mean probability of each stretch.
+        predicted: mean probability of each bin.
         observed: share of label 1.
         rows: weight of its rows.
     """
@@ -163,19 +163,19 @@ class Calibration:
     rows: list[float]
 
 
-def calibration_curve(sums: FloatArray, stretches: int = 20) -> Calibration:
+def calibration_curve(sums: FloatArray, n_bins: int = 20) -> Calibration:
     """Compares probabilities with what happened.
 
     Args:
         sums: ``[3, bins]`` of the rows whose logit falls into a bin, the lowest bin first: their
             weight; and, times the weight, their probability and their label.
-        stretches: at most so many, each of whole bins.
+        n_bins: at most; each holds whole ones of the given bins.
 
     Source: DeGroot, Fienberg, "The Comparison and Evaluation of Forecasters", 1983.
     """
     sums = sums[:, sums[0] > 0]
     rows = sums[0]
-    begins = np.searchsorted(rows.cumsum() - rows, np.arange(stretches) / stretches * rows.sum())
+    begins = np.searchsorted(rows.cumsum() - rows, np.arange(n_bins) / n_bins * rows.sum())
     begins = np.unique(begins[begins < len(rows)])
     rows, predicted, observed = np.add.reduceat(sums, begins, axis=1)
     return Calibration((predicted / rows).tolist(), (observed / rows).tolist(), rows.tolist())

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
@@ -63,9 +64,8 @@ def predict(
         source, encoder.columns, files.get(names_of(dataset.manifest.data.interactions.file)[0])
     )
     aside = work_folder(target)  # two processes may write the same file
-    writer: pq.ParquetWriter | None = None
-    problem: DeepFMError | None = None
-    n_rows = n_strange = first_strange = 0
+    writer = _Writer(target, aside)
+    n_rows = n_not_finite = first_not_finite = 0
     try:
         # Before any work that would be lost.
         world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
@@ -75,46 +75,64 @@ def predict(
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
             pieces = world.gather_object([logits for _, logits in scored])
-            n_rows += rows.n
+            problem: DeepFMError | None = None
             if pieces is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                strange = np.flatnonzero(~np.isfinite(logits))
-                if len(strange) and not n_strange:
-                    first_strange = n_rows - rows.n + int(strange[0]) + 1
-                n_strange += len(strange)
-                table = encoder.as_in_the_file(table)
-                table = table.append_column("score", pa.array(logits))
-                probability = probabilities(logits).astype(np.float32)
-                table = table.append_column("probability", pa.array(probability))
-                try:
-                    with write_errors_to_user(target):
-                        if writer is None:
-                            writer = pq.ParquetWriter(aside, table.schema, compression="zstd")
-                        writer.write_table(table)
-                except DeepFMError as error:
-                    problem = error
+                not_finite = np.flatnonzero(~np.isfinite(logits))
+                if len(not_finite) and not n_not_finite:
+                    first_not_finite = n_rows + int(not_finite[0]) + 1
+                n_not_finite += len(not_finite)
+                problem = writer.write(encoder.as_in_the_file(table), logits)
+            n_rows += rows.n
             if (problem := world.broadcast(problem)) is not None:
                 raise problem if world.is_first else SystemExit(problem.exit_code)
-        if writer is not None:
-            with write_errors_to_user(target):
-                writer.close()
-                os.replace(aside, target)
+        writer.finish()
     finally:
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    if n_strange:
+    if n_not_finite:
         log.warning(
             "%s: %s of %s scores are not numbers, the first that of row %s: a number of that row "
             "is too far from those of training",
             name,
-            f"{n_strange:,}",
+            f"{n_not_finite:,}",
             f"{n_rows:,}",
-            f"{first_strange:,}",
+            f"{first_not_finite:,}",
         )
     for text in encoder.unseen():
         log.warning("%s: %s", name, text)
     return n_rows
+
+
+class _Writer:
+    """Appends scored rows to a parquet file that appears at the end."""
+
+    def __init__(self, target: Path, aside: Path) -> None:
+        self._target, self._aside = target, aside
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table, logits: npt.NDArray[np.float32]) -> DeepFMError | None:
+        """Appends rows with their scores; returns why it cannot."""
+        table = table.append_column("score", pa.array(logits))
+        table = table.append_column(
+            "probability", pa.array(probabilities(logits).astype(np.float32))
+        )
+        try:
+            with write_errors_to_user(self._target):
+                if self._writer is None:
+                    self._writer = pq.ParquetWriter(self._aside, table.schema, compression="zstd")
+                self._writer.write_table(table)
+        except DeepFMError as error:
+            return error
+        return None
+
+    def finish(self) -> None:
+        """Puts the file in its place, where something was written."""
+        if self._writer is not None:
+            with write_errors_to_user(self._target):
+                self._writer.close()
+                os.replace(self._aside, self._target)
 
 
 def _check_writable(target: Path, aside: Path) -> None:
