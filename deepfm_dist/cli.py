@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from deepfm_dist.arguments import EXAMPLES, Parser, bundled_as_text, complete, complete_config
 from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
@@ -29,14 +30,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 log = logging.getLogger("deepfm_dist")
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
-
-EXAMPLES = (
-    "",
-    "--config sample run.threads=2",
-    "torchrun --config mine.yaml data.root=/data",
-)
-"""Arguments worth showing; with several ranks where torchrun comes first."""
-
 
 _ALWAYS = ("run.name", "run.runs_root", "run.prepared_root", "run.threads", "data")
 _INFERENCE = (
@@ -87,68 +80,32 @@ def run(
         work: takes the configuration and the command's own arguments.
         argv: arguments; default: the process's.
         add_arguments: adds the command's own arguments.
-        examples: of its arguments, for --help; see `EXAMPLES`.
+        examples: of its arguments, for --help; see `deepfm_dist.arguments.EXAMPLES`.
 
     Returns:
         0 done, 2 the user's mistake (one line on stderr). A bug leaves its traceback, and 1.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m deepfm_dist.{name}",
-        description=description,
-        epilog="examples:\n" + "".join(_example(name, text) for text in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML file, name of a bundled one, or a run's folder (default: sample)",
-    )
-    source.add_argument(
-        "--run",
-        metavar="FOLDER",
-        help="a run whose settings to take: runs/sample, or its URL; torchrun takes --run for its "
-        "own --run-path: there, --config runs/sample",
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    parser = _command_parser(name, description, examples)
     if add_arguments:
         add_arguments(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings to override"
     )
+    complete(parser)
     arguments = parser.parse_intermixed_args(argv)
     launch = Launch()
     _log_to_stderr(arguments.quiet)
     try:
         launch = read_launch()
         watch_torchrun(launch)
-        if launch.rank != 0:
-            log.setLevel(logging.WARNING)
-        config = _config_of(arguments)
-        if arguments.print_config:
-            print(config.to_yaml(), end="")
-            return EXIT_OK
-        if launch.ignored:
-            log.warning(
-                "ignored: %s; MASTER_ADDR and MASTER_PORT are not set, so this runs as a single "
-                "process",
-                " ".join(launch.ignored),
-            )
-        if launch.rank == 0:
-            _warn_of_settings_without_effect(name, arguments.overrides)
-        require(config.run.device)
-        with memory_errors_to_user():
-            work(config, arguments)
+        _run_on_rank(name, launch, arguments, work)
     except DeepFMError as error:
         # Usually every rank makes the same mistake, which rank 0 reports.
         if not isinstance(error, RankLost):
             wait_for_the_end(launch)
         if not report_to_torchrun(launch, error):
-            name = coloured(type(error).__name__, "red", sys.stderr)
-            print(f"{name}: {error}", file=sys.stderr)
+            kind = coloured(type(error).__name__, "red", sys.stderr)
+            print(f"{kind}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -159,6 +116,56 @@ def run(
         report_to_torchrun(launch, error)
         raise
     return EXIT_OK
+
+
+def _run_on_rank(
+    name: str,
+    launch: Launch,
+    arguments: argparse.Namespace,
+    work: Callable[[Config, argparse.Namespace], None],
+) -> None:
+    """Resolves the configuration, and prints it or does the work."""
+    if launch.rank != 0:
+        log.setLevel(logging.WARNING)
+    config = _config_of(arguments)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return
+    if launch.ignored:
+        log.warning(
+            "ignored: %s; MASTER_ADDR and MASTER_PORT are not set, so this runs as a single "
+            "process",
+            " ".join(launch.ignored),
+        )
+    if launch.rank == 0:
+        _warn_of_settings_without_effect(name, arguments.overrides)
+    require(config.run.device)
+    with memory_errors_to_user():
+        work(config, arguments)
+
+
+def _command_parser(name: str, description: str, examples: Sequence[str]) -> Parser:
+    """A parser with what every command that takes a configuration has."""
+    parser = Parser(name, description, examples)
+    parser.epilog = f"bundled configurations:\n{bundled_as_text()}\n\n{parser.epilog}"
+    source = parser.add_mutually_exclusive_group()
+    config = source.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file, name of a bundled one, or a run's folder (default: sample)",
+    )
+    config.completer = complete_config  # type: ignore[attr-defined]  # argcomplete reads it
+    source.add_argument(
+        "--run",
+        metavar="FOLDER",
+        help="a run whose settings to take: runs/sample, or its URL; torchrun takes --run for its "
+        "own --run-path: there, --config runs/sample",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    return parser
 
 
 @contextmanager
@@ -252,13 +259,6 @@ def _is_run(config: str) -> bool:
     if "://" in config:
         return not config.endswith((".yaml", ".yml"))
     return Path(config, "config.yaml").is_file()
-
-
-def _example(name: str, arguments: str) -> str:
-    launcher, _, rest = arguments.partition(" ")
-    if launcher == "torchrun":
-        return f"  torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}\n"
-    return f"  python -m deepfm_dist.{name} {arguments}".rstrip() + "\n"
 
 
 def _log_to_stderr(quiet: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError, model_validator
 
+from deepfm_dist.bundle import BUNDLE, bundled_configs
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.settings import (
     CheckpointConfig,
@@ -30,10 +31,6 @@ from deepfm_dist.storage import (
 )
 from deepfm_dist.training.settings import TrainerConfig, TuneConfig
 from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, typed
-
-PACKAGE = Path(__file__).parent
-BUNDLE = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent
-"""Where ``configs/`` and ``data/sample/`` lie: in the wheel, or at the root of a clone."""
 
 
 class Config(Section):
@@ -272,7 +269,7 @@ def _find(path: str) -> Path:
         with storage_errors_to_user(candidate):
             if candidate.is_file():
                 return candidate
-    names = sorted(p.stem for p in bundled.glob("*.yaml"))
+    names = bundled_configs()
     near = nearest(Path(path).stem, names)
     hint = f"; did you mean {near}?" if near else f"; bundled are: {', '.join(names)}"
     raise ConfigError(f"--config {path}: no such file{hint}")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from deepfm_dist.arguments import Parser, complete
 from deepfm_dist.terminal import coloured
 
 
@@ -16,17 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the last command that ran.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m deepfm_dist.demo",
-        description=__doc__,
-        epilog="examples:\n  python -m deepfm_dist.demo --nproc 1 trainer.epochs=2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Do the whole job on the bundled sample, command by command."
+    parser = Parser("demo", description, ["--nproc 1 trainer.epochs=2"])
     parser.add_argument(
         "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"
     )
     parser.add_argument("--quiet", action="store_true", help="print results and errors only")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    complete(parser)
     arguments = parser.parse_intermixed_args(argv)
     from deepfm_dist.cli import heeds
     from deepfm_dist.config import load_config, settings_of

@@ -6,7 +6,6 @@ something has to be cured first.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deepfm_dist import environment
+from deepfm_dist.arguments import Parser, complete
 from deepfm_dist.environment import Problem, memory_bytes
 from deepfm_dist.terminal import coloured
 from deepfm_dist.version import __version__
@@ -269,14 +269,11 @@ def _gpu_problems(gpus: Sequence[dict[str, Any]]) -> list[Problem]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the examination; 0 if all is fine, 2 if a fatal problem was found."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deepfm_dist.doctor",
-        description=__doc__.splitlines()[0],
-        epilog="examples:\n  python -m deepfm_dist.doctor --device cuda --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Say whether this machine can train, and with what."
+    parser = Parser("doctor", description, ["--device cuda --json"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    complete(parser)
     arguments = parser.parse_args(argv)
 
     report = examine(arguments.device)

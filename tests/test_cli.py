@@ -4,8 +4,11 @@ import importlib
 import io
 import json
 import logging
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import deepfm_dist
 from deepfm_dist import (
     __main__,
     cli,
@@ -29,6 +33,7 @@ from deepfm_dist import (
 )
 from deepfm_dist.config import load_config
 from tests.ranks import run_alone
+from tests.test_imports import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[Sequence[str] | None], int]
@@ -169,7 +174,8 @@ def test_the_demo_refuses_a_number_of_ranks_that_is_none(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--nproc", nproc])
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"'{nproc}' is not a number of ranks")
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"'{nproc}' is not a number of ranks; see" in line
 
 
 def test_the_commands_are_listed_and_can_be_named(
@@ -177,15 +183,62 @@ def test_the_commands_are_listed_and_can_be_named(
 ) -> None:
     assert __main__.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    for target in scripts.values():
-        name = target.removeprefix("deepfm_dist.").removesuffix(":main")
+    for name in COMMANDS:
         [line] = [line for line in lines if line.split()[:1] == [name]]
         assert len(line) > 40
     assert __main__.main(["trian"]) == 2
     assert capsys.readouterr().err == "ConfigError: trian: unknown command; did you mean train?\n"
     assert __main__.main(["prepare", "--print-config", "run.seed=9"]) == 0
     assert "seed: 9" in capsys.readouterr().out
+
+
+def test_one_script_runs_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"deepfm": "deepfm_dist.__main__:main"}
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deepfm_dist {deepfm_dist.__version__}\n"
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/deepfm"])
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: deepfm train" in shown and "\n  deepfm train --config sample" in shown
+    for config in (ROOT / "configs").glob("*.yaml"):
+        assert re.search(rf"\b{config.stem}\b", shown.partition("bundled configurations:")[2])
+
+
+@pytest.mark.parametrize(
+    ("main", "option"), [(train.main, "--quite"), (demo.main, "--x"), (doctor.main, "--device=tpu")]
+)
+def test_an_unknown_option_is_one_line(
+    main: Main, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([option])
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"ConfigError: .*; see python -m deepfm_dist\.\w+ --help", line)
+    assert option.partition("=")[0] in line
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("deepfm recom", {"recommend "}),
+        ("deepfm train --pri", {"--print-config "}),
+        ("deepfm train --config movielens_l", {"movielens_latest_small", "movielens_latest_x1"}),
+        ("deepfm doctor --device c", {"cpu", "cuda"}),
+    ],
+)
+def test_a_shell_completes_commands_and_their_options(
+    line: str, expected: set[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    answer = {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer")}
+    command = [sys.executable, "-m", "deepfm_dist"]
+    subprocess.run(command, env=os.environ | asked | answer, cwd=tmp_path, check=True)
+    assert {*(tmp_path / "answer").read_text().split("\n")} == expected
 
 
 def test_a_run_s_folder_is_a_configuration(

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.config import BUNDLE, Config, config_from, load_config
+from deepfm_dist.bundle import BUNDLE
+from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.section import Section
 from deepfm_dist.typed_yaml import load, typed

@@ -15,8 +15,18 @@ COMMANDS = {
     "export", "import_weights", "combine", "plan", "serve", "tune",
 }  # fmt: skip
 LEVELS = [
-    {"errors", "messages", "section", "compiled", "float_order", "terminal", "events", "version"},
-    {"launcher", "storage", "seeding", "typed_yaml"},
+    {
+        "errors",
+        "messages",
+        "section",
+        "compiled",
+        "float_order",
+        "terminal",
+        "events",
+        "version",
+        "bundle",
+    },
+    {"launcher", "storage", "seeding", "typed_yaml", "arguments"},
     {"log", "lock", "environment", "setting_errors"},
     {"model"},
     {"data", "distributed"},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfm_dist import import_weights, predict, recommend, train
-from deepfm_dist.config import BUNDLE
+from deepfm_dist.bundle import BUNDLE
 from deepfm_dist.errors import DataError
 from deepfm_dist.interop.notebook import read_weights
 from tests.ranks import run_alone, run_ranks

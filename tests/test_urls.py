@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from deepfm_dist import evaluate, predict, train, tune
-from deepfm_dist.config import BUNDLE
+from deepfm_dist.bundle import BUNDLE
 from tests.ranks import run_alone
 
 

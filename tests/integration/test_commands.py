@@ -24,7 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 from safetensors.numpy import load_file
 
-from deepfm_dist.config import BUNDLE
+from deepfm_dist.bundle import BUNDLE
 from deepfm_dist.data.dataset import PreparedDataset
 
 ROOT = Path(__file__).parents[2]

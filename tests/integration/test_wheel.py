@@ -44,19 +44,19 @@ def run(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str
 def test_the_demo_runs_from_an_installed_wheel(fresh_venv: Path, tmp_path: Path) -> None:
     where = run([fresh_venv / "bin/python", "-c", "import deepfm_dist as d; print(d)"], tmp_path)
     assert str(fresh_venv) in where.stdout
-    done = run([fresh_venv / "bin/deepfm-demo", "trainer.epochs=1"], tmp_path)
+    done = run([fresh_venv / "bin/deepfm", "demo", "trainer.epochs=1"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "whole catalogue, K = 10" in done.stdout
     assert (tmp_path / "runs/sample/report.html").is_file()
     assert (tmp_path / "runs/sample/recommendations.csv").read_text().startswith("user,item\n")
 
 
-def test_console_scripts_know_the_bundled_configurations(fresh_venv: Path, tmp_path: Path) -> None:
+def test_the_script_knows_the_bundled_configurations(fresh_venv: Path, tmp_path: Path) -> None:
     shown = run(
-        [fresh_venv / "bin/deepfm-train", "--config", "notebook", "--print-config"], tmp_path
+        [fresh_venv / "bin/deepfm", "train", "--config", "notebook", "--print-config"], tmp_path
     )
     assert shown.returncode == 0, shown.stderr
     assert "fixed_per_user: 50" in shown.stdout
-    wrong = run([fresh_venv / "bin/deepfm-train", "--config", "notebok"], tmp_path)
+    wrong = run([fresh_venv / "bin/deepfm", "train", "--config", "notebok"], tmp_path)
     assert wrong.returncode == 2
     assert "did you mean notebook?" in wrong.stderr

@@ -1,0 +1,85 @@
+"""Command lines: help with examples, mistakes on one line, completion. Nothing heavy is imported.
+
+argparse takes 10 ms to import, click 35 ms; completion, which argparse lacks, is argcomplete's.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from deepfm_dist.bundle import bundled_configs
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.terminal import coloured
+
+EXAMPLES = (
+    "",
+    "--config sample run.threads=2",
+    "torchrun --config mine.yaml data.root=/data",
+)
+"""Arguments worth showing; with several ranks where torchrun comes first."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command, with examples in its help and mistakes on one line.
+
+    Args:
+        name: of the command.
+        description: one line for --help.
+        examples: of its arguments, for --help; as in `EXAMPLES`.
+    """
+
+    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
+        super().__init__(
+            prog=typed(name),
+            description=description,
+            epilog="examples:\n" + "".join(_example(name, text) for text in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2 and the mistake on one line."""
+        kind = coloured(ConfigError.__name__, "red", sys.stderr)
+        self.exit(2, f"{kind}: {message}; see {self.prog} --help\n")
+
+
+def typed(name: str) -> str:
+    """What runs a command: ``deepfm NAME`` where that was typed, else Python's module."""
+    return f"deepfm {name}" if by_script() else f"python -m deepfm_dist.{name}"
+
+
+def by_script() -> bool:
+    """Whether this process was started as ``deepfm``."""
+    return Path(sys.argv[0]).name == "deepfm"
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks how to complete a line, and ends the process; else returns."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def complete_config(prefix: str, **_: object) -> list[str]:
+    """What may follow ``--config``, for argcomplete."""
+    from argcomplete.completers import FilesCompleter
+
+    files = FilesCompleter(("yaml", "yml"))(prefix)
+    return [*(name for name in bundled_configs() if name.startswith(prefix)), *files]
+
+
+def bundled_as_text() -> str:
+    """The bundled configurations' names, indented, in lines of at most 80 characters."""
+    names = textwrap.fill(", ".join(bundled_configs()), 78, break_on_hyphens=False)
+    return textwrap.indent(names, "  ")
+
+
+def _example(name: str, arguments: str) -> str:
+    launcher, _, rest = arguments.partition(" ")
+    if launcher == "torchrun":
+        return f"  torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}\n"
+    return f"  {typed(name)} {arguments}".rstrip() + "\n"
