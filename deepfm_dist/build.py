@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -196,6 +196,7 @@ def shard_for_training(
     Logs the plan.
     """
     tables = table_optimizer(config.optimizer, world.device)
+    tables = replace(tables, half=config.trainer.table_precision == "fp16")
     task = model_to_train(config, manifest, world)
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch

@@ -30,7 +30,7 @@ from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
 from tests.ranks import RankFailed, run_alone, run_ranks
-from tests.test_distributed import SMALL, Run, config_of, difference
+from tests.test_distributed import COPIES, SMALL, Run, config_of, difference
 
 OPTIMIZERS = ["rowwise_adagrad", "adagrad", "sgd", "adam"]
 
@@ -69,12 +69,16 @@ def test_weights_are_read_at_any_world_size_and_plan(
                 np.testing.assert_array_equal(piece, whole[table][rows])
 
 
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+def _placed(kind: str) -> str:
+    return COPIES if kind == "replicated" else f"sharding.kind={kind}"
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "replicated"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_four_ranks_save_the_optimizer_state_of_one(
     sample: PreparedDataset, tmp_path: Path, optimizer: str, kind: str
 ) -> None:
-    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", f"sharding.kind={kind}")
+    config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", _placed(kind))
     states = []
     for size in (1, 4):
         run_ranks(_saved, size, sample.folder, config, tmp_path / str(size))
@@ -120,6 +124,10 @@ def resumed(folder: Path, config: Config, run_dir: Path, device: str = "cpu") ->
         ("rowwise_adagrad", ("table_wise", "row_wise")),
         ("rowwise_adagrad", ("row_wise", "table_wise")),
         ("adam", ("row_wise", "table_wise")),
+        ("rowwise_adagrad", ("replicated", "row_wise")),
+        ("rowwise_adagrad", ("table_wise", "replicated")),
+        ("adam", ("replicated", "table_wise")),
+        ("adam", ("row_wise", "replicated")),
         pytest.param("sgd", ("row_wise", "table_wise"), marks=pytest.mark.slow),
         pytest.param("adagrad", ("row_wise", "table_wise"), marks=pytest.mark.slow),
     ],
@@ -129,7 +137,7 @@ def test_a_resumed_run_goes_on_exactly_and_anywhere(
 ) -> None:
     lr = 0.003 if optimizer == "adam" else 0.05
     common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}")
-    before, after = (config_of(*common, f"sharding.kind={kind}") for kind in kinds)
+    before, after = (config_of(*common, _placed(kind)) for kind in kinds)
     whole = run_ranks(trained_through, 4, sample.folder, before, tmp_path)[0][20:]
     assert run_ranks(resumed, 4, sample.folder, before, tmp_path)[0] == whole
     for size in (1, 2, 4):

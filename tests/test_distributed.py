@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
@@ -23,7 +24,9 @@ from deepfm_dist.distributed import checkpoint, sharding
 from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
+from deepfm_dist.distributed.planning import hypothetical_world
 from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.replicated import ReplicatedOptimizer
 from deepfm_dist.distributed.settings import (
     DenseOptimizerConfig,
     OptimizerConfig,
@@ -46,6 +49,9 @@ LARGE = ("model.over_arch_layer_sizes=[400, 400, 400]", "model.embedding_dim=10"
 OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
 SAMPLED = "trainer.candidates=90"
 MIXED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}}"
+
+COPIES = ", ".join(f"{table}: {{kind: replicated}}" for table in ("user", "item", "genre"))
+COPIES = f"sharding.tables={{{COPIES}}}"
 
 
 def config_of(*overrides: str) -> Config:
@@ -117,7 +123,8 @@ ELSEWHERE = [
     (2, "sharding.kind=table_wise"),
     (2, "sharding.kind=row_wise"),
     (2, MIXED),
-    (4, "sharding.kind=auto"),
+    (2, COPIES),
+    (4, "sharding.kind=auto"),  # item and genre are replicated
     (4, "sharding.kind=row_wise"),
 ]
 
@@ -487,8 +494,9 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(
     for losses, _ in found:
         assert difference(losses, alone) <= 1e-6
     holders = {t: sum(t in tables for _, tables in found) for t in ("gender", "age", "user")}
-    assert holders["gender"] == holders["age"] == 1  # nine rows go 3, 3, 3, 0
-    assert default == "auto" or holders["user"] == 4
+    # Nine rows go 3, 3, 3, 0; of a table that is left to auto every rank has a copy.
+    assert holders["gender"] == holders["age"] == (4 if default == "auto" else 1)
+    assert holders["user"] == 4
     with pytest.raises(RankFailed, match=r"tables.age.kind=row_wise: 9 rows cut over 4 ranks"):
         run_ranks(_with_small_tables, 4, ShardingConfig(tables={"age": TablePlan(kind="row_wise")}))
 
@@ -785,6 +793,7 @@ def test_a_bounded_norm_is_the_same_at_any_world_size_and_plan(sample: PreparedD
     [
         ("trainer.precision=bf16", (1, 2), 1e-5, 2e-3),
         ("trainer.table_precision=fp16", (1, 2), 1e-7, 1e-4),
+        (f"trainer.table_precision=fp16 & {COPIES}", (2,), 1e-7, 1e-4),
         ("sharding={communication: fp16, kind: row_wise}", (2,), 1e-7, 1e-4),
         ("sharding={communication: fp16, kind: table_wise}", (2,), 1e-7, 1e-4),
         pytest.param("trainer.compile=true", (1,), 0.0, 1e-6, marks=pytest.mark.slow),  # a compiler
@@ -796,7 +805,7 @@ def test_less_precision_and_compilation_stay_near_and_repeat_exactly(
     exact = run_alone(train, sample.folder, config_of(*SMALL), 30)
     for size in sizes:
         first, second = (
-            run_ranks(train, size, sample.folder, config_of(*SMALL, override), 30)[0]
+            run_ranks(train, size, sample.folder, config_of(*SMALL, *override.split(" & ")), 30)[0]
             for _ in range(2)
         )
         assert first == second
@@ -815,6 +824,72 @@ def test_what_a_cpu_has_not_is_refused(sample: PreparedDataset, override: str, s
         run_alone(train, sample.folder, config_of(override), 1)
     with pytest.raises(ConfigError, match=r"table_precision=fp16: adam on the tables"):
         config_of("trainer.table_precision=fp16", "optimizer.tables.name=adam")
+
+
+def _stepped(
+    name: str, gradients: list[np.ndarray], l2: float, half: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    optimizer = ReplicatedOptimizer({"t": weight}, name, 0.5, 1e-3, l2, half)
+    for gradient in gradients:
+        weight.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    state = optimizer.state[weight]["t.momentum1"].numpy() if name != "sgd" else np.zeros(0)
+    return weight.detach().numpy(), state
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_copies_take_the_steps_of_fused_tables(name: str, l2: float) -> None:
+    """By hand; the row that is not looked up stays, L2 or not."""
+    gradients = [np.arange(12, dtype=np.float32).reshape(3, 4) - i for i in (2, 5)]
+    for gradient in gradients:
+        gradient[1] = 0
+    start = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    expected, h = start.astype(np.float64), np.zeros((3, 4))
+    for gradient in gradients:
+        g = gradient + l2 * expected * np.array([[1], [0], [1]])
+        if name == "sgd":
+            expected = expected - 0.5 * g
+            continue
+        h += np.square(g).mean(1, keepdims=True) if name == "rowwise_adagrad" else np.square(g)
+        expected = expected - 0.5 * g / (np.sqrt(h) + 1e-3)
+    weight, state = _stepped(name, gradients, l2, half=False)
+    np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6)
+    if name != "sgd":
+        columns = h[:, 0] if name == "rowwise_adagrad" else h
+        np.testing.assert_allclose(state, columns, rtol=1e-5)
+    rounded, _ = _stepped(name, gradients[:1], l2, half=True)
+    exact, _ = _stepped(name, gradients[:1], l2, half=False)
+    np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+
+
+def test_a_table_is_replicated_up_to_the_rows_that_a_rank_looks_up() -> None:
+    tables = {
+        "one": Table(32, ("one",)),
+        "more": Table(33, ("more",)),
+        "shared": Table(64, ("a", "b")),
+        "named": Table(5, ("named",)),
+    }
+    names = [field for table in tables.values() for field in table.features]
+    model = build_deepfm(tables, names, 0, embedding_dim=3, device=torch.device("meta"))
+    config = ShardingConfig(tables={"named": TablePlan(kind="table_wise")})
+
+    def copies(config: ShardingConfig, world_size: int, replicable: bool = True) -> set[str]:
+        world = hypothetical_world(world_size, world_size)
+        placed = sharding.place(model, world, config, 64, 1 << 30, replicable)
+        return {name for name, plan in placed.items() if plan.kind == "replicated"}
+
+    assert copies(config, 2) == {"one", "shared"}
+    assert copies(config, 4) == copies(config, 1) == copies(config, 2, replicable=False) == set()
+    assert copies(ShardingConfig(kind="row_wise"), 2) == set()
+    everywhere = ShardingConfig(tables={"more": TablePlan(kind="replicated")})
+    assert "more" in copies(everywhere, 8)
+    assert copies(everywhere, 1) == set()
+    with pytest.raises(ConfigError, match=r"tables.more.kind=replicated: .*lazy_adam cannot"):
+        copies(everywhere, 2, replicable=False)
+    with pytest.raises(ValidationError, match=r"cached=0.5: a replicated table is small"):
+        TablePlan(kind="replicated", cached=0.5)
 
 
 def _pipelines(folder: Path) -> list[str]:

@@ -102,8 +102,8 @@ def _weights(run: Run, world: Any) -> dict[str, np.ndarray]:
     mine = [(t, rows.start, p.numpy().copy()) for t, rows, _, p in local_shards(run.sharded)]
     pieces = [piece for of_rank in world.all_gather_object(mine) for piece in of_rank]
     for table in {t for t, *_ in pieces}:
-        parts = sorted(((b, p) for t, b, p in pieces if t == table), key=lambda part: part[0])
-        found[table] = np.concatenate([p for _, p in parts])
+        parts = {begin: p for t, begin, p in pieces if t == table}  # every rank may have them all
+        found[table] = np.concatenate([parts[begin] for begin in sorted(parts)])
     return found
 
 

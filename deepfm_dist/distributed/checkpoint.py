@@ -47,6 +47,7 @@ from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from deepfm_dist.distributed.process_group import World, in_background
+from deepfm_dist.distributed.replicated import REPLICATED
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
@@ -66,6 +67,7 @@ MARKER = "state.json"
 _SUMS = "crc32"
 _OWN_SUM = "crc32_of_this"
 _NAME = re.compile(r"step_(\d{8,})")
+_IN_TABLE = ".embedding_bags."
 _OVER_ARCH = "model.interaction_arch.over_arch."
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
 _OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
@@ -574,7 +576,8 @@ def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> 
         group, _, parameter = name.partition(".")
         if group == "tables":
             values = {k: _pieced_like(model[parameter], v) for k, v in values.items()}
-        state[name] = values
+        # Replicated tables go under the names that they have where they are not.
+        state[name.removeprefix(f"{REPLICATED}_")] = values
     return state
 
 
@@ -597,8 +600,11 @@ def _without_new_rows(
         name = f"{above}{key}"
         if isinstance(value, Mapping):
             cut[key] = _without_new_rows(value, saved, f"{name}.")
-        elif not isinstance(value, DTensor) or name not in saved:
+        elif name not in saved:
             cut[key] = value
+        elif not isinstance(value, DTensor):
+            is_table = _IN_TABLE in name and value.dim() > 0  # replicated; else a step count
+            cut[key] = value[: saved[name].size[0]] if is_table else value
         elif pieces := [
             (piece[: saved[name].size[0] - offset[0]], offset)
             for piece, offset in _pieces_of(value)

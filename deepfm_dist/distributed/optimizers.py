@@ -1,6 +1,6 @@
 """Which kernel and optimizer each table gets on this device, and why."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,38 +21,51 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from deepfm_dist.distributed import kernels
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.replicated import (
+    REPLICABLE,
+    REPLICATED,
+    ReplicatedOptimizer,
+    replicated_tables,
+    table_of,
+)
 from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.errors import ConfigError
 
 
 @torch.no_grad()
 def bound_gradients(
-    config: OptimizerConfig, tables: Sequence[Tensor], dense: Sequence[Tensor], world: World
+    config: OptimizerConfig,
+    tables: Sequence[Tensor],
+    replicated: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    world: World,
 ) -> None:
     """Cuts gradients down between backward and update, as the configuration bounds them. All ranks.
 
     Args:
         config: names the bounds; L2 is added here where it is part of what is bounded.
         tables: this rank's pieces of the tables under the dense kernel.
-        dense: parameters that every rank has, their gradients summed over the ranks.
+        replicated: tables that every rank has, their gradients averaged over the ranks.
+        dense: the other parameters that every rank has, likewise.
         world: the ranks.
     """
+    all_tables, shared = [*tables, *replicated], [*replicated, *dense]
     if config.max_norm is not None:
-        for parameters, l2 in ((tables, config.tables.l2), (dense, config.dense.l2)):
+        for parameters, l2 in ((all_tables, config.tables.l2), (dense, config.dense.l2)):
             for parameter in parameters:
                 if l2 and parameter.grad is not None:
                     parameter.grad.add_(parameter, alpha=l2)
         # Each rank has a part of the tables, and all of the rest.
-        squared = world.sum(_squared_norm(tables, world)) + _squared_norm(dense, world)
+        squared = world.sum(_squared_norm(tables, world)) + _squared_norm(shared, world)
         # As torch.nn.utils.clip_grad_norm_ does.
         scale = (config.max_norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
-        for parameter in (*tables, *dense):
+        for parameter in (*tables, *shared):
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
     if config.dense.max_norm is not None:
         torch.nn.utils.clip_grad_norm_(dense, config.dense.max_norm)
     if (bound := config.tables.max_gradient) is not None:
-        for parameter in tables:  # torch's own function fails on a rank that holds no table
+        for parameter in all_tables:  # torch's own function fails on a rank that holds no table
             if parameter.grad is not None:
                 parameter.grad.clamp_(-bound, bound)
 
@@ -77,6 +90,7 @@ class TableOptimizer:
         arguments: its arguments.
         fused_params: what FBGEMM's kernel is told besides.
         reason: why this kernel.
+        half: whether tables are kept in float16.
     """
 
     name: str
@@ -85,13 +99,31 @@ class TableOptimizer:
     reason: str
     arguments: dict[str, Any]
     fused_params: dict[str, Any]
+    half: bool = False
+
+    @property
+    def replicable(self) -> bool:
+        """Whether it can update tables of which every rank has a copy."""
+        return self.kernel is EmbeddingComputeKernel.DENSE or self.name in REPLICABLE
+
+    def for_replicas(self, parameters: Mapping[str, nn.Parameter]) -> KeyedOptimizerWrapper:
+        """The optimizer of tables of which every rank has a copy, by their full names."""
+        if self.kernel is EmbeddingComputeKernel.DENSE:
+            return KeyedOptimizerWrapper(parameters, lambda p: self.kind(p, **self.arguments))
+        tables = {table_of(name): parameter for name, parameter in parameters.items()}
+        lr, eps = self.arguments["lr"], self.arguments.get("eps", 0.0)
+        l2 = self.arguments.get("weight_decay", 0.0)
+        return KeyedOptimizerWrapper(
+            parameters, lambda _: ReplicatedOptimizer(tables, self.name, lr, eps, l2, self.half)
+        )
 
     def attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Marks tables for updates in backward; to be called before they are sharded."""
         if self.kernel is EmbeddingComputeKernel.FUSED:
             if self.kind is torchrec.optim.RowWiseAdagrad:
                 kernels.register()
-            _apply_optimizer_in_backward(self.kind, parameters, self.arguments)
+            # A copy: torch takes the learning rate out of it.
+            _apply_optimizer_in_backward(self.kind, parameters, dict(self.arguments))
 
 
 def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptimizer:
@@ -175,10 +207,15 @@ def combined_optimizer(
         tables: how the tables are updated.
         config: the optimizers' settings. With ``max_norm`` L2 is left to `bound_gradients`.
     """
+    copies = replicated_tables(sharded)
     left = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-    in_tables = {k: p for k, p in left.items() if ".ebc." in k}
-    others = {k: p for k, p in left.items() if k not in in_tables}
+    others = {k: p for k, p in left.items() if ".ebc." not in k}
+    replicated = {k: p for k, p in left.items() if ".ebc." in k and table_of(k) in copies}
+    in_tables = {k: p for k, p in left.items() if k not in others and k not in replicated}
     parts = [("fused", sharded.fused_optimizer)]
+    if replicated:
+        part = "tables" if tables.kernel is EmbeddingComputeKernel.DENSE else "fused"
+        parts.append((f"{REPLICATED}_{part}", tables.for_replicas(replicated)))
     if in_tables:
         parts.append(
             (
@@ -193,7 +230,13 @@ def combined_optimizer(
 
 
 def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
-    """What a part of a `combined_optimizer` updates: ``tables`` (dense kernel) or ``dense``."""
+    """What a part of a `combined_optimizer` updates.
+
+    Args:
+        optimizer: the combined one.
+        part: ``tables`` (this rank's pieces under the dense kernel), ``replicated_tables`` (the
+            tables that every rank has, under adam) or ``dense`` (everything but the tables).
+    """
     return [
         parameter
         for name, keyed in optimizer.optimizers

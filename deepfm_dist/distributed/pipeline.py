@@ -195,6 +195,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         self.deferred &= all(map(can_skip_on_device, fused_kernels(model)))
         self._dense = parameters_of(optimizer, "dense")
         self._tables = parameters_of(optimizer, "tables")
+        self._replicated = parameters_of(optimizer, "replicated_tables")
         self._buffers = _running_statistics(model)
         # A tensor as the first gradient costs no operation, and scales nothing on one rank.
         # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
@@ -238,7 +239,9 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 self._backward(self._forward(batch)[0])
         if self.deferred or step.is_finite:
             with self._timed("optimizer"):
-                bound_gradients(self._config, self._tables, self._dense, self._world)
+                bound_gradients(
+                    self._config, self._tables, self._replicated, self._dense, self._world
+                )
                 self._updates.step()
         if self.deferred:
             for buffer, value in zip(self._buffers, before, strict=True):

@@ -14,8 +14,9 @@ from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_N
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.replicated import REPLICATED, kind_of
 from deepfm_dist.distributed.settings import OptimizerConfig, ShardingConfig, TablePlan
-from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, TableCollection, place
+from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, place, table_collection
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
 
@@ -64,11 +65,11 @@ class TableDemand:
         rows: its rows.
         weight_bytes: of all its rows.
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
-        sharding: table_wise or row_wise.
+        sharding: table_wise, row_wise or replicated.
         ranks: that hold it.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
-            gradients.
+            gradients; of a replicated table its gradient.
     """
 
     table: str
@@ -170,7 +171,8 @@ def _spread(job: Job) -> Job:
 
 
 def _placed(job: Job) -> dict[str, TablePlan]:
-    return place(job.task, job.world, job.sharding, job.batch_size, job.hbm_bytes)
+    replicable = job.optimizer.replicable
+    return place(job.task, job.world, job.sharding, job.batch_size, job.hbm_bytes, replicable)
 
 
 def _added_up(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
@@ -190,24 +192,35 @@ def _added_up(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
         fields, rows = len(config.feature_names), config.num_embeddings
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
         state_bytes = FLOAT_BYTES * _state_floats(job.optimizer, width)
-        cached = placed[config.name].cached
+        kind, cached = placed[config.name].kind, placed[config.name].cached
+        is_replicated = kind == REPLICATED
+        if is_replicated:  # in fp32, with a gradient of every row
+            weight_bytes = FLOAT_BYTES * width
+            if job.optimizer.kernel is not EmbeddingComputeKernel.DENSE:
+                state_bytes += FLOAT_BYTES * width
         row_bytes = _gpu_bytes(weight_bytes, state_bytes, cached)
         pooled = batch * fields * width
         # Ids and lengths, of which each is one number where a row has one value of a field.
         id_bytes = batch * fields * ID_BYTES
         owner = placed[config.name].rank
         holders = range(ranks) if owner is None else range(owner, owner + 1)
-        per_rank = -(-rows // len(holders))
+        per_rank = rows if is_replicated else -(-rows // len(holders))
         for turn, rank in enumerate(holders):
-            mine = max(0, min(per_rank, rows - turn * per_rank))
+            mine = rows if is_replicated else max(0, min(per_rank, rows - turn * per_rank))
             held[rank] += round(mine * row_bytes)
+            if is_replicated:
+                continue
             # Pooled rows and their gradient, of the global batch.
             buffers[rank] += 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes // len(holders)
         for rank in range(ranks):
             # The same of the local batch, as it is received.
             buffers[rank] += (2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes) // ranks
         traffic = [
-            sum(_sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes))
+            _all_reduced(FLOAT_BYTES * rows * width, ranks)
+            if is_replicated
+            else sum(
+                _sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes)
+            )
             for rank in range(ranks)
         ]
         sent = [a + b for a, b in zip(sent, traffic, strict=True)]
@@ -217,7 +230,7 @@ def _added_up(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
                 rows,
                 rows * weight_bytes,
                 rows * state_bytes,
-                placed[config.name].kind,
+                kind,
                 holders,
                 cached,
                 sum(traffic),
@@ -291,11 +304,14 @@ def sent_bytes(
     ranks, local = world.world_size, sparse.stride()
     n_ids = sparse.lengths().view(-1, local).sum(1).tolist()
     ids = dict(zip(sparse.keys(), n_ids, strict=True))
-    [collection] = [m for m in sharded.modules() if isinstance(m, TableCollection)]
     [plan] = sharded.plan.plan.values()
     total = [0, 0, 0]
-    for config in collection.tables:
+    for config in table_collection(sharded).tables:
         placed = plan[config.name]
+        if kind_of(placed) == REPLICATED:
+            table_bytes = FLOAT_BYTES * config.num_embeddings * config.embedding_dim
+            total[2] += ranks * _all_reduced(table_bytes, ranks)
+            continue
         owner = None if placed.sharding_type == _SPREAD else placed.ranks[0]
         of_batch = ranks * local * len(config.feature_names)
         looked_up = ranks * sum(ids[name] for name in config.feature_names)

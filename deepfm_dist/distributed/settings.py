@@ -139,8 +139,9 @@ class OptimizerConfig(Section):
 class TablePlan(Section):
     """Where one table lies."""
 
-    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
-    """Whole on one rank, or cut by rows over all; auto: as the planner says."""
+    kind: Literal["auto", "table_wise", "row_wise", "replicated"] = "auto"
+    """Whole on one rank, cut by rows over all, or a copy on every rank; auto: a copy where the
+    table has no more rows than a rank looks up in a step, else as the planner says."""
     rank: int | None = Field(None, ge=0)
     """For table_wise: the rank that holds it; default: dealt by the planner's order."""
     cached: float | None = Field(None, gt=0, lt=1)
@@ -151,6 +152,8 @@ class TablePlan(Section):
     def _rank_has_a_table(self) -> Self:
         if self.rank is not None and self.kind != "table_wise":
             raise ValueError(f"rank={self.rank} needs kind=table_wise")
+        if self.cached is not None and self.kind == "replicated":
+            raise ValueError(f"cached={self.cached:g}: a replicated table is small; leave it out")
         return self
 
 
@@ -158,7 +161,8 @@ class ShardingConfig(Section):
     """How the tables are cut over the ranks."""
 
     kind: Literal["auto", "table_wise", "row_wise"] = "auto"
-    """auto asks TorchRec's planner to choose between the other two for each table."""
+    """auto replicates the tables that have no more rows than a rank looks up in a step, and asks
+    TorchRec's planner to choose between the other two for the others."""
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     """An explicit plan for single tables; the rest follows ``kind``."""
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -1,7 +1,9 @@
 """A plan for the tables -> DistributedModelParallel, the over-arch in DDP."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -38,9 +41,11 @@ from torchrec.distributed.model_parallel import (
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
+from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     construct_module_sharding_plan,
+    data_parallel,
     row_wise,
     table_wise,
 )
@@ -51,13 +56,17 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
+from torchrec.modules.embedding_configs import DataType
 
 from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.replicated import REPLICATED, kind_of, table_of
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 _KINDS = ("table_wise", "row_wise")
 _INIT_ROWS = 4096  # rows drawn from one seed
@@ -65,7 +74,9 @@ BATCH_SIZE = 8192
 RESERVED = 0.15
 """Share of a GPU's memory that plans leave free: CUDA's context, NCCL, fragmentation."""
 
-
+REPLICATED_ROWS = 1.0
+"""By default a table is replicated if it has at most this many rows per look-up of it that a rank
+makes in a step: more, and its gradient is larger than the pooled rows that would travel instead."""
 _NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS)
 
 
@@ -81,7 +92,7 @@ class PlacedTable:
         table: its name.
         rows: its rows.
         row_width: floats per row.
-        sharding: table_wise or row_wise.
+        sharding: table_wise, row_wise or replicated.
         ranks: that hold it.
         kernel: fused, fused_uvm_caching or dense.
     """
@@ -114,6 +125,35 @@ class TableCollection(ShardedEmbeddingBagCollection):
         modules = (m for lookup in self._lookups for m in lookup.modules())
         return [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
 
+    @property
+    def replicated(self) -> frozenset[str]:
+        """Tables of which every rank has a copy."""
+        plan = self.module_sharding_plan.items()
+        return frozenset(name for name, table in plan if kind_of(table) == REPLICATED)
+
+    def init_data_parallel(self) -> None:
+        """Leaves the gradients of replicated tables to the DDP that wraps the model.
+
+        TorchRec would give each look-up a DDP of its own, and so one more all-reduce.
+        """
+        for lookup in self._replicas():
+            lookup.__dict__["module"] = lookup  # TorchRec unwraps it
+
+    def _replicas(self) -> Iterator[nn.Module]:
+        """Look-ups of replicated tables."""
+        for sharding, lookup in zip(self._embedding_shardings, self._lookups, strict=True):
+            if isinstance(sharding, DpPooledEmbeddingSharding):
+                yield lookup
+
+    @contextmanager
+    def replicas_as_submodules(self) -> Iterator[None]:
+        """Inside, ``modules()`` includes the look-ups of replicated tables."""
+        self.replicas = nn.ModuleList(self._replicas())
+        try:
+            yield
+        finally:
+            del self.replicas
+
     def forward(self, features: KeyedJaggedTensor) -> Any:
         """Looks up and pools; `KeyedTensor`, or what gives one when waited for."""
         pooled = self._pooled(features)
@@ -129,6 +169,21 @@ class TableCollection(ShardedEmbeddingBagCollection):
             features = features.permute(self._features_order, self._features_order_tensor)
         pooled = self._lookups[0](features)
         return KeyedTensor(self._embedding_names, self._embedding_dims, pooled)
+
+
+class _DataParallelWrapper(DefaultDataParallelWrapper):
+    """One DDP, and in it one bucket, for the over-arch and the replicated tables."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        """Wraps everything but the tables that are cut or lie on one rank."""
+        with table_collection(dmp).replicas_as_submodules():
+            super().wrap(dmp, env, device)
+
+
+def table_collection(model: nn.Module) -> TableCollection:
+    """The tables of a sharded model."""
+    [collection] = [m for m in model.modules() if isinstance(m, TableCollection)]
+    return collection
 
 
 def fused_kernels(model: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
@@ -225,16 +280,19 @@ def shard(
         if world.device.type == "cuda"
         else 0
     )
-    placed = place(module, world, config, batch_size, hbm_bytes)
+    replicable = optimizer is None or optimizer.replicable
+    placed = place(module, world, config, batch_size, hbm_bytes, replicable)
     kernel = optimizer.kernel if optimizer else EmbeddingComputeKernel.DENSE
     plan: dict[str, ParameterShardingGenerator] = {}
     for name, placement in placed.items():
-        of_table = _kernel_of(name, placement, kernel, world.device).value
-        plan[name] = (
-            row_wise(compute_kernel=of_table)
-            if placement.rank is None
-            else table_wise(rank=placement.rank, compute_kernel=of_table)
-        )
+        table_kernel = _kernel_of(name, placement, kernel, world.device).value
+        if placement.kind == REPLICATED:
+            _keep_in_fp32(ebc, name)
+            plan[name] = data_parallel()
+        elif placement.rank is None:
+            plan[name] = row_wise(compute_kernel=table_kernel)
+        else:
+            plan[name] = table_wise(rank=placement.rank, compute_kernel=table_kernel)
     module_plan = construct_module_sharding_plan(
         ebc,
         plan,
@@ -260,9 +318,7 @@ def shard(
         init_data_parallel=world.world_size > 1,
         # Otherwise DDP lays out its buckets anew after the first backward pass; the order in which
         # four ranks are summed changes with them, and a resumed run's first step would differ.
-        data_parallel_wrapper=DefaultDataParallelWrapper(
-            static_graph=False, find_unused_parameters=True
-        ),
+        data_parallel_wrapper=_DataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     if world.world_size == 1:
         # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
@@ -270,18 +326,24 @@ def shard(
     return sharded, placed_tables(sharded)
 
 
+def _keep_in_fp32(ebc: EmbeddingBagCollection, table: str) -> None:
+    """Gradients have their table's precision, and are summed over look-ups and ranks."""
+    for config in ebc.embedding_bag_configs():
+        if config.name == table:
+            config.data_type = DataType.FP32
+            ebc.embedding_bags[table].float()
+
+
 def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
     """The plan a model was sharded by, a line per table."""
     [module_plan] = sharded.plan.plan.values()
     lines = []
-    for name, table in module_plan.items():
-        sizes = [shard.shard_sizes for shard in table.sharding_spec.shards]
-        row_wise = table.sharding_type == ShardingType.ROW_WISE.value
-        ranks = "all" if row_wise else str(table.ranks[0])
-        n_rows, width = sum(rows for rows, _ in sizes), sizes[0][1]
-        lines.append(
-            PlacedTable(name, n_rows, width, table.sharding_type, ranks, table.compute_kernel)
-        )
+    for config in table_collection(sharded).tables:
+        table = module_plan[config.name]
+        kind = kind_of(table)
+        ranks = str(table.ranks[0]) if kind == ShardingType.TABLE_WISE.value else "all"
+        size = config.num_embeddings, config.embedding_dim
+        lines.append(PlacedTable(config.name, *size, kind, ranks, table.compute_kernel))
     return lines
 
 
@@ -291,8 +353,9 @@ def place(
     config: ShardingConfig,
     batch_size: int,
     hbm_bytes: int,
+    replicable: bool = True,
 ) -> dict[str, TablePlan]:
-    """Decides where each table lies. All ranks, or none: the ranks may be imagined.
+    """Decides where each table lies. All ranks, or none: the ranks may be hypothetical.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
@@ -300,16 +363,17 @@ def place(
         config: where tables are asked to lie.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU; not asked for on CPU.
+        replicable: whether the tables' optimizer can update copies of them.
 
     Returns:
-        By table: row_wise, or table_wise with its rank.
+        By table: row_wise, replicated, or table_wise with its rank. One rank replicates nothing.
 
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
             table that is too small.
         DoesNotFit: the tables do not fit.
     """
-    path, ebc = _collection(module)
+    _, ebc = _collection(module)
     tables = {config.name: config for config in ebc.embedding_bag_configs()}
     for name, placement in config.tables.items():
         if name not in tables:
@@ -326,7 +390,14 @@ def place(
                 f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
                 f"over {world.world_size} ranks leave a rank without any; use table_wise"
             )
+        if placement.kind == REPLICATED and not replicable:
+            raise ConfigError(
+                f"sharding.tables.{name}.kind=replicated: optimizer.tables.name=lazy_adam cannot "
+                f"update copies; use table_wise, or another optimizer"
+            )
     wanted = {name: config.tables.get(name, TablePlan()) for name in tables}
+    if config.kind == "auto" and replicable and world.world_size > 1:
+        wanted = _replicated_if_small(tables, wanted, world, batch_size)
     wanted = {
         name: p.model_copy(
             update={"kind": config.kind if _can_be_cut(tables[name], world) else "table_wise"}
@@ -336,10 +407,11 @@ def place(
         for name, p in wanted.items()
     }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
-        wanted = _planned(module, path, world, wanted, batch_size, hbm_bytes)
+        left = {name: p for name, p in wanted.items() if p.kind != REPLICATED}
+        wanted |= _planned(_only(ebc, left), world, left, batch_size, hbm_bytes)
     return {
         name: placement
-        if placement.kind == "row_wise"
+        if placement.kind == "row_wise" or (placement.kind == REPLICATED and world.world_size > 1)
         else placement.model_copy(
             update={
                 "kind": "table_wise",
@@ -348,6 +420,31 @@ def place(
         )
         for turn, (name, placement) in enumerate(wanted.items())
     }
+
+
+def _replicated_if_small(
+    tables: Mapping[str, EmbeddingBagConfig],
+    wanted: Mapping[str, TablePlan],
+    world: World,
+    batch_size: int,
+) -> dict[str, TablePlan]:
+    """Replicates the tables left to ``auto`` that have few rows. Rank 0 logs them."""
+    per_rank = -(-batch_size // world.world_size)
+    placed = dict(wanted)
+    for name, placement in wanted.items():
+        table = tables[name]
+        bound = int(REPLICATED_ROWS * per_rank * len(table.feature_names))
+        if placement == TablePlan() and table.num_embeddings <= bound:
+            placed[name] = TablePlan(kind="replicated")
+            if world.is_first and dist.is_initialized():
+                log.info(
+                    "table %s is replicated: its %s rows are at most the %s that a rank looks up "
+                    "in a step",
+                    name,
+                    f"{table.num_embeddings:,}",
+                    f"{bound:,}",
+                )
+    return placed
 
 
 def check_placements(
@@ -367,9 +464,13 @@ def _kernel_of(
 ) -> EmbeddingComputeKernel:
     """The kernel of a table, given that of all.
 
+    Replicated tables need gradients of all rows, which only the dense kernel gives.
+
     Raises:
         ConfigError: it is to be cached, which this kernel or device cannot.
     """
+    if placement.kind == REPLICATED:
+        return EmbeddingComputeKernel.DENSE
     if placement.cached is None:
         return kernel
     setting = f"sharding.tables.{table}.cached={placement.cached:g}"
@@ -416,9 +517,17 @@ def _can_be_cut(table: EmbeddingBagConfig, world: World) -> bool:
     return per_rank * (world.world_size - 1) < table.num_embeddings
 
 
+def _only(ebc: EmbeddingBagCollection, names: Collection[str]) -> EmbeddingBagCollection:
+    """A collection of some tables of another one, with its weights."""
+    configs = [config for config in ebc.embedding_bag_configs() if config.name in names]
+    collection = EmbeddingBagCollection(configs, device=torch.device("meta"))
+    for name in names:
+        collection.embedding_bags[name] = ebc.embedding_bags[name]
+    return collection
+
+
 def _planned(
-    module: nn.Module,
-    path: str,
+    ebc: EmbeddingBagCollection,
     world: World,
     wanted: Mapping[str, TablePlan],
     batch_size: int,
@@ -454,13 +563,13 @@ def _planned(
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(RESERVED),
     )
-    sharders = [_Sharder()]
+    module, sharders = nn.ModuleDict({"tables": ebc}), [_Sharder()]
     try:
         plan = (
             planner.collective_plan(module, sharders, dist.group.WORLD)
             if dist.is_initialized()
             else planner.plan(module, sharders)
-        ).plan[path]
+        ).plan["tables"]
     except PlannerError as error:
         if error.error_type not in _NO_ROOM:
             raise
@@ -545,8 +654,12 @@ def local_shards(
     for key, value in sharded.state_dict().items():
         if ".embedding_bags." not in key:
             continue
-        table = key.split(".embedding_bags.")[1].removesuffix(".weight")
-        local = value.to_local()
+        table = table_of(key)
+        if not isinstance(value, DTensor):  # replicated
+            n_rows, width = value.shape
+            pieces.append((table, slice(0, n_rows), slice(0, width), value))
+            continue
+        local: Any = value.to_local()
         # A rank without a piece of the table still lists an offset.
         for piece, (row, column) in zip(local.local_shards(), local.local_offsets(), strict=False):
             pieces.append(
