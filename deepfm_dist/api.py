@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -85,62 +86,118 @@ def fit(
     from deepfm_dist.distributed.checkpoint import complete_steps
 
     with _in_python():
-        if (ranks := read_launch().world_size) > 1:
-            raise ConfigError(
-                f"fit trains in one process, but a launcher has started {ranks}; write the "
-                f"configuration with fit in one process, then train it under the launcher"
-            )
+        _check_alone()
         for what, frame in (("interactions", interactions), ("users", users), ("items", items)):
             if frame is not None:
                 _check_frame(frame, what)
         context = [context] if isinstance(context, str) else context
-        root, frames = Path(folder), dict[str, pd.DataFrame]()
-        data: dict[str, Any] = {**sections.get("data", {})}
-        rows = {"user": user, "item": item, "time": time, "label": label}
-        columns = {role: column for role, column in rows.items() if column is not None}
-        _check_columns(interactions, [*columns.values(), *context], "interactions")
-        further = {**data.get("interactions", {})}  # rating, weight, split, ...
-        kept = [c for c in further.values() if isinstance(c, str) and c in interactions.columns]
-        kept = list(dict.fromkeys([*columns.values(), *context, *kept]))
-        frames["interactions.parquet"] = interactions[kept]
-        data["interactions"] = {**further, "file": "interactions.parquet", **columns}
-        if label is not None:
-            data["task"] = "ctr"
-        features = [
-            {"name": f"{e}_id" if e != rows[e] else e, "entity": e} for e in ("user", "item")
-        ]
-        for entity, frame in (("user", users), ("item", items)):
-            if frame is not None:
-                key = str(rows[entity])
-                _check_columns(frame, [key], f"{entity}s")
-                fields = [str(c) for c in frame.columns if c != key]
-                if entity == "item" and _TITLE in fields:
-                    fields.remove(_TITLE)
-                    data["titles"] = {"file": "titles.parquet", "column": _TITLE}
-                    frames["titles.parquet"] = frame[[key, _TITLE]]
-                features += [_field(frame, entity, key, column, frames) for column in fields]
-        features += [{"name": c, **_kind(interactions[c])} for c in context]
-        data.setdefault("features", features)
-
-        def called(name: str) -> Config:
-            places = {"prepared_root": str(root / "prepared"), "runs_root": str(root / "runs")}
-            run = {**places, "loggers": [], **sections.get("run", {}), "name": name}
-            tree = {**sections, "run": run, "data": {"root": str(_input(root, f"{name}")), **data}}
-            config = config_from(_plain(tree), origin="fit")
-            if "/" in name:
-                raise ConfigError(f"fit: name={name!r}: a name, not a path; give folder= the path")
-            return config
-
+        roles = {"user": user, "item": item, "time": time, "label": label}
+        columns = {role: column for role, column in roles.items() if column is not None}
+        entities = {"user": users, "item": items}
+        inputs = _inputs(interactions, columns, entities, context, sections.get("data", {}))
+        root = Path(folder)
+        settings = partial(_settings, root, inputs.data, sections)
         name = name or sections.get("run", {}).get("name")
-        config = called(name or "model")  # what is wrong with the settings, before anything is made
-        config = _claim(root, called) if name is None else config
-        _write_frames(_input(root, config.run.name), config, frames)
+        config = settings(name or "model")  # mistakes come out before anything is written
+        config = _claim(root, settings) if name is None else config
+        _write_frames(_input(root, config.run.name), config, inputs.frames)
         file = root / f"{config.run.name}.yaml"
         if not complete_steps(config.run_dir):
             file.write_text(config.to_yaml())
         model = Model.train(config)  # refused if a trained model has other settings
         file.write_text(config.to_yaml())
         return model
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Data frames, and how they are described to the commands.
+
+    Attributes:
+        data: the section ``data`` of the settings, without its root.
+        frames: by the name of the file that holds them.
+    """
+
+    data: dict[str, Any]
+    frames: dict[str, pd.DataFrame]
+
+
+def _check_alone() -> None:
+    """Refuses to train under a launcher.
+
+    Raises:
+        ConfigError: a launcher has started several processes.
+    """
+    if (ranks := read_launch().world_size) > 1:
+        raise ConfigError(
+            f"fit trains in one process, but a launcher has started {ranks}; write the "
+            f"configuration with fit in one process, then train it under the launcher"
+        )
+
+
+def _inputs(
+    interactions: pd.DataFrame,
+    columns: Mapping[str, str],
+    entities: Mapping[str, pd.DataFrame | None],
+    context: Sequence[str],
+    given: Mapping[str, Any],
+) -> _Inputs:
+    """Describes data frames as files.
+
+    Args:
+        interactions: one row each.
+        columns: of ``interactions``, by role: user, item, time, label.
+        entities: fields of users and items, by entity.
+        context: columns of ``interactions`` that are fields.
+        given: the caller's settings of the section ``data``.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    data, frames = {**given}, dict[str, pd.DataFrame]()
+    _check_columns(interactions, [*columns.values(), *context], "interactions")
+    further = {**data.get("interactions", {})}  # rating, weight, split, ...
+    kept = [c for c in further.values() if isinstance(c, str) and c in interactions.columns]
+    kept = list(dict.fromkeys([*columns.values(), *context, *kept]))
+    frames["interactions.parquet"] = interactions[kept]
+    data["interactions"] = {**further, "file": "interactions.parquet", **columns}
+    if "label" in columns:
+        data["task"] = "ctr"
+    features: list[dict[str, Any]] = [
+        {"name": f"{entity}_id" if columns[entity] != entity else entity, "entity": entity}
+        for entity in entities
+    ]
+    for entity, frame in entities.items():
+        if frame is None:
+            continue
+        key = columns[entity]
+        _check_columns(frame, [key], f"{entity}s")
+        fields = [str(column) for column in frame.columns if column != key]
+        if entity == "item" and _TITLE in fields:
+            fields.remove(_TITLE)
+            data["titles"] = {"file": "titles.parquet", "column": _TITLE}
+            frames["titles.parquet"] = frame[[key, _TITLE]]
+        features += [_field(frame, entity, key, column, frames) for column in fields]
+    features += [{"name": column, **_kind(interactions[column])} for column in context]
+    data.setdefault("features", features)
+    return _Inputs(data, frames)
+
+
+def _settings(
+    root: Path, data: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]], name: str
+) -> Config:
+    """The settings of a model by its name.
+
+    Raises:
+        ConfigError: a setting is unknown or has a bad value.
+    """
+    places = {"prepared_root": str(root / "prepared"), "runs_root": str(root / "runs")}
+    run = {**places, "loggers": [], **sections.get("run", {}), "name": name}
+    tree = {**sections, "run": run, "data": {"root": str(_input(root, f"{name}")), **data}}
+    config = config_from(_plain(tree), origin="fit")
+    if "/" in name:
+        raise ConfigError(f"fit: name={name!r}: a name, not a path; give folder= the path")
+    return config
 
 
 @dataclass(frozen=True, repr=False)
@@ -368,6 +425,7 @@ def python_words(message: str) -> str:
         return f"{section}={value!r}".replace("'", '"')
 
     message = _COMMAND.sub(lambda match: _METHODS[match[1]], message)
+    message = message.replace("for it, stop it, or choose another --output", "for it or stop it")
     return _SETTING.sub(argument, message.replace("another run.name", "another name"))
 
 
@@ -375,10 +433,10 @@ def _input(root: Path, name: str) -> Path:
     return root / "input" / name
 
 
-def _claim(root: Path, called: Callable[[str], Config]) -> Config:
+def _claim(root: Path, settings: Callable[[str], Config]) -> Config:
     """The settings under the first free name; its folder of input marks it as taken."""
     for number in count(1):
-        config = called("model" if number == 1 else f"model-{number}")
+        config = settings("model" if number == 1 else f"model-{number}")
         if config.run_dir.exists():
             continue
         try:
