@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.export import export
-    from deepfm_dist.runs import find_run
+    from deepfm_dist.runs.trained import find_run
 
     max_file_bytes = arguments.max_file_bytes
     if max_file_bytes is not None and max_file_bytes < 1:

@@ -43,7 +43,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         ) from None
     from deepfm_dist.distributed.process_group import process_group
     from deepfm_dist.jobs.export import up_to_date_export
-    from deepfm_dist.runs import find_run
+    from deepfm_dist.runs.trained import find_run
     from deepfm_dist.serving.live import Recommender
 
     _check_settings(config, arguments.overrides)

@@ -24,13 +24,8 @@ from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.settings import ModelConfig
-from deepfm_dist.runs import (
-    begin,
-    check_settings,
-    find_run,
-    make_ready,
-    open_trained,
-)
+from deepfm_dist.runs.start import begin, check_settings, make_ready
+from deepfm_dist.runs.trained import find_run, open_trained
 from deepfm_dist.training.state import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks, variables
 from tests.test_distributed import config_of

@@ -23,7 +23,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.jobs.export import is_export_of, up_to_date_export
-from deepfm_dist.runs import find_run
+from deepfm_dist.runs.trained import find_run
 from tests.ranks import run_alone, run_ranks
 from tests.test_checkpoint import _saved
 from tests.test_distributed import SMALL, config_of

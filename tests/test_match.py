@@ -18,7 +18,7 @@ from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError
-from deepfm_dist.runs import find_run
+from deepfm_dist.runs.trained import find_run
 from deepfm_dist.training.state import LoopState
 from tests.ranks import run_alone, run_ranks
 

@@ -52,7 +52,7 @@ from deepfm_dist.ranking.metrics import coverage, interval, means, resampled_mea
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import IalsConfig, RecommendConfig
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
-from deepfm_dist.runs import open_trained
+from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import RowEvaluator
 from tests.cross_net import CrossNet

@@ -16,7 +16,7 @@ import pytest
 from deepfm_dist.config import load_config
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.jobs.export import up_to_date_export
-from deepfm_dist.runs import find_run
+from deepfm_dist.runs.trained import find_run
 from tests.conftest import HISTORY
 from tests.pages import watched
 from tests.ranks import RankFailed, run_alone

@@ -18,7 +18,8 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel, local_sha
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
 from deepfm_dist.jobs.new_run import save_new_run
-from deepfm_dist.runs import RunOnDisk, find_run, run_lock
+from deepfm_dist.runs.folder import run_lock
+from deepfm_dist.runs.trained import RunOnDisk, find_run
 
 
 @dataclass(frozen=True)

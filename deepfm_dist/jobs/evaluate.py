@@ -16,7 +16,7 @@ from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
-from deepfm_dist.runs import LoadedModel, open_trained
+from deepfm_dist.runs.trained import LoadedModel, open_trained
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
 
 

@@ -13,7 +13,7 @@ from deepfm_dist.interop.safetensors import (
     write_config,
     write_weights,
 )
-from deepfm_dist.runs import RunOnDisk
+from deepfm_dist.runs.trained import RunOnDisk
 
 MAX_FILE_BYTES = 5_000_000_000
 log = logging.getLogger(__name__)

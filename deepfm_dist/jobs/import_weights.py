@@ -12,7 +12,8 @@ from deepfm_dist.errors import CheckpointError
 from deepfm_dist.interop.notebook import from_notebook, read_weights
 from deepfm_dist.jobs.new_run import save_new_run
 from deepfm_dist.jobs.prepare import prepare_locked
-from deepfm_dist.runs import open_dataset, run_lock
+from deepfm_dist.runs.folder import run_lock
+from deepfm_dist.runs.trained import open_dataset
 
 
 @dataclass(frozen=True)

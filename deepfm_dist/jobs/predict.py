@@ -7,7 +7,7 @@ from pathlib import Path
 from deepfm_dist.config import Config
 from deepfm_dist.data.manifest import check_formats
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.runs import open_trained
+from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 
 

@@ -58,7 +58,7 @@ def prepare_locked(config: Config) -> Manifest:
         ConfigError: a setting does not fit the data.
         DataError: an input file cannot be used, or runs need the dataset that is there.
     """
-    from deepfm_dist.runs import before_replacing
+    from deepfm_dist.runs.folder import before_replacing
 
     return encode.prepare(
         config.data,
@@ -70,7 +70,7 @@ def prepare_locked(config: Config) -> Manifest:
 
 
 def _before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:
-    from deepfm_dist.runs import before_replacing, run_lock  # torch: slow to import
+    from deepfm_dist.runs.folder import before_replacing, run_lock  # torch: slow to import
 
     with run_lock(config):
         return before_replacing(config, old, new)

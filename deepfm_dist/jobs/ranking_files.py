@@ -12,7 +12,7 @@ from deepfm_dist.distributed.process_group import World, process_group
 from deepfm_dist.lock import Lock
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.output import RankingFiles
-from deepfm_dist.runs import LoadedModel, open_trained
+from deepfm_dist.runs.trained import LoadedModel, open_trained
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,9 @@ from deepfm_dist.jobs.prepare import prepare_locked
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
-from deepfm_dist.runs import (
-    Start,
-    begin,
-    check_settings,
-    make_ready,
-    open_dataset,
-    read_start,
-    run_lock,
-    write_plan,
-)
+from deepfm_dist.runs.folder import run_lock, write_plan
+from deepfm_dist.runs.start import Start, begin, check_settings, make_ready, read_start
+from deepfm_dist.runs.trained import open_dataset
 from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
 from deepfm_dist.training.profiling import check_profiled, profiler
 from deepfm_dist.training.state import LoopState, NonFiniteLoss

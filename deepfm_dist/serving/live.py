@@ -29,7 +29,7 @@ from deepfm_dist.ranking.recommendation import masked_splits_of
 from deepfm_dist.ranking.similarity import of_length_one
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
-from deepfm_dist.runs import RunOnDisk
+from deepfm_dist.runs.trained import RunOnDisk
 
 CARDS = 100_000
 """Items whose cards stay in memory."""

@@ -1,0 +1,172 @@
+"""A run's folder: its lock, and runs and checkpoints that are moved aside."""
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+from deepfm_dist.config import Config, load_config
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError
+from deepfm_dist.lock import Lock
+from deepfm_dist.storage import (
+    is_remote,
+    move_tree,
+    write_errors_to_user,
+)
+
+log = logging.getLogger(__name__)
+PLAN = "plan.json"
+STUDY = "tune"
+"""Folder of a study, below that of the run whose settings it varies."""
+_WITHOUT_RESULTS = ("checkpoints", "config.yaml", "metrics.jsonl", PLAN, "tensorboard", STUDY)
+
+
+def run_lock(config: Config) -> Lock:
+    """The lock of whoever writes checkpoints into the run's folder."""
+    return Lock(config.run_dir, str(config.run_dir), "choose another run.name")
+
+
+def before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:
+    """Keeps runs from losing the dataset that they were trained on. Rank 0.
+
+    Args:
+        config: of the command that prepares.
+        old: the manifest of the dataset that is about to be replaced.
+        new: the one that takes its place.
+
+    Returns:
+        Where to move the old dataset, after the run that needs it; None: no run needs it.
+
+    Raises:
+        DataError: runs need it.
+    """
+    runs = [] if old.hashes == new.hashes else _runs_on(config, old)
+    own = runs == [config.run_dir]
+    if own and config.checkpoint.resume == "never":
+        return set_aside(config, with_dataset=True)
+    if runs:
+        names = ", ".join(map(str, runs[:3])) + ", ..." * (len(runs) > 3)
+        cure = (
+            f"checkpoint.resume=never, which moves {config.run_dir} and its dataset aside"
+            if own
+            else "data.name=NAME, for a dataset of its own"
+        )
+        raise DataError(
+            f"{config.prepared_dir}: its input files or settings have changed, and {names} would "
+            f"lose the dataset of the checkpoints there; set another run.name, or {cure}"
+        )
+    return None
+
+
+def set_aside(config: Config, with_dataset: bool = False) -> Path:
+    """Moves a run to the next free name: ``runs/NAME.1``, ``runs/NAME.2``, ... Rank 0.
+
+    Its ``config.yaml`` gets the new name, so that ``--run runs/NAME.1`` finds all of it. A study
+    that `tune` keeps in the folder stays.
+
+    Args:
+        config: of the run that takes its place.
+        with_dataset: whether its dataset is to move likewise, which is left to the caller; else
+            both runs share it.
+
+    Returns:
+        The folder of its dataset.
+    """
+    run_dir, output_dir, number = config.run_dir, config.output_dir, _free_number(config)
+    aside, dataset = _numbered(run_dir, number), config.prepared_dir
+    if with_dataset:
+        dataset = _numbered(dataset, number)
+    if run_dir.exists():
+        move_tree(run_dir, aside)
+        if (aside / STUDY).exists():
+            move_tree(aside / STUDY, run_dir / STUDY)
+        _rename_in_config(aside / "config.yaml", aside, dataset)
+    if output_dir != run_dir and output_dir.exists():
+        move_tree(output_dir, _numbered(output_dir, number))
+    log.info("%s: the earlier run is %s from now on", run_dir, aside)
+    return dataset
+
+
+def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
+    """Makes a run of its own of later checkpoints than the one a run continues from."""
+    run_dir = config.run_dir
+    aside = name_aside(config)
+    for step in steps:
+        move_tree(
+            checkpoint.checkpoint_path(run_dir, step), checkpoint.checkpoint_path(aside, step)
+        )
+    for name in ("metrics.jsonl", "config.yaml"):
+        if (run_dir / name).is_file():
+            (aside / name).write_bytes((run_dir / name).read_bytes())
+    _rename_in_config(aside / "config.yaml", aside, config.prepared_dir)
+    text = "%s: checkpoints of steps %s are in %s from now on"
+    log.info(text, run_dir, ", ".join(map(str, steps)), aside)
+
+
+def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
+    with suppress(ConfigError):  # of another version, say
+        config = load_config(str(file)).called(run_dir.name)
+        data = config.data.model_copy(update={"name": dataset.name})
+        file.write_text(config.model_copy(update={"data": data}).to_yaml())
+
+
+def name_aside(config: Config) -> Path:
+    """The folder that a run is moved to when another takes its place."""
+    return _numbered(config.run_dir, _free_number(config))
+
+
+def _free_number(config: Config) -> int:
+    folders = (config.run_dir, config.output_dir, config.prepared_dir)
+    return next(n for n in count(1) if not any(_numbered(f, n).exists() for f in folders))
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.{number}")
+
+
+def has_results(config: Config) -> bool:
+    """Whether the folder holds more than a run leaves that ended before its first checkpoint."""
+    for folder in {config.run_dir, config.output_dir}:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for path in folder.iterdir():
+                if path.name not in _WITHOUT_RESULTS and not path.name.startswith("."):
+                    return True
+    return False
+
+
+def _runs_on(config: Config, manifest: Manifest) -> list[Path]:
+    """Runs whose latest checkpoint was trained on the dataset that ``prepared_dir`` holds.
+
+    Looked for are this run and, on a local disk, its neighbours.
+    """
+    root, own = config.run_dir.parent, config.run_dir
+    others = [] if is_remote(root) else [f.parent for f in root.glob("*/config.yaml")]
+    runs = []
+    for folder in [own, *sorted(path for path in others if path != own)]:
+        with suppress(CheckpointError, ConfigError, OSError):
+            if folder != own:
+                theirs = load_config(str(folder / "config.yaml"))
+                if theirs.prepared_dir.resolve() != config.prepared_dir.resolve():
+                    continue
+            steps = checkpoint.complete_steps(folder)
+            if not steps:
+                continue
+            state = checkpoint.read_state(checkpoint.checkpoint_path(folder, steps[-1]))
+            if all(state.get(name) in (hash_, None) for name, hash_ in manifest.hashes.items()):
+                runs.append(folder)
+    return runs
+
+
+def write_plan(folder: Path, sharded: DistributedModelParallel, world: World) -> None:
+    """Writes ``plan.json`` into the run's folder: the ranks, and a line per table. Rank 0."""
+    tables = [asdict(line) for line in placed_tables(sharded)]
+    plan = {"ranks": world.world_size, "device": world.device.type, "tables": tables}
+    with write_errors_to_user(folder):
+        (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")

@@ -1,0 +1,276 @@
+"""Where the training of a run begins or continues."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchrec.optim.keyed import CombinedOptimizer
+
+from deepfm_dist.build import weight_transfer
+from deepfm_dist.config import Config, config_from
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.match import changed_settings, check_start, shared_fields
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.launcher import read_launch
+from deepfm_dist.runs.folder import has_results, name_aside, set_aside, set_steps_aside
+from deepfm_dist.runs.trained import WHERE_DATA_ARE, settings_in
+from deepfm_dist.storage import (
+    folder_of,
+    is_remote,
+    write_errors_to_user,
+)
+from deepfm_dist.training.state import LoopState
+
+log = logging.getLogger(__name__)
+_OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
+_OF_ANY_MODEL = ("dropout", "init_std", "over_arch_init")  # they change no weight's meaning
+_OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        path: the checkpoint to read, or None.
+        state: of the loop.
+        continues: whether the checkpoint is this run's own.
+        is_over: whether nothing is left to train.
+    """
+
+    path: Path | None
+    state: LoopState
+    continues: bool = False
+    is_over: bool = False
+
+
+def check_settings(config: Config) -> None:
+    """Compares the settings with those of the run that the folder holds, if any. Rank 0.
+
+    It comes before the data are prepared, which would replace those of that run.
+
+    Raises:
+        ConfigError: the run was trained with other settings.
+        CheckpointError: the checkpoint that was asked for does not exist.
+    """
+    with write_errors_to_user(config.run_dir):
+        _checkpoint_to_continue(config)
+
+
+def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
+    """Decides where a run begins; changes nothing. Rank 0.
+
+    Raises:
+        CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
+            does not extend.
+        ConfigError: it is of another model, or this run itself; or the folder holds a run of other
+            settings or data.
+        DeepFMError: the run folder cannot be read.
+    """
+    elsewhere = config.checkpoint.start_from
+    start = None if elsewhere is None else folder_of(elsewhere).resolve()
+    if start is not None and config.run_dir.resolve() in (start, start.parent.parent):
+        raise ConfigError(
+            f"checkpoint.start_from={elsewhere}: this run's own folder; give the run another "
+            f"run.name"
+        )
+    with write_errors_to_user(config.run_dir):
+        path, state = _checkpoint_to_continue(config, manifest), LoopState()
+        if path is not None:
+            state = _loop_state(path)
+            if state.step < last_step:
+                state.resume(config.monitor)  # what ended it once may be no reason now
+            is_over = state.is_over(config.trainer.patience, last_step)
+            if is_over:
+                log.warning("%s", _finished(config, path, state.step, last_step))
+            else:
+                log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+            return Start(path, state, continues=True, is_over=is_over)
+        if elsewhere is not None:
+            path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
+            _check_start(config, manifest, checkpoint.read_state(path))
+            if not config.checkpoint.start_weights_only:
+                state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
+            log.info("%s: training starts from its weights", path)
+        return Start(path, state)
+
+
+def _check_start(config: Config, manifest: Manifest, state: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose weights would mean something else to this run's model."""
+    option = f"checkpoint.start_from={config.checkpoint.start_from}"
+    saved = settings_in(state)
+    for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
+        if name not in _OF_ANY_MODEL:
+            raise ConfigError(
+                f"{option}: its model has {name}={old}, not {new}; set "
+                f"model.{name}={str(old).replace(' ', '')}"
+            )
+    for part in () if config.checkpoint.start_weights_only else ("tables", "dense"):
+        old, new = saved["optimizer"][part]["name"], getattr(config.optimizer, part).name
+        if old != new:
+            raise ConfigError(
+                f"{option}: it was trained with optimizer.{part}.name={old}, whose state {new} "
+                f"cannot take over; set optimizer.{part}.name={old}, or "
+                f"checkpoint.start_weights_only=true"
+            )
+    trained = config_from(state["config"], origin=option).data
+    check_start(option, state, trained, manifest)
+    if weight_transfer(trained, manifest, config.model).moves:
+        shared = {one.name for one, _ in shared_fields(trained, manifest.data)}
+        for text, fields in (
+            ("start afresh", manifest.features),
+            ("are left out", trained.features),
+        ):
+            names = [f.name for f in fields if f.name not in shared]
+            log.info("%s: fields that %s: %s", option, text, ", ".join(names) or "none")
+
+
+def read_start(
+    path: Path,
+    config: Config,
+    manifest: Manifest,
+    world: World,
+    sharded: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+) -> None:
+    """Reads the weights of another run, and the optimizer's state if wanted. All ranks.
+
+    Args:
+        path: the checkpoint that `begin` has found.
+        config: the settings.
+        manifest: of the data.
+        world: the ranks.
+        sharded: the model.
+        optimizer: its optimizer.
+    """
+    trained = config_from(checkpoint.read_state(path)["config"], origin=str(path)).data
+    transfer = weight_transfer(trained, manifest, config.model)
+    wanted = None if config.checkpoint.start_weights_only else optimizer
+    checkpoint.load(path, world, sharded, wanted, transfer)
+
+
+def make_ready(config: Config, start: Start) -> None:
+    """Makes the run's folder ready for training. Rank 0.
+
+    A run that this one does not continue is moved aside, and so are checkpoints of later steps than
+    the one that it continues from. Incomplete ones are deleted.
+
+    Raises:
+        DeepFMError: the folder cannot be written.
+    """
+    run_dir = config.run_dir
+    with write_errors_to_user(run_dir):
+        steps = checkpoint.complete_steps(run_dir)
+        if not start.continues and (steps or has_results(config)):
+            set_aside(config)
+        elif later := [step for step in steps if step > start.state.step]:
+            set_steps_aside(config, later)
+        if not is_remote(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.keep_checkpoints(run_dir, checkpoint.complete_steps(run_dir))
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+
+
+def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
+    """What a command says that has nothing left to train."""
+    asked = f" (asked for: {last_step:,})" if last_step < step else ""
+    text = (
+        f"Run already finished: {config.run_dir}, step {step:,}{asked}. To continue it, raise "
+        f"trainer.epochs or trainer.max_steps; to train again, set another run.name, or "
+        f"checkpoint.resume=never, which moves this run aside"
+    )
+    saved = settings_in(checkpoint.read_state(path))["trainer"]
+    changed = [
+        f"trainer.{name}={new} (was {old})"
+        for name, old, new in changed_settings(saved, config.model_dump(mode="json")["trainer"])
+        if name not in _OF_LENGTH
+    ]
+    return f"{text}. Changed without effect: {', '.join(changed)}" if changed else text
+
+
+def _loop_state(path: Path) -> LoopState:
+    try:
+        return LoopState(**checkpoint.read_state(path)["trainer"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); train again "
+            f"with checkpoint.resume=never"
+        ) from None
+
+
+def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Path | None:
+    """The checkpoint from which the run continues.
+
+    What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
+    ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
+
+    Args:
+        config: the settings.
+        manifest: of the data; None before they are prepared, when only settings are compared.
+
+    Returns:
+        None where there is none, or where the run is to begin again.
+
+    Raises:
+        ConfigError: it is of other settings or data.
+        CheckpointError: the checkpoint that was asked for is not there.
+    """
+    resume, use = config.checkpoint.resume, config.checkpoint.use
+    again = read_launch().restarted
+    if (resume == "never" and not again) or not checkpoint.complete_steps(config.run_dir):
+        return None
+    which = "latest" if use == "auto" or again else use
+    path = checkpoint.find_checkpoint(config.run_dir, which)
+    differing = _differing(config, checkpoint.read_state(path), manifest)
+    if not differing:
+        return path
+    if resume == "never":  # the first start ended before it moved the other run aside
+        return None
+    aside = name_aside(config)
+    raise ConfigError(
+        f"{config.run_dir}: holds a run that was trained with other settings or data: "
+        f"{'; '.join(differing)}; set another run.name, or checkpoint.resume=never, which moves "
+        f"that run to {aside}"
+    )
+
+
+def _differing(config: Config, state: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
+    """What keeps a run from continuing from a checkpoint, each with both values."""
+    train_bytes = None if manifest is None else manifest.splits["train"].size_bytes
+    differing = [
+        f"{name}={_brief(new)} (was {_brief(old)})"
+        for name, old, new in changed_settings(settings_in(state), config.model_dump(mode="json"))
+        if _fixes_a_run(name, old, new, train_bytes)
+    ]
+    hashes = {} if manifest is None else manifest.hashes
+    differing += [
+        f"the {name.removesuffix('_hash')} is {new} (was {old})"
+        for name, new in hashes.items()
+        if (old := state.get(name)) != new and None not in (old, new)
+    ]
+    return differing
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:40]}...{text[-15:]}"
+
+
+def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool:
+    """Whether another value trains something else, not longer, elsewhere, or to other reports."""
+    if name == "data.memory_bytes":  # rows that are streamed come in another order
+        if train_bytes is None:
+            return False
+        return old is None or (train_bytes <= old) != (train_bytes <= new)
+    if name == "checkpoint.start_from":
+        return new is not None
+    if name.startswith("trainer."):
+        return name.removeprefix("trainer.") in _OF_STEPS
+    if name == "run.seed":
+        return True
+    return name.startswith(("data.", "model.", "optimizer.")) and name not in WHERE_DATA_ARE

@@ -1,0 +1,219 @@
+"""Trained runs, read back from their folders."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepfm_dist.build import shard_for_inference
+from deepfm_dist.config import Config, config_from, settings_of
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import hash_of
+from deepfm_dist.data.match import check_match
+from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.storage import (
+    storage_errors_to_user,
+)
+
+log = logging.getLogger(__name__)
+WHERE_DATA_ARE = ("data.root", "data.name")
+_OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_OF_A_COMMAND = (*WHERE_DATA_ARE, "data.memory_bytes", "data.files")
+"""Settings of data that a command may change: where files are, and how they are read."""
+
+
+@dataclass(frozen=True)
+class RunOnDisk:
+    """What a run has left on disk.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        checkpoint: the latest complete one.
+        state: what its marker says.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    checkpoint: Path
+    state: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, int | str | None]:
+        """What tells the checkpoint from any other, also from one of the same step, and the data.
+
+        An export holds the values of users and items, which the dataset may have got anew.
+        """
+        return {
+            "step": self.state["step"],
+            "checkpoint": checkpoint.digest_of(self.state),
+            **self.dataset.manifest.hashes,
+        }
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A run's model, ready for inference.
+
+    Attributes:
+        config: the settings in force: the run's own for data and model, the command's otherwise.
+        dataset: the prepared dataset it was trained on.
+        sharded: the task, in eval mode.
+        checkpoint: where the weights were read from.
+        step: optimizer steps taken by then.
+        settings: the run's own, of every section.
+    """
+
+    config: Config
+    dataset: PreparedDataset
+    sharded: DistributedModelParallel
+    checkpoint: Path
+    step: int
+    settings: Mapping[str, Any]
+
+    def output(self, section: str, name: str, about: Collection[str], given: str | None) -> Path:
+        """The parquet file that a command writes; a CSV of the same name may go with it.
+
+        By default it is ``NAME.parquet`` in the run's folder for the run's own settings. Others are
+        added to the name (``NAME-k20-users.parquet``), so that a small or a special result does not
+        take the place of the full one.
+
+        Args:
+            section: of the command's settings.
+            name: of the default file.
+            about: settings of the section that decide what the result is of.
+            given: what ``--output`` says.
+
+        Raises:
+            ConfigError: ``--output`` names no parquet file.
+        """
+        if given is not None:
+            if Path(given).suffix != ".parquet":
+                better = Path(given).with_suffix(".parquet")
+                raise ConfigError(f"--output {given}: the result is parquet; use --output {better}")
+            return Path(given)
+        asked, own = self.config.model_dump(mode="json")[section], self.settings.get(section, {})
+        changed = [option for option in about if asked[option] != own.get(option)]
+        parts = [name, *(option + _in_a_name(asked[option]) for option in changed)]
+        return self.config.output_dir / f"{'-'.join(parts)}.parquet"
+
+
+def open_trained(
+    config: Config, overrides: Sequence[str], world: World, same_rows: bool = False
+) -> LoadedModel:
+    """Loads a run's checkpoint. All ranks.
+
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        world: the ranks.
+        same_rows: as `find_run` takes it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    run = find_run(config, overrides, same_rows)
+    check_same_dataset(run.dataset, world)
+    sharded = shard_for_inference(run.config, run.dataset.manifest, world)
+    checkpoint.load(run.checkpoint, world, sharded)
+    log.info("%s, step %s", run.checkpoint, f"{run.state['step']:,}")
+    return LoadedModel(
+        run.config,
+        run.dataset,
+        sharded,
+        run.checkpoint,
+        run.state["step"],
+        settings_in(run.state),
+    )
+
+
+def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
+    """Finds a run's latest checkpoint and its dataset.
+
+    A checkpoint knows its data and model, and these settings are taken from it, but for where files
+    lie, how they are laid out and how much memory they may take.
+
+    Args:
+        config: the command's configuration: where the run and the prepared data are.
+        overrides: of the command line.
+        same_rows: whether a dataset with other rows than were trained on is refused; else a
+            warning says so.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
+        ConfigError: an override asks for other data or another model than were trained.
+    """
+    with storage_errors_to_user(config.run_dir):
+        path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
+        state = checkpoint.read_state(path)
+    trained_with = settings_in(state)
+    merged = config.model_dump(mode="json")
+    for name in (name for override in overrides for name in settings_of(override)):
+        if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
+            wanted, trained = _at(merged, name), _at(trained_with, name)
+            if wanted != trained:
+                raise ConfigError(
+                    f"{name}={wanted}: {path} was trained with {trained}; train with the new "
+                    f"value first, or leave the override out"
+                )
+    kept = {name: _at(merged, name) for name in _OF_A_COMMAND}
+    merged |= {section: trained_with[section] for section in _OF_TRAINING}
+    merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
+    config = config_from(merged, origin=str(path))
+    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
+    return RunOnDisk(config, dataset, path, state)
+
+
+def open_dataset(config: Config, world: World) -> PreparedDataset:
+    """The prepared dataset, once it is known to be the same on all ranks. All ranks.
+
+    Raises:
+        DataError: there is none, or another one on another machine.
+    """
+    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    check_same_dataset(dataset, world)
+    return dataset
+
+
+def check_same_dataset(dataset: PreparedDataset, world: World) -> None:
+    """Makes sure that all ranks have opened the same dataset. All ranks.
+
+    Raises:
+        DataError: the folder holds another one on another machine, or has been replaced meanwhile.
+    """
+    marks = world.all_gather_object(hash_of(dataset.manifest.model_dump(mode="json")))
+    other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{dataset.folder}: rank {other} finds another dataset there ({marks[other]}) than "
+            f"rank 0 ({marks[0]}); set run.prepared_root to a folder that all machines share, or "
+            f"copy rank 0's dataset to the others"
+        )
+
+
+def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings; those that it was made without have their defaults.
+
+    If one no longer exists, all are returned as they were saved.
+    """
+    saved: dict[str, Any] = state["config"]
+    with suppress(ConfigError):
+        saved = config_from(saved).model_dump(mode="json")
+    return saved
+
+
+def _in_a_name(value: Any) -> str:
+    return str(value) if isinstance(value, int | float) else ""
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
