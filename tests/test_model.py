@@ -112,6 +112,29 @@ def test_fm_is_the_sum_over_all_pairs() -> None:
         assert torch.autograd.gradcheck(fm, rows)
 
 
+@pytest.mark.parametrize(("dim", "width"), [(10, 12), (3, 4), (4, 8), (0, 4)])
+@pytest.mark.parametrize("first_order", [True, False])
+def test_the_kernel_adds_its_gradient_to_the_other_readers(
+    dim: int, width: int, first_order: bool
+) -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(7, width, 3).transpose(1, 2)  # not contiguous
+    others = torch.randn(7, 3, width)
+    rows.requires_grad_()
+    fm = FactorizationMachine(dim, first_order)
+    logits, same = fm.with_rows(rows)
+    assert logits.grad_fn is not None and "OnCPU" in logits.grad_fn.name()
+    (logits.square().sum() + (same * others).sum()).backward()
+
+    exact = rows.detach().double().requires_grad_()
+    expected = exact[:, :, dim].sum(1) * float(first_order)
+    for i, j in itertools.combinations(range(3), 2):
+        expected = expected + (exact[:, i, :dim] * exact[:, j, :dim]).sum(1)
+    (expected.square().sum() + (exact * others).sum()).backward()
+    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows.grad.double(), exact.grad, atol=1e-4, rtol=1e-5)
+
+
 def test_pairs_across_the_sides_are_those_of_different_ones() -> None:
     rows = torch.randn(8, 5, 6, dtype=torch.float64, requires_grad=True)
     of_item = [False, True, False, True, True]

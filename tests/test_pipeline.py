@@ -18,6 +18,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
+from deepfm_dist.model import deepfm
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
@@ -183,12 +184,13 @@ class Operations(TorchDispatchMode):
 
 
 def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
-    """Of the sixth step."""
+    """Of the sixth step, as CUDA takes it: without the kernels that only a CPU has."""
+    deepfm._has_kernel = lambda _: False
     with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
         sharded, optimizer = shard_for_training(config, dataset.manifest, world)
         stream = iter(training_batches(config, dataset, world).steps(1, 9))
-        pipeline = TrainPipeline(sharded, optimizer, world, overlapped=overlapped)
+        pipeline = TrainPipeline(sharded, optimizer, world, overlapped=overlapped, deferred=True)
         for _ in range(5):
             pipeline.train_step(stream)
         with Operations() as found:
@@ -197,7 +199,7 @@ def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]
         return dict(found.counts)
 
 
-MOST = {(1, False): 75, (1, True): 78, (2, False): 128, (2, True): 128}
+MOST = {(1, False): 71, (1, True): 74, (2, False): 124, (2, True): 124}
 """Operations of a step by world size and pipeline. Lower them with the code; a higher one needs
 a reason."""
 

@@ -80,8 +80,13 @@ class Batch(_OnDevice):
         by_key = [b.split([int(n[f].sum()) for n in lengths]) for f, b in enumerate(bags)]
         rows = [tensor.tensor_split(pieces) for tensor in (self.dense, self.labels, self.weights)]
         for i, length in enumerate(lengths):
-            values = torch.cat([of_key[i] for of_key in by_key])
-            sparse = KeyedJaggedTensor(keys, values, lengths=length.flatten())
+            parts = [of_key[i] for of_key in by_key]
+            sparse = KeyedJaggedTensor(
+                keys,
+                torch.cat(parts),
+                lengths=length.flatten(),
+                length_per_key=[len(part) for part in parts],
+            )
             yield Batch(sparse, *(column[i] for column in rows), self.global_weight)
 
 

@@ -347,6 +347,8 @@ class Collator:
                 self.keys,
                 torch.from_numpy(np.concatenate(values)),
                 lengths=torch.from_numpy(np.concatenate(lengths)),
+                # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
+                length_per_key=[len(of_field) for of_field in values],
             ),
             torch.from_numpy(dense),
             torch.zeros(height) if labels is None else torch.from_numpy(labels),

@@ -229,6 +229,11 @@ def combined_optimizer(
     return CombinedOptimizer(parts)
 
 
+def torch_optimizers(optimizer: CombinedOptimizer) -> list[torch.optim.Optimizer]:
+    """Those of a `combined_optimizer` that update after backward: all but the fused tables'."""
+    return [keyed._optimizer for name, keyed in optimizer.optimizers if name != "fused"]
+
+
 def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
     """What a part of a `combined_optimizer` updates.
 
@@ -255,9 +260,8 @@ def skip_updates_if(flag: Tensor, optimizer: CombinedOptimizer) -> None:
         flag: ``[]`` float32 on their device; 1 at a step that is to be skipped, else 0.
         optimizer: a `combined_optimizer`.
     """
-    for name, keyed in optimizer.optimizers:
-        if name != "fused":
-            keyed._optimizer.found_inf, keyed._optimizer.grad_scale = flag, None
+    for each in torch_optimizers(optimizer):
+        each.found_inf, each.grad_scale = flag, None  # type: ignore[attr-defined]
 
 
 def can_skip_on_device(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
@@ -272,7 +276,11 @@ _STILL_AT_ZERO = (OptimType.EXACT_ROWWISE_ADAGRAD, OptimType.EXACT_ADAGRAD, Opti
 
 
 def set_learning_rates(optimizer: CombinedOptimizer, tables: float, dense: float) -> None:
-    """Takes effect at the optimizer's next ``zero_grad``: FBGEMM's kernels hear of it there."""
+    """Sets the rates of the next step, where they are not what they were."""
     for name, keyed in optimizer.optimizers:
-        for group in keyed.param_groups:
-            group["lr"] = dense if name == "dense" else tables
+        rate = dense if name == "dense" else tables
+        if any(group["lr"] != rate for group in keyed.param_groups):
+            for group in keyed.param_groups:
+                group["lr"] = rate
+            if name == "fused":
+                keyed.zero_grad()  # which passes the rate to FBGEMM's kernels

@@ -22,6 +22,7 @@ from deepfm_dist.distributed.optimizers import (
     can_skip_on_device,
     parameters_of,
     skip_updates_if,
+    torch_optimizers,
 )
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import OptimizerConfig
@@ -184,7 +185,6 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     ) -> None:
         super().__init__(model, _NoOptimizer(), world.device, custom_model_fwd=self._forward)
         on_device = world.device.type != "cpu"
-        self._updates = optimizer
         self._world, self.micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
         self._config = config or OptimizerConfig()
         self._overlapped = overlapped
@@ -196,6 +196,9 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         self._dense = parameters_of(optimizer, "dense")
         self._tables = parameters_of(optimizer, "tables")
         self._replicated = parameters_of(optimizer, "replicated_tables")
+        self._optimizers = torch_optimizers(optimizer)
+        groups = [group for each in self._optimizers for group in each.param_groups]
+        self._learned = [parameter for group in groups for parameter in group["params"]]
         self._buffers = _running_statistics(model)
         # A tensor as the first gradient costs no operation, and scales nothing on one rank.
         # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
@@ -225,7 +228,8 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         """Takes one optimizer step. All ranks."""
         step = self._step = Step(self._world)
         before = [buffer.clone() for buffer in self._buffers]
-        self._updates.zero_grad()
+        for parameter in self._learned:
+            parameter.grad = None
         for _ in range(self.micro_batches):
             if self._overlapped:
                 self.progress(micro_batches)
@@ -242,7 +246,8 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 bound_gradients(
                     self._config, self._tables, self._replicated, self._dense, self._world
                 )
-                self._updates.step()
+                for optimizer in self._optimizers:
+                    optimizer.step()
         if self.deferred:
             for buffer, value in zip(self._buffers, before, strict=True):
                 torch.where(self._is_finite, buffer, value, out=buffer)

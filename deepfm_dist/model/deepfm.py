@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +23,7 @@ from torchrec import (
     PoolingType,
 )
 
+from deepfm_dist.model import kernels
 from deepfm_dist.model.norm import GlobalBatchNorm, Sum
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -170,11 +172,24 @@ class FactorizationMachine(nn.Module):
         Returns:
             ``[B]``: ``sum_i w_i + sum_{i<j} <v_i, v_j>``.
         """
+        return self.with_rows(rows_BFW)[0]
+
+    def with_rows(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, and the rows for one other reader, whose gradient must be its own to change.
+
+        On CPU the gradients of both are then summed without a tensor for each.
+        """
         if self.sides_2F is None:
-            return self.of_side(rows_BFW)[0]
+            if _has_kernel(rows_BFW):
+                found: tuple[Tensor, Tensor] = _InteractionsOnCPU.apply(  # type: ignore[no-untyped-call]
+                    rows_BFW, self.dim, self.first_order
+                )
+                return found
+            return self.of_side(rows_BFW)[0], rows_BFW
         sides_B2W = self.sides_2F @ rows_BFW
         pairs = sides_B2W[:, :, : self.dim].prod(1).sum(1)
-        return sides_B2W[:, :, self.dim].sum(1) + pairs if self.first_order else pairs
+        logits = sides_B2W[:, :, self.dim].sum(1) + pairs if self.first_order else pairs
+        return logits, rows_BFW
 
     def of_side(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of the fields of one side alone, and ``[B, D]`` the sum of their factors."""
@@ -204,7 +219,7 @@ class _Interactions(torch.autograd.Function):
         of_sum = sum_BW[:, :dim].square().sum(1)
         sum_of = rows_BFW[:, :, :dim].square().sum((1, 2))
         pairs = 0.5 * (of_sum - sum_of)
-        return sum_BW[:, dim] + pairs if first_order else pairs, sum_BW[:, :dim].clone()
+        return sum_BW[:, dim] + pairs if first_order else pairs, sum_BW[:, :dim]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -222,6 +237,42 @@ class _Interactions(torch.autograd.Function):
             gradient.mul_(gradient_B[:, None, None])
         if of_sum_BD is not None:
             gradient[:, :, : ctx.dim] += of_sum_BD[:, None]
+        return gradient, None, None
+
+
+def _has_kernel(rows_BFW: Tensor) -> bool:
+    is_float = rows_BFW.device.type == "cpu" and rows_BFW.dtype == torch.float32
+    return is_float and rows_BFW.shape[2] % 4 == 0 and not torch.compiler.is_compiling()
+
+
+class _InteractionsOnCPU(torch.autograd.Function):
+    """`_Interactions` by `kernels`; the rows pass through, and their gradient is added to."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BFW: Tensor, dim: int, first_order: bool) -> tuple[Tensor, Tensor]:
+        halves, firsts = (np.zeros(rows_BFW.shape[2], np.float32) for _ in range(2))
+        halves[:dim] = 0.5
+        firsts[dim] = first_order
+        rows = rows_BFW.detach().contiguous()
+        sums = torch.from_numpy(kernels.interactions(rows.numpy(), halves, firsts))
+        ctx.save_for_backward(rows, sums)
+        ctx.halves, ctx.firsts = halves, firsts
+        ctx.set_materialize_grads(False)
+        return sums[:, -1], rows_BFW.view_as(rows_BFW)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, gradient_B: Tensor | None, gradient_BFW: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if gradient_B is None:
+            return gradient_BFW, None, None
+        rows, sums = ctx.saved_tensors
+        gradient = torch.zeros_like(rows) if gradient_BFW is None else gradient_BFW.contiguous()
+        logits = gradient_B.contiguous().numpy()
+        kernels.add_gradient(
+            gradient.numpy(), logits, rows.numpy(), sums.numpy(), ctx.halves, ctx.firsts
+        )
         return gradient, None, None
 
 
@@ -388,8 +439,11 @@ class InteractionArch(nn.Module):
         if dense_BN.shape[1]:
             rows_NW = self.dense_rows(dense_BN.shape[1], rows_BFW)
             rows_BFW = torch.cat([rows_BFW, dense_BN[:, :, None] * rows_NW], 1)
-        logits = self.bias.expand(rows_BFW.shape[0])
-        if self.fm is not None:
+        logits: Tensor = self.bias
+        if self.fm is not None and isinstance(self.over_arch, OverArch):
+            interactions, rows_BFW = self.fm.with_rows(rows_BFW)
+            logits = logits + interactions
+        elif self.fm is not None:
             logits = logits + self.fm(rows_BFW)
         elif self.first_order:
             logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
@@ -400,7 +454,7 @@ class InteractionArch(nn.Module):
                 else:
                     deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
-        return logits
+        return logits.expand(rows_BFW.shape[0])
 
     @property
     def constants(self) -> list[nn.Parameter]:
