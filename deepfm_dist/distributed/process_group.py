@@ -24,6 +24,7 @@ from deepfm_dist.environment import gpu_problem
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 from deepfm_dist.launcher import Launch, read_launch
 from deepfm_dist.lock import Lock
+from deepfm_dist.messages import brief
 
 log = logging.getLogger(__name__)
 
@@ -470,7 +471,7 @@ def _fbgemm_has_cuda() -> bool:
 
 def _unreachable(launch: Launch, master: tuple[str, int], error: Exception) -> DeepFMError:
     """What to say of a rank that cannot join the others."""
-    reason = " ".join(str(error).split())[:300] or "no answer"
+    reason = brief(error) if str(error).strip() else "no answer"
     if launch.by_torchrun:
         return RankLost(
             f"rank {launch.rank} of {launch.world_size} cannot reach the others: {reason}; if this "

@@ -27,8 +27,8 @@ class RunConfig(Section):
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per process. More than one may change the last digits of results."""
     deterministic: bool = False
-    """On CUDA: only kernels whose result is the same bit for bit every time, which a resumed run
-    needs to be that; slower. The CPU's always are."""
+    """On CUDA: use only kernels whose results are the same bit for bit every time, so that a
+    resumed run is too; slower. CPU kernels always are."""
     timeout_s: float = Field(120, gt=0)
     """Seconds after which a rank that waits for a lost or hanging one gives up."""
     loggers: tuple[str, ...] = ("tensorboard",)
@@ -111,11 +111,11 @@ class DenseOptimizerConfig(LearningRateConfig):
     l2: float = Field(0.0, ge=0)
     """Adds l2 * weight to the gradient."""
     max_norm: float | None = Field(None, gt=0)
-    """Bound of the norm of their gradient, the tables' left out."""
+    """Bound of the norm of their gradient, without that of the tables."""
 
 
 class OptimizerConfig(Section):
-    """Who updates what."""
+    """The optimizers."""
 
     tables: TableOptimizerConfig = TableOptimizerConfig()
     """The embedding tables."""
@@ -166,7 +166,7 @@ class ShardingConfig(Section):
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     """An explicit plan for single tables; the rest follows ``kind``."""
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """In which embeddings and their gradients travel between ranks."""
+    """Precision in which embeddings and their gradients travel between ranks."""
 
     @property
     def float_bytes(self) -> int:
@@ -175,7 +175,7 @@ class ShardingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is saved, and what is read again."""
+    """Checkpoints: when they are saved, and which are read."""
 
     every_epochs: int = Field(0, ge=0)
     """Epochs between two checkpoints; there is always one of the last step."""

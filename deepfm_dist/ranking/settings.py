@@ -25,7 +25,7 @@ class IalsConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """The figures on held-out rows; all but ``split`` is of rankings (``data.task=implicit``)."""
+    """Evaluation on held-out rows; all but ``split`` is for rankings (``data.task=implicit``)."""
 
     split: Literal["valid", "test"] = "test"
     """Which rows."""
@@ -46,7 +46,7 @@ class EvaluateConfig(Section):
     ials: IalsConfig = IalsConfig()
     """Settings of iALS."""
     reference: str | None = None
-    """A parquet file (``user, item, score``) under ``data.root`` whose ranking is shown beside the
+    """A parquet file (``user, item, score``) under ``data.root`` whose ranking is shown next to the
     model's: the sample's generator writes its true log-odds there."""
 
     @model_validator(mode="after")
@@ -87,8 +87,8 @@ class RecommendConfig(Section):
     """Limit in bytes of what a rank keeps of the items: of a larger catalogue a share each, and of
     one that exceeds that too a block at a time. An index comes on top."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of the over-arch's products on CUDA: ``tf32`` rounds what is multiplied to 11 bits, ``bf16``
-    to 8; a CPU computes in fp32."""
+    """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
+    bits, ``bf16`` to 8; a CPU computes in fp32."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
@@ -121,4 +121,4 @@ class SimilarConfig(Section):
     k: int = Field(10, ge=1)
     """Items per item."""
     metric: Literal["cosine", "inner_product"] = "cosine"
-    """Of two items' sums of factor vectors."""
+    """Similarity of two items' summed factor vectors."""

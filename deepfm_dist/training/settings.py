@@ -8,7 +8,7 @@ from deepfm_dist.section import Section
 
 
 class TrainerConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     loss: Literal["bce", "bpr", "softmax"] = "bce"
     """bce: cross-entropy of single rows, positives and their negatives. bpr, softmax: a batch is of
@@ -23,7 +23,7 @@ class TrainerConfig(Section):
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many steps, whatever the epochs say."""
+    """Stop after this many steps, even if epochs are left."""
     reading_threads: int | None = Field(None, ge=0, le=1024)
     """Threads of a process that make the next batches while one trains; the batches are the same.
     Default: one for each core that the processes of the machine leave idle, at most 4; 0: none."""
@@ -31,7 +31,7 @@ class TrainerConfig(Section):
     """Parts of a batch that are computed one after the other, to save memory; needs adam on the
     tables (fused ones are updated by every part). Batch norm sees each part alone."""
     max_skipped: int = Field(10, ge=0)
-    """A step whose loss is NaN or infinite is skipped; more than so many in a row end the run."""
+    """A step whose loss is NaN or infinite is skipped; more than this many in a row end the run."""
     log_every_steps: int = Field(50, ge=1)
     """Steps between two lines of training figures."""
     validate_every_epochs: int = Field(1, ge=0)
@@ -47,10 +47,11 @@ class TrainerConfig(Section):
     min_delta: float = Field(0.0, ge=0)
     """By how much a figure has to be better than the best to count as better."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of the over-arch's matrix products while training; tf32 on CUDA only. There is no fp16: it
-    needs a scaled loss, which tables updated in the backward pass would take for the loss."""
+    """Precision of the over-arch's matrix products in training; tf32 on CUDA only. There is no
+    fp16: it needs a scaled loss, which tables updated in the backward pass would take for the
+    loss."""
     table_precision: Literal["fp32", "fp16"] = "fp32"
-    """In which tables are kept while training (fp16: not with adam)."""
+    """Precision of the tables in training (fp16: not with adam)."""
     compile: bool = False
     """Compile everything above the tables with torch.compile (on CPU it needs a C++ compiler)."""
     profile_steps: tuple[int, int] | None = None
@@ -126,7 +127,7 @@ class TuneConfig(Section):
     """What to vary: settings of model, optimizer and trainer by their dotted name, each with bounds
     (``{low: 0.001, high: 0.1, log: true}``) or a list of values."""
     trials: int = Field(20, ge=1)
-    """Settings to try, those of earlier, unfinished searches included."""
+    """Trials in total, including those of earlier, unfinished searches."""
     prune: bool = True
     """End a trial early that is worse than the median of the earlier ones at the same epoch."""
 
