@@ -83,13 +83,10 @@ def fit(
         DataError: a column is missing, or the data cannot be used.
         ConfigError: a setting is unknown or has a bad value, or ``name`` holds a different model.
     """
-    from deepfm_dist.distributed.checkpoint import complete_steps
-
     with _in_python():
         _check_alone()
         for what, frame in (("interactions", interactions), ("users", users), ("items", items)):
-            if frame is not None:
-                _check_frame(frame, what)
+            _check_frame(frame, what, optional=what != "interactions")
         context = [context] if isinstance(context, str) else context
         roles = {"user": user, "item": item, "time": time, "label": label}
         columns = {role: column for role, column in roles.items() if column is not None}
@@ -101,12 +98,7 @@ def fit(
         config = settings(name or "model")  # mistakes come out before anything is written
         config = _claim(root, settings) if name is None else config
         _write_frames(_input(root, config.run.name), config, inputs.frames)
-        file = root / f"{config.run.name}.yaml"
-        if not complete_steps(config.run_dir):
-            file.write_text(config.to_yaml())
-        model = Model.train(config)  # refused if a trained model has other settings
-        file.write_text(config.to_yaml())
-        return model
+        return _train(config, root / f"{config.run.name}.yaml")
 
 
 @dataclass(frozen=True)
@@ -120,6 +112,17 @@ class _Inputs:
 
     data: dict[str, Any]
     frames: dict[str, pd.DataFrame]
+
+
+def _train(config: Config, file: Path) -> "Model":
+    """Trains, and keeps the settings in a file; those of a trained model until training is over."""
+    from deepfm_dist.distributed.checkpoint import complete_steps
+
+    if not complete_steps(config.run_dir):
+        file.write_text(config.to_yaml())
+    model = Model.train(config)  # refused if a trained model has other settings
+    file.write_text(config.to_yaml())
+    return model
 
 
 def _check_alone() -> None:
@@ -499,12 +502,14 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, _OF_NUMPY) else value
 
 
-def _check_frame(frame: object, what: str) -> None:
+def _check_frame(frame: object, what: str, optional: bool = False) -> None:
     """Refuses what is no data frame of pandas.
 
     Raises:
         DataError: it is none.
     """
+    if optional and frame is None:
+        return
     if not isinstance(frame, pd.DataFrame):
         kind = f"{type(frame).__module__}.{type(frame).__name__}".removeprefix("builtins.")
         cure = ".to_pandas()" if hasattr(frame, "to_pandas") else "pandas.DataFrame(...)"

@@ -38,12 +38,11 @@ def examine(device: str = "auto") -> dict[str, Any]:
         and ``problems`` (each ``what``, ``cure``, ``fatal``).
     """
     installation = environment.observe()
-    found = environment.problems(installation, device)
+    problems = environment.problems(installation, device)
     libraries = {name: environment.installed_version(name) for name in _LIBRARIES}
     missing = " ".join(name for name, version in libraries.items() if not version)
     if missing:
-        found.append(Problem(f"not installed: {missing}", f"pip install {missing}"))
-
+        problems.append(Problem(f"not installed: {missing}", f"pip install {missing}"))
     report: dict[str, Any] = {
         "versions": {
             "python": ".".join(map(str, installation.python)),
@@ -63,38 +62,41 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "backends": [],
         "self_test": "ok",
     }
+    wants_gpu = installation.variant == "cuda" and device != "cpu"
     try:
-        report["backends"] = _backends()
-        report["devices"] |= _torch_devices()
-        wants_gpu = installation.variant == "cuda" and device != "cpu"
-        has_gpu = bool(report["devices"]["gpus"])
-        if wants_gpu and not has_gpu:
-            found.append(
-                Problem(
-                    "torch sees no GPU",
-                    "look at CUDA_VISIBLE_DEVICES and at nvidia-smi (the driver may be older than "
-                    "torch's CUDA)",
-                    fatal=device == "cuda",
-                )
-            )
-        if wants_gpu:
-            found += _gpu_problems(report["devices"]["gpus"])
-        failure = _failure_of_self_test("cuda" if wants_gpu and has_gpu else "cpu")
+        failure = _try_torch(report, problems, wants_gpu, must_have_gpu=device == "cuda")
     # A broken binary raises ImportError, OSError, RuntimeError or AttributeError as it likes.
     except Exception as error:
         failure = _in_one_line(error)
     if failure is not None:
         report["self_test"] = "failed"
-        found.append(
-            Problem(
-                f"self-test: {failure}",
-                "cure the problems above first"
-                if any(problem.fatal for problem in found)
-                else "run `make clean`, then `make demo`",
-            )
-        )
-    report["problems"] = [asdict(problem) for problem in found]
+        fatal = any(problem.fatal for problem in problems)
+        cure = "cure the problems above first" if fatal else "run `make clean`, then `make demo`"
+        problems.append(Problem(f"self-test: {failure}", cure))
+    report["problems"] = [asdict(problem) for problem in problems]
     return report
+
+
+def _try_torch(
+    report: dict[str, Any], problems: list[Problem], wants_gpu: bool, must_have_gpu: bool
+) -> str | None:
+    """Adds what torch sees to the report and the problems, then runs the self-test.
+
+    Returns:
+        How the self-test failed; None: it passed.
+    """
+    report["backends"] = _backends()
+    report["devices"] |= _torch_devices()
+    gpus = report["devices"]["gpus"]
+    if wants_gpu and not gpus:
+        cure = (
+            "look at CUDA_VISIBLE_DEVICES and at nvidia-smi (the driver may be older than torch's "
+            "CUDA)"
+        )
+        problems.append(Problem("torch sees no GPU", cure, fatal=must_have_gpu))
+    if wants_gpu:
+        problems += _gpu_problems(gpus)
+    return _failure_of_self_test("cuda" if wants_gpu and gpus else "cpu")
 
 
 def self_test(device: str) -> None:
