@@ -68,7 +68,7 @@ def build_model(
             all_reduce=world.differentiable_sum,
         )
     elif config.deep:
-        over_arch = partial(_own_over_arch, config)
+        over_arch = partial(_custom_over_arch, config)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
     model = build_deepfm(
         tables,
@@ -108,14 +108,14 @@ def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig)
     first_layer = None
     if model.deep and model.over_arch == "mlp":
         first_layer = "hidden.0" if model.over_arch_layer_sizes else "output"
-    found = Transfer.between({f.table_name for f in shared}, before, after, first_layer)
-    if found.moves and model.deep and first_layer is None:
+    transfer = Transfer.between({f.table_name for f in shared}, before, after, first_layer)
+    if transfer.moves and model.deep and first_layer is None:
         raise ConfigError(
             f"model.over_arch={model.over_arch}: which of its weights belong to which field is not "
             f"known; to start from a trained one, give data.features its fields in its order: "
             f"{', '.join(f.name for f in trained.features)}"
         )
-    return found
+    return transfer
 
 
 def _check_memory(config: ModelConfig, manifest: Manifest, world: World, half: bool) -> None:
@@ -154,10 +154,10 @@ def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTr
     return build_model(config.model, manifest, world, config.run.seed, half)
 
 
-def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
+def _custom_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
     """The over-arch of an import path, tried on two rows: whatever it raises is the user's."""
     where = f"model.over_arch={config.over_arch}"
-    kind = _imported(config.over_arch, where, "mlp or package.module:Class")
+    kind = _import(config.over_arch, where, "mlp or package.module:Class")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"{where}: not a torch.nn.Module class; give mlp or package.module:Class")
     try:
@@ -166,25 +166,25 @@ def _own_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
             out = over_arch(torch.zeros(2, in_features))
     except Exception as error:
         raise ConfigError(
-            f"{where}: cannot be built: {_told(error)}; it is called with in_features and "
-            f"model.over_arch_options, then with [B, in_features]"
+            f"{where}: cannot be built: {_one_line(error)}; it is called with in_features "
+            f"and model.over_arch_options, then with [B, in_features]"
         ) from None
     if not isinstance(out, Tensor) or out.shape != (2,):
-        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ConfigError(f"{where}: gives {found} for 2 rows; expected [2], a logit for each row")
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"{where}: gives {shape} for 2 rows; expected [2], a logit for each row")
     return over_arch.train()
 
 
-def _imported(path: str, where: str, form: str) -> Any:
+def _import(path: str, where: str, form: str) -> Any:
     """What ``package.module:name`` names."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ConfigError(f"{where}: {_told(error)}; give {form}") from None
+        raise ConfigError(f"{where}: {_one_line(error)}; give {form}") from None
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return brief(f"{type(error).__name__}: {error}")
 
 
@@ -203,7 +203,7 @@ def shard_for_training(
     above.in_bfloat16 = config.trainer.precision == "bf16"
     in_tf32 = config.trainer.precision == "tf32"
     if in_tf32 and world.device.type != "cuda":
-        raise ConfigError("trainer.precision=tf32: a CPU has no such thing; use fp32")
+        raise ConfigError("trainer.precision=tf32: not available on a CPU; use fp32")
     torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
     tables.attach(arch.ebc.parameters())
     sharded, plan = shard(
@@ -286,12 +286,12 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
 
 
 def loggers(config: Config, world: World, from_step: int) -> list[Logger]:
-    """What hears of metrics beside the run's own file, on rank 0.
+    """Metric loggers in addition to metrics.jsonl, on rank 0.
 
     Args:
         config: the settings.
         world: the ranks.
-        from_step: the step that training goes on after.
+        from_step: the step that training continues after.
 
     Raises:
         ConfigError: an import path of ``run.loggers`` leads nowhere.
@@ -301,7 +301,7 @@ def loggers(config: Config, world: World, from_step: int) -> list[Logger]:
     return [
         TensorBoard(config.run_dir / "tensorboard", from_step)
         if name == "tensorboard"
-        else _imported(name, f"run.loggers={name}", "tensorboard or package.module:function")
+        else _import(name, f"run.loggers={name}", "tensorboard or package.module:function")
         for name in config.run.loggers
     ]
 

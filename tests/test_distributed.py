@@ -815,7 +815,7 @@ def test_less_precision_and_compilation_stay_near_and_repeat_exactly(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("trainer.precision=tf32", "trainer.precision=tf32: a CPU has no such thing"),
+        ("trainer.precision=tf32", "trainer.precision=tf32: not available on a CPU"),
         ("sharding.communication=bf16", "communication=bf16: gloo would send fp16"),
     ],
 )
