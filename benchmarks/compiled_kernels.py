@@ -28,6 +28,9 @@ from deepfm_dist.ranking.engines.triton_kernel import TileConfig, rank_pairs
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 """Shared memory of a program at most, by compute capability; CUDA C++ programming guide."""
+TENSOR_MEMORY_COLUMNS = 512
+"""Tensor memory of sm_100. A kernel that needs more is compiled into a trap, which Triton refuses
+to launch; the engine then takes smaller tiles."""
 _SIZES = ("n_users", "n_items", "columns", "columns_per_split", "offset", "k")
 _POSITIONS = ("candidates", "seen", "seen_begins", "seen_ends")
 
@@ -35,7 +38,7 @@ _POSITIONS = ("candidates", "seen", "seen_begins", "seen_ends")
 def compiled(
     arch: int, precision: str, sizes: list[int], mode: str, top_k: int, dim: int
 ) -> dict[str, Any]:
-    """Compiles one variant as `TritonEngine` would launch it.
+    """Compiles one variant as `TritonEngine` would launch it: with smaller tiles where it must.
 
     Args:
         arch: compute capability times 10.
@@ -46,11 +49,24 @@ def compiled(
         dim: padded numbers of a factor vector.
 
     Returns:
-        Registers and spilled bytes of a thread, shared memory in KiB, and how many instructions of
-        tensor cores the code holds.
+        Pairs of a tile, registers and spilled bytes of a thread, shared memory in KiB, columns of
+        tensor memory, and how many instructions of tensor cores the code holds.
     """
+    tiles: TileConfig | None = TileConfig.of(sizes, precision)
+    while tiles is not None:
+        report = _compiled(arch, precision, tiles, mode, top_k, dim)
+        fits = report["shared_kib"] <= SHARED_KB[arch]
+        if fits and report["tensor_memory_columns"] <= TENSOR_MEMORY_COLUMNS:
+            return report
+        tiles = tiles.leaner
+    raise RuntimeError(f"no tile of {sizes} fits sm_{arch} in {precision}")
+
+
+def _compiled(
+    arch: int, precision: str, tiles: TileConfig, mode: str, top_k: int, dim: int
+) -> dict[str, Any]:
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    constants = TileConfig.of(sizes, kind).options(True, dim, 1 if mode == "scores" else top_k)
+    constants = tiles.options(True, dim, 1 if mode == "scores" else top_k)
     warps = constants.pop("num_warps")
     constants |= {
         "PRECISION": "tf32" if precision == "tf32" else "tf32x3",
@@ -81,9 +97,11 @@ def compiled(
     registers, spilled = _resources(arch, ptx)
     return {
         "seconds": round(took, 1),
+        "pairs": tiles.pairs,
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_kib": round(kernel.metadata.shared / 1024, 1),
+        "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", None) or 0,
         "tensor_core_instructions": sum(
             ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
         ),

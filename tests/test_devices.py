@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepfm_dist
-from deepfm_dist.build import shard_for_training, training_batches
+from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import load_config
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import Collator, PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
 from deepfm_dist.distributed.process_group import World, process_group
@@ -51,7 +51,10 @@ from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_dee
 from deepfm_dist.model.losses import DeepFMTrain
 from deepfm_dist.ranking import catalogue
 from deepfm_dist.ranking.catalogue import CatalogueScorer
+from deepfm_dist.ranking.engines import selection
 from deepfm_dist.ranking.engines.torch import TorchEngine
+from deepfm_dist.ranking.evaluation import RankingEvaluator
+from deepfm_dist.training.evaluation import RowEvaluator
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
 
@@ -210,6 +213,14 @@ STEPS = {
 }
 
 
+def create_input_dist(sharded: nn.Module, keys: list[str]) -> None:
+    """What the first forward pass does, which also checks values."""
+    for module in sharded.modules():
+        if hasattr(module, "_has_uninitialized_input_dist"):
+            module._create_input_dist(keys)
+            module._has_uninitialized_input_dist = False
+
+
 def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
     """What two steps of a model on the meta device do, after one that makes what is kept."""
     config = load_config("sample", [*overrides, "optimizer.dense.name=sgd"])
@@ -218,10 +229,7 @@ def device_use_of_a_step(folder: Path, overrides: list[str]) -> DeviceUse:
         on_cpu = dataclasses.replace(world, device=CPU)
         sharded, optimizer = shard_for_training(config, dataset.manifest, world)
         batch = next(iter(training_batches(config, dataset, on_cpu).steps(1, 1))).to(META)
-        for module in sharded.modules():
-            if hasattr(module, "_has_uninitialized_input_dist"):
-                module._create_input_dist(batch.sparse.keys())
-                module._has_uninitialized_input_dist = False
+        create_input_dist(sharded, batch.sparse.keys())
         sharded.train()
         pipeline = TrainPipeline(sharded, optimizer, world, config=config.optimizer)
         use, stream = DeviceUse(), iter([batch] * 3)
@@ -272,6 +280,47 @@ def test_engines_are_made_and_score_on_the_models_device(
             places = torch.zeros(9, 2, dtype=torch.int64, device=META)
             scorer.scores_of_pairs(users, items, places)
     assert use.mixed == use.reads == use.copies == []
+
+
+def device_use_of_ranking(folder: Path, overrides: list[str]) -> DeviceUse:
+    """What ranking the whole catalogue and evaluating rows do with a model on the meta device."""
+    config = load_config("sample", overrides)
+    dataset = PreparedDataset(folder)
+    with fake_world(1) as world:
+        sharded, _ = shard_for_training(config, dataset.manifest, world)
+        sharded.eval()
+        create_input_dist(sharded, Collator(dataset)(None, np.ones(1, np.int32)).sparse.keys())
+        held_out = RankingEvaluator(dataset, "valid", {})
+        rows = RowEvaluator(dataset, "valid")
+        with DeviceUse() as use:
+            ranker = held_out.ranker(deepfm_of(sharded), world)
+            for chosen in (ranker, ranker.for_users(held_out.users, 50)):
+                held_out.measured(chosen, [10], world)
+            ranker.scores(0, 3, 3)
+            ranker.item_vectors()
+            rows.measured(sharded, world)
+    return use
+
+
+@pytest.mark.parametrize("name", ["rows", "histories"])
+def test_ranking_and_evaluation_mix_no_devices(
+    meta: None,
+    sample: PreparedDataset,
+    with_history: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.setattr(selection, "find_spec", lambda _: None)  # a kernel needs values
+    dataset = with_history if name == "histories" else sample
+    use = run_alone(device_use_of_ranking, dataset.folder, STEPS[name])
+    assert use.mixed == []
+    # Rankings and scores go to the host, where they are written; a bias is read once for a model.
+    assert set(use.reads) == {
+        "ranking/catalogue.py __init__",
+        "ranking/ranker.py best",
+        "ranking/ranker.py scores",
+        "distributed/inference.py score_rows",
+    }
 
 
 # By the optimizer's name: weight decay and its mode. The CPU build of FBGEMM makes no lazy_adam.

@@ -158,7 +158,11 @@ KERNELS = {
     "sm_90 fp32 30": (0, False),
     "sm_90 fp32 none": (0, False),
     "sm_90 fp32 30-20": (0, True),
-    "sm_90 fp32 40-30-20-10": (64, True),
+    "sm_90 fp32 40-30-20-10": (0, True),
+    "sm_90 tf32 40-30-20-10": (0, True),
+    "sm_90 bf16 300-200-100-50": (0, True),
+    "sm_90 tf32 300-200-100-50": (0, True),
+    "sm_100 bf16 300-200-100-50": (0, True),  # with smaller tiles: 128 pairs exceed tensor memory
     "sm_90 bf16 400-400-400": (216, True),  # twice the pairs share a reading of the weights
     "sm_90 fp32 400-400-400": (560, True),
     "sm_80 bf16 400-400-400": (0, True),

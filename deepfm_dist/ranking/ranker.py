@@ -314,7 +314,7 @@ class FixedRanker:
         for first in range(begin, end, USER_BLOCK):
             last = min(first + USER_BLOCK, end)
             scores = self._scores(first, last)
-            mask = mask_of(seen, scores.device)(first - begin, last - begin)
+            mask = mask_of(seen, scores.device, 0, len(self))(first - begin, last - begin)
             block = slice(first - begin, last - begin)
             positions[block], best[block] = (t.cpu() for t in masked_top_k(scores, mask, k))
         return positions, best

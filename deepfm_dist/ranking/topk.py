@@ -82,23 +82,27 @@ def masked_top_k(scores: Tensor, masked: tuple[Tensor, Tensor], k: int) -> tuple
 
 
 Mask = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first, last + 1) of some users -> (rows, positions) of their masked pairs."""
+"""(first, last + 1) of some users -> (rows, positions) of their masked pairs, int64 each."""
 
 
-def mask_of(seen: Jagged, device: torch.device) -> Mask:
-    """Masks each user's seen items.
+def mask_of(seen: Jagged, device: torch.device, offset: int, n_items: int) -> Mask:
+    """Masks each user's seen items among some items.
+
+    They are picked on the host: on a GPU the number of pairs would have to be read back.
 
     Args:
         seen: item positions of each user, in the users' order; negative ones are left out.
         device: where the scores are.
+        offset: position of the first item, from which the returned positions count.
+        n_items: number of items.
     """
 
     def of(begin: int, end: int) -> tuple[Tensor, Tensor]:
         low, high = int(seen.offsets[begin]), int(seen.offsets[end])
-        positions = torch.from_numpy(seen.values[low:high]).long()
+        positions = torch.from_numpy(seen.values[low:high]).long() - offset
         lengths = torch.from_numpy(seen.lengths[begin:end])
         rows = torch.repeat_interleave(torch.arange(end - begin), lengths)
-        known = positions >= 0
-        return rows[known].to(device), positions[known].to(device)
+        here = (positions >= 0) & (positions < n_items)
+        return rows[here].to(device), positions[here].to(device)
 
     return of

@@ -44,14 +44,11 @@ class TorchEngine:
     ) -> None:
         """Runs items past users; see `Engine`."""
         n, k = best.scores.shape
-        mask = mask_of(seen, best.scores.device)
+        mask = mask_of(seen, best.scores.device, offset, len(items.constant))
         for begin in range(0, n, USER_BLOCK):
             end = min(begin + USER_BLOCK, n)
             scores = self._scorer.scores(users[begin : begin + USER_BLOCK], items, deep)
-            rows, places = mask(begin, end)
-            places -= offset
-            here = (places >= 0) & (places < scores.shape[1])
-            found = masked_top_k(scores[: end - begin], (rows[here], places[here]), k)
+            found = masked_top_k(scores[: end - begin], mask(begin, end), k)
             self._merge(best, slice(begin, end), found[1], found[0] + offset)
 
     def update_of_candidates(
@@ -63,7 +60,7 @@ class TorchEngine:
             places = candidates[block] - offset
             here = (places >= 0) & (places < len(items.constant))
             scores = self._scorer.scores_of_pairs(users[block], items, places.where(here, 0))
-            scores[~here] = float("-inf")
+            scores.masked_fill_(~here, float("-inf"))
             self._merge(best, block, scores, candidates[block])
 
     def _merge(self, best: Best, users: slice, scores: Tensor, positions: Tensor) -> None:

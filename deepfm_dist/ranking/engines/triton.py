@@ -65,7 +65,7 @@ class TritonEngine:
         kind = weight_dtype(precision)
         self._input_precision = "tf32" if precision == "tf32" else "tf32x3"
         sizes = [weight.shape[1] for weight, _ in layers]
-        self._tiles = tiles = TileConfig.of(sizes, kind)
+        self._tiles = tiles = TileConfig.of(sizes, precision)
         model = layers[0][0].device if layers else device
         nothing = torch.zeros(0, dtype=torch.float64, device=model)
         weights, biases = [nothing], [nothing]
@@ -117,10 +117,8 @@ class TritonEngine:
             return
         columns = len(items.side.constant)
         splits, width = self._splits(n, columns)
-        rows, positions = mask_of(seen, self._device)(0, n)
-        positions -= offset
-        here = (positions >= 0) & (positions < items.n)
-        order = ((rows[here] << 32) | positions[here]).sort().values
+        rows, positions = mask_of(seen, self._device, offset, items.n)(0, n)
+        order = ((rows << 32) | positions).sort().values
         owners = torch.arange(n, device=self._device) << 32
         firsts = torch.arange(splits, device=self._device) * width
         begins = torch.searchsorted(order, owners + firsts[:, None])
@@ -132,14 +130,11 @@ class TritonEngine:
         self, users: Side, items: Items, offset: int, seen: Jagged, best: Best, deep: bool
     ) -> None:
         positions = torch.arange(offset, offset + items.n, device=self._device)
-        mask = mask_of(seen, self._device)
+        mask = mask_of(seen, self._device, offset, items.n)
         for begin in range(0, len(best.scores), USER_BLOCK):
             part = slice(begin, min(begin + USER_BLOCK, len(best.scores)))
             scores = self._scores(users[part], len(best.scores[part]), items, deep)
-            rows, places = mask(part.start, part.stop)
-            places -= offset
-            here = (places >= 0) & (places < items.n)
-            scores[rows[here], places[here]] = float("-inf")
+            scores[mask(part.start, part.stop)] = float("-inf")
             self._merge(best, part, keys_of(scores, positions))
 
     def update_of_candidates(

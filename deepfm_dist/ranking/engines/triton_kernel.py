@@ -63,15 +63,18 @@ class TileConfig(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, sizes: Sequence[int], kind: torch.dtype) -> "TileConfig":
-        """Of hidden layers of some sizes, their units of a type."""
+    def of(cls, sizes: Sequence[int], precision: Precision) -> "TileConfig":
+        """For hidden layers of some sizes; benchmarks/compiled_kernels.py shows what they spill."""
         if not sizes:
             return cls(0, (), 0, 0, 128, False, 1)
-        half = kind.itemsize == 2
+        kind, half = weight_dtype(precision), precision == "bf16"
+        holds_two = len(sizes) > 3
         chunk = power_of_two(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
-        middle = tuple(_blocks(size, 128 if half else 64) for size in sizes[1:-1])
+        # Of two layers held at once, smaller blocks leave more registers to spare.
+        block = (64 if half else 16) if holds_two else (128 if half else 64)
+        middle = tuple(_blocks(size, block) for size in sizes[1:-1])
         # Tensor cores take 64 rows at a time; 128 halve the traffic of weights, if they fit.
-        fit = _held(sizes) * kind.itemsize <= 1024
+        fit = _held(sizes) * kind.itemsize <= 1024 and not (holds_two and precision == "fp32")
         n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
         # In fp32 each lies there twice, as its tf32 and what that leaves.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
