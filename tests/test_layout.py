@@ -106,7 +106,7 @@ def write_by_hand(folder: Path) -> None:
     splits = {"train": (5, 5), "valid": (2, 1), "test": (2, 1)}
     sizes = {"user": 3, "item": 5, "genre": 2, "hour": 3, "mood": 3, "ad": 101, "price": 4}
     manifest = {
-        "format": 3,
+        "format": 4,
         "fingerprint": "given",
         "vocabulary_hash": "of the ids in row order",
         "seed": 1,

@@ -451,10 +451,10 @@ def test_another_layout_format_is_refused_by_its_number(tmp_path: Path, given: b
     if given:
         manifest["fingerprint"] = "given"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"layout format 2, .* reads format 3") as caught:
+    with pytest.raises(DataError, match=r"layout format 2, .* reads format 4") as caught:
         PreparedDataset(dataset.folder)
     if given:
-        assert 'write it again as docs/data.md says, with "format": 3' in str(caught.value)
+        assert 'write it again as docs/data.md says, with "format": 4' in str(caught.value)
         with pytest.raises(DataError, match="layout format 2"):  # and is never overwritten
             prepared(tmp_path, ratings(), interactions=RATED)
     else:

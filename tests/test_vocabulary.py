@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.data.codes import Codes
+from deepfm_dist.data.codes import Codes, hash_order
 from deepfm_dist.data.vocabulary import Vocabulary, external, id_order
-from deepfm_dist.seeding import permute
+from deepfm_dist.seeding import mix
 
 
 def encode_distinct(ids: pa.Array) -> tuple[np.ndarray, pa.Array]:
@@ -67,16 +67,28 @@ def test_numbers_are_ordered_by_value_and_texts_by_code_point(
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1), st.integers(0, 99))
-def test_rows_go_by_count_then_id_then_the_bijection(count: dict[str, int], seed: int) -> None:
-    ids = pa.array([*count], pa.string())
-    vocabulary = Vocabulary.fit(ids, np.array([*count.values()]), 2, seed)
-    by_value = dict(zip(count, id_order(ids).tolist(), strict=True))
-    ranked = sorted((i for i in count if count[i] >= 2), key=lambda i: (-count[i], by_value[i]))
-    rows = permute(np.arange(len(ranked)), len(ranked), seed)
-    assert {i: vocabulary.ids[int(r)].as_py() for i, r in zip(ranked, rows, strict=True)} == {
-        i: i for i in ranked
-    }
+def test_rows_go_by_a_seeded_hash_of_the_id(count: dict[str, int], seed: int) -> None:
+    vocabulary = Vocabulary.fit(
+        pa.array([*count], pa.string()), np.array([*count.values()]), 2, seed
+    )
+
+    def place(text: str) -> int:
+        word = 0xCBF29CE484222325
+        for byte in text.encode():
+            word = (word ^ byte) * 0x100000001B3 % 2**64
+        return int(mix(np.uint64(seed) ^ mix(np.uint64(word))))
+
+    assert vocabulary.ids.to_pylist() == sorted((i for i in count if count[i] >= 2), key=place)
     assert vocabulary.counts.tolist() == [count[i] for i in vocabulary.ids.to_pylist()]
+
+
+@given(st.lists(st.text(max_size=3), unique=True), st.data())
+def test_ids_whose_hashes_are_equal_are_ordered_by_their_texts(
+    ids: list[str], data: st.DataObject
+) -> None:
+    hashes = data.draw(st.lists(st.integers(0, 3), min_size=len(ids), max_size=len(ids)))
+    order = hash_order(pa.array(ids, pa.string()), np.array(hashes, np.uint64))
+    assert order.tolist() == sorted(range(len(ids)), key=lambda k: (hashes[k], ids[k]))
 
 
 def test_later_ids_are_appended_and_spread_among_themselves() -> None:

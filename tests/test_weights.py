@@ -115,7 +115,8 @@ def test_a_row_of_weight_2_trains_as_two_rows(tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     batch = TrainingBatches(dataset, 10, 0, 1, seed=3).batch(1)
     rows = dataset.rows("train")
-    times = np.array(WEIGHTS)
+    assert rows.weights is not None
+    times = np.rint(rows.weights * manifest.mean_weight).astype(int)
     several = np.repeat(np.arange(10), times)
     assert rows.users is not None
     assert rows.labels is not None

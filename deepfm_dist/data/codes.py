@@ -105,6 +105,32 @@ def hash_texts(texts: pa.Array) -> Hashes:
     return _hash_all(offsets, data)
 
 
+def seeded(words: Hashes, seed: int) -> Hashes:
+    """``[n]`` words mixed with a seed."""
+    keys = np.full(len(words), seed, np.uint64)
+    mix_into(keys, words)
+    return keys
+
+
+def hash_order(texts: pa.Array, hashes: Hashes) -> Int64Array:
+    """``[n]`` int64: the order of distinct texts by hash; texts of one hash by code point."""
+    order = np.argsort(hashes, kind="stable")
+    in_order = hashes[order]
+    same = np.flatnonzero(in_order[1:] == in_order[:-1])
+    for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else ():
+        places = order[run[0] : run[-1] + 2]
+        by_text = np.argsort(texts.take(pa.array(places)).to_numpy(zero_copy_only=False))
+        order[run[0] : run[-1] + 2] = places[by_text]
+    return order
+
+
+@compiled
+def mix_into(keys: Hashes, words: Hashes) -> None:
+    """Mixes ``[n]`` words into ``[n]`` keys, in place."""
+    for i in range(len(keys)):
+        keys[i] = mix(keys[i] ^ words[i])
+
+
 def _buffers(texts: pa.Array) -> tuple[Int32Array, Bytes, npt.NDArray[np.bool_]]:
     _, offsets, data = texts.buffers()
     valid = np.ones(len(texts), bool)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.exact import Moments
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.schema import DataConfig, Feature
@@ -324,55 +325,41 @@ def _log(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @dataclass
 class NumericFit:
-    """Statistics of a numeric field that can be added up, whatever the order of the pieces.
+    """Statistics of a numeric field that can be added up, whatever the order of the rows.
 
     Attributes:
         feature: the field.
-        moments: by piece: number of values, their mean, their summed squared deviation.
+        moments: of the numbers, exact.
         histogram: of the upper half of each value's float32 bits, for buckets.
     """
 
     feature: Feature
-    moments: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
     histogram: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, piece: int, numbers: npt.NDArray[np.float64]) -> None:
-        """Takes in the raw numbers of a piece; NaN does not count."""
+    def add(self, numbers: npt.NDArray[np.float64]) -> None:
+        """Takes in raw numbers; NaN does not count."""
         values = _log(numbers) if self.feature.transform == "log" else numbers
         values = values[~np.isnan(values)]
         if self.feature.transform == "bucket":
             if len(self.histogram) == 0:
                 self.histogram = np.zeros(_BINS, np.int64)
             self.histogram += np.bincount(upper_bits(values), minlength=_BINS)
-        elif len(values):
-            mean = float(values.mean())
-            self.moments[piece] = (len(values), mean, float(((values - mean) ** 2).sum()))
+        else:
+            self.moments.add(values)
 
     def __add__(self, other: Self) -> Self:
         histogram = self.histogram if len(self.histogram) else other.histogram
         if len(self.histogram) and len(other.histogram):
             histogram = self.histogram + other.histogram
-        return type(self)(self.feature, self.moments | other.moments, histogram)
+        return type(self)(self.feature, self.moments + other.moments, histogram)
 
     def spec(self) -> NumericSpec:
-        """The fitted statistics.
-
-        Source of the sum of moments: Chan, Golub, LeVeque, "Updating formulae and a pairwise
-        algorithm for computing sample variances", 1979.
-        """
+        """The fitted statistics."""
         if self.feature.transform == "bucket":
             return NumericSpec(mean=0, std=1, boundaries=self._boundaries())
-        n, mean, squares = 0, 0.0, 0.0
-        for piece in sorted(self.moments):
-            more, its_mean, its_squares = self.moments[piece]
-            away = its_mean - mean
-            squares += its_squares + away * away * n * more / (n + more)
-            mean += away * more / (n + more)
-            n += more
-        std = float(np.sqrt(squares / max(n, 1)))
-        # What the sums round off is no deviation: a field that is always 0.1 has none.
-        is_constant = std <= 8 * np.finfo(np.float64).eps * abs(mean)
-        return NumericSpec(mean=mean, std=1.0 if is_constant else std)
+        std = float(np.sqrt(self.moments.variance))
+        return NumericSpec(mean=self.moments.mean, std=std or 1.0)
 
     def _boundaries(self) -> tuple[float, ...]:
         """Quantiles, at the lower edge of a bin: exact to 1 part in 128."""

@@ -18,7 +18,7 @@ from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import nearest
 from deepfm_dist.section import Section
 
-FORMAT = 3
+FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
 GIVEN = "given"
 """Fingerprint of a dataset that another tool wrote: it is checked, and never prepared anew."""

@@ -14,9 +14,7 @@ TRAIN, VALID, TEST = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 Parts = npt.NDArray[np.int8]
 Keyed = tuple[Int64Array, ...]
-"""Sort keys of some rows, the most significant first; together they tell all rows apart."""
-TieKeys = Callable[[Int64Array], npt.NDArray[np.uint64]]
-"""``[m]`` row numbers -> ``[m]`` keys that order rows whose other keys are equal."""
+"""Sort keys of some rows, the most significant first."""
 
 Bound = tuple[int, ...]
 """The keys of one row."""
@@ -34,7 +32,6 @@ def split_by_user(
     users: npt.NDArray[np.integer],
     n_users: int,
     keys: Int64Array,
-    ties: TieKeys | None = None,
 ) -> Parts:
     """per_user and leave_last: each user's last rows by key are held out.
 
@@ -42,15 +39,14 @@ def split_by_user(
         split: the method and the sizes.
         users: ``[n]`` in ``[0, n_users)``.
         n_users: number of users.
-        keys: ``[n]`` times, or a shuffle.
-        ties: orders rows with equal keys; default: they keep their order.
+        keys: ``[n]`` times, or hashes; rows with equal ones keep their order.
 
     Returns:
         ``[n]`` int8: 0 train, 1 valid, 2 test. A user's only row is never held out.
     """
     valid, test = shares(split)
     offsets, order = grouped(users, n_users)
-    sort_groups(offsets, order, keys, ties)
+    sort_groups(offsets, order, keys)
     sizes = np.diff(offsets)
     if split.method == "per_user":
         n_valid, n_test = np.rint(sizes * valid), np.rint(sizes * test)
@@ -65,6 +61,8 @@ def split_by_user(
 
 def split_at(keyed: Keyed, bounds: tuple[Bound, Bound]) -> Parts:
     """Random and temporal: the rows from a bound on are held out.
+
+    Rows that are equal to it in every key, which 64-bit hashes seldom are, stay together.
 
     Args:
         keyed: the rows' keys.
@@ -142,25 +140,15 @@ def _from_top(
     return prefix - (1 << 63), above
 
 
-def sort_groups(
-    offsets: Int64Array, order: Int64Array, keys: Int64Array, ties: TieKeys | None = None
-) -> None:
-    """Sorts each group of `jagged.grouped` by key, in place.
+def sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> None:
+    """Sorts each group of `jagged.grouped` by key, in place; equal rows keep their order.
 
     Args:
         offsets: of the groups.
         order: ``[n]`` rows, group by group.
         keys: ``[n]`` of the rows.
-        ties: orders rows of a group with equal keys; default: they keep their order.
     """
     _sort_groups(offsets, order, keys)
-    if ties is None:
-        return
-    tied = np.flatnonzero(_tied(offsets, order, keys))
-    if len(tied):
-        more = np.zeros(len(order), np.uint64)
-        more[order[tied]] = ties(order[tied])
-        _sort_ties(offsets, order, keys, more)
 
 
 def parts_by_time(
@@ -218,35 +206,6 @@ def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> No
                 for j in range(len(group)):  # not a slice: see `seeding._permuted`
                     group[j] = in_order[j]
                 break
-
-
-@compiled
-def _tied(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> npt.NDArray[np.bool_]:
-    """Whether a place of ``order`` has the key of a neighbour in its sorted group."""
-    tied = np.zeros(len(order), np.bool_)
-    for g in range(len(offsets) - 1):
-        for i in range(offsets[g] + 1, offsets[g + 1]):
-            if keys[order[i]] == keys[order[i - 1]]:
-                tied[i - 1] = tied[i] = True
-    return tied
-
-
-@compiled
-def _sort_ties(
-    offsets: Int64Array, order: Int64Array, keys: Int64Array, ties: npt.NDArray[np.uint64]
-) -> None:
-    for g in range(len(offsets) - 1):
-        begin = offsets[g]
-        while begin < offsets[g + 1]:
-            end = begin + 1
-            while end < offsets[g + 1] and keys[order[end]] == keys[order[begin]]:
-                end += 1
-            if end - begin > 1:
-                run = order[begin:end]
-                in_order = run[np.argsort(ties[run], kind="mergesort")]
-                for j in range(len(run)):  # not a slice: see `seeding._permuted`
-                    run[j] = in_order[j]
-            begin = end
 
 
 @compiled

@@ -40,7 +40,7 @@ ISO = "iso"
 EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 """Units of numbers that count from 1970, each with how many make a second."""
 
-_BILLION = 10**9
+BILLION = 10**9
 _INT64 = np.iinfo(np.int64)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CALENDAR = (-62135596800, 253402300800)
@@ -350,7 +350,7 @@ def scaled(whole: Int64Array, billionths: npt.NDArray[np.int32], scale: int) -> 
     """Times as one integer each, in units of ``1 / scale``."""
     if scale == 1:
         return whole
-    found: Int64Array = whole * scale + billionths // (_BILLION // scale)
+    found: Int64Array = whole * scale + billionths // (BILLION // scale)
     return found
 
 
@@ -392,7 +392,7 @@ def _in_seconds(counts: pa.Array, per_second: int, zone: int = _UNZONED) -> pa.S
     """Integers that count parts of seconds from 1970 -> times."""
     valid = np.asarray(counts.is_valid())
     whole, parts = np.divmod(np.asarray(counts.fill_null(0)), per_second)
-    billionths = (parts * (_BILLION // per_second)).astype(np.int32)
+    billionths = (parts * (BILLION // per_second)).astype(np.int32)
     return _struct(pa.array(whole, mask=~valid), pa.array(billionths), True, zone)
 
 
@@ -422,7 +422,7 @@ def _of_numbers(cells: pa.Array) -> pa.StructArray:
         fits &= left
         billionths[fits] = parts[fits].astype(np.int64) * 10 ** (9 - decimals)
         left &= ~fits
-    billionths[left] = np.floor(rest[left] * _BILLION).astype(np.int64)
+    billionths[left] = np.floor(rest[left] * BILLION).astype(np.int64)
     whole = pa.array(whole.astype(np.int64), mask=~inside)
     return _struct(whole, pa.array(billionths), False)
 
@@ -527,7 +527,7 @@ def _number(text: str) -> tuple[int, int] | None:
         whole, rest = whole - 1, rest + 1
     if not _INT64.min <= whole <= _INT64.max:
         return None
-    return int(whole), int(rest * _BILLION)
+    return int(whole), int(rest * BILLION)
 
 
 def _zone(moment: datetime) -> int:
@@ -616,7 +616,7 @@ def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time
                 seconds, parts = divmod(number[0], EPOCH_UNITS[name])
                 if not _CALENDAR[0] <= seconds < _CALENDAR[1]:
                     continue
-                per_part = _BILLION // EPOCH_UNITS[name]
+                per_part = BILLION // EPOCH_UNITS[name]
                 return seconds, parts * per_part + number[1] // EPOCH_UNITS[name], True, _UNZONED
             continue
         if name == ISO:

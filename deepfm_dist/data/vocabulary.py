@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.codes import hash_order, hash_texts, seeded
 from deepfm_dist.data.jagged import Int32Array, Int64Array
 from deepfm_dist.data.layout import signed_table
-from deepfm_dist.seeding import permute
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,14 @@ class Vocabulary:
     ) -> Self:
         """Gives rows to the ids seen at least ``min_count`` times.
 
-        They are ordered by falling count, then id, then spread over the table by a seeded
-        bijection: the same rows again for the same input, and no hot stretch of rows for a
-        row-wise shard to choke on.
+        They are ordered by a seeded hash of the id: the same rows again for the same ids, in
+        whatever order they come, and no hot stretch of rows for a row-wise shard to choke on.
 
         Args:
             ids: ``[n]`` distinct strings.
             counts: ``[n]`` int64.
             min_count: least count that earns a row; an id never seen gets none.
-            seed: of the bijection.
+            seed: of the order.
             earlier: a vocabulary whose ids keep their rows, whatever their counts; new ids are
                 appended, spread over the new rows.
         """
@@ -60,10 +59,8 @@ class Vocabulary:
             )
         kept = np.flatnonzero(counts >= max(1, min_count))
         ids, counts = ids.take(pa.array(kept)), counts[kept]
-        by_count = np.lexsort((id_order(ids), -counts))
-        at = np.empty(len(kept), np.int64)
-        at[permute(np.arange(len(kept)), len(kept), seed)] = by_count
-        return cls(ids.take(pa.array(at)), counts[at])
+        order = hash_order(ids, seeded(hash_texts(ids), seed))
+        return cls(ids.take(pa.array(order)), counts[order])
 
     @property
     def rows(self) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.codes import Hashes
+from deepfm_dist.data.codes import Hashes, seeded
+from deepfm_dist.data.exact import Moments
 from deepfm_dist.data.fields import NumericFit
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -21,8 +22,8 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import Part
-from deepfm_dist.data.preparation.ties import latest_rows, seeded, words_of
 from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.data.split import (
     SPLITS,
@@ -39,7 +40,7 @@ from deepfm_dist.data.split import (
     tied_cuts,
 )
 from deepfm_dist.errors import DataError
-from deepfm_dist.seeding import derive_seed, permute
+from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 NEARLY_ALL = 0.95
@@ -134,7 +135,7 @@ class Counts:
         numeric: of each numeric field that stands in context.
         of_entities: of each field of users and items that stands in the rows.
         rows: ``[partitions, splits]``; positives: the same.
-        weight: ``[partitions]``: weight of the training rows.
+        weights: of the training rows, where they are known.
         repeated: rows dropped because another one has their user and item.
         low: rows that are seen but not trained on.
         empty: training rows without a value, of each field that stands in context.
@@ -146,7 +147,7 @@ class Counts:
     of_entities: dict[str, EntityValues]
     rows: Int64Array
     positives: Int64Array
-    weight: npt.NDArray[np.float64]
+    weights: Moments
     repeated: int = 0
     low: int = 0
     empty: Counter[str] = field(default_factory=Counter)
@@ -162,12 +163,12 @@ class Counts:
             of_entities={},
             rows=np.zeros((job.n_parts, len(SPLITS)), np.int64),
             positives=np.zeros((job.n_parts, len(SPLITS)), np.int64),
-            weight=np.zeros(job.n_parts),
+            weights=Moments(),
         )
 
     def add(self, job: Job, partitions: Partitions, p: int, part: Part, parts: Parts) -> None:
         """Counts a partition in, whose rows go where ``parts`` says."""
-        words_seed = np.uint64(derive_seed(job.seed, "values"))
+        words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
         for name in job.entities:
             table = self.tables[of_entity(name)]
@@ -189,27 +190,28 @@ class Counts:
                 self.of_entities[feature.name] = found
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
-                self.numeric[feature.name].add(p, values.astype(np.float64, copy=False))
+                self.numeric[feature.name].add(values.astype(np.float64, copy=False))
             elif feature.has_vocabulary:
                 flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
                 table = self.tables[feature.table_name]
                 table += counted(flat, len(table))
         self.rows[p] = np.bincount(parts, minlength=len(SPLITS))
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
-        self.weight[p] = part["weight"][at].sum(dtype=np.float64) if "weight" in part else len(at)
+        if "weight" in part:
+            self.weights.add(part["weight"][at].astype(np.float64))
         self.repeated += part.repeated
         self.low += 0 if part.low is None else len(part.low)
 
     @property
     def mean_weight(self) -> float:
         """Of the training rows."""
-        return float(self.weight.sum() / self.rows[:, TRAIN].sum())
+        return self.weights.mean if self.weights.n else 1.0
 
     def of_all(self, job: Job) -> "Counts":
         """What all ranks counted. All ranks."""
         crew, entity_of = job.crew, {f.name: f.entity for f in job.row_fields}
-        others = (self.numeric, self.of_entities, self.repeated, self.low, self.empty)
-        numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
+        others = (self.weights, self.numeric, self.of_entities, self.repeated, self.low, self.empty)
+        weights, numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
         names = list(dict.fromkeys(name for of_rank in of_entities for name in of_rank))
         return Counts(
             {name: crew.add_up(table) for name, table in self.tables.items()},
@@ -224,7 +226,7 @@ class Counts:
             },
             crew.add_up(self.rows),
             crew.add_up(self.positives),
-            crew.add_up(self.weight),
+            sum(weights[1:], weights[0]),
             sum(repeated),
             sum(low),
             sum(empty, Counter()),
@@ -242,33 +244,27 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     """
     split = job.data.split
     per_user = job.data.negatives.fixed_per_user or 0
-    n_shuffled = partitions.n_open
-    n_shuffled += per_user * len(partitions.ids.get(of_entity("user"), ()))
-    seed = derive_seed(job.seed, "split")
-
     timed = split.method in ("temporal", "leave_last")
 
     def keyed(part: Part) -> Keyed:
-        """What the rows that are still open are ordered by: a shuffle, or the time."""
+        """What the rows that are still open are ordered by: a hash, or the time."""
         at = np.flatnonzero(part["given"] == OPEN)
-        row = part["row"][at]
-        if not timed:
-            return permute(row, n_shuffled, seed), row
-        if split.method == "leave_last":
-            return (part["time"][at],)
-        return part["time"][at], partitions.ties(part)(at).view(np.int64), row
+        if split.method == "temporal":
+            return part["time"][at], part["key"][at]
+        return (part["time" if timed else "key"][at],)
 
     def all_keyed() -> Iterator[Keyed]:
         for p in job.mine:
-            yield tuple(partitions.kept(p, f"key {k}") for k in range(n_keys))
+            yield tuple(partitions.kept(p, f"split key {k}") for k in range(n_keys))
 
-    bounds, n_keys = None, 3 if timed else 2
-    if split.method in ("random", "temporal") and partitions.n_open and not job.data.refit:
+    bounds, n_keys = None, 2 if timed else 1
+    if split.method in ("random", "temporal") and not job.data.refit:
         for p in job.mine:
             for k, keys in enumerate(keyed(partitions.load(p))):
-                partitions.keep(p, f"key {k}", keys)
+                partitions.keep(p, f"split key {k}", keys)
         n = int(job.crew.add_up(np.array([sum(len(keys[0]) for keys in all_keyed())]))[0])
-        bounds = bounds_of(split, n, all_keyed, job.crew.add_up, n_keys)
+        if n:
+            bounds = bounds_of(split, n, all_keyed, job.crew.add_up, n_keys)
 
     def parts_of(part: Part, p: int, positives: Part | None = None) -> Parts:
         """Where rows go; those that are only seen, as their users' positives say."""
@@ -283,13 +279,8 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
             n_users = len(partitions.users(p))
             parts[at] = parts_by_time(*held_out, part["local"][at], part["time"][at], n_users)
         elif len(at):
-            ties = partitions.ties(part)
             parts[at] = split_by_user(
-                split,
-                part["local"][at],
-                len(partitions.users(p)),
-                keyed(part)[0],
-                (lambda rows: ties(at[rows])) if timed else None,
+                split, part["local"][at], len(partitions.users(p)), keyed(part)[0]
             )
         return parts
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepfm_dist.data.codes import seeded
 from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
@@ -24,6 +25,7 @@ from deepfm_dist.data.matching import check_join, written_twice
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.rules import words_of
 from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.sources.nested import list_literals
 from deepfm_dist.data.vocabulary import Vocabulary
@@ -210,7 +212,7 @@ class Fit:
             if feature.kind == "numeric" and feature.entity != "context":
                 fit, values = NumericFit(feature), self.values[feature.name]
                 assert not isinstance(values, Jagged)
-                fit.add(0, values[1:].astype(np.float64, copy=False))
+                fit.add(values[1:].astype(np.float64, copy=False))
                 specs[feature.name] = fit.spec()
             if feature.transform == "bucket" and not specs[feature.name].boundaries:
                 log.info(
@@ -252,6 +254,10 @@ class Fit:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
             rows, found = vocabulary.lookup(side.keys), side.values
+            hashes = self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
+            words = seeded(words_of(found, hashes), derive_seed(self._job.seed, "values"))
+            order = np.lexsort((words_of(found, None), words, rows))
+            rows, found = rows[order], taken(found, order)
             # Several fields of a file may read the same rows.
             reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
             unknown = int((rows == 0).sum())
@@ -317,7 +323,7 @@ class Fit:
         report_empty(feature, n_empty, n, f"{feature.entity}s")
 
     def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
-        """Values of some rows, in the order of the file -> one number or bag for each of ``n``."""
+        """Values of some rows, the first of which counts -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
             told = np.flatnonzero(~np.isnan(found))
@@ -416,7 +422,7 @@ def _warn_of_list_literals(feature: Feature, ids: pa.Array) -> None:
             feature.name,
             f"{len(lists):,}",
             f"{len(ids):,}",
-            short(lists[0].as_py()),
+            short(pc.min(lists).as_py()),
         )
 
 
@@ -437,7 +443,7 @@ def _warn_of_unsplit_values(feature: Feature, ids: pa.Array) -> None:
                 f"{len(joined):,}",
                 f"{len(ids):,}",
                 separator,
-                short(joined[0].as_py()),
+                short(pc.min(joined).as_py()),
                 f", since separator is {feature.separator!r}" if feature.separator else "",
                 separator,
             )

@@ -5,15 +5,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from deepfm_dist.data.codes import Hashes
 from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import in_rows
+from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
 from deepfm_dist.data.split import TEST, VALID
 
 PARTITION_BYTES = 128 << 20
 """Of input, as plain text, that one partition is meant for."""
-MOST_PARTITIONS = 512
+BUCKET_BITS = 9
+"""Rows are ordered by the first bits of a hash, their bucket, before anything else. A partition has
+the rows of neighbouring buckets: the order of all rows does not depend on the partitions."""
+MOST_PARTITIONS = 1 << BUCKET_BITS
 OPEN = -1
 """In place of a split: which one a row belongs to is yet to be said."""
 
@@ -91,3 +98,13 @@ class Job:
     def spill(self, name: str) -> Path:
         """A file that goes when the dataset is whole."""
         return self.folder.with_name("spill") / name
+
+
+def buckets_of(hashes: Hashes) -> Int64Array:
+    """``[n]`` hashes -> ``[n]`` int64 buckets, which ascend as the hashes do."""
+    return (hashes >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+
+
+def partitions_of(buckets: Int64Array, n_parts: int) -> Int64Array:
+    """``[n]`` buckets -> ``[n]`` int64 partitions, which ascend as the buckets do."""
+    return (buckets * n_parts) >> BUCKET_BITS

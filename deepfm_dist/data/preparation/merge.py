@@ -6,18 +6,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from deepfm_dist.data.codes import Codes, check_texts
+from deepfm_dist.data.codes import Codes, check_texts, hash_order, hash_texts
 from deepfm_dist.data.jagged import Int32Array, grouped, offsets_of
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.spill import Spill, read_spilled
-from deepfm_dist.data.vocabulary import id_order
 
 CodeMaps = list[dict[str, Int32Array]]
 """By rank, for each vocabulary: new codes of the rank's own, and a last element -1 for no value."""
 
 
 def unite(job: Job, codes: Mapping[str, Codes]) -> tuple[dict[str, pa.Array], CodeMaps]:
-    """Numbers texts in `id_order`, whoever met them first. All ranks.
+    """Numbers texts in the order of their hashes, whoever met them first. All ranks.
 
     Each text goes to the rank that its hash names, which strikes out repetitions; rank 0 puts
     in order what is left. All of it lies in files that the ranks map into memory: a rank holds
@@ -83,10 +82,10 @@ def _merged(job: Job, number: int, codes: Codes) -> tuple[pa.Array, list[Int32Ar
 
 
 def _ordered(texts: pa.Array) -> tuple[pa.Array, Int32Array]:
-    """Texts in `id_order`, and the place of each."""
-    place = id_order(texts).astype(np.int32)
-    order = np.empty_like(place)
-    order[place] = np.arange(len(place), dtype=np.int32)
+    """Texts in `hash_order`, and the place of each."""
+    order = hash_order(texts, hash_texts(texts))
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
     return texts.take(pa.array(order)), place
 
 

@@ -7,25 +7,30 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.codes import Hashes, hash_texts
+from deepfm_dist.data.codes import Hashes, hash_texts, mix_into
 from deepfm_dist.data.jagged import (
     Int32Array,
     Int64Array,
     Jagged,
     Values,
     from_arrow,
-    grouped,
-    offsets_of,
     union,
 )
 from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
-from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
 from deepfm_dist.data.preparation.merge import unite
 from deepfm_dist.data.preparation.reading import Reading, rows_path
+from deepfm_dist.data.preparation.rules import (
+    coded_columns,
+    content_hashes,
+    occurrences,
+    one_per_pair,
+    pair_keys,
+    row_order,
+    words_of,
+)
 from deepfm_dist.data.preparation.spill import Part, read_spilled
-from deepfm_dist.data.preparation.ties import content_keys, one_per_pair
-from deepfm_dist.data.split import TieKeys
-from deepfm_dist.data.times import scaled
+from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
 
@@ -34,7 +39,6 @@ class Partitions:
 
     Attributes:
         ids: texts of each vocabulary by code.
-        n_open: rows over all ranks that are given to no split.
         side_files: fields in files of their own, on rank 0.
         time_scale: what times are multiplied by to make whole numbers of all of them.
     """
@@ -44,35 +48,25 @@ class Partitions:
         self._no_rows = reading.no_rows()
         self.ids, self._code_maps = unite(job, reading.codes)
         reading.codes.clear()
-        said = job.crew.gather((reading.n_read, reading.n_open, reading.spill.places))
-        self._first_row = offsets_of([n_read for n_read, _, _ in said])
-        self.n_open = sum(n_open for _, n_open, _ in said)
-        self._places = [places for *_, places in said]
+        self._places = job.crew.gather(reading.spill.places)
         self.side_files = reading.side_files
         self.time_scale = reading.times.scale if reading.times is not None else 1
         for feature in job.data.features:
             side = self.side_files.get(feature.name)
             if side is not None and feature.has_vocabulary:
                 side.values = _mapped(side.values, self._code_maps[0][feature.table_name])
-        if "user" in job.entities:
-            hashes = hash_texts(self.ids[of_entity("user")])
-            of_user = np.asarray(hashes % np.uint64(job.n_parts), np.int64)
-            offsets, by_part = grouped(of_user, job.n_parts)
-            self._members = Jagged(offsets, by_part.astype(np.int32))
-            self._local: Int32Array = np.empty(len(of_user), np.int32)
-            begins = np.repeat(offsets[:-1], np.diff(offsets))
-            self._local[by_part] = (np.arange(len(by_part)) - begins).astype(np.int32)
+        self._hashes: dict[str, Hashes] = {}
+        self._first_user = np.zeros(job.n_parts + 1, np.int64)
+        if "user" in job.entities:  # whose codes ascend as their hashes do
+            of_user = partitions_of(buckets_of(self.hashes(of_entity("user"))[:-1]), job.n_parts)
+            self._first_user = np.searchsorted(of_user, np.arange(job.n_parts + 1))
         self._cached: Part | None = None
         self._kept: dict[str, npt.NDArray[Any]] = {}
-        self._hashes: dict[str, Hashes] = {}
+        self._of_repeated: dict[int, tuple[int, int]] = {}  # repeated, tied; of loaded partitions
 
     def users(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""
-        return self._members.values[self._members.offsets[p] : self._members.offsets[p + 1]]
-
-    def user_ids(self, p: int) -> pa.Array:
-        """``[users]`` string: their ids."""
-        return self.ids[of_entity("user")].take(pa.array(self.users(p)))
+        return np.arange(*self._first_user[p : p + 2], dtype=np.int32)
 
     def keep(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
         """Puts aside what a later step wants to know of a partition."""
@@ -93,33 +87,26 @@ class Partitions:
             self._hashes[name] = np.append(hash_texts(self.ids[name]), np.uint64(0))
         return self._hashes[name]
 
-    def ties(self, part: Part) -> TieKeys:
-        """Orders rows that are equal in all that a rule compares: by a seeded hash of their cells.
-
-        Args:
-            part: the rows.
-        """
-        of_column = {name: of_entity(name) for name in self._job.entities}
-        of_column |= {
-            f"field {f.name}": f.table_name for f in self._job.row_fields if f.has_vocabulary
-        }
-
-        def keys(rows: Int64Array) -> Hashes:
-            hashes = {column: self.hashes(name) for column, name in of_column.items()}
-            return content_keys(part, rows, hashes, derive_seed(self._job.seed, "ties"))
-
-        return keys
+    @property
+    def _cell_hashes(self) -> dict[str, Hashes]:
+        """By column of the rows: the hash of each code."""
+        return {column: self.hashes(name) for column, name in coded_columns(self._job).items()}
 
     def load(self, p: int) -> Part:
-        """A partition without repeated rows, and with its fixed negatives."""
+        """A partition without repeated rows, in order, and with its fixed negatives."""
         if self._cached is not None:
             return self._cached
         part, data = self._spilled(p), self._job.data
-        rule = data.repeated
-        if rule != "all":
-            n_users, n_items = len(self.users(p)), len(self.ids[of_entity("item")])
-            keep, tied = one_per_pair(part, n_users, n_items, rule, self.ties(part))
-            part = replace(part.where(keep), repeated=int((~keep).sum()), tied=tied)
+        if p in self._of_repeated:
+            part = part.take(np.asarray(self.kept(p, "order")))
+            part.columns["key"] = np.asarray(self.kept(p, "key"))
+        else:
+            part, order = self._in_order(part, p)
+            if self._job.n_parts > 1:
+                self.keep(p, "order", order.astype(np.int32))
+                self.keep(p, "key", part["key"])
+        repeated, tied = self._of_repeated[p]
+        part = replace(part, repeated=repeated, tied=tied)
         if data.interactions.rating is not None:
             positive = part["label"] == 1
             part = replace(part, columns=part.where(positive).columns, low=part.where(~positive))
@@ -128,6 +115,45 @@ class Partitions:
         if self._job.n_parts == 1:  # several rounds go over it
             self._cached = part
         return part
+
+    def _in_order(self, part: Part, p: int) -> tuple[Part, Int64Array]:
+        """Rows with their keys, without repeated ones, and where each was among all."""
+        rule, seed, hashes = self._job.data.repeated, self._job.seed, self._cell_hashes
+        every = np.arange(len(part))
+        if rule != "all":  # what else a row says does not move it to another split
+            keys = self._pair_keys(part)
+        else:
+            keys = content_hashes(part.columns, every, hashes, derive_seed(seed, "split"))
+            if "time" in part:
+                mix_into(keys, words_of(part["time"] // self.time_scale, None))
+                part_of_second = part["time"] % self.time_scale * (BILLION // self.time_scale)
+                mix_into(keys, words_of(part_of_second, None))
+        buckets = self._buckets(part)
+        order, again = row_order(part, keys, buckets, hashes, derive_seed(seed, "ties"))
+        part, keys = part.take(order), keys[order]
+        self._of_repeated[p] = 0, 0
+        if rule != "all":
+            keep, tied = one_per_pair(part, rule, hashes)
+            self._of_repeated[p] = int((~keep).sum()), tied
+            if not keep.all():
+                part, keys, order = part.where(keep), keys[keep], order[keep]
+        elif again.any():  # rows with the same contents do not all go to the same split
+            equal = np.flatnonzero(again)
+            number = occurrences(again)[equal].astype(np.uint64)
+            own = keys[equal]
+            mix_into(own, number)
+            keys[equal] = own
+        part.columns["key"] = keys.view(np.int64)
+        return part, order
+
+    def _pair_keys(self, part: Part) -> Hashes:
+        users, items = (self.hashes(of_entity(name))[part[name]] for name in ("user", "item"))
+        return pair_keys(users, items, derive_seed(self._job.seed, "split"))
+
+    def _buckets(self, part: Part) -> Int64Array:
+        if "user" not in part:
+            return part["bucket"].astype(np.int64)
+        return buckets_of(self.hashes(of_entity("user"))[part["user"]])
 
     def _spilled(self, p: int) -> Part:
         found: list[Part] = []
@@ -138,7 +164,10 @@ class Partitions:
                 batches = read_spilled(rows_path(self._job, rank), places[p])
             if batches:
                 found.append(self._united(pa.Table.from_batches(batches), rank))
-        return Part.joined(found or [self._united(pa.Table.from_batches([self._no_rows]), 0)])
+        part = Part.joined(found or [self._united(pa.Table.from_batches([self._no_rows]), 0)])
+        if "user" in part:
+            part.columns["local"] = part["user"] - np.int32(self._first_user[p])
+        return part
 
     def _united(self, table: pa.Table, rank: int) -> Part:
         """One rank's rows of a partition in the numbering of all."""
@@ -148,14 +177,11 @@ class Partitions:
             "given": np.full(n, OPEN, np.int8),
             **{name: from_arrow(table[name]) for name in table.column_names},
         }
-        columns["row"] = columns["row"] + self._first_row[rank]
         if "whole" in columns:
             whole, billionths = columns.pop("whole"), columns.pop("billionths")
             columns["time"] = scaled(whole, billionths, self.time_scale)
         for name in self._job.entities:
             columns[name] = maps[of_entity(name)][columns[name]]
-        if "user" in columns:
-            columns["local"] = self._local[columns["user"]]
         for feature in self._job.row_fields:
             if feature.has_vocabulary:
                 name = f"field {feature.name}"
@@ -174,24 +200,26 @@ class Partitions:
             history,
             n_items,
             derive_seed(self._job.seed, "fixed"),
-            members.astype(np.int64),
+            self.hashes(of_entity("user"))[members].view(np.int64),
         )
         there = drawn >= 0
         there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
         users = np.repeat(members, there.sum(axis=1))
-        slots = np.nonzero(there)[1]
         # The schema allows no times and no fields in the rows beside these.
         columns = {
-            "row": self.n_open + users.astype(np.int64) * per_user + slots,
             "user": users,
             "item": drawn[there],
-            "local": self._local[users],
+            "local": users - np.int32(self._first_user[p]),
             "label": np.zeros(len(users), np.int8),
             "given": np.full(len(users), OPEN, np.int8),
         }
         positives = Part({name: part[name] for name in columns})
         joint = Part.joined([positives, Part(columns)])
-        return replace(part, columns=joint.columns, short=short)
+        keys = self._pair_keys(joint)
+        buckets, seed = self._buckets(joint), derive_seed(self._job.seed, "ties")
+        order, _ = row_order(joint, keys, buckets, self._cell_hashes, seed)
+        joint.columns["key"] = keys.view(np.int64)
+        return replace(part, columns=joint.take(order).columns, short=short)
 
 
 def _mapped(values: Values, code_map: Int32Array) -> Values:

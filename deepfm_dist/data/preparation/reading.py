@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,17 @@ from deepfm_dist.data.fields import (
     row_columns,
     split_cells,
 )
-from deepfm_dist.data.jagged import Jagged, Values, offsets_of, to_arrow
-from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.jagged import Jagged, Values, from_arrow, offsets_of, to_arrow
+from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
+from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, read_batches
 from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
-from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
-_FILE_BLOCK_ROWS = 1 << 16
 _IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
 
 
@@ -53,7 +52,6 @@ class Reading:
         spill: its rows by partition, with these numbers.
         n_read: how many rows it has read.
         n_positive: how many of them are trained on: all but those rated below ``min_rating``.
-        n_open: how many of them no file or column has given to a split.
         side_files: fields in files of their own; rank 0 alone reads them.
         times: what the times of all ranks' rows are like, if they have times.
 
@@ -67,7 +65,7 @@ class Reading:
         self.codes = {name: Codes() for name in [*map(of_entity, job.entities), *sorted(tables)]}
         in_memory = job.n_parts == 1 and job.crew.size == 1
         self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
-        self.n_read = self.n_positive = self.n_open = 0
+        self.n_read = self.n_positive = 0
         time = data.interactions.time
         self.times = None if time is None else TimeColumn(time)
         kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}  # rows, positives
@@ -99,7 +97,7 @@ class Reading:
         """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
         data, (file, name, part) = self._job.data, self._job.inputs[number]
         columns = row_columns(data, with_split=part == OPEN)
-        before, left = self.n_read, file.text_bytes
+        left = file.text_bytes
         for batch in _batches(self._job, file, name, columns, self._job.dropped):
             if self.times is not None:
                 self.times.add(batch["time"], file.name)
@@ -107,14 +105,12 @@ class Reading:
             rated = data.interactions.rating is not None
             for piece in self._pieces(batch):
                 rows = self._coded(piece, part)
-                self.spill.add(rows, self._partitions(rows, number, self.n_read - before))
+                self.spill.add(rows, self._partitions(rows))
                 self.n_read += rows.num_rows
                 self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
             bar.update(min(BLOCK_BYTES, left))
             left -= min(BLOCK_BYTES, left)
         bar.update(left)
-        if part == OPEN and data.interactions.split is None:
-            self.n_open += self.n_read - before
 
     def _pieces(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """The batch; of impressions a row for each item, which take many times its memory."""
@@ -158,7 +154,7 @@ class Reading:
         """The columns that later steps need, ids and texts as codes."""
         data, n = self._job.data, batch.num_rows
         spec, split = data.interactions, data.split
-        columns = {"row": pa.array(np.arange(self.n_read, self.n_read + n))}
+        columns: dict[str, pa.Array] = {}
         for name in self._job.entities:
             codes = self.codes[of_entity(name)].encode(batch[name])
             columns[name] = pa.array(codes)
@@ -182,6 +178,8 @@ class Reading:
         for feature in self._job.row_fields:
             values = self._raw(batch[f"field {feature.name}"], feature)
             columns[f"field {feature.name}"] = to_arrow(values)
+        if "user" not in self._job.entities:
+            columns["bucket"] = pa.array(self._buckets(columns, n))
         return pa.RecordBatch.from_pydict(columns)
 
     def _raw(self, cells: pa.Array, feature: Feature) -> Values:
@@ -191,21 +189,24 @@ class Reading:
             cells, feature, self.codes[feature.table_name] if feature.has_vocabulary else None
         )
 
-    def _partitions(
-        self, rows: pa.RecordBatch, file_number: int, in_file: int
-    ) -> npt.NDArray[np.integer]:
-        """Partition of each row: by its user, else by blocks of its file."""
+    def _buckets(self, columns: Mapping[str, pa.Array], n: int) -> npt.NDArray[np.int16]:
+        """Buckets of rows without users: by a hash of their cells."""
+        hashes = {
+            column: np.append(self.codes[name].hashes, np.uint64(0))
+            for column, name in coded_columns(self._job).items()
+        }
+        values = {name: from_arrow(cells) for name, cells in columns.items()}
+        return buckets_of(content_hashes(values, np.arange(n), hashes)).astype(np.int16)
+
+    def _partitions(self, rows: pa.RecordBatch) -> npt.NDArray[np.integer]:
+        """Partition of each row: by the bucket of its user, else by its own."""
         n, n_parts = rows.num_rows, self._job.n_parts
         if n_parts == 1:
             return np.zeros(n, np.int32)
         if "user" in self._job.entities:
-            hashes = self.codes[of_entity("user")].hashes
-            return (hashes % np.uint64(n_parts)).astype(np.int32)[np.asarray(rows["user"])]
-        blocks, inverse = np.unique(
-            np.arange(in_file, in_file + n) // _FILE_BLOCK_ROWS, return_inverse=True
-        )
-        dealt = [derive_seed(file_number, int(block)) % n_parts for block in blocks]
-        return np.array(dealt, np.int32)[inverse]
+            buckets = buckets_of(self.codes[of_entity("user")].hashes)
+            return partitions_of(buckets, n_parts).astype(np.int32)[np.asarray(rows["user"])]
+        return partitions_of(np.asarray(rows["bucket"], np.int64), n_parts).astype(np.int32)
 
     def _side_file(self, feature: Feature) -> SideFile:
         assert feature.file is not None

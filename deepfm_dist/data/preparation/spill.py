@@ -70,14 +70,15 @@ def read_spilled(path: Path, places: Sequence[int]) -> list[pa.RecordBatch]:
 
 @dataclass
 class Part:
-    """The rows of a partition, in file order.
+    """The rows of a partition, in the order of `rules.row_order`.
 
     Attributes:
-        columns: ``[n]`` each: ``row`` int64, place among all rows read; ``user`` and ``item``
-            int32 codes, and ``local`` int32, the user's place among the partition's users, where
-            there are any; ``label`` int8; ``given`` int8, train, valid or test where the input
-            says so, else -1; ``time`` int64, times ``Manifest.time_scale``, and ``weight`` float32
-            where they are known; ``field NAME``, raw numbers and codes of the fields that stand in
+        columns: ``[n]`` each: ``key`` int64, the hash that splits and order go by; ``user`` and
+            ``item`` int32 codes, and ``local`` int32, the user's place among the partition's
+            users, where there are any, else ``bucket`` int16; ``label`` int8; ``given`` int8,
+            train, valid or test where the input says so, else -1; ``time`` int64, times
+            ``Manifest.time_scale``, and ``weight`` float32 where they are known;
+            ``field NAME``, raw numbers and codes of the fields that stand in
             the rows.
         low: the rows rated below ``min_rating``: what their users have seen, but nothing to learn
             from; None where no ratings are read.
@@ -93,7 +94,7 @@ class Part:
     short: int = 0
 
     def __len__(self) -> int:
-        return len(self.columns["row"])
+        return len(self.columns["label"])
 
     def __getitem__(self, name: str) -> Any:
         return self.columns[name]
@@ -110,8 +111,11 @@ class Part:
         """Some of the rows."""
         if mask.all():
             return self
-        at = np.flatnonzero(mask)
-        return Part({name: taken(values, at) for name, values in self.columns.items()})
+        return self.take(np.flatnonzero(mask))
+
+    def take(self, rows: npt.NDArray[np.integer]) -> "Part":
+        """Some of the rows, in another order."""
+        return Part({name: taken(values, rows) for name, values in self.columns.items()})
 
     @classmethod
     def joined(cls, parts: Sequence["Part"]) -> "Part":

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.codes import hash_texts
 from deepfm_dist.data.histories import CARRIED, HISTORY, SEEN, Histories
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -35,7 +36,7 @@ from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.split import SPLITS, TRAIN, Parts, TieKeys, sort_groups
+from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
@@ -102,7 +103,9 @@ class RowWriter:
                     cuts = self._cuts
                     if split != TRAIN:
                         if known is not None and len(at):
-                            table = self._with_negatives(table, part["local"][at], known, p, split)
+                            table = self._with_negatives(
+                                table, part["local"][at], part["key"][at], known, split
+                            )
                         cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
                     file = f"{name}/part-{p:05d}.parquet"
                     self.sums[file] = sum_of(table)
@@ -180,7 +183,7 @@ class RowWriter:
         positive = part["label"] == 1
         liked = np.flatnonzero(known & (parts == TRAIN) & positive)
         if "time" in part:
-            liked = liked[_in_time_order(part, liked, self._partitions.ties(part))]
+            liked = liked[_in_time_order(part, liked)]
         self.histories.add(HISTORY, users[liked], items[liked])
         # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
         met = known & (positive | (self._job.data.task == "ctr"))
@@ -213,19 +216,20 @@ class RowWriter:
             self.histories.add(name, np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
 
     def _with_negatives(
-        self, table: pa.Table, users: Int32Array, known: Jagged, p: int, split: int
+        self, table: pa.Table, users: Int32Array, keys: Int64Array, known: Jagged, split: int
     ) -> pa.Table:
         """Held-out positives, each followed by its negatives.
 
-        Negatives are items of the table that the user has no row with, in any split.
+        Negatives are items of the table that the user has no row with, in any split. They go by the
+        key of the positive, wherever it stands.
         """
         k = self._job.data.negatives.evaluation_per_positive
-        n, n_items, first = len(users), self._fitted.rows["item"] - 1, self._first_of[split][p]
+        n, n_items = len(users), self._fitted.rows["item"] - 1
         option = f"negatives.evaluation_per_positive={k}"
         short = users_short_of_negatives(k, known, users, n_items)
         self._job.note(f"users of {SPLITS[split]} with fewer than {option} unseen items", short)
         drawn = draw_per_positive(
-            np.repeat(np.arange(first, first + n), k),
+            np.repeat(keys, k),
             np.tile(np.arange(k), n),
             np.repeat(users, k),
             k,
@@ -242,11 +246,11 @@ class RowWriter:
         return table
 
 
-def _in_time_order(part: Part, rows: Int64Array, ties: TieKeys) -> Int64Array:
+def _in_time_order(part: Part, rows: Int64Array) -> Int64Array:
     """Places of some rows, user by user, each user's in time order."""
     local = part["local"][rows]
     offsets, order = grouped(local, int(local.max(initial=0)) + 1)
-    sort_groups(offsets, order, part["time"][rows], lambda places: ties(rows[places]))
+    sort_groups(offsets, order, part["time"][rows])
     return order
 
 
@@ -396,11 +400,14 @@ def _titles(job: Job, fit: Fit) -> pa.Array:
         job, label_of(titles.file), [Column(key), Column(titles.column, required=False)]
     )
     fit.check_join("item", titles.file, titles.key, table[key], "titles")
-    rows = items.lookup(table[key])
+    rows, texts = items.lookup(table[key]), table[titles.column].combine_chunks()
+    # Of several titles the one with the least hash stays, wherever it stands.
+    told = np.flatnonzero((rows > 0) & np.asarray(texts.is_valid()))
+    order = told[np.lexsort((hash_texts(texts)[told], rows[told]))]
+    owners, first = np.unique(rows[order], return_index=True)
     place = np.full(items.rows, -1, np.int64)
-    place[rows[::-1]] = np.arange(len(rows))[::-1]
-    place[0] = -1
-    return table[titles.column].combine_chunks().take(pa.array(place, mask=place < 0))
+    place[owners] = order[first]
+    return texts.take(pa.array(place, mask=place < 0))
 
 
 def _default_lanes(rows: int) -> int:

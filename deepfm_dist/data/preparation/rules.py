@@ -1,0 +1,258 @@
+"""Where a row comes, and which of several stays: by what the rows say, never by where they stand.
+
+Nothing here depends on the order of files and rows, on partitions or ranks. Rows get keys, which
+are seeded hashes of their users and items or of all of their cells, and stand in the order of these
+keys before any rule looks at them; where all that a rule compares is equal, the first row counts.
+Keys that are equal by chance are told apart by the cells themselves; rows whose cells are equal,
+too, are interchangeable.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.codes import Hashes, mix_into, seeded
+from deepfm_dist.data.jagged import Int64Array, Jagged, Values, taken
+from deepfm_dist.data.preparation.job import BUCKET_BITS, Job, of_entity
+from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.seeding import mix
+
+Rule = Literal["latest", "earliest", "strongest"]
+_NO_CONTENT = frozenset(("key", "local", "given", "time", "whole", "billionths", "bucket"))
+_STRENGTHS = ("strength", "rating", "label", "weight")
+"""Columns of a `Part` that say how much a row counts, the most significant first."""
+
+
+def words_of(values: Values, hashes: Hashes | None) -> Hashes:
+    """One 64-bit word for each value of a column.
+
+    Args:
+        values: ``[n]`` numbers, codes or bags of codes.
+        hashes: hash of each code, and a last one for no value (-1); None: the numbers themselves.
+    """
+    if isinstance(values, Jagged):
+        flat = values.values.astype(np.int64).view(np.uint64)
+        return _folded(values.offsets, flat if hashes is None else hashes[values.values])
+    if hashes is not None:
+        return hashes[values]
+    numbers: npt.NDArray[Any] = np.asarray(values)
+    if numbers.dtype.kind == "f":  # 0.0 and -0.0 are one number, and so are all NaNs
+        numbers = np.where(np.isnan(numbers), np.nan, numbers + 0.0).astype(np.float64)
+        return numbers.view(np.uint64)
+    return numbers.astype(np.int64).view(np.uint64)
+
+
+def coded_columns(job: Job) -> dict[str, str]:
+    """The columns of a `Part` that hold codes, with the vocabularies of their texts."""
+    found = {name: of_entity(name) for name in job.entities}
+    return found | {f"field {f.name}": f.table_name for f in job.row_fields if f.has_vocabulary}
+
+
+def content_hashes(
+    columns: Mapping[str, Values],
+    rows: npt.NDArray[np.integer],
+    hashes: Mapping[str, Hashes],
+    seed: int = 0,
+) -> Hashes:
+    """A seeded hash of some rows' cells, without their times.
+
+    Args:
+        columns: as in a `Part`.
+        rows: ``[m]`` numbers of rows.
+        hashes: see `words_of`, for each column that holds codes.
+        seed: of the hash.
+
+    Returns:
+        ``[m]`` uint64.
+    """
+    keys = np.full(len(rows), seed, np.uint64)
+    for name in _content(columns):
+        mix_into(keys, words_of(taken(columns[name], rows), hashes.get(name)))
+    return keys
+
+
+def _content(columns: Mapping[str, Values]) -> list[str]:
+    """The columns that hold what a row says, its time left out."""
+    return [name for name in sorted(columns) if name not in _NO_CONTENT]
+
+
+def pair_keys(users: Hashes, items: Hashes, seed: int) -> Hashes:
+    """``[n]`` hashes of users and of items -> ``[n]`` keys of the pairs."""
+    keys = seeded(users, seed)
+    mix_into(keys, items)
+    return keys
+
+
+def row_order(
+    part: Part, keys: Hashes, buckets: Int64Array, hashes: Mapping[str, Hashes], seed: int
+) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    """The order of a partition's rows: by bucket, then by key, then by what they say.
+
+    Args:
+        part: the rows in any order.
+        keys: ``[n]`` of the rows.
+        buckets: ``[n]``, see `job.buckets_of`.
+        hashes: see `words_of`, for each column that holds codes. Codes ascend as the hashes do.
+        seed: of the order of rows with equal keys.
+
+    Returns:
+        ``[n]`` int64 row numbers, and ``[n]`` bool, which of them have the cells and the time of
+        the one before.
+    """
+    words = buckets.astype(np.uint64) << np.uint64(64 - BUCKET_BITS) | keys >> np.uint64(
+        BUCKET_BITS
+    )
+    order = np.argsort(words, kind="stable")
+    again = np.zeros(len(order), bool)
+    in_order = words[order]
+    equal = in_order[1:] == in_order[:-1]
+    places = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+    if len(places):
+        rows = order[places]
+        pair = [part[name][rows] for name in ("user", "item") if name in part]
+        cells = [*pair, *_cells(part, rows)]
+        content = content_hashes(part.columns, rows, hashes, seed)
+        by = [words[rows], keys[rows], *pair, content, *cells, part["given"][rows]]
+        at = np.lexsort(tuple(reversed(by)))
+        order[places] = rows[at]
+        same = np.append(False, equal[places[1:] - 1])
+        for column in cells:
+            same[1:] &= column[at][1:] == column[at][:-1]
+        again[places] = same
+    return order, again
+
+
+def _cells(part: Part, rows: Int64Array) -> list[npt.NDArray[Any]]:
+    """Some rows' times and cells as numbers and codes."""
+    found = [part["time"][rows]] if "time" in part else []
+    for name in _content(part.columns):
+        values = taken(part[name], rows)
+        found += [values.lengths] if isinstance(values, Jagged) else []
+        found.append(words_of(values, None))
+    return found
+
+
+def occurrences(again: npt.NDArray[np.bool_]) -> Int64Array:
+    """``[n]`` int64: how many rows before each one, without a gap, are equal to it."""
+    places = np.arange(len(again))
+    return places - np.maximum.accumulate(np.where(again, 0, places))
+
+
+def one_per_pair(
+    part: Part, rule: Rule, hashes: Mapping[str, Hashes]
+) -> tuple[npt.NDArray[np.bool_], int]:
+    """Which row of each (user, item) stays.
+
+    Rows that are given to an earlier split stay before those of a later one: what has been trained
+    on is no news in the test. Then the rule decides: ``latest`` and ``earliest`` by time, then by
+    strength; ``strongest`` by strength, then by time. Then the order of the rows does.
+
+    Args:
+        part: rows of a partition; those of one user and item stand together.
+        rule: see there.
+        hashes: see `words_of`, for each column that holds codes.
+
+    Returns:
+        ``[n]`` bool, and in how many pairs the order of rows chose between rows that differ.
+    """
+    begins = np.ones(len(part), bool)
+    if len(part):
+        begins[1:] = (np.diff(part["user"]) != 0) | (np.diff(part["item"]) != 0)
+    keep = begins & np.append(begins[1:], True)
+    again = np.flatnonzero(~keep)
+    if len(again) == 0:
+        return keep, 0
+    strengths = [-part[name][again].astype(np.float64) for name in _STRENGTHS if name in part]
+    times = [part["time"][again]] if "time" in part else []
+    if rule != "earliest":
+        times = [-time for time in times]
+    by_rule = [*strengths, *times] if rule == "strongest" else [*times, *strengths]
+    pairs = np.cumsum(begins[again])
+    best = _leading([pairs, part["given"][again], *by_rule])
+    first = np.diff(pairs[best], prepend=-1) != 0
+    keep[again[best[first]]] = True
+    content = content_hashes(part.columns, again[best], hashes)
+    run = np.cumsum(first) - 1
+    differ = content != content[np.flatnonzero(first)[run]]
+    return keep, len(np.unique(run[differ]))
+
+
+def _leading(keys: Sequence[npt.NDArray[Any]]) -> Int64Array:
+    """Places of the rows of each group (the first key) whose other keys are its least, ascending.
+
+    All of them, where several rows are equal in every key.
+    """
+    order = np.lexsort(tuple(reversed(keys)))
+    same = np.ones(len(order), bool)
+    for key in keys:
+        same &= np.diff(key[order], prepend=key[order[:1]]) == 0
+    begins = np.diff(keys[0][order], prepend=-1) != 0
+    run = np.cumsum(~same | begins)
+    leads = np.zeros(run[-1] + 1, bool)
+    leads[run[begins]] = True
+    return np.sort(order[leads[run]])
+
+
+def latest_rows(
+    entities: npt.NDArray[np.integer],
+    times: Int64Array,
+    words: Hashes,
+    says: npt.NDArray[np.bool_],
+    n: int,
+) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    """The row that tells what a field says of each user or item.
+
+    It is the latest that says something; of several at that time the one with the least word.
+
+    Args:
+        entities: ``[m]`` codes of users or items, in ``[0, n)``.
+        times: ``[m]``.
+        words: ``[m]`` hash of each row's value, seeded.
+        says: ``[m]`` whether a row has a value.
+        n: number of users or items.
+
+    Returns:
+        ``[n]`` int64 row numbers, -1 where no row says anything; ``[n]`` bool, whether rows say
+        different things.
+    """
+    found: tuple[Int64Array, npt.NDArray[np.bool_]] = _latest_rows(entities, times, words, says, n)
+    return found
+
+
+@compiled
+def _latest_rows(
+    entities: npt.NDArray[np.integer],
+    times: Int64Array,
+    words: Hashes,
+    says: npt.NDArray[np.bool_],
+    n: int,
+) -> Any:
+    best = np.full(n, -1, np.int64)
+    differ = np.zeros(n, np.bool_)
+    for i in range(len(entities)):
+        if not says[i]:
+            continue
+        entity = entities[i]
+        b = best[entity]
+        if b < 0:
+            best[entity] = i
+            continue
+        if words[i] != words[b]:
+            differ[entity] = True
+        if times[i] > times[b] or (times[i] == times[b] and words[i] < words[b]):
+            best[entity] = i
+    return best, differ
+
+
+@compiled
+def _folded(offsets: Int64Array, words: Hashes) -> Hashes:
+    out = np.empty(len(offsets) - 1, np.uint64)
+    for r in range(len(out)):
+        word = np.uint64(offsets[r + 1] - offsets[r])
+        for i in range(offsets[r], offsets[r + 1]):
+            word = mix(word ^ words[i])
+        out[r] = word
+    return out

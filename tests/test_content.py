@@ -1,0 +1,214 @@
+"""What becomes of a row depends on what it says, never on where it stands."""
+
+import gzip
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.exact import Moments
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation import job, partitions, rules
+from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.split import SPLITS
+
+FEATURES = [
+    {"name": "user", "entity": "user"},
+    {"name": "item", "entity": "item"},
+    {"name": "h", "column": "c"},
+    {"name": "w", "kind": "numeric", "transform": "standard"},
+    {"name": "city", "entity": "user", "column": "c"},
+    {"name": "genre", "entity": "item", "file": "side.csv", "column": "g"},
+    {"name": "price", "entity": "item", "file": "side.csv", "column": "p", "kind": "numeric"},
+]
+WITH_TIMES: dict[str, Any] = {
+    "interactions": {"file": "rows*", "user": "u", "item": "i", "time": "t", "weight": "x"},
+    "features": FEATURES,
+    "titles": {"file": "side.csv", "column": "g"},
+    "negatives": {"evaluation_per_positive": 2},
+}
+WITHOUT_TIMES = WITH_TIMES | {
+    "interactions": {"file": "rows*", "user": "u", "item": "i", "weight": "x"}
+}
+FIXED: dict[str, Any] = {
+    "interactions": {"file": "rows*", "user": "u", "item": "i"},
+    "features": FEATURES[:2],
+    "negatives": {"fixed_per_user": 3},
+}
+CLICKS: dict[str, Any] = {
+    "task": "ctr",
+    "interactions": {"file": "rows*", "label": "y", "time": "t"},
+    "features": [FEATURES[2], FEATURES[3], {"name": "i"}],
+}
+SHARES = {"valid": 0.1, "test": 0.2}
+CASES = {
+    "random": WITH_TIMES | {"split": {"method": "random", **SHARES}},
+    "per_user": WITHOUT_TIMES | {"split": {"method": "per_user", **SHARES}},
+    "temporal": WITH_TIMES | {"split": {"method": "temporal", **SHARES}},
+    "leave_last": WITH_TIMES | {"split": {"method": "leave_last", "valid": 1, "test": 2}},
+    "fixed": FIXED | {"split": {"method": "random", **SHARES}},
+    "clicks": CLICKS | {"split": {"method": "random", **SHARES}},
+    "clicks of users": CLICKS
+    | {
+        "interactions": {"file": "rows*", "label": "y", "user": "u", "item": "i"},
+        "features": FEATURES,
+        "split": {"method": "random", **SHARES},
+    },
+}
+
+
+def log_of(n: int, seed: int = 3) -> pd.DataFrame:
+    """Rows of which some share user and item, some the time, and some all of their cells."""
+    rng = np.random.default_rng(seed)
+    rows = pd.DataFrame(
+        {
+            "u": rng.integers(0, n // 12, n),
+            "i": rng.integers(0, 60, n),
+            "t": rng.integers(0, n // 3, n),
+            "c": rng.choice([*"abcd"], n),
+            "w": rng.normal(1e6, 1, n).round(3),
+            "x": rng.choice([0.1, 0.7, 1.3], n),
+            "y": rng.integers(0, 2, n),
+        }
+    )
+    return pd.concat([rows, rows.sample(n // 10, random_state=1)], ignore_index=True)
+
+
+def write_rows(folder: Path, rows: pd.DataFrame, form: str) -> Path:
+    folder.mkdir()
+    side = pd.DataFrame({"i": [*range(60)] * 2, "g": [*"pqrst"] * 24, "p": [*range(8)] * 15})
+    if form == "shuffled":
+        rows, side = (frame.sample(frac=1, random_state=5) for frame in (rows, side))
+    side.to_csv(folder / "side.csv", index=False)
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pandas(rows), folder / "rows.parquet")
+    elif form == "gzip":
+        text = rows.to_csv(index=False).encode()
+        (folder / "rows.csv.gz").write_bytes(gzip.compress(text))
+    elif form == "split":
+        for k in range(3):
+            rows.iloc[k::3].to_csv(folder / f"rows-{9 - k}.csv", index=False)
+    else:
+        rows.to_csv(folder / "rows.csv", index=False)
+    return folder
+
+
+def prepared(root: Path, spec: dict[str, Any], name: str = "d") -> Path:
+    prepare(DataConfig.model_validate(spec), root, root / name, seed=4)
+    return root / name
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Rows, vocabularies and entities of a dataset, however they are divided into files."""
+    parts = {s: pq.read_table(folder / s) for s in SPLITS}
+    for path in [*folder.glob("vocabulary/*"), *folder.glob("entities/*")]:
+        parts[path.name] = pq.read_table(path).replace_schema_metadata()
+    manifest = Manifest.read(folder)
+    parts["numeric"] = {name: spec.model_dump() for name, spec in manifest.numeric.items()}
+    parts["hash"] = manifest.vocabulary_hash
+    return parts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_rows_give_the_same_dataset_wherever_they_stand(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = log_of(1200)
+    plain = write_rows(tmp_path / "plain", rows, "plain")
+    expected = contents(prepared(plain, CASES[case]))
+    for form in ("shuffled", "split", "gzip", "parquet"):
+        root = write_rows(tmp_path / form, rows, form)
+        found = contents(prepared(root, CASES[case]))
+        assert [name for name in expected if found[name] != expected[name]] == [], form
+    monkeypatch.setattr(job, "PARTITION_BYTES", 4000)
+    partitioned = prepared(tmp_path / "shuffled", CASES[case], "partitioned")
+    assert Manifest.read(partitioned).files > 5
+    found = contents(partitioned)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("case", ["random", "clicks of users"])
+def test_keys_that_are_equal_by_chance_are_told_apart(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys of 4 bits many rows share each: the cells decide, no row is taken for another."""
+    few = np.uint64(0xF000000000000000)
+    pair_keys, content_hashes = rules.pair_keys, rules.content_hashes
+    monkeypatch.setattr(partitions, "pair_keys", lambda *given: pair_keys(*given) & few)
+    monkeypatch.setattr(partitions, "content_hashes", lambda *given: content_hashes(*given) & few)
+    monkeypatch.setattr(rules, "content_hashes", lambda *given: content_hashes(*given) & few)
+    rows = log_of(600)
+    found = [
+        contents(prepared(write_rows(tmp_path / form, rows, form), CASES[case]))
+        for form in ("plain", "shuffled")
+    ]
+    assert [name for name in found[0] if found[1][name] != found[0][name]] == []
+    kept = sum(len(found[0][s]) if s == "train" or case != "random" else 0 for s in SPLITS)
+    if case != "random":
+        assert kept == len(rows)
+    else:
+        held_out = sum(int(np.sum(found[0][s]["label"].to_numpy())) for s in SPLITS[1:])
+        assert kept + held_out == len(rows.drop_duplicates(["u", "i"]))
+
+
+@pytest.mark.parametrize("case", ["random", "clicks"])
+def test_rows_stay_on_their_side_when_others_come_or_go(case: str, tmp_path: Path) -> None:
+    rows = log_of(3000)
+    rows["i"] = np.arange(len(rows)) % 997  # tells rows apart, within their users, too
+    rows["c"] = "a"
+
+    def sides(kept: pd.DataFrame, name: str) -> dict[tuple[str, ...], str]:
+        root = write_rows(tmp_path / name, kept, "plain")
+        folder, found = prepared(root, CASES[case]), {}
+        columns = ["user", "item"] if case == "random" else ["i"]
+        ids = [pq.read_table(folder / f"vocabulary/{c}.parquet")["id"].to_pylist() for c in columns]
+        for split in SPLITS:
+            table = pq.read_table(folder / split).to_pandas()
+            if "label" in table and case == "random":
+                table = table[table["label"] == 1]
+            for pair in table[columns].itertuples(index=False):
+                found[tuple(str(i[r]) for i, r in zip(ids, pair, strict=True))] = split
+        return {pair: side for pair, side in found.items() if "None" not in pair}
+
+    if case == "clicks":
+        rows = rows.drop_duplicates("i")
+    before = sides(rows, "before")
+    for name, kept in (("first", rows.iloc[1:]), ("tenth", rows.iloc[len(rows) // 10 :])):
+        after = sides(kept, name)
+        both = [pair for pair in after if pair in before]
+        moved = sum(before[pair] != after[pair] for pair in both)
+        # A tenth fewer rows move each bound by what their own shares differ from the rest's.
+        assert len(both) > 0.85 * len(before)
+        assert moved <= (1 if name == "first" else 0.05 * len(both)), name
+
+
+@given(
+    st.lists(
+        st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100),
+        min_size=1,
+    ),
+    st.randoms(),
+)
+def test_moments_are_exact_in_any_order_and_division(numbers: list[float], rng: Random) -> None:
+    shuffled = rng.sample(numbers, len(numbers))
+    cut = rng.randrange(len(numbers))
+    pieces = [Moments(), Moments()]
+    for piece, part in zip(pieces, (shuffled[:cut], shuffled[cut:]), strict=True):
+        piece.add(np.array(part, np.float64))
+    found, exact = pieces[0] + pieces[1], [Fraction(x) for x in numbers]
+    mean = sum(exact) / len(exact)
+    assert found.mean == float(mean)
+    variance = float(sum((x - mean) ** 2 for x in exact) / len(exact))
+    assert found.variance == pytest.approx(variance, rel=1e-15, abs=1e-290)
+    whole = Moments()
+    whole.add(np.array(numbers, np.float64))
+    assert (found.mean, found.variance) == (whole.mean, whole.variance)
