@@ -2,17 +2,17 @@
 
 Generated interactions of up to 1 M users and 100 k items, a twentieth of each user's rows held out
 for validation and a tenth for the test, go from csv to a finished dataset; or files of one's own
-under a configuration. Several ranks share the work under torchrun; peak_gib is then the largest
-rank's, and seconds and cpu_seconds contain the start of all.
+under a configuration.
 
     python benchmarks/prepare.py --rows 10000000
-    python benchmarks/prepare.py --rows 10000000 --ranks 4 --users 4000000
+    python benchmarks/prepare.py --rows 10000000 --threads 1 --users 4000000
     python benchmarks/prepare.py --rows 20000000 --one-partition
     python benchmarks/prepare.py --config my.yaml
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import shlex
@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--config", help="prepare these files instead")
     parser.add_argument("--users", type=int, default=1_000_000, help="generated users")
     parser.add_argument("--items", type=int, default=100_000, help="generated items")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--threads", type=int, help="that share the work (default: the cores)")
     parser.add_argument(
         "--one-partition", action="store_true", help="hold all rows at once, as one partition is"
     )
@@ -109,7 +109,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
     if arguments.measure:
-        measure(["--config", arguments.measure, *arguments.overrides], arguments.one_partition)
+        given = ["--threads", str(arguments.threads)] if arguments.threads else []
+        given += ["--config", arguments.measure, *arguments.overrides]
+        measure(given, arguments.one_partition)
         return 0
     if (arguments.rows is None) == (arguments.config is None):
         parser.error("give --rows or --config")
@@ -130,29 +132,23 @@ def main() -> int:
             path.read_bytes()
         command = [sys.executable, __file__, "--measure", config]
         command += ["--one-partition"] * arguments.one_partition
-        if arguments.ranks > 1:
-            command = [sys.executable, "-m", "torch.distributed.run"]
-            command += [f"--nproc_per_node={arguments.ranks}", "-m", "deepfm_dist.prepare"]
-            command += ["--config", config, "--quiet"]
+        if arguments.threads:
+            command += ["--threads", str(arguments.threads)]
         prepared = folder / "prepared"
         command += [f"run.prepared_root={prepared}", *arguments.overrides]
         watch = DiskWatch(prepared)
         watch.start()
-        begun = time.perf_counter()
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        seconds = time.perf_counter() - begun
         watch.done.set()
         watch.join()
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_seconds = spent.ru_utime + spent.ru_stime
-        if arguments.ranks == 1:
-            seconds, cpu_seconds = map(float, said.split())
+        seconds, cpu_seconds = map(float, said.split())
         (made,) = prepared.iterdir()
         manifest = json.loads((made / "manifest.json").read_text())
         result = {
             "rows": sum(s["positives"] for s in manifest["splits"].values())
             + sum(manifest["dropped"].values()),
-            "ranks": arguments.ranks,
+            "threads": arguments.threads or len(os.sched_getaffinity(0)),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "peak_gib": spent.ru_maxrss / 2**20,

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
 from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, TrainingBatches
+from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, TrainingBatches
 from deepfm_dist.data.encode import prepare
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Jagged, taken
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.sources import read_table
@@ -159,7 +159,10 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
     prepare(config.data, tmp_path, tmp_path / "d", seed=1)
     dataset = PreparedDataset(tmp_path / "d")
     rows = dataset.rows("train")
-    batch = Collator(dataset)(rows.users, rows.items, rows.context, np.array([2, 0, ABSENT]))
+    numbers = np.asarray(rows.context["n"]).tolist()
+    in_file = np.array([numbers.index(n) for n in (4, 9, 0)])  # where the file's rows are now
+    places = np.array([in_file[2], in_file[0], ABSENT])
+    batch = Collator(dataset)(rows.users, rows.items, rows.context, places)
     assert batch.dense[:, 0].tolist() == [0, 4, 0]
     bags = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
     assert [len(b) for b in bags["m"]] == [1, 2, 0]
@@ -168,9 +171,10 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
     encoder = RowEncoder(dataset)
     new = encoder.encode(read_table(tmp_path / "r.csv", encoder.columns))
     assert new.users is not None
-    assert new.users.tolist() == rows.users.tolist()  # type: ignore[union-attr]
-    assert np.array_equal(new.context["h"], rows.context["h"])  # type: ignore[arg-type]
-    assert new.context["m"].values.tolist() == rows.context["m"].values.tolist()  # type: ignore[union-attr]
+    assert new.users.tolist() == rows.users[in_file].tolist()  # type: ignore[index]
+    assert np.array_equal(new.context["h"], np.asarray(rows.context["h"])[in_file])  # type: ignore[arg-type]
+    trained = taken(rows.context["m"], in_file)
+    assert new.context["m"].values.tolist() == trained.values.tolist()  # type: ignore[union-attr]
     fixed = encoder.fixed_context({"h": 2, "m": "q", "n": "7"})
     assert fixed["n"].tolist() == [7]  # type: ignore[union-attr]
     for values, message in [
@@ -266,6 +270,15 @@ def in_words(dataset: PreparedDataset, batch: Batch) -> list[tuple[dict[str, lis
     return [({k: bags[k][r] for k in bags}, batch.dense[r].tolist()) for r in range(height)]
 
 
+def in_file_order(dataset: PreparedDataset) -> Rows:
+    """The training rows in the order of `ROWS`, whose n is a number of its own in each."""
+    rows = dataset.rows("train")
+    numbers = np.asarray(rows.context["n"]).tolist()
+    order = np.array([numbers.index(row[5]) for row in ROWS])
+    columns = {n: v for n, v in (("user", rows.users), ("item", rows.items)) if v is not None}
+    return Rows.of({n: taken(v, order) for n, v in (columns | dict(rows.context)).items()})
+
+
 def expected_row(user: int | None, item: int | None, context: int | None) -> tuple[object, object]:
     """What the fields of (the user of row, the item of row, the context of row) are."""
     bags: dict[str, list[str | None]] = {"user": [], "item": [], "tags": [], "job": []}
@@ -289,7 +302,7 @@ PLACE = st.none() | st.integers(0, len(ROWS) - 1)
 def test_the_collator_equals_a_loop_over_the_rows(
     clicks: PreparedDataset, places: list[tuple[int | None, int | None, int | None]]
 ) -> None:
-    rows = clicks.rows("train")
+    rows = in_file_order(clicks)
     assert rows.users is not None
     assert rows.items is not None
     users, items, context = (
@@ -310,7 +323,7 @@ def test_the_collator_equals_a_loop_over_the_rows(
 
 
 def test_whole_sides_may_be_left_out(clicks: PreparedDataset) -> None:
-    items = clicks.rows("train").items
+    items = in_file_order(clicks).items
     batch = Collator(clicks)(None, items)
     expected = [expected_row(None, place, None) for place in range(len(ROWS))]
     assert [bags for bags, _ in in_words(clicks, batch)] == [bags for bags, _ in expected]
@@ -383,7 +396,7 @@ def test_new_rows_are_looked_up_and_unknown_ones_are_row_0(
 def test_rows_read_again_equal_the_prepared_ones_in_every_field(clicks: PreparedDataset) -> None:
     encoder = RowEncoder(clicks)  # two fields read the column n
     again = encoder.encode(read_table(clicks.folder.parent / "rows.csv", encoder.columns))
-    rows = clicks.rows("train")
+    rows = in_file_order(clicks)
     assert again.context.keys() == rows.context.keys() == {"h", "m", "n", "log_n"}
     place = np.arange(rows.n)
     batches = [Collator(clicks)(r.users, r.items, r.context, place) for r in (rows, again)]

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -15,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -32,7 +30,6 @@ import yaml
 
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
 from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import split_cells
@@ -46,7 +43,7 @@ from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix
-from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.ranks import run_alone
 from tests.test_distributed import Run
 
 ROWS = """u,i,at,stars,hour,mood,amount
@@ -796,8 +793,8 @@ def test_a_description_of_no_file_is_refused(root: Path) -> None:
     assert small(root, rows, files={"s.csv": {"delimiter": ";"}}).manifest.splits["train"].rows == 1
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_are_kept_or_counted_file_by_file(root: Path, threads: int) -> None:
     """Files of one name in several folders are several, and so are their rows and what is read
     of them for users and items."""
     texts = {
@@ -818,8 +815,8 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
         "negatives": {"evaluation_per_positive": 1},
     }
     data = DataConfig.model_validate(spec)
-    manifests = together(world, lambda crew: prepare(data, root, root / "out" / "s", 1, crew))
-    found = {reason: n for reason, n in manifests[0].dropped.items() if ": rows with" in reason}
+    manifest = prepare(data, root, root / "out" / "s", 1, threads)
+    found = {reason: n for reason, n in manifest.dropped.items() if ": rows with" in reason}
     assert found == {
         "a/x.csv: rows with a wrong number of cells": 2,
         "a/x.csv: rows with an unreadable cell": 1,
@@ -828,16 +825,16 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, world: int) -> None:
         "b/x.csv: rows with a wrong number of cells": 1,
         "c/x.csv: rows with a wrong number of cells": 1,
     }
-    kept = [s.positives for s in manifests[0].splits.values()]
+    kept = [s.positives for s in manifest.splits.values()]
     assert kept == [7 - 2 - 1, 0, 2 - 1]
 
 
 @pytest.mark.parametrize(
-    ("suffix", "on_bad_row", "world"),
+    ("suffix", "on_bad_row", "threads"),
     [(".csv", "error", 1), (".csv", "skip", 2), (".parquet", "skip", 1), (".csv.gz", "error", 1)],
 )
 def test_one_of_many_files_may_be_empty(
-    root: Path, suffix: str, on_bad_row: str, world: int, caplog: pytest.LogCaptureFixture
+    root: Path, suffix: str, on_bad_row: str, threads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "deepfm_dist")
 
@@ -870,7 +867,7 @@ def test_one_of_many_files_may_be_empty(
     def prepared() -> Manifest:
         data = DataConfig.model_validate(spec)
         folder = root / "out" / "s"
-        return together(world, lambda crew: prepare(data, root, folder, 1, crew))[0]
+        return prepare(data, root, folder, 1, threads)
 
     manifest = prepared()
     assert manifest.splits["train"].rows == 3  # (a, x) comes twice
@@ -1016,46 +1013,33 @@ def bag_rows(jagged: object) -> list[list[int]]:
 
 @pytest.mark.parametrize("split", SPLIT_METHODS, ids=lambda s: s["method"])
 @pytest.mark.parametrize("partition_bytes", [3000, 1 << 30])
-def test_several_ranks_prepare_the_same_bytes(
+def test_several_threads_prepare_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any], partition_bytes: int
 ) -> None:
     monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 1000)  # threads share a file, too
     data = DataConfig.model_validate(MANY | {"split": split})
     many_days(tmp_path)
-    manifest = prepare(data, tmp_path, tmp_path / "alone", seed=2)
-    for size in (2, 4):
-        together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
+    manifest = prepare(data, tmp_path, tmp_path / "alone", seed=2, threads=1)
+    for threads in (2, 7):
+        assert prepare(data, tmp_path, tmp_path / "d", 2, threads) == manifest
         assert contents(tmp_path / "d") == contents(tmp_path / "alone")
-        found = together(size, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
-        assert found == [manifest] * size  # up to date
+        assert prepare(data, tmp_path, tmp_path / "d", 2, threads) == manifest  # up to date
         shutil.rmtree(tmp_path / "d")
 
 
-@pytest.mark.slow  # 16 ranks on the cores there are
-def test_16_ranks_prepare_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More ranks than files: most of them only merge texts and finish partitions."""
-    monkeypatch.setattr(job, "PARTITION_BYTES", 200)
+def test_a_thread_that_fails_ends_the_others_and_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 1000)
+    many_days(tmp_path)
+    with (tmp_path / "day2.csv").open("a") as file:
+        file.write("u1,2,late,a,p,3\n")
     data = DataConfig.model_validate(MANY)
-    many_days(tmp_path, 200)
-    assert prepare(data, tmp_path, tmp_path / "alone", seed=2).files > 16
-    together(16, lambda crew: prepare(data, tmp_path, tmp_path / "d", 2, crew))
-    assert contents(tmp_path / "d") == contents(tmp_path / "alone")
-
-
-def together(size: int, work: Callable[[Crew], Any]) -> list[Any]:
-    """Calls ``work`` on every rank of a crew of threads."""
-    barrier, said = threading.Barrier(size), [None] * size
-
-    def gather(rank: int, value: Any) -> list[Any]:
-        said[rank] = pickle.dumps(value)
-        barrier.wait(timeout=60)
-        values = [pickle.loads(v) for v in said]
-        barrier.wait(timeout=60)
-        return values
-
-    with ThreadPoolExecutor(size) as pool:
-        crews = [Crew(r, size, partial(gather, r)) for r in range(size)]
-        return list(pool.map(work, crews))
+    with pytest.raises(DataError, match=r"day2\.csv, line 227: at 'late' is not a time"):
+        prepare(data, tmp_path, tmp_path / "d", 2, threads=4)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == set()
+    assert not [t for t in threading.enumerate() if t.name.startswith("prepare")]
 
 
 def killed_at(event: int, work: Callable[[], Any]) -> None:
@@ -1135,33 +1119,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(
         check(dies(new, after_s=moment * seconds))
 
 
-def prepared_by_ranks(work: Callable[[Crew], Any], event: int, dying: int) -> None:
-    """As `deepfm_dist.prepare` does under torchrun; one rank is killed."""
-    with process_group("cpu") as world:
-        crew = Crew(world.rank, world.world_size, world.all_gather)
-        killed_at(event if world.rank == dying else -1, lambda: work(crew))
-
-
-@pytest.mark.slow  # waits until the other rank misses it
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_killed_rank_leaves_no_dataset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dying: int
-) -> None:
-    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
-    many_days(tmp_path, 200)
-    data = DataConfig.model_validate(MANY)
-    prepare(data, tmp_path, tmp_path / "alone", 2)
-    work = partial(prepare, data, tmp_path, tmp_path / "d", 2)
-    for event in np.random.default_rng().integers(1, 30 if dying == 0 else 6, 2):
-        with pytest.raises(RankFailed, match="was killed"):
-            run_ranks(prepared_by_ranks, 2, work, int(event), dying)
-        assert not (tmp_path / "d").exists()
-        run_ranks(prepared_by_ranks, 2, work, -1, -1)
-        assert contents(tmp_path / "d") == contents(tmp_path / "alone")
-        assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"alone", "d"}
-        shutil.rmtree(tmp_path / "d")
-
-
 def test_clicks_without_users_are_partitioned_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1182,7 +1139,7 @@ def test_clicks_without_users_are_partitioned_too(
         assert [len(f) for f in frames.values()] == [400, 50, 50]
         found.append({s: sorted(map(tuple, f.to_numpy())) for s, f in frames.items()})
     assert found[0] == found[1]
-    together(3, lambda crew: prepare(data, tmp_path, tmp_path / "three", 1, crew))
+    prepare(data, tmp_path, tmp_path / "three", 1, threads=3)
     assert contents(tmp_path / "three") == contents(tmp_path / "500")
 
 

@@ -20,7 +20,7 @@ from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from tests.ranks import run_alone
-from tests.test_encode import contents, together
+from tests.test_encode import contents
 
 MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
 Impression = tuple[str, datetime, list[str], list[tuple[str, int]]]
@@ -259,7 +259,7 @@ def test_several_ranks_explode_the_same_rows(
     prepare(data, root, tmp_path / "one", 1)
     monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
     prepare(data, root, tmp_path / "parted", 1)
-    together(2, lambda crew: prepare(data, root, tmp_path / "two", 1, crew))
+    prepare(data, root, tmp_path / "two", 1, threads=2)
     assert contents(tmp_path / "two") == contents(tmp_path / "parted")
     one, two = (PreparedDataset(tmp_path / name) for name in ("one", "two"))
     for split in ("train", "valid", "test"):

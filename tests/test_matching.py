@@ -228,7 +228,7 @@ def test_values_never_seen_in_training_are_counted_field_by_field(tmp_path: Path
         "'nobody')"
     )
     assert device.startswith("device: 2 of 3 values were never seen in training")
-    assert "of 2 different ones, 2 differ only in upper and lower case: 'PHONE' and" in device
+    assert "of 2 different ones, 2 differ only in upper and lower case: 'DESKTOP' and" in device
     assert "size: 1 of 2 values" in size
     assert "1 differ only in decimals of zero: '20.0' and '20'" in size
     context = {"device": "phone", "size": "20", "n": 1.0}

@@ -24,7 +24,6 @@ from deepfm_dist.ranking.evaluation import RankingEvaluator
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
 from tests.ranks import run_alone
-from tests.test_encode import together
 
 Pairs = set[tuple[str, str]]
 BASE: dict[str, Any] = {
@@ -366,7 +365,7 @@ def test_nothing_depends_on_the_order_of_rows_and_files(
         for k in range(n_files):
             shuffled.iloc[k::n_files].to_csv(root / f"s{k}.csv", index=False)
         data = DataConfig.model_validate(spec)
-        together(1 + seed, lambda crew: prepare(data, root, root / "d", 1, crew))  # noqa: B023
+        prepare(data, root, root / "d", 1, threads=1 + seed)
         found.append(_in_words(PreparedDataset(root / "d")))
     assert found[1] == found[0]
     assert found[2] == found[0]

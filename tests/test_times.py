@@ -21,7 +21,7 @@ from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times
 from deepfm_dist.errors import ConfigError, DataError
-from tests.test_encode import contents, together
+from tests.test_encode import contents
 
 FORMATS = (
     ("%d/%m/%Y", "31/01/2020"),
@@ -308,7 +308,7 @@ def test_ranks_agree_on_the_unit_of_all_files(tmp_path: Path) -> None:
     manifest, last = _prepared(tmp_path, "'*.csv'")
     assert (manifest.time_scale, last["s0"]) == (1000, "i1")
     data = load_config(str(tmp_path / "c.yaml")).data
-    together(2, lambda crew: prepare(data, tmp_path, tmp_path / "two", 1, crew))
+    prepare(data, tmp_path, tmp_path / "two", 1, threads=2)
     assert contents(tmp_path / "two") == contents(tmp_path / "prepared")
     (tmp_path / "a.csv").write_text("session,item,at\ns0,i0,2020-01-31\n")
     with pytest.raises(DataError, match=r"holds both 2020-01-31 00:00:00 and 15938\d+\S* \(in "):

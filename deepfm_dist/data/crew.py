@@ -1,46 +1,115 @@
-"""The ranks that prepare together."""
+"""The threads that prepare together, in one process."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T", np.int64, np.float64)
+Result = TypeVar("Result")
+
+
+class _Shared:
+    """What the threads of a crew exchange."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.values = Barrier(size), [None] * size
+        self.lock = Lock()
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The ranks that prepare together.
+    """One of several threads that do the same work on different files and partitions.
+
+    Compiled code, Arrow and files leave Python's lock alone, so that threads are as good as
+    processes, and they share what they have read.
 
     Attributes:
-        rank: this one.
+        rank: of this thread.
         size: how many there are.
-        gather: every rank's value, in their order, on every rank. All ranks.
-        total: the sum of the ranks' arrays, on every rank, where there is a better way than
-            `gather`. All ranks.
     """
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    total: Callable[[Any], Any] | None = None
+    _shared: Any = field(default_factory=lambda: _Shared(1))
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this is the thread that called."""
         return self.rank == 0
 
-    def add_up(self, array: npt.NDArray[T]) -> npt.NDArray[T]:
-        """The sum of the ranks' arrays. All ranks."""
+    @property
+    def lock(self) -> Lock:
+        """Guards what all threads change."""
+        lock: Lock = self._shared.lock
+        return lock
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every thread's value, in their order: the objects themselves. All threads."""
         if self.size == 1:
-            return array
-        total: npt.NDArray[T] = (
-            self.total(array) if self.total else np.sum(self.gather(array), axis=0)
-        )
-        return total
+            return [value]
+        self._shared.values[self.rank] = value
+        self._shared.barrier.wait()
+        values = list(self._shared.values)
+        self._shared.barrier.wait()
+        return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value. All ranks."""
+        """The first thread's value. All threads."""
         return self.gather(value if self.is_first else None)[0]
+
+    def add_up(self, array: npt.NDArray[T]) -> npt.NDArray[T]:
+        """The sum of the threads' arrays. All threads."""
+        total: npt.NDArray[T] = np.sum(self.gather(array), axis=0)
+        return total
+
+    def check(self) -> None:
+        """Ends this thread's work if another one has failed.
+
+        Raises:
+            BrokenBarrierError: it has.
+        """
+        if self._shared.barrier.broken:
+            raise BrokenBarrierError
+
+    def fail(self) -> None:
+        """Lets the other threads end at their next `gather` or `check`."""
+        self._shared.barrier.abort()
+
+
+def run_crew(size: int, work: Callable[[Crew], Result]) -> Result:
+    """Calls ``work`` in this thread and ``size - 1`` others.
+
+    Returns:
+        What it returned in this thread.
+
+    Raises:
+        BaseException: what the first thread to fail raised.
+    """
+    shared = _Shared(size)
+    failures: list[BaseException] = []
+
+    def guarded(rank: int) -> Result | None:
+        crew = Crew(rank, size, shared)
+        try:
+            return work(crew)
+        except BrokenBarrierError:  # another thread has failed
+            return None
+        except BaseException as error:
+            with crew.lock:
+                failures.append(error)
+            crew.fail()
+            return None
+
+    with ThreadPoolExecutor(max(1, size - 1), "prepare") as pool:
+        others: list[Future[Any]] = [pool.submit(guarded, rank) for rank in range(1, size)]
+        found = guarded(0)
+        for other in others:
+            other.result()
+    if failures:
+        raise failures[0]
+    return found  # type: ignore[return-value]

@@ -16,12 +16,13 @@ repeated rows, splits by user and histories are a matter of one partition; split
 need two numbers that histograms give. Then vocabularies and statistics are fitted on training rows
 alone, and the partitions are written out as table rows.
 
-The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Several ranks share the
-files, then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
+The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Threads share the files,
+then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
 """
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deepfm_dist.data.crew import Crew
+from deepfm_dist.data.crew import Crew, run_crew
 from deepfm_dist.data.fields import table_names
 from deepfm_dist.data.layout import Layout, footer_sums
 from deepfm_dist.data.manifest import (
@@ -53,7 +54,7 @@ from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import Vocabulary
-from deepfm_dist.errors import ConfigError, DataError, DeepFMError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ def prepare(
     root: str | Path,
     folder: Path,
     seed: int,
-    crew: Crew | None = None,
+    threads: int | None = None,
     before_replacing: Callable[[Manifest, Manifest], Path | None] = lambda old, new: None,
 ) -> Manifest:
-    """Makes sure that ``folder`` holds the dataset that the configuration describes. All ranks.
+    """Makes sure that ``folder`` holds the dataset that the configuration describes.
 
     An unchanged dataset is reused; a changed input file or setting makes it anew. The folder
     appears whole or not at all: it is written aside and renamed.
@@ -75,10 +76,10 @@ def prepare(
     Args:
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
-        folder: where the prepared dataset goes; of all ranks the same.
+        folder: where the prepared dataset goes.
         seed: of splits, negatives and row order.
-        crew: the ranks that share the work; default: this process alone.
-        before_replacing: rank 0 calls it with the manifests of an earlier dataset and of the one
+        threads: that share the work; default: as many as there are cores. They change nothing.
+        before_replacing: called with the manifests of an earlier dataset and of the one
             that is about to take its place; it may raise, or return where to keep the earlier one.
 
     Returns:
@@ -88,52 +89,37 @@ def prepare(
         ConfigError: ``vocabulary_from`` is this folder, or a field there means something else.
         DataError: an input cannot be read or used, or the folder cannot be written.
     """
-    crew = crew or Crew()
-    if crew.is_first:
-        remove_leftovers(folder)
-    given = crew.broadcast(_given(data, folder) if crew.is_first else None)
-    if given is not None:
-        found: Manifest = given
-        return found
+    remove_leftovers(folder)
+    if (given := _given(data, folder)) is not None:
+        return given
     files = input_files(data, root)
     earlier = _earlier(data, folder) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
-    wanted = crew.broadcast(wanted)
-    current = crew.broadcast(_current(folder, wanted) if crew.is_first else None)
-    if current is not None:
-        if crew.is_first:
-            log.info("%s is up to date", folder)
+    if (current := _current(folder, wanted)) is not None:
+        log.info("%s is up to date", folder)
         return current
     started = time.perf_counter()
-    data = crew.broadcast(_with_lists(data, files) if crew.is_first else None)
+    data = _with_lists(data, files)
     if earlier is not None:
         _check_meanings(data, earlier)
-    aside: Path = crew.broadcast(work_folder(folder))
+    aside = work_folder(folder)
     try:
-        job = Job(data, files, seed, crew, aside / "dataset")
-        if crew.is_first:
-            job.folder.mkdir(parents=True)
-            job.spill("").mkdir()
-        crew.gather(None)
-        manifest = _written(job, wanted)
-        problem = None
-        if crew.is_first:
-            try:
-                if folder.exists():  # a deletion takes time, in which it would look whole
-                    kept = _kept(folder, manifest, before_replacing)
-                    folder.rename(kept or aside / "before")
-                job.folder.rename(folder)
-            except DeepFMError as error:
-                problem = error
-        if (problem := crew.broadcast(problem)) is not None:
-            raise problem
+        job = Job(data, files, seed, Crew(), aside / "dataset")
+        job.folder.mkdir(parents=True)
+        job.spill("").mkdir()
+        manifest = run_crew(
+            threads or len(os.sched_getaffinity(0)),
+            lambda crew: _build_dataset(Job(data, files, seed, crew, job.folder), wanted),
+        )
+        if folder.exists():  # a deletion takes time, in which it would look whole
+            kept = _kept(folder, manifest, before_replacing)
+            folder.rename(kept or aside / "before")
+        job.folder.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
-        if crew.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-    if crew.is_first:
-        _report(manifest, folder, time.perf_counter() - started)
+        shutil.rmtree(aside, ignore_errors=True)
+    _report(manifest, folder, time.perf_counter() - started)
     return manifest
 
 
@@ -284,10 +270,13 @@ def _report_empty(data: DataConfig, name: str) -> None:
         log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
 
 
-def _written(job: Job, wanted: str) -> Manifest:
-    """Takes all steps, and writes the dataset into an empty folder."""
+def _build_dataset(job: Job, wanted: str) -> Manifest:
+    """Takes all steps, and writes the dataset into an empty folder. All threads."""
     earlier = Earlier(job.data.vocabulary_from)
-    partitions = Partitions(job, Reading(job))
+    readings = job.crew.gather(Reading(job))
+    partitions: Partitions = job.crew.broadcast(
+        Partitions(job, readings) if job.crew.is_first else None
+    )
     counts = split_and_count(job, partitions)
     fit = Fit(job, partitions, counts, earlier) if job.crew.is_first else None
     fitted: Fitted = job.crew.broadcast(fit and fit.fitted)

@@ -176,17 +176,17 @@ def grouped(groups: npt.NDArray[np.integer], n_groups: int) -> tuple[Int64Array,
 
 def counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
     """``[n]`` int64: how often each of the codes 0 to n - 1 comes; negative ones do not count."""
-    counts: Int64Array = _counted(codes, n)
+    counts = np.zeros(n, np.int64)
+    count_into(counts, codes)
     return counts
 
 
 @compiled
-def _counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
-    counts = np.zeros(n, np.int64)
+def count_into(counts: Int64Array, codes: npt.NDArray[np.integer]) -> None:
+    """Adds to ``[n]`` counts how often each of the codes comes; negative ones do not count."""
     for code in codes:
         if code >= 0:
             counts[code] += 1
-    return counts
 
 
 @compiled

@@ -67,7 +67,8 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
         place = np.asarray(pc.index_in(ours, value_set=theirs).fill_null(-1))
         at = np.flatnonzero(place >= 0)
         if len(at) > (best.count if best else 0):
-            first = int(at[0])
+            some = texts.take(pa.array(at))
+            first = int(at[pc.index(some, pc.min(some)).as_py()])
             pair = texts[first].as_py(), known[int(place[first])].as_py()
             best = Difference(what, len(at), *pair)
     return best
@@ -89,7 +90,8 @@ def written_twice(texts: pa.Array) -> Difference | None:
         plain = way(some)
         other = np.asarray(pc.and_(pc.not_equal(plain, some), pc.is_in(plain, value_set=texts)))
         if other.sum() > (best.count if best else 0):
-            first = int(other.argmax())
+            differing = some.filter(pa.array(other))
+            first = pc.index(some, pc.min(differing)).as_py()
             best = Difference(what, int(other.sum()), some[first].as_py(), plain[first].as_py())
     return best
 

@@ -1,25 +1,23 @@
 """Turns input files into a prepared dataset.
 
-A single process does so without torch, which takes longer to load than many datasets to prepare.
+It does so without torch, which takes longer to load than many datasets to prepare.
 """
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from deepfm_dist.config import Config
 from deepfm_dist.data import encode
-from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.launcher import read_launch
 from deepfm_dist.training.checks import warn_of_labels
 
-_DAY_S = 24 * 3600.0
-"""How long a rank waits for another that reads larger files; torchrun notices dead ones."""
 
+def prepare(config: Config, threads: int | None = None) -> Manifest:
+    """Prepares the data in this process, or finds them up to date.
 
-def prepare(config: Config) -> Manifest:
-    """Prepares the data on all ranks, or finds them up to date. All ranks.
+    Args:
+        config: what to prepare.
+        threads: that share the work; default: as many as there are cores.
 
     Returns:
         The dataset's manifest.
@@ -30,25 +28,9 @@ def prepare(config: Config) -> Manifest:
         InUse: another process trains on the dataset that is there.
     """
     given = config.data, config.input_root, config.prepared_dir, config.data_seed
-    replacing = partial(_before_replacing, config)
-    if read_launch().world_size == 1:
-        manifest = encode.prepare(*given, before_replacing=replacing)
-        warn_of_labels(manifest)
-        return manifest
-    import torch
-
-    from deepfm_dist.distributed.process_group import process_group
-
-    with process_group("cpu", _DAY_S, config.run.threads) as world:
-
-        def total(array: Any) -> Any:
-            return world.sum(torch.from_numpy(array.copy())).numpy()
-
-        crew = Crew(world.rank, world.world_size, world.all_gather_object, total)
-        manifest = encode.prepare(*given, crew, replacing)
-        if world.is_first:
-            warn_of_labels(manifest)
-        return manifest
+    manifest = encode.prepare(*given, threads, partial(_before_replacing, config))
+    warn_of_labels(manifest)
+    return manifest
 
 
 def prepare_locked(config: Config) -> Manifest:

@@ -16,7 +16,7 @@ from deepfm_dist.data.jagged import (
     Int64Array,
     Jagged,
     Values,
-    counted,
+    count_into,
     joined,
     taken,
 )
@@ -127,11 +127,11 @@ def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
 
 @dataclass
 class Counts:
-    """What a rank's partitions add to the statistics.
+    """What a thread's partitions add to the statistics.
 
     Attributes:
-        tables: training rows by code, of each table that has a vocabulary.
-        liked: training positives by item code.
+        tables: training rows by code, of each table that has a vocabulary; of all threads.
+        liked: training positives by item code; of all threads.
         numeric: of each numeric field that stands in context.
         of_entities: of each field of users and items that stands in the rows.
         rows: ``[partitions, splits]``; positives: the same.
@@ -156,9 +156,17 @@ class Counts:
     def none(cls, job: Job, partitions: Partitions) -> "Counts":
         """Nothing counted yet."""
         context = [f for f in job.row_fields if f.entity == "context"]
+        tables, liked = job.crew.broadcast(
+            (
+                {name: np.zeros(len(ids), np.int64) for name, ids in partitions.ids.items()},
+                np.zeros(len(partitions.ids.get(of_entity("item"), ())), np.int64),
+            )
+            if job.crew.is_first
+            else None
+        )
         return cls(
-            tables={name: np.zeros(len(ids), np.int64) for name, ids in partitions.ids.items()},
-            liked=np.zeros(len(partitions.ids.get(of_entity("item"), ())), np.int64),
+            tables=tables,
+            liked=liked,
             numeric={f.name: NumericFit(f) for f in context if f.kind == "numeric"},
             of_entities={},
             rows=np.zeros((job.n_parts, len(SPLITS)), np.int64),
@@ -171,10 +179,9 @@ class Counts:
         words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
         for name in job.entities:
-            table = self.tables[of_entity(name)]
-            table += counted(part[name][at], len(table))
+            self._count(job, self.tables[of_entity(name)], part[name][at])
         if "item" in part:
-            self.liked += counted(part["item"][at[part["label"][at] == 1]], len(self.liked))
+            self._count(job, self.liked, part["item"][at[part["label"][at] == 1]])
         for feature in job.row_fields:
             values = taken(part[f"field {feature.name}"], at)
             if feature.entity == "context":
@@ -193,14 +200,18 @@ class Counts:
                 self.numeric[feature.name].add(values.astype(np.float64, copy=False))
             elif feature.has_vocabulary:
                 flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
-                table = self.tables[feature.table_name]
-                table += counted(flat, len(table))
+                self._count(job, self.tables[feature.table_name], flat)
         self.rows[p] = np.bincount(parts, minlength=len(SPLITS))
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
         if "weight" in part:
             self.weights.add(part["weight"][at].astype(np.float64))
         self.repeated += part.repeated
         self.low += 0 if part.low is None else len(part.low)
+
+    @staticmethod
+    def _count(job: Job, table: Int64Array, codes: Int32Array) -> None:
+        with job.crew.lock:
+            count_into(table, codes)
 
     @property
     def mean_weight(self) -> float:
@@ -214,8 +225,8 @@ class Counts:
         weights, numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
         names = list(dict.fromkeys(name for of_rank in of_entities for name in of_rank))
         return Counts(
-            {name: crew.add_up(table) for name, table in self.tables.items()},
-            crew.add_up(self.liked),
+            self.tables,
+            self.liked,
             {n: sum((f[n] for f in numeric[1:]), numeric[0][n]) for n in self.numeric},
             {
                 name: EntityValues.merged(

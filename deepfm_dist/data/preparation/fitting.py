@@ -357,7 +357,7 @@ def _warn_of_placeholders(job: Job, entity: str, ids: pa.Array, counts: Counts) 
     if not is_word.any():
         return
     rows = int(counts.tables[of_entity(entity)][: len(ids)][is_word].sum())
-    shown = ids.filter(pa.array(is_word)).to_pylist()
+    shown = sorted(ids.filter(pa.array(is_word)).to_pylist())
     field = next((f.name for f in job.data.features if f.entity == entity and f.names_entity), None)
     words_missing = json.dumps(shown, ensure_ascii=False)
     cure = "empty these cells" if field is None else f"set missing: {words_missing} for {field}"

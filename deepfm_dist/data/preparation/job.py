@@ -15,8 +15,8 @@ from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
 from deepfm_dist.data.split import TEST, VALID
 
-PARTITION_BYTES = 128 << 20
-"""Of input, as plain text, that one partition is meant for."""
+PARTITION_BYTES = 32 << 20
+"""Of input, as plain text, that one partition is meant for: threads hold one each."""
 BUCKET_BITS = 9
 """Rows are ordered by the first bits of a hash, their bucket, before anything else. A partition has
 the rows of neighbouring buckets: the order of all rows does not depend on the partitions."""
@@ -32,16 +32,16 @@ def of_entity(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One preparation, as one rank sees it.
+    """One preparation, as one thread sees it.
 
     Attributes:
         data: what is prepared.
         files: the input files by `label_of` their setting.
         seed: of splits, negatives and row order.
-        crew: the ranks.
-        folder: of the dataset to be, all ranks' the same.
-        dropped: what this rank has left out of the input, by reason.
-        noted: what users should know of the rest, by reason, counted by this rank.
+        crew: the threads.
+        folder: of the dataset to be.
+        dropped: what this thread has left out of the input, by reason.
+        noted: what users should know of the rest, by reason, counted by this thread.
     """
 
     data: DataConfig
@@ -92,7 +92,7 @@ class Job:
 
     @property
     def mine(self) -> range:
-        """This rank's partitions."""
+        """This thread's partitions."""
         return range(self.crew.rank, self.n_parts, self.crew.size)
 
     def spill(self, name: str) -> Path:

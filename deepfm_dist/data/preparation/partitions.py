@@ -1,5 +1,6 @@
 """The rows by partition, in one numbering of all ranks' texts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from deepfm_dist.data.jagged import (
 from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
 from deepfm_dist.data.preparation.merge import unite
-from deepfm_dist.data.preparation.reading import Reading, rows_path
+from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.rules import (
     coded_columns,
     content_hashes,
@@ -29,26 +30,27 @@ from deepfm_dist.data.preparation.rules import (
     row_order,
     words_of,
 )
-from deepfm_dist.data.preparation.spill import Part, read_spilled
+from deepfm_dist.data.preparation.spill import Part
 from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
 
 class Partitions:
-    """The rows of all ranks, one partition at a time. All ranks.
+    """The rows that all threads have read, one partition at a time.
+
+    All threads share it, each loading partitions of its own.
 
     Attributes:
         ids: texts of each vocabulary by code.
-        side_files: fields in files of their own, on rank 0.
+        side_files: fields in files of their own.
         time_scale: what times are multiplied by to make whole numbers of all of them.
     """
 
-    def __init__(self, job: Job, reading: Reading) -> None:
-        self._job, self._spill = job, reading.spill
+    def __init__(self, job: Job, readings: Sequence[Reading]) -> None:
+        reading = readings[0]
+        self._job, self._spills = job, [r.spill for r in readings]
         self._no_rows = reading.no_rows()
-        self.ids, self._code_maps = unite(job, reading.codes)
-        reading.codes.clear()
-        self._places = job.crew.gather(reading.spill.places)
+        self.ids, self._code_maps = unite([r.codes for r in readings])
         self.side_files = reading.side_files
         self.time_scale = reading.times.scale if reading.times is not None else 1
         for feature in job.data.features:
@@ -76,7 +78,7 @@ class Partitions:
             np.save(self._job.spill(f"{name}-{p}.npy"), array)
 
     def kept(self, p: int, name: str) -> Any:
-        """What this rank has put aside."""
+        """What has been put aside."""
         if self._job.n_parts == 1:
             return self._kept[name]
         return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
@@ -157,12 +159,8 @@ class Partitions:
 
     def _spilled(self, p: int) -> Part:
         found: list[Part] = []
-        for rank, places in enumerate(self._places):
-            if rank == self._job.crew.rank:
-                batches = self._spill.read(p)
-            else:
-                batches = read_spilled(rows_path(self._job, rank), places[p])
-            if batches:
+        for rank, spill in enumerate(self._spills):
+            if batches := spill.read(p):
                 found.append(self._united(pa.Table.from_batches(batches), rank))
         part = Part.joined(found or [self._united(pa.Table.from_batches([self._no_rows]), 0)])
         if "user" in part:
@@ -170,7 +168,7 @@ class Partitions:
         return part
 
     def _united(self, table: pa.Table, rank: int) -> Part:
-        """One rank's rows of a partition in the numbering of all."""
+        """One thread's rows of a partition in the numbering of all."""
         maps, n = self._code_maps[rank], table.num_rows
         columns: dict[str, Any] = {
             "label": np.ones(n, np.int8),

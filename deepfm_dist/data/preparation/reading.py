@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes
+from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import (
     coded,
     column_of,
@@ -22,7 +24,7 @@ from deepfm_dist.data.fields import (
     row_columns,
     split_cells,
 )
-from deepfm_dist.data.jagged import Jagged, Values, from_arrow, offsets_of, to_arrow
+from deepfm_dist.data.jagged import Jagged, Values, from_arrow, to_arrow
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill
@@ -44,8 +46,55 @@ class SideFile:
     values: Values
 
 
+class _Stream:
+    """One file of rows, which threads read in turns."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.number, self.file, self.name, self.part = number, *job.inputs[number]
+        self.lock, self.dropped, self.is_over = Lock(), Counter[str](), False
+        columns = row_columns(job.data, with_split=self.part == OPEN)
+        self._batches = _batches(job, self.file, self.name, columns, self.dropped)
+        self._left = self.file.text_bytes
+
+    def read(self, bar: Any) -> pa.RecordBatch | None:
+        """The next batch; the bar counts bytes of text, of which a batch is about a block."""
+        batch = next(self._batches, None)
+        self.is_over = batch is None
+        step = self._left if batch is None else min(BLOCK_BYTES, self._left)
+        bar.update(step)
+        self._left -= step
+        return batch
+
+
+class _Queue:
+    """The files of rows, from which every thread takes batches until none is left.
+
+    Each thread reads a file that no other one is reading, where there is one; what it has read, it
+    codes while another thread goes on with the file.
+    """
+
+    def __init__(self, job: Job, bar: Any) -> None:
+        self.streams = [_Stream(job, number) for number in range(len(job.inputs))]
+        self._bar = bar
+
+    def batches(self, crew: Crew) -> Iterator[tuple[_Stream, pa.RecordBatch]]:
+        """This thread's batches."""
+        while waiting := [s for s in self.streams if not s.is_over][: crew.size]:
+            crew.check()
+            stream = next((s for s in waiting if s.lock.acquire(blocking=False)), None)
+            if stream is None:
+                stream = waiting[0]
+                stream.lock.acquire()
+            try:
+                batch = None if stream.is_over else stream.read(self._bar)
+            finally:
+                stream.lock.release()
+            if batch is not None:
+                yield stream, batch
+
+
 class Reading:
-    """Reads this rank's files. All ranks.
+    """Reads files, a share of one thread. All ranks.
 
     Attributes:
         codes: this rank's numbers of the texts of each vocabulary.
@@ -63,21 +112,23 @@ class Reading:
         self._job, data = job, job.data
         tables = {f.table_name for f in data.features if f.has_vocabulary and not f.is_id}
         self.codes = {name: Codes() for name in [*map(of_entity, job.entities), *sorted(tables)]}
-        in_memory = job.n_parts == 1 and job.crew.size == 1
+        in_memory = job.n_parts == 1
         self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
         self.n_read = self.n_positive = 0
         time = data.interactions.time
         self.times = None if time is None else TimeColumn(time)
         kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}  # rows, positives
-        sizes = offsets_of([file.text_bytes for file, _, _ in job.inputs])
-        middles = (sizes[:-1] + sizes[1:]) // 2
-        mine = np.flatnonzero(middles * job.crew.size // (sizes[-1] + 1) == job.crew.rank)
-        text_bytes = sum(job.inputs[number][0].text_bytes for number in mine)
+        text_bytes = sum(file.text_bytes for file, _, _ in job.inputs)
         with progress(text_bytes, "read", "B", job.crew.is_first) as bar:
-            for number in mine.tolist():
-                name, rows, positives = job.inputs[number][1], self.n_read, self.n_positive
-                self._read(number, bar)
-                kept[name] += np.array([self.n_read - rows, self.n_positive - positives])
+            queue: _Queue = job.crew.broadcast(_Queue(job, bar) if job.crew.is_first else None)
+            for stream, batch in queue.batches(job.crew):
+                rows, positives = self.n_read, self.n_positive
+                self._add(batch, stream)
+                kept[stream.name] += np.array([self.n_read - rows, self.n_positive - positives])
+        job.crew.gather(None)  # all files are read
+        if job.crew.is_first:
+            for stream in queue.streams:
+                job.dropped.update(stream.dropped)
         self.spill.close()
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
@@ -93,24 +144,17 @@ class Reading:
             for text in self.times.warnings() if job.crew.is_first else ():
                 log.warning("%s", text)
 
-    def _read(self, number: int, bar: Any) -> None:
-        """Reads a file; the bar counts bytes of text, of which a batch is about a block."""
-        data, (file, name, part) = self._job.data, self._job.inputs[number]
-        columns = row_columns(data, with_split=part == OPEN)
-        left = file.text_bytes
-        for batch in _batches(self._job, file, name, columns, self._job.dropped):
-            if self.times is not None:
-                self.times.add(batch["time"], file.name)
-                self.times.check()
-            rated = data.interactions.rating is not None
-            for piece in self._pieces(batch):
-                rows = self._coded(piece, part)
-                self.spill.add(rows, self._partitions(rows))
-                self.n_read += rows.num_rows
-                self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
-            bar.update(min(BLOCK_BYTES, left))
-            left -= min(BLOCK_BYTES, left)
-        bar.update(left)
+    def _add(self, batch: pa.RecordBatch, stream: _Stream) -> None:
+        """Codes a batch and deals its rows to partitions."""
+        if self.times is not None:
+            self.times.add(batch["time"], stream.file.name)
+            self.times.check()
+        rated = self._job.data.interactions.rating is not None
+        for piece in self._pieces(batch):
+            rows = self._coded(piece, stream.part)
+            self.spill.add(rows, self._partitions(rows))
+            self.n_read += rows.num_rows
+            self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
 
     def _pieces(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """The batch; of impressions a row for each item, which take many times its memory."""
