@@ -41,6 +41,9 @@ from deepfm_dist.training.trainer import Batches
 
 log = logging.getLogger(__name__)
 
+FEW_ROWS = 8192
+"""Rows per GPU in a step below which training warns: launching a step takes the host longer than a
+GPU needs for so few."""
 MOST_READING_THREADS = 4
 """By default; one makes some 13 M rows/s of a small schema (benchmarks/reading.py)."""
 
@@ -275,9 +278,19 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         )
         batches = UserBatches(dataset, candidates=candidates, **slice_of_rank)
     if world.is_first:
+        per_rank = -(-trainer.batch_size // world.world_size)
+        if world.device.type == "cuda" and trainer.loss == "bce" and per_rank < FEW_ROWS:
+            log.warning(
+                "trainer.batch_size=%d is that of all ranks: %d rows per GPU in a step are too few "
+                "to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates may "
+                "have to change with it)",
+                trainer.batch_size,
+                per_rank,
+            )
         log.info(
-            "batches of %d: %s",
+            "batches of %d, %d per rank: %s",
             batches.batch_size,
+            per_rank,
             f"made ahead, {batches.threads} at a time"
             if batches.threads
             else "each made when its step begins",

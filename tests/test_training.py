@@ -34,6 +34,7 @@ from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs import train as train_job
 from deepfm_dist.jobs.validation import check_monitor_name
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.model.deepfm import OverArch
@@ -43,7 +44,7 @@ from deepfm_dist.training.settings import TrainerConfig
 from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import Hooks, Trainer
-from tests.ranks import run_alone, run_ranks
+from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.test_distributed import SMALL, Run, config_of, difference
 from tests.test_layout import cell, setting
 
@@ -763,3 +764,21 @@ def test_a_run_knows_the_steps_of_those_it_began_from(tmp_path: Path) -> None:
         assert run_alone(train_command.main, command) == 0
         found.append(steps_in(read_state(find_checkpoint(tmp_path / "runs" / name))))
     assert found == [4, 7, 9]
+
+
+def _trained_by_rank(home: Path, folder: Path, size: int) -> int:
+    where = f"run={{name: r, device: cpu, prepared_root: {folder.parent}, runs_root: {home}}}"
+    sizes = (f"data.name={folder.name}", f"trainer.batch_size_per_rank={size}")
+    config = config_of(*SMALL, where, *sizes, "trainer.max_steps=1", "trainer.epochs=1")
+    return train_job.train(config).state.step
+
+
+def test_a_batch_size_per_rank_is_recorded_as_that_of_all_ranks(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    assert run_ranks(_trained_by_rank, 2, tmp_path, sample.folder, 300) == [1, 1]
+    recorded = read_state(find_checkpoint(tmp_path / "r"))["config"]["trainer"]
+    assert (recorded["batch_size"], recorded["batch_size_per_rank"]) == (600, None)
+    assert run_alone(_trained_by_rank, tmp_path, sample.folder, 600) == 1  # the same batches
+    with pytest.raises(RankFailed, match=r"trainer.batch_size"):
+        run_alone(_trained_by_rank, tmp_path, sample.folder, 300)

@@ -36,7 +36,7 @@ def plan(
     check_placements(config.sharding, optimizer.kernel, world.device)
     task = model_to_train(config, hypothetical_manifest(config, rows), world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
-    batch_size = config.trainer.batch_size
+    batch_size = config.trainer.on_ranks(world.world_size).batch_size
     return planning.plan(Job(task, world, optimizer, config.sharding, batch_size, hbm_bytes))
 
 

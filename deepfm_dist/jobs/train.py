@@ -79,6 +79,8 @@ def train_on(config: Config, world: World, on_validation: OnValidation | None = 
         Pruned: as ``on_validation`` did; the checkpoint being saved is complete by then.
         DeepFMError: as `train` does.
     """
+    trainer = config.trainer.on_ranks(world.world_size)
+    config = config.model_copy(update={"trainer": trainer})
     patience_s = _RESTART_S if read_launch().restarted else _ORPHAN_S
     with world.hold_on_rank0(run_lock(config), patience_s):
         return _train_locked(config, world, on_validation)

@@ -15,6 +15,9 @@ class TrainerConfig(Section):
     users, and each user's targets are compared with candidate items."""
     batch_size: int = Field(8192, ge=1)
     """Rows (of bpr and softmax: users) per step over all ranks."""
+    batch_size_per_rank: int | None = Field(None, ge=1)
+    """Rows per step of each rank. Where it is set, batch_size is this times the number of ranks,
+    whatever it was; that size is recorded, and a run resumes with the same one only."""
     candidates: int | None = Field(None, ge=1)
     """For bpr and softmax: items drawn in each step, by ``data.negatives.popularity_power``, for
     which the softmax is corrected (logQ). Default: the whole catalogue."""
@@ -56,6 +59,13 @@ class TrainerConfig(Section):
     """Compile everything above the tables with torch.compile (on CPU it needs a C++ compiler)."""
     profile_steps: tuple[int, int] | None = None
     """First and last step whose trace torch's profiler writes to the run's folder."""
+
+    def on_ranks(self, world_size: int) -> Self:
+        """The same settings with the batch size of so many ranks, and none per rank."""
+        if self.batch_size_per_rank is None:
+            return self
+        size = self.batch_size_per_rank * world_size
+        return self.model_copy(update={"batch_size": size, "batch_size_per_rank": None})
 
     @field_validator("monitor")
     @classmethod
