@@ -17,6 +17,7 @@ from hypothesis import settings
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.encode import prepare
+from tests import fork_server
 
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
 settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example
@@ -42,6 +43,13 @@ def logging_as_before() -> Iterator[None]:
     level = log.level
     yield
     log.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables with which `python` and `torchrun` start without importing; see `fork_server`."""
+    with fork_server.start(tmp_path_factory.mktemp("forked")) as variables:
+        yield variables
 
 
 @pytest.fixture(scope="session")

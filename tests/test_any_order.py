@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -166,16 +165,16 @@ def test_commands_twice_and_in_reverse_on_two_ranks(home: Path) -> None:
     check_what_is_there(home)
 
 
-@pytest.mark.slow  # six starts
-def test_the_commands_themselves_in_any_order(home: Path) -> None:
+def test_the_commands_themselves_in_any_order(home: Path, forked: dict[str, str]) -> None:
     """As typed, on one and two ranks, with a service between them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}
+    environment = {**os.environ, **forked, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}
     config = ["--config", str(home / "it.yaml")]
+    python = forked["PYTHON_EXEC"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
     def run(name: str, *arguments: str, ranks: int = 1) -> str:
         launcher = torchrun if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", f"deepfm_dist.{name}", *config, *arguments]
+        command = [python, *launcher, "-m", f"deepfm_dist.{name}", *config, *arguments]
         done = subprocess.run(
             command, cwd=home, env=environment, capture_output=True, text=True, check=False
         )
@@ -188,7 +187,7 @@ def test_the_commands_themselves_in_any_order(home: Path) -> None:
     before = trained(home)
     assert "Run already finished" in run("train")
     run("evaluate", ranks=2)
-    serve = [sys.executable, "-m", "deepfm_dist.serve", *config, "--port", "8431"]
+    serve = [python, "-m", "deepfm_dist.serve", *config, "--port", "8431"]
     service = subprocess.Popen(serve, cwd=home, env=environment, stderr=subprocess.DEVNULL)
     try:
         assert _answer("http://127.0.0.1:8431/users/u1/recommendations?k=2")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,9 +71,10 @@ def test_a_check_that_hangs_or_dies_is_given_up(
 
 
 @pytest.mark.slow  # a process for each check
-def test_all_checks_can_be_rehearsed_on_a_cpu() -> None:
+def test_all_checks_can_be_rehearsed_on_a_cpu(forked: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu"],
+        [forked["PYTHON_EXEC"], str(SCRIPT), "--device", "cpu"],
+        env=os.environ | forked,
         cwd=SCRIPT.parents[1],
         capture_output=True,
         text=True,

@@ -5,8 +5,10 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import shlex
 import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -407,7 +409,9 @@ def test_python_literals_are_converted_by_the_command_that_is_named(
     with pytest.raises(DataError, match="line 1: a Python literal rather than JSON") as caught:
         read_table(path, COLUMNS)
     command = str(caught.value).partition("convert the file: ")[2]
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    path_with_python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path_with_python}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
     assert read_table(tmp_path / shlex.split(command)[-1], COLUMNS).to_pydict() == {
         "user": ["a'b", 'c"'],
         "score": [1.5, 2.0],

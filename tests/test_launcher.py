@@ -198,11 +198,13 @@ def test_torchrun_gets_the_cause_and_shows_it_last(
     assert re.fullmatch("DataError: /nowhere/.*no such file.*", cause["message"])
 
 
-@pytest.mark.slow  # torchrun imports torch three times
-def test_a_mistake_under_torchrun_is_one_screen(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def test_a_mistake_under_torchrun_is_one_screen(tmp_path: Path, forked: dict[str, str]) -> None:
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "deepfm_dist.train", "--quiet", "data.root=/nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = os.environ | forked
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     lines = done.stderr.splitlines()
     assert done.returncode == 1
     assert done.stderr.count("DataError: /nowhere/train_ratings.csv: no such file") == 1

@@ -29,6 +29,12 @@ ALL_NAMED += "genre: {kind: table_wise, rank: 0}}"
 GIB = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset that lies in the current folder would be planned for."""
+    monkeypatch.chdir(tmp_path)
+
+
 def planned(config: Config, rows: dict[str, int], size: int, local: int, gib: float) -> Plan:
     return plan(config, rows, size, local, int(gib * GIB))
 

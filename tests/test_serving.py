@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,35 @@ SETTINGS = [
 ]
 
 
-def _command(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"deepfm_dist.{name}", "--quiet", *arguments]
+@pytest.fixture(scope="module")
+def command(forked: dict[str, str]) -> Callable[..., list[str]]:
+    """The words of a command."""
+
+    def command(name: str, *arguments: str) -> list[str]:
+        return [forked["PYTHON_EXEC"], "-m", f"deepfm_dist.{name}", "--quiet", *arguments]
+
+    return command
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., list[str]]) -> Path:
     """A trained run, its report, recommendations and similar items."""
     home = tmp_path_factory.mktemp("served")
-    for command in (
-        _command("train", *SETTINGS, "trainer.log_every_steps=10"),
-        _command("evaluate", "--run", "runs/sample"),
-        _command("recommend", "--run", "runs/sample"),
-        _command("similar", "--run", "runs/sample"),
+    for words in (
+        command("train", *SETTINGS, "trainer.log_every_steps=10"),
+        command("evaluate", "--run", "runs/sample"),
+        command("recommend", "--run", "runs/sample"),
+        command("similar", "--run", "runs/sample"),
     ):
-        subprocess.run(command, cwd=home, check=True, capture_output=True)
+        subprocess.run(words, cwd=home, check=True, capture_output=True)
     return home
 
 
 @pytest.fixture(scope="module")
-def url(home: Path) -> Iterator[str]:
+def url(home: Path, command: Callable[..., list[str]]) -> Iterator[str]:
     """A service of the run."""
-    command = _command("serve", "--run", "runs/sample", "--port", "0")
-    service = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
+    words = command("serve", "--run", "runs/sample", "--port", "0")
+    service = subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, text=True)
     assert service.stdout is not None
     url, shows, _ = service.stdout.readline().partition("/ shows a page")
     assert url.startswith("http://127.0.0.1:") and shows
@@ -139,15 +145,15 @@ def test_what_cannot_be_answered_is_told(client: Any, path: str, status: int, to
 
 
 def test_somebody_described_by_items_gets_what_the_command_says(
-    client: Any, home: Path, tmp_path: Path
+    client: Any, home: Path, tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
     home = shutil.copytree(home, tmp_path / "home")
     liked = pd.read_parquet(home / "runs/sample/recommendations.parquet")["item_id"]
     liked = liked.unique()[:3].tolist()
     (home / "strangers.csv").write_text("user,item\n" + "".join(f"x,{i}\n" for i in liked))
     option = "recommend.histories=strangers.csv"
-    command = _command("recommend", "--run", "runs/sample", option)
-    subprocess.run(command, cwd=home, check=True, capture_output=True)
+    words = command("recommend", "--run", "runs/sample", option)
+    subprocess.run(words, cwd=home, check=True, capture_output=True)
     wanted = pd.read_parquet(home / "runs/sample/recommendations-histories.parquet")
     found = client.post("/recommend", json={"items": [*liked, liked[0]], "k": 10}).json()["items"]
     assert [i["id"] for i in found] == wanted["item_id"].tolist()
@@ -162,9 +168,11 @@ def _asked_by_items(home: Path) -> None:
         Recommender(found, up_to_date_export(found), world).recommend_for(["9"], 3)
 
 
-def test_a_model_that_knows_users_by_id_alone_says_so(tmp_path: Path) -> None:
+def test_a_model_that_knows_users_by_id_alone_says_so(
+    tmp_path: Path, command: Callable[..., list[str]]
+) -> None:
     settings = ["run.runs_root=.", "run.name=plain", "trainer.max_steps=1", "run.loggers=[]"]
-    subprocess.run(_command("train", *settings), cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(command("train", *settings), cwd=tmp_path, check=True, capture_output=True)
     with pytest.raises(RankFailed, match=r"Unsupported: .*knows its users by id.*history: item"):
         run_alone(_asked_by_items, tmp_path)
 
@@ -300,7 +308,9 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     tab.close()
 
 
-def test_settings_that_a_service_does_not_look_at_are_refused(home: Path) -> None:
+def test_settings_that_a_service_does_not_look_at_are_refused(
+    home: Path, command: Callable[..., list[str]]
+) -> None:
     config = home / "runs/sample/config.yaml"
     blocking = home / "blocking.yaml"
     blocking.write_text(config.read_text().replace("block_items: null", "block_items: [4]"))
@@ -311,13 +321,15 @@ def test_settings_that_a_service_does_not_look_at_are_refused(home: Path) -> Non
         (("--config", str(blocking)), "recommend.block_items=[4]"),
     ):
         done = subprocess.run(
-            _command("serve", *arguments), cwd=home, capture_output=True, text=True, check=False
+            command("serve", *arguments), cwd=home, capture_output=True, text=True, check=False
         )
         assert done.returncode == 2
         assert done.stderr.startswith(f"ConfigError: {named}: no setting of a service, which ")
 
 
-def test_what_cannot_be_served_is_told(tmp_path: Path, url: str) -> None:
+def test_what_cannot_be_served_is_told(
+    tmp_path: Path, url: str, command: Callable[..., list[str]]
+) -> None:
     taken = ("--port", url.rpartition(":")[2])
     for arguments, told in (
         (("--run", "runs/none"), "ConfigError: --run runs/none: no run; "),
@@ -325,7 +337,7 @@ def test_what_cannot_be_served_is_told(tmp_path: Path, url: str) -> None:
         (("--port", "70000"), "EnvironmentProblem: --host 127.0.0.1 --port 70000: "),
     ):
         done = subprocess.run(
-            _command("serve", *arguments),
+            command("serve", *arguments),
             cwd=tmp_path,
             capture_output=True,
             text=True,
