@@ -6,7 +6,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Timer
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -106,3 +108,28 @@ def test_a_group_with_outstanding_collectives_is_aborted(monkeypatch: pytest.Mon
     world_module._leave(abort=True)
     world_module._leave(abort=False)
     assert calls == ["_abort_process_group", "destroy_process_group"]
+
+
+def _watched_calls() -> list[bool]:
+    """Whether the watch looks on while ranks wait for each other, and after."""
+    with process_group("cpu") as world:
+        found = Watch(world.store.clone(), world.rank, world.world_size, 60)  # type: ignore[attr-defined]
+        world, seen = replace(world, watch=found), []
+        for name in ("broadcast_object_list", "all_gather_object", "gather_object", "barrier"):
+            exchange = getattr(dist, name)
+
+            def looked_at(*arguments: Any, exchange: Any = exchange) -> None:
+                with found.waiting():  # as the host does in a caller
+                    exchange(*arguments)
+                seen.append(found._since is not None)
+
+            setattr(dist, name, looked_at)
+        world.broadcast(1)
+        world.all_gather_object(2)
+        world.gather_object(3)
+        world.barrier()
+        return [*seen, found._since is None]
+
+
+def test_exchanges_of_validation_and_saving_are_watched() -> None:
+    assert run_ranks(_watched_calls, 2) == [[True] * 5] * 2

@@ -60,4 +60,6 @@ def score_rows(
         begin, end = min(block * height, n_rows), min((block + 1) * height, n_rows)
         _, logits = model(collate(begin, end).to(world.device))
         if end > begin:
-            yield begin, logits[: end - begin].cpu().numpy()
+            with world.waiting():
+                here = logits[: end - begin].cpu()
+            yield begin, here.numpy()

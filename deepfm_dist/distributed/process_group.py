@@ -131,24 +131,28 @@ class World:
         """Rank 0's picklable value, on every rank. All ranks."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, 0)
+            with self.waiting():
+                dist.broadcast_object_list(values, 0)
         return values[0]
 
     def all_gather_object(self, value: T) -> list[T]:
         """Picklable values of all ranks, by rank, on every rank. All ranks."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def gather_object(self, value: Any) -> list[Any] | None:
         """Picklable values of all ranks, on rank 0; None elsewhere. All ranks."""
         values: list[Any] | None = [None] * self.world_size if self.is_first else None
-        dist.gather_object(value, values)
+        with self.waiting():
+            dist.gather_object(value, values)
         return values
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        dist.barrier()
+        with self.waiting():
+            dist.barrier()
 
     def run_on_rank0(self, name: str, work: Callable[[], T]) -> T | None:
         """Rank 0 works while the others wait, however long; its failure ends all of them.

@@ -81,6 +81,9 @@ class Watch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """To be entered while the host waits for the GPU, and with it for all ranks."""
+        if self._since is not None:  # inside another one
+            yield
+            return
         self._since = time.monotonic()
         try:
             yield
