@@ -1,6 +1,8 @@
 """What every command shares: arguments, start-up check, exit codes."""
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import re
@@ -26,6 +28,9 @@ from deepfm_dist.terminal import coloured
 
 # Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+# The interpreter's last garbage collection would visit all of torch's objects: a second or more.
+atexit.register(gc.freeze)
 
 log = logging.getLogger("deepfm_dist")
 

@@ -35,12 +35,15 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[Hashable, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if key.value in lines:
                 raise DuplicateKeyError(
                     f"{key.value!r} stands in line {lines[key.value]} and again in line {line}; "
                     f"put all of it under one"
                 )
+            lines[key.value] = line
         return node
 
 

@@ -4,20 +4,25 @@ A row of the tables is a command that fails, a part of its error line, and what 
 The line has to contain that part, so a cure that is not named fails like one that does not work.
 """
 
+import ast
 import gzip
 import json
 import logging
+import re
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import deepfm_dist
 from deepfm_dist import (
     combine,
     evaluate,
@@ -275,6 +280,38 @@ SETTINGS = [
     Mistake(PRINT + "trainer.epochs=0", "(got 0)", "trainer.epochs=1"),
     Mistake(PRINT + "run.device=gpu", "cuda", "run.device=auto"),
     Mistake(PRINT + "epochs=3", "did you mean trainer.epochs?", "trainer.epochs=3", ("epochs=3",)),
+    Mistake(
+        PRINT + "trainer.loss=softmax trainer.accumulate_steps=2 optimizer.tables.name=adam",
+        "use a smaller batch_size",
+        "trainer.batch_size=64",
+        ("trainer.accumulate_steps=2",),
+    ),
+    Mistake(
+        PRINT + "'sharding.tables={user: {kind: replicated, cached: 0.1}}'",
+        "a replicated table is small; leave it out",
+        "'sharding.tables={user: {kind: replicated}}'",
+    ),
+    Mistake(
+        PRINT + "data.interactions.time_format=%d/%m/%Y",
+        "interactions.time; set it",
+        "data.interactions.time=time",
+    ),
+    Mistake(
+        PRINT + "data.interactions.time=time data.interactions.time_format=yesterday",
+        "such as %d/%m/%Y %H:%M",
+        "'data.interactions.time_format=%d/%m/%Y %H:%M'",
+    ),
+    Mistake(
+        PRINT + "'model={embedding_dim: 4, embedding_dim: 8}'",
+        "put all of it under one",
+        "'model={embedding_dim: 8}'",
+    ),
+    Mistake(PRINT + "data.root=s3:/logs/2024", "write s3://logs/2024", "data.root=s3://logs/2024"),
+    Mistake(
+        PRINT + "data.history.dropout=0.5",
+        "add one with history: item",
+        new_data={"features": [*DATA["features"], SEEN]},
+    ),
     *(
         Mistake(
             PRINT.strip(),
@@ -319,7 +356,22 @@ SETTINGS = [
                 "item",
                 {"name": "seen", "history": "item", "entity": "user"},
             ),
-            ({"name": "time"}, "call the context field", {"name": "at", "column": "time"}),
+            (
+                {"name": "device", "separator": "|", "several": False},
+                "leave one of them out",
+                {"name": "device", "separator": "|"},
+            ),
+            (
+                {"name": "rating", "entity": "user", "kind": "numeric"},
+                "name its column",
+                {"name": "score", "entity": "user", "kind": "numeric", "column": "rating"},
+            ),
+            (
+                {"name": "also", "column": "device", "table": "item", "min_count": 2},
+                "leave it out",
+                {"name": "also", "column": "device", "table": "item"},
+            ),
+            ({"name": "time"}, "call the field otherwise", {"name": "at", "column": "time"}),
             (
                 {"name": "a.b", "column": "device"},
                 "letters, digits, underscores",
@@ -377,6 +429,8 @@ PRICE = [
     *DATA["features"],
     {"name": "price", "entity": "item", "file": "items.csv", "kind": "numeric"},
 ]
+ALSO = {"name": "also", "table": "item"}
+"""A field in the table of the items' ids."""
 OBJECTS = "".join(f'{{"item": "i{i}", "genres": [{{"id": {i % 3}}}]}}\n' for i in range(N_ITEMS))
 
 
@@ -387,6 +441,48 @@ def _genres(**of_field: str) -> list[dict[str, Any]]:
 
 
 INPUT = [
+    Mistake(
+        "prepare 'data.interactions.file=[rows.csv, row*.csv]'",
+        "list it once",
+        "data.interactions.file=rows.csv",
+    ),
+    Mistake(
+        "prepare 'data.files={items.jsonl: {delimiter: ;}}'",
+        "leave it out of data.files",
+        "data.files={}",
+        data={"features": _genres(column="genres.id")},
+        files={"items.jsonl": OBJECTS},
+    ),
+    Mistake(
+        "prepare",
+        "leave fill out",
+        data={
+            "features": [
+                *DATA["features"][:2],
+                {**DATA["features"][2], "separator": None, "fill": "x"},
+            ]
+        },
+        new_data={"features": DATA["features"]},
+        files={
+            "items.csv": "item,genre\n" + "".join(f"i{i},\"['a', 'b']\"\n" for i in range(N_ITEMS))
+        },
+    ),
+    Mistake(
+        "prepare",
+        "name the column of ids",
+        data={
+            "features": [*DATA["features"], {"name": "also", "column": "device", "table": "item"}]
+        },
+        new_data={
+            "features": [*DATA["features"], {"name": "also", "column": "item", "table": "item"}]
+        },
+    ),
+    Mistake(
+        "prepare data.split.test_file=test.csv",
+        "write the ids alike",
+        files={"test.csv": _csv([[row[0].upper(), *row[1:]] for row in ROWS[:9]])},
+        new_files={"test.csv": _csv(ROWS[:9])},
+    ),
     Mistake(
         "prepare",
         'set missing: ["n/a"] for its field',
@@ -592,6 +688,68 @@ INPUT = [
     ),
 ]
 COMMAND_ORDER = [
+    Mistake(
+        "evaluate",
+        "run python -m deepfm_dist.prepare",
+        files={"prepared_root/cures/manifest.json": "{"},
+        first=("prepare",),
+        before=("train",),
+    ),
+    *(
+        Mistake(
+            "train run.name=next optimizer.tables.name=adam checkpoint.start_from=runs_root/cures",
+            cure,
+            cure,
+            before=("train",),
+        )
+        for cure in ("optimizer.tables.name=rowwise_adagrad", "checkpoint.start_weights_only=true")
+    ),
+    Mistake(
+        "train checkpoint.resume=never checkpoint.start_from=runs_root/cures",
+        "give the run another run.name",
+        "run.name=next",
+        before=("train",),
+    ),
+    Mistake(
+        "recommend --output best.csv",
+        "--output best.parquet",
+        "--output best.parquet",
+        ("--output", "best.csv"),
+        before=("train",),
+    ),
+    Mistake(
+        "combine --to both --of cures,seeded",
+        "train them with the same data.seed",
+        "--of cures,same",
+        ("--of", "cures,seeded"),
+        before=("train model.deep=false", "train run.name=seeded model.deep=false data.seed=5"),
+        first=("train run.name=same model.deep=false",),
+    ),
+    Mistake(
+        "tune trainer.monitor=auc tune.trials=1 'tune.space={model.embedding_dim: [4, 8]}'",
+        "choose another run.name",
+        "run.name=second",
+        before=(f"tune trainer.monitor=auc tune.trials=1 '{SPACE}'",),
+    ),
+    Mistake(
+        f"train {CTR_OVERRIDES} trainer.monitor=auc",
+        "set trainer.monitor=log_loss",
+        "trainer.monitor=log_loss",
+        files={"rows.csv": _csv([[*row[:3], "1", *row[4:]] for row in ROWS])},
+    ),
+    Mistake(
+        "recommend",
+        "name data.interactions.user and .item",
+        "run.name=both",
+        data={
+            "task": "ctr",
+            "interactions": {"file": "rows.csv", "label": "label"},
+            "features": [{"name": "device"}],
+        },
+        new_data={"interactions": CTR["interactions"], "features": DATA["features"]},
+        first=("train run.name=both",),
+        before=("train",),
+    ),
     Mistake("evaluate", "python -m deepfm_dist.train", first=("train",)),
     Mistake("recommend", "python -m deepfm_dist.train", first=("train",)),
     Mistake("similar", "python -m deepfm_dist.train", first=("train",)),
@@ -941,6 +1099,127 @@ def _exit_code(name: str, argv: Sequence[str]) -> int:
         return int(error.code or 0)
 
 
+@cache
+def _templates() -> dict[str, str]:
+    """Messages that name a cure after a semicolon, with … for values, and their modules."""
+    package, found = Path(deepfm_dist.__file__).parent, {}
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                text = _literal(node.exc.args[0])
+                if re.search(_VERBS, _clause(text)) and "; " in text:
+                    found[text] = path.relative_to(package).as_posix()
+    return found
+
+
+_VERBS = (
+    r"\b(use|set|give|leave|choose|run|install|name|take|train|write|lower|delete|export|hold|create"
+    r"|remove|ask|vary|correct|wait|unset|list|add|put|prepare)\b"
+)
+
+
+def _literal(node: ast.expr) -> str:
+    """The text of a message's expression; … stands for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_literal, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _literal(node.left) + _literal(node.right)
+    return "…"
+
+
+def _clause(template: str) -> str:
+    return template.rpartition("; ")[2]
+
+
+def _is_of(line: str, template: str) -> bool:
+    return re.search(".*".join(map(re.escape, template.split("…"))), line) is not None
+
+
+ROWS_OF_CURES = {f"{m.command}: {m.cure}": m for m in (*SETTINGS, *INPUT, *COMMAND_ORDER)}
+TYPED = dict(
+    line.split("\t")
+    for line in (Path(__file__).parent / "cures.txt").read_text(encoding="utf-8").splitlines()
+)
+"""Messages, as `_templates` has them or had before they were reworded: the row that types each."""
+NOT_OF_COMMANDS = {
+    "api.py": "arguments of Python, not of a command; see test_api",
+    "interop/notebook.py": "needs a notebook's weights; see test_notebook",
+    "jobs/import_weights.py": "needs a notebook's weights; see test_notebook",
+    "launcher.py": "variables of the environment; see test_launcher",
+    "lock.py": "needs a second process; see test_lock",
+    "serve.py": "a service does not end; see test_serving",
+    "serving/live.py": "a service does not end; see test_serving",
+    "storage.py": "needs a full disk or a library that is missing; see test_paths, test_storage",
+}
+"""Modules whose cures no row types, and why."""
+_MEMORY = "needs more memory than the machine has"
+_RANKS = "needs several ranks"
+_CUDA = "depends on the machine's GPU"
+_LIBRARY = "depends on an optional library"
+NOT_TYPED = {
+    "model.embedding_dim=…: … rows of tables take": _MEMORY,
+    "model.over_arch_layer_sizes=… on": _MEMORY,
+    "… distinct values of one table are": _MEMORY,
+    "EASE of … items takes": _MEMORY,
+    "evaluate.baselines: item_knn keeps": _MEMORY,
+    "evaluate.baselines: ease takes": _MEMORY,
+    "does not fit …; use": _MEMORY,
+    "a batch of … rows over … ranks": _RANKS,
+    "a batch of … users over … ranks": _RANKS,
+    "torchrun over several machines": _RANKS,
+    "sharding.tables.….kind=row_wise": _RANKS,
+    "…: rank … finds another dataset": _RANKS,
+    "optimizer.tables.l2=…: FBGEMM's lazy_adam": _CUDA,
+    "run.device=cuda, but torch sees no GPU": _CUDA,
+    "…: adam moves every row at every step": _CUDA,
+    "trainer.compile=true: torch.compile needs": "depends on the machine's compiler",
+    "evaluate.baselines: ials needs the library": _LIBRARY,
+    "recommend.index=…: faiss is not installed": _LIBRARY,
+    "tune needs the library optuna": _LIBRARY,
+    "run.runs_root=…: the journal of a search": _LIBRARY,
+    "model.over_arch=…: which of its weights": "needs an over-arch of the user's own",
+    "--run …: no run": "the row for a missing checkpoint types the same command",
+    "…: every user has met all": "the cure is other data",
+    "…: another tool prepared it": "needs a dataset of another tool; see test_layout",
+    "column …: … is not …; correct it": "needs requests to a loaded model",
+    "…: prepared again, moved or deleted": "needs a second process",
+    "…: no prepared dataset": "needs a folder that is deleted between two commands",
+    "…: data.features: …: … is … and was": "start_from; see test_start",
+    "…: the split leaves no training rows of … (… repeated ones": "the cure is a smaller split",
+    "…: a row of impressions has many items": "needs impressions; see test_impressions",
+    "…: files are named below data.root": "needs an object store",
+    "…: element … of the array": "the cure is other data; see test_formats",
+    "holds lists where one value is expected": "the cure is other data; see test_formats",
+    "the time column … has … decimals": "the cure is other data; see test_times",
+    "…: damaged (…); delete …, and it is exported": "needs a damaged export; see test_damage",
+    "combine: … and … have other data": "vocabularies differ first in nearly all cases",
+    "…: user … and item … have … scores": "needs a reference of scores; see test_ranking",
+    "sharding.tables.….kind=replicated: optimizer.tables.name=lazy_adam": _CUDA,
+    "evaluate.reference=…: another ranking": "needs a reference of scores; see test_ranking",
+    "…: of another version of deepfm_dist": "needs a run of another version; see test_checkpoint",
+    "trainer.monitor=…: it is …; set": "needs a figure that is NaN in training; see test_training",
+}
+"""Beginnings of messages whose cure no row types, and why."""
+
+
+def test_every_cure_is_typed_by_a_row_or_excused() -> None:
+    templates = _templates()
+    missing = [
+        f"{module}: {text}"
+        for text, module in templates.items()
+        if text not in TYPED
+        and module not in NOT_OF_COMMANDS
+        and not text.startswith(tuple(NOT_TYPED))
+    ]
+    reworded = Counter(_clause(text) for text in TYPED if text not in templates)
+    missing = [text for text in missing if not reworded[_clause(text)]]
+    assert missing == [], "add a row that types the cure, and its message to cures.txt"
+    assert set(TYPED.values()) <= ROWS_OF_CURES.keys(), "cures.txt names rows that are gone"
+    assert set(templates.values()) >= NOT_OF_COMMANDS.keys()
+
+
 @pytest.mark.parametrize(
     "mistake", [*SETTINGS, *INPUT, *COMMAND_ORDER], ids=lambda m: f"{m.command}: {m.cure}"
 )
@@ -963,6 +1242,9 @@ def test_the_cure_that_an_error_names_cures(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert mistake.cure in lines[0]
+    for template, row in TYPED.items():
+        if row == f"{mistake.command}: {mistake.cure}" and template in _templates():
+            assert _is_of(lines[0], template), f"cures.txt: {template}"
     _write(tmp_path, mistake, cured=True)
     for command in mistake.first:
         assert _typed(tmp_path, command) == 0

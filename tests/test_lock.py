@@ -152,3 +152,20 @@ def test_a_damaged_lock_file_is_no_obstacle(tmp_path: Path, kind: str, left: byt
     (tmp_path / ".run.lock").write_bytes(left)
     with lock_of(tmp_path):
         assert "in use by process" in refused(tmp_path)
+
+
+def test_in_an_object_store_a_lock_holds_until_it_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upath = pytest.importorskip("upath")
+    for name, seconds in (("BEAT_S", 0.05), ("STALE_S", 0.6), ("SETTLE_S", 0.02)):
+        monkeypatch.setattr(lock_module, name, seconds)
+    folder = upath.UPath("memory://locks")
+    folder.mkdir(exist_ok=True)
+    with lock_of(folder):
+        assert f"process {os.getpid()} on {socket.gethostname()} since 20" in refused(folder)
+    assert not any(folder.iterdir())
+    (folder / ".run.lock").write_bytes(b"of a process that was killed")
+    with lock_of(folder):
+        assert (folder / ".run.lock").is_file()
+    assert not any(folder.iterdir())

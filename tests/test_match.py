@@ -130,6 +130,19 @@ def test_fields_that_mean_something_else_are_named(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_field_whose_ids_alone_differ_is_named(tmp_path: Path) -> None:
+    """Vocabularies and their numbers of rows may be the same, and a field's reading of them not."""
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    manifest = prepared(config)
+    marker = save_marker(config, manifest) / checkpoint.MARKER
+    state = json.loads(marker.read_text())
+    state["field_hashes"] = {**manifest.field_hashes, "seen": "0"}
+    marker.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="the ids or statistics of seen are others in"):
+        find_run(config, [])
+
+
 def test_the_cure_is_typed_and_cures(tmp_path: Path) -> None:
     write_input(tmp_path)
     config = config_of(tmp_path)

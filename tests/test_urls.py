@@ -72,3 +72,35 @@ def _refused(*settings: str) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert tune.main(["--quiet", *settings]) == 2
     return err.getvalue().strip()
+
+
+def _moved_aside() -> dict[str, str]:
+    from upath import UPath
+
+    os.environ.pop("WORLD_SIZE", None)
+    where = ["--quiet", "run.runs_root=memory://aside", "trainer.max_steps=1"]
+    assert train.main(where) == 0
+    run = UPath("memory://aside/sample")
+    (run / "a [1]*.txt").write_text("of the first run")
+    assert train.main([*where, "optimizer.dense.lr=0.1"]) == 2  # other settings: it stays
+    assert (run / "a [1]*.txt").exists()
+    assert train.main([*where, "optimizer.dense.lr=0.1", "checkpoint.resume=never"]) == 0
+    return {
+        str(path.path).partition("aside/")[2]: path.read_text() if path.suffix == ".txt" else ""
+        for path in UPath("memory://aside").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_in_an_object_store_is_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("upath")
+    monkeypatch.chdir(tmp_path)
+    stored = run_alone(_moved_aside)
+    assert stored["sample.1/a [1]*.txt"] == "of the first run"
+    assert "sample/a [1]*.txt" not in stored
+    for name in ("sample", "sample.1"):
+        assert f"{name}/config.yaml" in stored
+        assert any(path.startswith(f"{name}/checkpoints/step_00000001/") for path in stored)
+    assert not [path for path in stored if path.endswith(".lock")]

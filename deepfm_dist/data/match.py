@@ -66,6 +66,12 @@ def check_match(
             f"{checkpoint} was trained on vocabulary {state['vocabulary_hash']}, {folder} has "
             f"{manifest.vocabulary_hash} ({reason}); {cure}"
         )
+    if changed := changed_fields(state, manifest):  # such as a history of items without a table
+        reason = "; ".join(others) or _UNNAMED
+        raise CheckpointError(
+            f"{checkpoint}: the ids or statistics of {', '.join(changed)} are others in {folder} "
+            f"({reason}); {cure}"
+        )
     hashes = state.get("data_hash"), manifest.data_hash
     if hashes[0] == hashes[1] or None in hashes:
         return
