@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@DEEPFM_KILLS=10 $(MAKE) --no-print-directory test ARGS='-m "not launch" $(ARGS)'
+	@DEEPFM_KILLS=4 $(MAKE) --no-print-directory test ARGS='-m "not launch" $(ARGS)'
 
 # All tests of `make check` with the lines that none of them runs; two fifths slower.
 coverage: $(STAMP)

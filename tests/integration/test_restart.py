@@ -19,7 +19,7 @@ from deepfm_dist.distributed.checkpoint import MARKER, complete_steps, find_chec
 from tests.runs import lines
 
 START_S = "start_s"  # file with the seconds from the ranks' start to their first checkpoint
-KILLS = int(os.environ.get("DEEPFM_KILLS", "1"))  # `make check` asks for ten
+KILLS = int(os.environ.get("DEEPFM_KILLS", "1"))  # `make check` asks for four
 OPTIONS = (
     f"trainer={{epochs: {KILLS + 3}, batch_size: 4096, log_every_steps: 25}}",
     "trainer.validate_every_epochs=2",
