@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.events import Event, TrainEvent
-from deepfm_dist.messages import brief
+from deepfm_dist.messages import brief, plural
 from deepfm_dist.storage import is_of_storage, is_remote, write_errors_to_user
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class MetricsLog:
             lines = (found or b"").splitlines(True)
             kept = [line for line in lines if _step_of(line) is not None]
             if dropped := len([line for line in lines if line.strip()]) - len(kept):
-                log.warning("%s: %d damaged lines are dropped", self.path, dropped)
+                log.warning("%s: dropped %s", self.path, plural(dropped, "damaged line"))
             if from_step is not None:
                 kept = [line for line in kept if from_step and (_step_of(line) or 0) <= from_step]
             self._text = b"".join(kept)
