@@ -9,6 +9,7 @@ genres) are generated once. Every contestant has factors of 10 and the same laye
 
 - ours: ``python -m deepfm_dist.train``, or torchrun for several ranks, as its own log says;
 - bare: stock TorchRec, steps over batches that are ready: no reading, no negatives;
+- host: what a step of 8 rows costs the host: our loop, TorchRec's pipeline with ours and alone;
 - plain: one embedding table, fused Adam, negatives and order drawn by numpy for an epoch at a time;
 - rivals: each with its own loader, on rows whose negatives are drawn already.
 """
@@ -25,9 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -38,6 +43,9 @@ import yaml
 from machine import cpu_model
 from synthetic import NOTEBOOK, write
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 from deepfm_dist.events import TrainEvent, read_events
 
@@ -199,11 +207,38 @@ def plain(data: Data, drawn: Rows, drawing_s: float, args: argparse.Namespace) -
     return n * size / (seconds + drawing_s * n * size / data.rows_per_epoch)
 
 
-def bare(data: Data, drawn: Rows, args: argparse.Namespace) -> float:
-    """Rows/s of TorchRec's own parts on ready batches, one rank."""
+@dataclass
+class Ready(Pipelineable):
+    """A batch for TorchRec's own parts."""
+
+    sparse: KeyedJaggedTensor
+    labels: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Ready":
+        """The same on another device."""
+        return Ready(
+            self.sparse.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Ready":
+        """The same in pinned memory."""
+        return Ready(self.sparse.pin_memory(), self.labels.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the memory until ``stream`` has used it."""
+        self.sparse.record_stream(stream)
+        self.labels.record_stream(stream)
+
+
+@contextmanager
+def torchrec_parts(
+    data: Data, drawn: Rows, size: int, args: argparse.Namespace
+) -> Iterator[tuple[nn.Module, Any, list[Ready]]]:
+    """TorchRec's own parts at one rank: a sharded model, its optimizer, and ready batches."""
     import torch.distributed as dist
     from torch.distributed.optim import _apply_optimizer_in_backward
-    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
@@ -226,12 +261,14 @@ def bare(data: Data, drawn: Rows, args: argparse.Namespace) -> float:
             self.ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
             self.above = Fields(args.layers)
 
-        def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
-            rows = KeyedTensor.regroup([self.ebc(sparse)], [list(FIELDS)])[0]
+        def forward(self, batch: Ready) -> Tensor:
+            rows = KeyedTensor.regroup([self.ebc(batch.sparse)], [list(FIELDS)])[0]
             logits: Tensor = self.above(rows.view(-1, len(FIELDS), width))
             return logits
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device(args.device)
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     model = Model()
     _apply_optimizer_in_backward(RowWiseAdagrad, model.ebc.parameters(), {"lr": 0.05})
     sharder = EmbeddingBagCollectionSharder()
@@ -241,12 +278,12 @@ def bare(data: Data, drawn: Rows, args: argparse.Namespace) -> float:
         sharder=sharder,
         local_size=1,
         world_size=1,
-        device_type="cpu",
+        device_type=args.device,
     )
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=torch.device("cpu"),
+        device=device,
         plan=ShardingPlan({"ebc": plan}),
         sharders=[sharder],
     )
@@ -257,24 +294,102 @@ def bare(data: Data, drawn: Rows, args: argparse.Namespace) -> float:
             KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=1e-3)),
         ]
     )
-    size, n = args.batch_size, min(args.steps, len(drawn[1]) // args.batch_size)
+    n = min(args.steps, len(drawn[1]) // size)
     lengths = torch.ones(len(FIELDS) * size, dtype=torch.int32)
     batches = []
     for k in range(n):
         fields, labels = (column[k * size : (k + 1) * size] for column in drawn)
         values = torch.from_numpy(np.ascontiguousarray(fields.T, np.int32).ravel())
         sparse = KeyedJaggedTensor(list(FIELDS), values, lengths=lengths)
-        batches.append((sparse, torch.from_numpy(labels)))
+        batches.append(Ready(sparse, torch.from_numpy(labels)))
+    try:
+        yield sharded, optimizer, batches
+    finally:
+        dist.destroy_process_group()
 
-    def step(k: int) -> None:
-        sparse, labels = batches[k]
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(sharded(sparse), labels).backward()
-        optimizer.step()
 
-    speed = n * size / timed(step, n)
-    dist.destroy_process_group()
-    return speed
+def bare(data: Data, drawn: Rows, args: argparse.Namespace) -> float:
+    """Rows/s of TorchRec's own parts on ready batches, one rank."""
+    with torchrec_parts(data, drawn, args.batch_size, args) as (sharded, optimizer, batches):
+        batches = [batch.to(torch.device(args.device)) for batch in batches]
+
+        def step(k: int) -> None:
+            batch = batches[k]
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(sharded(batch), batch.labels).backward()
+            optimizer.step()
+
+        return len(batches) * args.batch_size / timed(step, len(batches))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called on tensors, views aside."""
+
+    def __init__(self) -> None:
+        """Begins at 0."""
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts one in."""
+        self.count += not (func.is_view or str(func).startswith(("profiler.", "prim.")))
+        return func(*args, **(kwargs or {}))
+
+
+def cost_of(step: Callable[[], object], steps: int = 200) -> dict[str, float]:
+    """Host milliseconds of a step, the least over ten windows, and its operations."""
+    for _ in range(10):
+        step()
+    with Operations() as operations:
+        step()
+    windows = []
+    for _ in range(10):
+        begun = time.process_time()
+        for _ in range(steps // 10):
+            step()
+        windows.append(time.process_time() - begun)
+    return {"host_ms": round(min(windows) / (steps // 10) * 1e3, 3), "operations": operations.count}
+
+
+def host_costs(
+    config: Path, data: Data, drawn: Rows, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """What a step of 8 rows costs the host at one rank: our loop, and both in TorchRec's pipeline.
+
+    Batches are ready, so that neither reading nor arithmetic counts.
+    """
+    from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+    from deepfm_dist.build import shard_for_training, training_batches
+    from deepfm_dist.config import load_config
+    from deepfm_dist.data.dataset import PreparedDataset
+    from deepfm_dist.distributed.pipeline import TrainPipeline
+    from deepfm_dist.distributed.process_group import process_group
+
+    size, costs = 8, {}
+    overrides = [f"model.over_arch_layer_sizes={args.layers}", f"trainer.batch_size={size}"]
+    settings = load_config(str(config), overrides)
+    dataset = PreparedDataset(settings.prepared_dir)
+    with process_group(args.device) as world:
+        for name, overlapped in (("loop", False), ("pipeline", True)):
+            sharded, optimizer = shard_for_training(settings, dataset.manifest, world)
+            sharded.train()
+            made = list(training_batches(settings, dataset, world).steps(1, 8))
+            pipeline = TrainPipeline(sharded, optimizer, world, overlapped=overlapped)
+            stream = itertools.cycle(made)
+            costs[name] = cost_of(partial(pipeline.train_step, stream))
+            pipeline.detach()
+    with torchrec_parts(data, drawn, size, args) as (model, own, batches):
+
+        def forward(batch: Ready) -> tuple[Tensor, Tensor]:
+            logits = model(batch)
+            return F.binary_cross_entropy_with_logits(logits, batch.labels), logits
+
+        theirs = TrainPipelineSparseDist(
+            model, own, torch.device(args.device), custom_model_fwd=forward
+        )
+        costs["torchrec_pipeline"] = cost_of(partial(theirs.progress, itertools.cycle(batches)))
+    return costs
 
 
 def rival(name: str, python: Path, drawn: Rows, args: argparse.Namespace) -> float | None:
@@ -328,7 +443,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps (default: about two million rows)")
     parser.add_argument("--rival-rows", type=int, help="rows that a rival's timed pass has")
     parser.add_argument("--rivals", type=Path, default=Path(".venv-rivals"), metavar="FOLDER")
-    parser.add_argument("--only", help="ours, bare, plain, rivals; several by commas")
+    parser.add_argument("--only", help="ours, bare, plain, host, rivals; several by commas")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "deepfm_dist_training"
     )
@@ -338,7 +453,7 @@ def parse_args() -> argparse.Namespace:
     large = sum(args.layers) > 200
     args.steps = args.steps or max(20, (150_000 if large else 2_000_000) // args.batch_size)
     args.rival_rows = args.rival_rows or (100_000 if large else 500_000)
-    args.only = (args.only or "ours,bare,plain,rivals").split(",")
+    args.only = (args.only or "ours,bare,plain,host,rivals").split(",")
     return args
 
 
@@ -354,7 +469,7 @@ def main() -> None:
     told = ", ".join(f"{name} {version(name)}" for name in packages)
     print(f"versions: python {platform.python_version()}, {told}")
     print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
-    report: dict[str, object] = {}
+    report: dict[str, Any] = {}
     ours_alone = float("nan")
     if "ours" in args.only:
         for ranks in map(int, args.ranks.split(",")):
@@ -369,7 +484,7 @@ def main() -> None:
                 share = table_share_of_bandwidth(speed / ranks)
                 report[f"table_share_of_bandwidth_{ranks}_ranks"] = share
                 print(f"  tables: {share:.1%} of a GPU's copy bandwidth")
-    if {"bare", "plain", "rivals"} & set(args.only):
+    if {"bare", "plain", "host", "rivals"} & set(args.only):
         data = Data(args.folder / "prepared" / "speed")
         begun = time.perf_counter()
         drawn = data.epoch(np.random.default_rng(1))
@@ -377,6 +492,10 @@ def main() -> None:
     if "bare" in args.only:
         report["bare_rows_per_s"] = round(bare(data, drawn, args))
         print(f"bare TorchRec step: {report['bare_rows_per_s']:,} rows/s", flush=True)
+    if "host" in args.only:
+        report["host"] = host_costs(config, data, drawn, args)
+        for name, cost in report["host"].items():
+            print(f"host, 8 rows, {name}: {cost['host_ms']} ms, {cost['operations']} operations")
     if "plain" in args.only:
         report["plain_rows_per_s"] = round(plain(data, drawn, drawing_s, args))
         print(f"plain PyTorch: {report['plain_rows_per_s']:,} rows/s", flush=True)

@@ -277,6 +277,10 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
             trainer.targets_per_user,
         )
         batches = UserBatches(dataset, candidates=candidates, **slice_of_rank)
+    if world.device.type == "cuda":
+        # In the threads that make them: a copy from other memory would hold the host up.
+        make = batches.batch
+        batches.batch = lambda step: make(step).pin_memory()  # type: ignore[method-assign]
     if world.is_first:
         per_rank = -(-trainer.batch_size // world.world_size)
         if world.device.type == "cuda" and trainer.loss == "bce" and per_rank < FEW_ROWS:

@@ -5,6 +5,7 @@ CPU tensor would fail on CUDA; one that needs its values would make the host wai
 """
 
 import dataclasses
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 import deepfm_dist
 from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import load_config
+from deepfm_dist.data.batch import Batch
 from deepfm_dist.data.dataset import Collator, PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
@@ -249,6 +251,19 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(
     # TorchRec's permutation of fields, where tables are shared: pinned, and nobody waits for it.
     assert set(use.copies) <= {"model/deepfm.py _in_order"}
     assert use.reads == []
+
+
+def test_batches_for_cuda_are_pinned_by_the_threads_that_make_them(
+    sample: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr(
+        Batch, "pin_memory", lambda _: threads.append(threading.current_thread().name)
+    )
+    world = World(0, 1, 1, 0, CUDA, dist.HashStore())
+    config = load_config("sample", ["trainer.reading_threads=1"])
+    assert list(training_batches(config, sample, world).steps(1, 2)) == [None, None]
+    assert [name.startswith("read_ahead") for name in threads] == [True, True]
 
 
 @pytest.mark.parametrize("layers", [[30, 20, 10], [400], [], None])

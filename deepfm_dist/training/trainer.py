@@ -41,6 +41,9 @@ class Batches(Protocol):
     steps_per_epoch: int
     threads: int
 
+    def batch(self, step: int) -> Any:
+        """This rank's part of a step, counted from 1; `steps` calls it."""
+
     def steps(self, first: int, last: int) -> Iterator[Any]:
         """Batches of steps ``first`` to ``last``, both included."""
 
