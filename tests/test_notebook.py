@@ -194,7 +194,7 @@ def _without(name: str) -> Callable[[dict[str, Tensor]], object]:
             lambda s: s | {"fc.weight": s["fc.weight"].where(s["fc.weight"] < 0, torch.nan)},
             r"fc.weight: \d+ of its weights are NaN or infinite",
         ),
-        (lambda s: list(s.values()), "no state dict; write torch.save"),
+        (lambda s: list(s.values()), "not a state dict; write torch.save"),
         (lambda s: NotebookDeepFM([3], 1, [1]), "not a file of plain tensors .*write it by"),
         (None, "not a file of plain tensors"),
     ],
@@ -238,7 +238,7 @@ def _complaint(arguments: list[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.embedding_dim=4"], f"ConfigError: .*another; set model.embedding_dim={DIM}$"),
+        (["model.embedding_dim=4"], f"ConfigError: .*differ .*; set model.embedding_dim={DIM}$"),
         (
             ["model={embedding_dim: 6, batch_norm: true, activation: gelu}"],
             r"set model.over_arch_layer_sizes=\[9,5\] model.activation=relu model.batch_norm=F",
@@ -247,7 +247,7 @@ def _complaint(arguments: list[str]) -> str:
         (["--ids", "genres=x"], "ConfigError: --ids genres=...: unknown field; available: user"),
         (["--ids", "genre"], "ConfigError: --ids genre: give FIELD=FILE"),
         (["--ids", "genre=GENRES"], "DataError: GENRES: cannot be read: No such file"),
-        (["--ids", "genre=TWICE"], "DataError: TWICE, line 3: 'a' stands in line 1 already"),
+        (["--ids", "genre=TWICE"], "DataError: TWICE, line 3: 'a' is in line 1 already"),
         (["--ids", "genre=ONE"], r"DataError: .*has 1,118 rows, .*1,101 \(.*genre 1\); give the n"),
         (["data.features=[{name: user, entity: user}]"], "18 numbers, 3 fields of 6; .*has 1: us"),
         (

@@ -53,7 +53,7 @@ class NotebookWeights:
 
         Raises:
             DataError: a key is missing or unknown, a shape does not fit the others, or a weight is
-                no finite float.
+                not a finite float.
         """
         numbers = sorted({int(m[1]) for key in state if (m := _LINEAR.fullmatch(key))})
         names = ["bias", "fc.weight", "embedding.weight"]
@@ -211,7 +211,7 @@ def read_weights(path: Path) -> NotebookWeights:
     """Reads a state dict that ``torch.save`` wrote; nothing but tensors is unpickled.
 
     Raises:
-        DataError: it is no state dict, or one of another model.
+        DataError: it is not a state dict, or one of another model.
     """
     try:
         # torch.load does not compare a file with the checksums that torch.save wrote into it.
@@ -230,7 +230,7 @@ def read_weights(path: Path) -> NotebookWeights:
             f"torch.save(model.state_dict(), FILE)"
         ) from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"{path}: no state dict; write torch.save(model.state_dict(), FILE)")
+        raise DataError(f"{path}: not a state dict; write torch.save(model.state_dict(), FILE)")
     try:
         return NotebookWeights.from_state(state)
     except DataError as error:
@@ -247,8 +247,8 @@ def _read_ids(path: Path) -> pa.Array:
     for number, line in enumerate(lines, 1):
         if line in seen:
             raise DataError(
-                f"{path}, line {number}: {line!r} stands in line {seen[line]} already; one id a "
-                f"line, in the notebook's order"
+                f"{path}, line {number}: {line!r} is in line {seen[line]} already; give one id "
+                f"per line, in the notebook's order"
             )
         seen[line] = number
     return pa.array(lines, pa.string())
@@ -277,24 +277,7 @@ def from_notebook(
         ConfigError: the configuration is of another model, or of data no notebook can have.
         DataError: the fields' ids do not add up to the rows of the offset table.
     """
-    wanted: dict[str, Any] = {
-        "embedding_dim": weights.embedding_dim,
-        "over_arch_layer_sizes": weights.layer_sizes,
-        "over_arch": "mlp",
-        "activation": "relu",
-        "batch_norm": False,
-        "first_order": True,
-        "fm": True,
-        "fm_pairs": "all",
-        "deep": True,
-    }
-    differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}
-    if differ:
-        overrides = (
-            f"model.{k}={str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}"
-            for k, v in differ.items()
-        )
-        raise ConfigError(f"the notebook's model is another; set {' '.join(overrides)}")
+    _check_model(model, weights)
     ours = notebook_fields(dataset, id_files)
     order = fields.split(",") if fields else list(ours)
     if sorted(order) != sorted(ours):
@@ -319,3 +302,29 @@ def from_notebook(
         for feature in dataset.manifest.categorical
     }
     return tables, weights.interaction_arch([order.index(name) for name in ours])
+
+
+def _check_model(model: ModelConfig, weights: NotebookWeights) -> None:
+    """Refuses settings of another model.
+
+    Raises:
+        ConfigError: names the settings to change.
+    """
+    wanted: dict[str, Any] = {
+        "embedding_dim": weights.embedding_dim,
+        "over_arch_layer_sizes": weights.layer_sizes,
+        "over_arch": "mlp",
+        "activation": "relu",
+        "batch_norm": False,
+        "first_order": True,
+        "fm": True,
+        "fm_pairs": "all",
+        "deep": True,
+    }
+    differ = {k: v for k, v in wanted.items() if getattr(model, k) != v}
+    if differ:
+        overrides = (
+            f"model.{k}={str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}"
+            for k, v in differ.items()
+        )
+        raise ConfigError(f"model settings differ from the notebook's; set {' '.join(overrides)}")
