@@ -19,6 +19,7 @@
 #     SAVE_SECONDS     after SIGTERM, how long ranks may write a checkpoint (300)
 #     LOG_RANK         local ranks whose output alone is shown, such as 0,3
 #     OMP_NUM_THREADS  threads of a process (1)
+#     PYTHON           interpreter that checks the settings (the one next to torchrun)
 set -euo pipefail
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
@@ -59,5 +60,7 @@ what=(-m "deepfm_dist.${COMMAND:-train}" --config "${CONFIG:-sample}" "$@")
 # torchrun sets these for each rank; another launcher's would be taken for them here.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # torchrun would take a mistake in the settings for a lost rank, and start the ranks again.
-python "${what[@]}" --print-config >/dev/null
+python=${PYTHON:-$(dirname "$(command -v torchrun)")/python}
+[[ -x $python || -n ${PYTHON:-} ]] || python=$(command -v python3 || command -v python)
+"$python" "${what[@]}" --print-config >/dev/null
 exec torchrun "${flags[@]}" "${what[@]}"

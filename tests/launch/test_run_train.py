@@ -50,6 +50,15 @@ def test_without_variables_it_is_two_processes_of_the_sample(tmp_path: Path) -> 
     assert {*environment} == {"OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"}
 
 
+def test_settings_are_checked_by_the_interpreter_next_to_torchrun(tmp_path: Path) -> None:
+    for name in ("python", "other"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\n")
+        (tmp_path / name).chmod(0o755)
+    assert call(tmp_path).returncode == 0
+    assert call(tmp_path, PYTHON=str(tmp_path / "other")).returncode == 0
+    assert (tmp_path / "called").read_text() == "python\nother\n"
+
+
 @pytest.mark.parametrize("variables, arguments", LINES)
 def test_the_lines_of_the_page(variables: str, arguments: str, tmp_path: Path) -> None:
     given_variables = dict(pair.split("=") for pair in variables.split())
