@@ -344,11 +344,12 @@ def two_ranks_give_the_losses_of_one(device: str) -> dict[str, float]:
     import first_light  # this file, under a name that other processes find it by
 
     from tests.ranks import run_ranks
+    from tests.test_distributed import COPIES
 
     [alone] = run_ranks(first_light.losses, 1, device, 20, spawn=True)
     found = {}
-    for kind in ("table_wise", "row_wise"):
-        plan = f"sharding.kind={kind}"
+    plans = {kind: f"sharding.kind={kind}" for kind in ("table_wise", "row_wise")}
+    for kind, plan in (plans | {"replicated": COPIES}).items():
         both = run_ranks(first_light.losses, 2, device, 20, plan, spawn=True)
         found[kind] = difference(alone, both[0])
     assert max(found.values()) <= 1e-5, found
