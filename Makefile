@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 JOBS    ?= 2
 STAMP   := $(VENV)/.$(VARIANT)
 
-.PHONY: demo test test-launch bench check coverage format wheel clean
+.PHONY: demo test test-launch bench check coverage docs format wheel clean
 
 demo: $(STAMP)
 	$(PY) -m deepfm_dist.demo $(ARGS)
@@ -38,6 +38,10 @@ check: $(STAMP)
 coverage: $(STAMP)
 	@$(MAKE) --no-print-directory test ARGS='-m "not launch" --cov=deepfm_dist $(ARGS)'
 
+# A site that needs no network, in site/; any broken link or reference is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -55,5 +59,5 @@ $(STAMP): pyproject.toml requirements/base.txt requirements/$(VARIANT).txt requi
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,21 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
         left += [(page.parent / link).resolve() for link in links if "://" not in link]
     assert set((ROOT / "docs").glob("*.md")) <= seen
+
+
+def test_the_site_builds_without_a_warning_and_without_the_network(tmp_path: Path) -> None:
+    """mkdocs.yml is strict: a broken link, anchor or API reference, or a page left out, fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "in the nav" not in done.stderr  # pages that no menu leads to
+    api = (tmp_path / "site/api.html").read_text()
+    assert "Trains a DeepFM on data frames." in api
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert {path.stem for path in (tmp_path / "site").glob("*.html")} == pages | {"404"}
+    loaded = re.compile(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?:[^\" >]+)")
+    for page in (tmp_path / "site").glob("*.html"):
+        assert loaded.findall(page.read_text()) == [], page.name
 
 
 def test_settings_that_the_pages_name_exist() -> None:
