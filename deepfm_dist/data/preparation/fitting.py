@@ -254,10 +254,13 @@ class Fit:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
             rows, found = vocabulary.lookup(side.keys), side.values
-            hashes = self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
-            words = seeded(words_of(found, hashes), derive_seed(self._job.seed, "values"))
-            order = np.lexsort((words_of(found, None), words, rows))
-            rows, found = rows[order], taken(found, order)
+            if feature.keep == "all":  # "first" asks for the order of the file
+                hashes = (
+                    self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
+                )
+                words = seeded(words_of(found, hashes), derive_seed(self._job.seed, "values"))
+                order = np.lexsort((words_of(found, None), words, rows))
+                rows, found = rows[order], taken(found, order)
             # Several fields of a file may read the same rows.
             reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
             unknown = int((rows == 0).sum())
