@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def progress(
         disable=not shown,
         leave=False,
     )
-    with logging_redirect_tqdm(), bar:
+    # It replaces the root logger's handlers, and puts back those that it met: several threads at
+    # once would leave one another's behind, so that it is for the one thread that shows a bar.
+    with logging_redirect_tqdm() if shown else nullcontext(), bar:
         yield bar
 
 

@@ -1242,8 +1242,10 @@ def test_the_cure_that_an_error_names_cures(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert mistake.cure in lines[0]
+    name = f"{mistake.command}: {mistake.cure}"
+    namesakes = [m for m in (*SETTINGS, *INPUT, *COMMAND_ORDER) if f"{m.command}: {m.cure}" == name]
     for template, row in TYPED.items():
-        if row == f"{mistake.command}: {mistake.cure}" and template in _templates():
+        if row == name and template in _templates() and len(namesakes) == 1:
             assert _is_of(lines[0], template), f"cures.txt: {template}"
     _write(tmp_path, mistake, cured=True)
     for command in mistake.first:

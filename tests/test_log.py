@@ -1,6 +1,7 @@
 """What a run writes down: JSON Lines, TensorBoard, listeners of one's own."""
 
 import json
+import logging
 import sys
 import threading
 from collections.abc import Mapping
@@ -241,3 +242,24 @@ def test_progress_shows_in_notebooks(
     for is_first in (True, False):
         with progress(3, "train", "step", is_first) as bar:
             assert bar.disable is not (shown and is_first)
+
+
+def test_bars_of_several_threads_leave_the_log_as_it_was() -> None:
+    before = logging.getLogger().handlers[:]
+    both_inside = threading.Barrier(2)
+    first_out = threading.Event()
+
+    def work(is_first: bool) -> None:
+        with progress(10, "read", "row", is_first):
+            both_inside.wait(10)
+            if not is_first:  # leaves last, and would put back what it met
+                first_out.wait(10)
+        if is_first:
+            first_out.set()
+
+    threads = [threading.Thread(target=work, args=(is_first,)) for is_first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logging.getLogger().handlers == before

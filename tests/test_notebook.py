@@ -228,7 +228,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def _complaint(arguments: list[str]) -> str:
-    """The last line on stderr of a command that ends with exit code 2, after warnings of the data."""
+    """The last line on stderr of a command that ends with exit code 2."""
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert import_weights.main(arguments) == 2
     assert "Traceback" not in err.getvalue()

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter as Names
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
+from pydantic_core import PydanticKnownError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -92,15 +94,25 @@ class Health(BaseModel):
     knows_users_by_items: bool
 
 
+def _number(value: object) -> object:
+    """Refuses texts and booleans, which pydantic would convert; JSON's 10.0 is a whole number."""
+    if isinstance(value, str | bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+
+
 class Described(BaseModel):
     """A user, described by items."""
 
     model_config = ConfigDict(extra="forbid")
 
-    items: list[Annotated[StrictStr | StrictInt, Field(union_mode="left_to_right")]] = Field(
+    items: list[Annotated[StrictStr | Whole, Field(union_mode="left_to_right")]] = Field(
         min_length=1, max_length=MAX_ITEMS
     )
-    k: int = Field(10, ge=1, le=MAX_K, strict=True)
+    k: Whole = Field(10, ge=1, le=MAX_K)
 
 
 class Problem(BaseModel):
@@ -283,7 +295,8 @@ async def _refuse_repeated_keys(request: Request) -> None:
                 raise HTTPException(422, f"{short(key, 50)} is given {count} times; give it once")
         return dict(pairs)
 
-    json.loads(await request.body(), object_pairs_hook=once)
+    with suppress(ValueError, RecursionError):  # what is no JSON is answered where it is read
+        json.loads(await request.body(), object_pairs_hook=once)
 
 
 def _sentence(problem: Any) -> str:
