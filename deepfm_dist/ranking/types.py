@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     Attributes:
         name: what it is.
-        work_bytes: memory it works in, beside the item itself, for every item of a block.
+        work_bytes: memory it works in, besides the item itself, for every item of a block.
     """
 
     name: str

@@ -61,7 +61,7 @@ class TrainerConfig(Section):
     """First and last step whose trace torch's profiler writes to the run's folder."""
 
     def on_ranks(self, world_size: int) -> Self:
-        """The same settings with the batch size of so many ranks, and none per rank."""
+        """The same settings with the batch size of all ranks together, and none per rank."""
         if self.batch_size_per_rank is None:
             return self
         size = self.batch_size_per_rank * world_size

@@ -27,7 +27,7 @@ class NonFiniteLoss(DeepFMError):
 
 @dataclass
 class LoopState:
-    """What the loop knows beside the step it is at: everything else follows from the step.
+    """What the loop knows besides its step: everything else follows from the step.
 
     Attributes:
         step: optimizer steps taken or skipped.
