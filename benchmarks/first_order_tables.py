@@ -114,7 +114,8 @@ def main() -> None:
         for layout in LAYOUTS:
             name = f"first_order_{layout}_{seed}"
             overrides = [*args.overrides, f"run.seed={seed}", f"run.name={name}"]
-            arguments = ["--config", args.config, *overrides, f"data.name=first_order_{seed}"]
+            overrides += [f"data.name=first_order_{seed}", "checkpoint.resume=never"]
+            arguments = ["--config", args.config, *overrides]
             found = trained(layout, arguments)
             figures[layout].append(found)
             shown = "  ".join(f"{k} {v:.5g}" for k, v in found.items())

@@ -49,6 +49,8 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
     places = ["--config", row["config"], f"run.runs_root={work / 'runs'}"]
     places += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
+    # A run that continued, or had finished before, would be timed in part or not at all.
+    places.append("checkpoint.resume=never")
     shared = [*places, *row.get("overrides", []), f"data.seed={seed}"]
     command("prepare", *shared)  # not a part of the time of training
     seconds, parts = 0.0, []

@@ -74,6 +74,7 @@ def main() -> int:
 def trained(shape: str, home: Path) -> Path:
     """Trains a model of a shape for a few steps; returns the run's folder."""
     settings = ["run.loggers=[]", "trainer.max_steps=20", "trainer.validate_every_epochs=0", *MODEL]
+    settings.append("checkpoint.resume=never")  # --folder may hold a run of other settings
     if shape == "notebook":
         data = home / "data"
         if not (data / "train_ratings.csv").is_file():

@@ -121,7 +121,6 @@ def prepare(folder: Path) -> Path:
         "run": {
             "name": "speed",
             "prepared_root": str(folder / "prepared"),
-            "runs_root": str(folder / "runs"),
         },
         "data": {
             "root": str(folder / "data"),
@@ -145,8 +144,13 @@ def prepare(folder: Path) -> Path:
     return config
 
 
-def ours(config: Path, folder: Path, args: argparse.Namespace, ranks: int) -> float:
+def ours(config: Path, args: argparse.Namespace, ranks: int) -> float:
     """Median speed of the windows of the log after the first, rows/s."""
+    with tempfile.TemporaryDirectory() as runs:  # a run of other settings is never overwritten
+        return _trained(config, Path(runs), args, ranks)
+
+
+def _trained(config: Path, runs: Path, args: argparse.Namespace, ranks: int) -> float:
     window = max(5, args.steps // 5)
     launcher = [sys.executable]
     if ranks > 1:
@@ -154,6 +158,7 @@ def ours(config: Path, folder: Path, args: argparse.Namespace, ranks: int) -> fl
     command = [
         *launcher,
         *("-m", "deepfm_dist.train", "--quiet", "--config", str(config)),
+        f"run.runs_root={runs}",
         f"trainer.batch_size={args.batch_size}",
         f"trainer.max_steps={6 * window}",
         f"trainer.log_every_steps={window}",
@@ -168,7 +173,7 @@ def ours(config: Path, folder: Path, args: argparse.Namespace, ranks: int) -> fl
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
-    events = read_events(folder / "runs/speed/metrics.jsonl")
+    events = read_events(runs / "speed/metrics.jsonl")
     speeds = [e.rows_per_s or 0.0 for e in events if isinstance(e, TrainEvent)]
     return statistics.median(speeds[1:])
 
@@ -473,7 +478,7 @@ def main() -> None:
     ours_alone = float("nan")
     if "ours" in args.only:
         for ranks in map(int, args.ranks.split(",")):
-            speed = ours(config, args.folder, args, ranks)
+            speed = ours(config, args, ranks)
             report["rows_per_s" if ranks == 1 else f"rows_per_s_{ranks}_ranks"] = round(speed)
             print(f"ours, {ranks} rank(s): {speed:,.0f} rows/s", flush=True)
             ours_alone = speed if ranks == 1 else ours_alone

@@ -1,7 +1,10 @@
 """The page of benchmarks is made of what the scripts say."""
 
+import argparse
 import ast
+import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -98,3 +101,40 @@ def test_the_suite_names_scripts_and_options_that_exist(suite: ModuleType) -> No
             assert {a for a in arguments if a.startswith("--")} <= known
             # Every field that the page reads is one that the script writes.
             assert REPORTS[benchmark.script].keys() <= known
+
+
+class Typed(Exception):
+    """In the place of a command that a script would run: its arguments."""
+
+
+@pytest.mark.parametrize("script", ["training", "serving", "quality", "first_order_tables"])
+def test_no_measurement_continues_an_earlier_one_or_stops_at_its_run(
+    script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module(script)
+    args = argparse.Namespace(
+        steps=5, batch_size=8, layers=[3], device="cpu", threads=1, settings=[]
+    )
+
+    def typed(command: list[str], **_: Any) -> None:
+        if "deepfm_dist.prepare" not in command:
+            raise Typed(*command)
+
+    monkeypatch.setattr(subprocess, "run", typed)
+    monkeypatch.setattr(sys, "argv", ["script", "--seeds", "1"])
+    if script == "first_order_tables":
+        monkeypatch.setattr(module.train, "main", lambda arguments: typed(arguments))
+    measure = {
+        "training": lambda: module.ours(tmp_path, args, 1),
+        "serving": lambda: module.trained("sample", tmp_path),
+        "quality": lambda: module.measured({"config": "sample", "name": "x"}, 1, tmp_path),
+        "first_order_tables": lambda: module.main(),
+    }[script]
+    commands = []
+    for _ in range(2):
+        with pytest.raises(Typed) as found:
+            measure()
+        commands.append(found.value.args)
+    places = {a for command in commands for a in command if a.startswith("run.runs_root=")}
+    assert "checkpoint.resume=never" in commands[0] or len(places) == 2
