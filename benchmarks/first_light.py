@@ -377,7 +377,7 @@ def milliseconds(work: Callable[[], Any], device: str, times: int = 20) -> float
 def sample(*overrides: str) -> tuple[Path, Any]:
     """The bundled sample, prepared, and its configuration."""
     from deepfm_dist.config import load_config
-    from deepfm_dist.data.encode import prepare
+    from deepfm_dist.data.preparation.local import prepare
 
     config = load_config("sample", list(overrides))
     folder = Path(os.environ["FIRST_LIGHT_HOME"]) / "sample"

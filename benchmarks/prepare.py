@@ -58,7 +58,7 @@ def generate(folder: Path, rows: int, users: int, items: int) -> None:
 
 def measure(arguments: list[str], one_partition: bool) -> None:
     """Prepares in this process alone; prints wall and CPU seconds without the start."""
-    import deepfm_dist.data.encode  # noqa: F401
+    import deepfm_dist.data.preparation.local  # noqa: F401
     from deepfm_dist.data.preparation import job
     from deepfm_dist.prepare import main
 

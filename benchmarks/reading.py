@@ -26,9 +26,10 @@ from synthetic import PRESETS, write
 
 from deepfm_dist.build import shard_for_training
 from deepfm_dist.config import Config, config_from
-from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.process_group import World, process_group
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import Config
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan

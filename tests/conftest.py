@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.preparation.local import prepare
 from tests import fork_server
 
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist

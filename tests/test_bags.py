@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.data.bags import chosen, kept_in_bags
+from deepfm_dist.data.batches.histories import chosen, kept_in_bags
 from deepfm_dist.data.jagged import Jagged
 
 HISTORIES = st.lists(st.sets(st.integers(1, 40), max_size=25), min_size=1, max_size=6)

@@ -14,12 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.data.encode import prepare
-from deepfm_dist.data.exact import Moments
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import SPLITS, Manifest
+from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation import job, partitions, rules
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.data.split import SPLITS
 
 FEATURES = [
     {"name": "user", "entity": "user"},

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, TrainingBatches
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.collation import ABSENT, Collator
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.jagged import Jagged, taken
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.data.sources import read_table
 from deepfm_dist.errors import ConfigError, DataError

@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_leaves
 import deepfm_dist
 from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import load_config
-from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import Collator, PreparedDataset
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.collation import Collator
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
 from deepfm_dist.distributed.process_group import World, process_group

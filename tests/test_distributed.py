@@ -18,7 +18,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint, sharding
 from deepfm_dist.distributed import process_group as world_module

@@ -30,16 +30,16 @@ import yaml
 
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.preparation import job
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import delimited, read_table
-from deepfm_dist.data.split import SPLITS
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix

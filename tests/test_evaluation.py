@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.held_out import SplitReader
 from deepfm_dist.data.dataset import PreparedDataset, Rows
-from deepfm_dist.data.encode import prepare
-from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.jagged import Jagged, taken
 from deepfm_dist.data.preparation import writing
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.training import evaluation

@@ -22,10 +22,10 @@ import pytest
 import yaml
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig, Feature, FileFormat
 from deepfm_dist.data.sources import (
     Column,

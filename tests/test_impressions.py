@@ -13,10 +13,10 @@ import pytest
 from deepfm_dist import predict, train
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import exploded
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.preparation import job, reading
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from tests.ranks import run_alone

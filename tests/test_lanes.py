@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfm_dist.data import lanes as lanes_module
 from deepfm_dist.data import layout
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
-from deepfm_dist.data.lanes import consumed
+from deepfm_dist.data.batches import lanes as lanes_module
+from deepfm_dist.data.batches.lanes import consumed
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import job, writing
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from tests.test_dataset import rows_of

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
-from deepfm_dist.data.heldout import SplitReader
+from deepfm_dist.data.batches.held_out import SplitReader
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.preparation import writing
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 

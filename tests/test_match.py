@@ -14,8 +14,8 @@ import yaml
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
 from deepfm_dist.config import Config, load_config
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.runs.trained import find_run

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.matching import difference
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.spelling import difference
 from deepfm_dist.errors import ConfigError, DataError
 
 BASE: dict[str, Any] = {

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation.local import prepare
 
 N_USERS, N_ITEMS = 30, 40
 

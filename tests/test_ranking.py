@@ -24,8 +24,8 @@ from torch import nn
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards

@@ -7,9 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.read_ahead import read_ahead
-from deepfm_dist.data.user_batches import Candidates, UserBatches
+from deepfm_dist.data.batches.prefetch import read_ahead
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.training.trainer import Batches
 
 

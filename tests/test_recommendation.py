@@ -15,7 +15,8 @@ import torch
 
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
-from deepfm_dist.data.dataset import Collator, PreparedDataset
+from deepfm_dist.data.batches.collation import Collator
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.schema import History
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards

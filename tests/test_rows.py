@@ -12,12 +12,13 @@ import yaml
 
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import load_config
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.preparation import job
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.data.user_batches import Candidates, UserBatches
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import DataError
 from deepfm_dist.ranking.evaluation import RankingEvaluator

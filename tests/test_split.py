@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepfm_dist.data.preparation.split import bounds_of, split_at, split_by_user
 from deepfm_dist.data.schema import Split
-from deepfm_dist.data.split import bounds_of, split_at, split_by_user
 from deepfm_dist.seeding import permute
 
 RNG = np.random.default_rng(1)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data.encode import prepare
 from deepfm_dist.data.fields import column_of, split_cells
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times

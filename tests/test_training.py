@@ -22,7 +22,7 @@ from deepfm_dist import evaluate as evaluate_command
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
 from deepfm_dist.build import deepfm_of
-from deepfm_dist.data.batch import Batch
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.checkpoint import (
     complete_steps,

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from deepfm_dist.config import load_config
-from deepfm_dist.data.batch import UserBatch
-from deepfm_dist.data.dataset import PreparedDataset, TrainingBatches
-from deepfm_dist.data.user_batches import Candidates, UserBatches
+from deepfm_dist.data.batches.batch import UserBatch
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.losses import bpr_sum, softmax_sum
 
@@ -160,7 +161,7 @@ def test_rows_of_an_epoch_see_the_other_items_and_negatives_see_the_same(
 
 
 def test_held_out_rows_see_the_same_at_most_20_items(with_history: PreparedDataset) -> None:
-    from deepfm_dist.data.dataset import Collator
+    from deepfm_dist.data.batches.collation import Collator
 
     items = items_of_users(with_history)
     users = np.arange(len(items), dtype=np.int32)

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from deepfm_dist.data.dataset import Collator, PreparedDataset, TrainingBatches
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.batches.collation import Collator
+from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import OverArch, Table, build_deepfm

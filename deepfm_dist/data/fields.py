@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes, hash_texts
-from deepfm_dist.data.exact import Moments
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
 from deepfm_dist.data.manifest import NumericSpec
+from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Check, Column, ColumnType, as_lists
 from deepfm_dist.data.times import read_clock

@@ -19,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.histories import LISTS
 from deepfm_dist.data.jagged import Values, from_arrow
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.schema import Feature
-from deepfm_dist.data.split import SPLITS
 from deepfm_dist.errors import DataError
 
+HISTORY = "history"
+SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("seen_test",)}
+"""By split, the columns of the user table that together hold the items of a user's rows there.
+``history`` has the training positives, and the others what else was seen."""
+LISTS = tuple(name for names in SEEN.values() for name in names)
 _Columns = Mapping[str, tuple[pa.DataType, float, float]]
 """Of each: its type, its least value, and the least value that is too large."""
 _INT32S = pa.list_(pa.int32())

@@ -18,9 +18,9 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Jagged, Values
-from deepfm_dist.data.matching import Unseen, difference
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
+from deepfm_dist.data.spelling import Unseen, difference
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
 

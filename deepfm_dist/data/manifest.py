@@ -18,6 +18,8 @@ from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import nearest
 from deepfm_dist.section import Section
 
+TRAIN, VALID, TEST = 0, 1, 2
+SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
 GIVEN = "given"

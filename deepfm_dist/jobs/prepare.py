@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from deepfm_dist.config import Config
-from deepfm_dist.data import encode
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.preparation import local as encode
 from deepfm_dist.training.checks import warn_of_labels
 
 

@@ -16,7 +16,7 @@ NO_NEGATIVE = -1e30
 
 
 class LabelledRows(Protocol):
-    """What a training step on rows consumes (`deepfm_dist.data.batch.Batch` is one)."""
+    """What a training step on rows consumes (`deepfm_dist.data.batches.batch.Batch` is one)."""
 
     sparse: Any
     dense: Tensor
@@ -30,7 +30,7 @@ class LabelledRows(Protocol):
 
 
 class UsersWithTargets(Protocol):
-    """What a step on users consumes; see `deepfm_dist.data.batch.UserBatch`."""
+    """What a step on users consumes; see `deepfm_dist.data.batches.batch.UserBatch`."""
 
     sparse: Any
     dense: Tensor

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepfm_dist.data.dataset import ABSENT, Collator, DrawnHistories, PreparedDataset, padded
+from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
+from deepfm_dist.data.batches.histories import DrawnHistories
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.model.deepfm import DeepFM

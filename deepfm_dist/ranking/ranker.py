@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepfm_dist.data.dataset import ABSENT, PreparedDataset, padded
+from deepfm_dist.data.batches.collation import ABSENT, padded
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values, offsets_of
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.model.deepfm import DeepFM

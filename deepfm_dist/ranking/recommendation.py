@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.matching import difference
+from deepfm_dist.data.manifest import SPLITS
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column, read_table
-from deepfm_dist.data.split import SPLITS
+from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import external, id_order
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.errors import DataError

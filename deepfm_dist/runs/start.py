@@ -10,8 +10,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import weight_transfer
 from deepfm_dist.config import Config, config_from
+from deepfm_dist.data.compatibility import changed_settings, check_start, shared_fields
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.match import changed_settings, check_start, shared_fields
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel

@@ -9,9 +9,9 @@ from typing import Any
 
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.config import Config, config_from, settings_of
+from deepfm_dist.data.compatibility import check_match
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of
-from deepfm_dist.data.match import check_match
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel

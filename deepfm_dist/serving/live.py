@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import torch
 
 from deepfm_dist.build import build_model
+from deepfm_dist.data.batches.collation import ABSENT, padded
 from deepfm_dist.data.cards import Card, Cards
-from deepfm_dist.data.dataset import ABSENT, padded
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY

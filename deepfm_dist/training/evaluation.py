@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import ABSENT, Collator, PreparedDataset, Rows, padded
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
+from deepfm_dist.data.batches.held_out import SplitReader
+from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.fields import upper_bits
-from deepfm_dist.data.heldout import SplitReader
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.process_group import World

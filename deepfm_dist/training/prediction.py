@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
-from deepfm_dist.data.batch import Batch
-from deepfm_dist.data.dataset import Collator, PreparedDataset, Rows
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.collation import Collator
+from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches

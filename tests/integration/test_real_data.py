@@ -9,7 +9,7 @@ import pytest
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.encode import prepare
+from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.baselines import Ease, Popularity
 from deepfm_dist.ranking.evaluation import RankingEvaluator, evaluate_ranking

@@ -1,1 +1,1 @@
-"""The steps of `deepfm_dist.data.encode`: reading, partitions, merge, counts, fitting, writing."""
+"""Input files -> a prepared dataset; `local` drives the steps on the threads of one process."""

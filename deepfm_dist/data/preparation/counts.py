@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.data.codes import Hashes, seeded
-from deepfm_dist.data.exact import Moments
 from deepfm_dist.data.fields import NumericFit
 from deepfm_dist.data.jagged import (
     Int32Array,
@@ -20,16 +19,13 @@ from deepfm_dist.data.jagged import (
     joined,
     taken,
 )
+from deepfm_dist.data.manifest import SPLITS, TEST, TRAIN, VALID
+from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import Part
-from deepfm_dist.data.schema import Feature, label_of
-from deepfm_dist.data.split import (
-    SPLITS,
-    TEST,
-    TRAIN,
-    VALID,
+from deepfm_dist.data.preparation.split import (
     Bound,
     Keyed,
     Parts,
@@ -39,6 +35,7 @@ from deepfm_dist.data.split import (
     split_by_user,
     tied_cuts,
 )
+from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 

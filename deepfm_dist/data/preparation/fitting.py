@@ -4,13 +4,13 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import seeded
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
@@ -21,20 +21,17 @@ from deepfm_dist.data.fields import (
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import Layout
 from deepfm_dist.data.manifest import NumericSpec
-from deepfm_dist.data.matching import check_join, written_twice
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import words_of
 from deepfm_dist.data.schema import Feature, Files, label_of
 from deepfm_dist.data.sources.nested import list_literals
+from deepfm_dist.data.spelling import check_join, written_twice
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural, short
 from deepfm_dist.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from deepfm_dist.data.dataset import PreparedDataset
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
@@ -70,13 +67,6 @@ class Fitted:
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
 
 
-def _opened(folder: Path) -> "PreparedDataset":
-    # It imports torch, which takes longer to load than many datasets.
-    from deepfm_dist.data.dataset import PreparedDataset
-
-    return PreparedDataset(folder, _ALL_IN_MEMORY)
-
-
 class Earlier:
     """The dataset whose ids keep their rows; it may be none.
 
@@ -86,7 +76,7 @@ class Earlier:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = Path(folder or "")
-        self.dataset = None if folder is None else _opened(self._folder)
+        self.dataset = None if folder is None else PreparedDataset(self._folder, _ALL_IN_MEMORY)
         self.manifest = None if self.dataset is None else self.dataset.manifest
 
     def column(self, entity: str, name: str) -> pa.ChunkedArray | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from deepfm_dist.data.codes import Hashes
-from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import in_rows
 from deepfm_dist.data.jagged import Int64Array
+from deepfm_dist.data.manifest import TEST, VALID
+from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
-from deepfm_dist.data.split import TEST, VALID
 
 PARTITION_BYTES = 32 << 20
 """Of input, as plain text, that one partition is meant for: threads hold one each."""

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes
-from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.fields import (
     coded,
     column_of,
@@ -25,6 +24,7 @@ from deepfm_dist.data.fields import (
     split_cells,
 )
 from deepfm_dist.data.jagged import Jagged, Values, from_arrow, to_arrow
+from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill

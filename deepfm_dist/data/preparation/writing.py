@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.data.codes import hash_texts
-from deepfm_dist.data.histories import CARRIED, HISTORY, SEEN, Histories
 from deepfm_dist.data.jagged import (
     Int32Array,
     Int64Array,
@@ -24,19 +23,20 @@ from deepfm_dist.data.jagged import (
     to_arrow,
     union,
 )
-from deepfm_dist.data.layout import signed_table
-from deepfm_dist.data.manifest import SplitSpec, cuts_of
-from deepfm_dist.data.matching import difference
+from deepfm_dist.data.layout import HISTORY, SEEN, signed_table
+from deepfm_dist.data.manifest import SPLITS, TRAIN, SplitSpec, cuts_of
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
+from deepfm_dist.data.preparation.histories import CARRIED, Histories
 from deepfm_dist.data.preparation.job import Job, of_entity
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.preparation.split import Parts, sort_groups
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.split import SPLITS, TRAIN, Parts, sort_groups
+from deepfm_dist.data.spelling import difference
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
-from deepfm_dist.seeding import mix
+from deepfm_dist.seeding import derive_seed, mix
 
 Bags = tuple[Int32Array, Int32Array]
 """Lengths ``[b]`` and values of some rows' bags, one after the other."""
@@ -58,6 +59,61 @@ def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
     running = np.concatenate([[0], np.cumsum(flags)])
     ends = np.cumsum(lengths)
     return (running[ends] - running[ends - lengths]).astype(np.int32), values[flags]
+
+
+class DrawnHistories:
+    """The bags of items that history fields are of.
+
+    Args:
+        dataset: the prepared dataset.
+        seed: of the draws while training.
+    """
+
+    def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
+        spec = dataset.manifest.data.history
+        self.dropout, self.max_length = spec.dropout, spec.max_length
+        self._history, self._seed = dataset.history, seed
+        self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
+
+    def whole(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
+        """All of the users' items, or ``max_length`` of them, always the same ones.
+
+        Args:
+            users: ``[m]`` rows of the histories.
+            history: of others than the users of training.
+        """
+        history = self._history if history is None else history
+        items = history.take(users)
+        if self.max_length is None or not (items[0] > self.max_length).any():
+            return items
+        cut = kept_in_bags(history, users, users, self._fixed_seed, max_length=self.max_length)
+        return chosen(items, cut)
+
+    def beside(self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int) -> Bags:
+        """What rows see in training: their users' items but the row's own, thinned out.
+
+        Args:
+            users: ``[m]`` the rows' users.
+            targets: ``[m]`` the positive of each row, or of the positive its negative goes with:
+                what a bag lacks must not tell one from the other.
+            rows: ``[m]`` number of that positive among all training rows.
+            epoch: from 0.
+        """
+        flags = kept_in_bags(
+            self._history, users, rows, self._seed_of(epoch), self.dropout, self.max_length, targets
+        )
+        return chosen(self._history.take(users), flags)
+
+    def split(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
+        """Users' items in two: the bag, and what was left out of it."""
+        flags = kept_in_bags(
+            self._history, users, users, self._seed_of(epoch), self.dropout, self.max_length
+        )
+        items = self._history.take(users)
+        return chosen(items, flags), chosen(items, ~flags)
+
+    def _seed_of(self, epoch: int) -> int:
+        return derive_seed(self._seed, "history", epoch)
 
 
 @compiled

@@ -8,14 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepfm_dist.compiled import compiled
-from deepfm_dist.data.crew import Crew
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, grouped, offsets_of, union
+from deepfm_dist.data.layout import LISTS
+from deepfm_dist.data.preparation.crew import Crew
 
-HISTORY = "history"
-SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("seen_test",)}
-"""By split, the columns of the user table that together hold the items of a user's rows there.
-``history`` has the training positives, and the others what else was seen."""
-LISTS = tuple(name for names in SEEN.values() for name in names)
 CARRIED = "carried"
 """What an earlier dataset held out: seen, unless a row of this one has the user and the item."""
 

@@ -8,10 +8,9 @@ import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array, grouped
+from deepfm_dist.data.manifest import TEST, TRAIN, VALID
 from deepfm_dist.data.schema import Split
 
-TRAIN, VALID, TEST = 0, 1, 2
-SPLITS = ("train", "valid", "test")
 Parts = npt.NDArray[np.int8]
 Keyed = tuple[Int64Array, ...]
 """Sort keys of some rows, the most significant first."""

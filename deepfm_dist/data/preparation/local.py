@@ -31,11 +31,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deepfm_dist.data.crew import Crew, run_crew
 from deepfm_dist.data.fields import table_names
 from deepfm_dist.data.layout import Layout, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
+    SPLITS,
     Manifest,
     TableSpec,
     fingerprint,
@@ -45,6 +45,7 @@ from deepfm_dist.data.manifest import (
     versions,
 )
 from deepfm_dist.data.preparation.counts import split_and_count
+from deepfm_dist.data.preparation.crew import Crew, run_crew
 from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.partitions import Partitions
@@ -52,7 +53,6 @@ from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.writing import RowWriter, write_entities
 from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
-from deepfm_dist.data.split import SPLITS
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import remove_leftovers, work_folder

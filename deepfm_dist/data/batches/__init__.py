@@ -1,0 +1,1 @@
+"""Rows of a prepared dataset -> what a training step needs."""

@@ -1,0 +1,134 @@
+"""Users, items and context of some rows -> a batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec import KeyedJaggedTensor
+
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.histories import Bags, DrawnHistories
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values, offsets_of
+from deepfm_dist.data.schema import Feature
+
+ABSENT = -1
+"""Row number that stands for "nobody": all of its bags are empty."""
+
+
+class Collator:
+    """Users, items and context of some rows -> a batch."""
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        manifest = dataset.manifest
+        self.keys = [f.name for f in manifest.categorical]
+        self._categorical, self._dense = manifest.categorical, manifest.dense
+        self._fields = dataset.entity_fields
+        self._source_of = manifest.data.source_of
+        self._histories = DrawnHistories(dataset) if manifest.has_history else None
+
+    def __call__(
+        self,
+        users: Int32Array | None,
+        items: Int32Array | None,
+        context: Mapping[str, Values] | None = None,
+        context_rows: npt.NDArray[np.integer] | None = None,
+        labels: FloatArray | None = None,
+        n_real: int | None = None,
+        global_weight: float | None = None,
+        weights: FloatArray | None = None,
+        bags: Bags | None = None,
+    ) -> Batch:
+        """Looks up every field.
+
+        Args:
+            users: ``[b]`` rows of the user table; `ABSENT` leaves the user's fields empty.
+            items: ``[b]`` rows of the item table; `ABSENT` leaves the item's fields empty.
+            context: context fields of many rows; None leaves them empty.
+            context_rows: ``[b]`` which of these rows; `ABSENT` leaves the context empty.
+            labels: ``[b]``; default zeros.
+            n_real: how many leading rows are no padding; default all.
+            global_weight: weight that the loss is divided by; default ``n_real``.
+            weights: ``[n_real]`` of the rows; default ones.
+            bags: each row's bag of items, for history fields; default: the user's training items,
+                nothing left out.
+        """
+        given = {"user": users, "item": items, "context": context_rows}
+        height = next(len(rows) for rows in given.values() if rows is not None)
+        nobody = np.full(height, ABSENT, np.int32)
+        index: dict[str, npt.NDArray[np.integer]] = {
+            entity: nobody if rows is None else rows for entity, rows in given.items()
+        }
+        lengths, values = [], []
+        if self._histories is not None and bags is None:
+            bags = self._histories.whole(index["user"])
+        for feature in self._categorical:
+            if feature.history is not None:
+                assert bags is not None
+                n, v = self._of_items(self._source_of(feature), bags)
+            else:
+                n, v = self._bags(feature, index[feature.entity], context)
+            lengths.append(n)
+            values.append(v)
+        dense = np.zeros((height, len(self._dense)), np.float32)
+        for column, feature in enumerate(self._dense):
+            rows = index[feature.entity]
+            source = self._source(feature, context)
+            if isinstance(source, np.ndarray):
+                present = rows >= 0
+                dense[present, column] = source[rows[present]]
+        n_real = height if n_real is None else n_real
+        row_weights = np.zeros(height, np.float32)
+        row_weights[:n_real] = 1 if weights is None else weights
+        return Batch(
+            KeyedJaggedTensor(
+                self.keys,
+                torch.from_numpy(np.concatenate(values)),
+                lengths=torch.from_numpy(np.concatenate(lengths)),
+                # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
+                length_per_key=[len(of_field) for of_field in values],
+            ),
+            torch.from_numpy(dense),
+            torch.zeros(height) if labels is None else torch.from_numpy(labels),
+            torch.from_numpy(row_weights),
+            torch.tensor(float(n_real if global_weight is None else global_weight)),
+        )
+
+    def _of_items(self, field: Feature, bags: Bags) -> Bags:
+        """Bags of items -> bags of all that a field says of these items."""
+        if field.is_id:
+            return bags
+        lengths, values = self._bags(field, bags[1], None)
+        running = offsets_of(lengths)
+        return np.diff(running[offsets_of(bags[0])]).astype(np.int32), values
+
+    def _source(self, feature: Feature, context: Mapping[str, Values] | None) -> Values | None:
+        if feature.entity == "context":
+            return None if context is None else context[feature.name]
+        return self._fields[feature.name]
+
+    def _bags(
+        self,
+        feature: Feature,
+        rows: npt.NDArray[np.integer],
+        context: Mapping[str, Values] | None,
+    ) -> tuple[Int32Array, Int32Array]:
+        source = None if feature.is_id else self._source(feature, context)
+        if isinstance(source, Jagged):
+            return source.take(rows)
+        if source is None and not feature.is_id:
+            return np.zeros(len(rows), np.int32), np.zeros(0, np.int32)
+        lengths = (rows >= 0).astype(np.int32)
+        if not lengths.all():  # seldom: only the last batch of an epoch is padded
+            rows = rows[rows >= 0]
+        values = rows if source is None else source[rows]
+        return lengths, values.astype(np.int32, copy=False)
+
+
+def padded(array: Any, height: int, value: float) -> Any:
+    """``[m]`` -> ``[height]`` by appending ``value``; None stays None."""
+    if array is None or len(array) == height:
+        return array
+    return np.concatenate([array, np.full(height - len(array), value, array.dtype)])

@@ -1,0 +1,91 @@
+"""The negatives of training rows, drawn while training."""
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Int32Array, Int64Array
+from deepfm_dist.data.negatives import item_weights, put_negatives, users_short_of_negatives
+from deepfm_dist.errors import DataError
+from deepfm_dist.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+class Negatives:
+    """Draws the negatives of training rows, as the configuration says.
+
+    Args:
+        dataset: the prepared dataset.
+        seed: of the draws.
+
+    Attributes:
+        some_are_short: whether some users have fewer unseen items than negatives are wanted.
+
+    Raises:
+        DataError: no user has an unseen item.
+    """
+
+    def __init__(self, dataset: PreparedDataset, seed: int) -> None:
+        self._spec, self._seed = dataset.manifest.data.negatives, seed
+        self._n_items = dataset.manifest.entities["item"] - 1
+        self._seen = dataset.seen(self._spec.avoid == "all")
+        self._weights = None
+        if self._spec.popularity_power:
+            self._weights = item_weights(dataset.popularity()[1:], self._spec.popularity_power)
+        active = np.flatnonzero(self._seen.lengths)
+        wanted = self._spec.per_positive
+        n_short = users_short_of_negatives(wanted, self._seen, active, self._n_items)
+        self.some_are_short = n_short > 0
+        self._n_unseen = self._n_items - self._seen.lengths if n_short else None
+        if n_short and (self._seen.lengths[active] == self._n_items).all():
+            raise DataError(
+                f"{dataset.folder}: every user has met all {self._n_items:,} items, so that no "
+                f"negative exists; add items, or label the rows (data.task=ctr)"
+            )
+        if n_short:
+            log.warning(
+                "data.negatives.per_positive=%d: %s of %s users have fewer unseen items, and get "
+                "as many negatives as there are",
+                wanted,
+                f"{n_short:,}",
+                f"{len(active):,}",
+            )
+
+    def put(
+        self,
+        items: Int32Array,
+        rows: Int64Array,
+        slots: Int64Array,
+        drawers: Int32Array,
+        epoch: int,
+    ) -> None:
+        """Overwrites items, rows of the item table, with the negatives of an epoch.
+
+        Args:
+            items: ``[m]``; those with slot 0 stay, and those that are `absent`.
+            rows: ``[m]`` training rows.
+            slots: ``[m]`` which of a row's negatives, from 1.
+            drawers: ``[m]`` whose negatives.
+            epoch: from 0.
+        """
+        put_negatives(
+            items,
+            rows,
+            slots,
+            drawers,
+            self._spec.per_positive,
+            self._seen,
+            self._n_items,
+            derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0),
+            self._weights,
+            first_item=1,
+        )
+
+    def absent(self, slots: Int64Array, drawers: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """``[m]`` bool: which rows stand for a negative that does not exist; see `put`."""
+        if self._n_unseen is None:
+            return np.zeros(len(slots), bool)
+        return slots > self._n_unseen[drawers]

@@ -1,0 +1,165 @@
+"""A prepared dataset -> batches of rows, which do not depend on the world size."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
+from deepfm_dist.data.batches.histories import DrawnHistories, chosen
+from deepfm_dist.data.batches.lanes import Lanes, Taken
+from deepfm_dist.data.batches.negatives import Negatives
+from deepfm_dist.data.batches.prefetch import read_ahead
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Int64Array, Values, taken
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.seeding import derive_seed, permuted_range
+
+
+class TrainingBatches:
+    """The batches of a training run: a pure function of (seed, step, rank, world size).
+
+    The global batch of a step, all ranks' rows together, is one of (seed, step) alone.
+
+    Where negatives are sampled, a positive is followed by its ``per_positive`` negatives in a
+    virtual list of rows, and it is that list which is shuffled: a batch has exactly
+    ``batch_size`` rows, and every epoch draws new negatives unless they are to stay.
+
+    Training rows are held in memory where they fit, shuffled as a whole; else they are streamed
+    from disk (`deepfm_dist.data.batches.lanes`).
+
+    Args:
+        dataset: the prepared dataset.
+        batch_size: rows per step over all ranks.
+        rank: this rank.
+        world_size: number of ranks.
+        seed: of order and negatives.
+        threads: that make batches ahead; of a streamed dataset's one at most.
+
+    Raises:
+        ConfigError: the batch is too small to give every rank a row.
+        DataError: no user has an unseen item to draw as a negative.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        threads: int = 0,
+    ) -> None:
+        manifest = dataset.manifest
+        self._collate = Collator(dataset)
+        self._seed = seed
+        self._negatives = Negatives(dataset, seed) if manifest.sampled else None
+        self._histories = DrawnHistories(dataset, seed) if manifest.has_history else None
+        copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
+        self.rows_per_epoch = manifest.splits["train"].rows * copies
+        self.batch_size = min(batch_size, self.rows_per_epoch)
+        self.local_batch_size = -(-self.batch_size // world_size)
+        if self.local_batch_size * (world_size - 1) >= self.batch_size:
+            raise ConfigError(
+                f"a batch of {self.batch_size} rows over {world_size} ranks leaves a rank without "
+                f"rows; use at most {self.batch_size} ranks that divide it, or a larger "
+                f"trainer.batch_size"
+            )
+        self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
+        self._first = rank * self.local_batch_size
+        columns = dataset.row_columns("train")
+        self._source: InMemory | Lanes
+        self.threads = threads
+        if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
+            self._source = InMemory(dataset.columns("train", columns), copies, seed)
+        else:
+            self.threads = min(threads, 1)  # lanes are read in order
+            share = self.local_batch_size / self.batch_size
+            self._source = Lanes(
+                dataset.layout, manifest, columns, copies, share, self.batch_size, seed
+            )
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of global step ``step``, counted from 1."""
+        epoch, at = divmod(step - 1, self.steps_per_epoch)
+        begin = at * self.batch_size
+        end = min(begin + self.batch_size, self.rows_per_epoch)
+        first = min(self._first, end - begin)
+        last = min(self._first + self.local_batch_size, end - begin)
+        taken_rows = self._source.take(epoch, begin, end, first, last)
+        return self._collated(taken_rows, epoch, float(end - begin))
+
+    def _collated(self, found: Taken, epoch: int, global_weight: float) -> Batch:
+        index, columns = found.index, found.columns
+        users, labels, drawers = (
+            _picked(columns.get(name), index) for name in ("user", "label", "drawer")
+        )
+        if labels is None or self._negatives is not None:  # slot 0 is the positive
+            labels = (found.slot == 0).astype(np.float32)
+        items = bags = None
+        if self._negatives is None or self._histories is not None:
+            items = _picked(columns.get("item"), index)
+        if self._histories is not None:
+            assert users is not None and items is not None
+            lengths, values = self._histories.beside(users, items, found.row, epoch)
+            bags = padded(lengths, self.local_batch_size, 0), values
+        if self._negatives is not None:
+            assert users is not None
+            drawers = users if drawers is None else drawers
+            if items is None:  # only those that no negative takes the place of
+                positive = np.flatnonzero(found.slot == 0)
+                items = np.empty(len(index), np.int32)
+                items[positive] = _picked(columns["item"], index[positive])
+            self._negatives.put(items, found.row, found.slot, drawers, epoch)
+        weights = _picked(columns.get("weight"), index)
+        context_rows = index
+        if self._negatives is not None and self._negatives.some_are_short:
+            assert users is not None and items is not None and drawers is not None
+            absent = self._negatives.absent(found.slot, drawers)
+            users, items = np.where(absent, ABSENT, users), np.where(absent, ABSENT, items)
+            context_rows = np.where(absent, ABSENT, index)
+            weights = np.where(absent, np.float32(0), 1 if weights is None else weights)
+            if bags is not None:
+                bags = chosen(bags, ~np.repeat(padded(absent, len(bags[0]), True), bags[0]))
+        height = self.local_batch_size
+        return self._collate(
+            padded(users, height, ABSENT),
+            padded(items, height, ABSENT),
+            columns,
+            padded(context_rows, height, ABSENT),
+            padded(labels, height, 0),
+            n_real=len(index),
+            global_weight=global_weight,
+            weights=weights,
+            bags=bags,
+        )
+
+    def steps(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches of steps ``first`` to ``last``, both included."""
+        return read_ahead(self.batch, first, last, self.threads)
+
+
+class InMemory:
+    """All training rows, shuffled as a whole in every epoch.
+
+    Args:
+        columns: the rows' columns.
+        copies: times that each row comes: once, and once for each negative.
+        seed: of the order.
+    """
+
+    def __init__(self, columns: Mapping[str, Values], copies: int, seed: int) -> None:
+        self._columns, self._copies, self._seed = columns, copies, seed
+        self._n = len(next(iter(columns.values()))) * copies
+
+    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> Taken:
+        """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
+        order = derive_seed(self._seed, "order", epoch)
+        virtual = permuted_range(begin + first, begin + last, self._n, order)
+        rows = virtual // self._copies
+        return Taken(self._columns, rows, rows, virtual - rows * self._copies)
+
+
+def _picked(values: Values | None, index: Int64Array) -> Any:
+    return None if values is None else taken(values, index)
