@@ -150,3 +150,27 @@ def test_the_rules_name_every_room_and_no_other() -> None:
         for path in MODULES.values()
         for name in imports_of(path)
     )
+
+
+_DATA_ROOMS_MAY_IMPORT = {
+    "top": lambda target: target not in ("preparation", "batches"),
+    "sources": lambda target: target in ("sources", "schema", "times"),
+    "preparation": lambda target: target != "batches",
+    "batches": lambda target: target not in ("preparation", "sources"),
+}
+"""The rooms of `data/`; its top says what a prepared dataset is."""
+
+
+def test_the_rooms_of_data_keep_apart() -> None:
+    wrong = []
+    for module, path in MODULES.items():
+        package, room, *rest = module.split(".")[1:] + [""]
+        if package != "data":
+            continue
+        may_import = _DATA_ROOMS_MAY_IMPORT[room if rest[:-1] else "top"]
+        wrong += [
+            f"{module} imports {imported}"
+            for imported in modules_imported_by(path)
+            if imported.startswith("deepfm_dist.data.") and not may_import(imported.split(".")[2])
+        ]
+    assert wrong == []
