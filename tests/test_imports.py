@@ -164,7 +164,7 @@ _DATA_ROOMS_MAY_IMPORT = {
 def test_the_rooms_of_data_keep_apart() -> None:
     wrong = []
     for module, path in MODULES.items():
-        package, room, *rest = module.split(".")[1:] + [""]
+        package, room, *rest = [*module.split(".")[1:], ""]
         if package != "data":
             continue
         may_import = _DATA_ROOMS_MAY_IMPORT[room if rest[:-1] else "top"]
