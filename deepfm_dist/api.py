@@ -294,7 +294,7 @@ class Model:
         lines = [f"deepfm_dist model {self.config.run.name!r}: {self.checkpoint}"]
         if (self.config.prepared_dir / "manifest.json").is_file():
             manifest = Manifest.read(self.config.prepared_dir)
-            sizes = [f"{manifest.splits['train'].rows:,} training rows"]
+            sizes = [f"trained on {manifest.composition('train')}"]
             sizes += [f"{n - 1:,} {entity}s" for entity, n in manifest.entities.items()]
             names = [feature.name for feature in manifest.features]
             shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]

@@ -27,7 +27,8 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
 
     result = evaluate(config, arguments.overrides)
     if result is not None:
-        print(metrics_table(result.split, result.rows, result.comparison, config.evaluate.k))
+        figures = result.split, result.rows, result.comparison
+        print(metrics_table(*figures, config.evaluate.k, result.composition))
         files = (f"written: {path}" for path in (result.metrics_log, result.report))
         print("", *result.verdicts, "", *files, sep="\n")
 

@@ -96,6 +96,9 @@ class EvaluateEvent(_Event):
     """valid or test."""
     rows: dict[str, Figure]
     """Of the split's rows."""
+    unknown: dict[str, int] = Field(default_factory=dict)
+    """Rows without a known user, item or value of a context field, by its name; of implicit data
+    only positives count."""
     figures: dict[str, dict[str, Figure]] = Field(default_factory=dict)
     """By ranking and name; empty where rows have labels."""
     intervals: dict[str, dict[str, Interval]] = Field(default_factory=dict)

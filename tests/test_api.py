@@ -106,7 +106,8 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     shown = found["shown"][2].splitlines()
     assert shown[0].startswith(f"deepfm_dist model 'model': {tmp_path}/runs/model/checkpoints/step")
     manifest = json.loads((tmp_path / "prepared/model/manifest.json").read_text())
-    assert shown[1] == f"  {manifest['splits']['train']['rows']} training rows, 40 users, 60 items"
+    n_train = manifest["splits"]["train"]["rows"]
+    assert shown[1] == f"  trained on {n_train} positives, 40 users, 60 items"
     assert shown[2] == "  fields: user_id, item_id, tags, price, brand, device"
     assert len(shown) < 10 and max(map(len, shown[1:])) < 100
     best = found["best"]

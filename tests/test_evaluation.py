@@ -17,7 +17,7 @@ from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.training import evaluation
-from deepfm_dist.training.evaluation import RowEvaluator
+from deepfm_dist.training.evaluation import RowEvaluator, Unknown
 from tests.oracles.row_figures import click_figures
 from tests.ranks import run_ranks
 
@@ -96,9 +96,10 @@ class Scorer(nn.Module):
         return logits.sum(), logits
 
 
-def figures(folder: Path) -> dict[str, float]:
+def figures(folder: Path) -> tuple[dict[str, float], Unknown] | None:
     with process_group("cpu") as world:
-        return dict(RowEvaluator(PreparedDataset(folder, 0), "valid").metrics(Scorer(), world))
+        found = RowEvaluator(PreparedDataset(folder, 0), "valid").measured(Scorer(), world)
+        return found and (found.figures, found.unknown)
 
 
 @pytest.mark.parametrize("ranked_rows", [1 << 20, 60])
@@ -114,8 +115,14 @@ def test_figures_are_those_of_all_rows_at_once_at_any_world_size(
     dense = torch.from_numpy(np.asarray(rows.context["n"])) / 4 - 1
     logits = (dense + torch.from_numpy(rows.users).float() % 5 / 3).numpy()
     expected = click_figures(rows.labels, logits, rows.users, rows.weights)
+    of_m = rows.context["m"]
+    assert isinstance(of_m, Jagged)
+    unknown = {"user": int((rows.users == 0).sum()), "m": sum(not any(m) for m in of_m.lists())}
+    assert unknown["m"] > 20
     of_worlds = [run_ranks(figures, size, dataset) for size in (1, 2, 4)]
     for found, *others in of_worlds:
-        assert found == pytest.approx(expected, rel=1e-12)
-        assert others == [{}] * len(others)
+        assert found is not None
+        assert found[0] == pytest.approx(expected, rel=1e-12)
+        assert found[1] == Unknown(N_VALID, unknown)
+        assert others == [None] * len(others)
         assert found == of_worlds[0][0]

@@ -24,6 +24,7 @@ from deepfm_dist.report.page import Report, write_page
 from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
 from deepfm_dist.report.verdicts import Verdict
+from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.metrics import Calibration
 from deepfm_dist.training.search import Trial
 from tests.oracles.row_figures import click_figures
@@ -51,6 +52,9 @@ def test_figures_stand_beside_each_other() -> None:
     ]
     assert lines[-1].startswith("  model minus it, to")
     assert metrics_table("test", {"auc": 1}, None, (5,)) == "test rows\nauc    1.0000"
+    composition = "3 positives and 5 negatives"
+    first = metrics_table("test", {"auc": 1}, None, (5,), composition).splitlines()[0]
+    assert first == "test rows: 3 positives and 5 negatives"
 
 
 def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_path: Path) -> None:
@@ -137,7 +141,9 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         checkpoint=Path("step_00002000"),
         dataset=sample,
         split="test",
+        loss="softmax",
         rows=click_figures(labels, logits),
+        unknown=Unknown(100, {"user": 0, "item": 25}),
         calibration=Calibration([0.1, 0.7], [0.2, 0.6], [5, 5]),
         comparison=comparison,
         cutoffs=(2,),
@@ -168,8 +174,31 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     ]
     assert re.search(r"\.verdicts li\.worse \{ border-color: var\(--bad\)", text)
     assert "compared by a paired bootstrap over users" in text
-    for told in ("70,000", "2 x cpu", "row_wise", "0.1250 - 0.8750", "12,345 rows/s", "0.50 GiB"):
-        assert told in text
+    for shown_text in ("70,000", "2 x cpu", "row_wise", "12,345 rows/s", "0.50 GiB"):
+        assert shown_text in text
+    # The model's line, the baseline's, and the paired difference of the two.
+    lines = re.findall(r'<tr class="(\w+)"><th scope="row">(.*?)</th>(.*?)</tr>', text, re.S)
+    assert [line[:2] for line in lines] == [
+        ("model", "model"), ("other", "popularity"), ("difference", "model minus popularity")
+    ]  # fmt: skip
+    cell = '<td class="number">{}<small>{} to {}</small></td>'
+    for line, figures in zip(
+        lines,
+        [("0.7500", "0.1250", "0.8750"), ("0.2500", "0.1250", "0.8750"),
+         ("+0.5000", "+0.3750", "+0.6250")],
+        strict=True,
+    ):  # fmt: skip
+        assert cell.format(*figures) in line[2]
+    notes = re.findall(r'<p class="note">(The .*?|Of .*?)</p>', text)
+    assert notes == [
+        "The negatives among these rows are sampled, 4 for each positive. AUC, log loss, NE, "
+        "calibration and accuracy refer to this mix, not to how often users choose an item.",
+        "The model was trained with loss=softmax, for the order of items: its scores are no "
+        "probabilities, so log loss, NE, calibration and accuracy say little.",
+        "Of 100 test positives, 25 (25.0%) have no known item: one that training rows lack, one "
+        "below min_count, or none.",
+    ]
+    assert "The negatives among these rows are sampled.</figcaption>" in text
     assert "run: {name: &lt;invented&gt;}" in text
     assert f"--run {page.parent}" in text
     ids = re.findall(r'\bid="([^"]*)"', text)
@@ -242,6 +271,11 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     [plot] = page_module._learning(Plotter(), events)  # neither NE nor AUC has a value
     assert (plot.name, plot.title) == ("learning-log_loss", "Log loss")
     assert plot.caption == "Mean cross-entropy in nats; lower is better."
+    events += [ValidEvent(step=s, log_loss=v) for s, v in ((200, 0.40), (300, 0.42))]
+    [worsened] = page_module._learning(Plotter(), events)
+    assert worsened.caption.endswith(
+        "Validation was best at step 200 (0.4000) and had risen to 0.4200 by the last step."
+    )
     for label in ("training, before learning", "validation", "step"):
         assert f">{label}</text>" in plot.svg
     [without] = page_module._learning(Plotter(), events[:2])
@@ -264,7 +298,9 @@ def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Pat
         checkpoint=Path("step_00000009"),
         dataset=sample,
         split="valid",
+        loss="bce",
         rows=rows,
+        unknown=Unknown(3600, {"user": 0, "item": 0}),
         calibration=Calibration([0.1, 0.7], [0.2, 0.6], [2, 2]),
         comparison=None,
         cutoffs=(5,),
@@ -280,10 +316,14 @@ def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Pat
     assert len(meanings) == len(rows)  # every figure is explained
     splits = sample.manifest.splits
     lead = " ".join(re.findall(r'<p class="lead">(.*?)</p>', text, re.S)[0].split())
+    # Negatives of training rows are drawn while training, four of each held-out row before.
+    held_out = splits["valid"].rows // 5
     assert lead == (
-        f"{splits['train'].rows:,} training rows, {splits['valid'].rows:,} for validation, "
-        f"{splits['test'].rows:,} for the test; 700 users; 400 items. Fields: user, item, genre."
+        f"Training: {splits['train'].rows:,} positives. Validation: {held_out:,} positives and "
+        f"{4 * held_out:,} sampled negatives. Test: {held_out:,} positives and {4 * held_out:,} "
+        f"sampled negatives. 700 users, 400 items. Fields: user, item, genre."
     )
+    assert "All 3,600 valid positives have a known user and item." in text
 
 
 def test_what_a_short_list_misses_is_under_the_table(

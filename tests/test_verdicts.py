@@ -5,12 +5,16 @@ import pytest
 from deepfm_dist.events import ValidEvent
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
+from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.verdicts import (
+    ranking_advice,
     ranking_verdicts,
     row_verdicts,
     training_verdicts,
+    unknown_verdicts,
     verdicts_on,
 )
+from deepfm_dist.training.evaluation import Unknown
 
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
 NAN = float("nan")
@@ -58,6 +62,53 @@ def test_the_text_of_a_ranking_gives_its_figures() -> None:
     )
     [verdict] = ranking_verdicts(compared(0.3, 0.0, 0.2, 0.4), 10)
     assert "times" not in verdict.text
+
+
+def test_a_baseline_that_wins_comes_with_what_to_try() -> None:
+    settings = {"data": {"features": [{"name": "user"}]}, "trainer": {"loss": "bce"}}
+    advice = ranking_advice(settings)
+    assert advice == (
+        "the field {name: seen, entity: user, history: item, pooling: sqrt} and "
+        "trainer.loss=softmax (docs/choosing.md)"
+    )
+    has_history = {"data": {"features": [{"name": "seen", "history": "item"}]}}
+    assert ranking_advice(has_history) == "trainer.loss=softmax (docs/choosing.md)"
+    recipe = has_history | {"trainer": {"loss": "softmax"}}
+    assert ranking_advice(recipe) == "combine, which puts EASE into the model (docs/choosing.md)"
+    [worse] = ranking_verdicts(compared(0.2, 0.3, -0.15, -0.05), 10, advice)
+    assert worse.text.endswith(f"-0.1500 to -0.0500; to try: {advice}")
+    for low, high in ((-0.15, 0.05), (0.05, 0.15)):
+        [verdict] = ranking_verdicts(compared(0.2, 0.3, low, high), 10, advice)
+        assert "to try" not in verdict.text
+    other = compared(0.2, 0.3, -0.15, -0.05)
+    other.figures["best_possible"] = other.figures.pop("ease")
+    other.differences["best_possible"] = other.differences.pop("ease")
+    [verdict] = ranking_verdicts(other, 10, advice)  # a file of scores, no baseline
+    assert verdict.kind == "worse" and "to try" not in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(0, None), (9, None), (10, "even"), (49, "even"), (50, "worse")]
+)
+def test_unknown_items_are_named_from_a_tenth_on(rows: int, kind: str | None) -> None:
+    verdicts = unknown_verdicts(Unknown(100, {"user": 0, "item": rows}), "test", False)
+    assert [v.kind for v in verdicts] == ([kind] if kind else [])
+
+
+def test_the_text_of_unknown_values_gives_their_share() -> None:
+    unknown = Unknown(1200, {"item": 240, "ad": 1200, "often_empty": 1000})
+    of_items, of_ads = unknown_verdicts(unknown, "test", only_positives=True)
+    assert str(of_items) == (
+        "Some test positives have an unknown item: 240 of 1,200 test positives (20.0%) have an "
+        "item that training rows lack, so the model cannot tell these apart; give items fields "
+        "that describe them, or hold out rows of known items (data.split)"
+    )
+    assert str(of_ads) == (
+        "Many test positives have an unknown ad: 1,200 of 1,200 test positives (100.0%) have no "
+        "value of ad that training rows have, so the model cannot tell these apart; hold out rows "
+        "with known values (data.split), or leave ad out"
+    )
+    assert unknown_verdicts(Unknown(0, {"item": 0}), "test", True) == []
 
 
 def test_without_another_ranking_there_is_no_verdict_on_rankings() -> None:
@@ -135,14 +186,57 @@ def test_epochs_that_did_not_help_are_named() -> None:
     [
         [],
         losses(0.5),
-        losses(0.5, 0.25, 0.125),
-        losses(0.5, 0.5, 0.125),
+        losses(0.5, 0.25, 0.2499),  # a plateau
         losses(None, None, None),  # a figure that was never defined
         [ValidEvent(step=10, epoch=1, ne=0.9)],
     ],
 )
-def test_training_that_helped_to_the_end_has_no_verdict(validations: list[ValidEvent]) -> None:
+def test_training_that_ended_at_a_plateau_has_no_verdict(validations: list[ValidEvent]) -> None:
     assert training_verdicts(validations, 10 * len(validations), "log_loss") == []
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.25, 0.125), (0.5, 0.5, 0.125), (0.5, 0.125)])
+def test_training_that_still_helped_at_its_end_is_named(values: tuple[float, ...]) -> None:
+    validations, step = losses(*values), 10 * len(values)
+    for monitor in ("log_loss", "auc"):
+        [verdict] = training_verdicts(validations, step, monitor, {"epochs": 7})
+        assert (verdict.title, verdict.kind) == ("Still improving when training ended", "even")
+        assert verdict.text.endswith("; to try: trainer.epochs=14")
+    settings = {"epochs": 7, "max_steps": 30}
+    [verdict] = training_verdicts(validations, step, "log_loss", settings)
+    assert verdict.text == (
+        f"validation log loss 0.1250 at the last step, {step}, is the best so far, after "
+        f"{values[-2]:.4f}; to try: trainer.max_steps=60"
+    )
+
+
+def test_a_run_that_stopped_early_was_not_too_long() -> None:
+    validations = losses(0.5, 0.25, 0.375, 0.3125)
+    [verdict] = training_verdicts(validations, 20, "log_loss", {"epochs": 9, "patience": 2})
+    assert (verdict.title, verdict.kind) == ("Stopped early", "even")
+
+
+@pytest.mark.parametrize(
+    ("values", "lower_is_better", "kind", "text"),
+    [
+        ((0.5, 0.4, 0.3), True, "improving", "Validation was still falling at the last step."),
+        ((0.5, 0.6, 0.7), False, "improving", "Validation was still rising at the last step."),
+        ((0.5, 0.3, 0.4), True, "worsened", "Validation was best at step 1 (0.3000) and had risen "
+         "to 0.4000 by the last step."),
+        ((0.5, 0.7, 0.6), False, "worsened", "Validation was best at step 1 (0.7000) and had "
+         "fallen to 0.6000 by the last step."),
+        ((0.5, 0.3, 0.301), True, "flat", ""),
+        ((0.5, 0.301, 0.3), True, "flat", ""),
+        ((0.5, 0.5), True, "flat", ""),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_curve_is_put_into_words(
+    values: tuple[float, ...], lower_is_better: bool, kind: str, text: str
+) -> None:
+    trend = trend_of(list(enumerate(values)), lower_is_better)
+    assert trend is not None
+    assert (trend.kind, sentence(trend, lower_is_better)) == (kind, text)
+    assert trend_of([(1, 0.5)], True) is None and sentence(None, True) == ""
 
 
 @pytest.mark.parametrize(
@@ -150,8 +244,9 @@ def test_training_that_helped_to_the_end_has_no_verdict(validations: list[ValidE
     [
         ("bce", "log_loss", ["Worse than a constant", "An earlier checkpoint was better"]),
         ("bce", None, ["Worse than a constant", "An earlier checkpoint was better"]),
-        ("softmax", "ndcg@10", []),  # gives no probabilities, and was best at the last step
-        ("softmax", None, []),
+        # It gives no probabilities, and was best at the last step.
+        ("softmax", "ndcg@10", ["Still improving when training ended"]),
+        ("softmax", None, ["Still improving when training ended"]),
         ("softmax", "log_loss", ["An earlier checkpoint was better"]),
     ],
 )
@@ -165,5 +260,5 @@ def test_verdicts_follow_what_was_trained_for(
         "trainer": {"monitor": monitor},
     }
     rows = {"ne": 1.25, "log_loss": 0.75, "majority_rate": 0.75}
-    verdicts = verdicts_on(state, validations, rows, "test", None, 10)
+    verdicts = verdicts_on(state, validations, rows, Unknown(9, {}), "test", None, 10)
     assert [v.title for v in verdicts] == titles

@@ -159,6 +159,18 @@ class Manifest(Section):
         """
         return cuts_of(self.splits["train"].rows, self.groups)
 
+    def composition(self, split: str) -> str:
+        """What the rows of a split are: ``3,601 positives and 14,404 sampled negatives``.
+
+        Training rows whose negatives are drawn in training are positives only.
+        """
+        spec = self.splits[split]
+        positives = f"{spec.positives:,} positives"
+        if (split == "train" and self.sampled) or spec.rows == 0:
+            return positives
+        kind = "sampled negatives" if self.data.task == "implicit" else "negatives"
+        return f"{positives} and {spec.rows - spec.positives:,} {kind}"
+
     @property
     def sampled(self) -> bool:
         """Whether training draws fresh negatives (else every training row carries a label)."""

@@ -26,7 +26,8 @@ class Evaluation:
 
     Attributes:
         split: valid or test.
-        rows: figures on its rows.
+        composition: what its rows are.
+        rows: figures on them.
         comparison: of rankings; None where rows have labels.
         verdicts: how good the figures are, in words.
         metrics_log: the file that the figures were added to.
@@ -34,6 +35,7 @@ class Evaluation:
     """
 
     split: str
+    composition: str
     rows: dict[str, float]
     comparison: Comparison | None
     verdicts: list[Verdict]
@@ -97,18 +99,22 @@ def _report(
     split, rows, cutoffs = config.evaluate.split, measured.figures, config.evaluate.k
     metrics = MetricsLog(config.run_dir, is_first=True)
     logged = {name: getattr(comparison, name) for name in LOGGED} if comparison else {}
-    metrics.write(EvaluateEvent(step=trained.step, split=split, rows=rows, **logged))
+    unknown = measured.unknown
+    event = EvaluateEvent(step=trained.step, split=split, rows=rows, unknown=unknown.rows, **logged)
+    metrics.write(event)
     events = read_events(metrics.path)
     validations = [event for event in events if isinstance(event, ValidEvent)]
     state = checkpoint.read_state(trained.checkpoint)
-    verdicts = verdicts_on(state, validations, rows, split, comparison, max(cutoffs))
+    verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, max(cutoffs))
     report = Report(
         folder=config.run_dir,
         config_yaml=trained.config.to_yaml(),
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
         split=split,
+        loss=trained.config.trainer.loss,
         rows=rows,
+        unknown=unknown,
         calibration=measured.calibration,
         comparison=comparison,
         cutoffs=cutoffs,
@@ -117,7 +123,9 @@ def _report(
     )
     own_split = trained.settings.get("evaluate", {}).get("split", split)
     name = "report.html" if split == own_split else f"report-{split}.html"
-    return Evaluation(split, rows, comparison, verdicts, metrics.path, write_page(report, name))
+    composition = trained.dataset.manifest.composition(split)
+    page = write_page(report, name)
+    return Evaluation(split, composition, rows, comparison, verdicts, metrics.path, page)
 
 
 def _baselines(config: Config) -> dict[str, Baseline]:

@@ -11,6 +11,10 @@ Id = Annotated[str, Field(coerce_numbers_to_str=True)]
 """An id or a value, as files have it."""
 
 
+BaselineName = Literal["popularity", "item_knn", "ease", "ials"]
+"""Rankings that a model can be compared with."""
+
+
 class IalsConfig(Section):
     """Weighted matrix factorisation."""
 
@@ -35,7 +39,7 @@ class EvaluateConfig(Section):
     """Whether what users have met in earlier splits, liked or not, is left out of their rankings,
     and out of what counts as relevant. Default: true, but false where
     ``data.interactions.repeated`` is ``all``."""
-    baselines: tuple[Literal["popularity", "item_knn", "ease", "ials"], ...] = ("popularity",)
+    baselines: tuple[BaselineName, ...] = ("popularity",)
     """Rankings to compare the model's with, fitted on the same training positives. ials needs the
     library ``implicit``. ease takes 12 bytes of memory per pair of items; without room for all
     items it is fitted on the most popular ones, and its name in the table says on how many."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,10 +17,13 @@ from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
+from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
+from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.metrics import Calibration
+from deepfm_dist.training.state import LOWER_IS_BETTER
 from deepfm_dist.version import __version__
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,21 @@ class Cell:
     interval: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of rankings.
+
+    Attributes:
+        name: of the ranking, or of what it is compared with.
+        kind: model, other, or difference: the model minus the ranking above.
+        cells: by figure.
+    """
+
+    name: str
+    kind: Literal["model", "other", "difference"]
+    cells: dict[str, Cell]
+
+
 class _Plan(BaseModel):
     """What ``plan.json`` holds."""
 
@@ -84,8 +102,10 @@ class Report:
         checkpoint: what was measured.
         dataset: the prepared dataset.
         split: valid or test.
-        rows: figures on its rows.
-        calibration: on its rows.
+        loss: that the model was trained with.
+        rows: figures on the rows of the split.
+        unknown: what these rows have that training rows lack.
+        calibration: on these rows.
         comparison: of rankings, where there are any.
         cutoffs: values of K.
         events: of the run's log.
@@ -97,7 +117,9 @@ class Report:
     checkpoint: Path
     dataset: PreparedDataset
     split: str
+    loss: str
     rows: Mapping[str, float]
+    unknown: Unknown
     calibration: Calibration
     comparison: Comparison | None
     cutoffs: Sequence[int]
@@ -146,10 +168,13 @@ def _variables(report: Report) -> dict[str, Any]:
         "split": report.split,
         "k": max(cutoffs),
         "rows": {name: (value, _MEANING.get(name, "")) for name, value in report.rows.items()},
+        "notes": _notes(report),
         "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
         "verdicts": report.verdicts,
         "learning": _learning(plotter, events),
-        "calibration": _calibration(plotter, report.calibration, report.rows),
+        "calibration": _calibration(
+            plotter, report.calibration, report.rows, _negatives_per_positive(report) is not None
+        ),
         "profiles": _profiles(plotter, comparison, insight, max(cutoffs))
         if comparison and insight
         else [],
@@ -163,9 +188,9 @@ def _variables(report: Report) -> dict[str, Any]:
     }
 
 
-def _figure(value: float) -> str:
-    """Four digits behind the point; one where they would say nothing."""
-    return f"{value:.4f}" if not abs(value) >= 100 else f"{value:,.1f}"
+def _figure(value: float, sign: str = "") -> str:
+    """Four digits after the point, one where they would say nothing; sign "+" shows a plus."""
+    return f"{value:{sign}.4f}" if not abs(value) >= 100 else f"{value:{sign},.1f}"
 
 
 def _seconds(events: Sequence[Event]) -> dict[str, float]:
@@ -178,17 +203,68 @@ def _seconds(events: Sequence[Event]) -> dict[str, float]:
     return {phase: spent for phase, spent in found.items() if spent > 0}
 
 
-def _table(comparison: Comparison, k: int) -> dict[str, dict[str, Cell]]:
-    """By ranking and figure, the figures at K."""
+def _table(comparison: Comparison, k: int) -> list[Line]:
+    """The rankings' figures at K, each ranking followed by the model minus it."""
     ending = f"@{k}"
-    return {
-        ranking: {
-            name.removesuffix(ending): Cell(value, comparison.intervals[ranking].get(name))
+    ours = comparison.figures[MODEL]
+    lines = []
+    for ranking, figures in comparison.figures.items():
+        figures = {name: value for name, value in figures.items() if name.endswith(ending)}
+        of_ranking = comparison.intervals[ranking]
+        cells = {
+            name.removesuffix(ending): Cell(value, of_ranking.get(name))
             for name, value in figures.items()
-            if name.endswith(ending)
         }
-        for ranking, figures in comparison.figures.items()
-    }
+        lines.append(Line(ranking, "model" if ranking == MODEL else "other", cells))
+        if differences := comparison.differences.get(ranking):
+            cells = {
+                name.removesuffix(ending): Cell(ours[name] - value, differences.get(name))
+                for name, value in figures.items()
+            }
+            lines.append(Line(f"model minus {ranking}", "difference", cells))
+    return lines
+
+
+def _negatives_per_positive(report: Report) -> float | None:
+    """Sampled negatives per positive of the measured rows; None where labels are the log's."""
+    spec = report.dataset.manifest.splits[report.split]
+    if report.dataset.manifest.data.task != "implicit" or not spec.positives:
+        return None
+    return (spec.rows - spec.positives) / spec.positives
+
+
+def _notes(report: Report) -> list[str]:
+    """What to know when reading the figures on rows."""
+    notes = []
+    ratio = _negatives_per_positive(report)
+    if ratio is not None:
+        notes.append(
+            f"The negatives among these rows are sampled, {ratio:.3g} for each positive. AUC, log "
+            f"loss, NE, calibration and accuracy refer to this mix, not to how often users choose "
+            f"an item."
+        )
+    if report.loss != "bce":
+        notes.append(
+            f"The model was trained with loss={report.loss}, for the order of items: its scores "
+            f"are no probabilities, so log loss, NE, calibration and accuracy say little."
+        )
+    n = report.unknown.n
+    counted = f"{report.split} {'rows' if ratio is None else 'positives'}"
+    parts = [
+        f"{rows:,} ({rows / n:.1%}) have no known {name}"
+        for name, rows in report.unknown.rows.items()
+        if rows
+    ]
+    if parts:
+        notes.append(
+            f"Of {n:,} {counted}, {', '.join(parts)}: one that training rows lack, one below "
+            f"min_count, or none."
+        )
+    elif report.unknown.rows:
+        *others, final = report.unknown.rows
+        names = f"{', '.join(others)} and {final}" if others else final
+        notes.append(f"All {n:,} {counted} have a known {names}.")
+    return notes
 
 
 def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
@@ -204,11 +280,15 @@ def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
         }
         if any(curves.values()):
             train, valid = curves[TrainEvent], curves[ValidEvent]
+            falls = name in LOWER_IS_BETTER
+            caption = f"{caption} {sentence(trend_of(valid, falls), falls)}".rstrip()
             plots.append(plotter.learning(name, title, caption, train, valid))
     return plots
 
 
-def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]) -> Plot:
+def _calibration(
+    plotter: Plotter, curve: Calibration, rows: Mapping[str, float], is_sampled: bool = False
+) -> Plot:
     ratio = rows["calibration"]
     caption = (
         f"Each point is one of {len(curve.rows)} bins of about {curve.rows[0]:,.0f} rows, ordered "
@@ -219,6 +299,8 @@ def _calibration(plotter: Plotter, curve: Calibration, rows: Mapping[str, float]
         caption += (
             f" Over all rows predictions are {judged}: {ratio:.3f} times the share of positives."
         )
+    if is_sampled:
+        caption += " The negatives among these rows are sampled."
     return plotter.calibration(curve, caption)
 
 

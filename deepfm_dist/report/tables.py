@@ -19,11 +19,24 @@ SHOWN_OWNERS, SHOWN_ITEMS = 3, 10
 
 
 def metrics_table(
-    split: str, rows: Mapping[str, float], comparison: Comparison | None, cutoffs: Sequence[int]
+    split: str,
+    rows: Mapping[str, float],
+    comparison: Comparison | None,
+    cutoffs: Sequence[int],
+    composition: str = "",
 ) -> str:
-    """Figures on rows, and rankings side by side: one table for each K."""
+    """Figures on rows, and rankings side by side: one table for each K.
+
+    Args:
+        split: valid or test.
+        rows: figures on its rows.
+        comparison: of rankings, where there are any.
+        cutoffs: values of K.
+        composition: of the rows, as `Manifest.composition` has it.
+    """
     figures = pd.Series(dict(rows)).map("{:.4f}".format)
-    blocks = [f"{split} rows\n{figures.to_string()}"]
+    title = f"{split} rows: {composition}" if composition else f"{split} rows"
+    blocks = [f"{title}\n{figures.to_string()}"]
     for k in cutoffs if comparison else ():
         assert comparison is not None
         labels, lines = [], []

@@ -3,13 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deepfm_dist.events import ValidEvent
 from deepfm_dist.ranking.evaluation import Comparison
+from deepfm_dist.ranking.settings import BaselineName
+from deepfm_dist.report.curves import trend_of
+from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.state import LOWER_IS_BETTER, WARN_AFTER
 
 MODEL = "model"
+SOME, MANY, NEARLY_ALL = 0.1, 0.5, 0.9
+"""Shares of rows with an unknown user or item from which a card says so, and from which it is red;
+and of rows without a known value of a context field, which may well be empty in many rows."""
 _TITLES = {
     "better": "Better than {}",
     "worse": "Worse than {}",
@@ -35,11 +41,17 @@ class Verdict:
         return f"{self.title}: {self.text}"
 
 
-def ranking_verdicts(comparison: Comparison, k: int) -> list[Verdict]:
+def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[Verdict]:
     """The model against each other ranking, by NDCG@K.
 
     Better or worse where the 95 % interval of the difference excludes 0; an interval that ends at 0
     does not.
+
+    Args:
+        comparison: of rankings.
+        k: the cut-off.
+        advice: what to try where a baseline is better; a file of another system's scores may well
+            be, and gets none.
     """
     verdicts = []
     figure = f"ndcg@{k}"
@@ -57,7 +69,61 @@ def ranking_verdicts(comparison: Comparison, k: int) -> list[Verdict]:
             f"NDCG@{k} {ours:.4f}, {name} {theirs:.4f}{ratio}; 95 % interval of the difference "
             f"{low:+.4f} to {high:+.4f}"
         )
+        if kind == "worse" and advice and name.partition(" ")[0] in get_args(BaselineName):
+            text += f"; to try: {advice}"
         verdicts.append(Verdict(_TITLES[kind].format(name), text, kind))
+    return verdicts
+
+
+def ranking_advice(settings: Mapping[str, Any]) -> str:
+    """What to try for better rankings.
+
+    Args:
+        settings: of the run, as checkpoints hold them.
+    """
+    steps = []
+    features = settings.get("data", {}).get("features", [])
+    if not any(feature.get("history") for feature in features):
+        steps.append("the field {name: seen, entity: user, history: item, pooling: sqrt}")
+    if settings.get("trainer", {}).get("loss", "bce") == "bce":
+        steps.append("trainer.loss=softmax")
+    if not steps:
+        steps.append("combine, which puts EASE into the model")
+    return f"{' and '.join(steps)} (docs/choosing.md)"
+
+
+def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list[Verdict]:
+    """What share of the rows has users, items or values that the model cannot know.
+
+    Args:
+        unknown: counts.
+        split: valid or test.
+        only_positives: whether positives are counted alone.
+    """
+    verdicts = []
+    counted = f"{split} {'positives' if only_positives else 'rows'}"
+    for name, rows in unknown.rows.items():
+        of_entity = name in ("user", "item")
+        if not rows or rows < (SOME if of_entity else NEARLY_ALL) * unknown.n:
+            continue
+        many = rows >= MANY * unknown.n
+        if of_entity:
+            what = f"{'a' if name == 'user' else 'an'} {name} that training rows lack"
+            cure = (
+                f"give {name}s fields that describe them, or hold out rows of known {name}s "
+                f"(data.split)"
+            )
+        else:
+            what = f"no value of {name} that training rows have"
+            cure = f"hold out rows with known values (data.split), or leave {name} out"
+        verdicts.append(
+            Verdict(
+                f"{'Many' if many else 'Some'} {counted} have an unknown {name}",
+                f"{rows:,} of {unknown.n:,} {counted} ({rows / unknown.n:.1%}) have {what}, so the "
+                f"model cannot tell these apart; {cure}",
+                "worse" if many else "even",
+            )
+        )
     return verdicts
 
 
@@ -101,14 +167,21 @@ def row_verdicts(rows: Mapping[str, float], split: str, is_ranked: bool) -> list
     ]
 
 
-def training_verdicts(validations: Sequence[ValidEvent], step: int, monitor: str) -> list[Verdict]:
-    """Whether training went on for too long, and whether a better checkpoint was passed over.
+def training_verdicts(
+    validations: Sequence[ValidEvent],
+    step: int,
+    monitor: str,
+    trainer: Mapping[str, Any] | None = None,
+) -> list[Verdict]:
+    """Whether training was too long or too short, and whether a better checkpoint was passed over.
 
     Args:
         validations: in order.
         step: of the checkpoint that is measured.
         monitor: the figure to compare by.
+        trainer: its settings.
     """
+    trainer = trainer or {}
     values = [(v.step, v.figures.get(monitor)) for v in validations]
     points = [(step, value) for step, value in values if value is not None]
     if not points:
@@ -127,10 +200,22 @@ def training_verdicts(validations: Sequence[ValidEvent], step: int, monitor: str
                 "worse",
             )
         ]
+    trend = trend_of(points, monitor in LOWER_IS_BETTER)
+    if trend is not None and trend.kind == "improving":
+        limit = "epochs" if trainer.get("max_steps") is None else "max_steps"
+        longer = f"; to try: trainer.{limit}={2 * trainer[limit]}" if limit in trainer else ""
+        return [
+            Verdict(
+                "Still improving when training ended",
+                f"validation {name} {last:.4f} at the last step, {last_step:,}, is the best so "
+                f"far, after {points[-2][1]:.4f}{longer}",
+                "even",
+            )
+        ]
     if sum(at > best_step for at, _ in points) >= WARN_AFTER:
         return [
             Verdict(
-                "Trained for too long",
+                "Trained for too long" if trainer.get("patience") is None else "Stopped early",
                 f"validation {name} was best at step {best_step:,} ({best:.4f}); at the last one, "
                 f"step {last_step:,}, it is {last:.4f}",
                 "even",
@@ -143,6 +228,7 @@ def verdicts_on(
     state: Mapping[str, Any],
     validations: Sequence[ValidEvent],
     rows: Mapping[str, float],
+    unknown: Unknown,
     split: str,
     comparison: Comparison | None,
     k: int,
@@ -153,15 +239,19 @@ def verdicts_on(
         state: of its checkpoint, as the marker holds it.
         validations: of its training.
         rows: figures on the rows of the split.
+        unknown: what these rows have that training rows lack.
         split: valid or test.
         comparison: of rankings, where there are any.
         k: the cut-off to compare rankings by.
     """
-    trainer = state["config"].get("trainer", {})
+    settings = state["config"]
+    trainer = settings.get("trainer", {})
+    only_positives = settings.get("data", {}).get("task", "implicit") == "implicit"
     of_rows = trainer.get("loss", "bce") == "bce"  # other losses give no probabilities
     monitor = state["trainer"].get("monitor") or ("log_loss" if of_rows else f"ndcg@{k}")
     return [
-        *(ranking_verdicts(comparison, k) if comparison else []),
+        *(ranking_verdicts(comparison, k, ranking_advice(settings)) if comparison else []),
         *(row_verdicts(rows, split, comparison is not None) if of_rows else []),
-        *training_verdicts(validations, state["step"], monitor),
+        *unknown_verdicts(unknown, split, only_positives),
+        *training_verdicts(validations, state["step"], monitor, trainer),
     ]

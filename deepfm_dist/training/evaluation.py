@@ -14,6 +14,7 @@ from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.held_out import SplitReader
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.fields import upper_bits
+from deepfm_dist.data.jagged import Int64Array, Jagged, Values
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities, score_rows
 from deepfm_dist.distributed.process_group import World
@@ -37,16 +38,33 @@ _Records = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """Held-out rows whose users, items or values have no embedding of their own.
+
+    Attributes:
+        n: rows that were looked at: the positives where negatives are sampled (from known items),
+            else all.
+        rows: by "user", "item" and context field, how many of these have no known value: one that
+            training rows lack, one below ``min_count``, or none.
+    """
+
+    n: int
+    rows: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Measured:
     """A model's figures on held-out rows.
 
     Attributes:
         figures: auc, user_auc where rows have users, and `figures_of`.
         calibration: predicted against observed probabilities.
+        unknown: what the rows have that training rows lack.
     """
 
     figures: dict[str, float]
     calibration: Calibration
+    unknown: Unknown
 
 
 class RowEvaluator:
@@ -64,6 +82,10 @@ class RowEvaluator:
         self._reader = SplitReader(dataset, split)
         self._collate = Collator(dataset)
         self._n_users = dataset.manifest.entities.get("user", 0)
+        self._only_positives = dataset.manifest.data.task == "implicit"
+        of_rows = (f for f in dataset.manifest.categorical if f.entity == "context")
+        self._fields = [f.name for f in of_rows if f.has_vocabulary]
+        self._fields = [*dataset.manifest.entities, *self._fields]
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
         """The figures of `measured`, on rank 0; empty elsewhere. All ranks."""
@@ -86,9 +108,11 @@ class RowEvaluator:
 
         with tempfile.TemporaryFile() as file:
             sums = []  # by block, and in the order of blocks: the same at any world size
+            unknown = np.zeros(1 + len(self._fields), np.int64)
             for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collated):
                 assert block.labels is not None
                 sums.append(row_sums(block.labels, logits, block.weights))
+                unknown += self._count_unknown(block)
                 scored = np.ones(len(logits), _RECORD)
                 scored["logit"], scored["label"] = logits, block.labels
                 if block.weights is not None:
@@ -103,11 +127,34 @@ class RowEvaluator:
             figures = {"auc": area}
             if self._n_users:
                 figures["user_auc"] = _user_auc(records, self._n_users, world)
+        world.sum(torch.from_numpy(unknown))
         gathered = world.gather_object(sums)
         if gathered is None:
             return None
         figures |= figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
-        return Measured(figures, calibration_curve(bins))
+        n, *rows = unknown.tolist()
+        unknown_rows = dict(zip(self._fields, rows, strict=True))
+        return Measured(figures, calibration_curve(bins), Unknown(n, unknown_rows))
+
+    def _count_unknown(self, block: Rows) -> Int64Array:
+        """``[1 + fields]`` int64: rows that count, and those of them without a known value."""
+        counts = np.ones(block.n, bool)
+        if self._only_positives:
+            assert block.labels is not None
+            counts = block.labels > 0.5
+        values = {"user": block.users, "item": block.items} | dict(block.context)
+        rows = [counts, *(counts & _has_no_known_value(values[name]) for name in self._fields)]
+        return np.array([of_field.sum() for of_field in rows], np.int64)
+
+
+def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:
+    """``[n]``, where row 0 of a table stands for what training rows lack."""
+    assert column is not None
+    if not isinstance(column, Jagged):
+        return np.asarray(column == OUT_OF_VOCABULARY)
+    owner = np.repeat(np.arange(len(column)), column.lengths)
+    known = np.bincount(owner[column.values != OUT_OF_VOCABULARY], minlength=len(column))
+    return np.asarray(known == 0)
 
 
 def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:

@@ -248,9 +248,9 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for name in SPLITS[1:]:
         if manifest.splits[name].rows == 0 and not manifest.data.refit:
             _report_empty(manifest.data, name)
-    sizes = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.splits.items())
+    sizes = "; ".join(f"{name} {manifest.composition(name)}" for name in SPLITS)
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
-    log.info("%s: rows %s; tables %s (%.1f s)", folder, sizes, tables, seconds)
+    log.info("%s: rows: %s; tables: %s (%.1f s)", folder, sizes, tables, seconds)
 
 
 def _report_empty(data: DataConfig, name: str) -> None:
