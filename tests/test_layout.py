@@ -16,7 +16,7 @@ import yaml
 from deepfm_dist.data.batches.held_out import SplitReader
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.layout import Layout
+from deepfm_dist.data.layout import DatasetFiles
 from deepfm_dist.data.preparation import writing
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
@@ -293,7 +293,7 @@ def test_no_id_beyond_its_table_is_read(
 def test_what_we_write_is_laid_out_as_it_has_to_be(
     sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Layout(sample.folder, sample.manifest).check_everything()
+    DatasetFiles(sample.folder, sample.manifest).check_everything()
     monkeypatch.setattr("deepfm_dist.data.preparation.job.PARTITION_BYTES", 500)
     monkeypatch.setattr(writing, "LANE_WINDOW_ROWS", 100)
     lines = [
@@ -315,10 +315,10 @@ def test_what_we_write_is_laid_out_as_it_has_to_be(
     }
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
     assert manifest.files > 5
-    Layout(tmp_path / "d", manifest).check_everything()
+    DatasetFiles(tmp_path / "d", manifest).check_everything()
     shutil.rmtree(tmp_path / "d" / "valid")
     with pytest.raises(DataError, match="valid"):
-        Layout(tmp_path / "d", manifest).check_everything()
+        DatasetFiles(tmp_path / "d", manifest).check_everything()
 
 
 def test_fields_of_every_kind_are_laid_out_as_they_have_to_be(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_fields_of_every_kind_are_laid_out_as_they_have_to_be(tmp_path: Path) ->
         "negatives": {"per_positive": 1, "evaluation_per_positive": 1},
     }
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", 1)
-    Layout(tmp_path / "d", manifest).check_everything()
+    DatasetFiles(tmp_path / "d", manifest).check_everything()
     PreparedDataset(tmp_path / "d")
 
 
@@ -352,12 +352,12 @@ def test_a_byte_that_has_changed_is_never_read_as_another_number(
 ) -> None:
     shutil.copytree(sample.folder, tmp_path / "d")
     for name in ("train/part-00000.parquet", "entities/user.parquet", "vocabulary/item.parquet"):
-        path, whole = tmp_path / "d" / name, sample.layout.read(name)
+        path, whole = tmp_path / "d" / name, sample.files.read(name)
         data, noticed = path.read_bytes(), 0
         for place in np.linspace(4, len(data) - 1, 60).astype(int):
             path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
             try:
-                assert PreparedDataset(tmp_path / "d").layout.read(name).equals(whole)
+                assert PreparedDataset(tmp_path / "d").files.read(name).equals(whole)
             except DataError as error:
                 assert f"{name}: missing or damaged" in str(error)
                 noticed += 1

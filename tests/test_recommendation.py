@@ -79,7 +79,7 @@ def frame_of(out: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def whole(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every user's unseen items, all of them."""
     out = tmp_path_factory.mktemp("whole")
     run_alone(_recommended, sample.folder, SETTINGS, RecommendConfig(k=400), out)

@@ -21,7 +21,7 @@ from deepfm_dist.data.jagged import (
     mapped_values,
     union,
 )
-from deepfm_dist.data.layout import HISTORY, SEEN, Layout
+from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
@@ -74,23 +74,25 @@ class PreparedDataset:
     def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self.layout = Layout(folder, self.manifest)
-        self.layout.check_sizes()
+        self.files = DatasetFiles(folder, self.manifest)
+        self.files.check_sizes()
         wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
         self.memory_bytes = wanted
 
     def row_columns(self, split: str) -> list[str]:
         """What the model and the sampler need of a split's rows."""
-        present = self.layout.open(f"{split}/part-00000.parquet").schema_arrow.names
+        present = self.files.open(f"{split}/part-00000.parquet").schema_arrow.names
         of_rows = [f.name for f in self.manifest.features if f.entity == "context"]
-        return [n for n in ("user", "item", "label", "weight", "drawer", *of_rows) if n in present]
+        return [
+            n for n in ("user", "item", "label", "weight", NEGATIVE_USER, *of_rows) if n in present
+        ]
 
     def columns(self, split: str, names: list[str]) -> dict[str, Values]:
         """Some columns of all rows of train, valid or test."""
         files = range(self.manifest.files)
         tables = [self._read(f"{split}/part-{p:05d}.parquet", names) for p in files]
         table = pa.concat_tables(tables)
-        self.layout.agree(split, "rows", table.num_rows, self.manifest.splits[split].rows)
+        self.files.agree(split, "rows", table.num_rows, self.manifest.splits[split].rows)
         return {name: from_arrow(table[name]) for name in names}
 
     def rows(self, split: str) -> Rows:
@@ -111,7 +113,7 @@ class PreparedDataset:
             ]
             if of_entity:
                 path = f"entities/{name}.parquet"
-                kinds = self.layout.open(path).schema_arrow
+                kinds = self.files.open(path).schema_arrow
                 for f in of_entity:
                     if pa.types.is_list(kinds.field(f.name).type):
                         fields[f.name] = self._mapped_if_large(name, [f.name], _as_it_is)
@@ -169,7 +171,7 @@ class PreparedDataset:
 
         Returns:
             Row r: distinct items, ascending, from 0 (row - 1), of user r; behind the users, of
-            those without a row (`column drawer` of the training rows).
+            those without a row (see `layout.NEGATIVE_USER`).
         """
         splits = ("train", "valid", "test") if held_out else ("train",)
         names = [name for split in splits for name in SEEN[split]]
@@ -206,7 +208,7 @@ class PreparedDataset:
         Every rank of a machine maps the same pages, where otherwise each would hold a copy.
         """
         name = f"entities/{entity}.parquet"
-        with self.layout.open(name) as file:
+        with self.files.open(name) as file:
             groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
             schema = file.metadata.schema
             leaves = [
@@ -226,7 +228,7 @@ class PreparedDataset:
 
         parts = "-".join((entity, *columns, change.__name__))
         found = mapped(self.folder / "mapped" / parts, pieces)
-        self.layout.check_current()
+        self.files.check_current()
         return found
 
     def _values_mapped_if_large(self, entity: str, column: str) -> Values:
@@ -241,24 +243,24 @@ class PreparedDataset:
                 yield self.read_group(name, g, [column])[column].to_numpy()
 
         found = mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
-        self.layout.check_current()
+        self.files.check_current()
         return found
 
     def group_rows(self, name: str) -> list[int]:
         """Rows of each row group of a file."""
-        metadata = self.layout.open(name).metadata
+        metadata = self.files.open(name).metadata
         return [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
 
     def read_group(self, name: str, group: int, columns: list[str]) -> pa.Table:
         """Some columns of a row group."""
         try:
-            table = self.layout.open(name).read_row_group(group, columns)
+            table = self.files.open(name).read_row_group(group, columns)
         except (OSError, pa.ArrowInvalid) as error:
-            raise self.layout.damaged(name, error) from None
-        return self.layout.check(name, table)
+            raise self.files.damaged(name, error) from None
+        return self.files.check(name, table)
 
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return self.layout.read(name, columns)
+        return self.files.read(name, columns)
 
 
 def _as_it_is(bags: list[Jagged]) -> Jagged:

@@ -29,6 +29,9 @@ SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("se
 """By split, the columns of the user table that together hold the items of a user's rows there.
 ``history`` has the training positives, and the others what else was seen."""
 LISTS = tuple(name for names in SEEN.values() for name in names)
+NEGATIVE_USER = "drawer"
+"""Column of the training rows: whose items a row's sampled negatives avoid, where users without a
+row of their own share row 0."""
 _Columns = Mapping[str, tuple[pa.DataType, float, float]]
 """Of each: its type, its least value, and the least value that is too large."""
 _INT32S = pa.list_(pa.int32())
@@ -39,7 +42,7 @@ _HELD_FILES = 128
 """That a process keeps open; some systems allow it 256."""
 
 
-class Layout:
+class DatasetFiles:
     """Checks the files of a prepared dataset.
 
     Args:
@@ -238,7 +241,7 @@ class Layout:
             columns["label"] = (pa.float32(), 0, 1.5)
         if kind == "train" and self._has_rare:
             rare = self._height("entities/rare.parquet")
-            columns["drawer"] = (pa.int32(), 0, manifest.entities["user"] + rare)
+            columns[NEGATIVE_USER] = (pa.int32(), 0, manifest.entities["user"] + rare)
         if manifest.data.interactions.weight is not None:
             columns["weight"] = (pa.float32(), np.nextafter(np.float32(0), np.float32(1)), np.inf)
         for feature in manifest.features:

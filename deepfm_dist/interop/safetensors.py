@@ -236,10 +236,10 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
         (target / part).mkdir()
     for name in dataset.manifest.vocabularies:
         file = f"vocabulary/{name}.parquet"
-        dataset.layout.open(file)
+        dataset.files.open(file)
         shutil.copyfile(dataset.folder / file, target / file)
     for name in dataset.manifest.entities:
-        source = dataset.layout.open(f"entities/{name}.parquet")
+        source = dataset.files.open(f"entities/{name}.parquet")
         of_entity = [
             f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
         ]
@@ -248,4 +248,4 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in source.iter_batches(columns=schema.names):
                 writer.write_batch(batch.select(schema.names))
-    dataset.layout.check_current()
+    dataset.files.check_current()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
-from deepfm_dist.data.batches.histories import DrawnHistories
+from deepfm_dist.data.batches.histories import HistorySampler
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values
 from deepfm_dist.distributed.process_group import World
@@ -54,8 +54,8 @@ class SideEncoder:
         )
 
     @cached_property
-    def _drawn(self) -> DrawnHistories:
-        return DrawnHistories(self._dataset)
+    def _drawn(self) -> HistorySampler:
+        return HistorySampler(self._dataset)
 
     @torch.no_grad()
     def users(
@@ -71,7 +71,7 @@ class SideEncoder:
         known, bags = rows, None
         if histories is not None:
             known = np.full(len(rows), ABSENT, np.int32)
-            bags = self._drawn.whole(rows, histories)
+            bags = self._drawn.full(rows, histories)
         context_rows = np.zeros(len(rows), np.int32)
         batch = self._collate(known, None, self._context, context_rows, bags=bags)
         return self._sides("user", batch, block)

@@ -9,7 +9,7 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batches.batch import Batch
-from deepfm_dist.data.batches.histories import Bags, DrawnHistories
+from deepfm_dist.data.batches.histories import Bags, HistorySampler
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values, offsets_of
 from deepfm_dist.data.schema import Feature
@@ -27,7 +27,7 @@ class Collator:
         self._categorical, self._dense = manifest.categorical, manifest.dense
         self._fields = dataset.entity_fields
         self._source_of = manifest.data.source_of
-        self._histories = DrawnHistories(dataset) if manifest.has_history else None
+        self._histories = HistorySampler(dataset) if manifest.has_history else None
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class Collator:
         }
         lengths, values = [], []
         if self._histories is not None and bags is None:
-            bags = self._histories.whole(index["user"])
+            bags = self._histories.full(index["user"])
         for feature in self._categorical:
             if feature.history is not None:
                 assert bags is not None

@@ -61,7 +61,7 @@ def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
     return (running[ends] - running[ends - lengths]).astype(np.int32), values[flags]
 
 
-class DrawnHistories:
+class HistorySampler:
     """The bags of items that history fields are of.
 
     Args:
@@ -75,7 +75,7 @@ class DrawnHistories:
         self._history, self._seed = dataset.history, seed
         self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
 
-    def whole(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
+    def full(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
         """All of the users' items, or ``max_length`` of them, always the same ones.
 
         Args:
@@ -89,7 +89,9 @@ class DrawnHistories:
         cut = kept_in_bags(history, users, users, self._fixed_seed, max_length=self.max_length)
         return chosen(items, cut)
 
-    def beside(self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int) -> Bags:
+    def excluding_target(
+        self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int
+    ) -> Bags:
         """What rows see in training: their users' items but the row's own, thinned out.
 
         Args:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, joined, taken
-from deepfm_dist.data.layout import Layout
+from deepfm_dist.data.layout import DatasetFiles
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.seeding import derive_seed, permute, permuted_range
 
@@ -55,7 +55,7 @@ def consumed(rows: int, lanes: int, copies: int, total: int) -> Int64Array:
 
 
 @dataclass(frozen=True)
-class Taken:
+class SelectedRows:
     """Some rows of a batch.
 
     Attributes:
@@ -84,7 +84,7 @@ class Lanes:
     """The training rows as lanes; holds the groups in use, and reads ahead.
 
     Args:
-        layout: opens the files of the prepared dataset.
+        files: opens the files of the prepared dataset.
         manifest: of it.
         columns: which to read.
         copies: times that each row comes: once, and once for each negative.
@@ -98,7 +98,7 @@ class Lanes:
 
     def __init__(
         self,
-        layout: Layout,
+        files: DatasetFiles,
         manifest: Manifest,
         columns: list[str],
         copies: int,
@@ -110,7 +110,7 @@ class Lanes:
         self._rows = manifest.splits["train"].rows
         self._cuts = manifest.cuts
         self._per_lane = manifest.groups // manifest.lanes
-        self._files = _GroupFiles(layout, manifest, columns)
+        self._files = _GroupFiles(files, manifest, columns)
         height = int(np.diff(self._cuts).max())
         least = max(1, int(np.diff(self._cuts).min()) * copies)
         # Groups of a lane that one batch may need: the one it leaves, some inside, one it enters.
@@ -139,7 +139,7 @@ class Lanes:
             else:
                 self._columns[name] = np.zeros(size * self._height, values.dtype)
 
-    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> Taken:
+    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> SelectedRows:
         """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
         before = consumed(self._rows, self._lanes, self._copies, begin)
         after = consumed(self._rows, self._lanes, self._copies, end)
@@ -154,14 +154,16 @@ class Lanes:
         ]
         if len(parts) == 1:
             return parts[0]
-        return Taken(
+        return SelectedRows(
             {name: joined([p.columns[name] for p in parts]) for name in parts[0].columns},
             np.arange(last - first),
             np.concatenate([p.row for p in parts]),
             np.concatenate([p.slot for p in parts]),
         )
 
-    def _of_lanes(self, epoch: int, lanes: Int64Array, low: Int64Array, high: Int64Array) -> Taken:
+    def _of_lanes(
+        self, epoch: int, lanes: Int64Array, low: Int64Array, high: Int64Array
+    ) -> SelectedRows:
         """Rows ``low[l]`` to ``high[l]`` of the streams of no more lanes than there is room for."""
         pieces = [
             piece
@@ -175,7 +177,7 @@ class Lanes:
         for name, bags in self._lists.items():
             columns[name] = self._bags(bags, table, index)
         self._read_ahead(epoch, table)
-        return Taken(columns, np.arange(total), row, slot)
+        return SelectedRows(columns, np.arange(total), row, slot)
 
     def _pieces(
         self, epoch: int, lane: int, low: int, high: int
@@ -283,8 +285,8 @@ def _gather(
 class _GroupFiles:
     """The files of the training rows, read by row number."""
 
-    def __init__(self, layout: Layout, manifest: Manifest, columns: list[str]) -> None:
-        self._layout, self._columns = layout, columns
+    def __init__(self, files: DatasetFiles, manifest: Manifest, columns: list[str]) -> None:
+        self._dataset, self._columns = files, columns
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._one_at_a_time = Lock()  # Arrow's reader of a file is not for two threads
         of_groups: list[tuple[int, int, int]] = []
@@ -295,14 +297,14 @@ class _GroupFiles:
             ]
         self._groups = of_groups
         self._ends = np.cumsum([n for *_, n in of_groups])
-        self._layout.agree("train", "rows", int(self._ends[-1]), manifest.splits["train"].rows)
+        self._dataset.agree("train", "rows", int(self._ends[-1]), manifest.splits["train"].rows)
         if not np.isin(manifest.cuts, [0, *self._ends]).all():
-            raise self._layout.wrong("train", "a row group crosses a cut")
+            raise self._dataset.wrong("train", "a row group crosses a cut")
         self._schema = self._file(0).schema_arrow
 
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
-            self._open[number] = self._layout.open(_name(number))
+            self._open[number] = self._dataset.open(_name(number))
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
@@ -322,8 +324,8 @@ class _GroupFiles:
         try:
             table = self._file(number).read_row_group(group, self._columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            raise self._layout.damaged(_name(number), error) from None
-        return self._layout.check(_name(number), table)
+            raise self._dataset.damaged(_name(number), error) from None
+        return self._dataset.check(_name(number), table)
 
 
 def _name(number: int) -> str:

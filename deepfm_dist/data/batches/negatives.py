@@ -14,7 +14,7 @@ from deepfm_dist.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 
-class Negatives:
+class NegativeSampler:
     """Draws the negatives of training rows, as the configuration says.
 
     Args:
@@ -59,7 +59,7 @@ class Negatives:
         items: Int32Array,
         rows: Int64Array,
         slots: Int64Array,
-        drawers: Int32Array,
+        negative_users: Int32Array,
         epoch: int,
     ) -> None:
         """Overwrites items, rows of the item table, with the negatives of an epoch.
@@ -68,14 +68,14 @@ class Negatives:
             items: ``[m]``; those with slot 0 stay, and those that are `absent`.
             rows: ``[m]`` training rows.
             slots: ``[m]`` which of a row's negatives, from 1.
-            drawers: ``[m]`` whose negatives.
+            negative_users: ``[m]`` whose negatives.
             epoch: from 0.
         """
         put_negatives(
             items,
             rows,
             slots,
-            drawers,
+            negative_users,
             self._spec.per_positive,
             self._seen,
             self._n_items,
@@ -84,8 +84,10 @@ class Negatives:
             first_item=1,
         )
 
-    def absent(self, slots: Int64Array, drawers: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    def absent(
+        self, slots: Int64Array, negative_users: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.bool_]:
         """``[m]`` bool: which rows stand for a negative that does not exist; see `put`."""
         if self._n_unseen is None:
             return np.zeros(len(slots), bool)
-        return slots > self._n_unseen[drawers]
+        return slots > self._n_unseen[negative_users]

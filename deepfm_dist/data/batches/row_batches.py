@@ -7,12 +7,13 @@ import numpy as np
 
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
-from deepfm_dist.data.batches.histories import DrawnHistories, chosen
-from deepfm_dist.data.batches.lanes import Lanes, Taken
-from deepfm_dist.data.batches.negatives import Negatives
+from deepfm_dist.data.batches.histories import HistorySampler, chosen
+from deepfm_dist.data.batches.lanes import Lanes, SelectedRows
+from deepfm_dist.data.batches.negatives import NegativeSampler
 from deepfm_dist.data.batches.prefetch import read_ahead
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Values, taken
+from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed, permuted_range
 
@@ -54,8 +55,8 @@ class TrainingBatches:
         manifest = dataset.manifest
         self._collate = Collator(dataset)
         self._seed = seed
-        self._negatives = Negatives(dataset, seed) if manifest.sampled else None
-        self._histories = DrawnHistories(dataset, seed) if manifest.has_history else None
+        self._negatives = NegativeSampler(dataset, seed) if manifest.sampled else None
+        self._histories = HistorySampler(dataset, seed) if manifest.has_history else None
         copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
@@ -69,15 +70,15 @@ class TrainingBatches:
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
         self._first = rank * self.local_batch_size
         columns = dataset.row_columns("train")
-        self._source: InMemory | Lanes
+        self._source: InMemoryRows | Lanes
         self.threads = threads
         if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
-            self._source = InMemory(dataset.columns("train", columns), copies, seed)
+            self._source = InMemoryRows(dataset.columns("train", columns), copies, seed)
         else:
             self.threads = min(threads, 1)  # lanes are read in order
             share = self.local_batch_size / self.batch_size
             self._source = Lanes(
-                dataset.layout, manifest, columns, copies, share, self.batch_size, seed
+                dataset.files, manifest, columns, copies, share, self.batch_size, seed
             )
 
     def batch(self, step: int) -> Batch:
@@ -90,10 +91,10 @@ class TrainingBatches:
         taken_rows = self._source.take(epoch, begin, end, first, last)
         return self._collated(taken_rows, epoch, float(end - begin))
 
-    def _collated(self, found: Taken, epoch: int, global_weight: float) -> Batch:
+    def _collated(self, found: SelectedRows, epoch: int, global_weight: float) -> Batch:
         index, columns = found.index, found.columns
-        users, labels, drawers = (
-            _picked(columns.get(name), index) for name in ("user", "label", "drawer")
+        users, labels, negative_users = (
+            _picked(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
         )
         if labels is None or self._negatives is not None:  # slot 0 is the positive
             labels = (found.slot == 0).astype(np.float32)
@@ -102,21 +103,21 @@ class TrainingBatches:
             items = _picked(columns.get("item"), index)
         if self._histories is not None:
             assert users is not None and items is not None
-            lengths, values = self._histories.beside(users, items, found.row, epoch)
+            lengths, values = self._histories.excluding_target(users, items, found.row, epoch)
             bags = padded(lengths, self.local_batch_size, 0), values
         if self._negatives is not None:
             assert users is not None
-            drawers = users if drawers is None else drawers
+            negative_users = users if negative_users is None else negative_users
             if items is None:  # only those that no negative takes the place of
                 positive = np.flatnonzero(found.slot == 0)
                 items = np.empty(len(index), np.int32)
                 items[positive] = _picked(columns["item"], index[positive])
-            self._negatives.put(items, found.row, found.slot, drawers, epoch)
+            self._negatives.put(items, found.row, found.slot, negative_users, epoch)
         weights = _picked(columns.get("weight"), index)
         context_rows = index
         if self._negatives is not None and self._negatives.some_are_short:
-            assert users is not None and items is not None and drawers is not None
-            absent = self._negatives.absent(found.slot, drawers)
+            assert users is not None and items is not None and negative_users is not None
+            absent = self._negatives.absent(found.slot, negative_users)
             users, items = np.where(absent, ABSENT, users), np.where(absent, ABSENT, items)
             context_rows = np.where(absent, ABSENT, index)
             weights = np.where(absent, np.float32(0), 1 if weights is None else weights)
@@ -140,7 +141,7 @@ class TrainingBatches:
         return read_ahead(self.batch, first, last, self.threads)
 
 
-class InMemory:
+class InMemoryRows:
     """All training rows, shuffled as a whole in every epoch.
 
     Args:
@@ -153,12 +154,12 @@ class InMemory:
         self._columns, self._copies, self._seed = columns, copies, seed
         self._n = len(next(iter(columns.values()))) * copies
 
-    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> Taken:
+    def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> SelectedRows:
         """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
         order = derive_seed(self._seed, "order", epoch)
         virtual = permuted_range(begin + first, begin + last, self._n, order)
         rows = virtual // self._copies
-        return Taken(self._columns, rows, rows, virtual - rows * self._copies)
+        return SelectedRows(self._columns, rows, rows, virtual - rows * self._copies)
 
 
 def _picked(values: Values | None, index: Int64Array) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from deepfm_dist.data.batches.batch import UserBatch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
-from deepfm_dist.data.batches.histories import Bags, DrawnHistories, chosen, kept_in_bags
+from deepfm_dist.data.batches.histories import Bags, HistorySampler, chosen, kept_in_bags
 from deepfm_dist.data.batches.prefetch import read_ahead
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
@@ -70,7 +70,7 @@ class UserBatches:
         _check(dataset)
         self._collate, self._history = Collator(dataset), dataset.history
         self._seen = dataset.seen(manifest.data.negatives.avoid == "all")
-        self._drawn = DrawnHistories(dataset, seed) if manifest.has_history else None
+        self._drawn = HistorySampler(dataset, seed) if manifest.has_history else None
         self._seed, self._candidates, self.threads = seed, candidates, threads
         self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
         if n_rare := len(dataset.rare_history.values):

@@ -21,19 +21,19 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.manifest import SPLITS, TEST, TRAIN, VALID
 from deepfm_dist.data.moments import Moments
-from deepfm_dist.data.preparation.job import OPEN, Job, of_entity
+from deepfm_dist.data.preparation.job import OPEN, Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
-from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import (
     Bound,
-    Keyed,
-    Parts,
-    bounds_of,
-    parts_by_time,
-    split_at,
+    SortKeys,
+    SplitIds,
+    count_tied_users,
+    split_at_bounds,
+    split_bounds,
     split_by_user,
-    tied_cuts,
+    splits_by_time,
 )
 from deepfm_dist.data.schema import Feature, label_of
 from deepfm_dist.errors import DataError
@@ -63,7 +63,7 @@ class EntityValues:
     differ: npt.NDArray[np.bool_]
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls,
         entities: Int32Array,
         times: Int64Array,
@@ -83,7 +83,7 @@ class EntityValues:
     def merged(cls, pieces: Sequence["EntityValues"], n: int) -> "EntityValues":
         """The latest of each entity over all pieces."""
         entity = np.concatenate([p.entity for p in pieces])
-        found = cls.of_rows(
+        found = cls.from_rows(
             entity,
             np.concatenate([p.time for p in pieces]),
             np.concatenate([p.word for p in pieces]),
@@ -150,13 +150,13 @@ class Counts:
     empty: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def none(cls, job: Job, partitions: Partitions) -> "Counts":
+    def zeros(cls, job: Job, partitions: Partitions) -> "Counts":
         """Nothing counted yet."""
         context = [f for f in job.row_fields if f.entity == "context"]
         tables, liked = job.crew.broadcast(
             (
                 {name: np.zeros(len(ids), np.int64) for name, ids in partitions.ids.items()},
-                np.zeros(len(partitions.ids.get(of_entity("item"), ())), np.int64),
+                np.zeros(len(partitions.ids.get(entity_key("item"), ())), np.int64),
             )
             if job.crew.is_first
             else None
@@ -166,17 +166,19 @@ class Counts:
             liked=liked,
             numeric={f.name: NumericFit(f) for f in context if f.kind == "numeric"},
             of_entities={},
-            rows=np.zeros((job.n_parts, len(SPLITS)), np.int64),
-            positives=np.zeros((job.n_parts, len(SPLITS)), np.int64),
+            rows=np.zeros((job.n_partitions, len(SPLITS)), np.int64),
+            positives=np.zeros((job.n_partitions, len(SPLITS)), np.int64),
             weights=Moments(),
         )
 
-    def add(self, job: Job, partitions: Partitions, p: int, part: Part, parts: Parts) -> None:
+    def add(
+        self, job: Job, partitions: Partitions, p: int, part: PartitionRows, parts: SplitIds
+    ) -> None:
         """Counts a partition in, whose rows go where ``parts`` says."""
         words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
         for name in job.entities:
-            self._count(job, self.tables[of_entity(name)], part[name][at])
+            self._count(job, self.tables[entity_key(name)], part[name][at])
         if "item" in part:
             self._count(job, self.liked, part["item"][at[part["label"][at] == 1]])
         for feature in job.row_fields:
@@ -184,11 +186,11 @@ class Counts:
             if feature.entity == "context":
                 self.empty[feature.name] += len(at) - int(has_value(values).sum())
             if feature.entity != "context":
-                n = len(self.tables[of_entity(feature.entity)])
+                n = len(self.tables[entity_key(feature.entity)])
                 hashes = partitions.hashes(feature.table_name) if feature.has_vocabulary else None
                 words = seeded(words_of(values, hashes), words_seed)
                 times = part["time"][at] if "time" in part else np.zeros(len(at), np.int64)
-                found = EntityValues.of_rows(part[feature.entity][at], times, words, values, n)
+                found = EntityValues.from_rows(part[feature.entity][at], times, words, values, n)
                 if (before := self.of_entities.get(feature.name)) is not None:
                     found = EntityValues.merged([before, found], n)
                 self.of_entities[feature.name] = found
@@ -215,20 +217,20 @@ class Counts:
         """Of the training rows."""
         return self.weights.mean if self.weights.n else 1.0
 
-    def of_all(self, job: Job) -> "Counts":
-        """What all ranks counted. All ranks."""
+    def combined(self, job: Job) -> "Counts":
+        """What all ranks counted. All threads."""
         crew, entity_of = job.crew, {f.name: f.entity for f in job.row_fields}
         others = (self.weights, self.numeric, self.of_entities, self.repeated, self.low, self.empty)
         weights, numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
-        names = list(dict.fromkeys(name for of_rank in of_entities for name in of_rank))
+        names = list(dict.fromkeys(name for from_thread in of_entities for name in from_thread))
         return Counts(
             self.tables,
             self.liked,
             {n: sum((f[n] for f in numeric[1:]), numeric[0][n]) for n in self.numeric},
             {
                 name: EntityValues.merged(
-                    [of_rank[name] for of_rank in of_entities if name in of_rank],
-                    len(self.tables[of_entity(entity_of[name])]),
+                    [from_thread[name] for from_thread in of_entities if name in from_thread],
+                    len(self.tables[entity_key(entity_of[name])]),
                 )
                 for name in names
             },
@@ -242,7 +244,7 @@ class Counts:
 
 
 def split_and_count(job: Job, partitions: Partitions) -> Counts:
-    """Says where each row belongs, before anything is fitted, and counts training rows. All ranks.
+    """Splits all rows before anything is fitted, and counts training rows. All threads.
 
     Each partition's rows get ``[n]`` int8, kept as ``parts``, and those that are only seen, as
     ``low parts``: they go where a positive of their time, or of their share, would go.
@@ -254,55 +256,55 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     per_user = job.data.negatives.fixed_per_user or 0
     timed = split.method in ("temporal", "leave_last")
 
-    def keyed(part: Part) -> Keyed:
+    def keyed(part: PartitionRows) -> SortKeys:
         """What the rows that are still open are ordered by: a hash, or the time."""
         at = np.flatnonzero(part["given"] == OPEN)
         if split.method == "temporal":
             return part["time"][at], part["key"][at]
         return (part["time" if timed else "key"][at],)
 
-    def all_keyed() -> Iterator[Keyed]:
-        for p in job.mine:
-            yield tuple(partitions.kept(p, f"split key {k}") for k in range(n_keys))
+    def all_keyed() -> Iterator[SortKeys]:
+        for p in job.own_partitions:
+            yield tuple(partitions.load_array(p, f"split key {k}") for k in range(n_keys))
 
     bounds, n_keys = None, 2 if timed else 1
     if split.method in ("random", "temporal") and not job.data.refit:
-        for p in job.mine:
+        for p in job.own_partitions:
             for k, keys in enumerate(keyed(partitions.load(p))):
-                partitions.keep(p, f"split key {k}", keys)
+                partitions.save_array(p, f"split key {k}", keys)
         n = int(job.crew.add_up(np.array([sum(len(keys[0]) for keys in all_keyed())]))[0])
         if n:
-            bounds = bounds_of(split, n, all_keyed, job.crew.add_up, n_keys)
+            bounds = split_bounds(split, n, all_keyed, job.crew.add_up, n_keys)
 
-    def parts_of(part: Part, p: int, positives: Part | None = None) -> Parts:
+    def parts_of(part: PartitionRows, p: int, positives: PartitionRows | None = None) -> SplitIds:
         """Where rows go; those that are only seen, as their users' positives say."""
         parts = part["given"].copy()
         at = np.flatnonzero(parts == OPEN)
         if job.data.refit:
             parts[:] = TRAIN
         elif len(at) and bounds is not None:
-            parts[at] = split_at(keyed(part), bounds)
+            parts[at] = split_at_bounds(keyed(part), bounds)
         elif len(at) and split.method == "leave_last" and positives is not None:
-            held_out = partitions.kept(p, "parts"), positives["local"], positives["time"]
+            held_out = partitions.load_array(p, "parts"), positives["local"], positives["time"]
             n_users = len(partitions.users(p))
-            parts[at] = parts_by_time(*held_out, part["local"][at], part["time"][at], n_users)
+            parts[at] = splits_by_time(*held_out, part["local"][at], part["time"][at], n_users)
         elif len(at):
             parts[at] = split_by_user(
                 split, part["local"][at], len(partitions.users(p)), keyed(part)[0]
             )
         return parts
 
-    counts = Counts.none(job, partitions)
+    counts = Counts.zeros(job, partitions)
     tied_users = held_out_users = 0
-    for p in job.mine:
+    for p in job.own_partitions:
         part = partitions.load(p)
         parts = parts_of(part, p)
-        partitions.keep(p, "parts", parts)
+        partitions.save_array(p, "parts", parts)
         if part.low is not None:
-            partitions.keep(p, "low parts", parts_of(part.low, p, part))
+            partitions.save_array(p, "low parts", parts_of(part.low, p, part))
         if split.method == "leave_last":
             is_open = part["given"] == OPEN
-            tied, held_out = tied_cuts(
+            tied, held_out = count_tied_users(
                 parts[is_open], part["local"][is_open], part["time"][is_open]
             )
             tied_users, held_out_users = tied_users + tied, held_out_users + held_out
@@ -310,7 +312,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
         rule, per = job.data.repeated, f"negatives.fixed_per_user={per_user}"
         job.note(f"(user, item) pairs whose rows are equal by repeated={rule}", part.tied)
         job.note(f"users with fewer than {per} unseen items", part.short)
-    counts = counts.of_all(job)
+    counts = counts.combined(job)
     _note_ties(job, tied_users, held_out_users, bounds, all_keyed)
     if job.crew.is_first:
         job.drop("repeated (user, item) rows", counts.repeated)
@@ -333,9 +335,9 @@ def _note_ties(
     tied_users: int,
     held_out_users: int,
     bounds: tuple[Bound, Bound] | None,
-    all_keyed: Callable[[], Iterable[Keyed]],
+    all_keyed: Callable[[], Iterable[SortKeys]],
 ) -> None:
-    """Counts what equal times left to the hash of the rows' cells. All ranks."""
+    """Counts what equal times left to the hash of the rows' cells. All threads."""
     if job.data.split.method == "leave_last":
         tied_users, held_out_users = job.crew.add_up(np.array([tied_users, held_out_users]))
         if tied_users and job.crew.is_first:
@@ -347,7 +349,7 @@ def _note_ties(
                 continue
             at_bound = [keyed[0] == bound[0] for keyed in all_keyed()]
             below = [
-                same & (split_at(keyed, bounds) < part)
+                same & (split_at_bounds(keyed, bounds) < part)
                 for same, keyed in zip(at_bound, all_keyed(), strict=True)
             ]
             n, n_below = (sum(int(rows.sum()) for rows in pieces) for pieces in (at_bound, below))

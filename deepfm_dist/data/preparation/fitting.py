@@ -19,10 +19,10 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
-from deepfm_dist.data.layout import Layout
+from deepfm_dist.data.layout import DatasetFiles
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
-from deepfm_dist.data.preparation.job import Job, of_entity
+from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import words_of
 from deepfm_dist.data.schema import Feature, Files, label_of
@@ -42,7 +42,7 @@ _NO_IDS = pa.array(
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What rank 0 fits and all need to write rows.
 
     Attributes:
@@ -67,7 +67,7 @@ class Fitted:
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
 
 
-class Earlier:
+class PreviousDataset:
     """The dataset whose ids keep their rows; it may be none.
 
     Args:
@@ -84,15 +84,15 @@ class Earlier:
         if self.manifest is None or entity not in self.manifest.entities:
             return None
         file = f"entities/{entity}.parquet"
-        layout = Layout(self._folder, self.manifest)
+        layout = DatasetFiles(self._folder, self.manifest)
         if name not in layout.open(file).schema_arrow.names:
             return None
         return layout.read(file, [name])[name]
 
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""
-        if name.startswith(of_entity("")):
-            entity = name.removeprefix(of_entity(""))
+        if name.startswith(entity_key("")):
+            entity = name.removeprefix(entity_key(""))
             ids = self.column(entity, "id")
             if self.manifest is None or ids is None:
                 return None
@@ -102,12 +102,12 @@ class Earlier:
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
         if self.manifest is None or name not in self.manifest.vocabularies:
             return None
-        layout = Layout(self._folder, self.manifest)
+        layout = DatasetFiles(self._folder, self.manifest)
         return Vocabulary.from_table(layout.read(f"vocabulary/{name}.parquet"))
 
 
-class Fit:
-    """Fits on what all training rows say. Rank 0.
+class Fitter:
+    """Fits on what all training rows say. First thread.
 
     Attributes:
         entities: vocabularies of the users and items themselves.
@@ -116,22 +116,24 @@ class Fit:
         fitted: what the other ranks need of it.
     """
 
-    def __init__(self, job: Job, partitions: Partitions, counts: Counts, earlier: Earlier) -> None:
+    def __init__(
+        self, job: Job, partitions: Partitions, counts: Counts, earlier: PreviousDataset
+    ) -> None:
         self._job, self._partitions, self._counts = job, partitions, counts
         self._earlier = earlier
         self.entities = {
-            name: self._vocabulary(of_entity(name), self._min_count_of(name))
+            name: self._vocabulary(entity_key(name), self._min_count_of(name))
             for name in job.entities
         }
         if job.data.task == "implicit" and self.entities["item"].rows == 1:
-            most = int(counts.tables[of_entity("item")].max())
+            most = int(counts.tables[entity_key("item")].max())
             raise DataError(
                 f"{label_of(job.data.interactions.file)}: no item is known: the most frequent one "
                 f"has {most:,} training rows, and the item's min_count is "
                 f"{self._min_count_of('item')}; lower it"
             )
         for name in job.entities:
-            _warn_of_placeholders(job, name, partitions.ids[of_entity(name)], counts)
+            _warn_of_placeholders(job, name, partitions.ids[entity_key(name)], counts)
         for name, ids in partitions.ids.items():
             _warn_of_look_alikes(name, ids)
             _warn_of_two_spellings(name, ids)
@@ -161,8 +163,8 @@ class Fit:
                 least = max(f.min_count for f in features)
                 self.vocabularies[table] = self._vocabulary(table, least)
         self._fit_histories()
-        found = {of_entity(n): v for n, v in self.entities.items()} | self.vocabularies
-        self.fitted = Fitted(
+        found = {entity_key(n): v for n, v in self.entities.items()} | self.vocabularies
+        self.fitted = FitResult(
             {
                 name: np.append(found[name].lookup(ids), np.int32(0))
                 for name, ids in partitions.ids.items()
@@ -222,7 +224,7 @@ class Fit:
             self._partitions.ids[name],
             self._counts.tables[name],
             min_count,
-            derive_seed(self._job.seed, "rows", name.removeprefix(of_entity(""))),
+            derive_seed(self._job.seed, "rows", name.removeprefix(entity_key(""))),
             self._earlier.vocabulary(name),
         )
 
@@ -234,7 +236,7 @@ class Fit:
             return Jagged(np.arange(vocabulary.rows + 1), hashed)
         if feature.file is None:
             said = self._counts.of_entities[feature.name]
-            rows = vocabulary.lookup(ids[of_entity(feature.entity)])[said.entity]
+            rows = vocabulary.lookup(ids[entity_key(feature.entity)])[said.entity]
             found = said.values
             self._job.note(
                 f"{feature.entity}s whose rows differ in {feature.name}: the latest row is used",
@@ -286,8 +288,8 @@ class Fit:
         name, column = label_of(file), key or getattr(self._job.data.interactions, entity)
         if (name, column) in self._joined:
             return
-        ids = self._partitions.ids[of_entity(entity)]
-        trained = pa.array(self._counts.tables[of_entity(entity)] > 0)
+        ids = self._partitions.ids[entity_key(entity)]
+        trained = pa.array(self._counts.tables[entity_key(entity)] > 0)
         others = pa.concat_arrays([ids.cast(pa.string()), self.entities[entity].ids])
         try:
             warning = check_join(
@@ -349,7 +351,7 @@ def _warn_of_placeholders(job: Job, entity: str, ids: pa.Array, counts: Counts) 
     is_word = np.asarray(pc.is_in(words, value_set=_NO_IDS))
     if not is_word.any():
         return
-    rows = int(counts.tables[of_entity(entity)][: len(ids)][is_word].sum())
+    rows = int(counts.tables[entity_key(entity)][: len(ids)][is_word].sum())
     shown = sorted(ids.filter(pa.array(is_word)).to_pylist())
     field = next((f.name for f in job.data.features if f.entity == entity and f.names_entity), None)
     words_missing = json.dumps(shown, ensure_ascii=False)
@@ -379,7 +381,7 @@ def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
     log.warning(
         "%s: %s of %s values differ from another one only in Unicode's normal form, such as %s and "
         "%s; they are kept apart: write all files in one form (NFC) if they mean the same",
-        name.removeprefix(of_entity("")),
+        name.removeprefix(entity_key("")),
         f"{count:,}",
         f"{len(ids):,}",
         one,
@@ -393,7 +395,7 @@ def _warn_of_two_spellings(name: str, ids: pa.Array) -> None:
         log.warning(
             "%s: %s of %s values differ from another one only in %s, such as %r and %r; they are "
             "kept apart: write them alike if they mean the same",
-            name.removeprefix(of_entity("")),
+            name.removeprefix(entity_key("")),
             f"{how.count:,}",
             f"{len(ids):,}",
             how.what,

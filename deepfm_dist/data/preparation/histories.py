@@ -16,7 +16,7 @@ CARRIED = "carried"
 """What an earlier dataset held out: seen, unless a row of this one has the user and the item."""
 
 
-class Histories:
+class HistoryWriter:
     """Everyone's items, put aside until those of neighbouring rows come together.
 
     Args:

@@ -25,7 +25,7 @@ OPEN = -1
 """In place of a split: which one a row belongs to is yet to be said."""
 
 
-def of_entity(name: str) -> str:
+def entity_key(name: str) -> str:
     """What the ids of users or items go by among the tables' values."""
     return f"entity {name}"
 
@@ -85,15 +85,15 @@ class Job:
         return [(file, name, part) for name, part in named for file in self.files[name]]
 
     @cached_property
-    def n_parts(self) -> int:
+    def n_partitions(self) -> int:
         """Partitions that the rows are dealt to."""
         text_bytes = sum(file.text_bytes for file, _, _ in self.inputs)
         return min(MOST_PARTITIONS, max(1, -(-text_bytes // PARTITION_BYTES)))
 
     @property
-    def mine(self) -> range:
+    def own_partitions(self) -> range:
         """This thread's partitions."""
-        return range(self.crew.rank, self.n_parts, self.crew.size)
+        return range(self.crew.rank, self.n_partitions, self.crew.size)
 
     def spill(self, name: str) -> Path:
         """A file that goes when the dataset is whole."""
@@ -105,6 +105,6 @@ def buckets_of(hashes: Hashes) -> Int64Array:
     return (hashes >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
 
 
-def partitions_of(buckets: Int64Array, n_parts: int) -> Int64Array:
+def partitions_of(buckets: Int64Array, n_partitions: int) -> Int64Array:
     """``[n]`` buckets -> ``[n]`` int64 partitions, which ascend as the buckets do."""
-    return (buckets * n_parts) >> BUCKET_BITS
+    return (buckets * n_partitions) >> BUCKET_BITS

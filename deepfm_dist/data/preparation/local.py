@@ -32,7 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from deepfm_dist.data.fields import table_names
-from deepfm_dist.data.layout import Layout, footer_sums
+from deepfm_dist.data.layout import DatasetFiles, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
     SPLITS,
@@ -46,7 +46,7 @@ from deepfm_dist.data.manifest import (
 )
 from deepfm_dist.data.preparation.counts import split_and_count
 from deepfm_dist.data.preparation.crew import Crew, run_crew
-from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
+from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import Reading
@@ -149,7 +149,7 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
         )
     marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
     if not (marker.is_file() and marker.read_text() == mark):
-        Layout(folder, manifest).check_everything()
+        DatasetFiles(folder, manifest).check_everything()
         log.info("%s: prepared by another tool, and laid out as it has to be", folder)
         with suppress(OSError):  # where it cannot be kept, every run checks again
             marker.write_text(mark)
@@ -272,25 +272,25 @@ def _report_empty(data: DataConfig, name: str) -> None:
 
 def _build_dataset(job: Job, wanted: str) -> Manifest:
     """Takes all steps, and writes the dataset into an empty folder. All threads."""
-    earlier = Earlier(job.data.vocabulary_from)
+    earlier = PreviousDataset(job.data.vocabulary_from)
     readings = job.crew.gather(Reading(job))
     partitions: Partitions = job.crew.broadcast(
         Partitions(job, readings) if job.crew.is_first else None
     )
     counts = split_and_count(job, partitions)
-    fit = Fit(job, partitions, counts, earlier) if job.crew.is_first else None
-    fitted: Fitted = job.crew.broadcast(fit and fit.fitted)
+    fit = Fitter(job, partitions, counts, earlier) if job.crew.is_first else None
+    fitted: FitResult = job.crew.broadcast(fit and fit.fitted)
     writer = RowWriter(job, partitions, counts, fitted, earlier)
     splits = writer.write()
-    of_ranks = job.crew.gather((job.dropped, job.noted, writer.sums))
+    from_threads = job.crew.gather((job.dropped, job.noted, writer.sums))
     manifest = None
     if fit is not None:
         sums = write_entities(job, fit, counts, writer.histories, earlier)
-        for *_, of_rank in of_ranks:
-            sums |= of_rank
+        for *_, from_thread in from_threads:
+            sums |= from_thread
         before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
-        dropped = sum((of_rank for of_rank, *_ in of_ranks[1:]), job.dropped)
-        noted = sum((of_rank for _, of_rank, _ in of_ranks[1:]), job.noted)
+        dropped = sum((from_thread for from_thread, *_ in from_threads[1:]), job.dropped)
+        noted = sum((from_thread for _, from_thread, _ in from_threads[1:]), job.noted)
         tables = _tables(job.data, fit)
         vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)
         manifest = Manifest(
@@ -310,7 +310,7 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
             mean_weight=counts.mean_weight,
             time_scale=partitions.time_scale,
             splits=splits,
-            files=job.n_parts,
+            files=job.n_partitions,
             lanes=writer.lanes,
             groups=writer.groups,
             dropped=dict(sorted(dropped.items())),
@@ -324,7 +324,7 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
     return found
 
 
-def _tables(data: DataConfig, fit: Fit) -> dict[str, TableSpec]:
+def _tables(data: DataConfig, fit: Fitter) -> dict[str, TableSpec]:
     tables = {}
     for name in table_names(data.features):
         features = [f for f in data.features if f.in_table and f.table_name == name]
@@ -339,7 +339,7 @@ def _tables(data: DataConfig, fit: Fit) -> dict[str, TableSpec]:
 
 
 def _hashes_of(
-    data: DataConfig, fit: Fit, tables: dict[str, TableSpec]
+    data: DataConfig, fit: Fitter, tables: dict[str, TableSpec]
 ) -> tuple[str, dict[str, str]]:
     """Of all that says which row or number a value becomes; and of each field's part of it."""
     digests = {name: _digest_of(vocabulary) for name, vocabulary in fit.vocabularies.items()}

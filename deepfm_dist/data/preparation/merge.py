@@ -12,19 +12,21 @@ CodeMaps = list[dict[str, Int32Array]]
 """By thread, for each vocabulary: new codes of its own, and a last element -1 for no value."""
 
 
-def unite(of_threads: Sequence[dict[str, Codes]]) -> tuple[dict[str, pa.Array], CodeMaps]:
+def merge_vocabularies(
+    from_threads: Sequence[dict[str, Codes]],
+) -> tuple[dict[str, pa.Array], CodeMaps]:
     """Numbers texts in the order of their hashes, whoever met them first.
 
     Args:
-        of_threads: each thread's texts by vocabulary, which are emptied.
+        from_threads: each thread's texts by vocabulary, which are emptied.
 
     Returns:
         The texts of each vocabulary by their new codes, and every thread's new codes.
     """
     ids: dict[str, pa.Array] = {}
-    maps: CodeMaps = [{} for _ in of_threads]
-    for name in list(of_threads[0]):
-        union, *others = (codes.pop(name) for codes in of_threads)
+    maps: CodeMaps = [{} for _ in from_threads]
+    for name in list(from_threads[0]):
+        union, *others = (codes.pop(name) for codes in from_threads)
         n_first = len(union)
         codes = [np.arange(n_first, dtype=np.int32), *(union.encode(c.texts()) for c in others)]
         texts = union.texts()
@@ -32,6 +34,6 @@ def unite(of_threads: Sequence[dict[str, Codes]]) -> tuple[dict[str, pa.Array], 
         place = np.empty(len(order), np.int32)
         place[order] = np.arange(len(order), dtype=np.int32)
         ids[name] = texts.take(pa.array(order))
-        for of_thread, own in zip(maps, codes, strict=True):
-            of_thread[name] = np.append(place[own], np.int32(-1))
+        for from_thread, own in zip(maps, codes, strict=True):
+            from_thread[name] = np.append(place[own], np.int32(-1))
     return ids, maps

@@ -18,8 +18,8 @@ from deepfm_dist.data.jagged import (
     union,
 )
 from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
-from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
-from deepfm_dist.data.preparation.merge import unite
+from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
+from deepfm_dist.data.preparation.merge import merge_vocabularies
 from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.preparation.rules import (
     coded_columns,
@@ -30,7 +30,7 @@ from deepfm_dist.data.preparation.rules import (
     row_order,
     words_of,
 )
-from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
@@ -50,7 +50,7 @@ class Partitions:
         reading = readings[0]
         self._job, self._spills = job, [r.spill for r in readings]
         self._no_rows = reading.no_rows()
-        self.ids, self._code_maps = unite([r.codes for r in readings])
+        self.ids, self._code_maps = merge_vocabularies([r.codes for r in readings])
         self.side_files = reading.side_files
         self.time_scale = reading.times.scale if reading.times is not None else 1
         for feature in job.data.features:
@@ -58,11 +58,13 @@ class Partitions:
             if side is not None and feature.has_vocabulary:
                 side.values = _mapped(side.values, self._code_maps[0][feature.table_name])
         self._hashes: dict[str, Hashes] = {}
-        self._first_user = np.zeros(job.n_parts + 1, np.int64)
+        self._first_user = np.zeros(job.n_partitions + 1, np.int64)
         if "user" in job.entities:  # whose codes ascend as their hashes do
-            of_user = partitions_of(buckets_of(self.hashes(of_entity("user"))[:-1]), job.n_parts)
-            self._first_user = np.searchsorted(of_user, np.arange(job.n_parts + 1))
-        self._cached: Part | None = None
+            of_user = partitions_of(
+                buckets_of(self.hashes(entity_key("user"))[:-1]), job.n_partitions
+            )
+            self._first_user = np.searchsorted(of_user, np.arange(job.n_partitions + 1))
+        self._cached: PartitionRows | None = None
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self._of_repeated: dict[int, tuple[int, int]] = {}  # repeated, tied; of loaded partitions
 
@@ -70,16 +72,16 @@ class Partitions:
         """Codes of a partition's users, ascending."""
         return np.arange(*self._first_user[p : p + 2], dtype=np.int32)
 
-    def keep(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
+    def save_array(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
         """Puts aside what a later step wants to know of a partition."""
-        if self._job.n_parts == 1:
+        if self._job.n_partitions == 1:
             self._kept[name] = array
         else:
             np.save(self._job.spill(f"{name}-{p}.npy"), array)
 
-    def kept(self, p: int, name: str) -> Any:
+    def load_array(self, p: int, name: str) -> Any:
         """What has been put aside."""
-        if self._job.n_parts == 1:
+        if self._job.n_partitions == 1:
             return self._kept[name]
         return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
 
@@ -94,19 +96,19 @@ class Partitions:
         """By column of the rows: the hash of each code."""
         return {column: self.hashes(name) for column, name in coded_columns(self._job).items()}
 
-    def load(self, p: int) -> Part:
+    def load(self, p: int) -> PartitionRows:
         """A partition without repeated rows, in order, and with its fixed negatives."""
         if self._cached is not None:
             return self._cached
         part, data = self._spilled(p), self._job.data
         if p in self._of_repeated:
-            part = part.take(np.asarray(self.kept(p, "order")))
-            part.columns["key"] = np.asarray(self.kept(p, "key"))
+            part = part.take(np.asarray(self.load_array(p, "order")))
+            part.columns["key"] = np.asarray(self.load_array(p, "key"))
         else:
             part, order = self._in_order(part, p)
-            if self._job.n_parts > 1:
-                self.keep(p, "order", order.astype(np.int32))
-                self.keep(p, "key", part["key"])
+            if self._job.n_partitions > 1:
+                self.save_array(p, "order", order.astype(np.int32))
+                self.save_array(p, "key", part["key"])
         repeated, tied = self._of_repeated[p]
         part = replace(part, repeated=repeated, tied=tied)
         if data.interactions.rating is not None:
@@ -114,11 +116,11 @@ class Partitions:
             part = replace(part, columns=part.where(positive).columns, low=part.where(~positive))
         if data.negatives.fixed_per_user is not None:
             part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
-        if self._job.n_parts == 1:  # several rounds go over it
+        if self._job.n_partitions == 1:  # several rounds go over it
             self._cached = part
         return part
 
-    def _in_order(self, part: Part, p: int) -> tuple[Part, Int64Array]:
+    def _in_order(self, part: PartitionRows, p: int) -> tuple[PartitionRows, Int64Array]:
         """Rows with their keys, without repeated ones, and where each was among all."""
         rule, seed, hashes = self._job.data.repeated, self._job.seed, self._cell_hashes
         every = np.arange(len(part))
@@ -148,26 +150,28 @@ class Partitions:
         part.columns["key"] = keys.view(np.int64)
         return part, order
 
-    def _pair_keys(self, part: Part) -> Hashes:
-        users, items = (self.hashes(of_entity(name))[part[name]] for name in ("user", "item"))
+    def _pair_keys(self, part: PartitionRows) -> Hashes:
+        users, items = (self.hashes(entity_key(name))[part[name]] for name in ("user", "item"))
         return pair_keys(users, items, derive_seed(self._job.seed, "split"))
 
-    def _buckets(self, part: Part) -> Int64Array:
+    def _buckets(self, part: PartitionRows) -> Int64Array:
         if "user" not in part:
             return part["bucket"].astype(np.int64)
-        return buckets_of(self.hashes(of_entity("user"))[part["user"]])
+        return buckets_of(self.hashes(entity_key("user"))[part["user"]])
 
-    def _spilled(self, p: int) -> Part:
-        found: list[Part] = []
+    def _spilled(self, p: int) -> PartitionRows:
+        found: list[PartitionRows] = []
         for rank, spill in enumerate(self._spills):
             if batches := spill.read(p):
                 found.append(self._united(pa.Table.from_batches(batches), rank))
-        part = Part.joined(found or [self._united(pa.Table.from_batches([self._no_rows]), 0)])
+        part = PartitionRows.joined(
+            found or [self._united(pa.Table.from_batches([self._no_rows]), 0)]
+        )
         if "user" in part:
             part.columns["local"] = part["user"] - np.int32(self._first_user[p])
         return part
 
-    def _united(self, table: pa.Table, rank: int) -> Part:
+    def _united(self, table: pa.Table, rank: int) -> PartitionRows:
         """One thread's rows of a partition in the numbering of all."""
         maps, n = self._code_maps[rank], table.num_rows
         columns: dict[str, Any] = {
@@ -179,15 +183,15 @@ class Partitions:
             whole, billionths = columns.pop("whole"), columns.pop("billionths")
             columns["time"] = scaled(whole, billionths, self.time_scale)
         for name in self._job.entities:
-            columns[name] = maps[of_entity(name)][columns[name]]
+            columns[name] = maps[entity_key(name)][columns[name]]
         for feature in self._job.row_fields:
             if feature.has_vocabulary:
                 name = f"field {feature.name}"
                 columns[name] = _mapped(columns[name], maps[feature.table_name])
-        return Part(columns)
+        return PartitionRows(columns)
 
-    def _with_fixed_negatives(self, part: Part, p: int, per_user: int) -> Part:
-        members, n_items = self.users(p), len(self.ids[of_entity("item")])
+    def _with_fixed_negatives(self, part: PartitionRows, p: int, per_user: int) -> PartitionRows:
+        members, n_items = self.users(p), len(self.ids[entity_key("item")])
         history = union(
             [Jagged.from_pairs(s["local"], s["item"], len(members)) for s in part.with_low]
         )
@@ -198,7 +202,7 @@ class Partitions:
             history,
             n_items,
             derive_seed(self._job.seed, "fixed"),
-            self.hashes(of_entity("user"))[members].view(np.int64),
+            self.hashes(entity_key("user"))[members].view(np.int64),
         )
         there = drawn >= 0
         there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
@@ -211,8 +215,8 @@ class Partitions:
             "label": np.zeros(len(users), np.int8),
             "given": np.full(len(users), OPEN, np.int8),
         }
-        positives = Part({name: part[name] for name in columns})
-        joint = Part.joined([positives, Part(columns)])
+        positives = PartitionRows({name: part[name] for name in columns})
+        joint = PartitionRows.joined([positives, PartitionRows(columns)])
         keys = self._pair_keys(joint)
         buckets, seed = self._buckets(joint), derive_seed(self._job.seed, "ties")
         order, _ = row_order(joint, keys, buckets, self._cell_hashes, seed)

@@ -25,7 +25,7 @@ from deepfm_dist.data.fields import (
 )
 from deepfm_dist.data.jagged import Jagged, Values, from_arrow, to_arrow
 from deepfm_dist.data.preparation.crew import Crew
-from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, of_entity, partitions_of
+from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature, label_of
@@ -94,14 +94,14 @@ class _Queue:
 
 
 class Reading:
-    """Reads files, a share of one thread. All ranks.
+    """Reads files, a share of one thread. All threads.
 
     Attributes:
         codes: this rank's numbers of the texts of each vocabulary.
         spill: its rows by partition, with these numbers.
         n_read: how many rows it has read.
         n_positive: how many of them are trained on: all but those rated below ``min_rating``.
-        side_files: fields in files of their own; rank 0 alone reads them.
+        side_files: fields in files of their own; the first thread reads them.
         times: what the times of all ranks' rows are like, if they have times.
 
     Raises:
@@ -111,9 +111,9 @@ class Reading:
     def __init__(self, job: Job) -> None:
         self._job, data = job, job.data
         tables = {f.table_name for f in data.features if f.has_vocabulary and not f.is_id}
-        self.codes = {name: Codes() for name in [*map(of_entity, job.entities), *sorted(tables)]}
-        in_memory = job.n_parts == 1
-        self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_parts)
+        self.codes = {name: Codes() for name in [*map(entity_key, job.entities), *sorted(tables)]}
+        in_memory = job.n_partitions == 1
+        self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_partitions)
         self.n_read = self.n_positive = 0
         time = data.interactions.time
         self.times = None if time is None else TimeColumn(time)
@@ -133,13 +133,15 @@ class Reading:
         self.side_files: dict[str, SideFile] = {}
         if job.crew.is_first:
             self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
-        of_ranks = job.crew.gather((kept, job.dropped, self.times))
-        dropped = sum((of_rank for _, of_rank, _ in of_ranks), Counter[str]())
+        from_threads = job.crew.gather((kept, job.dropped, self.times))
+        dropped = sum((from_thread for _, from_thread, _ in from_threads), Counter[str]())
         for name in kept:
-            n_rows, n_positive = np.sum([of_rank[name] for of_rank, *_ in of_ranks], axis=0)
+            n_rows, n_positive = np.sum(
+                [from_thread[name] for from_thread, *_ in from_threads], axis=0
+            )
             self._check_rows(name, int(n_rows), int(n_positive), dropped)
         if self.times is not None:
-            self.times = sum((times for *_, times in of_ranks[1:]), of_ranks[0][2])
+            self.times = sum((times for *_, times in from_threads[1:]), from_threads[0][2])
             self.times.check()
             for text in self.times.warnings() if job.crew.is_first else ():
                 log.warning("%s", text)
@@ -200,7 +202,7 @@ class Reading:
         spec, split = data.interactions, data.split
         columns: dict[str, pa.Array] = {}
         for name in self._job.entities:
-            codes = self.codes[of_entity(name)].encode(batch[name])
+            codes = self.codes[entity_key(name)].encode(batch[name])
             columns[name] = pa.array(codes)
         if part == OPEN and spec.split is not None:
             columns["given"] = batch["split"]
@@ -244,13 +246,13 @@ class Reading:
 
     def _partitions(self, rows: pa.RecordBatch) -> npt.NDArray[np.integer]:
         """Partition of each row: by the bucket of its user, else by its own."""
-        n, n_parts = rows.num_rows, self._job.n_parts
-        if n_parts == 1:
+        n, n_partitions = rows.num_rows, self._job.n_partitions
+        if n_partitions == 1:
             return np.zeros(n, np.int32)
         if "user" in self._job.entities:
-            buckets = buckets_of(self.codes[of_entity("user")].hashes)
-            return partitions_of(buckets, n_parts).astype(np.int32)[np.asarray(rows["user"])]
-        return partitions_of(np.asarray(rows["bucket"], np.int64), n_parts).astype(np.int32)
+            buckets = buckets_of(self.codes[entity_key("user")].hashes)
+            return partitions_of(buckets, n_partitions).astype(np.int32)[np.asarray(rows["user"])]
+        return partitions_of(np.asarray(rows["bucket"], np.int64), n_partitions).astype(np.int32)
 
     def _side_file(self, feature: Feature) -> SideFile:
         assert feature.file is not None

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.codes import Hashes, mix_into, seeded
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, taken
-from deepfm_dist.data.preparation.job import BUCKET_BITS, Job, of_entity
-from deepfm_dist.data.preparation.spill import Part
+from deepfm_dist.data.preparation.job import BUCKET_BITS, Job, entity_key
+from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.seeding import mix
 
 Rule = Literal["latest", "earliest", "strongest"]
 _NO_CONTENT = frozenset(("key", "local", "given", "time", "whole", "billionths", "bucket"))
 _STRENGTHS = ("strength", "rating", "label", "weight")
-"""Columns of a `Part` that say how much a row counts, the most significant first."""
+"""Columns of a `PartitionRows` that say how much a row counts, the most significant first."""
 
 
 def words_of(values: Values, hashes: Hashes | None) -> Hashes:
@@ -46,8 +46,8 @@ def words_of(values: Values, hashes: Hashes | None) -> Hashes:
 
 
 def coded_columns(job: Job) -> dict[str, str]:
-    """The columns of a `Part` that hold codes, with the vocabularies of their texts."""
-    found = {name: of_entity(name) for name in job.entities}
+    """The columns of a `PartitionRows` that hold codes, with the vocabularies of their texts."""
+    found = {name: entity_key(name) for name in job.entities}
     return found | {f"field {f.name}": f.table_name for f in job.row_fields if f.has_vocabulary}
 
 
@@ -60,7 +60,7 @@ def content_hashes(
     """A seeded hash of some rows' cells, without their times.
 
     Args:
-        columns: as in a `Part`.
+        columns: as in a `PartitionRows`.
         rows: ``[m]`` numbers of rows.
         hashes: see `words_of`, for each column that holds codes.
         seed: of the hash.
@@ -87,7 +87,7 @@ def pair_keys(users: Hashes, items: Hashes, seed: int) -> Hashes:
 
 
 def row_order(
-    part: Part, keys: Hashes, buckets: Int64Array, hashes: Mapping[str, Hashes], seed: int
+    part: PartitionRows, keys: Hashes, buckets: Int64Array, hashes: Mapping[str, Hashes], seed: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
     """The order of a partition's rows: by bucket, then by key, then by what they say.
 
@@ -125,7 +125,7 @@ def row_order(
     return order, again
 
 
-def _cells(part: Part, rows: Int64Array) -> list[npt.NDArray[Any]]:
+def _cells(part: PartitionRows, rows: Int64Array) -> list[npt.NDArray[Any]]:
     """Some rows' times and cells as numbers and codes."""
     found = [part["time"][rows]] if "time" in part else []
     for name in _content(part.columns):
@@ -142,7 +142,7 @@ def occurrences(again: npt.NDArray[np.bool_]) -> Int64Array:
 
 
 def one_per_pair(
-    part: Part, rule: Rule, hashes: Mapping[str, Hashes]
+    part: PartitionRows, rule: Rule, hashes: Mapping[str, Hashes]
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Which row of each (user, item) stays.
 

@@ -69,7 +69,7 @@ def read_spilled(path: Path, places: Sequence[int]) -> list[pa.RecordBatch]:
 
 
 @dataclass
-class Part:
+class PartitionRows:
     """The rows of a partition, in the order of `rules.row_order`.
 
     Attributes:
@@ -88,7 +88,7 @@ class Part:
     """
 
     columns: dict[str, Any]
-    low: "Part | None" = None
+    low: "PartitionRows | None" = None
     repeated: int = 0
     tied: int = 0
     short: int = 0
@@ -103,21 +103,21 @@ class Part:
         return name in self.columns
 
     @property
-    def with_low(self) -> list["Part"]:
+    def with_low(self) -> list["PartitionRows"]:
         """These rows, and those that are only seen."""
         return [self] if self.low is None else [self, self.low]
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> "Part":
+    def where(self, mask: npt.NDArray[np.bool_]) -> "PartitionRows":
         """Some of the rows."""
         if mask.all():
             return self
         return self.take(np.flatnonzero(mask))
 
-    def take(self, rows: npt.NDArray[np.integer]) -> "Part":
+    def take(self, rows: npt.NDArray[np.integer]) -> "PartitionRows":
         """Some of the rows, in another order."""
-        return Part({name: taken(values, rows) for name, values in self.columns.items()})
+        return PartitionRows({name: taken(values, rows) for name, values in self.columns.items()})
 
     @classmethod
-    def joined(cls, parts: Sequence["Part"]) -> "Part":
+    def joined(cls, parts: Sequence["PartitionRows"]) -> "PartitionRows":
         """The rows of all, one after the other."""
         return cls({name: joined([p[name] for p in parts]) for name in parts[0].columns})

@@ -11,8 +11,8 @@ from deepfm_dist.data.jagged import Int64Array, grouped
 from deepfm_dist.data.manifest import TEST, TRAIN, VALID
 from deepfm_dist.data.schema import Split
 
-Parts = npt.NDArray[np.int8]
-Keyed = tuple[Int64Array, ...]
+SplitIds = npt.NDArray[np.int8]
+SortKeys = tuple[Int64Array, ...]
 """Sort keys of some rows, the most significant first."""
 
 Bound = tuple[int, ...]
@@ -21,7 +21,7 @@ Bound = tuple[int, ...]
 _DIGIT_BITS = 16
 
 
-def shares(split: Split) -> tuple[float, float]:
+def held_out_shares(split: Split) -> tuple[float, float]:
     """How much goes to valid and to test where no file of its own is given for them."""
     return 0.0 if split.valid_file else split.valid, 0.0 if split.test_file else split.test
 
@@ -31,7 +31,7 @@ def split_by_user(
     users: npt.NDArray[np.integer],
     n_users: int,
     keys: Int64Array,
-) -> Parts:
+) -> SplitIds:
     """per_user and leave_last: each user's last rows by key are held out.
 
     Args:
@@ -43,7 +43,7 @@ def split_by_user(
     Returns:
         ``[n]`` int8: 0 train, 1 valid, 2 test. A user's only row is never held out.
     """
-    valid, test = shares(split)
+    valid, test = held_out_shares(split)
     offsets, order = grouped(users, n_users)
     sort_groups(offsets, order, keys)
     sizes = np.diff(offsets)
@@ -58,7 +58,7 @@ def split_by_user(
     return parts
 
 
-def split_at(keyed: Keyed, bounds: tuple[Bound, Bound]) -> Parts:
+def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
     """Random and temporal: the rows from a bound on are held out.
 
     Rows that are equal to it in every key, which 64-bit hashes seldom are, stay together.
@@ -76,10 +76,10 @@ def split_at(keyed: Keyed, bounds: tuple[Bound, Bound]) -> Parts:
     return parts
 
 
-def bounds_of(
+def split_bounds(
     split: Split,
     n: int,
-    pieces: Callable[[], Iterable[Keyed]],
+    pieces: Callable[[], Iterable[SortKeys]],
     add_up: Callable[[Int64Array], Int64Array],
     n_keys: int = 2,
 ) -> tuple[Bound, Bound]:
@@ -97,7 +97,7 @@ def bounds_of(
     Returns:
         Keys of the first validation row and of the first test row.
     """
-    valid, test = shares(split)
+    valid, test = held_out_shares(split)
     n_test = round(n * test)
     found: list[Bound] = []
     for last in (n_test + round(n * valid), n_test):
@@ -109,7 +109,7 @@ def bounds_of(
     return found[0], found[1]
 
 
-def _next_keys(pieces: Callable[[], Iterable[Keyed]], bound: Bound) -> Iterator[Int64Array]:
+def _next_keys(pieces: Callable[[], Iterable[SortKeys]], bound: Bound) -> Iterator[Int64Array]:
     """The next key of the rows whose first ones are the bound's."""
     for keyed in pieces():
         same = np.ones(len(keyed[0]), bool)
@@ -150,14 +150,14 @@ def sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> Non
     _sort_groups(offsets, order, keys)
 
 
-def parts_by_time(
-    parts: Parts,
+def splits_by_time(
+    parts: SplitIds,
     users: npt.NDArray[np.integer],
     times: Int64Array,
     other_users: npt.NDArray[np.integer],
     other_times: Int64Array,
     n_users: int,
-) -> Parts:
+) -> SplitIds:
     """Where other rows of the same users go under leave_last: by their time.
 
     What lies before a user's first held-out row is known when it is predicted, and what lies at
@@ -183,7 +183,9 @@ def parts_by_time(
     return found
 
 
-def tied_cuts(parts: Parts, users: npt.NDArray[np.integer], times: Int64Array) -> tuple[int, int]:
+def count_tied_users(
+    parts: SplitIds, users: npt.NDArray[np.integer], times: Int64Array
+) -> tuple[int, int]:
     """Users whose held-out rows have the time of an earlier split's, and all with held-out rows."""
     n_users = int(users.max(initial=-1)) + 1
     tied = np.zeros(n_users, bool)
@@ -209,7 +211,7 @@ def _sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> No
 
 @compiled
 def _mark_last(
-    offsets: Int64Array, order: Int64Array, n_valid: Int64Array, n_test: Int64Array, parts: Parts
+    offsets: Int64Array, order: Int64Array, n_valid: Int64Array, n_test: Int64Array, parts: SplitIds
 ) -> None:
     for g in range(len(offsets) - 1):
         end = offsets[g + 1]

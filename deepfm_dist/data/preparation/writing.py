@@ -23,17 +23,17 @@ from deepfm_dist.data.jagged import (
     to_arrow,
     union,
 )
-from deepfm_dist.data.layout import HISTORY, SEEN, signed_table
+from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
 from deepfm_dist.data.manifest import SPLITS, TRAIN, SplitSpec, cuts_of
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
-from deepfm_dist.data.preparation.fitting import Earlier, Fit, Fitted
-from deepfm_dist.data.preparation.histories import CARRIED, Histories
-from deepfm_dist.data.preparation.job import Job, of_entity
+from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
+from deepfm_dist.data.preparation.histories import CARRIED, HistoryWriter
+from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import side_table
-from deepfm_dist.data.preparation.spill import Part
-from deepfm_dist.data.preparation.split import Parts, sort_groups
+from deepfm_dist.data.preparation.spill import PartitionRows
+from deepfm_dist.data.preparation.split import SplitIds, sort_groups
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spelling import difference
@@ -49,7 +49,7 @@ _MOST_UNKNOWN = 10_000
 
 
 class RowWriter:
-    """Writes the rows of every split, a file for each partition. All ranks.
+    """Writes the rows of every split, a file for each partition. All threads.
 
     Attributes:
         lanes: streams that training rows are dealt to.
@@ -59,7 +59,12 @@ class RowWriter:
     """
 
     def __init__(
-        self, job: Job, partitions: Partitions, counts: Counts, fitted: Fitted, earlier: Earlier
+        self,
+        job: Job,
+        partitions: Partitions,
+        counts: Counts,
+        fitted: FitResult,
+        earlier: PreviousDataset,
     ) -> None:
         self._job, self._partitions, self._counts, self._fitted = job, partitions, counts, fitted
         n_train = int(counts.rows[:, TRAIN].sum())
@@ -67,16 +72,20 @@ class RowWriter:
         self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
         self._cuts = cuts_of(n_train, self.groups)
         self.sums: dict[str, int] = {}
-        self._known = KnownInTraining(job, partitions, counts)
+        self._known = HeldOutIdCheck(job, partitions, counts)
         self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
         self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
-        self._drawer = self._rows_to_draw_by()
-        self._unused = {"train": set[str](), "valid": {"drawer"}, "test": {"drawer"}}
+        self._negative_user = self._negative_users()
+        self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
         if self._sampled:
             self._unused["train"] = {"label"}
         n_rows = fitted.rows.get("user", 1)
-        n_rare = 0 if self._drawer is None else max(0, int(self._drawer.max()) + 1 - n_rows)
-        self.histories = Histories(n_rows, n_rare, job.n_parts, job.spill(""), job.crew)
+        n_rare = (
+            0
+            if self._negative_user is None
+            else max(0, int(self._negative_user.max()) + 1 - n_rows)
+        )
+        self.histories = HistoryWriter(n_rows, n_rare, job.n_partitions, job.spill(""), job.crew)
         if job.crew.is_first and earlier.manifest is not None:
             self._carry(earlier)
 
@@ -88,11 +97,11 @@ class RowWriter:
             for name in SPLITS:
                 (job.folder / name).mkdir()
         job.crew.gather(None)
-        with progress(len(job.mine), "write", "partition", job.crew.is_first) as bar:
-            for p in job.mine:
+        with progress(len(job.own_partitions), "write", "partition", job.crew.is_first) as bar:
+            for p in job.own_partitions:
                 part, parts = (
                     self._partitions.load(p),
-                    np.asarray(self._partitions.kept(p, "parts")),
+                    np.asarray(self._partitions.load_array(p, "parts")),
                 )
                 columns = self._columns(part)
                 known = self._known_items(part, p) if self._sampled else None
@@ -128,13 +137,13 @@ class RowWriter:
             for s, name in enumerate(SPLITS)
         }
 
-    def _columns(self, part: Part) -> dict[str, Any]:
+    def _columns(self, part: PartitionRows) -> dict[str, Any]:
         """What stands in the files, for all rows of a partition."""
         columns: dict[str, Any] = {}
         for name in self._job.entities:
-            columns[name] = self._fitted.row_of_code[of_entity(name)][part[name]]
-        if self._drawer is not None:
-            columns["drawer"] = self._drawer[part["user"]]
+            columns[name] = self._fitted.row_of_code[entity_key(name)][part[name]]
+        if self._negative_user is not None:
+            columns[NEGATIVE_USER] = self._negative_user[part["user"]]
         columns["label"] = part["label"].astype(np.float32)
         if "weight" in part:
             weights = part["weight"].astype(np.float64) / self._counts.mean_weight
@@ -152,33 +161,35 @@ class RowWriter:
                 columns[feature.name] = self._fitted.encoded(feature, values)
         return columns
 
-    def _rows_to_draw_by(self) -> Int32Array | None:
+    def _negative_users(self) -> Int32Array | None:
         """``[users]``: whose history a user's negatives avoid, where some have no row of their own.
 
         Those are numbered from the end of the user table on, for the sampler alone.
         """
         if not self._sampled:
             return None
-        rows = self._fitted.row_of_code[of_entity("user")][:-1]
-        rare = (rows == 0) & (self._counts.tables[of_entity("user")] > 0)
+        rows = self._fitted.row_of_code[entity_key("user")][:-1]
+        rare = (rows == 0) & (self._counts.tables[entity_key("user")] > 0)
         if not rare.any():
             return None
         rows = rows.copy()
         rows[rare] = self._fitted.rows["user"] + np.arange(rare.sum(), dtype=np.int32)
         return rows
 
-    def _known_items(self, part: Part, p: int) -> Jagged:
+    def _known_items(self, part: PartitionRows, p: int) -> Jagged:
         """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
         n_users, known = len(self._partitions.users(p)), []
         for rows in part.with_low:
-            items = self._fitted.row_of_code[of_entity("item")][rows["item"]]
+            items = self._fitted.row_of_code[entity_key("item")][rows["item"]]
             at = np.flatnonzero(items > 0)
             known.append(Jagged.from_pairs(rows["local"][at], items[at] - 1, n_users))
         return union(known)
 
-    def _put_histories(self, part: Part, p: int, parts: Parts, columns: dict[str, Any]) -> None:
+    def _put_histories(
+        self, part: PartitionRows, p: int, parts: SplitIds, columns: dict[str, Any]
+    ) -> None:
         """Puts aside what the users of a partition have met, by split."""
-        users, items = columns.get("drawer", columns["user"]), columns["item"]
+        users, items = columns.get(NEGATIVE_USER, columns["user"]), columns["item"]
         known = (users > 0) & (items > 0)
         positive = part["label"] == 1
         liked = np.flatnonzero(known & (parts == TRAIN) & positive)
@@ -192,9 +203,14 @@ class RowWriter:
             self.histories.add(SEEN[name][-1], users[at], items[at])
         if (low := part.low) is None:
             return
-        row_of_code, low_parts = self._fitted.row_of_code, self._partitions.kept(p, "low parts")
-        of_users = row_of_code[of_entity("user")] if self._drawer is None else self._drawer
-        users, items = of_users[low["user"]], row_of_code[of_entity("item")][low["item"]]
+        row_of_code, low_parts = (
+            self._fitted.row_of_code,
+            self._partitions.load_array(p, "low parts"),
+        )
+        of_users = (
+            row_of_code[entity_key("user")] if self._negative_user is None else self._negative_user
+        )
+        users, items = of_users[low["user"]], row_of_code[entity_key("item")][low["item"]]
         met = (users > 0) & (items > 0)
         for split, name in enumerate(SPLITS):
             at = np.flatnonzero(met & (low_parts == split))
@@ -202,8 +218,8 @@ class RowWriter:
         table = pa.table({"user": users, "item": items, "split": np.asarray(low_parts)})
         self.sums[f"seen/part-{p:05d}"] = sum_of(table)
 
-    def _carry(self, earlier: Earlier) -> None:
-        """What users met in an earlier dataset's splits. Rank 0.
+    def _carry(self, earlier: PreviousDataset) -> None:
+        """What users met in an earlier dataset's splits. First thread.
 
         What it held out is seen by now, but was not trained on.
         """
@@ -246,7 +262,7 @@ class RowWriter:
         return table
 
 
-def _in_time_order(part: Part, rows: Int64Array) -> Int64Array:
+def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
     """Places of some rows, user by user, each user's in time order."""
     local = part["local"][rows]
     offsets, order = grouped(local, int(local.max(initial=0)) + 1)
@@ -254,8 +270,8 @@ def _in_time_order(part: Part, rows: Int64Array) -> Int64Array:
     return order
 
 
-class KnownInTraining:
-    """Counts held-out rows whose users and items have training rows. All ranks.
+class HeldOutIdCheck:
+    """Counts held-out rows whose users and items have training rows. All threads.
 
     Args:
         job: the preparation.
@@ -265,11 +281,11 @@ class KnownInTraining:
 
     def __init__(self, job: Job, partitions: Partitions, counts: Counts) -> None:
         self._job, self._partitions = job, partitions
-        self._trained = {name: counts.tables[of_entity(name)] > 0 for name in job.entities}
+        self._trained = {name: counts.tables[entity_key(name)] > 0 for name in job.entities}
         self._rows = np.zeros((len(SPLITS), len(job.entities), 2), np.int64)  # known, all
         self._unknown: dict[tuple[int, str], Int32Array] = {}
 
-    def add(self, part: Part, parts: Parts) -> None:
+    def add(self, part: PartitionRows, parts: SplitIds) -> None:
         """Counts a partition in, whose rows go where ``parts`` says."""
         for split in range(TRAIN + 1, len(SPLITS)):
             at = np.flatnonzero(parts == split)
@@ -294,10 +310,14 @@ class KnownInTraining:
             given = file or job.data.interactions.split
             texts = []
             for (n_known, n), name in zip(rows[split].tolist(), job.entities, strict=True):
-                codes = [of_rank[split, name] for of_rank in unknown if (split, name) in of_rank]
+                codes = [
+                    from_thread[split, name]
+                    for from_thread in unknown
+                    if (split, name) in from_thread
+                ]
                 if 2 * n_known >= n or not codes:
                     continue
-                ids = self._partitions.ids[of_entity(name)]
+                ids = self._partitions.ids[entity_key(name)]
                 strange = ids.take(pa.array(np.unique(np.concatenate(codes))))
                 trained = ids.filter(pa.array(self._trained[name]))
                 how = difference(strange, trained)
@@ -324,9 +344,9 @@ class KnownInTraining:
 
 
 def write_entities(
-    job: Job, fit: Fit, counts: Counts, histories: Histories, earlier: Earlier
+    job: Job, fit: Fitter, counts: Counts, histories: HistoryWriter, earlier: PreviousDataset
 ) -> dict[str, int]:
-    """Writes vocabularies and the tables of users and items. Rank 0.
+    """Writes vocabularies and the tables of users and items. First thread.
 
     Returns:
         `sum_of` the tables, but for histories, which follow from the rows.
@@ -348,7 +368,7 @@ def write_entities(
         path = job.folder / "entities" / f"{name}.parquet"
         if name == "item" and "user" in fit.entities:
             positives = np.zeros(vocabulary.rows, np.int64)
-            np.add.at(positives, fit.fitted.row_of_code[of_entity("item")][:-1], counts.liked)
+            np.add.at(positives, fit.fitted.row_of_code[entity_key("item")][:-1], counts.liked)
             if (before := earlier.column("item", "count")) is not None:
                 positives[: len(before)] += before.to_numpy()
             table["count"] = pa.array(positives)
@@ -391,7 +411,7 @@ def _carried(raw: Values, encoded: Values, before: Values) -> Values:
     return encoded
 
 
-def _titles(job: Job, fit: Fit) -> pa.Array:
+def _titles(job: Job, fit: Fitter) -> pa.Array:
     titles, items = job.data.titles, fit.entities["item"]
     assert titles is not None
     key = titles.key or job.data.interactions.item
