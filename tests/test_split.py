@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfm_dist.data.preparation.split import bounds_of, split_at, split_by_user
+from deepfm_dist.data.preparation.split import split_at_bounds, split_bounds, split_by_user
 from deepfm_dist.data.schema import Split
 from deepfm_dist.seeding import permute
 
@@ -30,8 +30,8 @@ def split_rows(
         assert users is not None
         return split_by_user(split, users, int(users.max()) + 1, keys)
     pieces = [(keys[p], rows[p]) for p in np.array_split(rows, 3)]
-    bounds = bounds_of(split, n, lambda: pieces, lambda counts: counts)
-    return np.concatenate([split_at(piece, bounds) for piece in pieces])
+    bounds = split_bounds(split, n, lambda digit: sum(digit.counts(piece) for piece in pieces))
+    return np.concatenate([split_at_bounds(piece, bounds) for piece in pieces])
 
 
 def parts_of(method: str, valid: float, test: float) -> np.ndarray:
@@ -128,12 +128,12 @@ def test_bounds_equal_a_sort_whatever_the_keys_and_ranks(
     of_rank = [(np.array(keys[r::ranks], np.int64), np.arange(r, n, ranks)) for r in range(ranks)]
 
     def work(rank: int, add_up: Callable[[np.ndarray], np.ndarray]) -> object:
-        return bounds_of(split, n, lambda: [of_rank[rank]], add_up)
+        return split_bounds(split, n, lambda digit: add_up(digit.counts(of_rank[rank])))
 
     bounds = in_step(ranks, work)
     found = np.zeros(n, int)
     for (_, rows), piece, bound in zip(of_rank, of_rank, bounds, strict=True):
-        found[rows] = split_at(piece, bound)
+        found[rows] = split_at_bounds(piece, bound)
     assert found.tolist() == expected.tolist()
 
 

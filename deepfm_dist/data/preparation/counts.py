@@ -2,11 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from deepfm_dist.data.codes import Hashes, seeded
 from deepfm_dist.data.fields import NumericFit
@@ -26,7 +28,9 @@ from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import (
+    DIGITS,
     Bound,
+    Digit,
     SortKeys,
     SplitIds,
     count_tied_users,
@@ -122,17 +126,133 @@ def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
         )
 
 
-@dataclass
-class Counts:
-    """What a thread's partitions add to the statistics.
+@dataclass(frozen=True)
+class Splitter:
+    """Says where the rows of a partition belong, before anything is fitted.
 
     Attributes:
-        tables: training rows by code, of each table that has a vocabulary; of all threads.
-        liked: training positives by item code; of all threads.
+        job: the preparation.
+        bounds: where held-out rows begin, by their keys, if `has_bounds`.
+    """
+
+    job: Job
+    bounds: tuple[Bound, Bound] | None = None
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the split is one of all rows, at two keys, rather than one of each user's."""
+        return self.job.data.split.method in ("random", "temporal") and not self.job.data.refit
+
+    @property
+    def n_keys(self) -> int:
+        """How many keys order the rows."""
+        return 2 if self.job.data.split.method == "temporal" else 1
+
+    def keyed(self, part: PartitionRows) -> SortKeys:
+        """What the rows that are still open are ordered by: a hash, or the time."""
+        method, at = self.job.data.split.method, np.flatnonzero(part["given"] == OPEN)
+        if method == "temporal":
+            return part["time"][at], part["key"][at]
+        return (part["time" if method == "leave_last" else "key"][at],)
+
+    def with_bounds(self, n: int, count: Callable[[Digit], Int64Array]) -> "Splitter":
+        """The same with the bounds of all rows.
+
+        Args:
+            n: open rows of all partitions.
+            count: sums `Digit.counts` over what `keyed` gives for all partitions.
+        """
+        if not (self.has_bounds and n):
+            return self
+        once = cache(count)  # both bounds begin with the same digit
+        return replace(self, bounds=split_bounds(self.job.data.split, n, once, self.n_keys))
+
+    def parts(self, part: PartitionRows) -> SplitIds:
+        """``[n]`` int8: where rows go."""
+        return self._parts(part, len(part.users))
+
+    def low_parts(self, part: PartitionRows, parts: SplitIds) -> SplitIds | None:
+        """Where rows that are only seen go: where a positive of their time or share would go.
+
+        Args:
+            part: the rows.
+            parts: where the others go.
+        """
+        if part.low is None:
+            return None
+        return self._parts(part.low, len(part.users), (parts, part))
+
+    def _parts(
+        self,
+        part: PartitionRows,
+        n_users: int,
+        positives: tuple[SplitIds, PartitionRows] | None = None,
+    ) -> SplitIds:
+        split, parts = self.job.data.split, part["given"].copy()
+        at = np.flatnonzero(parts == OPEN)
+        if self.job.data.refit:
+            parts[:] = TRAIN
+        elif len(at) and self.bounds is not None:
+            parts[at] = split_at_bounds(self.keyed(part), self.bounds)
+        elif len(at) and split.method == "leave_last" and positives is not None:
+            held_out, rows = positives
+            known = held_out, rows["local"], rows["time"]
+            parts[at] = splits_by_time(*known, part["local"][at], part["time"][at], n_users)
+        elif len(at):
+            parts[at] = split_by_user(split, part["local"][at], n_users, self.keyed(part)[0])
+        return parts
+
+    def ties(self, part: PartitionRows, parts: SplitIds) -> Int64Array:
+        """``[2, 2]``: what equal times left to the hash of the rows' cells.
+
+        Under ``leave_last`` the users whose held-out rows have the time of an earlier split's, and
+        all that have held-out rows; under ``temporal``, for valid and for test, the rows at the
+        bound's time, and those of them that are in an earlier split.
+        """
+        found = np.zeros((2, 2), np.int64)
+        is_open = part["given"] == OPEN
+        if self.job.data.split.method == "leave_last":
+            found[0] = count_tied_users(
+                parts[is_open], part["local"][is_open], part["time"][is_open]
+            )
+        elif self.job.data.split.method == "temporal" and self.bounds is not None:
+            times, of_open = part["time"][is_open], parts[is_open]
+            for held_out, bound in zip((VALID, TEST), self.bounds, strict=True):
+                same = times == bound[0]
+                found[held_out - 1] = same.sum(), (same & (of_open < held_out)).sum()
+        return found
+
+    def note_ties(self, ties: Int64Array) -> None:
+        """Counts the `ties` of all partitions among what users should know."""
+        if self.job.data.split.method == "leave_last":
+            tied_users, held_out_users = ties[0].tolist()
+            if tied_users:
+                share = f"{tied_users / held_out_users:.1%}"
+                self.job.note(
+                    f"users ({share}) whose held-out rows have a training row's time", tied_users
+                )
+        elif self.bounds is not None:
+            for held_out, bound in zip((VALID, TEST), self.bounds, strict=True):
+                if held_out == VALID and bound == self.bounds[1]:  # nothing is held out for it
+                    continue
+                n, n_below = ties[held_out - 1].tolist()
+                if n_below:
+                    name = SPLITS[held_out]
+                    self.job.note(f"rows at the time where {name} begins, on both sides", n)
+
+
+@dataclass
+class Counts:
+    """What partitions add to the statistics: a thread's, or one of a cluster's tasks.
+
+    Attributes:
+        tables: training rows by code, of each table that has a vocabulary; threads share them.
+        liked: training positives by item code; threads share them.
         numeric: of each numeric field that stands in context.
         of_entities: of each field of users and items that stands in the rows.
         rows: ``[partitions, splits]``; positives: the same.
         weights: of the training rows, where they are known.
+        ties: see `Splitter.ties`.
         repeated: rows dropped because another one has their user and item.
         low: rows that are seen but not trained on.
         empty: training rows without a value, of each field that stands in context.
@@ -145,22 +265,15 @@ class Counts:
     rows: Int64Array
     positives: Int64Array
     weights: Moments
+    ties: Int64Array
     repeated: int = 0
     low: int = 0
     empty: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def zeros(cls, job: Job, partitions: Partitions) -> "Counts":
-        """Nothing counted yet."""
+    def zeros(cls, job: Job, tables: dict[str, Int64Array], liked: Int64Array) -> "Counts":
+        """Nothing counted yet but what the tables have; see `no_tables`."""
         context = [f for f in job.row_fields if f.entity == "context"]
-        tables, liked = job.crew.broadcast(
-            (
-                {name: np.zeros(len(ids), np.int64) for name, ids in partitions.ids.items()},
-                np.zeros(len(partitions.ids.get(entity_key("item"), ())), np.int64),
-            )
-            if job.crew.is_first
-            else None
-        )
         return cls(
             tables=tables,
             liked=liked,
@@ -169,12 +282,18 @@ class Counts:
             rows=np.zeros((job.n_partitions, len(SPLITS)), np.int64),
             positives=np.zeros((job.n_partitions, len(SPLITS)), np.int64),
             weights=Moments(),
+            ties=np.zeros((2, 2), np.int64),
         )
 
     def add(
-        self, job: Job, partitions: Partitions, p: int, part: PartitionRows, parts: SplitIds
-    ) -> None:
-        """Counts a partition in, whose rows go where ``parts`` says."""
+        self, splitter: Splitter, partitions: Partitions, p: int, part: PartitionRows
+    ) -> SplitIds:
+        """Counts a partition in.
+
+        Returns:
+            Where its rows go.
+        """
+        job, parts = splitter.job, splitter.parts(part)
         words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
         for name in job.entities:
@@ -204,8 +323,13 @@ class Counts:
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
         if "weight" in part:
             self.weights.add(part["weight"][at].astype(np.float64))
+        self.ties += splitter.ties(part, parts)
         self.repeated += part.repeated
         self.low += 0 if part.low is None else len(part.low)
+        rule, per = job.data.repeated, job.data.negatives.fixed_per_user
+        job.note(f"(user, item) pairs whose rows are equal by repeated={rule}", part.tied)
+        job.note(f"users with fewer than negatives.fixed_per_user={per} unseen items", part.short)
+        return parts
 
     @staticmethod
     def _count(job: Job, table: Int64Array, codes: Int32Array) -> None:
@@ -217,142 +341,102 @@ class Counts:
         """Of the training rows."""
         return self.weights.mean if self.weights.n else 1.0
 
-    def combined(self, job: Job) -> "Counts":
-        """What all ranks counted. All threads."""
-        crew, entity_of = job.crew, {f.name: f.entity for f in job.row_fields}
-        others = (self.weights, self.numeric, self.of_entities, self.repeated, self.low, self.empty)
-        weights, numeric, of_entities, repeated, low, empty = zip(*crew.gather(others), strict=True)
-        names = list(dict.fromkeys(name for from_thread in of_entities for name in from_thread))
-        return Counts(
-            self.tables,
-            self.liked,
-            {n: sum((f[n] for f in numeric[1:]), numeric[0][n]) for n in self.numeric},
+    @classmethod
+    def joined(cls, job: Job, pieces: Sequence["Counts"]) -> "Counts":
+        """All pieces' counts; their tables are the first piece's."""
+        first, entity_of = pieces[0], {f.name: f.entity for f in job.row_fields}
+        names = list(dict.fromkeys(name for piece in pieces for name in piece.of_entities))
+        return cls(
+            first.tables,
+            first.liked,
+            {n: sum((p.numeric[n] for p in pieces[1:]), first.numeric[n]) for n in first.numeric},
             {
                 name: EntityValues.merged(
-                    [from_thread[name] for from_thread in of_entities if name in from_thread],
-                    len(self.tables[entity_key(entity_of[name])]),
+                    [p.of_entities[name] for p in pieces if name in p.of_entities],
+                    len(first.tables[entity_key(entity_of[name])]),
                 )
                 for name in names
             },
-            crew.add_up(self.rows),
-            crew.add_up(self.positives),
-            sum(weights[1:], weights[0]),
-            sum(repeated),
-            sum(low),
-            sum(empty, Counter()),
+            np.sum([p.rows for p in pieces], axis=0),
+            np.sum([p.positives for p in pieces], axis=0),
+            sum((p.weights for p in pieces[1:]), first.weights),
+            np.sum([p.ties for p in pieces], axis=0),
+            sum(p.repeated for p in pieces),
+            sum(p.low for p in pieces),
+            sum((p.empty for p in pieces), Counter()),
         )
+
+    def report(self, splitter: Splitter) -> None:
+        """Reports what was left out and what users should know, of all partitions.
+
+        Raises:
+            DataError: no row is left for training.
+        """
+        job = splitter.job
+        splitter.note_ties(self.ties)
+        job.drop("repeated (user, item) rows", self.repeated)
+        n_train = int(self.rows[:, TRAIN].sum())
+        for feature in job.row_fields:
+            report_empty(feature, self.empty[feature.name], n_train, "training rows")
+        least = job.data.interactions.min_rating or 0
+        job.drop(f"rows rated below {least:g}, kept as seen", self.low)
+        if n_train == 0:
+            raise DataError(
+                f"{label_of(job.data.interactions.file)}: the split leaves no training rows of "
+                f"{int(self.rows.sum()):,} ({self.repeated:,} repeated ones are dropped); hold out "
+                f"fewer"
+            )
+
+
+def no_tables(job: Job, ids: Mapping[str, pa.Array]) -> tuple[dict[str, Int64Array], Int64Array]:
+    """Zeros for every code: `Counts.tables` and `Counts.liked`.
+
+    Args:
+        job: the preparation.
+        ids: texts of each vocabulary.
+    """
+    tables = {name: np.zeros(len(texts), np.int64) for name, texts in ids.items()}
+    return tables, np.zeros(len(ids.get(entity_key("item"), ())), np.int64)
 
 
 def split_and_count(job: Job, partitions: Partitions) -> Counts:
-    """Splits all rows before anything is fitted, and counts training rows. All threads.
+    """Says where each row belongs, and counts training rows. All threads.
 
     Each partition's rows get ``[n]`` int8, kept as ``parts``, and those that are only seen, as
-    ``low parts``: they go where a positive of their time, or of their share, would go.
+    ``low parts``.
 
     Raises:
         DataError: no row is left for training.
     """
-    split = job.data.split
-    per_user = job.data.negatives.fixed_per_user or 0
-    timed = split.method in ("temporal", "leave_last")
-
-    def keyed(part: PartitionRows) -> SortKeys:
-        """What the rows that are still open are ordered by: a hash, or the time."""
-        at = np.flatnonzero(part["given"] == OPEN)
-        if split.method == "temporal":
-            return part["time"][at], part["key"][at]
-        return (part["time" if timed else "key"][at],)
-
-    def all_keyed() -> Iterator[SortKeys]:
+    splitter = Splitter(job)
+    if splitter.has_bounds:
+        n_open = 0
         for p in job.own_partitions:
-            yield tuple(partitions.load_array(p, f"split key {k}") for k in range(n_keys))
-
-    bounds, n_keys = None, 2 if timed else 1
-    if split.method in ("random", "temporal") and not job.data.refit:
-        for p in job.own_partitions:
-            for k, keys in enumerate(keyed(partitions.load(p))):
+            keyed = splitter.keyed(partitions.load(p))
+            n_open += len(keyed[0])
+            for k, keys in enumerate(keyed):
                 partitions.save_array(p, f"split key {k}", keys)
-        n = int(job.crew.add_up(np.array([sum(len(keys[0]) for keys in all_keyed())]))[0])
-        if n:
-            bounds = split_bounds(split, n, all_keyed, job.crew.add_up, n_keys)
 
-    def parts_of(part: PartitionRows, p: int, positives: PartitionRows | None = None) -> SplitIds:
-        """Where rows go; those that are only seen, as their users' positives say."""
-        parts = part["given"].copy()
-        at = np.flatnonzero(parts == OPEN)
-        if job.data.refit:
-            parts[:] = TRAIN
-        elif len(at) and bounds is not None:
-            parts[at] = split_at_bounds(keyed(part), bounds)
-        elif len(at) and split.method == "leave_last" and positives is not None:
-            held_out = partitions.load_array(p, "parts"), positives["local"], positives["time"]
-            n_users = len(partitions.users(p))
-            parts[at] = splits_by_time(*held_out, part["local"][at], part["time"][at], n_users)
-        elif len(at):
-            parts[at] = split_by_user(
-                split, part["local"][at], len(partitions.users(p)), keyed(part)[0]
-            )
-        return parts
+        def count(digit: Digit) -> Int64Array:
+            found = np.zeros(DIGITS, np.int64)
+            for p in job.own_partitions:
+                kept = (partitions.load_array(p, f"split key {k}") for k in range(splitter.n_keys))
+                found += digit.counts(tuple(kept))
+            return job.crew.add_up(found)
 
-    counts = Counts.zeros(job, partitions)
-    tied_users = held_out_users = 0
+        n = int(job.crew.add_up(np.array([n_open]))[0])
+        splitter = splitter.with_bounds(n, count)
+    zeros = no_tables(job, partitions.ids) if job.crew.is_first else None
+    counts = Counts.zeros(job, *job.crew.broadcast(zeros))
     for p in job.own_partitions:
         part = partitions.load(p)
-        parts = parts_of(part, p)
+        parts = counts.add(splitter, partitions, p, part)
         partitions.save_array(p, "parts", parts)
-        if part.low is not None:
-            partitions.save_array(p, "low parts", parts_of(part.low, p, part))
-        if split.method == "leave_last":
-            is_open = part["given"] == OPEN
-            tied, held_out = count_tied_users(
-                parts[is_open], part["local"][is_open], part["time"][is_open]
-            )
-            tied_users, held_out_users = tied_users + tied, held_out_users + held_out
-        counts.add(job, partitions, p, part, parts)
-        rule, per = job.data.repeated, f"negatives.fixed_per_user={per_user}"
-        job.note(f"(user, item) pairs whose rows are equal by repeated={rule}", part.tied)
-        job.note(f"users with fewer than {per} unseen items", part.short)
-    counts = counts.combined(job)
-    _note_ties(job, tied_users, held_out_users, bounds, all_keyed)
+        if (low_parts := splitter.low_parts(part, parts)) is not None:
+            partitions.save_array(p, "low parts", low_parts)
+    gathered = job.crew.gather(counts)
+    found: Counts = job.crew.broadcast(Counts.joined(job, gathered) if job.crew.is_first else None)
     if job.crew.is_first:
-        job.drop("repeated (user, item) rows", counts.repeated)
-        for feature in job.row_fields:
-            n_train = int(counts.rows[:, TRAIN].sum())
-            report_empty(feature, counts.empty[feature.name], n_train, "training rows")
-        least = job.data.interactions.min_rating or 0
-        job.drop(f"rows rated below {least:g}, kept as seen", counts.low)
-    n_rows, file = int(counts.rows.sum()), label_of(job.data.interactions.file)
-    if counts.rows[:, TRAIN].sum() == 0:
-        raise DataError(
-            f"{file}: the split leaves no training rows of {n_rows:,} ({counts.repeated:,} "
-            f"repeated ones are dropped); hold out fewer"
-        )
-    return counts
-
-
-def _note_ties(
-    job: Job,
-    tied_users: int,
-    held_out_users: int,
-    bounds: tuple[Bound, Bound] | None,
-    all_keyed: Callable[[], Iterable[SortKeys]],
-) -> None:
-    """Counts what equal times left to the hash of the rows' cells. All threads."""
-    if job.data.split.method == "leave_last":
-        tied_users, held_out_users = job.crew.add_up(np.array([tied_users, held_out_users]))
-        if tied_users and job.crew.is_first:
-            share = f"{tied_users / held_out_users:.1%}"
-            job.note(f"users ({share}) whose held-out rows have a training row's time", tied_users)
-    elif job.data.split.method == "temporal" and bounds is not None:
-        for part, bound in zip((VALID, TEST), bounds, strict=True):
-            if part == VALID and bound == bounds[1]:  # nothing is held out for it
-                continue
-            at_bound = [keyed[0] == bound[0] for keyed in all_keyed()]
-            below = [
-                same & (split_at_bounds(keyed, bounds) < part)
-                for same, keyed in zip(at_bound, all_keyed(), strict=True)
-            ]
-            n, n_below = (sum(int(rows.sum()) for rows in pieces) for pieces in (at_bound, below))
-            n, n_below = job.crew.add_up(np.array([n, n_below]))
-            if n_below and job.crew.is_first:
-                job.note(f"rows at the time where {SPLITS[part]} begins, on both sides", int(n))
+        found.report(splitter)
+    job.crew.gather(None)  # ends here if the first thread has failed
+    return found

@@ -113,14 +113,15 @@ class Fitter:
         entities: vocabularies of the users and items themselves.
         values: raw values of their fields, by table row.
         vocabularies: by table.
-        fitted: what the other ranks need of it.
+        fitted: what is needed of it to write rows.
+        time_scale: see `Partitions`.
     """
 
     def __init__(
         self, job: Job, partitions: Partitions, counts: Counts, earlier: PreviousDataset
     ) -> None:
         self._job, self._partitions, self._counts = job, partitions, counts
-        self._earlier = earlier
+        self._earlier, self.time_scale = earlier, partitions.time_scale
         self.entities = {
             name: self._vocabulary(entity_key(name), self._min_count_of(name))
             for name in job.entities

@@ -44,13 +44,14 @@ from deepfm_dist.data.manifest import (
     settings_of,
     versions,
 )
-from deepfm_dist.data.preparation.counts import split_and_count
+from deepfm_dist.data.preparation.counts import Counts, split_and_count
 from deepfm_dist.data.preparation.crew import Crew, run_crew
-from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
+from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
+from deepfm_dist.data.preparation.histories import HistoryWriter
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import Reading
-from deepfm_dist.data.preparation.writing import RowWriter, write_entities
+from deepfm_dist.data.preparation.writing import Plan, Written, carry, write_entities, write_rows
 from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.vocabulary import Vocabulary
@@ -275,53 +276,71 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
     earlier = PreviousDataset(job.data.vocabulary_from)
     readings = job.crew.gather(Reading(job))
     partitions: Partitions = job.crew.broadcast(
-        Partitions(job, readings) if job.crew.is_first else None
+        Partitions.of_readings(job, readings) if job.crew.is_first else None
     )
     counts = split_and_count(job, partitions)
     fit = Fitter(job, partitions, counts, earlier) if job.crew.is_first else None
-    fitted: FitResult = job.crew.broadcast(fit and fit.fitted)
-    writer = RowWriter(job, partitions, counts, fitted, earlier)
-    splits = writer.write()
-    from_threads = job.crew.gather((job.dropped, job.noted, writer.sums))
+    plan: Plan = job.crew.broadcast(fit and Plan.of_counts(job, counts, fit.fitted))
+    histories = HistoryWriter(
+        plan.fitted.rows.get("user", 1), plan.n_rare, job.n_partitions, job.spill(""), job.crew
+    )
+    if job.crew.is_first:
+        carry(histories, earlier)
+    written = write_rows(job, partitions, plan, histories)
+    from_threads = job.crew.gather(job)
     manifest = None
     if fit is not None:
-        sums = write_entities(job, fit, counts, writer.histories, earlier)
-        for *_, from_thread in from_threads:
-            sums |= from_thread
-        before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
-        dropped = sum((from_thread for from_thread, *_ in from_threads[1:]), job.dropped)
-        noted = sum((from_thread for _, from_thread, _ in from_threads[1:]), job.noted)
-        tables = _tables(job.data, fit)
-        vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)
-        manifest = Manifest(
-            format=FORMAT,
-            fingerprint=wanted,
-            vocabulary_hash=vocabulary_hash,
-            field_hashes=field_hashes,
-            data_hash=hash_of([sums, before]),
-            grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
-            if earlier.manifest
-            else (),
-            seed=job.seed,
-            data=job.data,
-            tables=tables,
-            entities=fitted.rows,
-            numeric=fitted.numeric,
-            mean_weight=counts.mean_weight,
-            time_scale=partitions.time_scale,
-            splits=splits,
-            files=job.n_partitions,
-            lanes=writer.lanes,
-            groups=writer.groups,
-            dropped=dict(sorted(dropped.items())),
-            noted=dict(sorted(noted.items())),
-            inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
-            versions=versions(),
-            sums=footer_sums(job.folder),
-        )
-        manifest.write(job.folder)
+        for other in from_threads[1:]:
+            job.dropped.update(other.dropped)
+            job.noted.update(other.noted)
+        manifest = finish(job, wanted, counts, fit, plan, written, histories, earlier)
     found: Manifest = job.crew.broadcast(manifest)
     return found
+
+
+def finish(
+    job: Job,
+    wanted: str,
+    counts: Counts,
+    fit: Fitter,
+    plan: Plan,
+    written: Written,
+    histories: HistoryWriter,
+    earlier: PreviousDataset,
+) -> Manifest:
+    """Writes vocabularies, users and items, when the rows are written; the manifest last."""
+    sums = write_entities(job, fit, counts, histories, earlier) | written.sums
+    before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
+    tables = _tables(job.data, fit)
+    vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)
+    manifest = Manifest(
+        format=FORMAT,
+        fingerprint=wanted,
+        vocabulary_hash=vocabulary_hash,
+        field_hashes=field_hashes,
+        data_hash=hash_of([sums, before]),
+        grown_from=(*earlier.manifest.grown_from, earlier.manifest.vocabulary_hash)
+        if earlier.manifest
+        else (),
+        seed=job.seed,
+        data=job.data,
+        tables=tables,
+        entities=fit.fitted.rows,
+        numeric=fit.fitted.numeric,
+        mean_weight=counts.mean_weight,
+        time_scale=fit.time_scale,
+        splits=written.splits(counts),
+        files=job.n_partitions,
+        lanes=plan.lanes,
+        groups=plan.groups,
+        dropped=dict(sorted(job.dropped.items())),
+        noted=dict(sorted(job.noted.items())),
+        inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
+        versions=versions(),
+        sums=footer_sums(job.folder),
+    )
+    manifest.write(job.folder)
+    return manifest
 
 
 def _tables(data: DataConfig, fit: Fitter) -> dict[str, TableSpec]:

@@ -1,6 +1,6 @@
-"""The rows by partition, in one numbering of all ranks' texts."""
+"""The rows by partition, in one numbering of all readers' texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
-from deepfm_dist.data.preparation.merge import merge_vocabularies
-from deepfm_dist.data.preparation.reading import Reading
+from deepfm_dist.data.preparation.merge import CodeMap, merge_vocabularies
+from deepfm_dist.data.preparation.reading import Reading, SideFile
 from deepfm_dist.data.preparation.rules import (
     coded_columns,
     content_hashes,
@@ -34,29 +34,38 @@ from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
+CodedTables = Callable[[int], Sequence[tuple[pa.Table, CodeMap]]]
+"""The rows of a partition as their readers have coded them, at least one table, which may be empty;
+with each, its reader's codes in one numbering of all."""
+
 
 class Partitions:
-    """The rows that all threads have read, one partition at a time.
+    """The rows that all readers have read, one partition at a time.
 
     All threads share it, each loading partitions of its own.
 
-    Attributes:
-        ids: texts of each vocabulary by code.
+    Args:
+        job: the preparation.
+        tables: gives the rows of a partition.
+        ids: texts of each vocabulary by code, in the order of their hashes. A task of a cluster has
+            the users of its own partition alone.
         side_files: fields in files of their own.
         time_scale: what times are multiplied by to make whole numbers of all of them.
+        in_memory: whether what later steps want of a partition stays in memory: there is one
+            partition, or just one is asked for.
     """
 
-    def __init__(self, job: Job, readings: Sequence[Reading]) -> None:
-        reading = readings[0]
-        self._job, self._spills = job, [r.spill for r in readings]
-        self._no_rows = reading.no_rows()
-        self.ids, self._code_maps = merge_vocabularies([r.codes for r in readings])
-        self.side_files = reading.side_files
-        self.time_scale = reading.times.scale if reading.times is not None else 1
-        for feature in job.data.features:
-            side = self.side_files.get(feature.name)
-            if side is not None and feature.has_vocabulary:
-                side.values = _mapped(side.values, self._code_maps[0][feature.table_name])
+    def __init__(
+        self,
+        job: Job,
+        tables: CodedTables,
+        ids: dict[str, pa.Array],
+        side_files: Mapping[str, SideFile],
+        time_scale: int,
+        in_memory: bool,
+    ) -> None:
+        self._job, self._tables, self._in_memory = job, tables, in_memory
+        self.ids, self.side_files, self.time_scale = ids, side_files, time_scale
         self._hashes: dict[str, Hashes] = {}
         self._first_user = np.zeros(job.n_partitions + 1, np.int64)
         if "user" in job.entities:  # whose codes ascend as their hashes do
@@ -68,20 +77,37 @@ class Partitions:
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self._of_repeated: dict[int, tuple[int, int]] = {}  # repeated, tied; of loaded partitions
 
+    @classmethod
+    def of_readings(cls, job: Job, readings: Sequence[Reading]) -> "Partitions":
+        """Those of all threads; their numbers of texts are emptied."""
+        first, spills = readings[0], [r.coder.spill for r in readings]
+        no_rows = pa.Table.from_batches([first.coder.no_rows()])
+        ids, maps = merge_vocabularies([r.coder.codes for r in readings])
+        side_files = mapped_side_files(job, first.side_files, maps[0])
+
+        def tables(p: int) -> list[tuple[pa.Table, CodeMap]]:
+            found = [spill.read(p) for spill in spills]
+            coded = zip(found, maps, strict=True)
+            return [(pa.Table.from_batches(b), from_thread) for b, from_thread in coded if b] or [
+                (no_rows, maps[0])
+            ]
+
+        return cls(job, tables, ids, side_files, first.time_scale, in_memory=job.n_partitions == 1)
+
     def users(self, p: int) -> Int32Array:
         """Codes of a partition's users, ascending."""
         return np.arange(*self._first_user[p : p + 2], dtype=np.int32)
 
     def save_array(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
         """Puts aside what a later step wants to know of a partition."""
-        if self._job.n_partitions == 1:
+        if self._in_memory:
             self._kept[name] = array
         else:
             np.save(self._job.spill(f"{name}-{p}.npy"), array)
 
     def load_array(self, p: int, name: str) -> Any:
         """What has been put aside."""
-        if self._job.n_partitions == 1:
+        if self._in_memory:
             return self._kept[name]
         return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
 
@@ -106,7 +132,7 @@ class Partitions:
             part.columns["key"] = np.asarray(self.load_array(p, "key"))
         else:
             part, order = self._in_order(part, p)
-            if self._job.n_partitions > 1:
+            if not self._in_memory:
                 self.save_array(p, "order", order.astype(np.int32))
                 self.save_array(p, "key", part["key"])
         repeated, tied = self._of_repeated[p]
@@ -116,7 +142,8 @@ class Partitions:
             part = replace(part, columns=part.where(positive).columns, low=part.where(~positive))
         if data.negatives.fixed_per_user is not None:
             part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
-        if self._job.n_partitions == 1:  # several rounds go over it
+        part = replace(part, users=self.users(p))
+        if self._in_memory:  # several rounds go over it
             self._cached = part
         return part
 
@@ -160,20 +187,14 @@ class Partitions:
         return buckets_of(self.hashes(entity_key("user"))[part["user"]])
 
     def _spilled(self, p: int) -> PartitionRows:
-        found: list[PartitionRows] = []
-        for rank, spill in enumerate(self._spills):
-            if batches := spill.read(p):
-                found.append(self._united(pa.Table.from_batches(batches), rank))
-        part = PartitionRows.joined(
-            found or [self._united(pa.Table.from_batches([self._no_rows]), 0)]
-        )
+        part = PartitionRows.joined([self._united(*coded) for coded in self._tables(p)])
         if "user" in part:
             part.columns["local"] = part["user"] - np.int32(self._first_user[p])
         return part
 
-    def _united(self, table: pa.Table, rank: int) -> PartitionRows:
-        """One thread's rows of a partition in the numbering of all."""
-        maps, n = self._code_maps[rank], table.num_rows
+    def _united(self, table: pa.Table, code_map: CodeMap) -> PartitionRows:
+        """Rows that one reader has coded, in the numbering of all."""
+        n = table.num_rows
         columns: dict[str, Any] = {
             "label": np.ones(n, np.int8),
             "given": np.full(n, OPEN, np.int8),
@@ -183,11 +204,11 @@ class Partitions:
             whole, billionths = columns.pop("whole"), columns.pop("billionths")
             columns["time"] = scaled(whole, billionths, self.time_scale)
         for name in self._job.entities:
-            columns[name] = maps[entity_key(name)][columns[name]]
+            columns[name] = code_map[entity_key(name)][columns[name]]
         for feature in self._job.row_fields:
             if feature.has_vocabulary:
                 name = f"field {feature.name}"
-                columns[name] = _mapped(columns[name], maps[feature.table_name])
+                columns[name] = _mapped(columns[name], code_map[feature.table_name])
         return PartitionRows(columns)
 
     def _with_fixed_negatives(self, part: PartitionRows, p: int, per_user: int) -> PartitionRows:
@@ -222,6 +243,19 @@ class Partitions:
         order, _ = row_order(joint, keys, buckets, self._cell_hashes, seed)
         joint.columns["key"] = keys.view(np.int64)
         return replace(part, columns=joint.take(order).columns, short=short)
+
+
+def mapped_side_files(
+    job: Job, side_files: Mapping[str, SideFile], code_map: CodeMap
+) -> dict[str, SideFile]:
+    """Fields of files of their own with the codes of one numbering of all."""
+    tables = {f.name: f.table_name for f in job.data.features if f.has_vocabulary}
+    return {
+        name: replace(side, values=_mapped(side.values, code_map[tables[name]]))
+        if name in tables
+        else side
+        for name, side in side_files.items()
+    }
 
 
 def _mapped(values: Values, code_map: Int32Array) -> Values:

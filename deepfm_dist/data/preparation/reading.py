@@ -23,7 +23,7 @@ from deepfm_dist.data.fields import (
     row_columns,
     split_cells,
 )
-from deepfm_dist.data.jagged import Jagged, Values, from_arrow, to_arrow
+from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, to_arrow
 from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
@@ -50,11 +50,10 @@ class _Stream:
     """One file of rows, which threads read in turns."""
 
     def __init__(self, job: Job, number: int) -> None:
-        self.number, self.file, self.name, self.part = number, *job.inputs[number]
-        self.lock, self.dropped, self.is_over = Lock(), Counter[str](), False
-        columns = row_columns(job.data, with_split=self.part == OPEN)
-        self._batches = _batches(job, self.file, self.name, columns, self.dropped)
-        self._left = self.file.text_bytes
+        self.number, self.lock, self.is_over = number, Lock(), False
+        self.dropped = Counter[str]()
+        self._batches = row_batches(job, number, self.dropped)
+        self._left = job.inputs[number][0].text_bytes
 
     def read(self, bar: Any) -> pa.RecordBatch | None:
         """The next batch; the bar counts bytes of text, of which a batch is about a block."""
@@ -93,70 +92,99 @@ class _Queue:
                 yield stream, batch
 
 
-class Reading:
-    """Reads files, a share of one thread. All threads.
+@dataclass
+class ReadFacts:
+    """What a reader of rows has met.
 
     Attributes:
-        codes: this rank's numbers of the texts of each vocabulary.
-        spill: its rows by partition, with these numbers.
-        n_read: how many rows it has read.
-        n_positive: how many of them are trained on: all but those rated below ``min_rating``.
-        side_files: fields in files of their own; the first thread reads them.
-        times: what the times of all ranks' rows are like, if they have times.
-
-    Raises:
-        DataError: an input cannot be read or leaves no row.
+        kept: by `label_of` the files' setting: rows, and those that are trained on, which are all
+            but those rated below ``min_rating``.
+        times: what the rows' times are like, if they have times.
+        dropped: rows left out, by reason.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, data = job, job.data
-        tables = {f.table_name for f in data.features if f.has_vocabulary and not f.is_id}
-        self.codes = {name: Codes() for name in [*map(entity_key, job.entities), *sorted(tables)]}
-        in_memory = job.n_partitions == 1
-        self.spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_partitions)
-        self.n_read = self.n_positive = 0
-        time = data.interactions.time
-        self.times = None if time is None else TimeColumn(time)
-        kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}  # rows, positives
-        text_bytes = sum(file.text_bytes for file, _, _ in job.inputs)
-        with progress(text_bytes, "read", "B", job.crew.is_first) as bar:
-            queue: _Queue = job.crew.broadcast(_Queue(job, bar) if job.crew.is_first else None)
-            for stream, batch in queue.batches(job.crew):
-                rows, positives = self.n_read, self.n_positive
-                self._add(batch, stream)
-                kept[stream.name] += np.array([self.n_read - rows, self.n_positive - positives])
-        job.crew.gather(None)  # all files are read
-        if job.crew.is_first:
-            for stream in queue.streams:
-                job.dropped.update(stream.dropped)
-        self.spill.close()
-        self.side_files: dict[str, SideFile] = {}
-        if job.crew.is_first:
-            self.side_files = {f.name: self._side_file(f) for f in data.features if f.file}
-        from_threads = job.crew.gather((kept, job.dropped, self.times))
-        dropped = sum((from_thread for _, from_thread, _ in from_threads), Counter[str]())
-        for name in kept:
-            n_rows, n_positive = np.sum(
-                [from_thread[name] for from_thread, *_ in from_threads], axis=0
-            )
-            self._check_rows(name, int(n_rows), int(n_positive), dropped)
+    kept: dict[str, Int64Array]
+    times: TimeColumn | None
+    dropped: Counter[str]
+
+    @classmethod
+    def none(cls, job: Job) -> "ReadFacts":
+        """Nothing has been read yet."""
+        time = job.data.interactions.time
+        kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}
+        return cls(kept, None if time is None else TimeColumn(time), Counter())
+
+    def __add__(self, other: "ReadFacts") -> "ReadFacts":
+        times = self.times
+        if times is not None and other.times is not None:
+            times = times + other.times
+        kept = {name: rows + other.kept[name] for name, rows in self.kept.items()}
+        return ReadFacts(kept, times, self.dropped + other.dropped)
+
+    def check(self, job: Job) -> None:
+        """Reports what all readers together have met.
+
+        Raises:
+            DataError: a setting's files leave no row, or times are of two notations.
+        """
+        for name, (n_rows, n_positive) in self.kept.items():
+            _check_some_have_rows(job, name, self.dropped[_without_rows(name)])
+            if n_positive == 0:
+                raise DataError(self._nothing_left(job, name, int(n_rows)))
+            log.info("read %s: %s rows", name, f"{n_rows:,}")
         if self.times is not None:
-            self.times = sum((times for *_, times in from_threads[1:]), from_threads[0][2])
             self.times.check()
-            for text in self.times.warnings() if job.crew.is_first else ():
+            for text in self.times.warnings():
                 log.warning("%s", text)
 
-    def _add(self, batch: pa.RecordBatch, stream: _Stream) -> None:
-        """Codes a batch and deals its rows to partitions."""
-        if self.times is not None:
-            self.times.add(batch["time"], stream.file.name)
-            self.times.check()
+    def _nothing_left(self, job: Job, name: str, n_rows: int) -> str:
+        least = job.data.interactions.min_rating
+        starts = {f"{file.pattern}: " for file in job.files[name]}
+        what = (
+            f"no row is rated {least:g} or more; lower interactions.min_rating"
+            if n_rows and least is not None
+            else "no usable row is left"
+        )
+        lost = [
+            f"{n:,} {reason.removeprefix(start)}"
+            for reason, n in self.dropped.items()
+            for start in starts
+            if reason.startswith(start)
+        ]
+        return f"{name}: {what}" + (f"; dropped: {', '.join(lost)}" if lost else "")
+
+
+class RowCoder:
+    """Codes rows and deals them to partitions: for one thread, or for one task of a cluster.
+
+    Args:
+        job: the preparation.
+        spill: takes the rows by partition.
+
+    Attributes:
+        codes: this reader's numbers of the texts of each vocabulary.
+        spill: its rows, with these numbers.
+        facts: what it has met.
+    """
+
+    def __init__(self, job: Job, spill: Spill) -> None:
+        self._job, self.spill = job, spill
+        self.codes = {name: Codes() for name in vocabularies_of_rows(job)}
+        self.facts = ReadFacts.none(job)
+
+    def add(self, batch: pa.RecordBatch, number: int) -> None:
+        """Takes in rows of the file of a number among ``job.inputs``."""
+        file, name, part = self._job.inputs[number]
+        if self.facts.times is not None:
+            self.facts.times.add(batch["time"], file.name)
+            self.facts.times.check()
         rated = self._job.data.interactions.rating is not None
         for piece in self._pieces(batch):
-            rows = self._coded(piece, stream.part)
+            rows = self._coded(piece, part)
             self.spill.add(rows, self._partitions(rows))
-            self.n_read += rows.num_rows
-            self.n_positive += int(np.asarray(rows["label"]).sum()) if rated else rows.num_rows
+            n = rows.num_rows
+            n_positive = int(np.asarray(rows["label"]).sum()) if rated else n
+            self.facts.kept[name] += np.array([n, n_positive])
 
     def _pieces(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """The batch; of impressions a row for each item, which take many times its memory."""
@@ -165,27 +193,6 @@ class Reading:
             return
         for begin in range(0, batch.num_rows, _IMPRESSIONS):
             yield exploded(batch.slice(begin, _IMPRESSIONS))
-
-    def _check_rows(self, name: str, n_rows: int, n_positive: int, dropped: Counter[str]) -> None:
-        _check_some_have_rows(self._job, name, dropped[_without_rows(name)])
-        if n_positive == 0:
-            least = self._job.data.interactions.min_rating
-            starts = {f"{file.pattern}: " for file in self._job.files[name]}
-            what = (
-                f"no row is rated {least:g} or more; lower interactions.min_rating"
-                if n_rows and least is not None
-                else "no usable row is left"
-            )
-            lost = [
-                f"{n:,} {reason.removeprefix(start)}"
-                for reason, n in dropped.items()
-                for start in starts
-                if reason.startswith(start)
-            ]
-            told = ", ".join(lost)
-            raise DataError(f"{name}: {what}" + (f"; dropped: {told}" if told else ""))
-        if self._job.crew.is_first:
-            log.info("read %s: %s rows", name, f"{n_rows:,}")
 
     def no_rows(self) -> pa.RecordBatch:
         """None, in the columns of the spill."""
@@ -254,19 +261,74 @@ class Reading:
             return partitions_of(buckets, n_partitions).astype(np.int32)[np.asarray(rows["user"])]
         return partitions_of(np.asarray(rows["bucket"], np.int64), n_partitions).astype(np.int32)
 
-    def _side_file(self, feature: Feature) -> SideFile:
-        assert feature.file is not None
-        key = feature.key or getattr(self._job.data.interactions, feature.entity)
-        table = side_table(self._job, label_of(feature.file), [Column(key), column_of(feature)])
-        keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
-        if feature.kind == "numeric":
-            return SideFile(keys, numbers_of(cells, feature))
-        owners, texts = split_cells(cells, feature)
-        if feature.has_vocabulary:
-            codes = self.codes[feature.table_name].encode(texts)
-        else:
-            codes = hashed_rows(texts, feature)
-        return SideFile(keys, Jagged.from_pairs(owners, codes, len(keys)))
+
+class Reading:
+    """Reads files, a share of one thread. All threads.
+
+    Attributes:
+        coder: this thread's rows and its numbers of their texts.
+        side_files: fields in files of their own; the first thread alone reads them.
+        time_scale: what times are multiplied by to make whole numbers of those of all threads.
+
+    Raises:
+        DataError: an input cannot be read or leaves no row.
+    """
+
+    def __init__(self, job: Job) -> None:
+        in_memory = job.n_partitions == 1
+        spill = Spill(None if in_memory else rows_path(job, job.crew.rank), job.n_partitions)
+        self.coder = RowCoder(job, spill)
+        text_bytes = sum(file.text_bytes for file, _, _ in job.inputs)
+        with progress(text_bytes, "read", "B", job.crew.is_first) as bar:
+            queue: _Queue = job.crew.broadcast(_Queue(job, bar) if job.crew.is_first else None)
+            for stream, batch in queue.batches(job.crew):
+                self.coder.add(batch, stream.number)
+        job.crew.gather(None)  # all files are read
+        spill.close()
+        facts = self.coder.facts
+        self.side_files: dict[str, SideFile] = {}
+        if job.crew.is_first:
+            for stream in queue.streams:
+                facts.dropped.update(stream.dropped)
+            self.side_files = read_side_files(job, self.coder.codes)
+        first, *others = job.crew.gather(facts)
+        together: ReadFacts = sum(others, first)
+        if job.crew.is_first:
+            together.check(job)
+            job.dropped.update(together.dropped)
+        job.crew.gather(None)  # ends here if the check has failed
+        self.time_scale = 1 if together.times is None else together.times.scale
+
+
+def vocabularies_of_rows(job: Job) -> list[str]:
+    """Names of the vocabularies whose texts the input has, `entity_key` first."""
+    tables = {f.table_name for f in job.data.features if f.has_vocabulary and not f.is_id}
+    return [*map(entity_key, job.entities), *sorted(tables)]
+
+
+def read_side_files(job: Job, codes: Mapping[str, Codes]) -> dict[str, SideFile]:
+    """The fields of users and items in files of their own, by name.
+
+    Args:
+        job: the preparation.
+        codes: of each vocabulary, added to.
+    """
+    return {f.name: _side_file(job, f, codes) for f in job.data.features if f.file}
+
+
+def _side_file(job: Job, feature: Feature, codes: Mapping[str, Codes]) -> SideFile:
+    assert feature.file is not None
+    key = feature.key or getattr(job.data.interactions, feature.entity)
+    table = side_table(job, label_of(feature.file), [Column(key), column_of(feature)])
+    keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
+    if feature.kind == "numeric":
+        return SideFile(keys, numbers_of(cells, feature))
+    owners, texts = split_cells(cells, feature)
+    if feature.has_vocabulary:
+        numbers = codes[feature.table_name].encode(texts)
+    else:
+        numbers = hashed_rows(texts, feature)
+    return SideFile(keys, Jagged.from_pairs(owners, numbers, len(keys)))
 
 
 def rows_path(job: Job, rank: int) -> Path:
@@ -285,6 +347,12 @@ def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
         of_side = f"{reason}, read for users and items" if also_rows else reason
         job.dropped[of_side] = max(job.dropped[of_side], count)
     return pa.Table.from_batches(batches, schema)
+
+
+def row_batches(job: Job, number: int, dropped: Counter[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a file of ``job.inputs``, with what is dropped counted."""
+    file, name, part = job.inputs[number]
+    return _batches(job, file, name, row_columns(job.data, with_split=part == OPEN), dropped)
 
 
 def _batches(

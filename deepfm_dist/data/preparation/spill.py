@@ -1,7 +1,7 @@
 """Rows on their way: partitions of them, in memory or, where they are too many, on disk."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.jagged import grouped, joined, taken
+from deepfm_dist.data.jagged import Int32Array, grouped, joined, taken
 
 
 class Spill:
@@ -85,6 +85,7 @@ class PartitionRows:
         repeated: how many rows were dropped because another one has their user and item.
         tied: of how many pairs a hash of the rows' cells chose the one that stays.
         short: how many users have fewer unseen items than fixed negatives are wanted.
+        users: codes of all users of the partition, ascending.
     """
 
     columns: dict[str, Any]
@@ -92,6 +93,7 @@ class PartitionRows:
     repeated: int = 0
     tied: int = 0
     short: int = 0
+    users: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.columns["label"])

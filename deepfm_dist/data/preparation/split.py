@@ -1,7 +1,7 @@
 """Which rows are held out: pure functions of the rows' order, users, times and the seed."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ Bound = tuple[int, ...]
 """The keys of one row."""
 
 _DIGIT_BITS = 16
+DIGITS = 1 << _DIGIT_BITS
 
 
 def held_out_shares(split: Split) -> tuple[float, float]:
@@ -76,22 +77,44 @@ def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
     return parts
 
 
+@dataclass(frozen=True)
+class Digit:
+    """A step of the search for a bound: how the next digits of the rows' keys are distributed.
+
+    Attributes:
+        bound: the bound's first keys, which are known.
+        prefix: the digits of its next key that are known.
+        shift: bits of that key behind the digit that is asked for.
+    """
+
+    bound: Bound
+    prefix: int
+    shift: int
+
+    def counts(self, keyed: SortKeys) -> Int64Array:
+        """``[2**16]``: by digit, how many rows have the keys and digits that are known."""
+        same = np.ones(len(keyed[0]), bool)
+        for keys, key in zip(keyed, self.bound, strict=False):
+            same &= keys == key
+        values = keyed[len(self.bound)][same] if self.bound else keyed[0]
+        words = values.view(np.uint64) ^ np.uint64(1 << 63)  # the order of signed numbers
+        if self.shift < 64 - _DIGIT_BITS:
+            words = words[words >> np.uint64(self.shift + _DIGIT_BITS) == self.prefix]
+        digits = (words >> np.uint64(self.shift)).astype(np.int64) & (DIGITS - 1)
+        return np.bincount(digits, minlength=DIGITS)
+
+
 def split_bounds(
-    split: Split,
-    n: int,
-    pieces: Callable[[], Iterable[SortKeys]],
-    add_up: Callable[[Int64Array], Int64Array],
-    n_keys: int = 2,
+    split: Split, n: int, count: Callable[[Digit], Int64Array], n_keys: int = 2
 ) -> tuple[Bound, Bound]:
-    """Where the held-out rows of all pieces begin, by their keys.
+    """Where the held-out rows begin, by their keys.
 
     Nothing is sorted: digit by digit, histograms say where the bound lies.
 
     Args:
         split: the sizes, shares of ``n``.
-        n: rows over all pieces and ranks.
-        pieces: gives this rank's pieces, as often as it is called.
-        add_up: sums an array over the ranks.
+        n: number of rows.
+        count: sums `Digit.counts` over all rows.
         n_keys: number of keys of a row.
 
     Returns:
@@ -103,39 +126,26 @@ def split_bounds(
     for last in (n_test + round(n * valid), n_test):
         bound: Bound = () if last else (np.iinfo(np.int64).max,) * n_keys
         while len(bound) < n_keys:
-            key, above = _from_top(partial(_next_keys, pieces, bound), last, add_up)
+            key, above = _from_top(count, bound, last)
             bound, last = (*bound, key), last - above
         found.append(bound)
     return found[0], found[1]
 
 
-def _next_keys(pieces: Callable[[], Iterable[SortKeys]], bound: Bound) -> Iterator[Int64Array]:
-    """The next key of the rows whose first ones are the bound's."""
-    for keyed in pieces():
-        same = np.ones(len(keyed[0]), bool)
-        for keys, key in zip(keyed, bound, strict=False):
-            same &= keys == key
-        yield keyed[len(bound)][same] if bound else keyed[0]
+def _from_top(count: Callable[[Digit], Int64Array], bound: Bound, k: int) -> tuple[int, int]:
+    """The k-th largest next key of the rows with a bound's first keys, and how many are larger.
 
-
-def _from_top(
-    pieces: Callable[[], Iterable[Int64Array]], k: int, add_up: Callable[[Int64Array], Int64Array]
-) -> tuple[int, int]:
-    """The k-th largest value over all ranks, k from 1, and how many are larger."""
-    bins = 1 << _DIGIT_BITS
+    Args:
+        count: see `split_bounds`.
+        bound: the first keys.
+        k: from 1.
+    """
     prefix, above = 0, 0
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        counts = np.zeros(bins, np.int64)
-        for values in pieces():
-            words = values.view(np.uint64) ^ np.uint64(1 << 63)  # the order of signed numbers
-            if shift < 64 - _DIGIT_BITS:
-                words = words[words >> np.uint64(shift + _DIGIT_BITS) == prefix]
-            digits = (words >> np.uint64(shift)).astype(np.int64) & (bins - 1)
-            counts += np.bincount(digits, minlength=bins)
-        from_top = np.cumsum(add_up(counts)[::-1])
+        from_top = np.cumsum(count(Digit(bound, prefix, shift))[::-1])
         place = int(np.searchsorted(from_top, k - above))
         above += int(from_top[place - 1]) if place else 0
-        prefix = prefix << _DIGIT_BITS | (bins - 1 - place)
+        prefix = prefix << _DIGIT_BITS | (DIGITS - 1 - place)
     return prefix - (1 << 63), above
 
 

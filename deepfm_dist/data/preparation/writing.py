@@ -2,11 +2,14 @@
 
 import logging
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +27,7 @@ from deepfm_dist.data.jagged import (
     union,
 )
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
-from deepfm_dist.data.manifest import SPLITS, TRAIN, SplitSpec, cuts_of
+from deepfm_dist.data.manifest import SPLITS, TEST, TRAIN, VALID, SplitSpec, cuts_of
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
@@ -48,105 +51,229 @@ HELD_OUT_GROUP_ROWS = 1 << 20
 _MOST_UNKNOWN = 10_000
 
 
-class RowWriter:
-    """Writes the rows of every split, a file for each partition. All threads.
+@dataclass(frozen=True)
+class Plan:
+    """What is to be known to write the rows of any partition.
+
+    A task of a cluster has only its own partition's users in ``row_of_code``, ``negative_user`` and
+    ``trained``.
 
     Attributes:
+        fitted: the tables' rows and the statistics.
+        first_of: for each split, ``[partitions + 1]``: how many rows lie in the partitions before.
         lanes: streams that training rows are dealt to.
         groups: groups of training rows, a multiple of ``lanes``.
-        histories: what users have met, put aside for the user table.
-        sums: `sum_of` every file that this rank has written, by its name.
+        mean_weight: of the training rows.
+        negative_user: ``[users]``: whose history a user's negatives avoid, where some have no row
+            of their own; those are numbered from the end of the user table on, for the sampler
+            alone.
+        n_rare: how many they are.
+        trained: of users and items: ``[codes]`` bool, which have training rows.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        partitions: Partitions,
-        counts: Counts,
-        fitted: FitResult,
-        earlier: PreviousDataset,
-    ) -> None:
-        self._job, self._partitions, self._counts, self._fitted = job, partitions, counts, fitted
-        n_train = int(counts.rows[:, TRAIN].sum())
-        self.lanes = job.data.lanes or _default_lanes(n_train)
-        self.groups = self.lanes * -(-n_train // LANE_WINDOW_ROWS)
-        self._cuts = cuts_of(n_train, self.groups)
-        self.sums: dict[str, int] = {}
-        self._known = HeldOutIdCheck(job, partitions, counts)
-        self._first_of = [offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))]
-        self._sampled = job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
-        self._negative_user = self._negative_users()
-        self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
-        if self._sampled:
-            self._unused["train"] = {"label"}
-        n_rows = fitted.rows.get("user", 1)
-        n_rare = (
-            0
-            if self._negative_user is None
-            else max(0, int(self._negative_user.max()) + 1 - n_rows)
-        )
-        self.histories = HistoryWriter(n_rows, n_rare, job.n_partitions, job.spill(""), job.crew)
-        if job.crew.is_first and earlier.manifest is not None:
-            self._carry(earlier)
+    fitted: FitResult
+    first_of: tuple[Int64Array, ...]
+    lanes: int
+    groups: int
+    mean_weight: float
+    negative_user: Int32Array | None
+    n_rare: int
+    trained: dict[str, npt.NDArray[np.bool_]]
 
-    def write(self) -> dict[str, SplitSpec]:
-        """Writes this rank's partitions."""
-        job, sizes = self._job, np.zeros(len(SPLITS), np.int64)
-        n_rows = np.zeros(len(SPLITS), np.int64)
-        if job.crew.is_first:
-            for name in SPLITS:
-                (job.folder / name).mkdir()
-        job.crew.gather(None)
-        with progress(len(job.own_partitions), "write", "partition", job.crew.is_first) as bar:
-            for p in job.own_partitions:
-                part, parts = (
-                    self._partitions.load(p),
-                    np.asarray(self._partitions.load_array(p, "parts")),
-                )
-                columns = self._columns(part)
-                known = self._known_items(part, p) if self._sampled else None
-                for split, name in enumerate(SPLITS):
-                    at, first = np.flatnonzero(parts == split), int(self._first_of[split][p])
-                    used = {n: v for n, v in columns.items() if n not in self._unused[name]}
-                    table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
-                    cuts = self._cuts
-                    if split != TRAIN:
-                        if known is not None and len(at):
-                            table = self._with_negatives(
-                                table, part["local"][at], part["key"][at], known, split
-                            )
-                        cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
-                    file = f"{name}/part-{p:05d}.parquet"
-                    self.sums[file] = sum_of(table)
-                    n_rows[split] += table.num_rows
-                    signed = signed_table(table, job.folder / file, self.sums[file])
-                    _write_groups(signed, job.folder / file, cuts, first)
-                    sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
-                self._known.add(part, parts)
-                if {"user", "item"} <= columns.keys():
-                    self._put_histories(part, p, parts, columns)
-                bar.update()
-        self._known.check()
-        sizes, n_rows = job.crew.add_up(sizes), job.crew.add_up(n_rows)
+    @classmethod
+    def of_counts(cls, job: Job, counts: Counts, fitted: FitResult) -> "Plan":
+        """What follows from the counts of all partitions."""
+        n_train = int(counts.rows[:, TRAIN].sum())
+        lanes = job.data.lanes or _default_lanes(n_train)
+        negative_user = _negative_users(job, counts, fitted)
+        n_rows = fitted.rows.get("user", 1)
+        return cls(
+            fitted,
+            tuple(offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))),
+            lanes,
+            lanes * -(-n_train // LANE_WINDOW_ROWS),
+            counts.mean_weight,
+            negative_user,
+            0 if negative_user is None else max(0, int(negative_user.max()) + 1 - n_rows),
+            {name: counts.tables[entity_key(name)] > 0 for name in job.entities},
+        )
+
+    @property
+    def cuts(self) -> Int64Array:
+        """Of the groups of training rows."""
+        return cuts_of(int(self.first_of[TRAIN][-1]), self.groups)
+
+    def of_users(self, begin: int, end: int) -> "Plan":
+        """The same with the users of some codes alone."""
+        cut = slice(begin, end)
+        row_of_code, user = self.fitted.row_of_code, entity_key("user")
+        users = np.append(row_of_code[user][:-1][cut], np.int32(0))
+        return replace(
+            self,
+            fitted=replace(self.fitted, row_of_code=row_of_code | {user: users}),
+            negative_user=None if self.negative_user is None else self.negative_user[cut],
+            trained=self.trained | {"user": self.trained["user"][cut]},
+        )
+
+
+def _negative_users(job: Job, counts: Counts, fitted: FitResult) -> Int32Array | None:
+    """See `Plan.negative_user`."""
+    if not _is_sampled(job):
+        return None
+    rows = fitted.row_of_code[entity_key("user")][:-1]
+    rare = (rows == 0) & (counts.tables[entity_key("user")] > 0)
+    if not rare.any():
+        return None
+    rows = rows.copy()
+    rows[rare] = fitted.rows["user"] + np.arange(rare.sum(), dtype=np.int32)
+    return rows
+
+
+def _is_sampled(job: Job) -> bool:
+    """Whether negatives are drawn while training."""
+    return job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
+
+
+@dataclass
+class Written:
+    """What has been written: by a thread, or by a task of a cluster.
+
+    Attributes:
+        sums: `sum_of` every file of rows, by its name.
+        rows: ``[splits]``, held-out negatives included.
+        sizes: ``[splits]``: what training needs of them, in bytes.
+        known: which held-out rows have users and items of the training rows.
+    """
+
+    sums: dict[str, int]
+    rows: Int64Array
+    sizes: Int64Array
+    known: "HeldOutIdCheck"
+
+    @classmethod
+    def none(cls, job: Job) -> "Written":
+        """Nothing yet."""
+        zeros = np.zeros(len(SPLITS), np.int64)
+        return cls({}, zeros, zeros.copy(), HeldOutIdCheck.none(job))
+
+    def __add__(self, other: "Written") -> "Written":
+        return Written(
+            self.sums | other.sums,
+            self.rows + other.rows,
+            self.sizes + other.sizes,
+            self.known + other.known,
+        )
+
+    def splits(self, counts: Counts) -> dict[str, SplitSpec]:
+        """What the manifest says of the splits."""
         return {
             name: SplitSpec(
-                rows=int(n_rows[s]),
-                positives=int(self._counts.positives[:, s].sum()),
-                size_bytes=int(sizes[s]),
+                rows=int(self.rows[s]),
+                positives=int(counts.positives[:, s].sum()),
+                size_bytes=int(self.sizes[s]),
             )
             for s, name in enumerate(SPLITS)
         }
+
+
+def write_rows(job: Job, partitions: Partitions, plan: Plan, histories: HistoryWriter) -> Written:
+    """Writes the rows of all partitions. All threads.
+
+    Raises:
+        DataError: no held-out row has a user or an item of the training rows.
+    """
+    if job.crew.is_first:
+        for name in SPLITS:
+            (job.folder / name).mkdir()
+    job.crew.gather(None)
+    writer = RowWriter(job, plan, histories)
+    with progress(len(job.own_partitions), "write", "partition", job.crew.is_first) as bar:
+        for p in job.own_partitions:
+            part, parts = partitions.load(p), np.asarray(partitions.load_array(p, "parts"))
+            low_parts = (
+                None if part.low is None else np.asarray(partitions.load_array(p, "low parts"))
+            )
+            writer.add(p, part, parts, low_parts)
+            bar.update()
+    first, *others = job.crew.gather(writer.written)
+    together: Written = sum(others, first)
+    if job.crew.is_first:
+        together.known.check(job, plan, partitions.ids)
+    job.crew.gather(None)  # ends here if the first thread has failed
+    return together
+
+
+class PairSink(Protocol):
+    """Takes what users have met, as `HistoryWriter.add` does."""
+
+    def add(self, name: str, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
+        """Takes ``[m]`` pairs of a row of users and an item."""
+
+
+class RowWriter:
+    """Writes the rows of partitions, a file of each split for each.
+
+    Args:
+        job: the preparation.
+        plan: see there.
+        histories: takes what users have met.
+
+    Attributes:
+        written: what has been written.
+    """
+
+    def __init__(self, job: Job, plan: Plan, histories: PairSink) -> None:
+        self._job, self._plan, self._fitted = job, plan, plan.fitted
+        self._histories, self._cuts = histories, plan.cuts
+        self._sampled = _is_sampled(job)
+        self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
+        if self._sampled:
+            self._unused["train"] = {"label"}
+        self.written = Written.none(job)
+
+    def add(self, p: int, part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> None:
+        """Writes a partition.
+
+        Args:
+            p: its number.
+            part: its rows.
+            parts: where they go.
+            low_parts: where those go that are only seen.
+        """
+        job, written = self._job, self.written
+        columns = self._columns(part)
+        known = self._known_items(part) if self._sampled else None
+        for split, name in enumerate(SPLITS):
+            at, first = np.flatnonzero(parts == split), int(self._plan.first_of[split][p])
+            used = {n: v for n, v in columns.items() if n not in self._unused[name]}
+            table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
+            cuts = self._cuts
+            if split != TRAIN:
+                if known is not None and len(at):
+                    table = self._with_negatives(
+                        table, part["local"][at], part["key"][at], known, split
+                    )
+                cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
+            file = f"{name}/part-{p:05d}.parquet"
+            written.sums[file] = sum_of(table)
+            signed = signed_table(table, job.folder / file, written.sums[file])
+            _write_groups(signed, job.folder / file, cuts, first)
+            written.rows[split] += table.num_rows
+            written.sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
+        written.known.add(self._plan.trained, part, parts)
+        if {"user", "item"} <= columns.keys():
+            self._put_histories(p, part, parts, low_parts, columns)
 
     def _columns(self, part: PartitionRows) -> dict[str, Any]:
         """What stands in the files, for all rows of a partition."""
         columns: dict[str, Any] = {}
         for name in self._job.entities:
             columns[name] = self._fitted.row_of_code[entity_key(name)][part[name]]
-        if self._negative_user is not None:
-            columns[NEGATIVE_USER] = self._negative_user[part["user"]]
+        if self._plan.negative_user is not None:
+            columns[NEGATIVE_USER] = self._plan.negative_user[part["user"]]
         columns["label"] = part["label"].astype(np.float32)
         if "weight" in part:
-            weights = part["weight"].astype(np.float64) / self._counts.mean_weight
+            weights = part["weight"].astype(np.float64) / self._plan.mean_weight
             least = float(np.finfo(np.float32).tiny)  # below it, float32 ends at 0
             self._job.note(
                 f"rows whose weight is below {least:.1e} of the mean and counts as that",
@@ -161,24 +288,9 @@ class RowWriter:
                 columns[feature.name] = self._fitted.encoded(feature, values)
         return columns
 
-    def _negative_users(self) -> Int32Array | None:
-        """``[users]``: whose history a user's negatives avoid, where some have no row of their own.
-
-        Those are numbered from the end of the user table on, for the sampler alone.
-        """
-        if not self._sampled:
-            return None
-        rows = self._fitted.row_of_code[entity_key("user")][:-1]
-        rare = (rows == 0) & (self._counts.tables[entity_key("user")] > 0)
-        if not rare.any():
-            return None
-        rows = rows.copy()
-        rows[rare] = self._fitted.rows["user"] + np.arange(rare.sum(), dtype=np.int32)
-        return rows
-
-    def _known_items(self, part: PartitionRows, p: int) -> Jagged:
+    def _known_items(self, part: PartitionRows) -> Jagged:
         """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
-        n_users, known = len(self._partitions.users(p)), []
+        n_users, known = len(part.users), []
         for rows in part.with_low:
             items = self._fitted.row_of_code[entity_key("item")][rows["item"]]
             at = np.flatnonzero(items > 0)
@@ -186,7 +298,12 @@ class RowWriter:
         return union(known)
 
     def _put_histories(
-        self, part: PartitionRows, p: int, parts: SplitIds, columns: dict[str, Any]
+        self,
+        p: int,
+        part: PartitionRows,
+        parts: SplitIds,
+        low_parts: SplitIds | None,
+        columns: dict[str, Any],
     ) -> None:
         """Puts aside what the users of a partition have met, by split."""
         users, items = columns.get(NEGATIVE_USER, columns["user"]), columns["item"]
@@ -195,41 +312,23 @@ class RowWriter:
         liked = np.flatnonzero(known & (parts == TRAIN) & positive)
         if "time" in part:
             liked = liked[_in_time_order(part, liked)]
-        self.histories.add(HISTORY, users[liked], items[liked])
+        self._histories.add(HISTORY, users[liked], items[liked])
         # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
         met = known & (positive | (self._job.data.task == "ctr"))
         for split, name in enumerate(SPLITS):
             at = np.flatnonzero(met & (parts == split) & ~((split == TRAIN) & positive))
-            self.histories.add(SEEN[name][-1], users[at], items[at])
-        if (low := part.low) is None:
+            self._histories.add(SEEN[name][-1], users[at], items[at])
+        if (low := part.low) is None or low_parts is None:
             return
-        row_of_code, low_parts = (
-            self._fitted.row_of_code,
-            self._partitions.load_array(p, "low parts"),
-        )
-        of_users = (
-            row_of_code[entity_key("user")] if self._negative_user is None else self._negative_user
-        )
+        row_of_code, negative_user = self._fitted.row_of_code, self._plan.negative_user
+        of_users = row_of_code[entity_key("user")] if negative_user is None else negative_user
         users, items = of_users[low["user"]], row_of_code[entity_key("item")][low["item"]]
         met = (users > 0) & (items > 0)
         for split, name in enumerate(SPLITS):
             at = np.flatnonzero(met & (low_parts == split))
-            self.histories.add(SEEN[name][-1], users[at], items[at])
-        table = pa.table({"user": users, "item": items, "split": np.asarray(low_parts)})
-        self.sums[f"seen/part-{p:05d}"] = sum_of(table)
-
-    def _carry(self, earlier: PreviousDataset) -> None:
-        """What users met in an earlier dataset's splits. First thread.
-
-        What it held out is seen by now, but was not trained on.
-        """
-        before = earlier.dataset
-        if before is None or not {"user", "item"} <= before.manifest.entities.keys():
-            return
-        history, seen = before.met("train")
-        held_out = [*before.met("valid"), *before.met("test")]
-        for name, bags in ((HISTORY, history), *((CARRIED, bags) for bags in (seen, *held_out))):
-            self.histories.add(name, np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
+            self._histories.add(SEEN[name][-1], users[at], items[at])
+        table = pa.table({"user": users, "item": items, "split": low_parts})
+        self.written.sums[f"seen/part-{p:05d}"] = sum_of(table)
 
     def _with_negatives(
         self, table: pa.Table, users: Int32Array, keys: Int64Array, known: Jagged, split: int
@@ -270,83 +369,103 @@ def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
     return order
 
 
+@dataclass
 class HeldOutIdCheck:
-    """Counts held-out rows whose users and items have training rows. All threads.
+    """How many held-out rows have users and items that have training rows.
 
-    Args:
-        job: the preparation.
-        partitions: its rows.
-        counts: of its training rows.
+    Attributes:
+        rows: ``[splits, entities, 2]``: those that do, and all.
+        unknown: by split and entity, codes of some that have none, ascending.
     """
 
-    def __init__(self, job: Job, partitions: Partitions, counts: Counts) -> None:
-        self._job, self._partitions = job, partitions
-        self._trained = {name: counts.tables[entity_key(name)] > 0 for name in job.entities}
-        self._rows = np.zeros((len(SPLITS), len(job.entities), 2), np.int64)  # known, all
-        self._unknown: dict[tuple[int, str], Int32Array] = {}
+    rows: Int64Array
+    unknown: dict[tuple[int, str], Int32Array]
 
-    def add(self, part: PartitionRows, parts: SplitIds) -> None:
-        """Counts a partition in, whose rows go where ``parts`` says."""
-        for split in range(TRAIN + 1, len(SPLITS)):
+    @classmethod
+    def none(cls, job: Job) -> "HeldOutIdCheck":
+        """Nothing counted yet."""
+        entities = {name: np.zeros(0, np.int32) for name in job.entities}
+        unknown = {(s, name): codes for s in (VALID, TEST) for name, codes in entities.items()}
+        return cls(np.zeros((len(SPLITS), len(entities), 2), np.int64), unknown)
+
+    def add(
+        self, trained: Mapping[str, npt.NDArray[np.bool_]], part: PartitionRows, parts: SplitIds
+    ) -> None:
+        """Counts a partition in, whose rows go where ``parts`` says; see `Plan.trained`."""
+        for split in (VALID, TEST):
             at = np.flatnonzero(parts == split)
-            for place, name in enumerate(self._job.entities):
+            for place, (name, has_rows) in enumerate(trained.items()):
                 codes = part[name][at]
-                known = self._trained[name][codes]
-                self._rows[split, place] += known.sum(), len(known)
-                before = self._unknown.get((split, name), np.zeros(0, np.int32))
-                unknown = np.unique(np.concatenate([before, codes[~known]]))
-                self._unknown[split, name] = unknown[:_MOST_UNKNOWN]
+                known = has_rows[codes]
+                self.rows[split, place] += known.sum(), len(known)
+                self.unknown[split, name] = _some_of(self.unknown[split, name], codes[~known])
 
-    def check(self) -> None:
-        """Says where few held-out rows, or none, are of users and items with training rows.
+    def __add__(self, other: "HeldOutIdCheck") -> "HeldOutIdCheck":
+        unknown = {key: _some_of(codes, other.unknown[key]) for key, codes in self.unknown.items()}
+        return HeldOutIdCheck(self.rows + other.rows, unknown)
+
+    def check(self, job: Job, plan: Plan, ids: Mapping[str, pa.Array]) -> None:
+        """Warns where few held-out rows, or none, have users and items with training rows.
+
+        Args:
+            job: the preparation.
+            plan: see there.
+            ids: texts of the users and items by code.
 
         Raises:
-            DataError: none is, in a split that a file or a column gives.
+            DataError: none has, in a split that a file or a column gives.
         """
-        job = self._job
-        rows, unknown = job.crew.add_up(self._rows), job.crew.gather(self._unknown)
-        for split in range(TRAIN + 1, len(SPLITS)):
+        for split in (VALID, TEST):
             file = getattr(job.data.split, f"{SPLITS[split]}_file")
             given = file or job.data.interactions.split
+            where = label_of(file) if file else f"the {SPLITS[split]} split"
             texts = []
-            for (n_known, n), name in zip(rows[split].tolist(), job.entities, strict=True):
-                codes = [
-                    from_thread[split, name]
-                    for from_thread in unknown
-                    if (split, name) in from_thread
-                ]
-                if 2 * n_known >= n or not codes:
+            for (n_known, n), name in zip(self.rows[split].tolist(), job.entities, strict=True):
+                if 2 * n_known >= n:
                     continue
-                ids = self._partitions.ids[entity_key(name)]
-                strange = ids.take(pa.array(np.unique(np.concatenate(codes))))
-                trained = ids.filter(pa.array(self._trained[name]))
-                how = difference(strange, trained)
+                unknown = ids[entity_key(name)].take(pa.array(self.unknown[split, name]))
+                trained = ids[entity_key(name)].filter(pa.array(plan.trained[name]))
+                how = difference(unknown, trained)
                 texts.append(
                     f"{n_known:,} of {n:,} rows have {'a user' if name == 'user' else 'an item'} "
                     f"of the training rows: "
                     + (
                         f"of the other {name}s, {how}"
                         if how
-                        else f"{strange[0].as_py()!r} is not among them, {trained[0].as_py()!r} is"
+                        else f"{unknown[0].as_py()!r} is not among them, {trained[0].as_py()!r} is"
                     )
                 )
                 if n_known == 0 and how is not None and given:
-                    raise DataError(self._told(split, texts[-1:]) + "; write the ids alike")
-            if texts and len(texts) == len(job.entities) and not rows[split, :, 0].any() and given:
-                raise DataError(self._told(split, texts) + "; are these rows of the same log?")
-            if texts and job.crew.is_first:
-                log.warning("%s", self._told(split, texts))
+                    raise DataError(f"{where}: {texts[-1]}; write the ids alike")
+            none_is_known = not self.rows[split, :, 0].any()
+            if texts and len(texts) == len(job.entities) and none_is_known and given:
+                raise DataError(f"{where}: {'; '.join(texts)}; are these rows of the same log?")
+            if texts:
+                log.warning("%s", f"{where}: {'; '.join(texts)}")
 
-    def _told(self, split: int, texts: list[str]) -> str:
-        file = getattr(self._job.data.split, f"{SPLITS[split]}_file")
-        where = label_of(file) if file else f"the {SPLITS[split]} split"
-        return f"{where}: {'; '.join(texts)}"
+
+def _some_of(codes: Int32Array, others: Int32Array) -> Int32Array:
+    return np.unique(np.concatenate([codes, others]))[:_MOST_UNKNOWN]
+
+
+def carry(histories: PairSink, earlier: PreviousDataset) -> None:
+    """Puts aside what users met in an earlier dataset's splits, which is seen by now.
+
+    What it held out was not trained on.
+    """
+    before = earlier.dataset
+    if before is None or not {"user", "item"} <= before.manifest.entities.keys():
+        return
+    history, seen = before.met("train")
+    held_out = [*before.met("valid"), *before.met("test")]
+    for name, bags in ((HISTORY, history), *((CARRIED, bags) for bags in (seen, *held_out))):
+        histories.add(name, np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
 
 
 def write_entities(
     job: Job, fit: Fitter, counts: Counts, histories: HistoryWriter, earlier: PreviousDataset
 ) -> dict[str, int]:
-    """Writes vocabularies and the tables of users and items. First thread.
+    """Writes vocabularies and the tables of users and items. Rank 0.
 
     Returns:
         `sum_of` the tables, but for histories, which follow from the rows.
