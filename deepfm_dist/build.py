@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import Config
+from deepfm_dist.data.batches.device_batches import (
+    DeviceBatches,
+    device_bytes,
+    reason_for_host,
+)
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
 from deepfm_dist.data.dataset import PreparedDataset
@@ -29,7 +34,7 @@ from deepfm_dist.distributed.sharding import (
     init_tables,
     shard,
 )
-from deepfm_dist.environment import memory_bytes
+from deepfm_dist.environment import available_bytes, memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.messages import brief
@@ -45,6 +50,9 @@ log = logging.getLogger(__name__)
 FEW_ROWS = 8192
 """Rows per GPU in a step below which training warns: launching a step takes the host longer than a
 GPU needs for so few."""
+ON_DEVICE_SHARE = 1 / 8
+"""Of a GPU's free memory that training data may take by default; tables and activations come on
+top."""
 MOST_READING_THREADS = 4
 """By default; one makes some 13 M rows/s of a small schema (benchmarks/reading.py)."""
 
@@ -271,6 +279,8 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
     batches: Batches
     if trainer.loss == "bce":
         batches = TrainingBatches(dataset, **slice_of_rank)
+        if _is_on_device(config, dataset, batches, world):
+            batches = DeviceBatches(batches, world.device)
     else:
         candidates = Candidates(
             trainer.candidates,
@@ -278,7 +288,7 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
             trainer.targets_per_user,
         )
         batches = UserBatches(dataset, candidates=candidates, **slice_of_rank)
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and not isinstance(batches, DeviceBatches):
         # In the threads that make them: a copy from other memory would hold the host up.
         make = batches.batch
         batches.batch = lambda step: make(step).pin_memory()  # type: ignore[method-assign]
@@ -292,15 +302,41 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
                 trainer.batch_size,
                 per_rank,
             )
-        log.info(
-            "batches of %d, %d per rank: %s",
-            batches.batch_size,
-            per_rank,
-            f"made ahead, {batches.threads} at a time"
-            if batches.threads
-            else "each made when its step begins",
-        )
+        how = "each made when its step begins"
+        if batches.threads:
+            how = f"made ahead, {batches.threads} at a time"
+        if isinstance(batches, DeviceBatches):
+            how = f"made on {world.device.type}, where the data lie"
+        log.info("batches of %d, %d per rank: %s", batches.batch_size, per_rank, how)
     return batches
+
+
+def _is_on_device(
+    config: Config, dataset: PreparedDataset, batches: TrainingBatches, world: World
+) -> bool:
+    """Whether ``data.on_device`` is to be; the same on all ranks. All ranks.
+
+    Raises:
+        ConfigError: it was asked for and cannot be.
+    """
+    wanted, device = config.data.on_device, world.device.type
+    if wanted is False or (wanted == "auto" and device != "cuda"):
+        return False
+    reason = reason_for_host(dataset, config.trainer.loss, config.trainer.accumulate_steps)
+    if reason is None:
+        free = torch.cuda.mem_get_info(world.device)[0] if device == "cuda" else available_bytes()
+        needed = device_bytes(batches)
+        limit = free if wanted is True else free * ON_DEVICE_SHARE
+        # The GPUs may differ: what one has no room for, all leave to the host.
+        if any(world.all_gather_object(needed > limit)):
+            reason = f"batches of {_gigabytes(needed)} of data, with {_gigabytes(free)} free,"
+    if reason is not None and wanted is True:
+        raise ConfigError(
+            f"data.on_device=true: {reason} can only be made by the host; set data.on_device=auto"
+        )
+    if reason is not None and world.is_first:
+        log.info("data.on_device=auto: the host makes batches: %s", reason)
+    return reason is None
 
 
 def loggers(config: Config, world: World, from_step: int) -> list[Logger]:

@@ -27,7 +27,8 @@ def mix(x: Any) -> Any:
 
 
 @compiled
-def _keys(seed: int) -> Any:
+def round_keys(seed: int) -> Any:
+    """``[6]`` uint64: the keys of the rounds that `permute` takes words through."""
     keys = np.empty(_ROUNDS, np.uint64)
     key = mix(np.uint64(seed))
     for r in range(_ROUNDS):
@@ -37,7 +38,8 @@ def _keys(seed: int) -> Any:
 
 
 @compiled
-def _half_bits(n: int) -> int:
+def half_bits(n: int) -> int:
+    """Half of the bits of the words that `permute` takes through its rounds, for ``range(n)``."""
     bits = 0
     while (n - 1) >> bits > 0:
         bits += 1
@@ -62,7 +64,7 @@ def _rounds(words: Any, keys: Any, shift: Any) -> None:
 
 @compiled
 def _permuted(words: Any, n: int, seed: int) -> IntArray:
-    keys, shift = _keys(seed), np.uint64(_half_bits(n))
+    keys, shift = round_keys(seed), np.uint64(half_bits(n))
     _rounds(words, keys, shift)
     end = np.uint64(n)
     outside = np.empty(len(words), np.int64)

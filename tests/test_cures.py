@@ -796,6 +796,11 @@ COMMAND_ORDER = [
         "0 to 0",
         "'sharding.tables={user: {kind: table_wise, rank: 0}}'",
     ),
+    Mistake(
+        "train data.on_device=true data.negatives.popularity_power=0.5",
+        "set data.on_device=auto",
+        "data.on_device=auto",
+    ),
     Mistake("train trainer.monitor=aucc", "auc", "trainer.monitor=auc"),
     Mistake("train trainer.profile_steps=[900,901]", "earlier", "trainer.profile_steps=[1,1]"),
     Mistake(

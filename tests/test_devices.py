@@ -262,7 +262,7 @@ def test_batches_for_cuda_are_pinned_by_the_threads_that_make_them(
         Batch, "pin_memory", lambda _: threads.append(threading.current_thread().name)
     )
     world = World(0, 1, 1, 0, CUDA, dist.HashStore())
-    config = load_config("sample", ["trainer.reading_threads=1"])
+    config = load_config("sample", ["trainer.reading_threads=1", "data.on_device=false"])
     assert list(training_batches(config, sample, world).steps(1, 2)) == [None, None]
     assert [name.startswith("read_ahead") for name in threads] == [True, True]
 

@@ -289,7 +289,7 @@ def fingerprint(
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
     """What decides about the dataset's contents, as JSON values."""
-    elsewhere = {"name", "root", "seed", "memory_bytes", "vocabulary_from"}
+    elsewhere = {"name", "root", "seed", "memory_bytes", "on_device", "vocabulary_from"}
     return data.model_dump(mode="json", exclude=elsewhere)
 
 

@@ -488,6 +488,11 @@ class DataConfig(Section):
     memory_bytes: int = Field(2 << 30, ge=0)
     """Training rows are read into memory up to this size, and streamed from disk beyond it; what
     is known of users and items is then mapped from disk, once for all ranks of a machine."""
+    on_device: Literal["auto"] | bool = "auto"
+    """Whether training rows, and what is known of users and items, lie on the device, where batches
+    are then made; the batches are the same. auto: on CUDA, where they take at most an eighth of the
+    free memory of each GPU. Histories, losses over the catalogue, negatives by popularity,
+    accumulated batches and streamed rows are left to the host; with true they are an error."""
 
     @model_validator(mode="before")
     @classmethod

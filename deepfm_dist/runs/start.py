@@ -267,6 +267,8 @@ def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool
         if train_bytes is None:
             return False
         return old is None or (train_bytes <= old) != (train_bytes <= new)
+    if name == "data.on_device":  # the batches are the same
+        return False
     if name == "checkpoint.start_from":
         return new is not None
     if name.startswith("trainer."):

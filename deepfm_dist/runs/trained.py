@@ -23,7 +23,7 @@ from deepfm_dist.storage import (
 log = logging.getLogger(__name__)
 WHERE_DATA_ARE = ("data.root", "data.name")
 _OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
-_OF_A_COMMAND = (*WHERE_DATA_ARE, "data.memory_bytes", "data.files")
+_OF_A_COMMAND = (*WHERE_DATA_ARE, "data.memory_bytes", "data.on_device", "data.files")
 """Settings of data that a command may change: where files are, and how they are read."""
 
 

@@ -19,13 +19,20 @@ ABSENT = -1
 
 
 class Collator:
-    """Users, items and context of some rows -> a batch."""
+    """Users, items and context of some rows -> a batch.
+
+    Attributes:
+        keys: names of the categorical fields.
+        categorical: these fields.
+        dense: the numeric fields.
+        fields: values of the fields that describe users and items.
+    """
 
     def __init__(self, dataset: PreparedDataset) -> None:
         manifest = dataset.manifest
         self.keys = [f.name for f in manifest.categorical]
-        self._categorical, self._dense = manifest.categorical, manifest.dense
-        self._fields = dataset.entity_fields
+        self.categorical, self.dense = manifest.categorical, manifest.dense
+        self.fields = dataset.entity_fields
         self._source_of = manifest.data.source_of
         self._histories = HistorySampler(dataset) if manifest.has_history else None
 
@@ -64,7 +71,7 @@ class Collator:
         lengths, values = [], []
         if self._histories is not None and bags is None:
             bags = self._histories.full(index["user"])
-        for feature in self._categorical:
+        for feature in self.categorical:
             if feature.history is not None:
                 assert bags is not None
                 n, v = self._of_items(self._source_of(feature), bags)
@@ -72,8 +79,8 @@ class Collator:
                 n, v = self._bags(feature, index[feature.entity], context)
             lengths.append(n)
             values.append(v)
-        dense = np.zeros((height, len(self._dense)), np.float32)
-        for column, feature in enumerate(self._dense):
+        dense = np.zeros((height, len(self.dense)), np.float32)
+        for column, feature in enumerate(self.dense):
             rows = index[feature.entity]
             source = self._source(feature, context)
             if isinstance(source, np.ndarray):
@@ -107,7 +114,7 @@ class Collator:
     def _source(self, feature: Feature, context: Mapping[str, Values] | None) -> Values | None:
         if feature.entity == "context":
             return None if context is None else context[feature.name]
-        return self._fields[feature.name]
+        return self.fields[feature.name]
 
     def _bags(
         self,

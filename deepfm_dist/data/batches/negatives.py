@@ -22,6 +22,8 @@ class NegativeSampler:
         seed: of the draws.
 
     Attributes:
+        n_items: number of items.
+        seen: what each user's negatives avoid, items from 0.
         some_are_short: whether some users have fewer unseen items than negatives are wanted.
 
     Raises:
@@ -30,19 +32,19 @@ class NegativeSampler:
 
     def __init__(self, dataset: PreparedDataset, seed: int) -> None:
         self._spec, self._seed = dataset.manifest.data.negatives, seed
-        self._n_items = dataset.manifest.entities["item"] - 1
-        self._seen = dataset.seen(self._spec.avoid == "all")
+        self.n_items = dataset.manifest.entities["item"] - 1
+        self.seen = dataset.seen(self._spec.avoid == "all")
         self._weights = None
         if self._spec.popularity_power:
             self._weights = item_weights(dataset.popularity()[1:], self._spec.popularity_power)
-        active = np.flatnonzero(self._seen.lengths)
+        active = np.flatnonzero(self.seen.lengths)
         wanted = self._spec.per_positive
-        n_short = users_short_of_negatives(wanted, self._seen, active, self._n_items)
+        n_short = users_short_of_negatives(wanted, self.seen, active, self.n_items)
         self.some_are_short = n_short > 0
-        self._n_unseen = self._n_items - self._seen.lengths if n_short else None
-        if n_short and (self._seen.lengths[active] == self._n_items).all():
+        self._n_unseen = self.n_items - self.seen.lengths if n_short else None
+        if n_short and (self.seen.lengths[active] == self.n_items).all():
             raise DataError(
-                f"{dataset.folder}: every user has met all {self._n_items:,} items, so that no "
+                f"{dataset.folder}: every user has met all {self.n_items:,} items, so that no "
                 f"negative exists; add items, or label the rows (data.task=ctr)"
             )
         if n_short:
@@ -76,13 +78,22 @@ class NegativeSampler:
             rows,
             slots,
             negative_users,
-            self._spec.per_positive,
-            self._seen,
-            self._n_items,
-            derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0),
+            self.per_positive,
+            self.seen,
+            self.n_items,
+            self.seed_of(epoch),
             self._weights,
             first_item=1,
         )
+
+    @property
+    def per_positive(self) -> int:
+        """Negatives of a positive."""
+        return self._spec.per_positive
+
+    def seed_of(self, epoch: int) -> int:
+        """Of an epoch's draws."""
+        return derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0)
 
     def absent(
         self, slots: Int64Array, negative_users: npt.NDArray[np.integer]

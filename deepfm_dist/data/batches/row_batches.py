@@ -38,6 +38,12 @@ class TrainingBatches:
         seed: of order and negatives.
         threads: that make batches ahead; of a streamed dataset's one at most.
 
+    Attributes:
+        source: the training rows.
+        collate: makes batches of them.
+        negatives: what draws them; None where rows are labelled.
+        first: place of this rank's first row in a global batch.
+
     Raises:
         ConfigError: the batch is too small to give every rank a row.
         DataError: no user has an unseen item to draw as a negative.
@@ -53,9 +59,9 @@ class TrainingBatches:
         threads: int = 0,
     ) -> None:
         manifest = dataset.manifest
-        self._collate = Collator(dataset)
+        self.collate = Collator(dataset)
         self._seed = seed
-        self._negatives = NegativeSampler(dataset, seed) if manifest.sampled else None
+        self.negatives = NegativeSampler(dataset, seed) if manifest.sampled else None
         self._histories = HistorySampler(dataset, seed) if manifest.has_history else None
         copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
         self.rows_per_epoch = manifest.splits["train"].rows * copies
@@ -68,16 +74,16 @@ class TrainingBatches:
                 f"trainer.batch_size"
             )
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
-        self._first = rank * self.local_batch_size
+        self.first = rank * self.local_batch_size
         columns = dataset.row_columns("train")
-        self._source: InMemoryRows | Lanes
+        self.source: InMemoryRows | Lanes
         self.threads = threads
         if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
-            self._source = InMemoryRows(dataset.columns("train", columns), copies, seed)
+            self.source = InMemoryRows(dataset.columns("train", columns), copies, seed)
         else:
             self.threads = min(threads, 1)  # lanes are read in order
             share = self.local_batch_size / self.batch_size
-            self._source = Lanes(
+            self.source = Lanes(
                 dataset.files, manifest, columns, copies, share, self.batch_size, seed
             )
 
@@ -86,9 +92,9 @@ class TrainingBatches:
         epoch, at = divmod(step - 1, self.steps_per_epoch)
         begin = at * self.batch_size
         end = min(begin + self.batch_size, self.rows_per_epoch)
-        first = min(self._first, end - begin)
-        last = min(self._first + self.local_batch_size, end - begin)
-        taken_rows = self._source.take(epoch, begin, end, first, last)
+        first = min(self.first, end - begin)
+        last = min(self.first + self.local_batch_size, end - begin)
+        taken_rows = self.source.take(epoch, begin, end, first, last)
         return self._collated(taken_rows, epoch, float(end - begin))
 
     def _collated(self, found: SelectedRows, epoch: int, global_weight: float) -> Batch:
@@ -96,35 +102,35 @@ class TrainingBatches:
         users, labels, negative_users = (
             _picked(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
         )
-        if labels is None or self._negatives is not None:  # slot 0 is the positive
+        if labels is None or self.negatives is not None:  # slot 0 is the positive
             labels = (found.slot == 0).astype(np.float32)
         items = bags = None
-        if self._negatives is None or self._histories is not None:
+        if self.negatives is None or self._histories is not None:
             items = _picked(columns.get("item"), index)
         if self._histories is not None:
             assert users is not None and items is not None
             lengths, values = self._histories.excluding_target(users, items, found.row, epoch)
             bags = padded(lengths, self.local_batch_size, 0), values
-        if self._negatives is not None:
+        if self.negatives is not None:
             assert users is not None
             negative_users = users if negative_users is None else negative_users
             if items is None:  # only those that no negative takes the place of
                 positive = np.flatnonzero(found.slot == 0)
                 items = np.empty(len(index), np.int32)
                 items[positive] = _picked(columns["item"], index[positive])
-            self._negatives.put(items, found.row, found.slot, negative_users, epoch)
+            self.negatives.put(items, found.row, found.slot, negative_users, epoch)
         weights = _picked(columns.get("weight"), index)
         context_rows = index
-        if self._negatives is not None and self._negatives.some_are_short:
+        if self.negatives is not None and self.negatives.some_are_short:
             assert users is not None and items is not None and negative_users is not None
-            absent = self._negatives.absent(found.slot, negative_users)
+            absent = self.negatives.absent(found.slot, negative_users)
             users, items = np.where(absent, ABSENT, users), np.where(absent, ABSENT, items)
             context_rows = np.where(absent, ABSENT, index)
             weights = np.where(absent, np.float32(0), 1 if weights is None else weights)
             if bags is not None:
                 bags = chosen(bags, ~np.repeat(padded(absent, len(bags[0]), True), bags[0]))
         height = self.local_batch_size
-        return self._collate(
+        return self.collate(
             padded(users, height, ABSENT),
             padded(items, height, ABSENT),
             columns,
@@ -148,18 +154,24 @@ class InMemoryRows:
         columns: the rows' columns.
         copies: times that each row comes: once, and once for each negative.
         seed: of the order.
+
+    Attributes:
+        n: rows of an epoch, copies counted.
     """
 
     def __init__(self, columns: Mapping[str, Values], copies: int, seed: int) -> None:
-        self._columns, self._copies, self._seed = columns, copies, seed
-        self._n = len(next(iter(columns.values()))) * copies
+        self.columns, self.copies, self._seed = columns, copies, seed
+        self.n = len(next(iter(columns.values()))) * copies
+
+    def seed_of(self, epoch: int) -> int:
+        """Of an epoch's order."""
+        return derive_seed(self._seed, "order", epoch)
 
     def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> SelectedRows:
         """Rows ``first`` to ``last`` (excluded) of the batch of rows ``begin`` to ``end``."""
-        order = derive_seed(self._seed, "order", epoch)
-        virtual = permuted_range(begin + first, begin + last, self._n, order)
-        rows = virtual // self._copies
-        return SelectedRows(self._columns, rows, rows, virtual - rows * self._copies)
+        virtual = permuted_range(begin + first, begin + last, self.n, self.seed_of(epoch))
+        rows = virtual // self.copies
+        return SelectedRows(self.columns, rows, rows, virtual - rows * self.copies)
 
 
 def _picked(values: Values | None, index: Int64Array) -> Any:
