@@ -1,16 +1,21 @@
 """The start-up check and the doctor: each broken combination gets its own line and cure."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from deepfm_dist import doctor, environment
 from deepfm_dist.distributed import process_group
@@ -222,30 +227,102 @@ def test_the_check_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def requirements(name: str) -> set[str]:
+    """The lines of a file in requirements/, without comments and what it includes."""
+    text = (REPOSITORY / "requirements" / name).read_text()
+    return {line for line in text.splitlines() if line and not line.startswith(("#", "-r"))}
+
+
 def test_the_requirement_files_agree_with_pyproject_and_with_the_check() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
 
-    def lines(name: str) -> set[str]:
-        text = (REPOSITORY / "requirements" / name).read_text()
-        return {line for line in text.splitlines() if line and not line.startswith(("#", "-r"))}
-
-    def names(requirements: set[str] | list[str]) -> set[str]:
-        return {re.split(r"[=<>~]", line)[0] for line in requirements}
-
-    # `make` installs the project itself with --no-deps, so that base.txt has to be complete.
-    assert lines("base.txt") - {"torch==2.13.0"} == {
+    # `make` installs torchrec and the project with --no-deps, so base.txt has to be complete.
+    needs_of_torchrec = {*extras["cpu"]} - {"torch==2.13.0"} - requirements("cpu.txt")
+    assert requirements("base.txt") == {"torch==2.13.0"} | needs_of_torchrec | {
         line for line in project["dependencies"] if not line.startswith("torch>=")
     }
-    extras = project["optional-dependencies"]
-    assert names(lines("dev.txt")) == names(extras["dev"])
-    assert {"torch==2.13.0"} | lines("cpu.txt") == set(extras["cpu"])
-    assert {"torch==2.13.0"} | lines("cuda.txt") | lines("torchrec.txt") == set(extras["cuda"])
+    named = {canonicalize_name(Requirement(line).name) for line in needs_of_torchrec}
+    required = [Requirement(line) for line in metadata.requires("torchrec") or []]
+    mandatory = {canonicalize_name(r.name) for r in required if not r.marker}
+    assert named | {"tqdm", "fbgemm-gpu"} == mandatory
+    assert requirements("cpu.txt") <= {*extras["cpu"]}
+    assert {"torch==2.13.0"} | requirements("cuda.txt") | requirements("torchrec.txt") == {
+        *extras["cuda"]
+    }
 
     pins = dict(line.split("==") for line in extras["cuda"])
     versions = environment.Installation(
         (3, 12, 0), "linux", pins, has_nvidia_driver=True, torch_cuda=None
     )
     assert problems(versions, "cuda") == []
+
+
+NOT_DECLARED = {
+    "triton": "comes with the CUDA build of torch, and only a GPU needs it",
+    "fbgemm_gpu": "in the extras cpu and cuda: which build is right depends on the machine",
+    "torchrec": "in the extra cuda; the extra cpu cannot name it, see pyproject.toml",
+}
+EXTRA_OF = {"serve.py": "serve", "serving": "serve"}
+"""Rooms that nothing but their own command imports: their extra may be imported at the top."""
+
+
+def third_party_imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yields the distributions that a file imports, and whether as soon as it is imported."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+    }
+    distributions = {"upath": ["universal-pathlib"], **metadata.packages_distributions()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules = [node.module]
+        else:
+            continue
+        for module in {name.split(".")[0] for name in modules} - {*sys.stdlib_module_names}:
+            if module not in NOT_DECLARED:
+                [distribution] = distributions.get(module, [module])
+                yield canonicalize_name(distribution), id(node) not in lazy
+
+
+def names_of(lines: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    always = names_of(project["dependencies"]) | {"deepfm-dist"}
+    sometimes = always | names_of(line for extra in extras.values() for line in extra)
+    missing = []
+    package = REPOSITORY / "deepfm_dist"
+    for path in sorted(package.rglob("*.py")):
+        extra = EXTRA_OF.get(path.relative_to(package).parts[0])
+        at_once = always | names_of(extras[extra] if extra else [])
+        for name, is_at_once in third_party_imports(path):
+            if name not in (at_once if is_at_once else sometimes):
+                missing.append(f"{path}: {name}")
+    assert missing == [], missing
+
+
+def test_what_tests_and_tools_import_is_in_the_requirements() -> None:
+    files = ("base.txt", "dev.txt", "launch.txt")
+    known = names_of(line for name in files for line in requirements(name))
+    known |= {"deepfm-dist", "tests", "benchmarks"}
+    scripts = {canonicalize_name(path.stem) for path in (REPOSITORY / "benchmarks").iterdir()}
+    missing = []
+    for folder in ("tests", "docs", "examples", "launch", "benchmarks"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            # These compare with other libraries, each in an environment of its own.
+            if path.parent.name not in ("oracles", "rivals"):
+                names = {name for name, _ in third_party_imports(path)}
+                missing += [f"{path}: {name}" for name in sorted(names - known - scripts)]
+    assert missing == [], missing
 
 
 @pytest.fixture
