@@ -4,8 +4,8 @@
     python benchmarks --only catalogue,negatives --output some.md
 
 Each script ends with a line of JSON; the page is made of these lines alone. Where
-``benchmarks/rivals/build.sh`` has made the rivals' environment, training and the catalogue are
-measured beside them.
+``benchmarks/rivals/build.sh`` has created the rivals' environment, training and the catalogue are
+compared with them.
 """
 
 import argparse
@@ -45,19 +45,19 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Line:
-    """A figure beside another.
+    """A line of a table: a result, optionally compared with another.
 
     Attributes:
-        what: it is.
-        ours: our figure.
-        beside: whose figure stands beside it; empty where there is none.
-        other: that figure.
-        ratio: how they compare.
+        what: unit and description.
+        ours: our result.
+        reference: name of what it is compared with; empty without a comparison.
+        other: result of the reference.
+        ratio: ours to the other.
     """
 
     what: str
     ours: str
-    beside: str = ""
+    reference: str = ""
     other: str = ""
     ratio: str = ""
 
@@ -99,19 +99,19 @@ def _training(what: str) -> Callable[[Report], Sequence[Line]]:
 
 def _catalogue(what: str) -> Callable[[Report], Sequence[Line]]:
     def lines(report: Report) -> Sequence[Line]:
-        ours, found = report["pairs_per_s"], []
+        ours, lines = report["pairs_per_s"], []
         for name, field in (
             ("forward pass", "naive_pairs_per_s"),
             ("torch, factorised", "torch_pairs_per_s"),
             ("RecBole's full sort", "recbole_pairs_per_s"),
-            ("sgemm's limit", "limit_pairs_per_s"),
+            ("peak of sgemm", "limit_pairs_per_s"),
         ):
             if (other := report.get(field)) is None:  # no rivals' environment
                 continue
-            ratio = f"{ours / other:.0%} of it" if "limit" in name else f"{ours / other:.1f} x"
-            told = f"M pairs/s, {what}"
-            found.append(Line(told, f"{ours / 1e6:.2f}", name, f"{other / 1e6:.2f}", ratio))
-        return found
+            ratio = f"{ours / other:.0%} of it" if "peak" in name else f"{ours / other:.1f} x"
+            label = f"M pairs/s, {what}"
+            lines.append(Line(label, f"{ours / 1e6:.2f}", name, f"{other / 1e6:.2f}", ratio))
+        return lines
 
     return lines
 
@@ -134,7 +134,7 @@ def _prepare(report: Report) -> Sequence[Line]:
     rows = report["rows"]
     return [
         Line(f"rows/s, {rows:,} rows prepared", f"{rows / report['seconds']:,.0f}"),
-        Line(f"GiB at most, {rows:,} rows", f"{report['peak_gib']:.2f}"),
+        Line(f"GiB peak memory, {rows:,} rows", f"{report['peak_gib']:.2f}"),
     ]
 
 
@@ -151,7 +151,7 @@ def _reading(report: Report) -> Sequence[Line]:
         ),
         Line("rows/s, both on one core", f"{report['both_rows_per_s']:,}"),
         Line(
-            "rows/s, batches made ahead on another core",
+            "rows/s, batches prepared on another core",
             f"{ahead:,}",
             "rows/s trained",
             f"{training:,}",
@@ -162,16 +162,16 @@ def _reading(report: Report) -> Sequence[Line]:
 
 def _recommend(report: Report) -> Sequence[Line]:
     lines = []
-    for ranks, of in report["ranks"].items():
+    for ranks, result in report["ranks"].items():
         what = f"recommend, {ranks} rank{'s' * (int(ranks) > 1)}"
-        times = of["times_the_first"]
+        times = result["times_the_first"]
         lines += [
             Line(
                 f"M pairs/s, {what}",
-                f"{of['pairs_per_s'] / 1e6:.1f}",
+                f"{result['pairs_per_s'] / 1e6:.1f}",
                 *(("one rank", "", f"{times:.2f} x") if times != 1 else ()),
             ),
-            Line(f"GiB a rank beside torch, {what}", f"{of['beside_imports_gib']:.2f}"),
+            Line(f"GiB per rank without imports, {what}", f"{result['beside_imports_gib']:.2f}"),
         ]
     return lines
 
@@ -180,12 +180,12 @@ def _serving(report: Report) -> Sequence[Line]:
     what = f"{report['shape_items']:,} items"
     return [
         Line(f"requests/s, {what}", f"{report['requests_per_s']:,}"),
-        Line(f"ms of CPU a request, {what}", f"{report['cpu_ms']:g}"),
+        Line(f"ms of CPU per request, {what}", f"{report['cpu_ms']:g}"),
         Line(f"ms at {report['rate']:g} requests/s, median, {what}", f"{report['p50_ms']:g}"),
         Line(
-            f"ms at {report['rate']:g} requests/s, 99th of 100, {what}",
+            f"ms at {report['rate']:g} requests/s, 99th percentile, {what}",
             f"{report['p99_ms']:g}",
-            "aim",
+            "target",
             "10",
             f"{report['p99_ms'] / 10:.0%} of it",
         ),
@@ -213,7 +213,7 @@ SUITE = {
         Benchmark("prepare.py --rows 1000000", _prepare),
         Benchmark("prepare.py --rows 10000000", _prepare),
     ],
-    "Reading beside training": [Benchmark("reading.py", _reading)],
+    "Reading during training": [Benchmark("reading.py", _reading)],
     "Serving, one worker on one core": [
         Benchmark("serving.py --shape sample", _serving),
         Benchmark("serving.py --shape notebook", _serving),
@@ -238,7 +238,7 @@ def main() -> int:
         if wanted is None or benchmark.script in wanted:
             reports[benchmark.command] = _run(benchmark, options.rivals)
     if not reports:
-        parser.error(f"--only {options.only}: no such script")
+        parser.error(f"--only {options.only}: unknown script")
     minutes = (time.monotonic() - begun) / 60
     options.output.write_text(page(reports, _about(minutes)))
     print(f"\nwritten: {options.output} ({minutes:.0f} minutes)")
@@ -278,8 +278,8 @@ def _typed(command: str) -> str:
 def _about(minutes: float) -> str:
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = {package: _version(package) for package in PACKAGES}
-    versions = ", ".join(f"{package} {v}" for package, v in found.items() if v)
+    installed = {package: _version(package) for package in PACKAGES}
+    versions = ", ".join(f"{package} {v}" for package, v in installed.items() if v)
     return (
         f"{date.today():%B %Y}; {cpu_model()}, {cores} core{'s' * (cores > 1)}, "
         f"{memory_gib:.0f} GiB; Python {platform.python_version()}, {versions}. "
@@ -303,28 +303,30 @@ def page(reports: Mapping[str, Report | None], about: str) -> str:
     """
     parts = [
         "# Benchmarks\n",
-        "Written by `make bench`, which runs the scripts of `benchmarks/` and takes every figure\n"
-        "from their last lines. Another machine has other figures: compare the ratios.\n",
+        "Written by `make bench`, which runs the scripts of `benchmarks/` and takes every\n"
+        "result from their last lines. Results depend on the machine; compare the ratios.\n",
         f"{about}\n",
     ]
     for title, group in SUITE.items():
-        of_group = [b for b in group if b.command in reports]
-        if not of_group:
+        selected = [b for b in group if b.command in reports]
+        if not selected:
             continue
         parts.append(f"## {title}\n")
         lines, failed = [], []
-        for benchmark in of_group:
+        for benchmark in selected:
             report = reports[benchmark.command]
             if report is None:
                 failed.append(benchmark.command)
             else:
                 lines += benchmark.lines(report)
         if lines:
-            rows = [f"| {x.what} | {x.ours} | {x.beside} | {x.other} | {x.ratio} |" for x in lines]
-            head = "| what | ours | beside | | ratio |\n|---|---|---|---|---|"
+            rows = [
+                f"| {x.what} | {x.ours} | {x.reference} | {x.other} | {x.ratio} |" for x in lines
+            ]
+            head = "| what | ours | compared with | | ratio |\n|---|---|---|---|---|"
             parts.append("\n".join([head, *rows, ""]))
         parts += [f"`{_typed(command)}` failed.\n" for command in failed]
-        commands = "\n".join(_typed(b.command) for b in of_group)
+        commands = "\n".join(_typed(b.command) for b in selected)
         parts.append(f"```\n{commands}\n```\n")
     return "\n".join(parts)
 
