@@ -77,7 +77,7 @@ NOT_AS_TYPED = [
 # Their data sets are stood in for by files of the same formats, small enough for closed forms.
 SMALL_DATA = ("docs/catalogue.md", "docs/quality.md", "docs/quality-notes.md")
 TYPED_ELSEWHERE = {
-    "docs/import.md": "tests/test_notebook.py, with state dicts that fit",
+    "docs/import.md": "tests/interop/test_notebook.py, with state dicts that fit",
     "docs/api.md": "no commands: what stands there are options of mkdocstrings",
 }
 NOT_TYPED = {

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deepfm_dist.distributed.checkpoint import MARKER, complete_steps, find_checkpoint
-from tests.runs import lines
+from tests.metrics_lines import lines
 
 START_S = "start_s"  # file with the seconds from the ranks' start to their first checkpoint
 KILLS = int(os.environ.get("DEEPFM_KILLS", "1"))  # `make check` asks for four

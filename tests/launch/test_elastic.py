@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deepfm_dist.distributed.checkpoint import complete_steps
-from tests.runs import lines
+from tests.metrics_lines import lines
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]  # every start imports torch on two machines
 

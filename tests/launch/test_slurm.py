@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepfm_dist.distributed.checkpoint import complete_steps
-from tests.runs import lines
+from tests.metrics_lines import lines
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]  # every job imports torch on four ranks
 

@@ -1,4 +1,4 @@
-"""Random rankings and what another library says of them, for `tests/test_ranking.py` to compare.
+"""Random rankings and what another library says of them, for `test_ranking.py` to compare.
 
 Neither library can stand among the development dependencies: they ask for other versions of numpy
 and pandas. So this runs in an environment of the library's own, and what it writes is committed:

@@ -28,8 +28,8 @@ from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
 from tests.conftest import HISTORY
+from tests.ranking.test_ranking import config_of, digest
 from tests.ranks import RankFailed, run_alone, run_ranks
-from tests.test_ranking import config_of, digest
 
 # A table of bags cut by rows sums them in another order at every world size.
 SETTINGS = config_of("sharding.tables={genre: {kind: table_wise}}")

@@ -19,8 +19,8 @@ from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
+from tests.data.test_encode import contents
 from tests.ranks import run_alone
-from tests.test_encode import contents
 
 MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
 Impression = tuple[str, datetime, list[str], list[tuple[str, int]]]

@@ -44,9 +44,9 @@ from deepfm_dist.training.settings import TrainerConfig
 from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import Hooks, Trainer
+from tests.data.test_layout import cell, setting
+from tests.distributed.test_distributed import SMALL, Run, config_of, difference
 from tests.ranks import RankFailed, run_alone, run_ranks
-from tests.test_distributed import SMALL, Run, config_of, difference
-from tests.test_layout import cell, setting
 
 Change = Callable[[Batch, int, int], None]
 

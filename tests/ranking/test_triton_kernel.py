@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.ranking.types import Precision
-from tests.test_kernel import Case, Ranking, error_of
+from tests.ranking.test_kernel import Case, Ranking, error_of
 
 triton = pytest.importorskip("deepfm_dist.ranking.engines.triton", exc_type=ModuleNotFoundError)
 if not os.environ.get("TRITON_INTERPRET"):
@@ -173,7 +173,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, Any]]:
     """All of `KERNELS` compiled by LLVM and ptxas, without a GPU."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, str(root / "benchmarks" / "compiled_kernels.py"), "--many"],

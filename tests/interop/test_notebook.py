@@ -104,7 +104,7 @@ def test_sorted_ids_need_no_files(
 
 
 def test_the_page_s_commands_work(where: list[str], tmp_path: Path) -> None:
-    page = Path(__file__).parents[1] / "docs/import.md"
+    page = Path(__file__).parents[2] / "docs/import.md"
     [block] = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
     saved(tmp_path / "deepfm.pt", [700, 400, 18])
     commands = {c.__name__: c.main for c in (import_weights, recommend)}

@@ -16,7 +16,7 @@ from deepfm_dist.interop.combine import ease_factors
 from deepfm_dist.ranking.baselines import Ease, distinct
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EASE = "evaluate={baselines: [ease], ease_l2: 50}"
 FIELDS = """data.features=[
     {name: seen, entity: user, history: item, pooling: POOLING},

@@ -20,7 +20,7 @@ from deepfm_dist.runs.trained import find_run
 from tests.conftest import HISTORY
 from tests.pages import watched
 from tests.ranks import RankFailed, run_alone
-from tests.test_report import PICTURES
+from tests.report.test_report import PICTURES
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -102,7 +102,7 @@ def test_it_ranks_as_the_commands_do(client: Any, home: Path) -> None:
 
 
 def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
-    root = Path(__file__).parents[1] / "data/sample"
+    root = Path(__file__).parents[2] / "data/sample"
     titles = pd.read_csv(root / "titles.tsv", sep="\t").set_index("item")["title"]
     genres = pd.read_csv(root / "genres.tsv", sep="\t").groupby("item")["genre"].agg(set)
     rows = pd.read_csv(root / "train_ratings.csv")
@@ -269,7 +269,7 @@ def test_a_browser_shows_what_evaluate_wrote(home: Path, browser: Any) -> None:
         box = drawn.bounding_box()
         assert box["width"] > 250 and box["height"] > 150
         assert drawn.locator("path").count() > 5
-    titles = pd.read_csv(Path(__file__).parents[1] / "data/sample/titles.tsv", sep="\t")["title"]
+    titles = pd.read_csv(Path(__file__).parents[2] / "data/sample/titles.tsv", sep="\t")["title"]
     text = tab.locator("body").inner_text()
     assert sum(title in text for title in titles) >= 10  # recommended beside the users' own
     tab.close()

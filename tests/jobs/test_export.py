@@ -24,11 +24,11 @@ from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.jobs.export import is_export_of, up_to_date_export
 from deepfm_dist.runs.trained import find_run
+from tests.distributed.test_checkpoint import _saved
+from tests.distributed.test_distributed import SMALL, config_of
 from tests.ranks import run_alone, run_ranks
-from tests.test_checkpoint import _saved
-from tests.test_distributed import SMALL, config_of
 
-DOCS = Path(__file__).parents[1] / "docs" / "export.md"
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 TABLE = "model.model.embedding_arch.ebc.embedding_bags.{}.weight"
 OTHER = "model.model.interaction_arch.{}"
 MIB = 1 << 20

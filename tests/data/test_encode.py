@@ -43,8 +43,8 @@ from deepfm_dist.data.sources import delimited, read_table
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import mix
+from tests.distributed.test_distributed import Run
 from tests.ranks import run_alone
-from tests.test_distributed import Run
 
 ROWS = """u,i,at,stars,hour,mood,amount
 a,x,5,5,9,happy|calm,10
