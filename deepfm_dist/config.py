@@ -1,7 +1,7 @@
 """All settings: sections with defaults, read from YAML, overridden on the command line."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from deepfm_dist.bundle import BUNDLE, bundled_configs
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.settings import (
     CheckpointConfig,
@@ -20,7 +21,8 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.ranking.settings import EvaluateConfig, RecommendConfig, SimilarConfig
-from deepfm_dist.section import Section
+from deepfm_dist.recipe import Choice, choose, trains_on_users, with_history
+from deepfm_dist.section import AUTO, Section
 from deepfm_dist.setting_errors import describe
 from deepfm_dist.storage import (
     folder_of,
@@ -32,9 +34,15 @@ from deepfm_dist.storage import (
 from deepfm_dist.training.settings import TrainerConfig, TuneConfig
 from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, typed
 
+NAMED = [BUNDLE / "configs"]
+"""Folders of the configurations that are found by name, in the order of search."""
+
 
 class Config(Section):
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    What is ``auto`` is chosen from the data when training begins (`resolve`).
+    """
 
     run: RunConfig = RunConfig()
     data: DataConfig
@@ -47,6 +55,11 @@ class Config(Section):
     recommend: RecommendConfig = RecommendConfig()
     similar: SimilarConfig = SimilarConfig()
     tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _users_are_known_by_their_items(cls, tree: Any) -> Any:
+        return with_history(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _table_optimizer_can(self) -> Self:
@@ -101,7 +114,8 @@ class Config(Section):
             return self.trainer.monitor
         if self.trainer.validate_every_epochs == 0:
             return None
-        return "log_loss" if self.trainer.loss == "bce" else f"ndcg@{max(self.evaluate.k)}"
+        is_ranked = trains_on_users(self.model_dump(mode="json"))
+        return f"ndcg@{max(self.evaluate.k)}" if is_ranked else "log_loss"
 
     @property
     def prepared_dir(self) -> Path:
@@ -256,6 +270,44 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
     return config_from(tree, origin)
 
 
+def resolve(
+    config: Config, manifest: Manifest, saved: Mapping[str, Any] | None = None
+) -> tuple[Config, list[Choice]]:
+    """The configuration with all that was left to the recipe decided.
+
+    Args:
+        config: stays as it is.
+        manifest: of the prepared data.
+        saved: settings of the run that is continued, which come before the recipe: its data may
+            have been measured on another machine or by another version.
+
+    Returns:
+        It, and what was chosen, with the reasons.
+    """
+    if saved is not None:
+        found = {name: _at(saved, name) for name, _ in _auto(config)}
+        config = with_settings(config, {n: v for n, v in found.items() if v != AUTO})
+    choices = choose(config, manifest)
+    decided = dict(_auto(config)) | {choice.setting: choice.value for choice in choices}
+    return with_settings(config, decided, "chosen for this log"), choices
+
+
+def _auto(section: Section, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings that are left to the recipe, and their values for code that does not ask it."""
+    for name, value in section:
+        if isinstance(value, Section):
+            yield from _auto(value, f"{above}{name}.")
+        elif section.is_auto(name):
+            yield f"{above}{name}", value
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    """A setting's value in a tree; where it is missing, ``auto``."""
+    for part in dotted.split("."):
+        tree = tree.get(part, AUTO) if isinstance(tree, dict) else AUTO
+    return tree
+
+
 def settings_of(override: str) -> list[str]:
     """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
     name = override.partition("=")[0]
@@ -264,8 +316,8 @@ def settings_of(override: str) -> list[str]:
 
 
 def _find(path: str) -> Path:
-    bundled = BUNDLE / "configs"
-    for candidate in (folder_of(path), bundled / path, bundled / f"{path}.yaml", BUNDLE / path):
+    named = [folder / name for folder in NAMED for name in (path, f"{path}.yaml")]
+    for candidate in (folder_of(path), *named, BUNDLE / path):
         with storage_errors_to_user(candidate):
             if candidate.is_file():
                 return candidate

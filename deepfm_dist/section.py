@@ -1,10 +1,25 @@
 """The base of every configuration section."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+AUTO = "auto"
+"""Value of a setting that is left to the recipe (`deepfm_dist.recipe`)."""
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown field is an error, a field's docstring its help."""
+    """A frozen group of settings; an unknown field is an error, a field's docstring its help.
+
+    A setting among ``chosen`` that is left out, or is ``auto``, has its default for code that asks
+    for it directly, and is written as ``auto``: `deepfm_dist.recipe` chooses it from the data.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -13,3 +28,21 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+    chosen: ClassVar[frozenset[str]] = frozenset()
+    """Settings that the recipe chooses where the user does not."""
+
+    def is_auto(self, name: str) -> bool:
+        """Whether a setting is left to the recipe."""
+        return name in self.chosen and name not in self.model_fields_set
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: v for k, v in tree.items() if not (k in cls.chosen and v == AUTO)}
+
+    @model_serializer(mode="wrap")
+    def _left_out_is_auto(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = handler(self)
+        return {k: AUTO if self.is_auto(k) else v for k, v in tree.items()}

@@ -23,7 +23,8 @@ Every setting, its default and what it does. This page is made from the code by
 `python docs/configuration.py`; a test keeps the two together.
 
 A YAML file gives the settings of a run, and `section.field=value` on the command line overrides it;
-the value is YAML as well. An unknown name is refused with the nearest known one. What is resolved
+the value is YAML as well. An unknown name is refused with the nearest known one.
+What is `auto` is [chosen from the data](training.md#chosen-from-the-data). What is resolved
 from both is printed by `--print-config` and kept in `runs/<name>/config.yaml`, from which
 `--run runs/<name>` takes it (under torchrun, which takes `--run` for an option of its own, write
 `--config runs/<name>`).
@@ -49,7 +50,7 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
         if below is not None:
             inner.append((dotted + suffix, below))
         if below is None or suffix or field.is_required():
-            lines.append(_line(name, field, below, dotted + suffix))
+            lines.append(_line(name, field, below, dotted + suffix, name in section.chosen))
     if lines and path:
         # A list in a list is told once, where it is met first.
         told = " ".join((section.__doc__ or "").split()).partition(" Attributes:")[0]
@@ -59,11 +60,14 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
         yield from _sections(below, dotted)
 
 
-def _line(name: str, field: FieldInfo, below: type[Section] | None, dotted: str) -> str:
+def _line(
+    name: str, field: FieldInfo, below: type[Section] | None, dotted: str, is_auto: bool
+) -> str:
     told = _escaped(" ".join((field.description or "").split()).replace("``", "`"))
     if below is not None:
         told += f" Each as under `{dotted}`."
-    return f"| `{name}` | {_escaped(_kind(field))} | {_default(field)} | {told} |"
+    default = "`auto`" if is_auto else _default(field)
+    return f"| `{name}` | {_escaped(_kind(field))} | {default} | {told} |"
 
 
 def _section_in(annotation: Any) -> tuple[type[Section] | None, str]:

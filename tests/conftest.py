@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from deepfm_dist.config import Config, load_config
+from deepfm_dist.config import NAMED, Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation.local import prepare
 from tests import fork_server
 
+NAMED.insert(0, Path(__file__).parent / "configs")  # their sample leaves nothing to the recipe
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
 settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example
 settings.load_profile("unhurried")

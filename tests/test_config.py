@@ -82,7 +82,7 @@ TIMELESS = "data.interactions.time=null"
             r"data\.features\.0\.seperator: unknown field; did you mean .*\.0\.separator\?$",
         ),
         (["data.features=[{name: a, kind: numeric}]"], "at least one categorical field"),
-        (["data.features=[]"], "at least one categorical field"),
+        ([CTR.replace("[{name: user, entity: user}]", "[]")], "at least one categorical field"),
         (["data.features=[{name: a, kind: numeric, table: t}]"], "table is for categorical"),
         (
             ["data.features=[{name: a, kind: numeric, separator: x}]"],

@@ -183,10 +183,12 @@ SETTINGS = [
         "validate_every_epochs=1",
         "trainer.validate_every_epochs=1",
     ),
-    Mistake(PRINT + "trainer.loss=bpr", "candidates", "trainer.candidates=10"),
-    Mistake(PRINT + "trainer.candidates=10", "softmax", "trainer.loss=softmax"),
     Mistake(
-        PRINT + "trainer.targets_per_user=4 trainer.loss=softmax",
+        PRINT + "trainer.loss=bpr trainer.candidates=null", "candidates", "trainer.candidates=10"
+    ),
+    Mistake(PRINT + "trainer.candidates=10 trainer.loss=bce", "softmax", "trainer.loss=softmax"),
+    Mistake(
+        PRINT + "trainer.targets_per_user=4 trainer.loss=softmax trainer.candidates=null",
         "candidates",
         "trainer.candidates=10",
     ),
@@ -818,7 +820,7 @@ COMMAND_ORDER = [
         "model.over_arch=torch.nn:Bilinear model.over_arch=mlp",
     ),
     Mistake(
-        "train trainer.loss=softmax",
+        "train trainer.loss=softmax data.history.dropout=0",
         "data.history.dropout, to 0.5",
         "data.history.dropout=0.5",
         data={"features": [*DATA["features"], SEEN]},

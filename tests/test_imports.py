@@ -31,7 +31,7 @@ LEVELS = [
     {"model"},
     {"data", "distributed"},
     {"training", "ranking"},
-    {"interop"},
+    {"interop", "recipe"},
     {"config", "report"},
     {"build"},
     {"runs"},

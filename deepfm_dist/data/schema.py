@@ -372,6 +372,13 @@ class Feature(Section):
 class History(Section):
     """The bag of items that history fields are of."""
 
+    chosen = frozenset(("add", "dropout"))
+
+    add: bool = False
+    """Whether the field ``{name: seen, entity: user, history: item, pooling: sqrt}`` is added, by
+    which users are known by their items. auto: for a model that ranks (``trainer.loss``: auto) and
+    has no field of this kind."""
+
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a user's items left out at random while training, anew in every epoch."""
     max_length: int | None = Field(None, ge=1)
@@ -463,8 +470,9 @@ class DataConfig(Section):
     """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
     interactions: Interactions
     """The rows."""
-    features: tuple[Feature, ...]
-    """The model's fields."""
+    features: tuple[Feature, ...] = ()
+    """The model's fields. Default for implicit data: the items' ids, and the users' histories of
+    them or the users' ids (see ``history.add``)."""
     files: dict[str, FileFormat] = Field(default_factory=dict)
     """Formats of files whose name does not tell."""
     titles: Titles | None = None

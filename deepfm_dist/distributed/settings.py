@@ -88,6 +88,8 @@ class LearningRateConfig(Section):
 class TableOptimizerConfig(LearningRateConfig):
     """Optimizer of the embedding tables."""
 
+    chosen = frozenset(("name", "lr", "l2", "decay", "decay_steps"))
+
     name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lazy_adam"] = "rowwise_adagrad"
     """adam moves every row at every step; lazy_adam (CUDA only) the looked-up ones."""
     lr: float = Field(0.05, gt=0)

@@ -15,6 +15,7 @@ from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
+from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs.trained import LoadedModel, open_trained
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
@@ -109,6 +110,7 @@ def _report(
     report = Report(
         folder=config.run_dir,
         config_yaml=trained.config.to_yaml(),
+        chosen=choices_in(state),
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
         split=split,

@@ -1,7 +1,7 @@
 """Trains a run."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import loggers, shard_for_training, training_batches
-from deepfm_dist.config import Config
+from deepfm_dist.config import Config, resolve
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load
 from deepfm_dist.distributed.planning import sent_bytes
@@ -20,8 +20,16 @@ from deepfm_dist.jobs.prepare import prepare_locked
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
+from deepfm_dist.recipe import Choice
 from deepfm_dist.runs.folder import run_lock, write_plan
-from deepfm_dist.runs.start import Start, begin, check_settings, make_ready, read_start
+from deepfm_dist.runs.start import (
+    Start,
+    begin,
+    check_settings,
+    make_ready,
+    read_start,
+    saved_settings,
+)
 from deepfm_dist.runs.trained import open_dataset
 from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
 from deepfm_dist.training.profiling import check_profiled, profiler
@@ -91,6 +99,13 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     world.run_on_rank0("prepare", lambda: _prepare(config))
     dataset = open_dataset(config, world)
     manifest = dataset.manifest
+    saved = world.broadcast(world.run_on_rank0("saved", lambda: (saved_settings(config),)))
+    assert saved is not None
+    config, choices = resolve(config, manifest, *saved)
+    if choices and world.is_first:
+        log.info("chosen for this log:")
+        for choice in choices:
+            log.info("  %s", choice)
     batches = training_batches(config, dataset, world)
     check_monitor_name(config)
     last_step = config.trainer.last_step(batches.steps_per_epoch)
@@ -108,7 +123,9 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         warn_of_labels(manifest)
     # Signals are held from here on: a run that has yet to continue takes a step first.
     with StopSignals() as asked_to_stop:
-        run = _Run(config, world, manifest, sharded, optimizer, start.state)
+        run = _Run(
+            config, world, manifest, sharded, optimizer, start.state, start.chosen or choices
+        )
         run.make_ready(start)
         run.fit(batches, Hooks(validate, on_validation, asked_to_stop=asked_to_stop))
     stopped = not start.state.is_over(config.trainer.patience, last_step)
@@ -134,6 +151,7 @@ class _Run:
         sharded: the model.
         optimizer: its optimizer.
         state: of the loop, which training updates.
+        choices: what was chosen from the data.
     """
 
     config: Config
@@ -142,6 +160,7 @@ class _Run:
     sharded: DistributedModelParallel
     optimizer: CombinedOptimizer
     state: LoopState
+    choices: Sequence[Choice]
 
     def make_ready(self, start: Start) -> None:
         """Makes the run's folder ready, and reads the weights that training starts from."""
@@ -197,6 +216,7 @@ class _Run:
             **self.manifest.marks,
             "config": self.config.model_dump(mode="json"),
             "trainer": asdict(state),
+            "chosen": [asdict(choice) for choice in self.choices],
         }
         steps = [step for step in kept if step is not None]
         checkpoints.save(state.step, self.sharded, self.optimizer, marker, steps)

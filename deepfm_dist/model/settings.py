@@ -10,6 +10,8 @@ from deepfm_dist.section import Section
 class ModelConfig(Section):
     """The DeepFM."""
 
+    chosen = frozenset(("embedding_dim", "deep", "fm_pairs", "over_arch_layer_sizes"))
+
     embedding_dim: int = Field(16, ge=1)
     """Length D of each field's factor vector."""
     init_std: float = Field(0.01, ge=0)

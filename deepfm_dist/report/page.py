@@ -17,6 +17,7 @@ from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
+from deepfm_dist.recipe import Choice
 from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
@@ -110,6 +111,7 @@ class Report:
         cutoffs: values of K.
         events: of the run's log.
         verdicts: shown at the top.
+        chosen: settings that were chosen from the data.
     """
 
     folder: Path
@@ -125,6 +127,7 @@ class Report:
     cutoffs: Sequence[int]
     events: list[Event]
     verdicts: Sequence[Verdict] = ()
+    chosen: Sequence[Choice] = ()
 
 
 def write_page(report: Report, name: str = "report.html") -> Path:
@@ -163,6 +166,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "run": report.folder.name,
         "folder": report.folder,
         "config": report.config_yaml,
+        "chosen": report.chosen,
         "checkpoint": report.checkpoint.name,
         "manifest": report.dataset.manifest,
         "split": report.split,

@@ -17,8 +17,10 @@ from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.launcher import read_launch
+from deepfm_dist.recipe import Choice, choices_in
 from deepfm_dist.runs.folder import has_results, name_aside, set_aside, set_steps_aside
 from deepfm_dist.runs.trained import WHERE_DATA_ARE, settings_in
+from deepfm_dist.section import AUTO
 from deepfm_dist.storage import (
     folder_of,
     is_remote,
@@ -41,12 +43,14 @@ class Start:
         state: of the loop.
         continues: whether the checkpoint is this run's own.
         is_over: whether nothing is left to train.
+        chosen: what was chosen from the data when the run began, if it continues.
     """
 
     path: Path | None
     state: LoopState
     continues: bool = False
     is_over: bool = False
+    chosen: tuple[Choice, ...] = ()
 
 
 def check_settings(config: Config) -> None:
@@ -60,6 +64,23 @@ def check_settings(config: Config) -> None:
     """
     with write_errors_to_user(config.run_dir):
         _checkpoint_to_continue(config)
+
+
+def saved_settings(config: Config) -> dict[str, Any] | None:
+    """What was chosen for the run that the folder holds, if this one continues it. Rank 0.
+
+    Settings that a run starts from are those of its model and of its tables' optimizer.
+    """
+    path = _checkpoint_to_continue(config)
+    if path is not None:
+        return settings_in(checkpoint.read_state(path))
+    if config.checkpoint.start_from is None:
+        return None
+    path = checkpoint.find_checkpoint(folder_of(config.checkpoint.start_from), "auto")
+    settings = settings_in(checkpoint.read_state(path))
+    tables = {"name": settings["optimizer"]["tables"]["name"]}
+    optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
+    return {"model": settings["model"], **optimizer}
 
 
 def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
@@ -90,7 +111,8 @@ def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
                 log.warning("%s", _finished(config, path, state.step, last_step))
             else:
                 log.info("%s: training goes on after step %s", path, f"{state.step:,}")
-            return Start(path, state, continues=True, is_over=is_over)
+            chosen = choices_in(checkpoint.read_state(path))
+            return Start(path, state, continues=True, is_over=is_over, chosen=chosen)
         if elsewhere is not None:
             path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
             _check_start(config, manifest, checkpoint.read_state(path))
@@ -263,6 +285,8 @@ def _brief(value: Any) -> str:
 
 def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool:
     """Whether another value trains something else, not longer, elsewhere, or to other reports."""
+    if AUTO in (old, new):  # left to the recipe, which takes the run's own
+        return False
     if name == "data.memory_bytes":  # rows that are streamed come in another order
         if train_bytes is None:
             return False

@@ -10,9 +10,14 @@ from deepfm_dist.section import Section
 class TrainerConfig(Section):
     """The training loop."""
 
+    chosen = frozenset(
+        ("loss", "batch_size", "candidates", "epochs", "validate_every_epochs", "patience")
+    )
+
     loss: Literal["bce", "bpr", "softmax"] = "bce"
     """bce: cross-entropy of single rows, positives and their negatives. bpr, softmax: a batch is of
-    users, and each user's targets are compared with candidate items."""
+    users, and each user's targets are compared with candidate items. auto: softmax where the rows
+    are positives and nothing is set that belongs to single rows; else bce."""
     batch_size: int = Field(8192, ge=1)
     """Rows (of bpr and softmax: users) per step over all ranks."""
     batch_size_per_rank: int | None = Field(None, ge=1)
@@ -76,11 +81,13 @@ class TrainerConfig(Section):
     def _something_is_watched(self) -> Self:
         if self.monitor is None and self.needs_monitor:
             raise ValueError(f"{self.needs_monitor} needs a monitored figure; set monitor=auto")
-        if self.loss == "bpr" and self.candidates is None:
+        drawn = self.candidates is not None or self.is_auto("candidates")
+        if self.loss == "bpr" and not drawn:
             raise ValueError("loss=bpr compares pairs of items: say how many candidates to draw")
-        if self.loss == "bce" and self.candidates is not None:
+        if self.loss == "bce" and self.candidates is not None and not self.is_auto("loss"):
             raise ValueError("candidates go with loss=bpr or softmax; bce has data.negatives")
-        if self.candidates is None and self.targets_per_user != 16:
+        bce = self.loss == "bce" and not self.is_auto("loss")
+        if (bce or not drawn) and self.targets_per_user != 16:
             raise ValueError("targets_per_user needs candidates; without them all targets count")
         if self.needs_monitor and self.validate_every_epochs == 0:
             raise ValueError(f"{self.needs_monitor} needs validations; set validate_every_epochs=1")

@@ -1,0 +1,294 @@
+"""Settings that the user leaves out, chosen from the data: the one place that decides.
+
+Two functions, because preparation needs the fields before anything is known of the data:
+
+* `with_history` looks at the settings alone, when a configuration is read. It decides whether the
+  users are known by their items, and adds the field.
+* `choose` looks at the manifest of the prepared data too. It decides everything else that is
+  ``auto``: see ``chosen`` of each section.
+
+What the user sets stays as it is, and what follows from it is decided accordingly. Each choice is
+logged with its reason, and saved in the run's ``config.yaml`` as if it had been typed. The figures
+behind the choices are in docs/quality.md.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.schema import Negatives
+from deepfm_dist.model.settings import ModelConfig
+from deepfm_dist.section import AUTO, Section
+
+HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
+"""Names of the field that is added; the first that no other field has."""
+HISTORY_DROPOUT = 0.3
+WHOLE_CATALOGUE = 30_000
+"""Items up to which the softmax goes over all of them."""
+CANDIDATES = 4_096
+"""Items that it draws in each step beyond that."""
+_OF_THE_OVER_ARCH = (
+    *("over_arch_layer_sizes", "over_arch", "over_arch_options", "over_arch_init"),
+    *("activation", "dropout", "batch_norm"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was chosen.
+
+    Attributes:
+        setting: its dotted name.
+        value: as the configuration has it.
+        reason: why, in a few words, with the figures that decided.
+    """
+
+    setting: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.typed} ({self.reason})"
+
+    @property
+    def typed(self) -> str:
+        """The value as it would be typed."""
+        value = self.value
+        return str(value) if isinstance(value, str | float) else json.dumps(value)
+
+
+def choices_in(state: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """What a checkpoint's marker says was chosen; nothing, if an earlier version wrote it."""
+    return tuple(Choice(**choice) for choice in state.get("chosen", ()))
+
+
+def with_history(tree: Any) -> Any:
+    """Settings with a history field where users are to be known by their items.
+
+    Args:
+        tree: sections of settings as the user gives them, which may be wrong in any way.
+
+    Returns:
+        A changed copy, or ``tree`` itself.
+    """
+    data = _section(tree, "data")
+    features = data.get("features", ())
+    if not data:
+        return tree
+    if not isinstance(features, list | tuple) or data.get("task", "implicit") != "implicit":
+        return tree
+    fields = [_as_tree(field) for field in features]
+    history = _section(data, "history")
+    added, changed = history.get("add", AUTO), dict(data)
+    is_ranked = trains_on_users(tree)
+    has_history = any(field.get("history") is not None for field in fields)
+    if added == AUTO:
+        added = is_ranked and not has_history and not _stated(tree, "trainer", "loss")
+    if not fields:
+        names = ["item"] if added else ["user", "item"]
+        changed["features"] = [{"name": name, "entity": name} for name in names]
+    if added is True and not has_history:
+        taken = {field.get("name") for field in fields}
+        name = next((name for name in HISTORY_NAMES if name not in taken), HISTORY_NAMES[-1])
+        seen = {"name": name, "entity": "user", "history": "item", "pooling": "sqrt"}
+        changed["features"] = [*changed.get("features", ()), seen]
+        has_history = True
+    changed["history"] = history = {**history, "add": added}
+    if has_history and is_ranked and history.get("dropout", AUTO) == AUTO:
+        history["dropout"] = HISTORY_DROPOUT
+    return {**tree, "data": changed}
+
+
+def trains_on_users(tree: Mapping[str, Any]) -> bool:
+    """Whether the loss is one over users and the catalogue, by settings as `with_history` has."""
+    loss = _section(tree, "trainer").get("loss", AUTO)
+    if loss != AUTO:
+        return bool(loss != "bce")
+    return rows_because(tree) is None
+
+
+def rows_because(tree: Mapping[str, Any]) -> str | None:
+    """Why a model is trained on single rows, not on users; None: nothing speaks against users.
+
+    Args:
+        tree: sections of settings.
+    """
+    data, model, trainer = (_section(tree, name) for name in ("data", "model", "trainer"))
+    rows = _section(data, "interactions")
+    if data.get("task") == "ctr":
+        return "rows have labels"
+    if rows.get("weight") is not None:
+        return "rows have weights (data.interactions.weight)"
+    for name, value in _section(data, "negatives").items():
+        if _is_stated(Negatives, name, value):
+            return f"data.negatives.{name} is set, and no others are drawn for users"
+    for field in map(_as_tree, data.get("features", ())):
+        if field.get("entity", "context") == "context":
+            return f"the field {field.get('name')} belongs to single rows"
+    if over_arch := _states_an_over_arch(model):
+        return over_arch
+    if model.get("deep", AUTO) is True:
+        return "model.deep is set"
+    if model.get("fm", True) is False:
+        return "model.fm is off"
+    for name, usual in (("accumulate_steps", 1), ("compile", False), ("table_precision", "fp32")):
+        if trainer.get(name, usual) != usual:
+            return f"trainer.{name} is set, which is for rows"
+    return None
+
+
+def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
+    """Which setting says that there is to be an over-arch, in words."""
+    for name in _OF_THE_OVER_ARCH:
+        if _is_stated(ModelConfig, name, model.get(name, AUTO)):
+            return f"model.{name} is set, and it is the over-arch's"
+    return None
+
+
+def choose(config: Section, manifest: Manifest) -> list[Choice]:
+    """Decides what the user has left to the recipe.
+
+    Args:
+        config: the whole configuration.
+        manifest: of the prepared data.
+
+    Returns:
+        A choice for every setting that is ``auto``, but for those whose default does.
+    """
+    draft = _Draft(config)
+    if draft.get("data.history.add"):
+        name = next(f.name for f in manifest.features if f.history is not None)
+        draft.note("data.history.add", True, f"users are known by their items: the field {name}")
+    reason = rows_because(config.model_dump(mode="json"))
+    draft.choose(
+        "trainer.loss",
+        "softmax" if reason is None else "bce",
+        reason or "items are ranked for users",
+    )
+    if draft.get("trainer.loss") == "bce":
+        _for_rows(draft, manifest)
+    else:
+        _for_users(draft, manifest)
+    return draft.choices
+
+
+def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
+    """Choices for a model of single rows: a DeepFM with its over-arch."""
+
+
+def _for_users(draft: "_Draft", manifest: Manifest) -> None:
+    """Choices for a model that ranks a catalogue: an FM trained by softmax."""
+    n_users, n_items, n_rows = _sizes(manifest)
+    deep = _states_an_over_arch(draft.tree("model"))
+    draft.choose(
+        "model.deep", deep is not None, deep or "an over-arch ranks no better, and takes most time"
+    )
+    if draft.get("model.fm"):
+        draft.choose("model.fm_pairs", "across", "pairs within an item rank nothing new")
+    dim = next((d for rows, d in ((100_000, 64), (1_000_000, 128)) if n_rows < rows), 256)
+    draft.choose("model.embedding_dim", dim, f"{n_rows:,} training rows")
+    if draft.get("trainer.loss") == "softmax" and n_items <= WHOLE_CATALOGUE:
+        draft.choose("trainer.candidates", None, f"all {n_items:,} items")
+    drawn = min(CANDIDATES, n_items)
+    draft.choose("trainer.candidates", drawn, f"of {n_items:,} items in each step")
+    draft.choose(
+        "trainer.batch_size",
+        min(1024, max(256, 2 ** round(math.log2(n_users / 24)))),
+        f"{n_users:,} users",
+    )
+    per_epoch = math.ceil(n_users / min(n_users, draft.get("trainer.batch_size")))
+    draft.choose(
+        "trainer.epochs", max(20, min(200, round(1000 / per_epoch))), f"{per_epoch:,} steps each"
+    )
+    epochs = draft.get("trainer.epochs")
+    if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
+        every = math.ceil(epochs / 20)
+        draft.choose("trainer.validate_every_epochs", every, f"of {epochs:,} epochs")
+        if draft.get("trainer.validate_every_epochs"):
+            draft.choose("trainer.patience", 4, "validations without a better ranking end the run")
+    if draft.get("optimizer.tables.name", "adam", "moves every row at every step") == "adam":
+        draft.choose("optimizer.tables.lr", 0.003, "of adam on tables that begin near 0")
+        draft.choose("optimizer.tables.l2", 1e-4 if dim == 64 else 3e-5, f"{dim} columns")
+
+
+def _sizes(manifest: Manifest) -> tuple[int, int, int]:
+    """Users, items and training positives."""
+    train = manifest.splits["train"]
+    return (
+        max(1, manifest.entities["user"] - 1),
+        max(1, manifest.entities["item"] - 1),
+        train.positives,
+    )
+
+
+class _Draft:
+    """The settings while they are decided.
+
+    Attributes:
+        choices: so far.
+    """
+
+    def __init__(self, config: Section) -> None:
+        self._config = config
+        self._chosen: dict[str, Any] = {}
+        self.choices: list[Choice] = []
+
+    def _parts(self, setting: str) -> tuple[Section, str]:
+        *parents, name = setting.split(".")
+        section = self._config
+        for parent in parents:
+            section = getattr(section, parent)
+        return section, name
+
+    def is_auto(self, setting: str) -> bool:
+        """Whether nobody has decided yet."""
+        section, name = self._parts(setting)
+        return section.is_auto(name) and setting not in self._chosen
+
+    def tree(self, section: str) -> dict[str, Any]:
+        """A section as the user gave it."""
+        return _section(self._config, section)
+
+    def get(self, setting: str, *if_auto: Any) -> Any:
+        """A setting's value; with a value and a reason, this is chosen where it is ``auto``."""
+        if if_auto:
+            self.choose(setting, *if_auto)
+        section, name = self._parts(setting)
+        return self._chosen.get(setting, getattr(section, name))
+
+    def choose(self, setting: str, value: Any, reason: str) -> None:
+        """Decides what is ``auto``; the user's own value stays."""
+        if self.is_auto(setting):
+            self.note(setting, value, reason)
+
+    def note(self, setting: str, value: Any, reason: str) -> None:
+        """Adds a choice."""
+        self._chosen[setting] = value
+        self.choices.append(Choice(setting, value, reason))
+
+
+def _as_tree(section: Any) -> dict[str, Any]:
+    """A section as it may be given: a dict or a model; of anything else nothing is known."""
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _section(tree: Any, name: str) -> dict[str, Any]:
+    return _as_tree(_as_tree(tree).get(name))
+
+
+def _is_stated(section: type[Section], name: str, value: Any) -> bool:
+    """Whether a value says something: a configuration that was written out has all defaults."""
+    if name in section.chosen:
+        return bool(value != AUTO)
+    field = section.model_fields.get(name)
+    usual = None if field is None else field.get_default(call_default_factory=True)
+    return value not in (AUTO, usual)
+
+
+def _stated(tree: Any, section: str, name: str) -> bool:
+    return _section(tree, section).get(name, AUTO) != AUTO

@@ -1,0 +1,183 @@
+"""What the user leaves out is chosen from the data; what the user sets stays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepfm_dist.config import Config, config_from, load_config, resolve
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest, SplitSpec
+from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.train import train
+from deepfm_dist.recipe import choices_in
+
+ROWS = {"file": "a.csv", "user": "u", "item": "i"}
+ITEM = {"name": "item", "entity": "item"}
+
+
+def _config(**sections: dict[str, Any]) -> Config:
+    data = {"interactions": ROWS, "features": [ITEM], **sections.pop("data", {})}
+    return config_from({"data": data, **sections})
+
+
+def _manifest(
+    sample: PreparedDataset, config: Config, users: int = 700, items: int = 400, rows: int = 30_000
+) -> Manifest:
+    """The sample's manifest with other sizes."""
+    train = SplitSpec(rows=rows, positives=rows, size_bytes=8 * rows)
+    return sample.manifest.model_copy(
+        update={
+            "data": config.data,
+            "entities": {"user": users + 1, "item": items + 1},
+            "splits": {**sample.manifest.splits, "train": train},
+        }
+    )
+
+
+def test_ten_lines_train_a_model_that_ranks(sample: PreparedDataset) -> None:
+    config = _config()
+    fields = {(f.name, f.history) for f in config.data.features}
+    assert fields == {("item", None), ("seen", "item")}
+    resolved, choices = resolve(config, _manifest(sample, config))
+    assert (resolved.trainer.loss, resolved.model.deep) == ("softmax", False)
+    assert resolved.optimizer.tables.name == "adam"
+    assert resolved.trainer.patience is not None
+    assert resolved.monitor == "ndcg@10" == config.monitor
+    said = {choice.setting: choice for choice in choices}
+    assert said["trainer.loss"].value == "softmax"
+    assert all(choice.reason for choice in choices)
+    # What was chosen is written like what was typed, and nothing is left to choose.
+    again = config_from(resolved.model_dump(mode="json"))
+    assert again == resolved
+    assert "auto" not in str(again.model_dump(mode="json", include={"model", "optimizer"}))
+
+
+def test_what_is_not_resolved_stays_so_when_it_is_written_out(sample: PreparedDataset) -> None:
+    config = _config()
+    again = config_from(config.model_dump(mode="json"))
+    manifest = _manifest(sample, config)
+    assert again == config
+    assert resolve(again, manifest) == resolve(config, manifest)
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"model": {"over_arch_layer_sizes": [64]}}, "model.over_arch_layer_sizes is set"),
+        ({"model": {"over_arch_layer_sizes": [400, 400, 400]}}, "model.over_arch_layer_sizes is"),
+        ({"model": {"dropout": 0.1}}, "model.dropout is set"),
+        ({"model": {"deep": True}}, "model.deep is set"),
+        ({"data": {"negatives": {"per_positive": 2}}}, "data.negatives.per_positive is set"),
+        ({"data": {"interactions": {**ROWS, "weight": "w"}}}, "rows have weights"),
+        ({"data": {"features": [ITEM, {"name": "hour"}]}}, "the field hour belongs to single rows"),
+        ({"trainer": {"compile": True}}, "trainer.compile is set"),
+    ],
+)
+def test_settings_of_rows_train_on_rows(
+    sections: dict[str, Any], reason: str, sample: PreparedDataset
+) -> None:
+    config = _config(**sections)
+    assert all(f.history is None for f in config.data.features)
+    assert config.monitor == "log_loss"
+    resolved, choices = resolve(config, _manifest(sample, config))
+    assert (resolved.trainer.loss, resolved.model.deep) == ("bce", True)
+    [choice] = [choice for choice in choices if choice.setting == "trainer.loss"]
+    assert choice.reason.startswith(reason)
+
+
+def test_what_the_user_sets_is_never_overridden(sample: PreparedDataset) -> None:
+    settings: dict[str, Any] = {
+        "model": {"embedding_dim": 7, "fm_pairs": "all"},
+        "optimizer": {"tables": {"name": "rowwise_adagrad", "lr": 0.5}},
+        "trainer": {"batch_size": 10, "epochs": 3, "patience": None, "candidates": 9},
+        "data": {"history": {"dropout": 0.7}},
+    }
+    config = _config(**settings)
+    resolved, choices = resolve(config, _manifest(sample, config))
+    assert resolved.data.history.dropout == 0.7
+    tree = resolved.model_dump(mode="json")
+    for section in ("model", "optimizer", "trainer"):
+        for name, value in settings[section].items():
+            stated = value if isinstance(value, dict) else {}
+            assert {k: tree[section][name][k] for k in stated} == stated
+            assert stated or tree[section][name] == value
+    named = {choice.setting for choice in choices}
+    assert named.isdisjoint({"model.embedding_dim", "trainer.patience", "trainer.candidates"})
+
+
+def test_a_stated_loss_adds_no_field(sample: PreparedDataset) -> None:
+    for loss in ("bce", "softmax"):
+        config = _config(trainer={"loss": loss}, data={"features": []})
+        assert [f.name for f in config.data.features] == ["user", "item"], loss
+    asked = _config(trainer={"loss": "bce"}, data={"history": {"add": True}})
+    assert [f.history for f in asked.data.features] == [None, "item"]
+    assert asked.data.history.dropout == 0.0
+    kept = _config(data={"history": {"add": False}})
+    assert [f.name for f in kept.data.features] == ["item"]
+    resolved, _ = resolve(kept, _manifest(sample, kept))
+    assert resolved.trainer.loss == "softmax"
+
+
+def test_an_added_field_has_a_name_of_its_own() -> None:
+    config = _config(data={"features": [{"name": "seen", "entity": "item"}, ITEM]})
+    assert config.data.features[-1].name == "seen_items"
+
+
+@pytest.mark.parametrize("items", [30_000, 30_001])
+def test_large_catalogues_are_sampled(items: int, sample: PreparedDataset) -> None:
+    config = _config()
+    resolved, _ = resolve(config, _manifest(sample, config, items=items))
+    assert (resolved.trainer.candidates is None) == (items == 30_000)
+
+
+def test_more_rows_get_more_columns_and_more_users_larger_batches(sample: PreparedDataset) -> None:
+    config = _config()
+    small, large = (
+        resolve(config, _manifest(sample, config, users=users, rows=rows))[0]
+        for users, rows in ((100, 2_000), (100_000, 5_000_000))
+    )
+    assert small.model.embedding_dim < large.model.embedding_dim
+    assert small.trainer.batch_size < large.trainer.batch_size
+    assert small.trainer.epochs > large.trainer.epochs
+
+
+def test_a_run_that_continues_keeps_what_was_chosen(sample: PreparedDataset) -> None:
+    config = _config()
+    first, _ = resolve(config, _manifest(sample, config))
+    grown = _manifest(sample, config, users=50_000, rows=9_000_000)
+    again, choices = resolve(config, grown, first.model_dump(mode="json"))
+    assert again == first
+    assert [c.setting for c in choices] == ["data.history.add"]
+
+
+def test_the_sample_leaves_its_recipe_open() -> None:
+    config = load_config("../../configs/sample")
+    assert config.trainer.is_auto("loss")
+    assert config.model.is_auto("embedding_dim")
+    assert not config.model.is_auto("init_std")
+    assert load_config("../../configs/sample", ["trainer.loss=auto"]) == config
+
+
+def test_a_run_says_what_was_chosen_and_keeps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
+    settings = [*roots, "run.loggers=[]", "model.embedding_dim=8", "evaluate.reference=null"]
+    config = load_config("../../configs/sample", [*settings, "trainer.max_steps=2"])
+    with caplog.at_level("INFO", "deepfm_dist"):
+        train(config)
+    assert "chosen for this log:" in caplog.messages
+    assert any("trainer.loss=softmax (items are ranked" in line for line in caplog.messages)
+    saved = load_config(str(config.run_dir / "config.yaml"))
+    assert not saved.trainer.is_auto("epochs")
+    # Another command with the same open settings, and a longer one, continue with what was chosen.
+    longer = load_config("../../configs/sample", [*settings, "trainer.max_steps=3"])
+    assert train(longer).state.step == 3
+    found = read_state(find_checkpoint(config.run_dir, "latest"))
+    chosen = {choice.setting: choice.value for choice in choices_in(found)}
+    assert chosen["trainer.batch_size"] == saved.trainer.batch_size
+    assert chosen["data.history.add"] is True
+    with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
+        train(load_config("../../configs/sample", [*settings, "model.embedding_dim=16"]))
