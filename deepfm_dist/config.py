@@ -91,6 +91,23 @@ class Config(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _protocol_fits_the_split(self) -> Self:
+        protocol, method = self.evaluate.protocol, self.data.split.method
+        if protocol == "strong" and method != "users":
+            raise ValueError(
+                f"evaluate.protocol=strong judges users who have no training rows, and "
+                f"data.split.method={method} holds out rows of all users; set "
+                f"data.split.method=users"
+            )
+        if protocol == "weak" and method == "users":
+            raise ValueError(
+                "evaluate.protocol=weak judges users who have training rows, and "
+                "data.split.method=users holds out users entirely; leave evaluate.protocol out, or "
+                "set data.split.method=per_user"
+            )
+        return self
+
     def _check_loss_of_users(self) -> None:
         told = f"trainer.loss={self.trainer.loss}"
         if self.model.deep and self.model.over_arch != "mlp":

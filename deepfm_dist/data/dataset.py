@@ -19,10 +19,11 @@ from deepfm_dist.data.jagged import (
     from_arrow,
     mapped,
     mapped_values,
+    offsets_of,
     union,
 )
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 
@@ -147,6 +148,19 @@ class PreparedDataset:
             return Jagged(np.zeros(1, np.int64), np.zeros(0, np.int32))
         return self._mapped_if_large("rare", [HISTORY], _as_it_is)
 
+    @cached_property
+    def training_history(self) -> Jagged:
+        """`history`, empty for users who are held out entirely (``split.method=users``)."""
+        data = self.manifest.data
+        if data.split.method != "users" or data.refit:
+            return self.history
+        is_trained = np.ones(len(self.history), bool)
+        for split in SPLITS[1:]:
+            is_trained[np.asarray(self.columns(split, ["user"])["user"])] = False
+        lengths = np.where(is_trained, self.history.lengths, 0)
+        values = self.history.values[np.repeat(is_trained, self.history.lengths)]
+        return Jagged(offsets_of(lengths), values)
+
     def met(self, split: str) -> list[Jagged]:
         """What users have met in a split, whether they liked it or not.
 
@@ -189,7 +203,7 @@ class PreparedDataset:
     def positives(self, split: str) -> Jagged:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
         if split == "train":
-            return self.history
+            return self.training_history
         self._check_users_and_items()
         columns: dict[str, Any] = self.columns(split, ["user", "item", "label"])
         mask = columns["label"] == 1

@@ -18,7 +18,8 @@ from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import nearest
 from deepfm_dist.section import Section
 
-TRAIN, VALID, TEST = 0, 1, 2
+TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
+"""Where rows go. FOLD_IN: into the history of a user who is held out entirely, and nowhere else."""
 SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""

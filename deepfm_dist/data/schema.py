@@ -156,6 +156,11 @@ class Interactions(Section):
     order: dict[str, tuple[_Word, ...]] = Field(default_factory=dict)
     """For ``repeated: strongest``: a column and its words, the weakest first, such as
     ``{behaviour: [pv, fav, cart, buy]}``."""
+    min_rows_per_item: int = Field(1, ge=1)
+    """Items with fewer rows, ratings below ``min_rating`` left out, are dropped with their rows,
+    before anything is split. For implicit data."""
+    min_rows_per_user: int = Field(1, ge=1)
+    """Users who then have fewer rows are dropped, too."""
     impressions: str | None = None
     """Column of the items that were shown together, each with its label: ``N1-1 N2-0``. Every item
     becomes a row with the row's other cells; ``item`` and ``label`` then need no columns (other
@@ -400,13 +405,18 @@ class Titles(Section):
 class Split(Section):
     """Which rows are held out."""
 
-    method: Literal["random", "per_user", "temporal", "leave_last"] = "random"
+    method: Literal["random", "per_user", "temporal", "leave_last", "users"] = "random"
     """random: by row; per_user: a share of each user's rows, at random; temporal: the last rows of
-    all; leave_last: each user's last rows (by time)."""
+    all; leave_last: each user's last rows (by time); users: users at random, who have no training
+    rows: ``fold_in`` says how much of each is known, the rest is held out (strong generalization;
+    for implicit data)."""
     valid: float = Field(0.1, ge=0)
-    """Share of the rows (leave_last: number of rows per user) for validation."""
+    """Share of the rows for validation; leave_last: number of rows per user; users: share of the
+    users, or from 1 on their number."""
     test: float = Field(0.1, ge=0)
-    """Share of the rows (leave_last: number of rows per user) for the test."""
+    """The same for the test."""
+    fold_in: float = Field(0.8, gt=0, lt=1)
+    """For users: share of a held-out user's rows that the model knows the user by."""
     valid_file: Files | None = None
     """Held-out rows with the interactions' columns: a file, a pattern or a list of them; replaces
     ``valid``."""
@@ -419,9 +429,24 @@ class Split(Section):
         if self.method == "leave_last":
             if self.valid != int(self.valid) or self.test != int(self.test):
                 raise ValueError("leave_last holds out whole rows per user: give whole numbers")
-        elif self.valid + self.test >= 1:
+        elif self.method == "users":
+            for name in ("valid", "test"):
+                if (value := getattr(self, name)) >= 1 and value != int(value):
+                    raise ValueError(f"{name}={value:g}: a share below 1, or a number of users")
+            if self.valid_file or self.test_file:
+                raise ValueError("method=users does not go with valid_file or test_file")
+        if self.method != "users" and self.fold_in != type(self).model_fields["fold_in"].default:
+            raise ValueError(f"fold_in={self.fold_in:g} is for method=users; leave it out")
+        of_shares = self.method not in ("leave_last", "users") or (
+            self.method == "users" and max(self.valid, self.test) < 1
+        )
+        if of_shares and self.valid + self.test >= 1:
             raise ValueError(f"valid + test leave no training rows (got {self.valid + self.test})")
         return self
+
+    def number(self, value: float, n: int) -> int:
+        """Of ``n`` rows or users, how many ``valid`` or ``test`` stands for."""
+        return int(value) if value >= 1 else round(n * value)
 
 
 class Negatives(Section):
@@ -567,6 +592,11 @@ class DataConfig(Section):
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()
+        if self.split.method == "users":
+            self._check_held_out_users()
+        for name in ("min_rows_per_item", "min_rows_per_user"):
+            if getattr(rows, name) > 1:
+                self._check_only_interactions(f"interactions.{name}={getattr(rows, name)}")
         if self.vocabulary_from is not None and self.negatives.fixed_per_user is not None:
             raise ValueError("vocabulary_from cannot go with negatives.fixed_per_user")
         needs_time = self.split.method in ("temporal", "leave_last")
@@ -637,6 +667,33 @@ class DataConfig(Section):
                         f"table {field.table_name!r}: {field.name} can share that of "
                         f"{source.name}, or have its own"
                     )
+
+    def _check_held_out_users(self) -> None:
+        """Users without training rows have to be known by something else than their id."""
+        self._check_only_interactions("split.method=users")
+        for feature in self.features:
+            if feature.names_entity and feature.entity == "user":
+                raise ValueError(
+                    f"split.method=users: {feature.name} knows users by their id, and held-out "
+                    f"users have no training rows; replace it by "
+                    f"{{name: seen, entity: user, history: item}} in data.features"
+                )
+        if not any(f.history is not None for f in self.features):
+            raise ValueError(
+                "split.method=users: held-out users are known by their items alone; add "
+                "{name: seen, entity: user, history: item} to data.features"
+            )
+
+    def _check_only_interactions(self, setting: str) -> None:
+        """Refuses what does not go with rules that look at all rows of a user or an item."""
+        if self.task != "implicit":
+            raise ValueError(f"{setting} is for implicit data (data.task=implicit)")
+        if self.interactions.split or self.split.valid_file or self.split.test_file:
+            raise ValueError(f"{setting} does not go with a given split")
+        if self.negatives.fixed_per_user is not None:
+            raise ValueError(f"{setting} does not go with negatives.fixed_per_user")
+        if self.vocabulary_from is not None:
+            raise ValueError(f"{setting} does not go with vocabulary_from")
 
     def _check_fixed_negatives(self) -> None:
         rows, split = self.interactions, self.split

@@ -106,7 +106,7 @@ def ease_tables(
     groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
     shared = Jagged.concatenated(groups) if groups else None
     first, second = ease_factors(
-        Ease(l2), distinct(dataset.history), n_items, columns, shared, of_fields
+        Ease(l2), distinct(dataset.training_history), n_items, columns, shared, of_fields
     )
     return {own[0].table_name: weight * first, items[0].table_name: second}
 

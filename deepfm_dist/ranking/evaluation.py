@@ -114,7 +114,8 @@ class RankingEvaluator:
             len(self.users),
         )
         self.counts = dataset.popularity()
-        self._n_active = int((dataset.history.lengths > 0).sum())
+        self._n_active = int((dataset.training_history.lengths > 0).sum())
+        self._strong = dataset.manifest.data.split.method == "users"
 
     def measured(
         self, ranker: Ranker, cutoffs: Sequence[int], world: World
@@ -127,7 +128,9 @@ class RankingEvaluator:
         if positions is None:
             return None
         ranked = np.where(positions >= 0, self.catalogue.rows[positions], -1)
-        figures = user_metrics(ranked, self.relevant, cutoffs, self.counts, self._n_active)
+        figures = user_metrics(
+            ranked, self.relevant, cutoffs, self.counts, self._n_active, self._strong
+        )
         return figures, ranked
 
     def ranker(self, model: DeepFM, world: World) -> ModelRanker:
@@ -246,6 +249,19 @@ def evaluate_ranking(
     )
 
 
+@dataclass(frozen=True)
+class RankedUsers:
+    """Whom a baseline ranks for.
+
+    Attributes:
+        history: each user's items, as positions in the catalogue.
+        rows: ``[n]`` rows of ``history``.
+    """
+
+    history: Jagged
+    rows: Int32Array
+
+
 def _baseline_rankers(
     held_out: RankingEvaluator, baselines: Mapping[str, Baseline], world: World
 ) -> dict[str, Callable[[], Ranker]]:
@@ -253,19 +269,29 @@ def _baseline_rankers(
     if not baselines:
         return {}
     dataset, catalogue = held_out.dataset, held_out.catalogue
+
+    def places(items: Jagged) -> Jagged:
+        return catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
+
     # Users below min_count come behind the others: nobody is ranked for them, but their rows are
     # training rows.
-    positives = [
-        catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
-        for items in (dataset.history, dataset.rare_history)
-    ]
+    positives = [places(dataset.training_history), places(dataset.rare_history)]
     train = distinct(Jagged.concatenated(positives))
+    known = train
+    if dataset.manifest.data.split.method == "users":
+        if "ials" in baselines:
+            raise ConfigError(
+                "evaluate.baselines: ials has vectors of the users it is fitted on, and "
+                "data.split.method=users ranks for others; leave ials out"
+            )
+        known = distinct(places(dataset.history))
     room_bytes = world.broadcast(available_bytes()) // world.local_world_size
     rankers: dict[str, Callable[[], Ranker]] = {}
     for name, baseline in baselines.items():
         sized, difference = baseline.sized(len(catalogue), room_bytes)
         name += difference
-        rankers[name] = partial(_fitted, name, sized, train, len(catalogue), held_out.users, world)
+        users = RankedUsers(known, held_out.users)
+        rankers[name] = partial(_fitted, name, sized, train, len(catalogue), users, world)
     return rankers
 
 
@@ -274,7 +300,7 @@ def _fitted(
     baseline: Baseline,
     train: Jagged,
     n_items: int,
-    users: Int32Array,
+    users: RankedUsers,
     world: World,
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
@@ -285,7 +311,7 @@ def _fitted(
     assert fitted is not None
 
     def scores(begin: int, end: int) -> Tensor:
-        return fitted(train, users[begin:end]).to(world.device)
+        return fitted(users.history, users.rows[begin:end]).to(world.device)
 
     return FixedRanker(scores, n_items)
 

@@ -52,6 +52,20 @@ def recall(hit: npt.NDArray[np.bool_], n_relevant: Int64Array, k: int) -> FloatA
     return np.asarray(hit[:, :k].sum(1) / n_relevant)
 
 
+def capped_recall(hit: npt.NDArray[np.bool_], n_relevant: Int64Array, k: int) -> FloatArray:
+    """``[U]`` hits among the first K divided by min(relevant items, K), so that 1 can be reached.
+
+    Source: Liang et al., "Variational Autoencoders for Collaborative Filtering", 2018, section 4.2,
+    whose Recall@K it is, as that of EASE and others who compare with it.
+
+    Args:
+        hit: ``[U, at least K]``, of `hits`.
+        n_relevant: ``[U]``, at least 1 each.
+        k: K.
+    """
+    return np.asarray(hit[:, :k].sum(1) / np.minimum(n_relevant, k))
+
+
 def ndcg(hit: npt.NDArray[np.bool_], n_relevant: Int64Array, k: int) -> FloatArray:
     """``[U]`` NDCG@K: binary gain, discount ``1 / log2(rank + 1)``, ideal of min(|relevant|, K).
 
@@ -71,6 +85,7 @@ def user_metrics(
     cutoffs: Sequence[int],
     counts: Int64Array,
     n_users: int,
+    strong: bool = False,
 ) -> dict[str, FloatArray]:
     """Every user's figures; a ranking's are their means.
 
@@ -82,6 +97,7 @@ def user_metrics(
         cutoffs: values of K.
         counts: ``[items]`` training positives of each item.
         n_users: users with training positives.
+        strong: whether to add `capped_recall`.
 
     Returns:
         ``[U]`` each, NaN where a user has none: ``recall@K`` = hits / |relevant|;
@@ -108,6 +124,8 @@ def user_metrics(
         at_k = hit[:, :k]
         best_possible = np.minimum(n_relevant, k)
         n_filled = np.where(has_items, filled[:, :k].sum(1), np.nan)
+        if strong:
+            figures[f"capped_recall@{k}"] = capped_recall(hit, n_relevant, k)
         figures |= {
             f"recall@{k}": recall(hit, n_relevant, k),
             f"ndcg@{k}": ndcg(hit, n_relevant, k),

@@ -35,6 +35,10 @@ class EvaluateConfig(Section):
     """Which rows."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of the ranking metrics."""
+    protocol: Literal["weak", "strong"] | None = None
+    """weak: users with training rows are judged on other rows of theirs. strong: users without any,
+    whom the model knows by a part of their items, on the rest; needs ``data.split.method=users``,
+    and adds ``capped_recall``. Default: what the split gives."""
     mask_seen: bool | None = None
     """Whether what users have met in earlier splits, liked or not, is left out of their rankings,
     and out of what counts as relevant. Default: true, but false where

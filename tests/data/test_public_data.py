@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from deepfm_dist.bundle import BUNDLE
 from deepfm_dist.config import load_config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation.local import prepare
@@ -208,3 +211,53 @@ def test_hm(tmp_path: Path) -> None:
     slopes = np.diff([known_ages[a] for a in sorted(known_ages)]) / np.diff(sorted(known_ages))
     assert slopes.min() > 0
     assert np.allclose(slopes, slopes[0])
+
+
+def _strong(name: str, root: Path, *overrides: str) -> dict[str, int]:
+    """Users of each split of a configuration with few held-out users."""
+    prepared = Prepared(name, root, "data.split.valid=3", "data.split.test=4", *overrides)
+    found = {}
+    for split in ("train", "valid", "test"):
+        parts = sorted((prepared.folder / split).glob("*.parquet"))
+        users = [user for part in parts for user in pq.read_table(part)["user"].to_pylist()]
+        found[split] = len(set(users))
+    assert 0 not in found
+    return found
+
+
+def test_movielens_20m_by_strong_generalization(tmp_path: Path) -> None:
+    """A header, half stars, times; a user with four positives, and one without any."""
+    lines = [f"{u},{i},{(i + u) % 2 + 3.5},1112486027\n" for u, i in _pairs(30)]
+    positives = Counter(u for u, i in _pairs(30) if (i + u) % 2)
+    lines += [f"98,{i},4.0,1112486027\n" for i in range(4)] + ["99,1,0.5,1112486027\n"]
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(lines))
+    assert min(positives.values()) >= 5
+    users = _strong("ml20m_strong", tmp_path)
+    assert users == {"train": N_USERS - 7, "valid": 3, "test": 4}
+
+
+def test_netflix_by_strong_generalization(tmp_path: Path) -> None:
+    """Two files without a header, rewritten by the command at the top of the configuration."""
+    by_item = sorted((i, u) for u, i in _pairs(20))
+    for number, items in ((1, range(N_ITEMS // 2)), (2, range(N_ITEMS // 2, N_ITEMS))):
+        text = "".join(
+            f"{i}:\n" + "".join(f"{u},{4 + u % 2},2005-09-06\n" for j, u in by_item if j == i)
+            for i in items
+        )
+        (tmp_path / f"combined_data_{number}.txt").write_text(text)
+    comment = (BUNDLE / "configs/netflix_strong.yaml").read_text()
+    command = next(line for line in comment.splitlines() if "awk" in line).removeprefix("#")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    users = _strong("netflix_strong", tmp_path)
+    assert users == {"train": N_USERS - 7, "valid": 3, "test": 4}
+
+
+def test_the_million_songs_by_strong_generalization(tmp_path: Path) -> None:
+    """Tabs, no header, long ids; songs of few users go, and then users with few songs."""
+    lines = [f"{u:040x}\tSO{i:016}\t{1 + u % 5}\n" for u, i in _pairs(25)]
+    lines += [f"{99:040x}\tSO{i:016}\t1\n" for i in range(19)]  # one song too few
+    lines += [f"{98:040x}\tSO{i:016}\t1\n" for i in range(15)]  # five songs that nobody else has
+    lines += [f"{98:040x}\tSORARE{i}\t1\n" for i in range(5)]
+    (tmp_path / "train_triplets.txt").write_text("".join(lines))
+    users = _strong("msd_strong", tmp_path, "data.interactions.min_rows_per_item=5")
+    assert users == {"train": N_USERS - 7, "valid": 3, "test": 4}

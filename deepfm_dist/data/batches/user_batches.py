@@ -72,7 +72,7 @@ class UserBatches:
         self._seen = dataset.seen(manifest.data.negatives.avoid == "all")
         self._drawn = HistorySampler(dataset, seed) if manifest.has_history else None
         self._seed, self._candidates, self.threads = seed, candidates, threads
-        self._users = np.flatnonzero(self._history.lengths).astype(np.int32)
+        self._users = np.flatnonzero(dataset.training_history.lengths).astype(np.int32)
         if n_rare := len(dataset.rare_history.values):
             log.info(
                 "%s training rows are of users below min_count: no batch of users has them",

@@ -21,10 +21,11 @@ from deepfm_dist.data.jagged import (
     joined,
     taken,
 )
-from deepfm_dist.data.manifest import SPLITS, TEST, TRAIN, VALID
+from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation.job import OPEN, Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.population import drop_rare, hold_out_users
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import (
@@ -40,7 +41,7 @@ from deepfm_dist.data.preparation.split import (
     splits_by_time,
 )
 from deepfm_dist.data.schema import Feature, label_of
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,11 @@ class Splitter:
             held_out, rows = positives
             known = held_out, rows["local"], rows["time"]
             parts[at] = splits_by_time(*known, part["local"][at], part["time"][at], n_users)
+        elif len(at) and split.method == "users":
+            raise ConfigError(
+                "data.split.method=users: this preparation cannot hold out users; use "
+                "python -m deepfm_dist.prepare"
+            )
         elif len(at):
             parts[at] = split_by_user(split, part["local"][at], n_users, self.keyed(part)[0])
         return parts
@@ -296,20 +302,24 @@ class Counts:
         job, parts = splitter.job, splitter.parts(part)
         words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
+        # Held-out users that are known by some of their rows have a row in the user table, too.
+        of_users = np.flatnonzero((parts == TRAIN) | (parts == FOLD_IN))
         for name in job.entities:
-            self._count(job, self.tables[entity_key(name)], part[name][at])
+            rows = of_users if name == "user" else at
+            self._count(job, self.tables[entity_key(name)], part[name][rows])
         if "item" in part:
             self._count(job, self.liked, part["item"][at[part["label"][at] == 1]])
         for feature in job.row_fields:
-            values = taken(part[f"field {feature.name}"], at)
+            rows = of_users if feature.entity == "user" else at
+            values = taken(part[f"field {feature.name}"], rows)
             if feature.entity == "context":
                 self.empty[feature.name] += len(at) - int(has_value(values).sum())
             if feature.entity != "context":
                 n = len(self.tables[entity_key(feature.entity)])
                 hashes = partitions.hashes(feature.table_name) if feature.has_vocabulary else None
                 words = seeded(words_of(values, hashes), words_seed)
-                times = part["time"][at] if "time" in part else np.zeros(len(at), np.int64)
-                found = EntityValues.from_rows(part[feature.entity][at], times, words, values, n)
+                times = part["time"][rows] if "time" in part else np.zeros(len(rows), np.int64)
+                found = EntityValues.from_rows(part[feature.entity][rows], times, words, values, n)
                 if (before := self.of_entities.get(feature.name)) is not None:
                     found = EntityValues.merged([before, found], n)
                 self.of_entities[feature.name] = found
@@ -319,8 +329,9 @@ class Counts:
             elif feature.has_vocabulary:
                 flat = values.values if isinstance(values, Jagged) else values.astype(np.int32)
                 self._count(job, self.tables[feature.table_name], flat)
-        self.rows[p] = np.bincount(parts, minlength=len(SPLITS))
-        self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=len(SPLITS))
+        n = len(SPLITS)
+        self.rows[p] = np.bincount(parts, minlength=n)[:n]
+        self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=n)[:n]
         if "weight" in part:
             self.weights.add(part["weight"][at].astype(np.float64))
         self.ties += splitter.ties(part, parts)
@@ -408,6 +419,9 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     Raises:
         DataError: no row is left for training.
     """
+    drop_rare(job, partitions)
+    if job.data.split.method == "users" and not job.data.refit:
+        hold_out_users(job, partitions)
     splitter = Splitter(job)
     if splitter.has_bounds:
         n_open = 0

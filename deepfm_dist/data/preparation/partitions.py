@@ -31,6 +31,7 @@ from deepfm_dist.data.preparation.rules import (
     words_of,
 )
 from deepfm_dist.data.preparation.spill import PartitionRows
+from deepfm_dist.data.preparation.split import SplitIds
 from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
@@ -75,6 +76,8 @@ class Partitions:
             self._first_user = np.searchsorted(of_user, np.arange(job.n_partitions + 1))
         self._cached: PartitionRows | None = None
         self._kept: dict[str, npt.NDArray[Any]] = {}
+        self._trimmed: set[int] = set()
+        self._assigned: set[int] = set()
         self._of_repeated: dict[int, tuple[int, int]] = {}  # repeated, tied; of loaded partitions
 
     @classmethod
@@ -142,10 +145,48 @@ class Partitions:
             part = replace(part, columns=part.where(positive).columns, low=part.where(~positive))
         if data.negatives.fixed_per_user is not None:
             part = self._with_fixed_negatives(part, p, data.negatives.fixed_per_user)
+        if p in self._trimmed:
+            rows = np.asarray(self.load_array(p, "taking part"))
+            part = replace(part, columns=part.take(rows).columns)
+        if p in self._assigned:
+            low_parts = None if part.low is None else self.load_array(p, "assigned low")
+            part = _assigned(part, self.load_array(p, "assigned"), low_parts)
         part = replace(part, users=self.users(p))
         if self._in_memory:  # several rounds go over it
             self._cached = part
         return part
+
+    def leave_out(self, p: int, keep: npt.NDArray[np.bool_]) -> None:
+        """Has `load` give only some of the rows that it gives now; those with low ratings stay.
+
+        Args:
+            p: the partition.
+            keep: ``[n]`` which ones.
+        """
+        rows = np.flatnonzero(keep)
+        if self._cached is not None:
+            self._cached = replace(self._cached, columns=self._cached.take(rows).columns)
+            return
+        if p in self._trimmed:
+            rows = np.asarray(self.load_array(p, "taking part"))[rows]
+        self.save_array(p, "taking part", rows)
+        self._trimmed.add(p)
+
+    def assign(self, p: int, parts: SplitIds, low_parts: SplitIds | None) -> None:
+        """Has `load` say from now on where the rows of a partition belong, as a file may say it.
+
+        Args:
+            p: the partition.
+            parts: ``[n]`` int8.
+            low_parts: the same of the rows with low ratings.
+        """
+        if self._cached is not None:
+            self._cached = _assigned(self._cached, parts, low_parts)
+            return
+        self.save_array(p, "assigned", parts)
+        if low_parts is not None:
+            self.save_array(p, "assigned low", low_parts)
+        self._assigned.add(p)
 
     def _in_order(self, part: PartitionRows, p: int) -> tuple[PartitionRows, Int64Array]:
         """Rows with their keys, without repeated ones, and where each was among all."""
@@ -263,3 +304,11 @@ def _mapped(values: Values, code_map: Int32Array) -> Values:
     if isinstance(values, Jagged):
         return Jagged(values.offsets, code_map[values.values])
     return code_map[values]
+
+
+def _assigned(part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> PartitionRows:
+    """A partition whose rows are given to splits."""
+    low = part.low
+    if low is not None:
+        low = replace(low, columns={**low.columns, "given": np.asarray(low_parts)})
+    return replace(part, columns={**part.columns, "given": np.asarray(parts)}, low=low)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array, grouped
-from deepfm_dist.data.manifest import TEST, TRAIN, VALID
+from deepfm_dist.data.manifest import FOLD_IN, TEST, TRAIN, VALID
 from deepfm_dist.data.schema import Split
 
 SplitIds = npt.NDArray[np.int8]
@@ -57,6 +57,38 @@ def split_by_user(
     parts = np.zeros(len(users), np.int8)
     _mark_last(offsets, order, n_valid, n_test, parts)
     return parts
+
+
+def fold_in(
+    share: float,
+    users: npt.NDArray[np.integer],
+    n_users: int,
+    keys: Int64Array,
+    parts: SplitIds,
+) -> SplitIds:
+    """Which rows of held-out users these are known by: the first ones by key.
+
+    Args:
+        share: of each user's rows; at least one is held out, and at least one is not.
+        users: ``[n]`` in ``[0, n_users)``, at least two rows each.
+        n_users: number of users.
+        keys: ``[n]`` hashes.
+        parts: ``[n]`` int8 the user's split.
+
+    Returns:
+        ``[n]`` int8: the user's split, or `FOLD_IN`.
+    """
+    offsets, order = grouped(users, n_users)
+    sort_groups(offsets, order, keys)
+    # The least double below a whole number of rows counts as that number: 0.2 * 10 rows are 2.
+    n_held_out = np.floor((1 - share) * np.diff(offsets) + 1e-9).astype(np.int64)
+    n_held_out = np.clip(n_held_out, 1, np.maximum(np.diff(offsets) - 1, 1))
+    ends = np.repeat(offsets[1:], np.diff(offsets))
+    is_held_out = np.arange(len(users)) >= ends - np.repeat(n_held_out, np.diff(offsets))
+    found = np.full(len(users), FOLD_IN, np.int8)
+    rows = order[is_held_out]
+    found[rows] = parts[rows]
+    return found
 
 
 def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
@@ -121,9 +153,9 @@ def split_bounds(
         Keys of the first validation row and of the first test row.
     """
     valid, test = held_out_shares(split)
-    n_test = round(n * test)
+    n_test = split.number(test, n)
     found: list[Bound] = []
-    for last in (n_test + round(n * valid), n_test):
+    for last in (n_test + split.number(valid, n), n_test):
         bound: Bound = () if last else (np.iinfo(np.int64).max,) * n_keys
         while len(bound) < n_keys:
             key, above = _from_top(count, bound, last)

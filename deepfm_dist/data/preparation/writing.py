@@ -27,7 +27,7 @@ from deepfm_dist.data.jagged import (
     union,
 )
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
-from deepfm_dist.data.manifest import SPLITS, TEST, TRAIN, VALID, SplitSpec, cuts_of
+from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID, SplitSpec, cuts_of
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
@@ -309,10 +309,14 @@ class RowWriter:
         users, items = columns.get(NEGATIVE_USER, columns["user"]), columns["item"]
         known = (users > 0) & (items > 0)
         positive = part["label"] == 1
-        liked = np.flatnonzero(known & (parts == TRAIN) & positive)
+        folded_in = parts == FOLD_IN
+        liked = np.flatnonzero(known & ((parts == TRAIN) | folded_in) & positive)
         if "time" in part:
             liked = liked[_in_time_order(part, liked)]
         self._histories.add(HISTORY, users[liked], items[liked])
+        if folded_in.any():  # no file of rows has them
+            table = pa.table({"user": users[folded_in], "item": items[folded_in]})
+            self.written.sums[f"fold_in/part-{p:05d}"] = sum_of(table)
         # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
         met = known & (positive | (self._job.data.task == "ctr"))
         for split, name in enumerate(SPLITS):
