@@ -31,7 +31,8 @@ from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.distributed.pipeline import TrainPipeline
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.world import World
 
 WARM_STEPS, MADE_BEFORE = 30, 40
 

@@ -27,13 +27,13 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.distributed.sharding import (
     DistributedModelParallel,
     init_tables,
     shard,
 )
+from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import available_bytes, memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard

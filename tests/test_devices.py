@@ -35,7 +35,7 @@ from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.settings import (
     OptimizerConfig,
     ShardingConfig,
@@ -49,6 +49,7 @@ from deepfm_dist.distributed.sharding import (
     local_shards,
     shard,
 )
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import DeepFMTrain

@@ -133,7 +133,7 @@ def test_what_is_ignored_is_said(
 
 
 def test_ranks_that_cannot_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepfm_dist.distributed.process_group._SHORT", timedelta(seconds=0.1))
+    monkeypatch.setattr("deepfm_dist.distributed.heartbeat.SHORT", timedelta(seconds=0.1))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         port = silent.getsockname()[1]
         for rank, reason in ((0, "address already in use"), (1, "no answer")):

@@ -46,9 +46,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from deepfm_dist.distributed.process_group import World, in_background
+from deepfm_dist.distributed.heartbeat import in_background
 from deepfm_dist.distributed.replicated import REPLICATED
 from deepfm_dist.distributed.sharding import set_table_steps
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import biases_before_norm

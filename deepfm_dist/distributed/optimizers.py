@@ -20,7 +20,6 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from deepfm_dist.distributed import kernels
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.replicated import (
     REPLICABLE,
     REPLICATED,
@@ -29,6 +28,7 @@ from deepfm_dist.distributed.replicated import (
     table_of,
 )
 from deepfm_dist.distributed.settings import OptimizerConfig
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 
 

@@ -24,9 +24,9 @@ from deepfm_dist.distributed.optimizers import (
     skip_updates_if,
     torch_optimizers,
 )
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
+from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 

@@ -13,10 +13,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.replicated import REPLICATED, kind_of
 from deepfm_dist.distributed.settings import OptimizerConfig, ShardingConfig, TablePlan
 from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, place, table_collection
+from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
 

@@ -59,9 +59,9 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from deepfm_dist.distributed.optimizers import TableOptimizer
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.replicated import REPLICATED, kind_of, table_of
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
+from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed

@@ -12,9 +12,10 @@ from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.settings import ShardingConfig
 from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
 from deepfm_dist.jobs.new_run import save_new_run

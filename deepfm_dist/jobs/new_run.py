@@ -8,8 +8,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 from deepfm_dist.config import Config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, checkpoint_path, make_state
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
 from deepfm_dist.storage import write_errors_to_user
 from deepfm_dist.training.state import LoopState
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.world import World
 from deepfm_dist.lock import Lock
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.output import RankingFiles

@@ -13,8 +13,9 @@ from deepfm_dist.config import Config, resolve
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load
 from deepfm_dist.distributed.planning import sent_bytes
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.prepare import prepare_locked
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate

@@ -10,7 +10,8 @@ from torch.distributed import PrefixStore
 
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.distributed.checkpoint import keep_checkpoints
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.train import train_on
 from deepfm_dist.storage import atomic_write, is_remote, write_errors_to_user

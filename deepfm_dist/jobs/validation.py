@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.training.checks import check_monitor

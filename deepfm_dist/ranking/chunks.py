@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.data.jagged import Int64Array
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.log import progress
 from deepfm_dist.ranking.items import Seen
 from deepfm_dist.ranking.ranker import USERS_AT_ONCE, Ranker

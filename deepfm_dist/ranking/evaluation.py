@@ -17,7 +17,7 @@ from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import SPLITS
 from deepfm_dist.data.sources import Column, read_table
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.model.deepfm import DeepFM

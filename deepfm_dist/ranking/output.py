@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.inference import probabilities
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.ranking.chunks import Ranked, deal_chunks, users_per_chunk
 from deepfm_dist.storage import write_errors_to_user
 

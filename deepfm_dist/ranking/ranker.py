@@ -14,7 +14,7 @@ from torch import Tensor
 from deepfm_dist.data.batches.collation import ABSENT, padded
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values, offsets_of
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines.selection import engine_for

@@ -21,7 +21,7 @@ from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import external, id_order
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct

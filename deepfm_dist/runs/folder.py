@@ -11,8 +11,8 @@ from pathlib import Path
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.lock import Lock
 from deepfm_dist.storage import (

@@ -13,8 +13,8 @@ from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.compatibility import changed_settings, check_start, shared_fields
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.recipe import Choice, choices_in

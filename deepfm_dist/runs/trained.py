@@ -13,8 +13,8 @@ from deepfm_dist.data.compatibility import check_match
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import (
     storage_errors_to_user,

@@ -15,7 +15,7 @@ from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.interop.safetensors import read_weights
 from deepfm_dist.jobs.export import is_export_of

@@ -17,7 +17,7 @@ from deepfm_dist.data.fields import upper_bits
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities, score_rows
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.training.metrics import (
     AreaUnderCurve,
     Calibration,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from deepfm_dist.distributed.pipeline import Step
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.float_order import sortable
 from deepfm_dist.training.metrics import AreaUnderCurve, Tally, normalized_entropy
 

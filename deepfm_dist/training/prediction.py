@@ -20,7 +20,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
-from deepfm_dist.distributed.process_group import World
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.storage import remove_leftovers, work_folder, write_errors_to_user
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows

@@ -18,9 +18,9 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.distributed.optimizers import set_learning_rates
 from deepfm_dist.distributed.pipeline import Step, train_pipeline
-from deepfm_dist.distributed.process_group import World
 from deepfm_dist.distributed.settings import CheckpointConfig, OptimizerConfig
 from deepfm_dist.distributed.sharding import set_table_steps
+from deepfm_dist.distributed.world import World
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.seeding import derive_seed

@@ -25,7 +25,8 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.checkpoint import Staging, _optimizer_state
-from deepfm_dist.distributed.process_group import in_background, process_group
+from deepfm_dist.distributed.heartbeat import in_background
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY

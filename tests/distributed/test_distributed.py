@@ -20,12 +20,12 @@ from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed import checkpoint, sharding
+from deepfm_dist.distributed import checkpoint, heartbeat, sharding
 from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.planning import hypothetical_world
-from deepfm_dist.distributed.process_group import World, process_group
+from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.replicated import ReplicatedOptimizer
 from deepfm_dist.distributed.settings import (
     DenseOptimizerConfig,
@@ -35,6 +35,7 @@ from deepfm_dist.distributed.settings import (
     TablePlan,
 )
 from deepfm_dist.distributed.sharding import init_tables, local_shards, shard
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.launcher import Launch
 from deepfm_dist.model.deepfm import Table, build_deepfm
@@ -554,7 +555,7 @@ def _first_takes(seconds: float, held_by: int) -> str | None:
         time.sleep(seconds)
         return "done"
 
-    world_module._store, world_module._SHORT = store, timedelta(seconds=1)
+    world_module._store, heartbeat.SHORT = store, timedelta(seconds=1)
     with process_group("cpu", timeout_s=2) as world:
         return world.run_on_rank0("something", work)
 
@@ -610,7 +611,7 @@ def test_restarts_over_machines_without_their_variable_are_refused() -> None:
 
 
 def _one_hangs(folder: Path, asleep: int, timeout_s: float) -> None:
-    world_module._SHORT = timedelta(seconds=1)
+    heartbeat.SHORT = timedelta(seconds=1)
     with process_group("cpu", timeout_s) as world:
         run = Run(folder, config_of(*SMALL), world)
         run.losses(1, 2)

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from deepfm_dist.distributed import heartbeat
 from deepfm_dist.distributed import process_group as world_module
-from deepfm_dist.distributed import watch
+from deepfm_dist.distributed.heartbeat import Watch
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.distributed.watch import Watch
 from deepfm_dist.training.stopping import StopSignals
 from tests.ranks import RankFailed, run_ranks
 
 
 @contextmanager
 def watched(timeout_s: float) -> Iterator[Watch]:
-    watch._ANSWER_S = 0.5
+    heartbeat._ANSWER_S = 0.5
     with process_group("cpu", timeout_s) as world:
         store = world.store.clone()  # type: ignore[attr-defined]
         with StopSignals(), Watch(store, world.rank, world.world_size, timeout_s) as found:

@@ -1,0 +1,228 @@
+"""The ranks that work together, and what they exchange."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepfm_dist.distributed import heartbeat
+from deepfm_dist.errors import DeepFMError
+from deepfm_dist.lock import Lock
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that work together.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: number of processes.
+        local_world_size: processes on this machine.
+        spare_threads: this rank's share of the machine's cores, less those it computes with.
+        device: where this rank computes.
+        store: shared key-value store.
+        timeout_s: seconds after which a rank that waits for a lost one gives up.
+        watch: ends this process when it waits on its GPU for ranks that are gone; None: waiting
+            for a lost rank raises an error.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    spare_threads: int
+    device: torch.device
+    store: dist.Store
+    timeout_s: float = 120
+    watch: heartbeat.Watch | None = None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """To be entered while the host waits for the device, and with it for all ranks."""
+        return nullcontext() if self.watch is None else self.watch.waiting()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes single files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place. All ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def differentiable_sum(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks; gradients are summed on the way back. All ranks."""
+        summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
+        return summed
+
+    def differentiable_gather(self, tensor: Tensor) -> Tensor:
+        """Joins the ranks' tensors of one shape by rank, ``[n, ...]`` -> ``[ranks * n, ...]``.
+
+        Gradients go back to where the rows came from, summed over the ranks. All ranks.
+        """
+        if self.world_size == 1:
+            return tensor
+        if tensor.numel() == 0:
+            return tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        joined: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+        return joined
+
+    def all_gather_tensor(self, tensor: Tensor) -> Tensor:
+        """Joins the ranks' tensors of one shape by rank, on this one's device. All ranks.
+
+        ``[n, ...]`` -> ``[ranks * n, ...]``, without gradients.
+        """
+        tensor = tensor.to(self.device).contiguous()
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Sends each rank a stretch of rows, and joins by rank what was sent here. All ranks.
+
+        Args:
+            tensor: ``[ranks * n, ...]`` on the device.
+
+        Returns:
+            ``[ranks * n, ...]``.
+        """
+        if self.world_size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor)
+        return received
+
+    def seed(self, seed: int) -> None:
+        """Seeds the random numbers that this rank computes with.
+
+        `torch.manual_seed` keeps a formatted stack trace for each kind of device that is not there.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank. All ranks."""
+        values = [value]
+        if self.world_size > 1:
+            with self.waiting():
+                dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Picklable values of all ranks, by rank, on every rank. All ranks."""
+        values: list[Any] = [None] * self.world_size
+        with self.waiting():
+            dist.all_gather_object(values, value)
+        return values
+
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Picklable values of all ranks, on rank 0; None elsewhere. All ranks."""
+        values: list[Any] | None = [None] * self.world_size if self.is_first else None
+        with self.waiting():
+            dist.gather_object(value, values)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        with self.waiting():
+            dist.barrier()
+
+    def run_on_rank0(self, name: str, work: Callable[[], T]) -> T | None:
+        """Rank 0 works while the others wait, however long; its failure ends all of them.
+
+        They wait as long as rank 0's process is alive: one that was stopped or whose machine is
+        lost is missed after the time-out of the process group.
+
+        Args:
+            name: of the work; unique in this process group.
+            work: what rank 0 calls.
+
+        Returns:
+            What ``work`` returned, on rank 0; None elsewhere.
+
+        Raises:
+            Exception: on rank 0, whatever ``work`` raised.
+            SystemExit: on the other ranks, when rank 0 failed and said why.
+            DistStoreError: on the other ranks, when rank 0 is there no more.
+        """
+        if not self.is_first:
+            outcome = heartbeat.wait_for(self.store, name, self.timeout_s)
+            if outcome != b"done":
+                if self.store.add(f"{name}_heard", 1) == self.world_size - 1:
+                    self.store.set(f"{name}_heard_by_all", "")
+                raise SystemExit(int(outcome))
+            return None
+        try:
+            result = work()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, DeepFMError) else 1
+            self.store.set(name, str(code))
+            if isinstance(error, Exception) and self.world_size > 1:
+                with suppress(dist.DistStoreError):  # rank 0 may hold the store: not to leave first
+                    self.store.wait([f"{name}_heard_by_all"], heartbeat.SHORT)
+            raise
+        self.store.set(name, "done")
+        return result
+
+    @contextmanager
+    def hold_on_rank0(self, lock: Lock, wait_s: float = 0.0) -> Iterator[None]:
+        """Rank 0 holds a lock while all ranks are inside; see `run_on_rank0`. All ranks.
+
+        Args:
+            lock: what rank 0 acquires.
+            wait_s: how long it waits for another holder.
+
+        Raises:
+            InUse: on rank 0, when another process holds it.
+            SystemExit: on the other ranks, then.
+        """
+        self.run_on_rank0(str(lock.path), lambda: lock.acquire(wait_s))
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+# torch.distributed.nn.functional gives the same values and gradients for both, but has deprecated
+# them in favour of a private module.
+class _Sum(torch.autograd.Function):
+    """An all-reduce whose gradient is an all-reduce: each rank's input reaches each rank's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        return summed
+
+
+class _Gather(torch.autograd.Function):
+    """An all-gather whose gradient adds up what each rank's loss says of this rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.n = len(tensor)
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        begin = dist.get_rank() * ctx.n
+        return summed[begin : begin + ctx.n]
