@@ -26,6 +26,7 @@ from deepfm_dist.config import Config, config_from, load_config, with_settings
 from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.launcher import read_launch
+from deepfm_dist.messages import plural
 
 _TITLE = "title"
 _OF_NUMPY = (np.ndarray, np.generic, pd.Series, pd.Index)
@@ -295,7 +296,7 @@ class Model:
         if (self.config.prepared_dir / "manifest.json").is_file():
             manifest = Manifest.read(self.config.prepared_dir)
             sizes = [f"trained on {manifest.composition('train')}"]
-            sizes += [f"{n - 1:,} {entity}s" for entity, n in manifest.entities.items()]
+            sizes += [plural(n - 1, entity) for entity, n in manifest.entities.items()]
             names = [feature.name for feature in manifest.features]
             shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]
             lines += [f"  {', '.join(sizes)}", f"  fields: {', '.join(shown)}"]

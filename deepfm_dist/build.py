@@ -37,7 +37,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import available_bytes, memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
-from deepfm_dist.messages import brief
+from deepfm_dist.messages import brief, plural
 from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.pairs import PairScorer
@@ -296,11 +296,11 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         per_rank = -(-trainer.batch_size // world.world_size)
         if world.device.type == "cuda" and trainer.loss == "bce" and per_rank < FEW_ROWS:
             log.warning(
-                "trainer.batch_size=%d is that of all ranks: %d rows per GPU in a step are too few "
+                "trainer.batch_size=%d is that of all ranks: %s per GPU in a step, too few "
                 "to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates may "
                 "have to change with it)",
                 trainer.batch_size,
-                per_rank,
+                plural(per_rank, "row"),
             )
         how = "each made when its step begins"
         if batches.threads:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from deepfm_dist.arguments import Parser, complete
+from deepfm_dist.messages import plural
 from deepfm_dist.terminal import coloured
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code != 0:
             print(f"{name} failed: exit code {code}", file=sys.stderr)
             return code
-    print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {ranks} ranks")
+    print(f"\nthe whole job took {time.perf_counter() - started:.0f} s on {plural(ranks, 'rank')}")
     run = load_config(None, arguments.overrides).run_dir
     print(
         f"Open {run / 'report.html'} in a browser for the results. To try the model: "

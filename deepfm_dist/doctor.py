@@ -319,7 +319,10 @@ def _as_text(report: dict[str, Any]) -> str:
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [
         ("variant", report["variant"] or "unclear"),
-        ("CPU", f"{devices['cpu_cores']} cores, {devices.get('torch_threads', '?')} torch threads"),
+        (
+            "CPU",
+            f"cores: {devices['cpu_cores']}; torch threads: {devices.get('torch_threads', '?')}",
+        ),
         ("memory", f"{devices['memory_bytes'] / _GIB:.1f} GiB"),
     ]
     rows += [

@@ -8,6 +8,7 @@ from pathlib import Path
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import option_of
 
 EXAMPLES = ("", "--config mine.yaml --output /models/mine --max-file-bytes 2000000000")
@@ -39,7 +40,9 @@ def _export(config: Config, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-file-bytes {max_file_bytes}: must be positive")
     output = Path(option_of("--output", arguments.output)) if arguments.output else None
     result = export(find_run(config, arguments.overrides), output, max_file_bytes)
-    print(f"{result.folder}: {result.n_tensors} tensors, {result.n_tables} tables")
+    print(
+        f"{result.folder}: {plural(result.n_tensors, 'tensor')}, {plural(result.n_tables, 'table')}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import option_of
 
 EXAMPLES = (
@@ -45,7 +46,7 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     file = Path(option_of("FILE", arguments.file))
     result = import_weights(config, file, id_files, arguments.fields)
     if result is not None:
-        print(f"{result.checkpoint}: {result.n_tables} tables of {arguments.file}")
+        print(f"{result.checkpoint}: {plural(result.n_tables, 'table')} of {arguments.file}")
 
 
 def _id_file(text: str) -> tuple[str, Path]:

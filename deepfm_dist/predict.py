@@ -8,6 +8,7 @@ from pathlib import Path
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import option_of, path_or_url
 
 EXAMPLES = (
@@ -36,7 +37,7 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
     source, target = _source(config, arguments.input), _target(arguments.output)
     result = predict(config, source, target, arguments.overrides)
     if result is not None:
-        print(f"{result.path}: {result.rows:,} rows scored")
+        print(f"{result.path}: {plural(result.rows, 'row')} scored")
 
 
 def _source(config: Config, given: str | None) -> str:

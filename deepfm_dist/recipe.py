@@ -20,6 +20,7 @@ from typing import Any
 
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import Negatives
+from deepfm_dist.messages import plural
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.section import AUTO, Section
 
@@ -189,19 +190,21 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     if draft.get("model.fm"):
         draft.choose("model.fm_pairs", "across", "pairs within an item rank nothing new")
     dim = next((d for rows, d in ((100_000, 64), (1_000_000, 128)) if n_rows < rows), 256)
-    draft.choose("model.embedding_dim", dim, f"{n_rows:,} training rows")
+    draft.choose("model.embedding_dim", dim, plural(n_rows, "training row"))
     if draft.get("trainer.loss") == "softmax" and n_items <= WHOLE_CATALOGUE:
-        draft.choose("trainer.candidates", None, f"all {n_items:,} items")
+        draft.choose("trainer.candidates", None, f"all {plural(n_items, 'item')}")
     drawn = min(CANDIDATES, n_items)
     draft.choose("trainer.candidates", drawn, f"of {n_items:,} items in each step")
     draft.choose(
         "trainer.batch_size",
         min(1024, max(256, 2 ** round(math.log2(n_users / 24)))),
-        f"{n_users:,} users",
+        plural(n_users, "user"),
     )
     per_epoch = math.ceil(n_users / min(n_users, draft.get("trainer.batch_size")))
     draft.choose(
-        "trainer.epochs", max(20, min(200, round(1000 / per_epoch))), f"{per_epoch:,} steps each"
+        "trainer.epochs",
+        max(20, min(200, round(1000 / per_epoch))),
+        f"{plural(per_epoch, 'step')} each",
     )
     epochs = draft.get("trainer.epochs")
     if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.messages import plural
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
         return
     print(trials_table(result.trials, result.monitor))
     if result.n_open:
-        print(f"\n{result.n_open} trials are still open in other processes")
+        print(f"\nstill open in other processes: {plural(result.n_open, 'trial')}")
     elif result.best is None:
         raise DeepFMError(f"{result.study}: no trial is complete; see its log")
     if result.best is not None:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_of
 from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
-from deepfm_dist.messages import nearest
+from deepfm_dist.messages import nearest, plural
 from deepfm_dist.section import Section
 
 TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
@@ -166,11 +166,11 @@ class Manifest(Section):
         Training rows whose negatives are drawn in training are positives only.
         """
         spec = self.splits[split]
-        positives = f"{spec.positives:,} positives"
+        positives = plural(spec.positives, "positive")
         if (split == "train" and self.sampled) or spec.rows == 0:
             return positives
-        kind = "sampled negatives" if self.data.task == "implicit" else "negatives"
-        return f"{positives} and {spec.rows - spec.positives:,} {kind}"
+        kind = "sampled negative" if self.data.task == "implicit" else "negative"
+        return f"{positives} and {plural(spec.rows - spec.positives, kind)}"
 
     @property
     def sampled(self) -> bool:

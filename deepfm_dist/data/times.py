@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import plural
 
 TIME = pa.struct(
     [
@@ -340,8 +341,9 @@ class TimeColumn:
             dated = "dated" in self.examples
             shown = _shown(pa.scalar((far, 0, dated, _UNZONED), TIME))
             raise DataError(
-                f"the time column {self.name!r} has {self.decimals} decimals, and one of its times "
-                f"is {shown}: more than 64 bits hold; correct that row, or write fewer decimals"
+                f"the time column {self.name!r} has {plural(self.decimals, 'decimal')}, and "
+                f"one of its times is {shown}: more than 64 bits hold; correct that row, or write "
+                f"fewer decimals"
             )
         return scale
 

@@ -19,7 +19,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import gpu_problem
 from deepfm_dist.errors import ConfigError, DeepFMError, EnvironmentProblem, RankLost
 from deepfm_dist.launcher import Launch, read_launch
-from deepfm_dist.messages import brief
+from deepfm_dist.messages import brief, plural
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,10 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     if wanted == "cpu" or gpus == 0 or (wanted == "auto" and not _fbgemm_has_cuda()):
         return torch.device("cpu")
     if local_size > gpus:
+        processes = plural(local_size, "process", "processes")
         raise ConfigError(
-            f"{local_size} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start "
-            f"torchrun --nproc_per_node={gpus}, or set run.device=cpu"
+            f"{processes} on a machine with {plural(gpus, 'GPU')}: "
+            f"start torchrun --nproc_per_node={gpus}, or set run.device=cpu"
         )
     gpu = torch.cuda.get_device_properties(local_rank)
     problem = gpu_problem(gpu.name, (gpu.major, gpu.minor))

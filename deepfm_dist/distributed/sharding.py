@@ -64,6 +64,7 @@ from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import memory_bytes
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -382,13 +383,14 @@ def place(
             )
         if placement.rank is not None and placement.rank >= world.world_size:
             raise ConfigError(
-                f"sharding.tables.{name}.rank={placement.rank}: there are only "
-                f"{world.world_size} ranks, 0 to {world.world_size - 1}"
+                f"sharding.tables.{name}.rank={placement.rank}: the last of "
+                f"{plural(world.world_size, 'rank')} is {world.world_size - 1}"
             )
         if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
             raise ConfigError(
-                f"sharding.tables.{name}.kind=row_wise: {tables[name].num_embeddings} rows cut "
-                f"over {world.world_size} ranks leave a rank without any; use table_wise"
+                f"sharding.tables.{name}.kind=row_wise: "
+                f"{plural(tables[name].num_embeddings, 'row')} cut over "
+                f"{world.world_size} ranks leave a rank without any; use table_wise"
             )
         if placement.kind == REPLICATED and not replicable:
             raise ConfigError(
@@ -438,10 +440,9 @@ def _replicated_if_small(
             placed[name] = TablePlan(kind="replicated")
             if world.is_first and dist.is_initialized():
                 log.info(
-                    "table %s is replicated: its %s rows are at most the %s that a rank looks up "
-                    "in a step",
+                    "table %s is replicated: %s, at most the %s that a rank looks up in a step",
                     name,
-                    f"{table.num_embeddings:,}",
+                    plural(table.num_embeddings, "row"),
                     f"{bound:,}",
                 )
     return placed

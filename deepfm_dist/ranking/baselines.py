@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.ranking.settings import IalsConfig
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Ease:
                 f"matrix of {n_items:,} x {n_items:,} items, and {room_bytes / 1e9:,.2f} GB of "
                 f"memory are available; leave it out"
             )
-        return replace(self, n_fitted=n_fitted), f" on {n_fitted:,} items"
+        return replace(self, n_fitted=n_fitted), f" on {plural(n_fitted, 'item')}"
 
     def weights(self, together: npt.NDArray[np.float64]) -> Tensor:
         """``[I, I]`` B in float32, from `co_counts`.

@@ -20,6 +20,7 @@ from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
 from deepfm_dist.ranking.chunks import gather_ranked, rank_users
@@ -93,18 +94,18 @@ class RankingEvaluator:
         relevant_of_all, n_seen = _relevant(dataset.positives(split), before)
         if n_seen:
             log.info(
-                "%s held-out items were seen before, and are masked: not counted as relevant",
-                f"{n_seen:,}",
+                "masked, and not counted as relevant: %s seen before",
+                plural(n_seen, "held-out item"),
             )
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
         left_out = len(relevant_of_all) - 1 - len(self.users)
         if left_out:
-            log.info("%s users have no held-out items: not ranked for", f"{left_out:,}")
+            log.info("not ranked for %s without held-out items", plural(left_out, "user"))
         if of_unknown := int(relevant_of_all.lengths[0]):
             log.info(
-                "%s held-out items are of users who are not in the user table: not ranked for",
-                f"{of_unknown:,}",
+                "not ranked for: %s of users who are not in the user table",
+                plural(of_unknown, "held-out item"),
             )
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
         self._seen = self.catalogue.seen_by(self.users, before)
@@ -304,7 +305,7 @@ def _fitted(
     world: World,
 ) -> FixedRanker:
     """Fitted on rank 0, so that all ranks score by the same numbers."""
-    log.info("%s: fitting on %s positives", name, f"{len(train.values):,}")
+    log.info("%s: fitting on %s", name, plural(len(train.values), "positive"))
     fitted = world.broadcast(
         world.run_on_rank0(f"fit_{name}", lambda: baseline.fit(train, n_items))
     )
@@ -336,12 +337,12 @@ def _reference_scores(
             f"leave one of them"
         )
     n_scored = len(np.unique(rows[known]))
-    log.info("%s: scores for %s of %s users", path, f"{n_scored:,}", f"{len(users):,}")
+    log.info("%s: scores for %s of %s", path, f"{n_scored:,}", plural(len(users), "user"))
     if n_scored < len(users):
         log.warning(
-            "%s: nothing is recommended to %s users, which counts as missed",
+            "%s: nothing is recommended to %s, which counts as missed",
             path,
-            f"{len(users) - n_scored:,}",
+            plural(len(users) - n_scored, "user"),
         )
     by_row = known[np.argsort(rows[known], kind="stable")]
     offsets = np.searchsorted(rows[by_row], np.arange(len(users) + 1))

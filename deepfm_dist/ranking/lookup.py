@@ -13,6 +13,7 @@ from deepfm_dist.data.batches.histories import HistorySampler
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values
 from deepfm_dist.distributed.world import World
+from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.catalogue import CatalogueScorer
@@ -119,8 +120,8 @@ class ItemStore:
         self.is_shared = self._per_block < n and self._share <= self._per_block
         kept = self._share if self.is_shared else min(self._per_block, n)
         log.info(
-            "%s items, %s of them in memory %s, %.1f MB of %.1f MB",
-            f"{n:,}",
+            "%s, %s of them in memory %s, %.1f MB of %.1f MB",
+            plural(n, "item"),
             f"{kept:,}",
             "of each rank" if self.is_shared else "at a time",
             item_bytes * kept / 1e6,

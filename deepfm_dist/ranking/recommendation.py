@@ -23,6 +23,7 @@ from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import external, id_order
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.chunks import gather_ranked, rank_users
@@ -100,7 +101,7 @@ def recommend(
     n_users = len(asked.ids)
     parts = ResumableOutput(folder, f"{name}.parquet", n_users, key, world)
     if parts.found:
-        log.info("%s parts of an interrupted run are reused", f"{parts.found:,}")
+        log.info("reusing %s of an interrupted run", plural(parts.found, "part"))
     start = time.monotonic()
     seen = catalogue.seen_by(asked.users.rows, asked.positives)
     ranked = rank_users(ranker, n_users, seen, config.k, world, parts.missing)
@@ -123,7 +124,9 @@ def recommend(
         return None
     if short := n_users - files.full:
         log.info(
-            "%s users have fewer than %d candidates and get fewer rows", f"{short:,}", config.k
+            "fewer than %s, and so fewer rows, for %s",
+            plural(config.k, "candidate"),
+            plural(short, "user"),
         )
     return replace(files, figures=figures)
 
@@ -200,13 +203,17 @@ def _speed(pairs: int, seconds: float | None, world: World) -> dict[str, Any]:
         return figures
     if world.is_first:
         log.info(
-            "%s pairs in %.2f s: %.1f M pairs/s; peak memory of rank 0: %.2f GiB",
-            f"{pairs:,}",
+            "%s in %.2f s: %s pairs/s; peak memory of rank 0: %.2f GiB",
+            plural(pairs, "pair"),
             seconds,
-            pairs / seconds / 1e6,
+            _rate(pairs / seconds),
             peak_gib,
         )
     return figures | {"pairs": pairs, "seconds": seconds, "pairs_per_s": pairs / seconds}
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s / 1e6:,.1f} M" if per_s >= 1e5 else f"{per_s:,.0f}"
 
 
 def masked_splits_of(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
@@ -275,11 +282,10 @@ def read_histories(dataset: PreparedDataset, path: Path) -> tuple[pa.Array, Jagg
     without = len(table["user"].unique()) - len(ids)
     if strange:
         log.info(
-            "%s: %s rows are of items that are not in the training data; %s users have no other "
-            "and are left out",
+            "%s: left out %s of items that are not in the training data, and %s without others",
             path,
-            f"{strange:,}",
-            f"{without:,}",
+            plural(strange, "row"),
+            plural(without, "user"),
         )
     return ids, distinct(Jagged.from_pairs(rows, items, len(ids)))
 
@@ -297,10 +303,10 @@ def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> In
         rows, unknown = _rows_of(dataset, "item", ids, f"recommend.{option}")
         kept[rows] = value
         if unknown:
-            text = "recommend.%s: %s items are not in the catalogue (such as %r%s)"
+            text = "recommend.%s: not in the catalogue: %s (such as %r%s)"
             meant = _meant(dataset, "item", unknown)
             level = logging.WARNING if meant else logging.INFO
-            log.log(level, text, option, f"{len(unknown):,}", unknown[0], meant)
+            log.log(level, text, option, plural(len(unknown), "item"), unknown[0], meant)
     if not kept.any():
         raise DataError(
             "recommend.allow_items and recommend.block_items leave no item of the catalogue"

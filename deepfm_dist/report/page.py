@@ -15,6 +15,7 @@ from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
+from deepfm_dist.messages import plural
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.recipe import Choice
@@ -326,7 +327,8 @@ def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int
         plotter.groups(
             "by-activity",
             f"NDCG@{k} by user activity",
-            f"{insight.n_users:,} users in groups of about equal size, the least active first.",
+            f"{plural(insight.n_users, 'user')} in groups of about equal size, the least active "
+            f"first.",
             "training items of the user",
             _labels(insight.activity),
             {name: p.by_activity for name, p in profiles.items()},
@@ -334,7 +336,8 @@ def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int
         plotter.groups(
             "by-popularity",
             f"Recall@{k} by item popularity",
-            f"{insight.n_held_out:,} held-out items in groups of about equal size, rarest first.",
+            f"{plural(insight.n_held_out, 'held-out item')} in groups of about equal size, rarest "
+            f"first.",
             "training rows of the item",
             _labels(insight.popularity),
             {name: p.by_popularity for name, p in profiles.items()},

@@ -11,6 +11,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.planning import Plan, RankDemand
 from deepfm_dist.distributed.sharding import RESERVED
+from deepfm_dist.messages import plural
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.training.search import Trial
@@ -81,11 +82,11 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
         rows = shown[shown[owner] == one].head(SHOWN_ITEMS)
         rows = rows.drop(columns=owner).set_index("rank")
         blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format)}")
-    total = f"{written.owners:,} {kind}s, {written.rows:,} rows"
+    total = f"{plural(written.owners, kind)}, {plural(written.rows, 'row')}"
     files = f"written: {written.csv}\nwritten: {written.parquet}"
     if (short := written.figures.get("short_list")) is not None:
         total += (
-            f"\n{short['candidates']:,} candidates: on {short['users']:,} users "
+            f"\n{plural(short['candidates'], 'candidate')}: on {plural(short['users'], 'user')} "
             f"{short['overlap']:.4f} of the exact top {written.k}, {short['times_as_fast']:.1f} "
             f"times as fast; the over-arch replaces {short['deep_share']:.3f} of the pairwise "
             f"part's top {written.k}"
@@ -133,9 +134,9 @@ def plan_table(plan: Plan) -> str:
     machines = size // job.world.local_world_size
     return (
         f"{tables.to_string(index=False)}\n\n{ranks.to_string(index=False)}\n\n"
-        f"{size} GPU{'s' * (size > 1)} on {machines} machine{'s' * (machines > 1)}, "
+        f"{plural(size, 'GPU')} on {plural(machines, 'machine')}, "
         f"{_size(job.hbm_bytes)} each, {RESERVED:.0%} of it to stay free; "
-        f"{job.optimizer.name}; {job.batch_size:,} rows a step\n"
+        f"{job.optimizer.name}; {plural(job.batch_size, 'row')} a step\n"
         f"fullest rank: {_size(plan.fullest.total_bytes)}, {plan.share:.1%} of the limit; "
         f"about {plan.seconds_sending * 1000:.2f} ms of a step go to sending"
     )

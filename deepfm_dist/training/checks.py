@@ -4,6 +4,7 @@ import logging
 
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 
 log = logging.getLogger(__name__)
 LARGE = 1000.0
@@ -19,18 +20,17 @@ def warn_of_labels(manifest: Manifest) -> None:
             continue
         if split == "train":
             log.warning(
-                "all %s training labels are %d: the model can only learn to predict %d; check "
+                "all labels of %s are %d: the model can only learn to predict %d; check "
                 "data.interactions.label and data.split",
-                f"{spec.rows:,}",
+                plural(spec.rows, "training row"),
                 label,
                 label,
             )
         else:
             log.warning(
-                "all %s %s labels are %d: auc, user_auc and ne are undefined (nan); hold out rows "
+                "all labels of %s are %d: auc, user_auc and ne are undefined (nan); hold out rows "
                 "of both labels (data.split)",
-                f"{spec.rows:,}",
-                {"valid": "validation"}.get(split, split),
+                plural(spec.rows, f"{'validation' if split == 'valid' else split} row"),
                 label,
             )
 

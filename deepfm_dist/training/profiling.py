@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 
 
@@ -45,7 +46,8 @@ def check_profiled(steps: tuple[int, int] | None, last: int) -> None:
     """
     if steps is not None and steps[0] > last:
         raise ConfigError(
-            f"trainer.profile_steps={[*steps]}: the run has {last:,} steps; choose earlier ones"
+            f"trainer.profile_steps={[*steps]}: the run has {plural(last, 'step')}; "
+            f"choose earlier ones"
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from deepfm_dist.errors import ConfigError, InUse
 from deepfm_dist.lock import Lock
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
 
@@ -102,8 +103,8 @@ class Search:
                 )
             self._study.set_user_attr("asked", asked)
         if journal.skipped:
-            text = "%s: %d damaged lines skipped; the trials recorded there are lost"
-            log.warning(text, self.path, len(journal.skipped))
+            text = "%s: skipped %s; the trials recorded there are lost"
+            log.warning(text, self.path, plural(len(journal.skipped), "damaged line"))
         self._open: Any = None
         self._lock: Lock | None = None  # of the open trial
         self._told: set[int] = set()  # epochs of the open trial whose figures are known

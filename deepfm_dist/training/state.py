@@ -8,6 +8,7 @@ from typing import Any
 
 from deepfm_dist.distributed.pipeline import Step
 from deepfm_dist.errors import ConfigError, DeepFMError
+from deepfm_dist.messages import plural
 from deepfm_dist.training.settings import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class LoopState:
             log.warning("step %d skipped: its loss is %s", self.step, outcome.loss)
         if self.skipped_in_a_row > max_skipped:
             raise self.not_finite(
-                f"the loss is {outcome.loss}, as in the {max_skipped} steps before, all of them "
+                f"the loss is {outcome.loss}, as before; {plural(max_skipped, 'step')} in a row "
                 f"skipped"
             )
 

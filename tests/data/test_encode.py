@@ -879,7 +879,7 @@ def test_one_of_many_files_may_be_empty(
     assert f"dropped rows/*{suffix}: files without rows: 3" in caplog.text
     for hour in (1, 3):
         (root / f"rows/{hour}{suffix}").write_bytes(b"")
-    with pytest.raises(DataError, match=r"^rows/\*\..*: none of its 5 files has a row"):
+    with pytest.raises(DataError, match=r"^rows/\*\..*: 5 files without a row"):
         prepared()
     spec["interactions"] = {"file": f"rows/1{suffix}", "user": "u", "item": "i"}
     with pytest.raises(DataError, match="the file is empty"):
@@ -1417,7 +1417,7 @@ def test_a_user_who_has_seen_everything_trains_without_negatives(
     features = str([*USER_AND_ITEM, {"name": "h"}])
     dataset = small(root, rows, features, negatives={"per_positive": 3})
     batches = TrainingBatches(dataset, 8, 0, 1, 1, threads)
-    assert "per_positive=3: 2 of 2 users have fewer unseen items" in caplog.text
+    assert "per_positive=3: fewer unseen items for 2 of 2 users" in caplog.text
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
     found: Counter[tuple[str, str, float]] = Counter()
     weights = []
@@ -1463,7 +1463,7 @@ def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixtur
     ):
         small(root, rows, features)
     held_out = {"file": "s.csv", "user": "u", "item": "i", "split": "p"}
-    with pytest.raises(DataError, match=r"no training rows of 2 \(1 repeated ones are dropped\)"):
+    with pytest.raises(DataError, match=r"no training rows of 2 \(repeated ones dropped: 1\)"):
         small(
             root,
             "u,i,p\nb,x,2\nc,y,2\nb,x,2\n",
@@ -1536,7 +1536,7 @@ def test_criteo_rows_real_and_generated_are_prepared(tmp_path: Path) -> None:
     assert all(manifest.tables[f"C{c}"].rows <= 31 for c in range(1, 27))
     lines[7] += "\textra"
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=r"train\.txt, line 8: 41 cells where 40 are expected"):
+    with pytest.raises(DataError, match=r"train\.txt, line 8: 41 cells instead of 40"):
         prepare(config.data, config.input_root, tmp_path / "d", 1)
 
 

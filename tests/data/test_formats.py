@@ -538,9 +538,9 @@ def test_an_escape_makes_the_next_character_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: a cell begins with a quote that is not closed"):
         read_table(path, columns, escaped)
     path.write_text('id;title\n1;"x\\"y"\n2;z;z\n')
-    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+    with pytest.raises(DataError, match="line 3: 3 cells instead of 2"):
         read_table(path, columns, escaped)
-    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+    with pytest.raises(DataError, match="line 3: 3 cells instead of 2"):
         read_table(path, columns, escaped.model_copy(update={"quoted": False}))
 
 

@@ -85,8 +85,8 @@ def test_parquet_and_headerless_latin_1_files_are_read(tmp_path: Path) -> None:
         ("user,score,at\na,1,2\nb,nan,3\n", "line 3: score 'nan' is not a number"),
         ("user,score,at\na,1,2\n,1,3\n", "line 3: user '' is empty"),
         ("user,score,at\na,1,soon\n", "line 2: at 'soon' is not a time"),
-        ("user,score,at\na,1,2\nb,1\n", "line 3: 2 cells where 3 are expected: 'b,1'"),
-        ("user,score,at\na,1,2\n\nb,1,2,9\n", "line 4: 4 cells where 3 are expected"),
+        ("user,score,at\na,1,2\nb,1\n", "line 3: 2 cells instead of 3: 'b,1'"),
+        ("user,score,at\na,1,2\n\nb,1,2,9\n", "line 4: 4 cells instead of 3"),
         ("user,score,at\r\n\r\na,inf,2\r\n", "line 3: score 'inf' is not a number"),
         ("user,score,at\na,1e300,2\n", "line 2: score '1e300' is too large a number"),
         ("user,score,at\na,,2\n", "line 2: score '' is empty"),
@@ -160,7 +160,7 @@ def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 5: score 'two'"):
         read_table(path, COLUMNS[:2])
     path.write_bytes(b"user::score\n\x85::1\n\n\x85::1::2\n")
-    with pytest.raises(DataError, match="line 4: 3 cells where 2 are expected: "):
+    with pytest.raises(DataError, match="line 4: 3 cells instead of 2: "):
         read_table(path, COLUMNS[:2])
 
 
@@ -360,7 +360,7 @@ def test_packed_files_without_their_suffix_are_known(tmp_path: Path, suffix: str
 
 def test_a_separator_that_arrow_is_given_may_stand_in_a_cell(tmp_path: Path) -> None:
     (tmp_path / "a.dat").write_text("user::score\na::1\nx\x1fx::2\n")
-    with pytest.raises(DataError, match="line 3: 3 cells where 2 are expected"):
+    with pytest.raises(DataError, match="line 3: 3 cells instead of 2"):
         read_table(tmp_path / "a.dat", COLUMNS[:2])
 
 
@@ -466,7 +466,7 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
     with pytest.raises(DataError, match="line 4: user '' is empty"):
         read_table(path, COLUMNS[:2])
     path.write_text('user,score\n"a\n\nb",1\nc,2,3\n')
-    with pytest.raises(DataError, match="line 5: 3 cells where 2 are expected: 'c,2,3'"):
+    with pytest.raises(DataError, match="line 5: 3 cells instead of 2: 'c,2,3'"):
         read_table(path, COLUMNS[:2])
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     path.write_text("user,score\n" + '"a\nb",1\n' * 99)
@@ -481,7 +481,7 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
         (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is not UTF-8 text"),
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
         (b'"a\nuser",score\na,1\n', r"no column 'user'; .*it has: 'a\\nuser', score$"),
-        (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells where 2 are expected"),
+        (b"user,score\na,1\n\xaf,2,3\n", "line 3: 3 cells instead of 2"),
         (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is not a number"),
     ],
 )
@@ -571,7 +571,7 @@ def test_libsvm_gives_indices_to_texts_and_values_to_numbers(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"libsvm has no column names; write csv$"):
         read_table(path, columns)
     path.write_text("1 7:1 3:0.5\n\n0 8:1\n")
-    with pytest.raises(DataError, match="line 3: 2 cells where 3 are expected: '0 8:1'"):
+    with pytest.raises(DataError, match="line 3: 2 cells instead of 3: '0 8:1'"):
         read_table(path, columns, layout)
     path.write_text("1 7:1 3:0.5\n-1 8:1 3:1\n")
     with pytest.raises(

@@ -245,5 +245,5 @@ def test_the_protocol_has_to_fit_the_split(
     ratings.to_csv(tmp_path / "ratings.csv", index=False)
     n = len(taking_part(ratings).u.unique())
     many = config_from(settings(split={"valid": n - 30, "test": 30}))
-    with pytest.raises(DataError, match=f"hold out {n} users, and {n} have two rows or more"):
+    with pytest.raises(DataError, match=f"hold out {n} users, as many as have two rows or more"):
         prepare(many.data, tmp_path, tmp_path / "d", 1)

@@ -95,7 +95,7 @@ def of_lists(frame: pd.DataFrame, users: set[int], items: set[int], k: int) -> p
 
 @pytest.mark.parametrize("as_files", [False, True])
 def test_lists_of_users_and_items_are_kept_to(
-    sample: PreparedDataset, whole: Path, tmp_path: Path, as_files: bool
+    sample: PreparedDataset, full: Path, tmp_path: Path, as_files: bool
 ) -> None:
     all_users, all_items = (
         [int(i) for i in sample.entity_ids(e).to_pylist()[1:]] for e in ("user", "item")
@@ -121,21 +121,21 @@ def test_lists_of_users_and_items_are_kept_to(
             pd.DataFrame({column: ids, "note": "x"}).to_csv(names[name], index=False)
         wanted = wanted.model_copy(update=names)
     _, lines, figures = run_alone(_recommended, sample.folder, SETTINGS, wanted, tmp_path)
-    expected = of_lists(frame_of(whole), set(users), set(allowed) - set(blocked), 40)
+    expected = of_lists(frame_of(full), set(users), set(allowed) - set(blocked), 40)
     pd.testing.assert_frame_equal(frame_of(tmp_path), expected)
     short = int((expected.groupby("user_id").size() < 40).sum()) + len(users)
     short -= expected["user_id"].nunique()
     assert short > 0
-    assert f"{short} users have fewer than 40 candidates and get fewer rows" in lines
+    assert f"fewer than 40 candidates, and so fewer rows, for {short} users" in lines
     assert figures["pairs"] == len(users) * len(set(allowed) - set(blocked))
     assert figures["pairs_per_s"] == pytest.approx(figures["pairs"] / figures["seconds"])
     assert len(figures["peak_memory_gib"]) == 1 and 0.1 < figures["peak_memory_gib"][0] < 8
     line = (
-        f"recommend.allow_items: 1 items are not in the catalogue (such as {misspelt!r}; 1 differ "
+        f"recommend.allow_items: not in the catalogue: 1 item (such as {misspelt!r}; 1 differ "
         f"only in decimals of zero: {misspelt!r} and '{all_items[0]}')"
     )
     assert line in lines
-    assert "recommend.block_items: 1 items are not in the catalogue (such as '1000000000')" in lines
+    assert "recommend.block_items: not in the catalogue: 1 item (such as '1000000000')" in lines
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_lists_that_cannot_be_used_are_refused(
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
-    sample: PreparedDataset, whole: Path, tmp_path: Path, world_size: int, by_torch: bool
+    sample: PreparedDataset, full: Path, tmp_path: Path, world_size: int, by_torch: bool
 ) -> None:
     wanted = RecommendConfig(k=400, memory_bytes=20_000)
     _, lines, _ = run_ranks(
@@ -178,9 +178,9 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     assert any("items, 64 of them in memory at a time" in line for line in lines)
     assert ("catalogue: torch, since this processor has no fused" in "".join(lines)) == by_torch
     if not by_torch:
-        assert [digest(tmp_path / f) for f in FILES] == [digest(whole / f) for f in FILES]
+        assert [digest(tmp_path / f) for f in FILES] == [digest(full / f) for f in FILES]
         return
-    found, expected = frame_of(tmp_path), frame_of(whole)
+    found, expected = frame_of(tmp_path), frame_of(full)
     assert len(found) == len(expected)
     both = found.merge(expected, on=["user_id", "item_id"])
     difference = (both["score_x"] - both["score_y"]).abs()
@@ -190,7 +190,7 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
 
 @pytest.mark.parametrize("candidates", [None, 30])
 def test_a_catalogue_that_only_all_ranks_can_hold_is_shared_out(
-    sample: PreparedDataset, whole: Path, tmp_path: Path, candidates: int | None
+    sample: PreparedDataset, full: Path, tmp_path: Path, candidates: int | None
 ) -> None:
     # 400 items; a rank may hold 128 of them, one of four has a share of its own short of that.
     outs = {size: tmp_path / str(size) for size in (1, 4)}
@@ -220,7 +220,7 @@ def test_a_matrix_of_a_catalogue_that_is_shared_out(
 
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_short_lists_are_scored_in_full(
-    sample: PreparedDataset, whole: Path, tmp_path: Path, by_torch: bool
+    sample: PreparedDataset, full: Path, tmp_path: Path, by_torch: bool
 ) -> None:
     shallow = load_config("sample", ["model={embedding_dim: 10, deep: false, init_std: 0.5}"])
     fm, full, short = tmp_path / "fm", tmp_path / "full", tmp_path / "short"
@@ -233,7 +233,7 @@ def test_short_lists_are_scored_in_full(
         arguments = (sample.folder, config, wanted, out)
         *_, figures = run_alone(_recommended, *arguments, by_torch=by_torch)
     best_by_fm = frame_of(fm)[["user_id", "item_id"]]
-    everything = frame_of(whole)
+    everything = frame_of(full)
     expected = everything.merge(best_by_fm).groupby("user_id", sort=False).head(5)
     exact = everything.groupby("user_id", sort=False).head(5)
     found = frame_of(short)
@@ -273,7 +273,7 @@ def test_a_killed_run_is_continued_if_nothing_has_changed(
     shutil.copytree(again, killed)
     results = run_ranks(_recommended, 2, *arguments, again, checkpoint)
     assert [written for written, *_ in results] == [1, 0]
-    assert "1 parts of an interrupted run are reused" in results[0][1]
+    assert "reusing 1 part of an interrupted run" in results[0][1]
     assert [digest(again / f) for f in FILES] == [digest(once / f) for f in FILES]
     assert sorted(p.name for p in again.iterdir()) == list(FILES)
 

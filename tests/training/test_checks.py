@@ -26,10 +26,22 @@ def labelled(manifest: Manifest, split: str, rows: int, positives: int) -> Manif
 @pytest.mark.parametrize(
     ("split", "positives", "message"),
     [
-        ("train", 0, "all 1,000 training labels are 0: the model can only learn to predict 0; "),
-        ("train", 1000, "all 1,000 training labels are 1: the model can only learn to predict 1; "),
-        ("valid", 0, "all 1,000 validation labels are 0: auc, user_auc and ne are undefined"),
-        ("test", 1000, "all 1,000 test labels are 1: auc, user_auc and ne are undefined"),
+        (
+            "train",
+            0,
+            "all labels of 1,000 training rows are 0: the model can only learn to predict 0; ",
+        ),
+        (
+            "train",
+            1000,
+            "all labels of 1,000 training rows are 1: the model can only learn to predict 1; ",
+        ),
+        (
+            "valid",
+            0,
+            "all labels of 1,000 validation rows are 0: auc, user_auc and ne are undefined",
+        ),
+        ("test", 1000, "all labels of 1,000 test rows are 1: auc, user_auc and ne are undefined"),
         ("train", 1, None),
         ("valid", 999, None),
     ],
@@ -117,7 +129,9 @@ trainer: {{epochs: 1, batch_size: 64}}
     )
     for command in (prepare, train):
         assert command.main(["--config", str(tmp_path / "c.yaml")]) == 0
-        lines = [text for r in caplog.records if " label" in (text := r.getMessage())]
+        lines = [text for r in caplog.records if "all labels of" in (text := r.getMessage())]
         caplog.clear()
-        names = [line.removeprefix("all 20 ").partition(" labels are 0: ")[0] for line in lines]
+        names = [
+            line.removeprefix("all labels of 20 ").partition(" rows are 0: ")[0] for line in lines
+        ]
         assert names == ["validation", "test"]

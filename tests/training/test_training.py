@@ -332,7 +332,7 @@ def test_too_many_skipped_steps_end_all_ranks_naming_step_and_checkpoint(
 ) -> None:
     late = run_ranks(_gives_up, 2, sample, tmp_path / "late", deferred=True)
     for message in [*run_ranks(_gives_up, 2, sample, tmp_path, deferred=False), *late]:
-        assert message.startswith("step 15: the loss is nan, as in the 3 steps before")
+        assert message.startswith("step 15: the loss is nan, as before; 3 steps in a row skipped")
         assert "the last checkpoint is that of step 15" not in message
         assert "the last checkpoint is that of step 10; lower the learning rates" in message
 

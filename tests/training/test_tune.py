@@ -346,4 +346,4 @@ def test_a_study_is_read_across_damaged_lines(
     caplog.clear()
     assert len(Search(tmp_path, TUNE, False, 1).past()) == 5
     [said] = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{tmp_path / 'study.log'}: 1 damaged lines skipped; ")
+    assert said.startswith(f"{tmp_path / 'study.log'}: skipped 1 damaged line; ")

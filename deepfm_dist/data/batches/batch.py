@@ -10,6 +10,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 
 
 class _OnDevice(Pipelineable):
@@ -72,8 +73,8 @@ class Batch(_OnDevice):
         height, keys = len(self.labels), self.sparse.keys()
         if height < pieces:
             raise ConfigError(
-                f"trainer.accumulate_steps={pieces}: a rank has only {height} rows of a batch; use "
-                f"a larger trainer.batch_size"
+                f"trainer.accumulate_steps={pieces}: a rank has only {plural(height, 'row')} "
+                f"of a batch; use a larger trainer.batch_size"
             )
         lengths = self.sparse.lengths().view(len(keys), height).tensor_split(pieces, 1)
         bags = [self.sparse[key].values() for key in keys]

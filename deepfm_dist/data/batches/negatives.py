@@ -9,6 +9,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array
 from deepfm_dist.data.negatives import item_weights, put_negatives, users_short_of_negatives
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,16 @@ class NegativeSampler:
         self._n_unseen = self.n_items - self.seen.lengths if n_short else None
         if n_short and (self.seen.lengths[active] == self.n_items).all():
             raise DataError(
-                f"{dataset.folder}: every user has met all {self.n_items:,} items, so that no "
-                f"negative exists; add items, or label the rows (data.task=ctr)"
+                f"{dataset.folder}: every user has met all {plural(self.n_items, 'item')}, so "
+                f"that no negative exists; add items, or label the rows (data.task=ctr)"
             )
         if n_short:
             log.warning(
-                "data.negatives.per_positive=%d: %s of %s users have fewer unseen items, and get "
+                "data.negatives.per_positive=%d: fewer unseen items for %s of %s, who get "
                 "as many negatives as there are",
                 wanted,
                 f"{n_short:,}",
-                f"{len(active):,}",
+                plural(len(active), "user"),
             )
 
     def put(

@@ -15,6 +15,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed, permuted_range
 
 
@@ -69,8 +70,8 @@ class TrainingBatches:
         self.local_batch_size = -(-self.batch_size // world_size)
         if self.local_batch_size * (world_size - 1) >= self.batch_size:
             raise ConfigError(
-                f"a batch of {self.batch_size} rows over {world_size} ranks leaves a rank without "
-                f"rows; use at most {self.batch_size} ranks that divide it, or a larger "
+                f"a batch of {plural(self.batch_size, 'row')} over {world_size} ranks leaves a "
+                f"rank without rows; use at most {plural(self.batch_size, 'rank')}, or a larger "
                 f"trainer.batch_size"
             )
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)

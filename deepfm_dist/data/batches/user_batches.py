@@ -16,6 +16,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.data.negatives import draw_with_replacement, item_weights
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed, permute
 
 log = logging.getLogger(__name__)
@@ -75,16 +76,16 @@ class UserBatches:
         self._users = np.flatnonzero(dataset.training_history.lengths).astype(np.int32)
         if n_rare := len(dataset.rare_history.values):
             log.info(
-                "%s training rows are of users below min_count: no batch of users has them",
-                f"{n_rare:,}",
+                "%s of users below min_count: in no batch of users",
+                plural(n_rare, "training row"),
             )
         self.batch_size = min(batch_size, len(self._users))
         self._local = -(-self.batch_size // world_size)
         if self._local * (world_size - 1) >= self.batch_size:
             raise ConfigError(
-                f"a batch of {self.batch_size} users over {world_size} ranks leaves a rank without "
-                f"users; use at most {self.batch_size} ranks that divide it, or a larger "
-                f"trainer.batch_size"
+                f"a batch of {plural(self.batch_size, 'user')} over {world_size} ranks leaves a "
+                f"rank without users; use at most {plural(self.batch_size, 'rank')}, or a "
+                f"larger trainer.batch_size"
             )
         self.steps_per_epoch = -(-len(self._users) // self.batch_size)
         self._rank, self._world_size = rank, world_size

@@ -394,7 +394,7 @@ class Counts:
         if n_train == 0:
             raise DataError(
                 f"{label_of(job.data.interactions.file)}: the split leaves no training rows of "
-                f"{int(self.rows.sum()):,} ({self.repeated:,} repeated ones are dropped); hold out "
+                f"{int(self.rows.sum()):,} (repeated ones dropped: {self.repeated:,}); hold out "
                 f"fewer"
             )
 

@@ -130,7 +130,7 @@ class Fitter:
             most = int(counts.tables[entity_key("item")].max())
             raise DataError(
                 f"{label_of(job.data.interactions.file)}: no item is known: the most frequent one "
-                f"has {most:,} training rows, and the item's min_count is "
+                f"has {plural(most, 'training row')}, and the item's min_count is "
                 f"{self._min_count_of('item')}; lower it"
             )
         for name in job.entities:

@@ -17,6 +17,7 @@ from deepfm_dist.data.preparation.split import (
     split_bounds,
 )
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
 
 
@@ -68,8 +69,9 @@ def hold_out_users(job: Job, partitions: Partitions) -> None:
     n_held_out = split.number(split.valid, n_users) + split.number(split.test, n_users)
     if n_held_out >= n_users:
         raise DataError(
-            f"data.split: valid={split.valid:g} and test={split.test:g} hold out {n_held_out:,} "
-            f"users, and {n_users:,} have two rows or more; hold out fewer"
+            f"data.split: valid={split.valid:g} and test={split.test:g} hold out "
+            f"{plural(n_held_out, 'user')}, as many as have two rows or more ({n_users:,}); "
+            f"hold out fewer"
         )
 
     def count(digit: Digit) -> Int64Array:

@@ -33,6 +33,7 @@ from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, 
 from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
+from deepfm_dist.messages import plural
 
 log = logging.getLogger(__name__)
 _IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
@@ -131,7 +132,7 @@ class ReadFacts:
             _check_some_have_rows(job, name, self.dropped[_without_rows(name)])
             if n_positive == 0:
                 raise DataError(self._nothing_left(job, name, int(n_rows)))
-            log.info("read %s: %s rows", name, f"{n_rows:,}")
+            log.info("read %s: %s", name, plural(n_rows, "row"))
         if self.times is not None:
             self.times.check()
             for text in self.times.warnings():
@@ -374,4 +375,4 @@ def _without_rows(name: str) -> str:
 
 def _check_some_have_rows(job: Job, name: str, n_empty: int) -> None:
     if n_empty == len(job.files[name]):
-        raise DataError(f"{name}: none of its {n_empty} files has a row")
+        raise DataError(f"{name}: {plural(n_empty, 'file')} without a row")

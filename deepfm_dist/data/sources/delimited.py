@@ -25,7 +25,7 @@ from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, PACKED, EmptyFile, Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
 from deepfm_dist.errors import DataError
-from deepfm_dist.messages import brief, short
+from deepfm_dist.messages import brief, plural, short
 
 log = logging.getLogger(__name__)
 
@@ -282,12 +282,12 @@ class DelimitedReader(Reader):
                     break
         if text.lstrip().startswith("#"):
             return (
-                f"{self.source.path}, {where}: {n} cells where {expected} are expected: "
+                f"{self.source.path}, {where}: {plural(n, 'cell')} instead of {expected}: "
                 f"{short(text)}, a comment; {self._without_comments}{self.source.or_skip}"
             )
         return (
-            f"{self.source.path}, {where}: {n} cells where {expected} are expected: {short(text)}; "
-            f"fix the row{self.source.or_skip}"
+            f"{self.source.path}, {where}: {plural(n, 'cell')} instead of {expected}: "
+            f"{short(text)}; fix the row{self.source.or_skip}"
         )
 
     @property
