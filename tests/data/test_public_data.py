@@ -245,9 +245,7 @@ def test_netflix_by_strong_generalization(tmp_path: Path) -> None:
             for i in items
         )
         (tmp_path / f"combined_data_{number}.txt").write_text(text)
-    comment = (BUNDLE / "configs/netflix_strong.yaml").read_text()
-    command = next(line for line in comment.splitlines() if "awk" in line).removeprefix("#")
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    _run_comment("netflix_strong", "awk", tmp_path)
     users = _strong("netflix_strong", tmp_path)
     assert users == {"train": N_USERS - 7, "valid": 3, "test": 4}
 
@@ -261,3 +259,70 @@ def test_the_million_songs_by_strong_generalization(tmp_path: Path) -> None:
     (tmp_path / "train_triplets.txt").write_text("".join(lines))
     users = _strong("msd_strong", tmp_path, "data.interactions.min_rows_per_item=5")
     assert users == {"train": N_USERS - 7, "valid": 3, "test": 4}
+
+
+def test_kkbox_x1(tmp_path: Path) -> None:
+    """Words in a cell, and two columns that the command at the top of the configuration writes."""
+    header = ("label,msno,song_id,source_system_tab,source_screen_name,source_type,city,gender,"
+              "registered_via,language,genre_ids,artist_name,isrc,bd\n")  # fmt: skip
+    ages = ["-43", "0", "1", "10", "11", "95", "96", "1051"]
+    for split, n in (("train", 400), ("valid", 40), ("test", 40)):
+        rows = (
+            f"{k % 2},m{k % 5}=,s{k % 7}=,explore,Explore,online-playlist,{k % 3},"
+            f"{'female' if k % 3 else ''},7,3.0,{'465 1609' if k % 2 else '465'},"
+            f'"Jay, Chou {k % 4}",{["TWA471306001", "USUM71409733", ""][k % 3]},{ages[k % 8]}\n'
+            for k in range(n)
+        )
+        (tmp_path / f"{split}.csv").write_text(header + "".join(rows))
+    _run_comment("kkbox_x1", "pandas", tmp_path)
+    prepared = Prepared("kkbox_x1", tmp_path)
+    texts = {
+        name: set(pq.read_table(prepared.folder / f"vocabulary/{name}.parquet")["id"].to_pylist())
+        for name in prepared.manifest.tables
+    }
+    assert texts["age"] - {None} == {"1", "2", "7"}  # 1 and 10; 11; 95; those beyond have none
+    assert texts["country"] - {None} == {"TW", "US"}
+    assert texts["genre_ids"] - {None} == {"465", "1609"}
+    assert texts["artist_name"] - {None} == {"Jay,", "Chou", "0", "1", "2", "3"}
+    assert [spec.rows for spec in prepared.manifest.splits.values()] == [400, 40, 40]
+
+
+def test_histories_in_cells_share_the_table_of_what_they_are_of(tmp_path: Path) -> None:
+    """AmazonElectronics_x1 and TaobaoAd_x1: values joined by ^, or none; the test rows validate."""
+    for split, n in (("train", 300), ("test", 30)):
+        rows = [
+            f"{k % 2},{k % 40},{k % 9},{k % 3},{'^'.join(map(str, range(20, 20 + k % 4)))},"
+            f"{'^'.join(['7'] * (k % 4))}\n"
+            for k in range(n)
+        ]
+        header = "label,user_id,item_id,cate_id,item_history,cate_history\n"
+        (tmp_path / f"{split}.csv").write_text(header + "".join(rows))
+    prepared = Prepared("amazonelectronics_x1", tmp_path)
+    tables = prepared.manifest.tables
+    assert {name: spec.rows - 1 for name, spec in tables.items()} == {"item_id": 12, "cate_id": 4}
+    assert tables["item_id"].features == ("item_id", "item_history")
+    assert prepared.manifest.entities == {"user": 41}
+    header = ("clk,btag_his,cate_his,brand_his,userid,cms_segid,cms_group_id,final_gender_code,"
+              "age_level,pvalue_level,shopping_level,occupation,new_user_class_level,adgroup_id,"
+              "cate_id,campaign_id,customer,brand,price,pid,btag\n")  # fmt: skip
+    for split, n in (("train", 300), ("test", 30)):
+        rows = [
+            f"{k % 2},{'^'.join(['1', '4'][: k % 3])},{'^'.join(['5', '6'][: k % 3])},,{k % 6},"
+            f"1,2,1,3,2,3,0,{k % 5},{k % 11},{5 + k % 2},{k % 4},{k % 3},{k % 8},{k * 1.5},43,1\n"
+            for k in range(n)
+        ]
+        (tmp_path / f"{split}.csv").write_text(header + "".join(rows))
+    prepared = Prepared("taobaoad_x1", tmp_path)
+    tables = prepared.manifest.tables
+    assert {name: tables[name].rows - 1 for name in ("btag", "cate_id", "brand")} == {
+        "btag": 2, "cate_id": 2, "brand": 8
+    }  # fmt: skip
+    assert tables["brand"].features == ("brand", "brand_his")
+    assert [f.name for f in prepared.manifest.dense] == ["price"]
+
+
+def _run_comment(name: str, word: str, folder: Path) -> None:
+    """Types the command with a word in it that stands at the top of a configuration."""
+    lines = (BUNDLE / f"configs/{name}.yaml").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("#   ") and word in line)
+    subprocess.run(["bash", "-c", command.removeprefix("#")], cwd=folder, check=True)
