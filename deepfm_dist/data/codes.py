@@ -15,6 +15,8 @@ Bytes = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 MOST_TEXT_BYTES = (1 << 31) - 1
 """Of all distinct texts of a table."""
+_FEW_WORDS = 32
+"""That are sorted by insertion."""
 
 
 class Codes:
@@ -113,15 +115,49 @@ def seeded(words: Hashes, seed: int) -> Hashes:
 
 
 def hash_order(texts: pa.Array, hashes: Hashes) -> Int64Array:
-    """``[n]`` int64: the order of distinct texts by hash; texts of one hash by code point."""
-    order = np.argsort(hashes, kind="stable")
+    """``[n]`` int64: the order of texts by hash; different texts of one hash by code point.
+
+    Equal texts keep their order.
+    """
+    order = argsort_words(hashes)
     in_order = hashes[order]
     same = np.flatnonzero(in_order[1:] == in_order[:-1])
-    for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else ():
-        places = order[run[0] : run[-1] + 2]
-        by_text = np.argsort(texts.take(pa.array(places)).to_numpy(zero_copy_only=False))
-        order[run[0] : run[-1] + 2] = places[by_text]
+    collisions = same[~equal_texts(texts, order[same], order[same + 1])]
+    if len(collisions) == 0:
+        return order
+    for word in np.unique(in_order[collisions]):
+        begin, end = (int(np.searchsorted(in_order, word, side)) for side in ("left", "right"))
+        run = slice(begin, end)
+        words = texts.take(pa.array(order[run])).to_pylist()
+        order[run] = order[run][sorted(range(len(words)), key=words.__getitem__)]
     return order
+
+
+def argsort_words(words: Hashes) -> Int64Array:
+    """``[n]`` int64: the stable order of 64-bit words, fast where they are spread like hashes.
+
+    They are dealt by their upper bits to about n / 4 groups, which are sorted one by one.
+    """
+    order = np.arange(len(words))
+    if len(words) > 1:
+        least = words.min()
+        bits = max(1, len(words).bit_length() - 3)
+        shift = max(0, int(words.max() - least).bit_length() - bits)
+        _sort_words(words, order, least, np.uint64(shift), 1 << bits)
+    return order
+
+
+def equal_texts(texts: pa.Array, one: Int64Array, other: Int64Array) -> npt.NDArray[np.bool_]:
+    """``[m]`` bool: whether texts at some places are those at other places.
+
+    Args:
+        texts: ``[n]`` string without nulls.
+        one: ``[m]`` places.
+        other: ``[m]`` places.
+    """
+    offsets, data, _ = _buffers(texts)
+    equal: npt.NDArray[np.bool_] = _equal_texts(offsets, data, one, other)
+    return equal
 
 
 @compiled
@@ -155,6 +191,52 @@ def _hash_all(offsets: Int32Array, data: Bytes) -> Hashes:
     out = np.empty(len(offsets) - 1, np.uint64)
     for i in range(len(out)):
         out[i] = _hash(data, offsets[i], offsets[i + 1])
+    return out
+
+
+@compiled
+def _sort_words(words: Hashes, order: Int64Array, least: Any, shift: Any, n_groups: int) -> None:
+    ends = np.zeros(n_groups + 1, np.int64)
+    for word in words:
+        ends[((word - least) >> shift) + np.uint64(1)] += 1
+    for g in range(n_groups):
+        ends[g + 1] += ends[g]
+    placed = np.empty(len(words), np.uint64)
+    for i in range(len(words)):
+        g = (words[i] - least) >> shift
+        placed[ends[g]], order[ends[g]] = words[i], i
+        ends[g] += 1
+    begin = 0
+    for g in range(n_groups):
+        end = ends[g]
+        if end - begin > _FEW_WORDS:
+            by = np.argsort(placed[begin:end], kind="mergesort")
+            before = order[begin:end].copy()
+            for i in range(end - begin):
+                order[begin + i] = before[by[i]]
+        else:
+            for i in range(begin + 1, end):
+                word, row, k = placed[i], order[i], i
+                while k > begin and placed[k - 1] > word:
+                    placed[k], order[k] = placed[k - 1], order[k - 1]
+                    k -= 1
+                placed[k], order[k] = word, row
+        begin = end
+
+
+@compiled
+def _equal_texts(
+    offsets: Int32Array, data: Bytes, one: Int64Array, other: Int64Array
+) -> npt.NDArray[np.bool_]:
+    out = np.zeros(len(one), np.bool_)
+    for i in range(len(one)):
+        a, b = offsets[one[i]], offsets[other[i]]
+        n = offsets[one[i] + 1] - a
+        if offsets[other[i] + 1] - b == n:
+            k = 0
+            while k < n and data[a + k] == data[b + k]:
+                k += 1
+            out[i] = k == n
     return out
 
 

@@ -34,11 +34,11 @@ class Vocabulary:
         min_count: int,
         seed: int,
         earlier: Self | None = None,
-    ) -> Self:
+    ) -> tuple[Self, Int32Array]:
         """Gives rows to the ids seen at least ``min_count`` times.
 
-        They are ordered by a seeded hash of the id: the same rows again for the same ids, in
-        whatever order they come, and no hot stretch of rows for a row-wise shard to choke on.
+        They are ordered by a seeded hash of the id: the same ids get the same rows, in whatever
+        order they come, and no stretch of rows is hot for a row-wise shard.
 
         Args:
             ids: ``[n]`` distinct strings.
@@ -47,20 +47,25 @@ class Vocabulary:
             seed: of the order.
             earlier: a vocabulary whose ids keep their rows, whatever their counts; new ids are
                 appended, spread over the new rows.
+
+        Returns:
+            The vocabulary, and the row of each of ``ids``, ``[n]`` int32.
         """
         if earlier is not None:
-            place = earlier.lookup(ids)
-            known = place > 0
+            rows = earlier.lookup(ids)
+            known = rows > 0
             old_counts = earlier.counts.copy()
-            np.add.at(old_counts, place[known] - 1, counts[known])
-            new = cls.fit(ids.filter(pa.array(~known)), counts[~known], min_count, seed)
-            return cls(
-                pa.concat_arrays([earlier.ids, new.ids]), np.concatenate([old_counts, new.counts])
-            )
+            np.add.at(old_counts, rows[known] - 1, counts[known])
+            new, new_rows = cls.fit(ids.filter(pa.array(~known)), counts[~known], min_count, seed)
+            rows[~known] = np.where(new_rows > 0, new_rows + len(earlier.ids), 0)
+            joint_ids = pa.concat_arrays([earlier.ids, new.ids])
+            return cls(joint_ids, np.concatenate([old_counts, new.counts])), rows
         kept = np.flatnonzero(counts >= max(1, min_count))
-        ids, counts = ids.take(pa.array(kept)), counts[kept]
-        order = hash_order(ids, seeded(hash_texts(ids), seed))
-        return cls(ids.take(pa.array(order)), counts[order])
+        kept_ids = ids.take(pa.array(kept))
+        order = hash_order(kept_ids, seeded(hash_texts(kept_ids), seed))
+        rows = np.zeros(len(ids), np.int32)
+        rows[kept[order]] = np.arange(1, len(order) + 1, dtype=np.int32)
+        return cls(kept_ids.take(pa.array(order)), counts[kept[order]]), rows
 
     @property
     def rows(self) -> int:

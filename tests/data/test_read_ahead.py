@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
-from deepfm_dist.data.batches.prefetch import read_ahead
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.training.trainer import Batches
 
 

@@ -22,25 +22,25 @@ def test_ids_survive_the_round_trip(ids: list[str]) -> None:
     codes, distinct = encode_distinct(pa.array(ids))
     assert distinct.take(pa.array(codes)).to_pylist() == ids
     counts = np.bincount(codes).astype(np.int64)
-    vocabulary = Vocabulary.fit(distinct, counts, 1, seed=3)
+    vocabulary, _ = Vocabulary.fit(distinct, counts, 1, seed=3)
     rows = vocabulary.lookup(pa.array(ids))
     assert rows.min() >= 1
     assert [vocabulary.ids[int(r) - 1].as_py() for r in rows] == ids
     shuffled = encode_distinct(pa.array(ids[::-1]))
-    again = Vocabulary.fit(shuffled[1], np.bincount(shuffled[0]).astype(np.int64), 1, seed=3)
+    again, _ = Vocabulary.fit(shuffled[1], np.bincount(shuffled[0]).astype(np.int64), 1, seed=3)
     assert again.ids.equals(vocabulary.ids)
 
 
 def test_rare_and_unknown_ids_share_row_zero(tmp_path: Path) -> None:
     ids, counts = pa.array(["a", "b", "c"]), np.array([5, 1, 0])
-    vocabulary = Vocabulary.fit(ids, counts, 2, seed=1)
+    vocabulary, _ = Vocabulary.fit(ids, counts, 2, seed=1)
     assert vocabulary.rows == 2
     assert vocabulary.lookup(pa.array(["a", "b", "c", "zz", None])).tolist() == [1, 0, 0, 0, 0]
     vocabulary.write(tmp_path / "v.parquet")
     again = Vocabulary.from_table(pq.read_table(tmp_path / "v.parquet"))
     assert again.ids.equals(vocabulary.ids)
     assert again.counts.tolist() == [5]
-    nobody = Vocabulary.fit(ids, counts, 9, seed=1)
+    nobody, _ = Vocabulary.fit(ids, counts, 9, seed=1)
     nobody.write(tmp_path / "v.parquet")
     assert Vocabulary.from_table(pq.read_table(tmp_path / "v.parquet")).lookup(ids).tolist() == [
         0,
@@ -68,7 +68,7 @@ def test_numbers_are_ordered_by_value_and_texts_by_code_point(
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1), st.integers(0, 99))
 def test_rows_go_by_a_seeded_hash_of_the_id(count: dict[str, int], seed: int) -> None:
-    vocabulary = Vocabulary.fit(
+    vocabulary, _ = Vocabulary.fit(
         pa.array([*count], pa.string()), np.array([*count.values()]), 2, seed
     )
 
@@ -93,10 +93,10 @@ def test_ids_whose_hashes_are_equal_are_ordered_by_their_texts(
 
 def test_later_ids_are_appended_and_spread_among_themselves() -> None:
     first = pa.array([f"a{i}" for i in range(50)])
-    earlier = Vocabulary.fit(first, np.arange(50), 1, seed=1)  # a0, never seen, has no row
+    earlier, _ = Vocabulary.fit(first, np.arange(50), 1, seed=1)  # a0, never seen, has no row
     ids = pa.array([f"a{i}" for i in range(40, 90)])
     counts = np.where(np.arange(50) == 20, 1, 2)  # a60 comes once
-    grown = Vocabulary.fit(ids, counts, 2, 9, earlier)
+    grown, _ = Vocabulary.fit(ids, counts, 2, 9, earlier)
     assert grown.ids.slice(0, 49).equals(earlier.ids)
     appended = grown.ids.slice(49).to_pylist()
     assert sorted(appended) == sorted(f"a{i}" for i in range(50, 90) if i != 60)
@@ -109,7 +109,7 @@ def test_later_ids_are_appended_and_spread_among_themselves() -> None:
 def test_no_row_wise_shard_is_hot(seed: int) -> None:
     n = 6807
     counts = (1e6 / (np.arange(n) + 20) ** 1.1).astype(np.int64) + 1
-    vocabulary = Vocabulary.fit(pa.array([str(i) for i in range(n)]), counts, 1, seed)
+    vocabulary, _ = Vocabulary.fit(pa.array([str(i) for i in range(n)]), counts, 1, seed)
     block = -(-vocabulary.rows // 4)  # TorchRec cuts ceil(rows / ranks) rows for each rank
     in_rows = np.concatenate([[0], vocabulary.counts])
     shards = np.add.reduceat(in_rows, np.arange(0, vocabulary.rows, block))

@@ -10,10 +10,10 @@ from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import HistorySampler, chosen
 from deepfm_dist.data.batches.lanes import Lanes, SelectedRows
 from deepfm_dist.data.batches.negatives import NegativeSampler
-from deepfm_dist.data.batches.prefetch import read_ahead
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
+from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed, permuted_range

@@ -11,10 +11,10 @@ import torch
 from deepfm_dist.data.batches.batch import UserBatch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import Bags, HistorySampler, chosen, kept_in_bags
-from deepfm_dist.data.batches.prefetch import read_ahead
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.data.negatives import draw_with_replacement, item_weights
+from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed, permute

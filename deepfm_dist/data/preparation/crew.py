@@ -1,6 +1,6 @@
 """The threads that prepare together, in one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Barrier, BrokenBarrierError, Lock
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T", np.int64, np.float64)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -66,6 +67,16 @@ class Crew:
         """The sum of the threads' arrays. All threads."""
         total: npt.NDArray[T] = np.sum(self.gather(array), axis=0)
         return total
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """``function`` of every item, on as many threads as the crew has.
+
+        For the first thread, while the others wait for it.
+        """
+        if self.size == 1:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(self.size, "prepare") as pool:
+            return list(pool.map(function, items))
 
     def check(self) -> None:
         """Ends this thread's work if another one has failed.

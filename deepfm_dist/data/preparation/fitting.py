@@ -1,13 +1,14 @@
 """Vocabularies and statistics, fitted on training rows."""
 
-import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import seeded
 from deepfm_dist.data.dataset import PreparedDataset
@@ -25,25 +26,21 @@ from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.rules import words_of
+from deepfm_dist.data.preparation.vocabulary_warnings import vocabulary_warnings
 from deepfm_dist.data.schema import Feature, Files, label_of
-from deepfm_dist.data.sources.nested import list_literals
-from deepfm_dist.data.spelling import check_join, written_twice
+from deepfm_dist.data.spelling import check_join
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
-from deepfm_dist.messages import plural, short
+from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
-_NO_IDS = pa.array(
-    ["null", "(null)", "nan", "none", "nil", "na", "n/a", "#n/a", "<na>", "nat", "undefined", r"\n"]
-)
-"""Ids, in lower case, that programs write where they have none."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What rank 0 fits and all need to write rows.
+    """What the first thread fits and all need to write rows.
 
     Attributes:
         row_of_code: table rows of the texts of each vocabulary, and a last element 0 for no value.
@@ -122,57 +119,65 @@ class Fitter:
     ) -> None:
         self._job, self._partitions, self._counts = job, partitions, counts
         self._earlier, self.time_scale = earlier, partitions.time_scale
-        self.entities = {
-            name: self._vocabulary(entity_key(name), self._min_count_of(name))
-            for name in job.entities
-        }
-        if job.data.task == "implicit" and self.entities["item"].rows == 1:
-            most = int(counts.tables[entity_key("item")].max())
-            raise DataError(
-                f"{label_of(job.data.interactions.file)}: no item is known: the most frequent one "
-                f"has {plural(most, 'training row')}, and the item's min_count is "
-                f"{self._min_count_of('item')}; lower it"
-            )
-        for name in job.entities:
-            _warn_of_placeholders(job, name, partitions.ids[entity_key(name)], counts)
-        for name, ids in partitions.ids.items():
-            _warn_of_look_alikes(name, ids)
-            _warn_of_two_spellings(name, ids)
-        for feature in job.data.features:
-            if feature.has_vocabulary and not feature.names_entity:
-                texts = partitions.ids.get(feature.table_name)
-                if texts is not None:
-                    _warn_of_list_literals(feature, texts)
-                    _warn_of_unsplit_values(feature, texts)
+        self._row_of_code: dict[str, Int32Array] = {}
+        self.entities = self._fit_entities()
         self.values: dict[str, Values] = {}
         self._joined: dict[tuple[str, str | None], bool] = {}
         for feature in job.data.features:
             if feature.describes_entity:
                 self.values[feature.name] = self._entity_values(feature)
-        self.vocabularies: dict[str, Vocabulary] = {}
-        for table in table_names(job.data.features):
-            features = [f for f in job.data.features if f.table_name == table and f.in_table]
+        self.vocabularies = self._fit_tables()
+        self._fit_histories()
+        for name, ids in partitions.ids.items():
+            if name not in self._row_of_code:  # other fields share the table of ids
+                self._row_of_code[name] = self.vocabularies[name].lookup(ids)
+        self.fitted = FitResult(
+            {
+                name: np.append(self._row_of_code[name], np.int32(0))
+                for name in partitions.ids  # in their order
+            },
+            self._numeric(),
+            {name: v.rows for name, v in self.entities.items()},
+        )
+
+    def _fit_entities(self) -> dict[str, Vocabulary]:
+        """The vocabularies of users and items, on several threads with what looks wrong in all."""
+        job, ids, tables = self._job, self._partitions.ids, self._counts.tables
+        tasks: list[Callable[[], Any]] = [
+            *(partial(self._vocabulary, entity_key(n), self._min_count(n)) for n in job.entities),
+            *(partial(vocabulary_warnings, job.data, n, ids[n], tables[n]) for n in ids),
+        ]
+        results = job.crew.map(lambda task: task(), tasks)
+        vocabularies = dict(zip(job.entities, results, strict=False))
+        if job.data.task == "implicit" and vocabularies["item"].rows == 1:
+            most = int(tables[entity_key("item")].max())
+            raise DataError(
+                f"{label_of(job.data.interactions.file)}: no item is known: the most frequent one "
+                f"has {plural(most, 'training row')}, and the item's min_count is "
+                f"{self._min_count('item')}; lower it"
+            )
+        for texts in results[len(job.entities) :]:
+            for text in texts:
+                log.warning("%s", text)
+        return vocabularies
+
+    def _fit_tables(self) -> dict[str, Vocabulary]:
+        """The vocabularies of embedding tables, but for those of histories alone."""
+        vocabularies: dict[str, Vocabulary] = {}
+        for table in table_names(self._job.data.features):
+            features = [f for f in self._job.data.features if f.table_name == table and f.in_table]
             features = [f for f in features if f.history is None]
             if not features:  # a history's own
                 continue
             ids = [f for f in features if f.is_id]
             if ids:  # other fields of such ids may share it
-                self.vocabularies[table] = self.entities[ids[0].entity]
+                vocabularies[table] = self.entities[ids[0].entity]
                 if len(features) > 1:
                     self._check_ids(table, ids[0], [f for f in features if not f.is_id])
             elif features[0].has_vocabulary:
                 least = max(f.min_count for f in features)
-                self.vocabularies[table] = self._vocabulary(table, least)
-        self._fit_histories()
-        found = {entity_key(n): v for n, v in self.entities.items()} | self.vocabularies
-        self.fitted = FitResult(
-            {
-                name: np.append(found[name].lookup(ids), np.int32(0))
-                for name, ids in partitions.ids.items()
-            },
-            self._numeric(),
-            {name: v.rows for name, v in self.entities.items()},
-        )
+                vocabularies[table] = self._vocabulary(table, least)
+        return vocabularies
 
     def _check_ids(self, table: str, named: Feature, others: list[Feature]) -> None:
         """Refuses fields that share the table of ids and hold none of them."""
@@ -216,28 +221,29 @@ class Fitter:
         before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric
         return specs | {n: s for n, s in before.items() if n in specs}
 
-    def _min_count_of(self, entity: str) -> int:
+    def _min_count(self, entity: str) -> int:
         ids = [f for f in self._job.data.features if f.entity == entity and f.is_id]
         return ids[0].min_count if ids else 1
 
     def _vocabulary(self, name: str, min_count: int) -> Vocabulary:
-        return Vocabulary.fit(
+        vocabulary, self._row_of_code[name] = Vocabulary.fit(
             self._partitions.ids[name],
             self._counts.tables[name],
             min_count,
             derive_seed(self._job.seed, "rows", name.removeprefix(entity_key(""))),
             self._earlier.vocabulary(name),
         )
+        return vocabulary
 
     def _entity_values(self, feature: Feature) -> Values:
         """Raw values of a field of users or items, by table row; counts their codes."""
-        vocabulary, ids = self.entities[feature.entity], self._partitions.ids
+        vocabulary = self.entities[feature.entity]
         if feature.names_entity:
             hashed = np.append(np.int32(0), hashed_rows(vocabulary.ids, feature))
             return Jagged(np.arange(vocabulary.rows + 1), hashed)
         if feature.file is None:
             said = self._counts.of_entities[feature.name]
-            rows = vocabulary.lookup(ids[entity_key(feature.entity)])[said.entity]
+            rows = self._row_of_code[entity_key(feature.entity)][said.entity]
             found = said.values
             self._job.note(
                 f"{feature.entity}s whose rows differ in {feature.name}: the latest row is used",
@@ -344,102 +350,3 @@ class Fitter:
         )
         bags = Jagged.from_pairs(owners[first], values[first], n)
         return bags if feature.multi_valued else bags.firsts()
-
-
-def _warn_of_placeholders(job: Job, entity: str, ids: pa.Array, counts: Counts) -> None:
-    """Says which ids are words that stand for a missing one in other programs."""
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(ids.cast(pa.string())))
-    is_word = np.asarray(pc.is_in(words, value_set=_NO_IDS))
-    if not is_word.any():
-        return
-    rows = int(counts.tables[entity_key(entity)][: len(ids)][is_word].sum())
-    shown = sorted(ids.filter(pa.array(is_word)).to_pylist())
-    field = next((f.name for f in job.data.features if f.entity == entity and f.names_entity), None)
-    words_missing = json.dumps(shown, ensure_ascii=False)
-    cure = "empty these cells" if field is None else f"set missing: {words_missing} for {field}"
-    log.warning(
-        "%s: %s with %s as the id, which other programs write for a missing value, and which is "
-        "one more %s here; if it means none, %s and data.on_bad_row=skip",
-        getattr(job.data.interactions, entity),
-        plural(rows, "training row"),
-        " or ".join(map(repr, shown)),
-        entity,
-        cure,
-    )
-
-
-def _warn_of_look_alikes(name: str, ids: pa.Array) -> None:
-    """Warns of texts of a vocabulary that differ only in Unicode's normal form."""
-    if pc.all(pc.string_is_ascii(ids)).as_py() is not False:
-        return
-    composed = pc.utf8_normalize(ids, "NFC").dictionary_encode()
-    count = len(ids) - len(composed.dictionary)
-    if not count:
-        return
-    places = np.asarray(composed.indices)
-    alike = np.flatnonzero(places == np.flatnonzero(np.bincount(places) > 1)[0])
-    one, two = (ascii(ids[int(at)].as_py()) for at in alike[:2])
-    log.warning(
-        "%s: %s of %s values differ from another one only in Unicode's normal form, such as %s and "
-        "%s; they are kept apart: write all files in one form (NFC) if they mean the same",
-        name.removeprefix(entity_key("")),
-        f"{count:,}",
-        f"{len(ids):,}",
-        one,
-        two,
-    )
-
-
-def _warn_of_two_spellings(name: str, ids: pa.Array) -> None:
-    """Says that some texts of a vocabulary differ from others only in spaces or zeros."""
-    if (how := written_twice(ids.cast(pa.string()))) is not None:
-        log.warning(
-            "%s: %s of %s values differ from another one only in %s, such as %r and %r; they are "
-            "kept apart: write them alike if they mean the same",
-            name.removeprefix(entity_key("")),
-            f"{how.count:,}",
-            f"{len(ids):,}",
-            how.what,
-            how.text,
-            how.known,
-        )
-
-
-def _warn_of_list_literals(feature: Feature, ids: pa.Array) -> None:
-    """Says that some values of a field of one value are lists."""
-    if feature.in_lists or feature.several is not None or feature.derive is not None:
-        return
-    lists = list_literals(ids.cast(pa.string()))
-    lists = lists.filter(pc.match_substring_regex(lists, """[,'"0-9]"""))  # not the film [REC]
-    if len(lists):
-        log.warning(
-            "%s: %s of %s values are lists, such as %s, and each is taken for one value; set "
-            "several: true for the field, or several: false if that is meant",
-            feature.name,
-            f"{len(lists):,}",
-            f"{len(ids):,}",
-            short(pc.min(lists).as_py()),
-        )
-
-
-def _warn_of_unsplit_values(feature: Feature, ids: pa.Array) -> None:
-    """Says that most values of a field look like several, between separators that it does not name.
-
-    Commas do not count: too many names have them.
-    """
-    if feature.several is False or feature.derive is not None:
-        return
-    for separator in "|;":
-        joined = ids.filter(pc.match_substring(ids, separator))
-        if len(joined) > 1 and 2 * len(joined) >= len(ids):
-            log.warning(
-                "%s: %s of %s values hold %r, such as %s, and each is taken for one value%s; set "
-                'separator: "%s" for the field if they are several, or several: false',
-                feature.name,
-                f"{len(joined):,}",
-                f"{len(ids):,}",
-                separator,
-                short(pc.min(joined).as_py()),
-                f", since separator is {feature.separator!r}" if feature.separator else "",
-                separator,
-            )

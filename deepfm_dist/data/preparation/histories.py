@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, grouped, offsets_of, union
 from deepfm_dist.data.layout import LISTS
+from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.data.preparation.crew import Crew
 
 CARRIED = "carried"
@@ -24,7 +25,7 @@ class HistoryWriter:
         n_rare: users without a row, numbered behind it.
         n_buckets: stretches of rows that are finished one after the other.
         folder: of files that go when the dataset is whole.
-        crew: the ranks.
+        crew: the threads.
     """
 
     def __init__(self, n_users: int, n_rare: int, n_buckets: int, folder: Path, crew: Crew) -> None:
@@ -38,7 +39,8 @@ class HistoryWriter:
     def add(self, name: str, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
         """Appends ``[m]`` pairs to one of `LISTS` or `CARRIED`; those of one row stay in order."""
         offsets, order = grouped(rows // self.height, self.n_buckets)
-        pairs = np.stack([rows.astype(np.int32), items], axis=1)[order]
+        pairs = np.stack([rows.astype(np.int32), items], axis=1)
+        pairs = pairs.view(np.int64).ravel().take(order)  # as one number: it is copied at once
         for bucket in np.flatnonzero(np.diff(offsets)):
             with self._path(name, int(bucket), self.crew.rank).open("ab") as file:
                 file.write(pairs[offsets[bucket] : offsets[bucket + 1]].data)
@@ -50,21 +52,24 @@ class HistoryWriter:
         rare: dict[str, list[Jagged]] = {name: [] for name in LISTS}
         how = {"compression": "zstd", "write_page_checksum": True}
         with pq.ParquetWriter(path, schema, **how) as writer:
-            for bucket in range(self.n_buckets):
+            # Other threads make the lists, as far ahead as there are threads to make them.
+            ahead = read_ahead(self._lists, 0, self.n_buckets - 1, self.crew.size - 1)
+            for bucket, lists in enumerate(ahead):
                 begin = bucket * self.height
                 n = max(0, min(self.height, self.n_users - begin))
                 piece = table.slice(begin, n)
-                for field, bags in zip(fields, self._lists(bucket, begin), strict=True):
+                for field, bags in zip(fields, lists, strict=True):
                     own = Jagged(bags.offsets[: n + 1], bags.values[: bags.offsets[n]])
                     piece = piece.append_column(field, own.to_arrow())
                     rare[field.name].append(Jagged(bags.offsets[n:], bags.values))
                 writer.write_table(piece, row_group_size=max(1, n))
         if self.n_rare:
-            lists = {n: Jagged.concatenated(parts).to_arrow() for n, parts in rare.items()}
-            pq.write_table(pa.table(lists), path.with_name("rare.parquet"), **how)
+            columns = {n: Jagged.concatenated(parts).to_arrow() for n, parts in rare.items()}
+            pq.write_table(pa.table(columns), path.with_name("rare.parquet"), **how)
 
-    def _lists(self, bucket: int, begin: int) -> list[Jagged]:
+    def _lists(self, bucket: int) -> list[Jagged]:
         """`LISTS` of a bucket's rows."""
+        begin = bucket * self.height
         lists = {name: self._bags(name, bucket, begin) for name in LISTS}
         carried = self._bags(CARRIED, bucket, begin)
         if len(carried.values):

@@ -15,8 +15,11 @@ from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
 
-PARTITION_BYTES = 32 << 20
-"""Of input, as plain text, that one partition is meant for: threads hold one each."""
+PARTITION_BYTES = 8 << 20
+"""Of input, as plain text, that one of many partitions is meant for: threads hold one each, and
+there are enough of them for all threads to end at about the same time."""
+IN_MEMORY_PARTITIONS = 4
+"""So many partitions are one, which stays in memory."""
 BUCKET_BITS = 9
 """Rows are ordered by the first bits of a hash, their bucket, before anything else. A partition has
 the rows of neighbouring buckets: the order of all rows does not depend on the partitions."""
@@ -87,8 +90,13 @@ class Job:
     @cached_property
     def n_partitions(self) -> int:
         """Partitions that the rows are dealt to."""
-        text_bytes = sum(file.text_bytes for file, _, _ in self.inputs)
-        return min(MOST_PARTITIONS, max(1, -(-text_bytes // PARTITION_BYTES)))
+        n = -(-sum(file.text_bytes for file, _, _ in self.inputs) // PARTITION_BYTES)
+        return 1 if n <= IN_MEMORY_PARTITIONS else min(MOST_PARTITIONS, n)
+
+    @cached_property
+    def n_user_groups(self) -> int:
+        """Groups of rows of the user table, which are finished one after the other."""
+        return -(-self.n_partitions // IN_MEMORY_PARTITIONS)
 
     @property
     def own_partitions(self) -> range:

@@ -282,7 +282,7 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
     fit = Fitter(job, partitions, counts, earlier) if job.crew.is_first else None
     plan: Plan = job.crew.broadcast(fit and Plan.of_counts(job, counts, fit.fitted))
     histories = HistoryWriter(
-        plan.fitted.rows.get("user", 1), plan.n_rare, job.n_partitions, job.spill(""), job.crew
+        plan.fitted.rows.get("user", 1), plan.n_rare, job.n_user_groups, job.spill(""), job.crew
     )
     if job.crew.is_first:
         carry(histories, earlier)

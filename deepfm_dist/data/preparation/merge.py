@@ -1,24 +1,31 @@
 """One numbering of all readers' texts."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from deepfm_dist.data.codes import Codes, hash_order
-from deepfm_dist.data.jagged import Int32Array
+from deepfm_dist.data.codes import Codes, Hashes, check_texts, equal_texts, hash_order
+from deepfm_dist.data.jagged import Int32Array, Int64Array, offsets_of
+from deepfm_dist.data.preparation.crew import Crew
 
 CodeMap = dict[str, Int32Array]
 """For each vocabulary: the new codes of a reader's codes, and a last element -1 for no value."""
+_Texts = tuple[pa.Array, Hashes]
+"""A reader's texts by its codes, and their hashes."""
 
 
 def merge_vocabularies(
-    from_readers: Sequence[dict[str, Codes]],
+    from_readers: Sequence[dict[str, Codes]], crew: Crew
 ) -> tuple[dict[str, pa.Array], list[CodeMap]]:
-    """Numbers texts in the order of their hashes, whoever met them first.
+    """Numbers texts in the order of their hashes, whoever met them first. First thread.
 
     Args:
         from_readers: each reader's texts by vocabulary, which are emptied.
+        crew: whose threads share the hashes.
 
     Returns:
         The texts of each vocabulary by their new codes, and every reader's new codes.
@@ -26,14 +33,44 @@ def merge_vocabularies(
     ids: dict[str, pa.Array] = {}
     maps: list[CodeMap] = [{} for _ in from_readers]
     for name in list(from_readers[0]):
-        union, *others = (codes.pop(name) for codes in from_readers)
-        n_first = len(union)
-        codes = [np.arange(n_first, dtype=np.int32), *(union.encode(c.texts()) for c in others)]
-        texts = union.texts()
-        order = hash_order(texts, union.hashes)
-        place = np.empty(len(order), np.int32)
-        place[order] = np.arange(len(order), dtype=np.int32)
-        ids[name] = texts.take(pa.array(order))
-        for from_reader, own in zip(maps, codes, strict=True):
-            from_reader[name] = np.append(place[own], np.int32(-1))
+        readers = [(codes.texts(), codes.hashes) for codes in (c.pop(name) for c in from_readers)]
+        merge = partial(_merge_range, readers, crew.size)
+        texts, places = zip(*crew.map(merge, range(crew.size)), strict=True)
+        check_texts(sum(map(len, texts)), sum(piece.nbytes for piece in texts))
+        ids[name] = pa.concat_arrays(texts)
+        first_codes = offsets_of([len(piece) for piece in texts]).astype(np.int32)
+        for r, (own_texts, _) in enumerate(readers):
+            new_codes = np.full(len(own_texts) + 1, -1, np.int32)
+            for first, from_range in zip(first_codes, places, strict=False):
+                own, place = from_range[r]
+                new_codes[own] = first + place
+            maps[r][name] = new_codes
     return ids, maps
+
+
+def _merge_range(
+    readers: Sequence[_Texts], n: int, which: int
+) -> tuple[pa.Array, list[tuple[Int64Array, Int32Array]]]:
+    """The texts of all readers whose hashes lie in one of ``n`` equal ranges.
+
+    Returns:
+        The texts in the order of `hash_order`, each once; and for every reader, the codes of its
+        texts in the range and their places.
+    """
+    own = [np.flatnonzero(_range_of(hashes, n) == which) for _, hashes in readers]
+    texts = pa.concat_arrays([t.take(pa.array(o)) for (t, _), o in zip(readers, own, strict=True)])
+    hashes = np.concatenate([h[o] for (_, h), o in zip(readers, own, strict=True)])
+    order = hash_order(texts, hashes)
+    is_first = np.ones(len(order), bool)
+    again = 1 + np.flatnonzero(np.diff(hashes[order]) == 0)  # a collision is not the same text
+    is_first[again] = ~equal_texts(texts, order[again], order[again - 1])
+    place = np.empty(len(order), np.int32)
+    place[order] = np.cumsum(is_first, dtype=np.int32) - 1
+    bounds = offsets_of([len(o) for o in own])
+    places = [place[begin:end] for begin, end in pairwise(bounds)]
+    return texts.take(pa.array(order[is_first])), list(zip(own, places, strict=True))
+
+
+def _range_of(hashes: Hashes, n: int) -> npt.NDArray[np.uint64]:
+    """``[m]`` in ``[0, n)``, ascending as the hashes do."""
+    return ((hashes >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)

@@ -85,7 +85,7 @@ class Partitions:
         """Those of all threads; their numbers of texts are emptied."""
         first, spills = readings[0], [r.coder.spill for r in readings]
         no_rows = pa.Table.from_batches([first.coder.no_rows()])
-        ids, maps = merge_vocabularies([r.coder.codes for r in readings])
+        ids, maps = merge_vocabularies([r.coder.codes for r in readings], job.crew)
         side_files = mapped_side_files(job, first.side_files, maps[0])
 
         def tables(p: int) -> list[tuple[pa.Table, CodeMap]]:

@@ -258,8 +258,8 @@ class RowCoder:
         if n_partitions == 1:
             return np.zeros(n, np.int32)
         if "user" in self._job.entities:
-            buckets = buckets_of(self.codes[entity_key("user")].hashes)
-            return partitions_of(buckets, n_partitions).astype(np.int32)[np.asarray(rows["user"])]
+            hashes = self.codes[entity_key("user")].hashes.take(np.asarray(rows["user"]))
+            return partitions_of(buckets_of(hashes), n_partitions).astype(np.int32)
         return partitions_of(np.asarray(rows["bucket"], np.int64), n_partitions).astype(np.int32)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
-from deepfm_dist.data.codes import Hashes, mix_into, seeded
+from deepfm_dist.data.codes import Hashes, argsort_words, mix_into, seeded
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, taken
 from deepfm_dist.data.preparation.job import BUCKET_BITS, Job, entity_key
 from deepfm_dist.data.preparation.spill import PartitionRows
@@ -105,7 +105,7 @@ def row_order(
     words = buckets.astype(np.uint64) << np.uint64(64 - BUCKET_BITS) | keys >> np.uint64(
         BUCKET_BITS
     )
-    order = np.argsort(words, kind="stable")
+    order = argsort_words(words)
     again = np.zeros(len(order), bool)
     in_order = words[order]
     equal = in_order[1:] == in_order[:-1]

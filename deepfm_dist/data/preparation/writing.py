@@ -4,6 +4,7 @@ import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -469,41 +470,57 @@ def carry(histories: PairSink, earlier: PreviousDataset) -> None:
 def write_entities(
     job: Job, fit: Fitter, counts: Counts, histories: HistoryWriter, earlier: PreviousDataset
 ) -> dict[str, int]:
-    """Writes vocabularies and the tables of users and items. Rank 0.
+    """Writes vocabularies and the tables of users and items. First thread.
 
     Returns:
         `sum_of` the tables, but for histories, which follow from the rows.
     """
-    sums = {}
     (job.folder / "vocabulary").mkdir()
-    for name, vocabulary in fit.vocabularies.items():
-        vocabulary.write(job.folder / "vocabulary" / f"{name}.parquet")
     (job.folder / "entities").mkdir()
-    for name, vocabulary in fit.entities.items():
-        table = {"id": pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])}
-        for feature in job.data.features:
-            if feature.name in fit.values and feature.entity == name:
-                raw = fit.values[feature.name]
-                encoded = fit.fitted.encoded(feature, raw)
-                if (before := earlier.column(name, feature.name)) is not None:
-                    encoded = _carried(raw, encoded, from_arrow(before))
-                table[feature.name] = to_arrow(encoded)
+    tables = {name: _entity_table(job, fit, counts, earlier, name) for name in fit.entities}
+    sums = {f"entities/{name}.parquet": sum_of(table) for name, table in tables.items()}
+
+    def write_entity(name: str) -> None:
         path = job.folder / "entities" / f"{name}.parquet"
-        if name == "item" and "user" in fit.entities:
-            positives = np.zeros(vocabulary.rows, np.int64)
-            np.add.at(positives, fit.fitted.row_of_code[entity_key("item")][:-1], counts.liked)
-            if (before := earlier.column("item", "count")) is not None:
-                positives[: len(before)] += before.to_numpy()
-            table["count"] = pa.array(positives)
-        if name == "item" and job.data.titles is not None:
-            table["title"] = _titles(job, fit)
-        sums[f"entities/{name}.parquet"] = total = sum_of(pa.table(table))
-        signed = signed_table(pa.table(table), path, total)
+        signed = signed_table(tables[name], path, sums[f"entities/{name}.parquet"])
         if name == "user" and "item" in fit.entities:
             histories.write(path, signed)
         else:
             pq.write_table(signed, path, compression="zstd", write_page_checksum=True)
+
+    def write_vocabulary(name: str) -> None:
+        fit.vocabularies[name].write(job.folder / "vocabulary" / f"{name}.parquet")
+
+    tasks = [
+        *(partial(write_entity, name) for name in tables),
+        *(partial(write_vocabulary, name) for name in fit.vocabularies),
+    ]
+    job.crew.map(lambda task: task(), tasks)
     return sums
+
+
+def _entity_table(
+    job: Job, fit: Fitter, counts: Counts, earlier: PreviousDataset, name: str
+) -> pa.Table:
+    """The table of users or items, without histories."""
+    vocabulary = fit.entities[name]
+    columns = {"id": pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])}
+    for feature in job.data.features:
+        if feature.name in fit.values and feature.entity == name:
+            raw = fit.values[feature.name]
+            encoded = fit.fitted.encoded(feature, raw)
+            if (before := earlier.column(name, feature.name)) is not None:
+                encoded = _carried(raw, encoded, from_arrow(before))
+            columns[feature.name] = to_arrow(encoded)
+    if name == "item" and "user" in fit.entities:
+        positives = np.zeros(vocabulary.rows, np.int64)
+        np.add.at(positives, fit.fitted.row_of_code[entity_key("item")][:-1], counts.liked)
+        if (before := earlier.column("item", "count")) is not None:
+            positives[: len(before)] += before.to_numpy()
+        columns["count"] = pa.array(positives)
+    if name == "item" and job.data.titles is not None:
+        columns["title"] = _titles(job, fit)
+    return pa.table(columns)
 
 
 def sum_of(table: pa.Table) -> int:

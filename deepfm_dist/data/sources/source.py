@@ -16,7 +16,7 @@ import pyarrow as pa
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 """Of text, that is parsed at a time."""
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4", ".xz": "xz", ".zip": "zip"}
 """Names of packings by suffix; Arrow unpacks all but xz and zip."""

@@ -1,0 +1,125 @@
+"""What looks wrong about the texts of a vocabulary."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.jagged import Int64Array
+from deepfm_dist.data.preparation.job import entity_key
+from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.sources.nested import list_literals
+from deepfm_dist.data.spelling import written_twice
+from deepfm_dist.messages import plural, short
+
+_NO_IDS = pa.array(
+    ["null", "(null)", "nan", "none", "nil", "na", "n/a", "#n/a", "<na>", "nat", "undefined", r"\n"]
+)
+"""Ids, in lower case, that programs write where they have none."""
+
+
+def vocabulary_warnings(
+    data: DataConfig, name: str, texts: pa.Array, counts: Int64Array
+) -> list[str]:
+    """What looks wrong about the texts of one vocabulary.
+
+    Args:
+        data: the configuration.
+        name: of the vocabulary.
+        texts: ``[n]`` string, each once.
+        counts: ``[n]`` their training rows.
+    """
+    found = [
+        _placeholders(data, entity, texts, counts)
+        for entity in ("user", "item")
+        if name == entity_key(entity)
+    ]
+    found += [_look_alikes(name, texts), _two_spellings(name, texts)]
+    for feature in data.features:
+        if feature.has_vocabulary and not feature.names_entity and feature.table_name == name:
+            found += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
+    return [text for text in found if text is not None]
+
+
+def _placeholders(data: DataConfig, entity: str, ids: pa.Array, counts: Int64Array) -> str | None:
+    """Ids that are words for a missing value in other programs."""
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(ids.cast(pa.string())))
+    is_word = np.asarray(pc.is_in(words, value_set=_NO_IDS))
+    if not is_word.any():
+        return None
+    rows = int(counts[is_word].sum())
+    shown = sorted(ids.filter(pa.array(is_word)).to_pylist())
+    field = next((f.name for f in data.features if f.entity == entity and f.names_entity), None)
+    words_missing = json.dumps(shown, ensure_ascii=False)
+    cure = "empty these cells" if field is None else f"set missing: {words_missing} for {field}"
+    return (
+        f"{getattr(data.interactions, entity)}: {plural(rows, 'training row')} with "
+        f"{' or '.join(map(repr, shown))} as the id, which other programs write for a missing "
+        f"value, and which is one more {entity} here; if it means none, {cure} and "
+        f"data.on_bad_row=skip"
+    )
+
+
+def _look_alikes(name: str, ids: pa.Array) -> str | None:
+    """Texts that differ only in Unicode's normal form."""
+    if pc.all(pc.string_is_ascii(ids)).as_py() is not False:
+        return None
+    composed = pc.utf8_normalize(ids, "NFC").dictionary_encode()
+    count = len(ids) - len(composed.dictionary)
+    if not count:
+        return None
+    places = np.asarray(composed.indices)
+    alike = np.flatnonzero(places == np.flatnonzero(np.bincount(places) > 1)[0])
+    one, two = (ascii(ids[int(at)].as_py()) for at in alike[:2])
+    return (
+        f"{name.removeprefix(entity_key(''))}: {count:,} of {len(ids):,} values differ from "
+        f"another one only in Unicode's normal form, such as {one} and {two}; they are kept apart: "
+        f"write all files in one form (NFC) if they mean the same"
+    )
+
+
+def _two_spellings(name: str, ids: pa.Array) -> str | None:
+    """Texts that differ from others only in spaces or zeros."""
+    how = written_twice(ids.cast(pa.string()))
+    if how is None:
+        return None
+    return (
+        f"{name.removeprefix(entity_key(''))}: {how.count:,} of {len(ids):,} values differ from "
+        f"another one only in {how.what}, such as {how.text!r} and {how.known!r}; they are kept "
+        f"apart: write them alike if they mean the same"
+    )
+
+
+def _list_literals(feature: Feature, ids: pa.Array) -> str | None:
+    """Values of a field of one value that are lists."""
+    if feature.in_lists or feature.several is not None or feature.derive is not None:
+        return None
+    lists = list_literals(ids.cast(pa.string()))
+    lists = lists.filter(pc.match_substring_regex(lists, """[,'"0-9]"""))  # not the film [REC]
+    if len(lists) == 0:
+        return None
+    return (
+        f"{feature.name}: {len(lists):,} of {len(ids):,} values are lists, such as "
+        f"{short(pc.min(lists).as_py())}, and each is taken for one value; set several: true for "
+        f"the field, or several: false if that is meant"
+    )
+
+
+def _unsplit_values(feature: Feature, ids: pa.Array) -> str | None:
+    """Most values look like several, between separators that the field does not name.
+
+    Commas do not count: too many names have them.
+    """
+    if feature.several is False or feature.derive is not None:
+        return None
+    for separator in "|;":
+        joined = ids.filter(pc.match_substring(ids, separator))
+        if len(joined) > 1 and 2 * len(joined) >= len(ids):
+            which = f", since separator is {feature.separator!r}" if feature.separator else ""
+            return (
+                f"{feature.name}: {len(joined):,} of {len(ids):,} values hold {separator!r}, such "
+                f"as {short(pc.min(joined).as_py())}, and each is taken for one value{which}; set "
+                f'separator: "{separator}" for the field if they are several, or several: false'
+            )
+    return None
