@@ -1,5 +1,7 @@
 """Codes against a dictionary, hashes against the published function."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfm_dist.data import codes as codes_module
-from deepfm_dist.data.codes import Codes, hash_texts
+from deepfm_dist.data.codes import Codes, argsort_words, hash_texts
+from deepfm_dist.data.preparation.crew import Crew, run_crew
+from deepfm_dist.data.preparation.merge import merge_vocabularies
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import mix
 
@@ -55,3 +59,43 @@ def test_more_text_than_arrow_can_hold_is_refused(monkeypatch: pytest.MonkeyPatc
     some.encode(pa.array(["f"]))
     with pytest.raises(DataError, match=r"3 distinct values .* are 6 bytes .*; set hash_rows"):
         some.texts()
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9) | st.integers(2**63, 2**63 + 300)),
+    st.integers(1, 40),
+)
+def test_words_are_sorted_as_numpy_sorts_them(words: list[int], repeated: int) -> None:
+    array = np.tile(np.array(words, np.uint64), repeated)
+    assert argsort_words(array).tolist() == np.argsort(array, kind="stable").tolist()
+
+
+class _Reader:
+    """A reader's codes whose hashes are of few bits: most of them collide."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+        self.hashes = np.array([(len(t) % 3) << 62 for t in texts], np.uint64)
+
+    def texts(self) -> pa.Array:
+        return pa.array(self._texts, pa.string())
+
+
+@given(
+    st.lists(st.lists(st.text("ab", max_size=5), unique=True), min_size=1, max_size=4),
+    st.integers(1, 3),
+)
+def test_different_texts_of_one_hash_keep_codes_of_their_own(
+    readers: list[list[str]], threads: int
+) -> None:
+    def merge(crew: Crew) -> Any:
+        if not crew.is_first:
+            return None
+        return merge_vocabularies([{"v": _Reader(texts)} for texts in readers], crew)  # type: ignore[dict-item]
+
+    ids, maps = run_crew(threads, merge)
+    together = {text for texts in readers for text in texts}
+    assert ids["v"].to_pylist() == sorted(together, key=lambda text: (len(text) % 3, text))
+    for texts, from_reader in zip(readers, maps, strict=True):
+        assert [ids["v"][code].as_py() for code in from_reader["v"][:-1].tolist()] == texts
+        assert from_reader["v"][-1] == -1

@@ -33,8 +33,9 @@ def test_ids_survive_the_round_trip(ids: list[str]) -> None:
 
 def test_rare_and_unknown_ids_share_row_zero(tmp_path: Path) -> None:
     ids, counts = pa.array(["a", "b", "c"]), np.array([5, 1, 0])
-    vocabulary, _ = Vocabulary.fit(ids, counts, 2, seed=1)
+    vocabulary, rows = Vocabulary.fit(ids, counts, 2, seed=1)
     assert vocabulary.rows == 2
+    assert rows.tolist() == vocabulary.lookup(ids).tolist()
     assert vocabulary.lookup(pa.array(["a", "b", "c", "zz", None])).tolist() == [1, 0, 0, 0, 0]
     vocabulary.write(tmp_path / "v.parquet")
     again = Vocabulary.from_table(pq.read_table(tmp_path / "v.parquet"))
@@ -96,7 +97,8 @@ def test_later_ids_are_appended_and_spread_among_themselves() -> None:
     earlier, _ = Vocabulary.fit(first, np.arange(50), 1, seed=1)  # a0, never seen, has no row
     ids = pa.array([f"a{i}" for i in range(40, 90)])
     counts = np.where(np.arange(50) == 20, 1, 2)  # a60 comes once
-    grown, _ = Vocabulary.fit(ids, counts, 2, 9, earlier)
+    grown, rows = Vocabulary.fit(ids, counts, 2, 9, earlier)
+    assert rows.tolist() == grown.lookup(ids).tolist()
     assert grown.ids.slice(0, 49).equals(earlier.ids)
     appended = grown.ids.slice(49).to_pylist()
     assert sorted(appended) == sorted(f"a{i}" for i in range(50, 90) if i != 60)
