@@ -582,7 +582,7 @@ def test_numbers_are_transformed_as_their_formulas_say(root: Path) -> None:
     assert np.asarray(constant.rows("train").context["n"]).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("partition_bytes", [60, 1 << 30])
+@pytest.mark.parametrize("partition_bytes", [40, 1 << 30])
 def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
     root: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
 ) -> None:
@@ -597,7 +597,7 @@ def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
       {name: told, entity: user, column: at, kind: numeric, transform: standard},
       {name: log, column: at, kind: numeric, transform: log}]"""
     dataset = small(root, "u,i,at,same\n" + lines, features)
-    assert dataset.manifest.files == (4 if partition_bytes == 60 else 1)
+    assert (dataset.manifest.files > 1) == (partition_bytes == 40)
     expected = (np.arange(10) - 4.5) / np.std(np.arange(10))
     for name in ("at", "born", "told"):
         spec = dataset.manifest.numeric[name]

@@ -64,7 +64,7 @@ def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr"
         spec["interactions"]["label"] = "y"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "LANE_WINDOW_ROWS", window)
-        patch.setattr(job, "PARTITION_BYTES", 4000)
+        patch.setattr(job, "PARTITION_BYTES", 2000)
         prepare(DataConfig.model_validate(spec), folder, folder / "d", seed=3)
     return folder / "d"
 
