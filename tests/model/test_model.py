@@ -20,6 +20,7 @@ from deepfm_dist.model.deepfm import (
 )
 from deepfm_dist.model.losses import weighted_bce_sum
 from deepfm_dist.model.norm import GlobalBatchNorm
+from examples.dcn_v2 import DCNv2
 from tests.plain_deepfm import Bags, PlainDeepFM
 from tests.ranks import run_ranks
 
@@ -294,3 +295,25 @@ def test_rows_are_padded_to_a_multiple_of_four(dim: int) -> None:
     )
     assert factors.shape == (2, 1, dim)
     assert first.shape == (2, 1)
+
+
+def test_the_example_of_an_over_arch_crosses_its_input() -> None:
+    torch.manual_seed(1)
+    module = DCNv2(6, cross_layers=2, layer_sizes=[5, 4]).double()
+    x0 = torch.randn(3, 6, dtype=torch.float64)
+    x = x0
+    for layer in module.cross.requires_grad_(False):  # equation 1 by elements
+        rows = [
+            [
+                a[i] * (sum(layer.weight[i, j] * b[j] for j in range(6)) + layer.bias[i]) + b[i]
+                for i in range(6)
+            ]
+            for a, b in zip(x0, x, strict=True)
+        ]
+        x = torch.tensor(rows, dtype=torch.float64)
+    hidden = x0
+    for linear in (module.mlp[0], module.mlp[3]):
+        hidden = (hidden @ linear.weight.T + linear.bias).clamp(min=0)
+    weight, bias = module.output.weight[0], module.output.bias
+    expected = x @ weight[:6] + hidden @ weight[6:] + bias
+    torch.testing.assert_close(module(x0), expected)

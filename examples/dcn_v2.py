@@ -1,0 +1,58 @@
+"""DCN-V2 as the over-arch: an example of ``model.over_arch``.
+
+    model:
+      over_arch: examples.dcn_v2:DCNv2
+      over_arch_options: {cross_layers: 3, dropout: 0.2}
+
+An over-arch is any module ``[B, in_features] -> [B]``. It is called with ``in_features``, the
+columns of all fields' vectors and of the numeric fields, and with ``over_arch_options``. The
+first-order and the FM part stay, unless ``model.first_order`` and ``model.fm`` are false.
+
+Source: Wang et al., "DCN V2: Improved Deep & Cross Network", 2021; cross layers and MLP in
+parallel.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DCNv2(nn.Module):
+    """Cross layers next to an MLP; a linear output of both.
+
+    Args:
+        in_features: columns of the input.
+        cross_layers: number of cross layers, ``x_{l+1} = x_0 * (W_l x_l + b_l) + x_l``.
+        layer_sizes: hidden layers of the MLP.
+        dropout: after each hidden layer of the MLP.
+        layer_norm: after each hidden linear layer of the MLP. (``nn.BatchNorm1d`` would see one
+            rank's rows only, so that results would depend on the number of ranks.)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        cross_layers: int = 3,
+        layer_sizes: Sequence[int] = (400, 400, 400),
+        dropout: float = 0.0,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.cross = nn.ModuleList(nn.Linear(in_features, in_features) for _ in range(cross_layers))
+        layers: list[nn.Module] = []
+        width = in_features
+        for size in layer_sizes:
+            layers += [nn.Linear(width, size)]
+            layers += [nn.LayerNorm(size)] if layer_norm else []
+            layers += [nn.ReLU(), nn.Dropout(dropout)]
+            width = size
+        self.mlp = nn.Sequential(*layers)
+        self.output = nn.Linear(in_features + width, 1)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """``[B, in_features]`` -> ``[B]`` logits."""
+        x = x_BI
+        for layer in self.cross:
+            x = x_BI * layer(x) + x
+        return self.output(torch.cat([x, self.mlp(x_BI)], dim=1)).squeeze(1)
