@@ -183,7 +183,7 @@ def catalogue_speed(device: str) -> dict[str, float]:
     return found
 
 
-@check(90, "none of ours; TorchRec's own with several ranks")
+@check(90, "none")
 def synchronisations_of_a_step(device: str) -> dict[str, int]:
     """Where the host waits for the GPU, by line."""
     import warnings

@@ -224,6 +224,7 @@ def shard_for_training(
         config.sharding,
         tables,
         config.trainer.batch_size,
+        some_unused=config.model.deep and config.model.over_arch != "mlp",
     )
     if config.trainer.compile:
         _check_compiler(world.device)

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import gc
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -25,9 +24,6 @@ from deepfm_dist.launcher import (
 )
 from deepfm_dist.storage import folder_of, storage_errors_to_user
 from deepfm_dist.terminal import coloured
-
-# Before torch is imported: its reducer would remark on `find_unused_parameters` (see sharding.py).
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # The interpreter's last garbage collection would visit all of torch's objects: a second or more.
 atexit.register(gc.freeze)

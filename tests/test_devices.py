@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchrec.sparse import jagged_tensor
 
 import deepfm_dist
 from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
@@ -34,7 +35,11 @@ from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.optimizers import table_optimizer
-from deepfm_dist.distributed.pipeline import PrefetchTrainPipeline, TrainPipeline
+from deepfm_dist.distributed.pipeline import (
+    PrefetchTrainPipeline,
+    TrainPipeline,
+    send_sizes_from_host,
+)
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.settings import (
     OptimizerConfig,
@@ -48,6 +53,7 @@ from deepfm_dist.distributed.sharding import (
     init_tables,
     local_shards,
     shard,
+    table_collection,
 )
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
@@ -127,6 +133,12 @@ class NoDDP(nn.parallel.DistributedDataParallel):
     def __init__(self, module: nn.Module, **_: Any) -> None:
         nn.Module.__init__(self)
         self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def _build_params_for_reducer(self) -> Any:
+        return [], []
 
 
 @contextmanager
@@ -250,9 +262,65 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(
     dataset = with_history if STEPS[name][: len(HISTORY)] == [*HISTORY] else sample
     use = run_alone(device_use_of_a_step, dataset.folder, STEPS[name])
     assert use.mixed == []
-    # TorchRec's permutation of fields, where tables are shared: pinned, and nobody waits for it.
-    assert set(use.copies) <= {"model/deepfm.py _in_order"}
-    assert use.reads == []
+    assert use.copies == use.reads == []
+
+
+class Exchange:
+    """An exchange that is over."""
+
+    def wait(self) -> bool:
+        return True
+
+
+def device_use_of_two_ranks(folder: Path, kind: str) -> tuple[DeviceUse, list[str]]:
+    """What two steps in the pipeline of rank 0 do, and which sizes of ids are read from the device.
+
+    The other rank is thought to send what this one does.
+    """
+    config = load_config("sample", [f"sharding.kind={kind}", "optimizer.dense.name=sgd"])
+    dataset, sizes_read = PreparedDataset(folder), []
+    length_per_key = jagged_tensor._maybe_compute_length_per_key
+
+    def exchanged(output: Tensor, input: Tensor, *_: Any, **__: Any) -> Exchange:
+        if input.device == CPU:
+            output.copy_(input)
+        return Exchange()
+
+    def computed(**known: Any) -> list[int]:  # on meta TorchRec makes them up
+        if known["length_per_key"] is None and known["values"].is_meta:
+            sizes_read.append(_caller())
+        return length_per_key(**known)
+
+    module = torch.get_device_module
+    with pytest.MonkeyPatch.context() as patch, fake_world(2) as world:
+        patch.setattr(dist, "all_to_all_single", exchanged)
+        patch.setattr(dist, "all_reduce", lambda *_, **__: None)
+        patch.setattr(jagged_tensor, "_maybe_compute_length_per_key", computed)
+        patch.setattr(torch, "get_device_module", lambda d: torch.cpu if d == META else module(d))
+        on_cpu = dataclasses.replace(world, device=CPU)
+        sharded, optimizer = shard_for_training(config, dataset.manifest, world)
+        batches = training_batches(config, dataset, on_cpu).steps(1, 5)
+        batch = next(iter(batches)).to(META)
+        create_input_dist(sharded, batch.sparse.keys())
+        send_sizes_from_host(table_collection(sharded))  # else the first batch goes another way
+        sharded.train()
+        pipeline = TrainPipeline(sharded, optimizer, world, config=config.optimizer)
+        assert pipeline._overlapped
+        use, stream = DeviceUse(), iter([batch] * 5)
+        for step in range(3):
+            sizes_read.clear()
+            with use if step else DeviceUse():
+                pipeline.train_step(stream)
+        return use, list(sizes_read)
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("table_wise", 0), ("row_wise", 1)])
+def test_the_host_exchanges_sizes_of_ids_without_waiting_for_the_device(
+    meta: None, sample: PreparedDataset, kind: str, reads: int
+) -> None:
+    use, sizes_read = run_alone(device_use_of_two_ranks, sample.folder, kind)
+    assert use.mixed == use.reads == use.copies == []
+    assert len(sizes_read) == reads  # rows are cut by id: how many go where, the device counts
 
 
 def test_batches_for_cuda_are_pinned_by_the_threads_that_make_them(

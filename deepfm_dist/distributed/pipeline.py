@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.embedding_sharding import KJTSplitsAllToAllMeta
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
+from torchrec.distributed.train_pipeline.runtime_forwards import KJTAllToAllForward
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -145,6 +147,79 @@ class _Ahead:
             return None
         with torch.cuda.stream(self._stream):  # None: of no effect
             return batch.to(self._device, non_blocking=True)
+
+
+class _ExchangedIds(KeyedJaggedTensor):
+    """Ids of which nobody reads back how many each field has.
+
+    TorchRec does so for all that is received, though only several groups of tables need it.
+    """
+
+    def split(self, segments: list[int]) -> list[KeyedJaggedTensor]:
+        """The ids of groups of fields; one group has all."""
+        if segments == [len(self.keys())]:
+            return [self]
+        found: list[KeyedJaggedTensor] = super().split(segments)
+        return found
+
+    @staticmethod
+    def dist_init(
+        keys: list[str],
+        tensors: list[Tensor],
+        variable_stride_per_key: bool,
+        num_workers: int,
+        recat: Tensor | None,
+        stride_per_rank: list[int] | None,
+        stagger: int = 1,
+    ) -> KeyedJaggedTensor:
+        """What all ranks have sent, by field; their batches are of one height."""
+        lengths, values = tensors
+        assert stride_per_rank is not None
+        height = stride_per_rank[0]
+        if recat is not None and height > 0:
+            lengths, values, _ = torch.ops.fbgemm.permute_2D_sparse_data(
+                recat, lengths.view(-1, height), values, None, values.numel()
+            )
+        return _ExchangedIds(keys, values, lengths=lengths.view(-1), stride=num_workers * height)
+
+
+class _SizesFromHost(KJTAllToAllForward):
+    """Begins an exchange of ids whose sizes go from host to host, through gloo.
+
+    TorchRec 1.8 copies the sizes to the GPU, exchanges them there and reads them back: on CUDA the
+    host waits seven times. Those of what is sent are known here (`Batch.sparse` brings them),
+    unless rows are cut over the ranks, where the ids decide.
+    """
+
+    def __call__(self, input: KeyedJaggedTensor) -> KJTSplitsAllToAllMeta:
+        begin = sum(self._splits[: self._pg.rank()])
+        sent, height = input.dist_splits(self._splits), input.stride()
+        return KJTSplitsAllToAllMeta(
+            pg=self._pg,
+            _input=_ExchangedIds(
+                input.keys(),
+                input.values(),
+                lengths=input.lengths(),
+                stride=height,
+                length_per_key=input.length_per_key(),
+            ),
+            splits=self._splits,
+            splits_tensors=[torch.tensor(sizes) for sizes in (*sent, [height] * self._pg.size())],
+            input_splits=sent,
+            input_tensors=input.dist_tensors(),
+            labels=input.dist_labels(),
+            keys=input.keys()[begin : begin + self._splits[self._pg.rank()]],
+            device=input.device(),
+            stagger=self._stagger,
+        )
+
+
+def send_sizes_from_host(tables: ShardedEmbeddingBagCollection) -> None:
+    """Lets gloo exchange the sizes of the ids that TorchRec's pipeline exchanges."""
+    for of_sharding in tables._input_dists:
+        exchange = getattr(of_sharding, "_dist", None)  # replicated tables exchange nothing
+        if exchange is not None:
+            exchange.forward = _SizesFromHost(exchange._pg, exchange._splits, exchange._stagger)
 
 
 class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
@@ -299,6 +374,11 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         torch.lt(total.abs(), math.inf, out=self._is_finite)
         torch.logical_not(self._is_finite, out=self._is_not_finite)
         return True
+
+    def _pipeline_model(self, *arguments: Any, **options: Any) -> None:
+        super()._pipeline_model(*arguments, **options)
+        for module in self._pipelined_modules:
+            send_sizes_from_host(module)
 
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""

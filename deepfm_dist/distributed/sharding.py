@@ -16,6 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -179,6 +180,26 @@ class _DataParallelWrapper(DefaultDataParallelWrapper):
         """Wraps everything but the tables that are cut or lie on one rank."""
         with table_collection(dmp).replicas_as_submodules():
             super().wrap(dmp, env, device)
+            wrapped = dmp._dmp_wrapped_module
+            if isinstance(wrapped, DistributedDataParallel):
+                _lay_out_buckets(wrapped)
+
+
+def _lay_out_buckets(wrapped: DistributedDataParallel) -> None:
+    """Lets DDP order its buckets now, by a backward pass whose gradients are zero. All ranks.
+
+    It would do so after the first step. The order in which four ranks are summed changes with the
+    buckets, and the first step of a resumed run would differ from that of the run it resumes.
+    """
+    learned, _ = wrapped._build_params_for_reducer()
+    if not learned or wrapped.find_unused_parameters:  # then they stay as they are
+        return
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    torch.stack([parameter.flatten()[:1].sum() for parameter in learned]).sum().mul(0).backward()
+    wrapped.reducer._rebuild_buckets()
+    for parameter in learned:
+        parameter.grad = None
 
 
 def table_collection(model: nn.Module) -> TableCollection:
@@ -248,6 +269,7 @@ def shard(
     config: ShardingConfig,
     optimizer: TableOptimizer | None = None,
     batch_size: int = BATCH_SIZE,
+    some_unused: bool = False,
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
 
@@ -258,6 +280,7 @@ def shard(
             unless it is named.
         optimizer: of the tables, attached to them; None: they are only read.
         batch_size: rows per step over all ranks, by which the planner judges.
+        some_unused: whether some weights may get no gradient in a step; DDP then looks for them.
 
     Returns:
         The sharded module and its plan, a line per table.
@@ -317,9 +340,9 @@ def shard(
         sharders=[sharder],
         # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
         init_data_parallel=world.world_size > 1,
-        # Otherwise DDP lays out its buckets anew after the first backward pass; the order in which
-        # four ranks are summed changes with them, and a resumed run's first step would differ.
-        data_parallel_wrapper=_DataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        data_parallel_wrapper=_DataParallelWrapper(
+            static_graph=False, find_unused_parameters=some_unused
+        ),
     )
     if world.world_size == 1:
         # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
