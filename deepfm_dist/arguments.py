@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
         super().__init__(
-            prog=typed(name),
+            prog=command_line(name),
             description=description,
             epilog="examples:\n" + "".join(_example(name, text) for text in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,8 +46,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{kind}: {message}; see {self.prog} --help\n")
 
 
-def typed(name: str) -> str:
-    """What runs a command: ``deepfm NAME`` where that was typed, else Python's module."""
+def command_line(name: str) -> str:
+    """What runs a command: ``deepfm NAME`` if that was typed, otherwise Python's module."""
     return f"deepfm {name}" if by_script() else f"python -m deepfm_dist.{name}"
 
 
@@ -82,4 +82,4 @@ def _example(name: str, arguments: str) -> str:
     launcher, _, rest = arguments.partition(" ")
     if launcher == "torchrun":
         return f"  torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}\n"
-    return f"  {typed(name)} {arguments}".rstrip() + "\n"
+    return f"  {command_line(name)} {arguments}".rstrip() + "\n"

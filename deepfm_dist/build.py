@@ -94,7 +94,7 @@ def build_model(
         pooling={f.name: f.pooling for f in manifest.categorical if f.multi_valued},
         device=torch.device("meta"),
         half=half,
-        of_item=manifest.of_item if config.fm_pairs == "across" else None,
+        is_item_field=manifest.is_item_field if config.fm_pairs == "across" else None,
     )
     return DeepFMTrain(model)
 
@@ -255,7 +255,7 @@ def _catalogue_loss(
     if kind == "bce":
         return None
     arch = task.model.interaction_arch
-    scorer = PairScorer(arch, manifest.of_item, len(manifest.categorical))
+    scorer = PairScorer(arch, manifest.is_item_field, len(manifest.categorical))
     return CatalogueLoss(kind, scorer, world.differentiable_gather)
 
 

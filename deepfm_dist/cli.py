@@ -209,8 +209,8 @@ def _config_of(arguments: argparse.Namespace) -> Config:
     folder = folder_of(run.rstrip("/"))
     file = folder / "config.yaml"
     with storage_errors_to_user(file):
-        found = file.is_file()
-    if not found:
+        exists = file.is_file()
+    if not exists:
         raise ConfigError(
             f"--run {folder}: no run; the folder of one, such as runs/sample, has a config.yaml: "
             f"python -m deepfm_dist.train makes it"

@@ -32,7 +32,7 @@ from deepfm_dist.storage import (
     storage_errors_to_user,
 )
 from deepfm_dist.training.settings import TrainerConfig, TuneConfig
-from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, typed
+from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, parse_scalars
 
 NAMED = [BUNDLE / "configs"]
 """Folders of the configurations that are found by name, in the order of search."""
@@ -83,11 +83,11 @@ class Config(Section):
         if self.data.task == "ctr":
             for name, value in self.evaluate:
                 if name != "split" and value != EvaluateConfig.model_fields[name].default:
-                    told = self.evaluate.model_dump(mode="json")[name]
+                    setting = self.evaluate.model_dump(mode="json")[name]
                     raise ValueError(
-                        f"evaluate.{name}={told}: a setting of rankings, which are measured where "
-                        f"rows are positives, not where they have labels (data.task=ctr); leave it "
-                        f"out"
+                        f"evaluate.{name}={setting}: a setting of rankings, which are measured "
+                        f"where rows are positives, not where they have labels (data.task=ctr); "
+                        f"leave it out"
                     )
         return self
 
@@ -109,20 +109,20 @@ class Config(Section):
         return self
 
     def _check_loss_of_users(self) -> None:
-        told = f"trainer.loss={self.trainer.loss}"
+        setting = f"trainer.loss={self.trainer.loss}"
         if self.model.deep and self.model.over_arch != "mlp":
             raise ValueError(
-                f"{told}: model.over_arch={self.model.over_arch} cannot be split into a user's and "
-                f"an item's part; use mlp, or model.deep=false"
+                f"{setting}: model.over_arch={self.model.over_arch} cannot be split into a user's "
+                f"and an item's part; use mlp, or model.deep=false"
             )
         if self.model.deep and self.model.batch_norm:
-            raise ValueError(f"{told}: has no rows for batch norm; set model.batch_norm=false")
+            raise ValueError(f"{setting}: has no rows for batch norm; set model.batch_norm=false")
         if self.trainer.compile:
             raise ValueError(
-                f"{told}: trainer.compile is for the forward pass of rows; leave it out"
+                f"{setting}: trainer.compile is for the forward pass of rows; leave it out"
             )
         if self.trainer.accumulate_steps > 1:
-            raise ValueError(f"{told}: accumulate_steps are for rows; use a smaller batch_size")
+            raise ValueError(f"{setting}: accumulate_steps are for rows; use a smaller batch_size")
 
     @property
     def monitor(self) -> str | None:
@@ -186,14 +186,14 @@ class Config(Section):
         """Seed of the prepared dataset."""
         return self.run.seed if self.data.seed is None else self.data.seed
 
-    def called(self, name: str) -> Self:
+    def with_run_name(self, name: str) -> Self:
         """The settings of the run of a name."""
         return self.model_copy(update={"run": self.run.model_copy(update={"name": name})})
 
-    def renamed(self, name: str) -> Self:
+    def with_run_name_on_same_data(self, name: str) -> Self:
         """The settings of another run on the same prepared data."""
         data = self.data.model_copy(update={"name": self.data.name or self.run.name})
-        return self.called(name).model_copy(update={"data": data})
+        return self.with_run_name(name).model_copy(update={"data": data})
 
     def with_columns(self, embedding_dim: int) -> Self:
         """The settings of the model with so many columns of factors."""
@@ -229,7 +229,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
     for override in overrides:
         _set(tree, *parse_override(override, Config), repr(override))
-    return config_from(typed(tree, Config), str(file), overrides)
+    return config_from(parse_scalars(tree, Config), str(file), overrides)
 
 
 def config_from(

@@ -207,8 +207,8 @@ def _check_catalogue(device: str) -> None:
     engine = engine_for(scorer, torch.device(device))
     packed = engine.allocate(300, items)
     engine.fill(packed, 0, items)
-    found = engine.scores(engine.users([users]), 5, packed)
-    torch.testing.assert_close(found, scorer.scores(users, items), rtol=1e-4, atol=1e-4)
+    scores = engine.scores(engine.users([users]), 5, packed)
+    torch.testing.assert_close(scores, scorer.scores(users, items), rtol=1e-4, atol=1e-4)
 
 
 _CHECKS: dict[str, Callable[[str], None]] = {
@@ -265,8 +265,8 @@ def _last_line(text: str) -> str:
 def _gpu_problems(gpus: Sequence[dict[str, Any]]) -> list[Problem]:
     """Each kind of GPU that tables cannot be on."""
     kinds = {(gpu["name"], tuple(map(int, gpu["capability"].split(".")))) for gpu in gpus}
-    found = [environment.gpu_problem(*kind) for kind in sorted(kinds)]
-    return [problem for problem in found if problem is not None]
+    detected = [environment.gpu_problem(*kind) for kind in sorted(kinds)]
+    return [problem for problem in detected if problem is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

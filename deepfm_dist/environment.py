@@ -171,11 +171,11 @@ def require(device: str = "auto") -> None:
     Raises:
         EnvironmentProblem: The first fatal problem and its cure.
     """
-    found = problems(observe(), device)
-    for problem in found:
+    detected = problems(observe(), device)
+    for problem in detected:
         if problem.fatal:
             raise EnvironmentProblem(str(problem))
-    for problem in found:
+    for problem in detected:
         logger.warning("%s", problem)
 
 

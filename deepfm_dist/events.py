@@ -137,10 +137,10 @@ def read_events(path: Path) -> list[Event]:
     """
     if not path.is_file():
         return []
-    found, skipped = [], 0
+    events, skipped = [], 0
     for line in path.read_bytes().splitlines():
         try:
-            found.append(_EVENT.validate_json(line))
+            events.append(_EVENT.validate_json(line))
         except ValueError:
             skipped += bool(line.strip())
     if skipped:
@@ -148,9 +148,9 @@ def read_events(path: Path) -> list[Event]:
             "%s: %s of %s lines skipped: damaged, or of another version of deepfm_dist",
             path,
             f"{skipped:,}",
-            f"{len(found) + skipped:,}",
+            f"{len(events) + skipped:,}",
         )
-    return found
+    return events
 
 
 def last(events: list[Event], kind: type[E]) -> E | None:

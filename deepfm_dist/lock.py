@@ -86,11 +86,11 @@ class Lock:
             waited = time.monotonic() - begun
             if waited >= wait_s:
                 raise InUse(
-                    f"{self._what}: in use by {_described(holder)}; wait for it, stop it, or "
+                    f"{self._what}: in use by {_describe(holder)}; wait for it, stop it, or "
                     f"{self._cure}"
                 )
             if not said and waited > 1:
-                log.info("%s: in use by %s; waiting for it", self._what, _described(holder))
+                log.info("%s: in use by %s; waiting for it", self._what, _describe(holder))
                 said = True
             time.sleep(min(0.2, wait_s - waited))
 
@@ -176,7 +176,7 @@ class Lock:
 
     def _is_left_over(self, holder: dict[str, Any]) -> bool:
         """Waits whether a holder shows that it is alive."""
-        log.info("%s: waiting to see whether %s is alive", self.path, _described(holder))
+        log.info("%s: waiting to see whether %s is alive", self.path, _describe(holder))
         until = time.monotonic() + STALE_S
         while time.monotonic() < until:
             time.sleep(min(1.0, STALE_S / 10))
@@ -219,10 +219,10 @@ class Lock:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.path.read_text())
+            content = json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):  # none, or its holder is writing it
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def _unlink(self) -> None:
         with suppress(OSError):
@@ -247,7 +247,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _described(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any]) -> str:
     if "pid" not in holder:
         return "another process"
     return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"

@@ -132,15 +132,15 @@ class MetricsLog:
         with write_errors_to_user(folder):
             if not self._uploads:
                 folder.mkdir(parents=True, exist_ok=True)
-            found = self.path.read_bytes() if self.path.exists() else None
-            lines = (found or b"").splitlines(True)
+            stored = self.path.read_bytes() if self.path.exists() else None
+            lines = (stored or b"").splitlines(True)
             kept = [line for line in lines if _step_of(line) is not None]
             if dropped := len([line for line in lines if line.strip()]) - len(kept):
                 log.warning("%s: dropped %s", self.path, plural(dropped, "damaged line"))
             if from_step is not None:
                 kept = [line for line in kept if from_step and (_step_of(line) or 0) <= from_step]
             self._text = b"".join(kept)
-            if found != self._text:
+            if stored != self._text:
                 self.path.write_bytes(self._text)
 
     def write(self, event: Event) -> None:
@@ -174,19 +174,21 @@ class MetricsLog:
     def flush(self) -> None:
         """Makes what was written last: a run that goes on from here finds it."""
         if self._is_first and self._uploads:
-            with _warned(f"{self.path}: not written, later"):
+            with _storage_errors_to_warnings(f"{self.path}: not written, later"):
                 self.path.write_bytes(self._text)
 
     def close(self) -> None:
         """Nothing comes any more: loggers write what they hold."""
         for logger in self._loggers:
             if close := getattr(logger, "close", None):
-                with _warned(f"{self.path.parent}: {type(logger).__name__}: not written"):
+                with _storage_errors_to_warnings(
+                    f"{self.path.parent}: {type(logger).__name__}: not written"
+                ):
                     close()
 
 
 @contextmanager
-def _warned(what: str) -> Iterator[None]:
+def _storage_errors_to_warnings(what: str) -> Iterator[None]:
     """A file system's failure becomes a warning: nothing else depends on these files."""
     try:
         yield

@@ -1,7 +1,7 @@
-"""YAML in which text stays as it is typed: ``0074``, ``1e3``, ``NO`` are ids, not 60, 1000, False.
+"""YAML that keeps text as typed: ``0074``, ``1e3``, ``NO`` are ids, not 60, 1000, False.
 
 What a word without quotes means depends on the setting it is for. So words are kept as they are
-read, and `typed` makes numbers, booleans and nulls of those whose setting takes no text.
+read, and `parse_scalars` makes numbers, booleans and nulls of those whose setting takes no text.
 """
 
 import datetime
@@ -64,7 +64,7 @@ def load(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def typed(value: Any, kind: Any) -> Any:
+def parse_scalars(value: Any, kind: Any) -> Any:
     """A value of `load`, its plain scalars turned into what a setting takes.
 
     Args:
@@ -75,13 +75,19 @@ def typed(value: Any, kind: Any) -> Any:
     if isinstance(value, Plain):
         return _scalar(value, kinds)
     if isinstance(value, dict):
-        return {str(key): typed(below, kind_below(kinds, str(key))) for key, below in value.items()}
+        return {
+            str(key): parse_scalars(below, kind_below(kinds, str(key)))
+            for key, below in value.items()
+        }
     if isinstance(value, list):
         items = next((get_args(k) for k in kinds if get_origin(k) in (tuple, list)), (Any, ...))
         if len(items) == 1 or items[1:] == (...,):
-            return [typed(item, items[0]) for item in value]
-        of_each = [*items, *[Any] * len(value)]
-        return [typed(item, of_one) for item, of_one in zip(value, of_each, strict=False)]
+            return [parse_scalars(item, items[0]) for item in value]
+        item_kinds = [*items, *[Any] * len(value)]
+        return [
+            parse_scalars(item, item_kind)
+            for item, item_kind in zip(value, item_kinds, strict=False)
+        ]
     return value
 
 
@@ -110,10 +116,10 @@ def _scalar(text: Plain, kinds: list[Any]) -> Any:
         return str(text)
     if str in kinds:
         return None if text in ("", "null", "~") and type(None) in kinds else str(text)
-    return resolved(text)
+    return parse_plain(text)
 
 
-def resolved(text: str) -> Any:
+def parse_plain(text: str) -> Any:
     """What a plain scalar is where no text is expected: null, a boolean, a number, else itself."""
     if re.fullmatch(r"[-+]?0[0-9]+", text):  # octal in YAML 1.1
         return int(text)

@@ -24,12 +24,12 @@ class PlainDeepFM(nn.Module):
         first_order: bool = True,
         fm: bool = True,
         deep: bool = True,
-        of_item: Sequence[bool] | None = None,
+        is_item_field: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.fields, self.dim = list(fields), dim
         self.use = (first_order, fm, deep)
-        self.of_item = of_item
+        self.is_item_field = is_item_field
         self.tables = nn.ModuleDict({k: nn.Embedding(n, dim + 1) for k, n in tables.items()})
         self.dense_factors = nn.Parameter(torch.randn(n_dense, dim))
         self.dense_first = nn.Parameter(torch.randn(n_dense))
@@ -65,7 +65,10 @@ class PlainDeepFM(nn.Module):
         if fm:
             for a in range(len(vectors)):
                 for b in range(a):
-                    if self.of_item is not None and self.of_item[a] == self.of_item[b]:
+                    if (
+                        self.is_item_field is not None
+                        and self.is_item_field[a] == self.is_item_field[b]
+                    ):
                         continue
                     logits = logits + (vectors[a] * vectors[b]).sum(1)
         if deep:

@@ -13,7 +13,7 @@ from deepfm_dist.bundle import BUNDLE
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.section import Section
-from deepfm_dist.typed_yaml import load, typed
+from deepfm_dist.typed_yaml import load, parse_scalars
 
 BUNDLED = sorted(p.stem for p in (BUNDLE / "configs").glob("*.yaml"))
 
@@ -262,7 +262,7 @@ def test_values_are_text_and_survive_yaml(context: dict[str, object]) -> None:
     tree = yaml.safe_load((BUNDLE / "configs/sample.yaml").read_text())
     config = config_from(tree | {"recommend": {"context": context}})
     assert config.recommend.context == {k: str(v) for k, v in context.items()}
-    assert config_from(typed(load(config.to_yaml()), Config)) == config
+    assert config_from(parse_scalars(load(config.to_yaml()), Config)) == config
 
 
 WORDS = (
@@ -296,7 +296,7 @@ recommend:
     )
     assert typed_there.recommend.users == (word,)
     assert typed_there.recommend.context == {"h": word}
-    assert config_from(typed(load(config.to_yaml()), Config)) == config
+    assert config_from(parse_scalars(load(config.to_yaml()), Config)) == config
 
 
 def test_what_is_not_text_is_what_yaml_makes_of_it() -> None:

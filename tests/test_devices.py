@@ -186,7 +186,7 @@ def small_model() -> DeepFMTrain:
             over_arch=lambda n: OverArch(n, [4, 3], batch_norm=True),
             pooling={"seen": "sqrt"},
             device=META,
-            of_item=[False, True, False, False, True],
+            is_item_field=[False, True, False, False, True],
         )
     )
 
@@ -380,10 +380,10 @@ def device_use_of_ranking(folder: Path, overrides: list[str]) -> DeviceUse:
         with DeviceUse() as use:
             ranker = held_out.ranker(deepfm_of(sharded), world)
             for chosen in (ranker, ranker.for_users(held_out.users, 50)):
-                held_out.measured(chosen, [10], world)
+                held_out.measure(chosen, [10], world)
             ranker.scores(0, 3, 3)
             ranker.item_vectors()
-            rows.measured(sharded, world)
+            rows.measure(sharded, world)
     return use
 
 

@@ -83,9 +83,11 @@ class PreparedDataset:
     def row_columns(self, split: str) -> list[str]:
         """What the model and the sampler need of a split's rows."""
         present = self.files.open(f"{split}/part-00000.parquet").schema_arrow.names
-        of_rows = [f.name for f in self.manifest.features if f.entity == "context"]
+        context_fields = [f.name for f in self.manifest.features if f.entity == "context"]
         return [
-            n for n in ("user", "item", "label", "weight", NEGATIVE_USER, *of_rows) if n in present
+            n
+            for n in ("user", "item", "label", "weight", NEGATIVE_USER, *context_fields)
+            if n in present
         ]
 
     def columns(self, split: str, names: list[str]) -> dict[str, Values]:

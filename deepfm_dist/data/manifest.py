@@ -137,7 +137,7 @@ class Manifest(Section):
         return tuple(f for f in self.features if not f.in_table)
 
     @property
-    def of_item(self) -> list[bool]:
+    def is_item_field(self) -> list[bool]:
         """For each field of `categorical` and then of `dense`, whether it is the item's."""
         return [f.entity == "item" for f in (*self.categorical, *self.dense)]
 

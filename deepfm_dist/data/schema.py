@@ -585,8 +585,8 @@ class DataConfig(Section):
         reserved_names = {"id", "history", "seen_train", "seen_valid", "seen_test"}
         if reserved := sorted((reserved_names | {"count", "title", "label"}) & set(names)):
             raise ValueError(_reserved(reserved[0], self.features))
-        of_rows = {f.name for f in self.features if f.entity == "context"}
-        if reserved := sorted({"user", "item", "time", "drawer", "weight"} & of_rows):
+        context_fields = {f.name for f in self.features if f.entity == "context"}
+        if reserved := sorted({"user", "item", "time", "drawer", "weight"} & context_fields):
             raise ValueError(_reserved(reserved[0], self.features))
         self._check_histories()
         _check_shared_tables(self.features)

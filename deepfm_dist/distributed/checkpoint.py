@@ -88,10 +88,10 @@ def complete_steps(run_dir: Path) -> list[int]:
 def _folders(run_dir: Path) -> dict[int, Path]:
     """Folders of checkpoints by step, of incomplete ones as well."""
     try:
-        found = [*(run_dir / "checkpoints").iterdir()]
+        folders = [*(run_dir / "checkpoints").iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {int(name[1]): path for path in found if (name := _NAME.fullmatch(path.name))}
+    return {int(name[1]): path for path in folders if (name := _NAME.fullmatch(path.name))}
 
 
 def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
@@ -202,7 +202,7 @@ class Checkpoints:
             while not self._all(future.done()):
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 0.5)
-            _translated(future.result, path, "cannot be written")
+            _errors_to_user(future.result, path, "cannot be written")
 
     def close(self) -> None:
         """`wait`, and nothing is to be saved any more. All ranks."""
@@ -297,7 +297,7 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, [[r for r in part if r.index.fqn != _SUMS] for part in results])
         sums = {".metadata": self._files.sums[".metadata"]}
-        for result in [r for of_rank in results for r in of_rank if r.index.fqn == _SUMS]:
+        for result in [r for rank_results in results for r in rank_results if r.index.fqn == _SUMS]:
             sums |= result.storage_data
         state = {**self._state, _SUMS: sums}
         state[_OWN_SUM] = _sum_of(state)
@@ -344,7 +344,7 @@ class _Files(FileSystemBase):
             if mode == "rb":
                 yield file
                 return
-            summed = _Summed(file)
+            summed = _ChecksumFile(file)
             try:
                 yield summed
             except Exception as error:
@@ -378,7 +378,7 @@ class _Files(FileSystemBase):
         path.unlink()
 
 
-class _Summed(io.RawIOBase):
+class _ChecksumFile(io.RawIOBase):
     """Passes on what is written from beginning to end, and sums it up."""
 
     def __init__(self, file: Any) -> None:
@@ -430,10 +430,10 @@ def load(
         check_files(path, world)
     # Before dcp.load, which would log two tracebacks over a damaged index.
     reader = Reader(path)
-    metadata = _translated(reader.read_metadata, path, "cannot be read")
+    metadata = _errors_to_user(reader.read_metadata, path, "cannot be read")
     saved: Mapping[str, Any] = metadata.state_dict_metadata
     model = sharded.state_dict()
-    for name in _retired_biases(model, saved):
+    for name in _redundant_biases(model, saved):
         model[name] = torch.empty(saved[f"model.{name}"].size)
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
@@ -442,8 +442,8 @@ def load(
     put_in_place: list[Callable[[], object]] = []
     if transfer is not None:
         tensors = _without_new_rows(tensors, saved)
-        tensors, put_in_place = _transferred(tensors, saved, transfer)
-    _translated(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
+        tensors, put_in_place = _plan_transfer(tensors, saved, transfer)
+    _errors_to_user(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
     for work in put_in_place:
         work()
     sharded.load_state_dict(model)
@@ -451,7 +451,7 @@ def load(
         set_table_steps(sharded, steps_in(read_state(path)))
 
 
-def _retired_biases(model: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+def _redundant_biases(model: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Saved biases in front of batch norm, which earlier versions had and the model folds in."""
     names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
     return [name for name in biases_before_norm(names, _OVER_ARCH) if name not in model]
@@ -489,9 +489,9 @@ def check_files(path: Path, world: World | None = None) -> None:
                 raise
             problem = f"{path / name}: cannot be read: {brief(error)}"
     problems = world.all_gather_object(problem) if world else [problem]
-    found = next((p for p in problems if p is not None), None)
-    if found is not None:
-        raise CheckpointError(f"{found}; {_instead_of(path)}")
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise CheckpointError(f"{first}; {_instead_of(path)}")
 
 
 def _instead_of(path: Path) -> str:
@@ -527,11 +527,11 @@ def read_state(path: Path) -> dict[str, Any]:
     kinds = {"step": int, "vocabulary_hash": str, "config": dict, "config.data": dict}
     kinds |= {"config.model": dict, "trainer": dict, _SUMS: dict}
     for name, kind in kinds.items():
-        found: Any = state
+        value: Any = state
         for key in name.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(found, kind):
-            raise CheckpointError(f"{marker}: damaged ({name} is {found!r}); {_instead_of(path)}")
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{marker}: damaged ({name} is {value!r}); {_instead_of(path)}")
     return state
 
 
@@ -561,7 +561,7 @@ def _make_room(path: Path) -> None:
         if not is_remote(path):  # an object store has no folders
             path.mkdir(parents=True)
 
-    _translated(work, path, "cannot be written")
+    _errors_to_user(work, path, "cannot be written")
 
 
 def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -576,13 +576,13 @@ def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> 
             continue
         group, _, parameter = name.partition(".")
         if group == "tables":
-            values = {k: _pieced_like(model[parameter], v) for k, v in values.items()}
+            values = {k: _as_dtensor_like(model[parameter], v) for k, v in values.items()}
         # Replicated tables go under the names that they have where they are not.
         state[name.removeprefix(f"{REPLICATED}_")] = values
     return state
 
 
-def _pieced_like(table: DTensor, piece: Tensor) -> Tensor:
+def _as_dtensor_like(table: DTensor, piece: Tensor) -> Tensor:
     """This rank's piece of an optimizer's state as part of a DTensor cut as the table is."""
     if piece.dim() == 0:  # a step count
         return piece
@@ -617,7 +617,7 @@ def _without_new_rows(
     return cut
 
 
-def _transferred(
+def _plan_transfer(
     tensors: Mapping[str, Any], saved: Mapping[str, Any], transfer: Transfer
 ) -> tuple[dict[str, Any], list[Callable[[], object]]]:
     """What to read for a model that takes over another's weights, by its full name.
@@ -678,7 +678,7 @@ def _of_pieces(like: DTensor, pieces: list[Tensor], offsets: Any, shape: torch.S
     )
 
 
-def _translated(work: Callable[[], T], path: Path, what: str) -> T:
+def _errors_to_user(work: Callable[[], T], path: Path, what: str) -> T:
     try:
         return work()
     except CheckpointException as error:

@@ -135,7 +135,7 @@ def rowwise_adagrad(
         rows = np.empty(end - begin, np.int64)
         sums = np.empty((end - begin, width), np.float32)
         mask, shift = np.uint64((1 << bits) - 1), np.uint64(64 - bits)
-        found = 0
+        n_rows = 0
         for f in range(first, feature):
             left = columns[f]
             for bag in range(batch):
@@ -146,14 +146,14 @@ def rowwise_adagrad(
                         at = (at + np.uint64(1)) & mask
                     place = places[at]
                     if place < 0:
-                        places[at] = found
-                        rows[found] = row
+                        places[at] = n_rows
+                        rows[n_rows] = row
                         for d in range(0, width, 4):
-                            sums[found, d] = gradient[bag, left + d]
-                            sums[found, d + 1] = gradient[bag, left + d + 1]
-                            sums[found, d + 2] = gradient[bag, left + d + 2]
-                            sums[found, d + 3] = gradient[bag, left + d + 3]
-                        found += 1
+                            sums[n_rows, d] = gradient[bag, left + d]
+                            sums[n_rows, d + 1] = gradient[bag, left + d + 1]
+                            sums[n_rows, d + 2] = gradient[bag, left + d + 2]
+                            sums[n_rows, d + 3] = gradient[bag, left + d + 3]
+                        n_rows += 1
                     else:
                         for d in range(0, width, 4):
                             sums[place, d] += gradient[bag, left + d]
@@ -161,7 +161,7 @@ def rowwise_adagrad(
                             sums[place, d + 2] += gradient[bag, left + d + 2]
                             sums[place, d + 3] += gradient[bag, left + d + 3]
         table, state = weights_offsets[first], accumulator_offsets[first]
-        for place in range(found):
+        for place in range(n_rows):
             a = b = c = e = np.float32(0)
             for d in range(0, width, 4):
                 a += sums[place, d] * sums[place, d]

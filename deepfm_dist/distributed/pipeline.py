@@ -113,7 +113,7 @@ class Step:
         return math.isfinite(self.loss)
 
 
-class _Ahead:
+class _Prefetcher:
     """Batches on the device: while one trains, the next one is copied on a stream of its own.
 
     Args:
@@ -265,7 +265,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         self._overlapped = overlapped
         if overlapped is None:
             self._overlapped = on_device and (self._always_overlapped or world.world_size > 1)
-        self._ahead = _Ahead(world.device) if on_device else None
+        self._ahead = _Prefetcher(world.device) if on_device else None
         self.deferred = on_device if deferred is None else deferred
         self.deferred &= all(map(can_skip_on_device, fused_kernels(model)))
         self._dense = parameters_of(optimizer, "dense")
@@ -295,7 +295,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         for module in model.modules():
             if isinstance(module, ShardedEmbeddingBagCollection):
                 module.register_forward_pre_hook(self._looking_up)
-                module.register_forward_hook(self._looked_up)
+                module.register_forward_hook(self._on_lookup)
 
     _always_overlapped = False
 
@@ -343,7 +343,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def _looking_up(self, _module: nn.Module, _arguments: Any) -> None:
         self._looking_up_since = time.perf_counter()
 
-    def _looked_up(self, module: nn.Module, _arguments: Any, pooled: Any) -> Any:
+    def _on_lookup(self, module: nn.Module, _arguments: Any, pooled: Any) -> Any:
         """Waits for the pooled rows, which are used next in any case."""
         waited = pooled.wait() if isinstance(pooled, LazyAwaitable) else pooled
         if module.training:  # validation has a phase of its own
@@ -383,8 +383,8 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""
         with self._timed("data"):
-            found: bool = super().enqueue_batch(dataloader_iter)
-            return found
+            enqueued: bool = super().enqueue_batch(dataloader_iter)
+            return enqueued
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         """Begins to exchange a batch's ids."""

@@ -153,29 +153,29 @@ def plan(job: Job) -> Plan:
     Raises:
         ConfigError: a placement cannot be.
     """
-    found = _asked(job) or _asked(_spread(job))
-    assert found is not None  # nothing is left to the planner
-    return found if found.fits else replace(found, remedies=tuple(_remedies(job)))
+    plan = _plan_if_possible(job) or _plan_if_possible(_row_wise(job))
+    assert plan is not None  # nothing is left to the planner
+    return plan if plan.fits else replace(plan, remedies=tuple(_remedies(job)))
 
 
-def _asked(job: Job) -> Plan | None:
+def _plan_if_possible(job: Job) -> Plan | None:
     """As the job says; None where the planner finds no room."""
     try:
-        return _added_up(job, _placed(job))
+        return _estimate(job, _place(job))
     except DoesNotFit:
         return None
 
 
-def _spread(job: Job) -> Job:
+def _row_wise(job: Job) -> Job:
     return replace(job, sharding=job.sharding.model_copy(update={"kind": _SPREAD}))
 
 
-def _placed(job: Job) -> dict[str, TablePlan]:
+def _place(job: Job) -> dict[str, TablePlan]:
     replicable = job.optimizer.replicable
     return place(job.task, job.world, job.sharding, job.batch_size, job.hbm_bytes, replicable)
 
 
-def _added_up(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
+def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
     """What a placement needs; with another width of the rows, if wanted."""
     arch = job.task.model.embedding_arch
     width = row_width or arch.row_width
@@ -313,16 +313,16 @@ def sent_bytes(
             total[2] += ranks * _all_reduced(table_bytes, ranks)
             continue
         owner = None if placed.sharding_type == _SPREAD else placed.ranks[0]
-        of_batch = ranks * local * len(config.feature_names)
+        n_ids = ranks * local * len(config.feature_names)
         looked_up = ranks * sum(ids[name] for name in config.feature_names)
         for rank in range(ranks):
             sent = _sent(
                 owner,
                 rank,
                 ranks,
-                of_batch * config.embedding_dim * float_bytes,
+                n_ids * config.embedding_dim * float_bytes,
                 looked_up * ID_BYTES,
-                of_batch * ID_BYTES,
+                n_ids * ID_BYTES,
             )
             total = [a + b for a, b in zip(total, sent, strict=True)]
     dense = sum(p.numel() for k, p in sharded.named_parameters() if ".ebc." not in k)
@@ -331,14 +331,14 @@ def sent_bytes(
 
 
 def _remedies(job: Job) -> Iterator[str]:
-    """Single changes that make it fit, as they are to be typed."""
+    """Single changes that make it fit, as the user types them."""
 
     def fits(changed: Job, row_width: int | None = None) -> bool:
-        changed = _spread(changed)
-        return _added_up(changed, _placed(changed), row_width).fits
+        changed = _row_wise(changed)
+        return _estimate(changed, _place(changed), row_width).fits
 
-    def typed(setting: str, changed: Job | None = None) -> str:
-        as_asked = changed and _asked(changed)
+    def remedy(setting: str, changed: Job | None = None) -> str:
+        as_asked = changed and _plan_if_possible(changed)
         if job.sharding.kind == _SPREAD or (as_asked and as_asked.fits):
             return setting
         return f"{setting} sharding.kind={_SPREAD}"
@@ -348,7 +348,7 @@ def _remedies(job: Job) -> Iterator[str]:
     if tables := job.sharding.tables:
         free = replace(job, sharding=job.sharding.model_copy(update={"tables": {}}))
         if fits(free):
-            yield typed(f"no sharding.tables ({', '.join(tables)})", free)
+            yield remedy(f"no sharding.tables ({', '.join(tables)})", free)
     local = job.world.local_world_size
     sizes = range(job.world.world_size + local, MOST_RANKS + 1, local)
     enough = bisect_left(
@@ -356,19 +356,19 @@ def _remedies(job: Job) -> Iterator[str]:
     )
     if enough < len(sizes):
         more = replace(job, world=hypothetical_world(sizes[enough], local))
-        yield typed(f"--world-size {sizes[enough]}", more)
+        yield remedy(f"--world-size {sizes[enough]}", more)
     if job.optimizer.name != "rowwise_adagrad":
         smaller = table_optimizer(OptimizerConfig(), job.world.device)
         if fits(changed := replace(job, optimizer=smaller)):
-            yield typed("optimizer.tables.name=rowwise_adagrad", changed)
+            yield remedy("optimizer.tables.name=rowwise_adagrad", changed)
     width = job.task.model.embedding_arch.row_width
     narrower = range(width - ROW_ALIGNMENT, 0, -ROW_ALIGNMENT)
     enough = bisect_left(narrower, True, key=lambda w: fits(job, w))
     if enough < len(narrower):
-        yield typed(f"model.embedding_dim={narrower[enough] - 1}")
+        yield remedy(f"model.embedding_dim={narrower[enough] - 1}")
     batch_size = job.batch_size // 2
     while batch_size >= job.world.world_size:
         if fits(changed := replace(job, batch_size=batch_size)):
-            yield typed(f"trainer.batch_size={batch_size}", changed)
+            yield remedy(f"trainer.batch_size={batch_size}", changed)
             break
         batch_size //= 2

@@ -433,7 +433,7 @@ def place(
     }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
         left = {name: p for name, p in wanted.items() if p.kind != REPLICATED}
-        wanted |= _planned(_only(ebc, left), world, left, batch_size, hbm_bytes)
+        wanted |= _plan(_only(ebc, left), world, left, batch_size, hbm_bytes)
     return {
         name: placement
         if placement.kind == "row_wise" or (placement.kind == REPLICATED and world.world_size > 1)
@@ -550,7 +550,7 @@ def _only(ebc: EmbeddingBagCollection, names: Collection[str]) -> EmbeddingBagCo
     return collection
 
 
-def _planned(
+def _plan(
     ebc: EmbeddingBagCollection,
     world: World,
     wanted: Mapping[str, TablePlan],
@@ -603,10 +603,10 @@ def _planned(
         ) from None
     placed = {}
     for name, placement in wanted.items():
-        found = plan[name]
-        rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
+        planned = plan[name]
+        rank = planned.ranks[0] if planned.sharding_type == "table_wise" and planned.ranks else None
         placed[name] = (
-            placement.model_copy(update={"kind": found.sharding_type, "rank": rank})
+            placement.model_copy(update={"kind": planned.sharding_type, "rank": rank})
             if placement.kind == "auto"
             else placement.model_copy(
                 update={"rank": rank if placement.rank is None else placement.rank}

@@ -86,7 +86,7 @@ class StoredModel:
         Raises:
             CheckpointError: shards are missing.
         """
-        found = []
+        weights = []
         for key, stored in self._metadata.state_dict_metadata.items():
             if not isinstance(stored, TensorStorageMetadata):
                 continue
@@ -107,8 +107,8 @@ class StoredModel:
             kept = table_columns * item_bytes if key.startswith(_TABLE) else row_bytes
             chunks = tuple(stored.chunks)
             dtype = stored.properties.dtype
-            found.append(StoredWeight(name, key, shape, dtype, n_rows, row_bytes, kept, chunks))
-        return sorted(found, key=lambda weight: (not weight.key.startswith(_TABLE), weight.name))
+            weights.append(StoredWeight(name, key, shape, dtype, n_rows, row_bytes, kept, chunks))
+        return sorted(weights, key=lambda weight: (not weight.key.startswith(_TABLE), weight.name))
 
     def slices(self, weight: StoredWeight, buffer_bytes: int) -> Iterator[memoryview]:
         """All rows in order, without their padding; the last slice may be shorter.

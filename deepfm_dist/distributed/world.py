@@ -157,8 +157,8 @@ class World:
         if not self.is_first:
             outcome = heartbeat.wait_for(self.store, name, self.timeout_s)
             if outcome != b"done":
-                if self.store.add(f"{name}_heard", 1) == self.world_size - 1:
-                    self.store.set(f"{name}_heard_by_all", "")
+                if self.store.add(f"{name}_seen", 1) == self.world_size - 1:
+                    self.store.set(f"{name}_seen_by_all", "")
                 raise SystemExit(int(outcome))
             return None
         try:
@@ -168,7 +168,7 @@ class World:
             self.store.set(name, str(code))
             if isinstance(error, Exception) and self.world_size > 1:
                 with suppress(dist.DistStoreError):  # rank 0 may hold the store: not to leave first
-                    self.store.wait([f"{name}_heard_by_all"], heartbeat.SHORT)
+                    self.store.wait([f"{name}_seen_by_all"], heartbeat.SHORT)
             raise
         self.store.set(name, "done")
         return result

@@ -68,7 +68,7 @@ def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, 
 
 
 def ease_tables(
-    dataset: PreparedDataset, columns: int, l2: float, weight: float, of_fields: float = 0.0
+    dataset: PreparedDataset, columns: int, l2: float, weight: float, field_weight: float = 0.0
 ) -> dict[str, Tensor]:
     """EASE, fitted on the training positives, as columns of two tables.
 
@@ -77,7 +77,7 @@ def ease_tables(
         columns: how many.
         l2: EASE's.
         weight: of its scores.
-        of_fields: as how many users each value of an item's field counts, who have all of its
+        field_weight: as how many users each value of an item's field counts, who have all of its
             items.
 
     Returns:
@@ -88,8 +88,8 @@ def ease_tables(
         ConfigError: there is no table of items or of histories of them.
     """
     manifest, n_items = dataset.manifest, dataset.manifest.entities["item"]
-    of_items = [f for f in manifest.categorical if f.entity == "item"]
-    items = [f for f in of_items if f.is_id]
+    item_fields = [f for f in manifest.categorical if f.entity == "item"]
+    items = [f for f in item_fields if f.is_id]
     own = [
         f
         for f in manifest.features
@@ -103,23 +103,23 @@ def ease_tables(
             "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
             "item}"
         )
-    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items if not f.is_id]
+    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in item_fields if not f.is_id]
     shared = Jagged.concatenated(groups) if groups else None
     first, second = ease_factors(
-        Ease(l2), distinct(dataset.training_history), n_items, columns, shared, of_fields
+        Ease(l2), distinct(dataset.training_history), n_items, columns, shared, field_weight
     )
     return {own[0].table_name: weight * first, items[0].table_name: second}
 
 
 def _items_by_value(values: Values) -> Jagged:
     """For each value of an item's field but the unknown one, the items that have it."""
-    of_item = np.arange(len(values))
+    items = np.arange(len(values))
     if isinstance(values, Jagged):
-        of_item, values = np.repeat(of_item, values.lengths), values.values
+        items, values = np.repeat(items, values.lengths), values.values
     flat = values.astype(np.int32, copy=False)
     known = flat > 0
     n = int(flat.max(initial=0)) + 1
-    return distinct(Jagged.from_pairs(flat[known], of_item[known], n))
+    return distinct(Jagged.from_pairs(flat[known], items[known], n))
 
 
 def ease_factors(
@@ -166,10 +166,10 @@ def ease_factors(
     if groups is not None and group_weight:
         fitted_on += group_weight * co_counts(groups, n_items)
     weights = ease.weights(fitted_on)
-    of_scores = weights.T @ torch.from_numpy(together).float() @ weights
+    score_gram = weights.T @ torch.from_numpy(together).float() @ weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(n_items)
         spread = min(n_items, n_factors + 24)
-        leading = torch.svd_lowrank(of_scores, q=spread, niter=4)[2][:, :n_factors]
+        leading = torch.svd_lowrank(score_gram, q=spread, niter=4)[2][:, :n_factors]
     leading = pad(leading, (0, n_factors - leading.shape[1]))
     return weights @ leading, leading

@@ -61,9 +61,9 @@ class NotebookWeights:
         missing = [name for name in names if name not in state]
         unknown = [key for key in state if key not in names]
         if unknown or missing or len(numbers) < 2:
-            found = f"unknown: {', '.join(unknown)}" if unknown else ""
-            found += f"missing: {', '.join(missing)}" if missing and not unknown else ""
-            raise DataError(f"{found or 'too few linear layers'}; expected are {EXPECTED}")
+            problem = f"unknown: {', '.join(unknown)}" if unknown else ""
+            problem += f"missing: {', '.join(missing)}" if missing and not unknown else ""
+            raise DataError(f"{problem or 'too few linear layers'}; expected are {EXPECTED}")
         for name in names:
             if not state[name].is_floating_point():
                 raise DataError(f"{name} holds {state[name].dtype}, not floats")
@@ -137,14 +137,14 @@ class NotebookField:
     places: np.ndarray
     rows: int
 
-    def table(self, of_field: Tensor) -> Tensor:
+    def table(self, weights: Tensor) -> Tensor:
         """``[n, columns]`` in the notebook's order -> ``[rows, columns]`` in ours.
 
         Rows that the notebook does not have, row 0 among them, become 0: they add nothing.
         """
-        table = of_field.new_zeros(self.rows, of_field.shape[1])
+        table = weights.new_zeros(self.rows, weights.shape[1])
         known = torch.from_numpy(self.places > 0)
-        table[torch.from_numpy(self.places).long()[known]] = of_field[known]
+        table[torch.from_numpy(self.places).long()[known]] = weights[known]
         return table
 
 
@@ -290,15 +290,15 @@ def from_notebook(
             f"{weights.embedding_dim}; data.features has {len(order)}: {', '.join(order)}"
         )
     if sum(sizes.values()) != len(weights.rows):
-        told = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        counts = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
         raise DataError(
             f"embedding.weight has {len(weights.rows):,} rows, the fields' ids are "
-            f"{sum(sizes.values()):,} ({told}); give the notebook's ids by --ids FIELD=FILE where "
-            f"they are not those of the training rows"
+            f"{sum(sizes.values()):,} ({counts}); give the notebook's ids by --ids FIELD=FILE "
+            f"where they are not those of the training rows"
         )
-    of_field = dict(zip(order, weights.rows.split(list(sizes.values())), strict=True))
+    field_weights = dict(zip(order, weights.rows.split(list(sizes.values())), strict=True))
     tables = {
-        feature.table_name: ours[feature.name].table(of_field[feature.name])
+        feature.table_name: ours[feature.name].table(field_weights[feature.name])
         for feature in dataset.manifest.categorical
     }
     return tables, weights.interaction_arch([order.index(name) for name in ours])

@@ -110,7 +110,7 @@ def write_weights(
     """
     reader = StoredModel(checkpoint)
     weights = reader.weights(table_columns)
-    groups = _grouped(weights, max_file_bytes)
+    groups = _group_by_size(weights, max_file_bytes)
     files = {
         "model.safetensors"
         if len(groups) == 1
@@ -136,7 +136,7 @@ def write_weights(
     return {w.name: w.shape for w in weights}
 
 
-def _grouped(weights: Sequence[StoredWeight], max_bytes: int) -> list[list[StoredWeight]]:
+def _group_by_size(weights: Sequence[StoredWeight], max_bytes: int) -> list[list[StoredWeight]]:
     groups: list[list[StoredWeight]] = [[]]
     for weight in weights:
         filled = sum(w.size_bytes for w in groups[-1])
@@ -171,16 +171,16 @@ def read_weights(export: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a file is damaged.
     """
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(export.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: damaged ({brief(error)}); delete {export}, and it is exported again"
             ) from None
-    return found
+    return tensors
 
 
 def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
     return {
         "entities": {name: getattr(rows, name) for name in manifest.entities},
         "categorical": [
-            _described(f)
+            _describe(f)
             | {
                 "table": f.table_name,
                 "is_id": f.is_id,
@@ -212,7 +212,7 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
             for f in manifest.categorical
         ],
         "numeric": [
-            _described(f)
+            _describe(f)
             | {"transform": f.transform}
             | {k: getattr(manifest.numeric[f.name], k) for k in ("mean", "std")}
             for f in manifest.dense
@@ -220,7 +220,7 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
     }
 
 
-def _described(feature: Feature) -> dict[str, Any]:
+def _describe(feature: Feature) -> dict[str, Any]:
     return {
         "name": feature.name,
         "entity": feature.entity,
@@ -240,10 +240,10 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
         shutil.copyfile(dataset.folder / file, target / file)
     for name in dataset.manifest.entities:
         source = dataset.files.open(f"entities/{name}.parquet")
-        of_entity = [
+        names = [
             f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
         ]
-        schema = pa.schema([source.schema_arrow.field(name) for name in ("id", *of_entity)])
+        schema = pa.schema([source.schema_arrow.field(name) for name in ("id", *names)])
         path = target / "entities" / f"{name}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in source.iter_batches(columns=schema.names):

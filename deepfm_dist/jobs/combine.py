@@ -90,7 +90,7 @@ def combine(
     dataset, like = sources[0].run.dataset, sources[0].config
     width = sum(source.config.model.embedding_dim for source in sources)
     width += 0 if ease is None else ease.columns
-    target = like.renamed(new_name).with_columns(width)
+    target = like.with_run_name_on_same_data(new_name).with_columns(width)
     with (
         process_group(*config.run.process_group) as world,
         world.hold_on_rank0(run_lock(target)),
@@ -116,7 +116,7 @@ def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> 
     """
     sources = []
     for name in names:
-        run = find_run(config.called(name), overrides)
+        run = find_run(config.with_run_name(name), overrides)
         trained = config_from(run.state["config"], origin=str(run.checkpoint))
         where = {"run": run.config.run, "data": run.config.data}
         sources.append(_Source(run, trained.model_copy(update=where)))

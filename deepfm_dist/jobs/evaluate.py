@@ -69,7 +69,7 @@ def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None
             held_out = RankingEvaluator(
                 trained.dataset, split, config.recommend.context, config.evaluate.mask_seen
             )
-        measured = RowEvaluator(trained.dataset, split).measured(trained.sharded, world)
+        measured = RowEvaluator(trained.dataset, split).measure(trained.sharded, world)
         comparison = None
         if held_out is not None:
             model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k

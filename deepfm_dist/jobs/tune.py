@@ -119,7 +119,9 @@ def _result(config: Config, search: Search) -> SearchResult:
     best, path = search.best(), None
     if best is not None:
         path = _folder(config) / "best.yaml"
-        settings = with_settings(config, best.values).renamed(f"{config.run.name}_best")
+        settings = with_settings(config, best.values).with_run_name_on_same_data(
+            f"{config.run.name}_best"
+        )
         with write_errors_to_user(path), atomic_write(path) as file:
             file.write_text(settings.to_yaml())
     n_open = search.n_elsewhere()

@@ -160,8 +160,8 @@ class FactorizationMachine(nn.Module):
     Args:
         dim: D.
         first_order: whether the linear part counts.
-        of_item: for each of the F fields, whether it is the item's, where only the pairs of a field
-            of the item with another one count; None: all pairs do.
+        is_item_field: for each of the F fields, whether it describes the item; then only pairs of
+            an item field with another field count. None: all pairs count.
 
     Source: Rendle, "Factorization Machines", 2010, eq. 1, Lemma 3.1; Guo et al., 2017, eq. 2.
     """
@@ -169,13 +169,15 @@ class FactorizationMachine(nn.Module):
     sides_2F: Tensor | None
 
     def __init__(
-        self, dim: int, first_order: bool = True, of_item: Sequence[bool] | None = None
+        self, dim: int, first_order: bool = True, is_item_field: Sequence[bool] | None = None
     ) -> None:
         super().__init__()
         self.dim, self.first_order = dim, first_order
         sides = None
-        if of_item is not None:
-            sides = torch.tensor([[not item for item in of_item], of_item], dtype=torch.float32)
+        if is_item_field is not None:
+            sides = torch.tensor(
+                [[not item for item in is_item_field], is_item_field], dtype=torch.float32
+            )
         self.register_buffer("sides_2F", sides, persistent=False)
 
     def forward(self, rows_BFW: Tensor) -> Tensor:
@@ -196,23 +198,23 @@ class FactorizationMachine(nn.Module):
         """
         if self.sides_2F is None:
             if _has_kernel(rows_BFW):
-                found: tuple[Tensor, Tensor] = _InteractionsOnCPU.apply(  # type: ignore[no-untyped-call]
+                result: tuple[Tensor, Tensor] = _InteractionsOnCPU.apply(  # type: ignore[no-untyped-call]
                     rows_BFW, self.dim, self.first_order
                 )
-                return found
-            return self.of_side(rows_BFW)[0], rows_BFW
+                return result
+            return self.forward_side(rows_BFW)[0], rows_BFW
         sides_B2W = self.sides_2F @ rows_BFW
         pairs = sides_B2W[:, :, : self.dim].prod(1).sum(1)
         logits = sides_B2W[:, :, self.dim].sum(1) + pairs if self.first_order else pairs
         return logits, rows_BFW
 
-    def of_side(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_side(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of the fields of one side alone, and ``[B, D]`` the sum of their factors."""
         if self.sides_2F is None:
-            found: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
+            result: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
                 rows_BFW, self.dim, self.first_order
             )
-            return found
+            return result
         sum_BW = rows_BFW.sum(1)
         weights = sum_BW[:, self.dim] if self.first_order else sum_BW.new_zeros(len(sum_BW))
         return weights, sum_BW[:, : self.dim]
@@ -231,15 +233,15 @@ class _Interactions(torch.autograd.Function):
         ctx.save_for_backward(rows_BFW, sum_BW)
         ctx.dim, ctx.first_order = dim, first_order
         ctx.set_materialize_grads(False)
-        of_sum = sum_BW[:, :dim].square().sum(1)
+        square_of_sum = sum_BW[:, :dim].square().sum(1)
         sum_of = rows_BFW[:, :, :dim].square().sum((1, 2))
-        pairs = 0.5 * (of_sum - sum_of)
+        pairs = 0.5 * (square_of_sum - sum_of)
         return sum_BW[:, dim] + pairs if first_order else pairs, sum_BW[:, :dim]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, gradient_B: Tensor | None, of_sum_BD: Tensor | None
+        ctx: Any, gradient_B: Tensor | None, gradient_sum_BD: Tensor | None
     ) -> tuple[Tensor, None, None]:
         rows_BFW, sum_BW = ctx.saved_tensors
         if gradient_B is None:
@@ -250,8 +252,8 @@ class _Interactions(torch.autograd.Function):
             if ctx.first_order:
                 gradient[:, :, ctx.dim] = 1
             gradient.mul_(gradient_B[:, None, None])
-        if of_sum_BD is not None:
-            gradient[:, :, : ctx.dim] += of_sum_BD[:, None]
+        if gradient_sum_BD is not None:
+            gradient[:, :, : ctx.dim] += gradient_sum_BD[:, None]
         return gradient, None, None
 
 
@@ -350,7 +352,7 @@ class OverArch(nn.Module):
         """All linear layers, the output's last."""
         return [*self.hidden, self.output]
 
-    def of_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
+    def forward_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
 
         They are not copied next to each other: the other columns meet weights of 0.
@@ -373,11 +375,11 @@ class OverArch(nn.Module):
 
 
 def _fold_biases(
-    over_arch: nn.Module, state: dict[str, Any], prefix: str, *of_the_load: object
+    over_arch: nn.Module, state: dict[str, Any], prefix: str, *hook_arguments: object
 ) -> None:
     """Takes the biases that earlier versions had in front of batch norm into the running means."""
-    for name, of_norm in biases_before_norm(state, prefix).items():
-        state[of_norm] = state[of_norm] - state.pop(name)
+    for name, mean in biases_before_norm(state, prefix).items():
+        state[mean] = state[mean] - state.pop(name)
 
 
 def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, str]:
@@ -391,9 +393,9 @@ def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, st
         For each bias among the names, the running mean that makes it superfluous.
     """
     pattern = re.compile(re.escape(prefix) + r"hidden\.(\d+)\.bias")
-    found = {name: pattern.fullmatch(name) for name in names}
-    of_norms = {name: f"{prefix}norms.{m[1]}.running_mean" for name, m in found.items() if m}
-    return {name: of_norm for name, of_norm in of_norms.items() if of_norm in names}
+    matches = {name: pattern.fullmatch(name) for name in names}
+    means = {name: f"{prefix}norms.{m[1]}.running_mean" for name, m in matches.items() if m}
+    return {name: mean for name, mean in means.items() if mean in names}
 
 
 class InteractionArch(nn.Module):
@@ -408,7 +410,7 @@ class InteractionArch(nn.Module):
         fm: whether the pairwise part counts.
         over_arch: the deep part, ``[B, (F + n_dense) * D] -> [B]``, or None.
         init_std: standard deviation of the numeric fields' vectors.
-        of_item: as `FactorizationMachine` takes it, of the F + n_dense fields.
+        is_item_field: see `FactorizationMachine`; of the F + n_dense fields.
 
     Attributes:
         in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
@@ -422,13 +424,13 @@ class InteractionArch(nn.Module):
         fm: bool = True,
         over_arch: nn.Module | None = None,
         init_std: float = 0.01,
-        of_item: Sequence[bool] | None = None,
+        is_item_field: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.first_order, self.in_bfloat16 = first_order, False
         self.bias = nn.Parameter(torch.zeros(1))
-        self.fm = FactorizationMachine(embedding_dim, first_order, of_item) if fm else None
+        self.fm = FactorizationMachine(embedding_dim, first_order, is_item_field) if fm else None
         self.over_arch = over_arch
         self.dense_factors = self.dense_first_order = None
         if n_dense:
@@ -465,7 +467,7 @@ class InteractionArch(nn.Module):
         if self.over_arch is not None:
             with torch.autocast(rows_BFW.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                 if isinstance(self.over_arch, OverArch):
-                    deep = self.over_arch.of_rows(rows_BFW, weights_B)
+                    deep = self.over_arch.forward_rows(rows_BFW, weights_B)
                 else:
                     deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
@@ -534,7 +536,7 @@ def build_deepfm(
     pooling: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     half: bool = False,
-    of_item: Sequence[bool] | None = None,
+    is_item_field: Sequence[bool] | None = None,
 ) -> DeepFM:
     """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
 
@@ -550,7 +552,7 @@ def build_deepfm(
         pooling: as `EmbeddingArch` takes it.
         device: of the tables; ``meta`` before sharding.
         half: whether tables are kept in float16.
-        of_item: as `FactorizationMachine` takes it, of the categorical and then the numeric fields.
+        is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones.
     """
     width = embedding_dim if fm or over_arch is not None else 0
     return DeepFM(
@@ -562,6 +564,6 @@ def build_deepfm(
             fm,
             None if over_arch is None else over_arch((len(features) + n_dense) * width),
             init_std,
-            of_item,
+            is_item_field,
         ),
     )

@@ -55,7 +55,7 @@ def interactions(rows: FloatArray, halves: FloatArray, firsts: FloatArray) -> Fl
 @compiled
 def add_gradient(
     gradient: FloatArray,
-    of_logits: FloatArray,
+    logit_gradients_B: FloatArray,
     rows: FloatArray,
     sums: FloatArray,
     halves: FloatArray,
@@ -65,7 +65,7 @@ def add_gradient(
 
     Args:
         gradient: ``[B, F, W]`` is added to.
-        of_logits: ``[B]`` the gradient by the logits.
+        logit_gradients_B: ``[B]`` the gradient by the logits.
         rows: ``[B, F, W]`` as above.
         sums: ``[B, W + 1]`` what `interactions` returned.
         halves: ``[W]`` as above.
@@ -73,7 +73,7 @@ def add_gradient(
     """
     batch, fields, width = rows.shape
     for b in range(batch):
-        g = of_logits[b]
+        g = logit_gradients_B[b]
         for f in range(fields):
             for d in range(width):
                 pair = (halves[d] + halves[d]) * (sums[b, d] - rows[b, f, d])

@@ -179,8 +179,8 @@ def bpr_sum(
     """
     negative = torch.ones_like(logits_UC).index_put(known, logits_UC.new_zeros(()))
     share = negative / negative.sum(1, keepdim=True).clamp(min=1)
-    of_pairs = softplus(logits_UC[user_T] - logits_T[:, None])
-    return (weights_T[:, None] * share[user_T] * of_pairs).sum()
+    pair_losses = softplus(logits_UC[user_T] - logits_T[:, None])
+    return (weights_T[:, None] * share[user_T] * pair_losses).sum()
 
 
 def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

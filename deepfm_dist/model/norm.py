@@ -53,7 +53,7 @@ class GlobalBatchNorm(nn.Module):
             ``[B, C]``.
         """
         if not self.training:
-            return self._scaled(x_BC, self.running_mean, self.running_var)
+            return self._normalize(x_BC, self.running_mean, self.running_var)
         w_B1 = torch.ones_like(x_BC[:, :1]) if weights_B is None else weights_B[:, None]
         # The mean first, then the squares around it: one pass of sums would cancel.
         sums = self.all_reduce(torch.cat([(w_B1 * x_BC).sum(0), w_B1.sum(0)]))
@@ -66,7 +66,7 @@ class GlobalBatchNorm(nn.Module):
             unbiased = var * (total / (total - 1).clamp(min=1))
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(unbiased, self.momentum)
-        return self._scaled(x_BC, mean, var)
+        return self._normalize(x_BC, mean, var)
 
-    def _scaled(self, x_BC: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def _normalize(self, x_BC: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias

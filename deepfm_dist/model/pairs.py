@@ -84,21 +84,25 @@ class Fields:
         return cls(*indices)
 
     @classmethod
-    def of_both_sides(
-        cls, of_item: Sequence[bool], n_categorical: int, embedding_dim: int, device: torch.device
+    def for_both_sides(
+        cls,
+        is_item_field: Sequence[bool],
+        n_categorical: int,
+        embedding_dim: int,
+        device: torch.device,
     ) -> tuple[Self, Self]:
         """The user's and the item's.
 
         Args:
-            of_item: for each categorical field and then each numeric one, whether it describes the
-                item (else the user or the context).
+            is_item_field: for each categorical and then each numeric field, whether it describes
+                the item (otherwise the user or the context).
             n_categorical: number of categorical fields.
             embedding_dim: D.
             device: of the model.
         """
         user, item = (
             cls.at(
-                [place for place, item in enumerate(of_item) if bool(item) == side],
+                [place for place, item in enumerate(is_item_field) if bool(item) == side],
                 n_categorical,
                 embedding_dim,
                 device,
@@ -128,11 +132,11 @@ def side_of(
     """
     kind, dim = rows_nfW.dtype, arch.embedding_dim
     if len(fields.numeric):
-        of_numbers = arch.dense_rows(dense_nN.shape[1], rows_nfW)[fields.numeric]
+        numeric_rows = arch.dense_rows(dense_nN.shape[1], rows_nfW)[fields.numeric]
         numbers = dense_nN[:, fields.numeric].to(kind)
-        rows_nfW = torch.cat([rows_nfW, numbers[:, :, None] * of_numbers], 1)
+        rows_nfW = torch.cat([rows_nfW, numbers[:, :, None] * numeric_rows], 1)
     if arch.fm is not None:
-        constant, factor_sum = arch.fm.of_side(rows_nfW)
+        constant, factor_sum = arch.fm.forward_side(rows_nfW)
     else:
         constant = (
             rows_nfW[:, :, dim].sum(1) if arch.first_order else rows_nfW.new_zeros(len(rows_nfW))
@@ -177,13 +181,13 @@ class _Sides(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *of_sides: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *side_gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (divisors_HF,) = ctx.saved_tensors
-        gradient = of_sides[0].new_empty(ctx.shape)
-        for n, places, of_side in zip(ctx.sizes, ctx.fields, of_sides, strict=True):
+        gradient = side_gradients[0].new_empty(ctx.shape)
+        for n, places, side_gradient in zip(ctx.sizes, ctx.fields, side_gradients, strict=True):
             for at, place in enumerate(places):
                 divided = gradient[:n, place]
-                torch.div(of_side[:, at], divisors_HF[:n, place, None], out=divided)
+                torch.div(side_gradient[:, at], divisors_HF[:n, place, None], out=divided)
                 gradient[n:, place] = 0
         return gradient, None, None, None
 
@@ -193,12 +197,15 @@ class PairScorer:
 
     Args:
         arch: everything above the tables; its over-arch, if any, an `OverArch` without batch norm.
-        of_item: for each categorical field and then each numeric one, whether it is the item's.
+        is_item_field: for each categorical and then each numeric field, whether it describes the
+            item.
         n_categorical: number of categorical fields.
     """
 
-    def __init__(self, arch: InteractionArch, of_item: Sequence[bool], n_categorical: int) -> None:
-        self.arch, self._of_item, self._n_categorical = arch, of_item, n_categorical
+    def __init__(
+        self, arch: InteractionArch, is_item_field: Sequence[bool], n_categorical: int
+    ) -> None:
+        self.arch, self._is_item_field, self._n_categorical = arch, is_item_field, n_categorical
         self._fields: tuple[Fields, Fields] | None = None
 
     def sides(
@@ -213,14 +220,16 @@ class PairScorer:
             n_users: number of users.
             n_items: number of items.
         """
-        of_item = self._of_item[: self._n_categorical]
-        places = tuple([f for f, item in enumerate(of_item) if item == side] for side in (0, 1))
+        is_item_field = self._is_item_field[: self._n_categorical]
+        places = tuple(
+            [f for f, item in enumerate(is_item_field) if item == side] for side in (0, 1)
+        )
         rows = _Sides.apply(  # type: ignore[no-untyped-call]
             sums_HFW, divisors_HF, (n_users, n_items), places
         )
         if self._fields is None:  # the device is known only here; to copy them once is enough
-            self._fields = Fields.of_both_sides(
-                self._of_item, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
+            self._fields = Fields.for_both_sides(
+                self._is_item_field, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
             )
         over, first_layer = self.arch.over_arch, None
         if over is not None:

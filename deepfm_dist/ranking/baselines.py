@@ -37,7 +37,7 @@ class Baseline(Protocol):
         """Learns from each user's training items, numbers below ``n_items``, each once."""
         ...
 
-    def sized(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
+    def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
         """The baseline that memory has room for.
 
         Args:
@@ -56,7 +56,7 @@ class Baseline(Protocol):
 class AnySize:
     """A baseline whose memory grows with the items only, as the model's own does."""
 
-    def sized(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
+    def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
         """See `Baseline`."""
         return cast(Baseline, self), ""
 
@@ -92,7 +92,7 @@ class ItemKNN:
         _neighbours(users.offsets, users.values, train.offsets, train.values, nearest, cosines)
         return partial(_votes, nearest, cosines)
 
-    def sized(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
+    def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
         """See `Baseline`."""
         needed = 8 * n_items * min(self.neighbours, n_items)
         if needed > USABLE * room_bytes:
@@ -145,7 +145,7 @@ class Ease:
         behind = torch.from_numpy(counts - float(2**24)).float()
         return partial(_linear_among, weights, popular, place, behind)
 
-    def sized(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
+    def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
         """See `Baseline`."""
         room = int(math.sqrt(USABLE * room_bytes / _FIT_BYTES))
         if n_items <= room:

@@ -35,12 +35,12 @@ class CatalogueScorer:
         self, arch: InteractionArch, item_fields: Sequence[bool], n_categorical: int
     ) -> None:
         self._arch = arch
-        user, item = Fields.of_both_sides(
+        user, item = Fields.for_both_sides(
             item_fields, n_categorical, arch.embedding_dim, arch.bias.device
         )
         self._fields = {"user": user, "item": item}
         over = arch.over_arch
-        folded = _folded(over) if isinstance(over, OverArch) else None
+        folded = _fold_batch_norm(over) if isinstance(over, OverArch) else None
         self._first = None if folded is None else folded[0]
         self._output_bias = 0.0 if folded is None or len(folded) == 1 else float(folded[-1][1])
         self.layers = [] if over is None else None if folded is None else folded[1:]
@@ -150,7 +150,7 @@ class CatalogueScorer:
         return out
 
 
-def _folded(over_arch: OverArch) -> list[Layer]:
+def _fold_batch_norm(over_arch: OverArch) -> list[Layer]:
     """Weights and biases of all layers in float64, batch norm folded in."""
     layers = []
     for linear, norm in zip(over_arch.hidden, over_arch.norms, strict=True):

@@ -102,10 +102,10 @@ class RankingEvaluator:
         left_out = len(relevant_of_all) - 1 - len(self.users)
         if left_out:
             log.info("not ranked for %s without held-out items", plural(left_out, "user"))
-        if of_unknown := int(relevant_of_all.lengths[0]):
+        if n_unknown := int(relevant_of_all.lengths[0]):
             log.info(
                 "not ranked for: %s of users who are not in the user table",
-                plural(of_unknown, "held-out item"),
+                plural(n_unknown, "held-out item"),
             )
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
         self._seen = self.catalogue.seen_by(self.users, before)
@@ -118,7 +118,7 @@ class RankingEvaluator:
         self._n_active = int((dataset.training_history.lengths > 0).sum())
         self._strong = dataset.manifest.data.split.method == "users"
 
-    def measured(
+    def measure(
         self, ranker: Ranker, cutoffs: Sequence[int], world: World
     ) -> tuple[dict[str, FloatArray], Int64Array] | None:
         """On rank 0 `user_metrics` and what was ranked, ``[U, K]`` item rows; None elsewhere."""
@@ -136,18 +136,18 @@ class RankingEvaluator:
 
     def ranker(self, model: DeepFM, world: World) -> ModelRanker:
         """Ranks for the users by a model in eval mode. All ranks."""
-        return ModelRanker.of_model(
+        return ModelRanker.from_model(
             model, world, self.dataset, self.catalogue, Users(self.users), self._context
         )
 
     def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
-        found = self.measured(self.ranker(model, world), cutoffs, world)
-        if found is None:
+        measured = self.measure(self.ranker(model, world), cutoffs, world)
+        if measured is None:
             return {}
         return {
             name: value
-            for name, value in means(found[0]).items()
+            for name, value in means(measured[0]).items()
             if name.partition("@")[0] in RANKING_FIGURES
         }
 
@@ -220,11 +220,11 @@ def evaluate_ranking(
     popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])
     figures, samples, profiles, shown = {}, {}, {}, []
     for name, ranker in rankers.items():
-        measured = held_out.measured(ranker(), cutoffs, world)
+        measured = held_out.measure(ranker(), cutoffs, world)
         if measured is not None:
-            of_users, ranked = measured
-            figures[name] = means(of_users) | coverage(ranked, cutoffs, len(held_out.catalogue))
-            samples[name] = resampled_means(of_users)
+            by_metric, ranked = measured
+            figures[name] = means(by_metric) | coverage(ranked, cutoffs, len(held_out.catalogue))
+            samples[name] = resampled_means(by_metric)
             profiles[name] = profile(ranked, held_out.relevant, activity, popularity)
             if name == "model":
                 shown = examples(held_out.users, ranked, history, held_out.relevant)
@@ -289,14 +289,14 @@ def _baseline_rankers(
     room_bytes = world.broadcast(available_bytes()) // world.local_world_size
     rankers: dict[str, Callable[[], Ranker]] = {}
     for name, baseline in baselines.items():
-        sized, difference = baseline.sized(len(catalogue), room_bytes)
+        sized, difference = baseline.fit_to_memory(len(catalogue), room_bytes)
         name += difference
         users = RankedUsers(known, held_out.users)
-        rankers[name] = partial(_fitted, name, sized, train, len(catalogue), users, world)
+        rankers[name] = partial(_fit_on_rank0, name, sized, train, len(catalogue), users, world)
     return rankers
 
 
-def _fitted(
+def _fit_on_rank0(
     name: str,
     baseline: Baseline,
     train: Jagged,

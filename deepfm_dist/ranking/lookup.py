@@ -51,7 +51,7 @@ class SideEncoder:
         self._collate = Collator(dataset)
         manifest = dataset.manifest
         self.scorer = CatalogueScorer(
-            model.interaction_arch, manifest.of_item, len(manifest.categorical)
+            model.interaction_arch, manifest.is_item_field, len(manifest.categorical)
         )
 
     @cached_property

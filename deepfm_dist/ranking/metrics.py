@@ -151,16 +151,16 @@ def coverage(ranked: Int64Array, cutoffs: Sequence[int], n_items: int) -> dict[s
     return {f"coverage@{k}": int((items >= 0).sum()) / n_items for k, items in shown.items()}
 
 
-def means(of_users: Mapping[str, FloatArray]) -> dict[str, float]:
+def means(by_metric: Mapping[str, FloatArray]) -> dict[str, float]:
     """Means over the users that have a figure; NaN if none has."""
-    return {name: float(_means(values[:, None])[0]) for name, values in of_users.items()}
+    return {name: float(_means(values[:, None])[0]) for name, values in by_metric.items()}
 
 
-def resampled_means(of_users: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+def resampled_means(by_metric: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     """Means over users drawn with replacement, `RESAMPLES` times.
 
     Args:
-        of_users: ``[U]`` figures by name.
+        by_metric: ``[U]`` figures by name.
 
     Returns:
         ``[RESAMPLES]`` by name. The draws depend on U alone, so that those of two rankings of the
@@ -168,16 +168,16 @@ def resampled_means(of_users: Mapping[str, FloatArray]) -> dict[str, FloatArray]
 
     Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    values = np.stack(list(of_users.values()), 1)
+    values = np.stack(list(by_metric.values()), 1)
     n_users = len(values)
     random = np.random.default_rng(n_users)
-    found = np.empty((RESAMPLES, values.shape[1]))
+    means = np.empty((RESAMPLES, values.shape[1]))
     with progress(RESAMPLES, "bootstrap", "sample", is_first=True) as bar:
         for sample in range(RESAMPLES):
             times_drawn = np.bincount(random.integers(0, n_users, n_users), minlength=n_users)
-            found[sample] = _means(values, times_drawn.astype(np.float64))
+            means[sample] = _means(values, times_drawn.astype(np.float64))
             bar.update()
-    return dict(zip(of_users, found.T, strict=True))
+    return dict(zip(by_metric, means.T, strict=True))
 
 
 def interval(samples: FloatArray) -> tuple[float, float]:

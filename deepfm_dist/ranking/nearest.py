@@ -61,7 +61,7 @@ class NearestItems:
             seen: their masked positions.
             count: items wanted.
         """
-        found = np.full((n, count), NO_ITEM, np.int64)
+        candidates = np.full((n, count), NO_ITEM, np.int64)
         begin = 0
         for side in users:
             here = min(len(side.constant), n - begin)
@@ -80,6 +80,6 @@ class NearestItems:
                 place = np.cumsum(known, 1) - 1
                 known &= place < count
                 user, column = np.nonzero(known)
-                found[begin + user, place[user, column]] = nearest[user, column]
+                candidates[begin + user, place[user, column]] = nearest[user, column]
             begin += here
-        return torch.from_numpy(found)
+        return torch.from_numpy(candidates)

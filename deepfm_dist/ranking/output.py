@@ -69,7 +69,7 @@ class ResumableOutput:
 
     Attributes:
         missing: numbers of the chunks left to do.
-        found: how many parts were there already.
+        reused: how many parts were there already.
 
     Raises:
         DeepFMError: the folder cannot be written.
@@ -84,7 +84,7 @@ class ResumableOutput:
         world.run_on_rank0(f"{name}_begin", lambda: self._open(text, key is not None))
         n = -(-n_users // self._size)
         self.missing = [s for s in range(n) if not self._path(s).exists()]
-        self.found = n - len(self.missing)
+        self.reused = n - len(self.missing)
         world.barrier()  # nobody writes a part before all have looked
 
     def _path(self, chunk: int) -> Path:
@@ -107,7 +107,9 @@ class ResumableOutput:
         path = self._path(begin // self._size)
         aside = path.with_suffix(".part")
         with write_errors_to_user(aside):
-            with pq.ParquetWriter(aside, schema, use_dictionary=_repeated(schema)) as writer:
+            with pq.ParquetWriter(
+                aside, schema, use_dictionary=_repetitive_columns(schema)
+            ) as writer:
                 for table in tables:
                     writer.write_table(table)
             os.replace(aside, path)
@@ -163,11 +165,11 @@ class ResumableOutput:
         def tables(begin: int, end: int) -> Iterator[pa.Table]:
             for first in range(begin, begin + self._size, MATRIX_USERS):
                 low, high = min(first, end), min(first + MATRIX_USERS, end)
-                found = scores(low, high, MATRIX_USERS)
+                block = scores(low, high, MATRIX_USERS)
                 if kind == "int8":
-                    found = np.rint(127 * probabilities(found))
+                    block = np.rint(127 * probabilities(block))
                 if high > low:
-                    cells = pa.array(found.ravel().astype(cell.to_pandas_dtype()))
+                    cells = pa.array(block.ravel().astype(cell.to_pandas_dtype()))
                     lists = pa.FixedSizeListArray.from_arrays(cells, len(items))
                     yield pa.table([user_ids[low:high], lists], schema=schema)
 
@@ -212,19 +214,19 @@ class ResumableOutput:
     def _merge(
         self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
     ) -> None:
-        def merged() -> None:
+        def merge() -> None:
             with write_errors_to_user(self.target):
-                self._merged(csv_columns, rows, see)
+                self._write_merged(csv_columns, rows, see)
 
         self._world.barrier()
-        self._world.run_on_rank0(f"{self.target.name}_end", merged)
+        self._world.run_on_rank0(f"{self.target.name}_end", merge)
 
     @property
     def csv(self) -> Path:
         """The CSV file."""
         return self.target.with_suffix(".csv")
 
-    def _merged(
+    def _write_merged(
         self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
     ) -> None:
         parts = sorted(self.aside.glob("*.parquet"))
@@ -235,7 +237,7 @@ class ResumableOutput:
         options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
         with (
             pq.ParquetWriter(
-                whole, schema, compression="zstd", use_dictionary=_repeated(schema)
+                whole, schema, compression="zstd", use_dictionary=_repetitive_columns(schema)
             ) as writer,
             text.open("wb") as file,
         ):
@@ -257,8 +259,8 @@ class ResumableOutput:
 
 def state_of(folder: Path) -> str:
     """A hash of the names, sizes and times of a folder's files: of a checkpoint, say."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -270,6 +272,6 @@ def hash_of(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _repeated(schema: pa.Schema) -> bool | list[str]:
+def _repetitive_columns(schema: pa.Schema) -> bool | list[str]:
     """Columns worth a dictionary: scores are all different, and trying takes half of the time."""
     return [n for n in schema.names if n != "score"] if "score" in schema.names else True

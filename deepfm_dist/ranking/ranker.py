@@ -109,7 +109,7 @@ class ModelRanker:
     index: NearestItems | None = None
 
     @classmethod
-    def of_model(
+    def from_model(
         cls,
         model: DeepFM,
         world: World,
@@ -225,8 +225,8 @@ class ModelRanker:
         if self.index is None:
             mine = self._merge(self._update(groups, count, deep=False), users).positions
         else:
-            found = self.index.candidates(users.sides, users.n, seen, count)
-            mine = found.to(self._world.device)
+            candidates = self.index.candidates(users.sides, users.n, seen, count)
+            mine = candidates.to(self._world.device)
         if not self.items.is_shared:
             return [mine]
         padded_rows = self._world.all_gather_tensor(_with_rows(mine, users.height))
@@ -253,28 +253,28 @@ class ModelRanker:
 
     def _update(self, groups: list[Group], k: int, deep: bool = True) -> list[Best]:
         """The best items here of each of some groups."""
-        found = [Best.none(n, k, self._world.device) for _, n, _ in groups]
+        results = [Best.none(n, k, self._world.device) for _, n, _ in groups]
         for offset, items in self.items.blocks():
-            for (users, _, seen), best in zip(groups, found, strict=True):
+            for (users, _, seen), best in zip(groups, results, strict=True):
                 self.engine.update(users, items, offset, seen, best, deep)
-        return found
+        return results
 
     def _update_of_candidates(
         self, groups: list[Group], candidates: list[Tensor], k: int
     ) -> list[Best]:
-        found = [Best.none(len(wanted), k, self._world.device) for wanted in candidates]
+        results = [Best.none(len(wanted), k, self._world.device) for wanted in candidates]
         ordered = [wanted.sort(dim=1).values for wanted in candidates]
         for offset, items in self.items.blocks():
-            for (users, _, _), wanted, best in zip(groups, ordered, found, strict=True):
+            for (users, _, _), wanted, best in zip(groups, ordered, results, strict=True):
                 self.engine.update_of_candidates(users, items, offset, wanted, best)
-        return found
+        return results
 
-    def _merge(self, found: list[Best], users: UserChunk) -> Best:
+    def _merge(self, results: list[Best], users: UserChunk) -> Best:
         """Sends each rank its users' best of this rank's share, and merges those received."""
         if not self.items.is_shared:
-            return found[0]
+            return results[0]
         height = users.height
-        keys = torch.cat([_with_rows(keys_of(b.scores, b.positions), height) for b in found])
+        keys = torch.cat([_with_rows(keys_of(b.scores, b.positions), height) for b in results])
         k = keys.shape[1]
         received = self._world.all_to_all(keys).view(-1, height, k)
         merged = received.transpose(0, 1).reshape(height, -1)[: users.n]

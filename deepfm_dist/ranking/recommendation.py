@@ -82,8 +82,8 @@ def recommend(
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
     catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
-    asked = _asked_for(dataset, config)
-    ranker = ModelRanker.of_model(
+    asked = _selected_users(dataset, config)
+    ranker = ModelRanker.from_model(
         model,
         world,
         dataset,
@@ -100,8 +100,8 @@ def recommend(
         key |= _key(dataset, catalogue, asked, config)
     n_users = len(asked.ids)
     parts = ResumableOutput(folder, f"{name}.parquet", n_users, key, world)
-    if parts.found:
-        log.info("reusing %s of an interrupted run", plural(parts.found, "part"))
+    if parts.reused:
+        log.info("reusing %s of an interrupted run", plural(parts.reused, "part"))
     start = time.monotonic()
     seen = catalogue.seen_by(asked.users.rows, asked.positives)
     ranked = rank_users(ranker, n_users, seen, config.k, world, parts.missing)
@@ -110,16 +110,16 @@ def recommend(
     seconds = time.monotonic() - start
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
-        of_matrix = key and {**key, "matrix": config.matrix}
-        of_name = f"-{name}".removeprefix("-recommendations")
+        matrix_key = key and {**key, "matrix": config.matrix}
+        suffix = f"-{name}".removeprefix("-recommendations")
         matrix = ResumableOutput(
-            folder, f"score_matrix{of_name}.parquet", n_users, of_matrix, world
+            folder, f"score_matrix{suffix}.parquet", n_users, matrix_key, world
         )
         matrix.write_matrix(ranker.scores, asked.ids, catalogue.ids, config.matrix)
         matrix.merge_matrix()
         log.info("written: %s", matrix.target)
     files = parts.merge_ranked({"user": "user_id", "item": "item_id"}, config.k)
-    figures |= _speed(n_users * len(catalogue), None if parts.found else seconds, world)
+    figures |= _speed(n_users * len(catalogue), None if parts.reused else seconds, world)
     if files is None:
         return None
     if short := n_users - files.full:
@@ -132,7 +132,7 @@ def recommend(
 
 
 @dataclass(frozen=True)
-class _AskedFor:
+class _SelectedUsers:
     """Whom to recommend for.
 
     Attributes:
@@ -146,18 +146,20 @@ class _AskedFor:
     positives: list[Jagged]
 
 
-def _asked_for(dataset: PreparedDataset, config: RecommendConfig) -> _AskedFor:
+def _selected_users(dataset: PreparedDataset, config: RecommendConfig) -> _SelectedUsers:
     if config.histories is not None:
         ids, histories = read_histories(dataset, Path(config.histories))
         users = Users(np.arange(len(histories), dtype=np.int32), histories)
-        return _AskedFor(users, ids, [histories])
+        return _SelectedUsers(users, ids, [histories])
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
-    masked = masked_splits_of(dataset, config.mask)
-    return _AskedFor(Users(rows), ids, [bags for split in masked for bags in dataset.met(split)])
+    masked = masked_splits(dataset, config.mask)
+    return _SelectedUsers(
+        Users(rows), ids, [bags for split in masked for bags in dataset.met(split)]
+    )
 
 
 def _key(
-    dataset: PreparedDataset, catalogue: Catalogue, asked: _AskedFor, config: RecommendConfig
+    dataset: PreparedDataset, catalogue: Catalogue, asked: _SelectedUsers, config: RecommendConfig
 ) -> dict[str, Any]:
     """What rankings depend on besides weights and engine, as JSON values."""
     histories = asked.users.histories
@@ -167,7 +169,7 @@ def _key(
         if histories is None
         else [external(asked.ids).to_pylist(), hash_of(histories.offsets, histories.values)],
         "items": hash_of(catalogue.rows),
-        "mask": list(masked_splits_of(dataset, config.mask)),
+        "mask": list(masked_splits(dataset, config.mask)),
         "context": dict(config.context),
         "k": config.k,
         "candidates": [config.candidates, config.index, config.probes],
@@ -176,7 +178,7 @@ def _key(
 
 def _with_short_list(
     ranker: ModelRanker,
-    asked: _AskedFor,
+    asked: _SelectedUsers,
     catalogue: Catalogue,
     config: RecommendConfig,
     world: World,
@@ -216,7 +218,7 @@ def _rate(per_s: float) -> str:
     return f"{per_s / 1e6:,.1f} M" if per_s >= 1e5 else f"{per_s:,.0f}"
 
 
-def masked_splits_of(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
+def masked_splits(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
     """Splits whose items are not recommended to their users; None: as the data says."""
     if mask is not None:
         return mask
@@ -362,7 +364,7 @@ def _compare(
     Returns:
         On rank 0 the figures of `recommend`; None elsewhere.
     """
-    found, took = {}, {}
+    ranked, took = {}, {}
     # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
     for name, n, of in (
         ("exact", None, None),
@@ -371,7 +373,7 @@ def _compare(
     ):
         world.barrier()
         start = time.monotonic()
-        found[name] = gather_ranked(
+        ranked[name] = gather_ranked(
             rank_users(
                 ranker.for_users(users, n, of), len(users), seen, k, world, description="compare"
             ),
@@ -379,19 +381,19 @@ def _compare(
             world,
         )
         took[name] = time.monotonic() - start
-    exact, short, pairwise = found["exact"], found["short"], found["pairwise"]
+    exact, short, pairwise = ranked["exact"], ranked["short"], ranked["pairwise"]
     if exact is None or short is None or pairwise is None:
         return None
     return {
         "candidates": candidates,
         "users": len(users),
-        "overlap": _shared(exact, short),
+        "overlap": _overlap(exact, short),
         "times_as_fast": took["exact"] / took["short"],
-        "deep_share": 1 - _shared(exact, pairwise),
+        "deep_share": 1 - _overlap(exact, pairwise),
     }
 
 
-def _shared(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> float:
+def _overlap(wanted: npt.NDArray[np.int64], retrieved: npt.NDArray[np.int64]) -> float:
     """Which share of the items of some users' rankings, ``[n, K]``, is in others' too."""
-    both = (wanted[:, :, None] == found[:, None, :]) & (wanted >= 0)[:, :, None]
+    both = (wanted[:, :, None] == retrieved[:, None, :]) & (wanted >= 0)[:, :, None]
     return float(both.sum() / max(1, (wanted >= 0).sum()))

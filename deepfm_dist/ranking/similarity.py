@@ -42,18 +42,18 @@ class _VectorRanker:
         self, users: tuple[int, int], seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         begin, end = users
-        found = Best.none(end - begin, k, torch.device("cpu"))
+        best = Best.none(end - begin, k, torch.device("cpu"))
         if end > begin:
             items = self._engine.users([self._side[begin:end]])
-            self._engine.update(items, self._items, 0, seen, found)
-        return found.positions.numpy(), found.scores.numpy()
+            self._engine.update(items, self._items, 0, seen, best)
+        return best.positions.numpy(), best.scores.numpy()
 
 
 def _itself(begin: int, end: int) -> Jagged:
     return Jagged(np.arange(end - begin + 1, dtype=np.int64), np.arange(begin, end, dtype=np.int32))
 
 
-def of_length_one(vectors: torch.Tensor) -> torch.Tensor:
+def unit_length(vectors: torch.Tensor) -> torch.Tensor:
     """``[n, D]`` vectors, float32, divided by their lengths: their products are cosines."""
     vectors = vectors.double()
     return (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)).float()
@@ -97,10 +97,10 @@ def similar_items(
     catalogue = Catalogue(dataset)
     n = len(catalogue)
     nobody = Users(np.zeros(0, np.int32))
-    ranker_of_items = ModelRanker.of_model(model, world, dataset, catalogue, nobody, {})
-    vectors = ranker_of_items.item_vectors().cpu()
+    item_ranker = ModelRanker.from_model(model, world, dataset, catalogue, nobody, {})
+    vectors = item_ranker.item_vectors().cpu()
     if config.metric == "cosine":
-        vectors = of_length_one(vectors)
+        vectors = unit_length(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
     parts = ResumableOutput(folder, f"{name}.parquet", n, None, world)
     ranked = rank_users(ranker, n, _itself, config.k, world, description="compare items")

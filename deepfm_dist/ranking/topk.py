@@ -57,15 +57,15 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores ``[U, K]`` float32 and positions ``[U, K]`` int64, best first; places without an
         item hold ``-inf`` and `NO_ITEM`.
     """
-    found = keys.topk(min(k, keys.shape[1]), dim=1).values
-    if found.shape[1] < k:
-        gap = found.new_full((len(found), k - found.shape[1]), NO_KEY)
-        found = torch.cat([found, gap], 1)
-    known = found >= _LEAST << 32
-    scores = sortable((found >> 32).to(torch.int32)).view(torch.float32)
+    top = keys.topk(min(k, keys.shape[1]), dim=1).values
+    if top.shape[1] < k:
+        gap = top.new_full((len(top), k - top.shape[1]), NO_KEY)
+        top = torch.cat([top, gap], 1)
+    known = top >= _LEAST << 32
+    scores = sortable((top >> 32).to(torch.int32)).view(torch.float32)
     return (
         scores.where(known, float("-inf")),
-        (_LAST - (found & _LAST)).where(known, NO_ITEM),
+        (_LAST - (top & _LAST)).where(known, NO_ITEM),
     )
 
 

@@ -200,12 +200,12 @@ def _figure(value: float, sign: str = "") -> str:
 
 def _seconds(events: Sequence[Event]) -> dict[str, float]:
     """Seconds of training by phase, over all windows."""
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for event in events:
         if isinstance(event, TrainEvent):
             for phase, spent in event.seconds.items():
-                found[phase] = found.get(phase, 0.0) + (spent or 0.0)
-    return {phase: spent for phase, spent in found.items() if spent > 0}
+                seconds[phase] = seconds.get(phase, 0.0) + (spent or 0.0)
+    return {phase: spent for phase, spent in seconds.items() if spent > 0}
 
 
 def _table(comparison: Comparison, k: int) -> list[Line]:
@@ -215,9 +215,9 @@ def _table(comparison: Comparison, k: int) -> list[Line]:
     lines = []
     for ranking, figures in comparison.figures.items():
         figures = {name: value for name, value in figures.items() if name.endswith(ending)}
-        of_ranking = comparison.intervals[ranking]
+        intervals = comparison.intervals[ranking]
         cells = {
-            name.removesuffix(ending): Cell(value, of_ranking.get(name))
+            name.removesuffix(ending): Cell(value, intervals.get(name))
             for name, value in figures.items()
         }
         lines.append(Line(ranking, "model" if ranking == MODEL else "other", cells))
@@ -382,11 +382,11 @@ class _Shown:
 
 def _examples(dataset: PreparedDataset, insight: Insight) -> list[_Shown]:
     cards, users = Cards(dataset), dataset.entity_ids("user")
-    found = []
+    examples = []
     for example in insight.examples:
         wanted = set(example.held_out)
         known = [item for item in example.history if item != OUT_OF_VOCABULARY]
-        found.append(
+        examples.append(
             _Shown(
                 users[example.user].as_py(),
                 len(example.history),
@@ -395,4 +395,4 @@ def _examples(dataset: PreparedDataset, insight: Insight) -> list[_Shown]:
                 len(example.held_out),
             )
         )
-    return found
+    return examples

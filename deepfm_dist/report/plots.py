@@ -117,7 +117,7 @@ class Plotter:
                 ("validation", valid, _SERIES[0], "o-"),
             ):
                 if points:
-                    steps, values = zip(*_thinned(points), strict=True)
+                    steps, values = zip(*_thin(points), strict=True)
                     # Of one point, a line shows nothing; many points hide it.
                     marked = "o-" if len(steps) < 3 else style if len(steps) < 40 else "-"
                     axes.plot(steps, values, marked, color=colour, label=label, ms=4, lw=1.6)
@@ -223,6 +223,6 @@ def _for_page(svg: str, name: str, title: str) -> str:
     return svg
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
     step = -(-len(points) // POINTS)
     return [*points[:-1:step], points[-1]]

@@ -41,9 +41,9 @@ def metrics_table(
     for k in cutoffs if comparison else ():
         assert comparison is not None
         labels, lines = [], []
-        for name, of_ranking in comparison.figures.items():
+        for name, metrics in comparison.figures.items():
             labels.append(name)
-            lines.append(_at_cutoff(of_ranking, k))
+            lines.append(_at_cutoff(metrics, k))
             for label, bounds in (
                 ("95 %", comparison.intervals[name]),
                 ("model minus it", comparison.differences.get(name, {})),

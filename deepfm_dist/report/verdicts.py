@@ -103,11 +103,11 @@ def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list
     verdicts = []
     counted = f"{split} {'positives' if only_positives else 'rows'}"
     for name, rows in unknown.rows.items():
-        of_entity = name in ("user", "item")
-        if not rows or rows < (SOME if of_entity else NEARLY_ALL) * unknown.n:
+        is_id = name in ("user", "item")
+        if not rows or rows < (SOME if is_id else NEARLY_ALL) * unknown.n:
             continue
         many = rows >= MANY * unknown.n
-        if of_entity:
+        if is_id:
             what = f"{'a' if name == 'user' else 'an'} {name} that training rows lack"
             cure = (
                 f"give {name}s fields that describe them, or hold out rows of known {name}s "
@@ -247,11 +247,11 @@ def verdicts_on(
     settings = state["config"]
     trainer = settings.get("trainer", {})
     only_positives = settings.get("data", {}).get("task", "implicit") == "implicit"
-    of_rows = trainer.get("loss", "bce") == "bce"  # other losses give no probabilities
-    monitor = state["trainer"].get("monitor") or ("log_loss" if of_rows else f"ndcg@{k}")
+    has_row_loss = trainer.get("loss", "bce") == "bce"  # other losses give no probabilities
+    monitor = state["trainer"].get("monitor") or ("log_loss" if has_row_loss else f"ndcg@{k}")
     return [
         *(ranking_verdicts(comparison, k, ranking_advice(settings)) if comparison else []),
-        *(row_verdicts(rows, split, comparison is not None) if of_rows else []),
+        *(row_verdicts(rows, split, comparison is not None) if has_row_loss else []),
         *unknown_verdicts(unknown, split, only_positives),
         *training_verdicts(validations, state["step"], monitor, trainer),
     ]

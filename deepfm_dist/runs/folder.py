@@ -112,7 +112,7 @@ def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
 
 def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
     with suppress(ConfigError):  # of another version, say
-        config = load_config(str(file)).called(run_dir.name)
+        config = load_config(str(file)).with_run_name(run_dir.name)
         data = config.data.model_copy(update={"name": dataset.name})
         file.write_text(config.model_copy(update={"data": data}).to_yaml())
 

@@ -154,7 +154,7 @@ def make_app(recommender: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI
     disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
     registry = CollectorRegistry()
     app.add_middleware(_Limited)
-    app.add_middleware(_Watched, registry=registry)
+    app.add_middleware(_Metrics, registry=registry)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(_AnswersHead)
     _add_error_handlers(app, recommender.name)
@@ -182,8 +182,8 @@ def _add_error_handlers(app: FastAPI, run_name: str) -> None:
         if problems[0]["type"] == "json_invalid":
             reason = problems[0]["ctx"]["error"]
             return JSONResponse({"detail": f"the body is not JSON: {reason}"}, 400)
-        of_place = {_place(problem): _sentence(problem) for problem in reversed(problems)}
-        return JSONResponse({"detail": "; ".join(reversed(of_place.values()))}, 422)
+        by_place = {_place(problem): _sentence(problem) for problem in reversed(problems)}
+        return JSONResponse({"detail": "; ".join(reversed(by_place.values()))}, 422)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
@@ -327,11 +327,11 @@ def _item(card: Card) -> Item:
     return Item(id=card.id, title=card.title, tags=card.tags)
 
 
-def _ranking(found: Sequence[tuple[Card, float]]) -> Ranking:
+def _ranking(ranking: Sequence[tuple[Card, float]]) -> Ranking:
     return Ranking(
         items=[
             Scored(id=card.id, title=card.title, tags=card.tags, rank=rank, score=score)
-            for rank, (card, score) in enumerate(found, 1)
+            for rank, (card, score) in enumerate(ranking, 1)
         ]
     )
 
@@ -377,7 +377,7 @@ class _Limited:
         await self._app(scope, again, send)
 
 
-class _Watched:
+class _Metrics:
     """Counts requests by route and status, and their seconds by route."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
@@ -396,14 +396,14 @@ class _Watched:
             return
         begun, status = time.perf_counter(), 500
 
-        async def told(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, send_counted)
         finally:
             # By template: ids would give every user a line of their own.
             route = getattr(scope.get("route"), "path_format", "other")

@@ -25,8 +25,8 @@ from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.items import Catalogue, in_id_order
 from deepfm_dist.ranking.lookup import SideEncoder
 from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
-from deepfm_dist.ranking.recommendation import masked_splits_of
-from deepfm_dist.ranking.similarity import of_length_one
+from deepfm_dist.ranking.recommendation import masked_splits
+from deepfm_dist.ranking.similarity import unit_length
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
 from deepfm_dist.runs.trained import RunOnDisk
@@ -47,7 +47,7 @@ class Recommender:
     """Answers for users and items by their external ids.
 
     Args:
-        found: a finished run.
+        run: a finished run.
         export: folder of its export; the weights are read from there.
         world: a world of one rank.
 
@@ -57,23 +57,25 @@ class Recommender:
         knows_users_by_items: whether a user can be described by a list of items.
     """
 
-    def __init__(self, found: RunOnDisk, export: Path, world: World) -> None:
-        dataset, config = found.dataset, found.config
-        self.name, self.step = config.run.name, int(found.state["step"])
+    def __init__(self, run: RunOnDisk, export: Path, world: World) -> None:
+        dataset, config = run.dataset, run.config
+        self.name, self.step = config.run.name, int(run.state["step"])
         self.knows_users_by_items = dataset.manifest.has_history
         self._catalogue = Catalogue(dataset)
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
-        model = exported_model(found, export, world)
+        model = exported_model(run, export, world)
         nobody = Users(np.zeros(0, np.int32))
-        self._ranker = ModelRanker.of_model(model, world, dataset, self._catalogue, nobody, context)
+        self._ranker = ModelRanker.from_model(
+            model, world, dataset, self._catalogue, nobody, context
+        )
         n_users = dataset.manifest.entities["user"] - 1
         self._kept_users = _all_users(self._ranker.encoder, n_users, config.recommend.memory_bytes)
-        masked = masked_splits_of(dataset, config.recommend.mask)
+        masked = masked_splits(dataset, config.recommend.mask)
         self._positives = [bags for split in masked for bags in dataset.met(split)]
         self._history = dataset.history
         self._vectors = None
         if model.interaction_arch.fm is not None:
-            self._vectors = of_length_one(self._ranker.item_vectors())
+            self._vectors = unit_length(self._ranker.item_vectors())
         self._cards = lru_cache(CARDS)(Cards(dataset))
         rows, self._user_ids = in_id_order(dataset, "user")
         self._users = dict(zip(self._user_ids.to_pylist(), rows.tolist(), strict=True))
@@ -173,8 +175,8 @@ class Recommender:
     def find_users(self, beginning: str, n: int) -> list[str]:
         """Users by the beginning of their id, in the order of the ids."""
         there = np.asarray(pc.starts_with(self._user_ids, beginning))
-        found: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
-        return found
+        ids: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
+        return ids
 
     def _best(self, user: Sequence[Side], seen: Jagged, k: int) -> list[tuple[Card, float]]:
         positions, scores = self._ranker.best(UserChunk(user, 1, 1), seen, k)
@@ -202,21 +204,21 @@ def _all_users(encoder: SideEncoder, n: int, memory_bytes: int) -> Side | None:
     return Side(*(torch.cat(parts)[:n] for parts in zip(*(b.tensors for b in blocks), strict=True)))
 
 
-def exported_model(found: RunOnDisk, export: Path, world: World) -> DeepFM:
+def exported_model(run: RunOnDisk, export: Path, world: World) -> DeepFM:
     """The model of an export, unsharded, in eval mode.
 
     Args:
-        found: the run it was exported from.
+        run: the run it was exported from.
         export: folder of the export.
         world: a world of one rank.
 
     Raises:
         CheckpointError: the export is of another checkpoint, or lacks something.
     """
-    if not is_export_of(found, export):
-        raise CheckpointError(f"{export}: not of {found.checkpoint}; export it again")
-    config = found.config
-    model = build_model(config.model, found.dataset.manifest, world, config.run.seed).model
+    if not is_export_of(run, export):
+        raise CheckpointError(f"{export}: not of {run.checkpoint}; export it again")
+    config = run.config
+    model = build_model(config.model, run.dataset.manifest, world, config.run.seed).model
     weights = read_weights(export)
     bags = model.embedding_arch.ebc.to_empty(device="cpu").embedding_bags
     try:

@@ -83,16 +83,16 @@ class RowEvaluator:
         self._collate = Collator(dataset)
         self._n_users = dataset.manifest.entities.get("user", 0)
         self._only_positives = dataset.manifest.data.task == "implicit"
-        of_rows = (f for f in dataset.manifest.categorical if f.entity == "context")
-        self._fields = [f.name for f in of_rows if f.has_vocabulary]
+        context_fields = (f for f in dataset.manifest.categorical if f.entity == "context")
+        self._fields = [f.name for f in context_fields if f.has_vocabulary]
         self._fields = [*dataset.manifest.entities, *self._fields]
 
     def metrics(self, model: nn.Module, world: World) -> Mapping[str, float]:
         """The figures of `measured`, on rank 0; empty elsewhere. All ranks."""
-        found = self.measured(model, world)
-        return {} if found is None else found.figures
+        measured = self.measure(model, world)
+        return {} if measured is None else measured.figures
 
-    def measured(self, model: nn.Module, world: World) -> Measured | None:
+    def measure(self, model: nn.Module, world: World) -> Measured | None:
         """Scores all rows, and measures them on rank 0; None elsewhere. All ranks.
 
         Args:
@@ -101,7 +101,7 @@ class RowEvaluator:
         """
         block = self._reader.read(0, 0)
 
-        def collated(begin: int, end: int) -> Batch:
+        def collate(begin: int, end: int) -> Batch:
             nonlocal block
             block = self._reader.read(begin, end)
             return collate_rows(self._collate, block, 0, block.n, BLOCK_ROWS)
@@ -109,7 +109,7 @@ class RowEvaluator:
         with tempfile.TemporaryFile() as file:
             sums = []  # by block, and in the order of blocks: the same at any world size
             unknown = np.zeros(1 + len(self._fields), np.int64)
-            for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collated):
+            for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collate):
                 assert block.labels is not None
                 sums.append(row_sums(block.labels, logits, block.weights))
                 unknown += self._count_unknown(block)
@@ -131,7 +131,7 @@ class RowEvaluator:
         gathered = world.gather_object(sums)
         if gathered is None:
             return None
-        figures |= figures_of(np.sum([s for of_rank in gathered for s in of_rank], axis=0))
+        figures |= figures_of(np.sum([s for rank_sums in gathered for s in rank_sums], axis=0))
         n, *rows = unknown.tolist()
         unknown_rows = dict(zip(self._fields, rows, strict=True))
         return Measured(figures, calibration_curve(bins), Unknown(n, unknown_rows))
@@ -144,7 +144,7 @@ class RowEvaluator:
             counts = block.labels > 0.5
         values = {"user": block.users, "item": block.items} | dict(block.context)
         rows = [counts, *(counts & _has_no_known_value(values[name]) for name in self._fields)]
-        return np.array([of_field.sum() for of_field in rows], np.int64)
+        return np.array([unknown.sum() for unknown in rows], np.int64)
 
 
 def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:
@@ -178,8 +178,8 @@ def _user_auc(records: _Records, n_users: int, world: World) -> float:
     height = -(-n_users // _BINS)
     total = weight = 0.0
     for tally in _tallies(records, world, lambda rows: rows["user"] // height, by_user=True):
-        of_users, their_weight = mean_auc(tally)
-        total, weight = total + of_users, weight + their_weight
+        user_auc, their_weight = mean_auc(tally)
+        total, weight = total + user_auc, weight + their_weight
     return total / weight if weight else float("nan")
 
 
@@ -211,8 +211,8 @@ def _tallies(
             pieces.append(
                 Tally.of(groups, rows["logit"], weight * is_positive, weight * ~is_positive)
             )
-        gathered = world.gather_object(Tally.merged(pieces))
-        yield Tally.merged(gathered or [Tally.of(*np.zeros((4, 0)))])
+        gathered = world.gather_object(Tally.merge(pieces))
+        yield Tally.merge(gathered or [Tally.of(*np.zeros((4, 0)))])
         low = high
 
 

@@ -53,8 +53,8 @@ class TrainingFigures:
             rows = [(nothing, nothing, nothing)]
         # Sums of each step by itself, added in their order: what a run is in all must not depend on
         # where its windows end, that is, where it was stopped and went on.
-        of_steps = world.sum(torch.stack([_sums(*of_step) for of_step in rows])).cpu()
-        for sums in of_steps:
+        step_sums = world.sum(torch.stack([_sums(*values) for values in rows])).cpu()
+        for sums in step_sums:
             self.lifetime += sums
         counts = _histogram(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
         negative, positive = world.sum(counts).cpu().numpy().T
@@ -63,7 +63,7 @@ class TrainingFigures:
             Tally(np.zeros(_BINS, np.int64), np.arange(_BINS, dtype=np.float32), positive, negative)
         )
         return {
-            **_figures(of_steps.sum(0)),
+            **_figures(step_sums.sum(0)),
             "auc": area.value,
             **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
         }

@@ -45,7 +45,7 @@ class Tally:
         return cls(groups[is_new], scores[is_new], sums[0], sums[1])
 
     @classmethod
-    def merged(cls, pieces: Sequence[Self]) -> Self:
+    def merge(cls, pieces: Sequence[Self]) -> Self:
         """The tally of all pieces' rows."""
         names = ("groups", "scores", "positive", "negative")
         return cls.of(*(np.concatenate([getattr(p, n) for p in pieces]) for n in names))
@@ -108,7 +108,7 @@ def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None)
     label's side of 0.5.
     """
     z = logits.astype(np.float64)
-    of_rows = np.stack(
+    terms = np.stack(
         [
             np.ones(len(z)),
             labels,
@@ -117,7 +117,7 @@ def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None)
             (z > 0) == (labels > 0.5),
         ]
     )
-    sums: FloatArray = (of_rows if weights is None else of_rows * weights).sum(1)
+    sums: FloatArray = (terms if weights is None else terms * weights).sum(1)
     return sums
 
 

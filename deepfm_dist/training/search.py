@@ -205,7 +205,7 @@ class Search:
         return [
             Trial(
                 name,
-                {setting: _decoded(value) for setting, value in t.params.items()},
+                {setting: _decode(value) for setting, value in t.params.items()},
                 outcomes[t.state.name],
                 self._best_of(t),
             )
@@ -222,7 +222,7 @@ class Search:
     def _drawn(self, setting: str) -> Any:
         span = self._space[setting]
         if not isinstance(span, SpanConfig):
-            return _decoded(self._open.suggest_categorical(setting, [json.dumps(v) for v in span]))
+            return _decode(self._open.suggest_categorical(setting, [json.dumps(v) for v in span]))
         whole = isinstance(span.low, int) and isinstance(span.high, int)
         suggest = self._open.suggest_int if whole else self._open.suggest_float
         return suggest(setting, span.low, span.high, log=span.log)
@@ -248,7 +248,7 @@ def _journal(path: Path) -> Any:
                 for line in file:
                     if not line.endswith(b"\n"):
                         return  # another process is writing it, or has died of it
-                    event = _parsed(line)
+                    event = _parse(line)
                     if event is None:
                         self.skipped |= {offset} if line.strip() else set()
                     elif number >= log_number_from:
@@ -275,7 +275,7 @@ def _journal(path: Path) -> Any:
     return Journal()
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
     except ValueError:
@@ -287,6 +287,6 @@ def _name(trial: Any) -> str:
     return str(trial.user_attrs.get("name", ""))
 
 
-def _decoded(value: Any) -> Any:
+def _decode(value: Any) -> Any:
     """Choices are kept as JSON, since some are lists."""
     return json.loads(value) if isinstance(value, str) else value

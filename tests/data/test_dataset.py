@@ -308,8 +308,8 @@ def test_the_collator_equals_a_loop_over_the_rows(
     assert rows.users is not None
     assert rows.items is not None
     users, items, context = (
-        np.array([ABSENT if p is None else column[p] for p in of_rows], np.int32)
-        for column, of_rows in zip(
+        np.array([ABSENT if p is None else column[p] for p in column_places], np.int32)
+        for column, column_places in zip(
             (rows.users, rows.items, np.arange(rows.n)), zip(*places, strict=True), strict=True
         )
     )

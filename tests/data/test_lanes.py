@@ -164,16 +164,16 @@ def test_large_columns_of_items_are_mapped_and_the_same(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("u,i\n" + "".join(f"u{i % 7},i{i % 90}\n" for i in range(630)))
     rows = "".join(f"i{i},{i / 8}\n" for i in range(90))
     (tmp_path / "items.csv").write_text("i,price\n" + rows)
-    of_item = {"entity": "item", "file": "items.csv", "key": "i"}
+    is_item_field = {"entity": "item", "file": "items.csv", "key": "i"}
     spec = {
         "interactions": {"file": "r.csv", "user": "u", "item": "i"},
         "features": [
             {"name": "user", "entity": "user"},
             {"name": "item", "entity": "item"},
-            {"name": "price", **of_item, "kind": "numeric"},
+            {"name": "price", **is_item_field, "kind": "numeric"},
             {
                 "name": "range",
-                **of_item,
+                **is_item_field,
                 "column": "price",
                 "kind": "numeric",
                 "transform": "bucket",

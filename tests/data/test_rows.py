@@ -170,7 +170,7 @@ def _rankings(folder: Path, config_path: str, changes: list[str]) -> dict[str, P
         wanted = RecommendConfig(k=n_items, mask=config.recommend.mask)
         recommend(model, world, dataset, wanted, folder / "out")
         held_out = RankingEvaluator(dataset, "test", {}, config.evaluate.mask_seen)
-        measured = held_out.measured(held_out.ranker(model, world), (n_items,), world)
+        measured = held_out.measure(held_out.ranker(model, world), (n_items,), world)
     assert measured is not None
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
     csv = pd.read_csv(folder / "out" / "recommendations.csv", dtype=str)

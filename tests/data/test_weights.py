@@ -126,10 +126,13 @@ def test_a_row_of_weight_2_trains_as_two_rows(tmp_path: Path) -> None:
         rows.users[several], None, rows.context, several, rows.labels[several]
     )
     losses, gradients = [], []
-    for of_rows in (batch, repeated):
-        of_rows.dense, of_rows.labels = of_rows.dense.double(), of_rows.labels.double()
-        loss, logits = task(of_rows)
-        z, y, w = (t.double().numpy() for t in (logits, of_rows.labels, of_rows.weights))
+    for part in (batch, repeated):
+        part.dense, part.labels = (
+            part.dense.double(),
+            part.labels.double(),
+        )
+        loss, logits = task(part)
+        z, y, w = (t.double().numpy() for t in (logits, part.labels, part.weights))
         oracle = (w * (np.logaddexp(0, z) - y * z)).sum() / w.sum()
         assert loss.item() == pytest.approx(oracle, rel=1e-6)
         losses.append(loss.item())

@@ -138,15 +138,15 @@ def test_the_kernel_adds_its_gradient_to_the_other_readers(
 
 def test_pairs_across_the_sides_are_those_of_different_ones() -> None:
     rows = torch.randn(8, 5, 6, dtype=torch.float64, requires_grad=True)
-    of_item = [False, True, False, True, True]
+    is_item_field = [False, True, False, True, True]
     factors = rows[:, :, :3]
     pairs = sum(
         (factors[:, a] * factors[:, b]).sum(1)
         for a, b in itertools.combinations(range(5), 2)
-        if of_item[a] != of_item[b]
+        if is_item_field[a] != is_item_field[b]
     )
     for first_order in (True, False):
-        fm = FactorizationMachine(3, first_order, of_item).double()
+        fm = FactorizationMachine(3, first_order, is_item_field).double()
         expected = rows[:, :, 3].sum(1) + pairs if first_order else pairs
         torch.testing.assert_close(fm(rows), expected)
         assert torch.autograd.gradcheck(fm, rows)
@@ -156,12 +156,12 @@ SWITCHES = [s for s in itertools.product([True, False], repeat=3) if any(s)]
 OF_ITEM = [False, True, True, False, True, False]
 
 
-@pytest.mark.parametrize("of_item", [None, OF_ITEM])
+@pytest.mark.parametrize("is_item_field", [None, OF_ITEM])
 @pytest.mark.parametrize(("first_order", "fm", "deep"), SWITCHES)
 def test_logits_and_gradients_equal_the_plain_models(
-    first_order: bool, fm: bool, deep: bool, of_item: list[bool] | None
+    first_order: bool, fm: bool, deep: bool, is_item_field: list[bool] | None
 ) -> None:
-    ours, plain = pair(first_order=first_order, fm=fm, deep=deep, of_item=of_item)
+    ours, plain = pair(first_order=first_order, fm=fm, deep=deep, is_item_field=is_item_field)
     bags, sparse, dense = example()
     logits, expected = ours(sparse, dense), plain(bags, dense)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -66,7 +66,7 @@ def by_rectools(case: dict[str, Any]) -> dict[str, Any]:
     ranked["rank"] = ranked.groupby("user_id").cumcount() + 1
     found: dict[str, Any] = {}
     for k in CUTOFFS:
-        of_rows = {
+        references = {
             "recall": metrics.Recall(k),
             "precision": metrics.Precision(k),
             "hit_rate": metrics.HitRate(k),
@@ -78,7 +78,7 @@ def by_rectools(case: dict[str, Any]) -> dict[str, Any]:
             "popularity": metrics.AvgRecPopularity(k),
             "novelty": metrics.MeanInvUserFreq(k),
         }
-        for name, metric in of_rows.items():
+        for name, metric in references.items():
             found[f"{name}@{k}"] = metric.calc_per_user(ranked, relevant).sort_index().tolist()
         for name, metric in of_history.items():
             found[f"{name}@{k}"] = metric.calc_per_user(ranked, seen).sort_index().tolist()

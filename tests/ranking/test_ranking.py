@@ -87,8 +87,8 @@ def random_arch(
                     tensor.normal_()
                 module.running_var.uniform_(0.5, 2)
     first_order, fm = bool(options.get("first_order", True)), bool(options.get("fm", True))
-    of_item = OF_ITEM if options.get("across") else None
-    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, 0.5, of_item)
+    is_item_field = OF_ITEM if options.get("across") else None
+    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, 0.5, is_item_field)
     arch.bias.data.normal_()
     return arch.eval()
 
@@ -96,7 +96,7 @@ def random_arch(
 def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
     """Largest error of either engine's scores, in units of max(1, |logit|)."""
     n_users, n_items = 7, 11
-    of_item = torch.tensor(OF_ITEM)
+    is_item_field = torch.tensor(OF_ITEM)
     users, items = (
         [torch.randn(n, *shape) for shape in ((N_CATEGORICAL, dim), (N_CATEGORICAL,), (N_DENSE,))]
         for n in (n_users, n_items)
@@ -118,7 +118,11 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
         for user, item, mask in zip(
             users,
             items,
-            (of_item[:N_CATEGORICAL, None], of_item[:N_CATEGORICAL], of_item[N_CATEGORICAL:]),
+            (
+                is_item_field[:N_CATEGORICAL, None],
+                is_item_field[:N_CATEGORICAL],
+                is_item_field[N_CATEGORICAL:],
+            ),
             strict=True,
         ):
             rows.append(torch.where(mask, item[i], user[u]).double())
@@ -360,12 +364,12 @@ def test_neighbours_of_a_large_catalogue_need_no_matrix() -> None:
     rng = np.random.default_rng(2)
     users, items = rng.integers(0, 2000, 20_000), rng.integers(0, 60_000, 20_000)
     train = distinct(Jagged.from_pairs(users, items, 2000))
-    _, difference = ItemKNN(5).sized(60_000, 10_000_000)
+    _, difference = ItemKNN(5).fit_to_memory(60_000, 10_000_000)
     assert difference == ""
     found = ItemKNN(5).fit(train, 60_000)(train, np.array([4, 9], np.int32))
     assert found.shape == (2, 60_000)  # a matrix of this side would take 29 GB
     with pytest.raises(ConfigError, match=r"item_knn_neighbours=3, or leave it out") as caught:
-        ItemKNN(5).sized(60_000, 2_000_000)
+        ItemKNN(5).fit_to_memory(60_000, 2_000_000)
     assert "keeps 5 neighbours of each of 60,000 items, 0.0024 GB" in str(caught.value)
 
 
@@ -399,16 +403,16 @@ def test_ease_is_fitted_on_as_many_popular_items_as_memory_has_room_for() -> Non
     ],
 )
 def test_what_ease_is_fitted_on_follows_from_memory(room_bytes: int, n_fitted: int | None) -> None:
-    sized, difference = Ease(500.0).sized(100_000, room_bytes)
+    sized, difference = Ease(500.0).fit_to_memory(100_000, room_bytes)
     assert sized == Ease(500.0, n_fitted)
     assert difference == ("" if n_fitted is None else f" on {n_fitted:,} items")
 
 
 def test_baselines_without_room_say_what_they_need() -> None:
     with pytest.raises(ConfigError, match=r"ease takes 120\.0 GB for a matrix of 100,000 x "):
-        Ease(500.0).sized(100_000, 10_000_000)
+        Ease(500.0).fit_to_memory(100_000, 10_000_000)
     for baseline in (Popularity(), Ials(IalsConfig(factors=4, l2=0.1, alpha=1.0, iterations=2), 1)):
-        assert baseline.sized(10**9, 0) == (baseline, "")
+        assert baseline.fit_to_memory(10**9, 0) == (baseline, "")
 
 
 def _names_of_rankings(folder: Path, room_bytes: int) -> list[str] | None:
@@ -768,11 +772,13 @@ def every_kind_of_field(folder: Path) -> Config:
         side.to_csv(folder / f"{entity}s.csv", index=False)
     tags = {"column": "tags", "separator": "|", "table": "tag"}
     number = {"column": "number", "kind": "numeric", "transform": "standard"}
-    of_user, of_item = ({"entity": entity, "file": f"{entity}s.csv"} for entity in ("user", "item"))
+    of_user, is_item_field = (
+        {"entity": entity, "file": f"{entity}s.csv"} for entity in ("user", "item")
+    )
     features: list[dict[str, object]] = [
         {"name": "hour"},
-        {"name": "item_tags", "pooling": "sum", **of_item, **tags},
-        {"name": "item_number", **of_item, **number},
+        {"name": "item_tags", "pooling": "sum", **is_item_field, **tags},
+        {"name": "item_number", **is_item_field, **number},
         {"name": "user", "entity": "user"},
         {"name": "user_tags", **of_user, **tags},
         {"name": "warmth", "kind": "numeric"},

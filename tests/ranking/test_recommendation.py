@@ -453,7 +453,7 @@ def _scores_of_pairs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         model, catalogue = deepfm_of(sharded), Catalogue(dataset)
         users = np.array([1, 5, 77], np.int32)
-        of_users = ranker.ModelRanker.of_model(
+        of_users = ranker.ModelRanker.from_model(
             model, world, dataset, catalogue, ranker.Users(users), {}
         )
         found = of_users.scores(0, len(users), len(users))
@@ -479,7 +479,7 @@ def _ranked_users(folder: Path, at_once: int) -> list[chunks.Ranked]:
         model = deepfm_of(shard_for_training(config, dataset.manifest, world)[0].eval())
         catalogue = Catalogue(dataset)
         users = np.resize(np.arange(1, 701, dtype=np.int32), 6 * ranker.USER_BLOCK - 100)
-        of_users = ranker.ModelRanker.of_model(
+        of_users = ranker.ModelRanker.from_model(
             model, world, dataset, catalogue, ranker.Users(users), {}
         )
         seen = catalogue.seen_by(users, [dataset.positives("train")])

@@ -98,7 +98,7 @@ class Scorer(nn.Module):
 
 def figures(folder: Path) -> tuple[dict[str, float], Unknown] | None:
     with process_group("cpu") as world:
-        found = RowEvaluator(PreparedDataset(folder, 0), "valid").measured(Scorer(), world)
+        found = RowEvaluator(PreparedDataset(folder, 0), "valid").measure(Scorer(), world)
         return found and (found.figures, found.unknown)
 
 

@@ -370,15 +370,15 @@ def _hashes_of(
             # Without the last digits, which go by the order in which partitions are summed up.
             numbers[feature.name] += (round(spec.mean / spec.std, 6) + 0.0, f"{spec.std:.6g}")
     rows = {name: spec.rows for name, spec in tables.items()}
-    of_fields = {}
+    field_hashes = {}
     for feature in data.features:
         source = feature if feature.history is None else data.source_of(feature)
         ids = digests.get(source.table_name) if feature.in_table else None
         if ids is None and source.is_id:  # a history of items that have no table of their own
             ids = _digest_of(fit.entities[source.entity])
         own = rows[feature.table_name] if feature.in_table else None, numbers.get(feature.name)
-        of_fields[feature.name] = hash_of([ids, own, feature.multi_valued])
-    return hash_of([digests, rows, numbers]), of_fields
+        field_hashes[feature.name] = hash_of([ids, own, feature.multi_valued])
+    return hash_of([digests, rows, numbers]), field_hashes
 
 
 def _digest_of(vocabulary: Vocabulary) -> str:

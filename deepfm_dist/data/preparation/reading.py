@@ -345,8 +345,8 @@ def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
     _check_some_have_rows(job, name, dropped[_without_rows(name)])
     also_rows = name in {name_of_rows for _, name_of_rows, _ in job.inputs}
     for reason, count in dropped.items():  # a file that several fields read counts once
-        of_side = f"{reason}, read for users and items" if also_rows else reason
-        job.dropped[of_side] = max(job.dropped[of_side], count)
+        label = f"{reason}, read for users and items" if also_rows else reason
+        job.dropped[label] = max(job.dropped[label], count)
     return pa.Table.from_batches(batches, schema)
 
 

@@ -82,7 +82,7 @@ class NumbaEngine:
         network = self._network if deep else self._pairwise
         if not deep:
             items = items._replace(units=0)
-        found = best.scores.numpy(), best.positions.numpy()
+        best_arrays = best.scores.numpy(), best.positions.numpy()
 
         def work(begin: int, end: int) -> None:
             kernel.update_top_k(
@@ -94,7 +94,7 @@ class NumbaEngine:
                 network,
                 seen.offsets,
                 seen.values,
-                *found,
+                *best_arrays,
                 self._scratch(network),
             )
 
@@ -110,12 +110,12 @@ class NumbaEngine:
     ) -> None:
         """Runs each user's own items past it; see `Engine`."""
         network, wanted = self._network, candidates.numpy()
-        found = best.scores.numpy(), best.positions.numpy()
+        best_arrays = best.scores.numpy(), best.positions.numpy()
 
         def work(begin: int, end: int) -> None:
             scratch = self._scratch(network)
             kernel.update_top_k_of_candidates(
-                users, begin, end, items, offset, network, wanted, *found, scratch
+                users, begin, end, items, offset, network, wanted, *best_arrays, scratch
             )
 
         self._over_users(work, len(best.scores))

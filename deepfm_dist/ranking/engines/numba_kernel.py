@@ -241,11 +241,11 @@ class _Code:
         def step(j: Any, sums: list[Any]) -> list[Any]:
             x = self.load(self.row(inputs, j))
             line = self.forward(weights, self.b.mul(j, self.index(rows)))
-            found = []
+            products = []
             for r in range(rows):
                 weight = self.splat(self.b.load(self.forward(line, self.index(r))))
-                found += [self.fma(weight, x[v], sums[r * VECTORS + v]) for v in range(VECTORS)]
-            return found
+                products += [self.fma(weight, x[v], sums[r * VECTORS + v]) for v in range(VECTORS)]
+            return products
 
         start = []
         for r in range(rows):
@@ -270,8 +270,8 @@ def _pairwise(typing: Any, users: Any, chunk: Any, items: Any, block: Any, n: An
             dim,
         )
         scores = code.row(code.address(scratch), code.field(network, "rows")[1])
-        for r, of_user in enumerate(sums):
-            code.store(of_user, code.row(scores, code.index(r)))
+        for r, user_sums in enumerate(sums):
+            code.store(user_sums, code.row(scores, code.index(r)))
         return context.get_dummy_value()
 
     return types.void(users, chunk, items, block, n, s), emit
@@ -290,13 +290,15 @@ def _complete(
         )
         hidden = code.address(scratch)
         units = code.field(items, "units")[1]
-        of_user = code.address(code.field(users, "hidden"), builder.mul(user[1], units))
-        of_items = code.row(code.address(code.field(items, "hidden")), builder.mul(block[1], units))
+        user_hidden = code.address(code.field(users, "hidden"), builder.mul(user[1], units))
+        item_hidden = code.row(
+            code.address(code.field(items, "hidden")), builder.mul(block[1], units)
+        )
         first = code.row(hidden, code.field(network, "first")[1])
 
         def first_layer(j: Any, _: list[Any]) -> list[Any]:
-            part = code.splat(builder.load(code.forward(of_user, j)))
-            sums = [builder.fadd(part, item) for item in code.load(code.row(of_items, j))]
+            part = code.splat(builder.load(code.forward(user_hidden, j)))
+            sums = [builder.fadd(part, item) for item in code.load(code.row(item_hidden, j))]
             code.store([code.relu(x) for x in sums], code.row(first, j))
             return []
 
@@ -324,9 +326,9 @@ def _complete(
                     code.row(hidden, source),
                     n,
                 )
-                for r, of_unit in enumerate(sums):
+                for r, unit_sums in enumerate(sums):
                     place = code.row(hidden, builder.add(target, code.index(r)))
-                    code.store([code.relu(x) for x in of_unit], place)
+                    code.store([code.relu(x) for x in unit_sums], place)
                 builder.branch(end)
             builder.position_at_end(end)
             return []
@@ -478,7 +480,7 @@ def update_top_k_of_candidates(
     """
     scores = scratch[network.rows * BLOCK :]
     dim, units, last = items.dim, items.units, best.shape[1] - 1
-    of_factors, of_hidden = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
+    factor_source, hidden_source = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
     picked = Items(
         np.empty(BLOCK, np.float32),
         np.zeros(dim * BLOCK, np.float32),
@@ -497,10 +499,10 @@ def update_top_k_of_candidates(
             for lane in range(len(places)):
                 block, source = divmod(places[lane] - offset, BLOCK)
                 picked.constant[lane] = items.constant[block * BLOCK + source]
-                of_factors[lane] = block * dim * BLOCK + source
-                of_hidden[lane] = block * units * BLOCK + source
-            _gather(items.factors, of_factors, dim, picked.factors)
-            _gather(items.hidden, of_hidden, units, picked.hidden)
+                factor_source[lane] = block * dim * BLOCK + source
+                hidden_source[lane] = block * units * BLOCK + source
+            _gather(items.factors, factor_source, dim, picked.factors)
+            _gather(items.hidden, hidden_source, units, picked.hidden)
             _pairwise(users, user - user % ROWS, picked, 0, network, scratch)
             above = _complete(users, user, picked, 0, network, scratch, best[user, last])
             _keep(above, scores, places, user, best, positions)

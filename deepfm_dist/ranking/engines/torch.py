@@ -48,8 +48,8 @@ class TorchEngine:
         for begin in range(0, n, USER_BLOCK):
             end = min(begin + USER_BLOCK, n)
             scores = self._scorer.scores(users[begin : begin + USER_BLOCK], items, deep)
-            found = masked_top_k(scores[: end - begin], mask(begin, end), k)
-            self._merge(best, slice(begin, end), found[1], found[0] + offset)
+            top = masked_top_k(scores[: end - begin], mask(begin, end), k)
+            self._merge(best, slice(begin, end), top[1], top[0] + offset)
 
     def update_of_candidates(
         self, users: Side, items: Side, offset: int, candidates: Tensor, best: Best

@@ -71,9 +71,9 @@ class TritonEngine:
         weights, biases = [nothing], [nothing]
         padded = tiles.sizes
         for (weight, bias), n_in, n_out in zip(layers[:-1], padded, padded[1:], strict=False):
-            weights.append(_padded(weight, n_out, n_in).flatten())
-            biases.append(_padded(bias[:, None], n_out, 1).flatten())
-        output = _padded(layers[-1][0], 1, padded[-1]).flatten() if layers else nothing
+            weights.append(_pad(weight, n_out, n_in).flatten())
+            biases.append(_pad(bias[:, None], n_out, 1).flatten())
+        output = _pad(layers[-1][0], 1, padded[-1]).flatten() if layers else nothing
         self._weights = torch.cat(weights).to(device, kind)
         self._biases = torch.cat(biases).to(device, torch.float32)
         self._output = output.to(device, torch.float32)
@@ -123,8 +123,8 @@ class TritonEngine:
         firsts = torch.arange(splits, device=self._device) * width
         begins = torch.searchsorted(order, owners + firsts[:, None])
         ends = torch.searchsorted(order, owners + (1 << 32))
-        found = order & 0xFFFFFFFF, begins, ends
-        self._launch(users, items, offset, n, columns, best, deep, seen=found)
+        seen_ranges = order & 0xFFFFFFFF, begins, ends
+        self._launch(users, items, offset, n, columns, best, deep, seen=seen_ranges)
 
     def _update_from_scores(
         self, users: Side, items: Items, offset: int, seen: Jagged, best: Best, deep: bool
@@ -223,7 +223,7 @@ class TritonEngine:
             self._merge(best, slice(0, n), keys.transpose(0, 1).reshape(n, splits * k))
 
 
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
     room = matrix.new_zeros(rows, columns)
     room[: matrix.shape[0], : matrix.shape[1]] = matrix
     return room

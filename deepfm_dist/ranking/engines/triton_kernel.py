@@ -161,12 +161,12 @@ def round_up(n: int, multiple: int) -> int:
 
 def _blocks(n: int, most: int) -> tuple[int, ...]:
     """Powers of two whose sum is n, rounded up to a multiple of 16."""
-    n, found = round_up(n, 16), []
+    n, sizes = round_up(n, 16), []
     for size in (128, 64, 32, 16):
         if size <= most:
-            found += [size] * (n // size)
+            sizes += [size] * (n // size)
             n %= size
-    return tuple(found)
+    return tuple(sizes)
 
 
 @triton.constexpr_function
@@ -181,13 +181,13 @@ def _size(blocks: Any) -> int:
 
 @triton.jit
 def _first_layer(
-    of_users, of_items, user, item, begin,
+    user_hidden, item_hidden, user, item, begin,
     UNITS: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """``STEP`` units of the first layer from ``begin`` on: ``[pairs, STEP]``."""
     unit = begin + tl.arange(0, STEP)
-    u = tl.load(of_users + user[:, None] * UNITS + unit[None, :])
-    i = tl.load(of_items + item[:, :, None] * UNITS + unit[None, None, :])
+    u = tl.load(user_hidden + user[:, None] * UNITS + unit[None, :])
+    i = tl.load(item_hidden + item[:, :, None] * UNITS + unit[None, None, :])
     return tl.maximum(u[:, None, :] + i, 0.0).reshape(PAIRS, STEP)
 
 
@@ -207,7 +207,7 @@ def _add(
 
 @triton.jit
 def _second_layer(
-    of_users, of_items, user, item, weights, biases, begin,
+    user_hidden, item_hidden, user, item, weights, biases, begin,
     UNITS: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _second_layer(
     out = begin + tl.arange(0, N)
     sums = tl.zeros((PAIRS, N), tl.float32) + tl.load(biases + out)[None, :]
     for k in tl.range(0, UNITS, STEP, num_stages=STAGES):
-        x = _first_layer(of_users, of_items, user, item, k, UNITS, STEP, PAIRS)
+        x = _first_layer(user_hidden, item_hidden, user, item, k, UNITS, STEP, PAIRS)
         sums = _add(x, weights, k, out, sums, UNITS, STEP, PRECISION)
     return tl.maximum(sums, 0.0)
 
@@ -237,7 +237,7 @@ def _next_layer(
 
 @triton.jit
 def _over_arch(
-    of_users, of_items, user, item, weights, biases, output,
+    user_hidden, item_hidden, user, item, weights, biases, output,
     UNITS: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
     LAST: tl.constexpr, CHUNK: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, LAST_STAGES: tl.constexpr,
@@ -246,14 +246,14 @@ def _over_arch(
     total = tl.zeros((PAIRS,), tl.float32)
     if LAST == 0:
         for k in tl.range(0, UNITS, STEP):
-            x = _first_layer(of_users, of_items, user, item, k, UNITS, STEP, PAIRS)
+            x = _first_layer(user_hidden, item_hidden, user, item, k, UNITS, STEP, PAIRS)
             total += tl.sum(x * tl.load(output + k + tl.arange(0, STEP))[None, :], 1)
     else:  # not after an early return, which Triton compiles all the same
         kind = weights.dtype.element_ty
         x = ()
         for b in tl.static_range(len(SECOND)):
             units = _second_layer(
-                of_users, of_items, user, item, weights, biases, _begin(SECOND, b),
+                user_hidden, item_hidden, user, item, weights, biases, _begin(SECOND, b),
                 UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
             )  # fmt: skip
             x = x + (units.to(kind),)  # noqa: RUF005  (Triton knows no star)
@@ -276,7 +276,7 @@ def _over_arch(
                 z = _next_layer(x, weights, biases, n, SECOND, CHUNK, PAIRS, PRECISION)
             else:
                 z = _second_layer(
-                    of_users, of_items, user, item, weights, biases, n,
+                    user_hidden, item_hidden, user, item, weights, biases, n,
                     UNITS, STEP, CHUNK, PAIRS, PRECISION, STAGES,
                 )  # fmt: skip
             total += tl.sum(z * tl.load(output + n + tl.arange(0, CHUNK))[None, :], 1)
@@ -350,11 +350,11 @@ def rank_pairs(
             tl.store(place, scores, (user[:, None] < n_users) & (column < width))
         else:
             if not OF_CANDIDATES:
-                found = tl.load(seen + next_seen, next_seen < end_seen, _FULL)
-                while tl.min(found, 0) < begin + ITEMS:
-                    scores = tl.where(found[:, None] == column, float("-inf"), scores)
-                    next_seen += (found < begin + ITEMS).to(tl.int64)
-                    found = tl.load(seen + next_seen, next_seen < end_seen, _FULL)
+                seen_items = tl.load(seen + next_seen, next_seen < end_seen, _FULL)
+                while tl.min(seen_items, 0) < begin + ITEMS:
+                    scores = tl.where(seen_items[:, None] == column, float("-inf"), scores)
+                    next_seen += (seen_items < begin + ITEMS).to(tl.int64)
+                    seen_items = tl.load(seen + next_seen, next_seen < end_seen, _FULL)
             bits = (scores + 0.0).to(tl.int32, bitcast=True)
             ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
             key = (ordered << 32) | (0xFFFFFFFF - (item + offset))
