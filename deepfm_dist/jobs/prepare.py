@@ -3,21 +3,28 @@
 It does so without torch, which takes longer to load than many datasets to prepare.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from deepfm_dist.config import Config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import local as encode
+from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.training.checks import warn_of_labels
 
 
-def prepare(config: Config, threads: int | None = None) -> Manifest:
+def prepare(
+    config: Config,
+    threads: int | None = None,
+    build: Callable[[Job, str], Manifest] | None = None,
+) -> Manifest:
     """Prepares the data in this process, or finds them up to date.
 
     Args:
         config: what to prepare.
         threads: that share the work; default: as many as there are cores.
+        build: does the work instead of threads; see `deepfm_dist.data.preparation.local.prepare`.
 
     Returns:
         The dataset's manifest.
@@ -28,7 +35,7 @@ def prepare(config: Config, threads: int | None = None) -> Manifest:
         InUse: another process trains on the dataset that is there.
     """
     given = config.data, config.input_root, config.prepared_dir, config.data_seed
-    manifest = encode.prepare(*given, threads, partial(_before_replacing, config))
+    manifest = encode.prepare(*given, threads, partial(_before_replacing, config), build)
     warn_of_labels(manifest)
     return manifest
 

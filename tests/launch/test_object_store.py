@@ -1,6 +1,5 @@
 """Runs and data in an object store: a real S3 server, its connection cut in a save."""
 
-import ast
 import gzip
 import json
 import os
@@ -24,6 +23,7 @@ from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of
 from tests.distributed.test_distributed import SMALL, Run, config_of, difference
+from tests.launch.s3 import clients_of, s3_server
 from tests.metrics_lines import lines
 from tests.ranks import run_ranks
 
@@ -32,14 +32,6 @@ for needed in ("moto", "s3fs", "upath"):
 pytestmark = pytest.mark.launch  # brings up a server
 
 ROOT = Path(__file__).parents[2]
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port(), flush=True)
-sys.stdin.read()
-"""
 
 
 class Wire:
@@ -95,24 +87,11 @@ class Wire:
 @pytest.fixture(scope="module")
 def wire() -> Iterator[Wire]:
     """The way to a new S3 server with one bucket; clients find it by the usual variables."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert server.stdout is not None
-    way = Wire(ast.literal_eval(server.stdout.readline()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{way.port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        folder_of("s3://bucket").mkdir()
-        yield way
-    server.kill()
-    server.wait()
+    with s3_server() as address:
+        way = Wire(address)
+        with clients_of(way.port):
+            folder_of("s3://bucket").mkdir()
+            yield way
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from deepfm_dist.data.preparation.split import (
     splits_by_time,
 )
 from deepfm_dist.data.schema import Feature, label_of
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -199,11 +199,6 @@ class Splitter:
             held_out, rows = positives
             known = held_out, rows["local"], rows["time"]
             parts[at] = splits_by_time(*known, part["local"][at], part["time"][at], n_users)
-        elif len(at) and split.method == "users":
-            raise ConfigError(
-                "data.split.method=users: this preparation cannot hold out users; use "
-                "python -m deepfm_dist.prepare"
-            )
         elif len(at):
             parts[at] = split_by_user(split, part["local"][at], n_users, self.keyed(part)[0])
         return parts
@@ -292,9 +287,15 @@ class Counts:
         )
 
     def add(
-        self, splitter: Splitter, partitions: Partitions, p: int, part: PartitionRows
+        self, splitter: Splitter, hashes: Callable[[str], Hashes], p: int, part: PartitionRows
     ) -> SplitIds:
         """Counts a partition in.
+
+        Args:
+            splitter: says where its rows go.
+            hashes: of the texts of a vocabulary, see `Partitions.hashes`.
+            p: its number.
+            part: its rows.
 
         Returns:
             Where its rows go.
@@ -316,8 +317,8 @@ class Counts:
                 self.empty[feature.name] += len(at) - int(has_value(values).sum())
             if feature.entity != "context":
                 n = len(self.tables[entity_key(feature.entity)])
-                hashes = partitions.hashes(feature.table_name) if feature.has_vocabulary else None
-                words = seeded(words_of(values, hashes), words_seed)
+                of_values = hashes(feature.table_name) if feature.has_vocabulary else None
+                words = seeded(words_of(values, of_values), words_seed)
                 times = part["time"][rows] if "time" in part else np.zeros(len(rows), np.int64)
                 found = EntityValues.from_rows(part[feature.entity][rows], times, words, values, n)
                 if (before := self.of_entities.get(feature.name)) is not None:
@@ -444,7 +445,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     counts = Counts.zeros(job, *job.crew.broadcast(zeros))
     for p in job.own_partitions:
         part = partitions.load(p)
-        parts = counts.add(splitter, partitions, p, part)
+        parts = counts.add(splitter, partitions.hashes, p, part)
         partitions.save_array(p, "parts", parts)
         if (low_parts := splitter.low_parts(part, parts)) is not None:
             partitions.save_array(p, "low parts", low_parts)

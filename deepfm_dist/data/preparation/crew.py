@@ -38,6 +38,9 @@ class Crew:
     size: int = 1
     _shared: Any = field(default_factory=lambda: _Shared(1))
 
+    def __reduce__(self) -> tuple[type["Crew"], tuple[()]]:
+        return Crew, ()  # in another process it is alone
+
     @property
     def is_first(self) -> bool:
         """Whether this is the thread that called."""

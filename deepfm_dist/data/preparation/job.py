@@ -1,7 +1,7 @@
 """What all steps of one preparation know."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -97,6 +97,12 @@ class Job:
     def n_user_groups(self) -> int:
         """Groups of rows of the user table, which are finished one after the other."""
         return -(-self.n_partitions // IN_MEMORY_PARTITIONS)
+
+    def for_task(self) -> "Job":
+        """The same for one task of a cluster, with nothing left out or noted yet."""
+        found = replace(self, crew=Crew(), dropped=Counter(), noted=Counter())
+        vars(found)["n_partitions"] = self.n_partitions  # whatever this machine's settings are
+        return found
 
     @property
     def own_partitions(self) -> range:

@@ -68,6 +68,7 @@ def prepare(
     seed: int,
     threads: int | None = None,
     before_replacing: Callable[[Manifest, Manifest], Path | None] = lambda old, new: None,
+    build: Callable[[Job, str], Manifest] | None = None,
 ) -> Manifest:
     """Makes sure that ``folder`` holds the dataset that the configuration describes.
 
@@ -82,6 +83,8 @@ def prepare(
         threads: that share the work; default: as many as there are cores. They change nothing.
         before_replacing: called with the manifests of an earlier dataset and of the one
             that is about to take its place; it may raise, or return where to keep the earlier one.
+        build: makes the dataset of a fingerprint in the job's folder; default: threads of this
+            process do.
 
     Returns:
         The manifest.
@@ -108,9 +111,13 @@ def prepare(
         job = Job(data, files, seed, Crew(), aside / "dataset")
         job.folder.mkdir(parents=True)
         job.spill("").mkdir()
-        manifest = run_crew(
-            threads or len(os.sched_getaffinity(0)),
-            lambda crew: _build_dataset(Job(data, files, seed, crew, job.folder), wanted),
+        manifest = (
+            build(job, wanted)
+            if build is not None
+            else run_crew(
+                threads or len(os.sched_getaffinity(0)),
+                lambda crew: _build_dataset(Job(data, files, seed, crew, job.folder), wanted),
+            )
         )
         if folder.exists():  # a deletion takes time, in which it would look whole
             kept = _kept(folder, manifest, before_replacing)
@@ -307,8 +314,21 @@ def finish(
     written: Written,
     histories: HistoryWriter,
     earlier: PreviousDataset,
+    row_sums: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Writes vocabularies, users and items, when the rows are written; the manifest last."""
+    """Writes vocabularies, users and items, when the rows are written; the manifest last.
+
+    Args:
+        job: the preparation.
+        wanted: fingerprint of the dataset.
+        counts: of all partitions.
+        fit: what was fitted on them.
+        plan: by which the rows were written.
+        written: of all partitions.
+        histories: what users have met.
+        earlier: the dataset that this one continues.
+        row_sums: `footer_sums` of the files of rows, where they lie elsewhere.
+    """
     sums = write_entities(job, fit, counts, histories, earlier) | written.sums
     before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
     tables = _tables(job.data, fit)
@@ -337,7 +357,7 @@ def finish(
         noted=dict(sorted(job.noted.items())),
         inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
         versions=versions(),
-        sums=footer_sums(job.folder),
+        sums=dict(sorted({**footer_sums(job.folder), **(row_sums or {})}.items())),
     )
     manifest.write(job.folder)
     return manifest

@@ -54,6 +54,7 @@ class Partitions:
         time_scale: what times are multiplied by to make whole numbers of all of them.
         in_memory: whether what later steps want of a partition stays in memory: there is one
             partition, or just one is asked for.
+        hashes: of the ids, as far as they are known; see `hashes`.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Partitions:
         side_files: Mapping[str, SideFile],
         time_scale: int,
         in_memory: bool,
+        hashes: Mapping[str, Hashes] | None = None,
     ) -> None:
         self._job, self._tables, self._in_memory = job, tables, in_memory
         self.ids, self.side_files, self.time_scale = ids, side_files, time_scale
-        self._hashes: dict[str, Hashes] = {}
+        self._hashes = dict(hashes or {})
         self._first_user = np.zeros(job.n_partitions + 1, np.int64)
         if "user" in job.entities:  # whose codes ascend as their hashes do
             of_user = partitions_of(

@@ -109,7 +109,7 @@ class ReadFacts:
     dropped: Counter[str]
 
     @classmethod
-    def none(cls, job: Job) -> "ReadFacts":
+    def zeros(cls, job: Job) -> "ReadFacts":
         """Nothing has been read yet."""
         time = job.data.interactions.time
         kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}
@@ -171,7 +171,7 @@ class RowCoder:
     def __init__(self, job: Job, spill: Spill) -> None:
         self._job, self.spill = job, spill
         self.codes = {name: Codes() for name in vocabularies_of_rows(job)}
-        self.facts = ReadFacts.none(job)
+        self.facts = ReadFacts.zeros(job)
 
     def add(self, batch: pa.RecordBatch, number: int) -> None:
         """Takes in rows of the file of a number among ``job.inputs``."""

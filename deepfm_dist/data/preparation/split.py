@@ -136,6 +136,10 @@ class Digit:
         return np.bincount(digits, minlength=DIGITS)
 
 
+FIRST_DIGIT = Digit((), 0, 64 - _DIGIT_BITS)
+"""The first step of any search."""
+
+
 def split_bounds(
     split: Split, n: int, count: Callable[[Digit], Int64Array], n_keys: int = 2
 ) -> tuple[Bound, Bound]:

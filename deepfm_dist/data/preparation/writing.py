@@ -152,10 +152,10 @@ class Written:
     known: "HeldOutIdCheck"
 
     @classmethod
-    def none(cls, job: Job) -> "Written":
+    def zeros(cls, job: Job) -> "Written":
         """Nothing yet."""
         zeros = np.zeros(len(SPLITS), np.int64)
-        return cls({}, zeros, zeros.copy(), HeldOutIdCheck.none(job))
+        return cls({}, zeros, zeros.copy(), HeldOutIdCheck.zeros(job))
 
     def __add__(self, other: "Written") -> "Written":
         return Written(
@@ -230,7 +230,7 @@ class RowWriter:
         self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
         if self._sampled:
             self._unused["train"] = {"label"}
-        self.written = Written.none(job)
+        self.written = Written.zeros(job)
 
     def add(self, p: int, part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> None:
         """Writes a partition.
@@ -387,7 +387,7 @@ class HeldOutIdCheck:
     unknown: dict[tuple[int, str], Int32Array]
 
     @classmethod
-    def none(cls, job: Job) -> "HeldOutIdCheck":
+    def zeros(cls, job: Job) -> "HeldOutIdCheck":
         """Nothing counted yet."""
         entities = {name: np.zeros(0, np.int32) for name in job.entities}
         unknown = {(s, name): codes for s in (VALID, TEST) for name, codes in entities.items()}

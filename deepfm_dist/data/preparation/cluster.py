@@ -1,0 +1,748 @@
+"""Preparation on a cluster: the steps of `local`, by a task for each file and for each partition.
+
+The tasks call what threads call, so that the dataset is the same, byte for byte. Rows go from task
+to task, by way of the engine that runs them, and never to the driver. The driver holds what the
+first thread does in `local`: every distinct id and value, and counts by id; on its disk, histories.
+
+1. `_read`: a file -> its rows by partition, with the texts of their ids and values.
+2. `_merge`: the distinct texts of a stretch of hashes; the driver numbers those of all.
+3. `_load`: a partition's rows -> numbers of texts, without repeated rows, in order.
+4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows begin.
+5. `_count`: where rows belong, and what training rows add to the statistics; the driver fits.
+6. `_write`: the partition's files, and what its users have met.
+
+A task depends on its input alone, so that it may run again: it gives and writes the same. Nothing
+here knows an engine; `launch/spark_prepare.py` brings Spark.
+"""
+
+import logging
+import pickle
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.codes import Codes, Hashes, hash_texts
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, from_arrow, to_arrow
+from deepfm_dist.data.layout import footer_sums
+from deepfm_dist.data.manifest import SPLITS, Manifest
+from deepfm_dist.data.preparation.counts import Counts, Splitter, no_tables
+from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
+from deepfm_dist.data.preparation.histories import HistoryWriter
+from deepfm_dist.data.preparation.job import Job, buckets_of, entity_key, partitions_of
+from deepfm_dist.data.preparation.local import finish
+from deepfm_dist.data.preparation.merge import CodeMap, merge_vocabularies
+from deepfm_dist.data.preparation.partitions import Partitions, mapped_side_files
+from deepfm_dist.data.preparation.reading import (
+    ReadFacts,
+    RowCoder,
+    read_side_files,
+    row_batches,
+    vocabularies_of_rows,
+)
+from deepfm_dist.data.preparation.rules import coded_columns
+from deepfm_dist.data.preparation.spill import Spill
+from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit
+from deepfm_dist.data.preparation.writing import Plan, RowWriter, Written, carry
+from deepfm_dist.errors import ConfigError, DataError, DeepFMError
+from deepfm_dist.storage import atomic_write, delete_tree, folder_of, storage_errors_to_user
+
+log = logging.getLogger(__name__)
+_BATCHES_AT_ONCE = 4
+"""Blocks of a file whose rows a task holds before it hands them on."""
+_PIECE_BYTES = 4 << 20
+_SHARED = "_shared"
+"""A folder beside the dataset's files, for what the driver gives single tasks."""
+_COUNTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Record:
+    """A piece of what tasks give each other and the driver.
+
+    Attributes:
+        kind: what it is.
+        key: the partition, file or stretch of hashes that it belongs to.
+        source: tells things of one kind and key apart.
+        piece: its place among the pieces of one thing.
+        more: whether another piece follows.
+        payload: the thing, pickled.
+    """
+
+    kind: str
+    key: int
+    source: int
+    piece: int
+    more: bool
+    payload: bytes
+
+
+Task = Callable[[Iterator[Record]], Iterator[Record]]
+ARROW_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("key", pa.int64()),
+        ("source", pa.int64()),
+        ("piece", pa.int32()),
+        ("more", pa.bool_()),
+        ("payload", pa.binary()),
+    ]
+)
+"""Of records, where an engine moves them as Arrow batches."""
+BATCH_RECORDS = 16
+"""Of a batch, each of at most `_PIECE_BYTES`."""
+
+
+def in_arrow(task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Calls a task on the records of a partition, which come and go as Arrow batches."""
+    given = (Record(**row) for batch in batches for row in batch.to_pylist())
+    waiting: list[dict[str, Any]] = []
+    for record in task(given):
+        waiting.append(vars(record))
+        if len(waiting) == BATCH_RECORDS:
+            yield pa.RecordBatch.from_pylist(waiting, ARROW_SCHEMA)
+            waiting = []
+    yield pa.RecordBatch.from_pylist(waiting, ARROW_SCHEMA)
+
+
+class Records(Protocol):
+    """Records that lie somewhere in a cluster, in some number of partitions."""
+
+    def map(self, task: Task) -> "Records":
+        """What a task makes of the records of each partition."""
+
+    def only(self, *kinds: str) -> "Records":
+        """Those of some kinds, and errors."""
+
+    def by_key(self, n: int) -> "Records":
+        """In ``n`` partitions by key, each ordered by key, source and piece."""
+
+    def kept(self) -> "Records":
+        """The same, computed once and kept on the disks of the cluster."""
+
+    def stream(self) -> Iterator[Record]:
+        """All records, few at a time in the driver; for those that are kept."""
+
+    def collect(self) -> Iterator[Record]:
+        """All records; for few and small ones."""
+
+    def release(self) -> None:
+        """Ends what `kept` began."""
+
+
+class Engine(Protocol):
+    """What runs tasks."""
+
+    def numbers(self, n: int) -> Records:
+        """An empty record for each key from 0 to ``n - 1``, in a partition of its own."""
+
+    def share(self, value: Any) -> Callable[[], Any]:
+        """Gives every task a way to a value."""
+
+
+def prepare_on(engine: Engine, job: Job, wanted: str, folder: Path | None = None) -> Manifest:
+    """Prepares a dataset by the tasks of a cluster.
+
+    Args:
+        engine: runs the tasks.
+        job: the preparation; the driver writes vocabularies, users and items into its folder.
+        wanted: fingerprint of the dataset.
+        folder: where the dataset goes if not into the job's folder, such as one behind a URL. All
+            machines write there; the manifest comes last.
+
+    Raises:
+        DataError: an input cannot be read or used, or the folder holds something else.
+    """
+    _check_supported(job)
+    if folder is not None and (current := _current(folder, wanted)) is not None:
+        log.info("%s is up to date", folder)
+        return current
+    driver = _Driver(engine, job, wanted, job.folder if folder is None else folder)
+    try:
+        manifest = driver.prepare()
+    finally:
+        driver.clear()
+    if folder is not None:
+        files = [file for file in job.folder.glob("*/*") if file.is_file()]
+        for file in [*sorted(files), job.folder / "manifest.json"]:
+            with atomic_write(folder / file.relative_to(job.folder).as_posix()) as aside:
+                shutil.copyfile(file, aside)
+    return manifest
+
+
+def _check_supported(job: Job) -> None:
+    """Refuses settings whose steps have no tasks yet."""
+    rows, method = job.data.interactions, job.data.split.method
+    for setting, is_set in {
+        "data.interactions.min_rows_per_item": rows.min_rows_per_item > 1,
+        "data.interactions.min_rows_per_user": rows.min_rows_per_user > 1,
+        "data.split.method=users": method == "users" and not job.data.refit,
+    }.items():
+        if is_set:
+            raise ConfigError(
+                f"{setting} is not prepared on a cluster; use python -m deepfm_dist.prepare"
+            )
+
+
+def _current(folder: Path, wanted: str) -> Manifest | None:
+    """The manifest of what lies in a folder, where that is the dataset wanted.
+
+    Raises:
+        DataError: it is another one.
+    """
+    with storage_errors_to_user(folder):
+        if not (folder / "manifest.json").is_file():
+            delete_tree(folder / _SHARED)  # of a driver that was killed
+            return None
+        manifest = Manifest.read(folder)
+    if manifest.fingerprint != wanted:
+        raise DataError(
+            f"{folder}: holds a dataset of other inputs or settings; delete it, or write to "
+            f"another folder"
+        )
+    return manifest
+
+
+class _Driver:
+    """The driver's side of all steps."""
+
+    def __init__(self, engine: Engine, job: Job, wanted: str, folder: Path) -> None:
+        self._engine, self._job, self._wanted = engine, job, wanted
+        self._folder, self._shared_folder = str(folder), folder / _SHARED
+        self._task_job = engine.share(job.for_task())
+        self._kept: list[Records] = []
+        with atomic_write(self._shared_folder / "fingerprint") as file:
+            file.write_text(wanted)
+
+    def prepare(self) -> Manifest:
+        """Takes all steps."""
+        job, earlier = self._job, PreviousDataset(self._job.data.vocabulary_from)
+        task = partial(_read, self._task_job, self._folder, self._wanted)
+        read = self._keep(self._engine.numbers(len(job.inputs)).map(task))
+        facts = self._facts(read)
+        codes = self._texts(read)
+        side_files = read_side_files(job, codes)
+        ids, [code_map] = merge_vocabularies([codes], job.crew)
+        side_files = mapped_side_files(job, side_files, code_map)
+        time_scale = 1 if facts.times is None else facts.times.scale
+        known = self._engine.share(_Known(ids, {n: hash_texts(t) for n, t in ids.items()}))
+        loaded = self._keep(
+            read.only("rows")
+            .by_key(job.n_partitions)
+            .map(partial(_load, self._task_job, known, time_scale))
+        )
+        read.release()
+        first_user = self._users(loaded, ids)
+        partitions = Partitions(job, _no_rows, ids, side_files, time_scale, in_memory=False)
+        splitter = self._splitter(loaded)
+        counts = self._counts(loaded, splitter, known, partitions, first_user)
+        fit = Fitter(job, partitions, counts, earlier)
+        plan = Plan.of_counts(job, counts, fit.fitted)
+        n_users = fit.fitted.rows.get("user", 1)
+        histories = HistoryWriter(n_users, plan.n_rare, job.n_user_groups, job.spill(""), job.crew)
+        carry(histories, earlier)
+        written, sums = self._write(loaded, splitter, plan, first_user, histories)
+        written.known.check(job, plan, ids)
+        return finish(job, self._wanted, counts, fit, plan, written, histories, earlier, sums)
+
+    def clear(self) -> None:
+        """Lets go of what the cluster keeps."""
+        for records in self._kept:
+            records.release()
+        delete_tree(self._shared_folder)
+
+    def _keep(self, records: Records) -> Records:
+        kept = records.kept()
+        self._kept.append(kept)
+        return kept
+
+    def _facts(self, read: Records) -> ReadFacts:
+        """Checks what the readers have met; repeats their warnings."""
+        told = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
+        for _, text in _things(record for record in told if record.kind == "warnings"):
+            log.warning("%s", text)
+        facts_of_files = _things(record for record in told if record.kind != "warnings")
+        first, *others = (facts for _, facts in facts_of_files)
+        facts: ReadFacts = sum(others, first)
+        facts.check(self._job)
+        self._job.dropped.update(facts.dropped)
+        return facts
+
+    def _texts(self, read: Records) -> dict[str, Codes]:
+        """The distinct texts of all vocabularies but the users', in any order."""
+        user = entity_key("user")
+        codes = {name: Codes() for name in vocabularies_of_rows(self._job) if name != user}
+        merged = self._keep(read.only("texts").by_key(self._job.n_partitions).map(_merge))
+        for _, texts in _things(merged.stream()):
+            for name, of_stretch in texts.items():
+                codes[name].encode(of_stretch)
+        merged.release()
+        return codes
+
+    def _users(self, loaded: Records, ids: dict[str, pa.Array]) -> Int64Array:
+        """Completes the ids by the users'; ``[partitions + 1]``, where those of each begin."""
+        n_users = np.zeros(self._job.n_partitions + 1, np.int64)
+        if "user" not in self._job.entities:
+            return n_users
+        found: dict[int, pa.Array] = {}
+        for record, texts in _things(loaded.only("users").stream()):
+            found[record.key] = texts
+            n_users[record.key + 1] = len(texts)
+        in_order = pa.concat_arrays([found[p] for p in sorted(found)])
+        others = dict(ids)
+        ids.clear()  # in the order of `vocabularies_of_rows`
+        ids |= {entity_key("user"): in_order} | others
+        return np.cumsum(n_users)
+
+    def _splitter(self, loaded: Records) -> Splitter:
+        splitter = Splitter(self._job)
+        if not splitter.has_bounds:
+            return splitter
+        keys = loaded.only("keys")
+
+        @cache
+        def count(digit: Digit) -> Int64Array:
+            found = np.zeros(DIGITS, np.int64)
+            for _, (digits, counts) in _things(keys.map(partial(_count_digits, digit)).collect()):
+                found[digits] += counts
+            return found
+
+        n = int(count(FIRST_DIGIT).sum())
+        return splitter.with_bounds(n, count)
+
+    def _counts(
+        self,
+        loaded: Records,
+        splitter: Splitter,
+        known: Callable[[], "_Known"],
+        partitions: Partitions,
+        first_user: Int64Array,
+    ) -> Counts:
+        job = self._job
+        task = partial(_count, self._task_job, known, splitter.bounds)
+        counted = self._keep(loaded.only("part").map(task))
+        total = Counts.zeros(job, *no_tables(job, partitions.ids))
+        waiting: list[Counts] = []
+        for record, (counts, tables, noted) in _things(counted.stream()):
+            _add_tables(total, tables, int(first_user[record.key]))
+            for feature in job.row_fields:
+                if feature.entity == "user" and feature.name in counts.of_entities:
+                    values = counts.of_entities[feature.name]
+                    values.entity = values.entity + np.int32(first_user[record.key])
+            job.noted.update(noted)
+            waiting.append(counts)
+            if len(waiting) == _COUNTS_AT_ONCE:
+                total = Counts.joined(job, [total, *waiting])
+                waiting = []
+        counted.release()
+        total = Counts.joined(job, [total, *waiting])
+        total.report(splitter)
+        return total
+
+    def _write(
+        self,
+        loaded: Records,
+        splitter: Splitter,
+        plan: Plan,
+        first_user: Int64Array,
+        histories: HistoryWriter,
+    ) -> tuple[Written, dict[str, int]]:
+        """Writes the rows; gives `footer_sums` of their files as well."""
+        job = self._job
+        if "user" in job.entities:
+            for p in range(job.n_partitions):
+                own = plan.of_users(int(first_user[p]), int(first_user[p + 1]))
+                with atomic_write(_users_file(self._shared_folder, p)) as file:
+                    file.write_bytes(pickle.dumps(_UserSlice.of_plan(own)))
+            plan = plan.of_users(0, 0)
+        task = partial(
+            _write, self._task_job, self._engine.share(plan), splitter.bounds, self._folder
+        )
+        done = self._keep(loaded.only("part").map(task))
+        written, sums = Written.zeros(job), dict[str, int]()
+        for record, value in _things(done.stream()):
+            if record.kind == "history":
+                histories.add(*value)
+                continue
+            of_partition, of_files, noted = value
+            shift = np.int32(first_user[record.key])
+            for (split, entity), codes in of_partition.known.unknown.items():
+                if entity == "user":
+                    of_partition.known.unknown[split, entity] = codes + shift
+            written = written + of_partition
+            sums |= of_files
+            job.noted.update(noted)
+        done.release()
+        return written, sums
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The texts of all vocabularies but the users', in the order of their hashes.
+
+    Attributes:
+        ids: by vocabulary.
+        hashes: of them.
+    """
+
+    ids: dict[str, pa.Array]
+    hashes: dict[str, Hashes]
+
+    def codes(self, name: str, texts: pa.Array) -> Int32Array:
+        """``[n]`` texts of a vocabulary, all of them known -> ``[n]`` int32."""
+        wanted = hash_texts(texts)
+        places = np.searchsorted(self.hashes[name], wanted)
+        open_ones = np.arange(len(places))
+        while len(open_ones):  # texts of the same hash follow each other
+            found = self.ids[name].take(pa.array(places[open_ones]))
+            differ = np.asarray(pc.not_equal(found, texts.take(pa.array(open_ones))))
+            open_ones = open_ones[differ]
+            places[open_ones] += 1
+        return places.astype(np.int32)
+
+    def hashes_of(self, name: str) -> Hashes:
+        """``[codes + 1]``: see `Partitions.hashes`."""
+        return np.append(self.hashes[name], np.uint64(0))
+
+
+@dataclass(frozen=True)
+class _UserSlice:
+    """What a `Plan` says of the users of one partition."""
+
+    row_of_code: Int32Array
+    negative_user: Int32Array | None
+    trained: Any
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> "_UserSlice":
+        rows = plan.fitted.row_of_code[entity_key("user")]
+        return cls(rows, plan.negative_user, plan.trained["user"])
+
+    def put_into(self, plan: Plan) -> Plan:
+        rows = plan.fitted.row_of_code | {entity_key("user"): self.row_of_code}
+        return replace(
+            plan,
+            fitted=replace(plan.fitted, row_of_code=rows),
+            negative_user=self.negative_user,
+            trained=plan.trained | {"user": self.trained},
+        )
+
+
+def _users_file(folder: Path, p: int) -> Path:
+    return folder / f"users-{p:05d}"
+
+
+def _no_rows(p: int) -> Any:
+    raise AssertionError("the driver loads no partition")
+
+
+def _add_tables(total: Counts, tables: Mapping[str, Any], first_user: int) -> None:
+    """Adds a partition's ``(codes, counts)``, whose users are numbered from 0."""
+    for name, (codes, counts) in tables.items():
+        into = total.liked if name == "liked" else total.tables[name]
+        into[codes + (first_user if name == entity_key("user") else 0)] += counts
+
+
+# What tasks do.
+
+
+def _reporting(task: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    """A task that gives the driver a user's mistake as a record: no engine is to try it again."""
+
+    @wraps(task)
+    def reported(*given: Any) -> Iterator[Record]:
+        try:
+            yield from task(*given)
+        except DeepFMError as error:
+            yield from _records("error", 0, error)
+
+    return reported
+
+
+def _records(kind: str, key: int, value: Any, source: int = 0) -> Iterator[Record]:
+    data = pickle.dumps(value, protocol=5)
+    for begin in range(0, len(data), _PIECE_BYTES):
+        end = begin + _PIECE_BYTES
+        yield Record(kind, key, source, begin // _PIECE_BYTES, end < len(data), data[begin:end])
+
+
+def _things(records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
+    """What `_records` cut into pieces, each with its last piece.
+
+    Raises:
+        DeepFMError: a task has failed with it.
+    """
+    pieces: list[bytes] = []
+    for record in records:
+        pieces.append(record.payload)
+        if not record.more:
+            value = pickle.loads(b"".join(pieces))
+            pieces.clear()
+            if record.kind == "error":
+                raise value
+            yield record, value
+
+
+def _read(
+    job_of: Callable[[], Job], folder: str, wanted: str, records: Iterator[Record]
+) -> Iterator[Record]:
+    """Numbers of files -> ``rows`` by partition, ``texts`` by stretch of hashes, ``facts``."""
+    for record in records:
+        with _heard() as warnings:
+            try:
+                _check_shared(folder, wanted)
+                yield from _read_file(job_of(), record.key)
+            except DeepFMError as error:  # the driver names that of the first file
+                yield from _records("error", record.key, error)
+        for text in warnings:
+            yield from _records("warnings", record.key, text)
+
+
+def _check_shared(folder: str, wanted: str) -> None:
+    """Makes sure, before anything else is done, that a task sees what the driver writes."""
+    file = folder_of(folder) / _SHARED / "fingerprint"
+    with storage_errors_to_user(file):
+        if not (file.is_file() and file.read_text() == wanted):
+            raise DataError(
+                f"{folder}: a machine of the cluster does not see what the driver has written "
+                f"there; write to a disk that all of them share, or to a URL"
+            )
+
+
+def _read_file(shared: Job, number: int) -> Iterator[Record]:
+    job, dropped = shared.for_task(), Counter[str]()
+    coder = RowCoder(job, Spill(None, job.n_partitions))
+    if number == 0:  # every partition gets its files, even one without rows
+        empty = _bytes_of(pa.Table.from_batches([coder.no_rows()]))
+        for p in range(job.n_partitions):
+            yield from _records("rows", p, (empty, {}))
+    first = (number << 32) + 1
+    for place, batch in enumerate(row_batches(job, number, dropped)):
+        if place and place % _BATCHES_AT_ONCE == 0:
+            yield from _handed_on(job, coder, first + place)
+        coder.add(batch, number)
+    yield from _handed_on(job, coder, first)
+    user = entity_key("user")
+    others = {name: codes.texts() for name, codes in coder.codes.items() if name != user}
+    yield from _by_hash(job, others, number)
+    coder.facts.dropped.update(dropped)
+    yield from _records("facts", number, coder.facts)
+
+
+def _handed_on(job: Job, coder: RowCoder, source: int) -> Iterator[Record]:
+    """A reader's rows, which it then forgets, each partition's with the texts of its codes."""
+    spill, coder.spill = coder.spill, Spill(None, job.n_partitions)
+    texts = {name: codes.texts() for name, codes in coder.codes.items()}
+    for p in range(job.n_partitions):
+        if batches := spill.read(p):
+            table = pa.Table.from_batches(batches).combine_chunks()
+            table, own = _with_own_codes(job, table, texts)
+            yield from _records("rows", p, (_bytes_of(table), own), source)
+
+
+def _bytes_of(table: pa.Table) -> bytes:
+    """A table in Arrow's format of streams: pickle would take all of what a slice is a slice of."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _table(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+def _with_own_codes(
+    job: Job, table: pa.Table, texts: Mapping[str, pa.Array]
+) -> tuple[pa.Table, dict[str, pa.Array]]:
+    """Rows with numbers of their own texts alone, and these texts."""
+    columns = coded_columns(job)
+    own: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(columns.values()):
+        of_name = [c for c, vocabulary in columns.items() if vocabulary == name]
+        values = {column: from_arrow(table[column]) for column in of_name}
+        flat = [v.values if isinstance(v, Jagged) else v for v in values.values()]
+        used = np.unique(np.concatenate(flat).astype(np.int32))
+        used = used[used >= 0]
+        own[name] = texts[name].take(pa.array(used))
+        place = np.full(len(texts[name]) + 1, -1, np.int32)
+        place[used] = np.arange(len(used), dtype=np.int32)
+        for column, value in values.items():
+            mapped = (
+                Jagged(value.offsets, place[value.values])
+                if isinstance(value, Jagged)
+                else place[value]
+            )
+            at = table.column_names.index(column)
+            table = table.set_column(at, column, to_arrow(mapped))
+    return table, own
+
+
+def _by_hash(job: Job, texts: Mapping[str, pa.Array], source: int) -> Iterator[Record]:
+    """Texts by stretch of their hashes: ``{vocabulary: texts}`` for each."""
+    stretches: dict[int, dict[str, pa.Array]] = {}
+    for name, of_name in texts.items():
+        of_text = partitions_of(buckets_of(hash_texts(of_name)), job.n_partitions)
+        for stretch in np.unique(of_text).tolist():
+            mine = of_name.take(pa.array(np.flatnonzero(of_text == stretch)))
+            stretches.setdefault(stretch, {})[name] = mine
+    for stretch, of_names in stretches.items():
+        yield from _records("texts", stretch, of_names, source)
+
+
+@_reporting
+def _merge(records: Iterator[Record]) -> Iterator[Record]:
+    """``texts`` of several readers -> the distinct ones."""
+    for key, things in groupby(_things(records), lambda thing: thing[0].key):
+        codes: dict[str, Codes] = {}
+        for _, texts in things:
+            for name, of_name in texts.items():
+                codes.setdefault(name, Codes()).encode(of_name)
+        yield from _records("texts", key, {name: c.texts() for name, c in codes.items()})
+
+
+@_reporting
+def _load(
+    job_of: Callable[[], Job],
+    known_of: Callable[[], _Known],
+    time_scale: int,
+    records: Iterator[Record],
+) -> Iterator[Record]:
+    """``rows`` of a partition -> its ``part``, its ``users`` and the ``keys`` of its open rows."""
+    job, known, user = job_of().for_task(), known_of(), entity_key("user")
+    splitter = Splitter(job)
+    for p, things in groupby(_things(records), lambda thing: thing[0].key):
+        coded = [value for _, value in things]
+        of_users: list[dict[str, Codes]] = [{user: Codes()} for _ in coded]
+        maps: list[CodeMap] = []
+        for own, (_, texts) in zip(of_users, coded, strict=True):
+            own[user].encode(texts.get(user, pa.array([], pa.string())))
+            others = {name: known.codes(name, t) for name, t in texts.items() if name != user}
+            maps.append({name: np.append(codes, np.int32(-1)) for name, codes in others.items()})
+        ids, user_maps = merge_vocabularies(of_users, job.crew)
+        empty = dict.fromkeys(known.ids, np.full(1, -1, np.int32))
+        of_partition = [
+            (_table(table), empty | code_map | user_map)
+            for (table, _), code_map, user_map in zip(coded, maps, user_maps, strict=True)
+        ]
+        partitions = Partitions(
+            job,
+            {p: of_partition}.__getitem__,
+            {**ids, **known.ids},
+            {},
+            time_scale,
+            in_memory=True,
+            hashes={name: known.hashes_of(name) for name in known.ids},
+        )
+        part = partitions.load(p)
+        yield from _records("part", p, part)
+        yield from _records("users", p, ids[user])
+        if splitter.has_bounds:
+            yield from _records("keys", p, splitter.keyed(part))
+
+
+@_reporting
+def _count_digits(digit: Digit, records: Iterator[Record]) -> Iterator[Record]:
+    """``keys`` -> histograms of their next digits, without what is 0."""
+    for record, keyed in _things(records):
+        counts = digit.counts(keyed)
+        there = np.flatnonzero(counts)
+        yield from _records("digits", record.key, (there, counts[there]))
+
+
+@_reporting
+def _count(
+    job_of: Callable[[], Job],
+    known_of: Callable[[], _Known],
+    bounds: Any,
+    records: Iterator[Record],
+) -> Iterator[Record]:
+    """``part`` -> its counts, those by code as ``(codes, counts)``."""
+    known = known_of()
+    for record, part in _things(records):
+        job, user = job_of().for_task(), entity_key("user")
+        ids = {**known.ids, **({user: part.users} if "user" in job.entities else {})}
+        counts = Counts.zeros(job, *no_tables(job, ids))
+        counts.add(Splitter(job, bounds), known.hashes_of, record.key, part)
+        sparse = {}
+        for name, table in [*counts.tables.items(), ("liked", counts.liked)]:
+            codes = np.flatnonzero(table)
+            sparse[name] = codes, table[codes]
+        counts = replace(counts, tables={}, liked=np.zeros(0, np.int64))
+        yield from _records("counts", record.key, (counts, sparse, job.noted))
+
+
+class _Pairs:
+    """Keeps what users have met, by its kind."""
+
+    def __init__(self) -> None:
+        self.added: list[tuple[str, Any, Int32Array]] = []
+
+    def add(self, name: str, rows: Any, items: Int32Array) -> None:
+        """As `HistoryWriter.add`."""
+        self.added.append((name, rows, items))
+
+
+@_reporting
+def _write(
+    job_of: Callable[[], Job],
+    plan_of: Callable[[], Plan],
+    bounds: Any,
+    folder: str,
+    records: Iterator[Record],
+) -> Iterator[Record]:
+    """``part`` -> its files, what was ``written``, and the ``history`` of its users."""
+    goal = folder_of(folder)
+    for record, part in _things(records):
+        plan = plan_of()
+        if len(part.users):
+            own: _UserSlice = pickle.loads(_users_file(goal / _SHARED, record.key).read_bytes())
+            plan = own.put_into(plan)
+        with tempfile.TemporaryDirectory() as name:
+            job = replace(job_of().for_task(), folder=Path(name))
+            splitter, pairs = Splitter(job, bounds), _Pairs()
+            for split in SPLITS:
+                (job.folder / split).mkdir()
+            writer = RowWriter(job, plan, pairs)
+            parts = splitter.parts(part)
+            writer.add(record.key, part, parts, splitter.low_parts(part, parts))
+            sums = footer_sums(job.folder)
+            for file in sums:  # a task that runs again, or twice at once, writes the same
+                with atomic_write(goal / file) as aside:
+                    shutil.copyfile(job.folder / file, aside)
+        yield from _records("written", record.key, (writer.written, sums, job.noted))
+        for source, added in enumerate(pairs.added):
+            yield from _records("history", record.key, added, source)
+
+
+class _Hearing(logging.Handler):
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Warnings of the package, for the driver to repeat."""
+    texts: list[str] = []
+    handler, logger = _Hearing(texts), logging.getLogger("deepfm_dist")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
