@@ -1,7 +1,11 @@
 """Rows of different lengths in two flat arrays."""
 
+import json
+import logging
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +19,14 @@ import pyarrow.compute as pc
 from deepfm_dist.compiled import compiled
 from deepfm_dist.storage import remove_leftovers, work_folder
 
+log = logging.getLogger(__name__)
+
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
+_SUMS = "sums.json"
+"""Checksums by file of a mapped folder."""
 _AT_ONCE = 4
 """Values of a row that are copied without asking whether it has so many: the next row writes over
 what it has not, which costs less than a branch that the processor cannot foresee."""
@@ -288,14 +296,42 @@ def mapped_values(
 
 
 def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder, whole or not at all, though several processes may be at it."""
+    """Makes a folder, whole or not at all, though several processes may be at it.
+
+    Its files carry checksums, which each process compares once; a damaged folder is made again.
+    """
     if folder.is_dir():
-        return
+        if _is_undamaged(folder):
+            return
+        log.warning("%s: its checksums differ; making it again", folder)
+        damaged = work_folder(folder)
+        with suppress(OSError):  # another process was first
+            folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
     remove_leftovers(folder)
     aside = work_folder(folder)
     aside.mkdir(parents=True)
     write(aside)
+    sums = {path.name: _sum_of(path) for path in aside.iterdir()}
+    (aside / _SUMS).write_text(json.dumps(sums))
     try:
         aside.rename(folder)
     except OSError:  # another process was first
         shutil.rmtree(aside)
+
+
+def _is_undamaged(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / _SUMS).read_text())
+        return {name: _sum_of(folder / name) for name in sums} == sums
+    except (OSError, ValueError, AttributeError):  # also a version that kept no checksums
+        return False
+
+
+def _sum_of(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            total = zlib.crc32(piece, total)
+    return total

@@ -21,6 +21,10 @@ _WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("decimals of zero", partial(_replaced, r"^(\s*-?\d+)\.0+(\s*)$", r"\1\2")),
     ("leading zeros", partial(_replaced, r"^(\s*)0+(\d)", r"\1\2")),
     ("upper and lower case", pc.utf8_lower),
+    ("the quotes around them", partial(_replaced, r"""^\s*(["'`])(.*)["'`]\s*$""", r"\2")),
+    ("characters that cannot be seen", partial(_replaced, r"\p{Cf}", "")),
+    ("Unicode's form", lambda texts: pc.utf8_normalize(texts, "NFKC")),
+    ("separators between thousands", partial(_replaced, r"(\d)[,_'](\d{3})", r"\1\2")),
 )
 _CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d")
 """What texts look like that the first of `_WAYS` change."""

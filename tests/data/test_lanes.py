@@ -154,10 +154,28 @@ def test_large_histories_are_mapped_and_the_same(tmp_path: Path) -> None:
     held, mapped = PreparedDataset(folder), PreparedDataset(folder, memory_bytes=0)
     assert held.history.lists() == mapped.history.lists()
     assert not (folder / "mapped" / "user-history-_as_it_is").is_file()
-    assert sorted(p.name for p in (folder / "mapped").rglob("*.*")) == ["offsets.npy", "values.bin"]
+    files = sorted(p.name for p in (folder / "mapped").rglob("*.*"))
+    assert files == ["offsets.npy", "sums.json", "values.bin"]
     for seen in (held.seen(False), mapped.seen(False), PreparedDataset(folder, 0).seen(False)):
         assert seen.lists() == [sorted(i - 1 for i in bag) for bag in held.history.lists()]
     assert not mapped.history.values.flags.writeable
+
+
+@pytest.mark.parametrize("name", ["values.bin", "offsets.npy", "sums.json"])
+def test_a_damaged_map_of_large_histories_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    folder = prepared(tmp_path, 300, 5, 20, "implicit")
+    bags = PreparedDataset(folder, memory_bytes=0).history.lists()
+    file = next((folder / "mapped").rglob(name))
+    good = file.read_bytes()
+    file.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+    assert PreparedDataset(folder, memory_bytes=0).history.lists() == bags
+    assert f"{file.parent}: its checksums differ" in caplog.text
+    assert file.read_bytes() == good
+    caplog.clear()
+    assert PreparedDataset(folder, memory_bytes=0).history.lists() == bags
+    assert not caplog.records
 
 
 def test_large_columns_of_items_are_mapped_and_the_same(tmp_path: Path) -> None:
