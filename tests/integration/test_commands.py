@@ -84,6 +84,7 @@ NOT_TYPED = {
     r"docs/launch.md: ((\w+=\w+ )*launch/|sbatch|kubectl|docker|torchx|cp .torchx)": "tests/launch",
     r"docs/nightly.md: (day=|(COMMAND=\w+ )?launch/)": "tests/launch; a new day is typed above",
     r"docs/install.md: docker": "no engine at hand",
+    r"docs/spark.md: (python launch/|spark-submit)": "tests/launch/test_spark.py",
     r"docs/launch.md: (sysctl|scontrol)": "the system's own, as root",
     r"\S+ (python )?benchmarks/\w+\.py": "minutes; their parsers are asked, below",
     r"\S+ pip install": "changes the environment under the running tests; see below",
