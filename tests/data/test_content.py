@@ -1,7 +1,9 @@
 """What becomes of a row depends on what it says, never on where it stands."""
 
 import gzip
+import zlib
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation import job, partitions, rules
+from deepfm_dist.data.preparation.checksums import TableSum, sums_of_tables
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 
@@ -113,8 +116,40 @@ def contents(folder: Path) -> dict[str, Any]:
         parts[path.name] = pq.read_table(path).replace_schema_metadata()
     manifest = Manifest.read(folder)
     parts["numeric"] = {name: spec.model_dump() for name, spec in manifest.numeric.items()}
-    parts["hash"] = manifest.vocabulary_hash
+    parts["hashes"] = manifest.hashes
     return parts
+
+
+@given(
+    st.lists(st.tuples(st.binary(min_size=4, max_size=4), st.lists(st.integers(0, 9))), max_size=9),
+    st.lists(st.integers(0, 9)),
+)
+def test_sums_of_pieces_give_the_sum_of_the_table(
+    cells: list[tuple[bytes, list[int]]], cuts: list[int]
+) -> None:
+    numbers = [int.from_bytes(word, "little", signed=True) for word, _ in cells]
+    lists = [values for _, values in cells]
+    table = pa.table(
+        {
+            "n": pa.array(numbers, pa.int32()),
+            "text": pa.array([str(n) for n in numbers], pa.string()),
+            "bags": pa.array(lists, pa.list_(pa.int32())),
+        }
+    )
+    flat = np.array([v for values in lists for v in values], np.int32)
+    expected = zlib.crc32(
+        b"n"
+        + np.array(numbers, np.int32).tobytes()
+        + b"bags"
+        + np.array([len(values) for values in lists], np.int64).tobytes()
+        + flat.tobytes()
+    )
+    bounds = sorted({0, len(cells), *(min(cut, len(cells)) for cut in cuts)})
+    pieces = [table.slice(a, b - a) for a, b in pairwise(bounds)] or [table]
+    sums = [TableSum.of(piece) for piece in pieces]
+    assert sum(sums[1:], sums[0]).crc == expected == TableSum.of(table).crc
+    named = {f"train/part-{p:05d}.parquet": piece for p, piece in enumerate(sums)}
+    assert sums_of_tables(named) == {"train/part-00000.parquet": expected}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -44,6 +44,7 @@ from deepfm_dist.data.manifest import (
     settings_of,
     versions,
 )
+from deepfm_dist.data.preparation.checksums import sums_of_tables
 from deepfm_dist.data.preparation.counts import Counts, split_and_count
 from deepfm_dist.data.preparation.crew import Crew, run_crew
 from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
@@ -329,7 +330,7 @@ def finish(
         earlier: the dataset that this one continues.
         row_sums: `footer_sums` of the files of rows, where they lie elsewhere.
     """
-    sums = write_entities(job, fit, counts, histories, earlier) | written.sums
+    sums = write_entities(job, fit, counts, histories, earlier) | sums_of_tables(written.sums)
     before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
     tables = _tables(job.data, fit)
     vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)

@@ -1,7 +1,6 @@
 """Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
 
 import logging
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from deepfm_dist.data.jagged import (
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
 from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID, SplitSpec, cuts_of
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
+from deepfm_dist.data.preparation.checksums import TableSum
 from deepfm_dist.data.preparation.counts import Counts
 from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
 from deepfm_dist.data.preparation.histories import CARRIED, HistoryWriter
@@ -140,13 +140,13 @@ class Written:
     """What has been written: by a thread, or by a task of a cluster.
 
     Attributes:
-        sums: `sum_of` every file of rows, by its name.
+        sums: of every file of rows, by its name.
         rows: ``[splits]``, held-out negatives included.
         sizes: ``[splits]``: what training needs of them, in bytes.
         known: which held-out rows have users and items of the training rows.
     """
 
-    sums: dict[str, int]
+    sums: dict[str, TableSum]
     rows: Int64Array
     sizes: Int64Array
     known: "HeldOutIdCheck"
@@ -256,8 +256,8 @@ class RowWriter:
                     )
                 cuts = np.arange(first, first + table.num_rows, HELD_OUT_GROUP_ROWS)
             file = f"{name}/part-{p:05d}.parquet"
-            written.sums[file] = sum_of(table)
-            signed = signed_table(table, job.folder / file, written.sums[file])
+            written.sums[file] = TableSum.of(table)
+            signed = signed_table(table, job.folder / file, written.sums[file].crc)
             _write_groups(signed, job.folder / file, cuts, first)
             written.rows[split] += table.num_rows
             written.sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
@@ -317,7 +317,7 @@ class RowWriter:
         self._histories.add(HISTORY, users[liked], items[liked])
         if folded_in.any():  # no file of rows has them
             table = pa.table({"user": users[folded_in], "item": items[folded_in]})
-            self.written.sums[f"fold_in/part-{p:05d}"] = sum_of(table)
+            self.written.sums[f"fold_in/part-{p:05d}"] = TableSum.of(table)
         # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
         met = known & (positive | (self._job.data.task == "ctr"))
         for split, name in enumerate(SPLITS):
@@ -333,7 +333,7 @@ class RowWriter:
             at = np.flatnonzero(met & (low_parts == split))
             self._histories.add(SEEN[name][-1], users[at], items[at])
         table = pa.table({"user": users, "item": items, "split": low_parts})
-        self.written.sums[f"seen/part-{p:05d}"] = sum_of(table)
+        self.written.sums[f"seen/part-{p:05d}"] = TableSum.of(table)
 
     def _with_negatives(
         self, table: pa.Table, users: Int32Array, keys: Int64Array, known: Jagged, split: int
@@ -473,12 +473,12 @@ def write_entities(
     """Writes vocabularies and the tables of users and items. First thread.
 
     Returns:
-        `sum_of` the tables, but for histories, which follow from the rows.
+        `TableSum.crc` of the tables, but for histories, which follow from the rows.
     """
     (job.folder / "vocabulary").mkdir()
     (job.folder / "entities").mkdir()
     tables = {name: _entity_table(job, fit, counts, earlier, name) for name in fit.entities}
-    sums = {f"entities/{name}.parquet": sum_of(table) for name, table in tables.items()}
+    sums = {f"entities/{name}.parquet": TableSum.of(table).crc for name, table in tables.items()}
 
     def write_entity(name: str) -> None:
         path = job.folder / "entities" / f"{name}.parquet"
@@ -521,18 +521,6 @@ def _entity_table(
     if name == "item" and job.data.titles is not None:
         columns["title"] = _titles(job, fit)
     return pa.table(columns)
-
-
-def sum_of(table: pa.Table) -> int:
-    """CRC-32 of a table's numbers, its texts left out."""
-    found = 0
-    for name in table.column_names:
-        if table[name].type != pa.string():
-            values = from_arrow(table[name])
-            arrays = (values.lengths, values.values) if isinstance(values, Jagged) else (values,)
-            for part in (name.encode(), *map(np.ascontiguousarray, arrays)):
-                found = zlib.crc32(part, found)
-    return found
 
 
 def _carried(raw: Values, encoded: Values, before: Values) -> Values:
