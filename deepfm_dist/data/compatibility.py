@@ -47,9 +47,7 @@ def check_match(
         f"python -m deepfm_dist.prepare --config {checkpoint.parent.parent}; or train again"
     )
     if manifest.fingerprint == GIVEN:
-        cure = (
-            "name the dataset it was trained on by data.name or run.prepared_root, or train again"
-        )
+        cure = "set data.name or run.prepared_root to the dataset of the run, or train again"
     prepared = manifest.data
     differing = next(_differences(trained, prepared), None)
     if differing is not None:
@@ -59,16 +57,15 @@ def check_match(
             f"{cure}"
         )
     others = [f"{name}={new}, not {old}" for name, old, new in _other(trained, prepared)]
+    reason = "; ".join(others) or _UNNAMED
     if state["vocabulary_hash"] != manifest.vocabulary_hash:
         fields = changed_fields(state, manifest)
-        reason = "; ".join(others) or _UNNAMED
         reason += f"; ids or statistics differ of {', '.join(fields)}" * bool(fields)
         raise CheckpointError(
             f"{checkpoint} was trained on vocabulary {state['vocabulary_hash']}, {folder} has "
             f"{manifest.vocabulary_hash} ({reason}); {cure}"
         )
     if changed := changed_fields(state, manifest):  # such as a history of items without a table
-        reason = "; ".join(others) or _UNNAMED
         raise CheckpointError(
             f"{checkpoint}: the ids or statistics of {', '.join(changed)} are others in {folder} "
             f"({reason}); {cure}"
@@ -76,7 +73,6 @@ def check_match(
     hashes = state.get("data_hash"), manifest.data_hash
     if hashes[0] == hashes[1] or None in hashes:
         return
-    reason = "; ".join(others) or _UNNAMED
     said = f"{folder} holds other rows than {checkpoint} was trained on ({reason})"
     if same_rows:
         raise CheckpointError(

@@ -52,10 +52,10 @@ def draw_per_positive(
         slots.astype(np.int64) + 1,
         users,
         per_positive,
-        history,
-        n_items,
-        seed,
-        weights,
+        history=history,
+        n_items=n_items,
+        seed=seed,
+        weights=weights,
     )
     return out
 

@@ -257,14 +257,14 @@ class TimeColumn:
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
-            self.name,
-            other.examples | self.examples,
-            self.eras + other.eras,
-            self.dates + other.dates,
-            self.zones + other.zones,
-            max(self.decimals, other.decimals),
-            min(self.low, other.low),
-            max(self.high, other.high),
+            name=self.name,
+            examples=other.examples | self.examples,
+            eras=self.eras + other.eras,
+            dates=self.dates + other.dates,
+            zones=self.zones + other.zones,
+            decimals=max(self.decimals, other.decimals),
+            low=min(self.low, other.low),
+            high=max(self.high, other.high),
         )
 
     def check(self) -> None:

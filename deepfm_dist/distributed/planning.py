@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
@@ -98,6 +98,14 @@ class RankDemand:
     dense_bytes: int
     sent_bytes: int
 
+    def __add__(self, other: "RankDemand") -> "RankDemand":
+        return RankDemand(
+            self.table_bytes + other.table_bytes,
+            self.buffer_bytes + other.buffer_bytes,
+            self.dense_bytes + other.dense_bytes,
+            self.sent_bytes + other.sent_bytes,
+        )
+
     @property
     def total_bytes(self) -> int:
         """Memory."""
@@ -179,65 +187,76 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
     """What a placement needs; with another width of the rows, if wanted."""
     arch = job.task.model.embedding_arch
     width = row_width or arch.row_width
-    ranks, batch = job.world.world_size, job.batch_size
+    ranks = job.world.world_size
     dense = sum(p.numel() for p in job.task.model.interaction_arch.parameters())
     activations = sum(
         m.in_features + m.out_features for m in job.task.modules() if isinstance(m, nn.Linear)
     )
-    dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * -(-batch // ranks) * activations)
-    all_reduced = _all_reduced(FLOAT_BYTES * dense, ranks)
-    held, buffers, sent = [0] * ranks, [0] * ranks, [all_reduced] * ranks
+    local_batch = -(-job.batch_size // ranks)
+    dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * local_batch * activations)
+    demands = [RankDemand(0, 0, dense_bytes, _all_reduced(FLOAT_BYTES * dense, ranks))] * ranks
     tables = []
     for config in arch.ebc.embedding_bag_configs():
-        fields, rows = len(config.feature_names), config.num_embeddings
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
-        state_bytes = FLOAT_BYTES * _state_floats(job.optimizer, width)
-        kind, cached = placed[config.name].kind, placed[config.name].cached
-        is_replicated = kind == REPLICATED
-        if is_replicated:  # in fp32, with a gradient of every row
-            weight_bytes = FLOAT_BYTES * width
-            if job.optimizer.kernel is not EmbeddingComputeKernel.DENSE:
-                state_bytes += FLOAT_BYTES * width
-        row_bytes = _gpu_bytes(weight_bytes, state_bytes, cached)
-        pooled = batch * fields * width
-        # Ids and lengths, of which each is one number where a row has one value of a field.
-        id_bytes = batch * fields * ID_BYTES
-        owner = placed[config.name].rank
-        holders = range(ranks) if owner is None else range(owner, owner + 1)
-        per_rank = rows if is_replicated else -(-rows // len(holders))
-        for turn, rank in enumerate(holders):
-            mine = rows if is_replicated else max(0, min(per_rank, rows - turn * per_rank))
-            held[rank] += round(mine * row_bytes)
-            if is_replicated:
-                continue
-            # Pooled rows and their gradient, of the global batch.
+        table, of_ranks = _of_table(job, config, placed[config.name], width, weight_bytes)
+        tables.append(table)
+        demands = [demand + added for demand, added in zip(demands, of_ranks, strict=True)]
+    return Plan(job, tables, demands)
+
+
+def _of_table(
+    job: Job, config: EmbeddingBagConfig, placement: TablePlan, width: int, weight_bytes: int
+) -> tuple[TableDemand, list[RankDemand]]:
+    """What a table needs, in all and of each rank.
+
+    Args:
+        job: what is planned.
+        config: the table.
+        placement: where it lies.
+        width: numbers per row.
+        weight_bytes: of a row, unless it is replicated.
+    """
+    ranks, batch = job.world.world_size, job.batch_size
+    fields, rows = len(config.feature_names), config.num_embeddings
+    state_bytes = FLOAT_BYTES * _state_floats(job.optimizer, width)
+    is_replicated = placement.kind == REPLICATED
+    if is_replicated:  # in fp32, with a gradient of every row
+        weight_bytes = FLOAT_BYTES * width
+        if job.optimizer.kernel is not EmbeddingComputeKernel.DENSE:
+            state_bytes += FLOAT_BYTES * width
+    row_bytes = _gpu_bytes(weight_bytes, state_bytes, placement.cached)
+    pooled = batch * fields * width
+    # Ids and lengths, of which each is one number where a row has one value of a field.
+    id_bytes = batch * fields * ID_BYTES
+    owner = placement.rank
+    holders = range(ranks) if owner is None else range(owner, owner + 1)
+    per_rank = rows if is_replicated else -(-rows // len(holders))
+    exchanged = 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes
+    # Pooled rows, their gradient, and ids of the local batch, as they are received.
+    held, buffers = [0] * ranks, [exchanged // ranks] * ranks
+    for turn, rank in enumerate(holders):
+        mine = rows if is_replicated else max(0, min(per_rank, rows - turn * per_rank))
+        held[rank] = round(mine * row_bytes)
+        if not is_replicated:  # the same of the global batch
             buffers[rank] += 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes // len(holders)
-        for rank in range(ranks):
-            # The same of the local batch, as it is received.
-            buffers[rank] += (2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes) // ranks
-        traffic = [
-            _all_reduced(FLOAT_BYTES * rows * width, ranks)
-            if is_replicated
-            else sum(
-                _sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes)
-            )
-            for rank in range(ranks)
-        ]
-        sent = [a + b for a, b in zip(sent, traffic, strict=True)]
-        tables.append(
-            TableDemand(
-                config.name,
-                rows,
-                rows * weight_bytes,
-                rows * state_bytes,
-                kind,
-                holders,
-                cached,
-                sum(traffic),
-            )
-        )
+    sent = [
+        _all_reduced(FLOAT_BYTES * rows * width, ranks)
+        if is_replicated
+        else sum(_sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes))
+        for rank in range(ranks)
+    ]
+    table = TableDemand(
+        table=config.name,
+        rows=rows,
+        weight_bytes=rows * weight_bytes,
+        state_bytes=rows * state_bytes,
+        sharding=placement.kind,
+        ranks=holders,
+        cached=placement.cached,
+        traffic_bytes=sum(sent),
+    )
     columns = zip(held, buffers, sent, strict=True)
-    return Plan(job, tables, [RankDemand(h, b, dense_bytes, s) for h, b, s in columns])
+    return table, [RankDemand(h, b, 0, s) for h, b, s in columns]
 
 
 def _state_floats(optimizer: TableOptimizer, width: int) -> int:

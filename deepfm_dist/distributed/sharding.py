@@ -52,6 +52,7 @@ from torchrec.distributed.sharding_plan import (
 )
 from torchrec.distributed.types import (
     CacheParams,
+    EmbeddingModuleShardingPlan,
     ParameterSharding,
     ShardingEnv,
     ShardingPlan,
@@ -299,14 +300,39 @@ def shard(
         },
         qcomm_codecs_registry=_codecs(config.communication, world),
     )
-    hbm_bytes = (
-        torch.cuda.get_device_properties(world.device).total_memory
-        if world.device.type == "cuda"
-        else 0
-    )
+    hbm_bytes = 0
+    if world.device.type == "cuda":
+        hbm_bytes = torch.cuda.get_device_properties(world.device).total_memory
     replicable = optimizer is None or optimizer.replicable
     placed = place(module, world, config, batch_size, hbm_bytes, replicable)
     kernel = optimizer.kernel if optimizer else EmbeddingComputeKernel.DENSE
+    module_plan = _module_plan(ebc, placed, kernel, sharder, world)
+    sharded = DistributedModelParallel(
+        module,
+        env=ShardingEnv(world.world_size, world.rank, dist.group.WORLD, output_dtensor=True),
+        device=world.device,
+        plan=ShardingPlan({path: module_plan}),
+        sharders=[sharder],
+        # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
+        init_data_parallel=world.world_size > 1,
+        data_parallel_wrapper=_DataParallelWrapper(
+            static_graph=False, find_unused_parameters=some_unused
+        ),
+    )
+    if world.world_size == 1:
+        # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
+        sharded.module.to(world.device)
+    return sharded, placed_tables(sharded)
+
+
+def _module_plan(
+    ebc: EmbeddingBagCollection,
+    placed: Mapping[str, TablePlan],
+    kernel: EmbeddingComputeKernel,
+    sharder: _Sharder,
+    world: World,
+) -> EmbeddingModuleShardingPlan:
+    """TorchRec's form of a placement."""
     plan: dict[str, ParameterShardingGenerator] = {}
     for name, placement in placed.items():
         table_kernel = _kernel_of(name, placement, kernel, world.device).value
@@ -327,27 +353,7 @@ def shard(
     )
     for name, placement in placed.items():
         module_plan[name].cache_params = _cache_of(placement)
-    sharded = DistributedModelParallel(
-        module,
-        env=ShardingEnv(
-            world_size=world.world_size,
-            rank=world.rank,
-            pg=dist.group.WORLD,
-            output_dtensor=True,
-        ),
-        device=world.device,
-        plan=ShardingPlan({path: module_plan}),
-        sharders=[sharder],
-        # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
-        init_data_parallel=world.world_size > 1,
-        data_parallel_wrapper=_DataParallelWrapper(
-            static_graph=False, find_unused_parameters=some_unused
-        ),
-    )
-    if world.world_size == 1:
-        # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
-        sharded.module.to(world.device)
-    return sharded, placed_tables(sharded)
+    return module_plan
 
 
 def _keep_in_fp32(ebc: EmbeddingBagCollection, table: str) -> None:
@@ -399,27 +405,7 @@ def place(
     """
     _, ebc = _collection(module)
     tables = {config.name: config for config in ebc.embedding_bag_configs()}
-    for name, placement in config.tables.items():
-        if name not in tables:
-            raise ConfigError(
-                f"sharding.tables.{name}: unknown table; available: {', '.join(tables)}"
-            )
-        if placement.rank is not None and placement.rank >= world.world_size:
-            raise ConfigError(
-                f"sharding.tables.{name}.rank={placement.rank}: the last of "
-                f"{plural(world.world_size, 'rank')} is {world.world_size - 1}"
-            )
-        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
-            raise ConfigError(
-                f"sharding.tables.{name}.kind=row_wise: "
-                f"{plural(tables[name].num_embeddings, 'row')} cut over "
-                f"{world.world_size} ranks leave a rank without any; use table_wise"
-            )
-        if placement.kind == REPLICATED and not replicable:
-            raise ConfigError(
-                f"sharding.tables.{name}.kind=replicated: optimizer.tables.name=lazy_adam cannot "
-                f"update copies; use table_wise, or another optimizer"
-            )
+    _check_placements(config.tables, tables, world, replicable)
     wanted = {name: config.tables.get(name, TablePlan()) for name in tables}
     if config.kind == "auto" and replicable and world.world_size > 1:
         wanted = _replicated_if_small(tables, wanted, world, batch_size)
@@ -445,6 +431,36 @@ def place(
         )
         for turn, (name, placement) in enumerate(wanted.items())
     }
+
+
+def _check_placements(
+    placements: Mapping[str, TablePlan],
+    tables: Mapping[str, EmbeddingBagConfig],
+    world: World,
+    replicable: bool,
+) -> None:
+    """Raises a ConfigError for a placement that cannot be, as `place` says."""
+    for name, placement in placements.items():
+        if name not in tables:
+            raise ConfigError(
+                f"sharding.tables.{name}: unknown table; available: {', '.join(tables)}"
+            )
+        if placement.rank is not None and placement.rank >= world.world_size:
+            raise ConfigError(
+                f"sharding.tables.{name}.rank={placement.rank}: the last of "
+                f"{plural(world.world_size, 'rank')} is {world.world_size - 1}"
+            )
+        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
+            raise ConfigError(
+                f"sharding.tables.{name}.kind=row_wise: "
+                f"{plural(tables[name].num_embeddings, 'row')} cut over "
+                f"{world.world_size} ranks leave a rank without any; use table_wise"
+            )
+        if placement.kind == REPLICATED and not replicable:
+            raise ConfigError(
+                f"sharding.tables.{name}.kind=replicated: optimizer.tables.name=lazy_adam cannot "
+                f"update copies; use table_wise, or another optimizer"
+            )
 
 
 def _replicated_if_small(
@@ -601,18 +617,15 @@ def _plan(
             f"the tables do not fit {world.world_size} ranks; python -m deepfm_dist.plan says what "
             f"to change"
         ) from None
-    placed = {}
-    for name, placement in wanted.items():
-        planned = plan[name]
-        rank = planned.ranks[0] if planned.sharding_type == "table_wise" and planned.ranks else None
-        placed[name] = (
-            placement.model_copy(update={"kind": planned.sharding_type, "rank": rank})
-            if placement.kind == "auto"
-            else placement.model_copy(
-                update={"rank": rank if placement.rank is None else placement.rank}
-            )
-        )
-    return placed
+    return {name: _as_planned(placement, plan[name]) for name, placement in wanted.items()}
+
+
+def _as_planned(placement: TablePlan, found: ParameterSharding) -> TablePlan:
+    """A placement with what the planner decided where the placement leaves it open."""
+    rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
+    if placement.kind == "auto":
+        return placement.model_copy(update={"kind": found.sharding_type, "rank": rank})
+    return placement.model_copy(update={"rank": rank if placement.rank is None else placement.rank})
 
 
 @torch.no_grad()

@@ -107,7 +107,18 @@ class StoredModel:
             kept = table_columns * item_bytes if key.startswith(_TABLE) else row_bytes
             chunks = tuple(stored.chunks)
             dtype = stored.properties.dtype
-            weights.append(StoredWeight(name, key, shape, dtype, n_rows, row_bytes, kept, chunks))
+            weights.append(
+                StoredWeight(
+                    name=name,
+                    key=key,
+                    shape=shape,
+                    dtype=dtype,
+                    n_rows=n_rows,
+                    row_bytes=row_bytes,
+                    kept_bytes=kept,
+                    chunks=chunks,
+                )
+            )
         return sorted(weights, key=lambda weight: (not weight.key.startswith(_TABLE), weight.name))
 
     def slices(self, weight: StoredWeight, buffer_bytes: int) -> Iterator[memoryview]:

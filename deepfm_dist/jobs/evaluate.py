@@ -106,7 +106,7 @@ def _report(
     events = read_events(metrics.path)
     validations = [event for event in events if isinstance(event, ValidEvent)]
     state = checkpoint.read_state(trained.checkpoint)
-    verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, max(cutoffs))
+    verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, k=max(cutoffs))
     report = Report(
         folder=config.run_dir,
         config_yaml=trained.config.to_yaml(),
@@ -127,7 +127,15 @@ def _report(
     name = "report.html" if split == own_split else f"report-{split}.html"
     composition = trained.dataset.manifest.composition(split)
     page = write_page(report, name)
-    return Evaluation(split, composition, rows, comparison, verdicts, metrics.path, page)
+    return Evaluation(
+        split=split,
+        composition=composition,
+        rows=rows,
+        comparison=comparison,
+        verdicts=verdicts,
+        metrics_log=metrics.path,
+        report=page,
+    )
 
 
 def _baselines(config: Config) -> dict[str, Baseline]:

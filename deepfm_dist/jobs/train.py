@@ -125,7 +125,13 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     # Signals are held from here on: a run that has yet to continue takes a step first.
     with StopSignals() as asked_to_stop:
         run = _Run(
-            config, world, manifest, sharded, optimizer, start.state, start.chosen or choices
+            config=config,
+            world=world,
+            manifest=manifest,
+            sharded=sharded,
+            optimizer=optimizer,
+            state=start.state,
+            choices=start.chosen or choices,
         )
         run.make_ready(start)
         run.fit(batches, Hooks(validate, on_validation, asked_to_stop=asked_to_stop))

@@ -560,10 +560,10 @@ def build_deepfm(
         InteractionArch(
             n_dense,
             width,
-            first_order,
-            fm,
-            None if over_arch is None else over_arch((len(features) + n_dense) * width),
-            init_std,
-            is_item_field,
+            first_order=first_order,
+            fm=fm,
+            over_arch=over_arch and over_arch((len(features) + n_dense) * width),
+            init_std=init_std,
+            is_item_field=is_item_field,
         ),
     )

@@ -211,10 +211,7 @@ def evaluate_ranking(
                 f"evaluate.reference={reference}: another ranking of the table is called {name}; "
                 f"give the file another name"
             )
-        n_items = len(held_out.catalogue)
-        # Read before other rankings take hours.
-        scores = _reference_scores(reference, held_out.dataset, held_out.catalogue, held_out.users)
-        rankers[name] = lambda: FixedRanker(lambda b, e: scores(b, e).to(world.device), n_items)
+        rankers[name] = _reference_ranker(reference, held_out, world)
     history = held_out.dataset.history
     activity = Groups.by_quantile(history.lengths[held_out.users])
     popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])
@@ -230,24 +227,45 @@ def evaluate_ranking(
                 shown = examples(held_out.users, ranked, history, held_out.relevant)
     if not world.is_first:
         return None
-    ours = samples["model"]
-    return Comparison(
-        figures,
-        {name: {m: interval(v) for m, v in of.items()} for name, of in samples.items()},
+    insight = Insight(
+        profiles,
+        len(held_out.users),
+        activity.bounds,
+        len(held_out.relevant.values),
+        popularity.bounds,
+        shown,
+    )
+    return Comparison(figures, _intervals(samples), _differences(samples), insight)
+
+
+def _intervals(
+    samples: Mapping[str, Mapping[str, FloatArray]],
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """By ranking and metric, where 95% of the resampled means are."""
+    return {name: {m: interval(v) for m, v in of.items()} for name, of in samples.items()}
+
+
+def _differences(
+    samples: Mapping[str, Mapping[str, FloatArray]],
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """The same of the model's mean less another ranking's, of the same users."""
+    model = samples["model"]
+    return _intervals(
         {
-            name: {m: interval(ours[m] - v) for m, v in of.items()}
+            name: {metric: model[metric] - sample for metric, sample in of.items()}
             for name, of in samples.items()
             if name != "model"
-        },
-        Insight(
-            profiles,
-            len(held_out.users),
-            activity.bounds,
-            len(held_out.relevant.values),
-            popularity.bounds,
-            shown,
-        ),
+        }
     )
+
+
+def _reference_ranker(
+    reference: str, held_out: RankingEvaluator, world: World
+) -> Callable[[], Ranker]:
+    """Another system's scores, read at once, before other rankings take hours."""
+    scores = _reference_scores(reference, held_out.dataset, held_out.catalogue, held_out.users)
+    n_items = len(held_out.catalogue)
+    return lambda: FixedRanker(lambda begin, end: scores(begin, end).to(world.device), n_items)
 
 
 @dataclass(frozen=True)
@@ -292,7 +310,9 @@ def _baseline_rankers(
         sized, difference = baseline.fit_to_memory(len(catalogue), room_bytes)
         name += difference
         users = RankedUsers(known, held_out.users)
-        rankers[name] = partial(_fit_on_rank0, name, sized, train, len(catalogue), users, world)
+        rankers[name] = partial(
+            _fit_on_rank0, name, sized, train, n_items=len(catalogue), users=users, world=world
+        )
     return rankers
 
 

@@ -29,7 +29,13 @@ from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.chunks import gather_ranked, rank_users
 from deepfm_dist.ranking.items import Catalogue, Seen, in_id_order
 from deepfm_dist.ranking.nearest import NearestItems
-from deepfm_dist.ranking.output import RankingFiles, ResumableOutput, hash_of, state_of
+from deepfm_dist.ranking.output import (
+    MatrixKind,
+    RankingFiles,
+    ResumableOutput,
+    hash_of,
+    state_of,
+)
 from deepfm_dist.ranking.ranker import ModelRanker, Users
 from deepfm_dist.ranking.settings import RecommendConfig
 
@@ -70,11 +76,8 @@ def recommend(
             begins with ``recommendations`` gives it its ending, another is added.
 
     Returns:
-        On rank 0 what was written; None elsewhere. Its figures: ``peak_memory_gib`` of each rank;
-        ``pairs``, ``seconds`` and ``pairs_per_s`` unless parts of an interrupted run were taken
-        over; with a short list ``short_list``: on how many ``users`` it was compared with the whole
-        catalogue, the ``overlap`` (which share of the exact top K it has), ``times_as_fast``, and
-        ``deep_share`` (which share of the pairwise part's top K the over-arch replaces).
+        On rank 0 what was written, with the figures of `_speed` and, for a short list, those of
+        `_compare`; None elsewhere.
 
     Raises:
         DataError: a list has no known id, or has unknown users; or histories are given to a model
@@ -83,51 +86,27 @@ def recommend(
     """
     catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
     asked = _selected_users(dataset, config)
-    ranker = ModelRanker.from_model(
-        model,
-        world,
-        dataset,
-        catalogue,
-        asked.users,
-        RowEncoder(dataset).fixed_context(config.context),
-        memory_bytes=config.memory_bytes,
-        precision=config.precision,
-    )
-    ranker, figures = _with_short_list(ranker, asked, catalogue, config, world)
+    ranker, figures = _ranker(model, world, dataset, catalogue, asked, config)
     key = None
     if checkpoint is not None:
         key = {"weights": state_of(checkpoint), "engine": ranker.engine.name}
         key |= _key(dataset, catalogue, asked, config)
     n_users = len(asked.ids)
     parts = ResumableOutput(folder, f"{name}.parquet", n_users, key, world)
-    if parts.reused:
-        log.info("reusing %s of an interrupted run", plural(parts.reused, "part"))
-    start = time.monotonic()
-    seen = catalogue.seen_by(asked.users.rows, asked.positives)
-    ranked = rank_users(ranker, n_users, seen, config.k, world, parts.missing)
-    parts.write_ranked(ranked, asked.ids, catalogue.ids, ("user_id", "item_id"))
-    world.barrier()
-    seconds = time.monotonic() - start
+    seconds = _write_ranked(parts, ranker, asked, catalogue, config.k, world)
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
-        suffix = f"-{name}".removeprefix("-recommendations")
-        matrix = ResumableOutput(
-            folder, f"score_matrix{suffix}.parquet", n_users, matrix_key, world
-        )
-        matrix.write_matrix(ranker.scores, asked.ids, catalogue.ids, config.matrix)
-        matrix.merge_matrix()
-        log.info("written: %s", matrix.target)
+        file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}.parquet"
+        matrix = ResumableOutput(folder, file, n_users, matrix_key, world)
+        _write_matrix(matrix, ranker, asked, catalogue, config.matrix)
     files = parts.merge_ranked({"user": "user_id", "item": "item_id"}, config.k)
-    figures |= _speed(n_users * len(catalogue), None if parts.reused else seconds, world)
+    figures |= _speed(n_users * len(catalogue), seconds, world)
     if files is None:
         return None
     if short := n_users - files.full:
-        log.info(
-            "fewer than %s, and so fewer rows, for %s",
-            plural(config.k, "candidate"),
-            plural(short, "user"),
-        )
+        candidates, users = plural(config.k, "candidate"), plural(short, "user")
+        log.info("fewer than %s, and so fewer rows, for %s", candidates, users)
     return replace(files, figures=figures)
 
 
@@ -156,6 +135,63 @@ def _selected_users(dataset: PreparedDataset, config: RecommendConfig) -> _Selec
     return _SelectedUsers(
         Users(rows), ids, [bags for split in masked for bags in dataset.met(split)]
     )
+
+
+def _ranker(
+    model: DeepFM,
+    world: World,
+    dataset: PreparedDataset,
+    catalogue: Catalogue,
+    asked: _SelectedUsers,
+    config: RecommendConfig,
+) -> tuple[ModelRanker, dict[str, Any]]:
+    """What ranks, and figures of its short list if it uses one. All ranks."""
+    ranker = ModelRanker.from_model(
+        model,
+        world,
+        dataset,
+        catalogue,
+        asked.users,
+        RowEncoder(dataset).fixed_context(config.context),
+        memory_bytes=config.memory_bytes,
+        precision=config.precision,
+    )
+    return _with_short_list(ranker, asked, catalogue, config, world)
+
+
+def _write_ranked(
+    output: ResumableOutput,
+    ranker: ModelRanker,
+    asked: _SelectedUsers,
+    catalogue: Catalogue,
+    k: int,
+    world: World,
+) -> float | None:
+    """Writes the parts of the rankings that are missing. All ranks.
+
+    Returns:
+        Seconds that all of it took; None where some parts were there.
+    """
+    if output.reused:
+        log.info("reusing %s of an interrupted run", plural(output.reused, "part"))
+    start = time.monotonic()
+    seen = catalogue.seen_by(asked.users.rows, asked.positives)
+    ranked = rank_users(ranker, len(asked.ids), seen, k, world, output.missing)
+    output.write_ranked(ranked, asked.ids, catalogue.ids, ("user_id", "item_id"))
+    world.barrier()
+    return None if output.reused else time.monotonic() - start
+
+
+def _write_matrix(
+    output: ResumableOutput,
+    ranker: ModelRanker,
+    asked: _SelectedUsers,
+    catalogue: Catalogue,
+    kind: MatrixKind,
+) -> None:
+    output.write_matrix(ranker.scores, asked.ids, catalogue.ids, kind)
+    output.merge_matrix()
+    log.info("written: %s", output.target)
 
 
 def _key(
@@ -193,12 +229,18 @@ def _with_short_list(
     sample = rows[_sample(len(rows), len(catalogue))]
     seen = catalogue.seen_by(sample, asked.positives)
     index = None if config.index is None else ranker.make_index(config.index, config.probes)
-    compared = _compare(ranker, sample, seen, config.k, config.candidates, index, world)
+    compared = _compare(ranker, sample, seen, config.k, config.candidates, index=index, world=world)
     return ranker.for_users(rows, config.candidates, index), {"short_list": compared}
 
 
 def _speed(pairs: int, seconds: float | None, world: World) -> dict[str, Any]:
-    """Peak memory of each rank and pairs per second; seconds: None for a run that was resumed."""
+    """``peak_memory_gib`` of each rank; ``pairs``, ``seconds`` and ``pairs_per_s``. All ranks.
+
+    Args:
+        pairs: that were scored.
+        seconds: that took; None for a run that was resumed, which has no speed.
+        world: the ranks.
+    """
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures: dict[str, Any] = {"peak_memory_gib": world.gather_object(peak_gib)}
     if seconds is None:
@@ -362,7 +404,10 @@ def _compare(
     """What the short list misses, what it saves and what the over-arch changes. All ranks.
 
     Returns:
-        On rank 0 the figures of `recommend`; None elsewhere.
+        On rank 0 the number of ``candidates``; on how many ``users`` they were compared with the
+        whole catalogue; ``overlap``, the share of the exact top K that they have;
+        ``times_as_fast``; ``deep_share``, the share of the pairwise part's top K that the over-arch
+        replaces. None elsewhere.
     """
     ranked, took = {}, {}
     # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.

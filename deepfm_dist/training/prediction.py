@@ -59,14 +59,12 @@ def predict(
         DeepFMError: on rank 0, where ``target`` cannot be written.
         SystemExit: on the other ranks, then.
     """
-    encoder, collate = RowEncoder(dataset), Collator(dataset)
-    name = Path(source).name
-    layout = files.get(name) or laid_out_like(
-        source, encoder.columns, files.get(names_of(dataset.manifest.data.interactions.file)[0])
-    )
+    encoder, collate, name = RowEncoder(dataset), Collator(dataset), Path(source).name
+    interactions = names_of(dataset.manifest.data.interactions.file)[0]
+    layout = files.get(name) or laid_out_like(source, encoder.columns, files.get(interactions))
     aside = work_folder(target)  # two processes may write the same file
     writer = _Writer(target, aside)
-    n_rows = n_not_finite = first_not_finite = 0
+    n_rows = 0
     try:
         # Before any work that would be lost.
         world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
@@ -75,14 +73,9 @@ def predict(
             rows = encoder.encode(table)
             block = partial(_block, collate, rows)
             scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
-            pieces = world.gather_object([logits for _, logits in scored])
             problem: DeepFMError | None = None
-            if pieces is not None:
+            if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                not_finite = np.flatnonzero(~np.isfinite(logits))
-                if len(not_finite) and not n_not_finite:
-                    first_not_finite = n_rows + int(not_finite[0]) + 1
-                n_not_finite += len(not_finite)
                 problem = writer.write(encoder.as_in_the_file(table), logits)
             n_rows += rows.n
             if (problem := world.broadcast(problem)) is not None:
@@ -92,15 +85,7 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    if n_not_finite:
-        log.warning(
-            "%s: %s of %s scores are not numbers, the first that of row %s: a number of that row "
-            "is too far from those of training",
-            name,
-            f"{n_not_finite:,}",
-            f"{n_rows:,}",
-            f"{first_not_finite:,}",
-        )
+    writer.warn_of_not_finite(name)
     for text in encoder.unseen():
         log.warning("%s: %s", name, text)
     return n_rows
@@ -112,9 +97,15 @@ class _Writer:
     def __init__(self, target: Path, aside: Path) -> None:
         self._target, self._aside = target, aside
         self._writer: pq.ParquetWriter | None = None
+        self._n_rows = self._n_not_finite = self._first_not_finite = 0
 
     def write(self, table: pa.Table, logits: npt.NDArray[np.float32]) -> DeepFMError | None:
         """Appends rows with their scores; returns why it cannot."""
+        not_finite = np.flatnonzero(~np.isfinite(logits))
+        if len(not_finite) and not self._n_not_finite:
+            self._first_not_finite = self._n_rows + int(not_finite[0]) + 1
+        self._n_not_finite += len(not_finite)
+        self._n_rows += len(logits)
         table = table.append_column("score", pa.array(logits))
         table = table.append_column(
             "probability", pa.array(probabilities(logits).astype(np.float32))
@@ -134,6 +125,18 @@ class _Writer:
             with write_errors_to_user(self._target):
                 self._writer.close()
                 os.replace(self._aside, self._target)
+
+    def warn_of_not_finite(self, name: str) -> None:
+        """Logs how many scores are not numbers, if any; ``name``: of the file that was read."""
+        if self._n_not_finite:
+            log.warning(
+                "%s: %s of %s scores are not numbers, the first that of row %s: a number of that "
+                "row is too far from those of training",
+                name,
+                f"{self._n_not_finite:,}",
+                f"{self._n_rows:,}",
+                f"{self._first_not_finite:,}",
+            )
 
 
 def _check_writable(target: Path, aside: Path) -> None:

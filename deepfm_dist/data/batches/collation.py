@@ -79,13 +79,6 @@ class Collator:
                 n, v = self._bags(feature, index[feature.entity], context)
             lengths.append(n)
             values.append(v)
-        dense = np.zeros((height, len(self.dense)), np.float32)
-        for column, feature in enumerate(self.dense):
-            rows = index[feature.entity]
-            source = self._source(feature, context)
-            if isinstance(source, np.ndarray):
-                present = rows >= 0
-                dense[present, column] = source[rows[present]]
         n_real = height if n_real is None else n_real
         row_weights = np.zeros(height, np.float32)
         row_weights[:n_real] = 1 if weights is None else weights
@@ -97,11 +90,27 @@ class Collator:
                 # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
                 length_per_key=[len(of_field) for of_field in values],
             ),
-            torch.from_numpy(dense),
+            torch.from_numpy(self._numbers(index, context, height)),
             torch.zeros(height) if labels is None else torch.from_numpy(labels),
             torch.from_numpy(row_weights),
             torch.tensor(float(n_real if global_weight is None else global_weight)),
         )
+
+    def _numbers(
+        self,
+        index: Mapping[str, npt.NDArray[np.integer]],
+        context: Mapping[str, Values] | None,
+        height: int,
+    ) -> FloatArray:
+        """``[height, n_dense]``: numeric fields; 0 where there is no row."""
+        dense = np.zeros((height, len(self.dense)), np.float32)
+        for column, feature in enumerate(self.dense):
+            rows = index[feature.entity]
+            source = self._source(feature, context)
+            if isinstance(source, np.ndarray):
+                present = rows >= 0
+                dense[present, column] = source[rows[present]]
+        return dense
 
     def _of_items(self, field: Feature, bags: Bags) -> Bags:
         """Bags of items -> bags of all that a field says of these items."""

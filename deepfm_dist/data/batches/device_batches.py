@@ -281,13 +281,13 @@ class DeviceBatches:
         index = {"user": users, "item": items, "context": context}
         fields = [self._field(f, index, steps) for f in self._categorical]
         return _Block(
-            epoch * self.steps_per_epoch + first + 1,
-            steps,
-            fields,
-            self._lengths(fields, steps),
-            self._numbers(index, steps),
-            self._padded(labels.view(steps, -1)),
-            self._padded(weights.view(steps, -1)),
+            first=epoch * self.steps_per_epoch + first + 1,
+            steps=steps,
+            fields=fields,
+            lengths=self._lengths(fields, steps),
+            dense=self._numbers(index, steps),
+            labels=self._padded(labels.view(steps, -1)),
+            weights=self._padded(weights.view(steps, -1)),
         )
 
     def _field(self, feature: Feature, index: Mapping[str, Tensor | None], steps: int) -> _Field:

@@ -102,7 +102,13 @@ class HistorySampler:
             epoch: from 0.
         """
         flags = kept_in_bags(
-            self._history, users, rows, self._seed_of(epoch), self.dropout, self.max_length, targets
+            self._history,
+            users,
+            rows,
+            self._seed_of(epoch),
+            self.dropout,
+            self.max_length,
+            left_out=targets,
         )
         return chosen(self._history.take(users), flags)
 

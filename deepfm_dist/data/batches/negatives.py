@@ -80,10 +80,10 @@ class NegativeSampler:
             slots,
             negative_users,
             self.per_positive,
-            self.seen,
-            self.n_items,
-            self.seed_of(epoch),
-            self._weights,
+            history=self.seen,
+            n_items=self.n_items,
+            seed=self.seed_of(epoch),
+            weights=self._weights,
             first_item=1,
         )
 

@@ -85,7 +85,7 @@ class TrainingBatches:
             self.threads = min(threads, 1)  # lanes are read in order
             share = self.local_batch_size / self.batch_size
             self.source = Lanes(
-                dataset.files, manifest, columns, copies, share, self.batch_size, seed
+                dataset.files, manifest, columns, copies, share, self.batch_size, seed=seed
             )
 
     def batch(self, step: int) -> Batch:

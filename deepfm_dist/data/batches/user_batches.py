@@ -129,18 +129,18 @@ class UserBatches:
         seen_counts, seen_items = self._seen.take(users)
         known_users, known_items = _places_of(seen_counts, seen_items + np.int32(1), rows)
         return UserBatch(
-            looked_up.sparse,
-            looked_up.dense,
-            self._local,
-            self._n_shared,
-            self._n_candidates,
-            torch.from_numpy(np.repeat(np.arange(len(users)), targets[0])),
-            torch.from_numpy(target_items),
-            torch.ones(len(targets[1])),
-            torch.from_numpy(known_users),
-            torch.from_numpy(known_items),
-            torch.from_numpy(log_expected),
-            torch.tensor(global_weight),
+            sparse=looked_up.sparse,
+            dense=looked_up.dense,
+            n_users=self._local,
+            n_shared=self._n_shared,
+            n_candidates=self._n_candidates,
+            target_users=torch.from_numpy(np.repeat(np.arange(len(users)), targets[0])),
+            target_items=torch.from_numpy(target_items),
+            target_weights=torch.ones(len(targets[1])),
+            known_users=torch.from_numpy(known_users),
+            known_items=torch.from_numpy(known_items),
+            log_expected=torch.from_numpy(log_expected),
+            global_weight=torch.tensor(global_weight),
         )
 
     def steps(self, first: int, last: int) -> Iterator[UserBatch]:

@@ -253,7 +253,17 @@ class _Driver:
         carry(histories, earlier)
         written, sums = self._write(loaded, splitter, plan, first_user, histories)
         written.known.check(job, plan, ids)
-        return finish(job, self._wanted, counts, fit, plan, written, histories, earlier, sums)
+        return finish(
+            job,
+            self._wanted,
+            counts,
+            fit,
+            plan,
+            written,
+            histories=histories,
+            earlier=earlier,
+            row_sums=sums,
+        )
 
     def clear(self) -> None:
         """Lets go of what the cluster keeps."""

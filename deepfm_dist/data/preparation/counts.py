@@ -359,23 +359,25 @@ class Counts:
         first, entity_of = pieces[0], {f.name: f.entity for f in job.row_fields}
         names = list(dict.fromkeys(name for piece in pieces for name in piece.of_entities))
         return cls(
-            first.tables,
-            first.liked,
-            {n: sum((p.numeric[n] for p in pieces[1:]), first.numeric[n]) for n in first.numeric},
-            {
+            tables=first.tables,
+            liked=first.liked,
+            numeric={
+                n: sum((p.numeric[n] for p in pieces[1:]), first.numeric[n]) for n in first.numeric
+            },
+            of_entities={
                 name: EntityValues.merged(
                     [p.of_entities[name] for p in pieces if name in p.of_entities],
                     len(first.tables[entity_key(entity_of[name])]),
                 )
                 for name in names
             },
-            np.sum([p.rows for p in pieces], axis=0),
-            np.sum([p.positives for p in pieces], axis=0),
-            sum((p.weights for p in pieces[1:]), first.weights),
-            np.sum([p.ties for p in pieces], axis=0),
-            sum(p.repeated for p in pieces),
-            sum(p.low for p in pieces),
-            sum((p.empty for p in pieces), Counter()),
+            rows=np.sum([p.rows for p in pieces], axis=0),
+            positives=np.sum([p.positives for p in pieces], axis=0),
+            weights=sum((p.weights for p in pieces[1:]), first.weights),
+            ties=np.sum([p.ties for p in pieces], axis=0),
+            repeated=sum(p.repeated for p in pieces),
+            low=sum(p.low for p in pieces),
+            empty=sum((p.empty for p in pieces), Counter()),
         )
 
     def report(self, splitter: Splitter) -> None:

@@ -27,6 +27,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -73,19 +74,18 @@ def prepare(
 ) -> Manifest:
     """Makes sure that ``folder`` holds the dataset that the configuration describes.
 
-    An unchanged dataset is reused; a changed input file or setting makes it anew. The folder
-    appears whole or not at all: it is written aside and renamed.
+    An unchanged dataset is reused; a changed input file or setting rebuilds it. The folder appears
+    complete or not at all: it is written under another name and renamed.
 
     Args:
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
         folder: where the prepared dataset goes.
         seed: of splits, negatives and row order.
-        threads: that share the work; default: as many as there are cores. They change nothing.
-        before_replacing: called with the manifests of an earlier dataset and of the one
-            that is about to take its place; it may raise, or return where to keep the earlier one.
-        build: makes the dataset of a fingerprint in the job's folder; default: threads of this
-            process do.
+        threads: that share the work; default: one per core. Their number changes no result.
+        before_replacing: called with the manifests of an earlier dataset and of the one that is
+            about to take its place; it may raise, or return where to keep the earlier one.
+        build: makes the dataset of a fingerprint in the job's folder; default: threads do.
 
     Returns:
         The manifest.
@@ -103,8 +103,7 @@ def prepare(
     if (current := _current(folder, wanted)) is not None:
         log.info("%s is up to date", folder)
         return current
-    started = time.perf_counter()
-    data = _with_lists(data, files)
+    started, data = time.perf_counter(), _with_lists(data, files)
     if earlier is not None:
         _check_meanings(data, earlier)
     aside = work_folder(folder)
@@ -112,14 +111,7 @@ def prepare(
         job = Job(data, files, seed, Crew(), aside / "dataset")
         job.folder.mkdir(parents=True)
         job.spill("").mkdir()
-        manifest = (
-            build(job, wanted)
-            if build is not None
-            else run_crew(
-                threads or len(os.sched_getaffinity(0)),
-                lambda crew: _build_dataset(Job(data, files, seed, crew, job.folder), wanted),
-            )
-        )
+        manifest = (build or partial(_build_by_threads, threads))(job, wanted)
         if folder.exists():  # a deletion takes time, in which it would look whole
             kept = _kept(folder, manifest, before_replacing)
             folder.rename(kept or aside / "before")
@@ -130,6 +122,13 @@ def prepare(
         shutil.rmtree(aside, ignore_errors=True)
     _report(manifest, folder, time.perf_counter() - started)
     return manifest
+
+
+def _build_by_threads(threads: int | None, job: Job, wanted: str) -> Manifest:
+    return run_crew(
+        threads or len(os.sched_getaffinity(0)),
+        lambda crew: _build_dataset(Job(job.data, job.files, job.seed, crew, job.folder), wanted),
+    )
 
 
 def _kept(
@@ -301,7 +300,9 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
         for other in from_threads[1:]:
             job.dropped.update(other.dropped)
             job.noted.update(other.noted)
-        manifest = finish(job, wanted, counts, fit, plan, written, histories, earlier)
+        manifest = finish(
+            job, wanted, counts, fit, plan, written, histories=histories, earlier=earlier
+        )
     found: Manifest = job.crew.broadcast(manifest)
     return found
 

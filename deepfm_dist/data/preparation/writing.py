@@ -89,14 +89,14 @@ class Plan:
         negative_user = _negative_users(job, counts, fitted)
         n_rows = fitted.rows.get("user", 1)
         return cls(
-            fitted,
-            tuple(offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))),
-            lanes,
-            lanes * -(-n_train // LANE_WINDOW_ROWS),
-            counts.mean_weight,
-            negative_user,
-            0 if negative_user is None else max(0, int(negative_user.max()) + 1 - n_rows),
-            {name: counts.tables[entity_key(name)] > 0 for name in job.entities},
+            fitted=fitted,
+            first_of=tuple(offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))),
+            lanes=lanes,
+            groups=lanes * -(-n_train // LANE_WINDOW_ROWS),
+            mean_weight=counts.mean_weight,
+            negative_user=negative_user,
+            n_rare=0 if negative_user is None else max(0, int(negative_user.max()) + 1 - n_rows),
+            trained={name: counts.tables[entity_key(name)] > 0 for name in job.entities},
         )
 
     @property
@@ -355,7 +355,7 @@ class RowWriter:
             k,
             known,
             n_items,
-            derive_seed(self._job.seed, "evaluation", split),
+            seed=derive_seed(self._job.seed, "evaluation", split),
         )
         items = np.hstack([table["item"].to_numpy().reshape(-1, 1), drawn.reshape(-1, k) + 1])
         there = np.hstack([np.ones((n, 1), bool), drawn.reshape(-1, k) >= 0])

@@ -88,13 +88,7 @@ class DelimitedReader(Reader):
         return ""
 
     def _text(self) -> Iterator[pa.RecordBatch]:
-        def on_ragged(row: pa_csv.InvalidRow) -> str:
-            assert self.dropped is not None
-            self.dropped[f"{self.source.name}: rows with a wrong number of cells"] += 1
-            return "skip"
-
         names = list(self.layout.columns) if self.layout.columns else None
-
         quotes: Quotes | None = None
 
         def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
@@ -109,7 +103,7 @@ class DelimitedReader(Reader):
                     quote_char='"' if self.quoted else False,
                     escape_char=self.layout.escape or False,
                     newlines_in_values=self.quoted,
-                    invalid_row_handler=on_ragged if self.dropped is not None else None,
+                    invalid_row_handler=self._drop_ragged if self.dropped is not None else None,
                 ),
                 pa_csv.ConvertOptions(
                     column_types={name: pa.string() for name in self.names},
@@ -150,13 +144,21 @@ class DelimitedReader(Reader):
             reader = None
 
         if quotes is not None and quotes.most_lines > _MANY_LINES:
-            log.warning(
-                "%s, line %d: a quoted cell spans %d lines; %s",
-                self.source.path,
-                self._line_at(quotes.most_lines_at),
-                quotes.most_lines + 1,
-                self._quotes_are_text,
-            )
+            self._warn_of_long_cell(quotes)
+
+    def _drop_ragged(self, row: pa_csv.InvalidRow) -> str:
+        assert self.dropped is not None
+        self.dropped[f"{self.source.name}: rows with a wrong number of cells"] += 1
+        return "skip"
+
+    def _warn_of_long_cell(self, quotes: Quotes) -> None:
+        log.warning(
+            "%s, line %d: a quoted cell spans %d lines; %s",
+            self.source.path,
+            self._line_at(quotes.most_lines_at),
+            quotes.most_lines + 1,
+            self._quotes_are_text,
+        )
 
     def _utf_8(self, quotes: Quotes | None = None) -> TextStream:
         """The file's text as Arrow is to read it."""

@@ -111,7 +111,9 @@ def network_of(layers: Sequence[Layer]) -> Network:
     """
     if not layers:
         none = np.zeros(0, np.float32)
-        return Network(np.zeros((0, len(GROUP)), np.int64), none, none, none, 0, 0, 0)
+        return Network(
+            np.zeros((0, len(GROUP)), np.int64), none, none, none, first=0, last=0, rows=0
+        )
     sizes = [weight.shape[1] for weight, _ in layers]
     # Two halves in turn, so that no layer overwrites its own input.
     starts = [index % 2 * max(sizes) for index in range(len(sizes))]
@@ -136,9 +138,9 @@ def network_of(layers: Sequence[Layer]) -> Network:
         np.concatenate(nothing + weights),
         np.concatenate(nothing + biases),
         layers[-1][0][0].astype(np.float32),
-        starts[0],
-        starts[-1],
-        2 * max(sizes),
+        first=starts[0],
+        last=starts[-1],
+        rows=2 * max(sizes),
     )
 
 

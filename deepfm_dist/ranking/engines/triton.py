@@ -124,7 +124,7 @@ class TritonEngine:
         begins = torch.searchsorted(order, owners + firsts[:, None])
         ends = torch.searchsorted(order, owners + (1 << 32))
         seen_ranges = order & 0xFFFFFFFF, begins, ends
-        self._launch(users, items, offset, n, columns, best, deep, seen=seen_ranges)
+        self._launch(users, items, offset, n, columns, best, deep=deep, seen=seen_ranges)
 
     def _update_from_scores(
         self, users: Side, items: Items, offset: int, seen: Jagged, best: Best, deep: bool
@@ -157,7 +157,7 @@ class TritonEngine:
     def _scores(self, users: Side, n_users: int, items: Items, deep: bool = True) -> Tensor:
         out = torch.empty(n_users, items.n, device=self._device)
         columns = len(items.side.constant)
-        self._launch(users, items, 0, n_users, columns, None, deep, out=out)
+        self._launch(users, items, 0, n_users, columns, None, deep=deep, out=out)
         return out
 
     def _merge(self, best: Best, users: slice, keys: Tensor) -> None:

@@ -66,7 +66,7 @@ class TileConfig(NamedTuple):
     def of(cls, sizes: Sequence[int], precision: Precision) -> "TileConfig":
         """For hidden layers of some sizes; benchmarks/compiled_kernels.py shows what they spill."""
         if not sizes:
-            return cls(0, (), 0, 0, 128, False, 1)
+            return cls(0, (), 0, 0, 128, streamed=False, stages=1)
         kind, half = weight_dtype(precision), precision == "bf16"
         holds_two = len(sizes) > 3
         chunk = power_of_two(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
@@ -79,13 +79,13 @@ class TileConfig(NamedTuple):
         # In fp32 each lies there twice, as its tf32 and what that leaves.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
         return cls(
-            round_up(sizes[0], STEP),
-            middle,
-            round_up(sizes[-1], chunk) if chunk else 0,
-            chunk,
-            128 if fit and (half or not streamed) else 64,
-            streamed,
-            2 if half else 1,
+            units=round_up(sizes[0], STEP),
+            middle=middle,
+            last=round_up(sizes[-1], chunk) if chunk else 0,
+            chunk=chunk,
+            pairs=128 if fit and (half or not streamed) else 64,
+            streamed=streamed,
+            stages=2 if half else 1,
         )
 
     @property
