@@ -5,6 +5,7 @@ argparse takes 10 ms to import, click 35 ms; completion, which argparse lacks, i
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -49,6 +50,15 @@ class Parser(argparse.ArgumentParser):
 def command_line(name: str) -> str:
     """What runs a command: ``deepfm NAME`` if that was typed, otherwise Python's module."""
     return f"deepfm {name}" if by_script() else f"python -m deepfm_dist.{name}"
+
+
+def as_typed(text: str) -> str:
+    """A message that names commands, ``python -m deepfm_dist.NAME``, as this user types them."""
+    if not by_script():
+        return text
+    return re.sub(
+        r"python -m deepfm_dist(\.(?=\w))?", lambda m: "deepfm " if m[1] else "deepfm", text
+    )
 
 
 def by_script() -> bool:

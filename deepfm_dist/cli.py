@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deepfm_dist.arguments import EXAMPLES, Parser, bundled_as_text, complete, complete_config
+from deepfm_dist.arguments import (
+    EXAMPLES,
+    Parser,
+    as_typed,
+    bundled_as_text,
+    complete,
+    complete_config,
+)
 from deepfm_dist.config import Config, config_from, load_config, settings_of
 from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
@@ -22,6 +29,7 @@ from deepfm_dist.launcher import (
     wait_for_the_end,
     watch_torchrun,
 )
+from deepfm_dist.messages import brief
 from deepfm_dist.storage import folder_of, storage_errors_to_user
 from deepfm_dist.terminal import coloured
 
@@ -106,7 +114,7 @@ def run(
             wait_for_the_end(launch)
         if not report_to_torchrun(launch, error):
             kind = coloured(type(error).__name__, "red", sys.stderr)
-            print(f"{kind}: {error}", file=sys.stderr)
+            print(f"{kind}: {as_typed(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -179,7 +187,7 @@ def memory_errors_to_user() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = brief(error)
         # torch's CPU allocator raises a plain RuntimeError; CUDA's is called OutOfMemoryError.
         is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not (is_memory or "DefaultCPUAllocator: can't allocate memory" in text):
@@ -262,8 +270,17 @@ def _is_run(config: str) -> bool:
     return Path(config, "config.yaml").is_file()
 
 
+class _Formatter(logging.Formatter):
+    """Names commands as the user types them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_typed(super().format(record))
+
+
 def _log_to_stderr(quiet: bool) -> None:
     """Our lines at INFO, others' from WARNING on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     quieten_libraries()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from deepfm_dist.arguments import Parser, complete
+from deepfm_dist.arguments import Parser, as_typed, command_line, complete
 from deepfm_dist.messages import plural
 from deepfm_dist.terminal import coloured
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = load_config(None, arguments.overrides).run_dir
     print(
         f"Open {run / 'report.html'} in a browser for the results. To try the model: "
-        f"python -m deepfm_dist.serve --run {run}. All commands: python -m deepfm_dist"
+        f"{command_line('serve')} --run {run}. All commands: {as_typed('python -m deepfm_dist')}"
     )
     return 0
 

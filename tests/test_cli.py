@@ -31,6 +31,7 @@ from deepfm_dist import (
     terminal,
     train,
 )
+from deepfm_dist.arguments import as_typed
 from deepfm_dist.config import load_config
 from tests.ranks import run_alone
 from tests.test_imports import COMMANDS
@@ -206,6 +207,20 @@ def test_one_script_runs_every_command(
     assert "usage: deepfm train" in shown and "\n  deepfm train --config sample" in shown
     for config in (ROOT / "configs").glob("*.yaml"):
         assert re.search(rf"\b{config.stem}\b", shown.partition("bundled configurations:")[2])
+
+
+def test_messages_name_commands_as_they_were_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = ["recommend", "--run", str(tmp_path / "none")]
+    assert __main__.main(line) == 2
+    assert "config.yaml: python -m deepfm_dist.train makes it" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/deepfm"])
+    assert __main__.main(line) == 2
+    assert "config.yaml: deepfm train makes it" in capsys.readouterr().err
+    assert as_typed("see python -m deepfm_dist, or run python -m deepfm_dist.plan.") == (
+        "see deepfm, or run deepfm plan."
+    )
 
 
 @pytest.mark.parametrize(

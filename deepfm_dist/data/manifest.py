@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_of
 from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
-from deepfm_dist.messages import nearest, plural
+from deepfm_dist.messages import brief, nearest, plural
 from deepfm_dist.section import Section
 
 TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
@@ -216,7 +216,7 @@ class Manifest(Section):
                 )
             return cls.model_validate_json(text)
         except (ValidationError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = brief(str(error).partition("\n")[0])  # pydantic lists every field after it
             raise DataError(
                 f"{path}: not a manifest of this version ({reason}); delete {folder} and run "
                 f"python -m deepfm_dist.prepare"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import brief
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.topk import NO_ITEM
 
@@ -43,7 +44,7 @@ class NearestItems:
             index.train(points)
             index.add(points)
         except RuntimeError as error:
-            text = str(error).splitlines()[0].split("Error: ")[-1]
+            text = brief(error).rpartition("Error: ")[2]
             raise ConfigError(
                 f"recommend.index={kind}: faiss cannot make it of {len(points):,} items: {text}"
             ) from None
