@@ -4,10 +4,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.launcher import read_launch
+from deepfm_dist.messages import plural, short
+
+if TYPE_CHECKING:
+    from deepfm_dist.data.preparation.dry_run import DryRun
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> None:
-    from deepfm_dist.jobs.prepare import prepare
+    from deepfm_dist.jobs.prepare import dry_run, prepare
 
     launch = read_launch()
     if launch.world_size > 1:
@@ -30,7 +35,33 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
             "torchrun started (%d) have nothing to do; start it as python -m deepfm_dist.prepare",
             launch.world_size - 1,
         )
-    prepare(config, arguments.threads)
+    if arguments.dry_run:
+        print(_preview(dry_run(config)))
+    else:
+        prepare(config, arguments.threads)
+
+
+def _preview(found: "DryRun") -> str:
+    """What a dry run has found, for people."""
+    splits = ", ".join(f"{name} {rows:,}" for name, rows in found.splits.items())
+    lines = [f"{plural(found.rows, 'row')} kept of the first {found.limit:,}: {splits}"]
+    lines += [f"dropped {reason}: {count:,}" for reason, count in found.dropped.items()]
+    lines += [f"{reason}: {count:,}" for reason, count in found.noted.items()]
+    cells = [("field", "of", "becomes", "distinct", "missing", "such as")]
+    cells += [
+        (
+            field.name,
+            field.entity,
+            field.kind,
+            "" if field.distinct is None else f"{field.distinct:,}",
+            f"{field.missing:.1%}",
+            ", ".join(map(short, field.examples)),
+        )
+        for field in found.fields
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return "\n".join([*lines, *table, "Nothing was written."])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +70,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help="threads that share the work (default: one for each core); the result is the same",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read the first 100,000 rows, show what becomes of each field, and write nothing",
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from deepfm_dist.config import Config
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation import local as encode
+from deepfm_dist.data.preparation.dry_run import DryRun
+from deepfm_dist.data.preparation.dry_run import dry_run as preparation_dry_run
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.training.checks import warn_of_labels
 
@@ -38,6 +40,16 @@ def prepare(
     manifest = encode.prepare(*given, threads, partial(_before_replacing, config), build)
     warn_of_labels(manifest)
     return manifest
+
+
+def dry_run(config: Config) -> DryRun:
+    """What the configuration makes of the first rows; writes nothing.
+
+    Raises:
+        ConfigError: a setting does not fit the data.
+        DataError: an input file cannot be used.
+    """
+    return preparation_dry_run(config.data, config.input_root, config.data_seed)
 
 
 def prepare_locked(config: Config) -> Manifest:

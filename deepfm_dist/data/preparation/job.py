@@ -45,6 +45,8 @@ class Job:
         folder: of the dataset to be.
         dropped: what this thread has left out of the input, by reason.
         noted: what users should know of the rest, by reason, counted by this thread.
+        rows_limit: how many rows are read of the files of each setting, if not all; they are one
+            partition.
     """
 
     data: DataConfig
@@ -54,6 +56,7 @@ class Job:
     folder: Path
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
+    rows_limit: int | None = None
 
     def drop(self, reason: str, count: int) -> None:
         """Counts what is left out."""
@@ -91,7 +94,9 @@ class Job:
     def n_partitions(self) -> int:
         """Partitions that the rows are dealt to."""
         n = -(-sum(file.text_bytes for file, _, _ in self.inputs) // PARTITION_BYTES)
-        return 1 if n <= IN_MEMORY_PARTITIONS else min(MOST_PARTITIONS, n)
+        if self.rows_limit is not None or n <= IN_MEMORY_PARTITIONS:
+            return 1
+        return min(MOST_PARTITIONS, n)
 
     @cached_property
     def n_user_groups(self) -> int:

@@ -103,7 +103,7 @@ def prepare(
     if (current := _current(folder, wanted)) is not None:
         log.info("%s is up to date", folder)
         return current
-    started, data = time.perf_counter(), _with_lists(data, files)
+    started, data = time.perf_counter(), detect_lists(data, files)
     if earlier is not None:
         _check_meanings(data, earlier)
     aside = work_folder(folder)
@@ -192,7 +192,7 @@ def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
                 )
 
 
-def _with_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> DataConfig:
+def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> DataConfig:
     """The configuration with `Feature.several` set for fields whose columns hold lists."""
     holds: dict[str, bool] = {}
     open_ones = [

@@ -53,6 +53,7 @@ class _Stream:
     def __init__(self, job: Job, number: int) -> None:
         self.number, self.lock, self.is_over = number, Lock(), False
         self.dropped = Counter[str]()
+        self.setting = job.inputs[number][1]
         self._batches = row_batches(job, number, self.dropped)
         self._left = job.inputs[number][0].text_bytes
 
@@ -75,7 +76,7 @@ class _Queue:
 
     def __init__(self, job: Job, bar: Any) -> None:
         self.streams = [_Stream(job, number) for number in range(len(job.inputs))]
-        self._bar = bar
+        self._bar, self._limit, self._n_read = bar, job.rows_limit, Counter[str]()
 
     def batches(self, crew: Crew) -> Iterator[tuple[_Stream, pa.RecordBatch]]:
         """This thread's batches."""
@@ -86,11 +87,21 @@ class _Queue:
                 stream = waiting[0]
                 stream.lock.acquire()
             try:
-                batch = None if stream.is_over else stream.read(self._bar)
+                batch = None if stream.is_over else self._cut(stream, stream.read(self._bar))
             finally:
                 stream.lock.release()
             if batch is not None:
                 yield stream, batch
+
+    def _cut(self, stream: _Stream, batch: pa.RecordBatch | None) -> pa.RecordBatch | None:
+        """The rows of a batch that are still to be read of the files of its setting."""
+        if batch is None or self._limit is None:
+            return batch
+        batch = batch.slice(0, self._limit - self._n_read[stream.setting])
+        self._n_read[stream.setting] += batch.num_rows
+        for other in self.streams:
+            other.is_over |= self._n_read[other.setting] == self._limit
+        return batch
 
 
 @dataclass

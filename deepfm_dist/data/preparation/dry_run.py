@@ -1,0 +1,151 @@
+"""What a configuration makes of the first rows of its files; nothing is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from deepfm_dist.data.jagged import Jagged, Values
+from deepfm_dist.data.manifest import SPLITS, TRAIN, input_files
+from deepfm_dist.data.preparation.counts import Counts, has_value, split_and_count
+from deepfm_dist.data.preparation.crew import Crew
+from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
+from deepfm_dist.data.preparation.job import Job, entity_key
+from deepfm_dist.data.preparation.local import detect_lists
+from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.reading import Reading
+from deepfm_dist.data.schema import DataConfig, Feature
+
+ROWS = 100_000
+"""That are read of the interactions, and of each file of held-out rows."""
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class FieldPreview:
+    """What becomes of a field.
+
+    Attributes:
+        name: of the field.
+        entity: user, item or context.
+        kind: how the model sees it, such as ``table genre, 19 rows``.
+        distinct: values, of a field with a vocabulary or numbers.
+        missing: share of the training rows, users or items without a value.
+        examples: its most frequent texts, or its least, median and greatest number.
+    """
+
+    name: str
+    entity: str
+    kind: str
+    distinct: int | None
+    missing: float
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a configuration makes of the first rows.
+
+    Attributes:
+        rows: that were used, after those that are dropped.
+        limit: of rows that are read.
+        splits: rows by split.
+        dropped: rows left out, by reason.
+        noted: what else to know, by reason.
+        fields: in the order of the configuration.
+    """
+
+    rows: int
+    limit: int
+    splits: dict[str, int]
+    dropped: dict[str, int]
+    noted: dict[str, int]
+    fields: tuple[FieldPreview, ...]
+
+
+def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> DryRun:
+    """Prepares the first rows in memory.
+
+    Args:
+        data: files, features, split, negatives.
+        root: folder of the input files, or its URL.
+        seed: of splits.
+        rows: that are read of the interactions, and of each file of held-out rows.
+
+    Raises:
+        ConfigError: a setting does not fit the data.
+        DataError: an input cannot be read or used.
+    """
+    files = input_files(data, root)
+    data = detect_lists(data, files)
+    job = Job(data, files, seed, Crew(), Path(), rows_limit=rows)
+    partitions = Partitions.of_readings(job, [Reading(job)])
+    counts = split_and_count(job, partitions)
+    fit = Fitter(job, partitions, counts, PreviousDataset(data.vocabulary_from))
+    totals = counts.rows.sum(axis=0).tolist()
+    return DryRun(
+        rows=sum(totals),
+        limit=rows,
+        splits=dict(zip(SPLITS, totals, strict=False)),
+        dropped=dict(job.dropped),
+        noted=dict(job.noted),
+        fields=tuple(_preview(feature, partitions, counts, fit) for feature in data.features),
+    )
+
+
+def _preview(feature: Feature, partitions: Partitions, counts: Counts, fit: Fitter) -> FieldPreview:
+    n_train = int(counts.rows[:, TRAIN].sum())
+    missing, values = 0.0, None
+    if feature.name in fit.values:
+        values = fit.values[feature.name]
+        present = has_value(values)[1:]
+        missing = 1 - float(present.mean()) if len(present) else 0.0
+    elif feature.entity == "context":
+        values = partitions.load(0)[f"field {feature.name}"]
+        missing = counts.empty[feature.name] / n_train
+    distinct: int | None = None
+    examples: tuple[str, ...] = ()
+    table = entity_key(feature.entity) if feature.names_entity else feature.table_name
+    if feature.kind == "numeric":
+        distinct, examples = _numbers(values)
+    elif feature.history is None and table in partitions.ids:
+        distinct, examples = _texts(partitions.ids[table], counts.tables[table])
+    return FieldPreview(
+        feature.name, feature.entity, _kind(feature, fit), distinct, missing, examples
+    )
+
+
+def _kind(feature: Feature, fit: Fitter) -> str:
+    """How the model sees a field."""
+    if not feature.in_table:
+        spec = fit.fitted.numeric[feature.name]
+        if feature.transform == "standard":
+            return f"number, standard (mean {spec.mean:.6g}, deviation {spec.std:.6g})"
+        return f"number, {feature.transform}"
+    if feature.transform == "bucket":
+        rows = 2 + len(fit.fitted.numeric[feature.name].boundaries)
+    elif feature.hash_rows is not None:
+        rows = 1 + feature.hash_rows
+    else:
+        rows = fit.vocabularies[feature.table_name].rows
+    kind = f"table {feature.table_name}, {rows:,} rows"
+    if feature.history is not None:
+        return f"{kind}; bag of the user's {feature.history}s"
+    return f"{kind}; several values" if feature.multi_valued else kind
+
+
+def _texts(ids: pa.Array, counts: np.ndarray) -> tuple[int, tuple[str, ...]]:
+    """How many values training rows have, and the most frequent ones."""
+    most = np.argsort(-counts, kind="stable")[:_EXAMPLES]
+    known = [ids[int(code)].as_py() for code in most if counts[code]]
+    return int((counts > 0).sum()), tuple(known)
+
+
+def _numbers(values: Values | None) -> tuple[int, tuple[str, ...]]:
+    """How many different numbers there are; the least, the median and the greatest."""
+    assert values is not None and not isinstance(values, Jagged)
+    known = np.unique(values[~np.isnan(values)])
+    chosen: Sequence[float] = known[[0, len(known) // 2, -1]].tolist() if len(known) else ()
+    return len(known), tuple(dict.fromkeys(f"{number:.10g}" for number in chosen))
