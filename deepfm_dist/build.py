@@ -226,8 +226,7 @@ def shard_for_training(
         config.trainer.batch_size,
         some_unused=config.model.deep and config.model.over_arch != "mlp",
     )
-    if config.trainer.compile:
-        _check_compiler(world.device)
+    if _is_compiled(config, world.device, log if world.is_first else None):
         above.compile()
     if task.catalogue_loss is not None:
         # They cancel in a loss of rankings. What rounding leaves of their gradient differs from one
@@ -382,18 +381,35 @@ def shard_for_inference(
     return sharded
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Looks for the compiler that torch.compile would miss at the first step.
+def _is_compiled(config: Config, device: torch.device, log: logging.Logger | None) -> bool:
+    """Whether what is above the tables is compiled: fewer kernels, and less for the host to launch.
+
+    Logs what ``auto`` chose on CUDA.
 
     Raises:
-        EnvironmentProblem: there is none.
+        EnvironmentProblem: the compiler is missing that torch.compile would miss at the first step.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    wanted, on_cuda = config.trainer.compile, device.type == "cuda"
+    if on_cuda:  # Triton compiles what launches its kernels
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX", "g++")]
+    found = any(map(shutil.which, names))
+    if wanted is True and not found:
+        variable, language = ("CC", "C") if on_cuda else ("CXX", "C++")
         raise EnvironmentProblem(
-            f"trainer.compile=true: torch.compile needs a C++ compiler on a CPU, and {compiler} is "
-            f"not found; install g++ or name another one in CXX, or set trainer.compile=false"
+            f"trainer.compile=true: torch.compile needs a {language} compiler on {device.type}, "
+            f"and {' or '.join(names)} is not found; install it or name another one in "
+            f"{variable}, or set trainer.compile=false"
         )
+    if wanted == "auto":
+        ours = config.trainer.loss == "bce" and config.model.over_arch == "mlp"
+        chosen = on_cuda and found and ours
+        if on_cuda and log is not None:
+            reason = "" if found else f", for lack of a C compiler ({' or '.join(names)})"
+            log.info("trainer.compile: auto is %s%s", "on" if chosen else "off", reason)
+        return chosen
+    return wanted
 
 
 def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:

@@ -117,7 +117,7 @@ class Config(Section):
             )
         if self.model.deep and self.model.batch_norm:
             raise ValueError(f"{setting}: has no rows for batch norm; set model.batch_norm=false")
-        if self.trainer.compile:
+        if self.trainer.compile is True:
             raise ValueError(
                 f"{setting}: trainer.compile is for the forward pass of rows; leave it out"
             )

@@ -135,7 +135,9 @@ def rows_because(tree: Mapping[str, Any]) -> str | None:
         return "model.deep is set"
     if model.get("fm", True) is False:
         return "model.fm is off"
-    for name, usual in (("accumulate_steps", 1), ("compile", False), ("table_precision", "fp32")):
+    if trainer.get("compile") is True:
+        return "trainer.compile is set, which is for rows"
+    for name, usual in (("accumulate_steps", 1), ("table_precision", "fp32")):
         if trainer.get(name, usual) != usual:
             return f"trainer.{name} is set, which is for rows"
     return None

@@ -1,6 +1,8 @@
 """Where configuration, manifest and checkpoint meet: the model, and what a run goes on from."""
 
 import json
+import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deepfm_dist import build
 from deepfm_dist.build import (
     build_model,
     deepfm_of,
@@ -483,6 +486,23 @@ def test_compiling_without_a_compiler_is_one_line(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RankFailed, match=r"EnvironmentProblem: .*no-such-compiler is not found"):
         run_alone(_shard, sample.folder, "trainer.compile=true")
+
+
+def test_by_default_what_is_above_the_tables_is_compiled_on_cuda_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    log, cuda = logging.getLogger("deepfm_dist"), torch.device("cuda")
+    rows, users = config_of("trainer.loss=bce"), config_of("trainer.loss=softmax")
+    assert not build._is_compiled(rows, torch.device("cpu"), log)
+    monkeypatch.setenv("CC", sys.executable)
+    assert build._is_compiled(rows, cuda, log)
+    assert not build._is_compiled(users, cuda, log)
+    monkeypatch.setenv("CC", "no-such-cc")
+    assert not build._is_compiled(rows, cuda, log)
+    said = [record.getMessage() for record in caplog.records]
+    lack = "trainer.compile: auto is off, for lack of a C compiler (no-such-cc)"
+    assert said == ["trainer.compile: auto is on", "trainer.compile: auto is off", lack]
 
 
 def _shard(folder: Path, override: str) -> None:

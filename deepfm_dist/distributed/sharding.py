@@ -109,9 +109,10 @@ class PlacedTable:
 
 
 class TableCollection(ShardedEmbeddingBagCollection):
-    """Skips the exchanges where one rank has nobody to exchange with.
+    """At one rank, goes straight to FBGEMM's kernel.
 
-    They would cost a small model a fifth of its step.
+    TorchRec's exchanges and wrappers, which do nothing there, would cost a small model a quarter of
+    its step.
     """
 
     @property
@@ -170,7 +171,12 @@ class TableCollection(ShardedEmbeddingBagCollection):
             return super().forward(features)
         if self._has_features_permute:
             features = features.permute(self._features_order, self._features_order_tensor)
-        pooled = self._lookups[0](features)
+        lookup = self._lookups[0]
+        if len(lookup._emb_modules) == 1:
+            kernel = lookup._emb_modules[0].emb_module
+            pooled = kernel(features.values().long(), features.offsets().long())
+        else:
+            pooled = lookup(features)
         return KeyedTensor(self._embedding_names, self._embedding_dims, pooled)
 
 

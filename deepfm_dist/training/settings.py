@@ -60,8 +60,10 @@ class TrainerConfig(Section):
     loss."""
     table_precision: Literal["fp32", "fp16"] = "fp32"
     """Precision of the tables in training (fp16: not with adam)."""
-    compile: bool = False
-    """Compile everything above the tables with torch.compile (on CPU it needs a C++ compiler)."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile everything above the tables with torch.compile. auto: on CUDA with a C compiler, for
+    ``loss=bce`` and an over-arch of ours; the log says so, and the first step takes a minute. true
+    on a CPU needs a C++ compiler."""
     profile_steps: tuple[int, int] | None = None
     """First and last step whose trace torch's profiler writes to the run's folder."""
 
