@@ -25,7 +25,7 @@ from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation.job import OPEN, Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.preparation.population import drop_rare, hold_out_users
+from deepfm_dist.data.preparation.population import drop_rare, hold_out_users, holds_out_users
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import (
@@ -423,7 +423,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
         DataError: no row is left for training.
     """
     drop_rare(job, partitions)
-    if job.data.split.method == "users" and not job.data.refit:
+    if holds_out_users(job):
         hold_out_users(job, partitions)
     splitter = Splitter(job)
     if splitter.has_bounds:
