@@ -54,7 +54,7 @@ def _preview(found: "DryRun") -> str:
             field.entity,
             field.kind,
             "" if field.distinct is None else f"{field.distinct:,}",
-            f"{field.missing:.1%}",
+            "" if field.missing is None else f"{field.missing:.1%}",
             ", ".join(map(short, field.examples)),
         )
         for field in found.fields

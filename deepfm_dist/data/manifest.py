@@ -58,6 +58,19 @@ class NumericSpec(Section):
     """Least values of the second bucket and those above, ascending."""
 
 
+class Profile(Section):
+    """What the log is like; it decides nothing."""
+
+    first_day: str | None = None
+    """Day of the first row, in UTC; none if the log has no dates."""
+    days_per_period: int = 1
+    """Length of the periods that rows are counted in."""
+    rows_by_period: tuple[int, ...] = ()
+    """Rows of all splits, period by period; undated ones are left out."""
+    missing: dict[str, float] = Field(default_factory=dict)
+    """Of each field, the share of the training rows, users or items without a value."""
+
+
 class Manifest(Section):
     """``manifest.json`` of a prepared dataset."""
 
@@ -103,6 +116,8 @@ class Manifest(Section):
     """What else to know of the input, by reason: ties, users without enough negatives."""
     inputs: dict[str, int]
     """Input files and their bytes."""
+    profile: Profile = Profile()
+    """What the log is like; another tool need not give it."""
     versions: dict[str, str]
     """Software that wrote it."""
     field_hashes: dict[str, str] = Field(default_factory=dict)
@@ -171,6 +186,12 @@ class Manifest(Section):
             return positives
         kind = "sampled negative" if self.data.task == "implicit" else "negative"
         return f"{positives} and {plural(spec.rows - spec.positives, kind)}"
+
+    @property
+    def density(self) -> float | None:
+        """Training positives per user and item; None where the rows lack one of them."""
+        pairs = (self.entities.get("user", 1) - 1) * (self.entities.get("item", 1) - 1)
+        return self.splits["train"].positives / pairs if pairs else None
 
     @property
     def sampled(self) -> bool:

@@ -153,7 +153,7 @@ class Partitions:
         if p in self._assigned:
             low_parts = None if part.low is None else self.load_array(p, "assigned low")
             part = part.assigned(self.load_array(p, "assigned"), low_parts)
-        part = replace(part, users=self.users(p))
+        part = replace(part, users=self.users(p), time_scale=self.time_scale)
         if self._in_memory:  # several rounds go over it
             self._cached = part
         return part

@@ -86,6 +86,7 @@ class PartitionRows:
         tied: of how many pairs a hash of the rows' cells chose the one that stays.
         short: how many users have fewer unseen items than fixed negatives are wanted.
         users: codes of all users of the partition, ascending.
+        time_scale: see `Manifest.time_scale`.
     """
 
     columns: dict[str, Any]
@@ -94,6 +95,7 @@ class PartitionRows:
     tied: int = 0
     short: int = 0
     users: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
+    time_scale: int = 1
 
     def __len__(self) -> int:
         return len(self.columns["label"])
