@@ -47,7 +47,7 @@ class RunOnDisk:
     def identity(self) -> dict[str, int | str | None]:
         """What tells the checkpoint from any other, also from one of the same step, and the data.
 
-        An export holds the values of users and items, which the dataset may have got anew.
+        An export holds the values of users and items, which may have changed in the dataset since.
         """
         return {
             "step": self.state["step"],
