@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
 GIVEN = "given"
-"""Fingerprint of a dataset that another tool wrote: it is checked, and never prepared anew."""
+"""Fingerprint of a dataset that another tool wrote: it is checked, and never prepared again."""
 
 
 class TableSpec(Section):
@@ -82,7 +82,7 @@ class Manifest(Section):
     """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
     fields; a checkpoint fits only the same one."""
     data_hash: str | None = None
-    """Of the rows of all splits and of what describes users and items; a run goes on only with the
+    """Of the rows of all splits and of users' and items' fields; a run resumes only with the
     same one. None: another tool wrote the dataset, or an earlier version."""
     grown_from: tuple[str, ...] = ()
     """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
@@ -206,10 +206,10 @@ class Manifest(Section):
     def is_given(folder: Path) -> bool:
         """Whether a folder's manifest says that another tool wrote the dataset."""
         try:
-            told = json.loads((folder / "manifest.json").read_text())
+            content = json.loads((folder / "manifest.json").read_text())
         except (ValueError, OSError):
             return False
-        return isinstance(told, dict) and told.get("fingerprint") == GIVEN
+        return isinstance(content, dict) and content.get("fingerprint") == GIVEN
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -223,12 +223,12 @@ class Manifest(Section):
             raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
         try:
             text = path.read_text()
-            told = json.loads(text)
-            version = told.get("format") if isinstance(told, dict) else None
+            content = json.loads(text)
+            version = content.get("format") if isinstance(content, dict) else None
             if isinstance(version, int) and version != FORMAT:
                 cure = (
                     f'write it again as docs/data.md says, with "format": {FORMAT}'
-                    if told.get("fingerprint") == GIVEN
+                    if content.get("fingerprint") == GIVEN
                     else "run python -m deepfm_dist.prepare, which prepares it again"
                 )
                 raise DataError(
@@ -267,7 +267,7 @@ def check_formats(data: DataConfig, *others: str) -> None:
 
     Args:
         data: the configuration.
-        others: names of files that are read beside its own.
+        others: names of further files that are read.
 
     Raises:
         ConfigError: ``files`` has it.

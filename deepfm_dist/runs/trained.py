@@ -136,7 +136,7 @@ def open_trained(
 def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
-    A checkpoint knows its data and model, and these settings are taken from it, but for where files
+    A checkpoint knows its data and model, and these settings are taken from it, except where files
     lie, how they are laid out and how much memory they may take.
 
     Args:

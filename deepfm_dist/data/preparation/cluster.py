@@ -72,7 +72,7 @@ _BATCHES_AT_ONCE = 4
 """Blocks of a file whose rows a task holds before it hands them on."""
 _PIECE_BYTES = 4 << 20
 _SHARED = "_shared"
-"""A folder beside the dataset's files, for what the driver gives single tasks."""
+"""A folder next to the dataset's files, for the driver's input to single tasks."""
 _COUNTS_AT_ONCE = 64
 
 
@@ -274,10 +274,10 @@ class _Driver:
 
     def _facts(self, read: Records) -> ReadFacts:
         """Checks what the readers have met; repeats their warnings."""
-        told = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
-        for _, text in _things(record for record in told if record.kind == "warnings"):
+        records = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
+        for _, text in _things(record for record in records if record.kind == "warnings"):
             log.warning("%s", text)
-        facts_of_files = _things(record for record in told if record.kind != "warnings")
+        facts_of_files = _things(record for record in records if record.kind != "warnings")
         first, *others = (facts for _, facts in facts_of_files)
         facts: ReadFacts = sum(others, first)
         facts.check(self._job)

@@ -162,7 +162,7 @@ class Fitter:
         return vocabularies
 
     def _fit_tables(self) -> dict[str, Vocabulary]:
-        """The vocabularies of embedding tables, but for those of histories alone."""
+        """The vocabularies of embedding tables, except those used by histories only."""
         vocabularies: dict[str, Vocabulary] = {}
         for table in table_names(self._job.data.features):
             features = [f for f in self._job.data.features if f.table_name == table and f.in_table]
@@ -337,15 +337,15 @@ class Fitter:
         """Values of some rows, the first of which counts -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
-            told = np.flatnonzero(~np.isnan(found))
-            owners, first = np.unique(rows[told], return_index=True)
+            known = np.flatnonzero(~np.isnan(found))
+            owners, first = np.unique(rows[known], return_index=True)
             if feature.keep == "all":
                 self._job.drop(
                     f"repeated {feature.name} values of one {feature.entity}",
-                    len(told) - len(first),
+                    len(known) - len(first),
                 )
             numbers = np.full(n, np.nan)
-            numbers[owners] = found[told[first]]
+            numbers[owners] = found[known[first]]
             return numbers
         if not isinstance(found, Jagged):
             there = found >= 0

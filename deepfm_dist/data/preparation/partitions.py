@@ -271,7 +271,7 @@ class Partitions:
         there = drawn >= 0
         there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
         users = np.repeat(members, there.sum(axis=1))
-        # The schema allows no times and no fields in the rows beside these.
+        # The schema allows no times and no other fields in the rows.
         columns = {
             "user": users,
             "item": drawn[there],
