@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepfm_dist.arguments import (
     EXAMPLES,
@@ -32,6 +33,9 @@ from deepfm_dist.launcher import (
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import folder_of, storage_errors_to_user
 from deepfm_dist.terminal import coloured
+
+if TYPE_CHECKING:
+    from deepfm_dist.jobs.ranking_files import Rankings
 
 # The interpreter's last garbage collection would visit all of torch's objects: a second or more.
 atexit.register(gc.freeze)
@@ -175,6 +179,24 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
     )
     parser.add_argument("--quiet", action="store_true", help="print results and errors only")
     return parser
+
+
+def add_rankings_output(default: str, parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output`` of a command that writes rankings; ``default``: the name of its file."""
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help=f"parquet file; a CSV file is written next to it (default: {default} of the run; "
+        f"settings that differ from the run's own are added to the name)",
+    )
+
+
+def print_rankings(result: "Rankings | None") -> None:
+    """Prints the first of the rankings that were written. Rank 0, which alone has any."""
+    from deepfm_dist.report.tables import ranking_table
+
+    if result is not None:
+        print(ranking_table(result.files, result.dataset))
 
 
 @contextmanager

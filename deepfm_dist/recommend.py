@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from deepfm_dist.cli import run
+from deepfm_dist.cli import add_rankings_output, print_rankings, run
 from deepfm_dist.config import Config
 
 EXAMPLES = (
@@ -21,27 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Write every user's top-K unseen items.",
         _recommend,
         argv,
-        _add_arguments,
+        partial(add_rankings_output, "recommendations.parquet"),
         EXAMPLES,
-    )
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="parquet file; a CSV file is written next to it (default: recommendations.parquet of "
-        "the run; settings that differ from the run's own are added to the name)",
     )
 
 
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.recommend import recommend
-    from deepfm_dist.report.tables import ranking_table
 
-    result = recommend(config, arguments.overrides, arguments.output)
-    if result is not None:
-        print(ranking_table(result.files, result.dataset))
+    print_rankings(recommend(config, arguments.overrides, arguments.output))
 
 
 if __name__ == "__main__":

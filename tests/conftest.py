@@ -38,6 +38,12 @@ for noisy in ("torchrec", "fbgemm_gpu"):
 
 
 @pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Works in an empty folder: what lies in the clone, such as runs/, must not matter."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """Commands set the level of our log."""
     log = logging.getLogger("deepfm_dist")

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from deepfm_dist.distributed.checkpoint import MARKER, complete_steps, find_checkpoint
 from tests.metrics_lines import lines
 
+ROOT = Path(__file__).parents[2]
 START_S = "start_s"  # file with the seconds from the ranks' start to their first checkpoint
 KILLS = int(os.environ.get("DEEPFM_KILLS", "1"))  # `make check` asks for four
 OPTIONS = (
@@ -34,7 +35,7 @@ def start(home: Path, max_restarts: int, *overrides: str) -> subprocess.Popen[st
     command += [f"--max-restarts={max_restarts}", "--monitor-interval=0.1"]
     command += ["-m", "deepfm_dist.train", *OPTIONS, *overrides]
     home.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,
         cwd=home,

@@ -466,19 +466,9 @@ def update_top_k_of_candidates(
     positions: Int64Array,
     scratch: FloatArray,
 ) -> None:
-    """`update_top_k` for each user's own few items.
+    """`update_top_k` for each user's own few items; it documents the other arguments.
 
-    Args:
-        users: the user side.
-        begin: first user, a multiple of `ROWS`.
-        end: last user + 1.
-        items: some items, of higher positions than any that came before.
-        offset: position of the first one.
-        network: layers above the first.
-        candidates: ``[users, N]`` positions, ascending; others' than these items' are skipped.
-        best: ``[users, K]`` best scores so far, best first; ``-inf`` where there is none.
-        positions: ``[users, K]`` their positions.
-        scratch: ``[network.rows + ROWS, BLOCK]``, flat.
+    ``candidates`` are ``[users, N]`` positions, ascending; others' than these items' are skipped.
     """
     scores = scratch[network.rows * BLOCK :]
     dim, units, last = items.dim, items.units, best.shape[1] - 1
