@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.demo``: run all commands on the bundled sample."""
+"""``python -m deepfm_dist.demo``: the whole job on the bundled sample, command by command."""
 
 import argparse
 import shlex
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the last command that ran.
     """
-    description = "Run all commands on the bundled sample."
+    description = "Do the whole job on the bundled sample, command by command."
     parser = Parser("demo", description, ["--nproc 1 trainer.epochs=2"])
     parser.add_argument(
         "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"

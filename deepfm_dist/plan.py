@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.plan``: check whether a model fits a cluster."""
+"""``python -m deepfm_dist.plan``: whether a model fits a cluster, without the cluster."""
 
 import argparse
 import sys
@@ -18,12 +18,7 @@ EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run(
-        "plan",
-        "Check whether a model fits a number of GPUs.",
-        _plan,
-        argv,
-        _add_arguments,
-        EXAMPLES,
+        "plan", "Say whether a model fits so many GPUs.", _plan, argv, _add_arguments, EXAMPLES
     )
 
 
@@ -33,10 +28,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--local-world-size",
         type=int,
         metavar="N",
-        help="GPUs per machine (default: 8, or --world-size if smaller)",
+        help="GPUs of a machine (default: 8, or all where there are fewer)",
     )
     parser.add_argument(
-        "--hbm-gib", type=float, default=80, metavar="N", help="memory per GPU in GiB (default: 80)"
+        "--hbm-gib", type=float, default=80, metavar="N", help="memory of a GPU (default: 80)"
     )
     parser.add_argument(
         "--rows",

@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.predict``: score the rows of a file."""
+"""``torchrun -m deepfm_dist.predict``: a score for each row of a file."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
-from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
 from deepfm_dist.storage import option_of, path_or_url
 
@@ -33,8 +33,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.predict import predict
+    from deepfm_dist.runs.trained import parquet_output
 
-    source, target = _source(config, arguments.input), _target(arguments.output)
+    source = _source(config, arguments.input)
+    target = parquet_output(arguments.output, config, source) if arguments.output else None
     result = predict(config, source, target, arguments.overrides)
     if result is not None:
         print(f"{result.path}: {plural(result.rows, 'row')} scored")
@@ -51,16 +53,6 @@ def _source(config: Config, given: str | None) -> str:
     if "://" not in source and not Path(source).is_file():
         raise DataError(f"--input {source}: no such file")
     return source
-
-
-def _target(given: str | None) -> Path | None:
-    if not given:
-        return None
-    target = Path(option_of("--output", given))
-    if target.suffix != ".parquet":
-        better = target.with_suffix(".parquet")
-        raise ConfigError(f"--output {given}: predictions are parquet; use --output {better}")
-    return target
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             predict.main,
             ["--output=out.csv"],
-            r"ConfigError: --output out\.csv: predictions are parquet; use --output out\.parquet$",
+            r"ConfigError: --output out\.csv: results are parquet; use --output out\.parquet$",
         ),
     ],
 )

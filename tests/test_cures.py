@@ -145,6 +145,30 @@ HASHED = "data.features=[{name: user, entity: user}, {name: item, entity: item, 
 PRINT = "train --print-config "
 SETTINGS = [
     Mistake(
+        PRINT + "evaluate.protocol=strong",
+        "set data.split.method=users",
+        "data.split.method=users",
+        data={"features": [DATA["features"][1], SEEN]},
+    ),
+    Mistake(
+        PRINT + "data.split.method=users evaluate.protocol=weak",
+        "leave evaluate.protocol out",
+        left_out=("evaluate.protocol=weak",),
+        data={"features": [DATA["features"][1], SEEN]},
+    ),
+    Mistake(PRINT + "data.split.fold_in=0.5", "leave it out", left_out=("data.split.fold_in=0.5",)),
+    Mistake(
+        PRINT + "data.split.method=users",
+        "add {name: seen, entity: user, history: item} to data.features",
+        data={"features": [DATA["features"][1]]},
+        new_data={"features": [DATA["features"][1], SEEN]},
+    ),
+    Mistake(
+        PRINT + "data.split.method=users",
+        "replace it by {name: seen, entity: user, history: item}",
+        new_data={"features": [SEEN, DATA["features"][1]]},
+    ),
+    Mistake(
         PRINT + "trainer.batchsize=64",
         "trainer.batch_size",
         "trainer.batch_size=64",
@@ -927,6 +951,13 @@ COMMAND_ORDER = [
         first=("train run.name=seen model.deep=false",),
     ),
     Mistake(
+        "predict --output .",
+        "such as scores.parquet",
+        "--output scores.parquet",
+        ("--output", "."),
+        before=("train",),
+    ),
+    Mistake(
         "export --output rows.csv",
         "--output names a folder",
         "--output exported",
@@ -1152,6 +1183,7 @@ TYPED = dict(
 """Messages, as `_templates` has them or had before they were reworded: the row that types each."""
 NOT_OF_COMMANDS = {
     "api.py": "arguments of Python, not of a command; see test_api",
+    "data/preparation/cluster.py": "needs Spark; see test_cluster",
     "interop/notebook.py": "needs a notebook's weights; see test_notebook",
     "jobs/import_weights.py": "needs a notebook's weights; see test_notebook",
     "launcher.py": "variables of the environment; see test_launcher",
@@ -1183,6 +1215,9 @@ NOT_TYPED = {
     "…: adam moves every row at every step": _CUDA,
     "trainer.compile=true: torch.compile needs": "depends on the machine's compiler",
     "evaluate.baselines: ials needs the library": _LIBRARY,
+    "evaluate.baselines: ials has vectors of the users": _LIBRARY,
+    "data.split: valid=… and test=… hold out": "the cure is a smaller split; see test_strong",
+    "--output …: an input of this run": "needs an input that is Parquet; see test_output",
     "recommend.index=…: faiss is not installed": _LIBRARY,
     "tune needs the library optuna": _LIBRARY,
     "run.runs_root=…: the journal of a search": _LIBRARY,
@@ -1199,7 +1234,7 @@ NOT_TYPED = {
     "…: files are named below data.root": "needs an object store",
     "…: element … of the array": "the cure is other data; see test_formats",
     "holds lists where one value is expected": "the cure is other data; see test_formats",
-    "the time column … has … decimals": "the cure is other data; see test_times",
+    "the time column … has …, and one of its times": "the cure is other data; see test_times",
     "…: damaged (…); delete …, and it is exported": "needs a damaged export; see test_damage",
     "combine: … and … have other data": "vocabularies differ first in nearly all cases",
     "…: user … and item … have … scores": "needs a reference of scores; see test_ranking",

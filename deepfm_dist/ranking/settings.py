@@ -19,11 +19,11 @@ class IalsConfig(Section):
     """Weighted matrix factorisation."""
 
     factors: int = Field(128, ge=1)
-    """Length of the user and item vectors."""
+    """Length of a user's and an item's vector."""
     l2: float = Field(0.1, ge=0)
-    """L2 regularisation."""
+    """Weight of their squared norms."""
     alpha: float = Field(1.0, gt=0)
-    """Weight of a positive; all other pairs have weight 1."""
+    """Weight of a positive; everything else has 1."""
     iterations: int = Field(15, ge=1)
     """Passes over users and items."""
 
@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
     """Evaluation on held-out rows; all but ``split`` is for rankings (``data.task=implicit``)."""
 
     split: Literal["valid", "test"] = "test"
-    """Which held-out rows to evaluate."""
+    """Which rows."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of the ranking metrics."""
     protocol: Literal["weak", "strong"] | None = None
@@ -40,16 +40,17 @@ class EvaluateConfig(Section):
     whom the model knows by a part of their items, on the rest; needs ``data.split.method=users``,
     and adds ``capped_recall``. Default: what the split gives."""
     mask_seen: bool | None = None
-    """Whether items seen in earlier splits, liked or not, are left out of the rankings and of the
-    relevant items. Default: true, but false if `data.interactions.repeated` is `all`."""
+    """Whether what users have met in earlier splits, liked or not, is left out of their rankings,
+    and out of what counts as relevant. Default: true, but false where
+    ``data.interactions.repeated`` is ``all``."""
     baselines: tuple[BaselineName, ...] = ("popularity",)
-    """Baselines to compare with, fitted on the same training positives. ials needs the library
-    `implicit`. ease takes 12 bytes of memory per pair of items; if memory does not suffice, it is
-    fitted on the most popular items, and its name in the table gives their number."""
+    """Rankings to compare the model's with, fitted on the same training positives. ials needs the
+    library ``implicit``. ease takes 12 bytes of memory per pair of items; without room for all
+    items it is fitted on the most popular ones, and its name in the table says on how many."""
     item_knn_neighbours: int = Field(100, ge=1)
-    """Number of neighbours per item."""
+    """Items that an item votes for."""
     ease_l2: float = Field(500.0, gt=0)
-    """L2 regularisation of EASE's matrix."""
+    """Weight of the squared norm of EASE's matrix."""
     ials: IalsConfig = IalsConfig()
     """Settings of iALS."""
     reference: str | None = None
@@ -69,31 +70,30 @@ class RecommendConfig(Section):
     k: int = Field(10, ge=1)
     """Items per user."""
     mask: tuple[Literal["train", "valid", "test"], ...] | None = None
-    """Splits whose items, liked or not, are not recommended to their users; `[]` allows all.
-    Default: all three, but none if `data.interactions.repeated` is `all`."""
+    """What a user has met in these splits, liked or not, is not recommended; ``[]`` allows all.
+    Default: all three, but none where ``data.interactions.repeated`` is ``all``."""
     context: dict[str, Id] = Field(default_factory=dict)
-    """Values of the context fields to recommend for, as written in the input files."""
+    """Values of the context fields to recommend for, as files have them."""
     users: LocalPath | tuple[Id, ...] | None = None
-    """Recommend only for these users: a list of ids, or a file with a column ``user`` (csv, tsv,
-    parquet)."""
+    """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
     histories: LocalPath | None = None
-    """Recommend for new users, given their items: a file with the columns `user` and `item` (csv,
-    tsv, parquet). For models with a history field."""
+    """Recommend for the users of this file instead, whom the model knows by these items alone: rows
+    of ``user`` and ``item`` (csv, tsv, parquet). For models with a history field."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
-    """Recommend only these items: a list of ids, or a file with a column ``item``."""
+    """Only these: a list of ids, or a file with a column ``item``."""
     block_items: LocalPath | tuple[Id, ...] | None = None
-    """Never recommend these items: a list of ids, or a file with a column ``item``."""
+    """None of these: a list of ids, or a file with a column ``item``."""
     candidates: int | None = Field(None, ge=1)
-    """Score only this many items per user in full, the best ones without the over-arch; the recall
-    lost and the speed-up are measured on a sample of users. Default: all items."""
+    """Score in full only this many items of each user, the best without the over-arch; it is
+    measured on a sample of users what that misses and saves. Default: all items."""
     index: str | None = None
-    """Faiss index that finds the candidates, as an index factory string: `IVF1024,Flat`, `HNSW32`;
-    its misses are measured too. Default: all items are searched."""
+    """Kind of faiss index that finds the candidates, as its factory has it: ``IVF1024,Flat``,
+    ``HNSW32``; what it misses is measured too. Default: all items are looked at."""
     probes: int = Field(16, ge=1)
-    """Number of lists of an ``IVF`` index that are searched per user."""
+    """Lists of an ``IVF`` index that are looked through for a user."""
     memory_bytes: int = Field(1 << 30, ge=1)
-    """Maximum bytes of the item side that a rank keeps. A larger catalogue is divided over the
-    ranks, and one that still does not fit is processed in blocks. An index is not included."""
+    """Limit in bytes of what a rank keeps of the items: of a larger catalogue a share each, and of
+    one that exceeds that too a block at a time. An index comes on top."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
@@ -127,6 +127,6 @@ class SimilarConfig(Section):
     """Every item's most similar items."""
 
     k: int = Field(10, ge=1)
-    """Number of similar items per item."""
+    """Items per item."""
     metric: Literal["cosine", "inner_product"] = "cosine"
     """Similarity of two items' summed factor vectors."""

@@ -11,12 +11,13 @@ from deepfm_dist.build import shard_for_inference
 from deepfm_dist.config import Config, config_from, settings_of
 from deepfm_dist.data.compatibility import check_match
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import hash_of
+from deepfm_dist.data.manifest import hash_of, is_input
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import (
+    option_of,
     storage_errors_to_user,
 )
 
@@ -47,7 +48,7 @@ class RunOnDisk:
     def identity(self) -> dict[str, int | str | None]:
         """What tells the checkpoint from any other, also from one of the same step, and the data.
 
-        An export holds the values of users and items, which may have changed in the dataset since.
+        An export holds the values of users and items, which the dataset may have got anew.
         """
         return {
             "step": self.state["step"],
@@ -90,17 +91,39 @@ class LoadedModel:
             given: what ``--output`` says.
 
         Raises:
-            ConfigError: ``--output`` names no parquet file.
+            ConfigError: as `parquet_output`.
         """
         if given is not None:
-            if Path(given).suffix != ".parquet":
-                better = Path(given).with_suffix(".parquet")
-                raise ConfigError(f"--output {given}: the result is parquet; use --output {better}")
-            return Path(given)
+            return parquet_output(given, self.config)
         asked, own = self.config.model_dump(mode="json")[section], self.settings.get(section, {})
         changed = [option for option in about if asked[option] != own.get(option)]
         parts = [name, *(option + _in_a_name(asked[option]) for option in changed)]
         return self.config.output_dir / f"{'-'.join(parts)}.parquet"
+
+
+def parquet_output(given: str, config: Config, *sources: str) -> Path:
+    """The file that ``--output`` names.
+
+    Args:
+        given: what it says.
+        config: of the run, whose input files are not to be written over.
+        sources: other files that the command reads.
+
+    Raises:
+        ConfigError: it is no parquet file, or one that is read.
+    """
+    path = Path(option_of("--output", given))
+    if not path.name or path.is_dir():
+        raise ConfigError(
+            f"--output {given}: a folder; name a parquet file, such as {path / 'scores.parquet'}"
+        )
+    if path.suffix != ".parquet":
+        better = path.with_suffix(".parquet")
+        raise ConfigError(f"--output {given}: results are parquet; use --output {better}")
+    is_source = any(path.exists() and path.samefile(s) for s in sources if "://" not in s)
+    if is_source or is_input(path, config.data, config.input_root):
+        raise ConfigError(f"--output {given}: an input of this run; choose another file")
+    return path
 
 
 def open_trained(
@@ -136,7 +159,7 @@ def open_trained(
 def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
-    A checkpoint knows its data and model, and these settings are taken from it, except where files
+    A checkpoint knows its data and model, and these settings are taken from it, but for where files
     lie, how they are laid out and how much memory they may take.
 
     Args:

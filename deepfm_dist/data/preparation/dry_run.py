@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from deepfm_dist.data.jagged import Jagged, Values
-from deepfm_dist.data.manifest import SPLITS, input_files
-from deepfm_dist.data.preparation.counts import Counts, split_and_count
+from deepfm_dist.data.manifest import SPLITS, TRAIN, input_files
+from deepfm_dist.data.preparation.counts import Counts, has_value, split_and_count
 from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
 from deepfm_dist.data.preparation.job import Job, entity_key
@@ -17,6 +17,7 @@ from deepfm_dist.data.preparation.local import detect_lists
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import Reading
 from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.messages import plural
 
 ROWS = 100_000
 """That are read of the interactions, and of each file of held-out rows."""
@@ -40,7 +41,7 @@ class FieldPreview:
     entity: str
     kind: str
     distinct: int | None
-    missing: float | None
+    missing: float
     examples: tuple[str, ...]
 
 
@@ -96,16 +97,24 @@ def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> 
 
 
 def _preview(feature: Feature, partitions: Partitions, counts: Counts, fit: Fitter) -> FieldPreview:
+    n_train = int(counts.rows[:, TRAIN].sum())
+    missing, values = 0.0, None
+    if feature.name in fit.values:
+        values = fit.values[feature.name]
+        present = has_value(values)[1:]
+        missing = 1 - float(present.mean()) if len(present) else 0.0
+    elif feature.entity == "context":
+        values = partitions.load(0)[f"field {feature.name}"]
+        missing = counts.empty[feature.name] / n_train
     distinct: int | None = None
     examples: tuple[str, ...] = ()
     table = entity_key(feature.entity) if feature.names_entity else feature.table_name
     if feature.kind == "numeric":
-        in_rows = partitions.load(0).columns.get(f"field {feature.name}")
-        distinct, examples = _numbers(fit.values.get(feature.name, in_rows))
+        distinct, examples = _numbers(values)
     elif feature.history is None and table in partitions.ids:
         distinct, examples = _texts(partitions.ids[table], counts.tables[table])
     return FieldPreview(
-        feature.name, feature.entity, _kind(feature, fit), distinct, fit.missing(feature), examples
+        feature.name, feature.entity, _kind(feature, fit), distinct, missing, examples
     )
 
 
@@ -122,7 +131,7 @@ def _kind(feature: Feature, fit: Fitter) -> str:
         rows = 1 + feature.hash_rows
     else:
         rows = fit.vocabularies[feature.table_name].rows
-    kind = f"table {feature.table_name}, {rows:,} rows"
+    kind = f"table {feature.table_name}, {plural(rows, 'row')}"
     if feature.history is not None:
         return f"{kind}; bag of the user's {feature.history}s"
     return f"{kind}; several values" if feature.multi_valued else kind
