@@ -290,51 +290,23 @@ def checkpoint_memory(device: str) -> dict[str, float]:
 @check(240, "65,536 rows a step, 30-20-10, on an H200: goal 30 M rows/s, GPU busy at least 60 %")
 def training_speed(device: str) -> dict[str, Any]:
     """Rows a second, and the share of the time in which the GPU works."""
-    import torch
     import training
 
     from deepfm_dist.config import load_config
-    from deepfm_dist.distributed.pipeline import train_pipeline
-    from deepfm_dist.distributed.process_group import process_group
-    from tests.distributed.test_distributed import Run
 
     found: dict[str, Any] = {}
     if device == "cuda":
         file = str(training.prepare(Path(tempfile.gettempdir()) / "first_light_speed"))
         prepared = load_config(file).prepared_dir
-        sizes, steps = (65_536, 8_192), 100
+        sizes, steps = (65_536, 8_192), 200
     else:
         (prepared, _), file, sizes, steps = sample(), "sample", (64,), 3
     for size in sizes:
         config = load_config(
             file, [f"trainer.batch_size={size}", "model.over_arch_layer_sizes=[30,20,10]"]
         )
-        with process_group(device) as world:
-            run = Run(prepared, config, world)
-            pipeline = train_pipeline(run.sharded, run.optimizer, world)
-            stream = iter(run.batches.steps(1, 2 * steps + 10))
-            for _ in range(10):
-                pipeline.train_step(stream)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                pipeline.train_step(stream)
-            took = time.perf_counter() - begun
-            line = {"rows_per_s": round(size * steps / took), "ms": round(1e3 * took / steps, 2)}
-            if device == "cuda":
-                with torch.profiler.profile() as profile:
-                    begun = time.perf_counter()
-                    for _ in range(20):
-                        pipeline.train_step(stream)
-                    torch.cuda.synchronize()
-                    spent = time.perf_counter() - begun
-                busy = sum(
-                    event.self_device_time_total
-                    for event in profile.key_averages()
-                    if event.device_type == torch.autograd.DeviceType.CUDA
-                )
-                line["busy"] = round(busy / 1e6 / spent, 2)  # type: ignore[assignment]
-            pipeline.detach()
-        found[f"{size}"] = line
+        with training.our_steps(config, prepared, device) as step:
+            found[f"{size}"] = training.step_figures(step, size, device, steps)
     return found
 
 

@@ -2,14 +2,16 @@
 
     benchmarks/rivals/build.sh
     python benchmarks/training.py --batch-size 8192 --layers 30-20-10 --threads 1
-    python benchmarks/training.py --batch-size 65536 --device cuda --ranks 1,2,4,8 --only ours
+    python benchmarks/training.py --batch-size 65536 --device cuda --ranks 1,2,4,8 --only ours,steps
 
 Data of the notebook's shape (31,360 users, 6,807 items, 5.15 million interactions, the items' first
 genres) are generated once. Every contestant has factors of 10 and the same layers, no dropout.
 
 - ours: ``python -m deepfm_dist.train``, or torchrun for several ranks, as its own log says;
 - bare: stock TorchRec, steps over batches that are ready: no reading, no negatives;
-- host: what a step of 8 rows costs the host: our loop, TorchRec's pipeline with ours and alone;
+- host: what a step of 8 rows costs the host: ours, ours in TorchRec's pipeline, and TorchRec's own;
+- steps: windows of steps in one process, ours and TorchRec's pipeline on the same model: rows/s,
+  host and device milliseconds of a step, and the share of the time in which the device works;
 - plain: one embedding table, fused Adam, negatives and order drawn by numpy for an epoch at a time;
 - rivals: each with its own loader, on rows whose negatives are drawn already.
 """
@@ -134,7 +136,7 @@ def prepare(folder: Path) -> Path:
             "negatives": {"per_positive": NEGATIVES},
         },
         "model": {"embedding_dim": DIM},
-        "trainer": {"epochs": 100},
+        "trainer": {"epochs": 100, "loss": "bce"},
     }
     config.write_text(yaml.safe_dump(tree))
     if not (folder / "data" / "years.tsv").exists():
@@ -359,42 +361,157 @@ def cost_of(step: Callable[[], object], steps: int = 200) -> dict[str, float]:
 def host_costs(
     config: Path, data: Data, drawn: Rows, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """What a step of 8 rows costs the host at one rank: our loop, and both in TorchRec's pipeline.
+    """What a step of 8 rows costs the host at one rank: ours, and TorchRec's pipeline.
 
     Batches are ready, so that neither reading nor arithmetic counts.
     """
-    from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+    size, costs = 8, {}
+    settings, prepared = configured(config, args, size)
+    for name, overlapped in (("ours", None), ("ours_in_torchrec_pipeline", True)):
+        with our_steps(settings, prepared, args.device, 8, overlapped) as step:
+            costs[name] = cost_of(step)
+    with torchrec_steps(data, drawn, size, args) as step:
+        costs["torchrec_pipeline"] = cost_of(step)
+    return costs
 
-    from deepfm_dist.build import shard_for_training, training_batches
+
+def configured(config: Path, args: argparse.Namespace, size: int) -> tuple[Any, Path]:
+    """Our settings with a batch size, and the prepared data."""
     from deepfm_dist.config import load_config
+
+    overrides = [f"model.over_arch_layer_sizes={args.layers}", f"trainer.batch_size={size}"]
+    settings = load_config(str(config), [*overrides, *args.settings])
+    return settings, settings.prepared_dir
+
+
+@contextmanager
+def our_steps(
+    settings: Any,
+    prepared: Path,
+    device: str,
+    ready: int | None = None,
+    overlapped: bool | None = None,
+) -> Iterator[Callable[[], object]]:
+    """Our training at one rank: what takes a step.
+
+    Args:
+        settings: the configuration.
+        prepared: the prepared data.
+        device: cpu or cuda.
+        ready: batches that are made before, and come again and again; None: all are made while
+            training, as in a run.
+        overlapped: whether they pass TorchRec's pipeline; None: as in a run.
+    """
+    from deepfm_dist.build import shard_for_training, training_batches
     from deepfm_dist.data.dataset import PreparedDataset
-    from deepfm_dist.distributed.pipeline import TrainPipeline
+    from deepfm_dist.distributed.pipeline import train_pipeline
     from deepfm_dist.distributed.process_group import process_group
 
-    size, costs = 8, {}
-    overrides = [f"model.over_arch_layer_sizes={args.layers}", f"trainer.batch_size={size}"]
-    settings = load_config(str(config), overrides)
-    dataset = PreparedDataset(settings.prepared_dir)
-    with process_group(args.device) as world:
-        for name, overlapped in (("loop", False), ("pipeline", True)):
-            sharded, optimizer = shard_for_training(settings, dataset.manifest, world)
-            sharded.train()
-            made = list(training_batches(settings, dataset, world).steps(1, 8))
-            pipeline = TrainPipeline(sharded, optimizer, world, overlapped=overlapped)
-            stream = itertools.cycle(made)
-            costs[name] = cost_of(partial(pipeline.train_step, stream))
-            pipeline.detach()
-    with torchrec_parts(data, drawn, size, args) as (model, own, batches):
+    dataset = PreparedDataset(prepared)
+    with process_group(device) as world:
+        sharded, optimizer = shard_for_training(settings, dataset.manifest, world)
+        sharded.train()
+        batches = training_batches(settings, dataset, world)
+        pipeline = train_pipeline(sharded, optimizer, world, overlapped=overlapped)
+        if ready is None:
+            stream: Iterator[Any] = batches.steps(1, sys.maxsize)
+        else:
+            stream = itertools.cycle(list(batches.steps(1, ready)))
+        yield partial(pipeline.train_step, stream)
+        pipeline.detach()
+
+
+@contextmanager
+def torchrec_steps(
+    data: Data, drawn: Rows, size: int, args: argparse.Namespace
+) -> Iterator[Callable[[], object]]:
+    """TorchRec's own pipeline on the same model and ready batches: what takes a step."""
+    from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+    with torchrec_parts(data, drawn, size, args) as (model, optimizer, batches):
 
         def forward(batch: Ready) -> tuple[Tensor, Tensor]:
             logits = model(batch)
             return F.binary_cross_entropy_with_logits(logits, batch.labels), logits
 
-        theirs = TrainPipelineSparseDist(
-            model, own, torch.device(args.device), custom_model_fwd=forward
-        )
-        costs["torchrec_pipeline"] = cost_of(partial(theirs.progress, itertools.cycle(batches)))
-    return costs
+        device = torch.device(args.device)
+        if device.type == "cuda":
+            batches = [batch.pin_memory() for batch in batches]
+        pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=forward)
+        yield partial(pipeline.progress, itertools.cycle(batches))
+
+
+def step_figures(
+    step: Callable[[], object], rows: int, device: str, steps: int, windows: int = 5
+) -> dict[str, float]:
+    """Speed of steps, and where their time goes.
+
+    Args:
+        step: takes one.
+        rows: of a step.
+        device: cpu or cuda.
+        steps: of a window.
+        windows: whose median counts, after one to warm up.
+
+    Returns:
+        ``rows_per_s``; ``ms`` of a step; ``host_ms`` that the host needs to queue it, and
+        ``device_ms`` that the device needs for it, neither waiting for the other; and ``busy``, the
+        share of the time in which the device works. On a CPU the host is the device.
+    """
+    found = []
+    for _ in range(1 + windows):
+        begun, host_begun = time.perf_counter(), time.thread_time()
+        for _ in range(steps):
+            step()
+        host_s = time.thread_time() - host_begun
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append((time.perf_counter() - begun, host_s))
+    took_s, host_s = (statistics.median(times) for times in zip(*found[1:], strict=True))
+    ms = 1e3 * took_s / steps
+    device_ms = host_ms = 1e3 * host_s / steps
+    if device == "cuda":
+        device_ms, host_ms = queued_ms(step)
+    return {
+        "rows_per_s": round(rows * steps / took_s),
+        "ms": round(ms, 3),
+        "host_ms": round(host_ms, 3),
+        "device_ms": round(device_ms, 3),
+        "busy": round(min(1.0, device_ms / ms), 3),
+    }
+
+
+def queued_ms(step: Callable[[], object], steps: int = 8, times: int = 5) -> tuple[float, float]:
+    """Milliseconds of a step on the GPU, and on the host that queues it.
+
+    The GPU sleeps while the host queues some steps, few enough for the queue; then it has them all.
+    """
+    on_device, on_host = [], []
+    for _ in range(times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+        begin.record()
+        begun = time.perf_counter()
+        for _ in range(steps):
+            step()
+        on_host.append(1e3 * (time.perf_counter() - begun) / steps)
+        end.record()
+        torch.cuda.synchronize()
+        on_device.append(begin.elapsed_time(end) / steps)
+    return statistics.median(on_device), statistics.median(on_host)
+
+
+def steps_compared(
+    config: Path, data: Data, drawn: Rows, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """`step_figures` of our training, batches included, and of TorchRec's pipeline without them."""
+    size, steps = args.batch_size, max(1, args.steps // 5)
+    settings, prepared = configured(config, args, size)
+    with our_steps(settings, prepared, args.device) as step:
+        found = {"ours": step_figures(step, size, args.device, steps)}
+    with torchrec_steps(data, drawn, size, args) as step:
+        found["torchrec_pipeline"] = step_figures(step, size, args.device, steps)
+    return found
 
 
 def rival(name: str, python: Path, drawn: Rows, args: argparse.Namespace) -> float | None:
@@ -448,7 +565,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps (default: about two million rows)")
     parser.add_argument("--rival-rows", type=int, help="rows that a rival's timed pass has")
     parser.add_argument("--rivals", type=Path, default=Path(".venv-rivals"), metavar="FOLDER")
-    parser.add_argument("--only", help="ours, bare, plain, host, rivals; several by commas")
+    parser.add_argument("--only", help="ours, bare, plain, host, steps, rivals; several by commas")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "deepfm_dist_training"
     )
@@ -458,7 +575,7 @@ def parse_args() -> argparse.Namespace:
     large = sum(args.layers) > 200
     args.steps = args.steps or max(20, (150_000 if large else 2_000_000) // args.batch_size)
     args.rival_rows = args.rival_rows or (100_000 if large else 500_000)
-    args.only = (args.only or "ours,bare,plain,host,rivals").split(",")
+    args.only = (args.only or "ours,bare,plain,host,steps,rivals").split(",")
     return args
 
 
@@ -489,7 +606,7 @@ def main() -> None:
                 share = table_share_of_bandwidth(speed / ranks)
                 report[f"table_share_of_bandwidth_{ranks}_ranks"] = share
                 print(f"  tables: {share:.1%} of a GPU's copy bandwidth")
-    if {"bare", "plain", "host", "rivals"} & set(args.only):
+    if {"bare", "plain", "host", "steps", "rivals"} & set(args.only):
         data = Data(args.folder / "prepared" / "speed")
         begun = time.perf_counter()
         drawn = data.epoch(np.random.default_rng(1))
@@ -501,6 +618,10 @@ def main() -> None:
         report["host"] = host_costs(config, data, drawn, args)
         for name, cost in report["host"].items():
             print(f"host, 8 rows, {name}: {cost['host_ms']} ms, {cost['operations']} operations")
+    if "steps" in args.only:
+        report["steps"] = steps_compared(config, data, drawn, args)
+        for name, figures in report["steps"].items():
+            print(f"steps, {name}: {', '.join(f'{k} {v:,}' for k, v in figures.items())}")
     if "plain" in args.only:
         report["plain_rows_per_s"] = round(plain(data, drawn, drawing_s, args))
         print(f"plain PyTorch: {report['plain_rows_per_s']:,} rows/s", flush=True)

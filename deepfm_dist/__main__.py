@@ -79,7 +79,7 @@ def _overview(known: dict[str, str]) -> str:
             f"deepfm_dist {__version__}",
             f"\nusage: {program} COMMAND [arguments]\n",
             *lines,
-            "\nEach says more with --help. With several ranks:",
+            "\nCOMMAND --help lists the options. With several ranks:",
             "  torchrun --nproc_per_node=4 -m deepfm_dist.train",
             f"\nBundled configurations, for --config:\n{bundled_as_text()}",
             "\nCompletion in bash and zsh, with pip install argcomplete:",

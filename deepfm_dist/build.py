@@ -167,7 +167,7 @@ def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTr
 
 
 def _custom_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
-    """The over-arch of an import path, tried on two rows: whatever it raises is the user's."""
+    """The over-arch of an import path, tried on two rows; its exceptions are user errors."""
     where = f"model.over_arch={config.over_arch}"
     kind = _import(config.over_arch, where, "mlp or package.module:Class")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -369,7 +369,9 @@ def shard_for_inference(
     partial sums would be added in another order at every world size. Look-ups of single rows are
     exact under any plan.
     """
-    torch.set_float32_matmul_precision("highest")  # whatever was trained before in this process
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # an earlier run in this process may have changed it
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
     sharding = ShardingConfig(

@@ -171,7 +171,7 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
     source.add_argument(
         "--run",
         metavar="FOLDER",
-        help="a run whose settings to take: runs/sample, or its URL; torchrun takes --run for its "
+        help="load the settings of a run: runs/sample, or its URL; torchrun takes --run for its "
         "own --run-path: there, --config runs/sample",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.combine``: trained FMs, and EASE, in one wider FM."""
+"""``torchrun -m deepfm_dist.combine``: combine trained FMs and EASE in one wider FM."""
 
 import argparse
 import math
@@ -17,31 +17,34 @@ EXAMPLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    description = "Put trained FMs, and the closed-form ranker EASE, into one wider FM."
+    description = "Combine trained FMs and EASE in one wider FM."
     return run("combine", description, _combine, argv, _add_arguments, EXAMPLES)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, metavar="NAME", help="name of the run to make")
+    parser.add_argument("--to", required=True, metavar="NAME", help="name of the new run")
     parser.add_argument(
         "--of",
         metavar="A,B,C",
-        help="names of the runs, the mean of whose logits counts (default: run.name alone)",
+        help="names of runs whose logits are averaged (default: run.name)",
     )
     parser.add_argument(
         "--ease",
         type=float,
         metavar="WEIGHT",
-        help="of EASE's scores next to these logits (default: no EASE)",
+        help="weight of EASE's scores relative to these logits (default: no EASE)",
     )
     parser.add_argument(
         "--ease-columns",
         type=int,
         default=256,
-        help="of the factors, for EASE (default: %(default)d)",
+        help="factors reserved for EASE (default: %(default)d)",
     )
     parser.add_argument(
-        "--ease-l2", type=float, default=500.0, help="EASE's weight decay (default: %(default)g)"
+        "--ease-l2",
+        type=float,
+        default=500.0,
+        help="L2 regularisation of EASE (default: %(default)g)",
     )
     parser.add_argument(
         "--ease-fields",

@@ -187,16 +187,16 @@ class Config(Section):
         return self.run.seed if self.data.seed is None else self.data.seed
 
     def with_run_name(self, name: str) -> Self:
-        """The settings of the run of a name."""
+        """The same settings with another run name."""
         return self.model_copy(update={"run": self.run.model_copy(update={"name": name})})
 
     def with_run_name_on_same_data(self, name: str) -> Self:
-        """The settings of another run on the same prepared data."""
+        """The same settings with another run name, on the same prepared data."""
         data = self.data.model_copy(update={"name": self.data.name or self.run.name})
         return self.with_run_name(name).model_copy(update={"data": data})
 
     def with_columns(self, embedding_dim: int) -> Self:
-        """The settings of the model with so many columns of factors."""
+        """The same settings with another embedding dimension."""
         model = self.model.model_copy(update={"embedding_dim": embedding_dim})
         return self.model_copy(update={"model": model})
 

@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.demo``: the whole job on the bundled sample, command by command."""
+"""``python -m deepfm_dist.demo``: run all commands on the bundled sample."""
 
 import argparse
 import shlex
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the last command that ran.
     """
-    description = "Do the whole job on the bundled sample, command by command."
+    description = "Run all commands on the bundled sample."
     parser = Parser("demo", description, ["--nproc 1 trainer.epochs=2"])
     parser.add_argument(
         "--nproc", type=_number_of_ranks, help="ranks (default: every GPU, or 2 on CPU)"

@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.doctor``: what is installed here, does it work, and if not, what to do.
+"""``python -m deepfm_dist.doctor``: check the installation and suggest fixes.
 
 Unlike the start-up check it imports torchrec and fbgemm and runs them. Exit 0 if all is fine, 2 if
 something has to be cured first.
@@ -108,7 +108,7 @@ def self_test(device: str) -> None:
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        Exception: Whatever a broken import or kernel raises; ``AssertionError`` for a wrong result.
+        Exception: any error of a broken import or kernel; ``AssertionError`` for a wrong result.
     """
     for name, check in _CHECKS.items():
         print(name, flush=True)
@@ -271,7 +271,7 @@ def _gpu_problems(gpus: Sequence[dict[str, Any]]) -> list[Problem]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the examination; 0 if all is fine, 2 if a fatal problem was found."""
-    description = "Say whether this machine can train, and with what."
+    description = "Check the installation of this machine."
     parser = Parser("doctor", description, ["--device cuda --json"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""What a user can do wrong, told in one line: what is wrong, the value, where, what to do."""
+"""User errors as one line: what is wrong, the value, where, and a fix."""
 
 
 class DeepFMError(Exception):
@@ -24,7 +24,7 @@ class InUse(DeepFMError):
 
 
 class EnvironmentProblem(DeepFMError):
-    """An installation that cannot run: versions at odds, a missing driver, no such device."""
+    """An installation that cannot run: incompatible versions, a missing driver or device."""
 
 
 class RankLost(DeepFMError):

@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.evaluate``: figures of a trained model on held-out rows."""
+"""``torchrun -m deepfm_dist.evaluate``: evaluate a trained model on held-out rows."""
 
 import argparse
 import sys
@@ -17,7 +17,12 @@ EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run(
-        "evaluate", "Measure a trained model on held-out rows.", _evaluate, argv, None, EXAMPLES
+        "evaluate",
+        "Evaluate a trained model on held-out rows and write a report.",
+        _evaluate,
+        argv,
+        None,
+        EXAMPLES,
     )
 
 

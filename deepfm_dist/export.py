@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.export``: a run's model as safetensors, for code without TorchRec."""
+"""``python -m deepfm_dist.export``: write a model as safetensors, for code without TorchRec."""
 
 import argparse
 import sys
@@ -16,7 +16,14 @@ EXAMPLES = ("", "--config mine.yaml --output /models/mine --max-file-bytes 20000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("export", "Write a model as safetensors.", _export, argv, _add_arguments, EXAMPLES)
+    return run(
+        "export",
+        "Write a model as safetensors, for code without TorchRec.",
+        _export,
+        argv,
+        _add_arguments,
+        EXAMPLES,
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.import_weights``: a notebook's state dict -> a checkpoint of ours."""
+"""``python -m deepfm_dist.import_weights``: convert a notebook's state dict to a checkpoint."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ EXAMPLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    description = "Make a checkpoint of a notebook's DeepFM."
+    description = "Convert a notebook's DeepFM to a checkpoint."
     return run("import_weights", description, _import, argv, _add_arguments, EXAMPLES)
 
 

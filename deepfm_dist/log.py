@@ -27,7 +27,7 @@ def progress(
 
     Args:
         total: units to go.
-        description: what goes on.
+        description: label of the bar.
         unit: what is counted.
         is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
             neither a terminal nor a notebook's, or the log is quiet.
@@ -62,7 +62,7 @@ def _in_notebook() -> bool:
 
 
 Logger = Callable[[str, Mapping[str, Any]], None]
-"""Hears of an event: its name and its values; where it has a ``close``, also of the end."""
+"""Called with the name and values of each event; its ``close``, if any, is called at the end."""
 
 
 class TensorBoard:
@@ -101,9 +101,9 @@ class TensorBoard:
 
 
 class MetricsLog:
-    """Events of a run: a line each in ``metrics.jsonl``, and whatever else listens to them.
+    """Events of a run: one line each in ``metrics.jsonl``, and calls of the other loggers.
 
-    An object store cannot append. There the file is uploaded as a whole, and not for each line of
+    An object store cannot append. There the whole file is uploaded, but not for each line of
     training figures: only with other events and by `flush`.
 
     Args:
@@ -172,7 +172,7 @@ class MetricsLog:
                 self._loggers.remove(logger)
 
     def flush(self) -> None:
-        """Makes what was written last: a run that goes on from here finds it."""
+        """Flushes to disk, so that a resumed run reads every line."""
         if self._is_first and self._uploads:
             with _storage_errors_to_warnings(f"{self.path}: not written, later"):
                 self.path.write_bytes(self._text)

@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.plan``: whether a model fits a cluster, without the cluster."""
+"""``python -m deepfm_dist.plan``: check whether a model fits a cluster."""
 
 import argparse
 import sys
@@ -18,7 +18,12 @@ EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run(
-        "plan", "Say whether a model fits so many GPUs.", _plan, argv, _add_arguments, EXAMPLES
+        "plan",
+        "Check whether a model fits a number of GPUs.",
+        _plan,
+        argv,
+        _add_arguments,
+        EXAMPLES,
     )
 
 
@@ -28,10 +33,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--local-world-size",
         type=int,
         metavar="N",
-        help="GPUs of a machine (default: 8, or all where there are fewer)",
+        help="GPUs per machine (default: 8, or --world-size if smaller)",
     )
     parser.add_argument(
-        "--hbm-gib", type=float, default=80, metavar="N", help="memory of a GPU (default: 80)"
+        "--hbm-gib", type=float, default=80, metavar="N", help="memory per GPU in GiB (default: 80)"
     )
     parser.add_argument(
         "--rows",

@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.predict``: a score for each row of a file."""
+"""``torchrun -m deepfm_dist.predict``: score the rows of a file."""
 
 import argparse
 import sys

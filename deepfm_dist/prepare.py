@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.prepare``: input files -> a prepared dataset."""
+"""``python -m deepfm_dist.prepare``: convert input files to a prepared dataset."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    description = "Turn input files into a prepared dataset."
+    description = "Convert input files to a prepared dataset."
     return run("prepare", description, _prepare, argv, _add_arguments)
 
 
@@ -54,7 +54,7 @@ def _preview(found: "DryRun") -> str:
             field.entity,
             field.kind,
             "" if field.distinct is None else f"{field.distinct:,}",
-            f"{field.missing:.1%}",
+            "" if field.missing is None else f"{field.missing:.1%}",
             ", ".join(map(short, field.examples)),
         )
         for field in found.fields

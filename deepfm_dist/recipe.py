@@ -159,7 +159,7 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
         manifest: of the prepared data.
 
     Returns:
-        A choice for every setting that is ``auto``, but for those whose default does.
+        A choice for every setting that is ``auto``, except those that their default settles.
     """
     draft = _Draft(config)
     if draft.get("data.history.add"):

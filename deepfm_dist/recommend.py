@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.recommend``: every user's top-K unseen items."""
+"""``torchrun -m deepfm_dist.recommend``: write every user's top-K unseen items."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run(
         "recommend",
-        "Write every user's best unseen items.",
+        "Write every user's top-K unseen items.",
         _recommend,
         argv,
         partial(add_rankings_output, "recommendations.parquet"),

@@ -1,4 +1,4 @@
-"""``python -m deepfm_dist.serve``: a run as a web service, with a page to try it."""
+"""``python -m deepfm_dist.serve``: serve recommendations over HTTP."""
 
 import argparse
 import socket
@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    description = "Answer requests for recommendations, and show a page to try them."
+    description = "Serve recommendations over HTTP, with a page to try them."
     return run("serve", description, _serve, argv, _add_arguments, EXAMPLES)
 
 

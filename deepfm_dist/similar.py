@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.similar``: every item's most similar items."""
+"""``torchrun -m deepfm_dist.similar``: write every item's most similar items."""
 
 import argparse
 import sys

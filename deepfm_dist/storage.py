@@ -151,7 +151,7 @@ def rename(path: Path, new: Path) -> None:
 
 
 def work_folder(folder: Path) -> Path:
-    """This process' place beside a local folder, to be renamed to it when it is whole.
+    """This process' temporary folder next to a local folder; renamed to it when complete.
 
     Machines that share the disk have processes of the same number.
     """
@@ -161,7 +161,7 @@ def work_folder(folder: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Deletes the work folders of processes of this machine that were killed.
 
-    What goes on elsewhere cannot be seen from here: folders of other machines stay.
+    Processes of other machines cannot be seen from here: their folders stay.
     """
     prefix = f".{folder.name}.part-"
     for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):

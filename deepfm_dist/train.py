@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.train``: a prepared dataset -> a checkpoint of a trained DeepFM."""
+"""``torchrun -m deepfm_dist.train``: train a DeepFM; prepares the data first if necessary."""
 
 import argparse
 import sys
@@ -17,7 +17,12 @@ EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     return run(
-        "train", "Train a DeepFM, preparing the data if need be.", _train, argv, None, EXAMPLES
+        "train",
+        "Train a DeepFM; prepares the data first if necessary.",
+        _train,
+        argv,
+        None,
+        EXAMPLES,
     )
 
 

@@ -1,4 +1,4 @@
-"""``torchrun -m deepfm_dist.tune``: trains again and again, in search of the best settings."""
+"""``torchrun -m deepfm_dist.tune``: search hyperparameters with optuna."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from deepfm_dist.messages import plural
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("tune", "Search for the settings with the best validation figure.", _tune, argv)
+    return run("tune", "Search hyperparameters for the best validation metric.", _tune, argv)
 
 
 def _tune(config: Config, arguments: argparse.Namespace) -> None:

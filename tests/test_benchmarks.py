@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from deepfm_dist.config import load_config
+from deepfm_dist.data.dataset import PreparedDataset
+from tests.ranks import run_alone
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -138,3 +141,28 @@ def test_no_measurement_continues_an_earlier_one_or_stops_at_its_run(
         commands.append(found.value.args)
     places = {a for command in commands for a in command if a.startswith("run.runs_root=")}
     assert "checkpoint.resume=never" in commands[0] or len(places) == 2
+
+
+def figures_of_steps(prepared: Path) -> dict[str, dict[str, float]]:
+    training = importlib.import_module("training")
+    args = argparse.Namespace(
+        steps=10, batch_size=64, layers=[3], device="cpu", threads=1, settings=[]
+    )
+    config = load_config("sample")
+    rng = np.random.default_rng(1)
+    drawn = rng.integers(0, 9, (640, 3)), rng.integers(0, 2, 640).astype(np.float32)
+    data = argparse.Namespace(sizes=[9, 9, 9])
+    training.configured = lambda *_: (config, prepared)
+    return training.steps_compared(Path(), data, drawn, args)
+
+
+def test_steps_are_measured_next_to_torchrecs_own(
+    monkeypatch: pytest.MonkeyPatch, sample: PreparedDataset
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    found = run_alone(figures_of_steps, sample.folder)
+    assert found.keys() == {"ours", "torchrec_pipeline"}
+    for figures in found.values():
+        assert 0 < figures["host_ms"] <= figures["ms"] + 0.1
+        assert 0 < figures["busy"] <= 1
+        assert figures["rows_per_s"] == pytest.approx(64e3 / figures["ms"], rel=0.01)

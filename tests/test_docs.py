@@ -114,3 +114,31 @@ def test_settings_that_the_pages_name_exist() -> None:
                 named.add(name)
     open_ended = ("recommend.context.", "sharding.tables.", "data.files.")
     assert {n for n in named - known if not n.startswith(open_ended)} == set()
+
+
+FOREIGN = (
+    "anew|mend|told|is said|so many|so often|whatever|beside|as a whole|but for|there are:|goes? on"
+    "|hears?|heard|as it says|at hand|said of|is no number"
+)
+"""Phrases that a native speaker would not write in technical English."""
+ALLOWED = {
+    "CHANGELOG.md": "its entries stay as they were published",
+}
+PROSE = [
+    *DOCS,
+    *sorted((ROOT / "deepfm_dist").rglob("*.py")),
+    *sorted((ROOT / "configs").glob("*.yaml")),
+]
+
+
+def test_the_project_is_written_in_plain_english() -> None:
+    """Names, messages, comments, help and pages; numbers as 0.157, not .157."""
+    phrase = re.compile(rf"(?<![\w/])(?:{FOREIGN})(?!\w)|(?<=[ |(])\.\d+\b", re.IGNORECASE)
+    complaints = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in PROSE
+        if path.name not in ALLOWED
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if phrase.search(line)
+    ]
+    assert complaints == []

@@ -254,7 +254,7 @@ def _encode(
     used: int,
     out: Int32Array,
 ) -> tuple[int, int, int]:
-    """Goes on at row ``at`` until the end, or until something is full; open addressing."""
+    """Continues at row ``at`` until the end, or until something is full; open addressing."""
     mask = np.uint64(len(slots) - 1)
     while at < len(out):
         if valid[at]:

@@ -69,7 +69,7 @@ class PreparedDataset:
 
     Raises:
         DataError: there is no dataset, or a file of it is missing, damaged or at odds with the
-            manifest; whatever reads values raises it too, for ids that are no rows of their table.
+            manifest. Readers raise it too, for ids that are not rows of their table.
     """
 
     def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:

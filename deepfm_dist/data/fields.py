@@ -234,7 +234,7 @@ def _derivable(texts: pa.Array, feature: Feature) -> pa.Array:
 
 
 def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
-    """``[m]`` string -> ``[m]`` float64, NaN for what is no number."""
+    """``[m]`` string -> ``[m]`` float64, NaN if it is not a number."""
     try:
         numbers = texts.cast(pa.float64())
     except pa.ArrowInvalid:
@@ -325,7 +325,7 @@ def _log(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @dataclass
 class NumericFit:
-    """Statistics of a numeric field that can be added up, whatever the order of the rows.
+    """Statistics of a numeric field that can be summed in any order of rows.
 
     Attributes:
         feature: the field.

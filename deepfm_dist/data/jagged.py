@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 _SUMS = "sums.json"
 """Checksums by file of a mapped folder."""
 _AT_ONCE = 4
-"""Values of a row that are copied without asking whether it has so many: the next row writes over
+"""Values of a row that are copied without checking its length: the next row writes over
 what it has not, which costs less than a branch that the processor cannot foresee."""
 
 

@@ -25,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
 GIVEN = "given"
-"""Fingerprint of a dataset that another tool wrote: it is checked, and never prepared anew."""
+"""Fingerprint of a dataset that another tool wrote: it is checked, and never prepared again."""
 
 
 class TableSpec(Section):
@@ -59,6 +59,19 @@ class NumericSpec(Section):
     """Least values of the second bucket and those above, ascending."""
 
 
+class Profile(Section):
+    """What the log is like; it decides nothing."""
+
+    first_day: str | None = None
+    """Day of the first row, in UTC; none if the log has no dates."""
+    days_per_period: int = 1
+    """Length of the periods that rows are counted in."""
+    rows_by_period: tuple[int, ...] = ()
+    """Rows of all splits, period by period; undated ones are left out."""
+    missing: dict[str, float] = Field(default_factory=dict)
+    """Of each field, the share of the training rows, users or items without a value."""
+
+
 class Manifest(Section):
     """``manifest.json`` of a prepared dataset."""
 
@@ -70,7 +83,7 @@ class Manifest(Section):
     """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
     fields; a checkpoint fits only the same one."""
     data_hash: str | None = None
-    """Of the rows of all splits and of what describes users and items; a run goes on only with the
+    """Of the rows of all splits and of users' and items' fields; a run resumes only with the
     same one. None: another tool wrote the dataset, or an earlier version."""
     grown_from: tuple[str, ...] = ()
     """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
@@ -104,6 +117,8 @@ class Manifest(Section):
     """What else to know of the input, by reason: ties, users without enough negatives."""
     inputs: dict[str, int]
     """Input files and their bytes."""
+    profile: Profile = Profile()
+    """What the log is like; another tool need not give it."""
     versions: dict[str, str]
     """Software that wrote it."""
     field_hashes: dict[str, str] = Field(default_factory=dict)
@@ -174,6 +189,12 @@ class Manifest(Section):
         return f"{positives} and {plural(spec.rows - spec.positives, kind)}"
 
     @property
+    def density(self) -> float | None:
+        """Training positives per user and item; None where the rows lack one of them."""
+        pairs = (self.entities.get("user", 1) - 1) * (self.entities.get("item", 1) - 1)
+        return self.splits["train"].positives / pairs if pairs else None
+
+    @property
     def sampled(self) -> bool:
         """Whether training draws fresh negatives (else every training row carries a label)."""
         return self.data.task == "implicit" and self.data.negatives.fixed_per_user is None
@@ -186,10 +207,10 @@ class Manifest(Section):
     def is_given(folder: Path) -> bool:
         """Whether a folder's manifest says that another tool wrote the dataset."""
         try:
-            told = json.loads((folder / "manifest.json").read_text())
+            content = json.loads((folder / "manifest.json").read_text())
         except (ValueError, OSError):
             return False
-        return isinstance(told, dict) and told.get("fingerprint") == GIVEN
+        return isinstance(content, dict) and content.get("fingerprint") == GIVEN
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -203,12 +224,12 @@ class Manifest(Section):
             raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
         try:
             text = path.read_text()
-            told = json.loads(text)
-            version = told.get("format") if isinstance(told, dict) else None
+            content = json.loads(text)
+            version = content.get("format") if isinstance(content, dict) else None
             if isinstance(version, int) and version != FORMAT:
                 cure = (
                     f'write it again as docs/data.md says, with "format": {FORMAT}'
-                    if told.get("fingerprint") == GIVEN
+                    if content.get("fingerprint") == GIVEN
                     else "run python -m deepfm_dist.prepare, which prepares it again"
                 )
                 raise DataError(
@@ -257,7 +278,7 @@ def check_formats(data: DataConfig, *others: str) -> None:
 
     Args:
         data: the configuration.
-        others: names of files that are read beside its own.
+        others: names of further files that are read.
 
     Raises:
         ConfigError: ``files`` has it.

@@ -83,19 +83,19 @@ class FileFormat(Section):
     """How one input file is laid out, where its name does not tell."""
 
     columns: tuple[str, ...] | None = None
-    """Column names of a file without a header line; of libsvm: the label's, then one a field."""
+    """Column names of a file without a header line; for libsvm: the label, then one per field."""
     delimiter: _Mark | None = None
     """Field separator; default by suffix: ``,`` for csv, tab for tsv, ``::`` for dat."""
     encoding: str | None = None
-    """Text encoding; default latin-1 for dat (as MovieLens), else utf-8."""
+    """Text encoding; default: latin-1 for dat (as in MovieLens), otherwise utf-8."""
     quoted: bool = True
-    """Whether a cell that begins with a double quote ends with the next one, line breaks and
-    delimiters being part of it; false where quotes are text. There are none in dat and libsvm."""
+    """Whether double quotes enclose a cell, which may then contain line breaks and delimiters;
+    false: quotes are text. Ignored for dat and libsvm, which have no quotes."""
     escape: str | None = None
-    r"""Character after which a quote or a delimiter is text, such as ``\`` where ``\"`` is a quote
-    in a cell; default: none, a quote in a cell is written twice."""
+    r"""Escape character, such as `\` if `\"` is a quote within a cell; default: none, a quote
+    within a cell is doubled."""
     decimal: Literal[".", ","] = "."
-    """What separates the whole part of a number from its fraction."""
+    """Decimal separator."""
 
     @model_validator(mode="after")
     def _marks_differ(self) -> Self:
@@ -123,7 +123,7 @@ class Interactions(Section):
     """The rows to learn from: who did what, and perhaps when and how."""
 
     file: Files
-    """File name under ``data.root``, of a format that docs/data.md lists; a pattern with ``*``,
+    """File name under ``data.root``, in a format that docs/data.md lists; a pattern with ``*``,
     ``?`` or ``[1-3]``, whose files are read in the order of their names; or a list of these."""
     user: str | None = None
     """Column of the user's id; needed for implicit data."""
@@ -133,38 +133,39 @@ class Interactions(Section):
     """Column of the time (a number, a date or a timestamp), exact to the nanosecond; orders
     histories and temporal splits."""
     time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
-    """How its text and numbers are written: strptime's codes (``%d/%m/%Y %H:%M``), ``iso``, or
-    ``s``, ``ms``, ``us``, ``ns`` for numbers that count from 1970; of several, the first that fits.
-    Default: ISO 8601 (``2020-01-31 12:00:00.5``, UTC where no zone is given), or plain numbers."""
+    """Format of times: strptime codes (`%d/%m/%Y %H:%M`), `iso`, or `s`, `ms`, `us`, `ns` for
+    numbers counting from 1970; of several, the first that matches. Default: ISO 8601 (`2020-01-31
+    12:00:00.5`, UTC without a zone), or plain numbers."""
     label: str | None = None
-    """Column of the 0/1 label; needed for, and only for, click data (``task: ctr``)."""
+    """Column of the 0/1 label; required for click data (``task: ctr``) and not allowed
+    otherwise."""
     rating: str | None = None
-    """Column of a rating, with ``min_rating``: rows below it are not positives. Their items
-    still count as seen: they are not recommended to the user and not drawn as negatives."""
+    """Column of a rating. Rows below ``min_rating`` are not positives, but their items count as
+    seen: they are neither recommended to the user nor sampled as negatives."""
     min_rating: float | None = None
-    """Least rating that counts as a positive."""
+    """Lowest rating that counts as a positive."""
     split: str | None = None
-    """Column that says where a row belongs: 0 / train, 1 / valid, 2 / test."""
+    """Column with the row's split: 0 / train, 1 / valid, 2 / test."""
     weight: str | None = None
-    """Column of the row's weight, above 0, in the loss and in the figures on rows; a row of weight
-    2 counts as two. Sampled negatives have the weight of their positive."""
+    """Column of the row's weight, above 0, in the loss and in row metrics; a row of weight 2 counts
+    twice. Sampled negatives have the weight of their positive."""
 
     repeated: Literal["latest", "earliest", "strongest", "all"] | None = None
-    """Which row stays of several with the same user and item: the latest, the earliest, the
-    strongest (by ``order``, rating, label or weight), or all, each as a row of its own. Default:
-    the latest of implicit data (without times the strongest), and all rows of click data."""
+    """Which of several rows with the same user and item to keep: the latest, the earliest, the
+    strongest (by `order`, rating, label or weight), or all of them. Default: the latest for
+    implicit data (without times, the strongest), all for click data."""
     order: dict[str, tuple[_Word, ...]] = Field(default_factory=dict)
-    """For ``repeated: strongest``: a column and its words, the weakest first, such as
-    ``{behaviour: [pv, fav, cart, buy]}``."""
+    """For ``repeated: strongest``: a column and its values, weakest first, such as ``{behaviour:
+    [pv, fav, cart, buy]}``."""
     min_rows_per_item: int = Field(1, ge=1)
     """Items with fewer rows, ratings below ``min_rating`` left out, are dropped with their rows,
     before anything is split. For implicit data."""
     min_rows_per_user: int = Field(1, ge=1)
     """Users who then have fewer rows are dropped, too."""
     impressions: str | None = None
-    """Column of the items that were shown together, each with its label: ``N1-1 N2-0``. Every item
-    becomes a row with the row's other cells; ``item`` and ``label`` then need no columns (other
-    files' keys are called ``item`` by default). For click data."""
+    """Column of items shown together, each with its label: `N1-1 N2-0`. Every item becomes a row
+    with the row's other cells; `item` and `label` then need no columns (in other files the key is
+    `item` by default). For click data."""
 
     @property
     def time_formats(self) -> tuple[str, ...]:
@@ -221,57 +222,57 @@ class Feature(Section):
     name: _Name
     """Name of the field."""
     entity: Entity = "context"
-    """What it describes: the user, the item, or the row itself (context)."""
+    """What the field describes: the user, the item, or the row itself (context)."""
     file: Files | None = None
-    """File that holds it, a pattern or a list of them; default: the interactions file."""
+    """File of the field, a pattern or a list of them; default: the interactions file."""
     key: str | None = None
     """Column of that file with the entity's id; default: the interactions' column of the entity."""
     column: str | None = None
-    """Column that holds the value, or a member of its objects (``genres.name``); default: the
-    field's name (for a user or item field without a file: the entity's own id). Where the
-    interactions file holds a user's or item's field, the latest training row of each that has a
-    value gives it."""
+    """Column of the value, or a member of its objects (`genres.name`); default: the field's name
+    (for a user or item field without a file: the entity's id). If the interactions file has a field
+    of users or items, its value comes from each one's latest training row with a value."""
     kind: Literal["categorical", "numeric"] = "categorical"
     """Whether the value is looked up in a table or multiplied into the field's vector."""
     separator: _Mark | None = None
-    """Splits one cell into several values: ``Comedy|Drama``. Elements of lists are not split."""
+    """Character that separates several values in a cell: ``Comedy|Drama``. Elements of lists are
+    not split."""
     several: bool | None = None
-    """Whether a cell may hold several values. Default: with a separator, and where the column holds
-    lists: Parquet's and JSON's, or text such as ``['Action', 'Drama']``. Preparation looks."""
+    """Whether a cell may hold several values. Default: if there is a separator, or if preparation
+    finds lists in the column: Parquet or JSON lists, or text such as `['Action', 'Drama']`."""
     missing: tuple[_Word, ...] = ()
-    """Words or numbers that mean "no value", beside the empty cell."""
+    """Words or numbers that mean "no value", in addition to the empty cell."""
     fill: str | None = Field(None, min_length=1)
     """What an empty or missing cell of a categorical field counts as; default: no value, row 0."""
     derive: Literal["log_squared", "hour", "weekday", "weekend"] | None = None
-    """Look up not the cell, but of a number above 2 the whole part of ln(x)^2, and of another its
-    own whole part; or of a time its hour, its day of the week (Monday: 0), or whether it is
-    Saturday or Sunday."""
+    """Look up a value derived from the cell: of a number x, floor(ln(x)^2) if x is above 2 and its
+    integer part otherwise; of a time, the hour, the day of the week (Monday: 0), or whether it is a
+    weekend."""
     time_format: _TimeFormat | tuple[_TimeFormat, ...] | None = None
-    """How a cell that a time is derived from is written, as ``interactions.time_format``; default:
-    that one where the column is ``interactions.time``, else ISO 8601. Hour and day are those of the
-    time zone that the cell is written in."""
+    """Format of the time to derive from, as in `interactions.time_format`; default: that format if
+    the column is `interactions.time`, otherwise ISO 8601. Hour and day are in the cell's own time
+    zone."""
     keep: Literal["all", "first"] = "all"
-    """Keep all values of an entity, or only the first one of the file."""
+    """Keep all values of a user or item, or only the first one in the file."""
     pooling: Literal["mean", "sqrt", "sum"] = "mean"
-    """How several values of one row become one vector; sqrt: their sum over the root of their
+    """How several values become one vector; sqrt: their sum divided by the square root of their
     number."""
     history: str | None = None
-    """For a user's field: the bag of the user's training items (``item``), or of their values of
-    the item's field of this name. While training, those beside the row's own. It also serves
-    users unseen in training whose items are known."""
+    """For a user field: the user's training items (`item`), or their values of the item field of
+    this name. In training, the row's own item is left out. A history also serves new users whose
+    items are known."""
     table: _Name | None = None
-    """Embedding table; fields that name the same table share its rows. A history may name that of
-    the field it is of, and a field of user or item ids (``N1 N2``) that of the users or items: ids
-    not seen in training have row 0. Default: its own."""
+    """Embedding table; fields with the same table share its rows. A history may use the table of
+    its source field, and a field of user or item ids (`N1 N2`) that of the users or items; ids not
+    seen in training have row 0. Default: a separate table."""
     min_count: int = Field(1, ge=1)
-    """Values seen less often in training share the out-of-vocabulary row."""
+    """Values with fewer training rows share the out-of-vocabulary row."""
     hash_rows: int | None = Field(None, ge=1, lt=2**31 - 1)
-    """Hash values onto this many rows instead of fitting a vocabulary."""
+    """Hash values to this many rows instead of fitting a vocabulary."""
     transform: Literal["none", "log", "standard", "bucket"] = "none"
-    """For numeric fields: as it is, sign(x) * log(1 + |x|), (x - mean) / standard deviation, or
-    the row of its bucket in a table of its own."""
+    """For numeric fields: unchanged, sign(x) * log(1 + |x|), (x - mean) / standard deviation, or
+    the row of its bucket in a separate table."""
     buckets: int = Field(32, ge=2)
-    """For ``transform: bucket``: how many, each of about as many training rows."""
+    """For ``transform: bucket``: number of buckets, with about equally many training rows each."""
 
     @property
     def time_formats(self) -> tuple[str, ...]:
@@ -385,10 +386,10 @@ class History(Section):
     has no field of this kind."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of a user's items left out at random while training, anew in every epoch."""
+    """Share of a user's items that training leaves out at random, redrawn in every epoch."""
     max_length: int | None = Field(None, ge=1)
-    """At most so many items, drawn by the seed: while training anew in every epoch, else always
-    the same ones."""
+    """Maximum number of items, chosen by the seed: redrawn every epoch in training, fixed
+    otherwise."""
 
 
 class Titles(Section):
@@ -453,20 +454,20 @@ class Negatives(Section):
     """Unobserved pairs that stand for "no", for implicit data."""
 
     per_positive: int = Field(4, ge=1)
-    """Fresh negatives drawn for each training positive in each epoch."""
+    """Negatives sampled for each training positive in each epoch."""
     fixed_per_user: int | None = Field(None, ge=1)
-    """Draw this many distinct negatives per user once, before the split, and split them together
-    with the positives (the notebook's way); replaces ``per_positive``."""
+    """Sample this many distinct negatives per user once, before the split, and split them together
+    with the positives (the notebook's recipe); replaces `per_positive`."""
     evaluation_per_positive: int = Field(4, ge=1)
-    """Negatives per held-out positive, drawn once; they avoid all that the user has met, in any
-    split."""
+    """Negatives per held-out positive, sampled once; they avoid all items the user has interacted
+    with, in any split."""
     popularity_power: float = Field(0.0, ge=0)
-    """Training draws items in proportion to (training positives) ** this; 0: all alike."""
+    """Training samples items in proportion to (training positives) ** popularity_power; 0:
+    uniformly."""
     avoid: Literal["train", "all"] = "train"
-    """What training negatives avoid: what the user has met in training rows, or in held-out rows
-    too."""
+    """What training negatives avoid: the user's items in training rows, or in held-out rows too."""
     redraw: bool = True
-    """Whether every epoch draws new negatives; else all epochs have the first one's."""
+    """Whether every epoch samples new negatives; otherwise all epochs use those of the first."""
 
     @model_validator(mode="after")
     def _fixed_ones_are_not_drawn_again(self) -> Self:
@@ -486,20 +487,21 @@ class DataConfig(Section):
     name: str | None = None
     """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
     root: PathOrUrl = "."
-    """Folder (may hold ``${VARIABLES}``) of the input files, or a URL that fsspec opens, such as
-    ``s3://bucket/logs``; relative ones are looked for here, then beside the bundled sample."""
+    """Folder of the input files (may contain ``${VARIABLES}``), or a URL that fsspec opens, such as
+    ``s3://bucket/logs``. Relative paths are looked up in the working directory, then next to the
+    bundled sample."""
     seed: int | None = Field(None, ge=0, lt=2**63)
-    """Of splits and of the order of ids; default: ``run.seed``. Set it to train with several of
-    those on the same split."""
+    """Seed of splits and of the order of ids; default: ``run.seed``. Set it to train with several
+    run seeds on one split."""
     task: Literal["implicit", "ctr"] = "implicit"
-    """implicit: every row is a positive, negatives are drawn; ctr: rows carry a 0/1 label."""
+    """implicit: every row is a positive and negatives are sampled; ctr: rows have a 0/1 label."""
     interactions: Interactions
     """The rows."""
     features: tuple[Feature, ...] = ()
     """The model's fields. Default for implicit data: the items' ids, and the users' histories of
     them or the users' ids (see ``history.add``)."""
     files: dict[str, FileFormat] = Field(default_factory=dict)
-    """Formats of files whose name does not tell."""
+    """Formats of files that the file name does not determine."""
     titles: Titles | None = None
     """Titles of the items."""
     split: Split = Split()
@@ -509,18 +511,18 @@ class DataConfig(Section):
     history: History = History()
     """The users' bags of items, for fields that are histories."""
     refit: bool = False
-    """Train on all rows, held-out ones included: for the last fit before a submission."""
+    """Train on all rows, including held-out ones; for the final fit."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row whose id, label, time or number cannot be read."""
+    """What to do with a row whose id, label, time or number is invalid."""
     vocabulary_from: LocalPath | None = None
-    """Folder of an earlier prepared dataset: its ids keep their rows, new ones are appended, and
-    its statistics of numeric fields stay in force."""
+    """Folder of an earlier prepared dataset: known ids keep their rows, new ids are appended, and
+    its statistics of numeric fields are kept."""
     lanes: int | None = Field(None, ge=1, le=4096)
-    """Streams of row groups that training rows are dealt to, for reading from disk; default: 64,
-    more (up to 4,096) from a thousand million rows on."""
+    """Number of streams that training rows are divided into for reading from disk; default: 64, and
+    up to 4,096 above a billion rows."""
     memory_bytes: int = Field(2 << 30, ge=0)
-    """Training rows are read into memory up to this size, and streamed from disk beyond it; what
-    is known of users and items is then mapped from disk, once for all ranks of a machine."""
+    """Training rows up to this size are read into memory; larger data is streamed from disk. User
+    and item data is then memory-mapped, shared by all ranks of a machine."""
     on_device: Literal["auto"] | bool = "auto"
     """Whether training rows, and what is known of users and items, lie on the device, where batches
     are then made; the batches are the same. auto: on CUDA, where they take at most an eighth of the

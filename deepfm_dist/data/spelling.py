@@ -81,7 +81,7 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
 def written_twice(texts: pa.Array) -> Difference | None:
     """In what some texts of a vocabulary differ from others that most likely mean the same.
 
-    Upper and lower case does not count: ids such as YouTube's are told apart by it.
+    Upper and lower case does not count: ids such as YouTube's differ only in case.
 
     Args:
         texts: string, each once.

@@ -62,7 +62,7 @@ _ERAS = (
     ("microseconds since 1970", 631152000 * 10**6, 4133980799 * 10**6),
     ("nanoseconds since 1970", 631152000 * 10**9, 4133980799 * 10**9),
 )
-_USUAL = (631152000, 4133980799)
+USUAL = (631152000, 4133980799)
 """Seconds since 1970 of the years 1990 to 2100, in which nearly all logs lie."""
 _BOUNDS = np.array([b for _, low, high in _ERAS for b in (low, high + 1)], np.int64)
 
@@ -210,7 +210,7 @@ class TimeColumn:
         examples: the first time of each notation, with its file: "dated", "number", and for
             numbers the places in `_ERAS`.
         eras: how many numbers lie below, in and between the bounds of `_ERAS`.
-        dates: how many dated times lie before, in and after `_USUAL`.
+        dates: how many dated times lie before, in and after `USUAL`.
         zones: how many times have each kind of zone.
         decimals: digits behind the point that are needed: 0, 3, 6 or 9.
         low: the least whole number.
@@ -243,7 +243,7 @@ class TimeColumn:
                     first = times[int(np.argmax(places == place))]
                     self.examples[kind] = (_shown(first), file)
         if dated.any():
-            eras = np.searchsorted(np.add(_USUAL, (0, 1)), whole, side="right")
+            eras = np.searchsorted(np.add(USUAL, (0, 1)), whole, side="right")
             self.dates += np.bincount(eras[dated], minlength=3)
             self.zones += np.bincount(np.asarray(times.field("zone"))[dated], minlength=3)
             for name, outside in (("early", eras == 0), ("late", eras == 2)):
@@ -303,7 +303,7 @@ class TimeColumn:
         return found
 
     def _outliers(self) -> str | None:
-        """Times outside of `_USUAL`, or of the unit of most numbers, where most are inside."""
+        """Times outside of `USUAL`, or of the unit of most numbers, where most are inside."""
         groups = {"early": int(self.dates[0]), "late": int(self.dates[2])}
         n, usual = int(self.dates.sum()), int(self.dates[1])
         if not n:

@@ -37,7 +37,7 @@ class Vocabulary:
     ) -> tuple[Self, Int32Array]:
         """Gives rows to the ids seen at least ``min_count`` times.
 
-        They are ordered by a seeded hash of the id: the same ids get the same rows, in whatever
+        They are ordered by a seeded hash of the id: the same ids get the same rows, in any
         order they come, and no stretch of rows is hot for a row-wise shard.
 
         Args:
@@ -45,7 +45,7 @@ class Vocabulary:
             counts: ``[n]`` int64.
             min_count: least count that earns a row; an id never seen gets none.
             seed: of the order.
-            earlier: a vocabulary whose ids keep their rows, whatever their counts; new ids are
+            earlier: a vocabulary whose ids keep their rows regardless of counts; new ids are
                 appended, spread over the new rows.
 
         Returns:

@@ -132,7 +132,7 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints while training goes on. All ranks.
+    """Writes a run's checkpoints in the background. All ranks.
 
     DCP's own exchanges go over a process group of their own: on training's they would meet its
     collectives in another order on every rank.

@@ -215,7 +215,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         os.set_blocking(self._wakeup, False)
-        # Written to when a signal arrives, whatever the main thread is doing.
+        # Written to when a signal arrives, even if the main thread is inside a C call.
         self._before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._thread = Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -251,7 +251,7 @@ class Watch:
                 os.read(self._signals, 64)
                 signalled = now
             if since is None:
-                signalled = None  # the main thread runs on, and hears signals itself
+                signalled = None  # the main thread keeps running and handles signals itself
             elif now - since > self._patience_s or (
                 signalled is not None and now - signalled > _ANSWER_S
             ):

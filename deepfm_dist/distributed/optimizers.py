@@ -88,7 +88,7 @@ class TableOptimizer:
         kernel: fused: updated in backward; dense: by a torch optimizer after it.
         kind: the optimizer's class.
         arguments: its arguments.
-        fused_params: what FBGEMM's kernel is told besides.
+        fused_params: further arguments of FBGEMM's kernel.
         reason: why this kernel.
         half: whether tables are kept in float16.
     """

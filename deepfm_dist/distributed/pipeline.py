@@ -44,7 +44,7 @@ class _NoOptimizer:
 class Step:
     """The outcome of one optimizer step.
 
-    On CUDA the host goes on before the device has computed it: whoever first asks for ``loss``,
+    On CUDA the host continues before the device has computed it: the first access to ``loss``,
     ``stop`` or ``is_finite`` waits until it has.
 
     Args:
@@ -356,7 +356,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         return waited
 
     def _zero_if_skipped(self, gradient: Tensor) -> Tensor:
-        """The gradient of the pooled rows; zeros, whatever it is, where the loss is not finite."""
+        """The gradient of the pooled rows; zeros if the loss is not finite."""
         return torch.where(self._is_finite, gradient, 0.0)
 
     def _backward(self, losses: Tensor) -> None:

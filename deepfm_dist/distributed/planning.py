@@ -269,7 +269,7 @@ def _state_floats(optimizer: TableOptimizer, width: int) -> int:
 
 
 def _gpu_bytes(weights: int, state: int, cached: float | None) -> float:
-    """Bytes per row in a GPU's memory, of so many of its weights and of the optimizer's state.
+    """Bytes per row in GPU memory, of the weights and the optimizer's state.
 
     Of a cached table: a number per row that says where it is; a slot for some rows, with 16 bytes
     that say whose it is and since when; and the state of row-wise optimizers. Others' stays with

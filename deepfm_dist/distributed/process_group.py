@@ -73,7 +73,7 @@ def process_group(
         raise
     finally:
         _leave(abort=failed and world.watch is not None)
-        if world.world_size == 1:  # a notebook or a script may go on after it
+        if world.world_size == 1:  # a notebook or script may continue after it
             sys.excepthook = excepthook
 
 

@@ -15,7 +15,7 @@ class RunConfig(Section):
     name: str = Field("default", min_length=1)
     """Name of the run's folder under ``runs_root``."""
     seed: int = Field(1, ge=0, lt=2**63)
-    """Seed of everything drawn: splits, negatives, order, initial weights, dropout."""
+    """Random seed of splits, negatives, row order, initial weights and dropout."""
     prepared_root: LocalPath = "prepared"
     """Folder of prepared datasets, on this machine."""
     runs_root: PathOrUrl = "runs"
@@ -23,12 +23,12 @@ class RunConfig(Section):
     ``train`` and ``evaluate`` write there; the other commands then write to ``runs`` on this
     machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where torch and fbgemm both support it, else the CPU."""
+    """auto: CUDA if torch and fbgemm both support it, otherwise the CPU."""
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per process. More than one may change the last digits of results."""
     deterministic: bool = False
-    """On CUDA: use only kernels whose results are the same bit for bit every time, so that a
-    resumed run is too; slower. CPU kernels always are."""
+    """On CUDA: use only deterministic kernels, so that a resumed run is identical bit for bit;
+    slower. CPU kernels are always deterministic."""
     timeout_s: float = Field(120, gt=0)
     """Seconds after which a rank that waits for a lost or hanging one gives up."""
     loggers: tuple[str, ...] = ("tensorboard",)
@@ -47,9 +47,9 @@ class LearningRateConfig(Section):
     lr: float = Field(gt=0)
     """Learning rate after warm-up."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises to lr."""
+    """Steps over which the learning rate rises to lr."""
     decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
-    """Shape of what follows."""
+    """Shape of the decay after warm-up."""
     decay_steps: int | None = Field(None, ge=1)
     """Steps from the end of warm-up to the end of decay; needed unless decay is constant."""
     final_lr: float = Field(0.0, ge=0)
@@ -91,29 +91,31 @@ class TableOptimizerConfig(LearningRateConfig):
     chosen = frozenset(("name", "lr", "l2", "decay", "decay_steps"))
 
     name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lazy_adam"] = "rowwise_adagrad"
-    """adam moves every row at every step; lazy_adam (CUDA only) the looked-up ones."""
+    """adam updates every row at every step; lazy_adam (CUDA only) only looked-up rows."""
     lr: float = Field(0.05, gt=0)
     """Learning rate after warm-up."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the root in the denominator (not for sgd)."""
+    """Added to the denominator (not for sgd)."""
     l2: float = Field(0.0, ge=0)
-    """Adds l2 * row to a row's gradient: under adam every row's at every step (l2 / 2 * |table|^2
-    in the loss); under rowwise_adagrad, on CUDA only, the looked-up rows'. Refused elsewhere."""
+    """Adds l2 * row to a row's gradient: with adam, for every row at every step (l2 / 2 *
+    norm(table)^2 in the loss); with rowwise_adagrad, on CUDA only, for looked-up rows. Refused
+    otherwise."""
     max_gradient: float | None = Field(None, gt=0)
-    """Bound of each element of a row's gradient, summed over the row's look-ups; needs adam."""
+    """Maximum absolute value of each element of a row's gradient, summed over its lookups; needs
+    adam."""
 
 
 class DenseOptimizerConfig(LearningRateConfig):
     """Optimizer of everything but the tables."""
 
     name: Literal["adam", "adagrad", "sgd"] = "adam"
-    """torch.optim's class."""
+    """Class in torch.optim."""
     lr: float = Field(0.001, gt=0)
     """Learning rate after warm-up."""
     l2: float = Field(0.0, ge=0)
     """Adds l2 * weight to the gradient."""
     max_norm: float | None = Field(None, gt=0)
-    """Bound of the norm of their gradient, without that of the tables."""
+    """Maximum norm of the gradient of all parameters except the tables."""
 
 
 class OptimizerConfig(Section):
@@ -124,8 +126,8 @@ class OptimizerConfig(Section):
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
     """Bias, over-arch, numeric fields."""
     max_norm: float | None = Field(None, gt=0)
-    """Bound of the norm of the whole gradient, that of the tables and of L2 included; needs adam on
-    the tables (fused ones are updated before the norm is known)."""
+    """Maximum norm of the whole gradient, including tables and L2; needs adam on the tables (fused
+    ones are updated before the norm is known)."""
 
     @model_validator(mode="after")
     def _norm_is_known(self) -> Self:
@@ -142,13 +144,13 @@ class TablePlan(Section):
     """Where one table lies."""
 
     kind: Literal["auto", "table_wise", "row_wise", "replicated"] = "auto"
-    """Whole on one rank, cut by rows over all, or a copy on every rank; auto: a copy where the
-    table has no more rows than a rank looks up in a step, else as the planner says."""
+    """Whole on one rank, split by rows over all, or a copy on every rank; auto: a copy if the table
+    has no more rows than a rank looks up in a step, otherwise as the planner decides."""
     rank: int | None = Field(None, ge=0)
-    """For table_wise: the rank that holds it; default: dealt by the planner's order."""
+    """For table_wise: the rank that holds the table; default: chosen by the planner."""
     cached: float | None = Field(None, gt=0, lt=1)
-    """Keep the table in the machine's memory, and this share of its rows in a GPU's, where those of
-    the next batches are fetched before they are needed. Default: all in the GPU's; CUDA only."""
+    """Keep the table in host memory and cache this share of its rows on the GPU; rows of the next
+    batches are fetched in advance. Default: everything on the GPU. CUDA only."""
 
     @model_validator(mode="after")
     def _rank_has_a_table(self) -> Self:
@@ -163,12 +165,12 @@ class ShardingConfig(Section):
     """How the tables are cut over the ranks."""
 
     kind: Literal["auto", "table_wise", "row_wise"] = "auto"
-    """auto replicates the tables that have no more rows than a rank looks up in a step, and asks
-    TorchRec's planner to choose between the other two for the others."""
+    """auto replicates tables with no more rows than a rank looks up in a step, and lets TorchRec's
+    planner choose between the other two kinds for the rest."""
     tables: dict[str, TablePlan] = Field(default_factory=dict)
-    """An explicit plan for single tables; the rest follows ``kind``."""
+    """Explicit placement of single tables; the others follow ``kind``."""
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision in which embeddings and their gradients travel between ranks."""
+    """Precision of embeddings and their gradients when sent between ranks."""
 
     @property
     def float_bytes(self) -> int:
@@ -180,24 +182,25 @@ class CheckpointConfig(Section):
     """Checkpoints: when they are saved, and which are read."""
 
     every_epochs: int = Field(0, ge=0)
-    """Epochs between two checkpoints; there is always one of the last step."""
+    """Epochs between two checkpoints; the last step is always saved."""
     every_steps: int = Field(0, ge=0)
     """Steps between two checkpoints."""
     keep_last: int = Field(2, ge=1)
-    """How many are kept, the newest ones; the best one by ``trainer.monitor`` is kept as well."""
+    """Number of most recent checkpoints to keep; the best one by ``trainer.monitor`` is kept as
+    well."""
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run, leaves a finished one as it is, and refuses other settings
     and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
     ...) and begins again; always means the same as auto. Restarted by a launcher, a run of the same
-    settings and data continues from its latest checkpoint, whatever is set here and in ``use``."""
+    settings and data continues from its latest checkpoint and ignores this setting and ``use``."""
     start_from: PathOrUrl | None = None
     """Folder of another run, or of one of its checkpoints: training begins with its weights and
     optimizer state, field by field: new fields start afresh, and others may be left out. The ids of
     a field must be the same, or what this run's grew from (data.vocabulary_from): new rows start
     afresh."""
     start_weights_only: bool = False
-    """Whether ``start_from`` takes weights alone, and the optimizer starts afresh: for another
-    optimizer, or another task."""
+    """Whether ``start_from`` takes only the weights, with a fresh optimizer state; for another
+    optimizer or another task."""
     use: Literal["auto", "latest", "best"] | int = "auto"
     """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
     continue training, otherwise the best one, or the latest if no figure was monitored. Training

@@ -395,7 +395,7 @@ def place(
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
-        world: the ranks; without a process group, as many as it says are planned for.
+        world: the ranks; may be a plan for ranks without a process group.
         config: where tables are asked to lie.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU; not asked for on CPU.

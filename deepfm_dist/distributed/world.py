@@ -150,7 +150,7 @@ class World:
             What ``work`` returned, on rank 0; None elsewhere.
 
         Raises:
-            Exception: on rank 0, whatever ``work`` raised.
+            Exception: on rank 0, the exception raised by ``work``.
             SystemExit: on the other ranks, when rank 0 failed and said why.
             DistStoreError: on the other ranks, when rank 0 is there no more.
         """

@@ -165,7 +165,7 @@ def _check_can_be_widened(config: Config, like: Config) -> None:
 def _shard(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """A model whose tables are in the same places whatever their width. All ranks."""
+    """A model whose tables are placed alike for any width. All ranks."""
     sharding = ShardingConfig(kind="table_wise")
     return shard_for_training(config.model_copy(update={"sharding": sharding}), manifest, world)
 

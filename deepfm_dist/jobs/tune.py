@@ -87,7 +87,7 @@ def _run_trial(
         "run.runs_root": str(_folder(config)),
         "run.name": trial.name,
         "data.name": config.prepared_dir.name,
-        "trainer.monitor": monitor,  # the same figure whatever loss a trial has
+        "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
     }
 
     def on_validation(figures: Mapping[str, float], epoch: int) -> None:

@@ -21,12 +21,13 @@ class ModelConfig(Section):
     fm: bool = True
     """The pairwise part."""
     fm_pairs: Literal["all", "across"] = "all"
-    """Its pairs of fields: all, as in the paper, or only those across: of a field of the item with
-    one of the user or the context. The others rank nothing that the first order could not."""
+    """Which pairs of fields it contains: all, as in the paper, or only those across, of an item
+    field with a user or context field. Other pairs do not affect rankings beyond what the
+    first-order part can learn."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"
-    """mlp, or the import path ``package.module:Class`` of a module [B, in] -> [B]; it is called
+    """mlp, or the import path ``package.module:Class`` of a module [B, in] -> [B], which is called
     with in_features and over_arch_options."""
     over_arch_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of an over-arch given by import path."""

@@ -147,7 +147,7 @@ class ResumableOutput:
         """Writes chunks of users as ``user_id`` and ``scores``, a list of one length. All ranks.
 
         A column for each item would take thousands of times as many pages as one of lists. The
-        items are told in the schema's metadata: JSON under ``item_ids``.
+        item ids are in the schema's metadata: JSON under ``item_ids``.
 
         Args:
             scores: (first user, last + 1, users that any rank asks for) -> ``[users, I]`` logits.

@@ -57,7 +57,7 @@ class Profile:
         recall: Recall@K at K = 1, 2, ...
         ndcg: NDCG@K likewise.
         by_activity: mean NDCG at the greatest K of each group of users.
-        by_popularity: of each group of held-out items, the share found at the greatest K.
+        by_popularity: recall at the largest K by group of held-out items.
     """
 
     recall: list[float]
@@ -89,13 +89,13 @@ def profile(ranked: Int64Array, relevant: Jagged, activity: Groups, popularity: 
 
 @dataclass(frozen=True)
 class Example:
-    """A user's ranking beside what the user did.
+    """A user's ranking next to the user's items.
 
     Attributes:
         user: row of the user table.
         ranked: item rows, best first.
         history: item rows of training, the latest last where times are known.
-        held_out: item rows that were to be found.
+        held_out: rows of the relevant items.
     """
 
     user: int

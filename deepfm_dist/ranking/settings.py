@@ -19,11 +19,11 @@ class IalsConfig(Section):
     """Weighted matrix factorisation."""
 
     factors: int = Field(128, ge=1)
-    """Length of a user's and an item's vector."""
+    """Length of the user and item vectors."""
     l2: float = Field(0.1, ge=0)
-    """Weight of their squared norms."""
+    """L2 regularisation."""
     alpha: float = Field(1.0, gt=0)
-    """Weight of a positive; everything else has 1."""
+    """Weight of a positive; all other pairs have weight 1."""
     iterations: int = Field(15, ge=1)
     """Passes over users and items."""
 
@@ -32,7 +32,7 @@ class EvaluateConfig(Section):
     """Evaluation on held-out rows; all but ``split`` is for rankings (``data.task=implicit``)."""
 
     split: Literal["valid", "test"] = "test"
-    """Which rows."""
+    """Which held-out rows to evaluate."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of the ranking metrics."""
     protocol: Literal["weak", "strong"] | None = None
@@ -40,17 +40,16 @@ class EvaluateConfig(Section):
     whom the model knows by a part of their items, on the rest; needs ``data.split.method=users``,
     and adds ``capped_recall``. Default: what the split gives."""
     mask_seen: bool | None = None
-    """Whether what users have met in earlier splits, liked or not, is left out of their rankings,
-    and out of what counts as relevant. Default: true, but false where
-    ``data.interactions.repeated`` is ``all``."""
+    """Whether items seen in earlier splits, liked or not, are left out of the rankings and of the
+    relevant items. Default: true, but false if `data.interactions.repeated` is `all`."""
     baselines: tuple[BaselineName, ...] = ("popularity",)
-    """Rankings to compare the model's with, fitted on the same training positives. ials needs the
-    library ``implicit``. ease takes 12 bytes of memory per pair of items; without room for all
-    items it is fitted on the most popular ones, and its name in the table says on how many."""
+    """Baselines to compare with, fitted on the same training positives. ials needs the library
+    `implicit`. ease takes 12 bytes of memory per pair of items; if memory does not suffice, it is
+    fitted on the most popular items, and its name in the table gives their number."""
     item_knn_neighbours: int = Field(100, ge=1)
-    """Items that an item votes for."""
+    """Number of neighbours per item."""
     ease_l2: float = Field(500.0, gt=0)
-    """Weight of the squared norm of EASE's matrix."""
+    """L2 regularisation of EASE's matrix."""
     ials: IalsConfig = IalsConfig()
     """Settings of iALS."""
     reference: str | None = None
@@ -70,30 +69,31 @@ class RecommendConfig(Section):
     k: int = Field(10, ge=1)
     """Items per user."""
     mask: tuple[Literal["train", "valid", "test"], ...] | None = None
-    """What a user has met in these splits, liked or not, is not recommended; ``[]`` allows all.
-    Default: all three, but none where ``data.interactions.repeated`` is ``all``."""
+    """Splits whose items, liked or not, are not recommended to their users; `[]` allows all.
+    Default: all three, but none if `data.interactions.repeated` is `all`."""
     context: dict[str, Id] = Field(default_factory=dict)
-    """Values of the context fields to recommend for, as files have them."""
+    """Values of the context fields to recommend for, as written in the input files."""
     users: LocalPath | tuple[Id, ...] | None = None
-    """Only these: a list of ids, or a file with a column ``user`` (csv, tsv, parquet)."""
+    """Recommend only for these users: a list of ids, or a file with a column ``user`` (csv, tsv,
+    parquet)."""
     histories: LocalPath | None = None
-    """Recommend for the users of this file instead, whom the model knows by these items alone: rows
-    of ``user`` and ``item`` (csv, tsv, parquet). For models with a history field."""
+    """Recommend for new users, given their items: a file with the columns `user` and `item` (csv,
+    tsv, parquet). For models with a history field."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
-    """Only these: a list of ids, or a file with a column ``item``."""
+    """Recommend only these items: a list of ids, or a file with a column ``item``."""
     block_items: LocalPath | tuple[Id, ...] | None = None
-    """None of these: a list of ids, or a file with a column ``item``."""
+    """Never recommend these items: a list of ids, or a file with a column ``item``."""
     candidates: int | None = Field(None, ge=1)
-    """Score in full only this many items of each user, the best without the over-arch; it is
-    measured on a sample of users what that misses and saves. Default: all items."""
+    """Score only this many items per user in full, the best ones without the over-arch; the recall
+    lost and the speed-up are measured on a sample of users. Default: all items."""
     index: str | None = None
-    """Kind of faiss index that finds the candidates, as its factory has it: ``IVF1024,Flat``,
-    ``HNSW32``; what it misses is measured too. Default: all items are looked at."""
+    """Faiss index that finds the candidates, as an index factory string: `IVF1024,Flat`, `HNSW32`;
+    its misses are measured too. Default: all items are searched."""
     probes: int = Field(16, ge=1)
-    """Lists of an ``IVF`` index that are looked through for a user."""
+    """Number of lists of an ``IVF`` index that are searched per user."""
     memory_bytes: int = Field(1 << 30, ge=1)
-    """Limit in bytes of what a rank keeps of the items: of a larger catalogue a share each, and of
-    one that exceeds that too a block at a time. An index comes on top."""
+    """Maximum bytes of the item side that a rank keeps. A larger catalogue is divided over the
+    ranks, and one that still does not fit is processed in blocks. An index is not included."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
@@ -127,6 +127,6 @@ class SimilarConfig(Section):
     """Every item's most similar items."""
 
     k: int = Field(10, ge=1)
-    """Items per item."""
+    """Number of similar items per item."""
     metric: Literal["cosine", "inner_product"] = "cosine"
     """Similarity of two items' summed factor vectors."""

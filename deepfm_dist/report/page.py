@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.messages import plural
@@ -172,6 +173,8 @@ def _variables(report: Report) -> dict[str, Any]:
         "manifest": report.dataset.manifest,
         "split": report.split,
         "k": max(cutoffs),
+        "missing": _missing(report.dataset.manifest),
+        "log_plots": _log_plots(plotter, report.dataset.manifest),
         "rows": {name: (value, _MEANING.get(name, "")) for name, value in report.rows.items()},
         "notes": _notes(report),
         "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
@@ -191,6 +194,23 @@ def _variables(report: Report) -> dict[str, Any]:
         "rows_per_s": trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
         "picture": lambda plot: Markup(plot.svg),
     }
+
+
+def _missing(manifest: Manifest) -> dict[str, float]:
+    """Share of missing values of the fields that lack some, the largest first."""
+    shares = {name: share for name, share in manifest.profile.missing.items() if share > 0}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _log_plots(plotter: Plotter, manifest: Manifest) -> list[Plot]:
+    profile = manifest.profile
+    if profile.first_day is None or len(profile.rows_by_period) < 2:
+        return []
+    period = "day" if profile.days_per_period == 1 else f"{profile.days_per_period}-day period"
+    dated = sum(profile.rows_by_period)
+    caption = f"{dated:,} dated rows of all splits, counted by {period} (UTC)."
+    given = profile.first_day, profile.days_per_period, profile.rows_by_period
+    return [plotter.periods("rows-by-day", "Rows over time", caption, *given)]
 
 
 def _figure(value: float, sign: str = "") -> str:

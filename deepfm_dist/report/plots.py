@@ -11,10 +11,11 @@ for _library in ("matplotlib", "matplotlib.font_manager"):
     # That it builds a cache, or finds no folder for one, is no news for the reader of a report.
     logging.getLogger(_library).setLevel(logging.ERROR)
 
+import numpy as np  # noqa: E402
 from matplotlib import rc_context  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter  # noqa: E402
 
 from deepfm_dist.training.metrics import Calibration  # noqa: E402
 
@@ -177,6 +178,22 @@ class Plotter:
             axes.set_xticks(range(len(groups)), groups)
             axes.set_xlabel(label)
             axes.grid(False, axis="x")
+
+        return self._plot(name, title, caption, draw)
+
+    def periods(
+        self, name: str, title: str, caption: str, first: str, days: int, counts: Sequence[int]
+    ) -> Plot:
+        """A bar for each period, from a first day on."""
+
+        def draw(axes: Axes) -> None:
+            begins = np.datetime64(first, "D") + days * np.arange(len(counts))
+            axes.bar(begins.astype(object), counts, 0.9 * days, align="edge", color=_SERIES[0])
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.grid(False, axis="x")
+            figure = axes.get_figure()
+            assert isinstance(figure, Figure)
+            figure.autofmt_xdate(rotation=0, ha="center")
 
         return self._plot(name, title, caption, draw)
 

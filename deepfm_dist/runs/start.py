@@ -110,7 +110,7 @@ def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
             if is_over:
                 log.warning("%s", _finished(config, path, state.step, last_step))
             else:
-                log.info("%s: training goes on after step %s", path, f"{state.step:,}")
+                log.info("%s: resuming training after step %s", path, f"{state.step:,}")
             chosen = choices_in(checkpoint.read_state(path))
             return Start(path, state, continues=True, is_over=is_over, chosen=chosen)
         if elsewhere is not None:
@@ -228,7 +228,7 @@ def _loop_state(path: Path) -> LoopState:
 def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Path | None:
     """The checkpoint from which the run continues.
 
-    What a launcher has started again goes on from the latest: ``checkpoint.use=STEP`` and
+    A process restarted by a launcher continues from the latest: ``checkpoint.use=STEP`` and
     ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
 
     Args:

@@ -48,7 +48,7 @@ class RunOnDisk:
     def identity(self) -> dict[str, int | str | None]:
         """What tells the checkpoint from any other, also from one of the same step, and the data.
 
-        An export holds the values of users and items, which the dataset may have got anew.
+        An export holds the values of users and items, which may have changed in the dataset since.
         """
         return {
             "step": self.state["step"],
@@ -159,7 +159,7 @@ def open_trained(
 def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
-    A checkpoint knows its data and model, and these settings are taken from it, but for where files
+    A checkpoint knows its data and model, and these settings are taken from it, except where files
     lie, how they are laid out and how much memory they may take.
 
     Args:

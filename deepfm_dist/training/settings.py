@@ -21,27 +21,28 @@ class TrainerConfig(Section):
     batch_size: int = Field(8192, ge=1)
     """Rows (of bpr and softmax: users) per step over all ranks."""
     batch_size_per_rank: int | None = Field(None, ge=1)
-    """Rows per step of each rank. Where it is set, batch_size is this times the number of ranks,
-    whatever it was; that size is recorded, and a run resumes with the same one only."""
+    """Rows per step and rank; overrides batch_size, which becomes this times the number of ranks.
+    That global size is recorded, and a run resumes only with the same one."""
     candidates: int | None = Field(None, ge=1)
-    """For bpr and softmax: items drawn in each step, by ``data.negatives.popularity_power``, for
-    which the softmax is corrected (logQ). Default: the whole catalogue."""
+    """For bpr and softmax: number of items sampled in each step, by
+    `data.negatives.popularity_power`; softmax corrects for the sampling (logQ). Default: the whole
+    catalogue."""
     targets_per_user: int = Field(16, ge=1)
-    """With candidates: a user's targets in a step, at most."""
+    """With candidates: maximum number of a user's targets in a step."""
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, even if epochs are left."""
     reading_threads: int | None = Field(None, ge=0, le=1024)
-    """Threads of a process that make the next batches while one trains; the batches are the same.
+    """Threads per process that prepare the next batches during training; the batches are the same.
     Default: one for each core that the processes of the machine leave idle, at most 4; 0: none."""
     accumulate_steps: int = Field(1, ge=1)
-    """Parts of a batch that are computed one after the other, to save memory; needs adam on the
-    tables (fused ones are updated by every part). Batch norm sees each part alone."""
+    """Number of micro-batches per step, to save memory; needs adam on the tables (fused ones are
+    updated by every micro-batch). Batch norm sees each micro-batch alone."""
     max_skipped: int = Field(10, ge=0)
-    """A step whose loss is NaN or infinite is skipped; more than this many in a row end the run."""
+    """Steps with a NaN or infinite loss are skipped; more than this many in a row end the run."""
     log_every_steps: int = Field(50, ge=1)
-    """Steps between two lines of training figures."""
+    """Steps between two logs of training metrics."""
     validate_every_epochs: int = Field(1, ge=0)
     """Epochs between two validations; 0: never."""
     monitor: str | None = "auto"
@@ -49,15 +50,14 @@ class TrainerConfig(Section):
     log_loss; for bpr and softmax ndcg@K at the largest K of ``evaluate.k``. null: none, and the
     last checkpoint is used."""
     patience: int | None = Field(None, ge=1)
-    """Validations without a better monitored figure after which training stops."""
+    """Number of validations without improvement after which training stops."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
-    """Factor on the learning rates after each validation without a better figure."""
+    """Factor applied to the learning rates after each validation without improvement."""
     min_delta: float = Field(0.0, ge=0)
-    """By how much a figure has to be better than the best to count as better."""
+    """Minimum change of the monitored metric that counts as an improvement."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the over-arch's matrix products in training; tf32 on CUDA only. There is no
-    fp16: it needs a scaled loss, which tables updated in the backward pass would take for the
-    loss."""
+    """Precision of the over-arch's matrix products in training; tf32 on CUDA only. fp16 is not
+    available: it needs loss scaling, which tables updated in the backward pass do not support."""
     table_precision: Literal["fp32", "fp16"] = "fp32"
     """Precision of the tables in training (fp16: not with adam)."""
     compile: Literal["auto"] | bool = "auto"
@@ -65,7 +65,7 @@ class TrainerConfig(Section):
     ``loss=bce`` and an over-arch of ours; the log says so, and the first step takes a minute. true
     on a CPU needs a C++ compiler."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step whose trace torch's profiler writes to the run's folder."""
+    """First and last step to record with torch's profiler; the trace goes to the run's folder."""
 
     def on_ranks(self, world_size: int) -> Self:
         """The same settings with the batch size of all ranks together, and none per rank."""
@@ -124,11 +124,11 @@ class SpanConfig(Section):
     """Numbers between two bounds; whole ones where both bounds are."""
 
     low: int | float
-    """The lower bound."""
+    """Lower bound."""
     high: int | float
-    """The upper bound; it may be reached."""
+    """Upper bound, inclusive."""
     log: bool = False
-    """Spread them evenly over orders of magnitude."""
+    """Sample on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
@@ -143,12 +143,12 @@ class TuneConfig(Section):
     """A search for the settings with the best ``trainer.monitor``."""
 
     space: dict[str, SpanConfig | tuple[Any, ...]] = Field(default_factory=dict)
-    """What to vary: settings of model, optimizer and trainer by their dotted name, each with bounds
-    (``{low: 0.001, high: 0.1, log: true}``) or a list of values."""
+    """Search space: settings of model, optimizer and trainer by their dotted name, each with bounds
+    (`{low: 0.001, high: 0.1, log: true}`) or a list of values."""
     trials: int = Field(20, ge=1)
-    """Trials in total, including those of earlier, unfinished searches."""
+    """Total number of trials, including those of earlier, unfinished searches."""
     prune: bool = True
-    """End a trial early that is worse than the median of the earlier ones at the same epoch."""
+    """End a trial early if it is worse than the median of earlier trials at the same epoch."""
 
     @model_validator(mode="after")
     def _can_be_varied(self) -> Self:

@@ -200,7 +200,7 @@ class LoopState:
         return self.best_step / per_epoch
 
     def _best_ne(self, figures: Mapping[str, float]) -> float:
-        """NE at the best step, NaN where it cannot be told from the last validation's figures."""
+        """NE at the best step; NaN if it cannot be derived from the last validation's metrics."""
         assert self.best is not None
         if self.monitor == "ne":
             return self.best

@@ -1,4 +1,4 @@
-"""Being told to stop: by a scheduler's signal, or by a validation metric."""
+"""Reasons to stop: a scheduler's signal, or a validation metric."""
 
 import signal
 from types import FrameType

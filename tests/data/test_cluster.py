@@ -40,6 +40,17 @@ CASES: dict[str, Any] = SPLITS_AND_TASKS | {
             *WITH_TIMES["features"][1:],
         ]
     },
+    "users": SPLITS_AND_TASKS["random"]
+    | {
+        "interactions": WITH_TIMES["interactions"] | {"min_rows_per_item": 4},
+        "features": [
+            {"name": "seen", "entity": "user", "history": "item"},
+            {"name": "item", "entity": "item"},
+        ],
+        "split": {"method": "users", "valid": 0.1, "test": 0.2},
+    },
+    "frequent users": SPLITS_AND_TASKS["random"]
+    | {"interactions": RATED | {"min_rows_per_item": 3, "min_rows_per_user": 5}},
     "buckets": {
         "task": "ctr",
         "interactions": {"file": "rows*", "user": "u", "impressions": "s"},

@@ -127,7 +127,7 @@ def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Pat
     resumed += bool(complete_steps(home / "runs/sample"))
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    assert output.count("training goes on after step") >= resumed, output
+    assert output.count("resuming training after step") >= resumed, output
     assert same(weights(home), weights(undisturbed))
     assert lines(home) == lines(undisturbed)
 
@@ -148,7 +148,7 @@ def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path
     run = start(home, 0)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    assert f"training goes on after step {stopped:,}" in output
+    assert f"resuming training after step {stopped:,}" in output
     assert same(weights(home), weights(undisturbed))
     ours, theirs = ([e for e in lines(h) if e["event"] == "valid"] for h in (home, undisturbed))
     assert ours == theirs  # each stop also ended a window of training figures

@@ -181,7 +181,7 @@ def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
     wait_until(lambda: second.said(LOST.format(0)), 60, lambda: second.output)
     print(f"missed after {time.monotonic() - cut:.0f} s")
 
-    went_on = "training goes on after step"
+    went_on = "resuming training after step"
     wait_until(lambda: first.said("sharding plan on 1 x cpu"), 120, lambda: first.output)
     wait_until(lambda: first.said(went_on), 60, lambda: first.output)
     print(f"on one machine after {time.monotonic() - cut:.0f} s")

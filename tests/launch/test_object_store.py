@@ -265,6 +265,6 @@ def test_a_run_of_and_in_a_bucket_cut_in_a_save_ends_as_a_local_one(
     output += remote.communicate()[0]
     assert remote.returncode == 0, output
     assert "step_00000020: cannot be written" in output
-    assert "training goes on after step 10" in output
+    assert "resuming training after step 10" in output
     assert not (tmp_path / "remote/runs").exists()
     assert lines(runs) == lines(tmp_path / "local")

@@ -208,7 +208,7 @@ def test_a_killed_rank_starts_again_inside_its_job(one_machine: Path, tmp_path: 
     job.wait_for_checkpoint()
     os.kill(job.worker(3), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
-    assert job.output.count("training goes on after step") == 1, job.output
+    assert job.output.count("resuming training after step") == 1, job.output
     assert "Restarts=0" in told("scontrol", "show", "job", "-o", job.id)
     assert lines(tmp_path) == lines(one_machine)
 
@@ -218,7 +218,7 @@ def test_a_requeued_job_goes_on(one_machine: Path, tmp_path: Path) -> None:
     # The signal before the time limit, then the administrator's command.
     job.wait_for_checkpoint()
     told("scancel", "--signal=USR1", "--batch", job.id)
-    went_on = "training goes on after step"
+    went_on = "resuming training after step"
     job.start_now()
     wait_until(lambda: went_on in job.output, 90, "requeue")
     assert "Stopped by signal" in job.output.split(went_on)[0]

@@ -33,7 +33,7 @@ from tests.pages import watched
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
 PICTURES = {
     "learning-log_loss", "learning-ne", "learning-auc", "calibration", "recall-over-k",
-    "ndcg-over-k", "by-activity", "by-popularity", "coverage", "times",
+    "ndcg-over-k", "by-activity", "by-popularity", "coverage", "times", "rows-by-day",
 }  # fmt: skip
 
 
@@ -174,6 +174,10 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     ]
     assert re.search(r"\.verdicts li\.worse \{ border-color: var\(--bad\)", text)
     assert "compared by a paired bootstrap over users" in text
+    assert 'genre</th><td class="number">0.75 %</td>' in text  # of 400 items, 3
+    density = 100 * 28_798 / (700 * 400)
+    assert f"{density:.3g} % are training positives" in " ".join(text.split())
+    assert "36,000 dated rows of all splits, counted by 10-day period" in text
     for shown_text in ("70,000", "2 x cpu", "row_wise", "12,345 rows/s", "0.50 GiB"):
         assert shown_text in text
     # The model's line, the baseline's, and the paired difference of the two.

@@ -23,7 +23,7 @@ from deepfm_dist.data.schema import Feature
 from deepfm_dist.seeding import half_bits, mix, round_keys
 
 BLOCK_ROWS = 1 << 24
-"""Rows of a rank that are made at a time: a block costs some 4,000 launches, whatever its size."""
+"""Rows of a rank that are made at a time: a block of any size costs about 4,000 launches."""
 WORK_BYTES = 120
 """Per row of a block: the integers that are mixed, and the block itself."""
 

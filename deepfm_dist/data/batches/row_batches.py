@@ -28,7 +28,7 @@ class TrainingBatches:
     virtual list of rows, and it is that list which is shuffled: a batch has exactly
     ``batch_size`` rows, and every epoch draws new negatives unless they are to stay.
 
-    Training rows are held in memory where they fit, shuffled as a whole; else they are streamed
+    Training rows are kept in memory and fully shuffled if they fit; otherwise they are streamed
     from disk (`deepfm_dist.data.batches.lanes`).
 
     Args:
@@ -149,7 +149,7 @@ class TrainingBatches:
 
 
 class InMemoryRows:
-    """All training rows, shuffled as a whole in every epoch.
+    """All training rows, fully shuffled in every epoch.
 
     Args:
         columns: the rows' columns.

@@ -27,7 +27,7 @@ class Candidates:
     """Which items a step's users are to prefer their targets to.
 
     Attributes:
-        sampled: drawn anew for every step, with replacement; None: the whole catalogue.
+        sampled: drawn in every step, with replacement; None: the whole catalogue.
         popularity_power: in proportion to (training positives) ** this.
         targets_per_user: targets of a user in a step, at most, where candidates are sampled.
     """
@@ -172,22 +172,22 @@ class UserBatches:
 
 def _check(dataset: PreparedDataset) -> None:
     manifest = dataset.manifest
-    told = "trainer.loss=bpr or softmax"
+    setting = "trainer.loss=bpr or softmax"
     if not manifest.sampled:
-        raise ConfigError(f"{told}: needs positives alone (data.task=implicit), not labelled rows")
+        raise ConfigError(f"{setting}: needs positives (data.task=implicit), not labelled rows")
     if weight := manifest.data.interactions.weight:
         raise ConfigError(
-            f"{told}: a user's targets weigh alike; leave interactions.weight={weight} out, or use "
-            f"trainer.loss=bce"
+            f"{setting}: a user's targets weigh alike; leave interactions.weight={weight} out, or "
+            f"use trainer.loss=bce"
         )
     if context := [f.name for f in manifest.features if f.entity == "context"]:
         raise ConfigError(
-            f"{told}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
+            f"{setting}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
             f"leave the field out, or use trainer.loss=bce"
         )
     if manifest.has_history and manifest.data.history.dropout == 0:
         raise ConfigError(
-            f"{told}: what is left out of a user's history is what is learned; set "
+            f"{setting}: what is left out of a user's history is what is learned; set "
             f"data.history.dropout, to 0.5 for example"
         )
 

@@ -6,7 +6,8 @@ first thread does in `local`: every distinct id and value, and counts by id; on 
 
 1. `_read`: a file -> its rows by partition, with the texts of their ids and values.
 2. `_merge`: the distinct texts of a stretch of hashes; the driver numbers those of all.
-3. `_load`: a partition's rows -> numbers of texts, without repeated rows, in order.
+3. `_load`: a partition's rows -> numbers of texts, without repeated rows, in order; `_select` keeps
+   those who take part, where rare users and items are dropped or users held out.
 4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows begin.
 5. `_count`: where rows belong, and what training rows add to the statistics; the driver fits.
 6. `_write`: the partition's files, and what its users have met.
@@ -43,6 +44,15 @@ from deepfm_dist.data.preparation.job import Job, buckets_of, entity_key, partit
 from deepfm_dist.data.preparation.local import finish
 from deepfm_dist.data.preparation.merge import CodeMap, merge_vocabularies
 from deepfm_dist.data.preparation.partitions import Partitions, mapped_side_files
+from deepfm_dist.data.preparation.population import (
+    Population,
+    UserKeys,
+    check_some_are_trained,
+    drops_items,
+    drops_users,
+    holds_out_users,
+    item_counts,
+)
 from deepfm_dist.data.preparation.reading import (
     ReadFacts,
     RowCoder,
@@ -51,10 +61,10 @@ from deepfm_dist.data.preparation.reading import (
     vocabularies_of_rows,
 )
 from deepfm_dist.data.preparation.rules import coded_columns
-from deepfm_dist.data.preparation.spill import Spill
-from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit
+from deepfm_dist.data.preparation.spill import PartitionRows, Spill
+from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit, split_bounds
 from deepfm_dist.data.preparation.writing import Plan, RowWriter, Written, carry
-from deepfm_dist.errors import ConfigError, DataError, DeepFMError
+from deepfm_dist.errors import DataError, DeepFMError
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of, storage_errors_to_user
 
 log = logging.getLogger(__name__)
@@ -62,7 +72,7 @@ _BATCHES_AT_ONCE = 4
 """Blocks of a file whose rows a task holds before it hands them on."""
 _PIECE_BYTES = 4 << 20
 _SHARED = "_shared"
-"""A folder beside the dataset's files, for what the driver gives single tasks."""
+"""A folder next to the dataset's files, for the driver's input to single tasks."""
 _COUNTS_AT_ONCE = 64
 
 
@@ -163,7 +173,6 @@ def prepare_on(engine: Engine, job: Job, wanted: str, folder: Path | None = None
     Raises:
         DataError: an input cannot be read or used, or the folder holds something else.
     """
-    _check_supported(job)
     if folder is not None and (current := _current(folder, wanted)) is not None:
         log.info("%s is up to date", folder)
         return current
@@ -178,20 +187,6 @@ def prepare_on(engine: Engine, job: Job, wanted: str, folder: Path | None = None
             with atomic_write(folder / file.relative_to(job.folder).as_posix()) as aside:
                 shutil.copyfile(file, aside)
     return manifest
-
-
-def _check_supported(job: Job) -> None:
-    """Refuses settings whose steps have no tasks yet."""
-    rows, method = job.data.interactions, job.data.split.method
-    for setting, is_set in {
-        "data.interactions.min_rows_per_item": rows.min_rows_per_item > 1,
-        "data.interactions.min_rows_per_user": rows.min_rows_per_user > 1,
-        "data.split.method=users": method == "users" and not job.data.refit,
-    }.items():
-        if is_set:
-            raise ConfigError(
-                f"{setting} is not prepared on a cluster; use python -m deepfm_dist.prepare"
-            )
 
 
 def _current(folder: Path, wanted: str) -> Manifest | None:
@@ -243,6 +238,7 @@ class _Driver:
         )
         read.release()
         first_user = self._users(loaded, ids)
+        loaded = self._population(loaded, len(ids.get(entity_key("item"), ())))
         partitions = Partitions(job, _no_rows, ids, side_files, time_scale, in_memory=False)
         splitter = self._splitter(loaded)
         counts = self._counts(loaded, splitter, known, partitions, first_user)
@@ -278,10 +274,10 @@ class _Driver:
 
     def _facts(self, read: Records) -> ReadFacts:
         """Checks what the readers have met; repeats their warnings."""
-        told = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
-        for _, text in _things(record for record in told if record.kind == "warnings"):
+        records = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
+        for _, text in _things(record for record in records if record.kind == "warnings"):
             log.warning("%s", text)
-        facts_of_files = _things(record for record in told if record.kind != "warnings")
+        facts_of_files = _things(record for record in records if record.kind != "warnings")
         first, *others = (facts for _, facts in facts_of_files)
         facts: ReadFacts = sum(others, first)
         facts.check(self._job)
@@ -314,21 +310,51 @@ class _Driver:
         ids |= {entity_key("user"): in_order} | others
         return np.cumsum(n_users)
 
+    def _population(self, loaded: Records, n_items: int) -> Records:
+        """Partitions of those who take part, where that is not everyone."""
+        job, known = self._job, Population()
+        with_users = loaded.only("part", "users")
+
+        def items() -> Int64Array:
+            task = partial(_count_items, self._task_job, self._engine.share(known))
+            return _summed(with_users.map(task).collect(), n_items)
+
+        if drops_items(job):
+            known = replace(known, item_rows=items())
+        if holds_out_users(job):
+            task = partial(_user_keys, self._task_job, self._engine.share(known))
+            count = self._counting(self._keep(with_users.map(task)))
+            n_users = int(count(FIRST_DIGIT).sum())
+            check_some_are_trained(job, n_users)
+            bounds = split_bounds(job.data.split, n_users, count, n_keys=1)
+            known = replace(known, bounds=bounds)
+            known = replace(known, trained_rows=items())
+        if not (drops_items(job) or drops_users(job) or holds_out_users(job)):
+            return loaded
+        task = partial(_select, self._task_job, self._engine.share(known))
+        selected = self._keep(with_users.map(task))
+        for _, dropped in _things(selected.only("dropped").stream()):
+            job.dropped.update(dropped)
+        loaded.release()
+        return selected
+
+    def _counting(self, keys: Records) -> Callable[[Digit], Int64Array]:
+        """Sums `Digit.counts` over ``keys``."""
+
+        @cache
+        def count(digit: Digit) -> Int64Array:
+            task = partial(_count_digits, digit)
+            return _summed(keys.map(task).collect(), DIGITS)
+
+        return count
+
     def _splitter(self, loaded: Records) -> Splitter:
         splitter = Splitter(self._job)
         if not splitter.has_bounds:
             return splitter
-        keys = loaded.only("keys")
-
-        @cache
-        def count(digit: Digit) -> Int64Array:
-            found = np.zeros(DIGITS, np.int64)
-            for _, (digits, counts) in _things(keys.map(partial(_count_digits, digit)).collect()):
-                found[digits] += counts
-            return found
-
-        n = int(count(FIRST_DIGIT).sum())
-        return splitter.with_bounds(n, count)
+        keys = self._keep(loaded.only("part").map(partial(_split_keys, self._task_job)))
+        count = self._counting(keys)
+        return splitter.with_bounds(int(count(FIRST_DIGIT).sum()), count)
 
     def _counts(
         self,
@@ -446,6 +472,14 @@ class _UserSlice:
             negative_user=self.negative_user,
             trained=plan.trained | {"user": self.trained},
         )
+
+
+def _summed(records: Iterable[Record], n: int) -> Int64Array:
+    """``[n]``: sums of what `_sparse` gives."""
+    found = np.zeros(n, np.int64)
+    for _, (codes, counts) in _things(records):
+        found[codes] += counts
+    return found
 
 
 def _users_file(folder: Path, p: int) -> Path:
@@ -628,9 +662,8 @@ def _load(
     time_scale: int,
     records: Iterator[Record],
 ) -> Iterator[Record]:
-    """``rows`` of a partition -> its ``part``, its ``users`` and the ``keys`` of its open rows."""
+    """``rows`` of a partition -> its ``part`` and its ``users``."""
     job, known, user = job_of().for_task(), known_of(), entity_key("user")
-    splitter = Splitter(job)
     for p, things in groupby(_things(records), lambda thing: thing[0].key):
         coded = [value for _, value in things]
         of_users: list[dict[str, Codes]] = [{user: Codes()} for _ in coded]
@@ -657,17 +690,71 @@ def _load(
         part = partitions.load(p)
         yield from _records("part", p, part)
         yield from _records("users", p, ids[user])
-        if splitter.has_bounds:
-            yield from _records("keys", p, splitter.keyed(part))
+
+
+def _with_users(records: Iterator[Record]) -> Iterator[tuple[int, PartitionRows, pa.Array]]:
+    """Partitions with the ids of their users, which `_load` gives one after the other."""
+    part = None
+    for record, value in _things(records):
+        if record.kind == "part":
+            part = value
+        elif part is not None:
+            yield record.key, part, value
+
+
+@_reporting
+def _count_items(
+    job_of: Callable[[], Job], known_of: Callable[[], Population], records: Iterator[Record]
+) -> Iterator[Record]:
+    """``part`` and ``users`` -> how often each item comes, in training if that is known."""
+    for p, part, users in _with_users(records):
+        part, user_parts = known_of().select(job_of().for_task(), part, hash_texts(users))
+        n_items = int(part["item"].max(initial=-1)) + 1
+        yield from _records("items", p, _sparse(item_counts(part, n_items, user_parts)))
+
+
+@_reporting
+def _user_keys(
+    job_of: Callable[[], Job], known_of: Callable[[], Population], records: Iterator[Record]
+) -> Iterator[Record]:
+    """``part`` and ``users`` -> the ``keys`` by which users are held out."""
+    for p, part, users in _with_users(records):
+        job, hashes = job_of().for_task(), hash_texts(users)
+        part, _ = known_of().select(job, part, hashes)
+        yield from _records("keys", p, (UserKeys.of_partition(job, part, hashes).keys,))
+
+
+@_reporting
+def _select(
+    job_of: Callable[[], Job], known_of: Callable[[], Population], records: Iterator[Record]
+) -> Iterator[Record]:
+    """``part`` and ``users`` -> the ``part`` that stays, and what was ``dropped``."""
+    for p, part, users in _with_users(records):
+        job = job_of().for_task()
+        part, _ = known_of().select(job, part, hash_texts(users))
+        yield from _records("part", p, part)
+        yield from _records("dropped", p, job.dropped)
+
+
+@_reporting
+def _split_keys(job_of: Callable[[], Job], records: Iterator[Record]) -> Iterator[Record]:
+    """``part`` -> the ``keys`` of its open rows."""
+    splitter = Splitter(job_of().for_task())
+    for record, part in _things(records):
+        yield from _records("keys", record.key, splitter.keyed(part))
+
+
+def _sparse(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Places of what is not 0, and it."""
+    there = np.flatnonzero(counts)
+    return there, counts[there]
 
 
 @_reporting
 def _count_digits(digit: Digit, records: Iterator[Record]) -> Iterator[Record]:
     """``keys`` -> histograms of their next digits, without what is 0."""
     for record, keyed in _things(records):
-        counts = digit.counts(keyed)
-        there = np.flatnonzero(counts)
-        yield from _records("digits", record.key, (there, counts[there]))
+        yield from _records("digits", record.key, _sparse(digit.counts(keyed)))
 
 
 @_reporting
@@ -684,10 +771,8 @@ def _count(
         ids = {**known.ids, **({user: part.users} if "user" in job.entities else {})}
         counts = Counts.zeros(job, *no_tables(job, ids))
         counts.add(Splitter(job, bounds), known.hashes_of, record.key, part)
-        sparse = {}
-        for name, table in [*counts.tables.items(), ("liked", counts.liked)]:
-            codes = np.flatnonzero(table)
-            sparse[name] = codes, table[codes]
+        tables = counts.tables | {"liked": counts.liked}
+        sparse = {name: _sparse(table) for name, table in tables.items()}
         counts = replace(counts, tables={}, liked=np.zeros(0, np.int64))
         yield from _records("counts", record.key, (counts, sparse, job.noted))
 

@@ -25,7 +25,7 @@ from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.preparation.job import OPEN, Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.preparation.population import drop_rare, hold_out_users
+from deepfm_dist.data.preparation.population import drop_rare, hold_out_users, holds_out_users
 from deepfm_dist.data.preparation.rules import latest_rows, words_of
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import (
@@ -41,10 +41,12 @@ from deepfm_dist.data.preparation.split import (
     splits_by_time,
 )
 from deepfm_dist.data.schema import Feature, label_of
+from deepfm_dist.data.times import USUAL
 from deepfm_dist.errors import DataError
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
+_DAY_S = 86_400
 NEARLY_ALL = 0.95
 """Share of the rows, users or items without a value from which on a field is warned of."""
 
@@ -257,6 +259,7 @@ class Counts:
         repeated: rows dropped because another one has their user and item.
         low: rows that are seen but not trained on.
         empty: training rows without a value, of each field that stands in context.
+        days: dated rows of all splits, by days since 1970 (UTC).
     """
 
     tables: dict[str, Int64Array]
@@ -270,6 +273,7 @@ class Counts:
     repeated: int = 0
     low: int = 0
     empty: Counter[str] = field(default_factory=Counter)
+    days: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def zeros(cls, job: Job, tables: dict[str, Int64Array], liked: Int64Array) -> "Counts":
@@ -333,6 +337,8 @@ class Counts:
         n = len(SPLITS)
         self.rows[p] = np.bincount(parts, minlength=n)[:n]
         self.positives[p] = np.bincount(parts[part["label"] == 1], minlength=n)[:n]
+        if "time" in part:
+            self.days.update(rows_by_day(part["time"], part.time_scale))
         if "weight" in part:
             self.weights.add(part["weight"][at].astype(np.float64))
         self.ties += splitter.ties(part, parts)
@@ -378,6 +384,7 @@ class Counts:
             repeated=sum(p.repeated for p in pieces),
             low=sum(p.low for p in pieces),
             empty=sum((p.empty for p in pieces), Counter()),
+            days=sum((p.days for p in pieces), Counter()),
         )
 
     def report(self, splitter: Splitter) -> None:
@@ -402,6 +409,15 @@ class Counts:
             )
 
 
+def rows_by_day(times: Int64Array, time_scale: int) -> dict[int, int]:
+    """How many times lie on each day since 1970 (UTC); those that are no dates do not count."""
+    first, last = (second // _DAY_S for second in USUAL)
+    days = times // (_DAY_S * time_scale)
+    counts = np.bincount(days[(days >= first) & (days <= last)] - first)
+    there = np.flatnonzero(counts)
+    return dict(zip((there + first).tolist(), counts[there].tolist(), strict=True))
+
+
 def no_tables(job: Job, ids: Mapping[str, pa.Array]) -> tuple[dict[str, Int64Array], Int64Array]:
     """Zeros for every code: `Counts.tables` and `Counts.liked`.
 
@@ -423,7 +439,7 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
         DataError: no row is left for training.
     """
     drop_rare(job, partitions)
-    if job.data.split.method == "users" and not job.data.refit:
+    if holds_out_users(job):
         hold_out_users(job, partitions)
     splitter = Splitter(job)
     if splitter.has_bounds:

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from deepfm_dist.data.jagged import Jagged, Values
-from deepfm_dist.data.manifest import SPLITS, TRAIN, input_files
-from deepfm_dist.data.preparation.counts import Counts, has_value, split_and_count
+from deepfm_dist.data.manifest import SPLITS, input_files
+from deepfm_dist.data.preparation.counts import Counts, split_and_count
 from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
 from deepfm_dist.data.preparation.job import Job, entity_key
@@ -41,7 +41,7 @@ class FieldPreview:
     entity: str
     kind: str
     distinct: int | None
-    missing: float
+    missing: float | None
     examples: tuple[str, ...]
 
 
@@ -97,24 +97,16 @@ def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> 
 
 
 def _preview(feature: Feature, partitions: Partitions, counts: Counts, fit: Fitter) -> FieldPreview:
-    n_train = int(counts.rows[:, TRAIN].sum())
-    missing, values = 0.0, None
-    if feature.name in fit.values:
-        values = fit.values[feature.name]
-        present = has_value(values)[1:]
-        missing = 1 - float(present.mean()) if len(present) else 0.0
-    elif feature.entity == "context":
-        values = partitions.load(0)[f"field {feature.name}"]
-        missing = counts.empty[feature.name] / n_train
     distinct: int | None = None
     examples: tuple[str, ...] = ()
     table = entity_key(feature.entity) if feature.names_entity else feature.table_name
     if feature.kind == "numeric":
-        distinct, examples = _numbers(values)
+        in_rows = partitions.load(0).columns.get(f"field {feature.name}")
+        distinct, examples = _numbers(fit.values.get(feature.name, in_rows))
     elif feature.history is None and table in partitions.ids:
         distinct, examples = _texts(partitions.ids[table], counts.tables[table])
     return FieldPreview(
-        feature.name, feature.entity, _kind(feature, fit), distinct, missing, examples
+        feature.name, feature.entity, _kind(feature, fit), distinct, fit.missing(feature), examples
     )
 
 

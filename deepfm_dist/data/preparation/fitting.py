@@ -21,7 +21,7 @@ from deepfm_dist.data.fields import (
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import DatasetFiles
-from deepfm_dist.data.manifest import NumericSpec
+from deepfm_dist.data.manifest import TRAIN, NumericSpec
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
@@ -162,7 +162,7 @@ class Fitter:
         return vocabularies
 
     def _fit_tables(self) -> dict[str, Vocabulary]:
-        """The vocabularies of embedding tables, but for those of histories alone."""
+        """The vocabularies of embedding tables, except those used by histories only."""
         vocabularies: dict[str, Vocabulary] = {}
         for table in table_names(self._job.data.features):
             features = [f for f in self._job.data.features if f.table_name == table and f.in_table]
@@ -324,19 +324,28 @@ class Fitter:
         n_empty = n - int(has_value(values)[1:].sum())
         report_empty(feature, n_empty, n, f"{feature.entity}s")
 
+    def missing(self, feature: Feature) -> float | None:
+        """Share of the training rows, users or items without a value; of ids and histories None."""
+        if feature.name in self.values:
+            present = has_value(self.values[feature.name])[1:]
+            return 1 - float(present.mean()) if len(present) else 0.0
+        if feature.entity == "context":
+            return self._counts.empty[feature.name] / int(self._counts.rows[:, TRAIN].sum())
+        return None
+
     def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
         """Values of some rows, the first of which counts -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
             assert not isinstance(found, Jagged)
-            told = np.flatnonzero(~np.isnan(found))
-            owners, first = np.unique(rows[told], return_index=True)
+            known = np.flatnonzero(~np.isnan(found))
+            owners, first = np.unique(rows[known], return_index=True)
             if feature.keep == "all":
                 self._job.drop(
                     f"repeated {feature.name} values of one {feature.entity}",
-                    len(told) - len(first),
+                    len(known) - len(first),
                 )
             numbers = np.full(n, np.nan)
-            numbers[owners] = found[told[first]]
+            numbers[owners] = found[known[first]]
             return numbers
         if not isinstance(found, Jagged):
             there = found >= 0

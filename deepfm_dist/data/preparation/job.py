@@ -19,7 +19,7 @@ PARTITION_BYTES = 8 << 20
 """Of input, as plain text, that one of many partitions is meant for: threads hold one each, and
 there are enough of them for all threads to end at about the same time."""
 IN_MEMORY_PARTITIONS = 4
-"""So many partitions are one, which stays in memory."""
+"""Up to this size there is a single partition, which stays in memory."""
 BUCKET_BITS = 9
 """Rows are ordered by the first bits of a hash, their bucket, before anything else. A partition has
 the rows of neighbouring buckets: the order of all rows does not depend on the partitions."""
@@ -106,7 +106,7 @@ class Job:
     def for_task(self) -> "Job":
         """The same for one task of a cluster, with nothing left out or noted yet."""
         found = replace(self, crew=Crew(), dropped=Counter(), noted=Counter())
-        vars(found)["n_partitions"] = self.n_partitions  # whatever this machine's settings are
+        vars(found)["n_partitions"] = self.n_partitions  # not this machine's
         return found
 
     @property

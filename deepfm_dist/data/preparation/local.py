@@ -30,6 +30,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from deepfm_dist.data.fields import table_names
@@ -38,6 +39,7 @@ from deepfm_dist.data.manifest import (
     FORMAT,
     SPLITS,
     Manifest,
+    Profile,
     TableSpec,
     fingerprint,
     hash_of,
@@ -61,6 +63,8 @@ from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
+_MOST_PERIODS = 400
+"""That the manifest counts rows in."""
 
 
 def prepare(
@@ -358,11 +362,30 @@ def finish(
         dropped=dict(sorted(job.dropped.items())),
         noted=dict(sorted(job.noted.items())),
         inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
+        profile=_profile(job.data, counts, fit),
         versions=versions(),
         sums=dict(sorted({**footer_sums(job.folder), **(row_sums or {})}.items())),
     )
     manifest.write(job.folder)
     return manifest
+
+
+def _profile(data: DataConfig, counts: Counts, fit: Fitter) -> Profile:
+    missing = {feature.name: fit.missing(feature) for feature in data.features}
+    shares = {name: share for name, share in missing.items() if share is not None}
+    if not counts.days:
+        return Profile(missing=shares)
+    first, last = min(counts.days), max(counts.days)
+    days_per_period = -(-(last - first + 1) // _MOST_PERIODS)
+    rows = [0] * (1 + (last - first) // days_per_period)
+    for day, count in counts.days.items():
+        rows[(day - first) // days_per_period] += count
+    return Profile(
+        first_day=str(np.datetime64(first, "D")),
+        days_per_period=days_per_period,
+        rows_by_period=tuple(rows),
+        missing=shares,
+    )
 
 
 def _tables(data: DataConfig, fit: Fitter) -> dict[str, TableSpec]:

@@ -152,8 +152,8 @@ class Partitions:
             part = replace(part, columns=part.take(rows).columns)
         if p in self._assigned:
             low_parts = None if part.low is None else self.load_array(p, "assigned low")
-            part = _assigned(part, self.load_array(p, "assigned"), low_parts)
-        part = replace(part, users=self.users(p))
+            part = part.assigned(self.load_array(p, "assigned"), low_parts)
+        part = replace(part, users=self.users(p), time_scale=self.time_scale)
         if self._in_memory:  # several rounds go over it
             self._cached = part
         return part
@@ -165,10 +165,10 @@ class Partitions:
             p: the partition.
             keep: ``[n]`` which ones.
         """
-        rows = np.flatnonzero(keep)
         if self._cached is not None:
-            self._cached = replace(self._cached, columns=self._cached.take(rows).columns)
+            self._cached = self._cached.keeping(keep)
             return
+        rows = np.flatnonzero(keep)
         if p in self._trimmed:
             rows = np.asarray(self.load_array(p, "taking part"))[rows]
         self.save_array(p, "taking part", rows)
@@ -183,7 +183,7 @@ class Partitions:
             low_parts: the same of the rows with low ratings.
         """
         if self._cached is not None:
-            self._cached = _assigned(self._cached, parts, low_parts)
+            self._cached = self._cached.assigned(parts, low_parts)
             return
         self.save_array(p, "assigned", parts)
         if low_parts is not None:
@@ -271,7 +271,7 @@ class Partitions:
         there = drawn >= 0
         there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
         users = np.repeat(members, there.sum(axis=1))
-        # The schema allows no times and no fields in the rows beside these.
+        # The schema allows no times and no other fields in the rows.
         columns = {
             "user": users,
             "item": drawn[there],
@@ -306,11 +306,3 @@ def _mapped(values: Values, code_map: Int32Array) -> Values:
     if isinstance(values, Jagged):
         return Jagged(values.offsets, code_map[values.values])
     return code_map[values]
-
-
-def _assigned(part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> PartitionRows:
-    """A partition whose rows are given to splits."""
-    low = part.low
-    if low is not None:
-        low = replace(low, columns={**low.columns, "given": np.asarray(low_parts)})
-    return replace(part, columns={**part.columns, "given": np.asarray(parts)}, low=low)

@@ -71,7 +71,7 @@ class _Queue:
     """The files of rows, from which every thread takes batches until none is left.
 
     Each thread reads a file that no other one is reading, where there is one; what it has read, it
-    codes while another thread goes on with the file.
+    codes while another thread continues with the file.
     """
 
     def __init__(self, job: Job, bar: Any) -> None:

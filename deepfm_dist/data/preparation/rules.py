@@ -3,7 +3,7 @@
 Nothing here depends on the order of files and rows, on partitions or ranks. Rows get keys, which
 are seeded hashes of their users and items or of all of their cells, and stand in the order of these
 keys before any rule looks at them; where all that a rule compares is equal, the first row counts.
-Keys that are equal by chance are told apart by the cells themselves; rows whose cells are equal,
+Keys that are equal by chance are ordered by the cells themselves; rows whose cells are equal,
 too, are interchangeable.
 """
 

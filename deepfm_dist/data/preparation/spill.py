@@ -1,7 +1,7 @@
 """Rows on their way: partitions of them, in memory or, where they are too many, on disk."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class PartitionRows:
         tied: of how many pairs a hash of the rows' cells chose the one that stays.
         short: how many users have fewer unseen items than fixed negatives are wanted.
         users: codes of all users of the partition, ascending.
+        time_scale: see `Manifest.time_scale`.
     """
 
     columns: dict[str, Any]
@@ -94,6 +95,7 @@ class PartitionRows:
     tied: int = 0
     short: int = 0
     users: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
+    time_scale: int = 1
 
     def __len__(self) -> int:
         return len(self.columns["label"])
@@ -114,6 +116,19 @@ class PartitionRows:
         if mask.all():
             return self
         return self.take(np.flatnonzero(mask))
+
+    def keeping(self, mask: npt.NDArray[np.bool_]) -> "PartitionRows":
+        """The same partition with some of its rows; those with low ratings stay."""
+        return replace(self, columns=self.take(np.flatnonzero(mask)).columns)
+
+    def assigned(
+        self, parts: npt.NDArray[np.int8], low_parts: npt.NDArray[np.int8] | None
+    ) -> "PartitionRows":
+        """The same partition with its rows, and those with low ratings, given to splits."""
+        low = self.low
+        if low is not None:
+            low = replace(low, columns={**low.columns, "given": np.asarray(low_parts)})
+        return replace(self, columns={**self.columns, "given": np.asarray(parts)}, low=low)
 
     def take(self, rows: npt.NDArray[np.integer]) -> "PartitionRows":
         """Some of the rows, in another order."""

@@ -473,7 +473,7 @@ def write_entities(
     """Writes vocabularies and the tables of users and items. First thread.
 
     Returns:
-        `TableSum.crc` of the tables, but for histories, which follow from the rows.
+        `TableSum.crc` of the tables, except histories, which follow from the rows.
     """
     (job.folder / "vocabulary").mkdir()
     (job.folder / "entities").mkdir()
@@ -550,8 +550,8 @@ def _titles(job: Job, fit: Fitter) -> pa.Array:
     fit.check_join("item", titles.file, titles.key, table[key], "titles")
     rows, texts = items.lookup(table[key]), table[titles.column].combine_chunks()
     # Of several titles the one with the least hash stays, wherever it stands.
-    told = np.flatnonzero((rows > 0) & np.asarray(texts.is_valid()))
-    order = told[np.lexsort((hash_texts(texts)[told], rows[told]))]
+    known = np.flatnonzero((rows > 0) & np.asarray(texts.is_valid()))
+    order = known[np.lexsort((hash_texts(texts)[known], rows[known]))]
     owners, first = np.unique(rows[order], return_index=True)
     place = np.full(items.rows, -1, np.int64)
     place[owners] = order[first]

@@ -136,7 +136,7 @@ def read_table(
 
 
 def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """Record batches of any size -> tables of so many rows, the last one shorter."""
+    """Record batches of any size -> tables of this many rows, the last one shorter."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)

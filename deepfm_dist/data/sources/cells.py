@@ -339,7 +339,7 @@ def _float_or_none(text: str | None) -> float | None:
 
 
 def _is_too_large(text: str) -> bool:
-    """Whether a text that is no number for `_convert` has the digits of one."""
+    """Whether a text that `_convert` rejects has the digits of a number."""
     return _float_or_none(text) is not None and any(digit in text for digit in "0123456789")
 
 

@@ -187,7 +187,7 @@ class DelimitedReader(Reader):
                 + self.source.cure("name the encoding", "encoding: utf-16", "save it as UTF-8")
             )
         if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:
-            self.encoding = "utf-8"  # whatever the suffix's usual one is
+            self.encoding = "utf-8"  # overrides the suffix's default
         header: Sequence[str] = self.layout.columns or ()
         first = self.first_row()
         if len(first) == 1 and _ID_LINE.fullmatch(first[0].strip()):
@@ -354,7 +354,7 @@ class DelimitedReader(Reader):
         )
 
     def _line_at(self, offset: int) -> int:
-        """The line that so many bytes of the text lie before, from 1."""
+        """The number of the line at this byte offset, from 1."""
         line, before = 1, b""
         stream = self._utf_8()
         while offset > 0 and (block := stream.read(min(offset, 1 << 20))):

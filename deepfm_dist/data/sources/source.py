@@ -251,7 +251,7 @@ class Source:
 
 
 def _kind_of(head: bytes) -> str:
-    """The suffix of files that begin like this; empty for text and whatever is not known."""
+    """The suffix of files that begin like this; empty for text and unknown formats."""
     if head[257:262] == b"ustar":
         return ".tar"
     if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):

@@ -90,7 +90,7 @@ def _followed(
     before: int,
     found: npt.NDArray[np.int64],
 ) -> bool:
-    """Goes on from ``found`` through a text; whether it stopped at what is not in order."""
+    """Continues from ``found`` through a text; whether it stopped at an irregularity."""
     state, opened_at, lines = found[_STATE], found[_OPENED_AT], found[_LINES]
     is_escaped = found[_IS_ESCAPED]
     for i in range(len(text)):
