@@ -21,7 +21,7 @@ from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times
 from deepfm_dist.errors import ConfigError, DataError
-from tests.data.test_encode import contents
+from tests.data.small_logs import contents
 
 FORMATS = (
     ("%d/%m/%Y", "31/01/2020"),

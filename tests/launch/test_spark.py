@@ -20,7 +20,7 @@ from deepfm_dist.data.preparation.cluster import Record, Task, prepare_on
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from deepfm_dist.storage import folder_of
-from tests.data.test_cluster import CASES, files_of, inputs  # noqa: F401  # a fixture
+from tests.data.preparation.test_cluster import CASES, files_of, inputs  # noqa: F401  # a fixture
 from tests.launch.s3 import clients_of, s3_server
 
 pytest.importorskip("pyspark", reason="pyspark is missing (requirements/launch.txt)")

@@ -24,8 +24,8 @@ from deepfm_dist.data.preparation.cluster import (
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
-from tests.data.test_content import CASES as SPLITS_AND_TASKS
-from tests.data.test_content import WITH_TIMES, log_of, write_rows
+from tests.data.preparation.test_content import CASES as SPLITS_AND_TASKS
+from tests.data.preparation.test_content import WITH_TIMES, log_of, write_rows
 
 RATED = {"file": "rows*", "user": "u", "item": "i", "time": "t", "rating": "x", "min_rating": 0.5}
 CASES: dict[str, Any] = SPLITS_AND_TASKS | {

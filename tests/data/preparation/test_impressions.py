@@ -19,7 +19,7 @@ from deepfm_dist.data.preparation import job, reading
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
-from tests.data.test_encode import contents
+from tests.data.small_logs import contents
 from tests.ranks import run_alone
 
 MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
