@@ -33,6 +33,14 @@ DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_RECORDS),
     "spark.ui.showConsoleProgress": "false",
 }
+ON_THIS_MACHINE = {
+    "spark.app.name": "deepfm prepare",
+    "spark.master": "local[*,4]",  # a task may fail three times, as on a cluster
+    "spark.ui.enabled": "false",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+}
+"""Settings of a session that spark-submit has not started."""
 
 
 class SparkRecords:
@@ -111,8 +119,7 @@ def spark_session(settings: Sequence[str]) -> Iterator[Any]:
         EnvironmentProblem: pyspark or Java is missing.
     """
     try:
-        from pyspark import SparkConf
-        from pyspark.errors import PySparkRuntimeError
+        from pyspark.errors import PySparkRuntimeError, PythonException
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise EnvironmentProblem(
@@ -121,18 +128,11 @@ def spark_session(settings: Sequence[str]) -> Iterator[Any]:
     # Nothing here becomes a pandas frame.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    given = dict(_setting(text) for text in settings)
-    conf = SparkConf()
-    for name, value in DEFAULTS.items():
-        conf.setIfMissing(name, value)
-    if conf.get("spark.master", given.get("spark.master")) is None:
-        # A task may fail three times, as on a cluster; local[*] alone tries each once.
-        conf.setAll([("spark.master", "local[*,4]"), ("spark.ui.enabled", "false")])
-        conf.setAll([("spark.driver.host", "127.0.0.1"), ("spark.driver.bindAddress", "127.0.0.1")])
-    conf.setAll(list(given.items()))
-    conf.setIfMissing("spark.app.name", "deepfm prepare")
+    # spark-submit has started Spark with its own settings, which are not to be overwritten.
+    chosen = DEFAULTS if "PYSPARK_GATEWAY_PORT" in os.environ else DEFAULTS | ON_THIS_MACHINE
+    chosen = chosen | dict(_setting(text) for text in settings)
     try:
-        session = SparkSession.builder.config(conf=conf).getOrCreate()
+        session = SparkSession.builder.config(map=chosen).getOrCreate()
     except PySparkRuntimeError as error:
         raise EnvironmentProblem(
             f"Spark does not start ({error}); it needs Java 17 or later: install it, or set "
@@ -141,6 +141,13 @@ def spark_session(settings: Sequence[str]) -> Iterator[Any]:
     session.sparkContext.setLogLevel("ERROR")
     try:
         yield session
+    except PythonException as error:
+        if "No module named 'deepfm_dist'" not in str(error):
+            raise
+        raise EnvironmentProblem(
+            "a machine of the cluster does not have this package: install deepfm-dist there, or "
+            "hand an environment to spark-submit (--archives)"
+        ) from None
     finally:
         session.stop()
 

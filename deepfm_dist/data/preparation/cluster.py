@@ -64,8 +64,15 @@ from deepfm_dist.data.preparation.rules import coded_columns
 from deepfm_dist.data.preparation.spill import PartitionRows, Spill
 from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit, split_bounds
 from deepfm_dist.data.preparation.writing import Plan, RowWriter, Written, carry
+from deepfm_dist.data.sources import InputFile
 from deepfm_dist.errors import DataError, DeepFMError
-from deepfm_dist.storage import atomic_write, delete_tree, folder_of, storage_errors_to_user
+from deepfm_dist.storage import (
+    atomic_write,
+    delete_tree,
+    folder_of,
+    is_remote,
+    storage_errors_to_user,
+)
 
 log = logging.getLogger(__name__)
 _BATCHES_AT_ONCE = 4
@@ -213,8 +220,11 @@ class _Driver:
 
     def __init__(self, engine: Engine, job: Job, wanted: str, folder: Path) -> None:
         self._engine, self._job, self._wanted = engine, job, wanted
-        self._folder, self._shared_folder = str(folder), folder / _SHARED
-        self._task_job = engine.share(job.for_task())
+        # Tasks have working folders of their own.
+        self._folder = str(folder if is_remote(folder) else folder.absolute())
+        self._shared_folder = folder / _SHARED
+        files = {name: [_absolute(f) for f in of_name] for name, of_name in job.files.items()}
+        self._task_job = engine.share(replace(job.for_task(), files=files).for_task())
         self._kept: list[Records] = []
         with atomic_write(self._shared_folder / "fingerprint") as file:
             file.write_text(wanted)
@@ -472,6 +482,10 @@ class _UserSlice:
             negative_user=self.negative_user,
             trained=plan.trained | {"user": self.trained},
         )
+
+
+def _absolute(file: InputFile) -> InputFile:
+    return file if "://" in file.path else replace(file, path=str(Path(file.path).absolute()))
 
 
 def _summed(records: Iterable[Record], n: int) -> Int64Array:
