@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +268,12 @@ EXTRA_OF = {"serve.py": "serve", "serving": "serve"}
 """Rooms that nothing but their own command imports: their extra may be imported at the top."""
 
 
+@cache
+def distributions_of_modules() -> dict[str, list[str]]:
+    """Reads every installed distribution, which takes a second."""
+    return {"upath": ["universal-pathlib"], **metadata.packages_distributions()}
+
+
 def third_party_imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Yields the distributions that a file imports, and whether as soon as it is imported."""
     tree = ast.parse(path.read_text())
@@ -276,7 +283,7 @@ def third_party_imports(path: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for inner in ast.walk(node)
     }
-    distributions = {"upath": ["universal-pathlib"], **metadata.packages_distributions()}
+    distributions = distributions_of_modules()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -313,7 +320,7 @@ def test_what_the_package_imports_is_declared() -> None:
 def test_what_tests_and_tools_import_is_in_the_requirements() -> None:
     files = ("base.txt", "dev.txt", "launch.txt")
     known = names_of(line for name in files for line in requirements(name))
-    known |= {"deepfm-dist", "tests", "benchmarks"}
+    known |= {"deepfm-dist", "tests", "benchmarks", "examples"}
     scripts = {canonicalize_name(path.stem) for path in (REPOSITORY / "benchmarks").iterdir()}
     missing = []
     for folder in ("tests", "docs", "examples", "launch", "benchmarks"):
