@@ -94,17 +94,17 @@ class RankingEvaluator:
         relevant_of_all, n_seen = _relevant(dataset.positives(split), before)
         if n_seen:
             log.info(
-                "masked, and not counted as relevant: %s seen before",
+                "%s seen in earlier splits: masked, not counted as relevant",
                 plural(n_seen, "held-out item"),
             )
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
         left_out = len(relevant_of_all) - 1 - len(self.users)
         if left_out:
-            log.info("not ranked for %s without held-out items", plural(left_out, "user"))
+            log.info("%s without held-out items: not ranked", plural(left_out, "user"))
         if n_unknown := int(relevant_of_all.lengths[0]):
             log.info(
-                "not ranked for: %s of users who are not in the user table",
+                "%s of unknown users: not ranked",
                 plural(n_unknown, "held-out item"),
             )
         self.dataset, self.catalogue = dataset, Catalogue(dataset)

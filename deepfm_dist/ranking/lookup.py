@@ -119,14 +119,15 @@ class ItemStore:
         self._share = -(-n // (size * ITEM_BLOCK)) * ITEM_BLOCK
         self.is_shared = self._per_block < n and self._share <= self._per_block
         kept = self._share if self.is_shared else min(self._per_block, n)
-        log.info(
-            "%s, %s of them in memory %s, %.1f MB of %.1f MB",
-            plural(n, "item"),
-            f"{kept:,}",
-            "of each rank" if self.is_shared else "at a time",
-            item_bytes * kept / 1e6,
-            item_bytes * n / 1e6,
-        )
+        if kept < n:
+            log.info(
+                "catalogue: %s, %s of them in memory %s, %.1f MB of %.1f MB",
+                plural(n, "item"),
+                f"{kept:,}",
+                "of each rank" if self.is_shared else "at a time",
+                item_bytes * kept / 1e6,
+                item_bytes * n / 1e6,
+            )
         self._kept: Any = None
         if self.is_shared:
             self._kept = self._my_share()

@@ -90,7 +90,7 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
         _rename_in_config(aside / "config.yaml", aside, dataset)
     if output_dir != run_dir and output_dir.exists():
         move_tree(output_dir, _numbered(output_dir, number))
-    log.info("%s: the earlier run is %s from now on", run_dir, aside)
+    log.info("%s: moved the earlier run to %s", run_dir, aside)
     return dataset
 
 
@@ -106,7 +106,7 @@ def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
         if (run_dir / name).is_file():
             (aside / name).write_bytes((run_dir / name).read_bytes())
     _rename_in_config(aside / "config.yaml", aside, config.prepared_dir)
-    text = "%s: checkpoints of steps %s are in %s from now on"
+    text = "%s: moved checkpoints of steps %s to %s"
     log.info(text, run_dir, ", ".join(map(str, steps)), aside)
 
 

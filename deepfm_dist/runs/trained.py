@@ -145,7 +145,7 @@ def open_trained(
     check_same_dataset(run.dataset, world)
     sharded = shard_for_inference(run.config, run.dataset.manifest, world)
     checkpoint.load(run.checkpoint, world, sharded)
-    log.info("%s, step %s", run.checkpoint, f"{run.state['step']:,}")
+    log.info("loaded %s, step %s", run.checkpoint, f"{run.state['step']:,}")
     return LoadedModel(
         run.config,
         run.dataset,

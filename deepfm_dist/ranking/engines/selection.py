@@ -57,8 +57,8 @@ def engine_for(
     elif device.type == "cpu":
         threads = torch.get_num_threads()
         engine = NumbaEngine(layers, threads)
-        log.info("catalogue: %s, %d thread%s", engine.name, threads, "s" * (threads > 1))
+        log.debug("catalogue: %s, %d thread%s", engine.name, threads, "s" * (threads > 1))
     else:
         engine = triton.TritonEngine(layers, precision, device)
-        log.info("catalogue: %s", engine.name)
+        log.debug("catalogue: %s", engine.name)
     return engine
