@@ -7,7 +7,7 @@ import pytest
 
 from deepfm_dist.config import Config, config_from, load_config, resolve
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest, SplitSpec
+from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
 from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.train import train
@@ -181,3 +181,78 @@ def test_a_run_says_what_was_chosen_and_keeps_it(
     assert chosen["data.history.add"] is True
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config("../../configs/sample", [*settings, "model.embedding_dim=16"]))
+
+
+def _clicks(**sections: dict[str, Any]) -> Config:
+    data = {
+        "task": "ctr",
+        "interactions": {"file": "a.csv", "label": "y"},
+        "features": [{"name": "ad"}],
+        **sections.pop("data", {}),
+    }
+    return config_from({"data": data, **sections})
+
+
+def _clicks_manifest(
+    sample: PreparedDataset, config: Config, rows: int, table_rows: int = 1000, valid: int = 100
+) -> Manifest:
+    splits = {
+        name: SplitSpec(rows=n, positives=n // 5, size_bytes=8 * n)
+        for name, n in (("train", rows), ("valid", valid), ("test", 100))
+    }
+    tables = {"ad": TableSpec(rows=table_rows, features=("ad",))}
+    update = {"data": config.data, "splits": splits, "tables": tables, "entities": {}}
+    return sample.manifest.model_copy(update=update)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size"),
+    [(5_000, 256), (131_072, 2048), (1_300_000, 8192), (40_000_000, 8192)],
+)
+def test_labelled_rows_scale_batch_rates_and_l2(
+    rows: int, batch_size: int, sample: PreparedDataset
+) -> None:
+    config = _clicks()
+    resolved, choices = resolve(config, _clicks_manifest(sample, config, rows))
+    assert (resolved.trainer.loss, resolved.monitor) == ("bce", "log_loss")
+    assert resolved.trainer.batch_size == batch_size
+    rate = 0.001 * (batch_size / 4096) ** 0.5
+    assert resolved.optimizer.dense.lr == pytest.approx(rate, rel=0.05)
+    assert resolved.optimizer.tables.lr == resolved.optimizer.dense.lr
+    assert resolved.optimizer.tables.name == "adam"
+    assert resolved.optimizer.tables.l2 == pytest.approx(500 / rows, rel=0.05)
+    assert (resolved.trainer.epochs, resolved.trainer.patience) == (20, 2)
+    assert resolved.model.dropout == 0.2
+    reasons = {choice.setting: choice.reason for choice in choices}
+    assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
+    assert reasons["optimizer.tables.l2"] == f"500 / {rows:,} training rows"
+    assert reasons["trainer.patience"] == "validations without a better log loss"
+
+
+def test_large_tables_of_labelled_rows_are_updated_in_backward(sample: PreparedDataset) -> None:
+    for config, table_rows in (
+        (_clicks(), 3_000_000),
+        (_clicks(trainer={"table_precision": "fp16"}), 1000),
+        (_clicks(sharding={"tables": {"ad": {"cached": 0.5}}}), 1000),
+    ):
+        resolved, _ = resolve(config, _clicks_manifest(sample, config, 10**6, table_rows))
+        tables = resolved.optimizer.tables
+        assert (tables.name, tables.lr, tables.l2) == ("rowwise_adagrad", 0.01, 0.0)
+
+
+def test_labelled_rows_keep_what_the_user_sets(sample: PreparedDataset) -> None:
+    config = _clicks(
+        trainer={"batch_size": 1024, "patience": None, "monitor": "auc"},
+        model={"over_arch": "examples.dcn_v2:DCNv2"},
+        optimizer={"tables": {"name": "adam", "l2": 0.0}},
+    )
+    resolved, choices = resolve(config, _clicks_manifest(sample, config, 10**6))
+    assert (resolved.trainer.batch_size, resolved.trainer.patience) == (1024, None)
+    assert resolved.optimizer.tables.l2 == 0.0
+    assert resolved.optimizer.dense.lr == 0.0005  # by the batch size that was set
+    assert "model.dropout" not in {choice.setting for choice in choices}
+    # Without validation rows, or a figure to watch, nothing stops early.
+    for config, valid in ((_clicks(), 0), (_clicks(trainer={"monitor": None}), 100)):
+        manifest = _clicks_manifest(sample, config, 10**6, valid=valid)
+        resolved, _ = resolve(config, manifest)
+        assert (resolved.trainer.patience, resolved.trainer.epochs) == (None, 10)

@@ -108,6 +108,8 @@ class TableOptimizerConfig(LearningRateConfig):
 class DenseOptimizerConfig(LearningRateConfig):
     """Optimizer of everything but the tables."""
 
+    chosen = frozenset(("lr",))
+
     name: Literal["adam", "adagrad", "sgd"] = "adam"
     """Class in torch.optim."""
     lr: float = Field(0.001, gt=0)

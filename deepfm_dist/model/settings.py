@@ -10,7 +10,7 @@ from deepfm_dist.section import Section
 class ModelConfig(Section):
     """The DeepFM."""
 
-    chosen = frozenset(("embedding_dim", "deep", "fm_pairs", "over_arch_layer_sizes"))
+    chosen = frozenset(("embedding_dim", "deep", "fm_pairs", "over_arch_layer_sizes", "dropout"))
 
     embedding_dim: int = Field(16, ge=1)
     """Length D of each field's factor vector."""
