@@ -121,7 +121,8 @@ class DeviceUse(TorchDispatchMode):
 
 def _caller() -> str:
     """The innermost function of this package on the stack, as ``model/pairs.py sides``."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(_HOME)]
+    stack = traceback.extract_stack()
+    frames = [f for f in stack if f.filename.startswith(_HOME) and f.name != "to_host"]
     if not frames:
         return "torch or torchrec"
     return f"{Path(frames[-1].filename).relative_to(_HOME)} {frames[-1].name}"
@@ -334,6 +335,16 @@ def test_batches_for_cuda_are_pinned_by_the_threads_that_make_them(
     config = load_config("sample", ["trainer.reading_threads=1", "data.on_device=false"])
     assert list(training_batches(config, sample, world).steps(1, 2)) == [None, None]
     assert [name.startswith("read_ahead") for name in threads] == [True, True]
+
+
+@pytest.mark.parametrize(("rows", "few"), [(8191, True), (8192, False)])
+def test_few_rows_per_gpu_are_warned_of(
+    sample: PreparedDataset, caplog: pytest.LogCaptureFixture, rows: int, few: bool
+) -> None:
+    config = load_config("sample", ["data.on_device=false", f"trainer.batch_size={4 * rows}"])
+    training_batches(config, sample, World(0, 4, 4, 0, CUDA, dist.HashStore()))
+    warning = f"{rows:,} rows per GPU in a step, too few to keep it busy"
+    assert any(warning in r.getMessage() for r in caplog.records) == few
 
 
 @pytest.mark.parametrize("layers", [[30, 20, 10], [400], [], None])

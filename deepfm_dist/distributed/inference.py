@@ -60,6 +60,4 @@ def score_rows(
         begin, end = min(block * height, n_rows), min((block + 1) * height, n_rows)
         _, logits = model(collate(begin, end).to(world.device))
         if end > begin:
-            with world.waiting():
-                here = logits[: end - begin].cpu()
-            yield begin, here.numpy()
+            yield begin, world.to_host(logits[: end - begin]).numpy()

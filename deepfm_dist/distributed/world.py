@@ -45,6 +45,11 @@ class World:
         """To be entered while the host waits for the device, and with it for all ranks."""
         return nullcontext() if self.watch is None else self.watch.waiting()
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A tensor on the CPU, once the device, and with it all ranks, have come so far."""
+        with self.waiting():
+            return tensor.cpu()
+
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that prints and writes single files."""

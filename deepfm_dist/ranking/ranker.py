@@ -193,14 +193,15 @@ class ModelRanker:
             candidates = self._candidates(groups, users, seen, max(k, self.candidates))
             best = self._update_of_candidates(groups, candidates, k)
         mine = self._merge(best, users)
-        return mine.positions.cpu().numpy(), mine.scores.cpu().numpy()
+        to_host = self._world.to_host
+        return to_host(mine.positions).numpy(), to_host(mine.scores).numpy()
 
     def scores(self, begin: int, end: int, height: int) -> npt.NDArray[np.float32]:
         """``[end - begin, I]`` logits of a chunk of users; arguments as of `prepare`. All ranks."""
         [chunk] = self.prepare([(begin, end)], height)
         users = self.engine.users(chunk.sides)
         blocks = [self.engine.scores(users, chunk.n, i) for _, i in self.items.all_blocks()]
-        return torch.cat(blocks, 1).cpu().numpy()
+        return self._world.to_host(torch.cat(blocks, 1)).numpy()
 
     def item_vectors(self) -> Tensor:
         """``[I, D]`` each item's sum of factor vectors, which users' sums are multiplied with."""
@@ -213,7 +214,7 @@ class ModelRanker:
             ConfigError: faiss is missing or cannot make it.
         """
         points = [
-            torch.cat([side.factor_sum, side.constant[:, None]], 1).cpu()
+            self._world.to_host(torch.cat([side.factor_sum, side.constant[:, None]], 1))
             for _, side in self.items.sides()
         ]
         return NearestItems(torch.cat(points)[: len(self)].numpy(), kind, probes)
@@ -237,18 +238,21 @@ class ModelRanker:
 
     def _from_all_ranks(self, chunk: UserChunk, seen: Jagged) -> list[Group]:
         """All ranks' users, brought here for this rank's share of the items."""
-        gather, height = self._world.all_gather_tensor, chunk.height
+        world, height = self._world, chunk.height
+        gather = world.all_gather_tensor
         mine = Side(*map(torch.cat, zip(*(s.tensors for s in chunk.sides), strict=True)))
         columns = [gather(_with_rows(t, height)).split(height) for t in mine.tensors]
         lengths = gather(_with_rows(torch.from_numpy(seen.lengths), height)).split(height)
-        counts, totals = gather(torch.tensor([[chunk.n, len(seen.values)]])).T.tolist()
+        sizes = gather(torch.tensor([[chunk.n, len(seen.values)]]))
+        counts, totals = world.to_host(sizes).T.tolist()
         longest = max(1, *totals)
         values = gather(_with_rows(torch.from_numpy(seen.values), longest)).split(longest)
         groups = []
         for rank, (count, total) in enumerate(zip(counts, totals, strict=True)):
             users = self.engine.users([Side(*(column[rank] for column in columns))])
-            offsets = offsets_of(lengths[rank][:count].cpu().numpy())
-            groups.append((users, count, Jagged(offsets, values[rank][:total].cpu().numpy())))
+            offsets = offsets_of(world.to_host(lengths[rank][:count]).numpy())
+            masked = world.to_host(values[rank][:total]).numpy()
+            groups.append((users, count, Jagged(offsets, masked)))
         return groups
 
     def _update(self, groups: list[Group], k: int, deep: bool = True) -> list[Best]:

@@ -53,11 +53,11 @@ class TrainingFigures:
             rows = [(nothing, nothing, nothing)]
         # Sums of each step by itself, added in their order: what a run is in all must not depend on
         # where its windows end, that is, where it was stopped and went on.
-        step_sums = world.sum(torch.stack([_sums(*values) for values in rows])).cpu()
+        step_sums = world.to_host(world.sum(torch.stack([_sums(*values) for values in rows])))
         for sums in step_sums:
             self.lifetime += sums
         counts = _histogram(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
-        negative, positive = world.sum(counts).cpu().numpy().T
+        negative, positive = world.to_host(world.sum(counts)).numpy().T
         area = AreaUnderCurve()
         area.add(
             Tally(np.zeros(_BINS, np.int64), np.arange(_BINS, dtype=np.float32), positive, negative)

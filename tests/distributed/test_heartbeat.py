@@ -128,8 +128,14 @@ def _watched_calls() -> list[bool]:
         world.all_gather_object(2)
         world.gather_object(3)
         world.barrier()
+
+        class OnDevice:
+            def cpu(self) -> None:
+                seen.append(found._since is not None)
+
+        world.to_host(OnDevice())  # type: ignore[arg-type]
         return [*seen, found._since is None]
 
 
 def test_exchanges_of_validation_and_saving_are_watched() -> None:
-    assert run_ranks(_watched_calls, 2) == [[True] * 5] * 2
+    assert run_ranks(_watched_calls, 2) == [[True] * 6] * 2

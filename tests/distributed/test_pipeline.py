@@ -21,7 +21,7 @@ from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.model import deepfm
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
-from tests.distributed.test_distributed import SMALL, config_of
+from tests.distributed.test_distributed import COPIES, SMALL, config_of
 from tests.ranks import run_alone, run_ranks
 
 POISONED = 7
@@ -161,6 +161,22 @@ def test_a_skipped_step_leaves_no_trace_in_weights_and_optimizers(
         assert any("running_mean" in name for name in found)
         for name, value in expected.items():
             assert np.array_equal(found[name], value), name
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_skipped_step_leaves_no_trace_in_copies_of_tables(
+    sample: PreparedDataset, optimizer: str
+) -> None:
+    """At two ranks, which each have all of the tables."""
+    config = config_of(
+        *SMALL, COPIES, "trainer.batch_size=999", f"optimizer.tables.name={optimizer}"
+    )
+    expected = run_ranks(trained, 2, sample.folder, config, None, False)
+    for device_decides in (False, True):
+        found = run_ranks(trained, 2, sample.folder, config, "weights", device_decides)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
 
 
 # Operations that launch nothing on a GPU: another view of the same memory, or a question.

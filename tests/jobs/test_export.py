@@ -91,10 +91,11 @@ def scored_by_predict(home: Path, rows: Path, *settings: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run of two ranks on the sample, its tables cut by rows; and the settings that find it."""
+    """A run of two ranks on the sample, a table of each kind; and the settings that find it."""
     home = tmp_path_factory.mktemp("trained")
     where = [f"run.runs_root={home / 'runs'}", f"run.prepared_root={home / 'prepared'}"]
-    how = ["sharding.kind=row_wise", "model.init_std=0.3"]
+    kinds = "user: {kind: row_wise}, item: {kind: table_wise}, genre: {kind: replicated}"
+    how = [f"sharding.tables={{{kinds}}}", "model.init_std=0.3"]
     run_ranks(train.main, 2, ["--quiet", *where, *how, "trainer.max_steps=40"])
     return home, where
 
