@@ -77,7 +77,7 @@ def build_model(
             dropout=config.dropout,
             batch_norm=config.batch_norm,
             init=config.over_arch_init,
-            all_reduce=world.differentiable_sum,
+            gather=world.differentiable_gather,
         )
     elif config.deep:
         over_arch = partial(_custom_over_arch, config)

@@ -61,11 +61,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def differentiable_sum(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over the ranks; gradients are summed on the way back. All ranks."""
-        summed: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
-        return summed
-
     def differentiable_gather(self, tensor: Tensor) -> Tensor:
         """Joins the ranks' tensors of one shape by rank, ``[n, ...]`` -> ``[ranks * n, ...]``.
 
@@ -197,24 +192,8 @@ class World:
             lock.release()
 
 
-# torch.distributed.nn.functional gives the same values and gradients for both, but has deprecated
-# them in favour of a private module.
-class _Sum(torch.autograd.Function):
-    """An all-reduce whose gradient is an all-reduce: each rank's input reaches each rank's loss."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        summed = tensor.clone()
-        dist.all_reduce(summed)
-        return summed
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        summed = gradients[0].clone()
-        dist.all_reduce(summed)
-        return summed
-
-
+# torch.distributed.nn.functional gives the same values and gradients, but has deprecated this in
+# favour of a private module.
 class _Gather(torch.autograd.Function):
     """An all-gather whose gradient adds up what each rank's loss says of this rank's input."""
 

@@ -24,7 +24,7 @@ from torchrec import (
 )
 
 from deepfm_dist.model import kernels
-from deepfm_dist.model.norm import GlobalBatchNorm, Sum
+from deepfm_dist.model.norm import Gather, GlobalBatchNorm
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # nothing needs what a linear layer gave once more
@@ -305,7 +305,7 @@ class OverArch(nn.Module):
             the mean that is subtracted takes it away, and Adam would follow the rounding error
             that is its whole gradient, on every number of ranks another way.
         init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
-        all_reduce: sums a tensor over the ranks, differentiably; for batch norm.
+        gather: joins the ranks' tensors, differentiably; for batch norm.
     """
 
     def __init__(
@@ -316,14 +316,14 @@ class OverArch(nn.Module):
         dropout: float = 0.0,
         batch_norm: bool = False,
         init: str = "uniform",
-        all_reduce: Sum | None = None,
+        gather: Gather | None = None,
     ) -> None:
         super().__init__()
         sizes = [in_features, *layer_sizes]
         pairs = list(itertools.pairwise(sizes))
         self.hidden = nn.ModuleList(nn.Linear(a, b, bias=not batch_norm) for a, b in pairs)
         self.norms = nn.ModuleList(
-            GlobalBatchNorm(b, all_reduce) if batch_norm else nn.Identity() for _, b in pairs
+            GlobalBatchNorm(b, gather) if batch_norm else nn.Identity() for _, b in pairs
         )
         self.activation = _ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Sum = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks; gradients flow back through it the same way."""
+Gather = Callable[[Tensor], Tensor]
+"""Joins all ranks' ``[n, ...]`` by rank, ``[ranks * n, ...]``, differentiably."""
 
 
 class GlobalBatchNorm(nn.Module):
@@ -17,11 +17,13 @@ class GlobalBatchNorm(nn.Module):
 
     Args:
         num_features: C.
-        all_reduce: sums a tensor over all ranks, differentiably; default: this process alone.
+        gather: joins the ranks' statistics, once in a forward pass; default: this process alone.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics.
 
     Source: Ioffe, Szegedy, "Batch Normalization", 2015; running variance unbiased, as PyTorch's.
+    Ranks' statistics are joined as in Chan et al., "Updating formulae and a pairwise algorithm for
+    computing sample variances", 1979.
     """
 
     running_mean: Tensor
@@ -30,7 +32,7 @@ class GlobalBatchNorm(nn.Module):
     def __init__(
         self,
         num_features: int,
-        all_reduce: Sum | None = None,
+        gather: Gather | None = None,
         eps: float = 1e-5,
         momentum: float = 0.1,
     ) -> None:
@@ -39,7 +41,7 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
-        self.all_reduce = all_reduce or (lambda tensor: tensor)
+        self.gather = gather or (lambda tensor: tensor)
         self.eps, self.momentum = eps, momentum
 
     def forward(self, x_BC: Tensor, weights_B: Tensor | None = None) -> Tensor:
@@ -56,11 +58,17 @@ class GlobalBatchNorm(nn.Module):
             return self._normalize(x_BC, self.running_mean, self.running_var)
         w_B1 = torch.ones_like(x_BC[:, :1]) if weights_B is None else weights_B[:, None]
         # The mean first, then the squares around it: one pass of sums would cancel.
-        sums = self.all_reduce(torch.cat([(w_B1 * x_BC).sum(0), w_B1.sum(0)]))
-        is_any = sums[-1] > 0  # the last part of a split batch may be padding alone
-        total = sums[-1].detach().where(is_any, 1.0)
-        mean = (sums[:-1] / total).where(is_any, self.running_mean)
-        squares = self.all_reduce((w_B1 * (x_BC - mean).square()).sum(0))
+        weight, sums = w_B1.sum(0), (w_B1 * x_BC).sum(0)
+        squares = (w_B1 * (x_BC - _quotient(sums, weight)).square()).sum(0)
+        of_ranks_RS = self.gather(torch.cat([sums, squares, weight])[None])
+        sums_RC, squares_RC, weights_R1 = of_ranks_RS.split([len(sums), len(sums), 1], 1)
+        total = weights_R1.detach().sum(0)
+        is_any = total > 0  # the last part of a split batch may be padding alone
+        total = total.where(is_any, 1.0)
+        mean = (sums_RC.sum(0) / total).where(is_any, self.running_mean)
+        # Of each rank around the common mean, from those around its own.
+        off_RC = _quotient(sums_RC, weights_R1) - mean
+        squares = (squares_RC + weights_R1 * off_RC.square()).sum(0)
         var = (squares / total).where(is_any, self.running_var)
         with torch.no_grad():
             unbiased = var * (total / (total - 1).clamp(min=1))
@@ -70,3 +78,8 @@ class GlobalBatchNorm(nn.Module):
 
     def _normalize(self, x_BC: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+def _quotient(sums: Tensor, weights: Tensor) -> Tensor:
+    """``sums / weights``; where there is no weight, the sums, which are 0."""
+    return sums / weights.detach().where(weights > 0, 1.0)

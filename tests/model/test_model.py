@@ -237,7 +237,7 @@ def test_batch_norm_of_padding_alone_takes_the_running_statistics_and_leaves_the
 
 def _norm_on_a_rank(x: Tensor) -> tuple[Tensor, ...]:
     with process_group("cpu") as world:
-        norm = GlobalBatchNorm(3, world.differentiable_sum)
+        norm = GlobalBatchNorm(3, world.differentiable_gather)
         mine = x.chunk(world.world_size)[world.rank].clone().requires_grad_()
         out = norm(mine)
         (out**3).sum().backward()
