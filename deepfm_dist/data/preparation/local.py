@@ -99,12 +99,12 @@ def prepare(
         DataError: an input cannot be read or used, or the folder cannot be written.
     """
     remove_leftovers(folder)
-    if (given := _given(data, folder)) is not None:
+    if (given := _from_another_tool(data, folder)) is not None:
         return given
     files = input_files(data, root)
-    earlier = _earlier(data, folder) if data.vocabulary_from else None
+    earlier = _manifest_to_grow_from(data, folder) if data.vocabulary_from else None
     wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
-    if (current := _current(folder, wanted)) is not None:
+    if (current := _up_to_date(folder, wanted)) is not None:
         log.info("%s is up to date", folder)
         return current
     started, data = time.perf_counter(), detect_lists(data, files)
@@ -117,7 +117,7 @@ def prepare(
         job.spill("").mkdir()
         manifest = (build or partial(_build_by_threads, threads))(job, wanted)
         if folder.exists():  # a deletion takes time, in which it would look whole
-            kept = _kept(folder, manifest, before_replacing)
+            kept = _where_to_keep(folder, manifest, before_replacing)
             folder.rename(kept or aside / "before")
         job.folder.rename(folder)
     except OSError as error:
@@ -135,7 +135,7 @@ def _build_by_threads(threads: int | None, job: Job, wanted: str) -> Manifest:
     )
 
 
-def _kept(
+def _where_to_keep(
     folder: Path, new: Manifest, before_replacing: Callable[[Manifest, Manifest], Path | None]
 ) -> Path | None:
     """Where to keep the dataset that a folder holds; None: it can be deleted."""
@@ -146,7 +146,7 @@ def _kept(
     return before_replacing(old, new)
 
 
-def _given(data: DataConfig, folder: Path) -> Manifest | None:
+def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
     """The manifest, where the folder holds what another tool has prepared."""
     if not (folder / "manifest.json").is_file():
         return None
@@ -168,7 +168,7 @@ def _given(data: DataConfig, folder: Path) -> Manifest | None:
     return manifest
 
 
-def _earlier(data: DataConfig, folder: Path) -> Manifest:
+def _manifest_to_grow_from(data: DataConfig, folder: Path) -> Manifest:
     """The manifest of the dataset whose rows and statistics are to stay in force."""
     assert data.vocabulary_from is not None
     option, before = f"data.vocabulary_from={data.vocabulary_from}", Path(data.vocabulary_from)
@@ -233,7 +233,7 @@ def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> 
     return data.model_copy(update={"features": tuple(features)})
 
 
-def _current(folder: Path, wanted: str) -> Manifest | None:
+def _up_to_date(folder: Path, wanted: str) -> Manifest | None:
     """The manifest, where the folder holds the dataset that is wanted."""
     if (folder / "manifest.json").is_file():
         try:

@@ -137,6 +137,31 @@ def test_bounds_equal_a_sort_whatever_the_keys_and_ranks(
     assert found.tolist() == expected.tolist()
 
 
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=60),
+    st.sampled_from([0.0, 0.1, 0.34, 0.45]),
+    st.sampled_from([0.0, 0.2]),
+)
+def test_rows_whose_keys_collide_with_the_bound_stay_together(
+    keys: list[int], test: float, valid: float
+) -> None:
+    """Keys of 3 bits: as few rows as possible are held out so that none is torn from its equals."""
+    n, array = len(keys), np.array(keys, np.int64)
+    split = Split(method="random", valid=valid, test=test)
+    bounds = split_bounds(split, n, lambda digit: digit.counts((array,)), 1)
+    parts = split_at_bounds((array,), bounds)
+    n_test, n_valid = round(n * test), round(n * valid)
+    for held_out, wanted in (
+        (parts == 2, n_test),
+        (parts >= 1, n_test + n_valid),
+    ):
+        if not wanted:
+            assert not held_out.any()
+            continue
+        bound = sorted(keys)[n - wanted]  # the key of the wanted-th row from the top
+        assert (held_out == (array >= bound)).all()
+
+
 def in_step(ranks: int, work: Callable[..., object]) -> list[object]:
     """Calls ``work(rank, add_up)`` in as many threads, whose sums are of all."""
     barrier, said = threading.Barrier(ranks), [np.zeros(0)] * ranks
