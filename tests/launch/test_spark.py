@@ -67,7 +67,7 @@ def session(script: ModuleType, s3: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "PARTITION_BYTES", 12_000)
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3_000)
 
 
 @pytest.mark.parametrize("case", CASES)
