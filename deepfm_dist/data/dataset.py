@@ -243,9 +243,9 @@ class PreparedDataset:
                 yield change([Jagged.from_arrow(table[column]) for column in columns])
 
         parts = "-".join((entity, *columns, change.__name__))
-        found = mapped(self.folder / "mapped" / parts, pieces)
+        bags = mapped(self.folder / "mapped" / parts, pieces)
         self.files.check_current()
-        return found
+        return bags
 
     def _values_mapped_if_large(self, entity: str, column: str) -> Values:
         """A plain column of an entity table; see `_mapped_if_large`."""
@@ -258,9 +258,9 @@ class PreparedDataset:
             for g in range(len(rows)):
                 yield self.read_group(name, g, [column])[column].to_numpy()
 
-        found = mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
+        bags = mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
         self.files.check_current()
-        return found
+        return bags
 
     def group_rows(self, name: str) -> list[int]:
         """Rows of each row group of a file."""

@@ -239,8 +239,8 @@ def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
         numbers = texts.cast(pa.float64())
     except pa.ArrowInvalid:
         numbers = pa.array([_number(text) for text in texts], pa.float64())
-    found: npt.NDArray[np.float64] = numbers.to_numpy(zero_copy_only=False)
-    return found
+    result: npt.NDArray[np.float64] = numbers.to_numpy(zero_copy_only=False)
+    return result
 
 
 def _number(text: pa.Scalar) -> float | None:
@@ -287,8 +287,8 @@ def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> npt.NDArr
     for word in feature.missing:
         with suppress(ValueError):  # words that are no numbers were missing from the start
             numbers = np.where(numbers == float(word), np.nan, numbers)
-    found: npt.NDArray[np.float64] = numbers
-    return found
+    result: npt.NDArray[np.float64] = numbers
+    return result
 
 
 def transformed(
@@ -308,8 +308,8 @@ def transformed(
         ``[n]`` float32; for buckets int32.
     """
     if feature.transform == "bucket":  # in float32, as they were counted
-        bounds, found = np.array(spec.boundaries, np.float32), numbers.astype(np.float32)
-        rows = 1 + np.searchsorted(bounds, found, side="right")
+        bounds, numbers32 = np.array(spec.boundaries, np.float32), numbers.astype(np.float32)
+        rows = 1 + np.searchsorted(bounds, numbers32, side="right")
         return np.where(np.isnan(numbers), 0, rows).astype(np.int32)
     if feature.transform == "log":
         numbers = _log(numbers)
@@ -319,8 +319,8 @@ def transformed(
 
 
 def _log(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    found: npt.NDArray[np.float64] = np.sign(numbers) * np.log1p(np.abs(numbers))
-    return found
+    result: npt.NDArray[np.float64] = np.sign(numbers) * np.log1p(np.abs(numbers))
+    return result
 
 
 @dataclass

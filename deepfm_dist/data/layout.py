@@ -124,8 +124,8 @@ class DatasetFiles:
         manifest = self._manifest
         for feature in manifest.categorical:
             table = feature.table_name
-            found, wanted = self._rows_of(table), self._rows_for(feature)
-            self.agree("manifest.json", f"rows of the table {table}", found, wanted)
+            stored, wanted = self._rows_of(table), self._rows_for(feature)
+            self.agree("manifest.json", f"rows of the table {table}", stored, wanted)
         for table in manifest.vocabularies:
             name = f"vocabulary/{table}.parquet"
             self.agree(name, "rows", self._height(name), self._rows_of(table))
@@ -187,14 +187,14 @@ class DatasetFiles:
         for split in SPLITS:
             self._check_split(split)
 
-    def agree(self, name: str, what: str, found: int, wanted: int) -> None:
+    def agree(self, name: str, what: str, stored: int, wanted: int) -> None:
         """Compares a number with the manifest's.
 
         Raises:
             DataError: they differ.
         """
-        if found != wanted:
-            raise self.wrong(name, f"{found:,} {what}, where the manifest says {wanted:,}")
+        if stored != wanted:
+            raise self.wrong(name, f"{stored:,} {what}, where the manifest says {wanted:,}")
 
     def _rows_of(self, table: str) -> int:
         tables = self._manifest.tables
@@ -290,9 +290,9 @@ class DatasetFiles:
             with self.open(name) as file:
                 schema = file.schema_arrow
                 for column, (kind, *_) in columns.items():
-                    found = schema.field(column).type if column in schema.names else "missing"
-                    if found != kind:
-                        raise self.wrong(name, f"the column {column} is {found}, not {kind}")
+                    kind_stored = schema.field(column).type if column in schema.names else "missing"
+                    if kind_stored != kind:
+                        raise self.wrong(name, f"the column {column} is {kind_stored}, not {kind}")
                 names = [column for column, (kind, *_) in columns.items() if kind != pa.string()]
                 for g in range(file.num_row_groups):
                     table = self.check(name, file.read_row_group(g, names))
@@ -314,10 +314,10 @@ class DatasetFiles:
 def _identity(folder: Path) -> tuple[int, ...] | None:
     """Of the manifest that lies in a folder; None: there is none."""
     try:
-        found = (folder / "manifest.json").stat()
+        status = (folder / "manifest.json").stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def signed_table(table: pa.Table, path: Path, total: int = 0) -> pa.Table:

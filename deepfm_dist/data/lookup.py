@@ -77,20 +77,20 @@ class RowEncoder:
 
     def encode(self, table: pa.Table) -> Rows:
         """Encodes a table that has `columns`."""
-        found: dict[str, np.ndarray] = {}
+        entity_rows: dict[str, np.ndarray] = {}
         for name, (_, ids) in self._entities.items():
             place = pc.index_in(table[name], value_set=ids).fill_null(-1)
-            found[name] = place.to_numpy().astype(np.int32) + np.int32(1)
-            self._unseen[name].add(table[name], found[name] > 0)
+            entity_rows[name] = place.to_numpy().astype(np.int32) + np.int32(1)
+            self._unseen[name].add(table[name], entity_rows[name] > 0)
         context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
-        return Rows(found.get("user"), found.get("item"), None, context, table.num_rows)
+        return Rows(entity_rows.get("user"), entity_rows.get("item"), None, context, table.num_rows)
 
     def unseen(self) -> list[str]:
         """What to say of the values encoded so far that training never saw, field by field."""
         known = {name: ids for name, (_, ids) in self._entities.items()}
         known |= {name: vocabulary.ids for name, vocabulary in self._vocabularies.items()}
-        found = [unseen.report(known[name]) for name, unseen in self._unseen.items()]
-        return [text for text in found if text is not None]
+        reports = [unseen.report(known[name]) for name, unseen in self._unseen.items()]
+        return [text for text in reports if text is not None]
 
     def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
         """One row of context from the configuration, for recommendations.
@@ -120,14 +120,14 @@ class RowEncoder:
             if not math.isfinite(number):
                 raise ConfigError(f"recommend.context.{feature.name}={value!r}: expected a number")
             return self._values(feature, pa.chunked_array([pa.array([number])]))
-        found = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
-        rows = found.values if isinstance(found, Jagged) else found
+        values = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
+        rows = values.values if isinstance(values, Jagged) else values
         if feature.has_vocabulary and (rows == 0).any():
             raise ConfigError(
                 f"recommend.context.{feature.name}={value!r}: never seen in training"
                 f"{self._known_instead(feature, str(value))}"
             )
-        return found
+        return values
 
     def _known_instead(self, feature: Feature, value: str) -> str:
         """A value of the training rows that may be meant."""

@@ -333,10 +333,10 @@ def hash_of(value: Any) -> str:
 
 def versions(packages: Sequence[str] = ("deepfm-dist", "numpy", "pyarrow")) -> dict[str, str]:
     """Versions of Python and of some packages, as installed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except ModuleNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions

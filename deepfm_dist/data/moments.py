@@ -41,10 +41,10 @@ class Moments:
         _add(self._sums, np.ascontiguousarray(numbers))
 
     def __add__(self, other: Self) -> Self:
-        found = type(self)()
-        found.n = self.n + other.n
-        found._sums = self._sums + other._sums
-        return found
+        total = type(self)()
+        total.n = self.n + other.n
+        total._sums = self._sums + other._sums
+        return total
 
     @property
     def mean(self) -> float:
@@ -55,8 +55,8 @@ class Moments:
     def variance(self) -> float:
         """The mean squared deviation from the mean, rounded once; 0 of no numbers."""
         n = max(self.n, 1)
-        found = self._sum(1) / n - (self._sum(0) / n) ** 2
-        return float(found) if found > 0 else 0.0
+        variance = self._sum(1) / n - (self._sum(0) / n) ** 2
+        return float(variance) if variance > 0 else 0.0
 
     def _sum(self, power: int) -> Fraction:
         total = 0

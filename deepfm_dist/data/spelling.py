@@ -127,11 +127,11 @@ def check_join(
     distinct = pc.unique(keys).drop_null()
     if isinstance(distinct, pa.ChunkedArray):
         distinct = distinct.combine_chunks()
-    found = pc.is_in(wanted, value_set=distinct)
-    n_found, n = pc.sum(found).as_py() or 0, len(wanted)
+    is_known = pc.is_in(wanted, value_set=distinct)
+    n_found, n = pc.sum(is_known).as_py() or 0, len(wanted)
     if n_found == n:
         return None
-    missing = wanted.filter(pc.invert(found))
+    missing = wanted.filter(pc.invert(is_known))
     how = difference(missing, distinct)
     if n_found == 0 and not pc.any(pc.is_in(others, value_set=distinct)).as_py():
         theirs, ours = (how.known, how.text) if how else (_least(distinct), _least(wanted))

@@ -290,17 +290,17 @@ class TimeColumn:
 
     def warnings(self) -> list[str]:
         """What is worth a warning: times far from all others, and time zones in some cells only."""
-        found = []
+        texts_shown = []
         if (text := self._outliers()) is not None:
-            found.append(text)
+            texts_shown.append(text)
         if self.zones[_LOCAL] and self.zones[_ZONED]:
             n, n_zoned = int(self.zones.sum()), int(self.zones[_ZONED])
-            found.append(
+            texts_shown.append(
                 f"the time column {self.name!r}: {n_zoned:,} of {n:,} times have a time zone; the "
                 f"others have none and are read as UTC, which puts them out of order if they are "
                 f"local times; write the zone in every cell"
             )
-        return found
+        return texts_shown
 
     def _outliers(self) -> str | None:
         """Times outside of `USUAL`, or of the unit of most numbers, where most are inside."""
@@ -352,8 +352,8 @@ def scaled(whole: Int64Array, billionths: npt.NDArray[np.int32], scale: int) -> 
     """Times as one integer each, in units of ``1 / scale``."""
     if scale == 1:
         return whole
-    found: Int64Array = whole * scale + billionths // (BILLION // scale)
-    return found
+    ticks: Int64Array = whole * scale + billionths // (BILLION // scale)
+    return ticks
 
 
 # -- cells --------------------------------------------------------------------------------------
@@ -499,8 +499,10 @@ def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.Stru
     distinct = cells.dictionary_encode()
     times = [None if text is None else read(text) for text in distinct.dictionary.to_pylist()]
     names = TIME.names
-    found = pa.array([None if t is None else dict(zip(names, t, strict=True)) for t in times], TIME)
-    return found.take(distinct.indices)
+    parsed = pa.array(
+        [None if t is None else dict(zip(names, t, strict=True)) for t in times], TIME
+    )
+    return parsed.take(distinct.indices)
 
 
 def _by_itself(text: str) -> _Time | None:
@@ -554,9 +556,9 @@ def _plain_codes(text: str) -> str:
 
 def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
     """Text by the first format that fits."""
-    found = pa.nulls(len(texts), TIME)
+    parsed = pa.nulls(len(texts), TIME)
     for name in formats:
-        left = pc.and_(found.is_null(), texts.is_valid())
+        left = pc.and_(parsed.is_null(), texts.is_valid())
         at = np.flatnonzero(np.asarray(left))
         if not len(at):
             break
@@ -566,12 +568,12 @@ def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
         else:
             read = _of_iso(some) if name == ISO else _strptime(some, name)
         if len(at) == len(texts):
-            found = read
+            parsed = read
             continue
         place = np.full(len(texts), -1)
         place[at] = np.arange(len(at))
-        found = pc.if_else(left, read.take(pa.array(place, mask=place < 0)), found)
-    return found
+        parsed = pc.if_else(left, read.take(pa.array(place, mask=place < 0)), parsed)
+    return parsed
 
 
 def _of_iso(texts: pa.Array) -> pa.StructArray:
@@ -602,13 +604,13 @@ def _strptime(texts: pa.Array, name: str) -> pa.StructArray:
     doubtful = (days <= 4) | (days >= 28) if zoned else (days >= 1) & (days <= 3)
     at = np.flatnonzero(doubtful & np.asarray(texts.is_valid()))
     counts = times.cast(pa.timestamp("s")).cast(pa.int64())
-    found = _in_seconds(counts, 1, _ZONED if zoned else _LOCAL)
+    seconds = _in_seconds(counts, 1, _ZONED if zoned else _LOCAL)
     if not len(at):
-        return found
+        return seconds
     checked = _one_by_one(texts.take(pa.array(at)), lambda text: _by_formats(text, (name,)))
     place = np.full(len(texts), -1)
     place[at] = np.arange(len(at))
-    return pc.if_else(pa.array(place >= 0), checked.take(pa.array(place, mask=place < 0)), found)
+    return pc.if_else(pa.array(place >= 0), checked.take(pa.array(place, mask=place < 0)), seconds)
 
 
 def _by_formats(text: str, formats: Sequence[str], in_utc: bool = True) -> _Time | None:

@@ -76,8 +76,8 @@ class Vocabulary:
         """Rows of external ids: ``[n]`` string -> ``[n]`` int32; unknown ones and nulls get 0."""
         if isinstance(ids, pa.ChunkedArray):
             ids = ids.combine_chunks()
-        found = pc.index_in(ids, value_set=self.ids).fill_null(-1)
-        return np.asarray(found, dtype=np.int32) + np.int32(1)
+        places = pc.index_in(ids, value_set=self.ids).fill_null(-1)
+        return np.asarray(places, dtype=np.int32) + np.int32(1)
 
     def write(self, path: Path) -> None:
         """Writes ``row, id, count`` as parquet, the out-of-vocabulary row (a null id) included."""

@@ -146,9 +146,9 @@ class _Drawn:
         seen_before = torch.searchsorted(
             self._unseen_below, negative_users * self._stride + ranks, right=True
         )
-        found = ranks + seen_before - self._begins[negative_users] + 1
+        drawn = ranks + seen_before - self._begins[negative_users] + 1
         absent = slots > free
-        return torch.where((slots > 0) & ~absent, found, items), absent
+        return torch.where((slots > 0) & ~absent, drawn, items), absent
 
 
 @dataclass
@@ -320,14 +320,14 @@ class DeviceBatches:
         for column, feature in enumerate(self._dense):
             rows, source = index[feature.entity], self._source(feature)
             assert rows is not None and isinstance(source, Tensor)
-            found = torch.where(rows >= 0, source[rows.clamp(min=0)].float(), 0.0)
-            numbers[:, : self._real, column] = found.view(steps, -1)
+            column_values = torch.where(rows >= 0, source[rows.clamp(min=0)].float(), 0.0)
+            numbers[:, : self._real, column] = column_values.view(steps, -1)
         return numbers
 
     def _source(self, feature: Feature) -> "Tensor | _Lists":
         columns = self._columns if feature.entity == "context" else self._of_entities
-        found: Tensor | _Lists = columns[feature.name]
-        return found
+        column_values: Tensor | _Lists = columns[feature.name]
+        return column_values
 
     def _padded(self, values: Tensor) -> Tensor:
         """``[steps, rows]`` -> ``[steps, height]`` by zeros."""

@@ -183,7 +183,7 @@ class Lanes:
         self, epoch: int, lane: int, low: int, high: int
     ) -> list[tuple[int, int, int, int, int]]:
         """(place, group, low, high, seed) of rows ``low`` to ``high`` of a lane's stream."""
-        found = []
+        stretches = []
         order = self._order(epoch, lane)
         ordinal = bisect_right(order.ends, low)
         while low < high:
@@ -192,10 +192,10 @@ class Lanes:
             if low < stop:
                 place = self._place(epoch, lane, ordinal)
                 self._hold(place, group)
-                found.append((place, group, low - begin, stop - begin, order.seeds[ordinal]))
+                stretches.append((place, group, low - begin, stop - begin, order.seeds[ordinal]))
             low = stop
             ordinal += 1
-        return found
+        return stretches
 
     def _order(self, epoch: int, lane: int) -> "_Order":
         key = (epoch, lane)

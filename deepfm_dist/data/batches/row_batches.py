@@ -98,33 +98,33 @@ class TrainingBatches:
         taken_rows = self.source.take(epoch, begin, end, first, last)
         return self._collated(taken_rows, epoch, float(end - begin))
 
-    def _collated(self, found: SelectedRows, epoch: int, global_weight: float) -> Batch:
-        index, columns = found.index, found.columns
+    def _collated(self, selected: SelectedRows, epoch: int, global_weight: float) -> Batch:
+        index, columns = selected.index, selected.columns
         users, labels, negative_users = (
             _picked(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
         )
         if labels is None or self.negatives is not None:  # slot 0 is the positive
-            labels = (found.slot == 0).astype(np.float32)
+            labels = (selected.slot == 0).astype(np.float32)
         items = bags = None
         if self.negatives is None or self._histories is not None:
             items = _picked(columns.get("item"), index)
         if self._histories is not None:
             assert users is not None and items is not None
-            lengths, values = self._histories.excluding_target(users, items, found.row, epoch)
+            lengths, values = self._histories.excluding_target(users, items, selected.row, epoch)
             bags = padded(lengths, self.local_batch_size, 0), values
         if self.negatives is not None:
             assert users is not None
             negative_users = users if negative_users is None else negative_users
             if items is None:  # only those that no negative takes the place of
-                positive = np.flatnonzero(found.slot == 0)
+                positive = np.flatnonzero(selected.slot == 0)
                 items = np.empty(len(index), np.int32)
                 items[positive] = _picked(columns["item"], index[positive])
-            self.negatives.put(items, found.row, found.slot, negative_users, epoch)
+            self.negatives.put(items, selected.row, selected.slot, negative_users, epoch)
         weights = _picked(columns.get("weight"), index)
         context_rows = index
         if self.negatives is not None and self.negatives.some_are_short:
             assert users is not None and items is not None and negative_users is not None
-            absent = self.negatives.absent(found.slot, negative_users)
+            absent = self.negatives.absent(selected.slot, negative_users)
             users, items = np.where(absent, ABSENT, users), np.where(absent, ABSENT, items)
             context_rows = np.where(absent, ABSENT, index)
             weights = np.where(absent, np.float32(0), 1 if weights is None else weights)

@@ -47,8 +47,8 @@ def words_of(values: Values, hashes: Hashes | None) -> Hashes:
 
 def coded_columns(job: Job) -> dict[str, str]:
     """The columns of a `PartitionRows` that hold codes, with the vocabularies of their texts."""
-    found = {name: entity_key(name) for name in job.entities}
-    return found | {f"field {f.name}": f.table_name for f in job.row_fields if f.has_vocabulary}
+    tables = {name: entity_key(name) for name in job.entities}
+    return tables | {f"field {f.name}": f.table_name for f in job.row_fields if f.has_vocabulary}
 
 
 def content_hashes(
@@ -127,12 +127,12 @@ def row_order(
 
 def _cells(part: PartitionRows, rows: Int64Array) -> list[npt.NDArray[Any]]:
     """Some rows' times and cells as numbers and codes."""
-    found = [part["time"][rows]] if "time" in part else []
+    words = [part["time"][rows]] if "time" in part else []
     for name in _content(part.columns):
         values = taken(part[name], rows)
-        found += [values.lengths] if isinstance(values, Jagged) else []
-        found.append(words_of(values, None))
-    return found
+        words += [values.lengths] if isinstance(values, Jagged) else []
+        words.append(words_of(values, None))
+    return words
 
 
 def occurrences(again: npt.NDArray[np.bool_]) -> Int64Array:
@@ -218,8 +218,8 @@ def latest_rows(
         ``[n]`` int64 row numbers, -1 where no row says anything; ``[n]`` bool, whether rows say
         different things.
     """
-    found: tuple[Int64Array, npt.NDArray[np.bool_]] = _latest_rows(entities, times, words, says, n)
-    return found
+    latest: tuple[Int64Array, npt.NDArray[np.bool_]] = _latest_rows(entities, times, words, says, n)
+    return latest
 
 
 @compiled

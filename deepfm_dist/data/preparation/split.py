@@ -85,10 +85,10 @@ def fold_in(
     n_held_out = np.clip(n_held_out, 1, np.maximum(np.diff(offsets) - 1, 1))
     ends = np.repeat(offsets[1:], np.diff(offsets))
     is_held_out = np.arange(len(users)) >= ends - np.repeat(n_held_out, np.diff(offsets))
-    found = np.full(len(users), FOLD_IN, np.int8)
+    split = np.full(len(users), FOLD_IN, np.int8)
     rows = order[is_held_out]
-    found[rows] = parts[rows]
-    return found
+    split[rows] = parts[rows]
+    return split
 
 
 def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
@@ -158,14 +158,14 @@ def split_bounds(
     """
     valid, test = held_out_shares(split)
     n_test = split.number(test, n)
-    found: list[Bound] = []
+    bounds: list[Bound] = []
     for last in (n_test + split.number(valid, n), n_test):
         bound: Bound = () if last else (np.iinfo(np.int64).max,) * n_keys
         while len(bound) < n_keys:
             key, above = _from_top(count, bound, last)
             bound, last = (*bound, key), last - above
-        found.append(bound)
-    return found[0], found[1]
+        bounds.append(bound)
+    return bounds[0], bounds[1]
 
 
 def _from_top(count: Callable[[Digit], Int64Array], bound: Bound, k: int) -> tuple[int, int]:
@@ -220,13 +220,13 @@ def splits_by_time(
     Returns:
         ``[m]`` int8.
     """
-    found = np.zeros(len(other_users), np.int8)
+    split = np.zeros(len(other_users), np.int8)
     for part in (VALID, TEST):
         begins = np.full(n_users, np.iinfo(np.int64).max)
         at = parts == part
         np.minimum.at(begins, users[at], times[at])
-        found[other_times >= begins[other_users]] = part
-    return found
+        split[other_times >= begins[other_users]] = part
+    return split
 
 
 def count_tied_users(

@@ -280,16 +280,16 @@ def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
     if not words:
         return cells
     if is_text(cells.type):
-        found = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
-        return pc.if_else(found, None, cells)
+        is_missing = pc.is_in(pc.utf8_trim_whitespace(cells), value_set=pa.array(words, cells.type))
+        return pc.if_else(is_missing, None, cells)
     if not _is_number(cells.type):
         return cells
     numbers = [n for n in map(_float_or_none, words) if n is not None]
     exact = cells.cast(pa.float64(), safe=False)
-    found = pc.is_in(exact, value_set=pa.array(numbers, pa.float64()))
+    is_missing = pc.is_in(exact, value_set=pa.array(numbers, pa.float64()))
     if any(map(math.isnan, numbers)):
-        found = pc.or_(found, pc.is_nan(exact).fill_null(False))
-    return pc.if_else(found, None, cells)
+        is_missing = pc.or_(is_missing, pc.is_nan(exact).fill_null(False))
+    return pc.if_else(is_missing, None, cells)
 
 
 def _convert(cells: pa.Array, kind: str) -> pa.Array:

@@ -51,14 +51,14 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
         ConfigError: two patterns stand for the same file, or a name is a URL, which is a matter of
             ``data.root``.
     """
-    found: dict[str, InputFile] = {}
+    by_path: dict[str, InputFile] = {}
     for name in map(_below_root, names_of(files)):
         for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
-            if (other := found.setdefault(file.path, file)) is not file:
+            if (other := by_path.setdefault(file.path, file)) is not file:
                 raise ConfigError(
                     f"{file.name}: matched by both {other.pattern} and {name}; list it once"
                 )
-    return list(found.values())
+    return list(by_path.values())
 
 
 def _below_root(name: str) -> str:
@@ -75,10 +75,10 @@ def _local(root: Path, name: str) -> list[InputFile]:
     base, pattern = root, name
     if Path(name).is_absolute():
         base, pattern = Path("/"), name.lstrip("/")
-    found = [base / pattern]
-    if _is_pattern(pattern) and not found[0].exists():
-        found = sorted(base.glob(pattern))
-    named = {str(p.relative_to(root) if p.is_relative_to(root) else p): p for p in found}
+    matches = [base / pattern]
+    if _is_pattern(pattern) and not matches[0].exists():
+        matches = sorted(base.glob(pattern))
+    named = {str(p.relative_to(root) if p.is_relative_to(root) else p): p for p in matches}
     named = {n: p for n, p in named.items() if p.exists() and not _is_hidden(n, name)}
     files = [(n, p, p.stat()) for n, p in named.items() if p.is_file()]
     if not files:
@@ -127,13 +127,13 @@ def _is_pattern(name: str) -> bool:
     return any(mark in name for mark in "*?[")
 
 
-def _is_hidden(found: str, pattern: str) -> bool:
-    """Whether a pattern has found what nobody means by it: ``_SUCCESS``, ``.part-0.crc``."""
+def _is_hidden(path: str, pattern: str) -> bool:
+    """Whether a pattern matched a hidden file it does not name: ``_SUCCESS``, ``.part-0.crc``."""
 
     def is_hidden(part: str, patterns: Sequence[str]) -> bool:
         return part[:1] in (".", "_") and not any(p[:1] == part[:1] for p in patterns)
 
-    (*folders, file), (*wanted, last) = found.split("/"), pattern.split("/")
+    (*folders, file), (*wanted, last) = path.split("/"), pattern.split("/")
     return _is_pattern(pattern) and (
         is_hidden(file, [last]) or any(is_hidden(folder, wanted) for folder in folders)
     )
@@ -155,9 +155,9 @@ def find_file(root: str | Path, files: Files, setting: str) -> str:
         DataError: there is none, or the file system cannot be reached.
         ConfigError: there are several; ``setting`` is what to name one by.
     """
-    found = find_files(root, files)
-    if len(found) > 1:
+    matches = find_files(root, files)
+    if len(matches) > 1:
         raise ConfigError(
-            f"{setting}: {label_of(files)} matches {len(found)} files; name one of them"
+            f"{setting}: {label_of(files)} matches {len(matches)} files; name one of them"
         )
-    return found[0].path
+    return matches[0].path

@@ -40,8 +40,8 @@ class JsonLinesReader(Reader):
         row = 0
         for objects in self._blocks():
             if not names or not seen.keys() >= set(names):
-                for found in objects:
-                    seen |= dict.fromkeys(found)
+                for value in objects:
+                    seen |= dict.fromkeys(value)
             if not names:
                 # A member that objects may lack can still come in a later block.
                 optional = [c.name.split(".")[0] for c in self.columns if not c.required]
@@ -125,10 +125,10 @@ class JsonLinesReader(Reader):
             for number, line in self._lines():
                 n_read += 1
                 try:
-                    found = json.loads(line.decode())
-                    if type(found) is not dict:
+                    value = json.loads(line.decode())
+                    if type(value) is not dict:
                         raise ValueError("not an object")
-                    objects.append(found)
+                    objects.append(value)
                 except (ValueError, RecursionError) as error:
                     wrong = wrong or self._bad_line(number, line, error)
                     if self.dropped is None:
@@ -153,20 +153,20 @@ class JsonLinesReader(Reader):
     def _array(self) -> _Objects:
         with self._text() as text:
             try:
-                found = json.loads(text.read().decode("utf-8-sig"))
+                array = json.loads(text.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{self.source.path}: not readable as a JSON array: {brief(error)}"
                 ) from None
-        for number, value in enumerate(found, start=1):
+        for number, value in enumerate(array, start=1):
             if not isinstance(value, dict):
                 raise DataError(
                     f"{self.source.path}: element {number} of the array, {short(value)}, is not an "
                     f"object; write one object for each row"
                 )
-        if not found:
+        if not array:
             raise EmptyFile(f"{self.source.path}: the array is empty")
-        return found
+        return array
 
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")

@@ -117,8 +117,8 @@ class Source:
         if self.packing == "zip" and len(suffixes) == 1:
             with self._zip() as archive:
                 suffixes = [s.lower() for s in Path(self._member(archive)).suffixes]
-        found = next((s for s in reversed(suffixes) if s not in PACKED), "")
-        return _OTHER_NAMES.get(found, found)
+        suffix = next((s for s in reversed(suffixes) if s not in PACKED), "")
+        return _OTHER_NAMES.get(suffix, suffix)
 
     def open(self) -> Any:
         """The file as stored, as an Arrow file.

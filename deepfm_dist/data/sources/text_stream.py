@@ -88,11 +88,11 @@ def _followed(
     delimiter: int,
     escape: int,
     before: int,
-    found: npt.NDArray[np.int64],
+    scan: npt.NDArray[np.int64],
 ) -> bool:
-    """Continues from ``found`` through a text; whether it stopped at an irregularity."""
-    state, opened_at, lines = found[_STATE], found[_OPENED_AT], found[_LINES]
-    is_escaped = found[_IS_ESCAPED]
+    """Continues from ``scan`` through a text; whether it stopped at an irregularity."""
+    state, opened_at, lines = scan[_STATE], scan[_OPENED_AT], scan[_LINES]
+    is_escaped = scan[_IS_ESCAPED]
     for i in range(len(text)):
         byte = text[i]
         if is_escaped:
@@ -108,18 +108,18 @@ def _followed(
         elif state == _QUOTE_IN_QUOTED and byte == 34:
             state = _QUOTED
         elif byte == delimiter or byte == 10 or byte == 13:
-            if state == _QUOTE_IN_QUOTED and lines > found[_MOST_LINES]:
-                found[_MOST_LINES], found[_MOST_LINES_AT] = lines, opened_at
+            if state == _QUOTE_IN_QUOTED and lines > scan[_MOST_LINES]:
+                scan[_MOST_LINES], scan[_MOST_LINES_AT] = lines, opened_at
             state = _CELL_BEGINS
         elif state == _QUOTE_IN_QUOTED:
-            found[_OPENED_AT] = opened_at
+            scan[_OPENED_AT] = opened_at
             return True
         elif state == _CELL_BEGINS and byte == 34:
             state, opened_at, lines = _QUOTED, before + i, 0
         else:
             state = _PLAIN
-    found[_STATE], found[_OPENED_AT], found[_LINES] = state, opened_at, lines
-    found[_IS_ESCAPED] = is_escaped
+    scan[_STATE], scan[_OPENED_AT], scan[_LINES] = state, opened_at, lines
+    scan[_IS_ESCAPED] = is_escaped
     return False
 
 
