@@ -375,7 +375,7 @@ class Model:
             CheckpointError: the run has another checkpoint in its place, or none.
             ConfigError: a setting is unknown or has a bad value.
         """
-        from deepfm_dist.distributed.checkpoint import digest_of, read_state
+        from deepfm_dist.distributed.checkpoint import digest_of, read_state, use_of
 
         tree = self.config.model_dump(mode="json")
         if settings:
@@ -385,7 +385,7 @@ class Model:
                 f"{self.checkpoint}: no longer the checkpoint of this model: its run was trained "
                 f"again; Model.load({str(self.config.run_dir)!r}) gives the model that is there now"
             )
-        tree["checkpoint"]["use"] = int(self.checkpoint.name.removeprefix("step_"))
+        tree["checkpoint"]["use"] = use_of(self.checkpoint)
         config = config_from(tree, origin=command)
         _ready(config)
         return config

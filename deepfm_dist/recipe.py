@@ -35,6 +35,8 @@ PRIOR_PRECISION = 500
 """1 / variance of the normal prior on the tables' elements where rows have labels."""
 MOST_ROWS_OF_ADAM = 2_000_000
 """Rows of all tables together up to which these are updated by Adam."""
+CLOSED_FORM_ITEMS = 20_000
+"""Items up to which EASE, whose time grows with their cube, is fitted."""
 _OF_THE_OVER_ARCH = (
     *("over_arch_layer_sizes", "over_arch", "over_arch_options", "over_arch_init"),
     *("activation", "dropout", "batch_norm"),
@@ -253,6 +255,7 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     )
     if draft.get("model.fm"):
         draft.choose("model.fm_pairs", "across", "pairs within an item rank nothing new")
+    _for_the_end(draft, manifest, n_items)
     dim = next((d for rows, d in ((100_000, 64), (1_000_000, 128)) if n_rows < rows), 256)
     draft.choose("model.embedding_dim", dim, plural(n_rows, "training row"))
     if draft.get("trainer.loss") == "softmax" and n_items <= WHOLE_CATALOGUE:
@@ -279,6 +282,21 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     if draft.get("optimizer.tables.name", "adam", "moves every row at every step") == "adam":
         draft.choose("optimizer.tables.lr", 0.003, "of adam on tables that begin near 0")
         draft.choose("optimizer.tables.l2", 1e-4 if dim == 64 else 3e-5, f"{dim} columns")
+
+
+def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int) -> None:
+    """Choices for what follows the training loop; see `deepfm_dist.jobs.finish`."""
+    against = None
+    if not manifest.splits["valid"].rows or draft.get("trainer.monitor") is None:
+        against = "nothing is measured on validation rows"
+    draft.choose("trainer.refit_best", against is None, against or "validation rows are known then")
+    if draft.get("model.deep") or not draft.get("model.fm"):
+        against = "for an FM without an over-arch"
+    elif manifest.item_fields_of_closed_form is None:
+        against = "no id of items and history of them with a table of its own"
+    elif n_items > CLOSED_FORM_ITEMS:
+        against = f"{plural(n_items, 'item')}: it takes too long beyond {CLOSED_FORM_ITEMS:,}"
+    draft.choose("model.linear", "none" if against else "ease", against or plural(n_items, "item"))
 
 
 def _sizes(manifest: Manifest) -> tuple[int, int, int]:

@@ -435,8 +435,14 @@ def test_every_wrong_value_is_a_sentence_about_its_setting() -> None:
     [
         ("recommend.users={a: 1}", "recommend.users: input should be text, a list or null (got {"),
         ("recommend.users=[[1]]", "recommend.users.0: input should be a valid string (got [1])"),
-        ("checkpoint.use=newest", "use: input should be auto, latest, best or a whole number"),
-        ("checkpoint.use=1.5", "use: input should be auto, latest, best or a whole number"),
+        (
+            "checkpoint.use=newest",
+            "use: input should be auto, latest, best, selected, refit or a whole number",
+        ),
+        (
+            "checkpoint.use=1.5",
+            "use: input should be auto, latest, best, selected, refit or a whole number",
+        ),
         ("tune.space={x: 5}", "space.x: input should be a section of fields or a list (got 5)"),
         ("tune.space={x: {low: 1}}", "tune.space.x.high: field required"),
         ("tune.space={x: {low: a, high: 2}}", "space.x.low: input should be a number (got 'a')"),

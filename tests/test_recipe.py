@@ -1,18 +1,25 @@
 """What the user leaves out is chosen from the data; what the user sets stays."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deepfm_dist import train as train_command
 from deepfm_dist.config import Config, config_from, load_config, resolve
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
-from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
+from deepfm_dist.storage import delete_tree
+from tests.ranks import run_ranks
 
+SAMPLE = "../../configs/sample"
+"""The bundled one: tests find their own first."""
 ROWS = {"file": "a.csv", "user": "u", "item": "i"}
 ITEM = {"name": "item", "entity": "item"}
 
@@ -26,10 +33,14 @@ def _manifest(
     sample: PreparedDataset, config: Config, users: int = 700, items: int = 400, rows: int = 30_000
 ) -> Manifest:
     """The sample's manifest with other sizes."""
+    tables: dict[str, list[str]] = {f.table_name: [] for f in config.data.features}
+    for field in config.data.features:
+        tables[field.table_name].append(field.name)
     train = SplitSpec(rows=rows, positives=rows, size_bytes=8 * rows)
     return sample.manifest.model_copy(
         update={
             "data": config.data,
+            "tables": {t: TableSpec(rows=items, features=tuple(f)) for t, f in tables.items()},
             "entities": {"user": users + 1, "item": items + 1},
             "splits": {**sample.manifest.splits, "train": train},
         }
@@ -153,11 +164,23 @@ def test_a_run_that_continues_keeps_what_was_chosen(sample: PreparedDataset) -> 
 
 
 def test_the_sample_leaves_its_recipe_open() -> None:
-    config = load_config("../../configs/sample")
+    config = load_config(SAMPLE)
     assert config.trainer.is_auto("loss")
     assert config.model.is_auto("embedding_dim")
     assert not config.model.is_auto("init_std")
-    assert load_config("../../configs/sample", ["trainer.loss=auto"]) == config
+    assert load_config(SAMPLE, ["trainer.loss=auto"]) == config
+
+
+def _chosen(config: Config, part: str) -> dict[str, str]:
+    """Settings that one of a run's checkpoints says were chosen, and why."""
+    state = read_state(find_checkpoint(config.run_dir, part))
+    return {choice.setting: choice.reason for choice in choices_in(state)}
+
+
+def _ndcg(reason: str) -> tuple[float, float]:
+    """NDCG with the closed form and without, as the reason has them."""
+    both, without = re.findall(r"0\.\d{4}", reason)[:2]
+    return float(both), float(without)
 
 
 def test_a_run_says_what_was_chosen_and_keeps_it(
@@ -165,22 +188,93 @@ def test_a_run_says_what_was_chosen_and_keeps_it(
 ) -> None:
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
     settings = [*roots, "run.loggers=[]", "model.embedding_dim=8", "evaluate.reference=null"]
-    config = load_config("../../configs/sample", [*settings, "trainer.max_steps=2"])
+    config = load_config(SAMPLE, [*settings, "trainer.max_steps=2"])
     with caplog.at_level("INFO", "deepfm_dist"):
         train(config)
     assert "chosen for this log:" in caplog.messages
     assert any("trainer.loss=softmax (items are ranked" in line for line in caplog.messages)
     saved = load_config(str(config.run_dir / "config.yaml"))
     assert not saved.trainer.is_auto("epochs")
-    # Another command with the same open settings, and a longer one, continue with what was chosen.
-    longer = load_config("../../configs/sample", [*settings, "trainer.max_steps=3"])
-    assert train(longer).state.step == 3
-    found = read_state(find_checkpoint(config.run_dir, "latest"))
-    chosen = {choice.setting: choice.value for choice in choices_in(found)}
-    assert chosen["trainer.batch_size"] == saved.trainer.batch_size
-    assert chosen["data.history.add"] is True
+    assert saved.model.linear == "ease"
+    # One checkpoint that everything reads, with what was measured on validation rows.
+    assert find_checkpoint(config.run_dir, "auto").parents[1] == config.run_dir / "refit"
+    both, without = _ndcg(_chosen(config, "selected")["model.linear"])
+    assert both > without + 0.1  # the trained part has taken two steps
+    figures = {}
+    for name in ("split=valid", "validation_known=false", "split=test"):
+        found = evaluate(load_config(SAMPLE, [*settings, f"evaluate.{name}"]))
+        assert found is not None and found.comparison is not None
+        figures[name] = {k: v["ndcg@10"] for k, v in found.comparison.figures.items()}
+        assert "model.linear</th>" in found.report.read_text()
+    assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
+    for ranking in ("model", "popularity"):
+        assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]
+    with pytest.raises(ConfigError, match=r"trained on the validation rows too"):
+        evaluate(load_config(SAMPLE, [*settings, "evaluate.split=valid", "checkpoint.use=refit"]))
+
+
+def test_a_longer_run_continues_and_what_is_missing_is_made(tmp_path: Path) -> None:
+    roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
+    settings = [
+        *roots,
+        "run.loggers=[]",
+        "model.embedding_dim=8",
+        "trainer.validate_every_epochs=1",
+    ]
+    train(load_config(SAMPLE, [*settings, "trainer.max_steps=2"]))
+    config = load_config(SAMPLE, [*settings, "trainer.max_steps=3"])
+    saved = load_config(str(config.run_dir / "config.yaml"))
+    assert train(config).state.step == 3
+    for part in ("refit", "selected"):
+        assert complete_steps(config.run_dir / part) == [3]
+    again = load_config(str(config.run_dir / "config.yaml"))
+    assert again.model == saved.model
+    assert again.trainer.epochs == saved.trainer.epochs
+    delete_tree(config.run_dir / "refit")  # as if it had been killed before the end
+    train(config)
+    assert complete_steps(config.run_dir / "refit") == [3]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
-        train(load_config("../../configs/sample", [*settings, "model.embedding_dim=16"]))
+        train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))
+
+
+def test_the_end_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        roots = [f"run.prepared_root={tmp_path / 'data'}", f"run.runs_root={tmp_path / str(size)}"]
+        settings = [*roots, "run.loggers=[]", "model.embedding_dim=8", "trainer.max_steps=2"]
+        assert run_ranks(train_command.main, size, ["--config", SAMPLE, *settings]) == [0] * size
+        config = load_config(SAMPLE, settings)
+        found.append((_chosen(config, "selected"), _chosen(config, "refit")))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["trainer.loss=bce", "model.linear=ease"], "model.linear=ease: for models that are"),
+        (["trainer.loss=bce", "trainer.refit_best=true"], "refit_best=true: for models that are"),
+        (["model={linear: ease, deep: true}", "trainer.loss=softmax"], "for a pairwise part alone"),
+        (["data.split.valid=0", "trainer.refit_best=true"], "true: there are no validation rows"),
+        (["data.history.add=false", "model.linear=ease"], "EASE needs the items' own id and a his"),
+    ],
+)
+def test_an_end_that_fits_no_model_is_refused_before_training(
+    settings: list[str], message: str, tmp_path: Path
+) -> None:
+    roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
+    with pytest.raises(ConfigError, match=message):
+        train(load_config(SAMPLE, [*roots, *settings]))
+
+
+def test_what_the_closed_form_needs_is_looked_for(sample: PreparedDataset) -> None:
+    resolved, choices = resolve(config := _config(), _manifest(sample, config, items=20_001))
+    assert resolved.model.linear == "none"
+    assert "20,001 items" in {c.setting: c.reason for c in choices}["model.linear"]
+    shared = {"name": "s", "entity": "user", "history": "item", "table": "item"}
+    config = _config(data={"features": [ITEM, shared]})
+    resolved, _ = resolve(config, _manifest(sample, config))
+    assert resolved.model.linear == "none"
+    assert resolved.trainer.refit_best
 
 
 def _clicks(**sections: dict[str, Any]) -> Config:

@@ -1,10 +1,11 @@
 """A prepared dataset, opened: its rows, vocabularies, and what describes users and items."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,11 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
 from deepfm_dist.data.manifest import SPLITS, Manifest
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
+
+_USERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,23 @@ class PreparedDataset:
         self.files.check_sizes()
         wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
         self.memory_bytes = wanted
+        self.past: tuple[str, ...] = ("train",)
+        """Splits whose positives are in `history`: see `with_validation`."""
+
+    def with_validation(self) -> Self:
+        """The same dataset at a later time, when the validation rows belong to the past.
+
+        They are then part of the users' histories, and nobody has to be taught to avoid them. What
+        was fitted to training rows, such as vocabularies and popularity, stays.
+        """
+        known = {"user", "item"} <= self.manifest.entities.keys()
+        if not (known and self.manifest.splits["valid"].positives):
+            return self
+        later = copy(self)
+        for name in ("history", "training_history"):  # what was computed of the earlier one
+            later.__dict__.pop(name, None)
+        later.past = ("train", "valid")
+        return later
 
     def row_columns(self, split: str) -> list[str]:
         """What the model and the sampler need of a split's rows."""
@@ -140,7 +161,28 @@ class PreparedDataset:
 
     @cached_property
     def history(self) -> Jagged:
-        """Each user's training items, in time order where times are known."""
+        """Each user's training items, in time order where times are known.
+
+        Of a dataset `with_validation` the items of the validation rows follow.
+        """
+        if self.past == ("train",):
+            return self._train_history
+        train, valid = self._train_history, self.positives("valid")
+        owners = np.repeat(np.arange(len(valid)), valid.lengths)
+        known = (owners > OUT_OF_VOCABULARY) & (valid.values > OUT_OF_VOCABULARY)
+        valid = Jagged.from_pairs(owners[known], valid.values[known], len(valid))
+        if 4 * len(train.values) <= self.memory_bytes:
+            return _with_new(train, valid)
+
+        def pieces() -> Iterator[Jagged]:
+            for begin in range(0, len(train), _USERS_AT_ONCE):
+                end = min(begin + _USERS_AT_ONCE, len(train))
+                yield _with_new(_stretch(train, begin, end), _stretch(valid, begin, end))
+
+        return mapped(self.folder / "mapped" / "user-history-valid", pieces)
+
+    @cached_property
+    def _train_history(self) -> Jagged:
         return self._mapped_if_large("user", [HISTORY], _as_it_is)
 
     @cached_property
@@ -157,7 +199,7 @@ class PreparedDataset:
         if data.split.method != "users" or data.refit:
             return self.history
         is_trained = np.ones(len(self.history), bool)
-        for split in SPLITS[1:]:
+        for split in (split for split in SPLITS if split not in self.past):
             is_trained[np.asarray(self.columns(split, ["user"])["user"])] = False
         lengths = np.where(is_trained, self.history.lengths, 0)
         values = self.history.values[np.repeat(is_trained, self.history.lengths)]
@@ -171,11 +213,13 @@ class PreparedDataset:
 
         Returns:
             Lists that together hold each user's items, those with a row in the item table; of
-            train the positives (`history`), and what else was seen.
+            train the positives, and what else was seen.
         """
         self._check_users_and_items()
         return [
-            self.history if name == HISTORY else self._mapped_if_large("user", [name], _as_it_is)
+            self._train_history
+            if name == HISTORY
+            else self._mapped_if_large("user", [name], _as_it_is)
             for name in SEEN[split]
         ]
 
@@ -189,7 +233,7 @@ class PreparedDataset:
             Row r: distinct items, ascending, from 0 (row - 1), of user r; behind the users, of
             those without a row (see `layout.NEGATIVE_USER`).
         """
-        splits = ("train", "valid", "test") if held_out else ("train",)
+        splits = ("train", "valid", "test") if held_out else self.past
         names = [name for split in splits for name in SEEN[split]]
         seen = self._mapped_if_large("user", names, _ascending_from_0)
         if self.has_rare_users:
@@ -277,6 +321,27 @@ class PreparedDataset:
 
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return self.files.read(name, columns)
+
+
+def _with_new(lists: Jagged, more: Jagged) -> Jagged:
+    """Lists with what others have and they have not, each once, behind."""
+    n_values = 1 + max(int(part.values.max(initial=0)) for part in (lists, more))
+    owners, others = (np.repeat(np.arange(len(part)), part.lengths) for part in (lists, more))
+    pairs = others * n_values + more.values
+    new = np.zeros(len(pairs), bool)
+    new[np.unique(pairs, return_index=True)[1]] = True
+    new &= ~np.isin(pairs, owners * n_values + lists.values)
+    return Jagged.from_pairs(
+        np.concatenate([owners, others[new]]),
+        np.concatenate([lists.values, more.values[new]]),
+        len(lists),
+    )
+
+
+def _stretch(lists: Jagged, begin: int, end: int) -> Jagged:
+    """Some consecutive ones of many lists."""
+    offsets = lists.offsets[begin : end + 1]
+    return Jagged(offsets - offsets[0], lists.values[offsets[0] : offsets[-1]])
 
 
 def _as_it_is(bags: list[Jagged]) -> Jagged:

@@ -169,6 +169,22 @@ class Manifest(Section):
         return any(f.history is not None for f in self.features)
 
     @property
+    def item_fields_of_closed_form(self) -> tuple[Feature, Feature] | None:
+        """The history of items with a table of its own, and the items' own id; None: not both.
+
+        A ranking that is computed from the users' items, as EASE is, can stand in their tables.
+        """
+        histories = [
+            f
+            for f in self.features
+            if f.history is not None
+            and self.data.source_of(f).is_id
+            and self.tables[f.table_name].features == (f.name,)
+        ]
+        items = [f for f in self.features if f.entity == "item" and f.is_id]
+        return (histories[0], items[0]) if histories and items else None
+
+    @property
     def cuts(self) -> npt.NDArray[np.int64]:
         """``[groups + 1]``: group g holds the training rows from cut g to cut g + 1.
 

@@ -65,6 +65,9 @@ from deepfm_dist.storage import (
 log = logging.getLogger(__name__)
 
 MARKER = "state.json"
+SELECTED, REFIT = "selected", "refit"
+"""Runs of one checkpoint in the folder of a finished run: the best one of training, with what is
+fitted to it in closed form; and the same trained on validation rows too."""
 _SUMS = "crc32"
 _OWN_SUM = "crc32_of_this"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -94,20 +97,31 @@ def _folders(run_dir: Path) -> dict[int, Path]:
     return {int(name[1]): path for path in folders if (name := _NAME.fullmatch(path.name))}
 
 
-def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
+def find_checkpoint(
+    run_dir: Path, which: str | int = "latest", finished: Collection[str] = (REFIT, SELECTED)
+) -> Path:
     """A run's checkpoint.
 
     Args:
         run_dir: folder of the run; or of one of its checkpoints, which is then the one.
-        which: latest; best, by the metric that training watched; auto, which is best where a metric
-            was watched, else latest; or a step.
+        which: latest; best, by the metric that training watched; selected or refit; a step; or
+            auto, which is the first that is there of ``finished``, best where a metric was watched,
+            and latest.
+        finished: what may come before those of the training loop.
 
     Raises:
         CheckpointError: there is none, or not this one.
     """
     if _NAME.fullmatch(run_dir.name) and (run_dir / MARKER).is_file():
         return run_dir
+    for part in finished if which == "auto" else [which] if which in (SELECTED, REFIT) else ():
+        if steps := complete_steps(run_dir / part):
+            return checkpoint_path(run_dir / part, steps[-1])
     steps = complete_steps(run_dir)
+    if steps and which in (SELECTED, REFIT):
+        raise CheckpointError(
+            f"{run_dir}: checkpoint.use={which}, but there is none; use checkpoint.use=auto"
+        )
     if not steps:
         raise CheckpointError(
             f"{run_dir}: no complete checkpoint; run python -m deepfm_dist.train first"
@@ -129,6 +143,12 @@ def find_checkpoint(run_dir: Path, which: str | int = "latest") -> Path:
             f"{', '.join(map(str, steps))}"
         )
     return checkpoint_path(run_dir, step)
+
+
+def use_of(checkpoint: Path) -> str | int:
+    """What ``checkpoint.use`` calls one of a run's checkpoints."""
+    part = checkpoint.parents[1].name
+    return part if part in (SELECTED, REFIT) else int(checkpoint.name.removeprefix("step_"))
 
 
 class Checkpoints:

@@ -203,9 +203,11 @@ class CheckpointConfig(Section):
     start_weights_only: bool = False
     """Whether ``start_from`` takes only the weights, with a fresh optimizer state; for another
     optimizer or another task."""
-    use: Literal["auto", "latest", "best"] | int = "auto"
-    """The checkpoint to read: a step; latest; best by ``trainer.monitor``; auto: the latest to
-    continue training, otherwise the best one, or the latest if no figure was monitored. Training
+    use: Literal["auto", "latest", "best", "selected", "refit"] | int = "auto"
+    """The checkpoint to read: a step; latest; best by ``trainer.monitor``; selected, the best one
+    with the closed-form part (``model.linear``); refit, trained on validation rows too
+    (``trainer.refit_best``). auto: the latest to continue training; otherwise refit, selected, the
+    best one, or the latest, whichever is there first. Training
     that continues from an earlier one moves later ones aside, as ``resume`` says."""
 
     @model_validator(mode="after")

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.interop.linear import ease_weights, leading_vectors
 from deepfm_dist.model.deepfm import InteractionArch
 from deepfm_dist.ranking.baselines import USABLE, Ease, co_counts, distinct
 
-_FACTORS_BYTES = 28
+FACTORS_BYTES = 28
 """Bytes per cell of EASE's item-item matrix while it is factorised."""
 
 
@@ -87,28 +87,27 @@ def ease_tables(
     Raises:
         ConfigError: there is no table of items or of histories of them.
     """
-    manifest, n_items = dataset.manifest, dataset.manifest.entities["item"]
-    item_fields = [f for f in manifest.categorical if f.entity == "item"]
-    items = [f for f in item_fields if f.is_id]
-    own = [
-        f
-        for f in manifest.features
-        if f.history is not None
-        and manifest.data.source_of(f).is_id
-        and manifest.tables[f.table_name].features == (f.name,)
-    ]
-    if not items or not own:
+    n_items = dataset.manifest.entities["item"]
+    fields = dataset.manifest.item_fields_of_closed_form
+    if fields is None:
         raise ConfigError(
             "combine: EASE needs the items' own id and a history of items with a table of its own "
             "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
             "item}"
         )
-    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in item_fields if not f.is_id]
-    shared = Jagged.concatenated(groups) if groups else None
+    groups = groups_of_items(dataset) if field_weight else None
     first, second = ease_factors(
-        Ease(l2), distinct(dataset.training_history), n_items, columns, shared, field_weight
+        Ease(l2), distinct(dataset.training_history), n_items, columns, groups, field_weight
     )
-    return {own[0].table_name: weight * first, items[0].table_name: second}
+    history, item = fields
+    return {history.table_name: weight * first, item.table_name: second}
+
+
+def groups_of_items(dataset: PreparedDataset) -> Jagged | None:
+    """For each value of each of the items' fields, the items that have it; None: no fields."""
+    of_items = [f for f in dataset.manifest.categorical if f.entity == "item" and not f.is_id]
+    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items]
+    return Jagged.concatenated(groups) if groups else None
 
 
 def _items_by_value(values: Values) -> Jagged:
@@ -154,22 +153,18 @@ def ease_factors(
     groups by Jeunen, Van Balen, Goethals, "Closed-form models for collaborative filtering with
     side-information", 2020.
     """
-    needed, room = _FACTORS_BYTES * n_items**2, available_bytes()
+    needed, room = FACTORS_BYTES * n_items**2, available_bytes()
     if needed > USABLE * room:
         raise ConfigError(
             f"EASE of {n_items:,} items takes {needed / 1e9:,.1f} GB of memory to factorise, "
             f"and {room / 1e9:,.1f} GB are available; use a machine with more memory, or raise "
             f"min_count of the items"
         )
-    together = co_counts(train, n_items)
-    fitted_on = together.copy()
+    together = torch.from_numpy(co_counts(train, n_items))
+    of_groups = None
     if groups is not None and group_weight:
-        fitted_on += group_weight * co_counts(groups, n_items)
-    weights = ease.weights(fitted_on)
-    score_gram = weights.T @ torch.from_numpy(together).float() @ weights
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(n_items)
-        spread = min(n_items, n_factors + 24)
-        leading = torch.svd_lowrank(score_gram, q=spread, niter=4)[2][:, :n_factors]
-    leading = pad(leading, (0, n_factors - leading.shape[1]))
+        of_groups = torch.from_numpy(co_counts(groups, n_items))
+    weights = ease_weights(together, ease.l2, of_groups, group_weight)
+    del of_groups
+    leading = leading_vectors(weights, together.float(), n_factors)
     return weights @ leading, leading

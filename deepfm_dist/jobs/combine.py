@@ -2,23 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-from torchrec.optim.keyed import CombinedOptimizer
-
-from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from
-from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.distributed.settings import ShardingConfig
-from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
-from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
-from deepfm_dist.interop.combine import add_dense, add_tables, ease_tables, put_columns
+from deepfm_dist.interop.combine import ease_tables
 from deepfm_dist.jobs.new_run import save_new_run
+from deepfm_dist.jobs.widen import add_model, empty_model, put_ease, shard_to_widen
 from deepfm_dist.runs.folder import run_lock
 from deepfm_dist.runs.trained import RunOnDisk, find_run
 
@@ -97,11 +90,17 @@ def combine(
     ):
         if checkpoint.complete_steps(target.run_dir):
             raise CheckpointError(f"{target.run_dir}: has checkpoints already; choose another --to")
-        sharded, optimizer = _shard(target, dataset.manifest, world)
-        _zero(sharded)
-        column = _add_models(sources, sharded, world, width)
+        sharded, optimizer = empty_model(target, dataset.manifest, world)
+        column = 0
+        for source in sources:
+            model, _ = shard_to_widen(source.config, source.run.dataset.manifest, world)
+            checkpoint.load(source.run.checkpoint, world, model)
+            column = add_model(model, sharded, column, 1 / len(sources))
         if ease is not None:
-            _add_ease(dataset, ease, sharded, world, column)
+            fit = partial(
+                ease_tables, dataset, ease.columns, ease.l2, ease.weight, ease.field_weight
+            )
+            put_ease(sharded, world, column, fit)
         step = max(source.run.state["step"] for source in sources)
         path = save_new_run(target, dataset.manifest, world, sharded, optimizer, step)
         return Combined(target, path) if world.is_first else None
@@ -160,56 +159,3 @@ def _check_can_be_widened(config: Config, like: Config) -> None:
                 f"combine: {config.run.name} and {like.run.name} have other data.{name}; train "
                 f"both with the same"
             )
-
-
-def _shard(
-    config: Config, manifest: Manifest, world: World
-) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """A model whose tables are placed alike for any width. All ranks."""
-    sharding = ShardingConfig(kind="table_wise")
-    return shard_for_training(config.model_copy(update={"sharding": sharding}), manifest, world)
-
-
-def _zero(sharded: DistributedModelParallel) -> None:
-    for *_, rows in local_shards(sharded):
-        rows.zero_()
-    for parameter in deepfm_of(sharded).interaction_arch.parameters():
-        parameter.data.zero_()
-
-
-def _add_models(
-    sources: Sequence[_Source], target: DistributedModelParallel, world: World, width: int
-) -> int:
-    """Adds the models' equal shares, side by side. All ranks.
-
-    Returns:
-        The first column that is still free.
-    """
-    column, share = 0, 1 / len(sources)
-    for source in sources:
-        model, _ = _shard(source.config, source.run.dataset.manifest, world)
-        checkpoint.load(source.run.checkpoint, world, model)
-        dim = source.config.model.embedding_dim
-        add_tables(model, target, (dim, width), column, share)
-        add_dense(
-            deepfm_of(model).interaction_arch, deepfm_of(target).interaction_arch, column, share
-        )
-        column += dim
-    return column
-
-
-def _add_ease(
-    dataset: PreparedDataset,
-    ease: EaseColumns,
-    target: DistributedModelParallel,
-    world: World,
-    column: int,
-) -> None:
-    """Writes EASE's factors from a column on. All ranks."""
-
-    def fit() -> dict[str, Tensor]:
-        return ease_tables(dataset, ease.columns, ease.l2, ease.weight, ease.field_weight)
-
-    values = world.broadcast(world.run_on_rank0("ease", fit))
-    assert values is not None
-    put_columns(target, column, values)

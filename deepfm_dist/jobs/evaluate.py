@@ -10,7 +10,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import find_file
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
@@ -62,14 +62,25 @@ def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None
     split = config.evaluate.split
     baselines, reference = _baselines(config), _reference(config)
     with process_group(*config.run.process_group) as world:
-        trained = open_trained(config, overrides, world, same_rows=True)
+        known = split == "test" and config.evaluate.validation_known
+        known &= config.data.split.method != "users"
+        if not known and config.checkpoint.use == checkpoint.REFIT:
+            raise ConfigError(
+                f"checkpoint.use=refit: trained on the validation rows too, which are not to be "
+                f"known here (evaluate.split={split}); use checkpoint.use=selected"
+            )
+        finished = (checkpoint.REFIT, checkpoint.SELECTED) if known else (checkpoint.SELECTED,)
+        trained = open_trained(config, overrides, world, same_rows=True, finished=finished)
         _check_not_empty(trained.dataset, split)
+        dataset = trained.dataset
+        if known:
+            dataset = dataset.with_validation()
         held_out = None
         if trained.config.data.task == "implicit":
             held_out = RankingEvaluator(
-                trained.dataset, split, config.recommend.context, config.evaluate.mask_seen
+                dataset, split, config.recommend.context, config.evaluate.mask_seen
             )
-        measured = RowEvaluator(trained.dataset, split).measure(trained.sharded, world)
+        measured = RowEvaluator(dataset, split).measure(trained.sharded, world)
         comparison = None
         if held_out is not None:
             model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k

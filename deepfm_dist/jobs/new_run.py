@@ -1,7 +1,10 @@
 """A run whose weights were computed, not trained."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -21,6 +24,7 @@ def save_new_run(
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer,
     step: int = 0,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Saves a model as the only checkpoint of a run, which training can continue. All ranks.
 
@@ -31,6 +35,7 @@ def save_new_run(
         sharded: the model.
         optimizer: as training would start with it.
         step: that the checkpoint counts as.
+        more: for the checkpoint's marker, in place of what a new run has there.
 
     Returns:
         The checkpoint's folder.
@@ -43,6 +48,7 @@ def save_new_run(
         **manifest.marks,
         "config": config.model_dump(mode="json"),
         "trainer": asdict(LoopState(step=step)),
+        **more,
     }
     checkpoints = Checkpoints(config.run_dir, world, config.checkpoint.keep_last)
     checkpoints.save(step, sharded, optimizer, marker)

@@ -48,5 +48,6 @@ def predict(
         trained = open_trained(config, overrides, world)
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
-        rows = prediction.predict(trained.sharded, world, trained.dataset, source, files, target)
+        dataset = trained.dataset.with_validation()
+        rows = prediction.predict(trained.sharded, world, dataset, source, files, target)
         return Predictions(target, rows) if world.is_first else None

@@ -38,7 +38,7 @@ def recommend(
         files = recommendation.recommend(
             job.model,
             job.world,
-            job.trained.dataset,
+            job.trained.dataset.with_validation(),
             config.recommend,
             job.target.parent,
             checkpoint=job.trained.checkpoint,

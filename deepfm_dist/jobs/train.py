@@ -10,6 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import loggers, shard_for_training, training_batches
 from deepfm_dist.config import Config, resolve
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load
 from deepfm_dist.distributed.planning import sent_bytes
@@ -17,6 +18,8 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs.finish import Finish, is_finished
+from deepfm_dist.jobs.finish import check as check_finish
 from deepfm_dist.jobs.prepare import prepare_locked
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
@@ -109,6 +112,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
             log.info("  %s", choice)
     batches = training_batches(config, dataset, world)
     check_monitor_name(config)
+    check_finish(config, manifest)
     last_step = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last_step)
     start = world.broadcast(
@@ -116,7 +120,8 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         or Start(None, LoopState())
     )
     if start.is_over:
-        return Trained(start.state, stopped=False)
+        done = is_finished(config) or _finish(config, world, dataset, start.state, start.chosen)
+        return Trained(start.state, stopped=not done)
     sharded, optimizer = shard_for_training(config, manifest, world)
     validate = make_validate(config, dataset, sharded, world)
     if world.is_first:
@@ -135,11 +140,26 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         )
         run.make_ready(start)
         run.fit(batches, Hooks(validate, on_validation, asked_to_stop=asked_to_stop))
+    del sharded, validate, run
     stopped = not start.state.is_over(config.trainer.patience, last_step)
+    if not stopped:
+        stopped = not _finish(config, world, dataset, start.state, start.chosen or choices)
     if stopped and world.is_first:
         text = "Stopped by signal at step %d; rerun the same command to resume"
         log.warning(text, start.state.step)
     return Trained(start.state, stopped)
+
+
+def _finish(
+    config: Config,
+    world: World,
+    dataset: PreparedDataset,
+    state: LoopState,
+    choices: Sequence[Choice],
+) -> bool:
+    """What follows the loop; whether it was done, and not stopped by a signal."""
+    with StopSignals() as asked_to_stop:
+        return Finish(config, world, dataset, state, choices, asked_to_stop).run()
 
 
 def _prepare(config: Config) -> None:

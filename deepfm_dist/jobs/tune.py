@@ -88,6 +88,8 @@ def _run_trial(
         "run.name": trial.name,
         "data.name": config.prepared_dir.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
+        "trainer.refit_best": False,  # a trial ends when it has been compared
+        "model.linear": "none",
     }
 
     def on_validation(figures: Mapping[str, float], epoch: int) -> None:

@@ -13,6 +13,9 @@ from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
+MOST_USERS = 10_000
+"""Users for whom a validation ranks the catalogue, at most; of more, an evenly spaced sample."""
+
 
 def make_validate(
     config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
@@ -38,7 +41,7 @@ def make_validate(
     items: RankingEvaluator | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
         items = RankingEvaluator(
-            dataset, "valid", config.recommend.context, config.evaluate.mask_seen
+            dataset, "valid", config.recommend.context, config.evaluate.mask_seen, MOST_USERS
         )
 
     def validate() -> Mapping[str, float]:

@@ -32,7 +32,7 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-_POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
+POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
 """Of the number of values, by which their sum is divided."""
 ROW_ALIGNMENT = 4
 """FBGEMM's kernels want rows of a multiple of 4 floats."""
@@ -80,7 +80,7 @@ class EmbeddingArch(nn.Module):
     ) -> None:
         super().__init__()
         self.features = list(features)
-        powers = [_POWERS[(pooling or {}).get(name, "sum")] for name in features]
+        powers = [POWERS[(pooling or {}).get(name, "sum")] for name in features]
         self.is_divided = any(powers)
         self.register_buffer("power_F", torch.tensor(powers), persistent=False)
         self.embedding_dim = embedding_dim

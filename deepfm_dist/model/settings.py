@@ -10,7 +10,9 @@ from deepfm_dist.section import Section
 class ModelConfig(Section):
     """The DeepFM."""
 
-    chosen = frozenset(("embedding_dim", "deep", "fm_pairs", "over_arch_layer_sizes", "dropout"))
+    chosen = frozenset(
+        ("embedding_dim", "deep", "fm_pairs", "linear", "over_arch_layer_sizes", "dropout")
+    )
 
     embedding_dim: int = Field(16, ge=1)
     """Length D of each field's factor vector."""
@@ -24,6 +26,12 @@ class ModelConfig(Section):
     """Which pairs of fields it contains: all, as in the paper, or only those across, of an item
     field with a user or context field. Other pairs do not affect rankings beyond what the
     first-order part can learn."""
+    linear: Literal["ease", "none"] = "none"
+    """The closed-form part: ease adds EASE, fitted to the users' items and the items' fields, as
+    further columns of the factors when training is over. Its L2, its weight next to the trained
+    part, the number of its columns and the weight of the fields are measured on the validation
+    rows. For an FM of the users' histories. auto: ease where that can be done and there are no more
+    than 20,000 items."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of, union
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import SPLITS
 from deepfm_dist.data.sources import Column, read_table
@@ -74,6 +74,7 @@ class RankingEvaluator:
         context: values of the context fields, where the model looks at some.
         mask_seen: whether what was met before is masked; default: unless repeated rows are asked
             for (`DataConfig.seen_is_masked`).
+        most_users: an evenly spaced sample of this size, if there are more; None: all.
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
@@ -85,6 +86,7 @@ class RankingEvaluator:
         split: str,
         context: Mapping[str, str | float],
         mask_seen: bool | None = None,
+        most_users: int | None = None,
     ) -> None:
         self._context = RowEncoder(dataset).fixed_context(context)
         if mask_seen is None:
@@ -107,7 +109,10 @@ class RankingEvaluator:
                 "%s of unknown users: not ranked",
                 plural(n_unknown, "held-out item"),
             )
+        if most_users is not None and len(self.users) > most_users:
+            self.users = self.users[np.linspace(0, len(self.users) - 1, most_users).astype(int)]
         self.dataset, self.catalogue = dataset, Catalogue(dataset)
+        self._before = before
         self._seen = self.catalogue.seen_by(self.users, before)
         self.relevant = Jagged.from_pairs(
             np.repeat(np.arange(len(self.users)), relevant_of_all.lengths[self.users]),
@@ -117,6 +122,13 @@ class RankingEvaluator:
         self.counts = dataset.popularity()
         self._n_active = int((dataset.training_history.lengths > 0).sum())
         self._strong = dataset.manifest.data.split.method == "users"
+
+    @property
+    def masked(self) -> Jagged:
+        """``[U]`` each user's masked item rows."""
+        taken = [lists.take(self.users) for lists in self._before]
+        none = Jagged(np.zeros(len(self.users) + 1, np.int64), np.zeros(0, np.int32))
+        return union([none, *(Jagged(offsets_of(n), items) for n, items in taken)])
 
     def measure(
         self, ranker: Ranker, cutoffs: Sequence[int], world: World

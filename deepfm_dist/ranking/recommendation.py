@@ -200,7 +200,7 @@ def _key(
     """What rankings depend on besides weights and engine, as JSON values."""
     histories = asked.users.histories
     return {
-        "data": dataset.manifest.fingerprint,
+        "data": [dataset.manifest.fingerprint, *dataset.past],
         "users": hash_of(asked.users.rows)
         if histories is None
         else [external(asked.ids).to_pylist(), hash_of(histories.offsets, histories.values)],

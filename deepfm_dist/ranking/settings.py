@@ -39,6 +39,11 @@ class EvaluateConfig(Section):
     """weak: users with training rows are judged on other rows of theirs. strong: users without any,
     whom the model knows by a part of their items, on the rest; needs ``data.split.method=users``,
     and adds ``capped_recall``. Default: what the split gives."""
+    validation_known: bool = True
+    """On test rows, whether what users did in validation rows is known by then, as to any deployed
+    model: it is in their histories, the baselines are fitted to it too, and a model that was refit
+    on it (``trainer.refit_best``) is measured. False, and always with ``data.split.method=users``:
+    only training rows are, for comparison with published figures of models that know no more."""
     mask_seen: bool | None = None
     """Whether items seen in earlier splits, liked or not, are left out of the rankings and of the
     relevant items. Default: true, but false if `data.interactions.repeated` is `all`."""

@@ -76,7 +76,7 @@ def saved_settings(config: Config) -> dict[str, Any] | None:
         return settings_in(checkpoint.read_state(path))
     if config.checkpoint.start_from is None:
         return None
-    path = checkpoint.find_checkpoint(folder_of(config.checkpoint.start_from), "auto")
+    path = checkpoint.find_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
     settings = settings_in(checkpoint.read_state(path))
     tables = {"name": settings["optimizer"]["tables"]["name"]}
     optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
@@ -114,7 +114,7 @@ def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
             chosen = choices_in(checkpoint.read_state(path))
             return Start(path, state, continues=True, is_over=is_over, chosen=chosen)
         if elsewhere is not None:
-            path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto")
+            path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto", ())
             _check_start(config, manifest, checkpoint.read_state(path))
             if not config.checkpoint.start_weights_only:
                 state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
@@ -195,6 +195,8 @@ def make_ready(config: Config, start: Start) -> None:
         if not is_remote(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.keep_checkpoints(run_dir, checkpoint.complete_steps(run_dir))
+        for part in (checkpoint.SELECTED, checkpoint.REFIT):  # of a shorter run
+            checkpoint.keep_checkpoints(run_dir / part, ())
         (run_dir / "config.yaml").write_text(config.to_yaml())
 
 

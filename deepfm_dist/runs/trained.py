@@ -127,7 +127,11 @@ def parquet_output(given: str, config: Config, *sources: str) -> Path:
 
 
 def open_trained(
-    config: Config, overrides: Sequence[str], world: World, same_rows: bool = False
+    config: Config,
+    overrides: Sequence[str],
+    world: World,
+    same_rows: bool = False,
+    finished: Collection[str] = (checkpoint.REFIT, checkpoint.SELECTED),
 ) -> LoadedModel:
     """Loads a run's checkpoint. All ranks.
 
@@ -136,12 +140,13 @@ def open_trained(
         overrides: of the command line.
         world: the ranks.
         same_rows: as `find_run` takes it.
+        finished: likewise.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    run = find_run(config, overrides, same_rows)
+    run = find_run(config, overrides, same_rows, finished)
     check_same_dataset(run.dataset, world)
     sharded = shard_for_inference(run.config, run.dataset.manifest, world)
     checkpoint.load(run.checkpoint, world, sharded)
@@ -156,7 +161,12 @@ def open_trained(
     )
 
 
-def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) -> RunOnDisk:
+def find_run(
+    config: Config,
+    overrides: Sequence[str],
+    same_rows: bool = False,
+    finished: Collection[str] = (checkpoint.REFIT, checkpoint.SELECTED),
+) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
     A checkpoint knows its data and model, and these settings are taken from it, except where files
@@ -167,19 +177,21 @@ def find_run(config: Config, overrides: Sequence[str], same_rows: bool = False) 
         overrides: of the command line.
         same_rows: whether a dataset with other rows than were trained on is refused; else a
             warning says so.
+        finished: which of the checkpoints of a finished run may be the one.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
     with storage_errors_to_user(config.run_dir):
-        path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use)
+        path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use, finished)
         state = checkpoint.read_state(path)
     trained_with = settings_in(state)
+    asked_for = state.get("trained_config", trained_with)  # without the closed form's columns
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in settings_of(override)):
         if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
-            wanted, trained = _at(merged, name), _at(trained_with, name)
+            wanted, trained = _at(merged, name), _at(asked_for, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "

@@ -58,7 +58,7 @@ class Recommender:
     """
 
     def __init__(self, run: RunOnDisk, export: Path, world: World) -> None:
-        dataset, config = run.dataset, run.config
+        dataset, config = run.dataset.with_validation(), run.config
         self.name, self.step = config.run.name, int(run.state["step"])
         self.knows_users_by_items = dataset.manifest.has_history
         self._catalogue = Catalogue(dataset)

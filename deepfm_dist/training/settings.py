@@ -11,7 +11,15 @@ class TrainerConfig(Section):
     """The training loop."""
 
     chosen = frozenset(
-        ("loss", "batch_size", "candidates", "epochs", "validate_every_epochs", "patience")
+        (
+            "loss",
+            "batch_size",
+            "candidates",
+            "epochs",
+            "validate_every_epochs",
+            "patience",
+            "refit_best",
+        )
     )
 
     loss: Literal["bce", "bpr", "softmax"] = "bce"
@@ -51,6 +59,11 @@ class TrainerConfig(Section):
     last checkpoint is used."""
     patience: int | None = Field(None, ge=1)
     """Number of validations without improvement after which training stops."""
+    refit_best: bool = False
+    """Whether the model is trained once more when training is over, on training and validation
+    rows, for as many epochs as the best checkpoint took. ``recommend``, ``serve`` and evaluation of
+    the test use it; with ``evaluate.validation_known=false`` and on validation rows it is not used.
+    For losses of users. auto: true where the loss is one and a figure is monitored."""
     plateau_factor: float = Field(1.0, gt=0, le=1)
     """Factor applied to the learning rates after each validation without improvement."""
     min_delta: float = Field(0.0, ge=0)

@@ -442,3 +442,23 @@ def test_a_damaged_file_is_named(
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
     with pytest.raises(DataError, match=f"{file}: missing or damaged .*delete .*/d and prepare"):
         read(PreparedDataset(tmp_path / "d"))
+
+
+def test_validation_rows_belong_to_the_past_of_the_test(with_history: PreparedDataset) -> None:
+    later = with_history.with_validation()
+    train, valid = with_history.history.lists(), with_history.positives("valid").lists()
+    expected = [
+        [*old, *dict.fromkeys(i for i in new if i > 0 and i not in old)]
+        for old, new in zip(train, valid, strict=True)
+    ]
+    expected[0] = []
+    assert later.history.lists() == expected
+    assert sum(map(len, expected)) > sum(map(len, train)) + 1000
+    # Masks and the trained one stay as they were.
+    assert with_history.history.lists() == train
+    assert [m.lists() for m in later.met("train")] == [m.lists() for m in with_history.met("train")]
+    avoided = later.seen(held_out=False).lists()
+    assert {i - 1 for i in expected[7]} <= set(avoided[7])
+    mapped_from_disk = PreparedDataset(with_history.folder, memory_bytes=0).with_validation()
+    assert mapped_from_disk.history.lists() == expected
+    assert later.with_validation().history.lists() == expected

@@ -17,7 +17,7 @@ from deepfm_dist.ranking.baselines import Ease, distinct
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-EASE = "evaluate={baselines: [ease], ease_l2: 50}"
+EASE = "evaluate={baselines: [ease], ease_l2: 50, validation_known: false}"
 FIELDS = """data.features=[
     {name: seen, entity: user, history: item, pooling: POOLING},
     {name: item, entity: item},
@@ -38,6 +38,8 @@ def _settings(tmp_path: Path, name: str, *overrides: str, pooling: str = "sum") 
         "evaluate.baselines=[ease]",
         "evaluate.ease_l2=50",
         *overrides,
+        "model.linear=none",
+        "trainer.refit_best=false",
     ]
 
 
@@ -167,7 +169,7 @@ def _trained(tmp_path: Path, name: str, *overrides: str) -> list[str]:
         "keep: first}]"
     )
     settings = [a for a in _settings(tmp_path, name) if a != FIELDS]
-    model = "model={embedding_dim: 6, init_std: 0.2, deep: false, fm_pairs: across}"
+    model = "model={embedding_dim: 6, init_std: 0.2, deep: false, fm_pairs: across, linear: none}"
     settings += [fields, model, "trainer.max_steps=5", *overrides]
     assert run_ranks(train.main, 1, settings) == [0]
     return [*settings[:4], "data.name=shared"]

@@ -1,0 +1,232 @@
+"""The closed-form part of a model that ranks: EASE as further columns of its FM, fitted to it.
+
+What is trained and EASE know different things, and in one FM their scores add up. How strong EASE's
+L2 is, what the items' fields say, how many columns are kept and what EASE's scores weigh next to
+the trained ones is measured on validation rows (`search`).
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.ranking.baselines import Ease, co_counts
+from deepfm_dist.ranking.metrics import hits, ndcg
+
+log = logging.getLogger(__name__)
+L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
+FIELD_WEIGHTS = (0.0, 2.0, 6.0, 20.0, 60.0)
+WEIGHTS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+COLUMNS = (64, 128, 256, 512)
+SEARCHED_ITEMS = 4_000
+"""Items among which the search ranks, the most popular ones: it fits EASE some ten times, and the
+time of each grows with the cube of the items."""
+_OVERSAMPLED = 24
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Linear:
+    """How EASE is fitted and weighed.
+
+    Attributes:
+        l2: its weight decay.
+        field_weight: each value of an item's field counts as this many users who have all of its
+            items.
+        columns: of the FM.
+        weight: of its scores next to the trained part's logits; 0: there is none.
+        ndcg: of both together on the validation users.
+        ndcg_trained: of the trained part alone.
+        ndcg_ease: of EASE alone.
+    """
+
+    l2: float = 500.0
+    field_weight: float = 0.0
+    columns: int = 256
+    weight: float = 1.0
+    ndcg: float = 0.0
+    ndcg_trained: float = 0.0
+    ndcg_ease: float = 0.0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Users whose held-out items are to be ranked high.
+
+    Attributes:
+        bags: ``[U]`` lists of item rows: what the model sees of each user.
+        relevant: ``[U]`` lists of the held-out item rows.
+        masked: ``[U]`` lists of the item rows that are not ranked.
+        trained: ``[U, I]`` logits of the trained part by item row.
+        power: of the length of a bag by which pooling divides its sum.
+        k: cut-off of the NDCG.
+    """
+
+    bags: Jagged
+    relevant: Jagged
+    masked: Jagged
+    trained: Tensor
+    power: float = 0.5
+    k: int = 10
+
+    def among(self, rows: Int32Array) -> "Validation":
+        """The same ranking of some items alone, by their place, for users who have some of them."""
+        place = np.full(self.trained.shape[1], -1, np.int32)
+        place[rows] = np.arange(len(rows))
+        bags, relevant, masked = (
+            _renumbered(lists, place) for lists in (self.bags, self.relevant, self.masked)
+        )
+        users = np.flatnonzero(relevant.lengths)
+        trained = self.trained[torch.from_numpy(users)][:, torch.from_numpy(rows).long()]
+        return replace(
+            self,
+            bags=_some(bags, users),
+            relevant=_some(relevant, users),
+            masked=_some(masked, users),
+            trained=trained,
+        )
+
+    def scores(self, weights: Tensor) -> Tensor:
+        """``[U, I]`` sums of EASE's rows over the bags, divided as the model divides."""
+        offsets = torch.from_numpy(self.bags.offsets[:-1])
+        bags = torch.from_numpy(self.bags.values).long()
+        sums = embedding_bag(bags, weights, offsets, mode="sum")
+        lengths = torch.from_numpy(self.bags.lengths).clamp(min=1)
+        return sums / lengths.float().pow(self.power)[:, None]
+
+    def ndcg(self, scores: Tensor) -> float:
+        """Mean NDCG@K of a ranking by ``[U, I]`` scores."""
+        owner = np.repeat(np.arange(len(self.masked)), self.masked.lengths)
+        scores = scores.clone()
+        scores[torch.from_numpy(owner), torch.from_numpy(self.masked.values).long()] = -torch.inf
+        best, ranked = scores.topk(min(self.k, scores.shape[1]), dim=1)
+        shown = np.where(best.isfinite().numpy(), ranked.numpy(), -1)
+        figures = ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
+        return float(figures.mean())
+
+
+def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation) -> Linear:
+    """Finds what EASE adds to a trained model.
+
+    One setting after the other: L2, the weight of the items' fields, the number of columns. For
+    each, the weight next to the trained part that gives the best NDCG.
+
+    Args:
+        train: each user's training items, rows below ``n_items``, each once.
+        n_items: rows of the item table.
+        groups: items that have a value of a field in common; None: there are no fields.
+        users: to measure on.
+
+    Returns:
+        The best; with weight 0 where EASE adds nothing.
+    """
+    counts = np.bincount(train.values, minlength=n_items)
+    rows = np.sort(np.argsort(-counts, kind="stable")[:SEARCHED_ITEMS]).astype(np.int32)
+    place = np.full(n_items, -1, np.int32)
+    place[rows] = np.arange(len(rows))
+    users = users.among(rows)
+    if not len(users.relevant):
+        return Linear(weight=0.0)
+    gram = torch.from_numpy(co_counts(_renumbered(train, place), len(rows))).float()
+    of_groups = None
+    if groups is not None:
+        of_groups = torch.from_numpy(co_counts(_renumbered(groups, place), len(rows))).float()
+    trained = users.ndcg(users.trained)
+
+    def measured(found: Linear, scores: Tensor) -> Linear:
+        """The settings with the weight that is best for EASE's scores."""
+        figures = {0.0: trained}  # first, so that equal ones leave it at that
+        figures |= {w: users.ndcg(users.trained + w * scores) for w in WEIGHTS}
+        weight = max(figures, key=lambda w: figures[w])
+        alone = users.ndcg(scores)
+        return replace(
+            found, weight=weight, ndcg=figures[weight], ndcg_trained=trained, ndcg_ease=alone
+        )
+
+    def fitted(l2: float, field_weight: float) -> Linear:
+        weights = ease_weights(gram, l2, of_groups, field_weight)
+        return measured(Linear(l2, field_weight), users.scores(weights))
+
+    best = _climb(L2, 3, lambda l2: fitted(l2, 0.0))
+    if of_groups is not None:
+        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fitted(best.l2, w))
+    weights = ease_weights(gram, best.l2, of_groups, best.field_weight)
+    leading = leading_vectors(weights, gram, max(COLUMNS))
+    left = users.scores(weights @ leading)
+    options = [n for n in COLUMNS if n < len(rows)] or [len(rows)]
+    cut = [measured(replace(best, columns=n), left[:, :n] @ leading[:, :n].T) for n in options]
+    return max(cut, key=lambda found: found.ndcg)
+
+
+def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> Linear:
+    """The best place of a grid on which one hill is expected, from a start uphill."""
+    found = {start: at(grid[start])}
+
+    def value(place: int) -> float:
+        if place not in found:
+            found[place] = at(grid[place])
+        return found[place].ndcg
+
+    here = start
+    while True:
+        around = [p for p in (here - 1, here + 1) if 0 <= p < len(grid)]
+        best = max(around, key=value)
+        if value(best) <= value(here):
+            return found[here]
+        here = best
+
+
+def ease_weights(
+    gram: Tensor, l2: float, of_groups: Tensor | None = None, field_weight: float = 0.0
+) -> Tensor:
+    """EASE's matrix, in the precision of ``[I, I]`` counts, which stay as they are."""
+    fitted_on = gram.clone()
+    if of_groups is not None and field_weight:
+        fitted_on.add_(of_groups, alpha=field_weight)
+    return Ease(l2).weights(fitted_on.numpy())
+
+
+def leading_vectors(weights: Tensor, gram: Tensor, n: int) -> Tensor:
+    """``[I, n]`` leading right singular vectors of EASE's scores of the training users.
+
+    They are eigenvectors of ``B' G B``, which is not formed: it would take longer than all else.
+
+    Args:
+        weights: ``[I, I]`` B.
+        gram: ``[I, I]`` G, counts of pairs of items.
+        n: number of vectors; those beyond the items are 0.
+
+    Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011.
+    """
+    n_items = len(weights)
+
+    def product(vectors: Tensor) -> Tensor:
+        return weights.T @ (gram @ (weights @ vectors))
+
+    generator = torch.Generator().manual_seed(n_items)
+    basis = torch.randn(n_items, min(n_items, n + _OVERSAMPLED), generator=generator)
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(product(basis.to(weights.dtype))).Q
+    inside = basis.T @ product(basis)
+    vectors = torch.linalg.eigh((inside + inside.T) / 2).eigenvectors.flip(1)[:, :n]
+    return pad(basis @ vectors, (0, n - vectors.shape[1]))
+
+
+def _renumbered(lists: Jagged, place: npt.NDArray[np.int32]) -> Jagged:
+    """Lists of item rows as lists of their places; those without one are left out."""
+    places = place[lists.values]
+    owner = np.repeat(np.arange(len(lists)), lists.lengths)[places >= 0]
+    return Jagged.from_pairs(owner, places[places >= 0], len(lists))
+
+
+def _some(lists: Jagged, which: Iterable[int]) -> Jagged:
+    rows = np.asarray(which)
+    return Jagged.from_pairs(
+        np.repeat(np.arange(len(rows)), lists.lengths[rows]), lists.take(rows)[1], len(rows)
+    )

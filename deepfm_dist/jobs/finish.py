@@ -1,0 +1,261 @@
+"""What follows the training loop of a model that ranks: one checkpoint that everything reads.
+
+The best checkpoint of the loop gets EASE's columns (`deepfm_dist.interop.linear`), with settings
+that are measured on the validation rows: ``runs/NAME/selected``. Then the same is done once more
+with what is known by now, without measuring anything: the model is trained on training and
+validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
+Each is a run of one checkpoint.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from deepfm_dist.build import deepfm_of, training_batches
+from deepfm_dist.config import Config, with_settings
+from deepfm_dist.data.batches.histories import HistorySampler
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged, offsets_of
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed.checkpoint import (
+    REFIT,
+    SELECTED,
+    complete_steps,
+    find_checkpoint,
+    load,
+)
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
+from deepfm_dist.environment import available_bytes
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.interop.combine import FACTORS_BYTES, ease_tables, groups_of_items
+from deepfm_dist.interop.linear import Linear, Validation, search
+from deepfm_dist.jobs.new_run import save_new_run
+from deepfm_dist.jobs.widen import add_model, empty_model, put_ease, shard_to_widen
+from deepfm_dist.log import MetricsLog
+from deepfm_dist.messages import plural
+from deepfm_dist.model.deepfm import POWERS
+from deepfm_dist.ranking.baselines import USABLE, distinct
+from deepfm_dist.ranking.evaluation import RankingEvaluator
+from deepfm_dist.recipe import Choice
+from deepfm_dist.training.state import LoopState
+from deepfm_dist.training.trainer import Hooks, Trainer
+
+log = logging.getLogger(__name__)
+SEARCHED_LOGITS = 30_000_000
+"""Logits of validation users that the search holds, at most: fewer users of a larger catalogue."""
+
+
+def parts_of(config: Config) -> list[str]:
+    """Which runs of one checkpoint a finished run has."""
+    parts = [SELECTED] if config.model.linear == "ease" else []
+    return [*parts, REFIT] if config.trainer.refit_best else parts
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run whose loop is over lacks nothing."""
+    return all(complete_steps(config.run_dir / part) for part in parts_of(config))
+
+
+def check(config: Config, manifest: Manifest) -> None:
+    """Looks for what would be missing at the end, before anything is trained.
+
+    Raises:
+        ConfigError: there are no validation rows, or the closed-form part is for another model.
+    """
+    parts = parts_of(config)
+    if parts and config.trainer.loss == "bce":
+        option = "model.linear=ease" if SELECTED in parts else "trainer.refit_best=true"
+        raise ConfigError(
+            f"{option}: for models that are trained on users; leave it out, or use "
+            f"trainer.loss=softmax"
+        )
+    if SELECTED in parts and (config.model.deep or not config.model.fm):
+        raise ConfigError(
+            "model.linear=ease: its columns are for a pairwise part alone; set model.deep=false, "
+            "and leave model.fm on"
+        )
+    if parts and not manifest.splits["valid"].rows:
+        option = "model.linear=ease" if SELECTED in parts else "trainer.refit_best=true"
+        raise ConfigError(
+            f"{option}: there are no validation rows to choose by; hold some out "
+            f"(data.split.valid=0.1), or leave it out"
+        )
+    if SELECTED in parts and manifest.item_fields_of_closed_form is None:
+        raise ConfigError(
+            "model.linear=ease: EASE needs the items' own id and a history of items with a table "
+            "of its own among data.features: {name: item, entity: item}, {name: seen, entity: "
+            "user, history: item}; or set model.linear=none"
+        )
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a run. All ranks call every method.
+
+    Attributes:
+        config: the settings.
+        world: the ranks.
+        dataset: of the run.
+        state: of the loop, which is over.
+        choices: what was chosen from the data.
+        asked_to_stop: whether this process was asked to.
+    """
+
+    config: Config
+    world: World
+    dataset: PreparedDataset
+    state: LoopState
+    choices: Sequence[Choice]
+    asked_to_stop: Callable[[], bool]
+
+    def run(self) -> bool:
+        """Makes what is missing; whether it was done, and not stopped by a signal."""
+        parts = parts_of(self.config)
+        choices, linear = [*self.choices], None
+        step = self.state.step if self.state.best_step is None else self.state.best_step
+        if SELECTED in parts:
+            model, _ = shard_to_widen(self.config, self.dataset.manifest, self.world)
+            path = find_checkpoint(self.config.run_dir, step)
+            load(path, self.world, model)
+            linear = self._search(model)
+            choices.append(_choice(linear, max(self.config.evaluate.k)))
+            self._say(choices[-1])
+            self._save(SELECTED, model, self.dataset, linear, step, choices)
+            del model
+        if REFIT in parts:
+            later = self.dataset.with_validation()
+            model_or_none = self._train_again(later, step)
+            if model_or_none is None:
+                return False
+            model, step, epochs = model_or_none
+            reason = f"{epochs:.4g} epochs of training and validation rows, as were best without"
+            choices.append(Choice("trainer.refit_best", True, reason))
+            self._say(choices[-1])
+            self._save(REFIT, model, later, linear, step, choices)
+        return True
+
+    def _say(self, choice: Choice) -> None:
+        if self.world.is_first:
+            log.info("chosen for this log: %s", choice)
+
+    def _search(self, model: DistributedModelParallel) -> Linear:
+        """How EASE is fitted and weighed, the same on all ranks."""
+        dataset, config = self.dataset, self.config
+        most = max(1, SEARCHED_LOGITS // dataset.manifest.entities["item"])
+        evaluator = RankingEvaluator(
+            dataset, "valid", config.recommend.context, config.evaluate.mask_seen, most
+        )
+        model.eval()
+        ranker = evaluator.ranker(deepfm_of(model), self.world)
+        logits = ranker.scores(0, len(evaluator.users), len(evaluator.users))
+
+        def found() -> Linear:
+            fields, n_items = dataset.manifest.item_fields_of_closed_form, len(evaluator.catalogue)
+            assert fields is not None
+            needed, room = FACTORS_BYTES * n_items**2, available_bytes()
+            if needed > USABLE * room:
+                log.warning(
+                    "model.linear=ease: EASE of %s takes %.1f GB of memory, and %.1f GB are "
+                    "available: the trained part stays alone",
+                    plural(n_items, "item"),
+                    needed / 1e9,
+                    room / 1e9,
+                )
+                return Linear(weight=0.0)
+            by_row = torch.full((len(logits), dataset.manifest.entities["item"]), -torch.inf)
+            by_row[:, torch.from_numpy(evaluator.catalogue.rows).long()] = torch.from_numpy(logits)
+            lengths, items = HistorySampler(dataset).full(evaluator.users)
+            users = Validation(
+                bags=Jagged(offsets_of(lengths), items),
+                relevant=evaluator.relevant,
+                masked=evaluator.masked,
+                trained=by_row,
+                power=POWERS[fields[0].pooling],
+                k=max(config.evaluate.k),
+            )
+            train = distinct(dataset.training_history)
+            return search(train, by_row.shape[1], groups_of_items(dataset), users)
+
+        linear = self.world.broadcast(self.world.run_on_rank0("linear", found))
+        assert linear is not None
+        return linear
+
+    def _train_again(
+        self, later: PreparedDataset, best_step: int
+    ) -> tuple[DistributedModelParallel, int, float] | None:
+        """The model trained on validation rows too, its steps and epochs; None: it was stopped."""
+        per_epoch = training_batches(self.config, self.dataset, self.world).steps_per_epoch
+        batches = training_batches(self.config, later, self.world)
+        steps = max(1, round(best_step / per_epoch * batches.steps_per_epoch))
+        settings = {
+            "trainer.max_steps": steps,
+            "trainer.epochs": -(-steps // batches.steps_per_epoch),
+            "trainer.monitor": None,
+            "trainer.patience": None,
+            "trainer.plateau_factor": 1.0,
+            "trainer.min_delta": 0.0,
+        }
+        config = with_settings(self.config, settings).with_run_name_on_same_data(
+            f"{self.config.run.name}/{REFIT}"
+        )
+        model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
+        trainer = Trainer(
+            model,
+            optimizer,
+            batches,
+            self.world,
+            config,
+            seed=config.run.seed,
+            state=LoopState(),
+            metrics=MetricsLog(config.run_dir, self.world.is_first, 0),
+            hooks=Hooks(asked_to_stop=self.asked_to_stop),
+        )
+        state = trainer.fit()
+        if state.step < steps:
+            return None
+        return model, steps, steps / batches.steps_per_epoch
+
+    def _save(
+        self,
+        part: str,
+        model: DistributedModelParallel,
+        dataset: PreparedDataset,
+        linear: Linear | None,
+        step: int,
+        choices: Sequence[Choice],
+    ) -> None:
+        """Writes the model, with EASE's columns fitted to a dataset, as a run of one checkpoint."""
+        config, world, manifest = self.config, self.world, dataset.manifest
+        columns = linear.columns if linear is not None and linear.weight else 0
+        target = config.with_run_name_on_same_data(f"{config.run.name}/{part}")
+        target = target.with_columns(config.model.embedding_dim + columns)
+        wide, optimizer = empty_model(target, manifest, world)
+        column = add_model(model, wide, 0, 1.0)
+        if linear is not None and columns:
+            fit = partial(
+                ease_tables, dataset, columns, linear.l2, linear.weight, linear.field_weight
+            )
+            put_ease(wide, world, column, fit)
+        marker = {
+            "trainer": asdict(replace(self.state, step=step)),
+            "trained_config": config.model_dump(mode="json"),
+            "chosen": [asdict(choice) for choice in choices],
+            "part": part,
+        }
+        save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
+
+
+def _choice(linear: Linear, k: int) -> Choice:
+    figures = f"validation NDCG@{k} {linear.ndcg:.4f}, {linear.ndcg_trained:.4f} without it"
+    if not linear.weight:
+        return Choice("model.linear", "ease", f"weight 0: {figures}, {linear.ndcg_ease:.4f} alone")
+    return Choice(
+        "model.linear",
+        "ease",
+        f"L2 {linear.l2:g}, weight {linear.weight:g}, {plural(linear.columns, 'column')}, weight "
+        f"of fields {linear.field_weight:g}: {figures}, {linear.ndcg_ease:.4f} alone",
+    )

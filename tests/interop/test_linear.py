@@ -1,0 +1,97 @@
+"""What EASE adds to a trained model is found by measuring it."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import ndcg_score
+
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.interop.linear import (
+    COLUMNS,
+    Linear,
+    Validation,
+    ease_weights,
+    leading_vectors,
+    search,
+)
+from deepfm_dist.ranking.baselines import co_counts
+
+N_ITEMS, N_USERS = 60, 300
+
+
+@pytest.fixture(scope="module")
+def users() -> tuple[Jagged, Validation]:
+    """Users who take ten of the twenty items of their group, two of which are held out."""
+    rng = np.random.default_rng(3)
+    taken = [rng.choice(20, 10, replace=False) + 20 * (u % 3) for u in range(N_USERS)]
+    owner = np.repeat(np.arange(N_USERS), 8)
+    train = Jagged.from_pairs(owner, np.concatenate([np.sort(t[:8]) for t in taken]), N_USERS)
+    relevant = Jagged.from_pairs(
+        np.repeat(np.arange(N_USERS), 2), np.concatenate([t[8:] for t in taken]), N_USERS
+    )
+    noise = torch.from_numpy(rng.normal(size=(N_USERS, N_ITEMS))).float()
+    return train, Validation(train, relevant, train, noise)
+
+
+def test_ndcg_is_that_of_scikit_learn(users: tuple[Jagged, Validation]) -> None:
+    _, validation = users
+    scores = validation.trained.numpy().astype(np.float64)
+    expected = []
+    for user in range(N_USERS):
+        unseen = np.setdiff1d(np.arange(N_ITEMS), validation.masked.lists()[user])
+        gains = np.isin(unseen, validation.relevant.lists()[user]).astype(float)
+        expected.append(ndcg_score([gains], [scores[user, unseen]], k=10))
+    assert validation.ndcg(validation.trained) == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> None:
+    train, validation = users
+    found = search(train, N_ITEMS, None, validation)
+    assert found.ndcg > found.ndcg_trained + 0.1
+    assert found.ndcg == pytest.approx(found.ndcg_ease, abs=0.03)
+    assert found.field_weight == 0
+    # It can be had: the same settings give the same figure.
+    gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
+    weights = ease_weights(gram, found.l2)
+    vectors = leading_vectors(weights, gram, found.columns)
+    scores = validation.trained + found.weight * validation.scores(weights @ vectors) @ vectors.T
+    assert validation.ndcg(scores) == pytest.approx(found.ndcg, abs=1e-6)
+
+
+def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Validation]) -> None:
+    train, validation = users
+    right = torch.zeros(N_USERS, N_ITEMS)
+    owner = np.repeat(np.arange(N_USERS), 2)
+    right[torch.from_numpy(owner), torch.from_numpy(validation.relevant.values).long()] = 9999.0
+    knowing = Validation(train, validation.relevant, train, right)
+    found = search(train, N_ITEMS, None, knowing)
+    assert found.ndcg == found.ndcg_trained == 1
+    assert found.weight == 0
+
+
+def test_fields_that_say_the_groups_are_used(users: tuple[Jagged, Validation]) -> None:
+    _, validation = users
+    few = Jagged.from_pairs([0, 0, 1, 1], [0, 20, 21, 40], N_USERS)  # nobody's items go together
+    groups = Jagged.from_pairs(np.arange(N_ITEMS) // 20, np.arange(N_ITEMS), 3)
+    found = search(few, N_ITEMS, groups, validation)
+    assert found.field_weight > 0
+    assert found.ndcg > search(few, N_ITEMS, None, validation).ndcg + 0.1
+
+
+def test_leading_vectors_are_those_of_the_scores(users: tuple[Jagged, Validation]) -> None:
+    train, _ = users
+    x = torch.zeros(N_USERS, N_ITEMS, dtype=torch.float64)
+    x[np.repeat(np.arange(N_USERS), 8), train.values] = 1
+    gram = x.T @ x
+    weights = ease_weights(gram, 20.0).double()
+    vectors = leading_vectors(weights, gram, 5)
+    expected = torch.linalg.svd(x @ weights).Vh[:5].T
+    overlap = (expected.T @ vectors.double()).abs()
+    assert torch.linalg.svdvals(overlap).min() > 0.99
+
+
+def test_users_without_held_out_items_leave_nothing_to_measure() -> None:
+    none = Jagged(np.zeros(3, np.int64), np.zeros(0, np.int32))
+    validation = Validation(none, none, none, torch.zeros(2, 5))
+    assert search(none, 5, None, validation) == Linear(weight=0.0)
+    assert max(COLUMNS) == 512
