@@ -119,7 +119,7 @@ def kernel_is_right(device: str) -> dict[str, float]:
     import torch
 
     from deepfm_dist.ranking.engines.triton import TritonEngine
-    from tests.ranking.test_kernel import Case, Ranking, error_of
+    from tests.kernel_cases import Case, Ranking, error_of
 
     most = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}
     worst: dict[str, float] = dict.fromkeys(most, 0.0)
@@ -151,7 +151,7 @@ def catalogue_speed(device: str) -> dict[str, float]:
     from deepfm_dist.model.pairs import Side
     from deepfm_dist.ranking.engines.triton import TritonEngine
     from deepfm_dist.ranking.types import Best
-    from tests.ranking.test_kernel import Case
+    from tests.kernel_cases import Case
 
     n_users, n_items = (31_360, 6_807) if device == "cuda" else (8, 130)
     found = {}
@@ -192,7 +192,7 @@ def synchronisations_of_a_step(device: str) -> dict[str, int]:
 
     from deepfm_dist.distributed.pipeline import train_pipeline
     from deepfm_dist.distributed.process_group import process_group
-    from tests.distributed.test_distributed import Run
+    from tests.steps import Run
 
     lines: Counter[str] = Counter()
 
@@ -221,8 +221,8 @@ def synchronisations_of_a_step(device: str) -> dict[str, int]:
 def deterministic_resume(device: str) -> str:
     """What run.deterministic promises."""
     from tests.distributed.test_checkpoint import resumed, trained_through
-    from tests.distributed.test_distributed import SMALL, config_of
     from tests.ranks import run_alone
+    from tests.steps import SMALL, config_of
 
     folder, _ = sample()
     tables = "optimizer.tables={name: rowwise_adagrad, lr: 0.003}"
@@ -315,8 +315,8 @@ def two_ranks_give_the_losses_of_one(device: str) -> dict[str, float]:
     """NCCL, and the same model at another world size."""
     import first_light  # this file, under a name that other processes find it by
 
-    from tests.distributed.test_distributed import COPIES
     from tests.ranks import run_ranks
+    from tests.steps import COPIES
 
     [alone] = run_ranks(first_light.losses, 1, device, 20, spawn=True)
     found = {}
@@ -360,7 +360,7 @@ def sample(*overrides: str) -> tuple[Path, Any]:
 def losses(device: str, steps: int, *overrides: str) -> list[float]:
     """Losses of the first steps on the sample."""
     from deepfm_dist.distributed.process_group import process_group
-    from tests.distributed.test_distributed import Run
+    from tests.steps import Run
 
     folder, config = sample(*overrides)
     with process_group(device) as world:

@@ -30,8 +30,8 @@ from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.runs.start import begin, check_settings, make_ready
 from deepfm_dist.runs.trained import find_run, open_trained
 from deepfm_dist.training.state import LoopState
-from tests.distributed.test_distributed import config_of
 from tests.ranks import RankFailed, run_alone, run_ranks, variables
+from tests.steps import config_of
 
 PER_EPOCH = 10
 

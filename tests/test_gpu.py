@@ -19,10 +19,10 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.types import Precision
 from tests.distributed.test_checkpoint import resumed, trained_through
-from tests.distributed.test_distributed import SMALL, Run, config_of, difference
-from tests.ranking.test_kernel import Case, Ranking, error_of
+from tests.kernel_cases import Case, Ranking, error_of
 from tests.ranking.test_ranking import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
 from tests.ranks import run_ranks
+from tests.steps import SMALL, Run, config_of, difference
 
 CUDA = [
     pytest.mark.gpu,

@@ -25,8 +25,8 @@ from deepfm_dist.events import (
     read_events,
 )
 from deepfm_dist.log import MetricsLog, TensorBoard, progress
-from tests.distributed.test_distributed import config_of
 from tests.ranks import run_ranks
+from tests.steps import config_of
 
 heard: list[tuple[str, dict[str, Any]]] = []
 

@@ -30,8 +30,8 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
-from tests.distributed.test_distributed import COPIES, SMALL, Run, config_of, difference
 from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.steps import COPIES, SMALL, Run, config_of, difference
 
 OPTIMIZERS = ["rowwise_adagrad", "adagrad", "sgd", "adam"]
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ from pydantic import ValidationError
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
-from deepfm_dist.build import deepfm_of, shard_for_training, training_batches
-from deepfm_dist.config import Config, load_config
+from deepfm_dist.build import deepfm_of
+from deepfm_dist.config import Config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed import checkpoint, heartbeat, sharding
+from deepfm_dist.distributed import heartbeat, sharding
 from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
@@ -35,7 +34,6 @@ from deepfm_dist.distributed.settings import (
     TablePlan,
 )
 from deepfm_dist.distributed.sharding import init_tables, local_shards, shard
-from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError, EnvironmentProblem
 from deepfm_dist.launcher import Launch
 from deepfm_dist.model.deepfm import Table, build_deepfm
@@ -44,55 +42,12 @@ from deepfm_dist.training.evaluation import RowEvaluator
 from tests.conftest import HISTORY
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.steps import COPIES, SMALL, Run, config_of, difference
 
-SMALL = ("model.over_arch_layer_sizes=[30, 20, 10]", "model.embedding_dim=10")
 LARGE = ("model.over_arch_layer_sizes=[400, 400, 400]", "model.embedding_dim=10")
 OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
 SAMPLED = "trainer.candidates=90"
 MIXED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}}"
-
-COPIES = ", ".join(f"{table}: {{kind: replicated}}" for table in ("user", "item", "genre"))
-COPIES = f"sharding.tables={{{COPIES}}}"
-
-
-def config_of(*overrides: str) -> Config:
-    return load_config("sample", ["model.init_std=0.05", *overrides])
-
-
-class Run:
-    """A model being trained on one rank."""
-
-    def __init__(self, folder: Path, config: Config, world: World) -> None:
-        self.dataset = PreparedDataset(folder)
-        self.config, self.process_group = config, world
-        self.sharded, self.optimizer = shard_for_training(config, self.dataset.manifest, world)
-        self.batches = training_batches(config, self.dataset, world)
-
-    def losses(
-        self, first: int, last: int, change: Callable[[Batch], Batch] = lambda b: b
-    ) -> list[float]:
-        parts = self.config.trainer.accumulate_steps
-        pipeline = train_pipeline(
-            self.sharded,
-            self.optimizer,
-            self.process_group,
-            parts,
-            self.config.optimizer,
-        )
-        stream = (p for b in self.batches.steps(first, last) for p in change(b).split(parts))
-        losses = [pipeline.train_step(stream).loss for _ in range(first, last + 1)]
-        pipeline.detach()
-        return losses
-
-    def save(self, run_dir: Path, step: int) -> None:
-        checkpoints = checkpoint.Checkpoints(run_dir, self.process_group, keep_last=9)
-        state = {
-            "vocabulary_hash": self.dataset.manifest.vocabulary_hash,
-            "config": self.config.model_dump(mode="json"),
-            "trainer": {},
-        }
-        checkpoints.save(step, self.sharded, self.optimizer, state)
-        checkpoints.wait()
 
 
 def train(folder: Path, config: Config, steps: int, shuffled: int | None = None) -> list[float]:
@@ -114,10 +69,6 @@ def permuted(batch: Batch, seed: int) -> Batch:
     return Batch(
         sparse, batch.dense[order], batch.labels[order], batch.weights[order], batch.global_weight
     )
-
-
-def difference(a: list[float], b: list[float]) -> float:
-    return float(np.abs(np.subtract(a, b)).max())
 
 
 ELSEWHERE = [
@@ -579,7 +530,7 @@ def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> No
     ("override", "message"),
     [
         ("sharding.tables={users: {kind: row_wise}}", "unknown table; available: user, item"),
-        ("sharding.tables={user: {kind: table_wise, rank: 3}}", "only 1 ranks, 0 to 0"),
+        ("sharding.tables={user: {kind: table_wise, rank: 3}}", "the last of 1 rank is 0"),
         ("optimizer.tables.name=lazy_adam", "no such kernel on cpu; use adam"),
     ],
 )

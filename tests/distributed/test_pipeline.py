@@ -21,8 +21,8 @@ from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.model import deepfm
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
-from tests.distributed.test_distributed import COPIES, SMALL, config_of
 from tests.ranks import run_alone, run_ranks
+from tests.steps import COPIES, SMALL, config_of
 
 POISONED = 7
 STRETCHES = ((1, 6), (7, 12))

@@ -20,8 +20,8 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import RESERVED, local_shards
 from deepfm_dist.jobs.plan import plan
 from deepfm_dist.report.tables import plan_table
-from tests.distributed.test_distributed import COPIES, SMALL, Run, config_of
 from tests.ranks import run_ranks
+from tests.steps import COPIES, SMALL, Run, config_of
 
 BILLION = {"user": 1_000_000_000, "item": 50_000_000, "genre": 18}
 ALL_NAMED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}, "

@@ -25,8 +25,8 @@ from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.jobs.export import is_export_of, up_to_date_export
 from deepfm_dist.runs.trained import find_run
 from tests.distributed.test_checkpoint import _saved
-from tests.distributed.test_distributed import SMALL, config_of
 from tests.ranks import run_alone, run_ranks
+from tests.steps import SMALL, config_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 TABLE = "model.model.embedding_arch.ebc.embedding_bags.{}.weight"

@@ -22,10 +22,10 @@ from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMEr
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of
-from tests.distributed.test_distributed import SMALL, Run, config_of, difference
 from tests.launch.s3 import clients_of, s3_server
 from tests.metrics_lines import lines
 from tests.ranks import run_ranks
+from tests.steps import SMALL, Run, config_of, difference
 
 for needed in ("moto", "s3fs", "upath"):
     pytest.importorskip(needed, reason=f"{needed} is missing (requirements/launch.txt)")

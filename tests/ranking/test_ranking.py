@@ -56,8 +56,8 @@ from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import RowEvaluator
 from tests.cross_net import CrossNet
-from tests.distributed.test_distributed import Run
 from tests.ranks import RankFailed, run_alone, run_ranks
+from tests.steps import Run
 
 BASELINES = {"popularity": Popularity(), "item_knn": ItemKNN(20), "ease": Ease(100.0)}
 OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones

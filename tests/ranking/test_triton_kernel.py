@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.ranking.types import Precision
-from tests.ranking.test_kernel import Case, Ranking, error_of
+from tests.kernel_cases import Case, Ranking, error_of
 
 triton = pytest.importorskip("deepfm_dist.ranking.engines.triton", exc_type=ModuleNotFoundError)
 if not os.environ.get("TRITON_INTERPRET"):

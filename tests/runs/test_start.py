@@ -17,8 +17,8 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.runs.start import read_start
 from tests.data.test_compatibility import config_of, prepared, write_input
-from tests.distributed.test_distributed import Run, difference
 from tests.ranks import run_alone, run_ranks
+from tests.steps import Run, difference
 
 BEFORE = """
 - {name: user, entity: user}

@@ -12,8 +12,8 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import DataError
-from tests.distributed.test_distributed import Run
 from tests.ranks import run_alone
+from tests.steps import Run
 
 
 @pytest.mark.parametrize("name", ["aistages", "movielens_latest_small", "movielens_1m", "notebook"])
