@@ -1,4 +1,4 @@
-"""Items as people know them: id, title, genres."""
+"""What is displayed of an item: id, title, genres."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from deepfm_dist.data.vocabulary import external
 
 @dataclass(frozen=True)
 class Card:
-    """What is shown of an item.
+    """What is displayed of an item.
 
     Attributes:
-        id: the external one.
-        title: where the data has titles.
+        id: external id.
+        title: None if the data has no titles.
         tags: values of its categorical fields, such as genres.
     """
 
@@ -42,15 +42,15 @@ class Cards:
         ]
 
     def __call__(self, row: int) -> Card:
-        """The card of an item row, which is not that of unknown items."""
+        """The card of an item row; the row of unknown items has none."""
         tags: list[str] = []
         for values, words in self._tags:
-            of_row = (
+            row_values = (
                 values.values[values.offsets[row] : values.offsets[row + 1]]
                 if isinstance(values, Jagged)
                 else values[row : row + 1]
             )
-            tags += [words[int(v) - 1].as_py() for v in of_row if v != OUT_OF_VOCABULARY]
+            tags += [words[int(v) - 1].as_py() for v in row_values if v != OUT_OF_VOCABULARY]
         title = None if self._titles is None else _text(self._titles[row])
         return Card(self._ids[row - 1].as_py(), title, tags)
 

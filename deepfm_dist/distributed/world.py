@@ -101,9 +101,9 @@ class World:
         return received
 
     def seed(self, seed: int) -> None:
-        """Seeds the random numbers that this rank computes with.
+        """Seeds this rank's random number generators.
 
-        `torch.manual_seed` keeps a formatted stack trace for each kind of device that is not there.
+        `torch.manual_seed` would format a stack trace for each type of device that is missing.
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
@@ -137,22 +137,22 @@ class World:
             dist.barrier()
 
     def run_on_rank0(self, name: str, work: Callable[[], T]) -> T | None:
-        """Rank 0 works while the others wait, however long; its failure ends all of them.
+        """Runs ``work`` on rank 0 while the others wait; its failure ends all ranks.
 
-        They wait as long as rank 0's process is alive: one that was stopped or whose machine is
-        lost is missed after the time-out of the process group.
+        The others wait as long as rank 0 sends heartbeats; without one they give up after the
+        timeout of the process group.
 
         Args:
-            name: of the work; unique in this process group.
-            work: what rank 0 calls.
+            name: identifies the work; unique in this process group.
+            work: function to call on rank 0.
 
         Returns:
             What ``work`` returned, on rank 0; None elsewhere.
 
         Raises:
             Exception: on rank 0, the exception raised by ``work``.
-            SystemExit: on the other ranks, when rank 0 failed and said why.
-            DistStoreError: on the other ranks, when rank 0 is there no more.
+            SystemExit: on the other ranks, if rank 0 failed and reported it.
+            DistStoreError: on the other ranks, if rank 0 is gone.
         """
         if not self.is_first:
             outcome = heartbeat.wait_for(self.store, name, self.timeout_s)
@@ -167,7 +167,7 @@ class World:
             code = error.exit_code if isinstance(error, DeepFMError) else 1
             self.store.set(name, str(code))
             if isinstance(error, Exception) and self.world_size > 1:
-                with suppress(dist.DistStoreError):  # rank 0 may hold the store: not to leave first
+                with suppress(dist.DistStoreError):  # rank 0 may hold the store and must exit last
                     self.store.wait([f"{name}_seen_by_all"], heartbeat.SHORT)
             raise
         self.store.set(name, "done")

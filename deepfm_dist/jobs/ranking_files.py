@@ -1,4 +1,4 @@
-"""What the jobs that write rankings share: a loaded model, and one writer per target file."""
+"""Common parts of jobs that write rankings: a loaded model and a locked target file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from deepfm_dist.runs.trained import LoadedModel, open_trained
 
 @dataclass(frozen=True)
 class Rankings:
-    """Rankings that were written.
+    """Written rankings.
 
     Attributes:
-        files: where they are, and their size.
-        dataset: whose users and items they are of.
+        files: paths and sizes.
+        dataset: the dataset of their users and items.
     """
 
     files: RankingFiles
@@ -31,13 +31,12 @@ class Rankings:
 
 @dataclass(frozen=True)
 class RankingOutput:
-    """Where a job writes, and how the file is called without ``--output``.
+    """Target of a job, and its file name without ``--output``.
 
     Attributes:
-        section: of the command's settings.
-        default_name: of the file, without its ending.
-        settings: those of the section that decide what the file contains; the others decide how it
-            is made.
+        section: name of the command's section of settings.
+        default_name: file name without suffix.
+        settings: names of the settings that affect the file's contents.
     """
 
     section: str
@@ -47,7 +46,7 @@ class RankingOutput:
 
 @dataclass(frozen=True)
 class RankingJob:
-    """A loaded model whose rankings are about to be written.
+    """A loaded model and the target of its rankings.
 
     Attributes:
         world: the ranks.
@@ -73,11 +72,11 @@ class RankingJob:
 def ranking_job(
     config: Config, overrides: Sequence[str], output: RankingOutput, path: str | None
 ) -> Iterator[RankingJob]:
-    """Loads a run's model and locks the target file meanwhile. All ranks.
+    """Loads a run's model and locks the target file. All ranks.
 
     Args:
         config: the settings.
-        overrides: of the command line.
+        overrides: overrides from the command line.
         output: the default target.
         path: the parquet file to write; None: the default, in the run's folder.
 

@@ -26,7 +26,7 @@ ITEM_BLOCK = 1024
 
 
 class SideEncoder:
-    """Makes the user and the item side of a model's scores. All ranks.
+    """Computes the user and item sides of a model's scores. All ranks.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -35,7 +35,7 @@ class SideEncoder:
         context: one row of context fields.
 
     Attributes:
-        scorer: of pairs of both sides.
+        scorer: scores pairs of the two sides.
         world: the ranks.
     """
 
@@ -62,12 +62,12 @@ class SideEncoder:
     def users(
         self, rows: Int32Array, block: int = USER_BLOCK, histories: Jagged | None = None
     ) -> list[Side]:
-        """Users looked up together, and multiplied in blocks of one size.
+        """Looks users up together and returns their sides in blocks of one size.
 
         Args:
             rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
-            block: users of a block.
-            histories: item rows of users who are known by these items alone.
+            block: number of users per block.
+            histories: item rows of users who are represented by these items only.
         """
         known, bags = rows, None
         if histories is not None:
@@ -79,7 +79,7 @@ class SideEncoder:
 
     @torch.no_grad()
     def items(self, rows: Int32Array) -> Side:
-        """Items as one block of at least `ITEM_BLOCK`; the rest is padding."""
+        """The side of items, padded to at least `ITEM_BLOCK`."""
         rows = padded(rows, max(len(rows), ITEM_BLOCK), ABSENT)
         [side] = self._sides("item", self._collate(None, rows), len(rows))
         return side
@@ -92,19 +92,19 @@ class SideEncoder:
 
 
 class ItemStore:
-    """The items of a catalogue, prepared by an engine and kept in memory as far as they fit.
+    """The items of a catalogue, prepared by an engine and kept in memory if they fit.
 
-    Of a catalogue larger than the limit each rank keeps a share, to which all ranks' users are
-    brought. One whose shares exceed it too is computed in blocks, again for every chunk of users.
+    If the catalogue exceeds the limit, each rank keeps a share and ranks all users for it. If the
+    shares exceed it too, items are computed in blocks, again for every chunk of users.
 
     Args:
-        encoder: of the model. All ranks.
-        engine: that ranks.
+        encoder: encodes items with the model. All ranks.
+        engine: the engine that ranks.
         rows: ``[I]`` item rows by position.
-        memory_bytes: limit of what a rank keeps.
+        memory_bytes: maximum bytes that a rank keeps.
 
     Attributes:
-        is_shared: whether each rank keeps its own share only.
+        is_shared: whether each rank keeps only a share of the items.
     """
 
     def __init__(

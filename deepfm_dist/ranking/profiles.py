@@ -1,4 +1,4 @@
-"""Where a ranking is good: at which depth, for which users, for which items."""
+"""Ranking metrics by K, by user activity and by item popularity."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from deepfm_dist.ranking.metrics import found_items, hits, ndcg, recall
 
 FloatArray = npt.NDArray[np.float64]
 GROUPS, EXAMPLES = 5, 5
-"""Groups of users, and of items, of about one size each; users whose rankings are shown."""
+"""Number of groups of users and of items, about equally large; number of example users."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Values cut into groups of about equal size; equal values stay together.
+    """Values divided into groups of about equal size; equal values stay together.
 
     Attributes:
         of: ``[n]`` the group of each value.
-        bounds: by group, its least and its greatest value.
+        bounds: smallest and largest value of each group.
     """
 
     of: Int64Array
@@ -29,7 +29,7 @@ class Groups:
 
     @classmethod
     def by_quantile(cls, values: Int64Array) -> "Groups":
-        """Cuts ``[n]`` values at their quantiles, into at most `GROUPS`."""
+        """Divides ``[n]`` values at their quantiles into at most `GROUPS` groups."""
         if len(values) == 0:
             return cls(np.zeros(0, np.int64), ())
         cuts = np.quantile(values, np.arange(1, GROUPS + 1) / GROUPS, method="inverted_cdf")
@@ -40,23 +40,23 @@ class Groups:
 
     @property
     def sizes(self) -> list[int]:
-        """Values of each group."""
+        """Number of values in each group."""
         return np.bincount(self.of, minlength=len(self.bounds)).tolist()
 
     def means(self, figures: FloatArray) -> list[float]:
-        """Each group's mean of ``[n]`` figures."""
+        """Mean of ``[n]`` figures by group."""
         sums = np.bincount(self.of, figures, minlength=len(self.bounds))
         return (sums / np.array(self.sizes)).tolist()
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One ranking's figures, cut open.
+    """Metrics of one ranking in detail.
 
     Attributes:
         recall: Recall@K at K = 1, 2, ...
         ndcg: NDCG@K likewise.
-        by_activity: mean NDCG at the greatest K of each group of users.
+        by_activity: mean NDCG at the largest K by group of users.
         by_popularity: recall at the largest K by group of held-out items.
     """
 
@@ -67,10 +67,10 @@ class Profile:
 
 
 def profile(ranked: Int64Array, relevant: Jagged, activity: Groups, popularity: Groups) -> Profile:
-    """Cuts the figures of a ranking open.
+    """Computes the detailed metrics of a ranking.
 
     Args:
-        ranked: ``[U, K]`` items, best first; negative ones are empty places.
+        ranked: ``[U, K]`` items, best first; negative values are padding.
         relevant: each user's relevant items, at least one each.
         activity: groups of the U users.
         popularity: groups of ``relevant.values``.
@@ -94,7 +94,7 @@ class Example:
     Attributes:
         user: row of the user table.
         ranked: item rows, best first.
-        history: item rows of training, the latest last where times are known.
+        history: item rows of training, latest last if times are known.
         held_out: rows of the relevant items.
     """
 

@@ -1,4 +1,4 @@
-"""Held-out rows through the sharded model."""
+"""Row metrics of the sharded model on held-out rows."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ from deepfm_dist.training.metrics import (
 
 BLOCK_ROWS = 8192
 RANKED_ROWS = 1 << 21
-"""Scored rows that rank 0 puts in order at a time."""
+"""Scored rows that rank 0 sorts at a time."""
 _RECORD = np.dtype([("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4")])
 _BINS = 1 << 16
 _Records = npt.NDArray[np.void]
@@ -39,13 +39,13 @@ _Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Unknown:
-    """Held-out rows whose users, items or values have no embedding of their own.
+    """Counts of held-out rows whose users, items or values have no separate embedding.
 
     Attributes:
-        n: rows that were looked at: the positives where negatives are sampled (from known items),
-            else all.
-        rows: by "user", "item" and context field, how many of these have no known value: one that
-            training rows lack, one below ``min_count``, or none.
+        n: number of rows counted: the positives if negatives are sampled (from known items),
+            otherwise all rows.
+        rows: by "user", "item" and context field, the number of rows without a known value: one
+            that is missing from training, below ``min_count``, or empty.
     """
 
     n: int
