@@ -53,6 +53,19 @@ def local_path(text: str) -> str:
     return text
 
 
+def folder_name(text: str) -> str:
+    """The name of a folder below a root, such as ``ml1m`` or ``shop/monday``.
+
+    Raises:
+        ValueError: the folder would lie elsewhere, or the text is no name.
+    """
+    if not text.isprintable() or {"", ".", ".."} & {*text.split("/")}:
+        raise ValueError(
+            f"{text!r} is not the name of a folder below its root; use one such as ml1m"
+        )
+    return text
+
+
 def _as_setting(check: Callable[[str], str], text: str) -> str:
     try:
         return check(text)
@@ -62,6 +75,8 @@ def _as_setting(check: Callable[[str], str], text: str) -> str:
 
 PathOrUrl = Annotated[str, AfterValidator(partial(_as_setting, path_or_url))]
 """A setting that is a path or a URL."""
+FolderName = Annotated[str, AfterValidator(folder_name)]
+"""A setting that names a folder below a root."""
 LocalPath = Annotated[str, AfterValidator(partial(_as_setting, local_path))]
 """A setting that is a path on this machine."""
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ TIMELESS = "data.interactions.time=null"
         (["model=3"], r"model: input should be a section of fields \(got 3\)"),
         (["data.features=3"], r"data\.features: input should be a valid list \(got 3\)"),
         (["data.files=3"], r"data\.files: input should be a section of fields \(got 3\)"),
-        (["run.name=''"], r"run\.name: .*at least 1 character \(got ''\)"),
+        (["run.name=''"], r"run\.name: '' is not the name of a folder"),
         (["data.features.0.name=a"], "features is not a section"),
         (["optimizer.tables.lr=.inf"], r"tables\.lr: .*finite number \(got inf\)"),
         (["optimizer.dense.lr=.nan"], r"dense\.lr: .* \(got nan\)"),
@@ -325,6 +326,19 @@ def test_what_is_not_text_is_what_yaml_makes_of_it() -> None:
     for wrong in ("1:30", "2024-01-01"):
         with pytest.raises(ConfigError, match=rf"valid integer.*\(got '{wrong}'\)"):
             load_config("sample", [f"trainer.epochs={wrong}"])
+
+
+@pytest.mark.parametrize("setting", ["run.name", "data.name"])
+def test_a_run_s_folder_lies_below_its_root(setting: str) -> None:
+    for name in ("../x", "/tmp/x", "a//b", "a/", ".", "a/../../b", "", "a\nb", "a\0"):
+        with pytest.raises(
+            ConfigError, match="is not the name of a folder below its root; use one"
+        ):
+            load_config("sample", [f"{setting}={json.dumps(name)}"])
+    section, option = setting.split(".")
+    for name in ("ml1m", "shop/monday", "2024-01-01", "a b", "..x"):
+        config = load_config("sample", [f"{setting}={name}"])
+        assert getattr(getattr(config, section), option) == name
 
 
 def test_a_key_that_comes_twice_is_named_with_both_lines(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deepfm_dist.data.times import check_format
 from deepfm_dist.section import Section
-from deepfm_dist.storage import LocalPath, PathOrUrl
+from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl
 
 Entity = Literal["user", "item", "context"]
 
@@ -484,7 +484,7 @@ class Negatives(Section):
 class DataConfig(Section):
     """The input and how it becomes a prepared dataset."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Folder of the prepared dataset under ``run.prepared_root``; default: the run's name."""
     root: PathOrUrl = "."
     """Folder of the input files (may contain ``${VARIABLES}``), or a URL that fsspec opens, such as

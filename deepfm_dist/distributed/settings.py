@@ -6,13 +6,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from deepfm_dist.section import Section
-from deepfm_dist.storage import LocalPath, PathOrUrl
+from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl
 
 
 class RunConfig(Section):
     """What the run is called and where it computes."""
 
-    name: str = Field("default", min_length=1)
+    name: FolderName = "default"
     """Name of the run's folder under ``runs_root``."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Random seed of splits, negatives, row order, initial weights and dropout."""
