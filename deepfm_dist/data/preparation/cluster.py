@@ -81,6 +81,7 @@ _PIECE_BYTES = 4 << 20
 _SHARED = "_shared"
 """A folder next to the dataset's files, for the driver's input to single tasks."""
 _COUNTS_AT_ONCE = 64
+_ADDING_TASKS = 16
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ class _Driver:
 
         def items() -> Int64Array:
             task = partial(_count_items, self._task_job, self._engine.share(known))
-            return _summed(with_users.map(task).collect(), n_items)
+            return self._summed(with_users.map(task), n_items)
 
         if drops_items(job):
             known = replace(known, item_rows=items())
@@ -348,13 +349,19 @@ class _Driver:
         loaded.release()
         return selected
 
+    def _summed(self, counted: Records, n: int) -> Int64Array:
+        """``[n]``: sums of what `_sparse` gives; of many partitions, tasks add up most of it."""
+        if self._job.n_partitions > _ADDING_TASKS:
+            counted = counted.by_key(_ADDING_TASKS).map(_add_up)
+        return _sum_of(counted.collect(), n)
+
     def _counting(self, keys: Records) -> Callable[[Digit], Int64Array]:
         """Sums `Digit.counts` over ``keys``."""
 
         @cache
         def count(digit: Digit) -> Int64Array:
             task = partial(_count_digits, digit)
-            return _summed(keys.map(task).collect(), DIGITS)
+            return self._summed(keys.map(task), DIGITS)
 
         return count
 
@@ -488,7 +495,7 @@ def _absolute(file: InputFile) -> InputFile:
     return file if "://" in file.path else replace(file, path=str(Path(file.path).absolute()))
 
 
-def _summed(records: Iterable[Record], n: int) -> Int64Array:
+def _sum_of(records: Iterable[Record], n: int) -> Int64Array:
     """``[n]``: sums of what `_sparse` gives."""
     found = np.zeros(n, np.int64)
     for _, (codes, counts) in _things(records):
@@ -762,6 +769,20 @@ def _sparse(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Places of what is not 0, and it."""
     there = np.flatnonzero(counts)
     return there, counts[there]
+
+
+@_reporting
+def _add_up(records: Iterator[Record]) -> Iterator[Record]:
+    """What `_sparse` gives of many partitions -> its sum."""
+    total = np.zeros(0, np.int64)
+    key = None
+    for record, (places, counts) in _things(records):
+        key = record.key
+        more = int(places.max(initial=-1)) + 1 - len(total)
+        total = np.append(total, np.zeros(max(0, more), np.int64))
+        total[places] += counts
+    if key is not None:
+        yield from _records("sum", key, _sparse(total))
 
 
 @_reporting

@@ -150,6 +150,7 @@ def test_tasks_give_the_bytes_that_threads_give(
     monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
     monkeypatch.setattr(cluster, "_PIECE_BYTES", 2000)
     monkeypatch.setattr(cluster, "_COUNTS_AT_ONCE", 2)
+    monkeypatch.setattr(cluster, "_ADDING_TASKS", 3)
     monkeypatch.chdir(inputs)
     data = DataConfig.model_validate(CASES[case])
     manifest = local.prepare(data, inputs, tmp_path / "threads", seed=4)
