@@ -17,7 +17,8 @@ need two numbers that histograms give. Then vocabularies and statistics are fitt
 alone, and the partitions are written out as table rows.
 
 The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Threads share the files,
-then the partitions. Nothing depends on how many there are, nor on the sizes of blocks.
+then the partitions; what the first thread does alone, between two steps, it shares by `Crew.map`.
+Nothing depends on how many there are, nor on the sizes of blocks.
 """
 
 import hashlib
