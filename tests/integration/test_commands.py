@@ -29,7 +29,9 @@ from deepfm_dist.data.dataset import PreparedDataset
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-MAKE = ["make", "-C", str(ROOT), f"VENV={sys.prefix}", "VARIANT=cpu", "-o", f"{sys.prefix}/.cpu"]
+MAKE = ["make", "-C", str(ROOT), f"VENV={sys.prefix}", "VARIANT=cpu"]
+for stamp in (".cpu", ".cpu-dev"):  # what is installed stays as it is
+    MAKE += ["-o", f"{sys.prefix}/{stamp}"]
 
 SERVED = r"""
 answers() { python -c 'from urllib.request import urlopen; urlopen("http://127.0.0.1:8765/")'; }
