@@ -213,6 +213,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     draft.choose("optimizer.dense.lr", rate, scaled)
     if draft.get("model.deep") and draft.get("model.over_arch") == "mlp":
         draft.choose("model.dropout", 0.2, "labels are noisy")
+        draft.choose("model.batch_norm", True, "the L2 on the tables then leaves their scale open")
     fused = _because_fused(draft, manifest)
     n_rows = plural(sum(table.rows for table in manifest.tables.values()), "table row")
     draft.choose(

@@ -316,7 +316,7 @@ def test_labelled_rows_scale_batch_rates_and_l2(
     assert resolved.optimizer.tables.name == "adam"
     assert resolved.optimizer.tables.l2 == pytest.approx(500 / rows, rel=0.05)
     assert (resolved.trainer.epochs, resolved.trainer.patience) == (20, 2)
-    assert resolved.model.dropout == 0.2
+    assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == f"500 / {rows:,} training rows"
