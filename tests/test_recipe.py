@@ -231,7 +231,7 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(tmp_path: Path) -> N
     assert again.model == saved.model
     assert again.trainer.epochs == saved.trainer.epochs
     delete_tree(config.run_dir / "refit")  # as if it had been killed before the end
-    train(config)
+    train(load_config(SAMPLE, [*settings, "trainer.max_steps=3", "checkpoint.use=selected"]))
     assert complete_steps(config.run_dir / "refit") == [3]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))

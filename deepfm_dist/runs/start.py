@@ -248,7 +248,8 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
     again = read_launch().restarted
     if (resume == "never" and not again) or not checkpoint.complete_steps(config.run_dir):
         return None
-    which = "latest" if use == "auto" or again else use
+    of_loop = use not in ("auto", checkpoint.SELECTED, checkpoint.REFIT)
+    which = use if of_loop and not again else "latest"
     path = checkpoint.find_checkpoint(config.run_dir, which)
     differing = _differing(config, checkpoint.read_state(path), manifest)
     if not differing:
