@@ -69,7 +69,7 @@ def home(tmp_path: Path) -> Path:
             "split": {"method": "random", "valid": 0.1, "test": 0.1},
         },
         "model": {"embedding_dim": 4, "deep": False},
-        "trainer": {"batch_size": 256, "epochs": 2, "monitor": "auc"},
+        "trainer": {"loss": "bce", "batch_size": 256, "epochs": 2, "monitor": "auc"},
         "recommend": {"k": 3},
         "tune": {"trials": 1, "space": {"optimizer.tables.lr": [0.1]}},
     }
