@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -12,6 +13,9 @@ from pydantic import (
 
 AUTO = "auto"
 """Value of a setting that is left to the recipe (`deepfm_dist.recipe`)."""
+
+DEFAULTS = "defaults"
+"""Context of ``model_dump`` in which a setting that was left out has its default, not ``auto``."""
 
 
 class Section(BaseModel):
@@ -43,6 +47,10 @@ class Section(BaseModel):
         return {k: v for k, v in tree.items() if not (k in cls.chosen and v == AUTO)}
 
     @model_serializer(mode="wrap")
-    def _left_out_is_auto(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _left_out_is_auto(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
         tree: dict[str, Any] = handler(self)
+        if info.context == DEFAULTS:
+            return tree
         return {k: AUTO if self.is_auto(k) else v for k, v in tree.items()}

@@ -16,6 +16,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.section import DEFAULTS
 from deepfm_dist.storage import (
     option_of,
     storage_errors_to_user,
@@ -240,7 +241,7 @@ def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     saved: dict[str, Any] = state["config"]
     with suppress(ConfigError):
-        saved = config_from(saved).model_dump(mode="json")
+        saved = config_from(saved).model_dump(mode="json", context=DEFAULTS)
     return saved
 
 
