@@ -61,18 +61,14 @@ class SeparateTables(deepfm.EmbeddingArch):
         self.first_order_keys = [f"{key}_first_order" for key in self.factor_keys]
         self.ebc = EmbeddingBagCollection(device=device, tables=configs)
 
-    def rows(self, sparse: KeyedJaggedTensor) -> Tensor:
+    def sums(self, sparse: KeyedJaggedTensor) -> Tensor:
         """``[B, F, row_width]``, as the one-table layout's."""
         keys = [self.factor_keys, self.first_order_keys]
         pooled = KeyedTensor.regroup([self.ebc(sparse)], keys)  # traced: no iterating over it
         factors = pooled[0].view(-1, len(self.features), self.factors_width)
         first_order = pooled[1].view(-1, len(self.features), 4)
         rows = torch.cat([factors[:, :, : self.embedding_dim], first_order[:, :, :1]], 2)
-        rows_BFW = torch.nn.functional.pad(rows, (0, self.row_width - self.embedding_dim - 1))
-        if self.is_divided:
-            counts_BF = sparse.lengths().view(len(self.features), -1).T.to(rows_BFW.dtype)
-            rows_BFW = rows_BFW / counts_BF.clamp(min=1).pow(self.power_F)[..., None]
-        return rows_BFW
+        return torch.nn.functional.pad(rows, (0, self.row_width - self.embedding_dim - 1))
 
 
 LAYOUTS["separate"] = SeparateTables
@@ -113,7 +109,7 @@ def main() -> None:
     for seed in range(1, args.seeds + 1):
         for layout in LAYOUTS:
             name = f"first_order_{layout}_{seed}"
-            overrides = [*args.overrides, f"run.seed={seed}", f"run.name={name}"]
+            overrides = ["trainer.loss=bce", *args.overrides, f"run.seed={seed}", f"run.name={name}"]
             overrides += [f"data.name=first_order_{seed}", "checkpoint.resume=never"]
             arguments = ["--config", args.config, *overrides]
             found = trained(layout, arguments)
