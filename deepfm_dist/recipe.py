@@ -347,6 +347,8 @@ class _Draft:
 
     def choose(self, setting: str, value: Any, reason: str) -> None:
         """Decides what is ``auto``; the user's own value stays."""
+        section, name = self._parts(setting)
+        assert name in section.chosen, f"{setting} cannot be left to the recipe"
         if self.is_auto(setting):
             self.note(setting, value, reason)
 

@@ -11,7 +11,10 @@ class ModelConfig(Section):
     """The DeepFM."""
 
     chosen = frozenset(
-        ("embedding_dim", "deep", "fm_pairs", "over_arch_layer_sizes", "dropout", "batch_norm")
+        (
+            *("embedding_dim", "fm_pairs", "linear"),
+            *("deep", "over_arch_layer_sizes", "dropout", "batch_norm"),
+        )
     )
 
     embedding_dim: int = Field(16, ge=1)

@@ -72,7 +72,7 @@ class Recommender:
         self._kept_users = _all_users(self._ranker.encoder, n_users, config.recommend.memory_bytes)
         masked = masked_splits(dataset, config.recommend.mask)
         self._positives = [bags for split in masked for bags in dataset.met(split)]
-        self._history = dataset.history
+        self._history = run.dataset.history  # in order of time, which the validation items are not
         self._vectors = None
         if model.interaction_arch.fm is not None:
             self._vectors = unit_length(self._ranker.item_vectors())

@@ -171,7 +171,7 @@ def _asked_by_items(home: Path) -> None:
 def test_a_model_that_knows_users_by_id_alone_says_so(
     tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
-    settings = ["run.runs_root=.", "run.name=plain", "trainer.max_steps=1", "run.loggers=[]"]
+    settings = ["run.runs_root=.", "run.name=plain", "trainer.max_steps=1", "trainer.loss=bce"]
     subprocess.run(command("train", *settings), cwd=tmp_path, check=True, capture_output=True)
     with pytest.raises(RankFailed, match=r"Unsupported: .*knows its users by id.*history: item"):
         run_alone(_asked_by_items, tmp_path)
