@@ -15,12 +15,14 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from deepfm_dist import (
     combine,
     evaluate,
     export,
+    import_weights,
     predict,
     prepare,
     recommend,
@@ -29,6 +31,7 @@ from deepfm_dist import (
     tune,
 )
 from deepfm_dist.events import EvaluateEvent, RecommendEvent, read_events
+from tests.interop.test_notebook import NotebookDeepFM
 from tests.ranks import run_alone, run_ranks
 
 COMMANDS = {
@@ -41,11 +44,12 @@ COMMANDS = {
     "predict": predict.main,
     "export": export.main,
     "combine --to both": combine.main,
+    "import_weights notebook.pt model.deep=true run.name=imported": import_weights.main,
     "prepare": prepare.main,
     "tune": tune.main,
 }
-ONCE = "combine --to both"
-"""The run that it makes is there the second time."""
+ONCE = ("combine --to both", "import_weights notebook.pt model.deep=true run.name=imported")
+"""The runs that they make are there the second time."""
 
 
 @pytest.fixture
@@ -68,12 +72,14 @@ def home(tmp_path: Path) -> Path:
             "features": features,
             "split": {"method": "random", "valid": 0.1, "test": 0.1},
         },
-        "model": {"embedding_dim": 4, "deep": False},
+        "model": {"embedding_dim": 4, "deep": False, "over_arch_layer_sizes": [4]},
         "trainer": {"loss": "bce", "batch_size": 256, "epochs": 2, "monitor": "auc"},
         "recommend": {"k": 3},
         "tune": {"trials": 1, "space": {"optimizer.tables.lr": [0.1]}},
     }
     (tmp_path / "it.yaml").write_text(yaml.safe_dump(config))
+    sizes = [len({row[column] for row in rows}) for column in (0, 1)]
+    torch.save(NotebookDeepFM(sizes, 4, (4,)).state_dict(), tmp_path / "notebook.pt")
     return tmp_path
 
 
@@ -100,6 +106,7 @@ def typed(home: Path, commands: Sequence[str]) -> dict[str, list[int]]:
     for command in commands:
         _, *arguments = shlex.split(command)
         given = ["--quiet", "--config", str(home / "it.yaml"), *arguments]
+        given = [str(home / "notebook.pt") if a == "notebook.pt" else a for a in given]
         codes.setdefault(command, []).append(COMMANDS[command](given))
     return codes
 
@@ -141,7 +148,8 @@ def test_every_command_after_every_other_on_one_run(home: Path) -> None:
     assert run_alone(typed, home, ["train", "recommend"]) == {"train": [0], "recommend": [0]}
     before = trained(home)
     codes = run_alone(typed, home, order, timeout_s=600)
-    assert codes.pop(ONCE) == [0] + [2] * (len(names) - 1)
+    for command in ONCE:
+        assert codes.pop(command) == [0] + [2] * (len(names) - 1)
     assert {code for of_command in codes.values() for code in of_command} == {0}
     assert trained(home) == before
     check_what_is_there(home)
@@ -158,7 +166,7 @@ def test_commands_twice_and_in_reverse_on_two_ranks(home: Path) -> None:
     run_ranks(typed, 2, home, ["recommend"])
     before = trained(home)
     for command in [*names, *reversed(names)]:
-        codes = [0, 2] if command == ONCE else [0]
+        codes = [0, 2] if command in ONCE else [0]
         for of_rank in run_ranks(typed, 2, home, [command]):
             assert of_rank[command][0] in codes, command
     assert trained(home) == before
