@@ -819,7 +819,7 @@ COMMAND_ORDER = [
     ),
     Mistake(
         "train 'sharding.tables={user: {kind: table_wise, rank: 3}}'",
-        "0 to 0",
+        "is 0",
         "'sharding.tables={user: {kind: table_wise, rank: 0}}'",
     ),
     Mistake(
