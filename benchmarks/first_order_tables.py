@@ -109,7 +109,8 @@ def main() -> None:
     for seed in range(1, args.seeds + 1):
         for layout in LAYOUTS:
             name = f"first_order_{layout}_{seed}"
-            overrides = ["trainer.loss=bce", *args.overrides, f"run.seed={seed}", f"run.name={name}"]
+            overrides = ["trainer.loss=bce", *args.overrides]
+            overrides += [f"run.seed={seed}", f"run.name={name}"]
             overrides += [f"data.name=first_order_{seed}", "checkpoint.resume=never"]
             arguments = ["--config", args.config, *overrides]
             found = trained(layout, arguments)

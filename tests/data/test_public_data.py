@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -325,4 +327,6 @@ def _run_comment(name: str, word: str, folder: Path) -> None:
     """Types the command with a word in it that stands at the top of a configuration."""
     lines = (BUNDLE / f"configs/{name}.yaml").read_text().splitlines()
     command = next(line for line in lines if line.startswith("#   ") and word in line)
-    subprocess.run(["bash", "-c", command.removeprefix("#")], cwd=folder, check=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = command.removeprefix("#")
+    subprocess.run(["bash", "-c", command], cwd=folder, check=True, env=os.environ | {"PATH": path})

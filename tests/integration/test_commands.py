@@ -65,6 +65,7 @@ NOT_AS_TYPED = [
         r"\1make -n \2",
     ),
     (r"^pip install .*$", ""),
+    (r"^(python launch/|spark-submit ).*$", ""),  # tests/launch/test_spark.py
     # It serves until it is told to stop.
     (r"^(python -m deepfm_dist\.serve\b.*)$", r"\1 --port 8765 &\nserver=$!\n" + SERVED),
     # An hour and two environments; GPUs.
@@ -73,7 +74,11 @@ NOT_AS_TYPED = [
     # What stands in for the reader's own.
     (r"my\.yaml", "mine.yaml"),
     (r"--output /models", "--output models"),
-    (r"(deepfm_dist\.plan\b.*)mine\.yaml", r"\1sample"),  # other tables than the shop's
+    (  # other tables than the shop's
+        r"(deepfm_dist\.plan\b.*)mine\.yaml",
+        r"\1sample 'data.features=[{name: user, entity: user}, {name: item, entity: item},"
+        r" {name: genre, entity: item, file: genres.tsv}]'",
+    ),
     (r"^export DEEPFM_DATA=.*$", ""),
 ]
 # Their data sets are stood in for by files of the same formats, small enough for closed forms.
@@ -468,7 +473,7 @@ def test_a_mistake_on_every_rank_is_said_once(
         [*command, "trainer.batch_size=1", "run.name=tiny", "data.name=mine"], home, **forked
     )
     assert done.returncode != 0
-    said = [x for x in done.stderr.splitlines() if "ConfigError: a batch of 1 rows" in x]
+    said = [x for x in done.stderr.splitlines() if "ConfigError: a batch of 1 " in x]
     assert len(said) == 1
     # The earlier run is untouched.
     assert list((home / "runs/mine/checkpoints").glob("step_*/state.json"))
