@@ -136,6 +136,15 @@ def test_an_added_field_has_a_name_of_its_own() -> None:
     assert config.data.features[-1].name == "seen_items"
 
 
+@pytest.mark.parametrize(
+    "field", [{"hash_rows": 20}, {"column": "price", "kind": "numeric"}], ids=["hashed", "numeric"]
+)
+def test_users_are_known_by_items_whose_field_has_no_vocabulary(field: dict[str, Any]) -> None:
+    config = _config(data={"features": [{**ITEM, **field}]})
+    [_, seen] = config.data.features
+    assert config.data.source_of(seen).is_id
+
+
 @pytest.mark.parametrize("items", [30_000, 30_001])
 def test_large_catalogues_are_sampled(items: int, sample: PreparedDataset) -> None:
     config = _config()
@@ -213,7 +222,9 @@ def test_a_run_says_what_was_chosen_and_keeps_it(
         evaluate(load_config(SAMPLE, [*settings, "evaluate.split=valid", "checkpoint.use=refit"]))
 
 
-def test_a_longer_run_continues_and_what_is_missing_is_made(tmp_path: Path) -> None:
+def test_a_longer_run_continues_and_what_is_missing_is_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
     settings = [
         *roots,
@@ -231,7 +242,10 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(tmp_path: Path) -> N
     assert again.model == saved.model
     assert again.trainer.epochs == saved.trainer.epochs
     delete_tree(config.run_dir / "refit")  # as if it had been killed before the end
-    train(load_config(SAMPLE, [*settings, "trainer.max_steps=3", "checkpoint.use=selected"]))
+    with caplog.at_level("INFO", "deepfm_dist"):
+        train(load_config(SAMPLE, [*settings, "trainer.max_steps=3", "checkpoint.use=selected"]))
+    assert "resuming after the training loop" in caplog.text
+    assert "already finished" not in caplog.text
     assert complete_steps(config.run_dir / "refit") == [3]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))

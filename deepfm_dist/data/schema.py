@@ -644,9 +644,10 @@ class DataConfig(Section):
             )
 
     def source_of(self, history: Feature) -> Feature:
-        """The item's field that a history is of."""
-        named = [f for f in self.features if f.entity == "item" and f.name == history.history]
-        return named[0] if named else Feature(name="item", entity="item")
+        """The item's field that a history is of: one with a vocabulary, or the item itself."""
+        named = (f for f in self.features if f.entity == "item" and f.name == history.history)
+        itself = Feature(name="item", entity="item")
+        return next((f for f in named if f.has_vocabulary), itself)
 
     def _check_histories(self) -> None:
         histories = [f for f in self.features if f.history is not None]

@@ -116,7 +116,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     last_step = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last_step)
     start = world.broadcast(
-        world.run_on_rank0("begin", lambda: begin(config, manifest, last_step))
+        world.run_on_rank0("begin", lambda: begin(config, manifest, last_step, is_finished(config)))
         or Start(None, LoopState())
     )
     if start.is_over:

@@ -83,8 +83,14 @@ def saved_settings(config: Config) -> dict[str, Any] | None:
     return {"model": settings["model"], **optimizer}
 
 
-def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
+def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool = True) -> Start:
     """Decides where a run begins; changes nothing. Rank 0.
+
+    Args:
+        config: the settings.
+        manifest: of the data.
+        last_step: of the loop.
+        is_complete: whether the run has all that follows the loop, if that is over.
 
     Raises:
         CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
@@ -107,8 +113,10 @@ def begin(config: Config, manifest: Manifest, last_step: int) -> Start:
             if state.step < last_step:
                 state.resume(config.monitor)  # what ended it once may be no reason now
             is_over = state.is_over(config.trainer.patience, last_step)
-            if is_over:
+            if is_over and is_complete:
                 log.warning("%s", _finished(config, path, state.step, last_step))
+            elif is_over:
+                log.info("%s: resuming after the training loop", path)
             else:
                 log.info("%s: resuming training after step %s", path, f"{state.step:,}")
             chosen = choices_in(checkpoint.read_state(path))
