@@ -4,6 +4,7 @@ A process that has used CUDA cannot fork others that do; ranks on GPUs are spawn
 """
 
 import faulthandler
+import gc
 import itertools
 import os
 import pickle
@@ -90,6 +91,8 @@ def run_alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _fork(*job: Any) -> int:
     child = os.fork()
     if child == 0:
+        # Garbage of the parent may wait for threads that no child has when it is collected.
+        gc.freeze()
         _be_rank(*job)
     return child
 
