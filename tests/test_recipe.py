@@ -247,6 +247,13 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(
     assert "resuming after the training loop" in caplog.text
     assert "already finished" not in caplog.text
     assert complete_steps(config.run_dir / "refit") == [3]
+    # Another day's run has the model, the loss and the optimizer that were chosen for this one's.
+    next_run = ["run.name=next", f"checkpoint.start_from={config.run_dir}", "trainer.max_steps=1"]
+    train(started := load_config(SAMPLE, [*settings, *next_run, "data.name=sample"]))
+    trained = load_config(str(started.run_dir / "config.yaml"))
+    assert (trained.model, trained.trainer.loss) == (saved.model, "softmax")
+    assert trained.optimizer.tables.name == "adam"
+    assert complete_steps(started.run_dir / "refit") == [1]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))
 

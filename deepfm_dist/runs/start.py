@@ -30,7 +30,8 @@ from deepfm_dist.training.state import LoopState
 
 log = logging.getLogger(__name__)
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
-_OF_ANY_MODEL = ("dropout", "init_std", "over_arch_init")  # they change no weight's meaning
+_OF_ANY_MODEL = ("dropout", "init_std", "over_arch_init", "linear")
+"""Settings of the model that change no trained weight's meaning."""
 _OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
 
 
@@ -69,7 +70,8 @@ def check_settings(config: Config) -> None:
 def saved_settings(config: Config) -> dict[str, Any] | None:
     """What was chosen for the run that the folder holds, if this one continues it. Rank 0.
 
-    Settings that a run starts from are those of its model and of its tables' optimizer.
+    A run that starts from another one's weights takes over its model, the loss that this was
+    chosen for, and its tables' optimizer.
     """
     path = _checkpoint_to_continue(config)
     if path is not None:
@@ -80,7 +82,8 @@ def saved_settings(config: Config) -> dict[str, Any] | None:
     settings = settings_in(checkpoint.read_state(path))
     tables = {"name": settings["optimizer"]["tables"]["name"]}
     optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
-    return {"model": settings["model"], **optimizer}
+    model = {name: settings["model"][name] for name in settings["model"] if name != "linear"}
+    return {"model": model, "trainer": {"loss": settings["trainer"]["loss"]}, **optimizer}
 
 
 def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool = True) -> Start:
