@@ -22,6 +22,9 @@ _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 """What tools that start a command several times set, without making a process group of it."""
 
+_INT32_MAX = 2**31 - 1
+"""The largest number that torch takes as a rank."""
+
 GRACE_S = 5.0
 """Seconds in which a launcher ends the other ranks after one has failed."""
 
@@ -78,7 +81,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             were started that would not know of each other.
     """
     variables = os.environ if environment is None else environment
-    given = {name: text for name, text in variables.items() if text.strip()}
+    given = {name: text.strip() for name, text in variables.items() if text.strip()}
     slurm_restarts = _number(given, "SLURM_RESTART_COUNT", 0)
     missing = [name for name in _LAUNCH if name not in given]
     if missing:
@@ -87,7 +90,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         return Launch(
             restarted=slurm_restarts > 0,
-            ignored=tuple(f"{n}={given[n]}" for n in leftovers if given[n].strip() != alone[n]),
+            ignored=tuple(f"{n}={given[n]}" for n in leftovers if given[n] != alone[n]),
         )
     size = _number(given, "WORLD_SIZE", 1, low=1)
     local_size = _number(given, "LOCAL_WORLD_SIZE", 1, low=1, high=size)
@@ -97,7 +100,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         world_size=size,
         local_rank=_number(given, "LOCAL_RANK", 0, high=local_size - 1),
         local_world_size=local_size,
-        master=(given["MASTER_ADDR"].strip(), _number(given, "MASTER_PORT", 0, 1, 65535)),
+        master=(given["MASTER_ADDR"], _number(given, "MASTER_PORT", 0, 1, 65535)),
         agents=_number(given, "GROUP_WORLD_SIZE", 1, low=1),
         restarts=restarts,
         max_restarts=_number(given, "TORCHELASTIC_MAX_RESTARTS", 0),
@@ -192,16 +195,16 @@ def _refuse_separate_ranks(given: Mapping[str, str], missing: list[str]) -> None
 
 
 def _number(
-    given: Mapping[str, str], name: str, default: int, low: int = 0, high: int | None = None
+    given: Mapping[str, str], name: str, default: int, low: int = 0, high: int = _INT32_MAX
 ) -> int:
-    text = given.get(name, str(default)).strip()
-    if text.isdecimal() and low <= (number := int(text)) and (high is None or number <= high):
-        return number
-    wanted = f"of {low} or more" if high is None else f"from {low} to {high}"
+    text = given.get(name, str(default))
+    # int() refuses thousands of digits with an error of its own.
+    if text.isdecimal() and len(text) <= 20 and low <= int(text) <= high:
+        return int(text)
     where, names = "", name
     if name in (*_LAUNCH, *_LOCAL):
         where, names = " as torchrun sets it", " ".join(_LAUNCH)
     raise EnvironmentProblem(
-        f"{name}={given.get(name)} must be a whole number {wanted}{where}; for a single process "
-        f"run unset {names}"
+        f"{name}={given.get(name)} must be a whole number from {low} to {high}{where}; "
+        f"for a single process run unset {names}"
     )

@@ -78,7 +78,12 @@ def test_leftovers_of_another_tool_are_no_launch(
         (TORCHRUN | {"RANK": "4"}, "RANK=4 must be"),
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1 must be"),
         (TORCHRUN | {"RANK": "1.0"}, r"RANK=1\.0 must be"),
-        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be a whole number of 1 or more"),
+        (
+            TORCHRUN | {"WORLD_SIZE": "0"},
+            "WORLD_SIZE=0 must be a whole number from 1 to 2147483647",
+        ),
+        (TORCHRUN | {"WORLD_SIZE": "9" * 20}, "WORLD_SIZE=9+ must be .* to 2147483647"),
+        (TORCHRUN | {"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9+ must be .* to 2147483647"),
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE=four must be"),
         (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4 must be a whole number from 0 to 3"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE=5 must be .* from 1 to 4"),

@@ -29,11 +29,12 @@ TIME = pa.struct(
         ("billionths", pa.int32()),
         ("dated", pa.bool_()),
         ("zone", pa.int8()),
+        ("contested", pa.bool_()),
     ]
 )
 """A time as it is read: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``; dated: in
 seconds since 1970, UTC, else a number without a unit; zone: `_UNZONED`, `_LOCAL` or
-`_ZONED`."""
+`_ZONED`; contested: a later format reads another time in `USUAL` from the cell."""
 _UNZONED, _LOCAL, _ZONED = range(3)
 """A number; a date or timestamp without a time zone, taken for UTC; one with a zone."""
 ISO = "iso"
@@ -212,6 +213,8 @@ class TimeColumn:
         eras: how many numbers lie below, in and between the bounds of `_ERAS`.
         dates: how many dated times lie before, in and after `USUAL`.
         zones: how many times have each kind of zone.
+        unset: how many times are 0 or -1, which often stand for an unknown time.
+        contested: how many times another of the formats given reads differently.
         decimals: digits behind the point that are needed: 0, 3, 6 or 9.
         low: the least whole number.
         high: the largest one.
@@ -222,6 +225,8 @@ class TimeColumn:
     eras: Int64Array = field(default_factory=lambda: np.zeros(len(_BOUNDS) + 1, np.int64))
     dates: Int64Array = field(default_factory=lambda: np.zeros(3, np.int64))
     zones: Int64Array = field(default_factory=lambda: np.zeros(3, np.int64))
+    unset: int = 0
+    contested: int = 0
     decimals: int = 0
     low: int = 0
     high: int = 0
@@ -250,6 +255,12 @@ class TimeColumn:
                 if name not in self.examples and (outside & dated).any():
                     first = times[int(np.argmax(outside & dated))]
                     self.examples[name] = (_shown(first), file)
+        self.unset += int(((whole == 0) | (whole == -1)).sum())
+        contested = np.asarray(times.field("contested"))
+        if contested.any():
+            self.contested += int(contested.sum())
+            first = times[int(contested.argmax())]
+            self.examples.setdefault("contested", (_shown(first), file))
         for decimals in (3, 6, 9):
             if decimals > self.decimals and (billionths % 10 ** (12 - decimals)).any():
                 self.decimals = decimals
@@ -262,6 +273,8 @@ class TimeColumn:
             eras=self.eras + other.eras,
             dates=self.dates + other.dates,
             zones=self.zones + other.zones,
+            unset=self.unset + other.unset,
+            contested=self.contested + other.contested,
             decimals=max(self.decimals, other.decimals),
             low=min(self.low, other.low),
             high=max(self.high, other.high),
@@ -293,6 +306,15 @@ class TimeColumn:
         texts_shown = []
         if (text := self._outliers()) is not None:
             texts_shown.append(text)
+        if self.contested:
+            example, file = self.examples["contested"]
+            texts_shown.append(
+                f"the time column {self.name!r}: {self.contested:,} of "
+                f"{int(self.eras.sum() + self.dates.sum()):,} times fit more than one format of "
+                f"data.interactions.time_format, which read different times, and the first format "
+                f"is used: {example} in {file}; if that is wrong, put the other format first or "
+                f"write all times in one"
+            )
         if self.zones[_LOCAL] and self.zones[_ZONED]:
             n, n_zoned = int(self.zones.sum()), int(self.zones[_ZONED])
             texts_shown.append(
@@ -310,7 +332,9 @@ class TimeColumn:
             era = 2 * int(self.eras[1::2].argmax()) + 1
             n, usual = int(self.eras.sum()), int(self.eras[era])
             groups = {str(k): int(c) for k, c in enumerate(self.eras) if k != era}
-        if 2 * usual <= n or usual == n:
+        if n == self.unset > 1:
+            return f"the time column {self.name!r}: all {n:,} times are 0 or -1: they order nothing"
+        if 2 * usual <= n - self.unset or usual == n:
             return None
         kind = max(groups, key=lambda kind: groups[kind])
         example, file = self.examples[kind]
@@ -339,7 +363,7 @@ class TimeColumn:
         if (self.low - 1) * scale < _INT64.min or (self.high + 1) * scale > _INT64.max:
             far = self.high if self.high > -self.low else self.low
             dated = "dated" in self.examples
-            shown = _shown(pa.scalar((far, 0, dated, _UNZONED), TIME))
+            shown = _shown(pa.scalar((far, 0, dated, _UNZONED, False), TIME))
             raise DataError(
                 f"the time column {self.name!r} has {plural(self.decimals, 'decimal')}, and "
                 f"one of its times is {shown}: more than 64 bits hold; correct that row, or write "
@@ -368,7 +392,8 @@ def _struct(
 ) -> pa.StructArray:
     """Columns -> `TIME`, null where ``whole`` is."""
     of_all = [
-        pa.repeat(pa.scalar(v, t), len(whole)) for v, t in ((dated, pa.bool_()), (zone, pa.int8()))
+        pa.repeat(pa.scalar(v, t), len(whole))
+        for v, t in ((dated, pa.bool_()), (zone, pa.int8()), (False, pa.bool_()))
     ]
     return pa.StructArray.from_arrays(
         [whole, billionths.cast(pa.int32()), *of_all], fields=list(TIME), mask=pc.is_null(whole)
@@ -500,7 +525,7 @@ def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.Stru
     times = [None if text is None else read(text) for text in distinct.dictionary.to_pylist()]
     names = TIME.names
     parsed = pa.array(
-        [None if t is None else dict(zip(names, t, strict=True)) for t in times], TIME
+        [None if t is None else dict(zip(names, (*t, False), strict=True)) for t in times], TIME
     )
     return parsed.take(distinct.indices)
 
@@ -555,25 +580,28 @@ def _plain_codes(text: str) -> str:
 
 
 def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
-    """Text by the first format that fits."""
-    parsed = pa.nulls(len(texts), TIME)
-    for name in formats:
-        left = pc.and_(parsed.is_null(), texts.is_valid())
-        at = np.flatnonzero(np.asarray(left))
-        if not len(at):
-            break
-        some = texts.take(pa.array(at))
-        if name in EPOCH_UNITS:
-            read = _of_unit(some, EPOCH_UNITS[name])
-        else:
-            read = _of_iso(some) if name == ISO else _strptime(some, name)
-        if len(at) == len(texts):
-            parsed = read
-            continue
-        place = np.full(len(texts), -1)
-        place[at] = np.arange(len(at))
-        parsed = pc.if_else(left, read.take(pa.array(place, mask=place < 0)), parsed)
-    return parsed
+    """Text by the first format that fits; `contested` where a later one disagrees."""
+    parsed = _of_format(texts, formats[0])
+    contested = np.zeros(len(texts), bool)
+    for name in formats[1:]:
+        read = _of_format(texts, name)
+        # Unlike StructArray.field, this is null wherever the struct is.
+        whole, other = (pc.struct_field(times, "whole") for times in (parsed, read))
+        usual = pc.and_(pc.greater_equal(other, USUAL[0]), pc.less_equal(other, USUAL[1]))
+        differs = pc.and_(pc.not_equal(whole, other), usual)
+        contested |= np.asarray(differs.fill_null(False))
+        parsed = pc.if_else(parsed.is_valid(), parsed, read)
+    if not contested.any():
+        return parsed
+    parts = [*parsed.flatten()[:-1], pa.array(contested)]
+    return pa.StructArray.from_arrays(parts, fields=list(TIME), mask=parsed.is_null())
+
+
+def _of_format(texts: pa.Array, name: str) -> pa.StructArray:
+    """Text by one format."""
+    if name in EPOCH_UNITS:
+        return _of_unit(texts, EPOCH_UNITS[name])
+    return _of_iso(texts) if name == ISO else _strptime(texts, name)
 
 
 def _of_iso(texts: pa.Array) -> pa.StructArray:

@@ -341,6 +341,40 @@ def test_times_far_from_all_others_are_counted(
         assert re.search(expected, said[0])
 
 
+@pytest.mark.parametrize("unknown", ["0", "-1"])
+def test_times_that_are_mostly_unset_are_counted(unknown: str) -> None:
+    column = TimeColumn("at")
+    column.add(read_times(pa.array([unknown] * 30)), "a.csv")
+    assert column.warnings() == [
+        "the time column 'at': all 30 times are 0 or -1: they order nothing"
+    ]
+    column.add(read_times(pa.array([str(1_600_000_000 + k) for k in range(10)])), "a.csv")
+    (text,) = column.warnings()
+    assert "30 of 40 times are not between 1990 and 2100" in text
+
+
+@pytest.mark.parametrize(
+    ("formats", "texts", "contested"),
+    [
+        (("%d/%m/%Y", "%m/%d/%Y"), ["01/02/2020", "25/12/2020", "12/25/2020", "03/03/2020"], 1),
+        (("s", "%Y%m%d"), ["20200131", "1600000000"], 1),
+        (("%Y%m%d", "s"), ["20200131", "1600000000"], 0),
+        (("s", "ms"), ["1600000000", "1600000000000"], 0),
+        (("iso", "%Y%m%d"), ["2020-01-31", "20200131"], 0),
+    ],
+)
+def test_times_that_two_formats_read_differently_are_counted(
+    formats: tuple[str, ...], texts: list[str], contested: int
+) -> None:
+    one, two = TimeColumn("at"), TimeColumn("at")
+    one.add(read_times(pa.array(texts), formats), "a.csv")
+    two.add(read_times(pa.array(texts), formats), "b.csv")
+    said = [w for w in (one + two).warnings() if "more than one format" in w]
+    assert (one + two).contested == 2 * contested
+    assert len(said) == min(contested, 1)
+    assert all(f"{2 * contested} of {2 * len(texts)} times fit" in w for w in said)
+
+
 def test_counts_that_begin_at_0_are_no_times_far_from_others() -> None:
     column = TimeColumn("at")
     column.add(read_times(pa.array(range(100))), "a.csv")
