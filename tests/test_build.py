@@ -243,6 +243,21 @@ def test_a_longer_schedule_continues_a_run_and_a_finished_one_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in folder.config().run_dir.rglob("*")} == before
 
 
+def test_a_run_that_stopped_early_continues_with_more_patience(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.save(20)
+    marker = checkpoint.checkpoint_path(folder.config().run_dir, 20) / checkpoint.MARKER
+    state = json.loads(marker.read_text())
+    state["trainer"] |= {"validations_since_best": 3, "monitor": folder.config().monitor}
+    marker.write_text(json.dumps(state))
+    folder.begin("trainer.epochs=9", "trainer.patience=3")
+    assert folder.is_over
+    assert "raise trainer.patience=3, or set trainer.patience=null" in caplog.text
+    for cure in ("4", "null"):
+        assert (folder.begin(f"trainer.patience={cure}"), folder.is_over) == (20, False)
+
+
 @pytest.mark.parametrize("resume", ["auto", "always"])
 @pytest.mark.parametrize(
     "override",

@@ -12,9 +12,11 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
 from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
+from deepfm_dist.runs.start import read_start
 from deepfm_dist.storage import delete_tree
 from tests.ranks import run_ranks
 
@@ -223,8 +225,15 @@ def test_a_run_says_what_was_chosen_and_keeps_it(
 
 
 def test_a_longer_run_continues_and_what_is_missing_is_made(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_from: list[Path] = []
+
+    def recorded(path: Path, *args: Any) -> None:
+        read_from.append(path)
+        read_start(path, *args)
+
+    monkeypatch.setattr(finish, "read_start", recorded)
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
     settings = [
         *roots,
@@ -254,6 +263,8 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(
     assert (trained.model, trained.trainer.loss) == (saved.model, "softmax")
     assert trained.optimizer.tables.name == "adam"
     assert complete_steps(started.run_dir / "refit") == [1]
+    # Its last training starts from the same weights: it takes as few steps as the loop did.
+    assert read_from == [find_checkpoint(config.run_dir, "auto", ())]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))
 

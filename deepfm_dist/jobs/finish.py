@@ -41,6 +41,8 @@ from deepfm_dist.model.deepfm import POWERS
 from deepfm_dist.ranking.baselines import USABLE, distinct
 from deepfm_dist.ranking.evaluation import RankingEvaluator
 from deepfm_dist.recipe import Choice
+from deepfm_dist.runs.start import read_start
+from deepfm_dist.storage import folder_of
 from deepfm_dist.training.state import LoopState
 from deepfm_dist.training.trainer import Hooks, Trainer
 
@@ -203,6 +205,9 @@ class Finish:
             f"{self.config.run.name}/{REFIT}"
         )
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
+        if config.checkpoint.start_from is not None:  # so did the loop, and took fewer steps for it
+            path = find_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
+            read_start(path, config, later.manifest, self.world, model, optimizer)
         trainer = Trainer(
             model,
             optimizer,
@@ -210,7 +215,7 @@ class Finish:
             self.world,
             config,
             seed=config.run.seed,
-            state=LoopState(),
+            state=LoopState(earlier_steps=self.state.earlier_steps),
             metrics=MetricsLog(config.run_dir, self.world.is_first, 0),
             hooks=Hooks(asked_to_stop=self.asked_to_stop),
         )

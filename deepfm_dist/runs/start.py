@@ -213,11 +213,14 @@ def make_ready(config: Config, start: Start) -> None:
 
 def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
     """What a command says that has nothing left to train."""
-    asked = f" (asked for: {last_step:,})" if last_step < step else ""
+    asked = f" (asked for: {last_step:,})" if last_step != step else ""
+    cure = "raise trainer.epochs or trainer.max_steps"
+    if step < last_step:  # early stopping ended it
+        cure = f"raise trainer.patience={config.trainer.patience}, or set trainer.patience=null"
     text = (
-        f"Run already finished: {config.run_dir}, step {step:,}{asked}. To continue it, raise "
-        f"trainer.epochs or trainer.max_steps; to train again, set another run.name, or "
-        f"checkpoint.resume=never, which moves this run aside"
+        f"Run already finished: {config.run_dir}, step {step:,}{asked}. To continue it, {cure}; "
+        f"to train again, set another run.name, or checkpoint.resume=never, which moves this run "
+        f"aside"
     )
     saved = settings_in(checkpoint.read_state(path))["trainer"]
     changed = [
