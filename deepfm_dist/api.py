@@ -9,7 +9,7 @@ import io
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -291,6 +291,9 @@ class Model:
 
     def __repr__(self) -> str:
         from deepfm_dist.data.manifest import Manifest
+        from deepfm_dist.distributed.checkpoint import read_state
+        from deepfm_dist.model.settings import ModelConfig
+        from deepfm_dist.runs.trained import settings_in
 
         lines = [f"deepfm_dist model {self.config.run.name!r}: {self.checkpoint}"]
         if (self.config.prepared_dir / "manifest.json").is_file():
@@ -301,6 +304,9 @@ class Model:
             shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]
             lines += [f"  {', '.join(sizes)}", f"  fields: {', '.join(shown)}"]
         model = self.config.model
+        with suppress(DeepFMError):  # it may have been deleted since
+            trained = settings_in(read_state(self.checkpoint))["model"]
+            model = ModelConfig.model_validate(trained)
         layers = "-".join(map(str, model.over_arch_layer_sizes)) if model.deep else "none"
         lines.append(f"  embedding_dim {model.embedding_dim}, hidden layers {layers}")
         lines.append("  evaluate(), recommend(), similar(), predict(rows); settings in .config")

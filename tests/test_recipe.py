@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deepfm_dist import train as train_command
+from deepfm_dist.api import Model
 from deepfm_dist.config import Config, config_from, load_config, resolve
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
@@ -209,6 +210,7 @@ def test_a_run_says_what_was_chosen_and_keeps_it(
     assert saved.model.linear == "ease"
     # One checkpoint that everything reads, with what was measured on validation rows.
     assert find_checkpoint(config.run_dir, "auto").parents[1] == config.run_dir / "refit"
+    assert "hidden layers none" in repr(Model.of(config))
     both, without = _ndcg(_chosen(config, "selected")["model.linear"])
     assert both > without + 0.1  # the trained part has taken two steps
     figures = {}

@@ -1,15 +1,18 @@
 """Says whether a model fits a cluster, without the cluster."""
 
+import logging
 from collections.abc import Mapping
 
 from deepfm_dist.build import model_to_train
-from deepfm_dist.config import Config
+from deepfm_dist.config import Config, resolve
 from deepfm_dist.data.manifest import FORMAT, Manifest, TableSpec
 from deepfm_dist.distributed import planning
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.planning import Job, Plan, hypothetical_world
 from deepfm_dist.distributed.sharding import check_placements
 from deepfm_dist.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def plan(
@@ -31,6 +34,7 @@ def plan(
     Raises:
         ConfigError: a table's rows are not known, or a setting is not for GPUs.
     """
+    config = _with_choices(config)
     world = hypothetical_world(world_size, local_world_size)
     optimizer = table_optimizer(config.optimizer, world.device)
     check_placements(config.sharding, optimizer.kernel, world.device)
@@ -38,6 +42,24 @@ def plan(
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     batch_size = config.trainer.on_ranks(world.world_size).batch_size
     return planning.plan(Job(task, world, optimizer, config.sharding, batch_size, hbm_bytes))
+
+
+def _with_choices(config: Config) -> Config:
+    """What training would choose from the prepared data; their defaults where there are none."""
+    if (config.prepared_dir / "manifest.json").is_file():
+        manifest = Manifest.read(config.prepared_dir)
+        if manifest.data.features == config.data.features:
+            return resolve(config, manifest)[0]
+    if config.model.is_auto("embedding_dim"):
+        log.warning(
+            "%s: not prepared, so that what is chosen from the data has its default, such as "
+            "model.embedding_dim=%d, trainer.batch_size=%d and optimizer.tables.name=%s",
+            config.prepared_dir,
+            config.model.embedding_dim,
+            config.trainer.batch_size,
+            config.optimizer.tables.name,
+        )
+    return config
 
 
 def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfm_dist import plan as command
-from deepfm_dist.config import Config
+from deepfm_dist.config import Config, load_config, resolve
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import TableSpec
 from deepfm_dist.distributed.planning import Plan, sent_bytes
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import RESERVED, local_shards
@@ -138,6 +139,24 @@ def test_rows_come_from_the_prepared_dataset(sample: PreparedDataset) -> None:
     where = f"run={{name: {sample.folder.name}, prepared_root: {sample.folder.parent}}}"
     found = planned(config_of(where), {"item": 5}, 2, 2, 80)
     assert [table.rows for table in found.tables] == [701, 5, 19]
+
+
+def test_what_training_would_choose_from_the_data_is_planned_for(
+    sample: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config("../../configs/sample", [f"run.prepared_root={tmp_path}"])
+    rows = {f.table_name: 50 for f in config.data.features}
+    assert planned(config, rows, 1, 1, 80).tables[0].weight_bytes == 50 * (16 + 4) * 4
+    assert "model.embedding_dim=16, trainer.batch_size=8192" in caplog.text
+    tables = {f.table_name: TableSpec(rows=50, features=(f.name,)) for f in config.data.features}
+    prepared = sample.manifest.model_copy(update={"data": config.data, "tables": tables})
+    config.prepared_dir.mkdir()
+    (config.prepared_dir / "manifest.json").write_text(prepared.model_dump_json())
+    chosen, _ = resolve(config, prepared)
+    assert chosen.optimizer.tables.name == "adam"
+    width = -(-(chosen.model.embedding_dim + 1) // 4) * 4
+    found = planned(config, rows, 1, 1, 80)
+    assert {table.weight_bytes for table in found.tables} == {50 * width * 4}
 
 
 def test_hashed_tables_and_buckets_need_no_data() -> None:
