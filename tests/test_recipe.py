@@ -18,6 +18,7 @@ from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.runs.start import read_start
+from deepfm_dist.runs.trained import find_run
 from deepfm_dist.storage import delete_tree
 from tests.ranks import run_ranks
 
@@ -265,6 +266,8 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(
     assert (trained.model, trained.trainer.loss) == (saved.model, "softmax")
     assert trained.optimizer.tables.name == "adam"
     assert complete_steps(started.run_dir / "refit") == [1]
+    left_out = load_config(SAMPLE, [*settings, "run.name=next"])
+    assert find_run(left_out, ()).dataset.folder == started.prepared_dir
     # Its last training starts from the same weights: it takes as few steps as the loop did.
     assert read_from == [find_checkpoint(config.run_dir, "auto", ())]
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):

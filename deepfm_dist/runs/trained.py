@@ -199,6 +199,8 @@ def find_run(
                     f"value first, or leave the override out"
                 )
     kept = {name: _at(merged, name) for name in _OF_A_COMMAND}
+    if kept["data.name"] is None and not config.prepared_dir.is_dir():  # as of a combined run
+        kept["data.name"] = trained_with["data"]["name"]
     merged |= {section: trained_with[section] for section in _OF_TRAINING}
     merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
     config = config_from(merged, origin=str(path))
