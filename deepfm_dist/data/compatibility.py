@@ -12,6 +12,7 @@ from typing import Any
 from deepfm_dist.data.manifest import GIVEN, Manifest
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.section import DEFAULTS
 
 log = logging.getLogger(__name__)
 _UNNAMED = "the input or the version of deepfm_dist has changed"
@@ -182,7 +183,10 @@ def field_differences(
 
 def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
     """Settings that change which rows there are, or where they belong."""
-    ours, theirs = (data.model_dump(mode="json", exclude=_FREE) for data in (trained, prepared))
+    ours, theirs = (
+        data.model_dump(mode="json", exclude=_FREE, context=DEFAULTS)
+        for data in (trained, prepared)
+    )
     yield from changed_settings(ours, theirs, "data")
     for one, other in shared_fields(trained, prepared):
         yield from field_differences(one, other, ())
