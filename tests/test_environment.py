@@ -269,9 +269,11 @@ EXTRA_OF = {"serve.py": "serve", "serving": "serve"}
 
 
 @cache
-def distributions_of_modules() -> dict[str, list[str]]:
+def distributions_of_modules() -> dict[str, set[str]]:
     """Reads every installed distribution, which takes a second."""
-    return {"upath": ["universal-pathlib"], **metadata.packages_distributions()}
+    modules = {"upath": ["universal-pathlib"], **metadata.packages_distributions()}
+    # One that two folders of sys.path hold comes twice.
+    return {module: {canonicalize_name(n) for n in names} for module, names in modules.items()}
 
 
 def third_party_imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -293,7 +295,7 @@ def third_party_imports(path: Path) -> Iterator[tuple[str, bool]]:
             continue
         for module in {name.split(".")[0] for name in modules} - {*sys.stdlib_module_names}:
             if module not in NOT_DECLARED:
-                [distribution] = distributions.get(module, [module])
+                [distribution] = distributions.get(module, {module})
                 yield canonicalize_name(distribution), id(node) not in lazy
 
 
