@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ if shutil.which("nvidia-smi") is None:
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from deepfm_dist.config import NAMED, Config, load_config
@@ -19,6 +20,23 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation.local import prepare
 from tests import fork_server
 
+
+def _in_forks_only(join: Callable[..., None]) -> Callable[..., None]:
+    """Refuses to join a process group in the process that forks ranks.
+
+    Gloo's threads do not survive a fork. A rank that collects the parent's group as garbage waits
+    for them for ever.
+    """
+    parent = os.getpid()
+
+    def joined(backend: str, *args: Any, **kwargs: Any) -> None:
+        assert os.getpid() != parent or backend == "fake", "call it by tests.ranks.run_in_fork"
+        join(backend, *args, **kwargs)
+
+    return joined
+
+
+dist.init_process_group = _in_forks_only(dist.init_process_group)
 NAMED.insert(0, Path(__file__).parent / "configs")  # their sample leaves nothing to the recipe
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
 settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example

@@ -88,6 +88,17 @@ def run_alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return run_ranks(work, 1, *args, **kwargs)[0]
 
 
+def run_in_fork(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``work`` in a process that no launcher started: it may join one group after another."""
+    return run_alone(_without_launcher, work, *args, **kwargs)
+
+
+def _without_launcher(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    for name in variables():
+        del os.environ[name]
+    return work(*args, **kwargs)
+
+
 def _fork(*job: Any) -> int:
     child = os.fork()
     if child == 0:

@@ -20,7 +20,7 @@ from deepfm_dist.recipe import choices_in
 from deepfm_dist.runs.start import read_start
 from deepfm_dist.runs.trained import find_run
 from deepfm_dist.storage import delete_tree
-from tests.ranks import run_ranks
+from tests.ranks import run_in_fork, run_ranks
 
 SAMPLE = "../../configs/sample"
 """The bundled one: tests find their own first."""
@@ -199,6 +199,10 @@ def _ndcg(reason: str) -> tuple[float, float]:
 def test_a_run_says_what_was_chosen_and_keeps_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    run_in_fork(_says_and_keeps_what_was_chosen, tmp_path, caplog)
+
+
+def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
     settings = [*roots, "run.loggers=[]", "model.embedding_dim=8", "evaluate.reference=null"]
     config = load_config(SAMPLE, [*settings, "trainer.max_steps=2"])
@@ -237,6 +241,12 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(
         read_start(path, *args)
 
     monkeypatch.setattr(finish, "read_start", recorded)
+    run_in_fork(_continues_and_makes_what_is_missing, tmp_path, caplog, read_from)
+
+
+def _continues_and_makes_what_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, read_from: list[Path]
+) -> None:
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
     settings = [
         *roots,
@@ -299,8 +309,12 @@ def test_an_end_that_fits_no_model_is_refused_before_training(
     settings: list[str], message: str, tmp_path: Path
 ) -> None:
     roots = [f"run.{kind}_root={tmp_path / kind}" for kind in ("prepared", "runs")]
+    run_in_fork(_refused, [*roots, *settings], message)
+
+
+def _refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(load_config(SAMPLE, [*roots, *settings]))
+        train(load_config(SAMPLE, settings))
 
 
 def test_what_the_closed_form_needs_is_looked_for(sample: PreparedDataset) -> None:
