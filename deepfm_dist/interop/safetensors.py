@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
+from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.distributed.stored_model import StoredModel, StoredWeight
@@ -20,8 +22,8 @@ from deepfm_dist.log import progress
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import remove_leftovers, work_folder
 
-FORMAT = 1
-"""Version of the layout of an export."""
+FORMAT = 2
+"""Version of the layout of an export. Version 1 had no histories."""
 BUFFER_BYTES = 32 << 20
 """Bytes of a table that are read at a time."""
 
@@ -231,21 +233,41 @@ def _describe(feature: Feature) -> dict[str, Any]:
 
 
 def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
-    """Copies ``vocabulary/`` and, without histories, ``entities/`` into a folder."""
-    for part in ("vocabulary", "entities"):
-        (target / part).mkdir()
+    """Copies ``vocabulary/`` into a folder."""
+    (target / "vocabulary").mkdir()
     for name in dataset.manifest.vocabularies:
         file = f"vocabulary/{name}.parquet"
         dataset.files.open(file)
         shutil.copyfile(dataset.folder / file, target / file)
-    for name in dataset.manifest.entities:
-        source = dataset.files.open(f"entities/{name}.parquet")
-        names = [
-            f.name for f in dataset.manifest.features if f.entity == name and f.describes_entity
-        ]
-        schema = pa.schema([source.schema_arrow.field(name) for name in ("id", *names)])
-        path = target / "entities" / f"{name}.parquet"
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for batch in source.iter_batches(columns=schema.names):
-                writer.write_batch(batch.select(schema.names))
+    dataset.files.check_current()
+
+
+def write_entities(dataset: PreparedDataset, target: Path) -> None:
+    """Writes ``entities/``: for each user and item the external id and every field's value.
+
+    A history field is a list of rows of its table, as the model sees it outside training.
+
+    Args:
+        dataset: the prepared dataset.
+        target: an existing folder to write into.
+    """
+    (target / "entities").mkdir()
+    histories = [f for f in dataset.manifest.categorical if f.history is not None]
+    collate = Collator(dataset) if histories else None
+    for entity in dataset.manifest.entities:
+        file = f"entities/{entity}.parquet"
+        fields = [f for f in dataset.manifest.features if f.entity == entity and f.describes_entity]
+        columns = ["id", *(f.name for f in fields)]
+        kinds = [dataset.files.open(file).schema_arrow.field(name) for name in columns]
+        if entity == "user":
+            kinds += [pa.field(f.name, pa.list_(pa.int32())) for f in histories]
+        with pq.ParquetWriter(target / file, pa.schema(kinds), compression="zstd") as writer:
+            begin = 0
+            for group, n_rows in enumerate(dataset.group_rows(file)):
+                arrays = dataset.read_group(file, group, columns).select(columns).columns
+                if entity == "user" and collate is not None:
+                    users = np.arange(begin, begin + n_rows, dtype=np.int32)
+                    arrays += [collate.history(f, users).to_arrow() for f in histories]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(kinds)))
+                begin += n_rows
     dataset.files.check_current()

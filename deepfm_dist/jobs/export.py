@@ -6,11 +6,13 @@ from pathlib import Path
 
 from deepfm_dist.distributed.checkpoint import check_files
 from deepfm_dist.interop.safetensors import (
+    FORMAT,
     copy_vocabularies,
     describe_fields,
     export_folder,
     read_config,
     write_config,
+    write_entities,
     write_weights,
 )
 from deepfm_dist.runs.trained import RunOnDisk
@@ -53,6 +55,7 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
         columns = model.embedding_dim + 1 if model.fm or model.deep else 1
         weights = write_weights(run.checkpoint, temporary, columns, max_file_bytes)
         copy_vocabularies(run.dataset, temporary)
+        write_entities(run.dataset.with_validation(), temporary)  # as `predict` knows users
         write_config(
             temporary,
             run=run.config.run.name,
@@ -64,7 +67,7 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
 
 
 def up_to_date_export(run: RunOnDisk) -> Path:
-    """The folder of the run's export, which is made unless it is of this very checkpoint."""
+    """The folder of the run's export; exports first unless one of this checkpoint exists."""
     folder = export_folder_of(run)
     if not is_export_of(run, folder):
         log.info("%s: exporting step %s", folder, f"{run.state['step']:,}")
@@ -79,4 +82,4 @@ def export_folder_of(run: RunOnDisk) -> Path:
 
 def is_export_of(run: RunOnDisk, folder: Path) -> bool:
     """Whether a folder holds an undamaged export of a run's checkpoint and data."""
-    return run.identity.items() <= read_config(folder).items()
+    return ({"format": FORMAT} | run.identity).items() <= read_config(folder).items()

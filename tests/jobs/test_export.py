@@ -113,7 +113,7 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
         assert run_alone(export.main, ["--quiet", *where, *limit]) == 0
         folder = home / "runs/sample/export"
         assert len(list(folder.glob("*.safetensors"))) == (3 if limit else 1)
-        found = scored_by_documented_code(documented(0), folder, home / "rows.csv")
+        found = scored_by_documented_code(documented(0, 2), folder, home / "rows.csv")
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
@@ -121,11 +121,11 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
     "model",
     [
         ["model.batch_norm=true"],
-        ["model.fm_pairs=across"],
         ["model.fm=false", "model.activation=tanh"],
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
+                ["model.fm_pairs=across"],
                 ["model.first_order=false"],
                 ["model.deep=false"],
                 ["model.deep=false", "model.fm=false"],
@@ -162,11 +162,48 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
     rows.drop(columns="y").to_csv(tmp_path / "new.csv", index=False)
     expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)
     assert run_alone(export.main, [*settings, "--output", str(tmp_path / "out")]) == 0
-    assert "history" not in pd.read_parquet(tmp_path / "out/entities/user.parquet")
     code = documented(0, 2)
     found = scored_by_documented_code(code, tmp_path / "out", tmp_path / "new.csv")
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        "",  # as the recipe chooses them: the item and the user's history of items
+        """
+  features:
+    - {name: user, entity: user}
+    - {name: item, entity: item}
+    - {name: tags, entity: item, file: items.csv, key: i, column: t, separator: "|"}
+    - {name: seen, entity: user, history: item, pooling: sqrt, table: item}
+    - {name: seen_tags, entity: user, history: tags}
+  history: {max_length: 4}""",
+    ],
+)
+def test_the_documented_code_scores_a_default_run(tmp_path: Path, features: str) -> None:
+    rng = np.random.default_rng(3)
+    tastes = [rng.permutation(np.arange(u % 3, 24, 3))[:6] for u in range(25)]  # EASE finds these
+    pairs = pd.DataFrame([(f"u{u}", i) for u, taste in enumerate(tastes) for i in taste])
+    pairs.set_axis(["u", "i"], axis=1).to_csv(tmp_path / "rows.csv", index=False)
+    tags = ["|".join(rng.choice(["x", "y", "z"], rng.integers(0, 3))) for _ in range(24)]
+    pd.DataFrame({"i": range(24), "t": tags}).to_csv(tmp_path / "items.csv", index=False)
+    log = f"data:\n  root: {tmp_path}\n  interactions: {{file: rows.csv, user: u, item: i}}"
+    (tmp_path / "c.yaml").write_text(f"{log}{features}")
+    settings = ["--config", str(tmp_path / "c.yaml"), "--quiet", "trainer.epochs=3"]
+    settings += [f"run.runs_root={tmp_path}", f"run.prepared_root={tmp_path / 'prepared'}"]
+    assert run_alone(train.main, settings) == 0
+    users, items = [f"u{u}" for u in range(26)], map(str, range(25))  # the last are unknown
+    rows = pd.DataFrame([(u, i) for i in items for u in users], columns=["u", "i"])
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)
+    assert run_alone(export.main, [*settings, "--output", str(tmp_path / "out")]) == 0
+    found = scored_by_documented_code(documented(0), tmp_path / "out", tmp_path / "new.csv")
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    model = json.loads((tmp_path / "out/config.json").read_text())["model"]
+    assert (model["embedding_dim"] > 64) == (not features)  # EASE, which needs a table of its own
+    assert len(np.unique(expected.round(4))) > 200
 
 
 @pytest.mark.parametrize(("size", "kind"), [(1, "auto"), (4, "row_wise"), (3, "table_wise")])

@@ -96,6 +96,20 @@ class Collator:
             torch.tensor(float(n_real if global_weight is None else global_weight)),
         )
 
+    def history(self, field: Feature, users: Int32Array) -> Jagged:
+        """A history field's bags of some users outside training, where no item is left out.
+
+        Args:
+            field: one of `categorical` with a history.
+            users: ``[m]`` rows of the user table.
+
+        Returns:
+            ``[m]`` lists of rows of the field's table.
+        """
+        assert self._histories is not None
+        lengths, rows = self._of_items(self._source_of(field), self._histories.full(users))
+        return Jagged(offsets_of(lengths), rows)
+
     def _numbers(
         self,
         index: Mapping[str, npt.NDArray[np.integer]],
