@@ -36,7 +36,11 @@ def _in_forks_only(join: Callable[..., None]) -> Callable[..., None]:
     return joined
 
 
-dist.init_process_group = _in_forks_only(dist.init_process_group)
+def pytest_configure() -> None:
+    """Applies to pytest's own process; spawned ranks import this module too and must join."""
+    dist.init_process_group = _in_forks_only(dist.init_process_group)
+
+
 NAMED.insert(0, Path(__file__).parent / "configs")  # their sample leaves nothing to the recipe
 torch.set_num_threads(1)  # ranks are forked: OpenMP's thread pool must not exist
 settings.register_profile("unhurried", deadline=None)  # numba compiles at the first example
