@@ -33,7 +33,7 @@ from deepfm_dist import (
 )
 from deepfm_dist.arguments import as_typed
 from deepfm_dist.config import load_config
-from tests.ranks import run_alone
+from tests.ranks import run_alone, run_in_fork
 from tests.test_imports import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -91,13 +91,19 @@ def test_a_mistake_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
     arguments = [str(bad_rows) if a == "BAD" else a for a in arguments]
+    run_in_fork(_is_one_line_and_exit_2, main, arguments, message, capsys)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def _is_one_line_and_exit_2(
+    main: Main, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for quiet in ([], ["--quiet"]):
         assert main([*quiet, *arguments]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         [line] = captured.err.splitlines()
         assert re.search(message, line)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 @pytest.mark.parametrize(
