@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -17,7 +17,7 @@ from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Check, Column, ColumnType, as_lists
-from deepfm_dist.data.times import read_clock
+from deepfm_dist.data.times import ISO, read_clock, read_times
 from deepfm_dist.errors import DataError
 from deepfm_dist.float_order import sortable
 
@@ -132,8 +132,11 @@ def column_of(feature: Feature) -> Column:
         return Column(name, "number", required=False, missing=feature.missing, purpose=purpose)
     checks: tuple[Check, ...] = ()
     if feature.derive is not None:
-        setting = f"time_format of the field {feature.name}" if _derives_time(feature) else None
-        checks = (Check(partial(_underivable, feature), _source(feature), setting),)
+        check = Check(partial(_underivable, feature), _source(feature))
+        if feature.derives_time:
+            setting = f"time_format of the field {feature.name}"
+            check = replace(check, setting=setting, formats=_formats(feature))
+        checks = (check,)
     kind: ColumnType = "texts" if feature.in_lists else "text"
     separator = feature.separator
     return Column(name, kind, False, checks=checks, separator=separator, purpose=purpose)
@@ -203,14 +206,30 @@ def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
     return wrong[np.asarray(distinct.indices.fill_null(-1))]
 
 
-def _derives_time(feature: Feature) -> bool:
-    return feature.derive in ("hour", "weekday", "weekend")
+def _formats(feature: Feature) -> tuple[str, ...]:
+    """How the times are written that a field derives something from."""
+    return feature.time_formats or (ISO,)
+
+
+def times_of(cells: pa.Array, feature: Feature) -> pa.StructArray:
+    """The times that a field derives something from.
+
+    Args:
+        cells: ``[n]`` string, or list of string.
+        feature: the field.
+
+    Returns:
+        ``[m]`` `times.TIME`, of the cells that are not missing.
+    """
+    _, texts = _split(cells, feature.model_copy(update={"fill": None}))
+    distinct = texts.dictionary_encode()
+    return read_times(distinct.dictionary, _formats(feature)).take(distinct.indices)
 
 
 def _source(feature: Feature) -> str:
     """What a field's cells are to be so that something can be derived from them."""
     kind = "a number"
-    if _derives_time(feature):
+    if feature.derives_time:
         kind = " or ".join(["a time", *feature.time_formats]).replace(" or ", " like ", 1)
     return (
         f"{kind}, as derive={feature.derive} of the field {feature.name} needs, nor among its "

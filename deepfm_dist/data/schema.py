@@ -311,6 +311,11 @@ class Feature(Section):
         return self.entity != "context" and not self.is_id and self.history is None
 
     @property
+    def derives_time(self) -> bool:
+        """Whether its values are derived from times."""
+        return self.derive in ("hour", "weekday", "weekend")
+
+    @property
     def in_lists(self) -> bool:
         """Whether its cells are read as lists of values."""
         return self.kind == "categorical" and (self.separator is not None or bool(self.several))

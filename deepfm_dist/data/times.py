@@ -143,12 +143,38 @@ def guess_formats(*texts: str) -> list[str]:
     return list(islice(filter(fits, _GUESSES), 2))
 
 
-def cure_for(cells: Sequence[str], setting: str) -> str | None:
-    """How to make cells readable that are no times by themselves; None if no format fits."""
+def cure_for(cells: Sequence[str], setting: str, others: Sequence[str] = ()) -> str | None:
+    """How to make cells readable that are no times by themselves; None if no format fits.
+
+    Args:
+        cells: some that cannot be read.
+        setting: of their format.
+        others: formats of the column's other cells, which stay in force.
+    """
     guesses = guess_formats(*cells) or guess_formats(cells[0])
     if not guesses:
         return None
-    return f"set {setting}=" + " or ".join(f'"{guess}"' for guess in guesses)
+    shown = [f'"{guess}"' for guess in guesses]
+    if others:
+        shown = [f"[{', '.join(map(_in_yaml, (*others, guess)))}]" for guess in guesses]
+    if " " in setting:  # of a field, in YAML
+        return f"set {setting} to {' or '.join(shown)}"
+    return f"set {setting}=" + " or ".join(f'"{text}"' if others else text for text in shown)
+
+
+def formats_of(times: pa.StructArray) -> tuple[str, ...]:
+    """Formats that read some times which were read without one: `ISO`, and that of numbers."""
+    times = times.drop_null()
+    dated = np.asarray(times.field("dated")).astype(bool)
+    if dated.all():
+        return (ISO,) if len(times) else ()
+    guesses = guess_formats(_shown(times[int(dated.argmin())]))[:1]
+    return ((ISO,) if dated.any() and guesses else ()) + tuple(guesses)
+
+
+def _in_yaml(name: str) -> str:
+    """A format as an element of a YAML list."""
+    return name if name in (ISO, *EPOCH_UNITS) else repr(name)
 
 
 def read_times(cells: pa.Array, formats: Sequence[str] = ()) -> pa.StructArray:
@@ -218,6 +244,7 @@ class TimeColumn:
         decimals: digits behind the point that are needed: 0, 3, 6 or 9.
         low: the least whole number.
         high: the largest one.
+        feature: the field that derives its values from them; None: they are the rows' times.
     """
 
     name: str
@@ -230,6 +257,7 @@ class TimeColumn:
     decimals: int = 0
     low: int = 0
     high: int = 0
+    feature: str | None = None
 
     def add(self, times: pa.StructArray, file: str) -> None:
         """Takes in the times of a batch."""
@@ -278,7 +306,15 @@ class TimeColumn:
             decimals=max(self.decimals, other.decimals),
             low=min(self.low, other.low),
             high=max(self.high, other.high),
+            feature=self.feature,
         )
+
+    @property
+    def _setting(self) -> str:
+        """What says how the times are written."""
+        if self.feature is not None:
+            return f"time_format of the field {self.feature}"
+        return "data.interactions.time_format"
 
     def check(self) -> None:
         """Refuses times of two notations, which would be read as two eras.
@@ -291,8 +327,8 @@ class TimeColumn:
             guess = next(iter(guess_formats(number)), None)
             cure = "write both in one way"
             if guess is not None:
-                shown = guess if guess in EPOCH_UNITS else repr(guess)
-                cure = f'say how both are written: data.interactions.time_format="[iso, {shown}]"'
+                formats = f'"[iso, {_in_yaml(guess)}]"'
+                cure = f"say how both are written: data.interactions.time_format={formats}"
             raise self._mixed("dated", "number", f"whose order is unknown; {cure}")
         eras = np.flatnonzero(self.eras[1::2])
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
@@ -311,16 +347,24 @@ class TimeColumn:
             texts_shown.append(
                 f"the time column {self.name!r}: {self.contested:,} of "
                 f"{int(self.eras.sum() + self.dates.sum()):,} times fit more than one format of "
-                f"data.interactions.time_format, which read different times, and the first format "
-                f"is used: {example} in {file}; if that is wrong, put the other format first or "
-                f"write all times in one"
+                f"{self._setting}, which read different times, and the first format is used: "
+                f"{example} in {file}; if that is wrong, put the other format first or write all "
+                f"times in one"
             )
         if self.zones[_LOCAL] and self.zones[_ZONED]:
             n, n_zoned = int(self.zones.sum()), int(self.zones[_ZONED])
+            meaning = (
+                "are read as UTC, which puts them out of order if they are local times; write the "
+                "zone in every cell"
+            )
+            if self.feature is not None:
+                meaning = (
+                    f"{self.feature} is that of each cell's own zone; if these differ, write all "
+                    f"times in one zone"
+                )
             texts_shown.append(
                 f"the time column {self.name!r}: {n_zoned:,} of {n:,} times have a time zone; the "
-                f"others have none and are read as UTC, which puts them out of order if they are "
-                f"local times; write the zone in every cell"
+                f"others have none and {meaning}"
             )
         return texts_shown
 
@@ -332,17 +376,35 @@ class TimeColumn:
             era = 2 * int(self.eras[1::2].argmax()) + 1
             n, usual = int(self.eras.sum()), int(self.eras[era])
             groups = {str(k): int(c) for k, c in enumerate(self.eras) if k != era}
+        start = f"the time column {self.name!r}:"
         if n == self.unset > 1:
-            return f"the time column {self.name!r}: all {n:,} times are 0 or -1: they order nothing"
+            what = "order nothing" if self.feature is None else f"say nothing about {self.feature}"
+            return f"{start} all {n:,} times are 0 or -1: they {what}"
+        if not usual and self.zones[_UNZONED] and n > self.unset:
+            kind = max(groups, key=lambda kind: groups[kind])
+            example, file = self.examples[kind]
+            return (
+                f"{start} none of {n:,} times is between 1990 and 2100, such as {example} in "
+                f"{file}; is {self._setting} right?"
+            )
         if 2 * usual <= n - self.unset or usual == n:
             return None
         kind = max(groups, key=lambda kind: groups[kind])
         example, file = self.examples[kind]
+        meaning = (
+            "they sort before or after all others; if they stand for an unknown time, empty these "
+            "cells and set data.on_bad_row=skip"
+        )
+        if self.feature is not None:
+            meaning = (
+                f"if they stand for an unknown time, name them in `missing` of the field "
+                f"{self.feature}"
+            )
+        if self.zones[_UNZONED]:
+            meaning += f"; if they count other units, list these in {self._setting}: [s, ms]"
         return (
-            f"the time column {self.name!r}: {n - usual:,} of {n:,} times are not between 1990 and "
-            f"2100 as the others are, such as {example} in {file}: they sort before or after all "
-            f"others; if they stand for an unknown time, empty these cells and set "
-            f"data.on_bad_row=skip"
+            f"{start} {n - usual:,} of {n:,} times are not between 1990 and 2100 as the others "
+            f"are, such as {example} in {file}: {meaning}"
         )
 
     def _mixed(self, one: str, two: str, what: str) -> DataError:

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from deepfm_dist.config import load_config
 from deepfm_dist.data.fields import column_of, split_cells
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation.local import prepare
-from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources import Column, read_table
 from deepfm_dist.data.times import TimeColumn, guess_formats, read_clock, read_times
 from deepfm_dist.errors import ConfigError, DataError
@@ -411,3 +412,107 @@ def test_a_field_of_the_time_column_is_read_as_the_times_are(tmp_path: Path) -> 
     )
     assert manifest.tables["hour"].rows == 1 + moments.dt.hour.nunique()
     assert manifest.data.features[2].time_formats == ("%d/%m/%Y %H:%M",)
+
+
+_ISO = [f"2020-01-{day:02d} {day % 24:02d}:00" for day in range(13, 29)]
+_DAY_FIRST = [f"{day}/02/2020 {day % 24:02d}:00" for day in range(13, 29)]
+_COMPACT = [f"202003{day}" for day in range(13, 29)]
+_WEEKDAY: dict[str, Any] = {"name": "day", "column": "at", "derive": "weekday"}
+
+
+def _prepare_times(root: Path, cells: list[str], **settings: Any) -> None:
+    """Prepares rows with some times; settings are of the field ``day``, or of the rows' times."""
+    rows = [f"u{k % 3},i{k % 4},{cell}" for k, cell in enumerate(cells)]
+    (root / "t.csv").write_text("u,i,at\n" + "\n".join(rows) + "\n")
+    spec = {"file": "t.csv", "user": "u", "item": "i"}
+    item = {"name": "item", "entity": "item"}
+    is_field = settings.pop("is_field")
+    fields = [item, _WEEKDAY | settings] if is_field else [item]
+    data = {
+        "interactions": spec if is_field else spec | {"time": "at"} | settings,
+        "features": fields,
+        "split": {"valid": 0, "test": 0},
+    }
+    prepare(DataConfig.model_validate(data), root, root / "prepared", 1)
+
+
+@pytest.mark.parametrize("is_field", [True, False])
+@pytest.mark.parametrize("cells", [_ISO + _DAY_FIRST, _DAY_FIRST + _ISO, _ISO + _COMPACT])
+@pytest.mark.parametrize("first", [None, "iso", "%d/%m/%Y %H:%M", "%Y%m%d"])
+def test_the_format_that_is_proposed_reads_the_other_times_too(
+    tmp_path: Path, cells: list[str], first: str | None, is_field: bool
+) -> None:
+    settings: dict[str, Any] = {} if first is None else {"time_format": first}
+    proposed = r"time_format of the field day to (.*)$" if is_field else r"time_format=\"(\[.*)\"$"
+    for _ in range(2):  # a format that reads no cell takes one step more
+        with pytest.raises(DataError) as caught:
+            _prepare_times(tmp_path, cells, is_field=is_field, **settings)
+        proposal = re.search(proposed, str(caught.value))
+        proposal = proposal or re.search(r"time_format=(\".*\")$", str(caught.value))
+        assert proposal, caught.value
+        settings = {"time_format": yaml.safe_load(proposal[1])}
+        if len(settings["time_format"]) == 2:
+            break
+    _prepare_times(tmp_path, cells, is_field=is_field, **settings)
+
+
+@pytest.mark.parametrize(
+    ("cells", "time_format", "warning"),
+    [
+        (
+            ["01/02/2020", "02/02/2020", "05/06/2020", "31/01/2020"],
+            ["%d/%m/%Y", "%m/%d/%Y"],
+            "2 of 4 times fit more than one format of time_format of the field day, .* "
+            "2020-02-01 00:00:00 in t.csv",
+        ),
+        (
+            ["1580464800", "1580464801000", "1580464802000"],
+            ["ms"],
+            r"1 of 3 times are not between .* such as 1970-01-19 .* other units, .*: \[s, ms\]",
+        ),
+        (["20200131", "20200201"], ["s"], "none of 2 times is between 1990 and 2100"),
+        (["0", "0"], ["s"], "all 2 times are 0 or -1: they say nothing about day"),
+        (["2020-01-01T10:00:00Z", "2020-01-01 10:00"], None, "1 of 2 times have a time zone"),
+    ],
+)
+@pytest.mark.parametrize("has_file", [True, False])
+def test_times_to_derive_from_are_looked_at_like_the_rows_times(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    cells: list[str],
+    time_format: list[str] | None,
+    warning: str,
+    has_file: bool,
+) -> None:
+    settings: dict[str, Any] = {"entity": "item", "is_field": True}
+    if time_format is not None:
+        settings["time_format"] = time_format
+    if has_file:
+        keys = "".join(f"i{k % 4},{cell}\n" for k, cell in enumerate(cells * 4))
+        (tmp_path / "items.csv").write_text("i,at\n" + keys)
+        settings["file"] = "items.csv"
+    _prepare_times(tmp_path, cells, **settings)
+    warnings = [m for m in caplog.messages if "the time column 'at'" in m]
+    assert len(warnings) == 1
+    if has_file:  # where every cell stands four times
+        warning = warning.replace("t.csv", "items.csv")
+        warning = re.sub(r"\d+(?= times| of)", lambda n: str(4 * int(n[0])), warning)
+    assert re.search(warning, warnings[0])
+
+
+def test_two_fields_of_one_column_of_times_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "t.csv").write_text("u,i,at\na,x,01/02/2020 10:00\nb,y,01/02/2020 11:00\n")
+    both = ["%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"]
+    hour = _WEEKDAY | {"name": "hour", "derive": "hour"}
+    rows = {"file": "t.csv", "user": "u", "item": "i"}
+    for spec, fields in (
+        (rows, [f | {"time_format": both} for f in (_WEEKDAY, hour)]),
+        (rows | {"time": "at", "time_format": both}, [_WEEKDAY, hour]),
+    ):
+        caplog.clear()
+        features = [{"name": "item", "entity": "item"}, *fields]
+        data = {"interactions": spec, "features": features, "split": {"valid": 0, "test": 0}}
+        prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "prepared", 1)
+        assert sum("fit more than one format" in message for message in caplog.messages) == 1

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +22,7 @@ from deepfm_dist.data.fields import (
     numbers_of,
     row_columns,
     split_cells,
+    times_of,
 )
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, to_arrow
 from deepfm_dist.data.preparation.crew import Crew
@@ -113,11 +114,13 @@ class ReadFacts:
             but those rated below ``min_rating``.
         times: what the rows' times are like, if they have times.
         dropped: rows left out, by reason.
+        clocks: what other times are like that fields derive something from, by field.
     """
 
     kept: dict[str, Int64Array]
     times: TimeColumn | None
     dropped: Counter[str]
+    clocks: dict[str, TimeColumn] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, job: Job) -> "ReadFacts":
@@ -131,7 +134,16 @@ class ReadFacts:
         if times is not None and other.times is not None:
             times = times + other.times
         kept = {name: rows + other.kept[name] for name, rows in self.kept.items()}
-        return ReadFacts(kept, times, self.dropped + other.dropped)
+        clocks = self.clocks | {
+            name: self.clocks[name] + clock if name in self.clocks else clock
+            for name, clock in other.clocks.items()
+        }
+        return ReadFacts(kept, times, self.dropped + other.dropped, clocks)
+
+    def add_clock(self, feature: Feature, cells: pa.Array, file: str) -> None:
+        """Takes in the cells of a field that derives something from times."""
+        clock = self.clocks.setdefault(feature.name, _clock_of(feature))
+        clock.add(times_of(cells, feature), file)
 
     def check(self, job: Job) -> None:
         """Reports what all readers together have met.
@@ -146,8 +158,9 @@ class ReadFacts:
             log.info("read %s: %s", name, plural(n_rows, "row"))
         if self.times is not None:
             self.times.check()
-            for text in self.times.warnings():
-                log.warning("%s", text)
+            _warn_of(self.times)
+        for name in sorted(self.clocks):
+            _warn_of(self.clocks[name])
 
     def _nothing_left(self, job: Job, name: str, n_rows: int) -> str:
         least = job.data.interactions.min_rating
@@ -164,6 +177,15 @@ class ReadFacts:
             if reason.startswith(start)
         ]
         return f"{name}: {what}" + (f"; dropped: {', '.join(lost)}" if lost else "")
+
+
+def _clock_of(feature: Feature) -> TimeColumn:
+    return TimeColumn(feature.column or feature.name, feature=feature.name)
+
+
+def _warn_of(times: TimeColumn) -> None:
+    for text in times.warnings():
+        log.warning("%s", text)
 
 
 class RowCoder:
@@ -183,6 +205,7 @@ class RowCoder:
         self._job, self.spill = job, spill
         self.codes = {name: Codes() for name in vocabularies_of_rows(job)}
         self.facts = ReadFacts.zeros(job)
+        self._clocks = _other_times(job)
 
     def add(self, batch: pa.RecordBatch, number: int) -> None:
         """Takes in rows of the file of a number among ``job.inputs``."""
@@ -190,6 +213,8 @@ class RowCoder:
         if self.facts.times is not None:
             self.facts.times.add(batch["time"], file.name)
             self.facts.times.check()
+        for feature in self._clocks:
+            self.facts.add_clock(feature, batch[f"field {feature.name}"], file.name)
         rated = self._job.data.interactions.rating is not None
         for piece in self._pieces(batch):
             rows = self._coded(piece, part)
@@ -312,6 +337,19 @@ class Reading:
         self.time_scale = 1 if together.times is None else together.times.scale
 
 
+def _other_times(job: Job) -> list[Feature]:
+    """Fields of the rows that derive something from times, one for each column and its formats."""
+    spec = job.data.interactions
+    known = {(spec.time, spec.time_formats)}
+    fields = []
+    for feature in job.row_fields:
+        source = (feature.column or feature.name, feature.time_formats)
+        if feature.derives_time and source not in known:
+            known.add(source)
+            fields.append(feature)
+    return fields
+
+
 def vocabularies_of_rows(job: Job) -> list[str]:
     """Names of the vocabularies whose texts the input has, `entity_key` first."""
     tables = {f.table_name for f in job.data.features if f.has_vocabulary and not f.is_id}
@@ -335,6 +373,10 @@ def _side_file(job: Job, feature: Feature, codes: Mapping[str, Codes]) -> SideFi
     keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
     if feature.kind == "numeric":
         return SideFile(keys, numbers_of(cells, feature))
+    if feature.derives_time:
+        clock = _clock_of(feature)
+        clock.add(times_of(cells, feature), label_of(feature.file))
+        _warn_of(clock)
     owners, texts = split_cells(cells, feature)
     if feature.has_vocabulary:
         numbers = codes[feature.table_name].encode(texts)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from deepfm_dist.data.sources.nested import NestedError, as_lists, is_text, plain, texts_of
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT
-from deepfm_dist.data.times import TIME, cure_for, read_times
+from deepfm_dist.data.times import TIME, cure_for, formats_of, guess_formats, read_times
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import short
 
@@ -58,12 +58,29 @@ class Check:
         wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
         wanted: what they are to be, after "is not".
         setting: of the format of times, where the cells are times.
+        formats: that the setting names.
         cure: what to do first about one that is something else.
     """
 
     wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
     wanted: str
     setting: str | None = None
+    formats: tuple[str, ...] = ()
+    cure: str | None = None
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Cells of a batch that are not what they are to be: `Check`, applied.
+
+    Attributes:
+        wrong: ``[n]`` bool.
+    """
+
+    wrong: npt.NDArray[np.bool_]
+    wanted: str
+    setting: str | None = None
+    formats: tuple[str, ...] = ()
     cure: str | None = None
 
 
@@ -129,6 +146,7 @@ class CellTyper:
         self._source, self._columns, self._dropped = source, columns, dropped
         self._skip_bad, self._where, self._cells_of = skip_bad, where, cells_of
         self._warned = False
+        self._time_formats: dict[str, tuple[str, ...]] = {}  # by column, of the first batch
         self._with_large_floats: set[str] = set()
 
     def typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
@@ -152,16 +170,20 @@ class CellTyper:
             if self._skip_bad and column.type in ("text", "texts") and is_text(cells.type):
                 no_text = pc.match_substring(cells, NO_TEXT)
                 unreadable = pc.or_kleene(unreadable, no_text.fill_null(False))
-            faults = [(c.wrong(values), c.wanted, c.setting, c.cure) for c in column.checks]
+            faults = [
+                _Fault(c.wrong(values), c.wanted, c.setting, c.formats, c.cure)
+                for c in column.checks
+            ]
             if pc.any(unreadable, min_count=0).as_py() is not False:
                 wrong = np.asarray(unreadable.fill_null(True))
                 setting = "data.interactions.time_format" if column.type == "time" else None
-                faults.append((wrong, _WANTED[column.type], setting, None))
-            for wrong, wanted, setting, first in faults:
-                if wrong.any():
-                    at, bad_cells = int(wrong.argmax()), cells.filter(pa.array(wrong))
-                    self._refuse(column, wanted, setting, first, bad_cells, first_row + at)
-                bad |= wrong
+                faults.append(_Fault(wrong, _WANTED[column.type], setting, column.formats))
+            for fault in faults:
+                if fault.wrong.any():
+                    self._refuse(column, fault, cells, values, first_row)
+                bad |= fault.wrong
+            if column.type == "time" and column.key not in self._time_formats:
+                self._time_formats[column.key] = column.formats or formats_of(values)
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.key for c in self._columns])
         if bad.any():
@@ -211,28 +233,41 @@ class CellTyper:
                 large[0],
             )
 
+    def _time_cure(
+        self, column: Column, fault: _Fault, cells: pa.Array, values: pa.Array
+    ) -> str | None:
+        """Which formats of times would read the cells that are not read, and the others as well."""
+
+        def texts(which: npt.NDArray[np.bool_]) -> list[str]:
+            some = cells.filter(pa.array(which)).drop_null().slice(0, 1000)
+            return [text for text in map(str, some.unique().to_pylist()) if text]
+
+        bad, good = texts(fault.wrong), texts(~fault.wrong)
+        if fault.setting is None or not bad:
+            return None
+        if guess_formats(*bad, *good):  # one format for all
+            return cure_for([*bad, *good], fault.setting)
+        known = self._time_formats.get(column.key, ())
+        if column.type == "time" and not fault.formats:
+            known = known or formats_of(values)
+        elif good or known:
+            known = fault.formats
+        return cure_for(bad, fault.setting, known)
+
     def _refuse(
-        self,
-        column: Column,
-        wanted: str,
-        setting: str | None,
-        first_cure: str | None,
-        cells: pa.Array,
-        row: int,
+        self, column: Column, fault: _Fault, cells: pa.Array, values: pa.Array, first_row: int
     ) -> None:
         """Names the first of some bad cells in an error, or the first of a file in a warning."""
         if self._skip_bad and self._warned:
             return
-        cell = cells[0].as_py()
+        row = int(fault.wrong.argmax())
+        wanted, setting, cell = fault.wanted, fault.setting, cells[row].as_py()
         what = "is empty" if cell in (None, "") else f"is not {wanted}"
         if wanted == _WANTED["number"] and _is_too_large(str(cell)):
             what = "is too large a number: float32 ends at 3.4e38"
         shown = short("" if cell is None else cell)
-        cure = None
-        if setting and what != "is empty":
-            texts = map(str, cells.slice(0, 1000).drop_null().unique().to_pylist())
-            cure = cure_for([text for text in texts if text], setting)
-        path, where, name = self._source.path, self._where(row), column.name
+        cure = None if what == "is empty" else self._time_cure(column, fault, cells, values)
+        path, where, name = self._source.path, self._where(first_row + row), column.name
         if self._skip_bad:
             self._warned = True
             hint = f"; if all are written so, {cure}" if cure else ""
@@ -247,7 +282,7 @@ class CellTyper:
             )
         is_unknown = setting and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
-        first = f"{first_cure}, or " if first_cure else ""
+        first = f"{fault.cure}, or " if fault.cure else ""
         if column.type == "number" and not column.required and cell is not None:
             word = json.dumps(str(cell), ensure_ascii=False)
             first = f"where it means no value, set missing: [{word}] for its field, or "
