@@ -17,18 +17,21 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import SPLITS
-from deepfm_dist.data.schema import label_of
-from deepfm_dist.data.sources import Column, read_table
-from deepfm_dist.data.spelling import difference
-from deepfm_dist.data.vocabulary import external, id_order
+from deepfm_dist.data.sources import column_names, read_table
+from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
-from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.chunks import gather_ranked, rank_users
 from deepfm_dist.ranking.items import Catalogue, Seen, in_id_order
 from deepfm_dist.ranking.nearest import NearestItems
+from deepfm_dist.ranking.new_users import (
+    how_to_know_users_by_items,
+    id_column,
+    read_new_users,
+    spelling_hint,
+)
 from deepfm_dist.ranking.output import (
     MatrixKind,
     RankingFiles,
@@ -127,9 +130,9 @@ class _SelectedUsers:
 
 def _selected_users(dataset: PreparedDataset, config: RecommendConfig) -> _SelectedUsers:
     if config.histories is not None:
-        ids, histories = read_histories(dataset, Path(config.histories))
-        users = Users(np.arange(len(histories), dtype=np.int32), histories)
-        return _SelectedUsers(users, ids, [histories])
+        new = read_new_users(dataset, Path(config.histories))
+        users = Users(np.arange(len(new.ids), dtype=np.int32), new.histories)
+        return _SelectedUsers(users, new.ids, [new.histories, new.seen])
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
     masked = masked_splits(dataset, config.mask)
     return _SelectedUsers(
@@ -198,12 +201,13 @@ def _key(
     dataset: PreparedDataset, catalogue: Catalogue, asked: _SelectedUsers, config: RecommendConfig
 ) -> dict[str, Any]:
     """What rankings depend on besides weights and engine, as JSON values."""
-    histories = asked.users.histories
+    users: Any = hash_of(asked.users.rows)
+    if asked.users.histories is not None:
+        items = [array for bags in asked.positives for array in (bags.offsets, bags.values)]
+        users = [external(asked.ids).to_pylist(), hash_of(*items)]
     return {
         "data": [dataset.manifest.fingerprint, *dataset.past],
-        "users": hash_of(asked.users.rows)
-        if histories is None
-        else [external(asked.ids).to_pylist(), hash_of(histories.offsets, histories.values)],
+        "users": users,
         "items": hash_of(catalogue.rows),
         "mask": list(masked_splits(dataset, config.mask)),
         "context": dict(config.context),
@@ -272,66 +276,17 @@ def _users(dataset: PreparedDataset, ids: Ids | None) -> Int32Array | None:
         return None
     rows, unknown = _rows_of(dataset, "user", ids, "recommend.users")
     if unknown:
-        such = f"{unknown[0]!r}{_meant(dataset, 'user', unknown)}"
+        such = f"{unknown[0]!r}{spelling_hint(dataset, 'user', unknown)}"
         raise DataError(
             f"recommend.users: {len(unknown):,} of {len(unknown) + len(rows):,} are not in the "
             f"training data (such as {such}): leave them out, "
             + (
                 "or give their items: recommend.histories=FILE"
                 if dataset.manifest.has_history
-                else f"or {_how_to_know_users_by_items(dataset)}"
+                else f"or {how_to_know_users_by_items(dataset)}"
             )
         )
     return rows
-
-
-def _how_to_know_users_by_items(dataset: PreparedDataset) -> str:
-    return (
-        f"train a model that knows users by their items, {{name: seen, entity: user, history: "
-        f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
-        f"{label_of(dataset.manifest.data.interactions.file)} and train again"
-    )
-
-
-def read_histories(dataset: PreparedDataset, path: Path) -> tuple[pa.Array, Jagged]:
-    """Users and their items from a file of ``user`` and ``item``.
-
-    Args:
-        dataset: the prepared dataset.
-        path: csv, tsv or parquet.
-
-    Returns:
-        ``[n]`` ids, in their order, of the users of whom an item is known, and their item rows,
-        each once.
-
-    Raises:
-        DataError: the model has no history field, or knows none of the items.
-    """
-    if not dataset.manifest.has_history:
-        raise DataError(
-            f"recommend.histories={path}: this model knows its users by id, not by their items; "
-            f"{_how_to_know_users_by_items(dataset)}"
-        )
-    table = read_table(path, [Column("user"), Column("item")])
-    place = pc.index_in(table["item"], value_set=dataset.entity_ids("item").slice(1))
-    known = np.flatnonzero(np.asarray(pc.is_valid(place)))
-    if len(known) == 0:
-        raise DataError(f"{path}: none of its items is in the training data")
-    users = table["user"].take(pa.array(known)).combine_chunks()
-    items = np.asarray(place.take(pa.array(known)), np.int32) + np.int32(1)
-    ids = users.unique()
-    ids = ids.take(pa.array(np.argsort(id_order(ids))))
-    rows = np.asarray(pc.index_in(users, value_set=ids), np.int64)
-    strange = table.num_rows - len(known)
-    without = len(table["user"].unique()) - len(ids)
-    if strange:
-        log.info(
-            "%s: left out %s of items that are not in the training data, and %s without others",
-            path,
-            plural(strange, "row"),
-            plural(without, "user"),
-        )
-    return ids, distinct(Jagged.from_pairs(rows, items, len(ids)))
 
 
 def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> Int32Array | None:
@@ -348,7 +303,7 @@ def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> In
         kept[rows] = value
         if unknown:
             text = "recommend.%s: not in the catalogue: %s (such as %r%s)"
-            meant = _meant(dataset, "item", unknown)
+            meant = spelling_hint(dataset, "item", unknown)
             level = logging.WARNING if meant else logging.INFO
             log.log(level, text, option, plural(len(unknown), "item"), unknown[0], meant)
     if not kept.any():
@@ -368,7 +323,8 @@ def _rows_of(
                 f"{option}={ids}: no such file; to name the {entity}s themselves, put them in "
                 f"brackets: {option}=[{ids}]"
             )
-        column = read_table(Path(ids), [Column(entity)])[entity]
+        wanted = id_column(dataset, entity, column_names(ids))
+        column = read_table(ids, [wanted])[entity]
     else:
         column = pa.chunked_array([pa.array([str(i) for i in ids], pa.string())])
     if len(column) == 0:
@@ -377,12 +333,6 @@ def _rows_of(
     place = pc.index_in(column, value_set=dataset.entity_ids(entity).slice(1))
     rows = np.asarray(place.drop_null(), np.int32) + np.int32(1)
     return rows, column.filter(pc.is_null(place)).to_pylist()
-
-
-def _meant(dataset: PreparedDataset, entity: str, unknown: Sequence[str]) -> str:
-    """What to say of unknown ids that are known ones, written in another way; may be empty."""
-    how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity).slice(1))
-    return f"; {how}" if how else ""
 
 
 def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:

@@ -79,15 +79,16 @@ class RecommendConfig(Section):
     context: dict[str, Id] = Field(default_factory=dict)
     """Values of the context fields to recommend for, as written in the input files."""
     users: LocalPath | tuple[Id, ...] | None = None
-    """Recommend only for these users: a list of ids, or a file with a column ``user`` (csv, tsv,
-    parquet)."""
+    """Recommend only for these users: a list of ids, or a file with a column of them, called as in
+    the interactions or ``user`` (csv, tsv, parquet)."""
     histories: LocalPath | None = None
-    """Recommend for new users, given their items: a file with the columns `user` and `item` (csv,
-    tsv, parquet). For models with a history field."""
+    """Recommend for new users, given their items: a file with the interactions' columns, or `user`
+    and `item` (csv, tsv, parquet). If it has ratings, those below `min_rating` are no part of a
+    history, and their items are not recommended. For models with a history field."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
-    """Recommend only these items: a list of ids, or a file with a column ``item``."""
+    """Recommend only these items: a list of ids, or a file with a column of items."""
     block_items: LocalPath | tuple[Id, ...] | None = None
-    """Never recommend these items: a list of ids, or a file with a column ``item``."""
+    """Never recommend these items: a list of ids, or a file with a column of items."""
     candidates: int | None = Field(None, ge=1)
     """Score only this many items per user in full, the best ones without the over-arch; the recall
     lost and the speed-up are measured on a sample of users. Default: all items."""

@@ -29,6 +29,7 @@ __all__ = [
     "EmptyFile",
     "InputFile",
     "as_lists",
+    "column_names",
     "find_file",
     "find_files",
     "find_lists",
@@ -96,6 +97,16 @@ def _reader(
     source.check_contents()
     kind = _READERS.get(source.suffix, DelimitedReader)
     return kind(source, columns, layout or FileFormat(), dropped)
+
+
+def column_names(path: str | Path) -> list[str]:
+    """The columns of a file that `data.files` does not describe.
+
+    Raises:
+        DataError: the file is missing, empty or not readable.
+    """
+    source = Source(str(path))
+    return [*_reader(source, (), None, None).present(), *source.partitions]
 
 
 def find_lists(

@@ -23,20 +23,28 @@ class ColumnarReader(Reader):
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""
-        path, format_name = self.source.path, self.source.suffix[1:]
-        try:
-            present, read = _FORMATS[self.source.suffix](self.source)
-        except self.source.failures as error:
-            if "file size is 0 bytes" in str(error):
-                raise EmptyFile(f"{path}: the file is empty") from None
-            raise DataError(f"{path}: not a readable {format_name} file: {brief(error)}") from None
+        present, read = self._opened()
         self.locate(present)
         names = self.names
         try:
             for batch in read(names):
                 yield batch.select(names)
         except self.source.failures as error:
-            raise DataError(f"{path}: a damaged {format_name} file: {brief(error)}") from None
+            path, suffix = self.source.path, self.source.suffix
+            raise DataError(f"{path}: a damaged {suffix[1:]} file: {brief(error)}") from None
+
+    def present(self) -> Sequence[str]:
+        """The columns of the file's schema."""
+        return self._opened()[0]
+
+    def _opened(self) -> tuple[list[str], _Read]:
+        path, suffix = self.source.path, self.source.suffix
+        try:
+            return _FORMATS[suffix](self.source)
+        except self.source.failures as error:
+            if "file size is 0 bytes" in str(error):
+                raise EmptyFile(f"{path}: the file is empty") from None
+            raise DataError(f"{path}: not a readable {suffix[1:]} file: {brief(error)}") from None
 
 
 def _parquet(source: Source) -> tuple[list[str], _Read]:

@@ -64,6 +64,10 @@ class DelimitedReader(Reader):
             )
         yield from self._text()
 
+    def present(self) -> Sequence[str]:
+        """The names that the configuration gives, or those of the header line."""
+        return self.layout.columns or self.first_row()
+
     def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
         """A column's cells; of libsvm the half of each that is wanted."""
         cells = super().cells(batch, column)

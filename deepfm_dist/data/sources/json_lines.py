@@ -3,7 +3,7 @@
 import io
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class JsonLinesReader(Reader):
             row += len(objects)
         if names:
             self.locate([*seen])
+
+    def present(self) -> Sequence[str]:
+        """The members of the first objects."""
+        return list(dict.fromkeys(name for value in next(self._blocks()) for name in value))
 
     def where(self, row: int) -> str:
         """The line of an object; its number where the file is one array."""

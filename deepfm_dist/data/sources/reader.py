@@ -77,6 +77,14 @@ class Reader(ABC):
             DataError: it is missing or malformed, or lacks a column.
         """
 
+    @abstractmethod
+    def present(self) -> Sequence[str]:
+        """The columns that the file has, those of objects in its first lines.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+
     def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
         """``[n]``: a column's cells in one of the `batches`.
 

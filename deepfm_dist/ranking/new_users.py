@@ -1,0 +1,207 @@
+"""Users from outside the training data, known by the items in a file."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.fields import row_columns
+from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.data.schema import Interactions, label_of
+from deepfm_dist.data.sources import Column, column_names, read_table
+from deepfm_dist.data.spelling import difference
+from deepfm_dist.data.vocabulary import id_order
+from deepfm_dist.errors import DataError
+from deepfm_dist.messages import plural
+from deepfm_dist.ranking.baselines import distinct
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewUsers:
+    """Users and what they have met.
+
+    Attributes:
+        ids: ``[n]`` string, in their order.
+        histories: ``[n]`` rows of the items that are positives, each once.
+        seen: ``[n]`` rows of the items that are not, such as those with a low rating.
+    """
+
+    ids: pa.Array
+    histories: Jagged
+    seen: Jagged
+
+
+def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
+    """Users and their items from a file of ``user`` and ``item``, or with the log's columns.
+
+    Where it has the log's rating or label, a row counts as it would in the log: it is a positive
+    from ``min_rating`` on, or with the label 1, and of several rows with the same user and item
+    the same one stays.
+
+    Args:
+        dataset: the prepared dataset.
+        path: of any format that preparation reads.
+
+    Returns:
+        The users who have a known item as a positive.
+
+    Raises:
+        DataError: the model has no history field, or no user has a known item as a positive.
+    """
+    if not dataset.manifest.has_history:
+        raise DataError(
+            f"recommend.histories={path}: this model knows its users by id, not by their items; "
+            f"{how_to_know_users_by_items(dataset)}"
+        )
+    table = read_table(path, _columns(dataset, path)).combine_chunks()
+    place = pc.index_in(table["item"], value_set=dataset.entity_ids("item").slice(1))
+    is_known = np.asarray(pc.is_valid(place)).astype(bool)
+    unknown = pc.unique(table["item"].filter(pa.array(~is_known)))
+    positive = _is_positive(table, dataset.manifest.data.interactions)
+    _check_some_are_known(dataset, path, table, is_known, positive)
+    items = np.asarray(place.fill_null(-1), np.int32) + np.int32(1)
+    stays = is_known & _rows_that_stay(table, items, dataset.manifest.data.repeated)
+    ids = pc.unique(table["user"].filter(pa.array(stays & positive)))
+    ids = ids.take(pa.array(np.argsort(id_order(ids))))
+    users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
+    histories, seen = (
+        distinct(Jagged.from_pairs(users[which], items[which], len(ids)))
+        for which in (stays & positive, stays & ~positive & (users >= 0))
+    )
+    _report(dataset, path, table, is_known, len(ids), unknown)
+    n_seen = int(seen.offsets[-1])
+    if n_seen:
+        log.info(
+            "%s: %s of users that are not positives: they are not recommended, and the model does "
+            "not know users by them",
+            path,
+            plural(n_seen, "item"),
+        )
+    return NewUsers(ids, histories, seen)
+
+
+def how_to_know_users_by_items(dataset: PreparedDataset) -> str:
+    """What to do so that users can be recommended to who are not in the training data."""
+    return (
+        f"train a model that knows users by their items, {{name: seen, entity: user, history: "
+        f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
+        f"{label_of(dataset.manifest.data.interactions.file)} and train again"
+    )
+
+
+def id_column(dataset: PreparedDataset, entity: str, present: Sequence[str]) -> Column:
+    """The column of a file with the ids of users or items, read for ``user`` or ``item``.
+
+    It is called as in the interactions, or else ``user`` or ``item``.
+
+    Args:
+        dataset: the prepared dataset.
+        entity: user or item.
+        present: the file's columns.
+    """
+    columns = row_columns(dataset.manifest.data, with_split=False)
+    in_log = next((c for c in columns if c.key == entity), Column(entity, purpose=entity))
+    return in_log if in_log.name in present else replace(in_log, name=entity)
+
+
+def spelling_hint(dataset: PreparedDataset, entity: str, unknown: Sequence[str]) -> str:
+    """What to say of unknown ids that are known ones, written in another way; may be empty."""
+    how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity).slice(1))
+    return f"; {how}" if how else ""
+
+
+def _columns(dataset: PreparedDataset, path: Path) -> list[Column]:
+    """What to read: ids, and those columns of the log that say what a row is."""
+    present = column_names(path)
+    ids = [id_column(dataset, entity, present) for entity in ("user", "item")]
+    roles = {"rating", "label", "time"}
+    columns = row_columns(dataset.manifest.data, with_split=False)
+    return ids + [c for c in columns if c.key in roles and c.name in present]
+
+
+def _is_positive(table: pa.Table, spec: Interactions) -> npt.NDArray[np.bool_]:
+    """``[n]`` bool."""
+    if "rating" in table.column_names:
+        return np.asarray(table["rating"]) >= spec.min_rating
+    if "label" in table.column_names:
+        return np.asarray(table["label"]) == 1
+    return np.ones(table.num_rows, bool)
+
+
+def _check_some_are_known(
+    dataset: PreparedDataset,
+    path: Path,
+    table: pa.Table,
+    is_known: npt.NDArray[np.bool_],
+    positive: npt.NDArray[np.bool_],
+) -> None:
+    if not is_known.any():
+        theirs, ours = pc.unique(table["item"]), dataset.entity_ids("item").slice(1)
+        raise DataError(
+            f"{path}: none of its items is in the training data: it has {pc.min(theirs).as_py()!r} "
+            f"and the training data have {pc.min(ours).as_py()!r}"
+            f"{spelling_hint(dataset, 'item', theirs.to_pylist())}"
+        )
+    if not (positive & is_known).any():
+        least = dataset.manifest.data.interactions.min_rating
+        what = "has the label 1" if least is None else f"is rated {least:g} or more"
+        raise DataError(f"{path}: no row of an item in the training data {what}")
+
+
+def _rows_that_stay(
+    table: pa.Table, items: npt.NDArray[np.int32], rule: str
+) -> npt.NDArray[np.bool_]:
+    """``[n]`` bool: which of several rows of a user and an item stays, by the log's rule."""
+    stays = np.ones(table.num_rows, bool)
+    if rule == "all":
+        return stays
+    names = set(table.column_names)
+    strengths = [-np.asarray(table["rating"])] if "rating" in names else []
+    times: list[Int64Array] = []
+    if "time" in names:
+        time = table["time"].combine_chunks()
+        times = [np.asarray(time.field(n)).astype(np.int64) for n in ("whole", "billionths")]
+    if rule != "earliest":
+        times = [-part for part in times]
+    users = np.asarray(table["user"].combine_chunks().dictionary_encode().indices)
+    by_rule = [*strengths, *times] if rule == "strongest" else [*times, *strengths]
+    order = np.lexsort((*reversed(by_rule), items, users))
+    again = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
+    stays[order[1:][again]] = False
+    return stays
+
+
+def _report(
+    dataset: PreparedDataset,
+    path: Path,
+    table: pa.Table,
+    is_known: npt.NDArray[np.bool_],
+    n_users: int,
+    unknown: pa.Array,
+) -> None:
+    """Logs what is left out."""
+    n_strange = int((~is_known).sum())
+    if n_strange:
+        hint = spelling_hint(dataset, "item", unknown.to_pylist())
+        log.log(
+            logging.WARNING if hint else logging.INFO,
+            "%s: left out %s of items that are not in the training data%s",
+            path,
+            plural(n_strange, "row"),
+            hint,
+        )
+    n_without = len(pc.unique(table["user"])) - n_users
+    if n_without:
+        log.info(
+            "%s: left out %s without an item that the model knows them by",
+            path,
+            plural(n_without, "user"),
+        )

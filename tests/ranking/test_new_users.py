@@ -1,0 +1,119 @@
+"""New users from a file: which of their rows are positives, against pandas."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.errors import DataError
+from deepfm_dist.ranking.new_users import NewUsers, read_new_users
+from tests.data.small_logs import made_of
+
+SEEN = {"name": "seen", "entity": "user", "history": "item"}
+N_ITEMS = 12
+
+
+def _dataset(root: Path, data: dict[str, Any] | None = None, **rows: Any) -> PreparedDataset:
+    """Items 0 to 11, each liked by someone; columns ``who``, ``what``, ``stars``, ``at``, ``y``."""
+    lines = [f"u{k % 5},{k % N_ITEMS},5,{k},1\n" for k in range(60)]
+    (root / "log.csv").write_text("who,what,stars,at,y\n" + "".join(lines))
+    spec = {
+        "interactions": {"file": "log.csv", "user": "who", "item": "what"} | rows,
+        "features": [{"name": "item", "entity": "item"}, SEEN],
+        "split": {"valid": 0, "test": 0},
+    }
+    return made_of(root, spec | (data or {}))
+
+
+def _as_sets(dataset: PreparedDataset, new: NewUsers) -> dict[str, tuple[set[str], set[str]]]:
+    """By user: items of the history, and others that are seen."""
+    ids = dataset.entity_ids("item").to_pylist()
+    return {
+        user: ({ids[item] for item in liked}, {ids[item] for item in seen})
+        for user, liked, seen in zip(
+            new.ids.to_pylist(), new.histories.lists(), new.seen.lists(), strict=True
+        )
+    }
+
+
+def _frame() -> pd.DataFrame:
+    """Rows of 30 users, many of the same item, with ratings and times all different."""
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame(
+        {
+            "who": [f"n{u}" for u in rng.integers(0, 30, 400)],
+            "what": rng.integers(0, N_ITEMS + 3, 400).astype(str),  # three are not in the log
+            "stars": rng.permutation(np.linspace(1, 5, 400)).round(3),
+            "at": rng.permutation(400),
+        }
+    )
+    frame["y"] = (frame.stars >= 4).astype(int)
+    return frame
+
+
+@pytest.mark.parametrize("rule", ["latest", "earliest", "strongest", None])
+@pytest.mark.parametrize("has_times", [True, False])
+def test_rows_of_new_users_count_as_in_the_log(
+    tmp_path: Path, rule: str | None, has_times: bool
+) -> None:
+    rows = {"rating": "stars", "min_rating": 4, "time": "at"}
+    dataset = _dataset(tmp_path, **rows, **({} if rule is None else {"repeated": rule}))
+    frame = _frame() if has_times else _frame().drop(columns="at")
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    new = _as_sets(dataset, read_new_users(dataset, tmp_path / "new.csv"))
+    by = {"earliest": "at", "strongest": "stars"}.get(rule or "", "at") if has_times else "stars"
+    known = frame[frame.what.astype(int) < N_ITEMS].sort_values(by)
+    pairs = known.groupby(["who", "what"])
+    kept = pairs.first() if rule == "earliest" and has_times else pairs.last()
+    kept = kept.reset_index()
+    liked = kept[kept.stars >= 4].groupby("who").what.apply(set)
+    low = kept[kept.stars < 4].groupby("who").what.apply(set)
+    assert 0 < len(liked) < frame.who.nunique()  # some have no positive
+    assert new == {user: (items, low.get(user, set())) for user, items in liked.items()}
+
+
+def test_labels_say_what_was_clicked(tmp_path: Path) -> None:
+    click = {"task": "ctr"}
+    dataset = _dataset(tmp_path, click, label="y", time="at")
+    frame = _frame()
+    frame.to_parquet(tmp_path / "new.parquet")
+    new = _as_sets(dataset, read_new_users(dataset, tmp_path / "new.parquet"))
+    known = frame[frame.what.astype(int) < N_ITEMS]
+    clicked = known[known.y == 1].groupby("who").what.apply(set)
+    shown = known[known.y == 0].groupby("who").what.apply(set)
+    assert new == {user: (items, shown.get(user, set())) for user, items in clicked.items()}
+
+
+def test_files_may_have_their_own_names_and_no_ratings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = _dataset(tmp_path, rating="stars", min_rating=4, time="at")
+    caplog.set_level("INFO")
+    for text in ('{"user": "a", "item": 3}\n{"user": "b", "item": "03"}\n',
+                 '{"who": "a", "what": 3}\n{"who": "b", "what": "03"}\n'):  # fmt: skip
+        (tmp_path / "new.jsonl").write_text(text)
+        caplog.clear()
+        new = read_new_users(dataset, tmp_path / "new.jsonl")
+        assert _as_sets(dataset, new) == {"a": ({"3"}, set())}
+        assert "left out 1 row of items" in caplog.text
+        assert "1 differ only in leading zeros: '03' and '3'" in caplog.text
+        assert "left out 1 user without an item that the model knows them by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("who,what\na,3.0\n", r"none of its items .* has '3\.0' .* have '0'; 1 differ only in dec"),
+        ("who,what,stars\na,3,2\n", "no row of an item in the training data is rated 4 or more"),
+        ("who,what,stars\na,3,\n", "line 2: stars '' is empty"),
+        ("who,thing\na,3\n", "no column 'item'"),
+    ],
+)
+def test_files_that_say_nothing_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    dataset = _dataset(tmp_path, rating="stars", min_rating=4, time="at")
+    (tmp_path / "new.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_new_users(dataset, tmp_path / "new.csv")
