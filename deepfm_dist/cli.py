@@ -20,7 +20,7 @@ from deepfm_dist.arguments import (
     complete,
     complete_config,
 )
-from deepfm_dist.config import Config, config_from, load_config, settings_of
+from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import ConfigError, DeepFMError, OutOfMemory, RankLost
 from deepfm_dist.launcher import (
@@ -33,6 +33,7 @@ from deepfm_dist.launcher import (
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import folder_of, storage_errors_to_user
 from deepfm_dist.terminal import coloured
+from deepfm_dist.typed_yaml import settings_of
 
 if TYPE_CHECKING:
     from deepfm_dist.jobs.ranking_files import Rankings
@@ -224,7 +225,7 @@ def memory_errors_to_user() -> Iterator[None]:
 
 
 def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> None:
-    for setting in (name for override in overrides for name in settings_of(override)):
+    for setting in (name for override in overrides for name in settings_of(override, Config)):
         if not heeds(command, setting):
             others = ", ".join(other for other in HEEDED if heeds(other, setting))
             log.warning("%s has no effect on %s; it is a setting of %s", setting, command, others)

@@ -1,7 +1,7 @@
 """All settings: sections with defaults, read from YAML, overridden on the command line."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.ranking.settings import EvaluateConfig, RecommendConfig, SimilarConfig
 from deepfm_dist.recipe import Choice, choose, trains_on_users, with_history
 from deepfm_dist.section import AUTO, Section
-from deepfm_dist.setting_errors import describe
+from deepfm_dist.setting_errors import config_error
 from deepfm_dist.storage import (
     folder_of,
     is_remote,
@@ -32,17 +32,22 @@ from deepfm_dist.storage import (
     storage_errors_to_user,
 )
 from deepfm_dist.training.settings import TrainerConfig, TuneConfig
-from deepfm_dist.typed_yaml import DuplicateKeyError, load, one_line, parse_override, parse_scalars
+from deepfm_dist.typed_yaml import (
+    DuplicateKeyError,
+    load,
+    one_line,
+    parse_override,
+    parse_scalars,
+    set_value,
+    value_at,
+)
 
 NAMED = [BUNDLE / "configs"]
 """Folders of the configurations that are found by name, in the order of search."""
 
 
 class Config(Section):
-    """The whole configuration of a run.
-
-    What is ``auto`` is chosen from the data when training begins (`resolve`).
-    """
+    """The whole configuration of a run; `resolve` chooses from the data what is ``auto``."""
 
     run: RunConfig = RunConfig()
     data: DataConfig
@@ -68,8 +73,6 @@ class Config(Section):
                 "trainer.table_precision=fp16: adam on the tables computes in their precision, "
                 "which is too little for its sums; use rowwise_adagrad"
             )
-        if self.trainer.loss != "bce":
-            self._check_loss_of_users()
         if self.trainer.accumulate_steps > 1 and self.optimizer.tables.name != "adam":
             raise ValueError(
                 f"trainer.accumulate_steps={self.trainer.accumulate_steps}: "
@@ -81,14 +84,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _labels_are_not_ranked(self) -> Self:
         if self.data.task == "ctr":
-            for name, value in self.evaluate:
-                if name != "split" and value != EvaluateConfig.model_fields[name].default:
-                    setting = self.evaluate.model_dump(mode="json")[name]
-                    raise ValueError(
-                        f"evaluate.{name}={setting}: a setting of rankings, which are measured "
-                        f"where rows are positives, not where they have labels (data.task=ctr); "
-                        f"leave it out"
-                    )
+            changed = self.evaluate.model_dump(mode="json", exclude_defaults=True)
+            changed.pop("split", None)
+            for name, value in changed.items():
+                raise ValueError(
+                    f"evaluate.{name}={value}: rankings are measured where rows are positives, "
+                    f"not where they have labels (data.task=ctr); leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -108,21 +110,19 @@ class Config(Section):
             )
         return self
 
-    def _check_loss_of_users(self) -> None:
+    @model_validator(mode="after")
+    def _model_fits_the_loss(self) -> Self:
         setting = f"trainer.loss={self.trainer.loss}"
-        if self.model.deep and self.model.over_arch != "mlp":
+        if self.trainer.loss == "bce" or not self.model.deep:
+            return self
+        if self.model.over_arch != "mlp":
             raise ValueError(
                 f"{setting}: model.over_arch={self.model.over_arch} cannot be split into a user's "
                 f"and an item's part; use mlp, or model.deep=false"
             )
-        if self.model.deep and self.model.batch_norm:
+        if self.model.batch_norm:
             raise ValueError(f"{setting}: has no rows for batch norm; set model.batch_norm=false")
-        if self.trainer.compile is True:
-            raise ValueError(
-                f"{setting}: trainer.compile is for the forward pass of rows; leave it out"
-            )
-        if self.trainer.accumulate_steps > 1:
-            raise ValueError(f"{setting}: accumulate_steps are for rows; use a smaller batch_size")
+        return self
 
     @property
     def monitor(self) -> str | None:
@@ -156,30 +156,27 @@ class Config(Section):
         return self.run_dir
 
     @property
-    def data_root(self) -> Path:
-        """Folder of the input files, variables filled in.
+    def input_root(self) -> Path | str:
+        """Folder of the input files, or its URL (``s3://bucket/logs``), variables filled in.
 
         Raises:
             ConfigError: a variable of ``data.root`` is not set.
         """
-        path = Path(self._expanded_root())
-        bundled = BUNDLE / path
-        return bundled if not path.is_dir() and bundled.is_dir() else path
-
-    @property
-    def input_root(self) -> Path | str:
-        """What the preparation reads from: `data_root`, or its URL (``s3://bucket/logs``)."""
-        text = self._expanded_root()
-        return text if "://" in text else self.data_root
-
-    def _expanded_root(self) -> str:
         text = os.path.expandvars(os.path.expanduser(self.data.root))
         if "$" in text:
             raise ConfigError(
                 f"data.root={self.data.root}: the variable is not set; export it, or pass "
                 f"data.root=FOLDER"
             )
-        return option_of("data.root", text, path_or_url)
+        if "://" in option_of("data.root", text, path_or_url):
+            return text
+        bundled = BUNDLE / text
+        return bundled if not Path(text).is_dir() and bundled.is_dir() else Path(text)
+
+    @property
+    def data_root(self) -> Path:
+        """`input_root` of files on this machine."""
+        return Path(self.input_root)
 
     @property
     def data_seed(self) -> int:
@@ -228,7 +225,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
     for override in overrides:
-        _set(tree, *parse_override(override, Config), repr(override))
+        set_value(tree, *parse_override(override, Config), repr(override))
     return config_from(parse_scalars(tree, Config), str(file), overrides)
 
 
@@ -248,26 +245,7 @@ def config_from(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = describe(error, Config)
-    causes = [_override_of(name, overrides) for name in problems]
-    if len(problems) == 1:
-        [problem] = problems.values()
-        raise ConfigError(f"{causes[0] or origin}: {problem}")
-    lines = "".join(
-        f"\n  {problem}" + (f" [{cause}]" if cause else "")
-        for cause, problem in zip(causes, problems.values(), strict=True)
-    )
-    raise ConfigError(f"{origin}: {len(problems)} problems{lines}")
-
-
-def _override_of(setting: str, overrides: Sequence[str]) -> str | None:
-    """The last override that has set a setting, or part of it."""
-    where = f"{setting}."
-    for override in reversed(overrides):
-        names = [f"{name}." for name in settings_of(override)]
-        if any(where.startswith(name) or name.startswith(where) for name in names if setting):
-            return override
-    return None
+        raise config_error(error, Config, origin, overrides) from None
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "config") -> Config:
@@ -283,7 +261,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
     """
     tree = config.model_dump(mode="json")
     for name, value in settings.items():
-        _set(tree, name, value, origin)
+        set_value(tree, name, value, origin)
     return config_from(tree, origin)
 
 
@@ -302,34 +280,11 @@ def resolve(
         It, and what was chosen, with the reasons.
     """
     if saved is not None:
-        found = {name: _at(saved, name) for name, _ in _auto(config)}
-        config = with_settings(config, {n: v for n, v in found.items() if v != AUTO})
+        earlier = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}
+        config = with_settings(config, {n: v for n, v in earlier.items() if v != AUTO})
     choices = choose(config, manifest)
-    decided = dict(_auto(config)) | {choice.setting: choice.value for choice in choices}
+    decided = dict(config.auto_settings()) | {choice.setting: choice.value for choice in choices}
     return with_settings(config, decided, "chosen for this log"), choices
-
-
-def _auto(section: Section, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings that are left to the recipe, and their values for code that does not ask it."""
-    for name, value in section:
-        if isinstance(value, Section):
-            yield from _auto(value, f"{above}{name}.")
-        elif section.is_auto(name):
-            yield f"{above}{name}", value
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    """A setting's value in a tree; where it is missing, ``auto``."""
-    for part in dotted.split("."):
-        tree = tree.get(part, AUTO) if isinstance(tree, dict) else AUTO
-    return tree
-
-
-def settings_of(override: str) -> list[str]:
-    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
-    name = override.partition("=")[0]
-    value = None if "." in name else parse_override(override, Config)[1]
-    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
 def _find(path: str) -> Path:
@@ -340,18 +295,5 @@ def _find(path: str) -> Path:
                 return candidate
     names = bundled_configs()
     near = nearest(Path(path).stem, names)
-    hint = f"; did you mean {near}?" if near else f"; bundled are: {', '.join(names)}"
-    raise ConfigError(f"--config {path}: no such file{hint}")
-
-
-def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
-    *parents, last = name.split(".")
-    node = tree
-    for parent in parents:
-        below = node.setdefault(parent, {})
-        if below is None:
-            below = node[parent] = {}
-        if not isinstance(below, dict):
-            raise ConfigError(f"{origin}: {parent} is not a section")
-        node = below
-    node[last] = value
+    hint = f"; did you mean {near}?" if near else f"; bundled: {', '.join(names)}"
+    raise ConfigError(f"--config {path}: file not found{hint}")

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete(parser)
     arguments = parser.parse_intermixed_args(argv)
     from deepfm_dist.cli import heeds
-    from deepfm_dist.config import load_config, settings_of
+    from deepfm_dist.config import Config, load_config
+    from deepfm_dist.typed_yaml import settings_of
 
     ranks = arguments.nproc or _ranks()
     torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m"]
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         (torchrun, "recommend"),
     ):
         quiet = ["--quiet"] * arguments.quiet
-        heeded = [o for o in arguments.overrides if any(heeds(name, s) for s in settings_of(o))]
+        heeded = [
+            override
+            for override in arguments.overrides
+            if any(heeds(name, setting) for setting in settings_of(override, Config))
+        ]
         command = [*launcher, f"deepfm_dist.{name}", *quiet, *heeded]
         print(coloured(f"\n$ {shlex.join(command)}", "bold"), flush=True)
         code = subprocess.run(_here(command), check=False).returncode

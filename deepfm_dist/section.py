@@ -1,5 +1,6 @@
 """The base of every configuration section."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import (
@@ -38,6 +39,14 @@ class Section(BaseModel):
     def is_auto(self, name: str) -> bool:
         """Whether a setting is left to the recipe."""
         return name in self.chosen and name not in self.model_fields_set
+
+    def auto_settings(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Settings left to the recipe, by dotted name, with the defaults that code sees."""
+        for name, value in self:
+            if isinstance(value, Section):
+                yield from value.auto_settings(f"{prefix}{name}.")
+            elif self.is_auto(name):
+                yield f"{prefix}{name}", value
 
     @model_validator(mode="before")
     @classmethod

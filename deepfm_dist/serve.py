@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from deepfm_dist.cli import run
-from deepfm_dist.config import Config, settings_of
+from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
+from deepfm_dist.typed_yaml import settings_of
 
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
 SERVED = ("context", "mask", "memory_bytes")
@@ -73,7 +74,7 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: the service would not heed it.
     """
-    names = [name for override in overrides for name in settings_of(override)]
+    names = [name for override in overrides for name in settings_of(override, Config)]
     for name in [*names, "recommend.allow_items", "recommend.block_items"]:
         section, _, field = name.partition(".")
         if section not in ("recommend", "similar") or field.partition(".")[0] in SERVED:

@@ -1,4 +1,4 @@
-"""What is wrong with settings, in the words of YAML, and the setting that may be meant."""
+"""Validation errors of settings in YAML's terms, with the setting that may be meant."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest, short
 from deepfm_dist.section import Section
-from deepfm_dist.typed_yaml import kinds_of
+from deepfm_dist.typed_yaml import kinds_of, settings_of
 
 Problem = Mapping[str, Any]
 """A validation error as pydantic has it: ``type``, ``loc``, ``msg``, ``input``."""
@@ -25,6 +26,39 @@ def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
         ".".join(map(str, problem["loc"])): _describe(problem, section)
         for problem in _one_per_setting(error.errors(), section)
     }
+
+
+def config_error(
+    error: ValidationError, section: type[Section], origin: str, overrides: Sequence[str]
+) -> ConfigError:
+    """A `ConfigError` that names each bad setting, and the override that has set it.
+
+    Args:
+        error: pydantic's.
+        section: the whole configuration.
+        origin: where the settings come from.
+        overrides: ``section.field=value`` each, which are among the settings.
+    """
+    problems = describe(error, section)
+    causes = [_override_of(name, overrides, section) for name in problems]
+    if len(problems) == 1:
+        [problem] = problems.values()
+        return ConfigError(f"{causes[0] or origin}: {problem}")
+    lines = "".join(
+        f"\n  {problem}" + (f" [{cause}]" if cause else "")
+        for cause, problem in zip(causes, problems.values(), strict=True)
+    )
+    return ConfigError(f"{origin}: {len(problems)} problems{lines}")
+
+
+def _override_of(setting: str, overrides: Sequence[str], section: type[Section]) -> str | None:
+    """The last override that has set a setting, or part of it."""
+    where = f"{setting}."
+    for override in reversed(overrides):
+        names = [f"{name}." for name in settings_of(override, section)]
+        if any(where.startswith(name) or name.startswith(where) for name in names if setting):
+            return override
+    return None
 
 
 def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> list[Problem]:

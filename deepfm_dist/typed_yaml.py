@@ -155,6 +155,42 @@ def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
         raise ConfigError(f"{override!r}: the value is not YAML: {one_line(error)}") from None
 
 
+def settings_of(override: str, section: type[Section]) -> list[str]:
+    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
+    name = override.partition("=")[0]
+    value = None if "." in name else parse_override(override, section)[1]
+    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
+
+
+def value_at(tree: Any, name: str, missing: Any = None) -> Any:
+    """The value of a dotted name in nested dicts, or ``missing``."""
+    for part in name.split("."):
+        tree = tree.get(part, missing) if isinstance(tree, dict) else missing
+    return tree
+
+
+def set_value(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
+    """Sets a dotted name in nested dicts.
+
+    Args:
+        tree: changed in place; missing sections are added.
+        name: the setting.
+        value: its value.
+        origin: of the setting, for the message.
+
+    Raises:
+        ConfigError: a parent is not a section.
+    """
+    *parents, last = name.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{origin}: {parent} is not a section")
+    tree[last] = value
+
+
 def one_line(error: Exception) -> str:
     """What is wrong with YAML, on one line."""
     text = brief(error)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfm_dist.build import shard_for_inference
-from deepfm_dist.config import Config, config_from, settings_of
+from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.compatibility import check_match
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of, is_input
@@ -17,10 +17,8 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.section import DEFAULTS
-from deepfm_dist.storage import (
-    option_of,
-    storage_errors_to_user,
-)
+from deepfm_dist.storage import option_of, storage_errors_to_user
+from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
 WHERE_DATA_ARE = ("data.root", "data.name")
@@ -190,15 +188,15 @@ def find_run(
     trained_with = settings_in(state)
     asked_for = state.get("trained_config", trained_with)  # without the closed form's columns
     merged = config.model_dump(mode="json")
-    for name in (name for override in overrides for name in settings_of(override)):
+    for name in (name for override in overrides for name in settings_of(override, Config)):
         if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
-            wanted, trained = _at(merged, name), _at(asked_for, name)
+            wanted, trained = value_at(merged, name), value_at(asked_for, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "
                     f"value first, or leave the override out"
                 )
-    kept = {name: _at(merged, name) for name in _OF_A_COMMAND}
+    kept = {name: value_at(merged, name) for name in _OF_A_COMMAND}
     if kept["data.name"] is None and not config.prepared_dir.is_dir():  # as of a combined run
         kept["data.name"] = trained_with["data"]["name"]
     merged |= {section: trained_with[section] for section in _OF_TRAINING}
@@ -249,9 +247,3 @@ def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_a_name(value: Any) -> str:
     return str(value) if isinstance(value, int | float) else ""
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree

@@ -104,6 +104,14 @@ class TrainerConfig(Section):
         bce = self.loss == "bce" and not self.is_auto("loss")
         if (bce or not drawn) and self.targets_per_user != 16:
             raise ValueError("targets_per_user needs candidates; without them all targets count")
+        if self.loss != "bce" and self.compile is True:
+            raise ValueError(
+                f"loss={self.loss}: compile is for the forward pass of rows; leave it out"
+            )
+        if self.loss != "bce" and self.accumulate_steps > 1:
+            raise ValueError(
+                f"loss={self.loss}: accumulate_steps are for rows; use a smaller batch_size"
+            )
         if self.needs_monitor and self.validate_every_epochs == 0:
             raise ValueError(f"{self.needs_monitor} needs validations; set validate_every_epochs=1")
         return self
