@@ -396,8 +396,8 @@ def _is_compiled(config: Config, device: torch.device, log: logging.Logger | Non
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
         names = [os.environ.get("CXX", "g++")]
-    found = any(map(shutil.which, names))
-    if wanted is True and not found:
+    has_compiler = any(map(shutil.which, names))
+    if wanted is True and not has_compiler:
         variable, language = ("CC", "C") if on_cuda else ("CXX", "C++")
         raise EnvironmentProblem(
             f"trainer.compile=true: torch.compile needs a {language} compiler on {device.type}, "
@@ -406,9 +406,9 @@ def _is_compiled(config: Config, device: torch.device, log: logging.Logger | Non
         )
     if wanted == "auto":
         ours = config.trainer.loss == "bce" and config.model.over_arch == "mlp"
-        chosen = on_cuda and found and ours
+        chosen = on_cuda and has_compiler and ours
         if on_cuda and log is not None:
-            reason = "" if found else f", for lack of a C compiler ({' or '.join(names)})"
+            reason = "" if has_compiler else f", for lack of a C compiler ({' or '.join(names)})"
             log.info("trainer.compile: auto is %s%s", "on" if chosen else "off", reason)
         return chosen
     return wanted

@@ -41,12 +41,12 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
         prepare(config, arguments.threads)
 
 
-def _preview(found: "DryRun") -> str:
+def _preview(preview: "DryRun") -> str:
     """What a dry run has found, for people."""
-    splits = ", ".join(f"{name} {rows:,}" for name, rows in found.splits.items())
-    lines = [f"{plural(found.rows, 'row')} kept of the first {found.limit:,}: {splits}"]
-    lines += [f"dropped {reason}: {count:,}" for reason, count in found.dropped.items()]
-    lines += [f"{reason}: {count:,}" for reason, count in found.noted.items()]
+    splits = ", ".join(f"{name} {rows:,}" for name, rows in preview.splits.items())
+    lines = [f"{plural(preview.rows, 'row')} kept of the first {preview.limit:,}: {splits}"]
+    lines += [f"dropped {reason}: {count:,}" for reason, count in preview.dropped.items()]
+    lines += [f"{reason}: {count:,}" for reason, count in preview.noted.items()]
     cells = [("field", "of", "becomes", "distinct", "missing", "such as")]
     cells += [
         (
@@ -57,7 +57,7 @@ def _preview(found: "DryRun") -> str:
             "" if field.missing is None else f"{field.missing:.1%}",
             ", ".join(map(short, field.examples)),
         )
-        for field in found.fields
+        for field in preview.fields
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]

@@ -159,8 +159,8 @@ class _ExchangedIds(KeyedJaggedTensor):
         """The ids of groups of fields; one group has all."""
         if segments == [len(self.keys())]:
             return [self]
-        found: list[KeyedJaggedTensor] = super().split(segments)
-        return found
+        pieces: list[KeyedJaggedTensor] = super().split(segments)
+        return pieces
 
     @staticmethod
     def dist_init(

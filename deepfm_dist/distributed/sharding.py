@@ -626,11 +626,11 @@ def _plan(
     return {name: _as_planned(placement, plan[name]) for name, placement in wanted.items()}
 
 
-def _as_planned(placement: TablePlan, found: ParameterSharding) -> TablePlan:
+def _as_planned(placement: TablePlan, planned: ParameterSharding) -> TablePlan:
     """A placement with what the planner decided where the placement leaves it open."""
-    rank = found.ranks[0] if found.sharding_type == "table_wise" and found.ranks else None
+    rank = planned.ranks[0] if planned.sharding_type == "table_wise" and planned.ranks else None
     if placement.kind == "auto":
-        return placement.model_copy(update={"kind": found.sharding_type, "rank": rank})
+        return placement.model_copy(update={"kind": planned.sharding_type, "rank": rank})
     return placement.model_copy(update={"rank": rank if placement.rank is None else placement.rank})
 
 

@@ -134,61 +134,63 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
     if not len(users.relevant):
         return Linear(weight=0.0)
     gram = torch.from_numpy(co_counts(_renumbered(train, place), len(rows))).float()
-    of_groups = None
+    group_gram = None
     if groups is not None:
-        of_groups = torch.from_numpy(co_counts(_renumbered(groups, place), len(rows))).float()
+        group_gram = torch.from_numpy(co_counts(_renumbered(groups, place), len(rows))).float()
     trained = users.ndcg(users.trained)
 
-    def measured(found: Linear, scores: Tensor) -> Linear:
+    def with_best_weight(linear: Linear, scores: Tensor) -> Linear:
         """The settings with the weight that is best for EASE's scores."""
         figures = {0.0: trained}  # first, so that equal ones leave it at that
         figures |= {w: users.ndcg(users.trained + w * scores) for w in WEIGHTS}
         weight = max(figures, key=lambda w: figures[w])
         alone = users.ndcg(scores)
         return replace(
-            found, weight=weight, ndcg=figures[weight], ndcg_trained=trained, ndcg_ease=alone
+            linear, weight=weight, ndcg=figures[weight], ndcg_trained=trained, ndcg_ease=alone
         )
 
-    def fitted(l2: float, field_weight: float) -> Linear:
-        weights = ease_weights(gram, l2, of_groups, field_weight)
-        return measured(Linear(l2, field_weight), users.scores(weights))
+    def fit(l2: float, field_weight: float) -> Linear:
+        weights = ease_weights(gram, l2, group_gram, field_weight)
+        return with_best_weight(Linear(l2, field_weight), users.scores(weights))
 
-    best = _climb(L2, 3, lambda l2: fitted(l2, 0.0))
-    if of_groups is not None:
-        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fitted(best.l2, w))
-    weights = ease_weights(gram, best.l2, of_groups, best.field_weight)
+    best = _climb(L2, 3, lambda l2: fit(l2, 0.0))
+    if group_gram is not None:
+        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fit(best.l2, w))
+    weights = ease_weights(gram, best.l2, group_gram, best.field_weight)
     leading = leading_vectors(weights, gram, max(COLUMNS))
     left = users.scores(weights @ leading)
     options = [n for n in COLUMNS if n < len(rows)] or [len(rows)]
-    cut = [measured(replace(best, columns=n), left[:, :n] @ leading[:, :n].T) for n in options]
-    return max(cut, key=lambda found: found.ndcg)
+    cut = [
+        with_best_weight(replace(best, columns=n), left[:, :n] @ leading[:, :n].T) for n in options
+    ]
+    return max(cut, key=lambda linear: linear.ndcg)
 
 
 def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> Linear:
     """The best place of a grid on which one hill is expected, from a start uphill."""
-    found = {start: at(grid[start])}
+    tried = {start: at(grid[start])}
 
     def value(place: int) -> float:
-        if place not in found:
-            found[place] = at(grid[place])
-        return found[place].ndcg
+        if place not in tried:
+            tried[place] = at(grid[place])
+        return tried[place].ndcg
 
     here = start
     while True:
         around = [p for p in (here - 1, here + 1) if 0 <= p < len(grid)]
         best = max(around, key=value)
         if value(best) <= value(here):
-            return found[here]
+            return tried[here]
         here = best
 
 
 def ease_weights(
-    gram: Tensor, l2: float, of_groups: Tensor | None = None, field_weight: float = 0.0
+    gram: Tensor, l2: float, group_gram: Tensor | None = None, field_weight: float = 0.0
 ) -> Tensor:
-    """EASE's matrix, in the precision of ``[I, I]`` counts, which stay as they are."""
+    """EASE's matrix, in the precision of the ``[I, I]`` counts, which are not changed."""
     fitted_on = gram.clone()
-    if of_groups is not None and field_weight:
-        fitted_on.add_(of_groups, alpha=field_weight)
+    if group_gram is not None and field_weight:
+        fitted_on.add_(group_gram, alpha=field_weight)
     return Ease(l2).weights(fitted_on.numpy())
 
 

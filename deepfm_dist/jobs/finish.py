@@ -155,7 +155,7 @@ class Finish:
         ranker = evaluator.ranker(deepfm_of(model), self.world)
         logits = ranker.scores(0, len(evaluator.users), len(evaluator.users))
 
-        def found() -> Linear:
+        def search_on_rank0() -> Linear:
             fields, n_items = dataset.manifest.item_fields_of_closed_form, len(evaluator.catalogue)
             assert fields is not None
             needed, room = FACTORS_BYTES * n_items**2, available_bytes()
@@ -182,7 +182,7 @@ class Finish:
             train = distinct(dataset.training_history)
             return search(train, by_row.shape[1], groups_of_items(dataset), users)
 
-        linear = self.world.broadcast(self.world.run_on_rank0("linear", found))
+        linear = self.world.broadcast(self.world.run_on_rank0("linear", search_on_rank0))
         assert linear is not None
         return linear
 

@@ -17,7 +17,7 @@ from deepfm_dist.data.batches.held_out import SplitReader
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.layout import DatasetFiles
-from deepfm_dist.data.preparation import writing
+from deepfm_dist.data.preparation import write_plan
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
@@ -295,7 +295,7 @@ def test_what_we_write_is_laid_out_as_it_has_to_be(
 ) -> None:
     DatasetFiles(sample.folder, sample.manifest).check_everything()
     monkeypatch.setattr("deepfm_dist.data.preparation.job.PARTITION_BYTES", 500)
-    monkeypatch.setattr(writing, "LANE_WINDOW_ROWS", 100)
+    monkeypatch.setattr(write_plan, "LANE_WINDOW_ROWS", 100)
     lines = [
         f"{k % 2},u{k % 7},{'ab'[k % 2]}|c,{k},{1 + k % 3},{'' if k % 5 else k}\n"
         for k in range(300)

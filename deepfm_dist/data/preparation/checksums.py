@@ -92,22 +92,22 @@ def _joined(first: int, second: int, n_bytes: int) -> int:
 
 def _product(a: int, b: int) -> int:
     """Of two polynomials over GF(2), modulo CRC-32's."""
-    found = 0
+    product = 0
     while a:
         if a & _ONE:
-            found ^= b
+            product ^= b
         a = a << 1 & 0xFFFFFFFF
         b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return found
+    return product
 
 
 def _power(n: int) -> int:
     """x**n."""
-    found = _ONE
+    power = _ONE
     for k in range(n.bit_length()):
         if n >> k & 1:
-            found = _product(_square(k), found)
-    return found
+            power = _product(_square(k), power)
+    return power
 
 
 @cache

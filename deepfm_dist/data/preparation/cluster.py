@@ -63,7 +63,8 @@ from deepfm_dist.data.preparation.reading import (
 from deepfm_dist.data.preparation.rules import coded_columns
 from deepfm_dist.data.preparation.spill import PartitionRows, Spill
 from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit, split_bounds
-from deepfm_dist.data.preparation.writing import Plan, RowWriter, Written, carry
+from deepfm_dist.data.preparation.write_plan import WritePlan
+from deepfm_dist.data.preparation.writing import RowWriter, WriteResult, carry
 from deepfm_dist.data.sources import InputFile
 from deepfm_dist.errors import DataError, DeepFMError
 from deepfm_dist.storage import (
@@ -254,12 +255,12 @@ class _Driver:
         splitter = self._splitter(loaded)
         counts = self._counts(loaded, splitter, known, partitions, first_user)
         fit = Fitter(job, partitions, counts, earlier)
-        plan = Plan.of_counts(job, counts, fit.fitted)
+        plan = WritePlan.from_counts(job, counts, fit.fitted)
         n_users = fit.fitted.rows.get("user", 1)
         histories = HistoryWriter(n_users, plan.n_rare, job.n_user_groups, job.spill(""), job.crew)
         carry(histories, earlier)
         written, sums = self._write(loaded, splitter, plan, first_user, histories)
-        written.known.check(job, plan, ids)
+        written.known.check(job, plan.trained, ids)
         return finish(
             job,
             self._wanted,
@@ -311,11 +312,11 @@ class _Driver:
         n_users = np.zeros(self._job.n_partitions + 1, np.int64)
         if "user" not in self._job.entities:
             return n_users
-        found: dict[int, pa.Array] = {}
+        by_partition: dict[int, pa.Array] = {}
         for record, texts in _things(loaded.only("users").stream()):
-            found[record.key] = texts
+            by_partition[record.key] = texts
             n_users[record.key + 1] = len(texts)
-        in_order = pa.concat_arrays([found[p] for p in sorted(found)])
+        in_order = pa.concat_arrays([by_partition[p] for p in sorted(by_partition)])
         others = dict(ids)
         ids.clear()  # in the order of `vocabularies_of_rows`
         ids |= {entity_key("user"): in_order} | others
@@ -406,23 +407,23 @@ class _Driver:
         self,
         loaded: Records,
         splitter: Splitter,
-        plan: Plan,
+        plan: WritePlan,
         first_user: Int64Array,
         histories: HistoryWriter,
-    ) -> tuple[Written, dict[str, int]]:
+    ) -> tuple[WriteResult, dict[str, int]]:
         """Writes the rows; gives `footer_sums` of their files as well."""
         job = self._job
         if "user" in job.entities:
             for p in range(job.n_partitions):
-                own = plan.of_users(int(first_user[p]), int(first_user[p + 1]))
+                own = plan.for_users(int(first_user[p]), int(first_user[p + 1]))
                 with atomic_write(_users_file(self._shared_folder, p)) as file:
-                    file.write_bytes(pickle.dumps(_UserSlice.of_plan(own)))
-            plan = plan.of_users(0, 0)
+                    file.write_bytes(pickle.dumps(_UserSlice.from_plan(own)))
+            plan = plan.for_users(0, 0)
         task = partial(
             _write, self._task_job, self._engine.share(plan), splitter.bounds, self._folder
         )
         done = self._keep(loaded.only("part").map(task))
-        written, sums = Written.zeros(job), dict[str, int]()
+        written, sums = WriteResult.zeros(job), dict[str, int]()
         for record, value in _things(done.stream()):
             if record.kind == "history":
                 histories.add(*value)
@@ -457,8 +458,8 @@ class _Known:
         places = np.searchsorted(self.hashes[name], wanted)
         open_ones = np.arange(len(places))
         while len(open_ones):  # texts of the same hash follow each other
-            found = self.ids[name].take(pa.array(places[open_ones]))
-            differ = np.asarray(pc.not_equal(found, texts.take(pa.array(open_ones))))
+            stored = self.ids[name].take(pa.array(places[open_ones]))
+            differ = np.asarray(pc.not_equal(stored, texts.take(pa.array(open_ones))))
             open_ones = open_ones[differ]
             places[open_ones] += 1
         return places.astype(np.int32)
@@ -470,18 +471,18 @@ class _Known:
 
 @dataclass(frozen=True)
 class _UserSlice:
-    """What a `Plan` says of the users of one partition."""
+    """What a `WritePlan` says of the users of one partition."""
 
     row_of_code: Int32Array
     negative_user: Int32Array | None
     trained: Any
 
     @classmethod
-    def of_plan(cls, plan: Plan) -> "_UserSlice":
+    def from_plan(cls, plan: WritePlan) -> "_UserSlice":
         rows = plan.fitted.row_of_code[entity_key("user")]
         return cls(rows, plan.negative_user, plan.trained["user"])
 
-    def put_into(self, plan: Plan) -> Plan:
+    def put_into(self, plan: WritePlan) -> WritePlan:
         rows = plan.fitted.row_of_code | {entity_key("user"): self.row_of_code}
         return replace(
             plan,
@@ -497,10 +498,10 @@ def _absolute(file: InputFile) -> InputFile:
 
 def _sum_of(records: Iterable[Record], n: int) -> Int64Array:
     """``[n]``: sums of what `_sparse` gives."""
-    found = np.zeros(n, np.int64)
+    sums = np.zeros(n, np.int64)
     for _, (codes, counts) in _things(records):
-        found[codes] += counts
-    return found
+        sums[codes] += counts
+    return sums
 
 
 def _users_file(folder: Path, p: int) -> Path:
@@ -826,7 +827,7 @@ class _Pairs:
 @_reporting
 def _write(
     job_of: Callable[[], Job],
-    plan_of: Callable[[], Plan],
+    plan_of: Callable[[], WritePlan],
     bounds: Any,
     folder: str,
     records: Iterator[Record],

@@ -90,7 +90,7 @@ class EntityValues:
     def merged(cls, pieces: Sequence["EntityValues"], n: int) -> "EntityValues":
         """The latest of each entity over all pieces."""
         entity = np.concatenate([p.entity for p in pieces])
-        found = cls.from_rows(
+        latest = cls.from_rows(
             entity,
             np.concatenate([p.time for p in pieces]),
             np.concatenate([p.word for p in pieces]),
@@ -99,8 +99,8 @@ class EntityValues:
         )
         differ = np.zeros(n, bool)
         differ[entity[np.concatenate([p.differ for p in pieces])]] = True
-        found.differ |= differ[found.entity]
-        return found
+        latest.differ |= differ[latest.entity]
+        return latest
 
 
 def has_value(values: Values) -> npt.NDArray[np.bool_]:
@@ -212,18 +212,18 @@ class Splitter:
         all that have held-out rows; under ``temporal``, for valid and for test, the rows at the
         bound's time, and those of them that are in an earlier split.
         """
-        found = np.zeros((2, 2), np.int64)
+        ties = np.zeros((2, 2), np.int64)
         is_open = part["given"] == OPEN
         if self.job.data.split.method == "leave_last":
-            found[0] = count_tied_users(
+            ties[0] = count_tied_users(
                 parts[is_open], part["local"][is_open], part["time"][is_open]
             )
         elif self.job.data.split.method == "temporal" and self.bounds is not None:
             times, of_open = part["time"][is_open], parts[is_open]
             for held_out, bound in zip((VALID, TEST), self.bounds, strict=True):
                 same = times == bound[0]
-                found[held_out - 1] = same.sum(), (same & (of_open < held_out)).sum()
-        return found
+                ties[held_out - 1] = same.sum(), (same & (of_open < held_out)).sum()
+        return ties
 
     def note_ties(self, ties: Int64Array) -> None:
         """Counts the `ties` of all partitions among what users should know."""
@@ -324,10 +324,10 @@ class Counts:
                 of_values = hashes(feature.table_name) if feature.has_vocabulary else None
                 words = seeded(words_of(values, of_values), words_seed)
                 times = part["time"][rows] if "time" in part else np.zeros(len(rows), np.int64)
-                found = EntityValues.from_rows(part[feature.entity][rows], times, words, values, n)
+                latest = EntityValues.from_rows(part[feature.entity][rows], times, words, values, n)
                 if (before := self.of_entities.get(feature.name)) is not None:
-                    found = EntityValues.merged([before, found], n)
-                self.of_entities[feature.name] = found
+                    latest = EntityValues.merged([before, latest], n)
+                self.of_entities[feature.name] = latest
             elif feature.kind == "numeric":
                 assert not isinstance(values, Jagged)
                 self.numeric[feature.name].add(values.astype(np.float64, copy=False))
@@ -451,11 +451,11 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
                 partitions.save_array(p, f"split key {k}", keys)
 
         def count(digit: Digit) -> Int64Array:
-            found = np.zeros(DIGITS, np.int64)
+            digit_counts = np.zeros(DIGITS, np.int64)
             for p in job.own_partitions:
                 kept = (partitions.load_array(p, f"split key {k}") for k in range(splitter.n_keys))
-                found += digit.counts(tuple(kept))
-            return job.crew.add_up(found)
+                digit_counts += digit.counts(tuple(kept))
+            return job.crew.add_up(digit_counts)
 
         n = int(job.crew.add_up(np.array([n_open]))[0])
         splitter = splitter.with_bounds(n, count)
@@ -468,8 +468,8 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
         if (low_parts := splitter.low_parts(part, parts)) is not None:
             partitions.save_array(p, "low parts", low_parts)
     gathered = job.crew.gather(counts)
-    found: Counts = job.crew.broadcast(Counts.joined(job, gathered) if job.crew.is_first else None)
+    total: Counts = job.crew.broadcast(Counts.joined(job, gathered) if job.crew.is_first else None)
     if job.crew.is_first:
-        found.report(splitter)
+        total.report(splitter)
     job.crew.gather(None)  # ends here if the first thread has failed
-    return found
+    return total

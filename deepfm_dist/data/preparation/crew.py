@@ -121,9 +121,9 @@ def run_crew(size: int, work: Callable[[Crew], Result]) -> Result:
 
     with ThreadPoolExecutor(max(1, size - 1), "prepare") as pool:
         others: list[Future[Any]] = [pool.submit(guarded, rank) for rank in range(1, size)]
-        found = guarded(0)
+        result = guarded(0)
         for other in others:
             other.result()
     if failures:
         raise failures[0]
-    return found  # type: ignore[return-value]
+    return result  # type: ignore[return-value]

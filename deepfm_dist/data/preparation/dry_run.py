@@ -15,7 +15,7 @@ from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
 from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.local import detect_lists
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.preparation.reading import Reading
+from deepfm_dist.data.preparation.reading import ThreadReader
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.messages import plural
 
@@ -82,7 +82,7 @@ def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> 
     files = input_files(data, root)
     data = detect_lists(data, files)
     job = Job(data, files, seed, Crew(), Path(), rows_limit=rows)
-    partitions = Partitions.of_readings(job, [Reading(job)])
+    partitions = Partitions.from_readers(job, [ThreadReader(job)])
     counts = split_and_count(job, partitions)
     fit = Fitter(job, partitions, counts, PreviousDataset(data.vocabulary_from))
     totals = counts.rows.sum(axis=0).tolist()

@@ -244,7 +244,7 @@ class Fitter:
         if feature.file is None:
             said = self._counts.of_entities[feature.name]
             rows = self._row_of_code[entity_key(feature.entity)][said.entity]
-            found = said.values
+            raw = said.values
             self._job.note(
                 f"{feature.entity}s whose rows differ in {feature.name}: the latest row is used",
                 int(said.differ.sum()),
@@ -252,20 +252,20 @@ class Fitter:
         else:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
-            rows, found = vocabulary.lookup(side.keys), side.values
+            rows, raw = vocabulary.lookup(side.keys), side.values
             if feature.keep == "all":  # "first" asks for the order of the file
                 hashes = (
                     self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
                 )
-                words = seeded(words_of(found, hashes), derive_seed(self._job.seed, "values"))
-                order = np.lexsort((words_of(found, None), words, rows))
-                rows, found = rows[order], taken(found, order)
+                words = seeded(words_of(raw, hashes), derive_seed(self._job.seed, "values"))
+                order = np.lexsort((words_of(raw, None), words, rows))
+                rows, raw = rows[order], taken(raw, order)
             # Several fields of a file may read the same rows.
             reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
             unknown = int((rows == 0).sum())
             self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
         known = np.flatnonzero(rows > 0)
-        values = self._by_row(feature, rows[known], taken(found, known), vocabulary.rows)
+        values = self._by_row(feature, rows[known], taken(raw, known), vocabulary.rows)
         self._check_filled(feature, values)
         if isinstance(values, Jagged) and feature.has_vocabulary:
             table = self._counts.tables[feature.table_name]
@@ -333,11 +333,11 @@ class Fitter:
             return self._counts.empty[feature.name] / int(self._counts.rows[:, TRAIN].sum())
         return None
 
-    def _by_row(self, feature: Feature, rows: Int32Array, found: Values, n: int) -> Values:
+    def _by_row(self, feature: Feature, rows: Int32Array, raw: Values, n: int) -> Values:
         """Values of some rows, the first of which counts -> one number or bag for each of ``n``."""
         if feature.kind == "numeric":
-            assert not isinstance(found, Jagged)
-            known = np.flatnonzero(~np.isnan(found))
+            assert not isinstance(raw, Jagged)
+            known = np.flatnonzero(~np.isnan(raw))
             owners, first = np.unique(rows[known], return_index=True)
             if feature.keep == "all":
                 self._job.drop(
@@ -345,13 +345,13 @@ class Fitter:
                     len(known) - len(first),
                 )
             numbers = np.full(n, np.nan)
-            numbers[owners] = found[known[first]]
+            numbers[owners] = raw[known[first]]
             return numbers
-        if not isinstance(found, Jagged):
-            there = found >= 0
-            found = Jagged(offsets_of(there), found[there].astype(np.int32))
-        owners = np.repeat(rows, found.lengths).astype(np.int64)
-        values = found.values
+        if not isinstance(raw, Jagged):
+            there = raw >= 0
+            raw = Jagged(offsets_of(there), raw[there].astype(np.int32))
+        owners = np.repeat(rows, raw.lengths).astype(np.int64)
+        values = raw.values
         pair = owners * (int(values.max(initial=0)) + 1) + values
         first = np.sort(np.unique(pair, return_index=True)[1])
         self._job.drop(

@@ -105,9 +105,9 @@ class Job:
 
     def for_task(self) -> "Job":
         """The same for one task of a cluster, with nothing left out or noted yet."""
-        found = replace(self, crew=Crew(), dropped=Counter(), noted=Counter())
-        vars(found)["n_partitions"] = self.n_partitions  # not this machine's
-        return found
+        job = replace(self, crew=Crew(), dropped=Counter(), noted=Counter())
+        vars(job)["n_partitions"] = self.n_partitions  # not this machine's
+        return job
 
     @property
     def own_partitions(self) -> range:

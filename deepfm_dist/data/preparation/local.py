@@ -55,8 +55,9 @@ from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
 from deepfm_dist.data.preparation.histories import HistoryWriter
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.preparation.partitions import Partitions
-from deepfm_dist.data.preparation.reading import Reading
-from deepfm_dist.data.preparation.writing import Plan, Written, carry, write_entities, write_rows
+from deepfm_dist.data.preparation.reading import ThreadReader
+from deepfm_dist.data.preparation.write_plan import WritePlan
+from deepfm_dist.data.preparation.writing import WriteResult, carry, write_entities, write_rows
 from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.vocabulary import Vocabulary
@@ -213,12 +214,12 @@ def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> 
         for file in files[label_of(setting)]:
             layout = data.files.get(file.pattern)
             try:
-                found = find_lists(file.path, [*columns.values()], layout, file.pattern)
+                list_columns = find_lists(file.path, [*columns.values()], layout, file.pattern)
             except EmptyFile:
                 continue
             except DataError:  # reading says what is wrong
                 break
-            holds |= {field: column in found for field, column in columns.items()}
+            holds |= {field: column in list_columns for field, column in columns.items()}
             break
     features = []
     for feature in data.features:
@@ -286,13 +287,13 @@ def _report_empty(data: DataConfig, name: str) -> None:
 def _build_dataset(job: Job, wanted: str) -> Manifest:
     """Takes all steps, and writes the dataset into an empty folder. All threads."""
     earlier = PreviousDataset(job.data.vocabulary_from)
-    readings = job.crew.gather(Reading(job))
+    readers = job.crew.gather(ThreadReader(job))
     partitions: Partitions = job.crew.broadcast(
-        Partitions.of_readings(job, readings) if job.crew.is_first else None
+        Partitions.from_readers(job, readers) if job.crew.is_first else None
     )
     counts = split_and_count(job, partitions)
     fit = Fitter(job, partitions, counts, earlier) if job.crew.is_first else None
-    plan: Plan = job.crew.broadcast(fit and Plan.of_counts(job, counts, fit.fitted))
+    plan: WritePlan = job.crew.broadcast(fit and WritePlan.from_counts(job, counts, fit.fitted))
     histories = HistoryWriter(
         plan.fitted.rows.get("user", 1), plan.n_rare, job.n_user_groups, job.spill(""), job.crew
     )
@@ -308,8 +309,8 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
         manifest = finish(
             job, wanted, counts, fit, plan, written, histories=histories, earlier=earlier
         )
-    found: Manifest = job.crew.broadcast(manifest)
-    return found
+    result: Manifest = job.crew.broadcast(manifest)
+    return result
 
 
 def finish(
@@ -317,8 +318,8 @@ def finish(
     wanted: str,
     counts: Counts,
     fit: Fitter,
-    plan: Plan,
-    written: Written,
+    plan: WritePlan,
+    written: WriteResult,
     histories: HistoryWriter,
     earlier: PreviousDataset,
     row_sums: Mapping[str, int] | None = None,

@@ -20,7 +20,7 @@ from deepfm_dist.data.jagged import (
 from deepfm_dist.data.negatives import draw_distinct, users_short_of_negatives
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
 from deepfm_dist.data.preparation.merge import CodeMap, merge_vocabularies
-from deepfm_dist.data.preparation.reading import Reading, SideFile
+from deepfm_dist.data.preparation.reading import SideFile, ThreadReader
 from deepfm_dist.data.preparation.rules import (
     coded_columns,
     content_hashes,
@@ -83,16 +83,16 @@ class Partitions:
         self._of_repeated: dict[int, tuple[int, int]] = {}  # repeated, tied; of loaded partitions
 
     @classmethod
-    def of_readings(cls, job: Job, readings: Sequence[Reading]) -> "Partitions":
-        """Those of all threads; their numbers of texts are emptied."""
-        first, spills = readings[0], [r.coder.spill for r in readings]
+    def from_readers(cls, job: Job, readers: Sequence[ThreadReader]) -> "Partitions":
+        """The partitions of all threads' rows; empties the readers' vocabularies."""
+        first, spills = readers[0], [r.coder.spill for r in readers]
         no_rows = pa.Table.from_batches([first.coder.no_rows()])
-        ids, maps = merge_vocabularies([r.coder.codes for r in readings], job.crew)
+        ids, maps = merge_vocabularies([r.coder.codes for r in readers], job.crew)
         side_files = mapped_side_files(job, first.side_files, maps[0])
 
         def tables(p: int) -> list[tuple[pa.Table, CodeMap]]:
-            found = [spill.read(p) for spill in spills]
-            coded = zip(found, maps, strict=True)
+            batches = [spill.read(p) for spill in spills]
+            coded = zip(batches, maps, strict=True)
             return [(pa.Table.from_batches(b), from_thread) for b, from_thread in coded if b] or [
                 (no_rows, maps[0])
             ]

@@ -299,7 +299,7 @@ class RowCoder:
         return partitions_of(np.asarray(rows["bucket"], np.int64), n_partitions).astype(np.int32)
 
 
-class Reading:
+class ThreadReader:
     """Reads files, a share of one thread. All threads.
 
     Attributes:

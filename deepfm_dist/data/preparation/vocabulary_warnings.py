@@ -30,16 +30,16 @@ def vocabulary_warnings(
         texts: ``[n]`` string, each once.
         counts: ``[n]`` their training rows.
     """
-    found = [
+    warnings = [
         _placeholders(data, entity, texts, counts)
         for entity in ("user", "item")
         if name == entity_key(entity)
     ]
-    found += [_look_alikes(name, texts), _two_spellings(name, texts)]
+    warnings += [_look_alikes(name, texts), _two_spellings(name, texts)]
     for feature in data.features:
         if feature.has_vocabulary and not feature.names_entity and feature.table_name == name:
-            found += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
-    return [text for text in found if text is not None]
+            warnings += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
+    return [text for text in warnings if text is not None]
 
 
 def _placeholders(data: DataConfig, entity: str, ids: pa.Array, counts: Int64Array) -> str | None:

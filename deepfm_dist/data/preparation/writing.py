@@ -1,8 +1,7 @@
 """Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,122 +20,35 @@ from deepfm_dist.data.jagged import (
     Values,
     from_arrow,
     grouped,
-    offsets_of,
     taken,
     to_arrow,
     union,
 )
 from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
-from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TEST, TRAIN, VALID, SplitSpec, cuts_of
+from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TRAIN, SplitSpec
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.checksums import TableSum
 from deepfm_dist.data.preparation.counts import Counts
-from deepfm_dist.data.preparation.fitting import FitResult, Fitter, PreviousDataset
+from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
+from deepfm_dist.data.preparation.held_out_ids import HeldOutIdCheck
 from deepfm_dist.data.preparation.histories import CARRIED, HistoryWriter
 from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import SplitIds, sort_groups
+from deepfm_dist.data.preparation.write_plan import WritePlan, draws_in_training
 from deepfm_dist.data.schema import label_of
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.spelling import difference
-from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
-LANE_WINDOW_ROWS = 1 << 22
-"""Rows that all lanes together hold in memory when they are streamed."""
 HELD_OUT_GROUP_ROWS = 1 << 20
-_MOST_UNKNOWN = 10_000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be known to write the rows of any partition.
-
-    A task of a cluster has only its own partition's users in ``row_of_code``, ``negative_user`` and
-    ``trained``.
-
-    Attributes:
-        fitted: the tables' rows and the statistics.
-        first_of: for each split, ``[partitions + 1]``: how many rows lie in the partitions before.
-        lanes: streams that training rows are dealt to.
-        groups: groups of training rows, a multiple of ``lanes``.
-        mean_weight: of the training rows.
-        negative_user: ``[users]``: whose history a user's negatives avoid, where some have no row
-            of their own; those are numbered from the end of the user table on, for the sampler
-            alone.
-        n_rare: how many they are.
-        trained: of users and items: ``[codes]`` bool, which have training rows.
-    """
-
-    fitted: FitResult
-    first_of: tuple[Int64Array, ...]
-    lanes: int
-    groups: int
-    mean_weight: float
-    negative_user: Int32Array | None
-    n_rare: int
-    trained: dict[str, npt.NDArray[np.bool_]]
-
-    @classmethod
-    def of_counts(cls, job: Job, counts: Counts, fitted: FitResult) -> "Plan":
-        """What follows from the counts of all partitions."""
-        n_train = int(counts.rows[:, TRAIN].sum())
-        lanes = job.data.lanes or _default_lanes(n_train)
-        negative_user = _negative_users(job, counts, fitted)
-        n_rows = fitted.rows.get("user", 1)
-        return cls(
-            fitted=fitted,
-            first_of=tuple(offsets_of(counts.rows[:, split]) for split in range(len(SPLITS))),
-            lanes=lanes,
-            groups=lanes * -(-n_train // LANE_WINDOW_ROWS),
-            mean_weight=counts.mean_weight,
-            negative_user=negative_user,
-            n_rare=0 if negative_user is None else max(0, int(negative_user.max()) + 1 - n_rows),
-            trained={name: counts.tables[entity_key(name)] > 0 for name in job.entities},
-        )
-
-    @property
-    def cuts(self) -> Int64Array:
-        """Of the groups of training rows."""
-        return cuts_of(int(self.first_of[TRAIN][-1]), self.groups)
-
-    def of_users(self, begin: int, end: int) -> "Plan":
-        """The same with the users of some codes alone."""
-        cut = slice(begin, end)
-        row_of_code, user = self.fitted.row_of_code, entity_key("user")
-        users = np.append(row_of_code[user][:-1][cut], np.int32(0))
-        return replace(
-            self,
-            fitted=replace(self.fitted, row_of_code=row_of_code | {user: users}),
-            negative_user=None if self.negative_user is None else self.negative_user[cut],
-            trained=self.trained | {"user": self.trained["user"][cut]},
-        )
-
-
-def _negative_users(job: Job, counts: Counts, fitted: FitResult) -> Int32Array | None:
-    """See `Plan.negative_user`."""
-    if not _is_sampled(job):
-        return None
-    rows = fitted.row_of_code[entity_key("user")][:-1]
-    rare = (rows == 0) & (counts.tables[entity_key("user")] > 0)
-    if not rare.any():
-        return None
-    rows = rows.copy()
-    rows[rare] = fitted.rows["user"] + np.arange(rare.sum(), dtype=np.int32)
-    return rows
-
-
-def _is_sampled(job: Job) -> bool:
-    """Whether negatives are drawn while training."""
-    return job.data.task == "implicit" and job.data.negatives.fixed_per_user is None
 
 
 @dataclass
-class Written:
+class WriteResult:
     """What has been written: by a thread, or by a task of a cluster.
 
     Attributes:
@@ -152,13 +64,13 @@ class Written:
     known: "HeldOutIdCheck"
 
     @classmethod
-    def zeros(cls, job: Job) -> "Written":
+    def zeros(cls, job: Job) -> "WriteResult":
         """Nothing yet."""
         zeros = np.zeros(len(SPLITS), np.int64)
         return cls({}, zeros, zeros.copy(), HeldOutIdCheck.zeros(job))
 
-    def __add__(self, other: "Written") -> "Written":
-        return Written(
+    def __add__(self, other: "WriteResult") -> "WriteResult":
+        return WriteResult(
             self.sums | other.sums,
             self.rows + other.rows,
             self.sizes + other.sizes,
@@ -177,7 +89,9 @@ class Written:
         }
 
 
-def write_rows(job: Job, partitions: Partitions, plan: Plan, histories: HistoryWriter) -> Written:
+def write_rows(
+    job: Job, partitions: Partitions, plan: WritePlan, histories: HistoryWriter
+) -> WriteResult:
     """Writes the rows of all partitions. All threads.
 
     Raises:
@@ -197,9 +111,9 @@ def write_rows(job: Job, partitions: Partitions, plan: Plan, histories: HistoryW
             writer.add(p, part, parts, low_parts)
             bar.update()
     first, *others = job.crew.gather(writer.written)
-    together: Written = sum(others, first)
+    together: WriteResult = sum(others, first)
     if job.crew.is_first:
-        together.known.check(job, plan, partitions.ids)
+        together.known.check(job, plan.trained, partitions.ids)
     job.crew.gather(None)  # ends here if the first thread has failed
     return together
 
@@ -223,14 +137,14 @@ class RowWriter:
         written: what has been written.
     """
 
-    def __init__(self, job: Job, plan: Plan, histories: PairSink) -> None:
+    def __init__(self, job: Job, plan: WritePlan, histories: PairSink) -> None:
         self._job, self._plan, self._fitted = job, plan, plan.fitted
         self._histories, self._cuts = histories, plan.cuts
-        self._sampled = _is_sampled(job)
+        self._sampled = draws_in_training(job)
         self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
         if self._sampled:
             self._unused["train"] = {"label"}
-        self.written = Written.zeros(job)
+        self.written = WriteResult.zeros(job)
 
     def add(self, p: int, part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> None:
         """Writes a partition.
@@ -374,85 +288,6 @@ def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
     return order
 
 
-@dataclass
-class HeldOutIdCheck:
-    """How many held-out rows have users and items that have training rows.
-
-    Attributes:
-        rows: ``[splits, entities, 2]``: those that do, and all.
-        unknown: by split and entity, codes of some that have none, ascending.
-    """
-
-    rows: Int64Array
-    unknown: dict[tuple[int, str], Int32Array]
-
-    @classmethod
-    def zeros(cls, job: Job) -> "HeldOutIdCheck":
-        """Nothing counted yet."""
-        entities = {name: np.zeros(0, np.int32) for name in job.entities}
-        unknown = {(s, name): codes for s in (VALID, TEST) for name, codes in entities.items()}
-        return cls(np.zeros((len(SPLITS), len(entities), 2), np.int64), unknown)
-
-    def add(
-        self, trained: Mapping[str, npt.NDArray[np.bool_]], part: PartitionRows, parts: SplitIds
-    ) -> None:
-        """Counts a partition in, whose rows go where ``parts`` says; see `Plan.trained`."""
-        for split in (VALID, TEST):
-            at = np.flatnonzero(parts == split)
-            for place, (name, has_rows) in enumerate(trained.items()):
-                codes = part[name][at]
-                known = has_rows[codes]
-                self.rows[split, place] += known.sum(), len(known)
-                self.unknown[split, name] = _some_of(self.unknown[split, name], codes[~known])
-
-    def __add__(self, other: "HeldOutIdCheck") -> "HeldOutIdCheck":
-        unknown = {key: _some_of(codes, other.unknown[key]) for key, codes in self.unknown.items()}
-        return HeldOutIdCheck(self.rows + other.rows, unknown)
-
-    def check(self, job: Job, plan: Plan, ids: Mapping[str, pa.Array]) -> None:
-        """Warns where few held-out rows, or none, have users and items with training rows.
-
-        Args:
-            job: the preparation.
-            plan: see there.
-            ids: texts of the users and items by code.
-
-        Raises:
-            DataError: none has, in a split that a file or a column gives.
-        """
-        for split in (VALID, TEST):
-            file = getattr(job.data.split, f"{SPLITS[split]}_file")
-            given = file or job.data.interactions.split
-            where = label_of(file) if file else f"the {SPLITS[split]} split"
-            texts = []
-            for (n_known, n), name in zip(self.rows[split].tolist(), job.entities, strict=True):
-                if 2 * n_known >= n:
-                    continue
-                unknown = ids[entity_key(name)].take(pa.array(self.unknown[split, name]))
-                trained = ids[entity_key(name)].filter(pa.array(plan.trained[name]))
-                how = difference(unknown, trained)
-                texts.append(
-                    f"{n_known:,} of {n:,} rows have {'a user' if name == 'user' else 'an item'} "
-                    f"of the training rows: "
-                    + (
-                        f"of the other {name}s, {how}"
-                        if how
-                        else f"{unknown[0].as_py()!r} is not among them, {trained[0].as_py()!r} is"
-                    )
-                )
-                if n_known == 0 and how is not None and given:
-                    raise DataError(f"{where}: {texts[-1]}; write the ids alike")
-            none_is_known = not self.rows[split, :, 0].any()
-            if texts and len(texts) == len(job.entities) and none_is_known and given:
-                raise DataError(f"{where}: {'; '.join(texts)}; are these rows of the same log?")
-            if texts:
-                log.warning("%s", f"{where}: {'; '.join(texts)}")
-
-
-def _some_of(codes: Int32Array, others: Int32Array) -> Int32Array:
-    return np.unique(np.concatenate([codes, others]))[:_MOST_UNKNOWN]
-
-
 def carry(histories: PairSink, earlier: PreviousDataset) -> None:
     """Puts aside what users met in an earlier dataset's splits, which is seen by now.
 
@@ -556,11 +391,6 @@ def _titles(job: Job, fit: Fitter) -> pa.Array:
     place = np.full(items.rows, -1, np.int64)
     place[owners] = order[first]
     return texts.take(pa.array(place, mask=place < 0))
-
-
-def _default_lanes(rows: int) -> int:
-    """64, and from 2**30 rows on one for every 2**24, as a power of two up to 4,096."""
-    return min(4096, max(64, 1 << (rows >> 24).bit_length())) if rows >= 1 << 30 else 64
 
 
 def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> None:

@@ -19,7 +19,7 @@ from deepfm_dist.data.batches.lanes import consumed
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.preparation import job, writing
+from deepfm_dist.data.preparation import job, write_plan
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
@@ -63,7 +63,7 @@ def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr"
     if task == "ctr":
         spec["interactions"]["label"] = "y"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "LANE_WINDOW_ROWS", window)
+        patch.setattr(write_plan, "LANE_WINDOW_ROWS", window)
         patch.setattr(job, "PARTITION_BYTES", 2000)
         prepare(DataConfig.model_validate(spec), folder, folder / "d", seed=3)
     return folder / "d"
