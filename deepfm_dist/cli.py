@@ -182,14 +182,30 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
     return parser
 
 
-def add_rankings_output(default: str, parser: argparse.ArgumentParser) -> None:
-    """Adds ``--output`` of a command that writes rankings; ``default``: the name of its file."""
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help=f"parquet file; a CSV file is written next to it (default: {default} of the run; "
-        f"settings that differ from the run's own are added to the name)",
+def add_output(description: str, parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output`` and ``--output-parts`` of a command that writes a table.
+
+    Args:
+        description: what ``--output`` names.
+        parser: of the command.
+    """
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--output", metavar="FILE", help=description)
+    target.add_argument(
+        "--output-parts",
+        metavar="FOLDER",
+        help="folder or URL for Parquet parts instead of one file: each rank writes its own, "
+        "_SUCCESS comes last, and a job that was killed writes the parts that are missing",
     )
+
+
+def add_rankings_output(default: str, parser: argparse.ArgumentParser) -> None:
+    """`add_output` of a command that writes rankings; ``default``: the name of its file."""
+    description = (
+        f"parquet file; a CSV file is written next to it (default: {default} of the run; "
+        f"settings that differ from the run's own are added to the name)"
+    )
+    add_output(description, parser)
 
 
 def print_rankings(result: "Rankings | None") -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepfm_dist.cli import run
+from deepfm_dist.cli import add_output, run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
@@ -26,9 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", metavar="FILE", help="rows to score (default: the interactions file)"
     )
-    parser.add_argument(
-        "--output", metavar="FILE", help="parquet file (default: predictions.parquet of the run)"
-    )
+    add_output("parquet file (default: predictions.parquet of the run)", parser)
 
 
 def _predict(config: Config, arguments: argparse.Namespace) -> None:
@@ -37,7 +35,8 @@ def _predict(config: Config, arguments: argparse.Namespace) -> None:
 
     source = _source(config, arguments.input)
     target = parquet_output(arguments.output, config, source) if arguments.output else None
-    result = predict(config, source, target, arguments.overrides)
+    parts = arguments.output_parts
+    result = predict(config, source, target, arguments.overrides, parts)
     if result is not None:
         print(f"{result.path}: {plural(result.rows, 'row')} scored")
 

@@ -12,6 +12,7 @@ EXAMPLES = (
     "",
     "--config sample recommend.k=20 recommend.users=[4,6] --output two.parquet",
     "torchrun --config mine.yaml recommend.block_items=sold_out.csv",
+    "torchrun --config mine.yaml --output-parts s3://bucket/recommendations/today",
 )
 
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _recommend(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.recommend import recommend
 
-    print_rankings(recommend(config, arguments.overrides, arguments.output))
+    target = arguments.output, arguments.output_parts
+    print_rankings(recommend(config, arguments.overrides, *target))
 
 
 if __name__ == "__main__":

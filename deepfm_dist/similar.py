@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _similar(config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.similar import similar
 
-    print_rankings(similar(config, arguments.overrides, arguments.output))
+    target = arguments.output, arguments.output_parts
+    print_rankings(similar(config, arguments.overrides, *target))
 
 
 if __name__ == "__main__":

@@ -957,6 +957,21 @@ COMMAND_ORDER = [
         ("--output", "."),
         before=("train",),
     ),
+    *(
+        Mistake(
+            f"similar --output-parts {given}",
+            cure,
+            f"--output-parts {new}",
+            ("--output-parts", given),
+            before=("train",),
+            files={"filled/notes.txt": "mine"},
+        )
+        for given, cure, new in (
+            ("/", "such as /scores", "scores"),
+            ("rows.csv", "name a folder for the parts", "rows"),
+            ("filled", "name a new or empty folder", "empty"),
+        )
+    ),
     Mistake(
         "export --output rows.csv",
         "--output names a folder",
@@ -1210,6 +1225,7 @@ NOT_TYPED = {
     "torchrun over several machines": _RANKS,
     "sharding.tables.….kind=row_wise": _RANKS,
     "…: rank … finds another dataset": _RANKS,
+    "…: … of … parts that other ranks wrote": "needs several machines; see test_part_files",
     "optimizer.tables.l2=…: FBGEMM's lazy_adam": _CUDA,
     "run.device=cuda, but torch sees no GPU": _CUDA,
     "…: adam moves every row at every step": _CUDA,

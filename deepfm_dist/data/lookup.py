@@ -36,6 +36,9 @@ class RowEncoder:
 
     Args:
         dataset: whose vocabularies and statistics are used.
+
+    Attributes:
+        unknown: by field, the values encoded so far that training never saw.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -49,7 +52,7 @@ class RowEncoder:
         self._vocabularies = {
             f.name: dataset.vocabulary(f.table_name) for f in self._context if f.has_vocabulary
         }
-        self._unseen = {name: Unseen(name) for name in (*self._entities, *self._vocabularies)}
+        self.unknown = {name: Unseen(name) for name in (*self._entities, *self._vocabularies)}
 
     @property
     def columns(self) -> list[Column]:
@@ -81,7 +84,7 @@ class RowEncoder:
         for name, (_, ids) in self._entities.items():
             place = pc.index_in(table[name], value_set=ids).fill_null(-1)
             entity_rows[name] = place.to_numpy().astype(np.int32) + np.int32(1)
-            self._unseen[name].add(table[name], entity_rows[name] > 0)
+            self.unknown[name].add(table[name], entity_rows[name] > 0)
         context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
         return Rows(entity_rows.get("user"), entity_rows.get("item"), None, context, table.num_rows)
 
@@ -89,7 +92,7 @@ class RowEncoder:
         """What to say of the values encoded so far that training never saw, field by field."""
         known = {name: ids for name, (_, ids) in self._entities.items()}
         known |= {name: vocabulary.ids for name, vocabulary in self._vocabularies.items()}
-        reports = [unseen.report(known[name]) for name, unseen in self._unseen.items()]
+        reports = [unseen.report(known[name]) for name, unseen in self.unknown.items()]
         return [text for text in reports if text is not None]
 
     def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
@@ -151,7 +154,7 @@ class RowEncoder:
             rows = hashed_rows(texts, feature)
         else:
             rows = self._vocabularies[feature.name].lookup(texts)
-            self._unseen[feature.name].add(texts, rows > 0)
+            self.unknown[feature.name].add(texts, rows > 0)
         if feature.multi_valued:
             return Jagged.from_pairs(owners, rows, len(cells))
         single = np.zeros(len(cells), np.int32)

@@ -175,6 +175,13 @@ class Unseen:
         if len(self._texts) < _MOST_TEXTS:
             self._texts |= dict.fromkeys(_listed(unknown.unique()))
 
+    def merge(self, other: "Unseen") -> None:
+        """Takes in what was counted elsewhere."""
+        self.total += other.total
+        self.count += other.count
+        if len(self._texts) < _MOST_TEXTS:
+            self._texts |= other._texts
+
     def report(self, known: pa.Array) -> str | None:
         """What to say of them, if there are any.
 

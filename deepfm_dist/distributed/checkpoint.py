@@ -566,6 +566,18 @@ def digest_of(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
+def fingerprint_of(path: Path) -> str:
+    """A hash of a checkpoint's files, without reading the weights: names, sizes and times.
+
+    Behind a URL, where a copy has other times, it is a hash of the marker, which has checksums.
+    """
+    if is_remote(path):
+        return hashlib.sha256((path / MARKER).read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
 def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
     for step, path in _folders(run_dir).items():

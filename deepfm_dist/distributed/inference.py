@@ -1,6 +1,6 @@
 """Scores of many rows, in blocks of one height, so that no result depends on the world size."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -43,20 +43,24 @@ def score_rows(
     n_rows: int,
     height: int,
     collate: Callable[[int, int], LabelledRows],
+    blocks: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """Logits of this rank's rows. All ranks.
 
     Args:
         model: the sharded task; its forward returns (loss, logits).
         world: the ranks.
-        n_rows: rows in all.
+        n_rows: rows of all ranks, or of this one if it names its ``blocks``.
         height: rows per block; a GEMM's last digits depend on it.
         collate: (begin, end) -> these rows as a batch of ``height``; (n, n) is an empty one.
+        blocks: numbers of this rank's, as many as on any other; default: they are dealt.
 
     Yields:
         (first row, logits ``[m]``) for each block, in order; rows of ranks follow one another.
     """
-    for block in dealt_blocks(-(-n_rows // height), world, "score rows"):
+    if blocks is None:
+        blocks = dealt_blocks(-(-n_rows // height), world, "score rows")
+    for block in blocks:
         begin, end = min(block * height, n_rows), min((block + 1) * height, n_rows)
         _, logits = model(collate(begin, end).to(world.device))
         if end > begin:

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deepfm_dist.config import Config
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import check_formats
+from deepfm_dist.data.sources import find_files
+from deepfm_dist.distributed.checkpoint import fingerprint_of
+from deepfm_dist.distributed.part_files import PartFolder
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.runs.trained import open_trained
+from deepfm_dist.runs.trained import LoadedModel, open_trained, output_lock, parts_output
 from deepfm_dist.training import prediction
 
 
@@ -16,7 +21,7 @@ class Predictions:
     """Scores that were written.
 
     Attributes:
-        path: the parquet file.
+        path: the parquet file, or the folder of its parts.
         rows: their number.
     """
 
@@ -25,7 +30,11 @@ class Predictions:
 
 
 def predict(
-    config: Config, source: str, target: Path | None = None, overrides: Sequence[str] = ()
+    config: Config,
+    source: str,
+    target: Path | None = None,
+    overrides: Sequence[str] = (),
+    parts: str | None = None,
 ) -> Predictions | None:
     """Scores the rows of a file. All ranks.
 
@@ -34,6 +43,7 @@ def predict(
         source: path or URL of the file.
         target: the parquet file to write; None: ``predictions.parquet`` of the run.
         overrides: of the command line.
+        parts: a folder or URL for Parquet parts, which each rank writes itself, instead.
 
     Returns:
         What was written on rank 0; None elsewhere.
@@ -42,12 +52,36 @@ def predict(
         CheckpointError: the run has no complete checkpoint.
         ConfigError: a setting does not fit the run.
         DataError: the file cannot be read or lacks a column.
+        InUse: another process writes the same parts.
     """
+    folder = None if parts is None else parts_output(parts)
     target = target or config.output_dir / "predictions.parquet"
     with process_group(*config.run.process_group) as world:
         trained = open_trained(config, overrides, world)
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
         dataset = trained.dataset.with_validation()
+        if folder is not None:
+            with world.hold_on_rank0(output_lock(folder, in_parts=True)):
+                inputs = _inputs(trained, dataset, source)
+                scored = PartFolder(folder, inputs, world)
+                rows = prediction.predict_in_parts(
+                    trained.sharded, world, dataset, source, files, scored
+                )
+            return Predictions(folder, rows) if world.is_first else None
         rows = prediction.predict(trained.sharded, world, dataset, source, files, target)
         return Predictions(target, rows) if world.is_first else None
+
+
+def _inputs(trained: LoadedModel, dataset: PreparedDataset, source: str) -> dict[str, Any]:
+    """What scores depend on, as JSON values."""
+    folder, _, name = source.rpartition("/")
+    if "://" not in source:
+        folder, name = "/", str(Path(source).absolute())
+    [file] = find_files(folder, name)
+    return {
+        "weights": fingerprint_of(trained.checkpoint),
+        "data": [dataset.manifest.fingerprint, *dataset.past],
+        "files": trained.config.model_dump(mode="json")["data"]["files"],
+        "source": [file.path, file.size, file.stamp],
+    }

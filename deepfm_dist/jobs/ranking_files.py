@@ -10,10 +10,9 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
-from deepfm_dist.lock import Lock
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.output import RankingFiles
-from deepfm_dist.runs.trained import LoadedModel, open_trained
+from deepfm_dist.runs.trained import LoadedModel, open_trained, output_lock, parts_output
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,16 @@ class RankingJob:
     Attributes:
         world: the ranks.
         trained: the run's model.
-        target: the parquet file to write; this process holds its lock.
+        folder: where the results go.
+        name: of the results there, without an ending; this process holds their lock.
+        in_parts: whether they are a folder of parts instead of one file.
     """
 
     world: World
     trained: LoadedModel
-    target: Path
+    folder: Path
+    name: str
+    in_parts: bool
 
     @property
     def model(self) -> DeepFM:
@@ -70,23 +73,31 @@ class RankingJob:
 
 @contextmanager
 def ranking_job(
-    config: Config, overrides: Sequence[str], output: RankingOutput, path: str | None
+    config: Config,
+    overrides: Sequence[str],
+    output: RankingOutput,
+    path: str | None,
+    parts: str | None,
 ) -> Iterator[RankingJob]:
-    """Loads a run's model and locks the target file. All ranks.
+    """Loads a run's model and locks the target. All ranks.
 
     Args:
         config: the settings.
         overrides: overrides from the command line.
         output: the default target.
         path: the parquet file to write; None: the default, in the run's folder.
+        parts: a folder or URL to write in parts instead.
 
     Raises:
         CheckpointError: the run has no complete checkpoint.
         ConfigError: a setting does not fit the run, or ``path`` is not a parquet file.
-        InUse: another process writes the same file.
+        InUse: another process writes the same results.
     """
+    target = None if parts is None else parts_output(parts)
     with process_group(*config.run.process_group) as world:
         trained = open_trained(config, overrides, world)
-        target = trained.output(output.section, output.default_name, output.settings, path)
-        with world.hold_on_rank0(Lock(target, str(target), "choose another --output")):
-            yield RankingJob(world, trained, target)
+        if target is None:
+            target = trained.output(output.section, output.default_name, output.settings, path)
+        name = target.stem if parts is None else target.name
+        with world.hold_on_rank0(output_lock(target, parts is not None)):
+            yield RankingJob(world, trained, target.parent, name, parts is not None)

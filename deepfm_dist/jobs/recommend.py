@@ -16,7 +16,10 @@ OUTPUT = RankingOutput(
 
 
 def recommend(
-    config: Config, overrides: Sequence[str] = (), output: str | None = None
+    config: Config,
+    overrides: Sequence[str] = (),
+    output: str | None = None,
+    parts: str | None = None,
 ) -> Rankings | None:
     """Writes every user's best unseen items as Parquet and CSV. All ranks.
 
@@ -24,6 +27,7 @@ def recommend(
         config: the settings.
         overrides: of the command line.
         output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
+        parts: a folder or URL for Parquet parts, which each rank writes itself, instead.
 
     Returns:
         What was written on rank 0; None elsewhere.
@@ -32,17 +36,18 @@ def recommend(
         CheckpointError: the run has no complete checkpoint.
         ConfigError: a setting does not fit the run, or ``output`` is not a parquet file.
         DataError: a list of users or items cannot be used.
-        InUse: another process writes the same file.
+        InUse: another process writes the same results.
     """
-    with ranking_job(config, overrides, OUTPUT, output) as job:
+    with ranking_job(config, overrides, OUTPUT, output, parts) as job:
         files = recommendation.recommend(
             job.model,
             job.world,
             job.trained.dataset.with_validation(),
             config.recommend,
-            job.target.parent,
+            job.folder,
             checkpoint=job.trained.checkpoint,
-            name=job.target.stem,
+            name=job.name,
+            in_parts=job.in_parts,
         )
         if files is not None:
             event = RecommendEvent(step=job.trained.step, **files.figures)

@@ -10,7 +10,10 @@ OUTPUT = RankingOutput("similar", "similar_items", ("k", "metric"))
 
 
 def similar(
-    config: Config, overrides: Sequence[str] = (), output: str | None = None
+    config: Config,
+    overrides: Sequence[str] = (),
+    output: str | None = None,
+    parts: str | None = None,
 ) -> Rankings | None:
     """Writes every item's most similar items as Parquet and CSV. All ranks.
 
@@ -18,6 +21,7 @@ def similar(
         config: the settings.
         overrides: of the command line.
         output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
+        parts: a folder or URL for Parquet parts, which each rank writes itself, instead.
 
     Returns:
         What was written on rank 0; None elsewhere.
@@ -26,15 +30,17 @@ def similar(
         CheckpointError: the run has no complete checkpoint.
         ConfigError: a setting does not fit the run, the model has no pairwise part, or ``output``
             is not a parquet file.
-        InUse: another process writes the same file.
+        InUse: another process writes the same results.
     """
-    with ranking_job(config, overrides, OUTPUT, output) as job:
+    with ranking_job(config, overrides, OUTPUT, output, parts) as job:
         files = similar_items(
             job.model,
             job.world,
             job.trained.dataset,
             config.similar,
-            folder=job.target.parent,
-            name=job.target.stem,
+            folder=job.folder,
+            checkpoint=job.trained.checkpoint,
+            name=job.name,
+            in_parts=job.in_parts,
         )
         return job.result(files)

@@ -1,7 +1,8 @@
-"""Rankings in files: a parquet part per chunk of users, merged into parquet and CSV by rank 0."""
+"""Rankings in files: a parquet part per chunk of users, left as they are or merged by rank 0."""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,17 +20,19 @@ import pyarrow.parquet as pq
 from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.inference import probabilities
+from deepfm_dist.distributed.part_files import PartFolder, write_options
 from deepfm_dist.distributed.world import World
+from deepfm_dist.messages import plural
 from deepfm_dist.ranking.chunks import Ranked, deal_chunks, users_per_chunk
-from deepfm_dist.storage import write_errors_to_user
+from deepfm_dist.storage import storage_errors_to_user, write_errors_to_user
 
+log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 MatrixKind = Literal["int8", "fp16", "fp32"]
 
 MATRIX_USERS = 512
 """Users whose scores of the whole catalogue are in memory at once."""
 _CELLS = {"int8": pa.int8(), "fp16": pa.float16(), "fp32": pa.float32()}
-_KEY = "key.json"
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class RankingFiles:
     """What was written.
 
     Attributes:
-        parquet: owner (user or item), item, score, rank.
-        csv: owner and item.
+        parquet: owner (user or item), item, score, rank; the file, or the folder of its parts.
+        csv: owner and item; None for parts.
+        first: the file with the first rows.
         owners: number of owners.
         rows: number of rows.
         k: items per owner asked for.
@@ -47,7 +51,8 @@ class RankingFiles:
     """
 
     parquet: Path
-    csv: Path
+    csv: Path | None
+    first: Path
     owners: int
     rows: int
     k: int
@@ -56,63 +61,58 @@ class RankingFiles:
 
 
 class ResumableOutput:
-    """The parts of a file that is being made, each complete or not there. All ranks.
+    """A result that is made in parts, each complete or absent. All ranks.
 
-    The parts of a run that was killed are reused if they were made from the same key.
+    The result is either the folder of the parts, or one file that rank 0 merges them into. The
+    parts of a run that was killed are reused if they were made from the same inputs.
 
     Args:
-        folder: of the run; the same disk for all ranks.
-        name: of the file to be.
+        target: the parquet file or, for parts, the folder.
         n_users: users of all ranks; each `users_per_chunk` of them has a part.
-        key: what the parts depend on, as JSON values; None: earlier parts are never reused.
+        inputs: what the parts depend on, as JSON values; None: earlier parts are never reused.
         world: the ranks.
+        in_parts: whether ``target`` is the folder of the parts.
 
     Attributes:
         missing: numbers of the chunks left to do.
         reused: how many parts were there already.
 
     Raises:
+        ConfigError: the folder holds other files.
         DeepFMError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, name: str, n_users: int, key: Mapping[str, object] | None, world: World
+        self,
+        target: Path,
+        n_users: int,
+        inputs: Mapping[str, object] | None,
+        world: World,
+        in_parts: bool = False,
     ) -> None:
-        self.target, self.aside = folder / name, folder / f".{name}.parts"
+        self.target, self._in_parts = target, in_parts
+        folder = target if in_parts else target.with_name(f".{target.name}.parts")
+        self.parts = PartFolder(folder, inputs, world, private=not in_parts)
         self._size, self._n_users, self._world = users_per_chunk(n_users), n_users, world
-        text = json.dumps(key, indent=2, sort_keys=True)
-        world.run_on_rank0(f"{name}_begin", lambda: self._open(text, key is not None))
-        n = -(-n_users // self._size)
-        self.missing = [s for s in range(n) if not self._path(s).exists()]
-        self.reused = n - len(self.missing)
-        world.barrier()  # nobody writes a part before all have looked
+        self._n_parts = -(-n_users // self._size)
+        self.missing = [s for s in range(self._n_parts) if s not in self.parts.present]
+        self.reused = self._n_parts - len(self.missing)
+        self._rows = self._last_ranks = 0
 
-    def _path(self, chunk: int) -> Path:
-        return self.aside / f"{chunk:06d}.parquet"
-
-    def _open(self, text: str, lasting: bool) -> None:
-        key = self.aside / _KEY
-        with write_errors_to_user(self.aside):
-            if not (lasting and key.is_file() and key.read_text() == text):
-                shutil.rmtree(self.aside, ignore_errors=True)
-                self.aside.mkdir(parents=True)
-                key.write_text(text)
+    def log_reuse(self) -> None:
+        """Logs how much of the work an earlier run has left to do."""
+        if self.parts.summary is not None:
+            log.info("%s: already complete, from the same inputs", self.target)
+        elif self.reused:
+            log.info("reusing %s of an interrupted run", plural(self.reused, "part"))
 
     def write(self, begin: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
         """Writes the part of the chunk that begins with user ``begin``.
 
         Raises:
-            DeepFMError: the disk is full, say.
+            DeepFMError: the disk is full, for example.
         """
-        path = self._path(begin // self._size)
-        aside = path.with_suffix(".part")
-        with write_errors_to_user(aside):
-            with pq.ParquetWriter(
-                aside, schema, use_dictionary=_repetitive_columns(schema)
-            ) as writer:
-                for table in tables:
-                    writer.write_table(table)
-            os.replace(aside, path)
+        self.parts.write(begin // self._size, schema, tables)
 
     def write_ranked(
         self, ranked: Iterator[Ranked], owners: pa.Array, items: pa.Array, names: tuple[str, str]
@@ -127,6 +127,7 @@ class ResumableOutput:
         """
         owner_ids, item_ids = external(owners), external(items)
         for begin, positions, scores in ranked:
+            self._count(positions >= 0)
             owner, rank = np.nonzero(positions >= 0)
             columns = {
                 names[0]: owner_ids.take(pa.array(begin + owner)),
@@ -180,10 +181,16 @@ class ResumableOutput:
             else:
                 list(tables(begin, end))  # looking up is for all ranks
 
-    def merge_ranked(self, csv_columns: Mapping[str, str], k: int) -> RankingFiles | None:
-        """Joins what `write_ranked` wrote, and some columns of it into a CSV file. All ranks.
+    def _count(self, there: npt.NDArray[np.bool_]) -> None:
+        """Takes in ``[m, K]``: which ranks of some owners have an item."""
+        self._rows += int(there.sum())
+        self._last_ranks += int(there[:, -1].sum())
 
-        Neither file appears before it is whole.
+    def finish_ranked(self, csv_columns: Mapping[str, str], k: int) -> RankingFiles | None:
+        """Completes what `write_ranked` wrote. All ranks.
+
+        One file: rank 0 merges the parts, and some of their columns into a CSV file; neither
+        appears before it is complete. Parts: they are marked as complete.
 
         Args:
             csv_columns: columns by their name in the CSV file.
@@ -193,30 +200,48 @@ class ResumableOutput:
             On rank 0 what was written; None elsewhere.
 
         Raises:
-            DeepFMError: the disk is full, say.
+            DeepFMError: the disk is full, for example.
         """
-        rows = full = 0
-
-        def count(table: pa.Table) -> None:
-            nonlocal rows, full
-            rows += table.num_rows
-            full += pc.sum(pc.equal(table["rank"], k)).as_py()
-
-        self._merge(csv_columns, 1 << 20, count)
+        rows, full = self._counts(k)
+        self._finish(csv_columns, 1 << 20, {"owners": self._n_users, "rows": rows, "full": full})
         if not self._world.is_first:
             return None
-        return RankingFiles(self.target, self.csv, self._n_users, rows, k, full)
+        first = self.parts.path(0) if self._in_parts else self.target
+        csv = None if self._in_parts else self.csv
+        return RankingFiles(
+            self.target, csv, first, owners=self._n_users, rows=rows, k=k, full=full
+        )
 
-    def merge_matrix(self) -> None:
-        """Joins what `write_matrix` wrote; the file appears when it is whole. All ranks."""
-        self._merge({}, MATRIX_USERS, lambda _: None)
+    def finish_matrix(self) -> None:
+        """Completes what `write_matrix` wrote. All ranks."""
+        self._finish({}, MATRIX_USERS, {"users": self._n_users})
 
-    def _merge(
-        self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
+    def _counts(self, k: int) -> tuple[int, int]:
+        """Rows of all parts, and owners with K of them; reused parts are read. All ranks."""
+        if self.parts.summary is not None:
+            return self.parts.summary["rows"], self.parts.summary["full"]
+        rows, full = self._rows, self._last_ranks
+        reused = sorted(self.parts.present)[self._world.rank :: self._world.world_size]
+        for path in map(self.parts.path, reused):
+            with storage_errors_to_user(path), path.open("rb") as file:
+                ranks = pq.read_table(file, columns=["rank"])["rank"]
+            rows += len(ranks)
+            full += pc.sum(pc.equal(ranks, k)).as_py()
+        counts = self._world.all_gather_object((rows, full))
+        return sum(rows for rows, _ in counts), sum(full for _, full in counts)
+
+    def _finish(
+        self, csv_columns: Mapping[str, str], rows: int, summary: Mapping[str, Any]
     ) -> None:
+        if self._in_parts:
+            if self.parts.summary is None:
+                self.parts.finish(self._n_parts, summary)
+            return
+
         def merge() -> None:
+            self.parts.check_complete(self._n_parts)
             with write_errors_to_user(self.target):
-                self._write_merged(csv_columns, rows, see)
+                self._merge(csv_columns, rows)
 
         self._world.barrier()
         self._world.run_on_rank0(f"{self.target.name}_end", merge)
@@ -226,19 +251,15 @@ class ResumableOutput:
         """The CSV file."""
         return self.target.with_suffix(".csv")
 
-    def _write_merged(
-        self, csv_columns: Mapping[str, str], rows: int, see: Callable[[pa.Table], None]
-    ) -> None:
-        parts = sorted(self.aside.glob("*.parquet"))
-        whole, text = self.aside / "whole", self.aside / "csv"
+    def _merge(self, csv_columns: Mapping[str, str], rows: int) -> None:
+        parts = [self.parts.path(part) for part in range(self._n_parts)]
+        merged, text = self.parts.folder / "merged", self.parts.folder / "csv"
         schema = pq.read_schema(parts[0])
         batches = (b for part in parts for b in pq.ParquetFile(part).iter_batches(rows))
         narrow = pa.schema([(new, schema.field(old).type) for new, old in csv_columns.items()])
         options = pa_csv.WriteOptions(include_header=False, quoting_style="needed")
         with (
-            pq.ParquetWriter(
-                whole, schema, compression="zstd", use_dictionary=_repetitive_columns(schema)
-            ) as writer,
+            pq.ParquetWriter(merged, schema, **write_options(schema)) as writer,
             text.open("wb") as file,
         ):
             # Arrow would put the names into quotes.
@@ -247,21 +268,13 @@ class ResumableOutput:
                 # Of one size: the merged bytes do not depend on how users were dealt.
                 for table in in_tables(batches, rows):
                     writer.write_table(table)
-                    see(table)
                     if csv_columns:
                         picked = table.select(list(csv_columns.values()))
                         lines.write_table(picked.rename_columns(narrow.names))
-        os.replace(whole, self.target)
+        os.replace(merged, self.target)
         if csv_columns:
             os.replace(text, self.csv)
-        shutil.rmtree(self.aside)
-
-
-def state_of(folder: Path) -> str:
-    """A hash of the names, sizes and times of a folder's files: of a checkpoint, say."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+        shutil.rmtree(self.parts.folder)
 
 
 def hash_of(*arrays: np.ndarray) -> str:
@@ -270,8 +283,3 @@ def hash_of(*arrays: np.ndarray) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _repetitive_columns(schema: pa.Schema) -> bool | list[str]:
-    """Columns worth a dictionary: scores are all different, and trying takes half of the time."""
-    return [n for n in schema.names if n != "score"] if "score" in schema.names else True

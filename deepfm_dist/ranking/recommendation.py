@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import SPLITS
 from deepfm_dist.data.sources import column_names, read_table
 from deepfm_dist.data.vocabulary import external
+from deepfm_dist.distributed.checkpoint import fingerprint_of
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
@@ -37,7 +38,6 @@ from deepfm_dist.ranking.output import (
     RankingFiles,
     ResumableOutput,
     hash_of,
-    state_of,
 )
 from deepfm_dist.ranking.ranker import ModelRanker, Users
 from deepfm_dist.ranking.settings import RecommendConfig
@@ -59,13 +59,14 @@ def recommend(
     folder: Path,
     checkpoint: Path | None = None,
     name: str = "recommendations",
+    in_parts: bool = False,
 ) -> RankingFiles | None:
     """Ranks the catalogue for every user. All ranks.
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
     1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
     ``score_matrix.parquet`` (``user_id, scores``; see `ResumableOutput.write_matrix`), with the
-    seen items.
+    seen items. In parts, the folders ``recommendations`` and ``score_matrix``, without a CSV file.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -77,6 +78,7 @@ def recommend(
             not changed.
         name: of the files, without their endings. The matrix is ``score_matrix`` then: a name that
             begins with ``recommendations`` gives it its ending, another is added.
+        in_parts: whether each rank's parts stay as they are, in a folder of that name.
 
     Returns:
         On rank 0 what was written, with the figures of `_speed` and, for a short list, those of
@@ -92,23 +94,26 @@ def recommend(
     ranker, figures = _ranker(model, world, dataset, catalogue, asked, config)
     key = None
     if checkpoint is not None:
-        key = {"weights": state_of(checkpoint), "engine": ranker.engine.name}
+        key = {"weights": fingerprint_of(checkpoint), "engine": ranker.engine.name}
         key |= _key(dataset, catalogue, asked, config)
     n_users = len(asked.ids)
-    parts = ResumableOutput(folder, f"{name}.parquet", n_users, key, world)
+    ending = "" if in_parts else ".parquet"
+    parts = ResumableOutput(folder / f"{name}{ending}", n_users, key, world, in_parts)
     seconds = _write_ranked(parts, ranker, asked, catalogue, config.k, world)
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
-        file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}.parquet"
-        matrix = ResumableOutput(folder, file, n_users, matrix_key, world)
+        file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}{ending}"
+        matrix = ResumableOutput(folder / file, n_users, matrix_key, world, in_parts)
         _write_matrix(matrix, ranker, asked, catalogue, config.matrix)
-    files = parts.merge_ranked({"user": "user_id", "item": "item_id"}, config.k)
+    files = parts.finish_ranked({"user": "user_id", "item": "item_id"}, config.k)
     figures |= _speed(n_users * len(catalogue), seconds, world)
-    if files is None:
-        return None
-    if short := n_users - files.full:
-        candidates, users = plural(config.k, "candidate"), plural(short, "user")
+    return None if files is None else _with_figures(files, figures)
+
+
+def _with_figures(files: RankingFiles, figures: Mapping[str, Any]) -> RankingFiles:
+    if short := files.owners - files.full:
+        candidates, users = plural(files.k, "candidate"), plural(short, "user")
         log.info("fewer than %s, and so fewer rows, for %s", candidates, users)
     return replace(files, figures=figures)
 
@@ -175,8 +180,7 @@ def _write_ranked(
     Returns:
         Seconds that all of it took; None where some parts were there.
     """
-    if output.reused:
-        log.info("reusing %s of an interrupted run", plural(output.reused, "part"))
+    output.log_reuse()
     start = time.monotonic()
     seen = catalogue.seen_by(asked.users.rows, asked.positives)
     ranked = rank_users(ranker, len(asked.ids), seen, k, world, output.missing)
@@ -193,7 +197,7 @@ def _write_matrix(
     kind: MatrixKind,
 ) -> None:
     output.write_matrix(ranker.scores, asked.ids, catalogue.ids, kind)
-    output.merge_matrix()
+    output.finish_matrix()
     log.info("written: %s", output.target)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import torch
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.distributed.checkpoint import fingerprint_of
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import DeepFM
@@ -65,7 +67,9 @@ def similar_items(
     dataset: PreparedDataset,
     config: SimilarConfig,
     folder: Path,
+    checkpoint: Path | None = None,
     name: str = "similar_items",
+    in_parts: bool = False,
 ) -> RankingFiles | None:
     """Ranks all other items for every item. All ranks.
 
@@ -81,7 +85,10 @@ def similar_items(
         dataset: the prepared dataset.
         config: how many of them, by which measure.
         folder: where the files go.
+        checkpoint: where the weights are from; a run that was killed is continued if they have
+            not changed.
         name: of the files, without their endings.
+        in_parts: whether each rank's parts stay as they are, in a folder of that name.
 
     Returns:
         On rank 0 what was written; None elsewhere.
@@ -102,8 +109,20 @@ def similar_items(
     if config.metric == "cosine":
         vectors = unit_length(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
-    parts = ResumableOutput(folder, f"{name}.parquet", n, None, world)
-    ranked = rank_users(ranker, n, _itself, config.k, world, description="compare items")
+    target = folder / (name if in_parts else f"{name}.parquet")
+    inputs = None if checkpoint is None else _inputs(dataset, config, checkpoint)
+    parts = ResumableOutput(target, n, inputs, world, in_parts)
+    parts.log_reuse()
+    ranked = rank_users(
+        ranker, n, _itself, config.k, world, parts.missing, description="compare items"
+    )
     parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
     columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.merge_ranked(columns, config.k)
+    return parts.finish_ranked(columns, config.k)
+
+
+def _inputs(dataset: PreparedDataset, config: SimilarConfig, checkpoint: Path) -> dict[str, Any]:
+    """What similar items depend on, as JSON values."""
+    data = [dataset.manifest.fingerprint, *dataset.past]
+    settings = config.model_dump(mode="json")
+    return {"weights": fingerprint_of(checkpoint), "data": data, **settings}

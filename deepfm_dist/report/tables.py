@@ -67,7 +67,7 @@ def _four_digits(value: float) -> str:
 
 def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     """The first users' (or items') items by title, and the files."""
-    with pq.ParquetFile(written.parquet) as file:  # of a size that may fit no memory
+    with written.first.open("rb") as opened, pq.ParquetFile(opened) as file:  # may fit no memory
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
         shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas()
     owner, item = shown.columns[:2]
@@ -83,7 +83,7 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
         rows = rows.drop(columns=owner).set_index("rank")
         blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format)}")
     total = f"{plural(written.owners, kind)}, {plural(written.rows, 'row')}"
-    files = f"written: {written.csv}\nwritten: {written.parquet}"
+    files = "\n".join(f"written: {path}" for path in (written.csv, written.parquet) if path)
     if (short := written.figures.get("short_list")) is not None:
         total += (
             f"\n{plural(short['candidates'], 'candidate')}: on {plural(short['users'], 'user')} "

@@ -16,8 +16,9 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.lock import Lock
 from deepfm_dist.section import DEFAULTS
-from deepfm_dist.storage import option_of, storage_errors_to_user
+from deepfm_dist.storage import folder_of, option_of, path_or_url, storage_errors_to_user
 from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,24 @@ def parquet_output(given: str, config: Config, *sources: str) -> Path:
     if is_source or is_input(path, config.data, config.input_root):
         raise ConfigError(f"--output {given}: an input of this run; choose another file")
     return path
+
+
+def parts_output(given: str) -> Path:
+    """The folder that ``--output-parts`` names, on a disk or behind a URL.
+
+    Raises:
+        ConfigError: it cannot be opened, or has no name.
+    """
+    folder = folder_of(option_of("--output-parts", given, path_or_url).rstrip("/") or "/")
+    if not folder.name:
+        raise ConfigError(f"--output-parts {given}: name a folder, such as {folder / 'scores'}")
+    return folder
+
+
+def output_lock(target: Path, in_parts: bool) -> Lock:
+    """The lock of whoever writes a result."""
+    option = "--output-parts" if in_parts else "--output"
+    return Lock(target, str(target), f"choose another {option}")
 
 
 def open_trained(

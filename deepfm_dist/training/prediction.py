@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from torch import nn
 
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import Collator
-from deepfm_dist.data.dataset import PreparedDataset, Rows
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
+from deepfm_dist.distributed.part_files import PartFolder, write_options
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import remove_leftovers, work_folder, write_errors_to_user
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
 
@@ -59,25 +62,23 @@ def predict(
         DeepFMError: on rank 0, where ``target`` cannot be written.
         SystemExit: on the other ranks, then.
     """
-    encoder, collate, name = RowEncoder(dataset), Collator(dataset), Path(source).name
-    interactions = names_of(dataset.manifest.data.interactions.file)[0]
-    layout = files.get(name) or laid_out_like(source, encoder.columns, files.get(interactions))
+    rows_of_file = _RowsOfFile.open(dataset, source, files)
+    encoder, name = rows_of_file.encoder, rows_of_file.name
     aside = work_folder(target)  # two processes may write the same file
     writer = _Writer(target, aside)
     n_rows = 0
     try:
         # Before any work that would be lost.
         world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
-        batches = read_batches(source, encoder.columns, layout, name=name)
-        for table in in_tables(encoder.in_rows(batches), ROWS_AT_A_TIME):
-            rows = encoder.encode(table)
-            block = partial(_block, collate, rows)
-            scored = score_rows(model, world, rows.n, BLOCK_ROWS, block)
+        for table in rows_of_file.tables():
+            n, block = rows_of_file.encode(table)
+            scored = score_rows(model, world, n, BLOCK_ROWS, block)
             problem: DeepFMError | None = None
             if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                problem = writer.write(encoder.as_in_the_file(table), logits)
-            n_rows += rows.n
+                problem = writer.write(_scored(encoder.as_in_the_file(table), logits))
+                writer.not_finite.add(logits, n_rows)
+            n_rows += n
             if (problem := world.broadcast(problem)) is not None:
                 raise problem if world.is_first else SystemExit(problem.exit_code)
         writer.finish()
@@ -85,10 +86,187 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    writer.warn_of_not_finite(name)
+    writer.not_finite.warn(name)
     for text in encoder.unseen():
         log.warning("%s: %s", name, text)
     return n_rows
+
+
+def predict_in_parts(
+    model: nn.Module,
+    world: World,
+    dataset: PreparedDataset,
+    source: str,
+    files: Mapping[str, FileFormat],
+    parts: PartFolder,
+) -> int:
+    """Scores a file like `predict`, into a folder of parts that each rank writes itself. All ranks.
+
+    A part holds `ROWS_AT_A_TIME` rows at any world size, and parts are in the order of the file.
+
+    Args:
+        model: the sharded task in eval mode.
+        world: the ranks.
+        dataset: the prepared dataset the model was trained on.
+        source: path or URL of the file, as for `predict`.
+        files: layouts by name.
+        parts: where they go; those that are there already are kept.
+
+    Returns:
+        Number of rows.
+
+    Raises:
+        DataError: ``source`` cannot be read.
+        DeepFMError: a part cannot be written.
+    """
+    if parts.summary is not None:
+        log.info("%s: already complete, from the same inputs", parts.folder)
+        return int(parts.summary["rows"])
+    if parts.present:
+        log.info("reusing %s of an interrupted run", plural(len(parts.present), "part"))
+    rows_of_file, not_finite = _RowsOfFile.open(dataset, source, files), _NotFinite()
+    waiting: list[tuple[int, int, pa.Table]] = []  # (part, first row, rows): one for each rank
+    n_rows = n_parts = 0
+    for table in rows_of_file.tables():
+        if n_parts not in parts.present:
+            waiting.append((n_parts, n_rows, table))
+        n_rows, n_parts = n_rows + table.num_rows, n_parts + 1
+        if len(waiting) == world.world_size:
+            _write_parts(waiting, model, world, rows_of_file, parts, not_finite)
+            waiting.clear()
+    if waiting:
+        _write_parts(waiting, model, world, rows_of_file, parts, not_finite)
+    parts.finish(n_parts, {"rows": n_rows})
+    rows_of_file.warn(world, not_finite)
+    return n_rows
+
+
+def _write_parts(
+    waiting: Sequence[tuple[int, int, pa.Table]],
+    model: nn.Module,
+    world: World,
+    rows_of_file: "_RowsOfFile",
+    parts: PartFolder,
+    not_finite: "_NotFinite",
+) -> None:
+    """Scores and writes a part on each rank; one without a part takes part in look-ups. All ranks.
+
+    Args:
+        waiting: number, first row and rows of at most one part for each rank.
+        model: the sharded task.
+        world: the ranks.
+        rows_of_file: the file that the rows are from.
+        parts: where they go.
+        not_finite: takes in this rank's scores.
+    """
+    blocks = range(-(-max(table.num_rows for _, _, table in waiting) // BLOCK_ROWS))
+    has_part = world.rank < len(waiting)
+    part, begin, table = waiting[world.rank if has_part else 0]
+    n, block = rows_of_file.encode(table if has_part else table.slice(0, 0))
+    pieces = [logits for _, logits in score_rows(model, world, n, BLOCK_ROWS, block, blocks)]
+    if has_part:
+        logits = np.concatenate(pieces)
+        not_finite.add(logits, begin)
+        scored = _scored(rows_of_file.encoder.as_in_the_file(table), logits)
+        parts.write(part, scored.schema, [scored])
+
+
+@dataclass(frozen=True)
+class _RowsOfFile:
+    """The rows of a file, as a model takes them.
+
+    Attributes:
+        source: path or URL.
+        name: of the file, for messages.
+        layout: how it is laid out.
+        encoder: looks its values up.
+        collate: makes batches of them.
+    """
+
+    source: str
+    name: str
+    layout: FileFormat | None
+    encoder: RowEncoder
+    collate: Collator
+
+    @classmethod
+    def open(
+        cls, dataset: PreparedDataset, source: str, files: Mapping[str, FileFormat]
+    ) -> "_RowsOfFile":
+        encoder, name = RowEncoder(dataset), Path(source).name
+        interactions = names_of(dataset.manifest.data.interactions.file)[0]
+        layout = files.get(name) or laid_out_like(source, encoder.columns, files.get(interactions))
+        return cls(source, name, layout, encoder, Collator(dataset))
+
+    def tables(self) -> Iterator[pa.Table]:
+        """`ROWS_AT_A_TIME` rows each, the last one fewer."""
+        batches = read_batches(self.source, self.encoder.columns, self.layout, name=self.name)
+        return in_tables(self.encoder.in_rows(batches), ROWS_AT_A_TIME)
+
+    def encode(self, table: pa.Table) -> tuple[int, Callable[[int, int], Batch]]:
+        """The number of rows, and what makes a batch of some of them."""
+        rows = self.encoder.encode(table)
+
+        def block(begin: int, end: int) -> Batch:
+            begin, end = min(begin, rows.n), min(end, rows.n)
+            return collate_rows(self.collate, rows, begin, end, BLOCK_ROWS)
+
+        return rows.n, block
+
+    def warn(self, world: World, not_finite: "_NotFinite") -> None:
+        """Logs what is odd about the rows that all ranks have scored. All ranks."""
+        counted = world.gather_object((self.encoder.unknown, not_finite))
+        if counted is None:
+            return
+        for unknown, theirs in counted[1:]:
+            not_finite.merge(theirs)
+            for field, values in unknown.items():
+                self.encoder.unknown[field].merge(values)
+        not_finite.warn(self.name)
+        for text in self.encoder.unseen():
+            log.warning("%s: %s", self.name, text)
+
+
+def _scored(table: pa.Table, logits: npt.NDArray[np.float32]) -> pa.Table:
+    """Rows with their scores."""
+    table = table.append_column("score", pa.array(logits))
+    column = pa.array(probabilities(logits).astype(np.float32))
+    return table.append_column("probability", column)
+
+
+class _NotFinite:
+    """Counts scores that are not numbers."""
+
+    def __init__(self) -> None:
+        self._rows = self._count = 0
+        self._first: int | None = None
+
+    def add(self, logits: npt.NDArray[np.float32], begin: int) -> None:
+        """Takes in the scores of rows from ``begin`` on."""
+        where = np.flatnonzero(~np.isfinite(logits))
+        self._rows += len(logits)
+        self._count += len(where)
+        if len(where):
+            self._first = min(begin + int(where[0]) + 1, self._first or sys.maxsize)
+
+    def merge(self, other: "_NotFinite") -> None:
+        """Takes in what another rank counted."""
+        self._rows += other._rows
+        self._count += other._count
+        if other._first is not None:
+            self._first = min(other._first, self._first or sys.maxsize)
+
+    def warn(self, name: str) -> None:
+        """Logs how many there are, if any; ``name``: of the file that was read."""
+        if self._first is not None:
+            log.warning(
+                "%s: %s of %s scores are not numbers, the first that of row %s: a number of that "
+                "row is too far from those of training",
+                name,
+                f"{self._count:,}",
+                f"{self._rows:,}",
+                f"{self._first:,}",
+            )
 
 
 class _Writer:
@@ -97,23 +275,15 @@ class _Writer:
     def __init__(self, target: Path, aside: Path) -> None:
         self._target, self._aside = target, aside
         self._writer: pq.ParquetWriter | None = None
-        self._n_rows = self._n_not_finite = self._first_not_finite = 0
+        self.not_finite = _NotFinite()
 
-    def write(self, table: pa.Table, logits: npt.NDArray[np.float32]) -> DeepFMError | None:
-        """Appends rows with their scores; returns why it cannot."""
-        not_finite = np.flatnonzero(~np.isfinite(logits))
-        if len(not_finite) and not self._n_not_finite:
-            self._first_not_finite = self._n_rows + int(not_finite[0]) + 1
-        self._n_not_finite += len(not_finite)
-        self._n_rows += len(logits)
-        table = table.append_column("score", pa.array(logits))
-        table = table.append_column(
-            "probability", pa.array(probabilities(logits).astype(np.float32))
-        )
+    def write(self, table: pa.Table) -> DeepFMError | None:
+        """Appends scored rows; returns why it cannot."""
         try:
             with write_errors_to_user(self._target):
                 if self._writer is None:
-                    self._writer = pq.ParquetWriter(self._aside, table.schema, compression="zstd")
+                    options = write_options(table.schema)
+                    self._writer = pq.ParquetWriter(self._aside, table.schema, **options)
                 self._writer.write_table(table)
         except DeepFMError as error:
             return error
@@ -126,25 +296,9 @@ class _Writer:
                 self._writer.close()
                 os.replace(self._aside, self._target)
 
-    def warn_of_not_finite(self, name: str) -> None:
-        """Logs how many scores are not numbers, if any; ``name``: of the file that was read."""
-        if self._n_not_finite:
-            log.warning(
-                "%s: %s of %s scores are not numbers, the first that of row %s: a number of that "
-                "row is too far from those of training",
-                name,
-                f"{self._n_not_finite:,}",
-                f"{self._n_rows:,}",
-                f"{self._first_not_finite:,}",
-            )
-
 
 def _check_writable(target: Path, aside: Path) -> None:
     with write_errors_to_user(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         aside.touch()
-
-
-def _block(collate: Collator, rows: Rows, begin: int, end: int) -> Batch:
-    return collate_rows(collate, rows, begin, end, BLOCK_ROWS)

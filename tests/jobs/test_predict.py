@@ -1,8 +1,10 @@
 """Rows to score from files that are laid out as those of training, or otherwise."""
 
+import json
 import logging
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,8 @@ import pytest
 import yaml
 
 from deepfm_dist import evaluate, predict, train
+from deepfm_dist.distributed.part_files import PartFolder
+from deepfm_dist.training import prediction
 from tests.ranks import run_alone, run_ranks
 
 NAMES = ["label", "user", "ad"]
@@ -61,6 +65,50 @@ def test_memory_is_a_matter_of_the_machine(home: Path) -> None:
     settings = ["--quiet", "--run", str(home / "r"), "data.memory_bytes=0"]
     assert run_alone(evaluate.main, settings) == 0
     assert run_alone(evaluate.main, [*settings, "data.refit=true"]) == 2
+
+
+def _scored_in_parts(home: Path, out: Path, dies_at: int | None = None) -> int:
+    prediction.ROWS_AT_A_TIME = 90
+    write = PartFolder.write
+
+    def dying(self: PartFolder, part: int, *more: Any) -> None:
+        if part == dies_at:
+            raise KeyboardInterrupt
+        write(self, part, *more)
+
+    PartFolder.write = dying  # type: ignore[method-assign]
+    arguments = ["--quiet", "--run", str(home / "r"), "--output-parts", str(out)]
+    return predict.main([*arguments, "--input", str(home / "strange.csv")])
+
+
+def test_parts_are_those_of_one_file_at_any_world_size_and_after_a_kill(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
+    rows = (home / "clicks.csv").read_text().splitlines()
+    rows[250] = "0|77|3"  # a user whom the model does not know, in the third part
+    (home / "strange.csv").write_text("\n".join(rows) + "\n")
+    expected = _scored(home, "strange.csv")
+    assert run_alone(_scored_in_parts, home, tmp_path / "killed", dies_at=3) == 130
+    killed = tmp_path / "killed"
+    present = [p.name for p in sorted(killed.iterdir())]
+    assert present == ["_inputs.json", *(f"part-{n:06}.parquet" for n in range(3))]
+    before = [(killed / name).stat().st_mtime_ns for name in present]
+    capfd.readouterr()
+    for out, size in ((tmp_path / "one", 1), (tmp_path / "two", 2), (killed, 2)):
+        assert run_ranks(_scored_in_parts, size, home, out) == [0] * size
+        printed = capfd.readouterr()
+        assert f"{out}: 400 rows scored" in printed.out
+        unknown = "strange.csv: user: 1 of 400 values were never seen in training"
+        assert (unknown in printed.err) == (out != killed), printed.err
+        pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
+        assert json.loads((out / "_SUCCESS").read_text()) == {"parts": 5, "rows": 400}
+    assert [(killed / name).stat().st_mtime_ns for name in present] == before
+    digests = [
+        [file.read_bytes() for file in sorted((tmp_path / name).iterdir())]
+        for name in ("one", "two", "killed")
+    ]
+    assert digests[0] == digests[1] == digests[2]
 
 
 def _unwritable(home: Path, output: str, limit: int | None) -> int:

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import Column, find_files, read_table
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.part_files import PartFolder
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
@@ -24,7 +28,7 @@ from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of
 from tests.launch.s3 import clients_of, s3_server
 from tests.metrics_lines import lines
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 from tests.steps import SMALL, Run, config_of, difference
 
 for needed in ("moto", "s3fs", "upath"):
@@ -167,6 +171,43 @@ def _loaded(folder: Path, path: str) -> None:
     with process_group("cpu") as world:
         sharded = shard_for_inference(config_of(*SMALL), PreparedDataset(folder).manifest, world)
         checkpoint.load(folder_of(path), world, sharded)
+
+
+def _part(part: int) -> pa.Table:
+    return pa.table({"id": np.arange(part, part + 9)})
+
+
+def _written_in_parts(folder: str) -> list[int]:
+    """Each rank writes every other of four parts, if it is missing; parts that were there."""
+    import s3fs
+
+    s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
+    with process_group("cpu") as world:
+        parts = PartFolder(folder_of(folder), {"weights": 1}, world)
+        for part in range(world.rank, 4, world.world_size):
+            if part not in parts.present:
+                parts.write(part, _part(part).schema, [_part(part)])
+        parts.finish(4, {"rows": 36})
+        return sorted(parts.present)
+
+
+def test_parts_are_written_by_their_ranks_and_a_cut_costs_only_those_that_are_missing(
+    wire: Wire, runs: Path
+) -> None:
+    wire.cut_at("part-000002.parquet")
+    with pytest.raises(RankFailed, match=r"DeepFMError: .*/part-000002.parquet: cannot be used: "):
+        run_ranks(_written_in_parts, 1, str(runs / "out"))
+    wire.mend()
+    assert sorted(p.name for p in (runs / "out").iterdir()) == [
+        "_inputs.json",
+        "part-000000.parquet",
+        "part-000001.parquet",
+    ]
+    assert run_ranks(_written_in_parts, 2, str(runs / "out")) == [[0, 1], [0, 1]]
+    assert json.loads((runs / "out/_SUCCESS").read_text()) == {"parts": 4, "rows": 36}
+    for part in range(4):
+        with (runs / f"out/part-{part:06}.parquet").open("rb") as file:
+            assert pq.read_table(file).equals(_part(part))
 
 
 def test_damage_is_found(sample: PreparedDataset, runs: Path) -> None:

@@ -652,13 +652,13 @@ def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> Non
 def _written_to_a_full_disk(folder: Path, file: str) -> None:
     table = pa.table({"user": ["u"], "item": ["i"], "rank": [1]})
     with process_group("cpu") as world:
-        parts = output.ResumableOutput(folder, "found.parquet", 1, None, world)
-        (parts.aside / file).symlink_to("/dev/full")
+        parts = output.ResumableOutput(folder / "found.parquet", 1, None, world)
+        (parts.parts.folder / file).symlink_to("/dev/full")
         parts.write(0, table.schema, [table])
-        parts.merge_ranked({"user": "user"}, 1)
+        parts.finish_ranked({"user": "user"}, 1)
 
 
-@pytest.mark.parametrize("file", ["000000.part", "whole", "csv"])
+@pytest.mark.parametrize("file", [".part-000000.parquet", "merged", "csv"])
 def test_a_full_disk_is_one_line(tmp_path: Path, file: str) -> None:
     with pytest.raises(RankFailed) as caught:
         run_alone(_written_to_a_full_disk, tmp_path, file)

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.report.tables import ranking_table
 from tests.conftest import HISTORY
 from tests.ranking.test_ranking import config_of, digest
 from tests.ranks import RankFailed, run_alone, run_ranks
@@ -45,6 +47,7 @@ def _recommended(
     item_block: int = lookup.ITEM_BLOCK,
     dies_after: int | None = None,
     by_torch: bool = False,
+    in_parts: bool = False,
 ) -> tuple[int, list[str], Mapping[str, Any]]:
     """Recommends by a model of the seed alone; (parts written, log, figures of rank 0)."""
     lines: list[str] = []
@@ -70,7 +73,10 @@ def _recommended(
     dataset = PreparedDataset(folder)
     with process_group("cpu", threads=1) as world:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
-        found = recommend(deepfm_of(sharded), world, dataset, wanted, out, checkpoint)
+        model = deepfm_of(sharded)
+        found = recommend(model, world, dataset, wanted, out, checkpoint, in_parts=in_parts)
+        if found is not None and in_parts:
+            assert ranking_table(found, dataset).endswith(f"written: {out / 'recommendations'}")
     return written, lines, {} if found is None else found.figures
 
 
@@ -300,6 +306,46 @@ def test_a_run_that_was_killed_at_its_score_matrix_ranks_nothing_twice(
     names = [*FILES, "score_matrix.parquet"]
     assert sorted(p.name for p in again.iterdir()) == names
     assert [digest(again / f) for f in names] == [digest(once / f) for f in names]
+
+
+def test_parts_are_the_same_at_any_world_size_and_after_a_kill(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    checkpoint, file = tmp_path / "checkpoint", tmp_path / "file"
+    for folder in (checkpoint, file):
+        folder.mkdir()
+    wanted = RecommendConfig(k=10, matrix="int8")
+    work = partial(_recommended, sample.folder, SETTINGS, wanted, checkpoint=checkpoint)
+    run_alone(work, out=file)
+    made = {}
+    for name, size in (("one", 1), ("two", 2), ("killed", 1)):
+        out = tmp_path / name
+        if name == "killed":
+            with pytest.raises(RankFailed, match="KeyboardInterrupt"):
+                run_alone(work, out=out, dies_after=1, in_parts=True)
+            assert [p.name for p in sorted((out / "recommendations").iterdir())] == [
+                "_inputs.json",
+                "part-000000.parquet",
+            ]
+        results = run_ranks(work, size, out=out, in_parts=True)
+        written = [n for n, *_ in results]
+        assert written == {"one": [4], "two": [2, 2], "killed": [3]}[name]
+        made[name] = {str(p.relative_to(out)): digest(p) for p in out.rglob("*") if p.is_file()}
+    assert made["one"] == made["two"] == made["killed"]
+    parts = ["_SUCCESS", "_inputs.json", "part-000000.parquet", "part-000001.parquet"]
+    folders = ["recommendations", "score_matrix"]
+    assert sorted(made["one"]) == [f"{folder}/{part}" for folder in folders for part in parts]
+    whole = pq.read_table(file / "recommendations.parquet")
+    assert pq.read_table(tmp_path / "one/recommendations").equals(whole)
+    summary = json.loads((tmp_path / "killed/recommendations/_SUCCESS").read_text())
+    owners = whole["user_id"].unique()
+    assert summary == {"parts": 2, "owners": 700, "rows": len(whole), "full": len(owners)}
+
+    written, lines, _ = run_alone(work, out=tmp_path / "one", in_parts=True)
+    assert written == 0
+    assert f"{tmp_path / 'one/recommendations'}: already complete, from the same inputs" in lines
+    (checkpoint / "weights").write_text("2")
+    assert run_alone(work, out=tmp_path / "one", in_parts=True)[0] == 4
 
 
 def test_a_killed_run_for_strangers_is_not_continued_with_other_items(

@@ -65,7 +65,7 @@ def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_p
     table = {"user_id": [7] * 40 + [5] * 40 + [6] * 40 + [9] * 40, "item_id": ids * 4}
     table |= {"score": [0.5] * 160, "rank": [*range(1, 41)] * 4}
     pq.write_table(pa.table(table), path)
-    text = ranking_table(RankingFiles(path, tmp_path / "r.csv", 4, 160, 40, 4), sample)
+    text = ranking_table(RankingFiles(path, tmp_path / "r.csv", path, 4, 160, 40, 4), sample)
     blocks = text.split("\n\n")
     assert [b.splitlines()[0] for b in blocks[:3]] == ["user 7", "user 5", "user 6"]
     for block in blocks[:3]:
@@ -92,7 +92,7 @@ def test_no_more_is_read_than_is_shown(sample: PreparedDataset, tmp_path: Path) 
     path.write_bytes(whole[:begin] + b"?" * 200 + whole[begin + 200 :])
     with pytest.raises((OSError, pa.ArrowInvalid)):
         pq.read_table(path)
-    assert "user 2\n" in ranking_table(RankingFiles(path, path, 900, 900, 1, 900), sample)
+    assert "user 2\n" in ranking_table(RankingFiles(path, path, path, 900, 900, 1, 900), sample)
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ def test_what_a_short_list_misses_is_under_the_table(
     pq.write_table(pa.table(table), path)
     short = {"candidates": 500, "users": 1000, "overlap": 0.98765, "times_as_fast": 3.25}
     short["deep_share"] = 0.125
-    written = RankingFiles(path, path, 1, 1, 10, 1, {"short_list": short})
+    written = RankingFiles(path, path, path, 1, 1, 10, 1, {"short_list": short})
     assert (
         "500 candidates: on 1,000 users 0.9877 of the exact top 10, 3.2 times as fast; the "
         "over-arch replaces 0.125 of the pairwise part's top 10"
