@@ -18,7 +18,7 @@ from deepfm_dist.distributed.settings import (
     ShardingConfig,
 )
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import nearest
+from deepfm_dist.messages import nearest, short
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.ranking.settings import EvaluateConfig, RecommendConfig, SimilarConfig
 from deepfm_dist.recipe import Choice, choose, trains_on_users, with_history
@@ -223,7 +223,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {tree!r}")
+        raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {short(tree)}")
     for override in overrides:
         set_value(tree, *parse_override(override, Config), repr(override))
     return config_from(parse_scalars(tree, Config), str(file), overrides)
@@ -293,6 +293,11 @@ def _find(path: str) -> Path:
         with storage_errors_to_user(candidate):
             if candidate.is_file():
                 return candidate
+    if folder_of(path).is_dir():
+        raise ConfigError(
+            f"--config {path}: is a folder, and not that of a run, which has a config.yaml; name "
+            f"a YAML file"
+        )
     names = bundled_configs()
     near = nearest(Path(path).stem, names)
     hint = f"; did you mean {near}?" if near else f"; bundled: {', '.join(names)}"

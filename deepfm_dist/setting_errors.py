@@ -18,6 +18,8 @@ Problem = Mapping[str, Any]
 def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
     """What is wrong with each setting, and its value, by the setting's dotted name.
 
+    The name is empty where settings of several sections contradict each other.
+
     Args:
         error: of validating ``section``.
         section: the outermost section.
@@ -40,15 +42,16 @@ def config_error(
         overrides: ``section.field=value`` each, which are among the settings.
     """
     problems = describe(error, section)
-    causes = [_override_of(name, overrides, section) for name in problems]
     if len(problems) == 1:
-        [problem] = problems.values()
-        return ConfigError(f"{causes[0] or origin}: {problem}")
-    lines = "".join(
-        f"\n  {problem}" + (f" [{cause}]" if cause else "")
-        for cause, problem in zip(causes, problems.values(), strict=True)
-    )
-    return ConfigError(f"{origin}: {len(problems)} problems{lines}")
+        [(name, problem)] = problems.items()
+        cause = _override_of(name, overrides, section)
+        where = "" if name in ("", (cause or "").partition("=")[0]) else f"{name}: "
+        return ConfigError(f"{cause or origin}: {where}{problem}")
+    lines = [f"{origin}: {len(problems)} problems"]
+    for name, problem in problems.items():
+        cause = _override_of(name, overrides, section)
+        lines.append(f"{name or 'config'}: {problem}" + (f" [{cause}]" if cause else ""))
+    return ConfigError("\n  ".join(lines))
 
 
 def _override_of(setting: str, overrides: Sequence[str], section: type[Section]) -> str | None:
@@ -72,6 +75,7 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
         One problem for each setting; its ``loc`` has the names and places of settings only.
     """
     merged: dict[tuple[str | int, ...], list[Problem]] = {}
+    misspelled = _misspelled(problems, section)
     members: set[tuple[str | int, ...]] = set()  # settings whose union has members at odds
     kinds: dict[tuple[str | int, ...], Any] = {}
     for problem in problems:
@@ -83,7 +87,8 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
             else:
                 path = (*path, part)
                 kinds[path] = kind
-        merged.setdefault(path, []).append(problem)
+        if problem["type"] != "missing" or path not in misspelled:
+            merged.setdefault(path, []).append(problem)
     chosen_ones: list[Problem] = []
     for path, group in merged.items():
         deeper = any(other[: len(path)] == path and other != path for other in merged)
@@ -96,6 +101,16 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
             chosen = {"type": "union", "msg": message, "input": chosen["input"]}
         chosen_ones.append({**chosen, "loc": path})
     return chosen_ones
+
+
+def _misspelled(problems: Sequence[Problem], section: type[Section]) -> set[tuple[str | int, ...]]:
+    """The settings that unknown fields are probably meant to be."""
+    unknown = (p["loc"] for p in problems if p["type"] == "extra_forbidden")
+    return {
+        (*loc[:-1], near)
+        for loc in unknown
+        if (near := nearest(str(loc[-1]), _fields_at(loc[:-1], section)))
+    }
 
 
 def _settings_on(loc: Sequence[Any], section: Any) -> Iterator[tuple[str | int | None, Any]]:
@@ -153,17 +168,18 @@ def _in_words(kind: Any) -> str:
 
 
 def _describe(problem: Problem, section: type[Section]) -> str:
-    loc = problem["loc"]
-    where = ".".join(str(part) for part in loc) or "config"
+    loc, value = problem["loc"], problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown field; {_what_is_meant(loc, problem['input'], section)}"
+        return f"unknown field; {_what_is_meant(loc, value, section)}"
+    if problem["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
+        return f"input should be a list: [{value}]"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
     message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
     if problem["type"] in ("missing", "value_error"):
-        return f"{where}: {message}"
-    return f"{where}: {message} (got {short(problem['input'], 200)})"
+        return message
+    return f"{message} (got {short(value, 200)})"
 
 
 def _what_is_meant(loc: tuple[str | int, ...], value: Any, section: type[Section]) -> str:

@@ -42,6 +42,18 @@ def path_or_url(text: str) -> str:
     return text
 
 
+def writable_path_or_url(text: str) -> str:
+    """A path, or the URL of a place that can be written to.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    text = path_or_url(text)
+    if text.startswith(("http://", "https://")):
+        raise ValueError("can only be read; name a folder on a disk or in an object store (s3://)")
+    return text
+
+
 def local_path(text: str) -> str:
     """A path on this machine; a local file's URL becomes its path.
 
@@ -68,13 +80,17 @@ def folder_name(text: str) -> str:
 
 def _as_setting(check: Callable[[str], str], text: str) -> str:
     try:
+        if not text:
+            raise ValueError("is empty; name a folder or file, such as .")
         return check(text)
     except ValueError as error:
-        raise ValueError(f"{text} {error}") from None
+        raise ValueError(f"{text or repr(text)} {error}") from None
 
 
 PathOrUrl = Annotated[str, AfterValidator(partial(_as_setting, path_or_url))]
 """A setting that is a path or a URL."""
+WritablePathOrUrl = Annotated[str, AfterValidator(partial(_as_setting, writable_path_or_url))]
+"""A setting that is a path or a URL where files can be written."""
 FolderName = Annotated[str, AfterValidator(folder_name)]
 """A setting that names a folder below a root."""
 LocalPath = Annotated[str, AfterValidator(partial(_as_setting, local_path))]

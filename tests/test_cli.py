@@ -67,7 +67,7 @@ def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (prepare.main, ["--config", "BAD"], r"DataError: .*rows.csv, line 4: user '' is empty; "),
         (prepare.main, ["data.root=${NOT_SET}/x"], "ConfigError: .*variable is not set"),
-        (train.main, ["trainer.batch_size=0"], r"ConfigError: .*batch_size: .*\(got 0\)"),
+        (train.main, ["trainer.batch_size=0"], r"ConfigError: .*batch_size=0: .*\(got 0\)"),
         (evaluate.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
         (recommend.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),
         (predict.main, [], r"CheckpointError: runs/sample.*python -m deepfm_dist\.train"),

@@ -641,6 +641,8 @@ INPUT = [
         "is data.root right?",
         "data.interactions.file=rows.csv",
     ),
+    Mistake("prepare data.root=rows.csv", "name its folder, data.root=.", "data.root=."),
+    Mistake("prepare --config .", "name a YAML file", "--config c.yaml", ("--config", ".")),
     Mistake(
         "prepare data.interactions.file=rows",
         "name its files: rows/*",
@@ -1000,6 +1002,19 @@ COMMAND_ORDER = [
         "",
         ("data.split.valid=0",),
         before=("train",),
+    ),
+    Mistake(
+        "evaluate evaluate.split=valid",
+        "set evaluate.split=test",
+        "evaluate.split=test",
+        before=("train data.split.valid=0",),
+    ),
+    Mistake(
+        "evaluate",
+        "hold some out (data.split.test=0.1) in a run of another run.name",
+        "run.name=held",
+        before=("train data.split.test=0 data.split.valid=0",),
+        first=("train run.name=held data.split.test=0.1",),
     ),
     Mistake(
         "evaluate checkpoint.use=best",

@@ -102,16 +102,24 @@ class RowEncoder:
             ConfigError: a context field has no value, an unknown field has one, or a value was
                 never seen in training.
         """
+        known = [feature.name for feature in self._context]
+        for name in values:
+            if name not in known:
+                near = nearest(name, known)
+                hint = (
+                    f"did you mean recommend.context.{near}?"
+                    if near
+                    else f"available: {', '.join(known)}"
+                    if known
+                    else "this model has none; leave it out"
+                )
+                raise ConfigError(f"recommend.context.{name}: unknown context field; {hint}")
         for feature in self._context:
             if feature.name not in values:
                 raise ConfigError(
                     f"recommend.context.{feature.name}: this model looks at {feature.name}; say "
                     f"which value to recommend for: recommend.context.{feature.name}=VALUE"
                 )
-        for name in values:
-            if name not in {f.name for f in self._context}:
-                known = ", ".join(f.name for f in self._context) or "none"
-                raise ConfigError(f"recommend.context.{name}: no such context field; has: {known}")
         return {f.name: self._fixed(f, values[f.name]) for f in self._context}
 
     def _fixed(self, feature: Feature, value: str | float) -> Values:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from deepfm_dist.section import Section
-from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl
+from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl, WritablePathOrUrl
 
 
 class RunConfig(Section):
@@ -18,7 +18,7 @@ class RunConfig(Section):
     """Random seed of splits, negatives, row order, initial weights and dropout."""
     prepared_root: LocalPath = "prepared"
     """Folder of prepared datasets, on this machine."""
-    runs_root: PathOrUrl = "runs"
+    runs_root: WritablePathOrUrl = "runs"
     """Folder of runs: checkpoints, metrics, recommendations. With a URL (``s3://bucket/runs``),
     ``train`` and ``evaluate`` write there; the other commands then write to ``runs`` on this
     machine."""

@@ -98,8 +98,15 @@ def _reference(config: Config) -> str | None:
 
 def _check_not_empty(dataset: PreparedDataset, split: str) -> None:
     if dataset.manifest.splits[split].rows == 0:
-        refit = "; it was refit on all of them" if dataset.manifest.data.refit else ""
-        raise DataError(f"{dataset.folder}: the {split} split has no rows{refit}")
+        other = next((s for s in ("test", "valid") if dataset.manifest.splits[s].rows), None)
+        cure = (
+            "hold some out (data.refit=false) in a run of another run.name"
+            if dataset.manifest.data.refit
+            else f"set evaluate.split={other}"
+            if other
+            else f"hold some out (data.split.{split}=0.1) in a run of another run.name"
+        )
+        raise DataError(f"{dataset.folder}: the {split} split has no rows; {cure}")
 
 
 def _report(

@@ -183,7 +183,8 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
         ({"m": "q", "n": 1}, "recommend.context.h: this model looks at h"),
         ({"h": 3, "m": "q", "n": 1}, "h=3: never seen in training"),
         ({"h": 1, "m": "q", "n": "much"}, "expected a number"),
-        ({"h": 1, "m": "q", "n": 1, "z": 1}, "no such context field; has: h, m, n"),
+        ({"hx": 1, "m": "q", "n": 1}, "hx: unknown .*; did you mean recommend.context.h?"),
+        ({"h": 1, "m": "q", "n": 1, "zz": 1}, "zz: unknown context field; available: h, m, n"),
     ]:
         with pytest.raises(ConfigError, match=message):
             encoder.fixed_context(values)
@@ -391,7 +392,7 @@ def test_new_rows_are_looked_up_and_unknown_ones_are_row_0(
     assert (rows.users.tolist(), rows.items.tolist()) == ([5, 0], [0, 9])
     assert rows.labels is None
     assert encoder.fixed_context({}) == {}
-    with pytest.raises(ConfigError, match=r"context\.h: no such context field; has: none"):
+    with pytest.raises(ConfigError, match=r"h: unknown context field; this model has none"):
         encoder.fixed_context({"h": 1})
 
 

@@ -630,7 +630,7 @@ def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: P
 
 def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
     for split in ("valid", "test"):
-        with pytest.raises(ConfigError, match=r"recommend\.context\.hour: no such context field"):
+        with pytest.raises(ConfigError, match=r"recommend\.context\.hour: unknown context field"):
             RankingEvaluator(sample, split, {"hour": 8})
 
 

@@ -62,6 +62,8 @@ def test_the_text_of_a_ranking_gives_its_figures() -> None:
     )
     [verdict] = ranking_verdicts(compared(0.3, 0.0, 0.2, 0.4), 10)
     assert "times" not in verdict.text
+    [verdict] = ranking_verdicts(compared(0.03, 0.01, 0.0, 0.04), 10)
+    assert str(verdict).startswith("No clear difference from ease: NDCG@10 0.0300, ease 0.0100")
 
 
 def test_a_baseline_that_wins_comes_with_what_to_try() -> None:
@@ -108,6 +110,12 @@ def test_the_text_of_unknown_values_gives_their_share() -> None:
         "value of ad that training rows have, so the model cannot tell these apart; hold out rows "
         "with known values (data.split), or leave ad out"
     )
+    [of_users] = unknown_verdicts(Unknown(1200, {"user": 120}), "valid", only_positives=False)
+    assert str(of_users) == (
+        "Some valid rows have an unknown user: 120 of 1,200 valid rows (10.0%) have a user that "
+        "training rows lack, so the model cannot tell these apart; give users fields that describe "
+        "them, or hold out rows of known users (data.split)"
+    )
     assert unknown_verdicts(Unknown(0, {"item": 0}), "test", True) == []
 
 
@@ -145,10 +153,21 @@ def test_the_gain_over_a_constant_is_a_share_of_its_log_loss() -> None:
     )
 
 
+def test_a_loss_above_that_of_a_constant_is_named_with_both() -> None:
+    # A quarter of positives: a constant has -(0.25 ln 0.25 + 0.75 ln 0.75) = 0.562335.
+    rows = {"ne": 1.0470, "log_loss": 1.0470 * 0.562335, "majority_rate": 0.75}
+    [verdict] = row_verdicts(rows, "valid", is_ranked=True)
+    assert str(verdict) == (
+        "Worse than a constant: NE 1.0470 on valid rows: always predicting the mean label has a "
+        "lower log loss than 0.5888"
+    )
+
+
 def test_rows_of_one_label_are_named() -> None:
     rows = {"ne": NAN, "log_loss": 0.6, "majority_rate": 1.0}
     [verdict] = row_verdicts(rows, "test", is_ranked=False)
     assert (verdict.title, verdict.kind) == ("All test labels are the same", "worse")
+    assert verdict.text == "AUC and NE are undefined; hold out rows of both labels (data.split)"
     assert row_verdicts({**rows, "majority_rate": 0.5}, "test", is_ranked=False) == []
 
 
@@ -170,6 +189,37 @@ def test_a_better_checkpoint_that_was_passed_over_is_named(monitor: str) -> None
     name = monitor.replace("_", " ")
     assert verdict.text == f"validation {name} {here} at this one (step 30), {best} at step 20"
     assert training_verdicts(validations, 20, monitor) == []  # one worse validation is chance
+
+
+@pytest.mark.parametrize(
+    ("figure", "name"), [("ndcg@10", "NDCG@10"), ("recall@10", "Recall@10"), ("auc", "auc")]
+)
+def test_steps_and_figures_are_written_for_people(figure: str, name: str) -> None:
+    validations = [
+        ValidEvent(step=1000 * n, epoch=n, **{figure: value})
+        for n, value in enumerate((0.25, 0.5, 0.123456, 0.25), 1)
+    ]
+    [verdict] = training_verdicts(validations, 4000, figure)
+    assert verdict.text == (
+        f"validation {name} 0.2500 at this one (step 4,000), 0.5000 at step 2,000"
+    )
+    [verdict] = training_verdicts(validations, 2000, figure)
+    assert verdict.text == (
+        f"validation {name} was best at step 2,000 (0.5000); at the last one, step 4,000, it is "
+        f"0.2500"
+    )
+    [verdict] = training_verdicts(validations[:2], 2000, figure)
+    assert verdict.text == (
+        f"validation {name} 0.5000 at the last step, 2,000, is the best so far, after 0.2500"
+    )
+
+
+def test_equal_checkpoints_are_as_good_as_each_other() -> None:
+    validations = losses(0.25, 0.25)
+    assert training_verdicts(validations, 20, "log_loss") == []
+    assert training_verdicts(validations, 10, "log_loss") == []
+    # By a figure that is missing at this step, no checkpoint is judged.
+    assert training_verdicts(losses(0.25, None, 0.5), 20, "log_loss") == []
 
 
 def test_epochs_that_did_not_help_are_named() -> None:
@@ -228,6 +278,11 @@ def test_a_run_that_stopped_early_was_not_too_long() -> None:
         ((0.5, 0.3, 0.301), True, "flat", ""),
         ((0.5, 0.301, 0.3), True, "flat", ""),
         ((0.5, 0.5), True, "flat", ""),
+        ((4.0, 3.0, 3.5, 3.0), True, "flat", ""),  # the first of equal ones counts as the best
+        # A change of exactly NOTABLE, a hundredth of the curve's range, is one.
+        ((100.0, 1.0, 0.0), True, "improving", "Validation was still falling at the last step."),
+        ((100.0, 0.0, 1.0), True, "worsened", "Validation was best at step 1 (0.0000) and had "
+         "risen to 1.0000 by the last step."),
     ],
 )  # fmt: skip
 def test_the_end_of_a_curve_is_put_into_words(
@@ -237,6 +292,12 @@ def test_the_end_of_a_curve_is_put_into_words(
     assert trend is not None
     assert (trend.kind, sentence(trend, lower_is_better)) == (kind, text)
     assert trend_of([(1, 0.5)], True) is None and sentence(None, True) == ""
+
+
+def test_the_step_of_the_best_validation_has_thousands_separators() -> None:
+    trend = trend_of([(1000, 0.75), (25_000, 0.25), (30_000, 0.5)], True)
+    assert sentence(trend, True).startswith("Validation was best at step 25,000 (0.2500)")
+    assert trend_of([(1, 0.5), (2, 0.25)], True) is not None
 
 
 @pytest.mark.parametrize(
@@ -262,3 +323,30 @@ def test_verdicts_follow_what_was_trained_for(
     rows = {"ne": 1.25, "log_loss": 0.75, "majority_rate": 0.75}
     verdicts = verdicts_on(state, validations, rows, Unknown(9, {}), "test", None, 10)
     assert [v.title for v in verdicts] == titles
+
+
+@pytest.mark.parametrize(
+    ("data", "counted"),
+    [
+        ({}, "test positives"),
+        ({"task": "implicit"}, "test positives"),
+        ({"task": "ctr"}, "test rows"),
+    ],
+)
+def test_a_report_s_verdicts_are_those_on_rankings_rows_and_what_is_unknown(
+    data: dict[str, str], counted: str
+) -> None:
+    settings = {"data": data, "trainer": {"loss": "bce"}}
+    state = {"step": 10, "config": settings, "trainer": {"monitor": None}}
+    rows = {"ne": 0.75, "log_loss": 0.5, "majority_rate": 0.75}
+    given = state, losses(0.5), rows, Unknown(9, {"item": 9}), "test"
+    comparison = compared(0.2, 0.3, -0.15, -0.05)
+    worse, unknown = verdicts_on(*given, comparison, 10)
+    assert worse.title == "Worse than ease" and "; to try: the field {name: seen" in worse.text
+    assert unknown.title == f"Many {counted} have an unknown item"
+    without, unknown = verdicts_on(*given, None, 10)
+    assert without.title == "Better than a constant"
+    assert unknown.title == f"Many {counted} have an unknown item"
+    # A marker of an earlier version names neither the loss nor the task.
+    old = {**state, "config": {}}, *given[1:]
+    assert [v.kind for v in verdicts_on(*old, None, 10)] == ["better", "worse"]

@@ -73,6 +73,8 @@ def _below_root(name: str) -> str:
 
 def _local(root: Path, name: str) -> list[InputFile]:
     base, pattern = root, name
+    if root.is_file():
+        raise ConfigError(f"data.root={root}: is a file; name its folder, data.root={root.parent}")
     if Path(name).is_absolute():
         base, pattern = Path("/"), name.lstrip("/")
     matches = [base / pattern]
@@ -105,6 +107,8 @@ def _remote(root: str, name: str) -> list[InputFile]:
             for path, _, files in (system.walk(listed[0]["name"]) if listed and not infos else ())
             for file in files
         ]
+    except FileNotFoundError:
+        raise DataError(_not_found(url, name, False, ())) from None
     except Exception as error:  # a file system may raise anything, such as for a lacking password
         raise DataError(f"{url}: cannot be read: {brief(error)}") from None
     if not infos:
