@@ -1,7 +1,9 @@
 """Some steps of training without the loop around them, for tests of what a step does."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,13 +11,20 @@ from deepfm_dist.build import shard_for_training, training_batches
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed import checkpoint, sharding
 from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.world import World
 
 SMALL = ("model.over_arch_layer_sizes=[30, 20, 10]", "model.embedding_dim=10")
 COPIES = ", ".join(f"{table}: {{kind: replicated}}" for table in ("user", "item", "genre"))
 COPIES = f"sharding.tables={{{COPIES}}}"
+
+
+def on_two_machines(work: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``work`` on one of four ranks, two of a machine, which may cut tables as on CUDA."""
+    sharding._WITHIN_MACHINES = ("cpu",)
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
+    return work(*args)
 
 
 def config_of(*overrides: str) -> Config:

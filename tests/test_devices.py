@@ -4,6 +4,7 @@ A meta tensor has a shape and a device but no values. An operation that takes on
 CPU tensor would fail on CUDA; one that needs its values would make the host wait for the GPU.
 """
 
+import ast
 import dataclasses
 import threading
 import traceback
@@ -34,6 +35,7 @@ from deepfm_dist.config import load_config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.distributed import kernels
 from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import (
     PrefetchTrainPipeline,
@@ -417,6 +419,35 @@ def test_ranking_and_evaluation_mix_no_devices(
         "ranking/ranker.py scores",
         "distributed/inference.py score_rows",
     }
+
+
+COPIES = {
+    "distributed/world.py to_host",
+    "doctor.py _check_collectives",
+    "doctor.py _check_table_update",
+    "ranking/ranker.py best",  # of scores that wait for no other rank
+}
+"""Where the host may wait for a copy: a lost rank is noticed in `World.to_host` alone."""
+
+
+def test_copies_to_the_host_notice_a_lost_rank() -> None:
+    found = set()
+    for path in Path(_HOME).rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                calls = (n.func for n in ast.walk(function) if isinstance(n, ast.Call))
+                if any(isinstance(f, ast.Attribute) and f.attr == "cpu" for f in calls):
+                    found.add(f"{path.relative_to(_HOME)} {function.name}")
+    assert found == COPIES
+
+
+def test_tables_on_cuda_leave_the_cpus_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = []
+    monkeypatch.setattr(kernels, "register", lambda: registered.append(True))
+    for device in (CUDA, CPU):
+        tables = small_model().model.embedding_arch.ebc.parameters()
+        table_optimizer(OptimizerConfig(), device).attach(tables)
+        assert len(registered) == (device == CPU)
 
 
 # By the optimizer's name: weight decay and its mode. The CPU build of FBGEMM makes no lazy_adam.

@@ -200,7 +200,9 @@ class Checkpoints:
             )
 
         writer = _Writer(path, {"step": step} | dict(state), clear)
-        copy = self._staging.copy({"model": model, "optimizer": _optimizer_state(optimizer, model)})
+        tensors = {"model": model, "optimizer": _optimizer_state(optimizer, model)}
+        with self._world.waiting():  # for the device, which may be in an exchange with a lost rank
+            copy = self._staging.copy(tensors)
         # dcp.async_save's own thread would keep a process that has lost its peers for _TIMEOUT.
         future = in_background(
             lambda: dcp.save(copy, storage_writer=writer, process_group=self._group),

@@ -90,6 +90,7 @@ class TableOptimizer:
         arguments: its arguments.
         fused_params: further arguments of FBGEMM's kernel.
         reason: why this kernel.
+        device: where the tables are.
         half: whether tables are kept in float16.
     """
 
@@ -99,6 +100,7 @@ class TableOptimizer:
     reason: str
     arguments: dict[str, Any]
     fused_params: dict[str, Any]
+    device: torch.device
     half: bool = False
 
     @property
@@ -120,7 +122,7 @@ class TableOptimizer:
     def attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Marks tables for updates in backward; to be called before they are sharded."""
         if self.kernel is EmbeddingComputeKernel.FUSED:
-            if self.kind is torchrec.optim.RowWiseAdagrad:
+            if self.kind is torchrec.optim.RowWiseAdagrad and self.device.type == "cpu":
                 kernels.register()
             # A copy: torch takes the learning rate out of it.
             _apply_optimizer_in_backward(self.kind, parameters, dict(self.arguments))
@@ -147,7 +149,8 @@ def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptim
             torch.optim.Adam,
             "every row moves at every step, which no fused kernel does",
             adaptive | {"weight_decay": l2, "fused": True},
-            {},
+            fused_params={},
+            device=device,
         )
     if name == "lazy_adam" and device.type != "cuda":
         raise ConfigError(
@@ -178,7 +181,8 @@ def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptim
         _FUSED[name],
         "updated in backward",
         {"lr": lr} if name == "sgd" else adaptive | ({"weight_decay": l2} if l2 else {}),
-        fused_params,
+        fused_params=fused_params,
+        device=device,
     )
 
 

@@ -15,7 +15,14 @@ from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_N
 from deepfm_dist.distributed.optimizers import TableOptimizer, table_optimizer
 from deepfm_dist.distributed.replicated import REPLICATED, kind_of
 from deepfm_dist.distributed.settings import OptimizerConfig, ShardingConfig, TablePlan
-from deepfm_dist.distributed.sharding import RESERVED, DoesNotFit, place, table_collection
+from deepfm_dist.distributed.sharding import (
+    RESERVED,
+    ROW_WISE,
+    TABLE_ROW_WISE,
+    DoesNotFit,
+    place,
+    table_collection,
+)
 from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import ROW_ALIGNMENT
 from deepfm_dist.model.losses import DeepFMTrain
@@ -23,7 +30,6 @@ from deepfm_dist.model.losses import DeepFMTrain
 FLOAT_BYTES = ID_BYTES = 4
 IN_FLIGHT = 3
 """Batches whose ids are on a rank at once: in training, being exchanged, being copied."""
-_SPREAD = "row_wise"
 MOST_RANKS = 8192
 """More are not proposed."""
 DENSE_COPIES = 5
@@ -65,7 +71,7 @@ class TableDemand:
         rows: its rows.
         weight_bytes: of all its rows.
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
-        sharding: table_wise, row_wise or replicated.
+        sharding: table_wise, row_wise, table_row_wise or replicated.
         ranks: that hold it.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
@@ -91,12 +97,14 @@ class RankDemand:
         buffer_bytes: ids, pooled rows and their gradients.
         dense_bytes: the over-arch with its gradients, state and activations.
         sent_bytes: what it sends in a step, the over-arch's all-reduce included.
+        local_bytes: the part of it that stays within the machine.
     """
 
     table_bytes: int
     buffer_bytes: int
     dense_bytes: int
     sent_bytes: int
+    local_bytes: float
 
     def __add__(self, other: "RankDemand") -> "RankDemand":
         return RankDemand(
@@ -104,6 +112,7 @@ class RankDemand:
             self.buffer_bytes + other.buffer_bytes,
             self.dense_bytes + other.dense_bytes,
             self.sent_bytes + other.sent_bytes,
+            self.local_bytes + other.local_bytes,
         )
 
     @property
@@ -145,12 +154,15 @@ class Plan:
 
     @property
     def seconds_sending(self) -> float:
-        """Of the rank that sends most, at TorchRec's figures for NVLink and InfiniBand."""
-        sent = max(rank.sent_bytes for rank in self.ranks)
-        world = self.job.world
-        outside = (world.world_size - world.local_world_size) / max(1, world.world_size - 1)
-        per_ms = outside / CROSS_NODE_BANDWIDTH + (1 - outside) / INTRA_NODE_BANDWIDTH
-        return sent * per_ms / 1000
+        """Of the rank that takes longest, at TorchRec's figures for NVLink and InfiniBand."""
+        return (
+            max(
+                (rank.sent_bytes - rank.local_bytes) / CROSS_NODE_BANDWIDTH
+                + rank.local_bytes / INTRA_NODE_BANDWIDTH
+                for rank in self.ranks
+            )
+            / 1000
+        )
 
 
 def plan(job: Job) -> Plan:
@@ -175,7 +187,7 @@ def _plan_if_possible(job: Job) -> Plan | None:
 
 
 def _row_wise(job: Job) -> Job:
-    return replace(job, sharding=job.sharding.model_copy(update={"kind": _SPREAD}))
+    return replace(job, sharding=job.sharding.model_copy(update={"kind": ROW_WISE}))
 
 
 def _place(job: Job) -> dict[str, TablePlan]:
@@ -194,7 +206,8 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
     )
     local_batch = -(-job.batch_size // ranks)
     dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * local_batch * activations)
-    demands = [RankDemand(0, 0, dense_bytes, _all_reduced(FLOAT_BYTES * dense, ranks))] * ranks
+    reduced = _all_reduced(FLOAT_BYTES * dense, ranks)
+    demands = [RankDemand(0, 0, dense_bytes, reduced, reduced * _local_share(job.world))] * ranks
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
@@ -228,8 +241,7 @@ def _of_table(
     pooled = batch * fields * width
     # Ids and lengths, of which each is one number where a row has one value of a field.
     id_bytes = batch * fields * ID_BYTES
-    owner = placement.rank
-    holders = range(ranks) if owner is None else range(owner, owner + 1)
+    holders = _holders(placement.kind, placement.rank, job.world)
     per_rank = rows if is_replicated else -(-rows // len(holders))
     exchanged = 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes
     # Pooled rows, their gradient, and ids of the local batch, as they are received.
@@ -239,12 +251,20 @@ def _of_table(
         held[rank] = round(mine * row_bytes)
         if not is_replicated:  # the same of the global batch
             buffers[rank] += 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes // len(holders)
-    sent = [
-        _all_reduced(FLOAT_BYTES * rows * width, ranks)
-        if is_replicated
-        else sum(_sent(owner, rank, ranks, pooled * job.sharding.float_bytes, id_bytes, id_bytes))
-        for rank in range(ranks)
-    ]
+    sent, local = [], []
+    for rank in range(ranks):
+        mine = _all_reduced(FLOAT_BYTES * rows * width, ranks)
+        stays = mine * _local_share(job.world)
+        if not is_replicated:
+            pooled_bytes = pooled * job.sharding.float_bytes
+            of_kind = _sent(holders, rank, ranks, pooled_bytes, id_bytes, id_bytes)
+            mine = sum(of_kind)
+            stays = mine * _local_share(job.world)
+            if placement.kind == TABLE_ROW_WISE:
+                # Gradients alone are gathered within the machine; as many bytes of rows are before.
+                stays = of_kind[0] + 2 * of_kind[2] if rank in holders else 0
+        sent.append(mine)
+        local.append(stays)
     table = TableDemand(
         table=config.name,
         rows=rows,
@@ -255,8 +275,8 @@ def _of_table(
         cached=placement.cached,
         traffic_bytes=sum(sent),
     )
-    columns = zip(held, buffers, sent, strict=True)
-    return table, [RankDemand(h, b, 0, s) for h, b, s in columns]
+    columns = zip(held, buffers, sent, local, strict=True)
+    return table, [RankDemand(h, b, 0, s, stays) for h, b, s, stays in columns]
 
 
 def _state_floats(optimizer: TableOptimizer, width: int) -> int:
@@ -280,22 +300,36 @@ def _gpu_bytes(weights: int, state: int, cached: float | None) -> float:
     return FLOAT_BYTES + cached * (weights + 16) + (state if state == FLOAT_BYTES else 0)
 
 
+def _local_share(world: World) -> float:
+    """Of what a rank sends to all others alike, the part to ranks of its own machine."""
+    return (world.local_world_size - 1) / max(1, world.world_size - 1)
+
+
+def _holders(kind: str, rank: int | None, world: World) -> range:
+    """The ranks that hold a table, given one of them."""
+    if rank is None:
+        return range(world.world_size)
+    return range(rank, rank + (world.local_world_size if kind == TABLE_ROW_WISE else 1))
+
+
 def _sent(
-    owner: int | None, rank: int, ranks: int, pooled_bytes: int, id_bytes: int, length_bytes: int
+    holders: range, rank: int, ranks: int, pooled_bytes: int, id_bytes: int, length_bytes: int
 ) -> tuple[int, int, int]:
     """Bytes of one table that a rank sends in a step: ids, embeddings, their gradients.
 
-    Cut by rows, every rank holds a part of every row's pool: forward scatters the parts and adds
-    them up, backward gathers the gradients of all. Whole on one rank, that rank sends the pooled
-    rows and the others their gradients. Lengths go where ids go, and cut by rows to every rank.
+    Every holder has a part of every row's pool. Forward, the holders scatter the parts among
+    themselves and add them up; each then has the sums of as many rows of every machine, and sends
+    the others theirs. Backward takes the same way back: gradients go to a holder each, and the
+    holders gather them from each other. Ids go to their holder, lengths to every one.
     """
-    others = ranks - 1
-    pooled = others * pooled_bytes // ranks
-    if owner is None:
-        return others * (id_bytes // ranks + length_bytes) // ranks, pooled, pooled
-    if rank == owner:
-        return 0, pooled, 0
-    return (id_bytes + length_bytes) // ranks, 0, pooled_bytes // ranks
+    n = len(holders)
+    others = n - (rank in holders)
+    ids = others * (id_bytes // n + length_bytes) // ranks
+    if rank not in holders:
+        return ids, 0, pooled_bytes // ranks
+    among_holders = (n - 1) * pooled_bytes // n
+    elsewhere = pooled_bytes // n - pooled_bytes // ranks
+    return ids, among_holders + elsewhere, among_holders
 
 
 def _all_reduced(size_bytes: int, ranks: int) -> int:
@@ -321,8 +355,7 @@ def sent_bytes(
         ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
     """
     ranks, local = world.world_size, sparse.stride()
-    n_ids = sparse.lengths().view(-1, local).sum(1).tolist()
-    ids = dict(zip(sparse.keys(), n_ids, strict=True))
+    ids = dict(zip(sparse.keys(), sparse.length_per_key(), strict=True))
     [plan] = sharded.plan.plan.values()
     total = [0, 0, 0]
     for config in table_collection(sharded).tables:
@@ -331,12 +364,13 @@ def sent_bytes(
             table_bytes = FLOAT_BYTES * config.num_embeddings * config.embedding_dim
             total[2] += ranks * _all_reduced(table_bytes, ranks)
             continue
-        owner = None if placed.sharding_type == _SPREAD else placed.ranks[0]
+        owner = None if placed.sharding_type == ROW_WISE else placed.ranks[0]
+        holders = _holders(placed.sharding_type, owner, world)
         n_ids = ranks * local * len(config.feature_names)
         looked_up = ranks * sum(ids[name] for name in config.feature_names)
         for rank in range(ranks):
             sent = _sent(
-                owner,
+                holders,
                 rank,
                 ranks,
                 n_ids * config.embedding_dim * float_bytes,
@@ -358,12 +392,12 @@ def _remedies(job: Job) -> Iterator[str]:
 
     def remedy(setting: str, changed: Job | None = None) -> str:
         as_asked = changed and _plan_if_possible(changed)
-        if job.sharding.kind == _SPREAD or (as_asked and as_asked.fits):
+        if job.sharding.kind == ROW_WISE or (as_asked and as_asked.fits):
             return setting
-        return f"{setting} sharding.kind={_SPREAD}"
+        return f"{setting} sharding.kind={ROW_WISE}"
 
-    if job.sharding.kind != _SPREAD and fits(job):
-        yield f"sharding.kind={_SPREAD}"
+    if job.sharding.kind != ROW_WISE and fits(job):
+        yield f"sharding.kind={ROW_WISE}"
     if tables := job.sharding.tables:
         free = replace(job, sharding=job.sharding.model_copy(update={"tables": {}}))
         if fits(free):

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed import comm
 
 from deepfm_dist.distributed import heartbeat
 from deepfm_dist.distributed.world import World
@@ -127,6 +128,7 @@ def _leave(abort: bool) -> None:
         abort: gives up what is under way. NCCL's communicators would otherwise be destroyed
             together with all ranks, after their collectives, which a failed rank never joins.
     """
+    comm._INTRA_PG = comm._CROSS_PG = None  # TorchRec's, of machines; another group has others
     if not abort:
         dist.destroy_process_group()
         return

@@ -145,19 +145,21 @@ class OptimizerConfig(Section):
 class TablePlan(Section):
     """Where one table lies."""
 
-    kind: Literal["auto", "table_wise", "row_wise", "replicated"] = "auto"
-    """Whole on one rank, split by rows over all, or a copy on every rank; auto: a copy if the table
-    has no more rows than a rank looks up in a step, otherwise as the planner decides."""
+    kind: Literal["auto", "table_wise", "row_wise", "table_row_wise", "replicated"] = "auto"
+    """Whole on one rank, split by rows over all ranks or over those of one machine (CUDA only), or
+    a copy on every rank; auto: a copy if the table has no more rows than a rank looks up in a step,
+    otherwise as the planner decides."""
     rank: int | None = Field(None, ge=0)
-    """For table_wise: the rank that holds the table; default: chosen by the planner."""
+    """For table_wise: the rank that holds the table; for table_row_wise: any rank of the machine
+    that does. Default: chosen by the planner."""
     cached: float | None = Field(None, gt=0, lt=1)
     """Keep the table in host memory and cache this share of its rows on the GPU; rows of the next
     batches are fetched in advance. Default: everything on the GPU. CUDA only."""
 
     @model_validator(mode="after")
     def _rank_has_a_table(self) -> Self:
-        if self.rank is not None and self.kind != "table_wise":
-            raise ValueError(f"rank={self.rank} needs kind=table_wise")
+        if self.rank is not None and self.kind not in ("table_wise", "table_row_wise"):
+            raise ValueError(f"rank={self.rank} needs kind=table_wise or table_row_wise")
         if self.cached is not None and self.kind == "replicated":
             raise ValueError(f"cached={self.cached:g}: a replicated table is small; leave it out")
         return self
@@ -166,9 +168,10 @@ class TablePlan(Section):
 class ShardingConfig(Section):
     """How the tables are cut over the ranks."""
 
-    kind: Literal["auto", "table_wise", "row_wise"] = "auto"
+    kind: Literal["auto", "table_wise", "row_wise", "table_row_wise"] = "auto"
     """auto replicates tables with no more rows than a rank looks up in a step, and lets TorchRec's
-    planner choose between the other two kinds for the rest."""
+    planner choose between the other kinds for the rest; table_row_wise, which keeps the sums of
+    rows within a machine, only on CUDA and several machines."""
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     """Explicit placement of single tables; the others follow ``kind``."""
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"

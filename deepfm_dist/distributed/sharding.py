@@ -1,6 +1,7 @@
 """A plan for the tables -> DistributedModelParallel, the over-arch in DDP."""
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from torchrec.distributed.sharding_plan import (
     construct_module_sharding_plan,
     data_parallel,
     row_wise,
+    table_row_wise,
     table_wise,
 )
 from torchrec.distributed.types import (
@@ -71,7 +73,9 @@ from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
-_KINDS = ("table_wise", "row_wise")
+ROW_WISE, TABLE_ROW_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
+_WITHIN_MACHINES = ("cuda",)
+"""Devices whose tables may be cut over the ranks of one machine."""
 _INIT_ROWS = 4096  # rows drawn from one seed
 BATCH_SIZE = 8192
 RESERVED = 0.15
@@ -95,7 +99,7 @@ class PlacedTable:
         table: its name.
         rows: its rows.
         row_width: floats per row.
-        sharding: table_wise, row_wise or replicated.
+        sharding: table_wise, row_wise, table_row_wise or replicated.
         ranks: that hold it.
         kernel: fused, fused_uvm_caching or dense.
     """
@@ -245,7 +249,7 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
-    """Makes `TableCollection`; on CPU the stock one also hides row-wise sharding from planners."""
+    """Makes `TableCollection`; on CPU the stock one also hides cuts by rows from planners."""
 
     def shard(
         self,
@@ -267,7 +271,7 @@ class _Sharder(EmbeddingBagCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types: list[str] = super().sharding_types(compute_device_type)
-        return list(dict.fromkeys([*types, ShardingType.ROW_WISE.value]))
+        return list(dict.fromkeys([*types, ROW_WISE, TABLE_ROW_WISE]))
 
 
 def shard(
@@ -341,14 +345,17 @@ def _module_plan(
     """TorchRec's form of a placement."""
     plan: dict[str, ParameterShardingGenerator] = {}
     for name, placement in placed.items():
-        table_kernel = _kernel_of(name, placement, kernel, world.device).value
         if placement.kind == REPLICATED:
             _keep_in_fp32(ebc, name)
             plan[name] = data_parallel()
         elif placement.rank is None:
-            plan[name] = row_wise(compute_kernel=table_kernel)
+            plan[name] = row_wise()
+        elif placement.kind == TABLE_ROW_WISE:
+            # TorchRec asks the environment for the size of a machine, and takes 8 for an answer.
+            os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
+            plan[name] = table_row_wise(host_index=placement.rank // world.local_world_size)
         else:
-            plan[name] = table_wise(rank=placement.rank, compute_kernel=table_kernel)
+            plan[name] = table_wise(rank=placement.rank)
     module_plan = construct_module_sharding_plan(
         ebc,
         plan,
@@ -358,6 +365,7 @@ def _module_plan(
         device_type=world.device.type,
     )
     for name, placement in placed.items():
+        module_plan[name].compute_kernel = _kernel_of(name, placement, kernel, world.device).value
         module_plan[name].cache_params = _cache_of(placement)
     return module_plan
 
@@ -377,7 +385,11 @@ def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
     for config in table_collection(sharded).tables:
         table = module_plan[config.name]
         kind = kind_of(table)
-        ranks = str(table.ranks[0]) if kind == ShardingType.TABLE_WISE.value else "all"
+        ranks = "all"
+        if kind == ShardingType.TABLE_WISE.value:
+            ranks = str(table.ranks[0])
+        elif kind == TABLE_ROW_WISE:
+            ranks = f"{table.ranks[0]}-{table.ranks[-1]}"
         size = config.num_embeddings, config.embedding_dim
         lines.append(PlacedTable(config.name, *size, kind, ranks, table.compute_kernel))
     return lines
@@ -402,51 +414,74 @@ def place(
         replicable: whether the tables' optimizer can update copies of them.
 
     Returns:
-        By table: row_wise, replicated, or table_wise with its rank. One rank replicates nothing.
+        By table: row_wise, replicated, table_wise with its rank, or table_row_wise with the first
+        rank of its machine. One rank replicates nothing, and one machine cuts all tables row_wise.
 
     Raises:
         ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
-            table that is too small.
+            table that is too small, or cuts it within a machine where that cannot be.
         DoesNotFit: the tables do not fit.
     """
     _, ebc = _collection(module)
     tables = {config.name: config for config in ebc.embedding_bag_configs()}
-    _check_placements(config.tables, tables, world, replicable)
+    _check_placements(config, tables, world, replicable)
     wanted = {name: config.tables.get(name, TablePlan()) for name in tables}
     if config.kind == "auto" and replicable and world.world_size > 1:
         wanted = _replicated_if_small(tables, wanted, world, batch_size)
+    cut_over = world.local_world_size if config.kind == TABLE_ROW_WISE else world.world_size
     wanted = {
         name: p.model_copy(
-            update={"kind": config.kind if _can_be_cut(tables[name], world) else "table_wise"}
+            update={"kind": config.kind if _can_be_cut(tables[name], cut_over) else "table_wise"}
         )
         if p.kind == "auto"
         else p
         for name, p in wanted.items()
     }
+    if world.local_world_size == world.world_size:
+        one_machine = {"kind": ROW_WISE, "rank": None}
+        wanted = {
+            name: p.model_copy(update=one_machine) if p.kind == TABLE_ROW_WISE else p
+            for name, p in wanted.items()
+        }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
         left = {name: p for name, p in wanted.items() if p.kind != REPLICATED}
         wanted |= _plan(_only(ebc, left), world, left, batch_size, hbm_bytes)
-    return {
-        name: placement
-        if placement.kind == "row_wise" or (placement.kind == REPLICATED and world.world_size > 1)
-        else placement.model_copy(
-            update={
-                "kind": "table_wise",
-                "rank": turn % world.world_size if placement.rank is None else placement.rank,
-            }
-        )
-        for turn, (name, placement) in enumerate(wanted.items())
-    }
+    return {name: _with_rank(p, turn, world) for turn, (name, p) in enumerate(wanted.items())}
+
+
+def _with_rank(placement: TablePlan, turn: int, world: World) -> TablePlan:
+    """What `place` returns of a placement; ranks and machines that nobody chose take turns."""
+    kind, size, local = placement.kind, world.world_size, world.local_world_size
+    if kind == ROW_WISE or (kind == REPLICATED and size > 1):
+        return placement
+    if kind == TABLE_ROW_WISE:
+        rank = turn * local % size if placement.rank is None else placement.rank // local * local
+    else:
+        kind, rank = "table_wise", turn % size if placement.rank is None else placement.rank
+    return placement.model_copy(update={"kind": kind, "rank": rank})
 
 
 def _check_placements(
-    placements: Mapping[str, TablePlan],
+    config: ShardingConfig,
     tables: Mapping[str, EmbeddingBagConfig],
     world: World,
     replicable: bool,
 ) -> None:
     """Raises a ConfigError for a placement that cannot be, as `place` says."""
-    for name, placement in placements.items():
+    kinds: dict[str, str] = {"sharding.kind": config.kind}
+    kinds |= {f"sharding.tables.{name}.kind": p.kind for name, p in config.tables.items()}
+    for setting, kind in kinds.items():
+        if kind == TABLE_ROW_WISE and world.device.type not in _WITHIN_MACHINES:
+            raise ConfigError(
+                f"{setting}=table_row_wise: only on CUDA, not on a {world.device.type}; use "
+                f"row_wise, which cuts tables over the ranks of all machines"
+            )
+        if kind == TABLE_ROW_WISE and world.world_size % world.local_world_size:
+            raise ConfigError(
+                f"{setting}=table_row_wise: {plural(world.world_size, 'rank')} on machines of "
+                f"{world.local_world_size} each; start as many on every machine, or use row_wise"
+            )
+    for name, placement in config.tables.items():
         if name not in tables:
             raise ConfigError(
                 f"sharding.tables.{name}: unknown table; available: {', '.join(tables)}"
@@ -456,11 +491,13 @@ def _check_placements(
                 f"sharding.tables.{name}.rank={placement.rank}: the last of "
                 f"{plural(world.world_size, 'rank')} is {world.world_size - 1}"
             )
-        if placement.kind == "row_wise" and not _can_be_cut(tables[name], world):
+        cut_over = {ROW_WISE: world.world_size, TABLE_ROW_WISE: world.local_world_size}
+        ranks = cut_over.get(placement.kind, 1)
+        if not _can_be_cut(tables[name], ranks):
             raise ConfigError(
-                f"sharding.tables.{name}.kind=row_wise: "
+                f"sharding.tables.{name}.kind={placement.kind}: "
                 f"{plural(tables[name].num_embeddings, 'row')} cut over "
-                f"{world.world_size} ranks leave a rank without any; use table_wise"
+                f"{ranks} ranks leave a rank without any; use table_wise"
             )
         if placement.kind == REPLICATED and not replicable:
             raise ConfigError(
@@ -557,10 +594,10 @@ def _codecs(communication: str, world: World) -> dict[str, Any] | None:
     return codecs
 
 
-def _can_be_cut(table: EmbeddingBagConfig, world: World) -> bool:
-    """Whether every rank gets a row: FBGEMM's fused kernels fail on an empty piece."""
-    per_rank = -(-table.num_embeddings // world.world_size)
-    return per_rank * (world.world_size - 1) < table.num_embeddings
+def _can_be_cut(table: EmbeddingBagConfig, ranks: int) -> bool:
+    """Whether each of some ranks gets a row: FBGEMM's fused kernels fail on an empty piece."""
+    per_rank = -(-table.num_embeddings // ranks)
+    return per_rank * (ranks - 1) < table.num_embeddings
 
 
 def _only(ebc: EmbeddingBagCollection, names: Collection[str]) -> EmbeddingBagCollection:
@@ -588,9 +625,13 @@ def _plan(
         # Of machines that are imagined nothing is known; TorchRec takes 128 GiB a rank.
         ddr_cap=memory_bytes() // world.local_world_size if dist.is_initialized() else None,
     )
+    kinds = ["table_wise", ROW_WISE]
+    machines, left = divmod(world.world_size, world.local_world_size)
+    if world.device.type in _WITHIN_MACHINES and machines > 1 and not left:
+        kinds.append(TABLE_ROW_WISE)
     constraints = {
         name: ParameterConstraints(
-            sharding_types=list(_KINDS) if p.kind == "auto" else [p.kind],
+            sharding_types=kinds if p.kind == "auto" else [p.kind],
             # The planner knows fused kernels only; dense or fused changes no placement.
             compute_kernels=[
                 (
@@ -628,7 +669,7 @@ def _plan(
 
 def _as_planned(placement: TablePlan, planned: ParameterSharding) -> TablePlan:
     """A placement with what the planner decided where the placement leaves it open."""
-    rank = planned.ranks[0] if planned.sharding_type == "table_wise" and planned.ranks else None
+    rank = planned.ranks[0] if planned.sharding_type != ROW_WISE and planned.ranks else None
     if placement.kind == "auto":
         return placement.model_copy(update={"kind": planned.sharding_type, "rank": rank})
     return placement.model_copy(update={"rank": rank if placement.rank is None else placement.rank})

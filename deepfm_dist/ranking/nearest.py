@@ -11,7 +11,6 @@ from torch import Tensor
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import brief
-from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.topk import NO_ITEM
 
 
@@ -53,22 +52,21 @@ class NearestItems:
             inverted.nprobe = probes
         self._index = index
 
-    def candidates(self, users: Sequence[Side], n: int, seen: Jagged, count: int) -> Tensor:
+    def candidates(self, users: Sequence[Tensor], n: int, seen: Jagged, count: int) -> Tensor:
         """``[n, count]`` positions of unseen items; `NO_ITEM` in places that were not filled.
 
         Args:
-            users: blocks of them.
+            users: ``[b, D]`` blocks of their sums of factor vectors, on the CPU.
             n: how many of them are wanted.
             seen: their masked positions.
             count: items wanted.
         """
         candidates = np.full((n, count), NO_ITEM, np.int64)
         begin = 0
-        for side in users:
-            here = min(len(side.constant), n - begin)
+        for block in users:
+            here = min(len(block), n - begin)
             if here > 0:
-                sums = side.factor_sum[:here].cpu().numpy()
-                points = np.concatenate([sums, np.ones((here, 1), np.float32)], 1)
+                points = np.concatenate([block[:here].numpy(), np.ones((here, 1), np.float32)], 1)
                 lengths = seen.lengths[begin : begin + here]
                 # Seen items tend to be the best: that many more, or the list would be short.
                 wanted = min(count + int(lengths.max(initial=0)), self._index.ntotal)

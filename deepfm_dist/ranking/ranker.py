@@ -226,7 +226,8 @@ class ModelRanker:
         if self.index is None:
             mine = self._merge(self._update(groups, count, deep=False), users).positions
         else:
-            candidates = self.index.candidates(users.sides, users.n, seen, count)
+            sums = [self._world.to_host(side.factor_sum) for side in users.sides]
+            candidates = self.index.candidates(sums, users.n, seen, count)
             mine = candidates.to(self._world.device)
         if not self.items.is_shared:
             return [mine]

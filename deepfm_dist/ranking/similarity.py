@@ -105,7 +105,7 @@ def similar_items(
     n = len(catalogue)
     nobody = Users(np.zeros(0, np.int32))
     item_ranker = ModelRanker.from_model(model, world, dataset, catalogue, nobody, {})
-    vectors = item_ranker.item_vectors().cpu()
+    vectors = world.to_host(item_ranker.item_vectors())
     if config.metric == "cosine":
         vectors = unit_length(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.checkpoint import Staging, _optimizer_state
-from deepfm_dist.distributed.heartbeat import in_background
+from deepfm_dist.distributed.heartbeat import Watch, in_background
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.errors import CheckpointError
@@ -553,6 +554,30 @@ def test_a_copy_for_a_checkpoint_makes_nothing_of_a_tables_size_on_its_device(
     assert {shape for shape in placeholders if shape != ()} == set()
     assert differ == []
     assert shared == []
+
+
+def _copies_are_watched(folder: Path, run_dir: Path) -> list[bool]:
+    with process_group("cpu") as world:
+        watch = Watch(world.store.clone(), world.rank, world.world_size, 60)  # type: ignore[attr-defined]
+        run, seen, copy = (
+            Run(folder, config_of(*SMALL), replace(world, watch=watch)),
+            [],
+            Staging.copy,
+        )
+
+        def copied(self: Staging, tensors: dict[str, Any]) -> dict[str, Any]:
+            seen.append(watch._since is not None)
+            return copy(self, tensors)
+
+        Staging.copy = copied  # type: ignore[method-assign]
+        run.save(run_dir, 1)
+        return [*seen, watch._since is not None]
+
+
+def test_a_rank_lost_while_others_copy_for_a_checkpoint_is_noticed(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    assert run_alone(_copies_are_watched, sample.folder, tmp_path) == [True, False]
 
 
 def test_memory_for_copies_of_a_gpu_is_pinned_where_it_can_be(

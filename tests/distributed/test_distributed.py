@@ -19,7 +19,7 @@ from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.distributed import heartbeat, sharding
+from deepfm_dist.distributed import checkpoint, heartbeat, sharding
 from deepfm_dist.distributed import process_group as world_module
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
 from deepfm_dist.distributed.pipeline import train_pipeline
@@ -42,7 +42,7 @@ from deepfm_dist.training.evaluation import RowEvaluator
 from tests.conftest import HISTORY
 from tests.plain_deepfm import PlainDeepFM
 from tests.ranks import RankFailed, run_alone, run_ranks
-from tests.steps import COPIES, SMALL, Run, config_of, difference
+from tests.steps import COPIES, SMALL, Run, config_of, difference, on_two_machines
 
 LARGE = ("model.over_arch_layer_sizes=[400, 400, 400]", "model.embedding_dim=10")
 OF_USERS = (*HISTORY, "trainer.batch_size=61", "model.init_std=0.1")
@@ -532,6 +532,8 @@ def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> No
         ("sharding.tables={users: {kind: row_wise}}", "unknown table; available: user, item"),
         ("sharding.tables={user: {kind: table_wise, rank: 3}}", "the last of 1 rank is 0"),
         ("optimizer.tables.name=lazy_adam", "no such kernel on cpu; use adam"),
+        ("sharding.kind=table_row_wise", "only on CUDA, not on a cpu; use row_wise"),
+        ("sharding.tables={user: {kind: table_row_wise}}", "tables.user.kind=.*: only on CUDA"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
@@ -842,6 +844,73 @@ def test_a_table_is_replicated_up_to_the_rows_that_a_rank_looks_up() -> None:
         copies(everywhere, 2, replicable=False)
     with pytest.raises(ValidationError, match=r"cached=0.5: a replicated table is small"):
         TablePlan(kind="replicated", cached=0.5)
+
+
+def _saved_on_the_way(
+    folder: Path, config: Config, run_dir: Path
+) -> tuple[list[float], dict[str, slice]]:
+    """Losses of twelve steps, and this rank's rows of each table."""
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
+        losses = run.losses(1, 6)
+        run.save(run_dir, 6)
+        losses += run.losses(7, 12)
+        return losses, {table: rows for table, rows, *_ in local_shards(run.sharded)}
+
+
+def _resumed(folder: Path, config: Config, run_dir: Path) -> list[float]:
+    with process_group("cpu") as world:
+        run = Run(folder, config, world)
+        checkpoint.load(checkpoint.find_checkpoint(run_dir), world, run.sharded, run.optimizer)
+        return run.losses(7, 12)
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_tables_cut_within_a_machine_train_and_resume_as_on_one_rank(
+    sample: PreparedDataset, tmp_path: Path, optimizer: str
+) -> None:
+    common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: 0.003}}")
+    alone, cut = config_of(*common), config_of(*common, "sharding.kind=table_row_wise")
+    expected, _ = run_alone(_saved_on_the_way, sample.folder, alone, tmp_path / "alone")
+    job = _saved_on_the_way, sample.folder, cut, tmp_path / "cut"
+    found = run_ranks(on_two_machines, 4, *job)
+    for losses, _ in found:
+        assert difference(losses, expected) <= 1e-6
+    first = [{"user": slice(0, 351), "genre": slice(0, 10)}]
+    first += [{"user": slice(351, 701), "genre": slice(10, 19)}]
+    assert [rows for _, rows in found] == [
+        *first,
+        {"item": slice(0, 201)},
+        {"item": slice(201, 401)},
+    ]
+    resumed = run_alone(_resumed, sample.folder, alone, tmp_path / "cut")
+    assert difference(resumed, expected[6:]) <= 1e-6
+
+
+def test_a_table_is_cut_over_the_ranks_of_one_machine() -> None:
+    tables = {name: Table(rows, (name,)) for name, rows in (("a", 90), ("b", 90), ("few", 3))}
+    model = build_deepfm(tables, list(tables), 0, embedding_dim=3, device=torch.device("meta"))
+    everywhere = ShardingConfig(kind="table_row_wise", tables={"b": TablePlan(kind="row_wise")})
+
+    def placed(config: ShardingConfig, size: int, local: int) -> dict[str, tuple[str, int | None]]:
+        found = sharding.place(model, hypothetical_world(size, local), config, 64, 1 << 30)
+        return {name: (plan.kind, plan.rank) for name, plan in found.items()}
+
+    found = placed(everywhere, 8, 4)  # three rows are too few for four ranks
+    assert found == {"a": ("table_row_wise", 0), "b": ("row_wise", None), "few": ("table_wise", 2)}
+    assert placed(everywhere, 4, 4)["a"] == ("row_wise", None)
+    named = ShardingConfig(tables={"a": TablePlan(kind="table_row_wise", rank=6)})
+    assert placed(named, 8, 4)["a"] == ("table_row_wise", 4)
+    for config, size, local, message in (
+        (everywhere, 6, 4, r"kind=table_row_wise: 6 ranks on machines of 4 each; start as many"),
+        (
+            ShardingConfig(tables={"few": TablePlan(kind="table_row_wise")}),
+            *(8, 4),
+            r"few.kind=table_row_wise: 3 rows cut over 4 ranks leave a rank without any",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            placed(config, size, local)
 
 
 def _pipelines(folder: Path) -> list[str]:

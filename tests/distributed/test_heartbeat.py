@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torchrec.distributed import comm
 
 from deepfm_dist.distributed import heartbeat
 from deepfm_dist.distributed import process_group as world_module
@@ -105,8 +106,11 @@ def test_a_group_with_outstanding_collectives_is_aborted(monkeypatch: pytest.Mon
     for name in ("_abort_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist.distributed_c10d, name, lambda name=name: calls.append(name))
         monkeypatch.setattr(dist, name, lambda name=name: calls.append(name), raising=False)
-    world_module._leave(abort=True)
-    world_module._leave(abort=False)
+    for abort in (True, False):
+        monkeypatch.setattr(comm, "_INTRA_PG", "of the ranks of this machine")
+        monkeypatch.setattr(comm, "_CROSS_PG", "of a rank of each machine")
+        world_module._leave(abort=abort)
+        assert comm._INTRA_PG is comm._CROSS_PG is None
     assert calls == ["_abort_process_group", "destroy_process_group"]
 
 

@@ -22,7 +22,7 @@ from deepfm_dist.distributed.sharding import RESERVED, local_shards
 from deepfm_dist.jobs.plan import plan
 from deepfm_dist.report.tables import plan_table
 from tests.ranks import run_ranks
-from tests.steps import COPIES, SMALL, Run, config_of
+from tests.steps import COPIES, SMALL, Run, config_of, on_two_machines
 
 BILLION = {"user": 1_000_000_000, "item": 50_000_000, "genre": 18}
 ALL_NAMED = "sharding.tables={user: {kind: row_wise}, item: {kind: table_wise, rank: 1}, "
@@ -54,7 +54,8 @@ def test_a_billion_rows_over_64_gpus() -> None:
     found = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
     user, item, genre = found.tables
     assert found.fits
-    assert (user.sharding, user.ranks) == ("row_wise", range(64))
+    assert (user.sharding, user.ranks) == ("table_row_wise", range(8))
+    assert (item.sharding, item.ranks) == ("table_row_wise", range(8, 16))
     assert (genre.sharding, genre.ranks) == ("replicated", range(64))
     assert (user.weight_bytes, user.state_bytes) == (10**9 * 20 * 4, 10**9 * 4)  # 16 + 1 -> 20
     assert item.weight_bytes == 50_000_000 * 80
@@ -63,14 +64,17 @@ def test_a_billion_rows_over_64_gpus() -> None:
     assert sum(rank.table_bytes for rank in found.ranks) == 64 * copies + sum(
         table.weight_bytes + table.state_bytes for table in (user, item)
     )
-    least = 10**9 // 64 * 84
-    assert all(rank.table_bytes >= least for rank in found.ranks)
+    assert found.ranks[0].table_bytes == 10**9 // 8 * 84 + copies
+    spread = planned(
+        config_of("trainer.batch_size=65536", "sharding.kind=row_wise"), BILLION, 64, 8, 80
+    )
+    assert all(rank.table_bytes >= 10**9 // 64 * 84 for rank in spread.ranks)
+    assert found.seconds_sending < spread.seconds_sending / 4
     code, out, _ = said(*ROWS, "--world-size=64", "trainer.batch_size=65536")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
-    assert ["user", "1,000,000,000", "74.51", "GiB", "3.725", "GiB", "row_wise", "0-63"] in [
-        line[:8] for line in lines
-    ]
+    row = ["user", "1,000,000,000", "74.51", "GiB", "3.725", "GiB", "table_row_wise", "0-7"]
+    assert row in [line[:8] for line in lines]
     assert f"fullest rank: {found.fullest.total_bytes / GIB:.4g} GiB, {found.share:.1%}" in out
 
 
@@ -344,11 +348,13 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
             def counts(*arguments: Any, **named: Any) -> Any:
                 bound = parameters.bind(*arguments, **named).arguments
                 given = bound["input_tensor" if "input_tensor" in bound else "input"]
-                mine = given.numel() / world.world_size  # which stays
+                group = bound.get("group")
+                rank, size = dist.get_rank(group), dist.get_world_size(group)
+                mine = given.numel() / size  # which stays
                 if name == "all_to_all_single" and bound.get("input_split_sizes"):
-                    mine = bound["input_split_sizes"][world.rank] * given[:1].numel()
+                    mine = bound["input_split_sizes"][rank] * given[:1].numel()
                 elif name == "all_gather_into_tensor":
-                    mine = given.numel() * (2 - world.world_size)
+                    mine = given.numel() * (2 - size)
                 kind = {torch.int32: "ids", torch.float32: "floats"}.get(given.dtype)
                 if kind is not None:  # int64: how much is to come
                     counted[kind] += int((given.numel() - mine) * 4)
@@ -373,6 +379,37 @@ def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> 
         assert of_rank["embeddings"] + of_rank["embedding_gradients"] == floats
         # Which rows are whose is told to be even where a table is cut; genres come in any number.
         assert of_rank["ids"] == pytest.approx(ids, rel=0.05)
+
+
+def test_bytes_within_and_between_machines_are_those_exchanged(sample: PreparedDataset) -> None:
+    config = config_of(*SMALL, "sharding.kind=table_row_wise")
+    found = run_ranks(on_two_machines, 4, _messages_of_a_step, sample.folder, config)
+    floats = sum(counted["floats"] for _, counted in found)
+    ids = sum(counted["ids"] for _, counted in found)
+    for told, _ in found:
+        assert told["embeddings"] + told["embedding_gradients"] == floats
+        assert told["ids"] == pytest.approx(ids, rel=0.05)
+    # Of 2048 rows, 3 fields and 12 floats: between two ranks that each have half of a pool, and
+    # from the machine that has it to the other one; the same back.
+    assert floats == 2 * (2048 + 2048 / 2) * 3 * 12 * 4
+    rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
+    at_a_time = config.trainer.batch_size
+    plan = planned(config, rows, 4, 2, 80)
+    assert [(table.sharding, list(table.ranks)) for table in plan.tables] == [
+        ("table_row_wise", ranks) for ranks in ([0, 1], [2, 3], [0, 1])
+    ]
+    each = 4 * at_a_time * (1 / 2 + 1) * 3 / 2  # ids: half to each holder; lengths to both
+    assert sum(table.traffic_bytes for table in plan.tables) == floats + 3 * each
+    # Rank 0 has half of two tables: it halves the sums of 2048 rows, sends those of half of the
+    # others' rows, gathers the gradients; ids go to rank 1, and of one table to ranks 2 and 3.
+    row, at_home = 12 * 4, at_a_time // 4
+    within = 2 * (2 * at_a_time / 2 * row + at_home * (4 / 2 + 4))
+    between = 2 * at_a_time / 4 * row + at_home * row + at_home * 2 * (4 / 2 + 4)
+    arch = plan.job.task.model.interaction_arch
+    reduced = 2 * 3 * sum(p.numel() for p in arch.parameters()) * 4 // 4
+    rank = plan.ranks[0]
+    assert rank.sent_bytes - reduced == within + between
+    assert rank.local_bytes - reduced / 3 == pytest.approx(within)
 
 
 NOTEBOOK = {"user": 31_360, "item": 6_807, "genre": 18}

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.nearest import NearestItems
 from tests.ranks import run_alone
 
@@ -17,9 +16,8 @@ def _share_found(kind: str, probes: int) -> float:
     rng = np.random.default_rng(2)
     points = rng.normal(size=(N_ITEMS, 9)).astype(np.float32)
     users = torch.from_numpy(rng.normal(size=(N_USERS, 8)).astype(np.float32))
-    side = Side(torch.zeros(N_USERS), users, torch.zeros(N_USERS, 0))
     nothing = Jagged(np.zeros(N_USERS + 1, np.int64), np.zeros(0, np.int32))
-    found = NearestItems(points, kind, probes).candidates([side], N_USERS, nothing, 10)
+    found = NearestItems(points, kind, probes).candidates([users], N_USERS, nothing, 10)
     scores = users @ torch.from_numpy(points[:, :8]).T + torch.from_numpy(points[:, 8])
     best = scores.topk(10).indices
     return float((found[:, :, None] == best[:, None]).any(1).double().mean())
