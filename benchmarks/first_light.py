@@ -220,7 +220,7 @@ def synchronisations_of_a_step(device: str) -> dict[str, int]:
 @check(120, "two runs equal bit for bit, and a resumed one")
 def deterministic_resume(device: str) -> str:
     """What run.deterministic promises."""
-    from tests.distributed.test_checkpoint import resumed, trained_through
+    from tests.distributed.checkpoints import resumed, trained_through
     from tests.ranks import run_alone
     from tests.steps import SMALL, config_of
 

@@ -31,7 +31,7 @@ from deepfm_dist import (
     tune,
 )
 from deepfm_dist.events import EvaluateEvent, RecommendEvent, read_events
-from tests.interop.test_notebook import NotebookDeepFM
+from tests.interop.notebook import NotebookDeepFM
 from tests.ranks import run_alone, run_ranks
 
 COMMANDS = {

@@ -18,9 +18,9 @@ from deepfm_dist.distributed.pipeline import train_pipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.types import Precision
-from tests.distributed.test_checkpoint import resumed, trained_through
+from tests.distributed.checkpoints import resumed, trained_through
 from tests.kernel_cases import Case, Ranking, error_of
-from tests.ranking.test_ranking import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
+from tests.ranking.cases import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
 from tests.ranks import run_ranks
 from tests.steps import SMALL, Run, config_of, difference
 

@@ -31,19 +31,11 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import fused_kernels, local_shards
 from deepfm_dist.errors import CheckpointError
 from tests.conftest import HISTORY
+from tests.distributed.checkpoints import resumed, saved_tables, trained_through
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.steps import COPIES, SMALL, Run, config_of, difference
 
 OPTIMIZERS = ["rowwise_adagrad", "adagrad", "sgd", "adam"]
-
-
-def _saved(folder: Path, config: Config, run_dir: Path) -> list[tuple[str, slice, np.ndarray]]:
-    """Trains three steps and saves; this rank's pieces of the tables."""
-    with process_group("cpu") as world:
-        run = Run(folder, config, world)
-        run.losses(1, 3)
-        run.save(run_dir, 3)
-        return [(t, rows, piece.numpy().copy()) for t, rows, _, piece in local_shards(run.sharded)]
 
 
 def _loaded(folder: Path, config: Config, path: Path) -> list[tuple[str, slice, np.ndarray]]:
@@ -59,7 +51,7 @@ def test_weights_are_read_at_any_world_size_and_plan(
 ) -> None:
     saving = config_of(*SMALL, f"optimizer.tables.name={optimizer}", "sharding.kind=row_wise")
     whole = {t: np.zeros((s.rows, 12), np.float32) for t, s in sample.manifest.tables.items()}
-    for pieces in run_ranks(_saved, 4, sample.folder, saving, tmp_path):
+    for pieces in run_ranks(saved_tables, 4, sample.folder, saving, tmp_path):
         for table, rows, piece in pieces:
             whole[table][rows] = piece
     path = checkpoint.find_checkpoint(tmp_path)
@@ -83,7 +75,7 @@ def test_four_ranks_save_the_optimizer_state_of_one(
     config = config_of(*SMALL, f"optimizer.tables.name={optimizer}", _placed(kind))
     states = []
     for size in (1, 4):
-        run_ranks(_saved, size, sample.folder, config, tmp_path / str(size))
+        run_ranks(saved_tables, size, sample.folder, config, tmp_path / str(size))
         path = checkpoint.find_checkpoint(tmp_path / str(size))
         dcp_to_torch_save(path, tmp_path / "whole.pt")
         states.append(torch.load(tmp_path / "whole.pt")["optimizer"])
@@ -94,30 +86,6 @@ def test_four_ranks_save_the_optimizer_state_of_one(
     for name in alone:
         for key, value in alone[name].items():
             torch.testing.assert_close(sharded[name][key], value, rtol=1e-3, atol=1e-7)
-
-
-def trained_through(
-    folder: Path, config: Config, run_dir: Path, device: str = "cpu"
-) -> list[float]:
-    """Forty steps; the checkpoints of steps 10 and 20 are written while training goes on."""
-    with process_group(device, deterministic=config.run.deterministic) as world:
-        run = Run(folder, config, world)
-        checkpoints = checkpoint.Checkpoints(run_dir, world, keep_last=2)
-        losses: list[float] = []
-        for step in (10, 20):
-            losses += run.losses(step - 9, step)
-            state = {"config": {"data": {}, "model": {}}, "vocabulary_hash": "", "trainer": {}}
-            checkpoints.save(step, run.sharded, run.optimizer, state)
-        losses += run.losses(21, 40)
-        checkpoints.wait()
-        return losses
-
-
-def resumed(folder: Path, config: Config, run_dir: Path, device: str = "cpu") -> list[float]:
-    with process_group(device, deterministic=config.run.deterministic) as world:
-        run = Run(folder, config, world)
-        checkpoint.load(checkpoint.find_checkpoint(run_dir), world, run.sharded, run.optimizer)
-        return run.losses(21, 40)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +222,7 @@ def test_larger_tables_keep_what_was_saved_and_start_new_rows_afresh(
     sample: PreparedDataset, tmp_path: Path, kind: str
 ) -> None:
     saving = config_of(*SMALL, "sharding.kind=row_wise")
-    run_ranks(_saved, 2, sample.folder, saving, tmp_path)
+    run_ranks(saved_tables, 2, sample.folder, saving, tmp_path)
     config = config_of(*SMALL, f"sharding.kind={kind}")
     for size, more in ((1, 7), (2, 7), (4, 900)):
         saved = _whole(run_ranks(_grown, 1, sample.folder, config, tmp_path, 0))
@@ -341,7 +309,7 @@ def test_saving_where_a_file_is_in_the_way_ends_all_ranks_with_one_line(
     (tmp_path / "checkpoints").write_text("in the way")
     path = checkpoint.checkpoint_path(tmp_path, 3)
     with pytest.raises(RankFailed) as caught:
-        run_ranks(_saved, 2, sample.folder, config_of(*SMALL), tmp_path)
+        run_ranks(saved_tables, 2, sample.folder, config_of(*SMALL), tmp_path)
     assert f"CheckpointError: {path}: cannot be written: Not a directory" in str(caught.value)
     assert "SystemExit: 2" in str(caught.value)
 
@@ -400,7 +368,7 @@ def test_a_rank_that_goes_silent_in_a_save_is_missed_within_the_time_out(
 def test_incomplete_and_foreign_checkpoints_are_refused(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
-    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path)
+    run_alone(saved_tables, sample.folder, config_of(*SMALL), tmp_path)
     path, later = (checkpoint.checkpoint_path(tmp_path, step) for step in (3, 4))
     shutil.copytree(path, later)
     (later / checkpoint.MARKER).unlink()
@@ -423,7 +391,7 @@ def test_one_flipped_bit_is_found_and_an_earlier_checkpoint_named(
     sample: PreparedDataset, tmp_path: Path, size: int
 ) -> None:
     config = config_of(*SMALL)
-    run_ranks(_saved, size, sample.folder, config, tmp_path)
+    run_ranks(saved_tables, size, sample.folder, config, tmp_path)
     path = checkpoint.find_checkpoint(tmp_path)
     files = [*path.glob("*.distcp"), path / ".metadata"]
     assert len(files) == size + 1
@@ -462,7 +430,7 @@ def _said_about(folder: Path, config: Config, path: Path) -> tuple[str, list[str
 def test_one_flipped_bit_of_a_marker_changes_nothing_in_silence(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
-    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path)
+    run_alone(saved_tables, sample.folder, config_of(*SMALL), tmp_path)
     path = checkpoint.find_checkpoint(tmp_path)
     marker, rng = path / checkpoint.MARKER, np.random.default_rng(1)
     whole, expected = marker.read_bytes(), checkpoint.read_state(path)

@@ -24,7 +24,7 @@ from deepfm_dist.errors import CheckpointError, DeepFMError
 from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.jobs.export import is_export_of, up_to_date_export
 from deepfm_dist.runs.trained import find_run
-from tests.distributed.test_checkpoint import _saved
+from tests.distributed.checkpoints import saved_tables
 from tests.ranks import run_alone, run_ranks
 from tests.steps import SMALL, config_of
 
@@ -212,7 +212,7 @@ def test_weights_are_the_checkpoints_at_any_slice_and_file_size(
 ) -> None:
     path = checkpoint.checkpoint_path(tmp_path, 3)
     pieces = run_ranks(
-        _saved, size, sample.folder, config_of(*SMALL, f"sharding.kind={kind}"), tmp_path
+        saved_tables, size, sample.folder, config_of(*SMALL, f"sharding.kind={kind}"), tmp_path
     )
     for number, (buffer, limit) in enumerate([(1, 1), (1000, 40_000), (1 << 30, 1 << 30)]):
         out = tmp_path / str(number)
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_and_a_foreign_folder_are_refused_and_leave_nothing
     sample: PreparedDataset, tmp_path: Path, trained: tuple[Path, list[str]]
 ) -> None:
     path = checkpoint.checkpoint_path(tmp_path / "run", 3)
-    run_alone(_saved, sample.folder, config_of(*SMALL), tmp_path / "run")
+    run_alone(saved_tables, sample.folder, config_of(*SMALL), tmp_path / "run")
     [piece] = path.glob("*.distcp")
     whole, target = piece.read_bytes(), tmp_path / "out"
     for damaged in (piece, path / ".metadata"):

@@ -1,7 +1,6 @@
 """Catalogue scores, top-K and ranking metrics against brute force."""
 
 import copy
-import hashlib
 import itertools
 import json
 import logging
@@ -19,10 +18,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from deepfm_dist.build import deepfm_of, shard_for_training
-from deepfm_dist.config import Config, config_from, load_config
+from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.preparation.local import prepare
@@ -31,7 +29,6 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
-from deepfm_dist.model.norm import GlobalBatchNorm
 from deepfm_dist.ranking import catalogue, evaluation, output
 from deepfm_dist.ranking.baselines import (
     AnySize,
@@ -55,42 +52,11 @@ from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import RowEvaluator
-from tests.cross_net import CrossNet
+from tests.ranking.cases import N_CATEGORICAL, N_DENSE, OF_ITEM, config_of, digest, random_arch
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.steps import Run
 
 BASELINES = {"popularity": Popularity(), "item_knn": ItemKNN(20), "ease": Ease(100.0)}
-OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones
-N_CATEGORICAL, N_DENSE = 4, 2
-
-
-def random_arch(
-    seed: int, hidden: tuple[int, ...] | None, custom: bool, **options: object
-) -> InteractionArch:
-    torch.manual_seed(seed)
-    dim = int(options.pop("dim", 5))  # type: ignore[call-overload]
-    in_features = (N_CATEGORICAL + N_DENSE) * dim
-    over_arch: nn.Module | None = None
-    if custom:
-        over_arch = CrossNet(in_features)
-    elif hidden is not None:
-        over_arch = OverArch(
-            in_features,
-            hidden,
-            activation=str(options.pop("activation", "relu")),
-            dropout=0.5,
-            batch_norm=bool(options.pop("batch_norm", False)),
-        )
-        for module in over_arch.modules():
-            if isinstance(module, GlobalBatchNorm):
-                for tensor in (module.weight.data, module.bias.data, module.running_mean):
-                    tensor.normal_()
-                module.running_var.uniform_(0.5, 2)
-    first_order, fm = bool(options.get("first_order", True)), bool(options.get("fm", True))
-    is_item_field = OF_ITEM if options.get("across") else None
-    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, 0.5, is_item_field)
-    arch.bias.data.normal_()
-    return arch.eval()
 
 
 def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
@@ -492,15 +458,6 @@ def _everything(folder: Path, config: Config, out: Path, k: int) -> dict[str, ob
             ],
             "bias": float(model.interaction_arch.bias),
         }
-
-
-def config_of(*overrides: str) -> Config:
-    wide = "model={embedding_dim: 10, over_arch_layer_sizes: [30, 20, 10], init_std: 0.5}"
-    return load_config("sample", [wide, *overrides])
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_files_are_byte_identical_at_any_world_size_and_the_ranking_is_right(

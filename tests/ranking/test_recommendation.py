@@ -30,7 +30,7 @@ from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.report.tables import ranking_table
 from tests.conftest import HISTORY
-from tests.ranking.test_ranking import config_of, digest
+from tests.ranking.cases import config_of, digest
 from tests.ranks import RankFailed, run_alone, run_ranks
 
 # A table of bags cut by rows sums them in another order at every world size.

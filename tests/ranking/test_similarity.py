@@ -15,7 +15,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.ranking.settings import SimilarConfig
 from deepfm_dist.ranking.similarity import similar_items
-from tests.ranking.test_ranking import config_of, digest
+from tests.ranking.cases import config_of, digest
 from tests.ranks import RankFailed, run_alone, run_ranks
 
 FILES = ("similar_items.csv", "similar_items.parquet")

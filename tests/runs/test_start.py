@@ -16,7 +16,7 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.runs.start import read_start
-from tests.data.test_compatibility import config_of, prepared, write_input
+from tests.data.small_datasets import config_of, prepared, write_input
 from tests.ranks import run_alone, run_ranks
 from tests.steps import Run, difference
 

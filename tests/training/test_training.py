@@ -44,7 +44,7 @@ from deepfm_dist.training.settings import TrainerConfig
 from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
 from deepfm_dist.training.trainer import Hooks, Trainer
-from tests.data.test_layout import cell, setting
+from tests.data.damage import cell, setting
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.steps import SMALL, Run, config_of, difference
 
