@@ -17,9 +17,10 @@ from deepfm_dist.data.sources.columnar import ColumnarReader
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
 from deepfm_dist.data.sources.json_lines import JsonLinesReader
-from deepfm_dist.data.sources.nested import as_lists, holds_lists
+from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists
 from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
+from deepfm_dist.errors import DataError
 
 __all__ = [
     "BLOCK_BYTES",
@@ -128,7 +129,10 @@ def find_lists(
     reader = _reader(Source(str(path), name), columns, layout, Counter())
     for batch in reader.batches():
         if batch.num_rows:
-            return {c.name for c in columns if holds_lists(reader.cells(batch, c))}
+            try:
+                return {c.name for c in columns if holds_lists(reader.cells(batch, c))}
+            except NestedError as error:
+                raise DataError(f"{path}: {error}") from None
     raise EmptyFile(f"{path}: no rows; expected at least one below the header")
 
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from deepfm_dist.data.sources.nested import json_text, python_literal, text_of
+from deepfm_dist.data.sources.nested import (
+    NestedError,
+    json_decoder,
+    json_text,
+    python_literal,
+    text_of,
+)
 from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile
 from deepfm_dist.data.sources.text_stream import NO_TEXT, TextStream
@@ -119,6 +125,7 @@ class JsonLinesReader(Reader):
 
     def _blocks(self) -> Iterator[_Objects]:
         """Objects of about `BLOCK_BYTES` of text."""
+        decoder = self._decoder()
         try:
             if self._is_array():
                 yield self._array()
@@ -129,7 +136,7 @@ class JsonLinesReader(Reader):
             for number, line in self._lines():
                 n_read += 1
                 try:
-                    value = json.loads(line.decode())
+                    value = decoder.decode(line.decode())
                     if type(value) is not dict:
                         raise ValueError("not an object")
                     objects.append(value)
@@ -154,10 +161,15 @@ class JsonLinesReader(Reader):
         except self.source.failures as error:
             raise DataError(f"{self.source.path}: not readable: {brief(error)}") from None
 
+    def _decoder(self) -> json.JSONDecoder:
+        """Refuses objects that have a member twice which is wanted."""
+        names = [column.name for column in self.columns]
+        return json_decoder(*names, *(part for name in names for part in name.split(".")))
+
     def _array(self) -> _Objects:
         with self._text() as text:
             try:
-                array = json.loads(text.read().decode("utf-8-sig"))
+                array = self._decoder().decode(text.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{self.source.path}: not readable as a JSON array: {brief(error)}"
@@ -174,6 +186,10 @@ class JsonLinesReader(Reader):
 
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")
+        if isinstance(error, NestedError):
+            return DataError(
+                f"{path}, line {number}: {short(text)} {error}; fix the row{self.source.or_skip}"
+            )
         if isinstance(error, UnicodeError):
             return DataError(
                 f"{path}, line {number}: not readable: {short(line)} is not UTF-8 text; "

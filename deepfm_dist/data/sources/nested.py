@@ -6,7 +6,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ _GUID = re.compile(r"\{[\da-fA-F]{8}-[\da-fA-F-]+\}")
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBERS = re.compile(r"\s*[-+.\deE]+(?:\s+[-+.\deE]+)*\s*")
 _SAMPLE = 1000
+_TWICE = "holds an object with two members {!r}"
 _LISTS_OF_LISTS = "holds lists of lists; write each cell as one list"
 
 
@@ -110,14 +112,21 @@ def _member(cells: pa.Array, name: str) -> pa.Array:
         known = [kind.field(i).name for i in range(kind.num_fields)]
         if name not in known:
             raise NestedError(f"has no member {name!r}; its members: {', '.join(known)}")
+        _check_once(known, frozenset([name]))
         return pc.struct_field(cells, [name])
     if pa.types.is_map(kind) and is_text(kind.key_type):
-        return pc.map_lookup(cells, pa.scalar(name, kind.key_type), "first")
+        key = pa.scalar(name, kind.key_type)
+        values = pc.map_lookup(cells, key, "all")
+        if (pc.max(pc.list_value_length(values)).as_py() or 0) > 1:
+            raise NestedError(_TWICE.format(name))
+        return pc.map_lookup(cells, key, "first")
     if is_list(kind):
         lists = cells.cast(pa.list_(kind.value_type))
         return _listed(lists, _member(plain(pc.list_flatten(lists)), name))
     if is_text(kind):
-        return _of_distinct(cells, lambda text: json_text(_get(_parsed(text), name)), pa.string())
+        return _of_distinct(
+            cells, lambda text: json_text(_get(_parsed(text, name), name)), pa.string()
+        )
     raise NestedError(f"holds {kind}, which has no member {name!r}")
 
 
@@ -229,20 +238,57 @@ def _of_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataT
     return pa.array(values, kind).take(distinct.indices)
 
 
-def _parsed(text: str) -> Any:
-    """A JSON or Python literal; a text that is neither, as it is."""
+@cache
+def json_decoder(*names: str) -> json.JSONDecoder:
+    """Decodes JSON; an object with two members of one of some names raises `NestedError`."""
+    wanted = frozenset(names)
+
+    def once(members: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        value = dict(members)
+        if len(value) < len(members):
+            _check_once([name for name, _ in members], wanted)
+        return value
+
+    return json.JSONDecoder(object_pairs_hook=once)
+
+
+def _check_once(members: Sequence[Any], wanted: frozenset[str]) -> None:
+    for name in dict.fromkeys(members):
+        if name in wanted and members.count(name) > 1:
+            raise NestedError(_TWICE.format(name))
+
+
+def _parsed(text: str, *wanted: str) -> Any:
+    """A JSON or Python literal; a text that is neither, as it is.
+
+    Raises:
+        NestedError: an object has two members of a name that is wanted.
+    """
     try:
-        return json.loads(text)
+        return json_decoder(*wanted).decode(text)
+    except NestedError:
+        raise
     except (ValueError, RecursionError):
-        return python_literal(text)
+        return python_literal(text, *wanted)
 
 
-def python_literal(text: str) -> Any:
-    """What a Python literal stands for; a text that is none, as it is."""
+def python_literal(text: str, *wanted: str) -> Any:
+    """What a Python literal stands for; a text that is none, as it is.
+
+    Raises:
+        NestedError: a dict has a key twice that is wanted.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a backslash that escapes nothing
         try:
-            return ast.literal_eval(text.strip())
+            tree = ast.parse(text.strip(), mode="eval")
+            for node in ast.walk(tree) if wanted else ():
+                if isinstance(node, ast.Dict):
+                    keys = [k.value for k in node.keys if isinstance(k, ast.Constant)]
+                    _check_once(keys, frozenset(wanted))
+            return ast.literal_eval(tree)
+        except NestedError:
+            raise
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return text
 

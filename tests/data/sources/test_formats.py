@@ -692,3 +692,55 @@ def test_a_comment_that_may_be_a_row_is_named(
     (tmp_path / "b.csv").write_text("#user,score\n007,1.5\n")
     with pytest.raises(DataError, match="remove the # at the beginning of its header line"):
         read_table(tmp_path / "b.csv", COLUMNS)
+
+
+def _of_cells(cells: pa.Array) -> pa.Table:
+    return pa.table({"user": pa.array(["a", "b"]), "g": cells})
+
+
+def _twice_in_parquet(path: Path, kind: str) -> None:
+    cells = {
+        "struct": lambda: pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=["n", "n"]),
+        "map": lambda: pa.array([[("n", 1)], [("n", 1)] * 2], pa.map_(pa.string(), pa.int8())),
+        "text": lambda: pa.array(['{"n": 1}', '{"n": 1, "m": 2, "n": 3}']),
+        "literal": lambda: pa.array(["{'n': 1}", "{'n': 1, 'm': 2, 'n': 3}"]),
+    }[kind]()  # fmt: skip
+    pq.write_table(_of_cells(cells), path)
+
+
+@pytest.mark.parametrize("kind", ["struct", "map", "text", "literal"])
+def test_a_member_that_comes_twice_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.parquet"
+    _twice_in_parquet(path, kind)
+    with pytest.raises(DataError, match=r"column 'g\.n' holds an object with two members 'n'"):
+        read_table(path, [Column("user"), Column("g.n")])
+    if kind != "struct":
+        assert read_table(path, [Column("g.m", required=False)]).num_rows == 2
+
+
+@pytest.mark.parametrize(
+    "line", ['{"user": "a", "user": "b"}', '{"user": "a", "g": {"n": 1, "n": 1}}']
+)
+def test_a_member_of_a_json_line_that_comes_twice_is_a_bad_row(tmp_path: Path, line: str) -> None:
+    path, good = (
+        tmp_path / "a.jsonl",
+        '{"user": "x", "g": {"n": 3, "m": 1, "m": 1}, "z": 1, "z": 2}',
+    )
+    columns = [Column("user"), Column("g.n", required=False)]
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(DataError, match=r"line 2: .* holds an object with two members '(user|n)'"):
+        read_table(path, columns)
+    dropped = Counter[str]()
+    table = read_table(path, columns, on_bad_row="skip", dropped=dropped)
+    assert table.to_pydict() == {"user": ["x", "x"], "g.n": ["3", "3"]}
+    assert sum(dropped.values()) == 1
+    path.write_text(f"[{good}, {line}]")
+    with pytest.raises(DataError, match="two members"):
+        read_table(path, columns)
+
+
+def test_a_member_that_no_object_has_is_named_when_lists_are_looked_for(tmp_path: Path) -> None:
+    pq.write_table(_of_cells(pa.array([{"n": 1}, {"n": 2}])), tmp_path / "a.parquet")
+    for name in ("g.m", "user.m"):
+        with pytest.raises(DataError, match="has no member 'm'"):
+            find_lists(tmp_path / "a.parquet", [name])
