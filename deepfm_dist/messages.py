@@ -31,4 +31,6 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that a misspelled one is closest to, if any is close."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    names = list(known)
+    alike = [other for other in names if other.strip().casefold() == name.strip().casefold()]
+    return next(iter([*alike, *difflib.get_close_matches(name, names, n=1)]), None)

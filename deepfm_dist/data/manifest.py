@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,12 @@ def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]
         ConfigError: ``files`` describes a file that it does not read.
         DataError: there is no such file.
     """
-    check_formats(data)
-    return {label_of(files): find_files(root, files) for files in _files_of(data)}
+    by_setting = {label_of(files): find_files(root, files) for files in _files_of(data)}
+    check_formats(data, *(file.name for files in by_setting.values() for file in files))
+    return {
+        setting: [replace(f, pattern=f.name) if f.name in data.files else f for f in files]
+        for setting, files in by_setting.items()
+    }
 
 
 def is_input(path: Path, data: DataConfig, root: str | Path) -> bool:
@@ -299,10 +304,9 @@ def check_formats(data: DataConfig, *others: str) -> None:
     Raises:
         ConfigError: ``files`` has it.
     """
-    names = [name for files in _files_of(data) for name in names_of(files)]
-    names = [*dict.fromkeys(names), *others]
+    names = [*dict.fromkeys(name for files in _files_of(data) for name in names_of(files))]
     for name in data.files:
-        if name not in names:
+        if name not in (*names, *others):
             near = nearest(name, names)
             hint = f"did you mean {near!r}? " if near else ""
             raise ConfigError(

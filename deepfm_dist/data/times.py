@@ -63,6 +63,7 @@ _ERAS = (
     ("microseconds since 1970", 631152000 * 10**6, 4133980799 * 10**6),
     ("nanoseconds since 1970", 631152000 * 10**9, 4133980799 * 10**9),
 )
+_ERA_FORMATS = ("%Y%m%d", "s", "%Y%m%d%H%M", "ms", "%Y%m%d%H%M%S", "us", "ns")
 USUAL = (631152000, 4133980799)
 """Seconds since 1970 of the years 1990 to 2100, in which nearly all logs lie."""
 _BOUNDS = np.array([b for _, low, high in _ERAS for b in (low, high + 1)], np.int64)
@@ -334,7 +335,13 @@ class TimeColumn:
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
             # Were they counts of something else, some would lie in between.
             one, two = eras[:2]
-            what = f"which look like {_ERAS[one][0]} and {_ERAS[two][0]}; write all in one unit"
+            # Dates first: counted from 1970, they are times, too. Then the longest unit.
+            units = sorted((_ERA_FORMATS[k] for k in eras), key=lambda name: name in EPOCH_UNITS)
+            formats = ", ".join(map(_in_yaml, units))
+            what = (
+                f"which look like {_ERAS[one][0]} and {_ERAS[two][0]}; say how they are written: "
+                f'data.interactions.time_format="[{formats}]"'
+            )
             raise self._mixed(str(2 * one + 1), str(2 * two + 1), what)
 
     def warnings(self) -> list[str]:

@@ -268,3 +268,27 @@ def test_words_for_a_missing_value_among_ids_are_counted(
         dataset = prepared(tmp_path, ["1"], features=features, on_bad_row="skip")
     assert not [line for line in caplog.messages if "write for a missing value" in line]
     assert dataset.manifest.splits["train"].rows == len({*ROWS, ("Nancy", "nana")})
+
+
+@pytest.mark.parametrize(
+    ("ids", "warning"),
+    [
+        ([" a", " b", " c", "d"], "i: 3 of 4 ids begin or end with a space, such as ' a'"),
+        ([" a", "b", "c"], None),
+        (["a\0", "b"], r"i: 1 of 2 ids have characters .*, such as 'a\\x00'; write the file"),
+        (["a\ufffd", "\ufeffb"], r"i: 2 of 2 ids have characters .*'a\\ufffd'"),
+        (["a\tb", "\u0646\u200c\u0645", "\U0001f469\u200d\U0001f680"], None),  # joiners are letters
+    ],
+)
+def test_ids_that_look_damaged_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ids: list[str], warning: str | None
+) -> None:
+    pd.DataFrame([(f"u{k}", i) for k, i in enumerate(ids)], columns=["u", "i"]).to_csv(
+        tmp_path / "s.csv", index=False
+    )
+    data = BASE | {"features": BASE["features"][:2]}
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
+    warnings = [m for m in caplog.messages if "ids" in m]
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert re.search(warning.replace("i:", "item:", 1), warnings[0])

@@ -182,7 +182,7 @@ def test_formats_are_checked(tmp_path: Path) -> None:
         ([["1991-05-01", "1991"]], r"both 1991-05-01 00:00:00 and 1991, .*\[iso, '%Y'\]"),
         ([["1991-05-01", "199111"]], r"and 199111, .*\[iso, '%Y%m'\]"),
         ([["1991-05-01", "7"]], "and 7, whose order is unknown; write both in one way"),
-        ([["1580464800", "1580464800123"]], "both 1580464800 and 1580464800123, .* one unit"),
+        ([["1580464800", "1580464800123"]], r"both 1580464800 and 1580464800123, .*\[s, ms\]"),
         ([["20200131"], ["1580464800"]], "both 20200131 and 1580464800, which look like a date"),
         ([["1580464800", "0", "-1"], ["7"]], None),
         ([[str(n) for n in range(0, 10**13, 10**9 + 7)]], None),  # counts of something else
@@ -516,3 +516,30 @@ def test_two_fields_of_one_column_of_times_are_warned_of_once(
         data = {"interactions": spec, "features": features, "split": {"valid": 0, "test": 0}}
         prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "prepared", 1)
         assert sum("fit more than one format" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "cells", [("%Y%m%d", "s"), ("s", "ms", "us"), ("%Y%m%d%H%M", "ms"), ("ns", "%Y%m%d%H%M%S")]
+)
+def test_the_formats_that_are_proposed_for_two_notations_read_both(cells: tuple[str, ...]) -> None:
+    moments = pd.date_range("2019-11-21 10:00", periods=40, freq="40D")
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+    texts, expected = [], []
+    for k, moment in enumerate(moments):
+        name = cells[k % len(cells)]
+        seconds = int(moment.timestamp())
+        texts.append(
+            str(seconds * per_second[name]) if name in per_second else moment.strftime(name)
+        )
+        expected.append(seconds if name != "%Y%m%d" else int(moment.floor("D").timestamp()))
+    column = TimeColumn("at")
+    column.add(read_times(pa.array(texts)), "a.csv")
+    with pytest.raises(DataError, match="holds both") as caught:
+        column.check()
+    typed = str(caught.value).rpartition("time_format=")[2].strip('"')
+    read = read_times(pa.array(texts), yaml.safe_load(typed))
+    assert read.field("whole").to_pylist() == expected
+    again = TimeColumn("at")
+    again.add(read, "a.csv")
+    again.check()
+    assert again.warnings() == []

@@ -18,6 +18,9 @@ _NO_IDS = pa.array(
 )
 """Ids, in lower case, that programs write where they have none."""
 
+_NEVER_IN_IDS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{FEFF}\x{FFFD}]"
+"""Control characters, the byte-order mark, and the sign of what could not be decoded."""
+
 
 def vocabulary_warnings(
     data: DataConfig, name: str, texts: pa.Array, counts: Int64Array
@@ -34,6 +37,12 @@ def vocabulary_warnings(
         _placeholders(data, entity, texts, counts)
         for entity in ("user", "item")
         if name == entity_key(entity)
+    ]
+    warnings += [
+        text
+        for entity in ("user", "item")
+        if name == entity_key(entity)
+        for text in (_outer_spaces(entity, texts), _control_characters(entity, texts))
     ]
     warnings += [_look_alikes(name, texts), _two_spellings(name, texts)]
     for feature in data.features:
@@ -76,6 +85,30 @@ def _look_alikes(name: str, ids: pa.Array) -> str | None:
         f"{name.removeprefix(entity_key(''))}: {count:,} of {len(ids):,} values differ from "
         f"another one only in Unicode's normal form, such as {one} and {two}; they are kept apart: "
         f"write all files in one form (NFC) if they mean the same"
+    )
+
+
+def _outer_spaces(entity: str, ids: pa.Array) -> str | None:
+    """Most ids have spaces around them, as behind the commas of ``a, b, c``."""
+    spaced = ids.filter(pc.match_substring_regex(ids, r"^\s|\s$"))
+    if len(spaced) == 0 or 2 * len(spaced) < len(ids):
+        return None
+    return (
+        f"{entity}: {len(spaced):,} of {len(ids):,} ids begin or end with a space, such as "
+        f"{pc.min(spaced).as_py()!r}, which is a part of them; if it stands behind each delimiter, "
+        f'name both in data.files, such as delimiter: ", "'
+    )
+
+
+def _control_characters(entity: str, ids: pa.Array) -> str | None:
+    """Ids with characters that damaged files have, or files of another encoding."""
+    strange = ids.filter(pc.match_substring_regex(ids, _NEVER_IN_IDS))
+    if len(strange) == 0:
+        return None
+    return (
+        f"{entity}: {len(strange):,} of {len(ids):,} ids have characters that only damaged text "
+        f"has, such as {pc.min(strange).as_py()!a}; write the file again, or name its "
+        f"encoding in data.files"
     )
 
 

@@ -159,7 +159,10 @@ class CellTyper:
         Raises:
             DataError: a cell or a column cannot be read as what it is to be.
         """
-        arrays, bad = [], np.zeros(batch.num_rows, bool)
+        arrays, headers = [], _header_rows(batch)
+        if headers.any():
+            self._refuse_headers(headers, first_row)
+        bad = headers.copy()
         for column in self._columns:
             cells, values = self._converted(column, batch)
             unreadable = pc.and_(pc.is_null(values), pc.is_valid(cells))
@@ -179,6 +182,7 @@ class CellTyper:
                 setting = "data.interactions.time_format" if column.type == "time" else None
                 faults.append(_Fault(wrong, _WANTED[column.type], setting, column.formats))
             for fault in faults:
+                fault.wrong[headers] = False
                 if fault.wrong.any():
                     self._refuse(column, fault, cells, values, first_row)
                 bad |= fault.wrong
@@ -186,10 +190,21 @@ class CellTyper:
                 self._time_formats[column.key] = column.formats or formats_of(values)
             arrays.append(values)
         typed = pa.RecordBatch.from_arrays(arrays, names=[c.key for c in self._columns])
+        if n_unreadable := int(bad.sum() - headers.sum()):
+            self._dropped[f"{self._source.name}: rows with an unreadable cell"] += n_unreadable
         if bad.any():
-            self._dropped[f"{self._source.name}: rows with an unreadable cell"] += int(bad.sum())
             typed = typed.filter(pa.array(~bad))
         return typed
+
+    def _refuse_headers(self, headers: npt.NDArray[np.bool_], first_row: int) -> None:
+        """Names the first row that repeats the header; where bad rows are dropped, counts them."""
+        if not self._skip_bad:
+            where = self._where(first_row + int(headers.argmax()))
+            raise DataError(
+                f"{self._source.path}, {where}: the header line again, as in files that were put "
+                f"together; remove it{self._source.or_skip}"
+            )
+        self._dropped[f"{self._source.name}: rows that repeat the header"] += int(headers.sum())
 
     def _converted(self, column: Column, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
         """A column's cells as they are read, null where empty, and their values."""
@@ -206,9 +221,7 @@ class CellTyper:
                 cells = texts_of(cells)
             return cells, _convert(cells, column.type)
         except NestedError as error:
-            names = " or ".join(f"{column.name}.{member}" for member in error.members[:9])
-            cure = f"; name the member that is wanted: {names}" if names else ""
-            raise DataError(f"{start} {error}{cure}") from None
+            raise DataError(f"{start} {error}{_nested_cure(column, error)}") from None
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise DataError(
                 f"{start} holds {cells.type} and cannot be read as {column.type}"
@@ -293,6 +306,32 @@ class CellTyper:
             f"{path}, {where}: {name} {shown} {what}; "
             f"{first}fix the row{self._source.or_skip}{also}"
         )
+
+
+def _nested_cure(column: Column, error: NestedError) -> str:
+    """What to do about cells that are nested otherwise than is asked for; may be empty."""
+    if error.is_list:
+        field = column.purpose.removeprefix("field ")
+        if field != column.purpose:
+            return f"; set several: true for the field {field}"
+        return "; write a row for each, as pandas' explode does"
+    names = " or ".join(f"{column.name}.{member}" for member in error.members[:9])
+    return f"; name the member that is wanted: {names}" if names else ""
+
+
+def _header_rows(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    """``[n]`` bool: rows whose cells are the names of their columns."""
+    found = np.zeros(batch.num_rows, bool)
+    for number, name in enumerate(batch.schema.names):
+        cells = plain(batch.column(number))
+        if not is_text(cells.type):
+            return np.zeros(batch.num_rows, bool)
+        names = pa.array([name, f"\ufeff{name}"], cells.type)  # perhaps with a byte-order mark
+        is_name = np.asarray(pc.is_in(cells, value_set=names)).astype(bool)
+        found = is_name if number == 0 else found & is_name
+        if not found.any():
+            break
+    return found
 
 
 def with_decimal_points(cells: pa.Array, kind: ColumnType) -> pa.Array:

@@ -12,6 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, PACKED, EmptyFile, Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT, QuoteError, Quotes, TextStream
 from deepfm_dist.errors import DataError
-from deepfm_dist.messages import brief, plural, short
+from deepfm_dist.messages import plural, short
 
 log = logging.getLogger(__name__)
 
-_DELIMITERS = {",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'}
+_DELIMITERS = {
+    ", ": '", "', "; ": '"; "', ",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'
+}  # fmt: skip
 """What may separate cells, and how YAML has it."""
 _MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
 _ID_LINE = re.compile(r"[\w-]+:")  # of Netflix's files: the item of the rows below it
@@ -80,16 +83,34 @@ class DelimitedReader(Reader):
             if present[0].lstrip("# ") in wanted:
                 return "; remove the # at the beginning of its header line"
             return f"; its first line is a comment; {self._without_comments}"
+        if line.lower().startswith("sep="):
+            command = self._filtered("tail -n +2")
+            return f"; its first line is for Excel alone; write it without: {command}"
+        if "\0" in line:
+            encoding = "utf-16-be" if line.startswith("\0") else "utf-16-le"
+            name_it = self.source.cure("name it", f"encoding: {encoding}", "save it as UTF-8")
+            return f"; its encoding seems to be {encoding}: {name_it}"
         for mark, written in _DELIMITERS.items():
-            if mark != self.delimiter and wanted & set(line.split(mark)):
+            if mark != self.delimiter and self._is_separated_by(mark, line, wanted):
                 cure = self.source.cure("name it", f"delimiter: {written}", f"save it with {mark}")
                 return f"; its cells seem to be separated by {mark!r}: {cure}"
         if not self.quoted and wanted & {name.strip('"') for name in present}:
             return "; its names are in quotes: leave quoted: false out of data.files"
-        if self.layout.columns is None and not wanted & set(present):
+        alike = {name.strip().casefold() for name in present} & {n.casefold() for n in wanted}
+        if self.layout.columns is None and not alike:
             cure = self.source.cure("name them", "columns: [first, second, ...]", "add one")
             return f"; if it has no header line, {cure}, {len(present)} of them"
         return ""
+
+    def _is_separated_by(self, mark: str, header: str, wanted: set[str]) -> bool:
+        """Whether cells seem to be separated by another delimiter, given the header line."""
+        if not wanted & set(header.split(mark)):
+            return False
+        if " " not in mark:
+            return True
+        # Spaces may be in the header alone; with a delimiter of two characters, quotes are text.
+        rows = [self.delimiter.join(cells) for _, _, cells in islice(self._parsed(), 100)]
+        return len({row.count(mark) for row in rows}) == 1 and not any('"' in row for row in rows)
 
     def _text(self) -> Iterator[pa.RecordBatch]:
         names = list(self.layout.columns) if self.layout.columns else None
@@ -286,15 +307,31 @@ class DelimitedReader(Reader):
                 if len(cells) != expected:
                     where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)
                     break
+        start = f"{self.source.path}, {where}: {plural(n, 'cell')} instead of {expected}: "
+        if every := self._cells_of_every_row(expected):
+            return start + every
         if text.lstrip().startswith("#"):
+            return f"{start}{short(text)}, a comment; {self._without_comments}{self.source.or_skip}"
+        return f"{start}{short(text)}; fix the row{self.source.or_skip}"
+
+    def _cells_of_every_row(self, expected: int) -> str | None:
+        """What to do where rows have another number of cells than there are names, all the same."""
+        rows: list[Sequence[str]] = []
+        with suppress(csv.Error, *self.source.failures):
+            rows = [cells for row, _, cells in islice(self._parsed(), 100) if row >= 0]
+        lengths = {len(cells) for cells in rows}
+        if len(rows) < 2 or len(lengths) > 1 or lengths == {expected}:
+            return None
+        n = lengths.pop()
+        where = "data.files names" if self.layout.columns else "the header line names"
+        if n == expected + 1 and all(not cells[-1] for cells in rows):
+            mark = self.delimiter if self.delimiter in ",;|" else re.escape(self.delimiter)
+            without = self._filtered(shlex.join(["sed", f"s/{mark}$//"]))
             return (
-                f"{self.source.path}, {where}: {plural(n, 'cell')} instead of {expected}: "
-                f"{short(text)}, a comment; {self._without_comments}{self.source.or_skip}"
+                f"every row ends with a delimiter, and {where} {expected}; write it without: "
+                f"{without}"
             )
-        return (
-            f"{self.source.path}, {where}: {plural(n, 'cell')} instead of {expected}: "
-            f"{short(text)}; fix the row{self.source.or_skip}"
-        )
+        return f"so has every row, and {where} {plural(expected, 'column')}; name all {n}"
 
     @property
     def _without_comments(self) -> str:
@@ -384,7 +421,7 @@ class DelimitedReader(Reader):
                                 "name the encoding", "encoding: latin-1", "save it as UTF-8"
                             )
                         )
-        return f"{self.source.path}: not readable: {brief(error)}"
+        return self.source.unreadable(error)
 
 
 class _Raw(io.RawIOBase):

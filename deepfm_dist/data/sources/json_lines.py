@@ -159,7 +159,7 @@ class JsonLinesReader(Reader):
         except DataError:
             raise
         except self.source.failures as error:
-            raise DataError(f"{self.source.path}: not readable: {brief(error)}") from None
+            raise DataError(self.source.unreadable(error)) from None
 
     def _decoder(self) -> json.JSONDecoder:
         """Refuses objects that have a member twice which is wanted."""

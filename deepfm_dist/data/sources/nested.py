@@ -32,11 +32,12 @@ class NestedError(ValueError):
     Args:
         message: what is wrong, to follow the column's name.
         members: what the cells' objects have, one of which would do.
+        is_list: whether they are lists where one value is expected.
     """
 
-    def __init__(self, message: str, members: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, members: Iterable[str] = (), is_list: bool = False) -> None:
         super().__init__(message)
-        self.members = tuple(members)
+        self.members, self.is_list = tuple(members), is_list
 
 
 def plain(cells: pa.Array) -> pa.Array:
@@ -184,9 +185,7 @@ def texts_of(cells: pa.Array) -> pa.Array:
         known = [kind.field(i).name for i in range(kind.num_fields)]
         raise NestedError("holds objects", known)
     if is_list(kind):
-        raise NestedError(
-            "holds lists where one value is expected; write a row for each, as pandas' explode does"
-        )
+        raise NestedError("holds lists where one value is expected", is_list=True)
     if pa.types.is_decimal(kind):
         texts = [None if c is None else f"{c:f}" for c in cells.to_pylist()]
         whole = [t if t is None or "." not in t else t.rstrip("0").rstrip(".") for t in texts]

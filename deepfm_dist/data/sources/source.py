@@ -237,6 +237,11 @@ class Source:
             return None
         return head
 
+    def unreadable(self, error: Exception) -> str:
+        """An error line for a file whose bytes cannot be read."""
+        cure = "; it is cut or damaged: copy it again" if self.packing else ""
+        return f"{self.path}: not readable: {brief(error)}{cure}"
+
     def cure(self, what: str, setting: str, otherwise: str) -> str:
         """What to do about a layout that the file's name does not tell.
 
@@ -245,9 +250,20 @@ class Source:
             setting: of `FileFormat`, as YAML.
             otherwise: what to do where `data.files` does not describe the file.
         """
-        return (
-            f"{what} in data.files: {{{self._entry}: {{{setting}}}}}" if self._entry else otherwise
+        if not self._entry:
+            return otherwise
+        alone = f", or for this file alone {{{self._own_entry}: {{{setting}}}}}"
+        return f"{what} in data.files: {{{self._entry}: {{{setting}}}}}" + alone * bool(
+            self._own_entry
         )
+
+    @property
+    def _own_entry(self) -> str:
+        """The file itself as a YAML key, where it is one of a pattern's; may be empty."""
+        if "**" in self.name or not any(mark in self.name for mark in "*?["):
+            return ""
+        parts = self.path.split("/")[-1 - self.name.count("/") :]
+        return _yaml_key("/".join(parts))
 
 
 def _kind_of(head: bytes) -> str:

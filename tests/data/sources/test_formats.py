@@ -744,3 +744,37 @@ def test_a_member_that_no_object_has_is_named_when_lists_are_looked_for(tmp_path
     for name in ("g.m", "user.m"):
         with pytest.raises(DataError, match="has no member 'm'"):
             find_lists(tmp_path / "a.parquet", [name])
+
+
+def test_one_file_of_a_pattern_may_be_laid_out_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u,i\na,x\n")
+    (tmp_path / "b.csv").write_text("b;y\n")
+    data = {
+        "interactions": {"file": "*.csv", "user": "u", "item": "i"},
+        "features": [{"name": "item", "entity": "item"}],
+        "split": {"valid": 0, "test": 0},
+    }
+    with pytest.raises(DataError, match=r"b\.csv: no column 'u'.* alone \{b\.csv: \{columns: \["):
+        prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+    data["files"] = {"b.csv": {"delimiter": ";", "columns": ["u", "i"]}}
+    manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+    assert manifest.splits["train"].rows == 2
+    data["files"] = {"c.csv": {"delimiter": ";"}}  # none of the files
+    with pytest.raises(ConfigError, match=r"'c\.csv' is not a file that is read"):
+        prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+
+
+def test_lists_behind_the_first_rows_say_how_to_read_them(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"u": ["a"], "i": ["x"], "tag": ["t"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"u": ["b"], "i": ["x"], "tag": [["t", "s"]]}), tmp_path / "b.parquet")
+    tag: dict[str, Any] = {"name": "tag"}
+    data = {
+        "interactions": {"file": "*.parquet", "user": "u", "item": "i"},
+        "features": [{"name": "item", "entity": "item"}, tag],
+        "split": {"valid": 0, "test": 0},
+    }
+    with pytest.raises(DataError, match=r"set several: true for the field tag$"):
+        prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+    tag["several"] = True
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+    assert pq.read_table(tmp_path / "out/vocabulary/tag.parquet").num_rows == 3

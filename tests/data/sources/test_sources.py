@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import re
+import shlex
+import subprocess
 import traceback
 import zipfile
 from collections import Counter
@@ -828,6 +830,9 @@ def test_the_advice_on_a_layout_is_the_cure(tmp_path: Path, name: str) -> None:
         with pytest.raises(DataError, match="UTF") as caught:
             read_table(path, COLUMNS[:2], name=name)
         told = str(caught.value).rpartition("name the encoding in data.files: ")[2]
+        told, _, alone = told.partition(", or for this file alone ")
+        if name == "*.csv":
+            assert yaml.safe_load(alone) == {"a.csv": {"encoding": said or "latin-1"}}
         found = yaml.safe_load(told)
         assert list(found) == [name]
         layout = FileFormat(encoding=said or "latin-1")
@@ -891,3 +896,116 @@ def test_a_pattern_means_files_that_are_data(tmp_path: Path, remote: bool) -> No
     }.items():
         with pytest.raises(DataError, match=said):
             sources.find_files(root, name)
+
+
+def _typed(root: Path, message: str) -> Path:
+    """Runs the shell command that ends an error line; the file that it writes."""
+    command = message.rpartition("write it without: ")[2]
+    subprocess.run(command, shell=True, cwd=root, check=True)
+    return root / shlex.split(command)[-1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("head", "end", "layout", "message"),
+    [
+        (
+            "user|score",
+            "|",
+            {"delimiter": "|"},
+            "line 2: 3 cells .*every row ends with",
+        ),
+        ("user,score", ",", {}, "line 2: 3 cells instead of 2: every row ends with a delimiter"),
+        (
+            "user.score",
+            ".",
+            {"delimiter": "."},
+            "line 2: 3 cells .*every row ends with",
+        ),
+        ("sep=;\nuser;score", "", {"delimiter": ";"}, "its first line is for Excel alone"),
+    ],
+)
+def test_lines_that_programs_add_are_taken_out_by_the_command_in_the_message(
+    tmp_path: Path, head: str, end: str, layout: dict[str, str], message: str, packed: bool
+) -> None:
+    mark = layout.get("delimiter", ",")
+    text = f"{head}\n" + "".join(f"u{k}{mark}{k}{end}\n" for k in range(3))
+    path = tmp_path / ("a b.csv.gz" if packed else "a b.csv")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_table(path, COLUMNS[:2], FileFormat(**layout), name="a b.csv")
+    written = _typed(tmp_path, str(caught.value))
+    table = read_table(written, COLUMNS[:2], FileFormat(**layout))
+    assert table.to_pydict() == {"user": ["u0", "u1", "u2"], "score": [0, 1, 2]}
+
+
+def test_rows_that_all_have_more_cells_than_names_are_no_single_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("user,score\n1,a,3\n2,b,4\n")
+    with pytest.raises(DataError, match=r"so has every row, .*names 2 columns; name all 3$"):
+        read_table(path, COLUMNS[:2], on_bad_row="error")
+    path.write_text("user,score\n1,a,3\n2,4\n")
+    with pytest.raises(DataError, match=r"3 cells instead of 2: '1,a,3'; fix the row or set"):
+        read_table(path, COLUMNS[:2], on_bad_row="error")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("again", ["user", "\ufeffuser"])
+def test_a_header_among_the_rows_is_no_row(tmp_path: Path, name: str, again: str) -> None:
+    path = tmp_path / name
+    users, items = ["a", "user", again, "user", "b"], ["1", "2", "item", "item", "item"]
+    if name == "a.csv":
+        rows = "".join(f"{u},{i}\n" for u, i in zip(users, items, strict=True))
+        path.write_text("user,item\n" + rows)
+    elif name == "a.jsonl":
+        lines = [json.dumps({"user": u, "item": i}) for u, i in zip(users, items, strict=True)]
+        path.write_text("\n".join(lines))
+    else:
+        pq.write_table(pa.table({"user": users, "item": items}), path)
+    columns, place = [Column("user"), Column("item")], {"a.csv": "line 4", "a.jsonl": "line 3"}
+    with pytest.raises(DataError, match=f"{place.get(name, 'row 3')}: the header line again"):
+        read_table(path, columns, on_bad_row="error")
+    dropped = Counter[str]()
+    table = read_table(path, columns, on_bad_row="skip", dropped=dropped)
+    assert table.to_pydict() == {"user": ["a", "user", "b"], "item": ["1", "2", "item"]}
+    assert dropped == {f"{name}: rows that repeat the header": 2}
+    with pytest.raises(DataError, match="the header line again"):  # before a cell that is no number
+        read_table(path, [Column("user"), Column("item", "number")])
+
+
+@pytest.mark.parametrize(
+    ("raw", "message", "delimiter"),
+    [
+        ("User, Score \na,1\n", r"did you mean 'User'\? it has: User,  Score $", None),
+        ("user, score\na, 1\n", r"separated by ', ': name it in .*: \", \"\}\}$", ", "),
+        ("user; score\na; 1\n", r"separated by '; ': name it in .*: \"; \"\}\}$", "; "),
+        ('user, score\n"a, b", 1\n', r"did you mean ' score'\? it has: user,  score$", None),
+        ("user, score\na,1\n", r"did you mean ' score'\? it has: user,  score$", None),
+    ],
+)
+def test_spaces_and_capitals_in_a_header_are_named(
+    tmp_path: Path, raw: str, message: str, delimiter: str | None
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(raw)
+    with pytest.raises(DataError, match=message):
+        read_table(path, COLUMNS[:2], name="a.csv")
+    if delimiter is not None:
+        found = read_table(path, COLUMNS[:2], FileFormat(delimiter=delimiter)).to_pydict()
+        assert found == {"user": ["a"], "score": [1.0]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("user,score\na,1\n".encode(encoding))
+    with pytest.raises(DataError, match=f"its encoding seems to be {encoding}: name it in"):
+        read_table(tmp_path / "a.csv", COLUMNS[:2], name="a.csv")
+    layout = FileFormat(encoding=encoding)
+    assert read_table(tmp_path / "a.csv", COLUMNS[:2], layout)["user"].to_pylist() == ["a"]
+
+
+def test_a_packed_file_that_is_cut_says_so(tmp_path: Path) -> None:
+    whole = gzip.compress(b"user,score\n" + os.urandom(4096).hex().encode())
+    (tmp_path / "a.csv.gz").write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="it is cut or damaged: copy it again"):
+        read_table(tmp_path / "a.csv.gz", COLUMNS[:2])
