@@ -96,6 +96,8 @@ def build_model(
         half=half,
         is_item_field=manifest.is_item_field if config.fm_pairs == "across" else None,
     )
+    if config.init_at_mean:
+        model.interaction_arch.start_at(manifest.log_odds)
     return DeepFMTrain(model)
 
 

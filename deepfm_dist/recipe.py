@@ -31,8 +31,14 @@ WHOLE_CATALOGUE = 30_000
 """Items up to which the softmax goes over all of them."""
 CANDIDATES = 4_096
 """Items that it draws in each step beyond that."""
-PRIOR_PRECISION = 500
-"""1 / variance of the normal prior on the tables' elements where rows have labels."""
+PRIOR_PRECISION, PRIOR_PRECISION_OF_FM = 500, 10
+"""1 / variance of the normal prior on the tables' elements where rows have labels: behind the batch
+norm of an over-arch, and without one."""
+STEPS_TO_BEST = 128
+"""Steps of labelled rows after which validation was best, on logs of 1,400 to 100,000 rows."""
+STEPS_PER_VALIDATION = 32
+"""Steps of labelled rows between two validations, at least: small logs are learned in few epochs
+of few steps."""
 MOST_ROWS_OF_ADAM = 2_000_000
 """Rows of all tables together up to which these are updated by Adam."""
 CLOSED_FORM_ITEMS = 20_000
@@ -196,6 +202,9 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     * L2 of the tables: `PRIOR_PRECISION` / n, that of a normal prior on each factor, whose weight
       in the mean loss falls with the rows. BARS's tuned values for single data sets scatter around
       it: 5e-4 for KKBox's 6 million rows, 5e-6 for TaobaoAd's 22 million.
+    * ``over_arch_layer_sizes``: see `_layer_sizes`.
+    * ``epochs``: 20, and at least 640 steps, of which early stopping uses what it needs. Without
+      validation rows some `STEPS_TO_BEST` steps, and one epoch in any case.
     """
     if manifest.data.task != "ctr":
         return
@@ -203,15 +212,27 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     rows = plural(n, "training row")
     size = 2 ** round(math.log2(n / 64))
     draft.choose("trainer.batch_size", min(8192, max(256, size)), rows)
-    if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
-        draft.choose("trainer.epochs", 20, "early stopping ends the run")
-        if draft.get("trainer.validate_every_epochs"):
-            draft.choose("trainer.patience", 2, f"validations without a better {_monitored(draft)}")
     batch_size = draft.get("trainer.batch_size")
+    per_epoch = math.ceil(n / batch_size)
+    each = f"{plural(per_epoch, 'step')} each"
+    if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
+        epochs = max(20, math.ceil(20 * STEPS_PER_VALIDATION / per_epoch))
+        draft.choose("trainer.epochs", epochs, f"{each}; early stopping ends the run")
+        every = max(1, round(STEPS_PER_VALIDATION / per_epoch))
+        draft.choose("trainer.validate_every_epochs", every, each)
+        if draft.get("trainer.validate_every_epochs"):
+            patience = 2 if per_epoch > STEPS_PER_VALIDATION else 4
+            reason = f"validations without a better {_monitored(draft)}"
+            draft.choose("trainer.patience", patience, reason)
+    else:
+        epochs = max(1, round(STEPS_TO_BEST / per_epoch))
+        draft.choose("trainer.epochs", epochs, f"{each}; nothing shows when to stop early")
     rate = float(f"{0.001 * math.sqrt(batch_size / 4096):.2g}")
     scaled = f"0.001 * sqrt({batch_size} / 4096)"
     draft.choose("optimizer.dense.lr", rate, scaled)
+    draft.choose("model.init_at_mean", True, "training starts from the mean label")
     if draft.get("model.deep") and draft.get("model.over_arch") == "mlp":
+        draft.choose("model.over_arch_layer_sizes", _layer_sizes(n), rows)
         draft.choose("model.dropout", 0.2, "labels are noisy")
         draft.choose("model.batch_norm", True, "the L2 on the tables then leaves their scale open")
     fused = _because_fused(draft, manifest)
@@ -223,10 +244,21 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     )
     if draft.get("optimizer.tables.name") == "adam":
         draft.choose("optimizer.tables.lr", rate, scaled)
-        precision = float(f"{PRIOR_PRECISION / n:.2g}")
-        draft.choose("optimizer.tables.l2", precision, f"{PRIOR_PRECISION} / {rows}")
+        precision = PRIOR_PRECISION if draft.get("model.deep") else PRIOR_PRECISION_OF_FM
+        l2 = float(f"{precision / n:.2g}")
+        draft.choose("optimizer.tables.l2", l2, f"{precision} / {rows}")
     elif draft.get("optimizer.tables.name") == "rowwise_adagrad":
         draft.choose("optimizer.tables.lr", 0.01, "rows seen once are learned by heart at 0.05")
+
+
+def _layer_sizes(n: int) -> list[int]:
+    """Hidden layers for ``n`` labelled rows.
+
+    The power of two next to sqrt(n) / 2, within 64 and 400, so that the weights between two layers
+    are a quarter of the rows; two layers below 100,000 rows, and three from there on.
+    """
+    width = min(400, max(64, 2 ** round(math.log2(math.sqrt(n) / 2))))
+    return [width] * (2 if n < 100_000 else 3)
 
 
 def _monitored(draft: "_Draft") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from deepfm_dist.build import (
 )
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.manifest import Manifest, SplitSpec
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
@@ -88,6 +89,25 @@ def test_an_over_arch_that_cannot_be_used_is_refused_in_one_line(
 def _powers(config: ModelConfig, manifest: Manifest) -> list[float]:
     with process_group("cpu") as world:
         return build_model(config, manifest, world, seed=1).model.embedding_arch.power_F.tolist()
+
+
+def _start(manifest: Manifest) -> tuple[float, float]:
+    """The bias of an untrained model, and the largest weight of its over-arch's last layer."""
+    with process_group("cpu") as world:
+        model = build_model(ModelConfig(init_at_mean=True), manifest, world, seed=1).model
+    arch = model.interaction_arch
+    return arch.bias.item(), arch.over_arch.output.weight.abs().max().item()
+
+
+def test_an_untrained_model_predicts_the_mean_label(sample: PreparedDataset) -> None:
+    clicks = sample.manifest.data.model_copy(update={"task": "ctr"})
+    for positives, expected in ((40, math.log(40.5 / 160.5)), (0, math.log(0.5 / 200.5))):
+        train = SplitSpec(rows=200, positives=positives, size_bytes=1600)
+        splits = {**sample.manifest.splits, "train": train}
+        manifest = sample.manifest.model_copy(update={"data": clicks, "splits": splits})
+        assert run_alone(_start, manifest) == pytest.approx((expected, 0.0), abs=1e-6)
+    # Each positive of the sample comes with four negatives.
+    assert run_alone(_start, sample.manifest)[0] == pytest.approx(math.log(1 / 4), abs=1e-3)
 
 
 @pytest.mark.parametrize(("pooling", "power"), [("mean", 1.0), ("sqrt", 0.5), ("sum", 0.0)])

@@ -351,11 +351,16 @@ def _clicks_manifest(
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch_size"),
-    [(5_000, 256), (131_072, 2048), (1_300_000, 8192), (40_000_000, 8192)],
+    ("rows", "batch_size", "layers"),
+    [
+        (5_000, 256, [64, 64]),
+        (120_000, 2048, [128, 128, 128]),
+        (1_300_000, 8192, [400, 400, 400]),
+        (40_000_000, 8192, [400, 400, 400]),
+    ],
 )
-def test_labelled_rows_scale_batch_rates_and_l2(
-    rows: int, batch_size: int, sample: PreparedDataset
+def test_labelled_rows_scale_the_model_and_its_training(
+    rows: int, batch_size: int, layers: list[int], sample: PreparedDataset
 ) -> None:
     config = _clicks()
     resolved, choices = resolve(config, _clicks_manifest(sample, config, rows))
@@ -366,12 +371,48 @@ def test_labelled_rows_scale_batch_rates_and_l2(
     assert resolved.optimizer.tables.lr == resolved.optimizer.dense.lr
     assert resolved.optimizer.tables.name == "adam"
     assert resolved.optimizer.tables.l2 == pytest.approx(500 / rows, rel=0.05)
-    assert (resolved.trainer.epochs, resolved.trainer.patience) == (20, 2)
+    assert [*resolved.model.over_arch_layer_sizes] == layers
     assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
+    assert resolved.model.init_at_mean
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == f"500 / {rows:,} training rows"
     assert reasons["trainer.patience"] == "validations without a better log loss"
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "expected", "without_validation"),
+    [
+        (100, 1, (640, 32, 4), 128),
+        (1_400, 6, (107, 5, 4), 21),
+        (10_000, 40, (20, 1, 2), 3),
+        (1_300_000, 159, (20, 1, 2), 1),
+        (40_000_000, 4883, (20, 1, 2), 1),
+    ],
+)
+def test_labelled_rows_stop_early_or_after_the_steps_that_mostly_do(
+    rows: int,
+    steps: int,
+    expected: tuple[int, int, int],
+    without_validation: int,
+    sample: PreparedDataset,
+) -> None:
+    trainer = resolve(config := _clicks(), _clicks_manifest(sample, config, rows))[0].trainer
+    assert (trainer.epochs, trainer.validate_every_epochs, trainer.patience) == expected
+    assert -(-rows // trainer.batch_size) == steps
+    # Without validation rows, or a figure to watch, nothing stops early.
+    for config, valid in ((_clicks(), 0), (_clicks(trainer={"monitor": None}), 100)):
+        manifest = _clicks_manifest(sample, config, rows, valid=valid)
+        resolved, choices = resolve(config, manifest)
+        assert (resolved.trainer.patience, resolved.trainer.epochs) == (None, without_validation)
+        reasons = {choice.setting: choice.reason for choice in choices}
+        assert reasons["trainer.epochs"].endswith("nothing shows when to stop early")
+
+
+def test_labelled_rows_without_an_over_arch_have_a_wider_prior(sample: PreparedDataset) -> None:
+    config = _clicks(model={"deep": False})
+    resolved, _ = resolve(config, _clicks_manifest(sample, config, 10_000))
+    assert resolved.optimizer.tables.l2 == 10 / 10_000
 
 
 def test_large_tables_of_labelled_rows_are_updated_in_backward(sample: PreparedDataset) -> None:
@@ -396,8 +437,3 @@ def test_labelled_rows_keep_what_the_user_sets(sample: PreparedDataset) -> None:
     assert resolved.optimizer.tables.l2 == 0.0
     assert resolved.optimizer.dense.lr == 0.0005  # by the batch size that was set
     assert "model.dropout" not in {choice.setting for choice in choices}
-    # Without validation rows, or a figure to watch, nothing stops early.
-    for config, valid in ((_clicks(), 0), (_clicks(trainer={"monitor": None}), 100)):
-        manifest = _clicks_manifest(sample, config, 10**6, valid=valid)
-        resolved, _ = resolve(config, manifest)
-        assert (resolved.trainer.patience, resolved.trainer.epochs) == (None, 10)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -210,6 +211,15 @@ class Manifest(Section):
         """Training positives per user and item; None where the rows lack one of them."""
         pairs = (self.entities.get("user", 1) - 1) * (self.entities.get("item", 1) - 1)
         return self.splits["train"].positives / pairs if pairs else None
+
+    @property
+    def log_odds(self) -> float:
+        """Of the mean label in training, of which half a row of each label is counted more."""
+        train = self.splits["train"]
+        negatives = train.rows - train.positives
+        if self.sampled:
+            negatives = train.positives * self.data.negatives.per_positive
+        return math.log((train.positives + 0.5) / (negatives + 0.5))
 
     @property
     def sampled(self) -> bool:

@@ -473,6 +473,18 @@ class InteractionArch(nn.Module):
             logits = logits + deep.float()
         return logits.expand(rows_BFW.shape[0])
 
+    @torch.no_grad()
+    def start_at(self, logit: float) -> None:
+        """Makes an untrained model predict the same for all rows, up to the size of its vectors.
+
+        Args:
+            logit: of the prediction.
+        """
+        self.bias.fill_(logit)
+        if isinstance(self.over_arch, OverArch):
+            nn.init.zeros_(self.over_arch.output.weight)
+            nn.init.zeros_(self.over_arch.output.bias)
+
     @property
     def constants(self) -> list[nn.Parameter]:
         """Biases that every logit has in it alike."""

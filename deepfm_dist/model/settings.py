@@ -12,7 +12,7 @@ class ModelConfig(Section):
 
     chosen = frozenset(
         (
-            *("embedding_dim", "fm_pairs", "linear"),
+            *("embedding_dim", "init_at_mean", "fm_pairs", "linear"),
             *("deep", "over_arch_layer_sizes", "dropout", "batch_norm"),
         )
     )
@@ -21,6 +21,10 @@ class ModelConfig(Section):
     """Length D of each field's factor vector."""
     init_std: float = Field(0.01, ge=0)
     """Standard deviation of the tables' initial values."""
+    init_at_mean: bool = False
+    """Whether the untrained model predicts the mean label of the training rows: its bias starts at
+    their log-odds, and the last layer of the MLP at 0. auto: true where rows have labels
+    (``data.task=ctr``)."""
     first_order: bool = True
     """The linear part."""
     fm: bool = True

@@ -30,7 +30,7 @@ from deepfm_dist.training.state import LoopState
 
 log = logging.getLogger(__name__)
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
-_OF_ANY_MODEL = ("dropout", "init_std", "over_arch_init", "linear")
+_OF_ANY_MODEL = ("dropout", "init_std", "init_at_mean", "over_arch_init", "linear")
 """Settings of the model that change no trained weight's meaning."""
 _OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
 
