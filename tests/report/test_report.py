@@ -18,6 +18,7 @@ from deepfm_dist.events import TrainEvent, ValidEvent, read_events
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
+from deepfm_dist.recipe import Choice
 from deepfm_dist.report import page as page_module
 from deepfm_dist.report import tables
 from deepfm_dist.report.page import Report, write_page
@@ -152,6 +153,7 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
             Verdict("Better than popularity", "by <far>", "better"),
             Verdict("Worse than a constant", "NE 1.0470 on test rows", "worse"),
         ],
+        chosen=[Choice("optimizer.tables.decay_steps", "w" * 60, "because")],
     )
     return write_page(report)
 
@@ -233,6 +235,12 @@ def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
         assert colours == ([light, dark] if scheme == "light" else [dark, light])
         assert _brightness(light) - _brightness(dark) > 150
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.set_viewport_size({"width": 1280, "height": 800})
+        cell = tab.locator("table.wide td").first.evaluate("cell => cell.outerHTML")
+        tab.locator("table.wide tr").evaluate_all(  # as many figures as a run has
+            "(rows, cell) => rows.forEach(row => row.innerHTML += cell.repeat(11))", cell
+        )
+        assert tab.locator("table.wide").evaluate("table => table.scrollWidth") <= 1280
         tab.close()
 
 
