@@ -296,8 +296,7 @@ class Model:
         from deepfm_dist.runs.trained import settings_in
 
         lines = [f"deepfm_dist model {self.config.run.name!r}: {self.checkpoint}"]
-        if (self.config.prepared_dir / "manifest.json").is_file():
-            manifest = Manifest.read(self.config.prepared_dir)
+        if (manifest := Manifest.find(self.config.prepared_dir)) is not None:
             sizes = [f"trained on {manifest.composition('train')}"]
             sizes += [plural(n - 1, entity) for entity, n in manifest.entities.items()]
             names = [feature.name for feature in manifest.features]

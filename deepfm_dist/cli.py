@@ -45,7 +45,10 @@ log = logging.getLogger("deepfm_dist")
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
-_ALWAYS = ("run.name", "run.runs_root", "run.prepared_root", "run.threads", "data")
+_ALWAYS = (
+    *("run.name", "run.runs_root", "run.prepared_root", "run.cache_root", "run.threads"),
+    "data",
+)
 _INFERENCE = (
     *(*_ALWAYS, "run.device", "run.deterministic", "run.timeout_s"),
     *("model", "sharding.kind", "checkpoint.use"),

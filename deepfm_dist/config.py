@@ -136,8 +136,12 @@ class Config(Section):
 
     @property
     def prepared_dir(self) -> Path:
-        """Folder of the prepared dataset."""
-        return Path(self.run.prepared_root) / (self.data.name or self.run.name)
+        """Folder of the prepared dataset; one behind a URL has `Path`'s methods, too.
+
+        Raises:
+            ConfigError: a library for such URLs is not installed.
+        """
+        return folder_of(self.run.prepared_root) / (self.data.name or self.run.name)
 
     @property
     def run_dir(self) -> Path:

@@ -99,8 +99,12 @@ class Lock:
             self._released.set()
             self._released = None
             _tokens.discard(self._token)
-            if self._read().get("token") == self._token:
-                self._unlink()
+            try:
+                if self._read().get("token") == self._token:
+                    self._unlink()
+            except Exception as error:  # nothing keeps it alive any more
+                if not is_of_storage(error):
+                    raise
         if self._descriptor is not None:
             self._unlink()  # while it is held: whoever waits for it looks whether it is still there
             _descriptors.discard(self._descriptor)

@@ -34,3 +34,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     names = list(known)
     alike = [other for other in names if other.strip().casefold() == name.strip().casefold()]
     return next(iter([*alike, *difflib.get_close_matches(name, names, n=1)]), None)
+
+
+def format_bytes(n_bytes: float) -> str:
+    """A size with its unit: 12.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.4g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.1f} TiB"

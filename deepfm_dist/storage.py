@@ -4,6 +4,7 @@ Both are `Path` to the rest of the code: a URL becomes a `UPath`, which has the 
 an object store does otherwise is here.
 """
 
+import errno
 import glob
 import logging
 import os
@@ -237,7 +238,7 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_remote(path) or not is_of_storage(error):
+        if not is_remote(path) or not is_of_storage(error) or _is_of_this_disk(error):
             raise
         raise DeepFMError(
             f"{path}: cannot be used: {brief(error)}; are the address, the credentials and the "
@@ -262,6 +263,11 @@ def write_errors_to_user(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: cannot be written: {reason}; set run.runs_root, or "
             f"--output, to a writable folder with enough space"
         ) from None
+
+
+def _is_of_this_disk(error: Exception) -> bool:
+    """Whether a transfer failed because a local disk is full or cannot be written."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def is_of_storage(error: Exception) -> bool:

@@ -26,7 +26,7 @@ from deepfm_dist.data.preparation.cluster import BATCH_RECORDS, Record, Task, in
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.jobs.prepare import prepare
-from deepfm_dist.storage import folder_of
+from deepfm_dist.storage import folder_of, is_remote
 
 SCHEMA = "kind string, key long, source long, piece int, more boolean, payload binary"
 DEFAULTS = {
@@ -175,11 +175,14 @@ def prepare_on_spark(config: Config, session: Any, output: Path | None = None) -
     def build(job: Job, wanted: str) -> Manifest:
         return prepare_on(Spark(session), job, wanted, output)
 
+    if output is None and is_remote(config.prepared_dir):
+        output = config.prepared_dir
     if output is None:
         return prepare(config, build=build)
     with tempfile.TemporaryDirectory() as folder:  # for what the driver writes
         run_settings = config.run.model_copy(update={"prepared_root": folder})
-        return prepare(config.model_copy(update={"run": run_settings}), build=build)
+        config = config.model_copy(update={"run": run_settings})
+        return prepare(config, build=build, destination=output)
 
 
 def _prepare(config: Config, arguments: argparse.Namespace) -> None:

@@ -169,3 +169,19 @@ def test_in_an_object_store_a_lock_holds_until_it_is_given_back(
     with lock_of(folder):
         assert (folder / ".run.lock").is_file()
     assert not any(folder.iterdir())
+
+
+def test_a_lock_behind_a_connection_that_is_cut_is_released(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = lock_of(tmp_path)
+    held.acquire()
+
+    def cut(self: Lock) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lock, "_read", cut)
+        held.release()
+    with lock_of(tmp_path):  # nobody keeps it alive
+        pass

@@ -13,10 +13,11 @@ TAKES = (
     ("run.runs_root", "run.runs_root=memory://bucket/runs"),
     ("data.root", "data.root=memory://bucket/logs"),
     ("checkpoint.start_from", "checkpoint.start_from=memory://bucket/runs/a"),
+    ("run.prepared_root", "run.prepared_root=memory://bucket/prepared"),
+    ("data.vocabulary_from", "data.vocabulary_from=memory://bucket/prepared/a"),
 )
 LOCAL = (
-    "run.prepared_root",
-    "data.vocabulary_from",
+    "run.cache_root",
     "recommend.users",
     "recommend.histories",
     "recommend.allow_items",
@@ -43,14 +44,16 @@ def test_half_a_url_is_no_folder(name: str, text: str) -> None:
     scheme = text.partition(":")[0]
     with pytest.raises(DeepFMError, match=rf"is not a complete URL; write {scheme}://\w") as caught:
         load_config("sample", [f"{name}='{text}'"])
-    assert f"{name}: {text} is not" in str(caught.value)
+    assert name in str(caught.value)
+    assert f": {text} is not" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_a_url_is_refused_by_the_setting_s_name(name: str) -> None:
     with pytest.raises(DeepFMError) as caught:
         load_config("sample", [f"{name}=s3://bucket/x"])
-    text = f"{name}: s3://bucket/x is a URL, and only a path on this machine can be used here"
+    assert name in str(caught.value)
+    text = ": s3://bucket/x is a URL, and only a path on this machine can be used here"
     assert str(caught.value).endswith(text)
 
 

@@ -4,12 +4,13 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from deepfm_dist import evaluate, predict, train, tune
+from deepfm_dist import evaluate, predict, recommend, train, tune
 from deepfm_dist.bundle import BUNDLE
 from tests.ranks import run_alone
 
@@ -41,10 +42,14 @@ def _evaluated_behind_a_url(home: Path) -> tuple[list[str], list[str]]:
     os.chdir(home)
     del os.environ["WORLD_SIZE"]  # each command makes a world of its own
     settings = ["run.runs_root=memory://runs", "trainer.max_steps=1", "evaluate.reference=null"]
-    assert train.main(["--quiet", *settings]) == 0
-    for command in (evaluate, predict):
+    assert train.main(["--quiet", "run.prepared_root=memory://prepared", *settings]) == 0
+    shutil.rmtree(home / "prepared")  # as on another machine
+    for command in (evaluate, predict, recommend):
         assert command.main(["--quiet", "--run", "memory://runs/sample/", *settings[2:]]) == 0
     run = UPath("memory://runs/sample")
+    assert (UPath("memory://prepared/sample") / "manifest.json").exists()
+    copies = [path.parent for path in home.rglob("manifest.json")]
+    assert copies == [home / "prepared/memory/prepared/sample"]
     assert "evaluate" in (run / "metrics.jsonl").read_text()
     stored = sorted(path.name for path in run.iterdir())
     return stored, sorted(path.name for path in (home / "runs/sample").iterdir())
@@ -54,7 +59,7 @@ def test_train_and_evaluate_write_behind_a_url_and_others_on_the_machine(tmp_pat
     pytest.importorskip("upath")
     stored, here = run_alone(_evaluated_behind_a_url, tmp_path)
     assert {"checkpoints", "config.yaml", "metrics.jsonl", "report.html"} <= set(stored)
-    assert here == ["predictions.parquet"]
+    assert {"predictions.parquet", "recommendations.parquet"} <= set(here)
 
 
 def test_a_search_behind_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,14 @@ from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import brief, nearest, plural
 from deepfm_dist.section import Section
+from deepfm_dist.storage import is_remote, storage_errors_to_user
 
 TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
 """Where rows go. FOLD_IN: into the history of a user who is held out entirely, and nowhere else."""
 SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
+MANIFEST = "manifest.json"
 GIVEN = "given"
 """Fingerprint of a dataset that another tool wrote: it is checked, and never prepared again."""
 
@@ -228,16 +230,27 @@ class Manifest(Section):
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json``."""
-        (folder / "manifest.json").write_text(self.model_dump_json(indent=2) + "\n")
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n")
 
     @staticmethod
     def is_given(folder: Path) -> bool:
         """Whether a folder's manifest says that another tool wrote the dataset."""
         try:
-            content = json.loads((folder / "manifest.json").read_text())
+            content = json.loads((folder / MANIFEST).read_text())
         except (ValueError, OSError):
             return False
         return isinstance(content, dict) and content.get("fingerprint") == GIVEN
+
+    @classmethod
+    def find(cls, folder: Path) -> "Manifest | None":
+        """Reads ``manifest.json``, if there is one.
+
+        Raises:
+            DataError: it is of another layout.
+        """
+        with storage_errors_to_user(folder):
+            exists = (folder / MANIFEST).is_file()
+        return cls.read(folder) if exists else None
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -246,11 +259,26 @@ class Manifest(Section):
         Raises:
             DataError: there is no dataset, or one of another layout.
         """
-        path = folder / "manifest.json"
-        if not path.is_file():
-            raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
+        path = folder / MANIFEST
+        with storage_errors_to_user(folder):
+            if not path.is_file():
+                raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                if is_remote(folder):
+                    raise
+                raise _unreadable(folder, error) from None
+        return cls.parse(content, folder)
+
+    @classmethod
+    def parse(cls, text: bytes, folder: Path) -> "Manifest":
+        """The manifest of a folder from its text.
+
+        Raises:
+            DataError: it is of another layout.
+        """
         try:
-            text = path.read_text()
             content = json.loads(text)
             version = content.get("format") if isinstance(content, dict) else None
             if isinstance(version, int) and version != FORMAT:
@@ -260,16 +288,20 @@ class Manifest(Section):
                     else "run python -m deepfm_dist.prepare, which prepares it again"
                 )
                 raise DataError(
-                    f"{path}: the dataset has layout format {version}, and this version reads "
-                    f"format {FORMAT}; {cure}"
+                    f"{folder / MANIFEST}: the dataset has layout format {version}, and this "
+                    f"version reads format {FORMAT}; {cure}"
                 )
             return cls.model_validate_json(text)
-        except (ValidationError, ValueError, OSError) as error:
-            reason = brief(str(error).partition("\n")[0])  # pydantic lists every field after it
-            raise DataError(
-                f"{path}: not a manifest of this version ({reason}); delete {folder} and run "
-                f"python -m deepfm_dist.prepare"
-            ) from None
+        except (ValidationError, ValueError) as error:
+            raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> DataError:
+    reason = brief(str(error).partition("\n")[0])  # pydantic lists every field after it
+    return DataError(
+        f"{folder / MANIFEST}: not a manifest of this version ({reason}); delete {folder} and run "
+        f"python -m deepfm_dist.prepare"
+    )
 
 
 def cuts_of(rows: int, groups: int) -> npt.NDArray[np.int64]:

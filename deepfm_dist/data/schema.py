@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deepfm_dist.data.times import check_format
 from deepfm_dist.section import Section
-from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl
+from deepfm_dist.storage import FolderName, PathOrUrl
 
 Entity = Literal["user", "item", "context"]
 
@@ -519,9 +519,9 @@ class DataConfig(Section):
     """Train on all rows, including held-out ones; for the final fit."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row whose id, label, time or number is invalid."""
-    vocabulary_from: LocalPath | None = None
-    """Folder of an earlier prepared dataset: known ids keep their rows, new ids are appended, and
-    its statistics of numeric fields are kept."""
+    vocabulary_from: PathOrUrl | None = None
+    """Folder of an earlier prepared dataset, or its URL: known ids keep their rows, new ids are
+    appended, and its statistics of numeric fields are kept."""
     lanes: int | None = Field(None, ge=1, le=4096)
     """Number of streams that training rows are divided into for reading from disk; default: 64, and
     up to 4,096 above a billion rows."""

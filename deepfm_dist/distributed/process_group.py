@@ -118,6 +118,7 @@ def _world(
         store=store,
         timeout_s=timeout_s,
         watch=watch,
+        local_rank=launch.local_rank,
     )
 
 

@@ -16,8 +16,11 @@ class RunConfig(Section):
     """Name of the run's folder under ``runs_root``."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Random seed of splits, negatives, row order, initial weights and dropout."""
-    prepared_root: LocalPath = "prepared"
-    """Folder of prepared datasets, on this machine."""
+    prepared_root: WritablePathOrUrl = "prepared"
+    """Folder of prepared datasets. With a URL (``s3://bucket/prepared``), each machine that uses a
+    dataset keeps a copy of it under ``cache_root``."""
+    cache_root: LocalPath = "prepared"
+    """Folder for copies of prepared datasets that lie behind a URL."""
     runs_root: WritablePathOrUrl = "runs"
     """Folder of runs: checkpoints, metrics, recommendations. With a URL (``s3://bucket/runs``),
     ``train`` and ``evaluate`` write there; the other commands then write to ``runs`` on this

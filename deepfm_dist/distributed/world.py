@@ -30,6 +30,7 @@ class World:
         timeout_s: seconds after which a rank that waits for a lost one gives up.
         watch: ends this process when it waits on its GPU for ranks that are gone; None: waiting
             for a lost rank raises an error.
+        local_rank: this process among those of its machine, from 0.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class World:
     store: dist.Store
     timeout_s: float = 120
     watch: heartbeat.Watch | None = None
+    local_rank: int = 0
 
     def waiting(self) -> AbstractContextManager[None]:
         """To be entered while the host waits for the device, and with it for all ranks."""
@@ -154,13 +156,28 @@ class World:
             SystemExit: on the other ranks, if rank 0 failed and reported it.
             DistStoreError: on the other ranks, if rank 0 is gone.
         """
-        if not self.is_first:
-            outcome = heartbeat.wait_for(self.store, name, self.timeout_s)
-            if outcome != b"done":
-                if self.store.add(f"{name}_seen", 1) == self.world_size - 1:
-                    self.store.set(f"{name}_seen_by_all", "")
-                raise SystemExit(int(outcome))
-            return None
+        if self.is_first:
+            return self._run_for_others(name, work)
+        self._wait_for_work(name)
+        return None
+
+    def run_on_each_machine(self, name: str, work: Callable[[], object]) -> None:
+        """Runs ``work`` on the first rank of every machine; see `run_on_rank0`. All ranks."""
+        is_leader = self.all_gather_object(self.local_rank == 0)
+        if self.local_rank == 0:
+            self._run_for_others(f"{name} {self.rank}", work)
+        for rank in range(self.world_size):
+            if is_leader[rank] and rank != self.rank:
+                self._wait_for_work(f"{name} {rank}")
+
+    def _wait_for_work(self, name: str) -> None:
+        outcome = heartbeat.wait_for(self.store, name, self.timeout_s)
+        if outcome != b"done":
+            if self.store.add(f"{name}_seen", 1) == self.world_size - 1:
+                self.store.set(f"{name}_seen_by_all", "")
+            raise SystemExit(int(outcome))
+
+    def _run_for_others(self, name: str, work: Callable[[], T]) -> T:
         try:
             result = work()
         except BaseException as error:

@@ -46,10 +46,9 @@ def plan(
 
 def _with_choices(config: Config) -> Config:
     """What training would choose from the prepared data; their defaults where there are none."""
-    if (config.prepared_dir / "manifest.json").is_file():
-        manifest = Manifest.read(config.prepared_dir)
-        if manifest.data.features == config.data.features:
-            return resolve(config, manifest)[0]
+    manifest = Manifest.find(config.prepared_dir)
+    if manifest is not None and manifest.data.features == config.data.features:
+        return resolve(config, manifest)[0]
     if config.model.is_auto("embedding_dim"):
         log.warning(
             "%s: not prepared, so that what is chosen from the data has its default, such as "
@@ -82,9 +81,8 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
             known[feature.table_name] = 1 + feature.buckets
         elif feature.hash_rows is not None:
             known[feature.table_name] = 1 + feature.hash_rows
-    if (config.prepared_dir / "manifest.json").is_file():
-        tables = Manifest.read(config.prepared_dir).tables
-        known |= {name: spec.rows for name, spec in tables.items()}
+    if (manifest := Manifest.find(config.prepared_dir)) is not None:
+        known |= {name: spec.rows for name, spec in manifest.tables.items()}
     known |= rows
     if strange := sorted(rows.keys() - readers.keys()):
         raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")

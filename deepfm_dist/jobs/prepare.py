@@ -13,6 +13,8 @@ from deepfm_dist.data.preparation import local as encode
 from deepfm_dist.data.preparation.dry_run import DryRun
 from deepfm_dist.data.preparation.dry_run import dry_run as preparation_dry_run
 from deepfm_dist.data.preparation.job import Job
+from deepfm_dist.data.remote import copy_path, local_copy
+from deepfm_dist.storage import folder_of, is_remote
 from deepfm_dist.training.checks import warn_of_labels
 
 
@@ -20,6 +22,7 @@ def prepare(
     config: Config,
     threads: int | None = None,
     build: Callable[[Job, str], Manifest] | None = None,
+    destination: Path | None = None,
 ) -> Manifest:
     """Prepares the data in this process, or finds them up to date.
 
@@ -27,6 +30,7 @@ def prepare(
         config: what to prepare.
         threads: that share the work; default: as many as there are cores.
         build: does the work instead of threads; see `deepfm_dist.data.preparation.local.prepare`.
+        destination: where the dataset goes, if not below ``run.prepared_root``.
 
     Returns:
         The dataset's manifest.
@@ -34,22 +38,22 @@ def prepare(
     Raises:
         ConfigError: a setting does not fit the data.
         DataError: an input file cannot be used, or runs need the dataset that is there.
-        InUse: another process trains on the dataset that is there.
+        InUse: another process trains on the dataset that is there, or writes it.
     """
-    given = config.data, config.input_root, config.prepared_dir, config.data_seed
-    manifest = encode.prepare(*given, threads, partial(_before_replacing, config), build)
+    manifest = _prepare(config, partial(_before_replacing, config), threads, build, destination)
     warn_of_labels(manifest)
     return manifest
 
 
 def dry_run(config: Config) -> DryRun:
-    """What the configuration makes of the first rows; writes nothing.
+    """What the configuration makes of the first rows; writes nothing into the dataset's folder.
 
     Raises:
         ConfigError: a setting does not fit the data.
         DataError: an input file cannot be used.
     """
-    return preparation_dry_run(config.data, config.input_root, config.data_seed)
+    given = config.data, config.input_root, config.data_seed
+    return preparation_dry_run(*given, earlier=_earlier(config))
 
 
 def prepare_locked(config: Config) -> Manifest:
@@ -58,16 +62,44 @@ def prepare_locked(config: Config) -> Manifest:
     Raises:
         ConfigError: a setting does not fit the data.
         DataError: an input file cannot be used, or runs need the dataset that is there.
+        InUse: another process writes the dataset.
     """
     from deepfm_dist.runs.folder import before_replacing
 
+    return _prepare(config, partial(before_replacing, config))
+
+
+def _prepare(
+    config: Config,
+    before_replacing: Callable[[Manifest, Manifest], Path | None],
+    threads: int | None = None,
+    build: Callable[[Job, str], Manifest] | None = None,
+    destination: Path | None = None,
+) -> Manifest:
+    folder, cache = config.prepared_dir, config.run.cache_root
+    if destination is None and is_remote(folder):
+        if Manifest.is_given(folder):
+            local_copy(folder, cache)
+        folder, destination = copy_path(folder, cache), folder
     return encode.prepare(
         config.data,
         config.input_root,
-        config.prepared_dir,
+        folder,
         config.data_seed,
-        before_replacing=partial(before_replacing, config),
+        threads=threads,
+        # A copy can be downloaded again.
+        before_replacing=before_replacing if destination is None else lambda old, new: None,
+        build=build,
+        earlier=_earlier(config),
+        destination=destination,
     )
+
+
+def _earlier(config: Config) -> Path | None:
+    """The dataset of ``data.vocabulary_from`` on this machine."""
+    if config.data.vocabulary_from is None:
+        return None
+    return local_copy(folder_of(config.data.vocabulary_from), config.run.cache_root)
 
 
 def _before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:

@@ -11,7 +11,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.planning import Plan, RankDemand
 from deepfm_dist.distributed.sharding import RESERVED
-from deepfm_dist.messages import plural
+from deepfm_dist.messages import format_bytes, plural
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.training.search import Trial
@@ -101,12 +101,12 @@ def plan_table(plan: Plan) -> str:
         {
             "table": table.table,
             "rows": f"{table.rows:,}",
-            "weights": _size(table.weight_bytes),
-            "optimizer": _size(table.state_bytes),
+            "weights": format_bytes(table.weight_bytes),
+            "optimizer": format_bytes(table.state_bytes),
             "sharding": table.sharding,
             "ranks": _stretch(table.ranks[0], table.ranks[-1]),
             "cached": "all" if table.cached is None else f"{table.cached:.0%}",
-            "network/step": _size(table.traffic_bytes),
+            "network/step": format_bytes(table.traffic_bytes),
         }
         for table in plan.tables
     )
@@ -121,12 +121,12 @@ def plan_table(plan: Plan) -> str:
     ranks = pd.DataFrame(
         {
             "ranks": _stretch(first, last),
-            "tables": _size(rank.table_bytes),
-            "buffers": _size(rank.buffer_bytes),
-            "dense": _size(rank.dense_bytes),
-            "memory": _size(rank.total_bytes),
+            "tables": format_bytes(rank.table_bytes),
+            "buffers": format_bytes(rank.buffer_bytes),
+            "dense": format_bytes(rank.dense_bytes),
+            "memory": format_bytes(rank.total_bytes),
             "of limit": f"{rank.total_bytes / job.hbm_bytes:.1%}",
-            "sends/step": _size(rank.sent_bytes),
+            "sends/step": format_bytes(rank.sent_bytes),
         }
         for first, last, rank in stretches
     )
@@ -135,9 +135,9 @@ def plan_table(plan: Plan) -> str:
     return (
         f"{tables.to_string(index=False)}\n\n{ranks.to_string(index=False)}\n\n"
         f"{plural(size, 'GPU')} on {plural(machines, 'machine')}, "
-        f"{_size(job.hbm_bytes)} each, {RESERVED:.0%} of it to stay free; "
+        f"{format_bytes(job.hbm_bytes)} each, {RESERVED:.0%} of it to stay free; "
         f"{job.optimizer.name}; {plural(job.batch_size, 'row')} a step\n"
-        f"fullest rank: {_size(plan.fullest.total_bytes)}, {plan.share:.1%} of the limit; "
+        f"fullest rank: {format_bytes(plan.fullest.total_bytes)}, {plan.share:.1%} of the limit; "
         f"about {plan.seconds_sending * 1000:.2f} ms of a step go to sending"
     )
 
@@ -150,11 +150,3 @@ def trials_table(trials: Sequence[Trial], monitor: str) -> str:
 
 def _stretch(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:,.1f} TiB"

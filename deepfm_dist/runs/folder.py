@@ -123,7 +123,9 @@ def name_aside(config: Config) -> Path:
 
 
 def _free_number(config: Config) -> int:
-    folders = (config.run_dir, config.output_dir, config.prepared_dir)
+    folders = [config.run_dir, config.output_dir]
+    if not is_remote(config.prepared_dir):  # one behind a URL is never moved
+        folders.append(config.prepared_dir)
     return next(n for n in count(1) if not any(_numbered(f, n).exists() for f in folders))
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.compatibility import check_match
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of, is_input
+from deepfm_dist.data.remote import local_copy
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.lock import Lock
 from deepfm_dist.section import DEFAULTS
-from deepfm_dist.storage import folder_of, option_of, path_or_url, storage_errors_to_user
+from deepfm_dist.storage import (
+    folder_of,
+    is_remote,
+    option_of,
+    path_or_url,
+    storage_errors_to_user,
+)
 from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
@@ -164,7 +172,7 @@ def open_trained(
         CheckpointError: there is no complete checkpoint, or it is of other data.
         ConfigError: an override asks for other data or another model than were trained.
     """
-    run = find_run(config, overrides, same_rows, finished)
+    run = find_run(config, overrides, same_rows, finished, world)
     check_same_dataset(run.dataset, world)
     sharded = shard_for_inference(run.config, run.dataset.manifest, world)
     checkpoint.load(run.checkpoint, world, sharded)
@@ -184,6 +192,7 @@ def find_run(
     overrides: Sequence[str],
     same_rows: bool = False,
     finished: Collection[str] = (checkpoint.REFIT, checkpoint.SELECTED),
+    world: World | None = None,
 ) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
@@ -196,6 +205,7 @@ def find_run(
         same_rows: whether a dataset with other rows than were trained on is refused; else a
             warning says so.
         finished: which of the checkpoints of a finished run may be the one.
+        world: the ranks, if all of them call this.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged or of other data.
@@ -216,12 +226,14 @@ def find_run(
                     f"value first, or leave the override out"
                 )
     kept = {name: value_at(merged, name) for name in _OF_A_COMMAND}
-    if kept["data.name"] is None and not config.prepared_dir.is_dir():  # as of a combined run
+    with storage_errors_to_user(config.prepared_dir):
+        is_prepared = config.prepared_dir.is_dir()
+    if kept["data.name"] is None and not is_prepared:  # as of a combined run
         kept["data.name"] = trained_with["data"]["name"]
     merged |= {section: trained_with[section] for section in _OF_TRAINING}
     merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
     config = config_from(merged, origin=str(path))
-    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    dataset = _dataset(config, world)
     check_match(path, state, config.data, dataset.folder, dataset.manifest, same_rows)
     return RunOnDisk(config, dataset, path, state)
 
@@ -232,9 +244,17 @@ def open_dataset(config: Config, world: World) -> PreparedDataset:
     Raises:
         DataError: there is none, or another one on another machine.
     """
-    dataset = PreparedDataset(config.prepared_dir, config.data.memory_bytes)
+    dataset = _dataset(config, world)
     check_same_dataset(dataset, world)
     return dataset
+
+
+def _dataset(config: Config, world: World | None) -> PreparedDataset:
+    """The prepared dataset, or its copy on this machine. All ranks, if there is a ``world``."""
+    fetch = partial(local_copy, config.prepared_dir, config.run.cache_root)
+    if is_remote(config.prepared_dir) and world is not None:  # machines may differ in speed
+        world.run_on_each_machine(f"copy {config.prepared_dir}", fetch)
+    return PreparedDataset(fetch(), config.data.memory_bytes)
 
 
 def check_same_dataset(dataset: PreparedDataset, world: World) -> None:

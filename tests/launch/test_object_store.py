@@ -16,14 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepfm_dist import lock
 from deepfm_dist.build import shard_for_inference
+from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.remote import local_copy
 from deepfm_dist.data.sources import Column, find_files, read_table
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.part_files import PartFolder
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
+from deepfm_dist.jobs.prepare import prepare
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of
 from tests.launch.s3 import clients_of, s3_server
@@ -252,6 +257,34 @@ def test_data_are_found_by_pattern_and_read_as_from_a_disk(runs: Path) -> None:
     assert (changed.stamp != found[0].stamp, kept.stamp) == (True, found[1].stamp)
     with pytest.raises(DataError, match=r"no such file; is data\.root right"):
         find_files(str(runs), "night*")
+
+
+def test_prepared_data_cut_on_their_way_are_complete_or_not_there(
+    tmp_path: Path, runs: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # seconds instead of half a minute
+    monkeypatch.setattr(lock, "STALE_S", 0.5)
+    config = load_config("sample", [f"run.prepared_root={runs}", f"run.cache_root={tmp_path}/a"])
+    folder, part = runs / "sample", "sample/train/part-00000.parquet"
+    wire.cut_at(part)
+    with pytest.raises(DeepFMError, match=r"sample: cannot be used: [^\n]*network right\?$"):
+        prepare(config)
+    assert wire.is_cut.is_set()
+    wire.mend()
+    assert Manifest.find(folder) is None
+    manifest = prepare(config)
+    wire.cut_at(part)
+    with pytest.raises(DeepFMError, match=r"sample: cannot be used: [^\n]*network right\?$"):
+        local_copy(folder, tmp_path / "b")
+    wire.mend()
+    assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
+    made, copy = local_copy(folder, tmp_path / "a"), local_copy(folder, tmp_path / "b")
+    assert copy == tmp_path / "b/s3/bucket" / runs.name / "sample"
+    assert PreparedDataset(copy).manifest == manifest
+    for name in manifest.sums:
+        assert (copy / name).read_bytes() == (made / name).read_bytes()
 
 
 def test_a_file_that_was_written_here_is_there(runs: Path) -> None:

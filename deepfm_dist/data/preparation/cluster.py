@@ -174,47 +174,19 @@ def prepare_on(engine: Engine, job: Job, wanted: str, folder: Path | None = None
 
     Args:
         engine: runs the tasks.
-        job: the preparation; the driver writes vocabularies, users and items into its folder.
+        job: the preparation; the driver writes vocabularies, users, items and the manifest into its
+            folder.
         wanted: fingerprint of the dataset.
-        folder: where the dataset goes if not into the job's folder, such as one behind a URL. All
-            machines write there; the manifest comes last.
+        folder: where tasks write rows if not into the job's folder, such as one behind a URL.
 
     Raises:
-        DataError: an input cannot be read or used, or the folder holds something else.
+        DataError: an input cannot be read or used.
     """
-    if folder is not None and (current := _current(folder, wanted)) is not None:
-        log.info("%s is up to date", folder)
-        return current
     driver = _Driver(engine, job, wanted, job.folder if folder is None else folder)
     try:
-        manifest = driver.prepare()
+        return driver.prepare()
     finally:
         driver.clear()
-    if folder is not None:
-        files = [file for file in job.folder.glob("*/*") if file.is_file()]
-        for file in [*sorted(files), job.folder / "manifest.json"]:
-            with atomic_write(folder / file.relative_to(job.folder).as_posix()) as aside:
-                shutil.copyfile(file, aside)
-    return manifest
-
-
-def _current(folder: Path, wanted: str) -> Manifest | None:
-    """The manifest of what lies in a folder, where that is the dataset wanted.
-
-    Raises:
-        DataError: it is another one.
-    """
-    with storage_errors_to_user(folder):
-        if not (folder / "manifest.json").is_file():
-            delete_tree(folder / _SHARED)  # of a driver that was killed
-            return None
-        manifest = Manifest.read(folder)
-    if manifest.fingerprint != wanted:
-        raise DataError(
-            f"{folder}: holds a dataset of other inputs or settings; delete it, or write to "
-            f"another folder"
-        )
-    return manifest
 
 
 class _Driver:
@@ -225,6 +197,7 @@ class _Driver:
         # Tasks have working folders of their own.
         self._folder = str(folder if is_remote(folder) else folder.absolute())
         self._shared_folder = folder / _SHARED
+        delete_tree(self._shared_folder)  # of a driver that was killed
         files = {name: [_absolute(f) for f in of_name] for name, of_name in job.files.items()}
         self._task_job = engine.share(replace(job.for_task(), files=files).for_task())
         self._kept: list[Records] = []
@@ -233,7 +206,7 @@ class _Driver:
 
     def prepare(self) -> Manifest:
         """Takes all steps."""
-        job, earlier = self._job, PreviousDataset(self._job.data.vocabulary_from)
+        job, earlier = self._job, PreviousDataset(self._job.earlier)
         task = partial(_read, self._task_job, self._folder, self._wanted)
         read = self._keep(self._engine.numbers(len(job.inputs)).map(task))
         facts = self._facts(read)

@@ -66,7 +66,9 @@ class DryRun:
     fields: tuple[FieldPreview, ...]
 
 
-def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> DryRun:
+def dry_run(
+    data: DataConfig, root: str | Path, seed: int, rows: int = ROWS, earlier: Path | None = None
+) -> DryRun:
     """Prepares the first rows in memory.
 
     Args:
@@ -74,6 +76,7 @@ def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> 
         root: folder of the input files, or its URL.
         seed: of splits.
         rows: that are read of the interactions, and of each file of held-out rows.
+        earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
 
     Raises:
         ConfigError: a setting does not fit the data.
@@ -81,10 +84,12 @@ def dry_run(data: DataConfig, root: str | Path, seed: int, rows: int = ROWS) -> 
     """
     files = input_files(data, root)
     data = detect_lists(data, files)
-    job = Job(data, files, seed, Crew(), Path(), rows_limit=rows)
+    if earlier is None and data.vocabulary_from is not None:
+        earlier = Path(data.vocabulary_from)
+    job = Job(data, files, seed, Crew(), Path(), rows_limit=rows, earlier=earlier)
     partitions = Partitions.from_readers(job, [ThreadReader(job)])
     counts = split_and_count(job, partitions)
-    fit = Fitter(job, partitions, counts, PreviousDataset(data.vocabulary_from))
+    fit = Fitter(job, partitions, counts, PreviousDataset(job.earlier))
     totals = counts.rows.sum(axis=0).tolist()
     return DryRun(
         rows=sum(totals),

@@ -71,8 +71,8 @@ class PreviousDataset:
         folder: of it.
     """
 
-    def __init__(self, folder: str | None) -> None:
-        self._folder = Path(folder or "")
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder or Path()
         self.dataset = None if folder is None else PreparedDataset(self._folder, _ALL_IN_MEMORY)
         self.manifest = None if self.dataset is None else self.dataset.manifest
 

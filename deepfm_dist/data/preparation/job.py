@@ -47,6 +47,7 @@ class Job:
         noted: what users should know of the rest, by reason, counted by this thread.
         rows_limit: how many rows are read of the files of each setting, if not all; they are one
             partition.
+        earlier: folder of the dataset that this one continues, if any.
     """
 
     data: DataConfig
@@ -57,6 +58,7 @@ class Job:
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     rows_limit: int | None = None
+    earlier: Path | None = None
 
     def drop(self, reason: str, count: int) -> None:
         """Counts what is left out."""

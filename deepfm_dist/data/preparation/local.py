@@ -27,7 +27,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,13 +59,16 @@ from deepfm_dist.data.preparation.partitions import Partitions
 from deepfm_dist.data.preparation.reading import ThreadReader
 from deepfm_dist.data.preparation.write_plan import WritePlan
 from deepfm_dist.data.preparation.writing import WriteResult, carry, write_entities, write_rows
+from deepfm_dist.data.remote import publish, published
 from deepfm_dist.data.schema import DataConfig, label_of
 from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.lock import Lock
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
+_ELSEWHERE = "set data.name (or --output) to write elsewhere"
 _MOST_PERIODS = 400
 """That the manifest counts rows in."""
 
@@ -77,11 +81,13 @@ def prepare(
     threads: int | None = None,
     before_replacing: Callable[[Manifest, Manifest], Path | None] = lambda old, new: None,
     build: Callable[[Job, str], Manifest] | None = None,
+    earlier: Path | None = None,
+    destination: Path | None = None,
 ) -> Manifest:
     """Makes sure that ``folder`` holds the dataset that the configuration describes.
 
     An unchanged dataset is reused; a changed input file or setting rebuilds it. The folder appears
-    complete or not at all: it is written under another name and renamed.
+    complete or not at all.
 
     Args:
         data: files, features, split, negatives.
@@ -92,32 +98,63 @@ def prepare(
         before_replacing: called with the manifests of an earlier dataset and of the one that is
             about to take its place; it may raise, or return where to keep the earlier one.
         build: makes the dataset of a fingerprint in the job's folder; default: threads do.
+        earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
+        destination: where to publish the dataset, such as behind a URL, unless it is there already;
+            ``folder`` is then a local copy. A different one there is never replaced.
 
     Returns:
         The manifest.
 
     Raises:
         ConfigError: ``vocabulary_from`` is this folder, or a field there means something else.
-        DataError: an input cannot be read or used, or the folder cannot be written.
+        DataError: an input cannot be read or used, or a folder cannot be written.
+        InUse: another process is writing to ``destination``.
     """
     remove_leftovers(folder)
     if (given := _from_another_tool(data, folder)) is not None:
         return given
     files = input_files(data, root)
-    earlier = _manifest_to_grow_from(data, folder) if data.vocabulary_from else None
-    wanted = fingerprint(data, files, seed, earlier.fingerprint if earlier else None)
-    if (current := _up_to_date(folder, wanted)) is not None:
-        log.info("%s is up to date", folder)
+    if earlier is None and data.vocabulary_from is not None:
+        earlier = Path(data.vocabulary_from)
+    before = _manifest_to_grow_from(data, earlier, folder) if earlier else None
+    wanted = fingerprint(data, files, seed, before.fingerprint if before else None)
+    place = folder if destination is None else destination
+    if (current := (published if destination else _up_to_date)(place, wanted)) is not None:
+        log.info("%s is up to date", place)
         return current
-    started, data = time.perf_counter(), detect_lists(data, files)
+    started, make = time.perf_counter(), build or partial(_build_by_threads, threads)
+    with nullcontext() if destination is None else Lock(place, str(place), _ELSEWHERE):
+        manifest = _up_to_date(folder, wanted) if destination else None  # its upload had failed
+        if manifest is None:
+            aside = work_folder(folder) / "dataset"
+            job = _settled(Job(data, files, seed, Crew(), aside, earlier=earlier), before)
+            manifest = _build_in_place(job, folder, lambda: make(job, wanted), before_replacing)
+            _report(manifest, place, time.perf_counter() - started)
+        if destination is not None:
+            publish(folder, destination)
+    return manifest
+
+
+def _settled(job: Job, earlier: Manifest | None) -> Job:
+    """The job with what its configuration leaves to the files."""
+    data = detect_lists(job.data, job.files)
     if earlier is not None:
         _check_meanings(data, earlier)
-    aside = work_folder(folder)
+    return replace(job, data=data)
+
+
+def _build_in_place(
+    job: Job,
+    folder: Path,
+    make: Callable[[], Manifest],
+    before_replacing: Callable[[Manifest, Manifest], Path | None],
+) -> Manifest:
+    """Makes a dataset in the job's folder, and moves it to its place."""
+    aside = job.folder.parent
     try:
-        job = Job(data, files, seed, Crew(), aside / "dataset")
         job.folder.mkdir(parents=True)
         job.spill("").mkdir()
-        manifest = (build or partial(_build_by_threads, threads))(job, wanted)
+        manifest = make()
         if folder.exists():  # a deletion takes time, in which it would look whole
             kept = _where_to_keep(folder, manifest, before_replacing)
             folder.rename(kept or aside / "before")
@@ -126,14 +163,15 @@ def prepare(
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _report(manifest, folder, time.perf_counter() - started)
     return manifest
 
 
 def _build_by_threads(threads: int | None, job: Job, wanted: str) -> Manifest:
     return run_crew(
         threads or len(os.sched_getaffinity(0)),
-        lambda crew: _build_dataset(Job(job.data, job.files, job.seed, crew, job.folder), wanted),
+        lambda crew: _build_dataset(
+            Job(job.data, job.files, job.seed, crew, job.folder, earlier=job.earlier), wanted
+        ),
     )
 
 
@@ -170,17 +208,14 @@ def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
     return manifest
 
 
-def _manifest_to_grow_from(data: DataConfig, folder: Path) -> Manifest:
+def _manifest_to_grow_from(data: DataConfig, earlier: Path, folder: Path) -> Manifest:
     """The manifest of the dataset whose rows and statistics are to stay in force."""
-    assert data.vocabulary_from is not None
-    option, before = f"data.vocabulary_from={data.vocabulary_from}", Path(data.vocabulary_from)
-    if before.resolve() == folder.resolve():
+    if earlier.resolve() == folder.resolve():
         raise ConfigError(
-            f"{option}: this dataset itself is written there, and would grow at every command; "
-            f"set data.name (or run.name) to another name"
+            f"data.vocabulary_from={data.vocabulary_from}: this dataset itself is written there, "
+            f"and would grow at every command; set data.name (or run.name) to another name"
         )
-    manifest = Manifest.read(before)
-    return manifest
+    return Manifest.read(earlier)
 
 
 def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
@@ -286,7 +321,7 @@ def _report_empty(data: DataConfig, name: str) -> None:
 
 def _build_dataset(job: Job, wanted: str) -> Manifest:
     """Takes all steps, and writes the dataset into an empty folder. All threads."""
-    earlier = PreviousDataset(job.data.vocabulary_from)
+    earlier = PreviousDataset(job.earlier)
     readers = job.crew.gather(ThreadReader(job))
     partitions: Partitions = job.crew.broadcast(
         Partitions.from_readers(job, readers) if job.crew.is_first else None
