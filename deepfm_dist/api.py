@@ -388,7 +388,7 @@ class Model:
         if not self.checkpoint.is_dir() or digest_of(read_state(self.checkpoint)) != self.digest:
             raise CheckpointError(
                 f"{self.checkpoint}: no longer the checkpoint of this model: its run was trained "
-                f"again; Model.load({str(self.config.run_dir)!r}) gives the model that is there now"
+                f"again; Model.load({str(self.config.run_dir)!r}) loads the current one"
             )
         tree["checkpoint"]["use"] = use_of(self.checkpoint)
         config = config_from(tree, origin=command)
@@ -509,10 +509,10 @@ def _plain(value: Any) -> Any:
 
 
 def _check_frame(frame: object, what: str, optional: bool = False) -> None:
-    """Refuses what is no data frame of pandas.
+    """Refuses anything but a pandas DataFrame.
 
     Raises:
-        DataError: it is none.
+        DataError: it is something else.
     """
     if optional and frame is None:
         return

@@ -386,7 +386,7 @@ def shard_for_inference(
 
 
 def _is_compiled(config: Config, device: torch.device, log: logging.Logger | None) -> bool:
-    """Whether what is above the tables is compiled: fewer kernels, and less for the host to launch.
+    """Whether the part above the tables is compiled: fewer kernels, less for the host to launch.
 
     Logs what ``auto`` chose on CUDA.
 

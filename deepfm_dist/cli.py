@@ -286,7 +286,7 @@ def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: Config
     """The settings that a run's latest checkpoint has, where its config.yaml is damaged.
 
     Raises:
-        ConfigError: there is no checkpoint, or the overrides are what is wrong.
+        ConfigError: there is no checkpoint, or an override is wrong.
     """
     from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
 

@@ -47,7 +47,7 @@ NAMED = [BUNDLE / "configs"]
 
 
 class Config(Section):
-    """The whole configuration of a run; `resolve` chooses from the data what is ``auto``."""
+    """All settings of a run; `resolve` chooses the ``auto`` ones from the data."""
 
     run: RunConfig = RunConfig()
     data: DataConfig
@@ -126,7 +126,7 @@ class Config(Section):
 
     @property
     def monitor(self) -> str | None:
-        """The validation figure that decides which checkpoint is best; None: none does."""
+        """The validation figure that decides which checkpoint is best; or None."""
         if self.trainer.monitor != "auto":
             return self.trainer.monitor
         if self.trainer.validate_every_epochs == 0:

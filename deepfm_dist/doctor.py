@@ -71,7 +71,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
     if failure is not None:
         report["self_test"] = "failed"
         fatal = any(problem.fatal for problem in problems)
-        cure = "cure the problems above first" if fatal else "run `make clean`, then `make demo`"
+        cure = "fix the problems above first" if fatal else "run `make clean`, then `make demo`"
         problems.append(Problem(f"self-test: {failure}", cure))
     report["problems"] = [asdict(problem) for problem in problems]
     return report

@@ -264,7 +264,7 @@ def _device_problems(installation: Installation, device: str) -> Iterator[Proble
         elif device == "auto" and driver:
             yield Problem(
                 f"an NVIDIA driver is here, but {fbgemm} has no CUDA kernels: GPUs stay unused",
-                f"{_TAKE_CUDA}; or say run.device=cpu",
+                f"{_TAKE_CUDA}; or set run.device=cpu",
                 fatal=False,
             )
 

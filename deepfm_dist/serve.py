@@ -85,7 +85,7 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
             if isinstance(value, list):
                 value = f"[{', '.join(map(str, value))}]"
             raise ConfigError(
-                f"{name}={value}: no setting of a service, which ranks all items for whoever asks, "
+                f"{name}={value}: not used by the service, which ranks all items for any user, "
                 f"as many as a request says, and similar ones by cosine; leave it out"
             )
 

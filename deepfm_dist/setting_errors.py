@@ -128,7 +128,7 @@ def _settings_on(loc: Sequence[Any], section: Any) -> Iterator[tuple[str | int |
 
 
 def _inside(kind: Any, part: str | int) -> Any:
-    """The type of a field, a list's element or a dictionary's value; None: there is none."""
+    """The type of a field, a list's element or a dictionary's value, or None."""
     for member in kinds_of(kind):
         arguments = get_args(member)
         if isinstance(part, int) and get_origin(member) is tuple:

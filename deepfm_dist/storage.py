@@ -199,7 +199,7 @@ def remove_leftovers(folder: Path) -> None:
     for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
         host, _, process = aside.name.removeprefix(prefix).rpartition("-")
         if host != socket.gethostname():
-            log.info("%s: left by another machine; delete it if nothing is at work there", aside)
+            log.info("%s: left by another machine; delete it if no process is using it", aside)
         elif process == str(os.getpid()) or not Path("/proc", process).exists():
             shutil.rmtree(aside, ignore_errors=True)
             with suppress(OSError):  # a file, or gone by now
@@ -241,7 +241,7 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
         if not is_remote(path) or not is_of_storage(error) or _is_of_this_disk(error):
             raise
         raise DeepFMError(
-            f"{path}: cannot be used: {brief(error)}; are the address, the credentials and the "
+            f"{path}: cannot be used: {brief(error)}; check the address, the credentials and the "
             f"network right?"
         ) from None
 

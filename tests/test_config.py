@@ -104,7 +104,7 @@ TIMELESS = "data.interactions.time=null"
         ([TIMELESS, "data.split.method=temporal"], "method=temporal needs interactions.time"),
         ([FIXED, "data.split={valid_file: x.csv}"], "cannot go with a given split"),
         ([FIXED, "data.interactions.split=s"], "cannot go with a given split"),
-        (["data.files={a.csv: {encoding: latin-O}}"], "encoding: Python knows no 'latin-O'"),
+        (["data.files={a.csv: {encoding: latin-O}}"], "encoding: unknown text encoding 'latin-O'"),
         (["model.over_arch_layer_sizes=[8, 0]"], r"must be positive: \(8, 0\)"),
         (["model.over_arch_options={a: 1}"], "go with an over_arch given by import path"),
         (["model={fm: false, fm_pairs: across}"], "chooses pairs of the fm part, which is off"),
@@ -130,10 +130,10 @@ TIMELESS = "data.interactions.time=null"
                 ("ials={factors: 9}", r"ials=\{'factors': 9\}"),
             )
         ],
-        (["recommend.probes=9"], "recommend: probes=9 are of an index: set index=IVF1024,Flat, s"),
+        (["recommend.probes=9"], "recommend: probes=9 needs an index: set index=IVF1024,Flat"),
         (
             ["recommend={histories: a.csv, mask: [train]}"],
-            r"^recommend={.*}: mask=\['train'\] is of users who were there in training",
+            r"^recommend={.*}: mask=\['train'\] applies to users of the training data",
         ),
         (["run.device=tpu"], r"run\.device=tpu: .*'cuda' \(got 'tpu'\)"),
         (["run.runs_root=https://a.b/c"], r"^run\.runs_root=https://a\.b/c: .* can only be read"),

@@ -397,7 +397,7 @@ SETTINGS = [
                 "leave it out",
                 {"name": "also", "column": "device", "table": "item"},
             ),
-            ({"name": "time"}, "call the field otherwise", {"name": "at", "column": "time"}),
+            ({"name": "time"}, "rename the field", {"name": "at", "column": "time"}),
             (
                 {"name": "a.b", "column": "device"},
                 "letters, digits, underscores",

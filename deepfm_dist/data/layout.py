@@ -312,7 +312,7 @@ class DatasetFiles:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """Of the manifest that lies in a folder; None: there is none."""
+    """Hash of the manifest in a folder, or None without one."""
     try:
         status = (folder / "manifest.json").stat()
     except OSError:

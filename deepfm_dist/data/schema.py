@@ -115,7 +115,7 @@ class FileFormat(Section):
             text = "a\n".encode(self.encoding or "utf-8")  # rot13 and the like make no bytes of it
             codecs.getincrementaldecoder(self.encoding or "utf-8")().decode(text)
         except (LookupError, AttributeError, TypeError, UnicodeError):
-            raise ValueError(f"encoding: Python knows no {self.encoding!r} of text") from None
+            raise ValueError(f"encoding: unknown text encoding {self.encoding!r}") from None
         return self
 
 
@@ -729,9 +729,7 @@ def _reserved(name: str, features: Sequence[Feature]) -> str:
     feature = next(f for f in features if f.name == name)
     is_plain = feature.column is None and feature.history is None
     column = f", column: {name}" if is_plain else ""
-    return (
-        f"{name!r} is a reserved name; call the field otherwise: {{name: my_{name}{column}, ...}}"
-    )
+    return f"{name!r} is a reserved name; rename the field: {{name: my_{name}{column}, ...}}"
 
 
 def _check_shared_tables(features: Sequence[Feature]) -> None:

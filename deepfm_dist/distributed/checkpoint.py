@@ -110,7 +110,7 @@ def find_checkpoint(
         finished: what may come before those of the training loop.
 
     Raises:
-        CheckpointError: there is none, or not this one.
+        CheckpointError: there is no checkpoint, or not the requested one.
     """
     if _NAME.fullmatch(run_dir.name) and (run_dir / MARKER).is_file():
         return run_dir

@@ -323,7 +323,7 @@ def shard(
         device=world.device,
         plan=ShardingPlan({path: module_plan}),
         sharders=[sharder],
-        # One rank has nobody to average gradients with; DDP would cost a small model a fifth.
+        # One rank has no other to average gradients with; DDP would cost a small model a fifth.
         init_data_parallel=world.world_size > 1,
         data_parallel_wrapper=_DataParallelWrapper(
             static_graph=False, find_unused_parameters=some_unused
@@ -450,7 +450,7 @@ def place(
 
 
 def _with_rank(placement: TablePlan, turn: int, world: World) -> TablePlan:
-    """What `place` returns of a placement; ranks and machines that nobody chose take turns."""
+    """What `place` returns of a placement; ranks and machines left open take turns."""
     kind, size, local = placement.kind, world.world_size, world.local_world_size
     if kind == ROW_WISE or (kind == REPLICATED and size > 1):
         return placement

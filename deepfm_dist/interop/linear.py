@@ -40,7 +40,7 @@ class Linear:
         field_weight: each value of an item's field counts as this many users who have all of its
             items.
         columns: of the FM.
-        weight: of its scores next to the trained part's logits; 0: there is none.
+        weight: of its scores next to the trained part's logits; 0 leaves EASE out.
         ndcg: of both together on the validation users.
         ndcg_trained: of the trained part alone.
         ndcg_ease: of EASE alone.

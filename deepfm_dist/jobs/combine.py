@@ -68,7 +68,7 @@ def combine(
         config: the settings.
         run_names: of the runs to combine.
         new_name: of the run to make.
-        ease: EASE's part; None: none.
+        ease: EASE's part, or None.
         overrides: of the command line.
 
     Returns:
@@ -125,7 +125,7 @@ def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> 
         if source.run.state["vocabulary_hash"] != vocabulary:
             raise CheckpointError(
                 f"{source.run.checkpoint}: of vocabulary {source.run.state['vocabulary_hash']}, "
-                f"not {vocabulary} as {first.run.checkpoint}; what is put together has one: train "
+                f"not {vocabulary} as {first.run.checkpoint}; combined models share one: train "
                 f"them with the same data.seed"
             )
         _check_can_be_widened(source.config, first.config)

@@ -2,7 +2,7 @@
 
 The best checkpoint of the loop gets EASE's columns (`deepfm_dist.interop.linear`), with settings
 that are measured on the validation rows: ``runs/NAME/selected``. Then the same is done once more
-with what is known by now, without measuring anything: the model is trained on training and
+without measuring anything: the model is trained on training and
 validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
 Each is a run of one checkpoint.
 """
@@ -58,7 +58,7 @@ def parts_of(config: Config) -> list[str]:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether a run whose loop is over lacks nothing."""
+    """Whether a run whose training loop is over is complete."""
     return all(complete_steps(config.run_dir / part) for part in parts_of(config))
 
 
@@ -115,7 +115,7 @@ class Finish:
     asked_to_stop: Callable[[], bool]
 
     def run(self) -> bool:
-        """Makes what is missing; whether it was done, and not stopped by a signal."""
+        """Makes the missing parts; False if a signal stopped it."""
         parts = parts_of(self.config)
         choices, linear = [*self.choices], None
         step = self.state.step if self.state.best_step is None else self.state.best_step

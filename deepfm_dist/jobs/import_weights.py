@@ -59,7 +59,7 @@ def import_weights(
         values, state = from_notebook(config.model, dataset, weights, id_files, fields)
         if any((config.run_dir / "checkpoints").glob("step_*")):
             raise CheckpointError(
-                f"{config.run_dir}: has checkpoints already; give the import a run.name of its own"
+                f"{config.run_dir}: already has checkpoints; give the import another run.name"
             )
         sharded, optimizer = shard_for_training(config, dataset.manifest, world)
         fill_tables(sharded, values)

@@ -51,7 +51,7 @@ def _with_choices(config: Config) -> Config:
         return resolve(config, manifest)[0]
     if config.model.is_auto("embedding_dim"):
         log.warning(
-            "%s: not prepared, so that what is chosen from the data has its default, such as "
+            "%s: not prepared yet: settings that the data decide have their defaults, such as "
             "model.embedding_dim=%d, trainer.batch_size=%d and optimizer.tables.name=%s",
             config.prepared_dir,
             config.model.embedding_dim,
@@ -88,8 +88,8 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
         raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")
     if unknown := [name for name in readers if name not in known]:
         raise ConfigError(
-            f"how many rows has the table {unknown[0]}? say --rows {unknown[0]}=N, or prepare the "
-            f"data: python -m deepfm_dist.prepare"
+            f"rows of the table {unknown[0]} are not known: set --rows {unknown[0]}=N, or prepare "
+            f"the data: python -m deepfm_dist.prepare"
         )
     return Manifest(
         format=FORMAT,

@@ -30,7 +30,7 @@ class SearchResult:
         study: the file that records it.
         monitor: the figure that trials are compared by.
         trials: those that are over.
-        best: the best complete one; None: none is complete.
+        best: the best complete trial, or None if no trial is complete.
         best_config: the configuration file that was written for it.
         n_open: trials that are open in other processes.
     """
@@ -172,7 +172,7 @@ def _open_search(config: Config, folder: Path) -> Search:
 
 
 def _check_space(config: Config) -> None:
-    """Tries the ends of what is varied, and a fraction where numbers need not be whole.
+    """Checks the bounds of each varied setting, and a fraction where numbers need not be whole.
 
     Raises:
         ConfigError: a setting is unknown or cannot have such a value.

@@ -54,7 +54,7 @@ def make_validate(
 
 
 def check_monitor_name(config: Config) -> None:
-    """Refuses to monitor what is not a figure of the validation rows.
+    """Refuses a monitored figure that validation does not measure.
 
     Raises:
         ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.

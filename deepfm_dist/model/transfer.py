@@ -20,7 +20,7 @@ class Transfer:
         fields: places of the fields that both have, among all, categorical ones first.
         numeric: places of the numeric fields that both have, among the numeric ones.
         n_fields: number of fields of the trained model.
-        first_layer: of the over-arch, whose columns go by fields; None: there is none.
+        first_layer: of the over-arch, whose columns go by fields; None without an over-arch.
     """
 
     tables: frozenset[str]

@@ -169,7 +169,7 @@ def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]
 
     Args:
         positives: item rows of all users, those of unknown users in row 0.
-        before: what users have met before.
+        before: items that users have met before.
     """
     n_items = 1 + max((int(bags.values.max(initial=0)) for bags in (positives, *before)), default=0)
     rows = np.repeat(np.arange(len(positives)), positives.lengths)
@@ -201,7 +201,7 @@ def evaluate_ranking(
     Args:
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
-        held_out: what is measured on.
+        held_out: users and items to measure on.
         cutoffs: values of K.
         baselines: by name; fitted here on the training positives.
         reference: path or URL of a parquet file ``user, item, score`` with another system's scores.

@@ -1,4 +1,4 @@
-"""The items that can be recommended, and what users have already seen of them."""
+"""The items that can be recommended, and those that users have already seen."""
 
 from collections.abc import Callable
 

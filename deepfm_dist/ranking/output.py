@@ -47,7 +47,7 @@ class RankingFiles:
         rows: number of rows.
         k: items per owner asked for.
         full: owners who got as many.
-        figures: what was measured meanwhile; see `recommend`.
+        figures: measurements taken while ranking; see `recommend`.
     """
 
     parquet: Path

@@ -110,10 +110,10 @@ class RecommendConfig(Section):
     @model_validator(mode="after")
     def _users_of_one_kind(self) -> Self:
         if self.histories is not None and self.users is not None:
-            raise ValueError("histories names its users itself: leave users out")
+            raise ValueError("histories lists its own users: leave users out")
         if self.histories is not None and self.mask is not None:
             raise ValueError(
-                f"mask={list(self.mask)} is of users who were there in training: leave it out, or "
+                f"mask={list(self.mask)} applies to users of the training data: leave it out, or "
                 f"histories"
             )
         return self
@@ -123,9 +123,9 @@ class RecommendConfig(Section):
         if self.candidates is not None and self.candidates < self.k:
             raise ValueError(f"candidates={self.candidates} cannot give k={self.k} items")
         if self.index is not None and self.candidates is None:
-            raise ValueError(f"index={self.index} finds candidates: set candidates=500, say")
+            raise ValueError(f"index={self.index} needs candidates: set candidates=500")
         if self.index is None and self.probes != type(self).model_fields["probes"].default:
-            raise ValueError(f"probes={self.probes} are of an index: set index=IVF1024,Flat, say")
+            raise ValueError(f"probes={self.probes} needs an index: set index=IVF1024,Flat")
         return self
 
 

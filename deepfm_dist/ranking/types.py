@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Room for n items."""
 
     def fill(self, items: Any, begin: int, side: Side) -> None:
-        """Puts items into their place; what is past the end is left out."""
+        """Writes items into their places; those past the end are left out."""
 
     def users(self, sides: Sequence[Side]) -> Any:
         """Prepares users, in blocks of `USER_BLOCK`."""

@@ -85,7 +85,7 @@ class _Plan(BaseModel):
 
 
 def _plan(path: Path) -> _Plan | None:
-    """The sharding plan; None where there is none, or, with a warning, a damaged one."""
+    """The sharding plan; None without one, or, with a warning, if it is damaged."""
     try:
         return _Plan.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -107,7 +107,7 @@ class Report:
         split: valid or test.
         loss: that the model was trained with.
         rows: figures on the rows of the split.
-        unknown: what these rows have that training rows lack.
+        unknown: values of these rows that training rows do not have.
         calibration: on these rows.
         comparison: of rankings, where there are any.
         cutoffs: values of K.
@@ -197,7 +197,7 @@ def _variables(report: Report) -> dict[str, Any]:
 
 
 def _missing(manifest: Manifest) -> dict[str, float]:
-    """Share of missing values of the fields that lack some, the largest first."""
+    """Share of missing values by field, the largest first, where it is not 0."""
     shares = {name: share for name, share in manifest.profile.missing.items() if share > 0}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 

@@ -239,7 +239,7 @@ def verdicts_on(
         state: of its checkpoint, as the marker holds it.
         validations: of its training.
         rows: figures on the rows of the split.
-        unknown: what these rows have that training rows lack.
+        unknown: values of these rows that training rows do not have.
         split: valid or test.
         comparison: of rankings, where there are any.
         k: the cut-off to compare rankings by.

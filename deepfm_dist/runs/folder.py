@@ -95,7 +95,7 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
 
 
 def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
-    """Makes a run of its own of later checkpoints than the one a run continues from."""
+    """Moves checkpoints later than the one a run continues from to a separate run."""
     run_dir = config.run_dir
     aside = name_aside(config)
     for step in steps:

@@ -252,7 +252,7 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
         manifest: of the data; None before they are prepared, when only settings are compared.
 
     Returns:
-        None where there is none, or where the run is to begin again.
+        The latest complete checkpoint; None without one, or where the run is to begin again.
 
     Raises:
         ConfigError: it is of other settings or data.

@@ -44,7 +44,7 @@ class RunOnDisk:
         config: the settings in force: the run's own for data and model, the command's otherwise.
         dataset: the prepared dataset it was trained on.
         checkpoint: the latest complete one.
-        state: what its marker says.
+        state: contents of its marker.
     """
 
     config: Config
@@ -96,7 +96,7 @@ class LoadedModel:
             section: of the command's settings.
             name: of the default file.
             about: settings of the section that decide what the result is of.
-            given: what ``--output`` says.
+            given: the value of ``--output``.
 
         Raises:
             ConfigError: as `parquet_output`.

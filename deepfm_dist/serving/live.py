@@ -85,7 +85,7 @@ class Recommender:
         self._names = ids if titles is None else pc.coalesce(titles.take(pa.array(rows)), ids)
         self._places = np.full(dataset.manifest.entities["item"], NO_ITEM, np.int64)
         self._places[self._catalogue.rows] = np.arange(len(self._catalogue))
-        self.recommend(self.find_users("", 1)[0], 1)  # compiles what is not compiled yet
+        self.recommend(self.find_users("", 1)[0], 1)  # compiles the kernels
 
     @property
     def n_users(self) -> int:
@@ -213,7 +213,7 @@ def exported_model(run: RunOnDisk, export: Path, world: World) -> DeepFM:
         world: a world of one rank.
 
     Raises:
-        CheckpointError: the export is of another checkpoint, or lacks something.
+        CheckpointError: the export is of another checkpoint, or incomplete.
     """
     if not is_export_of(run, export):
         raise CheckpointError(f"{export}: not of {run.checkpoint}; export it again")

@@ -59,7 +59,7 @@ class Measured:
     Attributes:
         figures: auc, user_auc where rows have users, and `figures_of`.
         calibration: predicted against observed probabilities.
-        unknown: what the rows have that training rows lack.
+        unknown: values of the rows that training rows do not have.
     """
 
     figures: dict[str, float]
@@ -148,7 +148,7 @@ class RowEvaluator:
 
 
 def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:
-    """``[n]``, where row 0 of a table stands for what training rows lack."""
+    """``[n]``: row 0 of a table stands for values that training rows do not have."""
     assert column is not None
     if not isinstance(column, Jagged):
         return np.asarray(column == OUT_OF_VOCABULARY)

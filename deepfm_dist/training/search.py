@@ -49,17 +49,17 @@ class Search:
     is open has lost its process; the next that asks takes it over, under the same name.
 
     Args:
-        folder: of the study's file; a study that is there is resumed.
+        folder: of the study's file; an existing study is resumed.
         config: what to vary, and whether a trial ends when its best figure so far is worse than the
             median of the earlier trials' at the same epoch; the first four trials, and the first
             epoch of each, are left alone.
         lower_is_better: whether the monitored figure is to be small.
-        seed: of what is tried.
+        seed: of the suggestions.
         of: what else the trials have in common, as JSON values: only trials alike in that can be
             compared.
 
     Raises:
-        ConfigError: the library is not installed, or the study that is there is of another search.
+        ConfigError: the library is not installed, or the existing study is of another search.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Search:
                     lock.acquire()
                 except InUse:
                     continue
-                lock.release()  # nobody else looks meanwhile
+                lock.release()  # no other worker looks before the trial is recorded
                 waiting = {_name(t) for t in self._study.get_trials(states=(state.WAITING,))}
                 if name and name not in waiting:
                     self._study.enqueue_trial(old.params, {"name": name})

@@ -118,7 +118,7 @@ class TrainerConfig(Section):
 
     @property
     def needs_monitor(self) -> str | None:
-        """The first setting that has no meaning without a monitored figure; None: there is none."""
+        """The first setting that has no meaning without a monitored figure; or None."""
         if self.monitor not in (None, "auto"):
             return f"monitor={self.monitor}"
         for name in ("patience", "plateau_factor", "min_delta"):

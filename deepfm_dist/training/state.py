@@ -65,7 +65,7 @@ class LoopState:
         """Makes it the state of a run that did not end here, and monitors a figure.
 
         Args:
-            monitor: the validation figure that decides which checkpoint is best; None: none does.
+            monitor: the validation figure that decides which checkpoint is best; or None.
         """
         if self.before_end is not None:
             self.best, self.best_step, self.validations_since_best, self.lr_scale = self.before_end

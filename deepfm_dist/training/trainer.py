@@ -69,7 +69,7 @@ class Settings(Protocol):
 
     @property
     def monitor(self) -> str | None:
-        """The validation figure that decides which checkpoint is best; None: none does."""
+        """The validation figure that decides which checkpoint is best; or None."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_the_cause_is_what_is_to_be_changed(arguments: list[str], message: str) 
         (["--world-size=2", "--rows=user=-1"], "--rows user=-1: give TABLE=N, such as user=1_000"),
         (["--world-size=2", "--rows=users=1"], "--rows users: unknown table; available: user, it"),
         (["--world-size=2", "--rows=user"], "--rows user: give TABLE=N"),
-        (["--world-size=2", "run.prepared_root=/nowhere"], "how many rows has the table user?"),
+        (["--world-size=2", "run.prepared_root=/nowhere"], "rows of the table user are not known"),
     ],
 )
 def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:

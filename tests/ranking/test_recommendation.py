@@ -595,5 +595,5 @@ def test_indexes_that_cannot_be_had_are_refused(
     with pytest.raises(RankFailed, match=message + r"is not installed; pip install faiss-cpu"):
         run_alone(_recommended, *arguments)
     tree = {"data": load_config("sample").data.model_dump(), "recommend": {"index": "HNSW32"}}
-    with pytest.raises(ConfigError, match=r"index=HNSW32 finds candidates: set candidates"):
+    with pytest.raises(ConfigError, match=r"index=HNSW32 needs candidates: set candidates"):
         config_from(tree)

@@ -330,7 +330,7 @@ def test_settings_that_a_service_does_not_look_at_are_refused(
             command("serve", *arguments), cwd=home, capture_output=True, text=True, check=False
         )
         assert done.returncode == 2
-        assert done.stderr.startswith(f"ConfigError: {named}: no setting of a service, which ")
+        assert done.stderr.startswith(f"ConfigError: {named}: not used by the service, which ")
 
 
 def test_what_cannot_be_served_is_told(

@@ -45,7 +45,7 @@ class Quotes:
 
     Args:
         delimiter: between cells, one byte.
-        escape: character after which any other is text; None: there is none.
+        escape: character after which any other is text; or None.
 
     Attributes:
         most_lines: line ends within one cell, at most.

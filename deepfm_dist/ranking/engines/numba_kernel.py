@@ -419,7 +419,7 @@ def update_top_k(
         network: layers above the first.
         seen_offsets: ``[users + 1]``.
         seen: each user's masked positions, in any order.
-        best: ``[users, K]`` best scores so far, best first; ``-inf`` where there is none.
+        best: ``[users, K]`` best scores so far, best first; ``-inf`` where fewer.
         positions: ``[users, K]`` their positions.
         scratch: ``[network.rows + ROWS, BLOCK]``, flat.
     """

@@ -30,7 +30,7 @@ class TorchEngine:
         return Side(*(t.new_empty(n, *t.shape[1:]) for t in like.tensors))
 
     def fill(self, items: Side, begin: int, side: Side) -> None:
-        """Puts items into their place; what is past the end is left out."""
+        """Writes items into their places; those past the end are left out."""
         for target, source in zip(items.tensors, side.tensors, strict=True):
             room = target[begin : begin + len(source)]
             room.copy_(source[: len(room)])

@@ -89,7 +89,7 @@ class TritonEngine:
         return Items(side, n)
 
     def fill(self, items: Items, begin: int, side: Side) -> None:
-        """Puts items into their place; what is past the end is left out."""
+        """Writes items into their places; those past the end are left out."""
         n = min(items.n - begin, len(side.constant))
         for target, source in zip(items.side.tensors, side.tensors, strict=True):
             room = target[begin : begin + n]

@@ -122,7 +122,7 @@ class TileConfig(NamedTuple):
 
     @property
     def leaner(self) -> "TileConfig | None":
-        """One that takes less of the chip and gives the same scores; None: there is none."""
+        """One that takes less of the chip and gives the same scores; or None."""
         if self.pairs == 16:
             return None
         return self._replace(pairs=self.pairs // 2, stages=1)
