@@ -27,6 +27,7 @@ from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.messages import plural
+from deepfm_dist.storage import follow_pointer
 
 _TITLE = "title"
 _OF_NUMPY = (np.ndarray, np.generic, pd.Series, pd.Index)
@@ -253,8 +254,9 @@ class Model:
             CheckpointError: it is not trained yet.
         """
         with _in_python():
-            is_run = Path(path).is_dir()
-            file = Path(path, "config.yaml") if is_run else Path(path)
+            run = follow_pointer(Path(path))
+            is_run = run.is_dir()
+            file = run / "config.yaml" if is_run else run
             if not file.is_file():
                 raise ConfigError(
                     f"{path}: not a file; give the configuration that fit wrote, such as "

@@ -31,7 +31,7 @@ from deepfm_dist.launcher import (
     watch_torchrun,
 )
 from deepfm_dist.messages import brief
-from deepfm_dist.storage import folder_of, storage_errors_to_user
+from deepfm_dist.storage import folder_of, follow_pointer, storage_errors_to_user
 from deepfm_dist.terminal import coloured
 from deepfm_dist.typed_yaml import settings_of
 
@@ -71,6 +71,7 @@ HEEDED = {
     "combine": _TRAINING,
     "plan": _TRAINING,
     "tune": (*_TRAINING, "tune"),
+    "nightly": (*_TRAINING, "evaluate", "nightly"),
 }
 """The settings, or their sections, that change what a command does."""
 
@@ -256,7 +257,7 @@ def _config_of(arguments: argparse.Namespace) -> Config:
         run = arguments.config
     if run is None:
         return load_config(arguments.config, arguments.overrides)
-    folder = folder_of(run.rstrip("/"))
+    folder = follow_pointer(folder_of(run.rstrip("/")))
     file = folder / "config.yaml"
     with storage_errors_to_user(file):
         exists = file.is_file()
@@ -309,7 +310,7 @@ def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: Config
 def _is_run(config: str) -> bool:
     if "://" in config:
         return not config.endswith((".yaml", ".yml"))
-    return Path(config, "config.yaml").is_file()
+    return (follow_pointer(Path(config)) / "config.yaml").is_file()
 
 
 class _Formatter(logging.Formatter):

@@ -31,7 +31,7 @@ from deepfm_dist.storage import (
     path_or_url,
     storage_errors_to_user,
 )
-from deepfm_dist.training.settings import TrainerConfig, TuneConfig
+from deepfm_dist.training.settings import NightlyConfig, TrainerConfig, TuneConfig
 from deepfm_dist.typed_yaml import (
     DuplicateKeyError,
     load,
@@ -60,6 +60,7 @@ class Config(Section):
     recommend: RecommendConfig = RecommendConfig()
     similar: SimilarConfig = SimilarConfig()
     tune: TuneConfig = TuneConfig()
+    nightly: NightlyConfig = NightlyConfig()
 
     @model_validator(mode="before")
     @classmethod

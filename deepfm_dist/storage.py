@@ -136,6 +136,18 @@ def folder_of(text: str) -> Path:
     return cast(Path, folder)
 
 
+CURRENT = "current"
+"""A file that names the run in use among those of its folder; see `follow_pointer`."""
+
+
+def follow_pointer(run: Path) -> Path:
+    """The run that a file ``current`` names; any other path is itself."""
+    if run.name != CURRENT:
+        return run
+    with storage_errors_to_user(run):
+        return run.with_name(run.read_text().strip()) if run.is_file() else run
+
+
 def is_remote(path: Path) -> bool:
     """Whether a path is behind a URL."""
     return not isinstance(path, Path)

@@ -6,7 +6,7 @@
 #
 # Arguments go to the command. All of these have defaults:
 #
-#     COMMAND          what runs: train, evaluate, recommend, predict
+#     COMMAND          what runs: train, evaluate, recommend, predict, nightly
 #     CONFIG           YAML file or name of a bundled one (sample)
 #     NPROC            processes on this node (its GPUs, 2 where there are none)
 #     NNODES           nodes, or MIN:MAX of an elastic run (1)

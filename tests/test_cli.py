@@ -353,7 +353,7 @@ def test_a_setting_without_effect_is_a_warning(
     lines = [r.getMessage() for r in caplog.records if "no effect" in r.getMessage()]
     assert lines == [
         "trainer.epochs has no effect on prepare; it is a setting of train, import_weights, "
-        "combine, plan, tune",
+        "combine, plan, tune, nightly",
         "similar.k has no effect on prepare; it is a setting of similar, serve",
     ]
 
@@ -363,7 +363,16 @@ def test_settings_of_ranks_reach_the_process_group() -> None:
     wanted = ("cpu", 7.0, 3, True)
     options = ["run.device=cpu", "run.timeout_s=7", "run.threads=3", "run.deterministic=true"]
     assert load_config("sample", options).run.process_group == wanted
-    jobs = ("train", "tune", "evaluate", "predict", "ranking_files", "combine", "import_weights")
+    jobs = (
+        "train",
+        "tune",
+        "evaluate",
+        "predict",
+        "ranking_files",
+        "combine",
+        "import_weights",
+        "nightly",
+    )
     for name in jobs:
         source = (ROOT / f"deepfm_dist/jobs/{name}.py").read_text()
         assert "process_group(*config.run.process_group)" in source, name

@@ -1213,8 +1213,10 @@ TYPED = dict(
 """Messages, as `_templates` has them or had before they were reworded: the row that types each."""
 NOT_OF_COMMANDS = {
     "api.py": "arguments of Python, not of a command; see test_api",
+    "data/sources/days.py": "see test_nightly",
     "data/preparation/cluster.py": "needs Spark; see test_cluster",
     "interop/notebook.py": "needs a notebook's weights; see test_notebook",
+    "jobs/nightly.py": "needs logs by day; see test_nightly",
     "jobs/import_weights.py": "needs a notebook's weights; see test_notebook",
     "launcher.py": "variables of the environment; see test_launcher",
     "lock.py": "needs a second process; see test_lock",

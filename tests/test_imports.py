@@ -12,7 +12,7 @@ import deepfm_dist
 PACKAGE = Path(deepfm_dist.__file__).parent
 COMMANDS = {
     "prepare", "train", "evaluate", "recommend", "similar", "predict", "doctor", "demo",
-    "export", "import_weights", "combine", "plan", "serve", "tune",
+    "export", "import_weights", "combine", "plan", "serve", "tune", "nightly",
 }  # fmt: skip
 LEVELS = [
     {

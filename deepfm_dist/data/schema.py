@@ -124,7 +124,9 @@ class Interactions(Section):
 
     file: Files
     """File name under ``data.root``, in a format that docs/data.md lists; a pattern with ``*``,
-    ``?`` or ``[1-3]``, whose files are read in the order of their names; or a list of these."""
+    ``?`` or ``[1-3]``, whose files are read in the order of their names; a range of days,
+    ``{2026-11-01..2026-11-07}.csv``; or a list of these. ``nightly`` fills in ``{day}``,
+    ``{day-1}``, ``{day-6..day}`` and ``{day:%Y%m%d}``."""
     user: str | None = None
     """Column of the user's id; needed for implicit data."""
     item: str | None = None

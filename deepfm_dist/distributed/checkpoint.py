@@ -56,6 +56,7 @@ from deepfm_dist.model.deepfm import biases_before_norm
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.storage import (
     delete_tree,
+    follow_pointer,
     is_of_storage,
     is_remote,
     rename,
@@ -112,6 +113,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: there is no checkpoint, or not the requested one.
     """
+    run_dir = follow_pointer(run_dir)
     if _NAME.fullmatch(run_dir.name) and (run_dir / MARKER).is_file():
         return run_dir
     for part in finished if which == "auto" else [which] if which in (SELECTED, REFIT) else ():

@@ -1,6 +1,6 @@
 """Measures a run's model on held-out rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import find_file
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
 from deepfm_dist.log import MetricsLog
@@ -17,7 +18,7 @@ from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popular
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
-from deepfm_dist.runs.trained import LoadedModel, open_trained
+from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
 
 
@@ -43,6 +44,11 @@ class Evaluation:
     metrics_log: Path
     report: Path
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The model's figures of rows and of rankings."""
+        return _all_figures(self.rows, self.comparison)
+
 
 def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None:
     """Measures a run's model on held-out rows, and writes its report. All ranks.
@@ -59,33 +65,92 @@ def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None
         ConfigError: a setting does not fit the run, or a baseline needs a missing library.
         DataError: the split is empty, or the reference cannot be read.
     """
-    split = config.evaluate.split
-    baselines, reference = _baselines(config), _reference(config)
     with process_group(*config.run.process_group) as world:
-        known = split == "test" and config.evaluate.validation_known
-        known &= config.data.split.method != "users"
-        if not known and config.checkpoint.use == checkpoint.REFIT:
-            raise ConfigError(
-                f"checkpoint.use=refit: trained on the validation rows too, which are not to be "
-                f"known here (evaluate.split={split}); use checkpoint.use=selected"
-            )
-        finished = (checkpoint.REFIT, checkpoint.SELECTED) if known else (checkpoint.SELECTED,)
-        trained = open_trained(config, overrides, world, same_rows=True, finished=finished)
-        _check_not_empty(trained.dataset, split)
-        dataset = trained.dataset
-        if known:
-            dataset = dataset.with_validation()
-        held_out = None
-        if trained.config.data.task == "implicit":
-            held_out = RankingEvaluator(
-                dataset, split, config.recommend.context, config.evaluate.mask_seen
-            )
-        measured = RowEvaluator(dataset, split).measure(trained.sharded, world)
-        comparison = None
-        if held_out is not None:
-            model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k
-            comparison = evaluate_ranking(model, world, held_out, cutoffs, baselines, reference)
-        return None if measured is None else _report(config, trained, measured, comparison)
+        return evaluate_on(config, overrides, world)
+
+
+def evaluate_on(config: Config, overrides: Sequence[str], world: World) -> Evaluation | None:
+    """`evaluate` in a process group that exists. All ranks."""
+    baselines, reference = _baselines(config), _reference(config)
+    trained = open_trained(config, overrides, world, same_rows=True, finished=_finished(config))
+    measured, comparison = _measure(config, trained, world, baselines, reference)
+    return None if measured is None else _report(config, trained, measured, comparison)
+
+
+def measure_weights(config: Config, weights: Path, world: World) -> dict[str, float] | None:
+    """Measures another run's weights on the held-out rows of this one. All ranks.
+
+    Args:
+        config: the settings of the run whose rows they are.
+        weights: folder of the other run, whose ids this one's dataset extends. Ids that it does not
+            know have weights of 0.
+        world: the ranks.
+
+    Returns:
+        The figures of rows and, of implicit data, of the ranking, on rank 0; None elsewhere.
+
+    Raises:
+        CheckpointError: either run has no complete checkpoint, or the dataset does not extend the
+            other's.
+        DataError: the split is empty.
+    """
+    finished = _finished(config)
+    run = find_run(config, (), same_rows=True, finished=finished, world=world)
+    trained = open_weights(weights, run, world, finished)
+    measured, comparison = _measure(config, trained, world, {}, None)
+    return None if measured is None else _all_figures(measured.figures, comparison)
+
+
+def _finished(config: Config) -> Sequence[str]:
+    """Which checkpoints of a finished run may be measured.
+
+    Raises:
+        ConfigError: the one that is asked for was trained on what is held out here.
+    """
+    split = config.evaluate.split
+    if _knows_validation(config):
+        return checkpoint.REFIT, checkpoint.SELECTED
+    if config.checkpoint.use == checkpoint.REFIT:
+        raise ConfigError(
+            f"checkpoint.use=refit: trained on the validation rows too, which are not to be "
+            f"known here (evaluate.split={split}); use checkpoint.use=selected"
+        )
+    return (checkpoint.SELECTED,)
+
+
+def _knows_validation(config: Config) -> bool:
+    """Whether what users did in validation rows is known."""
+    known = config.evaluate.split == "test" and config.evaluate.validation_known
+    return known and config.data.split.method != "users"
+
+
+def _measure(
+    config: Config,
+    trained: LoadedModel,
+    world: World,
+    baselines: Mapping[str, Baseline],
+    reference: str | None,
+) -> tuple[Measured | None, Comparison | None]:
+    """Figures of rows and of rankings, on rank 0. All ranks."""
+    split, dataset = config.evaluate.split, trained.dataset
+    _check_not_empty(dataset, split)
+    if _knows_validation(config):
+        dataset = dataset.with_validation()
+    held_out = None
+    if trained.config.data.task == "implicit":
+        held_out = RankingEvaluator(
+            dataset, split, config.recommend.context, config.evaluate.mask_seen
+        )
+    measured = RowEvaluator(dataset, split).measure(trained.sharded, world)
+    comparison = None
+    if held_out is not None:
+        model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k
+        comparison = evaluate_ranking(model, world, held_out, cutoffs, baselines, reference)
+    return measured, comparison
+
+
+def _all_figures(rows: Mapping[str, float], comparison: Comparison | None) -> dict[str, float]:
+    return {**rows, **(comparison.figures["model"] if comparison else {})}
 
 
 def _reference(config: Config) -> str | None:

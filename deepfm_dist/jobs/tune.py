@@ -86,7 +86,7 @@ def _run_trial(
     shared = {
         "run.runs_root": str(_folder(config)),
         "run.name": trial.name,
-        "data.name": config.prepared_dir.name,
+        "data.name": config.data.name or config.run.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
         "trainer.refit_best": False,  # a trial ends when it has been compared
         "model.linear": "none",

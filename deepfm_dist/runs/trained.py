@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepfm_dist.build import shard_for_inference
+from deepfm_dist.build import shard_for_inference, weight_transfer
 from deepfm_dist.config import Config, config_from
-from deepfm_dist.data.compatibility import check_match
+from deepfm_dist.data.compatibility import check_match, check_start
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of, is_input
 from deepfm_dist.data.remote import local_copy
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.sharding import DistributedModelParallel, init_tables
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.lock import Lock
@@ -185,6 +185,36 @@ def open_trained(
         run.state["step"],
         settings_in(run.state),
     )
+
+
+def open_weights(
+    run_dir: Path, onto: RunOnDisk, world: World, finished: Collection[str]
+) -> LoadedModel:
+    """Loads a run's weights for the dataset of another one, which extends its own. All ranks.
+
+    Ids that the run does not know have weights of 0, so that they add nothing to a logit.
+
+    Args:
+        run_dir: folder of the run with the weights.
+        onto: the other run.
+        world: the ranks.
+        finished: as `find_run` takes it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or the dataset does not extend its own.
+    """
+    path = checkpoint.find_checkpoint(run_dir, "auto", finished)
+    state = checkpoint.read_state(path)
+    settings, manifest = settings_in(state), onto.dataset.manifest
+    trained = config_from(state["config"], origin=str(path)).data
+    check_start(str(path), state, trained, manifest)
+    merged = onto.config.model_dump(mode="json") | {"model": settings["model"]}
+    config = config_from(merged, origin=str(path))
+    sharded = shard_for_inference(config, manifest, world)
+    init_tables(sharded, config.model.embedding_dim + 1, 0.0, config.run.seed)
+    checkpoint.load(path, world, sharded, transfer=weight_transfer(trained, manifest, config.model))
+    log.info("loaded %s, step %s", path, f"{state['step']:,}")
+    return LoadedModel(config, onto.dataset, sharded, path, step=state["step"], settings=settings)
 
 
 def find_run(

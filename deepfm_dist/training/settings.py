@@ -1,4 +1,4 @@
-"""The sections `trainer` and `tune`."""
+"""The sections `trainer`, `tune` and `nightly`."""
 
 from typing import Any, Literal, Self
 
@@ -158,6 +158,19 @@ class SpanConfig(Section):
                 f"low must be below high, and above 0 with log (got {self.low:g}, {self.high:g})"
             )
         return self
+
+
+class NightlyConfig(Section):
+    """When a night's model replaces the one in use, and how long nights are kept."""
+
+    metric: str | None = None
+    """The figure on the day's held-out rows that decides. Default: NDCG at the largest
+    ``evaluate.k``, or ``log_loss`` where rows have labels."""
+    tolerance: float = Field(0.01, ge=0)
+    """Share of the figure of the model in use by which the new model's may be worse."""
+    keep_days: int = Field(7, ge=1)
+    """Number of nights whose runs and datasets are kept. The model in use and its predecessor are
+    kept in any case."""
 
 
 class TuneConfig(Section):

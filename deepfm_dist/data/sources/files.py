@@ -1,12 +1,13 @@
 """Which files a configuration's names and patterns stand for."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
 
 from deepfm_dist.data.schema import Files, label_of, names_of
+from deepfm_dist.data.sources.days import each_day, names_day
 from deepfm_dist.data.sources.source import PACKED
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import brief
@@ -52,8 +53,10 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
             ``data.root``.
     """
     by_path: dict[str, InputFile] = {}
-    for name in map(_below_root, names_of(files)):
+    names = ((name, each) for name in names_of(files) for each in each_day(_below_root(name)))
+    for setting, name in names:
         for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
+            file = replace(file, pattern=setting)
             if (other := by_path.setdefault(file.path, file)) is not file:
                 raise ConfigError(
                     f"{file.name}: matched by both {other.pattern} and {name}; list it once"
@@ -145,6 +148,8 @@ def _is_hidden(path: str, pattern: str) -> bool:
 
 def _not_found(where: str, name: str, is_folder: bool, inside: Iterable[str]) -> str:
     """Why a name stands for no file, with the pattern of the files in a folder of that name."""
+    if names_day(name):
+        return f"{where}: no such file: python -m deepfm_dist.nightly fills in its day"
     if not is_folder:
         return f"{where}: no such file; is data.root right?"
     first = next((file for file in inside if not _is_hidden(file, "*")), f"x{Path(name).suffix}")

@@ -1,0 +1,400 @@
+"""One night: trains on a day's log, compares with the model in use, promotes the better one.
+
+All nights of ``run.name=mine`` are in one folder::
+
+    runs/mine/2026-11-30/           the run of a day
+    runs/mine/current               the name of the run in use
+    runs/mine/nights/2026-11-30.json   what a night did so far
+    runs/mine/nights.csv            a line per night
+
+Every step can be repeated: training resumes, or finds that it is over; figures are measured again;
+the pointer is replaced atomically. A night that was killed is finished by the same command.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from torch.distributed import PrefixStore
+
+from deepfm_dist.config import Config, with_settings
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import SPLITS
+from deepfm_dist.data.remote import copy_path, local_copy
+from deepfm_dist.data.schema import names_of
+from deepfm_dist.data.sources import find_files
+from deepfm_dist.data.sources.days import names_day, on_day
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.world import World
+from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.jobs.evaluate import evaluate_on, measure_weights
+from deepfm_dist.jobs.train import train_on
+from deepfm_dist.lock import Lock
+from deepfm_dist.storage import (
+    CURRENT,
+    atomic_write,
+    delete_tree,
+    folder_of,
+    follow_pointer,
+    is_remote,
+    write_errors_to_user,
+)
+from deepfm_dist.training.state import LOWER_IS_BETTER
+
+log = logging.getLogger(__name__)
+_NIGHTS = "nights"
+_ORPHAN_S = 15.0
+"""Seconds for which a night waits for the lock of one that was killed: its ranks need some to
+end."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """What a night did.
+
+    Attributes:
+        day: whose log was new, as ``YYYY-MM-DD``.
+        previous: the day of the model in use before; None: there was none.
+        metric: the figure that decides.
+        figure: of the new model, on the day's held-out rows.
+        previous_figure: of the model in use before, on the same rows.
+        promoted: whether the new model is in use now.
+        report: the page of the new model's figures.
+    """
+
+    day: str
+    previous: str | None = None
+    metric: str | None = None
+    figure: float | None = None
+    previous_figure: float | None = None
+    promoted: bool | None = None
+    report: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to decide."""
+        return self.promoted is not None
+
+
+class Nights:
+    """The folder of all nights of a configuration. Rank 0.
+
+    Args:
+        config: the configuration, whose ``run.name`` is that of the folder.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config, self.folder = config, config.run_dir
+
+    @property
+    def pointer(self) -> Path:
+        """The file that names the run in use."""
+        return self.folder / CURRENT
+
+    @property
+    def current(self) -> str | None:
+        """The day of the model in use."""
+        with write_errors_to_user(self.folder):
+            return follow_pointer(self.pointer).name if self.pointer.is_file() else None
+
+    def read(self, day: str) -> Night | None:
+        """What a night has recorded; None: it has not begun."""
+        path = self._record(day)
+        with write_errors_to_user(path):
+            return Night(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write(self, night: Night) -> None:
+        """Records a night, and lists all nights in ``nights.csv``."""
+        path = self._record(night.day)
+        with write_errors_to_user(path):
+            with atomic_write(path) as file:
+                file.write_text(json.dumps(asdict(night), indent=2) + "\n")
+            text = io.StringIO()
+            lines = csv.DictWriter(text, [*asdict(night)])
+            lines.writeheader()
+            lines.writerows(asdict(one) for one in self._all())
+            with atomic_write(self.folder / f"{_NIGHTS}.csv") as file:
+                file.write_text(text.getvalue())
+
+    def promote(self, day: str) -> None:
+        """Makes a day's model the one in use; readers see the old or the new one."""
+        with write_errors_to_user(self.pointer), atomic_write(self.pointer) as file:
+            file.write_text(f"{day}\n")
+
+    def delete_old(self, keep: int) -> list[str]:
+        """Deletes runs and datasets of all but the latest nights and the one in use.
+
+        Returns:
+            Their days.
+        """
+        days = sorted((night.day for night in self._all()), reverse=True)
+        needed = {*days[:keep], self.current}
+        needed |= {night.previous for night in self._all() if night.day == days[0]}
+        deleted = []
+        for day in (day for day in days if day not in needed):
+            run, dataset = self.folder / day, prepared_dir(self._config, day)
+            if run.exists() or dataset.exists():
+                delete_tree(run)
+                delete_tree(dataset)
+                if is_remote(dataset):
+                    delete_tree(copy_path(dataset, self._config.run.cache_root))
+                deleted.append(day)
+        return deleted
+
+    def _record(self, day: str) -> Path:
+        return self.folder / _NIGHTS / f"{day}.json"
+
+    def _all(self) -> Iterator[Night]:
+        for path in sorted((self.folder / _NIGHTS).iterdir(), key=lambda path: path.name):
+            if path.suffix == ".json" and path.name[:1] != ".":
+                yield Night(**json.loads(path.read_text()))
+
+
+def nightly(config: Config, day: date) -> Night | None:
+    """Trains on a day's log, compares with the model in use, promotes the better one. All ranks.
+
+    Args:
+        config: the settings, with places for the day in the names of files.
+        day: whose log is new.
+
+    Returns:
+        What was done on rank 0; None elsewhere, and where a signal stopped it: the same command
+        continues it.
+
+    Raises:
+        ConfigError: no file is named by its day, held-out rows could be those that the model in use
+            was trained on, or a later day has been trained.
+        DataError: the day's log is missing.
+        InUse: another process does this.
+        DeepFMError: as training and evaluation do.
+    """
+    check_settings(config)
+    nights = Nights(config)
+    lock = Lock(config.run_dir / _NIGHTS, str(config.run_dir), "choose another run.name")
+    with process_group(*config.run.process_group) as world, world.hold_on_rank0(lock, _ORPHAN_S):
+        begun = world.broadcast(world.run_on_rank0("begin", lambda: _begin(nights, f"{day}")))
+        assert begun is not None
+        night = begun
+        if not begun.is_over:
+            # The settings are rank 0's on all ranks: files may appear meanwhile.
+            made = world.run_on_rank0(
+                "settings", lambda: settings_of_day(config, day, begun.previous)
+            )
+            config_of_day = world.broadcast(made)
+            assert config_of_day is not None
+            if train_on(config_of_day, _named(world, "train")).stopped:
+                return None
+            night = _decide(config, config_of_day, begun, world)
+        return world.run_on_rank0("end", lambda: _end(config, nights, night))
+
+
+def check_settings(config: Config) -> None:
+    """Looks for what would go wrong every night.
+
+    Raises:
+        ConfigError: no file is named by its day, or held-out rows could be those that the model in
+            use was trained on.
+    """
+    split, file = config.data.split, config.data.interactions.file
+    held_out = names_of(split.test_file) if split.test_file else ()
+    if not any(map(names_day, (*names_of(file), *held_out))):
+        raise ConfigError(
+            f"data.interactions.file={','.join(names_of(file))}: is the same every night; name the "
+            f"log by its day, such as data.interactions.file=clicks/{{day-1..day}}.csv"
+        )
+    newest = split.method == "temporal" or config.data.interactions.split is not None
+    if not (newest or any(map(names_day, held_out))):
+        raise ConfigError(
+            f"data.split.method={split.method}: holds out rows of days that the model in use was "
+            f"trained on; set data.split.method=temporal, or data.split.test_file to a file of the "
+            f"day"
+        )
+
+
+def prepared_dir(config: Config, day: str) -> Path:
+    """The prepared dataset of a day."""
+    return folder_of(config.run.prepared_root) / (config.data.name or config.run.name) / day
+
+
+def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
+    """The configuration of a day's run.
+
+    Args:
+        config: the settings of all nights.
+        day: the day.
+        previous: the day of the run that it starts from; None: the first.
+
+    Raises:
+        DataError: the day's log is missing.
+    """
+    settings: dict[str, Any] = {
+        "run.name": f"{config.run.name}/{day}",
+        "data": _filled_in(config.model_dump(mode="json")["data"], config, day),
+        "data.name": f"{config.data.name or config.run.name}/{day}",
+    }
+    if previous is not None:
+        settings["data.vocabulary_from"] = str(prepared_dir(config, previous))
+        settings["checkpoint.start_from"] = str(config.run_dir / previous)
+    return with_settings(config, settings)
+
+
+def _filled_in(tree: Any, config: Config, day: date) -> Any:
+    """Settings with the places for the day in names of files filled in.
+
+    A log of an earlier day that is missing is left out: on the first nights there is none.
+    """
+    if isinstance(tree, dict):
+        return {
+            key: _names(value, config, day)
+            if key in ("file", "valid_file", "test_file") and value is not None
+            else {on_day(name, day)[0][0]: layout for name, layout in value.items()}
+            if key == "files"
+            else _filled_in(value, config, day)
+            for key, value in tree.items()
+        }
+    return [_filled_in(value, config, day) for value in tree] if isinstance(tree, list) else tree
+
+
+def _names(files: Any, config: Config, day: date) -> Any:
+    texts = [files] if isinstance(files, str) else files
+    if not any(map(names_day, texts)):
+        return files
+    names = []
+    for text in texts:
+        for name, of in on_day(text, day):
+            try:
+                if of < day and names_day(text):
+                    find_files(config.input_root, name)
+            except DataError as error:
+                log.warning("%s: left out: %s", name, error)
+            else:
+                names.append(name)
+    return names
+
+
+def _named(world: World, name: str) -> World:
+    """The same ranks: names that one job uses in the store must not be seen in the next."""
+    return replace(world, store=PrefixStore(name, world.store))
+
+
+def _begin(nights: Nights, day: str) -> Night:
+    """What the night has recorded, or a new record. Rank 0."""
+    night, current = nights.read(day), nights.current
+    if current is not None and (current > day or (night is None and current == day)):
+        raise ConfigError(f"--day {day}: the model in use is that of {current}; give a later --day")
+    if night is None:
+        night = Night(day, previous=current)
+        nights.write(night)
+    elif night.is_over:
+        log.warning("%s: this night is over already", nights.folder / day)
+    return night
+
+
+def _decide(config: Config, config_of_day: Config, night: Night, world: World) -> Night:
+    """Measures both models on the day's held-out rows. All ranks.
+
+    Returns:
+        The night with its figures and the decision on rank 0; as it was elsewhere.
+
+    Raises:
+        ConfigError: ``nightly.metric`` is not measured.
+    """
+    before: Mapping[str, float] | None = None
+    if night.previous is not None:
+        weights = config.run_dir / night.previous
+        before = measure_weights(config_of_day, weights, _named(world, "before"))
+    evaluation = evaluate_on(config_of_day, (), _named(world, "evaluate"))
+
+    def decide() -> Night:
+        assert evaluation is not None
+        if night.previous is not None:
+            _warn_of_known_rows(config, night.day, night.previous)
+        default = "log_loss" if evaluation.comparison is None else f"ndcg@{max(config.evaluate.k)}"
+        metric = config.nightly.metric or default
+        figure = _figure(metric, evaluation.figures)
+        previous = None if before is None else _figure(metric, before)
+        return replace(
+            night,
+            metric=metric,
+            figure=figure,
+            previous_figure=previous,
+            promoted=is_no_worse(figure, previous, config.nightly.tolerance, metric),
+            report=str(evaluation.report),
+        )
+
+    return world.run_on_rank0("decide", decide) or night
+
+
+def _figure(metric: str, figures: Mapping[str, float]) -> float:
+    if metric not in figures:
+        known = ", ".join(figures)
+        raise ConfigError(f"nightly.metric={metric}: is not measured; choose from {known}")
+    return float(figures[metric])
+
+
+def is_no_worse(figure: float, previous: float | None, tolerance: float, metric: str) -> bool:
+    """The rule by which a model is promoted.
+
+    Args:
+        figure: of the new model.
+        previous: of the one in use; None: there is none.
+        tolerance: share of the previous figure by which the new one may be worse.
+        metric: its name, which says whether lower is better.
+    """
+    if not math.isfinite(figure):
+        return False
+    if previous is None or not math.isfinite(previous):
+        return True
+    loss = figure - previous if metric in LOWER_IS_BETTER else previous - figure
+    return loss <= tolerance * abs(previous)
+
+
+def _warn_of_known_rows(config: Config, day: str, previous: str) -> None:
+    """Warns of held-out rows that the model in use may have been trained on. Rank 0."""
+    if config.data.split.method != "temporal" or config.data.interactions.split is not None:
+        return
+    before = _dataset(config, previous)
+    latest = max(float(times.max()) for times in map(partial(_times, before), SPLITS) if len(times))
+    times = _times(_dataset(config, day), config.evaluate.split)
+    known = int((times <= latest).sum())
+    if known:
+        log.warning(
+            "%s of %s held-out rows are no newer than the rows of %s, which the model in use may "
+            "have been trained on, so that its figures are too good; lower data.split.valid and "
+            "data.split.test, or name fewer earlier days in data.interactions.file",
+            f"{known:,}",
+            f"{len(times):,}",
+            previous,
+        )
+
+
+def _dataset(config: Config, day: str) -> PreparedDataset:
+    """The dataset of a day, or its copy on this machine."""
+    return PreparedDataset(local_copy(prepared_dir(config, day), config.run.cache_root))
+
+
+def _times(dataset: PreparedDataset, split: str) -> npt.NDArray[np.float64]:
+    """Times of a split's rows, in the units of the input."""
+    table = pq.read_table(dataset.folder / split, columns=["time"])
+    return table["time"].to_numpy() / dataset.manifest.time_scale
+
+
+def _end(config: Config, nights: Nights, night: Night) -> Night:
+    """Records the decision and carries it out. Rank 0."""
+    nights.write(night)
+    if night.promoted and (nights.current or "") < night.day:
+        nights.promote(night.day)
+    for day in nights.delete_old(config.nightly.keep_days):
+        log.info("%s: deleted the run and its dataset", nights.folder / day)
+    return night
