@@ -29,6 +29,10 @@ HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 HISTORY_DROPOUT = 0.3
 WHOLE_CATALOGUE = 30_000
 """Items up to which the softmax goes over all of them."""
+HOLD_OUT = 0.1
+"""Share of the training items that is held out in the loop where there are no validation rows."""
+MOST_HELD_OUT_OF = 500_000_000
+"""Training positives up to which it is drawn; that takes some 20 bytes for each."""
 CANDIDATES = 4_096
 """Items that it draws in each step beyond that."""
 PRIOR_PRECISION, PRIOR_PRECISION_OF_FM = 500, 10
@@ -288,7 +292,8 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     )
     if draft.get("model.fm"):
         draft.choose("model.fm_pairs", "across", "pairs within an item rank nothing new")
-    _for_the_end(draft, manifest, n_items)
+    is_measured = _is_measured(draft, manifest)
+    _for_the_end(draft, manifest, n_items, is_measured)
     dim = next((d for rows, d in ((100_000, 64), (1_000_000, 128)) if n_rows < rows), 256)
     draft.choose("model.embedding_dim", dim, plural(n_rows, "training row"))
     if draft.get("trainer.loss") == "softmax" and n_items <= WHOLE_CATALOGUE:
@@ -301,13 +306,14 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
         plural(n_users, "user"),
     )
     per_epoch = math.ceil(n_users / min(n_users, draft.get("trainer.batch_size")))
+    steps, why = (1000, "") if is_measured else (200, "; nothing shows when to stop early")
     draft.choose(
         "trainer.epochs",
-        max(20, min(200, round(1000 / per_epoch))),
-        f"{plural(per_epoch, 'step')} each",
+        max(20, min(200, round(steps / per_epoch))),
+        f"{plural(per_epoch, 'step')} each{why}",
     )
     epochs = draft.get("trainer.epochs")
-    if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
+    if is_measured:
         every = math.ceil(epochs / 20)
         draft.choose("trainer.validate_every_epochs", every, f"of {epochs:,} epochs")
         if draft.get("trainer.validate_every_epochs"):
@@ -317,12 +323,34 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
         draft.choose("optimizer.tables.l2", 1e-4 if dim == 64 else 3e-5, f"{dim} columns")
 
 
-def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int) -> None:
+def _is_measured(draft: "_Draft", manifest: Manifest) -> bool:
+    """Whether rankings are measured while the model trains; chooses what is held out for it."""
+    n_users, _, n_rows = _sizes(manifest)
+    share, reason = 0.0, None
+    if manifest.splits["valid"].rows:
+        reason = "there are validation rows"
+    elif draft.get("trainer.monitor") is None:
+        reason = "no figure is monitored"
+    elif not draft.is_auto("trainer.refit_best") and not draft.get("trainer.refit_best"):
+        reason = "trainer.refit_best is off, so that the model would never see it"
+    elif manifest.data.split.method == "users":
+        reason = "users are held out entirely"
+    elif n_rows < 2 * n_users:
+        reason = f"{plural(n_rows, 'training row')} of {plural(n_users, 'user')} are too few"
+    elif n_rows > MOST_HELD_OUT_OF:
+        reason = f"{n_rows:,} training rows are too many to divide in memory; set data.split.valid"
+    else:
+        share = HOLD_OUT
+    draft.choose("trainer.hold_out", share, reason or "there are no validation rows")
+    held_out = manifest.splits["valid"].rows or draft.get("trainer.hold_out")
+    return bool(held_out) and draft.get("trainer.monitor") is not None
+
+
+def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int, is_measured: bool) -> None:
     """Choices for what follows the training loop; see `deepfm_dist.jobs.finish`."""
-    against = None
-    if not manifest.splits["valid"].rows or draft.get("trainer.monitor") is None:
-        against = "nothing is measured on validation rows"
-    draft.choose("trainer.refit_best", against is None, against or "validation rows are known then")
+    against = None if is_measured else "nothing is measured on validation rows"
+    refit = "trainer.refit_best", is_measured, against or "all rows are known then"
+    draft.choose(*refit)
     if draft.get("model.deep") or not draft.get("model.fm"):
         against = "for an FM without an over-arch"
     elif manifest.item_fields_of_closed_form is None:

@@ -285,14 +285,47 @@ def _continues_and_makes_what_is_missing(
 
 
 def test_the_end_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """Without validation rows: training items take their place until the last training."""
     found = []
     for size in (1, 2):
         roots = [f"run.prepared_root={tmp_path / 'data'}", f"run.runs_root={tmp_path / str(size)}"]
         settings = [*roots, "run.loggers=[]", "model.embedding_dim=8", "trainer.max_steps=2"]
+        settings.append("data.split.valid=0")
         assert run_ranks(train_command.main, size, ["--config", SAMPLE, *settings]) == [0] * size
         config = load_config(SAMPLE, settings)
         found.append((_chosen(config, "selected"), _chosen(config, "refit")))
     assert found[0] == found[1]
+    selected, refit = found[0]
+    assert selected["trainer.hold_out"] == "there are no validation rows"
+    both, without = _ndcg(selected["model.linear"])
+    assert both > without + 0.1  # the trained part has taken two steps
+    assert refit["trainer.refit_best"].endswith("epochs of all training rows, as were best without")
+
+
+@pytest.mark.parametrize(
+    ("sections", "sizes", "share"),
+    [
+        ({}, {}, 0.1),
+        ({"trainer": {"monitor": None}}, {}, 0.0),
+        ({"trainer": {"refit_best": False}}, {}, 0.0),
+        ({}, {"users": 700, "rows": 1_300}, 0.0),
+        ({}, {"rows": 600_000_000}, 0.0),
+    ],
+)
+def test_without_validation_rows_training_items_are_held_out(
+    sections: dict[str, Any], sizes: dict[str, int], share: float, sample: PreparedDataset
+) -> None:
+    manifest = _manifest(sample, config := _config(**sections), **sizes)
+    none = {**manifest.splits, "valid": SplitSpec(rows=0, positives=0, size_bytes=0)}
+    resolved, _ = resolve(config, manifest.model_copy(update={"splits": none}))
+    assert resolved.trainer.hold_out == share
+    assert resolved.trainer.refit_best == (share > 0)
+    assert (resolved.model.linear == "ease") == (share > 0)
+    assert (resolved.trainer.patience is not None) == (share > 0)
+    if not share:  # few epochs: nothing would stop it
+        assert resolved.trainer.epochs <= 100
+    with_rows, _ = resolve(config, manifest)
+    assert with_rows.trainer.hold_out == 0
 
 
 @pytest.mark.parametrize(
@@ -301,7 +334,17 @@ def test_the_end_is_the_same_on_two_ranks(tmp_path: Path) -> None:
         (["trainer.loss=bce", "model.linear=ease"], "model.linear=ease: for models that are"),
         (["trainer.loss=bce", "trainer.refit_best=true"], "refit_best=true: for models that are"),
         (["model={linear: ease, deep: true}", "trainer.loss=softmax"], "for a pairwise part alone"),
-        (["data.split.valid=0", "trainer.refit_best=true"], "true: there are no validation rows"),
+        (
+            ["data.split.valid=0", "trainer.refit_best=true", "trainer.hold_out=0"],
+            "true: there are no validation rows",
+        ),
+        (["trainer.hold_out=0.1"], r"hold_out=0\.1: there are validation rows; leave it out"),
+        (
+            ["trainer.loss=bce", "data.split.valid=0", "trainer.hold_out=0.1"],
+            "held out by data.spl",
+        ),
+        (["data.split.valid=0", "trainer.monitor=auc"], "monitor=auc: a figure of validation rows"),
+        (["data.split.valid=0", "trainer.hold_out=1e-9"], "leaves out no training item of anybody"),
         (["data.history.add=false", "model.linear=ease"], "EASE needs the items' own id and a his"),
     ],
 )

@@ -85,6 +85,29 @@ class PreparedDataset:
         self.memory_bytes = wanted
         self.past: tuple[str, ...] = ("train",)
         """Splits whose positives are in `history`: see `with_validation`."""
+        self.held_out: Jagged | None = None
+        """Training items that serve as those of validation rows: see `holding_out`."""
+        self._whole: Self | None = None
+
+    def holding_out(self, held_out: Jagged) -> Self:
+        """The same dataset with validation items where it has no validation rows.
+
+        `with_validation` undoes it.
+
+        Args:
+            held_out: each user's training items that count as those of validation rows.
+        """
+        cut = copy(self)
+        for name in ("history", "training_history"):  # what was computed of the whole one
+            cut.__dict__.pop(name, None)
+        cut.__dict__["_train_history"] = _without(self._train_history, held_out)
+        cut.held_out, cut._whole = held_out, self
+        return cut
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is something to validate on."""
+        return self.held_out is not None or self.manifest.splits["valid"].rows > 0
 
     def with_validation(self) -> Self:
         """The same dataset at a later time, when the validation rows belong to the past.
@@ -92,6 +115,8 @@ class PreparedDataset:
         They are then part of the users' histories, and nobody has to be taught to avoid them. What
         was fitted to training rows, such as vocabularies and popularity, stays.
         """
+        if self._whole is not None:
+            return self._whole
         known = {"user", "item"} <= self.manifest.entities.keys()
         if not (known and self.manifest.splits["valid"].positives):
             return self
@@ -235,7 +260,11 @@ class PreparedDataset:
         """
         splits = ("train", "valid", "test") if held_out else self.past
         names = [name for split in splits for name in SEEN[split]]
-        seen = self._mapped_if_large("user", names, _ascending_from_0)
+        if self.held_out is not None and not held_out:
+            others = [self._mapped_if_large("user", [n], _as_it_is) for n in names if n != HISTORY]
+            seen = _ascending_from_0([self._train_history, *others])
+        else:
+            seen = self._mapped_if_large("user", names, _ascending_from_0)
         if self.has_rare_users:
             rare = self._mapped_if_large("rare", names, _ascending_from_0)
             seen = Jagged.concatenated([seen, rare])
@@ -250,6 +279,8 @@ class PreparedDataset:
         """Each user's positive items in a split; those outside the vocabulary are item 0."""
         if split == "train":
             return self.training_history
+        if split == "valid" and self.held_out is not None:
+            return self.held_out
         self._check_users_and_items()
         columns: dict[str, Any] = self.columns(split, ["user", "item", "label"])
         mask = columns["label"] == 1
@@ -336,6 +367,14 @@ def _with_new(lists: Jagged, more: Jagged) -> Jagged:
         np.concatenate([lists.values, more.values[new]]),
         len(lists),
     )
+
+
+def _without(lists: Jagged, others: Jagged) -> Jagged:
+    """Lists without what others of the same owners have."""
+    n_values = 1 + max(int(part.values.max(initial=0)) for part in (lists, others))
+    owners, theirs = (np.repeat(np.arange(len(part)), part.lengths) for part in (lists, others))
+    kept = ~np.isin(owners * n_values + lists.values, theirs * n_values + others.values)
+    return Jagged.from_pairs(owners[kept], lists.values[kept], len(lists))
 
 
 def _stretch(lists: Jagged, begin: int, end: int) -> Jagged:

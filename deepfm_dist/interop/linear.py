@@ -106,7 +106,8 @@ class Validation:
         scores = scores.clone()
         scores[torch.from_numpy(owner), torch.from_numpy(self.masked.values).long()] = -torch.inf
         best, ranked = scores.topk(min(self.k, scores.shape[1]), dim=1)
-        shown = np.where(best.isfinite().numpy(), ranked.numpy(), -1)
+        shown = np.full((len(ranked), self.k), -1)  # of a catalogue of fewer items, too
+        shown[:, : ranked.shape[1]] = np.where(best.isfinite().numpy(), ranked.numpy(), -1)
         figures = ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
         return float(figures.mean())
 

@@ -4,7 +4,8 @@ The best checkpoint of the loop gets EASE's columns (`deepfm_dist.interop.linear
 that are measured on the validation rows: ``runs/NAME/selected``. Then the same is done once more
 without measuring anything: the model is trained on training and
 validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
-Each is a run of one checkpoint.
+Each is a run of one checkpoint. Where there are no validation rows, some training items that the
+loop has not seen (``trainer.hold_out``) take their place.
 """
 
 import logging
@@ -80,7 +81,12 @@ def check(config: Config, manifest: Manifest) -> None:
             "model.linear=ease: its columns are for a pairwise part alone; set model.deep=false, "
             "and leave model.fm on"
         )
-    if parts and not manifest.splits["valid"].rows:
+    has_validation = manifest.splits["valid"].rows > 0
+    share = config.trainer.hold_out
+    if share and (has_validation or config.trainer.loss == "bce"):
+        why = "there are validation rows" if has_validation else "rows are held out by data.split"
+        raise ConfigError(f"trainer.hold_out={share:g}: {why}; leave it out, or set 0")
+    if parts and not (has_validation or share):
         option = "model.linear=ease" if SELECTED in parts else "trainer.refit_best=true"
         raise ConfigError(
             f"{option}: there are no validation rows to choose by; hold some out "
@@ -134,7 +140,9 @@ class Finish:
             if model_or_none is None:
                 return False
             model, step, epochs = model_or_none
-            reason = f"{epochs:.4g} epochs of training and validation rows, as were best without"
+            is_cut = self.dataset.held_out is not None
+            rows = "all training rows" if is_cut else "training and validation rows"
+            reason = f"{epochs:.4g} epochs of {rows}, as were best without"
             choices.append(Choice("trainer.refit_best", True, reason))
             self._say(choices[-1])
             self._save(REFIT, model, later, linear, step, choices)

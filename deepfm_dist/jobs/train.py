@@ -10,6 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import loggers, shard_for_training, training_batches
 from deepfm_dist.config import Config, resolve
+from deepfm_dist.data.batches.histories import hold_out
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load
@@ -24,6 +25,7 @@ from deepfm_dist.jobs.prepare import prepare_locked
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
+from deepfm_dist.messages import plural
 from deepfm_dist.recipe import Choice
 from deepfm_dist.runs.folder import run_lock, write_plan
 from deepfm_dist.runs.start import (
@@ -110,9 +112,10 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         log.info("chosen for this log:")
         for choice in choices:
             log.info("  %s", choice)
-    batches = training_batches(config, dataset, world)
     check_monitor_name(config)
     check_finish(config, manifest)
+    dataset = _with_something_held_out(config, dataset, world)
+    batches = training_batches(config, dataset, world)
     last_step = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last_step)
     start = world.broadcast(
@@ -148,6 +151,29 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         text = "Stopped by signal at step %d; rerun the same command to resume"
         log.warning(text, start.state.step)
     return Trained(start.state, stopped)
+
+
+def _with_something_held_out(
+    config: Config, dataset: PreparedDataset, world: World
+) -> PreparedDataset:
+    """What the loop trains on: ``trainer.hold_out`` keeps some items for validation."""
+    if not config.trainer.hold_out:
+        return dataset
+    dataset = hold_out(dataset, config.trainer.hold_out)
+    assert dataset.held_out is not None
+    n_items = len(dataset.held_out.values)
+    if not n_items:
+        raise ConfigError(
+            f"trainer.hold_out={config.trainer.hold_out:g}: leaves out no training item of "
+            f"anybody; set a larger share, or 0"
+        )
+    if world.is_first:
+        log.info(
+            "no validation rows: %s of %s are held out until the last training (trainer.hold_out)",
+            plural(n_items, "training item"),
+            plural(int((dataset.held_out.lengths > 0).sum()), "user"),
+        )
+    return dataset
 
 
 def _finish(

@@ -29,15 +29,22 @@ def make_validate(
             is undefined on them; or the catalogue is to be ranked and ``recommend.context`` lacks a
             field.
     """
-    if not dataset.manifest.splits["valid"].rows:
+    if not dataset.has_validation:
         if asked := config.trainer.needs_monitor:
             raise ConfigError(
                 f"trainer.{asked}: {dataset.folder} has no validation rows; hold some out "
                 f"(data.split.valid=0.1, data.refit=false), or leave the setting out"
             )
         return None
-    check_monitor(config.monitor, dataset.manifest)
-    rows = RowEvaluator(dataset, "valid")
+    rows: RowEvaluator | None = None
+    if dataset.held_out is not None and "@" not in (config.monitor or "@"):
+        raise ConfigError(
+            f"trainer.monitor={config.monitor}: a figure of validation rows, and there are none; "
+            f"monitor ndcg@{max(config.evaluate.k)}, or hold some out (data.split.valid=0.1)"
+        )
+    if dataset.held_out is None:
+        check_monitor(config.monitor, dataset.manifest)
+        rows = RowEvaluator(dataset, "valid")
     items: RankingEvaluator | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
         items = RankingEvaluator(
@@ -45,7 +52,7 @@ def make_validate(
         )
 
     def validate() -> Mapping[str, float]:
-        figures = dict(rows.metrics(sharded, world))
+        figures = dict(rows.metrics(sharded, world)) if rows is not None else {}
         if items is not None:
             figures |= items.metrics(deepfm_of(sharded), world, config.evaluate.k)
         return world.broadcast(figures)

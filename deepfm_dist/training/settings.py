@@ -18,6 +18,7 @@ class TrainerConfig(Section):
             "epochs",
             "validate_every_epochs",
             "patience",
+            "hold_out",
             "refit_best",
         )
     )
@@ -59,6 +60,11 @@ class TrainerConfig(Section):
     last checkpoint is used."""
     patience: int | None = Field(None, ge=1)
     """Number of validations without improvement after which training stops."""
+    hold_out: float = Field(0.0, ge=0, lt=1)
+    """Where there are no validation rows: share of each user's training items that is held out in
+    the training loop, to stop by and to choose the closed form by; `refit_best` then trains on all.
+    For losses of users. auto: 0.1 where there are no validation rows and users have two items or
+    more in the mean; else 0."""
     refit_best: bool = False
     """Whether the model is trained once more when training is over, on training and validation
     rows, for as many epochs as the best checkpoint took. ``recommend``, ``serve`` and evaluation of

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from deepfm_dist.config import load_config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator
+from deepfm_dist.data.batches.histories import hold_out
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.data.jagged import Jagged, taken
@@ -443,6 +444,25 @@ def test_a_damaged_file_is_named(
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
     with pytest.raises(DataError, match=f"{file}: missing or damaged .*delete .*/d and prepare"):
         read(PreparedDataset(tmp_path / "d"))
+
+
+def test_training_items_serve_as_those_of_validation_rows(with_history: PreparedDataset) -> None:
+    cut = hold_out(with_history, 0.5)
+    whole, kept = with_history.history.lists(), cut.history.lists()
+    held_out = cut.positives("valid").lists()
+    assert cut.has_validation
+    for items, rest, out in zip(whole, kept, held_out, strict=True):
+        assert rest == [item for item in items if item not in out]
+        assert sorted(rest + out) == sorted(items)
+        assert rest or not items
+    assert sum(map(len, held_out)) == pytest.approx(sum(map(len, whole)) / 2, rel=0.05)
+    assert cut.positives("train").lists() == cut.met("train")[0].lists() == kept
+    avoided = cut.seen(held_out=False).lists()
+    assert all(
+        not {i - 1 for i in out} & {*seen} for out, seen in zip(held_out, avoided, strict=True)
+    )
+    assert cut.with_validation() is with_history
+    assert with_history.history.lists() == whole
 
 
 def test_validation_rows_belong_to_the_past_of_the_test(with_history: PreparedDataset) -> None:

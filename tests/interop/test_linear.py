@@ -44,6 +44,16 @@ def test_ndcg_is_that_of_scikit_learn(users: tuple[Jagged, Validation]) -> None:
     assert validation.ndcg(validation.trained) == pytest.approx(np.mean(expected), abs=1e-6)
 
 
+def test_a_catalogue_may_have_fewer_items_than_are_ranked() -> None:
+    train = Jagged.from_pairs([0, 0, 1, 2], [1, 2, 1, 3], 3)
+    relevant = Jagged.from_pairs([0, 1, 2], [3, 2, 1], 3)
+    validation = Validation(train, relevant, train, torch.zeros(3, 4))
+    found = search(train, 4, None, validation)
+    assert found.columns == 4
+    # User 0 has one item left; users 1 and 2 have two, and ties are broken either way.
+    assert 0.6 < found.ndcg_trained <= 1
+
+
 def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> None:
     train, validation = users
     found = search(train, N_ITEMS, None, validation)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.seeding import derive_seed, mix
 
 Bags = tuple[Int32Array, Int32Array]
@@ -59,6 +59,25 @@ def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
     running = np.concatenate([[0], np.cumsum(flags)])
     ends = np.cumsum(lengths)
     return (running[ends] - running[ends - lengths]).astype(np.int32), values[flags]
+
+
+def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
+    """A dataset without validation rows, some of whose training items serve as validation items.
+
+    Each item of a user is drawn independently, by the dataset's seed; a user keeps one at least.
+
+    Args:
+        dataset: the prepared dataset.
+        share: of the items that is held out.
+    """
+    history = dataset.training_history
+    users = np.arange(len(history))
+    seed = derive_seed(dataset.manifest.seed, "hold out")
+    kept = kept_in_bags(history, users, users, seed, share)
+    n_kept, _ = chosen(history.take(users), kept)
+    kept |= np.repeat(n_kept == 0, history.lengths)
+    lengths, items = chosen(history.take(users), ~kept)
+    return dataset.holding_out(Jagged(offsets_of(lengths), items))
 
 
 class HistorySampler:
