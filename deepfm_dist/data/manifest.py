@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,8 @@ def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]
         ConfigError: ``files`` describes a file that it does not read.
         DataError: there is no such file.
     """
+    patterns = [pattern for files in _files_of(data) for pattern in names_of(files)]
+    check_formats(data, *(n for n in data.files if any(fnmatchcase(n, p) for p in patterns)))
     by_setting = {label_of(files): find_files(root, files) for files in _files_of(data)}
     check_formats(data, *(file.name for files in by_setting.values() for file in files))
     return {

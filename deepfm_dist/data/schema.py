@@ -96,6 +96,8 @@ class FileFormat(Section):
     within a cell is doubled."""
     decimal: Literal[".", ","] = "."
     """Decimal separator."""
+    thousands: Literal[",", ".", " ", "'"] | None = None
+    """Separator between the thousands of numbers; default: none."""
 
     @model_validator(mode="after")
     def _marks_differ(self) -> Self:
@@ -105,6 +107,8 @@ class FileFormat(Section):
             len(self.escape) != 1 or not self.escape.isascii() or self.escape in '\r\n"'
         ):
             raise ValueError(f"escape: one ASCII character, such as \\ (got {self.escape!r})")
+        if self.thousands == self.decimal:
+            raise ValueError(f"thousands and decimal are both {self.decimal!r}")
         if self.escape is not None and self.escape == self.delimiter:
             raise ValueError(f"escape and delimiter are both {self.escape!r}")
         return self

@@ -26,7 +26,7 @@ _WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("Unicode's form", lambda texts: pc.utf8_normalize(texts, "NFKC")),
     ("separators between thousands", partial(_replaced, r"(\d)[,_'](\d{3})", r"\1\2")),
 )
-_CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d")
+_CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d", r"\p{Lu}")
 """What texts look like that the first of `_WAYS` change."""
 
 
@@ -78,16 +78,15 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
     return best
 
 
-def written_twice(texts: pa.Array) -> Difference | None:
+def written_twice(texts: pa.Array, ignore_case: bool) -> Difference | None:
     """In what some texts of a vocabulary differ from others that most likely mean the same.
-
-    Upper and lower case does not count: ids such as YouTube's differ only in case.
 
     Args:
         texts: string, each once.
+        ignore_case: whether upper and lower case counts; ids such as YouTube's differ only in it.
     """
     best: Difference | None = None
-    for (what, way), pattern in zip(_WAYS, _CANDIDATES, strict=False):
+    for (what, way), pattern in zip(_WAYS, _CANDIDATES[: 3 + ignore_case], strict=False):
         some = texts.filter(pc.match_substring_regex(texts, pattern))[:_MOST_TEXTS]
         if len(some) == 0:
             continue

@@ -292,3 +292,26 @@ def test_ids_that_look_damaged_are_warned_of(
     assert len(warnings) == (warning is not None)
     if warning is not None:
         assert re.search(warning.replace("i:", "item:", 1), warnings[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "cells", "warning"),
+    [
+        ({"missing": ["-1"]}, ["-1.0", "-1", "2"], "x: '-1.0' is a value, and .* decimals of zero"),
+        ({"missing": ["NULL"]}, ["null", "NULL", "a"], "x: 'null' is a value, and .* case from"),
+        ({"missing": ["NULL"]}, ["NULL", "nullable", "a"], None),
+        ({}, ["True", "true", "x"], "x: 1 of 3 values differ .* upper and lower case, such as 'T"),
+    ],
+)
+def test_values_that_nearly_mean_the_same_are_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    field: dict[str, Any],
+    cells: list[str],
+    warning: str | None,
+) -> None:
+    rows = [(f"u{k}", f"{'iI'[k % 2]}", cells[k % 3]) for k in range(9)]
+    pd.DataFrame(rows, columns=["u", "i", "x"]).to_csv(tmp_path / "s.csv", index=False)
+    data = BASE | {"features": [*BASE["features"][:2], {"name": "x"} | field]}
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
+    assert [bool(re.search(warning or "", m)) for m in caplog.messages] == [True] * bool(warning)

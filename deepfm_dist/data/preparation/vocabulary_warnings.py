@@ -10,7 +10,7 @@ from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.data.preparation.job import entity_key
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources.nested import list_literals
-from deepfm_dist.data.spelling import written_twice
+from deepfm_dist.data.spelling import difference, written_twice
 from deepfm_dist.messages import plural, short
 
 _NO_IDS = pa.array(
@@ -48,6 +48,7 @@ def vocabulary_warnings(
     for feature in data.features:
         if feature.has_vocabulary and not feature.names_entity and feature.table_name == name:
             warnings += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
+            warnings.append(_nearly_missing(feature, texts))
     return [text for text in warnings if text is not None]
 
 
@@ -114,13 +115,29 @@ def _control_characters(entity: str, ids: pa.Array) -> str | None:
 
 def _two_spellings(name: str, ids: pa.Array) -> str | None:
     """Texts that differ from others only in spaces or zeros."""
-    how = written_twice(ids.cast(pa.string()))
+    is_id = name in map(entity_key, ("user", "item"))
+    how = written_twice(ids.cast(pa.string()), ignore_case=not is_id)
     if how is None:
         return None
     return (
         f"{name.removeprefix(entity_key(''))}: {how.count:,} of {len(ids):,} values differ from "
         f"another one only in {how.what}, such as {how.text!r} and {how.known!r}; they are kept "
         f"apart: write them alike if they mean the same"
+    )
+
+
+def _nearly_missing(feature: Feature, texts: pa.Array) -> str | None:
+    """Values that are written otherwise than the words of ``missing``, and are kept."""
+    if not feature.missing or feature.derive is not None:
+        return None
+    longest = max(map(len, feature.missing)) + len("'   '")
+    texts = texts.cast(pa.string()).filter(pc.less_equal(pc.utf8_length(texts), longest))
+    how = difference(pa.array(feature.missing, pa.string()), texts)
+    if how is None:
+        return None
+    return (
+        f"{feature.name}: {how.known!r} is a value, and differs only in {how.what} from "
+        f"{how.text!r} in `missing`; add it there if it means no value, too"
     )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.nested import NestedError, as_lists, is_text, plain, texts_of
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT
@@ -45,6 +46,10 @@ _LARGE_FLOATS = {pa.float64(): 2.0**53, pa.float32(): 2.0**24, pa.float16(): 2.0
 """From where on a float stands for several integers."""
 _TRUTH = {"false": 0.0, "true": 1.0}
 _DECIMAL_COMMA = r"^(\s*[-+]?\d*),(\d*(?:[eE][-+]?\d+)?\s*)$"
+_HAS_POINT = "\N{NO-BREAK SPACE}(a point)"
+"""Marks a number with a point where the comma is the decimal separator."""
+_GROUP_MARKS = {",": ",", ".": r"\.", "'": "['\u2019]", " ": "[ \u00a0\u202f]"}
+"""What separates thousands by `FileFormat.thousands`: a regular expression."""
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
 ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split"]
@@ -196,6 +201,21 @@ class CellTyper:
             typed = typed.filter(pa.array(~bad))
         return typed
 
+    def _number_cure(self, column: Column, cell: str) -> str:
+        """What to do first about a cell that is not a number, ended by "or"; may be empty."""
+        cures = []
+        if re.match(_DECIMAL_COMMA, cell):
+            meant = "where the comma is a decimal point, say so"
+            cures.append(self._source.cure(meant, 'decimal: ","', "write points"))
+        for mark, pattern in _GROUP_MARKS.items():
+            if re.fullmatch(rf"\s*[-+]?\d{{1,3}}(?:{pattern}\d{{3}})+(?:[.,]\d*)?\s*", cell):
+                meant = f"where {mark!r} separates thousands, say so"
+                cures.append(self._source.cure(meant, f'thousands: "{mark}"', "write none"))
+        if not (cures or column.required or re.search(r"\d", cell)):
+            word = json.dumps(cell, ensure_ascii=False)
+            cures.append(f"where it means no value, set missing: [{word}] for its field")
+        return "".join(f"{cure}, or " for cure in cures)
+
     def _refuse_headers(self, headers: npt.NDArray[np.bool_], first_row: int) -> None:
         """Names the first row that repeats the header; where bad rows are dropped, counts them."""
         if not self._skip_bad:
@@ -278,6 +298,9 @@ class CellTyper:
         what = "is empty" if cell in (None, "") else f"is not {wanted}"
         if wanted == _WANTED["number"] and _is_too_large(str(cell)):
             what = "is too large a number: float32 ends at 3.4e38"
+        if isinstance(cell, str) and cell.endswith(_HAS_POINT):
+            cell = cell.removesuffix(_HAS_POINT)
+            what += ": it has a point, and decimal is a comma"
         shown = short("" if cell is None else cell)
         cure = None if what == "is empty" else self._time_cure(column, fault, cells, values)
         path, where, name = self._source.path, self._where(first_row + row), column.name
@@ -296,12 +319,8 @@ class CellTyper:
         is_unknown = setting and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
         first = f"{fault.cure}, or " if fault.cure else ""
-        if column.type == "number" and not column.required and cell is not None:
-            word = json.dumps(str(cell), ensure_ascii=False)
-            first = f"where it means no value, set missing: [{word}] for its field, or "
-        if wanted == _WANTED["number"] and re.match(_DECIMAL_COMMA, str(cell)):
-            meant, otherwise = "where the comma is a decimal point, say so", "write points"
-            first = self._source.cure(meant, 'decimal: ","', otherwise) + ", or "
+        if column.type == "number" and cell is not None:
+            first = self._number_cure(column, str(cell)) or first
         raise DataError(
             f"{path}, {where}: {name} {shown} {what}; "
             f"{first}fix the row{self._source.or_skip}{also}"
@@ -334,15 +353,25 @@ def _header_rows(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
     return found
 
 
-def with_decimal_points(cells: pa.Array, kind: ColumnType) -> pa.Array:
-    """Texts with decimal commas -> with points; numbers with a point become no numbers."""
+def plain_numbers(cells: pa.Array, kind: ColumnType, layout: FileFormat) -> pa.Array:
+    """Numbers as text with a file's separators -> with decimal points alone.
+
+    Where the comma is the decimal separator, numbers with a point become no numbers.
+    """
     if kind in ("text", "texts") or not is_text(cells.type):
+        return cells
+    if layout.thousands is not None and kind != "time":
+        mark = _GROUP_MARKS[layout.thousands]
+        rest = rf"(?:{re.escape(layout.decimal)}\d*)?\s*$"
+        grouped = pc.match_substring_regex(cells, rf"^\s*[-+]?\d{{1,3}}(?:{mark}\d{{3}})+{rest}")
+        cells = pc.if_else(grouped, pc.replace_substring_regex(cells, mark, ""), cells)
+    if layout.decimal == ".":
         return cells
     points = pc.replace_substring_regex(cells, _DECIMAL_COMMA, r"\1.\2")
     if kind == "time":  # timestamps have points
         return points
     strange = pc.match_substring(cells, ".")
-    return pc.if_else(strange, pc.binary_join_element_wise(cells, "(a point)", " "), points)
+    return pc.if_else(strange, pc.binary_join_element_wise(cells, _HAS_POINT, ""), points)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -377,7 +406,7 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
         place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
         return pc.if_else(pc.greater_equal(place, 3), pc.subtract(place, 3), place).cast(pa.int8())
     if is_text(cells.type):
-        cells = _numbers(cells, _TRUTH if kind == "label" else {})
+        cells = _numbers(cells, _TRUTH if kind in ("label", "number") else {})
     cells = cells.cast(pa.float64(), safe=False)
     # NaN and infinity, in float32, are nothing to learn from.
     cells = pc.if_else(pc.is_finite(cells.cast(pa.float32(), safe=False)), cells, None)

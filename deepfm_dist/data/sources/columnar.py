@@ -19,7 +19,7 @@ _BATCH_ROWS = 1 << 20
 class ColumnarReader(Reader):
     """Reads files whose columns have types."""
 
-    takes = frozenset({"decimal"})
+    takes = frozenset({"decimal", "thousands"})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""

@@ -37,7 +37,7 @@ class JsonLinesReader(Reader):
     null and members that are not there become null.
     """
 
-    takes = frozenset({"encoding", "decimal"})
+    takes = frozenset({"encoding", "decimal", "thousands"})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The members wanted, as text."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources.cells import Column, with_decimal_points
+from deepfm_dist.data.sources.cells import Column, plain_numbers
 from deepfm_dist.data.sources.nested import members
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.errors import DataError
@@ -95,9 +95,7 @@ class Reader(ABC):
         if place.column is None:
             return pa.repeat(pa.scalar(place.value, pa.string()), batch.num_rows)
         cells = members(batch.column(place.column), place.path)
-        if self.layout.decimal == ",":
-            cells = with_decimal_points(cells, column.type)
-        return cells
+        return plain_numbers(cells, column.type, self.layout)
 
     def where(self, row: int) -> str:
         """Where a row stands, for an error line.

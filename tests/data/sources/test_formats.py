@@ -6,6 +6,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -512,10 +513,53 @@ def test_decimal_commas_are_read_where_they_are_declared(tmp_path: Path) -> None
     path.write_text("n;at\n1.234,5;\n1.234;\n")
     for line, cell in ((2, "1.234,5"), (3, "1.234")):  # with a comma for decimals, perhaps 1234
         with pytest.raises(
-            DataError, match=rf"line {line}: n '{cell} \(a point\)' is not a number"
+            DataError, match=rf"line {line}: n '{cell}' is not a number: it has a point, and dec"
         ):
             read_table(path, NUMBERS, declared)
         path.write_text("n;at\n1;\n1.234;\n")
+
+
+@pytest.mark.parametrize(
+    ("cell", "number", "thousands", "decimal"),
+    [
+        ("1,234", 1234, ",", "."),
+        (" -12,345,678.5 ", -12345678.5, ",", "."),
+        ("1.234,5", 1234.5, ".", ","),
+        ("1.234", 1234, ".", ","),
+        ("1\u202f234,5", 1234.5, " ", ","),
+        ("1 234", 1234, " ", "."),
+        ("12'345.5", 12345.5, "'", "."),
+    ],
+)
+def test_separators_of_thousands_are_read_where_they_are_declared(
+    tmp_path: Path, cell: str, number: float, thousands: str, decimal: str
+) -> None:
+    path, layout = tmp_path / "a.csv", {"delimiter": "|", "decimal": decimal}
+    path.write_text(f"n|text\n{cell}|{cell}\n7|x\n", encoding="utf-8")
+    columns = [Column("n", "number", required=False), Column("text")]
+    with pytest.raises(DataError, match="thousands") as caught:
+        read_table(path, columns, FileFormat.model_validate(layout), name="a.csv")
+    assert "set missing" not in str(caught.value)
+    cure = re.search(r"\{a\.csv: \{thousands: .*?\}\}", str(caught.value))
+    assert cure and yaml.safe_load(cure[0]) == {"a.csv": {"thousands": thousands}}
+    declared = FileFormat.model_validate(layout | {"thousands": thousands})
+    found = read_table(path, columns, declared).to_pydict()
+    assert found == {"n": [number, 7], "text": [cell, "x"]}
+    for wrong in ("1,23", "12,34,567", ",234", "1234,567", "1..234"):
+        path.write_text(f"n|text\n{wrong}|x\n")
+        if decimal == "." or "." in wrong:
+            with pytest.raises(DataError, match="is not a number"):
+                read_table(path, columns, declared)
+    if decimal == ".":
+        with pytest.raises(ValueError, match="thousands and decimal are both"):
+            FileFormat.model_validate({"thousands": "."})
+
+
+def test_true_and_false_are_numbers_in_text_as_in_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("n\nTrue\nfalse\n2\n")
+    assert read_table(tmp_path / "a.csv", NUMBERS[:1])["n"].to_pylist() == [1, 0, 2]
+    pq.write_table(pa.table({"n": [True, False]}), tmp_path / "a.parquet")
+    assert read_table(tmp_path / "a.parquet", NUMBERS[:1])["n"].to_pylist() == [1, 0]
 
 
 def test_an_escape_makes_the_next_character_text(tmp_path: Path) -> None:
@@ -759,9 +803,10 @@ def test_one_file_of_a_pattern_may_be_laid_out_otherwise(tmp_path: Path) -> None
     data["files"] = {"b.csv": {"delimiter": ";", "columns": ["u", "i"]}}
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
     assert manifest.splits["train"].rows == 2
-    data["files"] = {"c.csv": {"delimiter": ";"}}  # none of the files
-    with pytest.raises(ConfigError, match=r"'c\.csv' is not a file that is read"):
-        prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
+    for name in ("c.csv", "c.txt"):  # none of the files
+        data["files"] = {name: {"delimiter": ";"}}
+        with pytest.raises(ConfigError, match=f"'{name}' is not a file that is read"):
+            prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
 
 
 def test_lists_behind_the_first_rows_say_how_to_read_them(tmp_path: Path) -> None:
