@@ -277,6 +277,7 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         "world_size": world.world_size,
         "seed": config.run.seed,
         "threads": threads,
+        "id_dropout": config.data.id_dropout,
     }
     batches: Batches
     if trainer.loss == "bce":

@@ -11,7 +11,7 @@ from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.typed_yaml import settings_of
 
 EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
-SERVED = ("context", "mask", "memory_bytes")
+SERVED = ("context", "mask", "memory_bytes", "cold_items")
 """Settings of ``recommend`` that a service looks at."""
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -33,10 +33,10 @@ class Cards:
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
-        self._ids = external(dataset.entity_ids("item").slice(1))
-        self._titles = dataset.titles()
+        self._ids = external(dataset.entity_ids("item", cold=True).slice(1))
+        self._titles = dataset.titles(cold=True)
         self._tags = [
-            (dataset.entity_fields[f.name], dataset.vocabulary(f.table_name).ids)
+            (dataset.entity_fields_with_cold[f.name], dataset.vocabulary(f.table_name).ids)
             for f in dataset.manifest.categorical
             if f.entity == "item" and not f.is_id and f.has_vocabulary
         ]

@@ -19,7 +19,7 @@ _UNNAMED = "the input or the version of deepfm_dist has changed"
 _OF_FILES = ("file", "key")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
 _FREE = {"name", "root", "files", "memory_bytes", "on_device", "lanes", "titles"}
-_FREE |= {"vocabulary_from", "features"}
+_FREE |= {"vocabulary_from", "features", "id_dropout"}
 
 
 def check_match(

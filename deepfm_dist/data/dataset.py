@@ -18,6 +18,7 @@ from deepfm_dist.data.jagged import (
     Jagged,
     Values,
     from_arrow,
+    joined,
     mapped,
     mapped_values,
     offsets_of,
@@ -155,33 +156,53 @@ class PreparedDataset:
     @cached_property
     def entity_fields(self) -> dict[str, Values]:
         """Fields that describe users and items; element r belongs to row r of the entity."""
+        return self._fields(cold=False)
+
+    @cached_property
+    def entity_fields_with_cold(self) -> dict[str, Values]:
+        """`entity_fields` with cold items (`Manifest.cold`), behind those of the item table."""
+        return self._fields(cold=True) if self.manifest.cold else self.entity_fields
+
+    def _fields(self, cold: bool) -> dict[str, Values]:
         fields: dict[str, Values] = {}
         for name in self.manifest.entities:
             of_entity = [
                 f for f in self.manifest.features if f.entity == name and f.describes_entity
             ]
             if of_entity:
-                path = f"entities/{name}.parquet"
-                kinds = self.files.open(path).schema_arrow
+                kinds = self.files.open(f"entities/{name}.parquet").schema_arrow
                 for f in of_entity:
                     if pa.types.is_list(kinds.field(f.name).type):
-                        fields[f.name] = self._mapped_if_large(name, [f.name], _as_it_is)
+                        fields[f.name] = self._mapped_if_large(name, [f.name], _as_it_is, cold)
                     else:
-                        fields[f.name] = self._values_mapped_if_large(name, f.name)
+                        fields[f.name] = self._values_mapped_if_large(name, f.name, cold)
         return fields
 
-    def entity_ids(self, entity: str) -> pa.Array:
-        """``[rows]`` string: external ids; row 0 (unknown) is null."""
-        return self._read(f"entities/{entity}.parquet", ["id"])["id"].combine_chunks()
+    def entity_ids(self, entity: str, cold: bool = False) -> pa.Array:
+        """``[rows]`` string: external ids; row 0 (unknown) is null.
 
-    def titles(self) -> pa.Array | None:
-        """``[rows]`` string: titles of the items, where the configuration names them."""
+        Args:
+            entity: user or item.
+            cold: whether those of cold items (`Manifest.cold`) follow.
+        """
+        return self._entity_texts(entity, "id", cold)
+
+    def _entity_texts(self, entity: str, column: str, cold: bool) -> pa.Array:
+        names = self.files.entity_files(entity, cold)
+        return pa.concat_arrays([self._read(n, [column])[column].combine_chunks() for n in names])
+
+    def titles(self, cold: bool = False) -> pa.Array | None:
+        """``[rows]`` string: titles of the items, where the configuration names them.
+
+        Args:
+            cold: whether those of cold items (`Manifest.cold`) follow.
+        """
         if self.manifest.data.titles is None:
             return None
-        return self._read("entities/item.parquet", ["title"])["title"].combine_chunks()
+        return self._entity_texts("item", "title", cold)
 
     def popularity(self) -> Int64Array:
-        """``[rows]`` int64: training positives of each item."""
+        """``[rows]`` int64: training positives of each item; cold items have none and no row."""
         return np.asarray(self._read("entities/item.parquet", ["count"])["count"], np.int64)
 
     @cached_property
@@ -195,6 +216,7 @@ class PreparedDataset:
         train, valid = self._train_history, self.positives("valid")
         owners = np.repeat(np.arange(len(valid)), valid.lengths)
         known = (owners > OUT_OF_VOCABULARY) & (valid.values > OUT_OF_VOCABULARY)
+        known &= valid.values < self.manifest.entities["item"]  # cold items are in no history
         valid = Jagged.from_pairs(owners[known], valid.values[known], len(valid))
         if 4 * len(train.values) <= self.memory_bytes:
             return _with_new(train, valid)
@@ -260,6 +282,11 @@ class PreparedDataset:
         """
         splits = ("train", "valid", "test") if held_out else self.past
         names = [name for split in splits for name in SEEN[split]]
+        n_items = self.manifest.entities["item"]
+
+        def _ascending_from_0(bags: list[Jagged]) -> Jagged:
+            return _drawable(bags, n_items)
+
         if self.held_out is not None and not held_out:
             others = [self._mapped_if_large("user", [n], _as_it_is) for n in names if n != HISTORY]
             seen = _ascending_from_0([self._train_history, *others])
@@ -276,7 +303,7 @@ class PreparedDataset:
         return (self.folder / "entities" / "rare.parquet").exists()
 
     def positives(self, split: str) -> Jagged:
-        """Each user's positive items in a split; those outside the vocabulary are item 0."""
+        """Each user's positive items in a split; those without a row are item 0."""
         if split == "train":
             return self.training_history
         if split == "valid" and self.held_out is not None:
@@ -292,48 +319,61 @@ class PreparedDataset:
             raise DataError(f"{self.folder}: rows without users and items have no top items")
 
     def _mapped_if_large(
-        self, entity: str, columns: list[str], change: Callable[[list[Jagged]], Jagged]
+        self,
+        entity: str,
+        columns: list[str],
+        change: Callable[[list[Jagged]], Jagged],
+        cold: bool = False,
     ) -> Jagged:
         """List columns of an entity table as one; large ones are unpacked once and then mapped.
 
         Every rank of a machine maps the same pages, where otherwise each would hold a copy.
         """
-        name = f"entities/{entity}.parquet"
-        with self.files.open(name) as file:
-            groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-            schema = file.metadata.schema
-            leaves = [
-                i
-                for i in range(file.metadata.num_columns)
-                if schema.column(i).path.split(".")[0] in columns
-            ]
-        n_values = sum(group.column(leaf).num_values for group in groups for leaf in leaves)
-        if 4 * n_values <= self.memory_bytes:
-            table = self._read(name, columns)
+        names = self.files.entity_files(entity, cold)
+        groups, n_values = [], 0
+        for name in names:
+            with self.files.open(name) as file:
+                schema = file.metadata.schema
+                leaves = [
+                    i
+                    for i in range(file.metadata.num_columns)
+                    if schema.column(i).path.split(".")[0] in columns
+                ]
+                for g in range(file.num_row_groups):
+                    group = file.metadata.row_group(g)
+                    n_values += sum(group.column(leaf).num_values for leaf in leaves)
+                    groups.append((name, g))
+
+        def read(tables: list[pa.Table]) -> Jagged:
+            table = pa.concat_tables([table.select(columns) for table in tables])
             return change([Jagged.from_arrow(table[column]) for column in columns])
 
-        def pieces() -> Iterator[Jagged]:
-            for g in range(len(groups)):
-                table = self.read_group(name, g, columns)
-                yield change([Jagged.from_arrow(table[column]) for column in columns])
+        if 4 * n_values <= self.memory_bytes:
+            return read([self._read(name, columns) for name in names])
 
-        parts = "-".join((entity, *columns, change.__name__))
+        def pieces() -> Iterator[Jagged]:
+            for name, g in groups:
+                yield read([self.read_group(name, g, columns)])
+
+        parts = "-".join((entity, *columns, change.__name__, *["cold"] * (len(names) > 1)))
         bags = mapped(self.folder / "mapped" / parts, pieces)
         self.files.check_current()
         return bags
 
-    def _values_mapped_if_large(self, entity: str, column: str) -> Values:
+    def _values_mapped_if_large(self, entity: str, column: str, cold: bool) -> Values:
         """A plain column of an entity table; see `_mapped_if_large`."""
-        name = f"entities/{entity}.parquet"
-        rows = self.group_rows(name)
-        if 4 * sum(rows) <= self.memory_bytes:
-            return from_arrow(self._read(name, [column])[column])
+        names = self.files.entity_files(entity, cold)
+        groups = [(name, g, n) for name in names for g, n in enumerate(self.group_rows(name))]
+        total = sum(n for *_, n in groups)
+        if 4 * total <= self.memory_bytes:
+            return joined([from_arrow(self._read(name, [column])[column]) for name in names])
 
         def pieces() -> Iterator[npt.NDArray[Any]]:
-            for g in range(len(rows)):
+            for name, g, _ in groups:
                 yield self.read_group(name, g, [column])[column].to_numpy()
 
-        bags = mapped_values(self.folder / "mapped" / f"{entity}-{column}", sum(rows), pieces)
+        part = "-".join((entity, column, *["cold"] * (len(names) > 1)))
+        bags = mapped_values(self.folder / "mapped" / part, total, pieces)
         self.files.check_current()
         return bags
 
@@ -387,7 +427,14 @@ def _as_it_is(bags: list[Jagged]) -> Jagged:
     return bags[0]
 
 
-def _ascending_from_0(bags: list[Jagged]) -> Jagged:
-    """Rows of the item table in any of several lists -> items from 0, each once, ascending."""
+def _drawable(bags: list[Jagged], n_items: int) -> Jagged:
+    """Rows of the item table in any of several lists -> items from 0, each once, ascending.
+
+    Cold items, from row ``n_items`` on, are left out: they are never drawn.
+    """
     joint = union(bags)
+    if len(joint.values) and int(joint.values.max()) >= n_items:
+        kept = np.flatnonzero(joint.values < n_items)
+        owners = np.repeat(np.arange(len(joint)), joint.lengths)[kept]
+        joint = Jagged.from_pairs(owners, joint.values[kept], len(joint))
     return Jagged(joint.offsets, joint.values - np.int32(1))

@@ -24,6 +24,9 @@ from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.errors import DataError
 
+COLD = "cold_"
+"""What the name of an entity's file begins with that describes the cold ones; see
+`Manifest.cold`."""
 HISTORY = "history"
 SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("seen_test",)}
 """By split, the columns of the user table that together hold the items of a user's rows there.
@@ -132,6 +135,19 @@ class DatasetFiles:
         for entity, rows in manifest.entities.items():
             name = f"entities/{entity}.parquet"
             self.agree(name, "rows", self._height(name), rows)
+        for entity, rows in manifest.cold.items():
+            name = f"entities/{COLD}{entity}.parquet"
+            self.agree(name, "rows", self._height(name), rows)
+
+    def entity_files(self, entity: str, cold: bool = True) -> list[str]:
+        """The files whose rows, one after the other, describe users or items.
+
+        Args:
+            entity: user or item.
+            cold: whether cold ones are wanted, too.
+        """
+        names = [entity, *([f"{COLD}{entity}"] if cold and entity in self._manifest.cold else [])]
+        return [f"entities/{name}.parquet" for name in names]
 
     def check(self, name: str, table: pa.Table) -> pa.Table:
         """Looks at the types and values of what was read.
@@ -178,7 +194,8 @@ class DatasetFiles:
                     raise self.wrong(name, "row does not count from 0")
                 begin += n
             self._check_ids(name)
-        for entity in (*self._manifest.entities, *["rare"] * self._has_rare):
+        cold = (f"{COLD}{entity}" for entity in self._manifest.cold)
+        for entity in (*self._manifest.entities, *cold, *["rare"] * self._has_rare):
             name = f"entities/{entity}.parquet"
             for _ in self._groups(name):
                 pass
@@ -217,26 +234,29 @@ class DatasetFiles:
         """What a file has to hold; it may hold more."""
         manifest, (kind, file) = self._manifest, name.split("/")
         of_history = (_INT32S, 1, manifest.entities.get("item", 0))
+        of_seen = (_INT32S, 1, manifest.n_rows("item") if "item" in manifest.entities else 0)
+        lists = {name: of_history if name == HISTORY else of_seen for name in LISTS}
         if kind == "vocabulary":
             rows = (pa.int32(), 0, self._rows_of(file.removesuffix(".parquet")))
             return {"row": rows, "id": _TEXT, "count": _COUNT}
         if file == "rare.parquet":
-            return dict.fromkeys(LISTS, of_history)
+            return lists
         columns: dict[str, tuple[pa.DataType, float, float]] = {}
         if kind == "entities":
-            entity = file.removesuffix(".parquet")
+            is_cold = file.startswith(COLD)
+            entity = file.removesuffix(".parquet").removeprefix(COLD)
             columns["id"] = _TEXT
             for feature in manifest.features:
                 if feature.entity == entity and feature.describes_entity:
                     columns[feature.name] = self._of_field(feature, always_lists=True)
-            if {"user", "item"} <= manifest.entities.keys():
-                columns |= (
-                    dict.fromkeys(LISTS, of_history) if entity == "user" else {"count": _COUNT}
-                )
+            if {"user", "item"} <= manifest.entities.keys() and not is_cold:
+                columns |= lists if entity == "user" else {"count": _COUNT}
             if entity == "item" and manifest.data.titles is not None:
                 columns["title"] = _TEXT
             return columns
-        columns |= {entity: (pa.int32(), 0, rows) for entity, rows in manifest.entities.items()}
+        for entity, n_trained in manifest.entities.items():
+            n = n_trained if kind == "train" else manifest.n_rows(entity)
+            columns[entity] = (pa.int32(), 0, n)
         if kind != "train" or not manifest.sampled:
             columns["label"] = (pa.float32(), 0, 1.5)
         if kind == "train" and self._has_rare:
@@ -261,7 +281,10 @@ class DatasetFiles:
 
     def _check_ids(self, name: str) -> None:
         ids = self.read(name, ["id"])["id"]
-        if ids[0].is_valid or ids.null_count != 1:
+        if name.startswith(f"entities/{COLD}"):
+            if ids.null_count:
+                raise self.wrong(name, "id must not be null")
+        elif ids[0].is_valid or ids.null_count != 1:
             raise self.wrong(name, "id must be null in row 0, and in no other")
         if len(ids.unique()) < len(ids):
             raise self.wrong(name, "an id comes twice")

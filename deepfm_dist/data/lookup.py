@@ -45,7 +45,7 @@ class RowEncoder:
         self._manifest = dataset.manifest
         rows = dataset.manifest.data.interactions
         self._entities = {
-            name: (getattr(rows, name), dataset.entity_ids(name).slice(1))
+            name: (getattr(rows, name), dataset.entity_ids(name, cold=True).slice(1))
             for name in dataset.manifest.entities
         }
         self._context = [f for f in dataset.manifest.features if f.entity == "context"]

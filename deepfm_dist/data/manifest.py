@@ -101,6 +101,9 @@ class Manifest(Section):
     """Embedding tables by name."""
     entities: dict[str, int]
     """Rows of the entity tables (user, item), row 0 included."""
+    cold: dict[str, int] = Field(default_factory=dict)
+    """Items without a row of their own in the item table, by entity: files of attributes describe
+    them. Their rows follow those of the entity table; another tool need not give them."""
     numeric: dict[str, NumericSpec]
     """Numeric fields by name."""
     mean_weight: float = 1.0
@@ -208,6 +211,10 @@ class Manifest(Section):
             return positives
         kind = "sampled negative" if self.data.task == "implicit" else "negative"
         return f"{positives} and {plural(spec.rows - spec.positives, kind)}"
+
+    def n_rows(self, entity: str) -> int:
+        """Rows that describe users or items: the entity table's, and those of cold items."""
+        return self.entities[entity] + self.cold.get(entity, 0)
 
     @property
     def density(self) -> float | None:
@@ -363,7 +370,7 @@ def check_formats(data: DataConfig, *others: str) -> None:
 def _files_of(data: DataConfig) -> list[Files]:
     settings = [data.interactions.file, data.split.valid_file, data.split.test_file]
     settings += [f.file for f in data.features]
-    settings += [data.titles.file if data.titles else None]
+    settings += [section.file for section in (data.titles, data.catalogue) if section]
     return list(dict.fromkeys(files for files in settings if files is not None))
 
 
@@ -388,6 +395,9 @@ def fingerprint(
 def settings_of(data: DataConfig) -> dict[str, Any]:
     """What decides about the dataset's contents, as JSON values."""
     elsewhere = {"name", "root", "seed", "memory_bytes", "on_device", "vocabulary_from"}
+    elsewhere.add("id_dropout")
+    if data.catalogue is None:  # so are datasets of versions that did not have it
+        elsewhere.add("catalogue")
     return data.model_dump(mode="json", exclude=elsewhere)
 
 

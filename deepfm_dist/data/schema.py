@@ -403,6 +403,15 @@ class History(Section):
     otherwise."""
 
 
+class CatalogueFile(Section):
+    """The items on offer."""
+
+    file: Files
+    """File under ``data.root`` with one row per item, a pattern or a list of them."""
+    key: str | None = None
+    """Column of the item's id; default: the interactions' item column."""
+
+
 class Titles(Section):
     """Where items' titles stand, for people who read recommendations."""
 
@@ -515,6 +524,13 @@ class DataConfig(Section):
     """Formats of files that the file name does not determine."""
     titles: Titles | None = None
     """Titles of the items."""
+    catalogue: CatalogueFile | None = None
+    """The items without training rows that can be ranked. Default: those that the files of item
+    fields describe."""
+    id_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of user and item ids that each training step replaces by the unknown id, so that the
+    model learns to judge an item without training rows by its attributes; drawn by (seed, step,
+    row)."""
     split: Split = Split()
     """Held-out rows."""
     negatives: Negatives = Negatives()
@@ -602,6 +618,7 @@ class DataConfig(Section):
         if reserved := sorted({"user", "item", "time", "drawer", "weight"} & context_fields):
             raise ValueError(_reserved(reserved[0], self.features))
         self._check_histories()
+        self._check_cold_items()
         _check_shared_tables(self.features)
         if self.negatives.fixed_per_user is not None:
             self._check_fixed_negatives()
@@ -659,6 +676,16 @@ class DataConfig(Section):
         named = (f for f in self.features if f.entity == "item" and f.name == history.history)
         itself = Feature(name="item", entity="item")
         return next((f for f in named if f.has_vocabulary), itself)
+
+    def _check_cold_items(self) -> None:
+        """Refuses settings of ids that the model does not have."""
+        if self.id_dropout and not any(f.names_entity for f in self.features):
+            raise ValueError(
+                f"id_dropout={self.id_dropout:g}: no field of data.features is the id of users or "
+                f"items; leave id_dropout out"
+            )
+        if self.catalogue is not None and self.interactions.item is None:
+            raise ValueError("catalogue lists items: name interactions.item")
 
     def _check_histories(self) -> None:
         histories = [f for f in self.features if f.history is not None]

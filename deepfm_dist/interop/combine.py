@@ -99,6 +99,8 @@ def ease_tables(
     first, second = ease_factors(
         Ease(l2), distinct(dataset.training_history), n_items, columns, groups, field_weight
     )
+    if dataset.manifest.cold:  # an unknown item is the average one, and not below all others
+        second[0] = second[1:].mean(0)
     history, item = fields
     return {history.table_name: weight * first, item.table_name: second}
 

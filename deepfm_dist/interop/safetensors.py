@@ -245,7 +245,8 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
 def write_entities(dataset: PreparedDataset, target: Path) -> None:
     """Writes ``entities/``: for each user and item the external id and every field's value.
 
-    A history field is a list of rows of its table, as the model sees it outside training.
+    A history field is a list of rows of its table, as the model sees it outside training. Items
+    without training rows follow the others; they have no row in the item table.
 
     Args:
         dataset: the prepared dataset.
@@ -255,15 +256,16 @@ def write_entities(dataset: PreparedDataset, target: Path) -> None:
     histories = [f for f in dataset.manifest.categorical if f.history is not None]
     collate = Collator(dataset) if histories else None
     for entity in dataset.manifest.entities:
-        file = f"entities/{entity}.parquet"
+        first, *_ = files = dataset.files.entity_files(entity)
         fields = [f for f in dataset.manifest.features if f.entity == entity and f.describes_entity]
         columns = ["id", *(f.name for f in fields)]
-        kinds = [dataset.files.open(file).schema_arrow.field(name) for name in columns]
+        kinds = [dataset.files.open(first).schema_arrow.field(name) for name in columns]
         if entity == "user":
             kinds += [pa.field(f.name, pa.list_(pa.int32())) for f in histories]
-        with pq.ParquetWriter(target / file, pa.schema(kinds), compression="zstd") as writer:
+        groups = [(file, *g) for file in files for g in enumerate(dataset.group_rows(file))]
+        with pq.ParquetWriter(target / first, pa.schema(kinds), compression="zstd") as writer:
             begin = 0
-            for group, n_rows in enumerate(dataset.group_rows(file)):
+            for file, group, n_rows in groups:
                 arrays = dataset.read_group(file, group, columns).select(columns).columns
                 if entity == "user" and collate is not None:
                     users = np.arange(begin, begin + n_rows, dtype=np.int32)

@@ -16,6 +16,7 @@ from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
+from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights
@@ -138,8 +139,15 @@ def _measure(
         dataset = dataset.with_validation()
     held_out = None
     if trained.config.data.task == "implicit":
+        cold_items = cold_items_to_rank(
+            config.recommend.cold_items, trained.config.data.id_dropout, dataset.manifest
+        )
         held_out = RankingEvaluator(
-            dataset, split, config.recommend.context, config.evaluate.mask_seen
+            dataset,
+            split,
+            config.recommend.context,
+            config.evaluate.mask_seen,
+            cold_items=cold_items,
         )
     measured = RowEvaluator(dataset, split).measure(trained.sharded, world)
     comparison = None

@@ -11,6 +11,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.ranking.items import ColdItems, cold_items_to_rank
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.runs.trained import LoadedModel, open_trained, output_lock, parts_output
 
@@ -65,6 +66,18 @@ class RankingJob:
     def model(self) -> DeepFM:
         """The DeepFM, sharded, in eval mode."""
         return deepfm_of(self.trained.sharded)
+
+    @property
+    def cold_items(self) -> ColdItems:
+        """What becomes of items without training rows.
+
+        Raises:
+            ConfigError: as `cold_items_to_rank`.
+        """
+        config = self.trained.config
+        return cold_items_to_rank(
+            config.recommend.cold_items, config.data.id_dropout, self.trained.dataset.manifest
+        )
 
     def result(self, files: RankingFiles | None) -> Rankings | None:
         """The job's result: on rank 0 what was written; None elsewhere."""

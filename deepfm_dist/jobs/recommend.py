@@ -11,7 +11,7 @@ from deepfm_dist.ranking import recommendation
 OUTPUT = RankingOutput(
     "recommend",
     "recommendations",
-    ("k", "users", "histories", "allow_items", "block_items", "mask", "context"),
+    ("k", "users", "histories", "allow_items", "block_items", "mask", "context", "cold_items"),
 )
 
 
@@ -39,11 +39,12 @@ def recommend(
         InUse: another process writes the same results.
     """
     with ranking_job(config, overrides, OUTPUT, output, parts) as job:
+        wanted = config.recommend.model_copy(update={"cold_items": job.cold_items})
         files = recommendation.recommend(
             job.model,
             job.world,
             job.trained.dataset.with_validation(),
-            config.recommend,
+            wanted,
             job.folder,
             checkpoint=job.trained.checkpoint,
             name=job.name,

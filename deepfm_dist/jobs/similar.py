@@ -42,5 +42,6 @@ def similar(
             checkpoint=job.trained.checkpoint,
             name=job.name,
             in_parts=job.in_parts,
+            cold_items=job.cold_items,
         )
         return job.result(files)

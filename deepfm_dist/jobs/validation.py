@@ -9,6 +9,7 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
+from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
@@ -48,7 +49,12 @@ def make_validate(
     items: RankingEvaluator | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
         items = RankingEvaluator(
-            dataset, "valid", config.recommend.context, config.evaluate.mask_seen, MOST_USERS
+            dataset,
+            "valid",
+            config.recommend.context,
+            config.evaluate.mask_seen,
+            MOST_USERS,
+            cold_items_to_rank(None, config.data.id_dropout, dataset.manifest),
         )
 
     def validate() -> Mapping[str, float]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -24,12 +25,15 @@ from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.baselines import Baseline, distinct
 from deepfm_dist.ranking.chunks import gather_ranked, rank_users
-from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.items import Catalogue, ColdItems
 from deepfm_dist.ranking.metrics import (
     FloatArray,
     coverage,
+    hits,
     interval,
     means,
+    ndcg,
+    recall,
     resampled_means,
     user_metrics,
 )
@@ -75,6 +79,8 @@ class RankingEvaluator:
         mask_seen: whether what was met before is masked; default: unless repeated rows are asked
             for (`DataConfig.seen_is_masked`).
         most_users: an evenly spaced sample of this size, if there are more; None: all.
+        cold_items: what becomes of items without training rows. Held-out items that are not ranked
+            count as missed, except with "only", which looks at no others.
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
@@ -87,13 +93,17 @@ class RankingEvaluator:
         context: Mapping[str, str | float],
         mask_seen: bool | None = None,
         most_users: int | None = None,
+        cold_items: ColdItems = "exclude",
     ) -> None:
         self._context = RowEncoder(dataset).fixed_context(context)
         if mask_seen is None:
             mask_seen = dataset.manifest.data.seen_is_masked
         before = [bags for s in SPLITS[: SPLITS.index(split)] for bags in dataset.met(s)]
         before = before if mask_seen else []
-        relevant_of_all, n_seen = _relevant(dataset.positives(split), before)
+        positives = dataset.positives(split)
+        if cold_items == "only":
+            positives = _part(positives, positives.values >= dataset.manifest.entities["item"])
+        relevant_of_all, n_seen = _relevant(positives, before)
         if n_seen:
             log.info(
                 "%s seen in earlier splits: masked, not counted as relevant",
@@ -111,7 +121,7 @@ class RankingEvaluator:
             )
         if most_users is not None and len(self.users) > most_users:
             self.users = self.users[np.linspace(0, len(self.users) - 1, most_users).astype(int)]
-        self.dataset, self.catalogue = dataset, Catalogue(dataset)
+        self.dataset, self.catalogue = dataset, Catalogue(dataset, cold_items=cold_items)
         self._before = before
         self._seen = self.catalogue.seen_by(self.users, before)
         self.relevant = Jagged.from_pairs(
@@ -119,7 +129,9 @@ class RankingEvaluator:
             relevant_of_all.take(self.users)[1],
             len(self.users),
         )
-        self.counts = dataset.popularity()
+        self.counts = np.pad(dataset.popularity(), (0, dataset.manifest.cold.get("item", 0)))
+        self.is_divided = cold_items == "include" and "item" in dataset.manifest.cold
+        """Whether some of the ranked items have training rows and others have none."""
         self._n_active = int((dataset.training_history.lengths > 0).sum())
         self._strong = dataset.manifest.data.split.method == "users"
 
@@ -144,7 +156,26 @@ class RankingEvaluator:
         figures = user_metrics(
             ranked, self.relevant, cutoffs, self.counts, self._n_active, self._strong
         )
+        if self.is_divided:
+            figures |= self._figures_apart(ranked, cutoffs)
         return figures, ranked
+
+    def _figures_apart(self, ranked: Int64Array, cutoffs: Sequence[int]) -> dict[str, FloatArray]:
+        """Recall and NDCG of the relevant items with training rows, and of those without.
+
+        The ranking is that of all items; ``[U]`` each, NaN for users who have no such item.
+        """
+        items, first_cold = self.relevant.values, self.catalogue.first_cold
+        parts = {"warm": (items > 0) & (items < first_cold), "cold": items >= first_cold}
+        figures = {}
+        for name, is_of_part in parts.items():
+            relevant = _part(self.relevant, is_of_part)
+            n, hit = np.maximum(relevant.lengths, 1), hits(ranked, relevant)
+            for k in cutoffs:
+                for metric, measure in (("recall", recall), ("ndcg", ndcg)):
+                    values = np.where(relevant.lengths > 0, measure(hit, n, k), np.nan)
+                    figures[f"{metric}_{name}@{k}"] = values
+        return figures
 
     def ranker(self, model: DeepFM, world: World) -> ModelRanker:
         """Ranks for the users by a model in eval mode. All ranks."""
@@ -162,6 +193,12 @@ class RankingEvaluator:
             for name, value in means(measured[0]).items()
             if name.partition("@")[0] in RANKING_FIGURES
         }
+
+
+def _part(lists: Jagged, is_of_part: npt.NDArray[np.bool_]) -> Jagged:
+    """Some values of each of several lists; ``is_of_part``: ``[values]``."""
+    owners = np.repeat(np.arange(len(lists)), lists.lengths)
+    return Jagged.from_pairs(owners[is_of_part], lists.values[is_of_part], len(lists))
 
 
 def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]:

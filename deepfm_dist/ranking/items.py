@@ -1,6 +1,8 @@
 """The items that can be recommended, and those that users have already seen."""
 
+import logging
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -8,11 +10,53 @@ import pyarrow as pa
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.vocabulary import id_order
-from deepfm_dist.errors import DataError
+from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.messages import plural
+
+log = logging.getLogger(__name__)
+
+ColdItems = Literal["include", "exclude", "only"]
+"""What becomes of items without training rows (`Manifest.cold`) in a ranking."""
 
 Seen = Callable[[int, int], Jagged]
 """(first user, last + 1) -> each one's masked positions. A rank asks for its own users only."""
+
+
+def cold_items_to_rank(
+    wanted: ColdItems | None, id_dropout: float, manifest: Manifest
+) -> ColdItems:
+    """What becomes of items without training rows.
+
+    Args:
+        wanted: ``recommend.cold_items``.
+        id_dropout: ``data.id_dropout`` that the model was trained with.
+        manifest: of the dataset.
+
+    Raises:
+        ConfigError: only such items are to be ranked, and there are none.
+    """
+    n = manifest.cold.get("item", 0)
+    if n == 0:
+        if wanted == "only":
+            raise ConfigError(
+                "recommend.cold_items=only: the dataset has no items without training rows; give "
+                "an item field of data.features a file that describes some, or leave it out"
+            )
+        return "exclude"
+    items = f"{plural(n, 'item')} without training rows"
+    if wanted is None and not id_dropout:
+        log.info("%s not ranked: the model was trained without data.id_dropout", items)
+        return "exclude"
+    if wanted in ("include", "only") and not id_dropout:
+        log.warning(
+            "recommend.cold_items=%s: %s have the unknown id, which was not trained, so their "
+            "scores are not comparable with others; train with data.id_dropout=0.1",
+            wanted,
+            items,
+        )
+    return wanted or "include"
 
 
 class Catalogue:
@@ -21,22 +65,32 @@ class Catalogue:
     Args:
         dataset: the prepared dataset.
         rows: item rows that can be recommended; default: all.
+        cold_items: what becomes of items without training rows.
 
     Raises:
-        DataError: its rows have no users or no items.
+        DataError: its rows have no users or no items, or no item is left.
     """
 
     def __init__(
-        self, dataset: PreparedDataset, rows: npt.NDArray[np.integer] | None = None
+        self,
+        dataset: PreparedDataset,
+        rows: npt.NDArray[np.integer] | None = None,
+        cold_items: ColdItems = "exclude",
     ) -> None:
         if set(dataset.manifest.entities) != {"user", "item"}:
             raise DataError(
                 f"{dataset.folder}: top items need rows with users and items; name "
                 f"data.interactions.user and .item"
             )
+        n_items = dataset.manifest.n_rows("item")
+        self.first_cold = dataset.manifest.entities["item"]
+        """Row from which on items have no training rows."""
+        rows = np.arange(1, n_items, dtype=np.int32) if rows is None else rows
+        if cold_items != "include":
+            rows = rows[(rows >= self.first_cold) == (cold_items == "only")]
         self.rows, self.ids = in_id_order(dataset, "item", rows)
         """``[I]`` item rows and external ids by position."""
-        self._position = np.full(dataset.manifest.entities["item"], -1, np.int32)
+        self._position = np.full(n_items, -1, np.int32)
         self._position[self.rows] = np.arange(len(self.rows))
 
     def __len__(self) -> int:
@@ -71,7 +125,7 @@ def in_id_order(
     dataset: PreparedDataset, entity: str, rows: npt.NDArray[np.integer] | None = None
 ) -> tuple[Int32Array, pa.Array]:
     """Rows of users or items, by default all, and their external ids, in the order of the ids."""
-    ids = dataset.entity_ids(entity).slice(1)
+    ids = dataset.entity_ids(entity, cold=True).slice(1)
     order = np.argsort(id_order(ids))
     if rows is not None:
         order = order[np.isin(order + 1, rows)]

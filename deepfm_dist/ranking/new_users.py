@@ -62,7 +62,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
             f"{how_to_know_users_by_items(dataset)}"
         )
     table = read_table(path, _columns(dataset, path)).combine_chunks()
-    place = pc.index_in(table["item"], value_set=dataset.entity_ids("item").slice(1))
+    place = pc.index_in(table["item"], value_set=dataset.entity_ids("item", cold=True).slice(1))
     is_known = np.asarray(pc.is_valid(place)).astype(bool)
     unknown = pc.unique(table["item"].filter(pa.array(~is_known)))
     positive = _is_positive(table, dataset.manifest.data.interactions)
@@ -114,7 +114,7 @@ def id_column(dataset: PreparedDataset, entity: str, present: Sequence[str]) -> 
 
 def spelling_hint(dataset: PreparedDataset, entity: str, unknown: Sequence[str]) -> str:
     """What to say of unknown ids that are known ones, written in another way; may be empty."""
-    how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity).slice(1))
+    how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity, cold=True).slice(1))
     return f"; {how}" if how else ""
 
 
@@ -144,7 +144,7 @@ def _check_some_are_known(
     positive: npt.NDArray[np.bool_],
 ) -> None:
     if not is_known.any():
-        theirs, ours = pc.unique(table["item"]), dataset.entity_ids("item").slice(1)
+        theirs, ours = pc.unique(table["item"]), dataset.entity_ids("item", cold=True).slice(1)
         raise DataError(
             f"{path}: none of its items is in the training data: it has {pc.min(theirs).as_py()!r} "
             f"and the training data have {pc.min(ours).as_py()!r}"

@@ -89,7 +89,7 @@ def recommend(
             that has no field for them.
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
-    catalogue = Catalogue(dataset, _items(dataset, config.allow_items, config.block_items))
+    catalogue = _catalogue(dataset, config)
     asked = _selected_users(dataset, config)
     ranker, figures = _ranker(model, world, dataset, catalogue, asked, config)
     key = None
@@ -116,6 +116,30 @@ def _with_figures(files: RankingFiles, figures: Mapping[str, Any]) -> RankingFil
         candidates, users = plural(files.k, "candidate"), plural(short, "user")
         log.info("fewer than %s, and so fewer rows, for %s", candidates, users)
     return replace(files, figures=figures)
+
+
+def _catalogue(dataset: PreparedDataset, config: RecommendConfig) -> Catalogue:
+    """The items that can be recommended.
+
+    Raises:
+        DataError: there are none.
+    """
+    cold_items = config.cold_items or "exclude"
+    rows = _items(dataset, config.allow_items, config.block_items)
+    catalogue = Catalogue(dataset, rows, cold_items)
+    left_out = 0 if rows is None else len(rows) - len(catalogue)
+    if config.allow_items is not None and left_out:
+        log.warning(
+            "recommend.allow_items: left out %s by recommend.cold_items=%s",
+            plural(left_out, "item"),
+            cold_items,
+        )
+    if len(catalogue) == 0:
+        raise DataError(
+            f"recommend.cold_items={cold_items}: with recommend.allow_items and "
+            f"recommend.block_items it leaves no item of the catalogue"
+        )
+    return catalogue
 
 
 @dataclass(frozen=True)
@@ -297,7 +321,7 @@ def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> In
     """Item rows that can be recommended; None: all."""
     if allow is None and block is None:
         return None
-    kept = np.zeros(dataset.manifest.entities["item"], bool)
+    kept = np.zeros(dataset.manifest.n_rows("item"), bool)
     if allow is None:
         kept[1:] = True
     for ids, option, value in ((allow, "allow_items", True), (block, "block_items", False)):
@@ -334,7 +358,7 @@ def _rows_of(
     if len(column) == 0:
         raise DataError(f"{option}: the list is empty; leave it out, or name some {entity}s")
     column = column.unique()
-    place = pc.index_in(column, value_set=dataset.entity_ids(entity).slice(1))
+    place = pc.index_in(column, value_set=dataset.entity_ids(entity, cold=True).slice(1))
     rows = np.asarray(place.drop_null(), np.int32) + np.int32(1)
     return rows, column.filter(pc.is_null(place)).to_pylist()
 

@@ -89,6 +89,10 @@ class RecommendConfig(Section):
     """Recommend only these items: a list of ids, or a file with a column of items."""
     block_items: LocalPath | tuple[Id, ...] | None = None
     """Never recommend these items: a list of ids, or a file with a column of items."""
+    cold_items: Literal["include", "exclude", "only"] | None = None
+    """Whether items without training rows, known by their attributes alone, are ranked, here and in
+    `evaluate`, `similar` and `serve`; only: no others are. Default: include if the model was
+    trained with `data.id_dropout`, otherwise exclude."""
     candidates: int | None = Field(None, ge=1)
     """Score only this many items per user in full, the best ones without the over-arch; the recall
     lost and the speed-up are measured on a sample of users. Default: all items."""

@@ -17,7 +17,7 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.chunks import rank_users
 from deepfm_dist.ranking.engines.numba import NumbaEngine
-from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.items import Catalogue, ColdItems
 from deepfm_dist.ranking.output import RankingFiles, ResumableOutput
 from deepfm_dist.ranking.ranker import ModelRanker, Users
 from deepfm_dist.ranking.settings import SimilarConfig
@@ -70,6 +70,7 @@ def similar_items(
     checkpoint: Path | None = None,
     name: str = "similar_items",
     in_parts: bool = False,
+    cold_items: ColdItems = "exclude",
 ) -> RankingFiles | None:
     """Ranks all other items for every item. All ranks.
 
@@ -89,6 +90,7 @@ def similar_items(
             not changed.
         name: of the files, without their endings.
         in_parts: whether each rank's parts stay as they are, in a folder of that name.
+        cold_items: what becomes of items without training rows.
 
     Returns:
         On rank 0 what was written; None elsewhere.
@@ -101,7 +103,7 @@ def similar_items(
             "model.fm=false: similar items compare the vectors of the pairwise part, which this "
             "model has not; train one with model.fm=true"
         )
-    catalogue = Catalogue(dataset)
+    catalogue = Catalogue(dataset, cold_items=cold_items)
     n = len(catalogue)
     nobody = Users(np.zeros(0, np.int32))
     item_ranker = ModelRanker.from_model(model, world, dataset, catalogue, nobody, {})
@@ -110,7 +112,7 @@ def similar_items(
         vectors = unit_length(vectors)
     ranker = _VectorRanker(vectors, torch.get_num_threads())
     target = folder / (name if in_parts else f"{name}.parquet")
-    inputs = None if checkpoint is None else _inputs(dataset, config, checkpoint)
+    inputs = None if checkpoint is None else _inputs(dataset, config, checkpoint, cold_items)
     parts = ResumableOutput(target, n, inputs, world, in_parts)
     parts.log_reuse()
     ranked = rank_users(
@@ -121,8 +123,10 @@ def similar_items(
     return parts.finish_ranked(columns, config.k)
 
 
-def _inputs(dataset: PreparedDataset, config: SimilarConfig, checkpoint: Path) -> dict[str, Any]:
+def _inputs(
+    dataset: PreparedDataset, config: SimilarConfig, checkpoint: Path, cold_items: ColdItems
+) -> dict[str, Any]:
     """What similar items depend on, as JSON values."""
     data = [dataset.manifest.fingerprint, *dataset.past]
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json") | {"cold_items": cold_items}
     return {"weights": fingerprint_of(checkpoint), "data": data, **settings}

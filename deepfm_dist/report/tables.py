@@ -71,9 +71,9 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
         shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas()
     owner, item = shown.columns[:2]
-    titles = dataset.titles()
+    titles = dataset.titles(cold=True)
     if titles is not None:
-        ids = external(dataset.entity_ids("item").slice(1)).to_pylist()
+        ids = external(dataset.entity_ids("item", cold=True).slice(1)).to_pylist()
         by_id = dict(zip(ids, titles.slice(1).to_pylist(), strict=True))
         shown["title"] = shown[item].map(by_id)
     kind = owner.removesuffix("_id")

@@ -22,7 +22,7 @@ from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
-from deepfm_dist.ranking.items import Catalogue, in_id_order
+from deepfm_dist.ranking.items import Catalogue, cold_items_to_rank, in_id_order
 from deepfm_dist.ranking.lookup import SideEncoder
 from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
 from deepfm_dist.ranking.recommendation import masked_splits
@@ -61,7 +61,10 @@ class Recommender:
         dataset, config = run.dataset.with_validation(), run.config
         self.name, self.step = config.run.name, int(run.state["step"])
         self.knows_users_by_items = dataset.manifest.has_history
-        self._catalogue = Catalogue(dataset)
+        cold_items = cold_items_to_rank(
+            config.recommend.cold_items, config.data.id_dropout, dataset.manifest
+        )
+        self._catalogue = Catalogue(dataset, cold_items=cold_items)
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
         model = exported_model(run, export, world)
         nobody = Users(np.zeros(0, np.int32))
@@ -81,9 +84,9 @@ class Recommender:
         self._users = dict(zip(self._user_ids.to_pylist(), rows.tolist(), strict=True))
         ids, rows = self._catalogue.ids, self._catalogue.rows
         self._rows = dict(zip(ids.to_pylist(), rows.tolist(), strict=True))
-        titles = dataset.titles()
+        titles = dataset.titles(cold=True)
         self._names = ids if titles is None else pc.coalesce(titles.take(pa.array(rows)), ids)
-        self._places = np.full(dataset.manifest.entities["item"], NO_ITEM, np.int64)
+        self._places = np.full(dataset.manifest.n_rows("item"), NO_ITEM, np.int64)
         self._places[self._catalogue.rows] = np.arange(len(self._catalogue))
         self.recommend(self.find_users("", 1)[0], 1)  # compiles the kernels
 

@@ -32,7 +32,9 @@ from deepfm_dist.training.metrics import (
 BLOCK_ROWS = 8192
 RANKED_ROWS = 1 << 21
 """Scored rows that rank 0 sorts at a time."""
-_RECORD = np.dtype([("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4")])
+_RECORD = np.dtype(
+    [("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4"), ("item", "i4")]
+)
 _BINS = 1 << 16
 _Records = npt.NDArray[np.void]
 
@@ -45,7 +47,8 @@ class Unknown:
         n: number of rows counted: the positives if negatives are sampled (from known items),
             otherwise all rows.
         rows: by "user", "item" and context field, the number of rows without a known value: one
-            that is missing from training, below ``min_count``, or empty.
+            that is missing from training, below ``min_count``, or empty. Cold items, of which
+            attributes are known, are not among them.
     """
 
     n: int
@@ -82,6 +85,8 @@ class RowEvaluator:
         self._reader = SplitReader(dataset, split)
         self._collate = Collator(dataset)
         self._n_users = dataset.manifest.entities.get("user", 0)
+        self._n_items = dataset.manifest.entities.get("item", 0)
+        self._has_cold_items = dataset.manifest.cold.get("item", 0) > 0
         self._only_positives = dataset.manifest.data.task == "implicit"
         context_fields = (f for f in dataset.manifest.categorical if f.entity == "context")
         self._fields = [f.name for f in context_fields if f.has_vocabulary]
@@ -119,6 +124,8 @@ class RowEvaluator:
                     scored["weight"] = block.weights
                 if block.users is not None:
                     scored["user"] = block.users
+                if block.items is not None:
+                    scored["item"] = block.items
                 file.write(scored.tobytes())
             file.flush()
             n = file.tell() // _RECORD.itemsize
@@ -127,6 +134,8 @@ class RowEvaluator:
             figures = {"auc": area}
             if self._n_users:
                 figures["user_auc"] = _user_auc(records, self._n_users, world)
+            if self._has_cold_items and not self._only_positives:
+                figures |= self._auc_apart(records, world)
         world.sum(torch.from_numpy(unknown))
         gathered = world.gather_object(sums)
         if gathered is None:
@@ -135,6 +144,23 @@ class RowEvaluator:
         n, *rows = unknown.tolist()
         unknown_rows = dict(zip(self._fields, rows, strict=True))
         return Measured(figures, calibration_curve(bins), Unknown(n, unknown_rows))
+
+    def _auc_apart(self, records: _Records, world: World) -> dict[str, float]:
+        """AUC of the rows whose items have training rows, and of those whose items have none.
+
+        On rank 0; a part without rows has no figure. All ranks.
+        """
+        first_cold = self._n_items
+        parts: dict[str, Callable[[_Records], npt.NDArray[np.bool_]]] = {
+            "auc_warm": lambda rows: (rows["item"] > 0) & (rows["item"] < first_cold),
+            "auc_cold": lambda rows: np.asarray(rows["item"] >= first_cold),
+        }
+        figures = {}
+        for name, is_of_part in parts.items():
+            area, bins = _auc(records, world, is_of_part)
+            if bins[0].any():
+                figures[name] = area
+        return figures
 
     def _count_unknown(self, block: Rows) -> Int64Array:
         """``[1 + fields]`` int64: rows that count, and those of them without a known value."""
@@ -157,14 +183,31 @@ def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:
     return np.asarray(known == 0)
 
 
-def _auc(records: _Records, world: World) -> tuple[float, FloatArray]:
+def _all(rows: _Records) -> npt.NDArray[np.bool_]:
+    return np.ones(len(rows), bool)
+
+
+def _known_users(rows: _Records) -> npt.NDArray[np.bool_]:
+    return np.asarray(rows["user"] != OUT_OF_VOCABULARY)
+
+
+def _auc(
+    records: _Records,
+    world: World,
+    counts: Callable[[_Records], npt.NDArray[np.bool_]] = _all,
+) -> tuple[float, FloatArray]:
     """Area under the ROC curve of all ranks' rows, on rank 0, some scores at a time.
+
+    Args:
+        records: this rank's.
+        world: the ranks.
+        counts: which of some rows count.
 
     Returns:
         It, NaN where all labels are the same, and what `metrics.calibration_curve` takes.
     """
     area, bins = AreaUnderCurve(), np.zeros((3, _BINS))
-    for tally in _tallies(records, world, lambda rows: upper_bits(rows["logit"]), by_user=False):
+    for tally in _tallies(records, world, lambda rows: upper_bits(rows["logit"]), False, counts):
         area.add(tally)
         weight = tally.positive + tally.negative
         predicted = weight * probabilities(tally.scores)
@@ -177,7 +220,7 @@ def _user_auc(records: _Records, n_users: int, world: World) -> float:
     """Mean AUC of known users by their rows, on rank 0, some users at a time."""
     height = -(-n_users // _BINS)
     total = weight = 0.0
-    for tally in _tallies(records, world, lambda rows: rows["user"] // height, by_user=True):
+    for tally in _tallies(records, world, lambda rows: rows["user"] // height, True, _known_users):
         user_auc, their_weight = mean_auc(tally)
         total, weight = total + user_auc, weight + their_weight
     return total / weight if weight else float("nan")
@@ -188,6 +231,7 @@ def _tallies(
     world: World,
     bins_of: Callable[[_Records], npt.NDArray[np.integer]],
     by_user: bool,
+    is_counted: Callable[[_Records], npt.NDArray[np.bool_]],
 ) -> Iterator[Tally]:
     """The tally of all ranks' rows, some bins at a time; empty off rank 0. All ranks."""
     counts = np.zeros(_BINS, np.int64)
@@ -201,9 +245,7 @@ def _tallies(
         pieces = []
         for rows in _chunks(records):
             bins = bins_of(rows)
-            inside = (low <= bins) & (bins < high)
-            if by_user:
-                inside &= rows["user"] != OUT_OF_VOCABULARY
+            inside = (low <= bins) & (bins < high) & is_counted(rows)
             rows = rows[inside]
             weight = rows["weight"].astype(np.float64)
             groups = rows["user"] if by_user else np.zeros(len(rows), np.int32)

@@ -271,9 +271,9 @@ def write_shop(home: Path) -> None:
     (home / "mine.yaml").write_text(config)
     (home / "shop").mkdir()
     rng = np.random.default_rng(1)
-    articles = pd.DataFrame({"article": [f"a{i}" for i in range(50)]})
-    articles["brand"] = [f"b{i % 7}" for i in range(50)]
-    articles["tags"] = [f"t{i % 3}|t{i % 5}" for i in range(50)]
+    articles = pd.DataFrame({"article": [f"a{i}" for i in range(55)]})  # five are new
+    articles["brand"] = [f"b{i % 7}" for i in range(55)]
+    articles["tags"] = [f"t{i % 3}|t{i % 5}" for i in range(55)]
     articles.to_parquet(home / "shop/articles.parquet")
     orders = pd.DataFrame({"customer": np.repeat(np.arange(80), 10)})
     orders["article"] = [f"a{int(50 * x * x)}" for x in rng.random(800)]

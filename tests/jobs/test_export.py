@@ -150,14 +150,15 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
         }
     )
     rows.to_csv(tmp_path / "rows.csv", index=False)
-    tags = ["|".join(rng.choice(["x", "y", "z"], rng.integers(0, 3))) for _ in range(20)]
-    items = pd.DataFrame({"i": range(20), "t": tags, "p": rng.choice(["", "7", "900"], 20)})
+    tags = ["|".join(rng.choice(["x", "y", "z"], rng.integers(0, 3))) for _ in range(25)]
+    items = pd.DataFrame({"i": range(25), "t": tags, "p": rng.choice(["", "7", "900"], 25)})
     items.to_csv(tmp_path / "items.csv", index=False)
     (tmp_path / "c.yaml").write_text(CLICKS.replace("ROOT", str(tmp_path)))
     settings = ["--config", str(tmp_path / "c.yaml"), f"run.runs_root={tmp_path}"]
     settings += [f"run.prepared_root={tmp_path / 'prepared'}"]
     assert run_alone(train.main, ["--quiet", *settings, *model]) == 0
     rows["u"] += rng.integers(0, 5, n)  # some are unknown now
+    rows["i"] += rng.integers(0, 8, n)  # some without training rows, some that no file has
     rows["m"] = rows["m"].str.replace("d", "new")
     rows.drop(columns="y").to_csv(tmp_path / "new.csv", index=False)
     expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)

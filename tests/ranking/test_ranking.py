@@ -722,7 +722,7 @@ def every_kind_of_field(folder: Path) -> Config:
     frame = pd.DataFrame({"user": users, "item": items[:, :8].ravel()})
     frame["hour"], frame["warmth"] = rng.integers(0, 3, len(frame)), rng.normal(size=len(frame))
     frame.to_csv(folder / "rows.csv", index=False)
-    for entity, n in (("user", 60), ("item", 40)):
+    for entity, n in (("user", 60), ("item", 46)):  # six items have no rows
         tags = ["|".join(map(str, rng.permutation(12)[: rng.integers(0, 8)])) for _ in range(n)]
         numbers = rng.normal(5, 2, n).round(2)
         side = pd.DataFrame({entity: range(n), "tags": tags, "number": numbers})
@@ -772,7 +772,7 @@ def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> No
     with process_group("cpu") as world:
         trained = open_trained(config, overrides, world)
         context, dataset = config.recommend.context, trained.dataset
-        wanted = RecommendConfig(k=12, mask=("train",), context=context)
+        wanted = RecommendConfig(k=12, mask=("train",), context=context, cold_items="include")
         recommend(deepfm_of(trained.sharded), world, dataset, wanted, out, trained.checkpoint)
 
         def write_pairs() -> None:
@@ -805,6 +805,8 @@ def test_a_checkpoint_gives_the_same_files_anywhere_and_scores_as_its_forward_pa
     forward = pd.read_parquet(out / "predictions.parquet")["score"].to_numpy()
     assert len(ranked) == 60 * 12
     assert ranked.std() > 0.1
+    items = pd.read_parquet(out / "recommendations.parquet")["item_id"]
+    assert (items >= 40).any()
     assert (np.abs(ranked - forward) <= 1e-5 * np.maximum(1, np.abs(forward))).all()
 
 

@@ -10,9 +10,10 @@ from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.histories import Bags, HistorySampler
+from deepfm_dist.data.batches.id_dropout import Hidden
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values, offsets_of
-from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY, Feature
 
 ABSENT = -1
 """Row number that stands for "nobody": all of its bags are empty."""
@@ -32,8 +33,10 @@ class Collator:
         manifest = dataset.manifest
         self.keys = [f.name for f in manifest.categorical]
         self.categorical, self.dense = manifest.categorical, manifest.dense
-        self.fields = dataset.entity_fields
+        self.fields = dataset.entity_fields_with_cold
         self._source_of = manifest.data.source_of
+        self._n_rows = manifest.entities
+        self._cold = manifest.cold
         self._histories = HistorySampler(dataset) if manifest.has_history else None
 
     def __call__(
@@ -47,12 +50,14 @@ class Collator:
         global_weight: float | None = None,
         weights: FloatArray | None = None,
         bags: Bags | None = None,
+        hidden: Hidden | None = None,
     ) -> Batch:
         """Looks up every field.
 
         Args:
             users: ``[b]`` rows of the user table; `ABSENT` leaves the user's fields empty.
-            items: ``[b]`` rows of the item table; `ABSENT` leaves the item's fields empty.
+            items: ``[b]`` rows of the item table, or of cold items behind them (`Manifest.cold`);
+                `ABSENT` leaves the item's fields empty.
             context: context fields of many rows; None leaves them empty.
             context_rows: ``[b]`` which of these rows; `ABSENT` leaves the context empty.
             labels: ``[b]``; default zeros.
@@ -61,6 +66,7 @@ class Collator:
             weights: ``[n_real]`` of the rows; default ones.
             bags: each row's bag of items, for history fields; default: the user's training items,
                 nothing left out.
+            hidden: rows whose user or item is to look unknown, attributes aside.
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
@@ -68,6 +74,25 @@ class Collator:
         index: dict[str, npt.NDArray[np.integer]] = {
             entity: nobody if rows is None else rows for entity, rows in given.items()
         }
+        n_real = height if n_real is None else n_real
+        row_weights = np.zeros(height, np.float32)
+        row_weights[:n_real] = 1 if weights is None else weights
+        return Batch(
+            self._sparse(index, context, bags, hidden),
+            torch.from_numpy(self._numbers(index, context, height)),
+            torch.zeros(height) if labels is None else torch.from_numpy(labels),
+            torch.from_numpy(row_weights),
+            torch.tensor(float(n_real if global_weight is None else global_weight)),
+        )
+
+    def _sparse(
+        self,
+        index: Mapping[str, npt.NDArray[np.integer]],
+        context: Mapping[str, Values] | None,
+        bags: Bags | None,
+        hidden: Hidden | None,
+    ) -> KeyedJaggedTensor:
+        """The table rows of every categorical field; arguments as of `__call__`."""
         lengths, values = [], []
         if self._histories is not None and bags is None:
             bags = self._histories.full(index["user"])
@@ -77,23 +102,17 @@ class Collator:
                 n, v = self._of_items(self._source_of(feature), bags)
             else:
                 n, v = self._bags(feature, index[feature.entity], context)
+                if hidden is not None and feature.names_entity and feature.entity in hidden:
+                    known = index[feature.entity] >= 0  # each of these has one id
+                    v = np.where(hidden[feature.entity][known], np.int32(OUT_OF_VOCABULARY), v)
             lengths.append(n)
             values.append(v)
-        n_real = height if n_real is None else n_real
-        row_weights = np.zeros(height, np.float32)
-        row_weights[:n_real] = 1 if weights is None else weights
-        return Batch(
-            KeyedJaggedTensor(
-                self.keys,
-                torch.from_numpy(np.concatenate(values)),
-                lengths=torch.from_numpy(np.concatenate(lengths)),
-                # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
-                length_per_key=[len(of_field) for of_field in values],
-            ),
-            torch.from_numpy(self._numbers(index, context, height)),
-            torch.zeros(height) if labels is None else torch.from_numpy(labels),
-            torch.from_numpy(row_weights),
-            torch.tensor(float(n_real if global_weight is None else global_weight)),
+        return KeyedJaggedTensor(
+            self.keys,
+            torch.from_numpy(np.concatenate(values)),
+            lengths=torch.from_numpy(np.concatenate(lengths)),
+            # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
+            length_per_key=[len(of_field) for of_field in values],
         )
 
     def history(self, field: Feature, users: Int32Array) -> Jagged:
@@ -129,10 +148,19 @@ class Collator:
     def _of_items(self, field: Feature, bags: Bags) -> Bags:
         """Bags of items -> bags of all that a field says of these items."""
         if field.is_id:
-            return bags
+            return self._without_cold(bags)
         lengths, values = self._bags(field, bags[1], None)
         running = offsets_of(lengths)
         return np.diff(running[offsets_of(bags[0])]).astype(np.int32), values
+
+    def _without_cold(self, bags: Bags) -> Bags:
+        """Bags of items without those that the item table has no row for."""
+        lengths, items = bags
+        if not self._cold.get("item") or not (items >= self._n_rows["item"]).any():
+            return bags
+        known = items < self._n_rows["item"]
+        running = offsets_of(known)
+        return np.diff(running[offsets_of(lengths)]).astype(np.int32), items[known]
 
     def _source(self, feature: Feature, context: Mapping[str, Values] | None) -> Values | None:
         if feature.entity == "context":
@@ -154,6 +182,8 @@ class Collator:
         if not lengths.all():  # seldom: only the last batch of an epoch is padded
             rows = rows[rows >= 0]
         values = rows if source is None else source[rows]
+        if source is None and self._cold.get(feature.entity):
+            values = np.where(values < self._n_rows[feature.entity], values, OUT_OF_VOCABULARY)
         return lengths, values.astype(np.int32, copy=False)
 
 

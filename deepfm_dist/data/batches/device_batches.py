@@ -281,7 +281,8 @@ class DeviceBatches:
         if weights is None:
             weights = torch.ones_like(labels)
         index = {"user": users, "item": items, "context": context}
-        fields = [self._field(f, index, steps) for f in self._categorical]
+        hidden = self._hidden(virtual, epoch * self.steps_per_epoch + first + 1, steps)
+        fields = [self._field(f, index, hidden, steps) for f in self._categorical]
         return _Block(
             first=epoch * self.steps_per_epoch + first + 1,
             steps=steps,
@@ -292,7 +293,26 @@ class DeviceBatches:
             weights=self._padded(weights.view(steps, -1)),
         )
 
-    def _field(self, feature: Feature, index: Mapping[str, Tensor | None], steps: int) -> _Field:
+    def _hidden(self, virtual: Tensor, first_step: int, steps: int) -> dict[str, Tensor]:
+        """`IdDropout.hidden` of the rows of some steps, ``[steps * rows]`` each."""
+        dropout = self._host.id_dropout
+        if not dropout.share:
+            return {}
+        hidden = {}
+        for entity in ("user", "item"):
+            keys = [_signed(dropout.key(entity, first_step + k)) for k in range(steps)]
+            of_steps = mixed(torch.tensor(keys, device=self._device))
+            words = mixed(virtual.view(steps, -1) ^ of_steps[:, None]).flatten()
+            hidden[entity] = _shifted(words, 32) < dropout.threshold
+        return hidden
+
+    def _field(
+        self,
+        feature: Feature,
+        index: Mapping[str, Tensor | None],
+        hidden: Mapping[str, Tensor],
+        steps: int,
+    ) -> _Field:
         rows = index[feature.entity]
         assert rows is not None
         source = None if feature.is_id else self._source(feature)
@@ -303,9 +323,12 @@ class DeviceBatches:
             if self._host.negatives is not None and self._host.negatives.some_are_short:
                 known = rows[rows >= 0]
             values = known if source is None else source[known]
-            if len(values) == len(rows):
-                ends = [k * self._real for k in range(steps + 1)]
-                return _Field(None, values.int(), ends)
+        if feature.names_entity and feature.entity in hidden:
+            of_rows = hidden[feature.entity]
+            values = values.where(~(of_rows if len(values) == len(rows) else of_rows[rows >= 0]), 0)
+        if not isinstance(source, _Lists) and len(values) == len(rows):
+            ends = [k * self._real for k in range(steps + 1)]
+            return _Field(None, values.int(), ends)
         of_steps = lengths.view(steps, -1)
         ends = [0, *of_steps.sum(1).cumsum(0).tolist()]
         return _Field(of_steps.int(), values.int(), ends)

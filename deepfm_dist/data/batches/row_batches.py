@@ -8,6 +8,7 @@ import numpy as np
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import HistorySampler, chosen
+from deepfm_dist.data.batches.id_dropout import Hidden, IdDropout
 from deepfm_dist.data.batches.lanes import Lanes, SelectedRows
 from deepfm_dist.data.batches.negatives import NegativeSampler
 from deepfm_dist.data.dataset import PreparedDataset
@@ -38,11 +39,13 @@ class TrainingBatches:
         world_size: number of ranks.
         seed: of order and negatives.
         threads: that make batches ahead; of a streamed dataset's one at most.
+        id_dropout: share of user and item ids that a step replaces by the unknown one.
 
     Attributes:
         source: the training rows.
         collate: makes batches of them.
         negatives: what draws them; None where rows are labelled.
+        id_dropout: what replaces ids.
         first: place of this rank's first row in a global batch.
 
     Raises:
@@ -58,13 +61,15 @@ class TrainingBatches:
         world_size: int,
         seed: int,
         threads: int = 0,
+        id_dropout: float = 0.0,
     ) -> None:
         manifest = dataset.manifest
         self.collate = Collator(dataset)
+        self.id_dropout = IdDropout(id_dropout, seed)
         self._seed = seed
         self.negatives = NegativeSampler(dataset, seed) if manifest.sampled else None
         self._histories = HistorySampler(dataset, seed) if manifest.has_history else None
-        copies = 1 + (manifest.data.negatives.per_positive if manifest.sampled else 0)
+        self._copies = copies = 1 + manifest.data.negatives.per_positive if manifest.sampled else 1
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
         self.local_batch_size = -(-self.batch_size // world_size)
@@ -96,9 +101,10 @@ class TrainingBatches:
         first = min(self.first, end - begin)
         last = min(self.first + self.local_batch_size, end - begin)
         taken_rows = self.source.take(epoch, begin, end, first, last)
-        return self._collated(taken_rows, epoch, float(end - begin))
+        return self._collated(taken_rows, step, float(end - begin))
 
-    def _collated(self, selected: SelectedRows, epoch: int, global_weight: float) -> Batch:
+    def _collated(self, selected: SelectedRows, step: int, global_weight: float) -> Batch:
+        epoch = (step - 1) // self.steps_per_epoch
         index, columns = selected.index, selected.columns
         users, labels, negative_users = (
             _picked(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
@@ -141,7 +147,16 @@ class TrainingBatches:
             global_weight=global_weight,
             weights=weights,
             bags=bags,
+            hidden=self._hidden(selected, step),
         )
+
+    def _hidden(self, selected: SelectedRows, step: int) -> Hidden | None:
+        if not self.id_dropout.share:
+            return None
+        numbers = selected.row * self._copies + selected.slot
+        hidden = self.id_dropout.hidden(step, user=numbers, item=numbers)
+        height = self.local_batch_size
+        return hidden and {name: padded(rows, height, False) for name, rows in hidden.items()}
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps ``first`` to ``last``, both included."""

@@ -11,6 +11,7 @@ import torch
 from deepfm_dist.data.batches.batch import UserBatch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import Bags, HistorySampler, chosen, kept_in_bags
+from deepfm_dist.data.batches.id_dropout import IdDropout
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.data.negatives import draw_with_replacement, item_weights
@@ -52,6 +53,7 @@ class UserBatches:
         seed: of order, bags and candidates.
         candidates: see there.
         threads: that make batches ahead.
+        id_dropout: share of user and item ids that a step replaces by the unknown one.
 
     Raises:
         ConfigError: the data cannot be trained on in this way, or a rank would have no user.
@@ -66,9 +68,11 @@ class UserBatches:
         seed: int,
         candidates: Candidates,
         threads: int = 0,
+        id_dropout: float = 0.0,
     ) -> None:
         manifest = dataset.manifest
         _check(dataset)
+        self._id_dropout = IdDropout(id_dropout, seed)
         self._collate, self._history = Collator(dataset), dataset.history
         self._seen = dataset.seen(manifest.data.negatives.avoid == "all")
         self._drawn = HistorySampler(dataset, seed) if manifest.has_history else None
@@ -121,11 +125,15 @@ class UserBatches:
             items = np.concatenate([shared, padded(targets[1], most, ABSENT)])
             target_items = np.zeros(0, np.int64)
         height = max(self._local, len(items))
+        n_users, users = len(users), padded(users, height, ABSENT)
+        items = padded(items, height, ABSENT)
         looked_up = self._collate(
-            padded(users, height, ABSENT),
-            padded(items, height, ABSENT),
+            users,
+            items,
             bags=(padded(bags[0], height, 0), bags[1]),
+            hidden=self._id_dropout.hidden(step, user=users, item=items),
         )
+        users = users[:n_users]
         seen_counts, seen_items = self._seen.take(users)
         known_users, known_items = _places_of(seen_counts, seen_items + np.int32(1), rows)
         return UserBatch(

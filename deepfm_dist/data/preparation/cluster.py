@@ -231,7 +231,7 @@ class _Driver:
         plan = WritePlan.from_counts(job, counts, fit.fitted)
         n_users = fit.fitted.rows.get("user", 1)
         histories = HistoryWriter(n_users, plan.n_rare, job.n_user_groups, job.spill(""), job.crew)
-        carry(histories, earlier)
+        carry(histories, earlier, fit)
         written, sums = self._write(loaded, splitter, plan, first_user, histories)
         written.known.check(job, plan.trained, ids)
         return finish(

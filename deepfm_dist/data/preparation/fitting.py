@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import seeded
 from deepfm_dist.data.dataset import PreparedDataset
@@ -25,9 +26,11 @@ from deepfm_dist.data.manifest import TRAIN, NumericSpec
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, entity_key
 from deepfm_dist.data.preparation.partitions import Partitions
+from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.rules import words_of
 from deepfm_dist.data.preparation.vocabulary_warnings import vocabulary_warnings
-from deepfm_dist.data.schema import Feature, Files, label_of
+from deepfm_dist.data.schema import CatalogueFile, Feature, Files, label_of
+from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spelling import check_join
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
@@ -44,13 +47,16 @@ class FitResult:
 
     Attributes:
         row_of_code: table rows of the texts of each vocabulary, and a last element 0 for no value.
+            Cold items have the rows behind those of the item table.
         numeric: statistics of the numeric fields.
         rows: of the user and item tables.
+        cold: number of cold items, by entity; see `Manifest.cold`.
     """
 
     row_of_code: dict[str, Int32Array]
     numeric: dict[str, NumericSpec]
     rows: dict[str, int]
+    cold: dict[str, int]
 
     def encoded(self, feature: Feature, values: Values) -> Values:
         """Raw numbers or codes -> what the model looks up."""
@@ -62,6 +68,12 @@ class FitResult:
         if feature.has_vocabulary:
             return lookup_rows(values, self.row_of_code[feature.table_name])
         return values if isinstance(values, Jagged) else np.maximum(values, np.int32(0))
+
+    def trained(self, entity: str, rows: Int32Array) -> Int32Array:
+        """Rows of users or items with those of cold ones replaced by the unknown row 0."""
+        if not self.cold.get(entity):
+            return rows
+        return np.where(rows < self.rows[entity], rows, np.int32(0))
 
 
 class PreviousDataset:
@@ -108,7 +120,9 @@ class Fitter:
 
     Attributes:
         entities: vocabularies of the users and items themselves.
+        cold: ids of the cold items, if there are any, by entity; see `Manifest.cold`.
         values: raw values of their fields, by table row.
+        cold_values: raw values of the cold items' fields.
         vocabularies: by table.
         fitted: what is needed of it to write rows.
         time_scale: see `Partitions`.
@@ -120,9 +134,11 @@ class Fitter:
         self._job, self._partitions, self._counts = job, partitions, counts
         self._earlier, self.time_scale = earlier, partitions.time_scale
         self._row_of_code: dict[str, Int32Array] = {}
-        self.entities = self._fit_entities()
-        self.values: dict[str, Values] = {}
         self._joined: dict[tuple[str, str | None], bool] = {}
+        self.entities = self._fit_entities()
+        self.cold = self._cold_items()
+        self.values: dict[str, Values] = {}
+        self.cold_values: dict[str, Values] = {}
         for feature in job.data.features:
             if feature.describes_entity:
                 self.values[feature.name] = self._entity_values(feature)
@@ -138,6 +154,7 @@ class Fitter:
             },
             self._numeric(),
             {name: v.rows for name, v in self.entities.items()},
+            {name: len(ids) for name, ids in self.cold.items()},
         )
 
     def _fit_entities(self) -> dict[str, Vocabulary]:
@@ -160,6 +177,55 @@ class Fitter:
             for text in texts:
                 log.warning("%s", text)
         return vocabularies
+
+    def _cold_items(self) -> dict[str, pa.Array]:
+        """The ids of items that files describe and that have no row of their own.
+
+        The items of the log among them get the rows behind those of the item table.
+        """
+        data, entity = self._job.data, "item"
+        if entity not in self.entities:
+            return {}
+        rows_files = {name for _, name, _ in self._job.inputs}  # held-out rows describe nobody
+        fields = [f for f in data.features if f.entity == entity and f.file is not None]
+        fields = [f for f in fields if f.file and label_of(f.file) not in rows_files]
+        keys = [self._partitions.side_files[f.name].keys for f in fields]
+        if fields and data.catalogue is not None:
+            keys = [self._catalogue_ids(data.catalogue)]
+        if not keys:
+            return {}
+        vocabulary, key = self.entities[entity], entity_key(entity)
+        ids = pa.chunked_array([k.cast(pa.string()) for k in keys]).unique()
+        missing = [w for f in data.features if f.entity == entity for w in f.missing if f.is_id]
+        new = (vocabulary.lookup(ids) == 0) & ~np.asarray(pc.is_in(ids, pa.array(["", *missing])))
+        if not new.any():
+            return {}
+        ids = ids.filter(pa.array(new))
+        seed = derive_seed(self._job.seed, "rows", "cold item")
+        cold, _ = Vocabulary.fit(ids, np.ones(len(ids), np.int64), 1, seed)
+        rows = self._row_of_code[key]
+        behind = cold.lookup(self._partitions.ids[key])
+        self._row_of_code[key] = np.where(
+            (rows == 0) & (behind > 0), behind + np.int32(vocabulary.rows - 1), rows
+        )
+        return {entity: cold.ids}
+
+    def _catalogue_ids(self, catalogue: CatalogueFile) -> pa.Array:
+        key = catalogue.key or self._job.data.interactions.item
+        assert key is not None
+        ids = side_table(self._job, label_of(catalogue.file), [Column(key)])[key]
+        self.check_join("item", catalogue.file, catalogue.key, ids, "data.catalogue")
+        return ids.combine_chunks()
+
+    def rows_of(self, entity: str, ids: pa.Array | pa.ChunkedArray) -> Int32Array:
+        """``[n]`` string -> ``[n]`` int32 rows of users or items, of cold ones too; unknown: 0."""
+        rows = self.entities[entity].lookup(ids)
+        if entity in self.cold:
+            ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+            place = np.asarray(pc.index_in(ids, value_set=self.cold[entity]).fill_null(-1))
+            cold = (place + self.entities[entity].rows).astype(np.int32)
+            rows = np.where((rows == 0) & (place >= 0), cold, rows)
+        return rows
 
     def _fit_tables(self) -> dict[str, Vocabulary]:
         """The vocabularies of embedding tables, except those used by histories only."""
@@ -238,8 +304,11 @@ class Fitter:
     def _entity_values(self, feature: Feature) -> Values:
         """Raw values of a field of users or items, by table row; counts their codes."""
         vocabulary = self.entities[feature.entity]
+        n_cold = len(self.cold.get(feature.entity, ()))
         if feature.names_entity:
             hashed = np.append(np.int32(0), hashed_rows(vocabulary.ids, feature))
+            no_ids = np.zeros(n_cold, np.int32)
+            self.cold_values[feature.name] = Jagged(np.arange(n_cold + 1), no_ids)
             return Jagged(np.arange(vocabulary.rows + 1), hashed)
         if feature.file is None:
             said = self._counts.of_entities[feature.name]
@@ -252,7 +321,7 @@ class Fitter:
         else:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
-            rows, raw = vocabulary.lookup(side.keys), side.values
+            rows, raw = self.rows_of(feature.entity, side.keys), side.values
             if feature.keep == "all":  # "first" asks for the order of the file
                 hashes = (
                     self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
@@ -265,7 +334,11 @@ class Fitter:
             unknown = int((rows == 0).sum())
             self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
         known = np.flatnonzero(rows > 0)
-        values = self._by_row(feature, rows[known], taken(raw, known), vocabulary.rows)
+        n = vocabulary.rows
+        values = self._by_row(feature, rows[known], taken(raw, known), n + n_cold)
+        if n_cold:
+            self.cold_values[feature.name] = taken(values, np.arange(n, n + n_cold))
+            values = taken(values, np.arange(n))
         self._check_filled(feature, values)
         if isinstance(values, Jagged) and feature.has_vocabulary:
             table = self._counts.tables[feature.table_name]

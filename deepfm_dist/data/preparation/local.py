@@ -65,6 +65,7 @@ from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.lock import Lock
+from deepfm_dist.messages import plural
 from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
@@ -297,6 +298,12 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     for name in SPLITS[1:]:
         if manifest.splits[name].rows == 0 and not manifest.data.refit:
             _report_empty(manifest.data, name)
+    for entity, n in manifest.cold.items():
+        log.info(
+            "%s without training rows: known by their attributes alone, once the model is trained "
+            "with data.id_dropout",
+            plural(n, entity),
+        )
     sizes = "; ".join(f"{name} {manifest.composition(name)}" for name in SPLITS)
     tables = ", ".join(f"{name} {spec.rows:,}" for name, spec in manifest.tables.items())
     log.info("%s: rows: %s; tables: %s (%.1f s)", folder, sizes, tables, seconds)
@@ -332,8 +339,8 @@ def _build_dataset(job: Job, wanted: str) -> Manifest:
     histories = HistoryWriter(
         plan.fitted.rows.get("user", 1), plan.n_rare, job.n_user_groups, job.spill(""), job.crew
     )
-    if job.crew.is_first:
-        carry(histories, earlier)
+    if fit is not None:
+        carry(histories, earlier, fit)
     written = write_rows(job, partitions, plan, histories)
     from_threads = job.crew.gather(job)
     manifest = None
@@ -389,6 +396,7 @@ def finish(
         data=job.data,
         tables=tables,
         entities=fit.fitted.rows,
+        cold=fit.fitted.cold,
         numeric=fit.fitted.numeric,
         mean_weight=counts.mean_weight,
         time_scale=fit.time_scale,

@@ -161,6 +161,8 @@ class RowWriter:
         for split, name in enumerate(SPLITS):
             at, first = np.flatnonzero(parts == split), int(self._plan.first_of[split][p])
             used = {n: v for n, v in columns.items() if n not in self._unused[name]}
+            if split == TRAIN and "item" in used:  # a rare item is learned as the unknown one
+                used["item"] = self._fitted.trained("item", used["item"])
             table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
             cuts = self._cuts
             if split != TRAIN:
@@ -208,6 +210,7 @@ class RowWriter:
         n_users, known = len(part.users), []
         for rows in part.with_low:
             items = self._fitted.row_of_code[entity_key("item")][rows["item"]]
+            items = self._fitted.trained("item", items)  # no others are drawn
             at = np.flatnonzero(items > 0)
             known.append(Jagged.from_pairs(rows["local"][at], items[at] - 1, n_users))
         return union(known)
@@ -225,7 +228,8 @@ class RowWriter:
         known = (users > 0) & (items > 0)
         positive = part["label"] == 1
         folded_in = parts == FOLD_IN
-        liked = np.flatnonzero(known & ((parts == TRAIN) | folded_in) & positive)
+        in_history = positive & (self._fitted.trained("item", items) > 0)
+        liked = np.flatnonzero(known & ((parts == TRAIN) | folded_in) & in_history)
         if "time" in part:
             liked = liked[_in_time_order(part, liked)]
         self._histories.add(HISTORY, users[liked], items[liked])
@@ -235,7 +239,7 @@ class RowWriter:
         # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
         met = known & (positive | (self._job.data.task == "ctr"))
         for split, name in enumerate(SPLITS):
-            at = np.flatnonzero(met & (parts == split) & ~((split == TRAIN) & positive))
+            at = np.flatnonzero(met & (parts == split) & ~((split == TRAIN) & in_history))
             self._histories.add(SEEN[name][-1], users[at], items[at])
         if (low := part.low) is None or low_parts is None:
             return
@@ -288,7 +292,7 @@ def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
     return order
 
 
-def carry(histories: PairSink, earlier: PreviousDataset) -> None:
+def carry(histories: PairSink, earlier: PreviousDataset, fit: Fitter) -> None:
     """Puts aside what users met in an earlier dataset's splits, which is seen by now.
 
     What it held out was not trained on.
@@ -296,10 +300,14 @@ def carry(histories: PairSink, earlier: PreviousDataset) -> None:
     before = earlier.dataset
     if before is None or not {"user", "item"} <= before.manifest.entities.keys():
         return
+    row_now = np.arange(before.manifest.n_rows("item"), dtype=np.int32)
+    if n_cold := before.manifest.cold.get("item", 0):  # some of them may have rows of their own now
+        row_now[-n_cold:] = fit.rows_of("item", before.entity_ids("item", cold=True)[-n_cold:])
     history, seen = before.met("train")
     held_out = [*before.met("valid"), *before.met("test")]
     for name, bags in ((HISTORY, history), *((CARRIED, bags) for bags in (seen, *held_out))):
-        histories.add(name, np.repeat(np.arange(len(bags)), bags.lengths), bags.values)
+        users, items = np.repeat(np.arange(len(bags)), bags.lengths), row_now[bags.values]
+        histories.add(name, users[items > 0], items[items > 0])
 
 
 def write_entities(
@@ -313,6 +321,15 @@ def write_entities(
     (job.folder / "vocabulary").mkdir()
     (job.folder / "entities").mkdir()
     tables = {name: _entity_table(job, fit, counts, earlier, name) for name in fit.entities}
+    titles = None if job.data.titles is None else _titles(job, fit)
+    if titles is not None:
+        n = fit.entities["item"].rows
+        tables["item"] = tables["item"].append_column("title", titles[:n])
+    for name, ids in fit.cold.items():
+        tables[f"cold_{name}"] = _cold_table(job, fit, name, ids)
+        if titles is not None:
+            titled = tables[f"cold_{name}"].append_column("title", titles[n:])
+            tables[f"cold_{name}"] = titled
     sums = {f"entities/{name}.parquet": TableSum.of(table).crc for name, table in tables.items()}
 
     def write_entity(name: str) -> None:
@@ -349,12 +366,21 @@ def _entity_table(
             columns[feature.name] = to_arrow(encoded)
     if name == "item" and "user" in fit.entities:
         positives = np.zeros(vocabulary.rows, np.int64)
-        np.add.at(positives, fit.fitted.row_of_code[entity_key("item")][:-1], counts.liked)
+        rows = fit.fitted.trained("item", fit.fitted.row_of_code[entity_key("item")][:-1])
+        np.add.at(positives, rows, counts.liked)
         if (before := earlier.column("item", "count")) is not None:
             positives[: len(before)] += before.to_numpy()
         columns["count"] = pa.array(positives)
-    if name == "item" and job.data.titles is not None:
-        columns["title"] = _titles(job, fit)
+    return pa.table(columns)
+
+
+def _cold_table(job: Job, fit: Fitter, name: str, ids: pa.Array) -> pa.Table:
+    """The table of cold items: the columns of the items that training knows, less their counts."""
+    columns = {"id": ids}
+    for feature in job.data.features:
+        if feature.name in fit.cold_values and feature.entity == name:
+            encoded = fit.fitted.encoded(feature, fit.cold_values[feature.name])
+            columns[feature.name] = to_arrow(encoded)
     return pa.table(columns)
 
 
@@ -375,7 +401,8 @@ def _carried(raw: Values, encoded: Values, before: Values) -> Values:
 
 
 def _titles(job: Job, fit: Fitter) -> pa.Array:
-    titles, items = job.data.titles, fit.entities["item"]
+    """``[items + cold items]`` string."""
+    titles, n_items = job.data.titles, fit.entities["item"].rows + len(fit.cold.get("item", ()))
     assert titles is not None
     key = titles.key or job.data.interactions.item
     assert key is not None
@@ -383,12 +410,12 @@ def _titles(job: Job, fit: Fitter) -> pa.Array:
         job, label_of(titles.file), [Column(key), Column(titles.column, required=False)]
     )
     fit.check_join("item", titles.file, titles.key, table[key], "titles")
-    rows, texts = items.lookup(table[key]), table[titles.column].combine_chunks()
+    rows, texts = fit.rows_of("item", table[key]), table[titles.column].combine_chunks()
     # Of several titles the one with the least hash stays, wherever it stands.
     known = np.flatnonzero((rows > 0) & np.asarray(texts.is_valid()))
     order = known[np.lexsort((hash_texts(texts)[known], rows[known]))]
     owners, first = np.unique(rows[order], return_index=True)
-    place = np.full(items.rows, -1, np.int64)
+    place = np.full(n_items, -1, np.int64)
     place[owners] = order[first]
     return texts.take(pa.array(place, mask=place < 0))
 

@@ -1,0 +1,72 @@
+"""Ids that a training step replaces by the unknown id: draws without memory.
+
+A model that never meets an unknown id learns nothing about it: its table row keeps its first
+random values, and the attributes leave to the id what the id explains as well. With a share of
+ids replaced, the unknown row becomes the average user or item, and the attributes have to say the
+rest, as they must for an item that has no training rows.
+
+Source: Volkovs, Yu, Poutanen, "DropoutNet: Addressing Cold Start in Recommender Systems", 2017,
+which drops the inputs of users and items in this way.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.jagged import Int64Array
+from deepfm_dist.seeding import derive_seed, mix
+
+Hidden = dict[str, npt.NDArray[np.bool_]]
+"""By entity, ``[b]`` whether a row's id is replaced."""
+
+
+@dataclass(frozen=True)
+class IdDropout:
+    """Decides which ids a step replaces, the same at any world size.
+
+    Attributes:
+        share: of the ids, in [0, 1).
+        seed: of the draws.
+    """
+
+    share: float
+    seed: int
+
+    @property
+    def threshold(self) -> int:
+        """Ids whose word's upper 32 bits are below this are replaced."""
+        return round(self.share * 2**32)
+
+    def key(self, entity: str, step: int) -> int:
+        """What a row's number is mixed with in a step, 63 bits."""
+        return derive_seed(self.seed, "id_dropout", entity, step)
+
+    def hidden(self, step: int, **numbers: npt.NDArray[np.integer] | None) -> Hidden | None:
+        """Which ids a step replaces; None: none at all.
+
+        Args:
+            step: from 1.
+            numbers: by entity, ``[m]`` what stands for each row in the draw: of rows with labels
+                their place in the epoch's list, of users and candidates their table row; None for
+                an entity that the rows lack.
+        """
+        if not self.share:
+            return None
+        return {
+            entity: hidden_rows(rows.astype(np.int64), self.key(entity, step), self.threshold)
+            for entity, rows in numbers.items()
+            if rows is not None
+        }
+
+
+@compiled
+def hidden_rows(numbers: Int64Array, key: int, threshold: int) -> Any:
+    """``[m]`` bool: whether the upper half of each number's random word is below a threshold."""
+    hidden = np.empty(len(numbers), np.bool_)
+    limit, of_step = np.uint64(threshold), mix(np.uint64(key))
+    for i in range(len(numbers)):
+        hidden[i] = (mix(of_step ^ np.uint64(numbers[i])) >> np.uint64(32)) < limit
+    return hidden
