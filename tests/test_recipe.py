@@ -14,6 +14,7 @@ from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
 from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs import finish
+from deepfm_dist.jobs.combine import combine
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
@@ -227,6 +228,14 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
     for ranking in ("model", "popularity"):
         assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]
+    with pytest.raises(ConfigError, match=r"/refit: a part of the run .*/sample, .*; train that"):
+        train(load_config(str(config.run_dir / "refit/config.yaml"), ["trainer.max_steps=3"]))
+    # Typing train on what was put together takes nothing from it.
+    assert (put := combine(config, ["sample"], "put")) is not None
+    with caplog.at_level("INFO", "deepfm_dist"):
+        train(load_config(str(put.config.run_dir / "config.yaml")))
+    assert f"Run already finished: {put.config.run_dir}" in caplog.text
+    assert find_checkpoint(put.config.run_dir) == put.checkpoint
     with pytest.raises(ConfigError, match=r"trained on the validation rows too"):
         evaluate(load_config(SAMPLE, [*settings, "evaluate.split=valid", "checkpoint.use=refit"]))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from deepfm_dist.config import Config, config_from
+from deepfm_dist.config import Config, config_from, with_settings
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
@@ -84,6 +84,8 @@ def combine(
     width = sum(source.config.model.embedding_dim for source in sources)
     width += 0 if ease is None else ease.columns
     target = like.with_run_name_on_same_data(new_name).with_columns(width)
+    # What follows a training loop would replace the weights that are put together here.
+    target = with_settings(target, {"model.linear": "none", "trainer.refit_best": False})
     with (
         process_group(*config.run.process_group) as world,
         world.hold_on_rank0(run_lock(target)),

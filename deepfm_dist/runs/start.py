@@ -60,11 +60,26 @@ def check_settings(config: Config) -> None:
     It comes before the data are prepared, which would replace those of that run.
 
     Raises:
-        ConfigError: the run was trained with other settings.
+        ConfigError: the run was trained with other settings, or is a part of another one.
         CheckpointError: the checkpoint that was asked for does not exist.
     """
     with write_errors_to_user(config.run_dir):
+        _refuse_part(config.run_dir)
         _checkpoint_to_continue(config)
+
+
+def _refuse_part(run_dir: Path) -> None:
+    """Refuses to train what another run has made at its end and reads.
+
+    Raises:
+        ConfigError: the folder is such a part of a run.
+    """
+    steps = checkpoint.complete_steps(run_dir)
+    if steps and "part" in checkpoint.read_state(checkpoint.checkpoint_path(run_dir, steps[-1])):
+        raise ConfigError(
+            f"{run_dir}: a part of the run {run_dir.parent}, and not trained by itself; train that "
+            f"run, or another one from this model: run.name=NAME checkpoint.start_from={run_dir}"
+        )
 
 
 def saved_settings(config: Config) -> dict[str, Any] | None:
