@@ -6,6 +6,7 @@ begun here, on more ranks, and the other way round.
 """
 
 import io
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +86,8 @@ def fit(
         DataError: a column is missing, or the data cannot be used.
         ConfigError: a setting is unknown or has a bad value, or ``name`` holds a different model.
     """
-    with _in_python():
+    names: dict[str, str] = {}
+    with _in_python(names):
         _check_alone()
         for what, frame in (("interactions", interactions), ("users", users), ("items", items)):
             _check_frame(frame, what, optional=what != "interactions")
@@ -99,7 +101,9 @@ def fit(
         name = name or sections.get("run", {}).get("name")
         config = settings(name or "model")  # mistakes come out before anything is written
         config = _claim(root, settings) if name is None else config
-        _write_frames(_input(root, config.run.name), config, inputs.frames)
+        where = _input(root, config.run.name)
+        names |= {str(where / file): Path(file).stem for file in inputs.frames}
+        _write_frames(where, config, inputs.frames)
         return _train(config, root / f"{config.run.name}.yaml")
 
 
@@ -369,7 +373,7 @@ class Model:
         _check_frame(rows, "rows")
         with tempfile.TemporaryDirectory() as folder:
             source, target = (Path(folder, f"{name}.parquet") for name in ("rows", "scores"))
-            with _in_python({str(source): "rows"}):
+            with _in_python({str(source): "rows", source.name: "rows"}):
                 source.write_bytes(_parquet(rows, "rows"))
                 predict(self._with("predict", {}), str(source), target)
             scores = pd.read_parquet(target, columns=["score", "probability"])
@@ -405,19 +409,33 @@ def _ready(config: Config) -> None:
 
 @contextmanager
 def _in_python(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """Puts errors of the commands into the words of this module.
+    """Puts errors and log lines of the commands into the words of this module.
 
     Args:
         names: what to call files that the caller does not know.
     """
+
+    def translated(message: str) -> str:
+        message = python_words(message)
+        for path, name in names.items():
+            message = message.replace(path, name)
+        return message
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = factory(*args, **kwargs)
+        if made.name.startswith("deepfm_dist."):
+            made.msg, made.args = translated(made.getMessage()), ()
+        return made
+
+    factory = logging.getLogRecordFactory()  # a caller's handlers take what it makes
+    logging.setLogRecordFactory(record)
     try:
         yield
     except DeepFMError as error:
-        message = python_words(str(error))
-        for path, name in names.items():
-            message = message.replace(path, name)
-        error.args = (message,)
+        error.args = (translated(str(error)),)
         raise
+    finally:
+        logging.setLogRecordFactory(factory)
 
 
 def python_words(message: str) -> str:
@@ -491,7 +509,7 @@ def _parquet(frame: pd.DataFrame, name: str) -> bytes:
     """
     buffer = io.BytesIO()
     try:
-        frame.to_parquet(buffer, index=False)
+        frame.rename(columns=str).to_parquet(buffer, index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{name}: a column holds values that Parquet cannot store together "
@@ -511,7 +529,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_frame(frame: object, what: str, optional: bool = False) -> None:
-    """Refuses anything but a pandas DataFrame.
+    """Refuses anything but a pandas DataFrame whose columns have different names.
 
     Raises:
         DataError: it is something else.
@@ -522,6 +540,11 @@ def _check_frame(frame: object, what: str, optional: bool = False) -> None:
         kind = f"{type(frame).__module__}.{type(frame).__name__}".removeprefix("builtins.")
         cure = ".to_pandas()" if hasattr(frame, "to_pandas") else "pandas.DataFrame(...)"
         raise DataError(f"{what}: must be a pandas DataFrame, not {kind}; pass it as {cure}")
+    if len(twice := frame.columns[frame.columns.duplicated()]):
+        raise DataError(
+            f"{what}: several columns are called {twice[0]!r}; keep one, such as by "
+            f"frame.loc[:, ~frame.columns.duplicated()]"
+        )
 
 
 def _check_columns(frame: pd.DataFrame, wanted: Sequence[str], what: str) -> None:

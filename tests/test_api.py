@@ -1,9 +1,12 @@
 """Data frames in, data frames out."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,27 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert (config.run_dir / "checkpoints").is_dir()
 
 
+@contextmanager
+def _logged() -> Iterator[list[str]]:
+    """Lines that the package logs meanwhile, from warnings on."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("deepfm_dist")
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
+def _refused(folder: Path, orders: pd.DataFrame) -> str:
+    del os.environ["RANK"]
+    with pytest.raises(DataError) as caught:
+        fit(orders, user="who", item="what", folder=folder)
+    return str(caught.value)
+
+
 def _two_fits(folder: Path) -> dict[str, Any]:
     del os.environ["RANK"]
     orders, _ = shop()
@@ -154,7 +178,10 @@ def _two_fits(folder: Path) -> dict[str, Any]:
             fit(frame, **named, model=sizes)
         errors.append(str(caught.value))
     found["after"] = first.predict(orders)  # what was refused has changed nothing
-    found["same"] = fit(orders, **named, model=SMALL).predict(orders)
+    with _logged() as lines:
+        same = fit(orders, **named, model=SMALL)
+        same.predict(orders.assign(who="nobody"))
+    found["same"], found["lines"] = same.predict(orders), lines
     longer = {**named, "trainer": {"epochs": 2, "batch_size": 256}}
     found["steps"] = [m.checkpoint.name for m in (first, fit(orders, **longer, model=SMALL))]
     found["replaced"] = fit(
@@ -177,6 +204,13 @@ def test_every_model_is_its_own(tmp_path: Path) -> None:
     assert f"{tmp_path}/runs/model holds a model 'model' of other data frames; give this" in frames
     for message in (settings, frames):
         assert 'checkpoint={"resume": "never"}' in message
+    finished, unseen = found["lines"]
+    assert finished.startswith(f"Run already finished: {tmp_path}/runs/model, step ")
+    assert finished.endswith(
+        'to train again, set another name, or checkpoint={"resume": "never"}, which moves this run '
+        "aside"
+    )
+    assert unseen.startswith("rows: user: 480 of 480 values were never seen in training")
     first, longer = (int(name.removeprefix("step_")) for name in found["steps"])
     assert longer == 2 * first
     pd.testing.assert_frame_equal(before, found["after"])
@@ -208,6 +242,10 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for frames, message in (
         ({"interactions": [1, 2]}, "interactions: must be a pandas DataFrame, not list"),
         ({"interactions": orders, "items": pa.table({"what": [1]})}, r"it as \.to_pandas\(\)"),
+        (
+            {"interactions": pd.concat([orders, orders["who"]], axis=1)},
+            r"interactions: several columns are called 'who'; keep one, such as by frame\.loc",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             fit(**frames, user="who", item="what", folder=tmp_path)
@@ -217,6 +255,8 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match="no column 'shelf'"):  # a text is one column
         fit(orders, user="who", item="what", context="shelf", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+    empty = run_alone(_refused, tmp_path, orders.assign(who=["u1", None, *orders["who"][2:]]))
+    assert empty.startswith("interactions, row 2: who '' is empty; fix")
     with pytest.raises(ConfigError, match="not a file; give the configuration that fit wrote"):
         Model.load(tmp_path / "nothing.yaml")
     (tmp_path / "new.yaml").write_text(load_config("sample").to_yaml())

@@ -231,7 +231,8 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
     with pytest.raises(ConfigError, match=r"/refit: a part of the run .*/sample, .*; train that"):
         train(load_config(str(config.run_dir / "refit/config.yaml"), ["trainer.max_steps=3"]))
     # Typing train on what was put together takes nothing from it.
-    assert (put := combine(config, ["sample"], "put")) is not None
+    put = combine(config, ["sample"], "put")
+    assert put is not None
     with caplog.at_level("INFO", "deepfm_dist"):
         train(load_config(str(put.config.run_dir / "config.yaml")))
     assert f"Run already finished: {put.config.run_dir}" in caplog.text

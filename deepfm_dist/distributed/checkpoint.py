@@ -540,7 +540,10 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(marker.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path}: no complete checkpoint ({brief(error)})") from None
+        raise CheckpointError(
+            f"{path}: no complete checkpoint ({brief(error)}); if its run is being trained, a "
+            f"newer one has taken its place: type the command again"
+        ) from None
     except ValueError:
         raise CheckpointError(f"{marker}: damaged: it is not JSON; {_instead_of(path)}") from None
     expected = state.pop(_OWN_SUM, None) if isinstance(state, dict) else None
