@@ -14,7 +14,7 @@ from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import ease_factors
 from deepfm_dist.ranking.baselines import Ease, distinct
-from tests.ranks import run_ranks
+from tests.ranks import run_alone, run_ranks
 
 ROOT = Path(__file__).parents[2]
 EASE = "evaluate={baselines: [ease], ease_l2: 50, validation_known: false}"
@@ -98,7 +98,7 @@ def test_both_are_better_than_the_model_alone_and_can_be_trained_on(
     assert run_ranks(train.main, 1, _settings(tmp_path, "c", *wide, start, pooling="sqrt")) == [0]
     losses = {n: _first_loss(tmp_path, n) for n in "ac"}
     assert losses["c"] < losses["a"] - 0.1  # it begins where the other ended
-    assert combine.main([*where, "--to", "b"]) == 2
+    assert run_alone(combine.main, [*where, "--to", "b"]) == 2
 
 
 def test_factors_are_the_best_of_their_number(sample: PreparedDataset) -> None:
@@ -133,7 +133,7 @@ def test_columns_beyond_the_items_leave_the_model_where_it_was(
         assert run_ranks(evaluate.main, 1, [where[0].replace("=a", f"={name}"), *where[1:]]) == [0]
     for name, value in _figures(tmp_path, "a")["model"].items():
         assert _figures(tmp_path, "b")["model"][name] == pytest.approx(value, rel=1e-6), name
-    assert combine.main([*none, "--ease-columns", "0"]) == 2
+    assert run_alone(combine.main, [*none, "--ease-columns", "0"]) == 2
     assert "--ease-columns 0: must be 1 or more" in capfd.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_models_of_other_vocabularies_or_kinds_are_refused(
     _trained(tmp_path, "b", "data.name=b", "run.seed=2")
     _trained(tmp_path, "c", "data.name=c", "model.first_order=false")
     for name, said in (("b", "train them with the same data.seed"), ("c", "first_order=False")):
-        assert combine.main([*where, "--of", f"a,{name}", "--to", "m"]) == 2
+        assert run_alone(combine.main, [*where, "--of", f"a,{name}", "--to", "m"]) == 2
         assert said in capfd.readouterr().err
     assert not (tmp_path / "runs" / "m").exists()
 
@@ -242,5 +242,5 @@ def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDatas
 def test_options_that_cannot_be_meant_are_refused(
     options: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert combine.main(["--config", "sample", "--to", "b", *options]) == 2
+    assert run_alone(combine.main, ["--config", "sample", "--to", "b", *options]) == 2
     assert said in capfd.readouterr().err
