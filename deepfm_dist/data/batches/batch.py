@@ -39,6 +39,26 @@ class _OnDevice(Pipelineable):
         self._changed(record)
 
 
+def local_batch_size(batch_size: int, world_size: int, unit: str) -> int:
+    """Number of rows or users of each rank; the last rank may have fewer.
+
+    Args:
+        batch_size: rows or users of all ranks.
+        world_size: number of ranks.
+        unit: row or user.
+
+    Raises:
+        ConfigError: a rank would have none.
+    """
+    local = -(-batch_size // world_size)
+    if local * (world_size - 1) >= batch_size:
+        raise ConfigError(
+            f"a batch of {plural(batch_size, unit)} over {world_size} ranks leaves a rank without "
+            f"{unit}s; use at most {plural(batch_size, 'rank')}, or a larger trainer.batch_size"
+        )
+    return local
+
+
 @dataclass
 class Batch(_OnDevice):
     """One rank's rows of a global batch; rows that pad it have weight 0 and empty bags.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deepfm_dist.data.batches.batch import Batch
+from deepfm_dist.data.batches.batch import Batch, local_batch_size
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import HistorySampler, chosen
 from deepfm_dist.data.batches.id_dropout import Hidden, IdDropout
@@ -15,8 +15,6 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.data.prefetch import read_ahead
-from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed, permuted_range
 
 
@@ -72,13 +70,7 @@ class TrainingBatches:
         self._copies = copies = 1 + manifest.data.negatives.per_positive if manifest.sampled else 1
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
-        self.local_batch_size = -(-self.batch_size // world_size)
-        if self.local_batch_size * (world_size - 1) >= self.batch_size:
-            raise ConfigError(
-                f"a batch of {plural(self.batch_size, 'row')} over {world_size} ranks leaves a "
-                f"rank without rows; use at most {plural(self.batch_size, 'rank')}, or a larger "
-                f"trainer.batch_size"
-            )
+        self.local_batch_size = local_batch_size(self.batch_size, world_size, "row")
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
         self.first = rank * self.local_batch_size
         columns = dataset.row_columns("train")

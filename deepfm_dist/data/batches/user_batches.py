@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deepfm_dist.data.batches.batch import UserBatch
+from deepfm_dist.data.batches.batch import UserBatch, local_batch_size
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import Bags, HistorySampler, chosen, kept_in_bags
 from deepfm_dist.data.batches.id_dropout import IdDropout
@@ -84,13 +84,7 @@ class UserBatches:
                 plural(n_rare, "training row"),
             )
         self.batch_size = min(batch_size, len(self._users))
-        self._local = -(-self.batch_size // world_size)
-        if self._local * (world_size - 1) >= self.batch_size:
-            raise ConfigError(
-                f"a batch of {plural(self.batch_size, 'user')} over {world_size} ranks leaves a "
-                f"rank without users; use at most {plural(self.batch_size, 'rank')}, or a "
-                f"larger trainer.batch_size"
-            )
+        self._local = local_batch_size(self.batch_size, world_size, "user")
         self.steps_per_epoch = -(-len(self._users) // self.batch_size)
         self._rank, self._world_size = rank, world_size
         self._n_items = manifest.entities["item"] - 1
