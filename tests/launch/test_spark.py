@@ -140,7 +140,8 @@ def test_input_and_output_lie_in_an_object_store(
     local_files = files_of(tmp_path / "local")
     assert sorted(names) == sorted(local_files)
     assert {name: (s3 / "out" / name).read_bytes() for name in names} == local_files
-    again = script.prepare_on_spark(config, session, s3 / "out")
+    config = load_config("sample", [given[0], f"run.prepared_root={s3}", "data.name=out"])
+    again = script.prepare_on_spark(config, session)
     assert again.fingerprint == Manifest.read(tmp_path / "local").fingerprint
     other = load_config("sample", [*given, "data.split.test=0.3"])
     with pytest.raises(DataError, match="holds a dataset of other inputs or settings"):

@@ -1,5 +1,6 @@
 """What becomes of a row depends on what it says, never on where it stands."""
 
+import csv
 import gzip
 import zlib
 from fractions import Fraction
@@ -32,6 +33,7 @@ FEATURES = [
     {"name": "genre", "entity": "item", "file": "side.csv", "column": "g"},
     {"name": "price", "entity": "item", "file": "side.csv", "column": "p", "kind": "numeric"},
 ]
+SEEN = {"name": "seen", "entity": "user", "history": "item"}
 WITH_TIMES: dict[str, Any] = {
     "interactions": {"file": "rows*", "user": "u", "item": "i", "time": "t", "weight": "x"},
     "features": FEATURES,
@@ -54,11 +56,15 @@ CLICKS: dict[str, Any] = {
 SHARES = {"valid": 0.1, "test": 0.2}
 CASES = {
     "random": WITH_TIMES | {"split": {"method": "random", **SHARES}},
-    "per_user": WITHOUT_TIMES | {"split": {"method": "per_user", **SHARES}},
+    "per_user": WITHOUT_TIMES
+    | {"features": [*FEATURES, SEEN], "split": {"method": "per_user", **SHARES}},
     "temporal": WITH_TIMES | {"split": {"method": "temporal", **SHARES}},
-    "leave_last": WITH_TIMES | {"split": {"method": "leave_last", "valid": 1, "test": 2}},
+    "leave_last": WITH_TIMES
+    | {"features": [*FEATURES, SEEN], "split": {"method": "leave_last", "valid": 1, "test": 2}},
     "fixed": FIXED | {"split": {"method": "random", **SHARES}},
+    "fixed per user": FIXED | {"split": {"method": "per_user", **SHARES}},
     "clicks": CLICKS | {"split": {"method": "random", **SHARES}},
+    "clicks by time": CLICKS | {"split": {"method": "temporal", **SHARES}},
     "clicks of users": CLICKS
     | {
         "interactions": {"file": "rows*", "label": "y", "user": "u", "item": "i"},
@@ -96,6 +102,16 @@ def write_rows(folder: Path, rows: pd.DataFrame, form: str) -> Path:
     elif form == "gzip":
         text = rows.to_csv(index=False).encode()
         (folder / "rows.csv.gz").write_bytes(gzip.compress(text))
+    elif form == "rewritten":
+        rows = rows[rows.columns[::-1]].assign(
+            extra=[f"{k}, of no use" for k in range(len(rows))],
+            w=[f"{w:.12e}" if k % 2 else f"+{w}00" for k, w in enumerate(rows["w"])],
+        )
+        rows.to_csv(folder / "rows.csv", index=False, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
+    elif form == "mixed":
+        rows[:300].to_csv(folder / "rows-1.csv", index=False)
+        pq.write_table(pa.Table.from_pandas(rows[300:600]), folder / "rows-0.parquet")
+        rows[600:].to_json(folder / "rows-2.jsonl", orient="records", lines=True)
     elif form == "split":
         for k in range(3):
             rows.iloc[k::3].to_csv(folder / f"rows-{9 - k}.csv", index=False)
@@ -159,7 +175,7 @@ def test_the_same_rows_give_the_same_dataset_wherever_they_stand(
     rows = log_of(1200)
     plain = write_rows(tmp_path / "plain", rows, "plain")
     expected = contents(prepared(plain, CASES[case]))
-    for form in ("shuffled", "split", "gzip", "parquet"):
+    for form in ("shuffled", "split", "gzip", "parquet", "rewritten", "mixed"):
         root = write_rows(tmp_path / form, rows, form)
         found = contents(prepared(root, CASES[case]))
         assert [name for name in expected if found[name] != expected[name]] == [], form
