@@ -144,6 +144,6 @@ def _texts(ids: pa.Array, counts: np.ndarray) -> tuple[int, tuple[str, ...]]:
 def _numbers(values: Values | None) -> tuple[int, tuple[str, ...]]:
     """How many different numbers there are; the least, the median and the greatest."""
     assert values is not None and not isinstance(values, Jagged)
-    known = np.unique(values[~np.isnan(values)])
+    known = np.sort(values[~np.isnan(values)])
     chosen: Sequence[float] = known[[0, len(known) // 2, -1]].tolist() if len(known) else ()
-    return len(known), tuple(dict.fromkeys(f"{number:.10g}" for number in chosen))
+    return len(np.unique(known)), tuple(dict.fromkeys(f"{number:.10g}" for number in chosen))

@@ -58,6 +58,15 @@ def test_the_first_rows_show_what_becomes_of_each_field(root: Path) -> None:
     assert price.missing == pytest.approx(1 / 3)  # of x, y and z
 
 
+def test_the_median_of_a_number_counts_every_row(root: Path) -> None:
+    (root / "rows1.csv").write_text(FIRST.replace("a,y,7,red,\n", "a,y,7,red,3\n" * 5))
+    spec = yaml.safe_load(SPEC)
+    spec["interactions"]["repeated"] = "all"
+    found = dry_run(DataConfig.model_validate(spec), root, seed=0, rows=8)
+    amount = next(field for field in found.fields if field.name == "amount")
+    assert (amount.distinct, amount.examples) == (3, ("1", "3"))  # 1, 2 and six times 3
+
+
 def test_the_command_shows_it_and_prepares_nothing(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
