@@ -4,7 +4,8 @@ The tasks call what threads call, so that the dataset is the same, byte for byte
 to task, by way of the engine that runs them, and never to the driver. The driver holds what the
 first thread does in `local`: every distinct id and value, and counts by id; on its disk, histories.
 
-1. `_read`: a file -> its rows by partition, with the texts of their ids and values.
+1. `_read`: a file, or some row groups of a large Parquet file -> its rows by partition, with the
+   texts of their ids and values.
 2. `_merge`: the distinct texts of a stretch of hashes; the driver numbers those of all.
 3. `_load`: a partition's rows -> numbers of texts, without repeated rows, in order; `_select` keeps
    those who take part, where rare users and items are dropped or users held out.
@@ -65,7 +66,7 @@ from deepfm_dist.data.preparation.spill import PartitionRows, Spill
 from deepfm_dist.data.preparation.split import DIGITS, FIRST_DIGIT, Digit, split_bounds
 from deepfm_dist.data.preparation.write_plan import WritePlan
 from deepfm_dist.data.preparation.writing import RowWriter, WriteResult, carry
-from deepfm_dist.data.sources import InputFile
+from deepfm_dist.data.sources import InputFile, in_pieces
 from deepfm_dist.errors import DataError, DeepFMError
 from deepfm_dist.storage import (
     atomic_write,
@@ -79,6 +80,8 @@ log = logging.getLogger(__name__)
 _BATCHES_AT_ONCE = 4
 """Blocks of a file whose rows a task holds before it hands them on."""
 _PIECE_BYTES = 4 << 20
+_READ_BYTES = 64 << 20
+"""Of a Parquet file, uncompressed, that a task reads at least."""
 _SHARED = "_shared"
 """A folder next to the dataset's files, for the driver's input to single tasks."""
 _COUNTS_AT_ONCE = 64
@@ -198,8 +201,13 @@ class _Driver:
         self._folder = str(folder if is_remote(folder) else folder.absolute())
         self._shared_folder = folder / _SHARED
         delete_tree(self._shared_folder)  # of a driver that was killed
-        files = {name: [_absolute(f) for f in of_name] for name, of_name in job.files.items()}
-        self._task_job = engine.share(replace(job.for_task(), files=files).for_task())
+        pieces = {
+            name: [piece for file in files for piece in in_pieces(_absolute(file), _READ_BYTES)]
+            for name, files in job.files.items()
+        }
+        task_job = job.for_task(pieces)
+        self._n_inputs = len(task_job.inputs)
+        self._task_job = engine.share(task_job)
         self._kept: list[Records] = []
         with atomic_write(self._shared_folder / "fingerprint") as file:
             file.write_text(wanted)
@@ -208,7 +216,7 @@ class _Driver:
         """Takes all steps."""
         job, earlier = self._job, PreviousDataset(self._job.earlier)
         task = partial(_read, self._task_job, self._folder, self._wanted)
-        read = self._keep(self._engine.numbers(len(job.inputs)).map(task))
+        read = self._keep(self._engine.numbers(self._n_inputs).map(task))
         facts = self._facts(read)
         codes = self._texts(read)
         side_files = read_side_files(job, codes)

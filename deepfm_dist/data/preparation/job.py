@@ -105,9 +105,15 @@ class Job:
         """Groups of rows of the user table, which are finished one after the other."""
         return -(-self.n_partitions // IN_MEMORY_PARTITIONS)
 
-    def for_task(self) -> "Job":
-        """The same for one task of a cluster, with nothing left out or noted yet."""
-        job = replace(self, crew=Crew(), dropped=Counter(), noted=Counter())
+    def for_task(self, files: dict[str, list[InputFile]] | None = None) -> "Job":
+        """The same for one task of a cluster, with nothing left out or noted yet.
+
+        Args:
+            files: the same input in other pieces, if it is divided.
+        """
+        job = replace(
+            self, files=files or self.files, crew=Crew(), dropped=Counter(), noted=Counter()
+        )
         vars(job)["n_partitions"] = self.n_partitions  # not this machine's
         return job
 

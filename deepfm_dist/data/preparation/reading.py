@@ -415,7 +415,9 @@ def _batches(
     """A file's rows; none, which is counted, if it is an empty one of many."""
     layout, on_bad_row = job.data.files.get(file.pattern), job.data.on_bad_row
     try:
-        yield from read_batches(file.path, columns, layout, on_bad_row, dropped, file.pattern)
+        yield from read_batches(
+            file.path, columns, layout, on_bad_row, dropped, file.pattern, groups=file.groups
+        )
     except EmptyFile:
         if len(job.files[name]) == 1:
             raise

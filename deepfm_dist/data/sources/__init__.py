@@ -6,6 +6,7 @@ the types that are asked for.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType
-from deepfm_dist.data.sources.columnar import ColumnarReader
+from deepfm_dist.data.sources.columnar import ColumnarReader, parquet_groups
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
 from deepfm_dist.data.sources.json_lines import JsonLinesReader
@@ -34,6 +35,7 @@ __all__ = [
     "find_file",
     "find_files",
     "find_lists",
+    "in_pieces",
     "in_tables",
     "laid_out_like",
     "read_batches",
@@ -56,6 +58,7 @@ def read_batches(
     on_bad_row: Literal["error", "skip"] | None = None,
     dropped: Counter[str] | None = None,
     name: str = "",
+    groups: tuple[int, int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Streams some columns of a file of any format that `docs/data.md` lists.
 
@@ -68,6 +71,7 @@ def read_batches(
         dropped: counts of dropped rows by reason, added to.
         name: what `data.files` calls the file, for error messages and reasons; empty: `data.files`
             does not describe it.
+        groups: see `InputFile`.
 
     Yields:
         Record batches with exactly ``columns``, typed as `Column` says.
@@ -81,11 +85,34 @@ def read_batches(
     reader = _reader(source, columns, layout, counts if skip_bad else None)
     cells = CellTyper(source, columns, counts, skip_bad, reader.where, reader.cells)
     rows = 0
+    if groups is not None:
+        assert isinstance(reader, ColumnarReader)
+        rows = reader.read_only(groups)
     for batch in reader.batches():
         yield cells.typed(batch, rows)
         rows += batch.num_rows
     if rows == 0:
         raise EmptyFile(f"{source.path}: no rows; expected at least one below the header")
+
+
+def in_pieces(file: InputFile, n_bytes: int) -> list[InputFile]:
+    """A file, or pieces of a large Parquet file that can be read in parallel.
+
+    Args:
+        file: to divide.
+        n_bytes: the least size of a piece but the last, uncompressed.
+    """
+    source = Source(file.path, file.pattern)
+    if file.text_bytes < 2 * n_bytes or source.suffix != ".parquet":
+        return [file]
+    try:
+        source.check_contents()
+        groups = parquet_groups(source, n_bytes)
+    except DataError:  # reading says what is wrong
+        return [file]
+    except source.failures:
+        return [file]
+    return [replace(file, groups=piece) for piece in groups] or [file]
 
 
 def _reader(

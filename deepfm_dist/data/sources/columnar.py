@@ -20,6 +20,20 @@ class ColumnarReader(Reader):
     """Reads files whose columns have types."""
 
     takes = frozenset({"decimal", "thousands"})
+    _groups: Sequence[int] | None = None
+
+    def read_only(self, groups: tuple[int, int]) -> int:
+        """Makes `batches` give some row groups of a Parquet file.
+
+        Args:
+            groups: the first one and the one behind the last.
+
+        Returns:
+            How many rows of the file come before them.
+        """
+        self._groups = range(*groups)
+        metadata = pq.ParquetFile(self.source.open()).metadata
+        return sum(metadata.row_group(g).num_rows for g in range(groups[0]))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""
@@ -40,6 +54,8 @@ class ColumnarReader(Reader):
     def _opened(self) -> tuple[list[str], _Read]:
         path, suffix = self.source.path, self.source.suffix
         try:
+            if self._groups is not None:
+                return _parquet(self.source, self._groups)
             return _FORMATS[suffix](self.source)
         except self.source.failures as error:
             if "file size is 0 bytes" in str(error):
@@ -47,17 +63,37 @@ class ColumnarReader(Reader):
             raise DataError(f"{path}: not a readable {suffix[1:]} file: {brief(error)}") from None
 
 
-def _parquet(source: Source) -> tuple[list[str], _Read]:
+def parquet_groups(source: Source, n_bytes: int) -> list[tuple[int, int]]:
+    """Cuts a Parquet file at row groups.
+
+    Args:
+        source: the file.
+        n_bytes: the least size of a piece but the last, uncompressed.
+
+    Returns:
+        For each piece, its first row group and the one behind its last.
+    """
+    metadata = pq.ParquetFile(source.open()).metadata
+    pieces, begin, size = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= n_bytes or group == metadata.num_row_groups - 1:
+            pieces.append((begin, group + 1))
+            begin, size = group + 1, 0
+    return pieces
+
+
+def _parquet(source: Source, groups: Sequence[int] | None = None) -> tuple[list[str], _Read]:
     file = pq.ParquetFile(source.open())
     leaves = [file.schema.column(i) for i in range(len(file.schema.names))]
     int96 = {c.name for c in leaves if c.physical_type == "INT96" and c.path == c.name}
 
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        batches = file.iter_batches(_BATCH_ROWS, columns=[*names])
+        batches = file.iter_batches(_BATCH_ROWS, groups, [*names])
         if not (far := int96.intersection(names)):
             return batches
         coarse = pq.ParquetFile(source.open(), coerce_int96_timestamp_unit="us")
-        both = zip(batches, coarse.iter_batches(_BATCH_ROWS, columns=[*names]), strict=True)
+        both = zip(batches, coarse.iter_batches(_BATCH_ROWS, groups, [*names]), strict=True)
         return (_without_overflow(*pair, sorted(far)) for pair in both)
 
     return file.schema_arrow.names, read

@@ -24,6 +24,7 @@ class InputFile:
         size: in bytes.
         stamp: changes when the contents do, as far as the file system tells.
         pattern: the name or pattern itself, which `data.files` describes it by.
+        groups: the first of the Parquet row groups to read and the one behind the last; None: all.
     """
 
     path: str
@@ -31,6 +32,7 @@ class InputFile:
     size: int
     stamp: str
     pattern: str
+    groups: tuple[int, int] | None = None
 
     @property
     def text_bytes(self) -> int:

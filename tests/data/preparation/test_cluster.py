@@ -180,6 +180,30 @@ def test_a_bad_cell_is_named_and_a_reader_s_warning_repeated(
     assert sum("soon" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_tasks_share_a_large_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_rows(tmp_path / "in", log_of(500), "plain")
+    rows = pd.read_csv(root / "rows.csv")
+    (root / "rows.csv").unlink()
+    rows.to_parquet(root / "rows.parquet", row_group_size=60)  # 550 rows
+    monkeypatch.setattr(job, "PARTITION_BYTES", 3000)
+    monkeypatch.setattr(cluster, "_READ_BYTES", 5000)
+    n_tasks: list[int] = []
+    numbers = OneProcess.numbers
+    monkeypatch.setattr(
+        OneProcess, "numbers", lambda self, n: (n_tasks.append(n), numbers(self, n))[1]
+    )
+    data = DataConfig.model_validate(CASES["temporal"])
+    local.prepare(data, root, tmp_path / "threads", seed=4)
+    local.prepare(data, root, tmp_path / "tasks", seed=4, build=by_tasks)
+    assert 3 < n_tasks[0] < 10
+    assert files_of(tmp_path / "threads") == files_of(tmp_path / "tasks")
+    rows["t"] = rows["t"].astype(float)
+    rows.loc[407, "t"] = np.inf
+    rows.to_parquet(root / "rows.parquet", row_group_size=60)
+    with pytest.raises(DataError, match=r"rows\.parquet, row 408: .*inf"):
+        local.prepare(data, root, tmp_path / "bad", seed=4, build=by_tasks)
+
+
 def test_texts_of_one_hash_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def hash_texts(texts: pa.Array) -> np.ndarray:
         return np.where(np.array(texts) == "b", 3, 7).astype(np.uint64)
