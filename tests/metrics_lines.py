@@ -8,6 +8,6 @@ from typing import Any
 def lines(home: Path) -> list[dict[str, Any]]:
     """Figures of the run, without those of the clock and of the ranks' number."""
     text = (home / "runs/sample/metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
+    actual = [json.loads(line) for line in text.splitlines()]
     left_out = ("seconds", "rows_per_s", "peak_memory_gib", "sent_bytes")
-    return [{k: v for k, v in event.items() if k not in left_out} for event in found]
+    return [{k: v for k, v in event.items() if k not in left_out} for event in actual]

@@ -136,9 +136,9 @@ def test_no_measurement_continues_an_earlier_one_or_stops_at_its_run(
     }[script]
     commands = []
     for _ in range(2):
-        with pytest.raises(Typed) as found:
+        with pytest.raises(Typed) as actual:
             measure()
-        commands.append(found.value.args)
+        commands.append(actual.value.args)
     places = {a for command in commands for a in command if a.startswith("run.runs_root=")}
     assert "checkpoint.resume=never" in commands[0] or len(places) == 2
 
@@ -160,9 +160,9 @@ def test_steps_are_measured_next_to_torchrecs_own(
     monkeypatch: pytest.MonkeyPatch, sample: PreparedDataset
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    found = run_alone(figures_of_steps, sample.folder)
-    assert found.keys() == {"ours", "torchrec_pipeline"}
-    for figures in found.values():
+    actual = run_alone(figures_of_steps, sample.folder)
+    assert actual.keys() == {"ours", "torchrec_pipeline"}
+    for figures in actual.values():
         assert 0 < figures["host_ms"] <= figures["ms"] + 0.1
         assert 0 < figures["busy"] <= 1
         assert figures["rows_per_s"] == pytest.approx(64e3 / figures["ms"], rel=0.01)

@@ -387,8 +387,8 @@ def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
 
     prepared = (f"run.prepared_root={sample.folder.parent}", f"data.name={sample.folder.name}")
     for override in ("model.fm_pairs=all", "model={fm_pairs: all}"):
-        found = find_run(folder.config(*prepared, override), [override])
-        assert found.config.model == config.model
+        actual = find_run(folder.config(*prepared, override), [override])
+        assert actual.config.model == config.model
     with pytest.raises(ConfigError, match=r"fm_pairs=across: .* was trained with all; train with"):
         find_run(folder.config("model.fm_pairs=across"), ["model.fm_pairs=across"])
 
@@ -458,9 +458,9 @@ def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folde
     run_dir = folder.config().run_dir
     for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
         config = folder.config("run.name=new", f"checkpoint.start_from={start}")
-        found = begin(config, folder.manifest, config.trainer.last_step(PER_EPOCH))
-        assert found.path == checkpoint.checkpoint_path(run_dir, step)
-        assert (found.state.step, found.continues) == (0, False)
+        actual = begin(config, folder.manifest, config.trainer.last_step(PER_EPOCH))
+        assert actual.path == checkpoint.checkpoint_path(run_dir, step)
+        assert (actual.state.step, actual.continues) == (0, False)
 
 
 def _set(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:

@@ -431,14 +431,14 @@ COPIES = {
 
 
 def test_copies_to_the_host_notice_a_lost_rank() -> None:
-    found = set()
+    actual = set()
     for path in Path(_HOME).rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
                 calls = (n.func for n in ast.walk(function) if isinstance(n, ast.Call))
                 if any(isinstance(f, ast.Attribute) and f.attr == "cpu" for f in calls):
-                    found.add(f"{path.relative_to(_HOME)} {function.name}")
-    assert found == COPIES
+                    actual.add(f"{path.relative_to(_HOME)} {function.name}")
+    assert actual == COPIES
 
 
 def test_tables_on_cuda_leave_the_cpus_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,11 +473,11 @@ def arguments_of_fbgemm(name: str, options: dict[str, float]) -> dict[str, Any]:
 def test_fbgemm_gets_the_optimizers_settings(
     meta: None, name: str, options: dict[str, float], decay: tuple[float, WeightDecayMode]
 ) -> None:
-    found = run_alone(arguments_of_fbgemm, name, options)
-    assert found["rate"] == 0.5
-    assert name == "sgd" or found["eps"] == 1e-6
-    assert (found["weight_decay"], found["weight_decay_mode"]) == (decay[0], decay[1].value)
-    assert not found["gradient_clipping"]
+    actual = run_alone(arguments_of_fbgemm, name, options)
+    assert actual["rate"] == 0.5
+    assert name == "sgd" or actual["eps"] == 1e-6
+    assert (actual["weight_decay"], actual["weight_decay_mode"]) == (decay[0], decay[1].value)
+    assert not actual["gradient_clipping"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def _text(node: ast.expr) -> str:
 
 def texts_of_errors() -> set[str]:
     """First arguments of everything that is raised, or reported by the doctor."""
-    found = set()
+    actual = set()
     for path in (ROOT / "deepfm_dist").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args:
@@ -42,8 +42,8 @@ def texts_of_errors() -> set[str]:
                         "OutOfMemory",
                     )
                 ):
-                    found.add(_text(node.args[0]))
-    return found
+                    actual.add(_text(node.args[0]))
+    return actual
 
 
 TROUBLES = re.findall(r"^### `(.*)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.M)

@@ -151,7 +151,7 @@ def test_a_broken_installation_has_one_problem_and_its_cure(
     assert "\n" not in str(problem)
 
 
-def test_what_a_plain_pip_install_of_torchrec_brings_is_told_whole() -> None:
+def test_what_a_plain_pip_install_of_torchrec_brings_is_reported_whole() -> None:
     installation = replace(
         with_versions(CPU, fbgemm_gpu_cpu=None, fbgemm_gpu="1.9.0"), has_nvidia_driver=False
     )
@@ -186,10 +186,10 @@ def test_every_matched_pair_is_accepted_with_a_warning_where_it_is_not_the_teste
     installation = with_versions(
         CUDA, torch=f"{torch[0]}.{torch[1]}.0+cu130", fbgemm_gpu=f"{minor}.0", torchrec=f"{minor}.1"
     )
-    found = problems(installation, "cuda")
-    assert not any(problem.fatal for problem in found)
-    assert len(found) == (torch != TESTED_TORCH)
-    assert all("torch 2.13 with fbgemm 1.8" in problem.cure for problem in found)
+    actual = problems(installation, "cuda")
+    assert not any(problem.fatal for problem in actual)
+    assert len(actual) == (torch != TESTED_TORCH)
+    assert all("torch 2.13 with fbgemm 1.8" in problem.cure for problem in actual)
 
 
 def test_this_installation_is_observed_and_accepted() -> None:

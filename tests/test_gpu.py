@@ -150,7 +150,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 
 @needs_cuda
 def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
-    arch, found = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
+    arch, actual = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
     sides = [
         [torch.randn(n, N_CATEGORICAL, 5), torch.randn(n, N_CATEGORICAL), torch.randn(n, N_DENSE)]
         for n in (7, 11)
@@ -159,8 +159,8 @@ def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
         scorer = CatalogueScorer(arch.to(device), OF_ITEM, N_CATEGORICAL)
         users, items = ([tensor.to(device) for tensor in side] for side in sides)
         scores = scorer.scores(scorer.side("user", *users), scorer.side("item", *items))
-        found.append(scores.cpu())
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        actual.append(scores.cpu())
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-5, atol=1e-5)
 
 
 def ranked_on_cuda(case: Case, precision: Precision, n_users: int, n_items: int) -> Ranking:

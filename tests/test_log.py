@@ -94,9 +94,9 @@ def test_a_closed_log_has_closed_its_loggers(tmp_path: Path) -> None:
     log.close()
     heard.clear()
     assert {*threading.enumerate()} == threads
-    found = EventAccumulator(str(tmp_path / "tb"))
-    found.Reload()
-    assert found.Tags()["scalars"] == ["train/log_loss"]
+    actual = EventAccumulator(str(tmp_path / "tb"))
+    actual.Reload()
+    assert actual.Tags()["scalars"] == ["train/log_loss"]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -112,16 +112,16 @@ def test_tensorboard_gets_every_number_of_a_step(tmp_path: Path) -> None:
     for step in (1, 2):
         log.write(TrainEvent(step=step, log_loss=0.5 / step, seconds={"data": 1.0}))
     log.write(EvaluateEvent(split="test", rows={"auc": 0.5}))
-    found = EventAccumulator(str(tmp_path / "tb"))
-    found.Reload()
-    assert found.Tags()["scalars"] == ["train/log_loss"]
-    assert [(e.step, e.value) for e in found.Scalars("train/log_loss")] == [(1, 0.5), (2, 0.25)]
+    actual = EventAccumulator(str(tmp_path / "tb"))
+    actual.Reload()
+    assert actual.Tags()["scalars"] == ["train/log_loss"]
+    assert [(e.step, e.value) for e in actual.Scalars("train/log_loss")] == [(1, 0.5), (2, 0.25)]
 
 
 def _listeners(root: Path, names: str) -> list[str]:
     with process_group("cpu") as world:
-        found = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), world, 0)
-        return [getattr(logger, "__name__", type(logger).__name__) for logger in found]
+        actual = loggers(config_of(f"run.runs_root={root}", f"run.loggers={names}"), world, 0)
+        return [getattr(logger, "__name__", type(logger).__name__) for logger in actual]
 
 
 def test_listeners_are_found_by_import_path_on_rank_zero(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_tensorboard_shows_one_run(
     again = TensorBoard(tmp_path, from_step)
     again("train", {"step": from_step + 1, "loss": 9.0})
     again.close()
-    found = EventAccumulator(str(tmp_path))
-    found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("train/loss")] == shown
+    actual = EventAccumulator(str(tmp_path))
+    actual.Reload()
+    assert [(e.step, e.value) for e in actual.Scalars("train/loss")] == shown
 
 
 def test_what_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_a_line_that_is_no_event_is_skipped_and_counted(
     first, third = (TrainEvent(step=step).line().encode() for step in (1, 3))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(first + line + b"\n" + third)
-    found = read_events(path)
-    assert [e.step for e in found if isinstance(e, TrainEvent)] == [1, 3]
+    actual = read_events(path)
+    assert [e.step for e in actual if isinstance(e, TrainEvent)] == [1, 3]
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{path}: 1 of 3 lines skipped: damaged, or of another version")
 

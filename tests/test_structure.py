@@ -44,8 +44,8 @@ def is_compiled(function: Function) -> bool:
 
 
 def n_parameters(function: Function) -> int:
-    found = function.args
-    names = [a.arg for a in (*found.posonlyargs, *found.args, *found.kwonlyargs)]
+    actual = function.args
+    names = [a.arg for a in (*actual.posonlyargs, *actual.args, *actual.kwonlyargs)]
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
 

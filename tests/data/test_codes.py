@@ -35,10 +35,10 @@ def test_codes_equal_a_dictionary_over_any_batches(
 def test_many_and_long_texts_make_it_grow() -> None:
     texts = [f"{i * 7919}" for i in range(20_000)] + ["long " * 20_000] * 2
     codes = Codes()
-    found = codes.encode(pa.array(texts)).tolist()
-    assert found == [*range(20_001), 20_000]
+    actual = codes.encode(pa.array(texts)).tolist()
+    assert actual == [*range(20_001), 20_000]
     assert codes.texts().to_pylist() == texts[:-1]
-    assert codes.encode(pa.array(texts[::-1])).tolist() == found[::-1]
+    assert codes.encode(pa.array(texts[::-1])).tolist() == actual[::-1]
 
 
 @pytest.mark.parametrize("text", ["", "a", "foobar", "é漢"])

@@ -80,7 +80,7 @@ def test_an_epoch_has_every_positive_once_and_its_negatives(sample: PreparedData
 
 @pytest.mark.parametrize("avoid", ["train", "all"])
 @pytest.mark.parametrize("redraw", [True, False])
-def test_negatives_avoid_and_change_as_they_are_told(
+def test_negatives_avoid_and_change_as_they_are_reported(
     tmp_path: Path, avoid: str, redraw: bool
 ) -> None:
     rng = np.random.default_rng(1)
@@ -316,8 +316,8 @@ def test_the_collator_equals_a_loop_over_the_rows(
         )
     )
     batch = Collator(clicks)(users, items, rows.context, context)
-    found = in_words(clicks, batch)
-    for (bags, numbers), place in zip(found, places, strict=True):
+    actual = in_words(clicks, batch)
+    for (bags, numbers), place in zip(actual, places, strict=True):
         expected_bags, expected_numbers = expected_row(*place)
         assert bags == expected_bags
         assert numbers == pytest.approx(expected_numbers)

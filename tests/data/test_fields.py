@@ -31,10 +31,10 @@ def test_a_context_field_keeps_all_or_the_first_of_its_values(
     ids = ["", *dataset.vocabulary("m").ids.to_pylist()]
     values = dataset.rows("train").context["m"]
     if keep == "all":
-        found = ["".join(ids[v] for v in bag_of(values, r)) for r in range(4)]
+        actual = ["".join(ids[v] for v in bag_of(values, r)) for r in range(4)]
     else:  # a row without a value has the unknown one
-        found = [ids[v] or " " for v in np.asarray(values)]
-    assert sorted(found) == sorted(bags)
+        actual = [ids[v] or " " for v in np.asarray(values)]
+    assert sorted(actual) == sorted(bags)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_lists_among_texts_are_named_and_sets_and_tuples_are_lists(
         assert "are lists" not in caplog.text
 
 
-def test_values_between_separators_that_no_field_names_are_told(
+def test_values_between_separators_that_no_field_names_are_reported(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = "u,i,g\na,x,War|Drama\na,y,Drama|Crime\nb,y,War\nb,z,Crime;x\n"
@@ -267,8 +267,8 @@ def test_values_are_hashed_onto_rows_everywhere_alike(root: Path) -> None:
     assert [bag_of(rows.context["tags"], r) for r in order] == tags
     hours = [0, 1 + fnv("r") % 4, 1 + fnv("r") % 4]
     assert np.asarray(rows.context["h"])[order].tolist() == hours
-    found = [bag_of(dataset.entity_fields["user"], users.index(u)) for u in "abc"]
-    assert found == [[1 + fnv(u) % 5] for u in "abc"]
+    actual = [bag_of(dataset.entity_fields["user"], users.index(u)) for u in "abc"]
+    assert actual == [[1 + fnv(u) % 5] for u in "abc"]
     again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
     assert bag_rows(again.context["tags"]) == tags
     assert np.asarray(again.context["h"]).tolist() == hours
@@ -287,18 +287,18 @@ def test_numbers_fall_into_buckets_of_about_as_many_rows(
     dataset = small(root, rows, features)
     read, users = dataset.rows("train"), dataset.entity_ids("user").to_pylist()
     assert read.users is not None
-    found = np.asarray(read.context["n"])[np.argsort([int(users[u][1:]) for u in read.users])]
+    actual = np.asarray(read.context["n"])[np.argsort([int(users[u][1:]) for u in read.users])]
     bounds = dataset.manifest.numeric["n"].boundaries
     assert len(bounds) == 7
     assert dataset.manifest.tables["n"].rows == 9
-    assert found[::10].tolist() == [0] * 300
-    for cell, row in zip(cells, found.tolist(), strict=True):
+    assert actual[::10].tolist() == [0] * 300
+    for cell, row in zip(cells, actual.tolist(), strict=True):
         if cell:
             assert row == 1 + sum(np.float32(cell) >= np.float32(b) for b in bounds)
-    shares = np.bincount(found[found > 0], minlength=9)[1:] / 2700
+    shares = np.bincount(actual[actual > 0], minlength=9)[1:] / 2700
     assert np.abs(shares - 1 / 8).max() < 0.02  # exact but for bins of 1 in 128
     again = RowEncoder(dataset).encode(read_table(root / "s.csv", RowEncoder(dataset).columns))
-    assert np.asarray(again.context["n"]).tolist() == found.tolist()
+    assert np.asarray(again.context["n"]).tolist() == actual.tolist()
     caplog.set_level("INFO", "deepfm_dist")
     few = small(root, "u,i,n\na,x,1\nb,x,1\nc,x,2\n", features)
     assert "one bucket" not in caplog.text
@@ -311,11 +311,11 @@ def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
     rng = np.random.default_rng(5)
     counts = [*"0123", "-1", "2.0", "2.01", "3e2", *map(str, rng.integers(-5, 10**9, 200))]
     feature = Feature(name="n", derive="log_squared", fill="0")
-    _, found = split_cells(pa.array([*counts, "", None]), feature)
+    _, actual = split_cells(pa.array([*counts, "", None]), feature)
     expected = [
         math.floor(math.log(x) ** 2) if x > 2 else int(x) for x in map(float, [*counts, 0, 0])
     ]
-    assert found.to_pylist() == [str(x) for x in expected]
+    assert actual.to_pylist() == [str(x) for x in expected]
     times = [datetime(2014, 1, 1) + timedelta(hours=int(h)) for h in rng.integers(0, 9000, 200)]
     derivations: dict[str, Callable[[datetime], int]] = {
         "hour": lambda t: t.hour,
@@ -324,11 +324,11 @@ def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
     }
     for name, derivation in derivations.items():
         feature = Feature.model_validate({"name": "t", "derive": name, "time_format": "%y%m%d%H"})
-        owners, found = split_cells(
+        owners, actual = split_cells(
             pa.array(["", *(t.strftime("%y%m%d%H") for t in times)]), feature
         )
         assert owners.tolist() == list(range(1, 201))
-        assert found.to_pylist() == [str(int(derivation(t))) for t in times]
+        assert actual.to_pylist() == [str(int(derivation(t))) for t in times]
 
 
 def test_a_cell_from_which_nothing_can_be_derived_is_named(root: Path) -> None:

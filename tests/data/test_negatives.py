@@ -103,8 +103,8 @@ def test_users_short_of_negatives_are_counted_once() -> None:
 def test_the_rth_unseen_item_is_found(seen: set[int], before: int) -> None:
     others = [7] * before  # of the users before this one
     values = np.array([*others, *sorted(seen), 0, 1], np.int32)
-    found = [_unseen(r, values, before, before + len(seen), 40) for r in range(40 - len(seen))]
-    assert found == sorted(set(range(40)) - seen)
+    actual = [_unseen(r, values, before, before + len(seen), 40) for r in range(40 - len(seen))]
+    assert actual == sorted(set(range(40)) - seen)
 
 
 def test_every_pair_of_unseen_items_can_be_drawn_together() -> None:
@@ -158,8 +158,8 @@ def test_weighted_negatives_of_a_positive_are_distinct_as_drawn_one_after_the_ot
         np.fill_diagonal(after, 0)
         expected = n * (first @ after)
         there = expected > 5
-        found = np.bincount(drawn[:, 1], minlength=N_ITEMS)
-        statistic = ((found - expected)[there] ** 2 / expected[there]).sum()
+        actual = np.bincount(drawn[:, 1], minlength=N_ITEMS)
+        statistic = ((actual - expected)[there] ** 2 / expected[there]).sum()
         assert chi2.sf(statistic, there.sum() - 1) > 1e-4
 
 
@@ -179,8 +179,8 @@ def test_draws_pass_a_chi_square_test_of_uniformity(user: int) -> None:
 def test_the_rth_unseen_item_of_a_long_history_is_found(seen: set[int], before: int) -> None:
     values = np.array([5] * before + sorted(seen) + [0, 199], np.int32)
     end = before + len(seen)
-    found = [_unseen(r, values, before, end, 200) for r in range(200 - len(seen))]
-    assert found == sorted(set(range(200)) - seen)
+    actual = [_unseen(r, values, before, end, 200) for r in range(200 - len(seen))]
+    assert actual == sorted(set(range(200)) - seen)
 
 
 @given(

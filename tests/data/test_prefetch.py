@@ -78,8 +78,8 @@ def test_a_run_reads_the_same_ahead(sample: PreparedDataset, kind: str) -> None:
     assert ahead.threads == (1 if kind == "streamed" else 4)  # lanes are read in order
     last = alone.steps_per_epoch + 2
     begin = max(1, last - 20)  # over the end of an epoch
-    for expected, found in zip(alone.steps(begin, last), ahead.steps(begin, last), strict=True):
-        assert torch.equal(expected.sparse.values(), found.sparse.values())
-        assert torch.equal(expected.sparse.lengths(), found.sparse.lengths())
+    for expected, actual in zip(alone.steps(begin, last), ahead.steps(begin, last), strict=True):
+        assert torch.equal(expected.sparse.values(), actual.sparse.values())
+        assert torch.equal(expected.sparse.lengths(), actual.sparse.lengths())
         if kind != "users":
-            assert torch.equal(expected.labels, found.labels)
+            assert torch.equal(expected.labels, actual.labels)

@@ -106,8 +106,8 @@ def test_amazon_reviews(tmp_path: Path) -> None:
     prepared = Prepared("amazon_reviews", tmp_path)
     known = prepared.ids("item")
     by_id = {item["parent_asin"]: item for item in items}
-    found = prepared.values("item", "category")
-    assert found == {i: sorted(by_id[i]["categories"]) for i in known}
+    actual = prepared.values("item", "category")
+    assert actual == {i: sorted(by_id[i]["categories"]) for i in known}
     expected = {i: [*by_id[i]["details"].values()][:1] for i in known}
     assert prepared.values("item", "brand") == expected
     expected = {i: [by_id[i]["store"]] if by_id[i]["store"] else [] for i in known}
@@ -207,9 +207,9 @@ def test_hm(tmp_path: Path) -> None:
     assert prepared.titles() == {i: f"Top {int(i) - 108775000}" for i in known}
     expected = {i: [f"{(int(i) - 108775000) % 50:02}"] for i in known}
     assert prepared.values("item", "colour") == expected
-    found = {int(user, 16): age for user, age in prepared.numbers("user", "age").items()}
-    assert {age for user, age in found.items() if user % 3} == {0.0}
-    known_ages = {20 + user: age for user, age in found.items() if user % 3 == 0}
+    actual = {int(user, 16): age for user, age in prepared.numbers("user", "age").items()}
+    assert {age for user, age in actual.items() if user % 3} == {0.0}
+    known_ages = {20 + user: age for user, age in actual.items() if user % 3 == 0}
     slopes = np.diff([known_ages[a] for a in sorted(known_ages)]) / np.diff(sorted(known_ages))
     assert slopes.min() > 0
     assert np.allclose(slopes, slopes[0])
@@ -218,13 +218,13 @@ def test_hm(tmp_path: Path) -> None:
 def _strong(name: str, root: Path, *overrides: str) -> dict[str, int]:
     """Users of each split of a configuration with few held-out users."""
     prepared = Prepared(name, root, "data.split.valid=3", "data.split.test=4", *overrides)
-    found = {}
+    actual = {}
     for split in ("train", "valid", "test"):
         parts = sorted((prepared.folder / split).glob("*.parquet"))
         users = [user for part in parts for user in pq.read_table(part)["user"].to_pylist()]
-        found[split] = len(set(users))
-    assert 0 not in found
-    return found
+        actual[split] = len(set(users))
+    assert 0 not in actual
+    return actual
 
 
 def test_movielens_20m_by_strong_generalization(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ pytest.importorskip("upath")
 def files_of(folder: Path) -> dict[str, bytes]:
     """Contents of all files below a folder, which may be behind a URL, by name."""
     root = str(folder)
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path).removeprefix(root).strip("/"): path.read_bytes() for path in found}
+    actual = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path).removeprefix(root).strip("/"): path.read_bytes() for path in actual}
 
 
 @pytest.fixture

@@ -64,15 +64,15 @@ def test_training_rows_carry_their_weights(
 ) -> None:
     folder = clicks(tmp_path, lanes=2).folder
     mean = sum(WEIGHTS) / len(WEIGHTS)
-    found = []
+    actual = []
     for rank in range(world_size):
         batches = TrainingBatches(PreparedDataset(folder, memory_bytes), 6, rank, world_size, 7)
         for batch, rows in zip(batches.steps(1, 2), (6, 4), strict=True):
             assert batch.global_weight == rows
             real = batch.weights > 0
-            found += zip(batch.dense[real, 0].tolist(), batch.weights[real].tolist(), strict=True)
-    assert [int(n) for n, _ in sorted(found)] == list(range(10))
-    np.testing.assert_allclose([w for _, w in sorted(found)], np.divide(WEIGHTS, mean), rtol=1e-6)
+            actual += zip(batch.dense[real, 0].tolist(), batch.weights[real].tolist(), strict=True)
+    assert [int(n) for n, _ in sorted(actual)] == list(range(10))
+    np.testing.assert_allclose([w for _, w in sorted(actual)], np.divide(WEIGHTS, mean), rtol=1e-6)
 
 
 def test_negatives_weigh_what_their_positive_does(tmp_path: Path) -> None:

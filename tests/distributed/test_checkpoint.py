@@ -161,8 +161,8 @@ def test_a_checkpoint_with_biases_before_batch_norm_keeps_its_logits(
     config = config_of(*SMALL, "model.batch_norm=true", "trainer.batch_size=1000")
     expected = run_alone(_with_biases_before_norm, sample.folder, config, tmp_path)
     for size in (1, 2):
-        found = run_ranks(_logits, size, sample.folder, config, tmp_path)[0]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        actual = run_ranks(_logits, size, sample.folder, config, tmp_path)[0]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [["model.deep=false"], ["trainer.candidates=70"]])
@@ -209,11 +209,11 @@ def _grown(folder: Path, config: Config, run_dir: Path | None, more: int) -> dic
 def _whole(of_ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
     for of_rank in of_ranks:
-        for name, found in of_rank.items():
-            pieces.setdefault(name, []).extend(found)
+        for name, actual in of_rank.items():
+            pieces.setdefault(name, []).extend(actual)
     return {
-        name: np.concatenate([p for _, p in sorted(found, key=lambda x: x[0])])
-        for name, found in pieces.items()
+        name: np.concatenate([p for _, p in sorted(actual, key=lambda x: x[0])])
+        for name, actual in pieces.items()
     }
 
 
@@ -435,7 +435,7 @@ def test_one_flipped_bit_of_a_marker_changes_nothing_in_silence(
     marker, rng = path / checkpoint.MARKER, np.random.default_rng(1)
     whole, expected = marker.read_bytes(), checkpoint.read_state(path)
     assert "crc32_of_this" in whole.decode()
-    found = 0
+    actual = 0
     for bit in rng.choice(8 * len(whole), 500, replace=False):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << (bit % 8)
@@ -443,25 +443,25 @@ def test_one_flipped_bit_of_a_marker_changes_nothing_in_silence(
         try:
             assert checkpoint.read_state(path) | {} == expected or b"crc32_of_this" not in damaged
         except CheckpointError as error:
-            found += 1
+            actual += 1
             assert str(error).startswith(f"{marker}: damaged") or "no complete" in str(error)
-    assert found > 400
+    assert actual > 400
 
 
 def _steps_of_fused_tables(folder: Path, config: Config, run_dir: Path) -> list[list[int]]:
     with process_group("cpu") as world:
-        run, found = Run(folder, config, world), []
+        run, actual = Run(folder, config, world), []
         run.losses(1, 3)
         run.save(run_dir, 3)
         run.sharded(next(run.batches.steps(4, 4)))  # FBGEMM counts a look-up that is no step
-        found.append([int(k.iter) for k in fused_kernels(run.sharded)])
+        actual.append([int(k.iter) for k in fused_kernels(run.sharded)])
         again = Run(folder, config, world)
         checkpoint.load(checkpoint.find_checkpoint(run_dir), world, again.sharded, again.optimizer)
-        found.append([int(k.iter) for k in fused_kernels(again.sharded)])
+        actual.append([int(k.iter) for k in fused_kernels(again.sharded)])
         again.losses(4, 5)
-        found.append([int(k.iter) for k in fused_kernels(again.sharded)])
-        found.append([int(k.iter_cpu) for k in fused_kernels(again.sharded)])
-        return found
+        actual.append([int(k.iter) for k in fused_kernels(again.sharded)])
+        actual.append([int(k.iter_cpu) for k in fused_kernels(again.sharded)])
+        return actual
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -469,8 +469,8 @@ def test_fused_optimizers_know_how_many_steps_they_have_taken(
     sample: PreparedDataset, tmp_path: Path, size: int
 ) -> None:
     config = config_of(*SMALL, "sharding.kind=row_wise")
-    for found in run_ranks(_steps_of_fused_tables, size, sample.folder, config, tmp_path):
-        assert found == [[4], [3], [5], [5]]
+    for actual in run_ranks(_steps_of_fused_tables, size, sample.folder, config, tmp_path):
+        assert actual == [[4], [3], [5], [5]]
 
 
 class Allocations(TorchDispatchMode):

@@ -138,9 +138,9 @@ def test_batch_norm_leaves_every_weight_and_figure_alone_under_adam(
     alone = run_alone(trained_parts, sample.folder, config_of(*common), 12)
     assert {"model.interaction_arch.over_arch.norms.0.running_mean", "log_loss"} <= alone.keys()
     for size in (2, 3, 4):
-        found = run_ranks(trained_parts, size, sample.folder, config_of(*common), 12)[0]
+        actual = run_ranks(trained_parts, size, sample.folder, config_of(*common), 12)[0]
         for name, expected in alone.items():
-            np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6, err_msg=name)
+            np.testing.assert_allclose(actual[name], expected, rtol=0, atol=2e-6, err_msg=name)
 
 
 def test_a_loss_of_rankings_leaves_biases_that_cancel_where_they_were(
@@ -286,7 +286,7 @@ def _seconds_where_embeddings_travel_slowly(folder: Path) -> dict[str, float]:
         return pipeline.seconds
 
 
-def test_the_time_of_embeddings_is_told_from_that_of_the_rest(sample: PreparedDataset) -> None:
+def test_the_time_of_embeddings_is_reported_from_that_of_the_rest(sample: PreparedDataset) -> None:
     for seconds in run_ranks(_seconds_where_embeddings_travel_slowly, 2, sample.folder):
         assert 0.5 < seconds["embeddings"] < 1
         assert 0 < seconds["forward"] < 0.5
@@ -375,12 +375,12 @@ def test_tables_start_the_same_everywhere(sample: PreparedDataset, size: int, pl
     for piece in whole.values():
         assert (piece[:, 11:] == 0).all()
         assert 0.04 < piece[:, :11].std() < 0.06
-    found = {table: np.full_like(piece, np.nan) for table, piece in whole.items()}
+    actual = {table: np.full_like(piece, np.nan) for table, piece in whole.items()}
     for pieces in run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan)):
         for table, rows, piece in pieces:
-            found[table][rows] = piece
+            actual[table][rows] = piece
     for table, piece in whole.items():
-        np.testing.assert_array_equal(found[table], piece)
+        np.testing.assert_array_equal(actual[table], piece)
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,9 @@ def test_tables_start_the_same_everywhere(sample: PreparedDataset, size: int, pl
 def test_tables_lie_where_the_plan_says(
     sample: PreparedDataset, size: int, plan: str, expected: dict[str, list[int]]
 ) -> None:
-    found = run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan))
+    actual = run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan))
     for table, rows in expected.items():
-        assert [sum(len(p) for t, _, p in of_rank if t == table) for of_rank in found] == rows
+        assert [sum(len(p) for t, _, p in of_rank if t == table) for of_rank in actual] == rows
 
 
 def _with_small_tables(config: ShardingConfig) -> tuple[list[float], set[str]]:
@@ -442,10 +442,10 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(
     default: Literal["row_wise", "auto"],
 ) -> None:
     alone, _ = run_alone(_with_small_tables, ShardingConfig(kind="table_wise"))
-    found = run_ranks(_with_small_tables, 4, ShardingConfig(kind=default))
-    for losses, _ in found:
+    actual = run_ranks(_with_small_tables, 4, ShardingConfig(kind=default))
+    for losses, _ in actual:
         assert difference(losses, alone) <= 1e-6
-    holders = {t: sum(t in tables for _, tables in found) for t in ("gender", "age", "user")}
+    holders = {t: sum(t in tables for _, tables in actual) for t in ("gender", "age", "user")}
     # Nine rows go 3, 3, 3, 0; of a table that is left to auto every rank has a copy.
     assert holders["gender"] == holders["age"] == (4 if default == "auto" else 1)
     assert holders["user"] == 4
@@ -873,12 +873,12 @@ def test_tables_cut_within_a_machine_train_and_resume_as_on_one_rank(
     alone, cut = config_of(*common), config_of(*common, "sharding.kind=table_row_wise")
     expected, _ = run_alone(_saved_on_the_way, sample.folder, alone, tmp_path / "alone")
     job = _saved_on_the_way, sample.folder, cut, tmp_path / "cut"
-    found = run_ranks(on_two_machines, 4, *job)
-    for losses, _ in found:
+    actual = run_ranks(on_two_machines, 4, *job)
+    for losses, _ in actual:
         assert difference(losses, expected) <= 1e-6
     first = [{"user": slice(0, 351), "genre": slice(0, 10)}]
     first += [{"user": slice(351, 701), "genre": slice(10, 19)}]
-    assert [rows for _, rows in found] == [
+    assert [rows for _, rows in actual] == [
         *first,
         {"item": slice(0, 201)},
         {"item": slice(201, 401)},
@@ -893,11 +893,11 @@ def test_a_table_is_cut_over_the_ranks_of_one_machine() -> None:
     everywhere = ShardingConfig(kind="table_row_wise", tables={"b": TablePlan(kind="row_wise")})
 
     def placed(config: ShardingConfig, size: int, local: int) -> dict[str, tuple[str, int | None]]:
-        found = sharding.place(model, hypothetical_world(size, local), config, 64, 1 << 30)
-        return {name: (plan.kind, plan.rank) for name, plan in found.items()}
+        actual = sharding.place(model, hypothetical_world(size, local), config, 64, 1 << 30)
+        return {name: (plan.kind, plan.rank) for name, plan in actual.items()}
 
-    found = placed(everywhere, 8, 4)  # three rows are too few for four ranks
-    assert found == {"a": ("table_row_wise", 0), "b": ("row_wise", None), "few": ("table_wise", 2)}
+    actual = placed(everywhere, 8, 4)  # three rows are too few for four ranks
+    assert actual == {"a": ("table_row_wise", 0), "b": ("row_wise", None), "few": ("table_wise", 2)}
     assert placed(everywhere, 4, 4)["a"] == ("row_wise", None)
     named = ShardingConfig(tables={"a": TablePlan(kind="table_row_wise", rank=6)})
     assert placed(named, 8, 4)["a"] == ("table_row_wise", 4)
@@ -915,11 +915,11 @@ def test_a_table_is_cut_over_the_ranks_of_one_machine() -> None:
 
 def _pipelines(folder: Path) -> list[str]:
     with process_group("cpu") as world:
-        run, found = Run(folder, config_of(*SMALL), world), []
+        run, actual = Run(folder, config_of(*SMALL), world), []
         [kernel] = sharding.fused_kernels(run.sharded)
         for kernel.prefetch_pipeline in (False, True):
-            found.append(type(train_pipeline(run.sharded, run.optimizer, world)).__name__)
-        return found
+            actual.append(type(train_pipeline(run.sharded, run.optimizer, world)).__name__)
+        return actual
 
 
 def test_tables_that_are_fetched_ahead_get_the_pipeline_for_it(sample: PreparedDataset) -> None:

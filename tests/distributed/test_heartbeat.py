@@ -27,8 +27,8 @@ def watched(timeout_s: float) -> Iterator[Watch]:
     heartbeat._ANSWER_S = 0.5
     with process_group("cpu", timeout_s) as world:
         store = world.store.clone()  # type: ignore[attr-defined]
-        with StopSignals(), Watch(store, world.rank, world.world_size, timeout_s) as found:
-            yield found
+        with StopSignals(), Watch(store, world.rank, world.world_size, timeout_s) as actual:
+            yield actual
 
 
 def stuck(for_s: float) -> None:
@@ -42,21 +42,21 @@ def stuck(for_s: float) -> None:
 
 
 def _one_is_killed() -> None:
-    with watched(60) as found:
+    with watched(60) as actual:
         if dist.get_rank() == 1:
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
         # As torchrun does for those that are left.
         Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        with found.waiting():
+        with actual.waiting():
             stuck(20)
 
 
 def _one_hangs() -> None:
-    with watched(2) as found:
+    with watched(2) as actual:
         if dist.get_rank() == 0:
             time.sleep(20)
-        with found.waiting():
+        with actual.waiting():
             stuck(20)
 
 
@@ -77,9 +77,9 @@ def test_a_rank_that_is_lost_while_the_others_are_stuck_is_named_once(
 
 def _told_to_stop() -> bool:
     """All ranks get the signal that asks for a checkpoint, in the middle of a long step."""
-    with watched(60) as found, StopSignals() as asked:
+    with watched(60) as actual, StopSignals() as asked:
         Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        with found.waiting():
+        with actual.waiting():
             stuck(3)
         time.sleep(0.1)
         return asked()
@@ -87,11 +87,11 @@ def _told_to_stop() -> bool:
 
 def _one_is_told() -> bool:
     """A signal to one rank alone, whose step goes on."""
-    with watched(60) as found, StopSignals() as asked:
+    with watched(60) as actual, StopSignals() as asked:
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(20):
-            with found.waiting():
+            with actual.waiting():
                 stuck(0.05)
         return asked()
 
@@ -117,15 +117,15 @@ def test_a_group_with_outstanding_collectives_is_aborted(monkeypatch: pytest.Mon
 def _watched_calls() -> list[bool]:
     """Whether the watch looks on while ranks wait for each other, and after."""
     with process_group("cpu") as world:
-        found = Watch(world.store.clone(), world.rank, world.world_size, 60)  # type: ignore[attr-defined]
-        world, seen = replace(world, watch=found), []
+        actual = Watch(world.store.clone(), world.rank, world.world_size, 60)  # type: ignore[attr-defined]
+        world, seen = replace(world, watch=actual), []
         for name in ("broadcast_object_list", "all_gather_object", "gather_object", "barrier"):
             exchange = getattr(dist, name)
 
             def looked_at(*arguments: Any, exchange: Any = exchange) -> None:
-                with found.waiting():  # as the host does in a caller
+                with actual.waiting():  # as the host does in a caller
                     exchange(*arguments)
-                seen.append(found._since is not None)
+                seen.append(actual._since is not None)
 
             setattr(dist, name, looked_at)
         world.broadcast(1)
@@ -135,10 +135,10 @@ def _watched_calls() -> list[bool]:
 
         class OnDevice:
             def cpu(self) -> None:
-                seen.append(found._since is not None)
+                seen.append(actual._since is not None)
 
         world.to_host(OnDevice())  # type: ignore[arg-type]
-        return [*seen, found._since is None]
+        return [*seen, actual._since is None]
 
 
 def test_exchanges_of_validation_and_saving_are_watched() -> None:

@@ -51,9 +51,9 @@ ROWS = [f"--rows={table}={n}" for table, n in BILLION.items()]
 
 
 def test_a_billion_rows_over_64_gpus() -> None:
-    found = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
-    user, item, genre = found.tables
-    assert found.fits
+    actual = planned(config_of("trainer.batch_size=65536"), BILLION, 64, 8, 80)
+    user, item, genre = actual.tables
+    assert actual.fits
     assert (user.sharding, user.ranks) == ("table_row_wise", range(8))
     assert (item.sharding, item.ranks) == ("table_row_wise", range(8, 16))
     assert (genre.sharding, genre.ranks) == ("replicated", range(64))
@@ -61,25 +61,25 @@ def test_a_billion_rows_over_64_gpus() -> None:
     assert item.weight_bytes == 50_000_000 * 80
     copies = 18 * (80 + 4 + 80)  # weights, accumulators, gradients
     assert genre.weight_bytes + genre.state_bytes == copies
-    assert sum(rank.table_bytes for rank in found.ranks) == 64 * copies + sum(
+    assert sum(rank.table_bytes for rank in actual.ranks) == 64 * copies + sum(
         table.weight_bytes + table.state_bytes for table in (user, item)
     )
-    assert found.ranks[0].table_bytes == 10**9 // 8 * 84 + copies
+    assert actual.ranks[0].table_bytes == 10**9 // 8 * 84 + copies
     spread = planned(
         config_of("trainer.batch_size=65536", "sharding.kind=row_wise"), BILLION, 64, 8, 80
     )
     assert all(rank.table_bytes >= 10**9 // 64 * 84 for rank in spread.ranks)
-    assert found.seconds_sending < spread.seconds_sending / 4
+    assert actual.seconds_sending < spread.seconds_sending / 4
     code, out, _ = said(*ROWS, "--world-size=64", "trainer.batch_size=65536")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     row = ["user", "1,000,000,000", "74.51", "GiB", "3.725", "GiB", "table_row_wise", "0-7"]
     assert row in [line[:8] for line in lines]
-    assert f"fullest rank: {found.fullest.total_bytes / GIB:.4g} GiB, {found.share:.1%}" in out
+    assert f"fullest rank: {actual.fullest.total_bytes / GIB:.4g} GiB, {actual.share:.1%}" in out
 
 
 @pytest.mark.parametrize("wanted", ["auto", "table_wise"])
-def test_what_does_not_fit_is_told_with_changes_that_help_and_no_more_than_needed(
+def test_what_does_not_fit_is_reported_with_changes_that_help_and_no_more_than_needed(
     wanted: str,
 ) -> None:
     settings = ["model.embedding_dim=127", "optimizer.tables.name=adam"]
@@ -94,9 +94,9 @@ def test_what_does_not_fit_is_told_with_changes_that_help_and_no_more_than_neede
     for remedy in remedies:
         asked = remedy.replace("size ", "size=").split()
         assert said(*ROWS, "--world-size=16", *settings, *asked)[0] == 0, remedy
-    found = re.match(r"--world-size (\d+).*model.embedding_dim=(\d+)", "".join(remedies))
-    assert found is not None
-    size, width = map(int, found.groups())
+    actual = re.match(r"--world-size (\d+).*model.embedding_dim=(\d+)", "".join(remedies))
+    assert actual is not None
+    size, width = map(int, actual.groups())
     settings.append("sharding.kind=row_wise")
     assert said(*ROWS, f"--world-size={size - 8}", *settings)[0] == 2
     assert said(*ROWS, "--world-size=16", *settings, f"model.embedding_dim={width + 4}")[0] == 2
@@ -132,7 +132,7 @@ def test_the_cause_is_what_is_to_be_changed(arguments: list[str], message: str) 
         (["--world-size=2", "run.prepared_root=/nowhere"], "rows of the table user are not known"),
     ],
 )
-def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
+def test_bad_arguments_are_reported(arguments: list[str], message: str) -> None:
     code, out, err = said(*arguments)
     assert (code, out) == (2, "")
     [line] = err.splitlines()
@@ -141,8 +141,8 @@ def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
 
 def test_rows_come_from_the_prepared_dataset(sample: PreparedDataset) -> None:
     where = f"run={{name: {sample.folder.name}, prepared_root: {sample.folder.parent}}}"
-    found = planned(config_of(where), {"item": 5}, 2, 2, 80)
-    assert [table.rows for table in found.tables] == [701, 5, 19]
+    actual = planned(config_of(where), {"item": 5}, 2, 2, 80)
+    assert [table.rows for table in actual.tables] == [701, 5, 19]
 
 
 def test_what_training_would_choose_from_the_data_is_planned_for(
@@ -159,15 +159,15 @@ def test_what_training_would_choose_from_the_data_is_planned_for(
     chosen, _ = resolve(config, prepared)
     assert chosen.optimizer.tables.name == "adam"
     width = -(-(chosen.model.embedding_dim + 1) // 4) * 4
-    found = planned(config, rows, 1, 1, 80)
-    assert {table.weight_bytes for table in found.tables} == {50 * width * 4}
+    actual = planned(config, rows, 1, 1, 80)
+    assert {table.weight_bytes for table in actual.tables} == {50 * width * 4}
 
 
 def test_hashed_tables_and_buckets_need_no_data() -> None:
     fields = "data.features=[{name: h, hash_rows: 90}, {name: n, kind: numeric, "
     fields += "transform: bucket, buckets: 7}]"
-    found = planned(config_of(fields, "run.prepared_root=/nowhere"), {}, 2, 2, 80)
-    assert {table.table: table.rows for table in found.tables} == {"h": 91, "n": 8}
+    actual = planned(config_of(fields, "run.prepared_root=/nowhere"), {}, 2, 2, 80)
+    assert {table.table: table.rows for table in actual.tables} == {"h": 91, "n": 8}
 
 
 def _bytes_held(folder: Path, config: Config) -> int:
@@ -212,8 +212,8 @@ def test_ranks_hold_as_many_bytes_as_planned(
     settings += (f"trainer.table_precision={precision}",)
     held = run_ranks(_bytes_held, 2, sample.folder, config_of(*settings))
     rows = {name: spec.rows for name, spec in sample.manifest.tables.items()}
-    found = planned(config_of(*settings), rows, 2, 2, 80)
-    assert [rank.table_bytes for rank in found.ranks] == held
+    actual = planned(config_of(*settings), rows, 2, 2, 80)
+    assert [rank.table_bytes for rank in actual.ranks] == held
 
 
 @pytest.mark.parametrize(("float_kind", "float_bytes"), [("fp32", 4), ("bf16", 2)])
@@ -222,7 +222,7 @@ def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_by
     size, batch, width = 4, 64, 12
     sharding = f"sharding={{kind: {kind}, communication: {float_kind}}}"
     config = config_of(sharding, "model.embedding_dim=10", "trainer.batch_size=64")
-    found = planned(config, {"user": 100, "item": 100, "genre": 100}, size, 2, 80)
+    actual = planned(config, {"user": 100, "item": 100, "genre": 100}, size, 2, 80)
     sent, local = [0] * size, batch // size
     traffic = []
     for turn in range(3):  # tables
@@ -238,13 +238,13 @@ def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_by
                 if a in holders:
                     sent[a] += local * width * float_bytes  # pooled rows of b, or a's part of them
         traffic.append(sum(sent) - before)
-    assert [table.traffic_bytes for table in found.tables] == traffic
-    arch = found.job.task.model.interaction_arch
+    assert [table.traffic_bytes for table in actual.tables] == traffic
+    arch = actual.job.task.model.interaction_arch
     reduced = 2 * 3 * sum(p.numel() for p in arch.parameters()) * 4 // 4  # ring: 2 (W-1)/W
-    assert [rank.sent_bytes - reduced for rank in found.ranks] == sent
+    assert [rank.sent_bytes - reduced for rank in actual.ranks] == sent
     # Two of three others are on the other machine of two ranks.
-    seconds = max(r.sent_bytes for r in found.ranks) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
-    assert found.seconds_sending == pytest.approx(seconds)
+    seconds = max(r.sent_bytes for r in actual.ranks) * (2 / 3 / 12.5 + 1 / 3 / 600) / GIB
+    assert actual.seconds_sending == pytest.approx(seconds)
 
 
 def test_the_over_arch_and_the_buffers_count() -> None:
@@ -264,13 +264,13 @@ def test_the_over_arch_and_the_buffers_count() -> None:
 
 
 def test_a_plan_is_put_into_words() -> None:
-    found = planned(config_of("sharding.kind=row_wise"), BILLION, 64, 8, 80)
-    table_lines, rank_lines, summary = plan_table(found).split("\n\n")
+    actual = planned(config_of("sharding.kind=row_wise"), BILLION, 64, 8, 80)
+    table_lines, rank_lines, summary = plan_table(actual).split("\n\n")
     assert [line.split()[0] for line in table_lines.splitlines()] == [
         "table", "user", "item", "genre"
     ]  # fmt: skip
     # Neighbours that need the same share a line: all but the owner of the small table.
-    [owner] = found.tables[2].ranks
+    [owner] = actual.tables[2].ranks
     shown = [line.split()[0] for line in rank_lines.splitlines()[1:]]
     assert 0 < owner < 63
     first = "0" if owner == 1 else f"0-{owner - 1}"
@@ -278,8 +278,8 @@ def test_a_plan_is_put_into_words() -> None:
     assert summary.splitlines() == [
         f"64 GPUs on 8 machines, 80 GiB each, {RESERVED:.0%} of it to stay free; rowwise_adagrad; "
         f"2,048 rows a step",
-        f"fullest rank: {found.fullest.total_bytes / GIB:.4g} GiB, {found.share:.1%} of the limit; "
-        f"about {found.seconds_sending * 1000:.2f} ms of a step go to sending",
+        f"fullest rank: {actual.fullest.total_bytes / GIB:.4g} GiB, {actual.share:.1%} of the "
+        f"limit; about {actual.seconds_sending * 1000:.2f} ms of a step go to sending",
     ]
     alone = plan_table(planned(config_of(), {"user": 9, "item": 9, "genre": 9}, 1, 1, 0.5))
     assert "\n1 GPU on 1 machine, 512 MiB each, " in alone
@@ -290,28 +290,28 @@ def test_buffers_hold_three_batches_of_ids_and_one_of_rows() -> None:
     tables = "user: {kind: row_wise}, item: {kind: table_wise, rank: 0}, "
     tables += "genre: {kind: table_wise, rank: 0}"
     settings = (f"sharding.tables={{{tables}}}", "model.embedding_dim=10", "trainer.batch_size=64")
-    found = planned(config_of(*settings), {"user": 100, "item": 100, "genre": 100}, 2, 2, 80)
+    actual = planned(config_of(*settings), {"user": 100, "item": 100, "genre": 100}, 2, 2, 80)
     rows = 2 * 64 * 12 * 4  # pooled rows and their gradient
     ids = 3 * 64 * (4 + 4)  # an id and a length each
     received = 3 * (rows + ids) // 2  # three tables, half of the batch
     cut = rows + ids // 2  # every rank pools all rows of a table that is cut, from half of the ids
-    assert [rank.buffer_bytes for rank in found.ranks] == [
+    assert [rank.buffer_bytes for rank in actual.ranks] == [
         received + cut + 2 * (rows + ids),
         received + cut,
     ]
-    assert found.ranks[1].buffer_bytes == 18_432
+    assert actual.ranks[1].buffer_bytes == 18_432
 
 
 def test_a_cached_table_takes_its_share_and_what_finds_its_rows() -> None:
     cached = "sharding.tables={user: {kind: row_wise, cached: 0.1}}"
     whole = planned(config_of("sharding.kind=row_wise"), BILLION, 8, 8, 80)
-    found = planned(config_of("sharding.kind=row_wise", cached), BILLION, 8, 8, 80)
+    actual = planned(config_of("sharding.kind=row_wise", cached), BILLION, 8, 8, 80)
     per_rank = 10**9 // 8
     # 20 floats and an accumulator a row; a tenth of the rows with 16 bytes more each, the
     # accumulator and a place for every row.
-    saved = whole.ranks[0].table_bytes - found.ranks[0].table_bytes
+    saved = whole.ranks[0].table_bytes - actual.ranks[0].table_bytes
     assert saved == per_rank * 84 - round(per_rank * (0.1 * 96 + 4 + 4))
-    assert (whole.tables[0].cached, found.tables[0].cached) == (None, 0.1)
+    assert (whole.tables[0].cached, actual.tables[0].cached) == (None, 0.1)
     code, out, _ = said(*ROWS, "--world-size=2", "--hbm-gib=80", cached)
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
@@ -371,10 +371,10 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
 
 @pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
 def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> None:
-    found = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*SMALL, where))
-    told = [told for told, _ in found]
-    floats = sum(counted["floats"] for _, counted in found)
-    ids = sum(counted["ids"] for _, counted in found)
+    actual = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*SMALL, where))
+    told = [told for told, _ in actual]
+    floats = sum(counted["floats"] for _, counted in actual)
+    ids = sum(counted["ids"] for _, counted in actual)
     for of_rank in told:
         assert of_rank["embeddings"] + of_rank["embedding_gradients"] == floats
         # Which rows are whose is told to be even where a table is cut; genres come in any number.
@@ -383,10 +383,10 @@ def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> 
 
 def test_bytes_within_and_between_machines_are_those_exchanged(sample: PreparedDataset) -> None:
     config = config_of(*SMALL, "sharding.kind=table_row_wise")
-    found = run_ranks(on_two_machines, 4, _messages_of_a_step, sample.folder, config)
-    floats = sum(counted["floats"] for _, counted in found)
-    ids = sum(counted["ids"] for _, counted in found)
-    for told, _ in found:
+    actual = run_ranks(on_two_machines, 4, _messages_of_a_step, sample.folder, config)
+    floats = sum(counted["floats"] for _, counted in actual)
+    ids = sum(counted["ids"] for _, counted in actual)
+    for told, _ in actual:
         assert told["embeddings"] + told["embedding_gradients"] == floats
         assert told["ids"] == pytest.approx(ids, rel=0.05)
     # Of 2048 rows, 3 fields and 12 floats: between two ranks that each have half of a pool, and

@@ -51,9 +51,9 @@ def _figures_of_baselines(folder: Path) -> dict[str, tuple[float, ...]]:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         baselines = {"popularity": Popularity(), "ease": Ease(500.0)}
         held_out = RankingEvaluator(dataset, "test", {})
-        found = evaluate_ranking(deepfm_of(sharded), world, held_out, [10], baselines)
-    assert found is not None
-    return {n: (found.figures[n]["recall@10"], found.figures[n]["ndcg@10"]) for n in baselines}
+        actual = evaluate_ranking(deepfm_of(sharded), world, held_out, [10], baselines)
+    assert actual is not None
+    return {n: (actual.figures[n]["recall@10"], actual.figures[n]["ndcg@10"]) for n in baselines}
 
 
 @pytest.mark.slow  # a matrix of 6,807 items is inverted

@@ -49,11 +49,11 @@ def start(home: Path, max_restarts: int, *overrides: str) -> subprocess.Popen[st
 def workers(torchrun: subprocess.Popen[str], unlike: Collection[int] = ()) -> list[int]:
     """Process ids of both ranks, none of them one of ``unlike``, as soon as they are there."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
-    found: list[int] = []
-    while torchrun.poll() is None and (len(found) < 2 or {*found} & {*unlike}):
+    actual: list[int] = []
+    while torchrun.poll() is None and (len(actual) < 2 or {*actual} & {*unlike}):
         time.sleep(0.02)
-        found = [int(pid) for pid in children.read_text().split()]
-    return found
+        actual = [int(pid) for pid in children.read_text().split()]
+    return actual
 
 
 def weights(home: Path) -> dict[str, Any]:

@@ -194,8 +194,8 @@ def test_the_logits_of_several_are_their_mean(tmp_path: Path, size: int) -> None
     assert run_ranks(combine.main, size, arguments) == [0] * size
     each = [_logits(tmp_path, where, name) for name in "abc"]
     assert min(float((x - y).abs().mean()) for x in each for y in each if x is not y) > 0.05
-    found = _logits(tmp_path, where, "m", size)
-    assert (found - sum(each) / 3).abs().max() < 1e-5
+    actual = _logits(tmp_path, where, "m", size)
+    assert (actual - sum(each) / 3).abs().max() < 1e-5
 
 
 def test_models_of_other_vocabularies_or_kinds_are_refused(
@@ -222,8 +222,8 @@ def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDatas
     weights = (-p / p.diagonal()).fill_diagonal_(0)
     users = x[: len(train_items)]
     expected = users @ weights
-    found = users @ first.double() @ second.double().T
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    actual = users @ first.double() @ second.double().T
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
     plain = users @ ease_factors(Ease(50), train_items, n_items, n_items)[0].double()
     assert (plain - users @ first.double()).abs().max() > 1e-3
 

@@ -48,24 +48,24 @@ def test_a_catalogue_may_have_fewer_items_than_are_ranked() -> None:
     train = Jagged.from_pairs([0, 0, 1, 2], [1, 2, 1, 3], 3)
     relevant = Jagged.from_pairs([0, 1, 2], [3, 2, 1], 3)
     validation = Validation(train, relevant, train, torch.zeros(3, 4))
-    found = search(train, 4, None, validation)
-    assert found.columns == 4
+    actual = search(train, 4, None, validation)
+    assert actual.columns == 4
     # User 0 has one item left; users 1 and 2 have two, and ties are broken either way.
-    assert 0.6 < found.ndcg_trained <= 1
+    assert 0.6 < actual.ndcg_trained <= 1
 
 
 def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> None:
     train, validation = users
-    found = search(train, N_ITEMS, None, validation)
-    assert found.ndcg > found.ndcg_trained + 0.1
-    assert found.ndcg == pytest.approx(found.ndcg_ease, abs=0.03)
-    assert found.field_weight == 0
+    actual = search(train, N_ITEMS, None, validation)
+    assert actual.ndcg > actual.ndcg_trained + 0.1
+    assert actual.ndcg == pytest.approx(actual.ndcg_ease, abs=0.03)
+    assert actual.field_weight == 0
     # It can be had: the same settings give the same figure.
     gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
-    weights = ease_weights(gram, found.l2)
-    vectors = leading_vectors(weights, gram, found.columns)
-    scores = validation.trained + found.weight * validation.scores(weights @ vectors) @ vectors.T
-    assert validation.ndcg(scores) == pytest.approx(found.ndcg, abs=1e-6)
+    weights = ease_weights(gram, actual.l2)
+    vectors = leading_vectors(weights, gram, actual.columns)
+    scores = validation.trained + actual.weight * validation.scores(weights @ vectors) @ vectors.T
+    assert validation.ndcg(scores) == pytest.approx(actual.ndcg, abs=1e-6)
 
 
 def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Validation]) -> None:
@@ -74,18 +74,18 @@ def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Valida
     owner = np.repeat(np.arange(N_USERS), 2)
     right[torch.from_numpy(owner), torch.from_numpy(validation.relevant.values).long()] = 9999.0
     knowing = Validation(train, validation.relevant, train, right)
-    found = search(train, N_ITEMS, None, knowing)
-    assert found.ndcg == found.ndcg_trained == 1
-    assert found.weight == 0
+    actual = search(train, N_ITEMS, None, knowing)
+    assert actual.ndcg == actual.ndcg_trained == 1
+    assert actual.weight == 0
 
 
 def test_fields_that_say_the_groups_are_used(users: tuple[Jagged, Validation]) -> None:
     _, validation = users
     few = Jagged.from_pairs([0, 0, 1, 1], [0, 20, 21, 40], N_USERS)  # nobody's items go together
     groups = Jagged.from_pairs(np.arange(N_ITEMS) // 20, np.arange(N_ITEMS), 3)
-    found = search(few, N_ITEMS, groups, validation)
-    assert found.field_weight > 0
-    assert found.ndcg > search(few, N_ITEMS, None, validation).ndcg + 0.1
+    actual = search(few, N_ITEMS, groups, validation)
+    assert actual.field_weight > 0
+    assert actual.ndcg > search(few, N_ITEMS, None, validation).ndcg + 0.1
 
 
 def test_leading_vectors_are_those_of_the_scores(users: tuple[Jagged, Validation]) -> None:

@@ -69,13 +69,13 @@ def test_sorted_ids_need_no_files(
     settings = [*where, f"run.name=sorted{size}"]
     settings += [f"data.root=file://{BUNDLE}/data/sample"] if size == 2 else []
     assert run_ranks(import_weights.main, size, [str(tmp_path / "m.pt"), *settings]) == [0] * size
-    found = scored(frame, tmp_path, *settings)
+    actual = scored(frame, tmp_path, *settings)
     place = [{v: k for k, v in enumerate(of_field)} for of_field in ids]
     columns = [frame[c].map(p) for c, p in zip(["user", "item", "genre"], place, strict=True)]
     with torch.no_grad():
         expected = model(torch.tensor(np.stack(columns, 1))).numpy()
     assert expected.std() > 0.1
-    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=0)
 
 
 def test_the_page_s_commands_work(where: list[str], tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_fields_and_ids_in_any_order_and_ids_of_one_side_only(
     )
     with torch.no_grad():
         deep = model.mlp_layers(torch.cat([torch.stack(rows), zeros, zeros], 1))[:, 0]
-    found = scored(unknown, tmp_path, *settings)
-    np.testing.assert_allclose(found, (expected + deep).sigmoid(), atol=2e-6, rtol=0)
+    actual = scored(unknown, tmp_path, *settings)
+    np.testing.assert_allclose(actual, (expected + deep).sigmoid(), atol=2e-6, rtol=0)
 
 
 def _without(name: str) -> Callable[[dict[str, Tensor]], object]:

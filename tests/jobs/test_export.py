@@ -61,9 +61,9 @@ trainer: {batch_size: 60, epochs: 3}
 
 def documented(*blocks: int) -> str:
     """Blocks of Python code of the page, in the order asked for."""
-    found = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(found) == 3
-    return "".join(found[n] for n in blocks)
+    actual = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(actual) == 3
+    return "".join(actual[n] for n in blocks)
 
 
 def scored_by_documented_code(code: str, folder: Path, rows: Path) -> np.ndarray:
@@ -113,8 +113,8 @@ def test_the_documented_code_scores_as_predict_does(trained: tuple[Path, list[st
         assert run_alone(export.main, ["--quiet", *where, *limit]) == 0
         folder = home / "runs/sample/export"
         assert len(list(folder.glob("*.safetensors"))) == (3 if limit else 1)
-        found = scored_by_documented_code(documented(0, 2), folder, home / "rows.csv")
-        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+        actual = scored_by_documented_code(documented(0, 2), folder, home / "rows.csv")
+        np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
     expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)
     assert run_alone(export.main, [*settings, "--output", str(tmp_path / "out")]) == 0
     code = documented(0, 2)
-    found = scored_by_documented_code(code, tmp_path / "out", tmp_path / "new.csv")
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    actual = scored_by_documented_code(code, tmp_path / "out", tmp_path / "new.csv")
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.05
 
 
@@ -200,8 +200,8 @@ def test_the_documented_code_scores_a_default_run(tmp_path: Path, features: str)
     rows.to_csv(tmp_path / "new.csv", index=False)
     expected = scored_by_predict(tmp_path, tmp_path / "new.csv", *settings)
     assert run_alone(export.main, [*settings, "--output", str(tmp_path / "out")]) == 0
-    found = scored_by_documented_code(documented(0), tmp_path / "out", tmp_path / "new.csv")
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    actual = scored_by_documented_code(documented(0), tmp_path / "out", tmp_path / "new.csv")
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
     model = json.loads((tmp_path / "out/config.json").read_text())["model"]
     assert (model["embedding_dim"] > 64) == (not features)  # EASE, which needs a table of its own
     assert len(np.unique(expected.round(4))) > 200
@@ -338,13 +338,13 @@ def test_one_flipped_bit_is_found_before_anything_is_written(
 
 def _served(settings: list[str]) -> dict[str, np.ndarray]:
     """Weights of the export that `serve` would read."""
-    found = find_run(load_config("sample", settings), settings)
-    folder = up_to_date_export(found)
-    assert is_export_of(found, folder)
+    actual = find_run(load_config("sample", settings), settings)
+    folder = up_to_date_export(actual)
+    assert is_export_of(actual, folder)
     return {name: t.numpy() for name, t in load_file(folder / "model.safetensors").items()}
 
 
-def test_a_run_trained_anew_to_the_same_step_is_exported_anew(tmp_path: Path) -> None:
+def test_a_run_trained_again_to_the_same_step_is_exported_again(tmp_path: Path) -> None:
     where = [f"run.runs_root={tmp_path}", f"run.prepared_root={tmp_path / 'prepared'}"]
     again = "checkpoint.resume=never"  # moves the earlier run and its export aside
     for rate in (0.01, 0.02):
@@ -355,9 +355,9 @@ def test_a_run_trained_anew_to_the_same_step_is_exported_anew(tmp_path: Path) ->
         stamp = (written / "config.json").stat().st_mtime_ns
         assert run_alone(_served, where).keys() == served.keys()
         assert (written / "config.json").stat().st_mtime_ns == stamp
-        found = checkpoint.find_checkpoint(tmp_path / "sample")
+        actual = checkpoint.find_checkpoint(tmp_path / "sample")
         bias = {OTHER.format("bias"): torch.empty(1)}
-        dcp.load(bias, storage_reader=dcp.FileSystemReader(found), no_dist=True)
+        dcp.load(bias, storage_reader=dcp.FileSystemReader(actual), no_dist=True)
         np.testing.assert_array_equal(served["bias"], bias[OTHER.format("bias")])
 
 

@@ -47,10 +47,10 @@ def _prepared_by_train(config: Config, marks: Path) -> str | None:
         patch.setattr(train, "prepare_locked", prepare_locked)
         patch.setattr(train, "open_dataset", open_dataset)
         with process_group(*config.run.process_group) as world:
-            with pytest.raises(_Seen) as found:
+            with pytest.raises(_Seen) as actual:
                 train.train_on(config, world)
             world.barrier()
-    return str(found.value)
+    return str(actual.value)
 
 
 def test_training_on_several_ranks_prepares_once_and_every_rank_sees_it(tmp_path: Path) -> None:

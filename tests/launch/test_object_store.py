@@ -226,7 +226,7 @@ def test_damage_is_found(sample: PreparedDataset, runs: Path) -> None:
             run_ranks(_loaded, 1, sample.folder, str(path))
 
 
-def test_figures_are_written_anew_with_each_checkpoint(runs: Path, wire: Wire) -> None:
+def test_figures_are_written_again_with_each_checkpoint(runs: Path, wire: Wire) -> None:
     log = MetricsLog(runs, is_first=True, from_step=0)
     log.write(TrainEvent(step=1))
     assert log.path.read_text() == ""
@@ -244,17 +244,17 @@ def test_data_are_found_by_pattern_and_read_as_from_a_disk(runs: Path) -> None:
     for name, text in texts.items():
         packed = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
         (runs / name).write_bytes(packed)
-    found = find_files(str(runs), "day*")
-    assert [(f.name, f.path) for f in found] == [(n, f"{runs}/{n}") for n in [*texts][:2]]
+    actual = find_files(str(runs), "day*")
+    assert [(f.name, f.path) for f in actual] == [(n, f"{runs}/{n}") for n in [*texts][:2]]
     columns = [Column("item"), Column("user", "number")]
-    tables = [read_table(file.path, columns) for file in found]
+    tables = [read_table(file.path, columns) for file in actual]
     assert [t.to_pylist() for t in tables] == [
         [{"item": "a", "user": 1.0}, {"item": "b", "user": 2.0}],
         [{"item": "c", "user": 3.0}],
     ]
     (runs / "day1.csv").write_text("user,item\n1,a\n2,c\n")  # of the same length
     [changed, kept] = find_files(str(runs), "day*")
-    assert (changed.stamp != found[0].stamp, kept.stamp) == (True, found[1].stamp)
+    assert (changed.stamp != actual[0].stamp, kept.stamp) == (True, actual[1].stamp)
     with pytest.raises(DataError, match=r"no such file; is data\.root right"):
         find_files(str(runs), "night*")
 

@@ -64,7 +64,7 @@ def by_rectools(case: dict[str, Any]) -> dict[str, Any]:
 
     ranked, relevant, seen = (table(case[name]) for name in ("ranked", "relevant", "seen"))
     ranked["rank"] = ranked.groupby("user_id").cumcount() + 1
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for k in CUTOFFS:
         references = {
             "recall": metrics.Recall(k),
@@ -79,12 +79,12 @@ def by_rectools(case: dict[str, Any]) -> dict[str, Any]:
             "novelty": metrics.MeanInvUserFreq(k),
         }
         for name, metric in references.items():
-            found[f"{name}@{k}"] = metric.calc_per_user(ranked, relevant).sort_index().tolist()
+            actual[f"{name}@{k}"] = metric.calc_per_user(ranked, relevant).sort_index().tolist()
         for name, metric in of_history.items():
-            found[f"{name}@{k}"] = metric.calc_per_user(ranked, seen).sort_index().tolist()
+            actual[f"{name}@{k}"] = metric.calc_per_user(ranked, seen).sort_index().tolist()
         coverage = metrics.CatalogCoverage(k, normalize=True)
-        found[f"coverage@{k}"] = float(coverage.calc(ranked, list(range(N_ITEMS))))
-    return found
+        actual[f"coverage@{k}"] = float(coverage.calc(ranked, list(range(N_ITEMS))))
+    return actual
 
 
 LIBRARIES = {"lenskit": by_lenskit, "rectools": by_rectools}

@@ -344,7 +344,7 @@ def test_untrained_unknown_ids_are_ranked_on_demand_only(
 
 def _measured(folder: Path) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     dataset = PreparedDataset(folder)
-    found = {}
+    actual = {}
     with process_group("cpu") as world:
         for choice in ("include", "only"):
             held_out = RankingEvaluator(dataset, "test", {}, cold_items=choice)
@@ -354,8 +354,8 @@ def _measured(folder: Path) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
             ranker = FixedRanker(lambda b, e, s=scores: s.repeat(e - b, 1), n)  # type: ignore[misc]
             measured = held_out.measure(ranker, (1, 2), world)
             assert measured is not None
-            found[choice] = measured[0]
-    return found
+            actual[choice] = measured[0]
+    return actual
 
 
 def test_figures_of_items_with_and_without_training_rows_stand_apart(tmp_path: Path) -> None:

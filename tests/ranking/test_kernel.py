@@ -25,8 +25,8 @@ def test_scores_equal_float64(
     n_users: int, n_items: int, dim: int, sizes: list[int], seed: int
 ) -> None:
     case = Case.of(n_users, n_items, dim, sizes, seed)
-    found = compiled(case, n_users, n_items).scores()
-    assert error_of(found, case.expected(n_users, n_items)) <= 1e-5
+    actual = compiled(case, n_users, n_items).scores()
+    assert error_of(actual, case.expected(n_users, n_items)) <= 1e-5
 
 
 @settings(max_examples=60)

@@ -17,10 +17,10 @@ def _share_found(kind: str, probes: int) -> float:
     points = rng.normal(size=(N_ITEMS, 9)).astype(np.float32)
     users = torch.from_numpy(rng.normal(size=(N_USERS, 8)).astype(np.float32))
     nothing = Jagged(np.zeros(N_USERS + 1, np.int64), np.zeros(0, np.int32))
-    found = NearestItems(points, kind, probes).candidates([users], N_USERS, nothing, 10)
+    actual = NearestItems(points, kind, probes).candidates([users], N_USERS, nothing, 10)
     scores = users @ torch.from_numpy(points[:, :8]).T + torch.from_numpy(points[:, 8])
     best = scores.topk(10).indices
-    return float((found[:, :, None] == best[:, None]).any(1).double().mean())
+    return float((actual[:, :, None] == best[:, None]).any(1).double().mean())
 
 
 @pytest.mark.parametrize("kind", ["IVF{},Flat", "RR9,IVF{},Flat", "IVF{},SQ8,RFlat"])

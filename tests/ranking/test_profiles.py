@@ -26,13 +26,13 @@ def test_curves_and_groups_are_those_of_single_figures() -> None:
     of_users = user_metrics(ranked, relevant, cutoffs, COUNTS, 30)
     activity = Groups.by_quantile(relevant.lengths)
     popularity = Groups.by_quantile(COUNTS[relevant.values])
-    found = profile(ranked, relevant, activity, popularity)
+    actual = profile(ranked, relevant, activity, popularity)
     for k in cutoffs:
-        np.testing.assert_allclose(found.recall[k - 1], of_users[f"recall@{k}"].mean())
-        np.testing.assert_allclose(found.ndcg[k - 1], of_users[f"ndcg@{k}"].mean())
+        np.testing.assert_allclose(actual.recall[k - 1], of_users[f"recall@{k}"].mean())
+        np.testing.assert_allclose(actual.ndcg[k - 1], of_users[f"ndcg@{k}"].mean())
     for group, (low, high) in enumerate(activity.bounds):
         mine = (relevant.lengths >= low) & (relevant.lengths <= high)
-        np.testing.assert_allclose(found.by_activity[group], of_users["ndcg@12"][mine].mean())
+        np.testing.assert_allclose(actual.by_activity[group], of_users["ndcg@12"][mine].mean())
     for group, (low, high) in enumerate(popularity.bounds):
         pairs = [
             item in ranked[user]
@@ -40,7 +40,7 @@ def test_curves_and_groups_are_those_of_single_figures() -> None:
             for item in items
             if low <= COUNTS[item] <= high
         ]
-        np.testing.assert_allclose(found.by_popularity[group], np.mean(pairs))
+        np.testing.assert_allclose(actual.by_popularity[group], np.mean(pairs))
 
 
 @given(st.lists(st.integers(0, 30), max_size=200))
@@ -63,11 +63,11 @@ def test_examples_go_from_the_least_to_the_most_active_user() -> None:
     users = np.arange(1, 31)
     lengths = np.random.default_rng(3).permutation(31)
     history = Jagged.from_pairs(np.repeat(np.arange(31), lengths), np.zeros(lengths.sum()), 31)
-    found = examples(users, ranked, history, relevant)
-    active = [len(example.history) for example in found]
+    actual = examples(users, ranked, history, relevant)
+    active = [len(example.history) for example in actual]
     assert active == sorted(active)
     assert active[0] == min(lengths[1:]) and active[-1] == max(lengths[1:])
-    for example in found:
+    for example in actual:
         place = example.user - 1
         assert example.ranked == [i for i in ranked[place].tolist() if i >= 0]
         assert example.held_out == relevant.lists()[place]

@@ -69,12 +69,12 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
     )
     scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
     cpu, sides = torch.device("cpu"), (scorer.side("user", *users), scorer.side("item", *items))
-    found = []
+    actual = []
     for engine in (TorchEngine(scorer), engine_for(scorer, cpu)):
         packed = engine.allocate(n_items, sides[1])
         engine.fill(packed, 0, sides[1])
         prepared = engine.users([sides[0]])
-        found.append(engine.scores(prepared, n_users, packed))
+        actual.append(engine.scores(prepared, n_users, packed))
         # A rank that has run out of users still takes its part in the others' look-ups.
         assert engine.scores(prepared, 0, packed).shape == (0, n_items)
     double = copy.deepcopy(arch).double()
@@ -100,7 +100,7 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
             .detach()
             .view(n_users, n_items)
         )
-    difference = torch.stack(found) - expected
+    difference = torch.stack(actual) - expected
     return float((difference.abs() / expected.abs().clamp(min=1)).max())
 
 
@@ -185,12 +185,12 @@ values = st.sampled_from([-float("inf"), -2.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 3.0,
 )
 def test_top_k_equals_a_full_sort(rows: list[list[float]], k: int) -> None:
     positions, scores = top_k(torch.tensor(rows), k)
-    for row, found, best in zip(
+    for row, actual, best in zip(
         torch.tensor(rows).tolist(), positions.tolist(), scores.tolist(), strict=True
     ):
         order = sorted((i for i in range(6) if row[i] > -float("inf")), key=lambda i: (-row[i], i))
         expected = (order + [NO_ITEM] * k)[:k]
-        assert found == expected
+        assert actual == expected
         assert best == [row[i] if i >= 0 else -float("inf") for i in expected]
 
 
@@ -233,15 +233,15 @@ def test_ranking_metrics_equal_a_loop_over_users(data: st.DataObject) -> None:
     jagged = Jagged.from_pairs(
         np.repeat(np.arange(n_users), [len(r) for r in relevant]), np.concatenate(relevant), n_users
     )
-    found = user_metrics(np.array(ranked), jagged, [1, 3, 5], np.array(counts), 9)
+    actual = user_metrics(np.array(ranked), jagged, [1, 3, 5], np.array(counts), 9)
     share = coverage(np.array(ranked), [1, 3, 5], 12)
-    average = means(found)
+    average = means(actual)
     for k in (1, 3, 5):
         expected = pd.DataFrame(
             [figures_by_loops(b, w, k, counts, 9) for b, w in zip(ranked, relevant, strict=True)]
         )
         for name, values in expected.items():
-            np.testing.assert_allclose(found[f"{name}@{k}"], values, rtol=0, atol=1e-9)
+            np.testing.assert_allclose(actual[f"{name}@{k}"], values, rtol=0, atol=1e-9)
             assert average[f"{name}@{k}"] == pytest.approx(values.mean(), abs=1e-9, nan_ok=True)
         shown = {item for best in ranked for item in best[:k] if item >= 0}
         assert share[f"coverage@{k}"] == len(shown) / 12
@@ -261,16 +261,16 @@ def test_ranking_metrics_equal_another_librarys(library: str) -> None:
         )
         counts = np.bincount(np.concatenate(case["seen"]), minlength=n_items)
         cutoffs = [k for k in range(1, k_max + 1) if f"recall@{k}" in case["figures"]]
-        found: dict[str, Any] = user_metrics(ranked, relevant, cutoffs, counts, n_users)
-        found |= coverage(ranked, cutoffs, n_items)
+        actual: dict[str, Any] = user_metrics(ranked, relevant, cutoffs, counts, n_users)
+        actual |= coverage(ranked, cutoffs, n_items)
         for k in cutoffs:
             possible = np.minimum(lengths, k)
             if library == "lenskit":  # of what K places can hold
-                found[f"recall@{k}"] *= lengths / possible
+                actual[f"recall@{k}"] *= lengths / possible
             else:  # of all relevant items
-                found[f"map@{k}"] *= possible / lengths
+                actual[f"map@{k}"] *= possible / lengths
         for name, values in case["figures"].items():
-            np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(actual[name], values, rtol=0, atol=1e-9, err_msg=name)
 
 
 def test_bootstrap_intervals_are_those_of_the_mean_and_of_paired_differences() -> None:
@@ -292,11 +292,11 @@ def test_ease_and_item_knn_are_their_definitions() -> None:
     train = Jagged.from_pairs(users, items, 30)
     everyone = np.arange(30, dtype=np.int32)
     # EASE: each column is the ridge regression on the other items.
-    found = Ease(3.0).fit(train, 9)(train, everyone)
+    actual = Ease(3.0).fit(train, 9)(train, everyone)
     for item in range(9):
         others = np.delete(x, item, 1)
         weights = np.linalg.solve(others.T @ others + 3 * np.eye(8), others.T @ x[:, item])
-        np.testing.assert_allclose(found[:, item], others @ weights, atol=1e-5)
+        np.testing.assert_allclose(actual[:, item], others @ weights, atol=1e-5)
     norm = np.linalg.norm(x, axis=0)
     cosine = (x.T @ x / norm[:, None] / norm).astype(np.float32)
     np.fill_diagonal(cosine, 0)
@@ -322,8 +322,8 @@ def test_the_nearest_items_are_those_of_a_full_sort() -> None:
             best = np.argsort(-cosine[item], kind="stable")[:k]
             expected[item, best] = cosine[item, best]
         one_item_each = Jagged.from_pairs(np.arange(25), np.arange(25), 25)
-        found = ItemKNN(k).fit(train, 25)(one_item_each, np.arange(25, dtype=np.int32))
-        np.testing.assert_array_equal(found, expected)
+        actual = ItemKNN(k).fit(train, 25)(one_item_each, np.arange(25, dtype=np.int32))
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_neighbours_of_a_large_catalogue_need_no_matrix() -> None:
@@ -332,8 +332,8 @@ def test_neighbours_of_a_large_catalogue_need_no_matrix() -> None:
     train = distinct(Jagged.from_pairs(users, items, 2000))
     _, difference = ItemKNN(5).fit_to_memory(60_000, 10_000_000)
     assert difference == ""
-    found = ItemKNN(5).fit(train, 60_000)(train, np.array([4, 9], np.int32))
-    assert found.shape == (2, 60_000)  # a matrix of this side would take 29 GB
+    actual = ItemKNN(5).fit(train, 60_000)(train, np.array([4, 9], np.int32))
+    assert actual.shape == (2, 60_000)  # a matrix of this side would take 29 GB
     with pytest.raises(ConfigError, match=r"item_knn_neighbours=3, or leave it out") as caught:
         ItemKNN(5).fit_to_memory(60_000, 2_000_000)
     assert "keeps 5 neighbours of each of 60,000 items, 0.0024 GB" in str(caught.value)
@@ -346,13 +346,13 @@ def test_ease_is_fitted_on_as_many_popular_items_as_memory_has_room_for() -> Non
     counts = x.sum(0)
     popular = np.sort(np.argsort(-counts, kind="stable")[:5])
     others = np.setdiff1d(np.arange(8), popular)
-    found = Ease(3.0, 5).fit(train, 8)(train, np.arange(50, dtype=np.int32)).numpy()
+    actual = Ease(3.0, 5).fit(train, 8)(train, np.arange(50, dtype=np.int32)).numpy()
     inverse = np.linalg.inv(x[:, popular].T @ x[:, popular] + 3 * np.eye(5))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0)
-    np.testing.assert_allclose(found[:, popular], x[:, popular] @ weights, atol=1e-5)
-    assert found[:, others].max() < found[:, popular].min()
-    for row in found:
+    np.testing.assert_allclose(actual[:, popular], x[:, popular] @ weights, atol=1e-5)
+    assert actual[:, others].max() < actual[:, popular].min()
+    for row in actual:
         assert np.argsort(-row[others], kind="stable").tolist() == (
             np.argsort(-counts[others], kind="stable").tolist()
         )
@@ -389,8 +389,8 @@ def _names_of_rankings(folder: Path, room_bytes: int) -> list[str] | None:
         model = deepfm_of(shard_for_training(config_of(), dataset.manifest, world)[0].eval())
         held_out = RankingEvaluator(dataset, "test", {})
         baselines: dict[str, Baseline] = {"popularity": Popularity(), "ease": Ease(500.0)}
-        found = evaluate_ranking(model, world, held_out, (5,), baselines)
-        return None if found is None else list(found.figures)
+        actual = evaluate_ranking(model, world, held_out, (5,), baselines)
+        return None if actual is None else list(actual.figures)
 
 
 def test_the_table_names_what_ease_was_fitted_on(tmp_path: Path) -> None:
@@ -567,7 +567,7 @@ def test_users_with_few_unseen_items_get_fewer_rows(
 
 
 def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: Path) -> None:
-    found = run_alone(_everything, sample.folder, config_of(), tmp_path, 10)["rankings"].figures
+    actual = run_alone(_everything, sample.folder, config_of(), tmp_path, 10)["rankings"].figures
     train, valid, test = (sample.positives(s) for s in ("train", "valid", "test"))
     counts = np.bincount(train.values, minlength=sample.manifest.entities["item"]).astype(float)
     ids = np.array([0, *map(int, sample.entity_ids("item").to_pylist()[1:])])
@@ -582,7 +582,7 @@ def test_popularity_is_evaluated_as_by_hand(sample: PreparedDataset, tmp_path: P
             score[part.values[part.offsets[user] : part.offsets[user + 1]]] = -np.inf
         best = np.lexsort((ids, -score))[:10]
         recalls.append(len(set(best) & set(wanted)) / len(wanted))
-    assert found["popularity"]["recall@10"] == pytest.approx(np.mean(recalls), abs=1e-12)
+    assert actual["popularity"]["recall@10"] == pytest.approx(np.mean(recalls), abs=1e-12)
 
 
 def test_context_is_checked_before_anything_is_scored(sample: PreparedDataset) -> None:
@@ -642,8 +642,8 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
     table = pd.DataFrame({"score": np.tile([*counts, 1e9], len(users) + 1)}, index=pairs)
     path = tmp_path / "counts.parquet"
     table.rename_axis(["user", "item"]).reset_index().sample(frac=1).to_parquet(path)
-    found = run_alone(_ranked_by_reference, sample.folder, f"file://{path}").figures
-    assert found["counts"] == found["popularity"] != found["model"]
+    actual = run_alone(_ranked_by_reference, sample.folder, f"file://{path}").figures
+    assert actual["counts"] == actual["popularity"] != actual["model"]
     pd.DataFrame({"user": ["nobody"], "item": ["1"], "score": [1.0]}).to_parquet(path)
     with pytest.raises(RankFailed, match=r"DataError: .*none of its users and items"):
         run_alone(_ranked_by_reference, sample.folder, str(path))

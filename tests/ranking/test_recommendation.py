@@ -74,10 +74,10 @@ def _recommended(
     with process_group("cpu", threads=1) as world:
         sharded = shard_for_training(config, dataset.manifest, world)[0].eval()
         model = deepfm_of(sharded)
-        found = recommend(model, world, dataset, wanted, out, checkpoint, in_parts=in_parts)
-        if found is not None and in_parts:
-            assert ranking_table(found, dataset).endswith(f"written: {out / 'recommendations'}")
-    return written, lines, {} if found is None else found.figures
+        actual = recommend(model, world, dataset, wanted, out, checkpoint, in_parts=in_parts)
+        if actual is not None and in_parts:
+            assert ranking_table(actual, dataset).endswith(f"written: {out / 'recommendations'}")
+    return written, lines, {} if actual is None else actual.figures
 
 
 def frame_of(out: Path) -> pd.DataFrame:
@@ -186,12 +186,12 @@ def test_a_catalogue_larger_than_the_memory_is_ranked_in_blocks(
     if not by_torch:
         assert [digest(tmp_path / f) for f in FILES] == [digest(full / f) for f in FILES]
         return
-    found, expected = frame_of(tmp_path), frame_of(full)
-    assert len(found) == len(expected)
-    both = found.merge(expected, on=["user_id", "item_id"])
+    actual, expected = frame_of(tmp_path), frame_of(full)
+    assert len(actual) == len(expected)
+    both = actual.merge(expected, on=["user_id", "item_id"])
     difference = (both["score_x"] - both["score_y"]).abs()
     assert (difference <= 2e-5 * both["score_y"].abs().clip(lower=1)).all()
-    assert (found["score"] - expected["score"]).abs().max() < 1e-4  # rank by rank
+    assert (actual["score"] - expected["score"]).abs().max() < 1e-4  # rank by rank
 
 
 @pytest.mark.parametrize("candidates", [None, 30])
@@ -242,18 +242,18 @@ def test_short_lists_are_scored_in_full(
     everything = frame_of(full)
     expected = everything.merge(best_by_fm).groupby("user_id", sort=False).head(5)
     exact = everything.groupby("user_id", sort=False).head(5)
-    found = frame_of(short)
+    actual = frame_of(short)
     keys = ["user_id", "item_id"]
     if not by_torch:
-        assert (found[keys].to_numpy() == expected[keys].to_numpy()).all()
-        assert (found["score"].to_numpy() == expected["score"].to_numpy()).all()
+        assert (actual[keys].to_numpy() == expected[keys].to_numpy()).all()
+        assert (actual["score"].to_numpy() == expected["score"].to_numpy()).all()
     else:
-        assert len(found.merge(expected[keys])) > 0.999 * len(found)
+        assert len(actual.merge(expected[keys])) > 0.999 * len(actual)
     assert len(frame_of(full).merge(exact[keys])) > 0.999 * len(exact)
     told = figures["short_list"]
     assert (told["candidates"], told["users"]) == (30, 512)
     users = sorted(exact["user_id"].unique())
-    overlap = len(exact.merge(found[keys])) / len(exact)
+    overlap = len(exact.merge(actual[keys])) / len(exact)
     assert told["overlap"] == pytest.approx(overlap, abs=0.02)
     of_fm = best_by_fm.groupby("user_id", sort=False).head(5)
     deep_share = 1 - len(exact.merge(of_fm)) / len(exact)
@@ -355,7 +355,7 @@ def test_a_killed_run_for_strangers_is_not_continued_with_other_items(
     checkpoint, file = tmp_path / "checkpoint", tmp_path / "strangers.csv"
     checkpoint.mkdir()
     config = load_config("sample", [*HISTORY, "model.init_std=0.3"])
-    found = []
+    actual = []
     for name, first in (("once", 0), ("killed", 1), ("killed", 0)):
         rows = [(f"s{n}", ids[(n + k + first) % len(ids)]) for n in range(700) for k in range(3)]
         pd.DataFrame(rows, columns=["user", "item"]).to_csv(file, index=False)
@@ -370,8 +370,8 @@ def test_a_killed_run_for_strangers_is_not_continued_with_other_items(
             with pytest.raises(RankFailed, match="KeyboardInterrupt"):
                 run_alone(_recommended, *arguments, checkpoint, dies_after=1)
         else:
-            found.append(run_alone(_recommended, *arguments, checkpoint)[0])
-    assert found == [2, 2]
+            actual.append(run_alone(_recommended, *arguments, checkpoint)[0])
+    assert actual == [2, 2]
     assert digest(tmp_path / "killed" / FILES[0]) == digest(tmp_path / "once" / FILES[0])
 
 
@@ -386,17 +386,17 @@ def test_the_score_matrix_holds_every_score(
         run_ranks(_recommended, size, sample.folder, SETTINGS, wanted, out)
     assert digest(once / "score_matrix.parquet") == digest(twice / "score_matrix.parquet")
     table = pq.read_table(once / "score_matrix.parquet")
-    found = np.stack(table["scores"].to_pandas().to_list())
+    actual = np.stack(table["scores"].to_pandas().to_list())
     ranked = frame_of(once)
     logits = ranked.pivot(index="user_id", columns="item_id", values="score")
     assert table["user_id"].to_pylist() == list(logits.index)
     assert json.loads(table.schema.metadata[b"item_ids"]) == list(logits.columns)
     expected = logits.to_numpy()
-    assert found.shape == expected.shape == (700, 400)
+    assert actual.shape == expected.shape == (700, 400)
     if kind == "int8":
         expected = np.rint(127 / (1 + np.exp(-expected.astype(np.float64)))).astype(np.int8)
-    assert found.dtype == {"int8": np.int8, "fp16": np.float16, "fp32": np.float32}[kind]
-    assert (found == expected.astype(found.dtype)).all()
+    assert actual.dtype == {"int8": np.int8, "fp16": np.float16, "fp32": np.float32}[kind]
+    assert (actual == expected.astype(actual.dtype)).all()
 
 
 def test_fewer_candidates_than_items_wanted_are_refused() -> None:
@@ -502,19 +502,19 @@ def _scores_of_pairs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         of_users = ranker.ModelRanker.from_model(
             model, world, dataset, catalogue, ranker.Users(users), {}
         )
-        found = of_users.scores(0, len(users), len(users))
+        actual = of_users.scores(0, len(users), len(users))
         pairs = np.repeat(users, len(catalogue)), np.tile(catalogue.rows, len(users))
         batch = Collator(dataset)(*pairs)
         with torch.no_grad():
             rows = model.embedding_arch.rows(batch.sparse).double()
             logits = model.interaction_arch.double()(rows, batch.dense.double())
-        return found, logits.view(len(users), -1).numpy()
+        return actual, logits.view(len(users), -1).numpy()
 
 
 def test_factorised_scores_of_histories_are_the_forwards(with_history: PreparedDataset) -> None:
-    found, expected = run_alone(_scores_of_pairs, with_history.folder)
+    actual, expected = run_alone(_scores_of_pairs, with_history.folder)
     assert expected.std() > 0.1
-    assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    assert np.abs(actual - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
 
 def _ranked_users(folder: Path, at_once: int) -> list[chunks.Ranked]:
@@ -538,8 +538,8 @@ def test_users_looked_up_together_are_ranked_as_one_stretch_after_another(
     alone = run_alone(_ranked_users, sample.folder, ranker.USER_BLOCK)
     assert [begin // ranker.USER_BLOCK for begin, _, _ in alone] == [0, 2, 3, 5]
     for size in (1, 2, 3):  # three ranks: the last one has run out of stretches
-        found = [r for of in run_ranks(_ranked_users, size, sample.folder, 1 << 20) for r in of]
-        for (begin, positions, scores), (begin_alone, *expected) in zip(found, alone, strict=True):
+        actual = [r for of in run_ranks(_ranked_users, size, sample.folder, 1 << 20) for r in of]
+        for (begin, positions, scores), (begin_alone, *expected) in zip(actual, alone, strict=True):
             assert begin == begin_alone
             np.testing.assert_array_equal(positions, expected[0])
             np.testing.assert_array_equal(scores, expected[1])
@@ -570,10 +570,10 @@ def test_an_index_that_looks_at_everything_finds_the_candidates(
         out.mkdir()
         arguments = (sample.folder, SETTINGS, wanted, out)
         *_, figures = run_ranks(_recommended, world_size, *arguments, item_block=64)[0]
-    everything, found = (frame_of(out) for out in outs)
-    both = everything.merge(found, on=["user_id", "item_id", "rank", "score"])
+    everything, actual = (frame_of(out) for out in outs)
+    both = everything.merge(actual, on=["user_id", "item_id", "rank", "score"])
     assert len(both) > 0.999 * len(everything)  # sums in another order, at the end of a list
-    assert len(found) == len(everything)
+    assert len(actual) == len(everything)
     assert figures["short_list"]["users"] == 512
 
 

@@ -62,8 +62,8 @@ def test_similar_items_are_those_of_a_full_sort(
     frame = pd.read_parquet(outs[0] / "similar_items.parquet")
     assert list(frame.columns) == ["item_id", "similar_item_id", "score", "rank"]
     assert (frame["item_id"].to_numpy().reshape(-1, 399) == ids[:, None]).all()
-    found = np.searchsorted(ids, frame["similar_item_id"].to_numpy()).reshape(-1, 399)
-    assert (found == best).mean() > 0.99
+    actual = np.searchsorted(ids, frame["similar_item_id"].to_numpy()).reshape(-1, 399)
+    assert (actual == best).mean() > 0.99
     wanted = np.take_along_axis(scores, best, 1)
     np.testing.assert_allclose(
         frame["score"].to_numpy().reshape(-1, 399), wanted, atol=2e-5, rtol=2e-5

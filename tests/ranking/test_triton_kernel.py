@@ -36,8 +36,8 @@ def test_scores_equal_float64(
     n_users: int, n_items: int, dim: int, sizes: list[int], seed: int
 ) -> None:
     case = Case.of(n_users, n_items, dim, sizes, seed)
-    found = interpreted(case, n_users, n_items).scores()
-    assert error_of(found, case.expected(n_users, n_items)) <= 1e-5
+    actual = interpreted(case, n_users, n_items).scores()
+    assert error_of(actual, case.expected(n_users, n_items)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_what_tensor_cores_round_leaves_the_error_that_is_documented(
     for weight, bias in case.layers[:-1]:
         x = (product(x, weight.float().T, precision) + bias.float()).relu()
     deep = (x @ case.layers[-1][0][0].float()).view(40, 200)
-    found = users[0][:, None] + items[0] + users[1] @ items[1].T + deep
-    assert error / 10 < error_of(found, case.expected(40, 200)) < error
+    actual = users[0][:, None] + items[0] + users[1] @ items[1].T + deep
+    assert error / 10 < error_of(actual, case.expected(40, 200)) < error
 
 
 def test_layers_that_are_too_wide_or_too_many_are_named() -> None:
@@ -184,8 +184,8 @@ def kernels() -> dict[str, dict[str, Any]]:
         env={**environment, "PYTHONPATH": str(root)},
     )
     assert result.returncode == 0, result.stderr
-    found = map(json.loads, result.stdout.splitlines())
-    return dict(zip(KERNELS, found, strict=True))
+    actual = map(json.loads, result.stdout.splitlines())
+    return dict(zip(KERNELS, actual, strict=True))
 
 
 @pytest.mark.slow  # a minute for all
@@ -193,15 +193,15 @@ def kernels() -> dict[str, dict[str, Any]]:
 def test_the_kernel_compiles_for_each_gpu_and_fits(
     kernels: dict[str, dict[str, Any]], kernel: str
 ) -> None:
-    found, (spilled, multiplies) = kernels[kernel], KERNELS[kernel]
-    assert found["shared_kib"] <= {"sm_80": 163, "sm_90": 227, "sm_100": 227}[kernel.split()[0]]
-    assert found["spilled_bytes"] <= spilled
-    assert (found["tensor_core_instructions"] > 0) == multiplies
+    actual, (spilled, multiplies) = kernels[kernel], KERNELS[kernel]
+    assert actual["shared_kib"] <= {"sm_80": 163, "sm_90": 227, "sm_100": 227}[kernel.split()[0]]
+    assert actual["spilled_bytes"] <= spilled
+    assert (actual["tensor_core_instructions"] > 0) == multiplies
 
 
 @pytest.mark.slow  # as above
 def test_another_number_of_users_or_items_compiles_nothing(
     kernels: dict[str, dict[str, Any]],
 ) -> None:
-    [names] = {tuple(found["compiled_again_for_another"]) for found in kernels.values()}
+    [names] = {tuple(actual["compiled_again_for_another"]) for actual in kernels.values()}
     assert names == ("columns_per_split",)  # always whole tiles

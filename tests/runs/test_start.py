@@ -98,13 +98,13 @@ def _started(config: Config) -> dict[str, Any]:
 def _weights(run: Run, world: Any) -> dict[str, np.ndarray]:
     """Everything above the tables, and whole tables."""
     state = run.sharded.state_dict()
-    found = {n: t.numpy().copy() for n, t in state.items() if ".ebc." not in n}
+    actual = {n: t.numpy().copy() for n, t in state.items() if ".ebc." not in n}
     mine = [(t, rows.start, p.numpy().copy()) for t, rows, _, p in local_shards(run.sharded)]
     pieces = [piece for of_rank in world.all_gather_object(mine) for piece in of_rank]
     for table in {t for t, *_ in pieces}:
         parts = {begin: p for t, begin, p in pieces if t == table}  # every rank may have them all
-        found[table] = np.concatenate([parts[begin] for begin in sorted(parts)])
-    return found
+        actual[table] = np.concatenate([parts[begin] for begin in sorted(parts)])
+    return actual
 
 
 ABOVE = "model.interaction_arch."
@@ -167,9 +167,9 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
 
     moments = saved["optimizer"][f"dense.{ABOVE}over_arch.hidden.0.weight"]["exp_avg"].numpy()
     assert np.abs(moments).max() > 0
-    found = alone["state"][f"dense.{ABOVE}over_arch.hidden.0.weight.exp_avg"].numpy()
+    actual = alone["state"][f"dense.{ABOVE}over_arch.hidden.0.weight.exp_avg"].numpy()
     for i, name in enumerate(now):
-        block = found[:, i * DIM : (i + 1) * DIM]
+        block = actual[:, i * DIM : (i + 1) * DIM]
         if name in was:
             at = was.index(name) * DIM
             np.testing.assert_array_equal(block, moments[:, at : at + DIM], err_msg=name)
@@ -187,12 +187,12 @@ def test_grown_data_of_other_fields_keep_the_rows_of_earlier_ids(
     (home / "day2.csv").write_text(rows)
     grown = f"data.vocabulary_from={home / 'prepared' / 'before'}"
     config = after(home, AFTER, "grown", grown, "data.interactions.file=day2.csv")
-    found = run_ranks(_started, 2, config)[0]
+    actual = run_ranks(_started, 2, config)[0]
     for table in ("user", "item", "mood"):
         name = f"model.embedding_arch.ebc.embedding_bags.{table}.weight"
-        old, new = saved["model"][name].numpy(), found["weights"][table]
+        old, new = saved["model"][name].numpy(), actual["weights"][table]
         np.testing.assert_array_equal(new[: len(old)], old, err_msg=table)
-        np.testing.assert_array_equal(new[len(old) :], found["fresh"][table][len(old) :])
+        np.testing.assert_array_equal(new[len(old) :], actual["fresh"][table][len(old) :])
         assert (len(new) > len(old)) == (table != "mood")
     arguments_of = arguments(home, "grown")
     assert run_alone(train_command.main, ["--quiet", *arguments_of]) == 0

@@ -90,15 +90,15 @@ def client(url: str) -> Iterator[Any]:
 def test_it_ranks_as_the_commands_do(client: Any, home: Path) -> None:
     of_users = pd.read_parquet(home / "runs/sample/recommendations.parquet").groupby("user_id")
     for user, wanted in list(of_users)[::70]:
-        found = client.get(f"/users/{user}/recommendations?k=7").json()["items"]
-        assert [i["id"] for i in found] == wanted["item_id"].tolist()[:7]
-        np.testing.assert_allclose([i["score"] for i in found], wanted["score"][:7], rtol=1e-5)
-        assert [i["rank"] for i in found] == list(range(1, 8))
+        actual = client.get(f"/users/{user}/recommendations?k=7").json()["items"]
+        assert [i["id"] for i in actual] == wanted["item_id"].tolist()[:7]
+        np.testing.assert_allclose([i["score"] for i in actual], wanted["score"][:7], rtol=1e-5)
+        assert [i["rank"] for i in actual] == list(range(1, 8))
     of_items = pd.read_parquet(home / "runs/sample/similar_items.parquet").groupby("item_id")
     for item, wanted in list(of_items)[::40]:
-        found = client.get(f"/items/{item}/similar").json()["items"]
-        assert [i["id"] for i in found] == wanted["similar_item_id"].tolist()
-        np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
+        actual = client.get(f"/items/{item}/similar").json()["items"]
+        assert [i["id"] for i in actual] == wanted["similar_item_id"].tolist()
+        np.testing.assert_allclose([i["score"] for i in actual], wanted["score"], rtol=1e-5)
 
 
 def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
@@ -115,9 +115,9 @@ def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
     for item in user["latest"]:
         assert item["title"] == titles[item["id"]]
         assert set(item["tags"]) == genres.get(item["id"], set())
-    found = client.get("/items", params={"q": "MOON", "limit": 3}).json()["items"]
-    assert len(found) == 3
-    assert all("Moon" in item["title"] for item in found)
+    actual = client.get("/items", params={"q": "MOON", "limit": 3}).json()["items"]
+    assert len(actual) == 3
+    assert all("Moon" in item["title"] for item in actual)
     ids = [str(u) for u in sorted(rows["user"].unique()) if str(u).startswith("4")]
     assert client.get("/users?q=4&limit=2").json() == {"total": 700, "ids": ids[:2]}
     health = client.get("/healthz").json()
@@ -138,7 +138,7 @@ def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
         (f"/users/{'x' * 201}/recommendations", 422, "at most 200 characters"),
     ],
 )
-def test_what_cannot_be_answered_is_told(client: Any, path: str, status: int, told: str) -> None:
+def test_what_cannot_be_answered_is_named(client: Any, path: str, status: int, told: str) -> None:
     answer = client.get(path)
     assert answer.status_code == status
     assert told in answer.text
@@ -155,17 +155,17 @@ def test_somebody_described_by_items_gets_what_the_command_says(
     words = command("recommend", "--run", "runs/sample", option)
     subprocess.run(words, cwd=home, check=True, capture_output=True)
     wanted = pd.read_parquet(home / "runs/sample/recommendations-histories.parquet")
-    found = client.post("/recommend", json={"items": [*liked, liked[0]], "k": 10}).json()["items"]
-    assert [i["id"] for i in found] == wanted["item_id"].tolist()
-    np.testing.assert_allclose([i["score"] for i in found], wanted["score"], rtol=1e-5)
+    actual = client.post("/recommend", json={"items": [*liked, liked[0]], "k": 10}).json()["items"]
+    assert [i["id"] for i in actual] == wanted["item_id"].tolist()
+    np.testing.assert_allclose([i["score"] for i in actual], wanted["score"], rtol=1e-5)
 
 
 def _asked_by_items(home: Path) -> None:
     where = [f"run.runs_root={home}", f"run.prepared_root={home / 'prepared'}"]
     config = load_config("sample", [*where, "run.name=plain"])
     with process_group("cpu", threads=1) as world:
-        found = find_run(config, [])
-        Recommender(found, up_to_date_export(found), world).recommend_for(["9"], 3)
+        actual = find_run(config, [])
+        Recommender(actual, up_to_date_export(actual), world).recommend_for(["9"], 3)
 
 
 def test_a_model_that_knows_users_by_id_alone_says_so(
@@ -244,8 +244,8 @@ def test_head_is_get_without_a_body(client: Any) -> None:
 def test_requests_are_counted_by_route(client: Any) -> None:
     def count() -> float:
         line = 'deepfm_requests_total{route="/users/{user_id}/recommendations",status="200"} '
-        [found] = [x for x in client.get("/metrics").text.splitlines() if x.startswith(line)]
-        return float(found.removeprefix(line))
+        [actual] = [x for x in client.get("/metrics").text.splitlines() if x.startswith(line)]
+        return float(actual.removeprefix(line))
 
     client.get("/users/4/recommendations")
     before = count()
@@ -333,7 +333,7 @@ def test_settings_that_a_service_does_not_look_at_are_refused(
         assert done.stderr.startswith(f"ConfigError: {named}: not used by the service, which ")
 
 
-def test_what_cannot_be_served_is_told(
+def test_what_cannot_be_served_is_reported(
     tmp_path: Path, url: str, command: Callable[..., list[str]]
 ) -> None:
     taken = ("--port", url.rpartition(":")[2])

@@ -98,8 +98,8 @@ class Scorer(nn.Module):
 
 def figures(folder: Path) -> tuple[dict[str, float], Unknown] | None:
     with process_group("cpu") as world:
-        found = RowEvaluator(PreparedDataset(folder, 0), "valid").measure(Scorer(), world)
-        return found and (found.figures, found.unknown)
+        actual = RowEvaluator(PreparedDataset(folder, 0), "valid").measure(Scorer(), world)
+        return actual and (actual.figures, actual.unknown)
 
 
 @pytest.mark.parametrize("ranked_rows", [1 << 20, 60])
@@ -120,9 +120,9 @@ def test_figures_are_those_of_all_rows_at_once_at_any_world_size(
     unknown = {"user": int((rows.users == 0).sum()), "m": sum(not any(m) for m in of_m.lists())}
     assert unknown["m"] > 20
     of_worlds = [run_ranks(figures, size, dataset) for size in (1, 2, 4)]
-    for found, *others in of_worlds:
-        assert found is not None
-        assert found[0] == pytest.approx(expected, rel=1e-12)
-        assert found[1] == Unknown(N_VALID, unknown)
+    for actual, *others in of_worlds:
+        assert actual is not None
+        assert actual[0] == pytest.approx(expected, rel=1e-12)
+        assert actual[1] == Unknown(N_VALID, unknown)
         assert others == [None] * len(others)
-        assert found == of_worlds[0][0]
+        assert actual == of_worlds[0][0]

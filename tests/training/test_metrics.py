@@ -60,8 +60,8 @@ def test_log_loss_and_accuracy_equal_scikit_learns(pairs: list[tuple[int, int]])
 def test_a_row_of_weight_2_counts_as_two(rows: list[tuple[int, int, int, int]]) -> None:
     labels, logits, users, times = (np.array(c) for c in zip(*rows, strict=True))
     several = [np.repeat(c, times) for c in (labels, logits.astype(float), users)]
-    found = figures_on(labels, logits.astype(float), times.astype(float))
-    assert found == pytest.approx(figures_on(*several[:2]), abs=1e-12, nan_ok=True)
+    actual = figures_on(labels, logits.astype(float), times.astype(float))
+    assert actual == pytest.approx(figures_on(*several[:2]), abs=1e-12, nan_ok=True)
     of_users = area(labels, logits, users, times)
     assert of_users == pytest.approx(area(*several), abs=1e-12, nan_ok=True)
 
@@ -109,13 +109,13 @@ def test_calibration_compares_stretches_of_rows_as_scikit_learn_does() -> None:
     probabilities = 1 / (1 + np.exp(-np.linspace(-4, 3, 1000)))
     labels = (random.random(1000) < probabilities).astype(np.float64)
     sums = np.stack([np.ones(1000), probabilities, labels])
-    found = calibration_curve(np.pad(sums, ((0, 0), (5, 5))))  # bins without rows
+    actual = calibration_curve(np.pad(sums, ((0, 0), (5, 5))))  # bins without rows
     observed, predicted = sk_calibration.calibration_curve(
         labels, probabilities, n_bins=20, strategy="quantile"
     )
-    assert found.rows == [50] * 20
-    np.testing.assert_allclose(found.predicted, predicted)
-    np.testing.assert_allclose(found.observed, observed)
+    assert actual.rows == [50] * 20
+    np.testing.assert_allclose(actual.predicted, predicted)
+    np.testing.assert_allclose(actual.observed, observed)
     few = calibration_curve(sums[:, :3])
     assert few.rows == [1, 1, 1]
     assert few.predicted == probabilities[:3].tolist()

@@ -146,8 +146,8 @@ def train_quietly(run: Run) -> None:
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [e for e in found if e["event"] == kind]
+    actual = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [e for e in actual if e["event"] == kind]
 
 
 SHORT = ("trainer.epochs=1", "trainer.max_steps=20", "trainer.validate_every_epochs=0")
@@ -225,9 +225,9 @@ def test_validation_measures_in_eval_mode_and_leaves_training_alone(
     )
     assert len(validated.losses) == 15
     assert validated.losses == plain.losses
-    found = events(tmp_path / "1", "valid")
-    assert [e["epoch"] for e in found] == [1, 2, 3]
-    assert {k: found[-1][k] for k in validated.figures} == validated.figures
+    actual = events(tmp_path / "1", "valid")
+    assert [e["epoch"] for e in actual] == [1, 2, 3]
+    assert {k: actual[-1][k] for k in validated.figures} == validated.figures
 
 
 def _masks(folder: Path, first_draws: int) -> list[bytes]:
@@ -621,8 +621,8 @@ def test_a_run_and_its_dataset_outlive_whatever_is_typed_after_the_labels_have_c
         return {*codes}, capfd.readouterr().err
 
     def files() -> dict[Path, bytes]:
-        found = [p for kind in ("prepared", "runs") for p in (tmp_path / kind).rglob("*")]
-        return {p: p.read_bytes() for p in found if p.is_file()}
+        actual = [p for kind in ("prepared", "runs") for p in (tmp_path / kind).rglob("*")]
+        return {p: p.read_bytes() for p in actual if p.is_file()}
 
     runs = tmp_path / "runs"
     rows((0, 1))
@@ -756,14 +756,14 @@ def test_a_run_knows_the_steps_of_those_it_began_from(tmp_path: Path) -> None:
         "run.loggers=[]",
         "data.name=shared",
     ]
-    found = []
+    actual = []
     for name, steps, start in (("a", 4, None), ("b", 3, "a"), ("c", 2, "b")):
         begun = [] if start is None else [f"checkpoint.start_from={tmp_path / 'runs' / start}"]
         trainer = f"trainer={{max_steps: {steps}, validate_every_epochs: 0}}"
         command = [*arguments, f"run.name={name}", trainer, *begun]
         assert run_alone(train_command.main, command) == 0
-        found.append(steps_in(read_state(find_checkpoint(tmp_path / "runs" / name))))
-    assert found == [4, 7, 9]
+        actual.append(steps_in(read_state(find_checkpoint(tmp_path / "runs" / name))))
+    assert actual == [4, 7, 9]
 
 
 def _trained_by_rank(home: Path, folder: Path, size: int) -> int:

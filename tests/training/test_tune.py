@@ -48,14 +48,14 @@ def value_of(trial: Trial) -> float:
 
 def tried(search: Search, trials: int, until: int = 10**9) -> list[Trial]:
     """Goes on with a search; at the ``until``-th trial it is left open."""
-    found: list[Trial] = []
+    actual: list[Trial] = []
     while (trial := search.next(trials)) is not None:
-        found.append(trial)
-        if len(found) == until:
+        actual.append(trial)
+        if len(actual) == until:
             search.close()  # as the end of its process does
             break
         search.over("complete", value_of(trial))
-    return found
+    return actual
 
 
 def test_a_search_stays_in_its_space_and_finds_what_is_good(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_trial_below_the_median_is_not_worth_going_on_with(tmp_path: Path, low
 
 
 def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: Path) -> None:
-    found = []
+    actual = []
     for name, cut in (("whole", False), ("cut", True)):
         search = Search(tmp_path / name, PRUNED, False, 1)
         for level in (0.5, 0.6, 0.7, 0.8):
@@ -134,9 +134,9 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
         told += [search.report(epoch, 0.5) for epoch in (4, 5)]
         search.over("complete", 0.9)
         trials = search._study.get_trials(deepcopy=False)
-        found.append(trials[-1].intermediate_values)
+        actual.append(trials[-1].intermediate_values)
         assert not any(told)
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
 
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(
@@ -183,13 +183,13 @@ def test_the_command_finds_the_same_best_settings_on_one_and_two_ranks(tmp_path:
         arguments = [*_settings(tmp_path, name), space]
         codes = run_ranks(_run, size, tune.main, *arguments, timeout_s=300)
         assert codes == [0] * size
-    found = [
+    actual = [
         yaml.safe_load((tmp_path / name / "tune" / "best.yaml").read_text())
         for name in ("one", "two")
     ]
-    assert found[0]["run"].pop("name") == "one_best" and found[1]["run"].pop("name") == "two_best"
-    assert found[0] == found[1]
-    assert found[0]["optimizer"]["tables"]["lr"] == 0.3
+    assert actual[0]["run"].pop("name") == "one_best" and actual[1]["run"].pop("name") == "two_best"
+    assert actual[0] == actual[1]
+    assert actual[0]["optimizer"]["tables"]["lr"] == 0.3
     tried = tmp_path / "one" / "tune"
     kept = list(tried.glob("*/checkpoints/step_*/state.json"))
     assert len({path.parts[-4] for path in kept}) == 1  # the best trial's
@@ -287,13 +287,13 @@ def test_a_search_without_its_library_is_refused(
 
 def _worker(folder: Path, started: Path) -> list[str]:
     """Takes part in a search until it is over; its trials."""
-    search, found = Search(folder, TUNE, False, 1), []
+    search, actual = Search(folder, TUNE, False, 1), []
     while (trial := search.next(12)) is not None:
         (started / trial.name).open("x").close()  # nobody else has it
         time.sleep(0.5)  # trains
         search.over("complete", value_of(trial))
-        found.append(trial.name)
-    return found
+        actual.append(trial.name)
+    return actual
 
 
 def test_several_workers_share_one_study(tmp_path: Path) -> None:
@@ -301,11 +301,11 @@ def test_several_workers_share_one_study(tmp_path: Path) -> None:
     (tmp_path / "started").mkdir()
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(_worker, tmp_path / "study", tmp_path / "started") for _ in range(3)]
-        found = [future.result() for future in futures]
-    assert sorted(name for of_worker in found for name in of_worker) == [
+        actual = [future.result() for future in futures]
+    assert sorted(name for of_worker in actual for name in of_worker) == [
         f"trial_{n:03}" for n in range(12)
     ]
-    assert all(found)  # none was kept out
+    assert all(actual)  # none was kept out
     past = Search(tmp_path / "study", TUNE, False, 1).past()
     assert [t.outcome for t in past] == ["complete"] * 12
     assert [t.best for t in past] == [value_of(t) for t in past]

@@ -38,8 +38,8 @@ def test_lanes_take_turns_until_each_is_done(
                 left[lane] -= 1
                 order.append(lane)
     total = data.draw(st.integers(0, rows * copies))
-    found = consumed(rows, lanes, copies, total)
-    assert found.tolist() == [order[:total].count(lane) for lane in range(lanes)]
+    actual = consumed(rows, lanes, copies, total)
+    assert actual.tolist() == [order[:total].count(lane) for lane in range(lanes)]
 
 
 def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr") -> Path:
@@ -71,20 +71,20 @@ def prepared(folder: Path, rows: int, lanes: int, window: int, task: str = "ctr"
 
 def numbers(batches: list[TrainingBatches], step: int) -> list[int]:
     """The numbers of the rows of a step, in the order of the ranks."""
-    found: list[int] = []
+    actual: list[int] = []
     for of_rank in batches:
         batch = of_rank.batch(step)
         real = int(batch.weights.sum())
-        found += [int(n) for n in batch.dense[:real, 0]]
+        actual += [int(n) for n in batch.dense[:real, 0]]
         assert batch.weights.tolist() == [1.0] * real + [0.0] * (len(batch.weights) - real)
         bags = batch.sparse.to_dict()["m"].to_dense()
         assert [len(bag) for bag in bags[:real]] == [
-            min(2, len(str(n))) for n in found[len(found) - real :]
+            min(2, len(str(n))) for n in actual[len(actual) - real :]
         ]
         assert [y % 1 for y in batch.labels.tolist()] == [0] * len(batch.labels)
         labels = batch.labels[:real].tolist()
-        assert labels == [n % 3 % 2 for n in found[len(found) - real :]]
-    return found
+        assert labels == [n % 3 % 2 for n in actual[len(actual) - real :]]
+    return actual
 
 
 @settings(max_examples=25)
@@ -135,16 +135,16 @@ def test_negatives_are_the_same_at_any_world_size_and_avoid_positives(tmp_path: 
     ranks = [TrainingBatches(dataset, 64, r, 3, 9) for r in range(3)]
     alone = TrainingBatches(dataset, 64, 0, 1, 9)
     liked = {(u, i) for u, bag in enumerate(dataset.history.lists()) for i in bag}
-    found: Counter[tuple[int, int]] = Counter()
+    actual: Counter[tuple[int, int]] = Counter()
     for step in range(1, alone.steps_per_epoch + 1):
         whole = rows_of(alone.batch(step))
         assert [row for of_rank in ranks for row in rows_of(of_rank.batch(step))] == whole
         for users, items, *_, label in whole:
             pair = (users[0], items[0])  # type: ignore[index]
             assert (pair in liked) == (label == 1)
-            found[pair] += label == 1
-    assert {p for p, n in found.items() if n} == liked
-    assert sum(found.values()) == 300 == alone.rows_per_epoch // (1 + k)
+            actual[pair] += label == 1
+    assert {p for p, n in actual.items() if n} == liked
+    assert sum(actual.values()) == 300 == alone.rows_per_epoch // (1 + k)
     held = PreparedDataset(dataset.folder)  # in memory: the same rows and as many batches
     assert TrainingBatches(held, 64, 0, 1, 9).steps_per_epoch == alone.steps_per_epoch
 
@@ -205,11 +205,11 @@ def test_large_columns_of_items_are_mapped_and_the_same(tmp_path: Path) -> None:
     for _ in range(2):  # made, then found
         mapped = PreparedDataset(folder, memory_bytes=0).entity_fields
         for name, kind in (("price", np.float32), ("range", np.int32)):
-            found = mapped[name]
-            assert isinstance(found, np.ndarray)
-            assert found.dtype == kind
-            assert not found.flags.writeable
-            np.testing.assert_array_equal(found, held[name])
+            actual = mapped[name]
+            assert isinstance(actual, np.ndarray)
+            assert actual.dtype == kind
+            assert not actual.flags.writeable
+            np.testing.assert_array_equal(actual, held[name])
     assert {p.name for p in (folder / "mapped").iterdir()} == {"item-price", "item-range"}
 
 

@@ -74,8 +74,8 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     assert all(counts[f"i{k}"] == sum(p[1] == f"i{k}" for p in pairs) for k in range(20))
     for table, at in (("user", 0), ("item", 1)):
         vocabulary = new.vocabulary(table)
-        found = dict(zip(vocabulary.ids.to_pylist(), vocabulary.counts.tolist(), strict=True))
-        assert found == Counter(p[at] for p in pairs)
+        actual = dict(zip(vocabulary.ids.to_pylist(), vocabulary.counts.tolist(), strict=True))
+        assert actual == Counter(p[at] for p in pairs)
     unchanged = new.manifest.fingerprint
     prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
     prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)

@@ -193,9 +193,9 @@ def test_impressions_explode(cells: list[str], expected: list[object]) -> None:
     batch = pa.RecordBatch.from_pydict(
         {"impressions": lists, "user": pa.array(["u", "v"][: len(cells)])}
     )
-    found = exploded(batch).to_pydict()
-    assert [*zip(found["item"], found["label"], strict=True)] == expected
-    assert found["user"] == ["u"] * 2 + ["v"] * (len(expected) - 2)
+    actual = exploded(batch).to_pydict()
+    assert [*zip(actual["item"], actual["label"], strict=True)] == expected
+    assert actual["user"] == ["u"] * 2 + ["v"] * (len(expected) - 2)
 
 
 @pytest.mark.parametrize("cell", ["N1-1 N2", "N1-2", "-1", "", "N1-1,N2-0"])

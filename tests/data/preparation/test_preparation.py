@@ -32,7 +32,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
     hours = [None, *dataset.vocabulary("hour").ids.to_pylist()]
     assert sorted(moods[1:]) == ["calm", "happy"]
     train = dataset.rows("train")
-    found = [
+    actual = [
         (
             users[train.users[r]],
             items[train.items[r]],
@@ -42,7 +42,7 @@ def test_rows_entities_and_counts_are_as_expected(root: Path) -> None:
         )
         for r in range(train.n)
     ]
-    assert sorted(found) == [
+    assert sorted(actual) == [
         ("a", "x", "9", ["happy", "calm"], round(np.log1p(10), 4)),
         ("a", "y", "10", ["calm"], round(np.log1p(30), 4)),  # the later of two
         ("b", "x", "9", ["happy"], 0.0),
@@ -265,17 +265,17 @@ def test_fixed_negatives_are_distinct_unseen_and_as_many_for_each_user(root: Pat
     rows = "u,i\n" + "".join(f"{u},{i}\n" for u, i in sorted(liked))
     features = str(USER_AND_ITEM)
     dataset = small(root, rows, features, negatives={"fixed_per_user": 1})
-    found = pairs_of(dataset, "train")
+    actual = pairs_of(dataset, "train")
     labels = dataset.rows("train").labels
     assert labels is not None
-    assert {p for p, y in zip(found, labels, strict=True) if y == 1} == liked
-    negatives = [p for p, y in zip(found, labels, strict=True) if y == 0]
+    assert {p for p, y in zip(actual, labels, strict=True) if y == 1} == liked
+    negatives = [p for p, y in zip(actual, labels, strict=True) if y == 0]
     assert sorted(u for u, _ in negatives) == ["a", "b", "c"]
     assert not set(negatives) & liked
     assert not dataset.manifest.sampled
     dataset = small(root, rows, features, negatives={"fixed_per_user": 3})  # of 2, 3 and 1 unseen
-    found, labels = pairs_of(dataset, "train"), dataset.rows("train").labels
-    negatives = [p for p, y in zip(found, labels, strict=True) if y == 0]
+    actual, labels = pairs_of(dataset, "train"), dataset.rows("train").labels
+    negatives = [p for p, y in zip(actual, labels, strict=True) if y == 0]
     assert set(negatives) == {(u, i) for u in "abc" for i in "wxyz"} - liked
     assert len(negatives) == 2 + 3 + 1
     assert list(dataset.manifest.noted.items()) == [
@@ -372,8 +372,8 @@ def test_rows_are_kept_or_counted_file_by_file(root: Path, threads: int) -> None
     }
     data = DataConfig.model_validate(spec)
     manifest = prepare(data, root, root / "out" / "s", 1, threads)
-    found = {reason: n for reason, n in manifest.dropped.items() if ": rows with" in reason}
-    assert found == {
+    actual = {reason: n for reason, n in manifest.dropped.items() if ": rows with" in reason}
+    assert actual == {
         "a/x.csv: rows with a wrong number of cells": 2,
         "a/x.csv: rows with an unreadable cell": 1,
         "a/x.csv: rows with a wrong number of cells, read for users and items": 2,
@@ -519,7 +519,7 @@ def test_a_user_who_has_seen_everything_trains_without_negatives(
     batches = TrainingBatches(dataset, 8, 0, 1, 1, threads)
     assert "per_positive=3: fewer unseen items for 2 of 2 users" in caplog.text
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
-    found: Counter[tuple[str, str, float]] = Counter()
+    actual: Counter[tuple[str, str, float]] = Counter()
     weights = []
     for batch in batches.steps(1, batches.steps_per_epoch):
         fields = {k: [b.tolist() for b in j.to_dense()] for k, j in batch.sparse.to_dict().items()}
@@ -531,16 +531,16 @@ def test_a_user_who_has_seen_everything_trains_without_negatives(
             if weight == 0:  # as a row that pads the last batch
                 assert (user, item, hour, float(label)) == ([], [], [], 0)
             else:
-                found[users[user[0]], items[item[0]], float(label)] += 1
+                actual[users[user[0]], items[item[0]], float(label)] += 1
     expected = {("a", i, 1.0): 1 for i in "vwxyz"} | {("b", i, 1.0): 1 for i in "vwx"}
-    assert found == Counter(expected | {("b", i, 0.0): 3 for i in "yz"})
+    assert actual == Counter(expected | {("b", i, 0.0): 3 for i in "yz"})
     assert len(weights) == 4 * 8
     with pytest.raises(DataError, match="every user has met all 2 items, so that no negative"):
         TrainingBatches(small(root, "u,i\na,x\na,y\n", str(USER_AND_ITEM)), 4, 0, 1, 1)
 
 
 @pytest.mark.parametrize(("keep", "dropped"), [("all", 4), ("first", 0)])
-def test_numbers_that_are_told_again_are_counted(root: Path, keep: str, dropped: int) -> None:
+def test_numbers_that_are_reported_again_are_counted(root: Path, keep: str, dropped: int) -> None:
     """As categorical values are; an empty cell tells nothing, and takes no other's place."""
     (root / "price.csv").write_text("i,p\nx,\nx,1\nx,2\nx,3\ny,4\ny,\ny,4\nz,\nq,5\nq,6\n")
     field = f"{{name: p, entity: item, file: price.csv, kind: numeric, keep: {keep}}}"

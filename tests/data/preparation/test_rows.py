@@ -134,8 +134,8 @@ def test_rows_below_the_rating_are_never_negatives(
     assert negatives == everything - pairs_of(known)
     for split in ("valid", "test"):
         held_out = dataset.rows(split)
-        found = zip(held_out.context["who"], held_out.items, held_out.labels, strict=True)
-        drawn = {(who[u], items[i]) for u, i, label in found if label == 0}
+        actual = zip(held_out.context["who"], held_out.items, held_out.labels, strict=True)
+        drawn = {(who[u], items[i]) for u, i, label in actual if label == 0}
         assert drawn
         assert not drawn & pairs_of(rows)
 
@@ -153,8 +153,8 @@ def test_losses_over_the_catalogue_and_fixed_negatives_avoid_them_too(tmp_path: 
     fixed = prepared(tmp_path, rows, "f", interactions=RATED, negatives={"fixed_per_user": 3})
     users, items = (fixed.entity_ids(e).to_pylist() for e in ("user", "item"))
     train = fixed.rows("train")
-    found = zip(train.users, train.items, train.labels, strict=True)
-    negatives = [(users[u], items[i]) for u, i, label in found if label == 0]
+    actual = zip(train.users, train.items, train.labels, strict=True)
+    negatives = [(users[u], items[i]) for u, i, label in actual if label == 0]
     assert len(set(negatives)) == 12 * 3
     assert not set(negatives) & pairs_of(rows)
     assert met(fixed, "train") == pairs_of(rows)  # and what was drawn is not seen
@@ -216,20 +216,20 @@ def test_what_was_seen_is_not_recommended_unless_allowed(tmp_path: Path, task: s
     order = np.sort(counted["t"].to_numpy())
     test_from = order[len(order) - round(0.2 * len(order))]
     in_test = rows[(rows["t"] >= test_from) & (rows["r"] >= 4)]
-    found = run_alone(_rankings, dataset.folder, config, [])
-    assert found["recommend"] == everything - pairs_of(rows)
+    actual = run_alone(_rankings, dataset.folder, config, [])
+    assert actual["recommend"] == everything - pairs_of(rows)
     ranked_users = {u for u, i in pairs_of(in_test) if u in users}
-    assert found["evaluate"] == {
+    assert actual["evaluate"] == {
         (u, i) for u, i in everything - pairs_of(rows[rows["t"] < test_from]) if u in ranked_users
     }
-    assert found["relevant"] == {(u, i) for u, i in pairs_of(in_test) if i in items and u in users}
+    assert actual["relevant"] == {(u, i) for u, i in pairs_of(in_test) if i in items and u in users}
     allowed = ["recommend.mask=[]"]
     if task == "implicit":  # of clicks, no rankings are evaluated
         allowed.append("evaluate.mask_seen=false")
-    found = run_alone(_rankings, dataset.folder, config, allowed)
-    assert found["recommend"] == everything
+    actual = run_alone(_rankings, dataset.folder, config, allowed)
+    assert actual["recommend"] == everything
     if task == "implicit":
-        assert found["evaluate"] == {(u, i) for u, i in everything if u in ranked_users}
+        assert actual["evaluate"] == {(u, i) for u, i in everything if u in ranked_users}
 
 
 LOG = """u,i,b,t,w
@@ -284,13 +284,13 @@ def test_which_of_several_rows_stays_is_a_rule(
         users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
         words = [None, *dataset.vocabulary("b").ids.to_pylist()]
         rows = dataset.columns("train", ["user", "item", "b", "time"])
-        found = Counter(
+        actual = Counter(
             f"{users[u]} {items[i]} {words[b]} {t}"
             for u, i, b, t in zip(rows["user"], rows["item"], rows["b"], rows["time"], strict=True)
         )
-        assert set(found) == kept
+        assert set(actual) == kept
         n_dropped = dataset.manifest.dropped.get("repeated (user, item) rows", 0)
-        assert found.total() + n_dropped == len(table)
+        assert actual.total() + n_dropped == len(table)
         assert n_dropped == (0 if rule.get("repeated") == "all" else 5)
 
 
@@ -314,25 +314,25 @@ def _in_words(dataset: PreparedDataset) -> dict[str, Any]:
     """All that a dataset says of rows and entities, as ids, in an order of its own."""
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
     words = {n: [None, *dataset.vocabulary(n).ids.to_pylist()] for n in ("b", "cat")}
-    found: dict[str, Any] = {"noted": dataset.manifest.noted, "dropped": dataset.manifest.dropped}
+    actual: dict[str, Any] = {"noted": dataset.manifest.noted, "dropped": dataset.manifest.dropped}
     for split in ("train", "valid", "test"):
         columns = dataset.columns(split, ["user", "item", "b", "x", "time"])
         label = dataset.columns(split, ["label"])["label"] if split != "train" else None
-        found[split] = Counter(
+        actual[split] = Counter(
             (users[u], items[i], words["b"][b], float(x), int(t))
             for row, (u, i, b, x, t) in enumerate(zip(*columns.values(), strict=True))
             if label is None or label[row]
         )
-        found[f"met {split}"] = sorted(met(dataset, split))
-    found["history"] = {
+        actual[f"met {split}"] = sorted(met(dataset, split))
+    actual["history"] = {
         users[u]: [items[i] for i in bag] for u, bag in enumerate(dataset.history.lists())
     }
     for entity, name, ids in (("user", "price", users), ("item", "cat", items)):
         values = dataset.entity_fields[name]
         said = values.lists() if isinstance(values, Jagged) else np.asarray(values).tolist()
         said = [[words["cat"][v] for v in bag] for bag in said] if name == "cat" else said
-        found[f"{entity} {name}"] = dict(zip(ids[1:], said[1:], strict=True))
-    return found
+        actual[f"{entity} {name}"] = dict(zip(ids[1:], said[1:], strict=True))
+    return actual
 
 
 @pytest.mark.parametrize("method", ["leave_last", "temporal"])
@@ -357,7 +357,7 @@ def test_nothing_depends_on_the_order_of_rows_and_files(
         | ({"valid": 1, "test": 2} if method == "leave_last" else {"valid": 0.1, "test": 0.2}),
         "negatives": {"evaluation_per_positive": 1},
     }
-    found = []
+    actual = []
     for seed, (n_files, partition_bytes) in enumerate(((1, 1 << 30), (1, 1 << 30), (3, 700))):
         monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
         root = tmp_path / str(seed)
@@ -367,11 +367,11 @@ def test_nothing_depends_on_the_order_of_rows_and_files(
             shuffled.iloc[k::n_files].to_csv(root / f"s{k}.csv", index=False)
         data = DataConfig.model_validate(spec)
         prepare(data, root, root / "d", 1, threads=1 + seed)
-        found.append(_in_words(PreparedDataset(root / "d")))
-    assert found[1] == found[0]
-    assert found[2] == found[0]
-    assert any("time" in reason for reason in found[0]["noted"])
-    assert any("differ in cat" in reason for reason in found[0]["noted"])
+        actual.append(_in_words(PreparedDataset(root / "d")))
+    assert actual[1] == actual[0]
+    assert actual[2] == actual[0]
+    assert any("time" in reason for reason in actual[0]["noted"])
+    assert any("differ in cat" in reason for reason in actual[0]["noted"])
 
 
 def test_users_whose_last_rows_are_tied_are_counted(
@@ -474,12 +474,12 @@ def test_repeated_rows_of_all_are_ranked_again(tmp_path: Path) -> None:
     train = external(dataset, dataset.history)
     test = external(dataset, dataset.positives("test"))
     assert train & test  # bought again
-    found = run_alone(_rankings, dataset.folder, _config(tmp_path, BASE | changes), [])
+    actual = run_alone(_rankings, dataset.folder, _config(tmp_path, BASE | changes), [])
     users, items = (dataset.entity_ids(e).to_pylist()[1:] for e in ("user", "item"))
-    assert found["recommend"] == {(u, i) for u in users for i in items}
-    assert {(u, i) for u, i in found["relevant"] if i} == {(u, i) for u, i in test if u and i}
-    assert {u for u, _ in found["evaluate"]} == {u for u, _ in test if u}
-    assert len(found["evaluate"]) == len(items) * len({u for u, _ in found["evaluate"]})
+    assert actual["recommend"] == {(u, i) for u in users for i in items}
+    assert {(u, i) for u, i in actual["relevant"] if i} == {(u, i) for u, i in test if u and i}
+    assert {u for u, _ in actual["evaluate"]} == {u for u, _ in test if u}
+    assert len(actual["evaluate"]) == len(items) * len({u for u, _ in actual["evaluate"]})
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,10 @@ def test_bounds_equal_a_sort_whatever_the_keys_and_ranks(
         return split_bounds(split, n, lambda digit: add_up(digit.counts(of_rank[rank])))
 
     bounds = in_step(ranks, work)
-    found = np.zeros(n, int)
+    actual = np.zeros(n, int)
     for (_, rows), piece, bound in zip(of_rank, of_rank, bounds, strict=True):
-        found[rows] = split_at_bounds(piece, bound)
-    assert found.tolist() == expected.tolist()
+        actual[rows] = split_at_bounds(piece, bound)
+    assert actual.tolist() == expected.tolist()
 
 
 @given(

@@ -102,7 +102,7 @@ def test_users_are_held_out_entirely(dataset: PreparedDataset, ratings: pd.DataF
     assert 0 < len(rows) < (ratings.r >= 4).sum()
     items_of = rows.groupby("u").i.agg(set).to_dict()
     split = {name: pairs(dataset, name) for name in ("train", "valid", "test")}
-    users = {name: {u for u, _ in found} for name, found in split.items()}
+    users = {name: {u for u, _ in actual} for name, actual in split.items()}
     assert len(users["valid"]) == N_VALID and len(users["test"]) == N_TEST
     assert not users["train"] & (users["valid"] | users["test"])
     assert not users["valid"] & users["test"]
@@ -151,7 +151,7 @@ def expected(dataset: PreparedDataset, cutoffs: tuple[int, ...]) -> dict[str, di
     p = np.linalg.inv(x.T @ x + L2 * np.eye(len(items)))
     b = -p / np.diag(p)
     np.fill_diagonal(b, 0)
-    found: dict[str, dict[str, list[float]]] = {"ease": {}, "popularity": {}}
+    actual: dict[str, dict[str, list[float]]] = {"ease": {}, "popularity": {}}
     for user in sorted({u for u, _ in test}):
         bag = np.zeros(len(items))
         bag[[column[i] for i in known[user]]] = 1
@@ -167,10 +167,10 @@ def expected(dataset: PreparedDataset, cutoffs: tuple[int, ...]) -> dict[str, di
                     (f"recall@{k}", hit.sum() / len(wanted)),
                     (f"ndcg@{k}", dcg / ideal),
                 ):
-                    found[name].setdefault(figure, []).append(float(value))
+                    actual[name].setdefault(figure, []).append(float(value))
     return {
         name: {figure: float(np.mean(values)) for figure, values in of.items()}
-        for name, of in found.items()
+        for name, of in actual.items()
     }
 
 
@@ -188,13 +188,13 @@ def test_figures_are_those_of_numpy_at_any_world_size(dataset: PreparedDataset) 
     cutoffs = (2, 20)
     oracle = expected(dataset, cutoffs)
     of_worlds = [run_ranks(_compared, size, dataset.folder, cutoffs)[0] for size in (1, 2)]
-    for found in of_worlds:
+    for actual in of_worlds:
         for name, figures in oracle.items():
             for figure, value in figures.items():
                 # Items of the same popularity may stand in another order.
                 tolerance = 1e-6 if name == "ease" else 0.03
-                assert found.figures[name][figure] == pytest.approx(value, abs=tolerance), figure
-        assert found.insight.n_users == N_TEST
+                assert actual.figures[name][figure] == pytest.approx(value, abs=tolerance), figure
+        assert actual.insight.n_users == N_TEST
     assert of_worlds[0].figures == of_worlds[1].figures
     assert oracle["ease"]["ndcg@20"] > oracle["popularity"]["ndcg@20"]
 

@@ -91,11 +91,11 @@ def test_nothing_depends_on_blocks_and_little_on_partitions(
         assert again.boundaries == spec.boundaries
     assert bag_rows(parts.history) == bag_rows(whole.history)
     for field, values in whole.entity_fields.items():
-        found = parts.entity_fields[field]
+        actual = parts.entity_fields[field]
         if isinstance(values, Jagged):
-            assert bag_rows(found) == bag_rows(values)
+            assert bag_rows(actual) == bag_rows(values)
         else:
-            np.testing.assert_allclose(np.asarray(found), values, rtol=1e-5)
+            np.testing.assert_allclose(np.asarray(actual), values, rtol=1e-5)
     for name in SPLITS:
         frames = []
         for dataset in (whole, parts):
@@ -227,13 +227,13 @@ def test_clicks_without_users_are_partitioned_too(
         "features": [{"name": "a"}, {"name": "n", "kind": "numeric"}],
     }
     data = DataConfig.model_validate(spec)
-    found = []
+    actual = []
     for partition_bytes in (1 << 30, 500):
         monkeypatch.setattr(job, "PARTITION_BYTES", partition_bytes)
         prepare(data, tmp_path, tmp_path / str(partition_bytes), seed=1)
         frames = {s: pd.read_parquet(tmp_path / str(partition_bytes) / s) for s in SPLITS}
         assert [len(f) for f in frames.values()] == [400, 50, 50]
-        found.append({s: sorted(map(tuple, f.to_numpy())) for s, f in frames.items()})
-    assert found[0] == found[1]
+        actual.append({s: sorted(map(tuple, f.to_numpy())) for s, f in frames.items()})
+    assert actual[0] == actual[1]
     prepare(data, tmp_path, tmp_path / "three", 1, threads=3)
     assert contents(tmp_path / "three") == contents(tmp_path / "500")
