@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from deepfm_dist import train as train_command
@@ -16,6 +17,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.combine import combine
 from deepfm_dist.jobs.evaluate import evaluate
+from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.runs.start import read_start
@@ -237,8 +239,37 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
         train(load_config(str(put.config.run_dir / "config.yaml")))
     assert f"Run already finished: {put.config.run_dir}" in caplog.text
     assert find_checkpoint(put.config.run_dir) == put.checkpoint
+    _knows_validation_items(config, settings, tmp_path)
     with pytest.raises(ConfigError, match=r"trained on the validation rows too"):
         evaluate(load_config(SAMPLE, [*settings, "evaluate.split=valid", "checkpoint.use=refit"]))
+
+
+def _knows_validation_items(config: Config, settings: list[str], folder: Path) -> None:
+    """Users get what strangers with their training and validation items get, and none of these."""
+    dataset = PreparedDataset(config.prepared_dir)
+    train_items, valid_items = (dataset.positives(s).lists() for s in ("train", "valid"))
+    users, items = (dataset.entity_ids(name).to_pylist() for name in ("user", "item"))
+    some = [row for row in range(1, len(users)) if valid_items[row]][:20]
+    known = {row: [*dict.fromkeys(train_items[row] + valid_items[row])] for row in some}
+    pairs = [(users[row], items[item]) for row in some for item in known[row]]
+    histories = folder / "strangers.csv"
+    pd.DataFrame(pairs, columns=["user", "item"]).to_csv(histories, index=False)
+    asked = {
+        "users": f"recommend.users=[{', '.join(users[row] for row in some)}]",
+        "histories": f"recommend.histories={histories}",
+    }
+    ranked = {}
+    for name, setting in asked.items():
+        masked = ["recommend.mask=[train, valid]"] if name == "users" else []
+        found = recommend(load_config(SAMPLE, [*settings, setting, *masked]))
+        assert found is not None
+        ranked[name] = pd.read_parquet(found.files.parquet).sort_values(["user_id", "rank"])
+    for column in ("user_id", "item_id"):
+        assert ranked["users"][column].tolist() == ranked["histories"][column].tolist()
+    assert ranked["users"]["score"].to_numpy() == pytest.approx(ranked["histories"]["score"])
+    assert not {*pairs} & {
+        *zip(ranked["users"]["user_id"], ranked["users"]["item_id"], strict=True)
+    }
 
 
 def test_a_longer_run_continues_and_what_is_missing_is_made(
@@ -290,6 +321,10 @@ def _continues_and_makes_what_is_missing(
     assert find_run(left_out, ()).dataset.folder == started.prepared_dir
     # Its last training starts from the same weights: it takes as few steps as the loop did.
     assert read_from == [find_checkpoint(config.run_dir, "auto", ())]
+    # Not from what the closed form was added to: the next run would add it again.
+    of_part = ["run.name=twice", f"checkpoint.start_from={config.run_dir / 'refit'}"]
+    with pytest.raises(ConfigError, match=rf"holds the closed form too.*from={config.run_dir}$"):
+        train(load_config(SAMPLE, [*settings, *of_part, "trainer.max_steps=1"]))
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))
 
@@ -368,6 +403,29 @@ def test_an_end_that_fits_no_model_is_refused_before_training(
 def _refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(load_config(SAMPLE, settings))
+
+
+def test_a_ranking_that_nobody_can_be_validated_on_is_refused(tmp_path: Path) -> None:
+    """Each user has one row, so that those of validation are of users without training rows."""
+    rows = pd.DataFrame({"u": range(40), "i": [k % 3 for k in range(40)]})
+    rows.to_csv(tmp_path / "a.csv", index=False)
+    split = {"method": "random", "valid": 0.2, "test": 0.2}
+    data = {"root": str(tmp_path), "interactions": ROWS, "features": [ITEM], "split": split}
+    roots = {f"{kind}_root": str(tmp_path / kind) for kind in ("prepared", "runs")}
+    tree = {"data": data, "run": roots | {"loggers": []}}
+    run_in_fork(_has_nobody_to_validate_on, tree)
+
+
+def _has_nobody_to_validate_on(tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"no user with training rows has an item to rank"):
+        train(config_from(tree))
+    # As it says: a split that leaves every user something, or a number of epochs.
+    for name, section, settings in (
+        ("per_user", "data", tree["data"] | {"split": {"method": "per_user"}}),
+        ("epochs", "trainer", {"monitor": None}),
+    ):
+        run = tree["run"] | {"name": name}
+        assert train(config_from(tree | {section: settings, "run": run})).state.step > 0
 
 
 def test_what_the_closed_form_needs_is_looked_for(sample: PreparedDataset) -> None:

@@ -56,6 +56,13 @@ def make_validate(
             MOST_USERS,
             cold_items_to_rank(None, config.data.id_dropout, dataset.manifest),
         )
+        if not len(items.users) and config.trainer.needs_monitor:
+            raise ConfigError(
+                f"trainer.monitor={config.monitor}: no user with training rows has an item to rank "
+                f"in the validation rows; hold out rows of users who have others "
+                f"(data.split.method=per_user), or set trainer.monitor=null to train for "
+                f"trainer.epochs"
+            )
 
     def validate() -> Mapping[str, float]:
         figures = dict(rows.metrics(sharded, world)) if rows is not None else {}

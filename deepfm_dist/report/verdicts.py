@@ -87,9 +87,19 @@ def ranking_advice(settings: Mapping[str, Any]) -> str:
         steps.append("the field {name: seen, entity: user, history: item, pooling: sqrt}")
     if settings.get("trainer", {}).get("loss", "bce") == "bce":
         steps.append("trainer.loss=softmax")
+    if not steps and settings.get("model", {}).get("linear", "none") == "none":
+        steps.append("model.linear=ease")
+    if not steps and not any(_describes_items(feature) for feature in features):
+        steps.append("fields that describe the items (data.features), which EASE uses as well")
     if not steps:
-        steps.append("combine, which puts EASE into the model")
+        steps.append("tune, over optimizer.tables.lr, optimizer.tables.l2 and model.embedding_dim")
     return f"{' and '.join(steps)} (docs/choosing.md)"
+
+
+def _describes_items(feature: Mapping[str, Any]) -> bool:
+    """Whether a field says more of an item than which one it is."""
+    is_id = feature.get("file") is None and feature.get("column") is None
+    return feature.get("entity") == "item" and not is_id
 
 
 def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list[Verdict]:

@@ -141,17 +141,23 @@ def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool 
             return Start(path, state, continues=True, is_over=is_over, chosen=chosen)
         if elsewhere is not None:
             path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto", ())
-            _check_start(config, manifest, checkpoint.read_state(path))
+            _check_start(config, manifest, path, checkpoint.read_state(path))
             if not config.checkpoint.start_weights_only:
                 state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
             log.info("%s: training starts from its weights", path)
         return Start(path, state)
 
 
-def _check_start(config: Config, manifest: Manifest, state: Mapping[str, Any]) -> None:
+def _check_start(config: Config, manifest: Manifest, path: Path, state: Mapping[str, Any]) -> None:
     """Refuses a checkpoint whose weights would mean something else to this run's model."""
     option = f"checkpoint.start_from={config.checkpoint.start_from}"
     saved = settings_in(state)
+    loop = state.get("trained_config", saved)
+    if loop["model"]["embedding_dim"] != saved["model"]["embedding_dim"]:
+        raise ConfigError(
+            f"{option}: it holds the closed form too, which is fitted when training is over and "
+            f"would be in the model twice; set checkpoint.start_from={path.parents[2]}"
+        )
     for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
         if name not in _OF_ANY_MODEL:
             raise ConfigError(

@@ -76,7 +76,15 @@ def test_a_baseline_that_wins_comes_with_what_to_try() -> None:
     has_history = {"data": {"features": [{"name": "seen", "history": "item"}]}}
     assert ranking_advice(has_history) == "trainer.loss=softmax (docs/choosing.md)"
     recipe = has_history | {"trainer": {"loss": "softmax"}}
-    assert ranking_advice(recipe) == "combine, which puts EASE into the model (docs/choosing.md)"
+    assert ranking_advice(recipe) == "model.linear=ease (docs/choosing.md)"
+    default = recipe | {"model": {"linear": "ease"}}
+    assert ranking_advice(default).startswith("fields that describe the items (data.features)")
+    item, genre = {"name": "item", "entity": "item"}, {"name": "genre", "entity": "item"}
+    seen = {"name": "seen", "entity": "user", "history": "item"}
+    no_more = default | {"data": {"features": [item, seen]}}
+    assert ranking_advice(no_more) == ranking_advice(default)
+    all_of_it = default | {"data": {"features": [item, genre | {"file": "genres.tsv"}, seen]}}
+    assert ranking_advice(all_of_it).startswith("tune, over optimizer.tables.lr")
     [worse] = ranking_verdicts(compared(0.2, 0.3, -0.15, -0.05), 10, advice)
     assert worse.text.endswith(f"-0.1500 to -0.0500; to try: {advice}")
     for low, high in ((-0.15, 0.05), (0.05, 0.15)):
