@@ -277,6 +277,7 @@ def test_words_for_a_missing_value_among_ids_are_counted(
         ([" a", "b", "c"], None),
         (["a\0", "b"], r"i: 1 of 2 ids have characters .*, such as 'a\\x00'; write the file"),
         (["a\ufffd", "\ufeffb"], r"i: 2 of 2 ids have characters .*'a\\ufffd'"),
+        (["1.23E+12", "4E+15", "7"], r"i: 2 of 3 ids are rounded numbers, such as '1\.23E\+12'"),
         (["a\tb", "\u0646\u200c\u0645", "\U0001f469\u200d\U0001f680"], None),  # joiners are letters
     ],
 )

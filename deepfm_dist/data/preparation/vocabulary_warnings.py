@@ -39,10 +39,10 @@ def vocabulary_warnings(
         if name == entity_key(entity)
     ]
     warnings += [
-        text
+        check(entity, texts)
         for entity in ("user", "item")
         if name == entity_key(entity)
-        for text in (_outer_spaces(entity, texts), _control_characters(entity, texts))
+        for check in (_outer_spaces, _control_characters, _rounded_numbers)
     ]
     warnings += [_look_alikes(name, texts), _two_spellings(name, texts)]
     for feature in data.features:
@@ -110,6 +110,18 @@ def _control_characters(entity: str, ids: pa.Array) -> str | None:
         f"{entity}: {len(strange):,} of {len(ids):,} ids have characters that only damaged text "
         f"has, such as {pc.min(strange).as_py()!a}; write the file again, or name its "
         f"encoding in data.files"
+    )
+
+
+def _rounded_numbers(entity: str, ids: pa.Array) -> str | None:
+    """Ids as spreadsheets write long numbers, of which only the first digits are left."""
+    rounded = ids.filter(pc.match_substring_regex(ids, r"^\d(\.\d+)?[eE]\+\d{2}$"))
+    if len(rounded) == 0:
+        return None
+    return (
+        f"{entity}: {len(rounded):,} of {len(ids):,} ids are rounded numbers, such as "
+        f"{pc.min(rounded).as_py()!r}, as spreadsheets write long ones: ids that were different "
+        f"may have become one; export them as text"
     )
 
 

@@ -98,8 +98,13 @@ class DelimitedReader(Reader):
             return "; its names are in quotes: leave quoted: false out of data.files"
         alike = {name.strip().casefold() for name in present} & {n.casefold() for n in wanted}
         if self.layout.columns is None and not alike:
-            cure = self.source.cure("name them", "columns: [first, second, ...]", "add one")
-            return f"; if it has no header line, {cure}, {len(present)} of them"
+            counts = {mark: line.count(mark) for mark in ("\t", ";", "|", "::")}
+            mark = max(counts, key=lambda mark: counts[mark])
+            other, n = "", len(present)
+            if n == 1 and counts[mark]:
+                other, n = f"delimiter: {_DELIMITERS[mark]}, ", 1 + counts[mark]
+            cure = self.source.cure("name them", f"{other}columns: [first, second, ...]", "add one")
+            return f"; if it has no header line, {cure}, {n} of them"
         return ""
 
     def _is_separated_by(self, mark: str, header: str, wanted: set[str]) -> bool:
@@ -323,6 +328,10 @@ class DelimitedReader(Reader):
         if len(rows) < 2 or len(lengths) > 1 or lengths == {expected}:
             return None
         n = lengths.pop()
+        for mark, written in _DELIMITERS.items():
+            if n == 1 < expected and {1 + cells[0].count(mark) for cells in rows} == {expected}:
+                cure = self.source.cure("name it", f"delimiter: {written}", f"save it with {mark}")
+                return f"its cells seem to be separated by {mark!r}: {cure}"
         where = "data.files names" if self.layout.columns else "the header line names"
         if n == expected + 1 and all(not cells[-1] for cells in rows):
             mark = self.delimiter if self.delimiter in ",;|" else re.escape(self.delimiter)

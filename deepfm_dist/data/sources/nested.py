@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -89,25 +89,26 @@ def list_literals(texts: pa.Array) -> pa.Array:
     return pa.concat_arrays([lists, sets, arrays])
 
 
-def members(cells: pa.Array, path: tuple[str, ...]) -> pa.Array:
+def members(cells: pa.Array, path: tuple[str, ...], single: bool = False) -> pa.Array:
     """Members of nested cells: of ``[{"name": "a"}, {"name": "b"}]`` name is ``["a", "b"]``.
 
     Args:
         cells: ``[n]`` structs, maps or lists of them; or texts that are JSON or Python literals.
         path: names, outermost first.
+        single: whether members of texts may be no lists and no objects.
 
     Returns:
         ``[n]`` the members; of texts again texts.
 
     Raises:
-        NestedError: there is no such member.
+        NestedError: there is no such member, or it is nested.
     """
-    for name in path:
-        cells = _member(plain(cells), name)
+    for depth, name in enumerate(path, start=1):
+        cells = _member(plain(cells), name, single and depth == len(path))
     return cells
 
 
-def _member(cells: pa.Array, name: str) -> pa.Array:
+def _member(cells: pa.Array, name: str, single: bool) -> pa.Array:
     kind = cells.type
     if pa.types.is_struct(kind):
         known = [kind.field(i).name for i in range(kind.num_fields)]
@@ -123,12 +124,19 @@ def _member(cells: pa.Array, name: str) -> pa.Array:
         return pc.map_lookup(cells, key, "first")
     if is_list(kind):
         lists = cells.cast(pa.list_(kind.value_type))
-        return _listed(lists, _member(plain(pc.list_flatten(lists)), name))
+        return _listed(lists, _member(plain(pc.list_flatten(lists)), name, single))
     if is_text(kind):
-        return _of_distinct(
-            cells, lambda text: json_text(_get(_parsed(text, name), name)), pa.string()
-        )
+        return _of_distinct(cells, partial(_member_of_text, name, single), pa.string())
     raise NestedError(f"holds {kind}, which has no member {name!r}")
+
+
+def _member_of_text(name: str, single: bool, text: str) -> str | None:
+    value = _get(_parsed(text, name), name)
+    if single and isinstance(value, dict):
+        raise NestedError("holds objects", value)
+    if single and isinstance(value, list):
+        raise NestedError("holds lists where one value is expected", is_list=True)
+    return json_text(value)
 
 
 def _get(value: Any, name: str) -> Any:

@@ -94,7 +94,7 @@ class Reader(ABC):
         place = self.places[column.name]
         if place.column is None:
             return pa.repeat(pa.scalar(place.value, pa.string()), batch.num_rows)
-        cells = members(batch.column(place.column), place.path)
+        cells = members(batch.column(place.column), place.path, column.type == "text")
         return plain_numbers(cells, column.type, self.layout)
 
     def where(self, row: int) -> str:

@@ -798,7 +798,7 @@ def test_one_file_of_a_pattern_may_be_laid_out_otherwise(tmp_path: Path) -> None
         "features": [{"name": "item", "entity": "item"}],
         "split": {"valid": 0, "test": 0},
     }
-    with pytest.raises(DataError, match=r"b\.csv: no column 'u'.* alone \{b\.csv: \{columns: \["):
+    with pytest.raises(DataError, match=r"b\.csv: no column 'u'.* alone \{b\.csv: \{.*columns: \["):
         prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
     data["files"] = {"b.csv": {"delimiter": ";", "columns": ["u", "i"]}}
     manifest = prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
@@ -823,3 +823,21 @@ def test_lists_behind_the_first_rows_say_how_to_read_them(tmp_path: Path) -> Non
     tag["several"] = True
     prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "out", 1)
     assert pq.read_table(tmp_path / "out/vocabulary/tag.parquet").num_rows == 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_member_that_is_a_list_is_no_single_value(tmp_path: Path, name: str) -> None:
+    """An id of such a member would be the text of the list."""
+    path, bags = tmp_path / name, [{"id": ["x", "y"]}, {"id": ["z"]}]
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps({"user": "a", "g": bag}) + "\n" for bag in bags))
+    elif name == "a.csv":
+        pd.DataFrame({"user": "a", "g": [json.dumps(bag) for bag in bags]}).to_csv(path)
+    else:
+        pq.write_table(pa.table({"user": ["a", "a"], "g": bags}), path)
+    with pytest.raises(DataError, match="holds lists where one value is expected; write a row"):
+        read_table(path, [Column("user"), Column("g.id")])
+    with pytest.raises(DataError, match=r"holds lists .*; set several: true for the field g$"):
+        read_table(path, [Column("user"), Column("g.id", purpose="field g", required=False)])
+    table = read_table(path, [Column("user"), Column("g.id", "texts")])
+    assert table["g.id"].to_pylist() == [["x", "y"], ["z"]]

@@ -1009,3 +1009,26 @@ def test_a_packed_file_that_is_cut_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(whole[:-100])
     with pytest.raises(DataError, match="it is cut or damaged: copy it again"):
         read_table(tmp_path / "a.csv.gz", COLUMNS[:2])
+
+
+@pytest.mark.parametrize(("mark", "written"), [("\t", "\t"), (";", ";"), ("|", "|"), ("::", "::")])
+def test_the_delimiter_of_a_file_without_a_header_is_named(
+    tmp_path: Path, mark: str, written: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"1{mark}a{mark}x\n2{mark}{mark}y\n")
+    with pytest.raises(
+        DataError, match=r"columns: \[first, second, ...\]\}\}, 3 of them$"
+    ) as caught:
+        read_table(path, COLUMNS[:2], name="a.csv")
+    typed = str(caught.value).rpartition("in data.files: ")[2].removesuffix(", 3 of them")
+    names = ["score", "more", "user"]
+    layout = yaml.safe_load(typed)["a.csv"] | {"columns": names}
+    assert layout["delimiter"] == written
+    expected = {"user": ["x", "y"], "score": [1, 2]}
+    assert read_table(path, COLUMNS[:2], FileFormat(**layout)).to_pydict() == expected
+    with pytest.raises(DataError, match="separated by") as caught:
+        read_table(path, COLUMNS[:2], FileFormat(columns=tuple(names)), name="a.csv")
+    typed = str(caught.value).rpartition("in data.files: ")[2]
+    layout = yaml.safe_load(typed)["a.csv"] | {"columns": names}
+    assert read_table(path, COLUMNS[:2], FileFormat(**layout)).to_pydict() == expected
