@@ -3,23 +3,69 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.messages import plural
 
+EXAMPLES = (
+    "trainer.monitor=auc tune.trials=20",
+    "--config mine.yaml --workers 4",
+    "torchrun --config mine.yaml",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    return run("tune", "Search hyperparameters for the best validation metric.", _tune, argv)
+    description = "Search hyperparameters for the best validation metric."
+    work = partial(_tune, sys.argv[1:] if argv is None else argv)
+    return run("tune", description, work, argv, _add_arguments, EXAMPLES)
 
 
-def _tune(config: Config, arguments: argparse.Namespace) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="start N processes that search together, each with GPUs of its own; those that are "
+        "killed are started again (default: search in this process)",
+    )
+    parser.add_argument(
+        "--ranks", type=_count, default=1, help="with --workers: processes for a trial (default: 1)"
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait for trials that are open in other processes, and take over those of lost ones",
+    )
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+
+
+def _without_workers(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command line that each of its workers gets."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for option in ("--workers", "--ranks"):
+        parser.add_argument(option)
+    return parser.parse_known_args(argv)[1]
+
+
+def _tune(argv: Sequence[str], config: Config, arguments: argparse.Namespace) -> None:
     from deepfm_dist.jobs.tune import tune
+    from deepfm_dist.jobs.tune_workers import tune_by_workers
     from deepfm_dist.report.tables import trials_table
 
-    result = tune(config)
+    if arguments.workers is None:
+        result = tune(config, arguments.wait)
+    else:
+        rest = _without_workers(argv)
+        result = tune_by_workers(config, rest, arguments.workers, arguments.ranks)
     if result is None:
         return
     print(trials_table(result.trials, result.monitor))

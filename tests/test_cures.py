@@ -1252,6 +1252,8 @@ NOT_TYPED = {
     "--output …: an input of this run": "needs an input that is Parquet; see test_output",
     "recommend.index=…: faiss is not installed": _LIBRARY,
     "tune needs the library optuna": _LIBRARY,
+    "tune --workers starts processes itself": "needs torchrun; see test_tune_workers",
+    "--workers … --ranks …: … processes need": _CUDA,
     "run.runs_root=…: the journal of a search": _LIBRARY,
     "model.over_arch=…: which of its weights": "needs an over-arch of the user's own",
     "--run …: no run": "the row for a missing checkpoint types the same command",

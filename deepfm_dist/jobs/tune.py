@@ -1,6 +1,7 @@
 """Searches for the settings with the best validation figure."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from deepfm_dist.training.state import LOWER_IS_BETTER, NonFiniteLoss
 from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
+WAIT_S = 2.0
+"""Seconds between two looks for trials whose process is lost."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,13 @@ class SearchResult:
     n_open: int
 
 
-def tune(config: Config) -> SearchResult | None:
+def tune(config: Config, wait: bool = False) -> SearchResult | None:
     """Trains trial after trial, and writes the best one's settings. All ranks.
+
+    Args:
+        config: the settings.
+        wait: whether to wait for trials that are open in other processes, and to take over those
+            whose process is lost.
 
     Returns:
         The search on rank 0; None elsewhere, and where a signal stopped it: the same command
@@ -53,10 +61,10 @@ def tune(config: Config) -> SearchResult | None:
     Raises:
         ConfigError: nothing can be searched, or the study is of another search.
     """
-    folder = _folder(config)
+    check_search(config)
     with process_group(*config.run.process_group) as world:
-        search = world.run_on_rank0("search", lambda: _open_search(config, folder))
-        while trial := world.broadcast(search.next(config.tune.trials) if search else None):
+        search = world.run_on_rank0("search", lambda: _open_search(config))
+        while trial := world.broadcast(_next(search, config, wait) if search else None):
             log.info("%s: %s", trial.name, trial.values)
             outcome, best = _run_trial(config, trial, search, world)
             if outcome == "stopped":
@@ -69,9 +77,25 @@ def tune(config: Config) -> SearchResult | None:
         return None if search is None else _result(config, search)
 
 
-def _folder(config: Config) -> Path:
+def search_result(config: Config) -> SearchResult:
+    """What a search has found so far; writes the best trial's settings.
+
+    Raises:
+        ConfigError: the study is of another search.
+    """
+    return _result(config, _open_search(config))
+
+
+def search_folder(config: Config) -> Path:
     """Where the study and its trials' runs are."""
     return config.run_dir / "tune"
+
+
+def _next(search: Search, config: Config, wait: bool) -> Trial | None:
+    """What to try next. Rank 0."""
+    while (trial := search.next(config.tune.trials)) is None and wait and search.n_elsewhere():
+        time.sleep(WAIT_S)
+    return trial
 
 
 def _run_trial(
@@ -84,7 +108,7 @@ def _run_trial(
     """
     monitor = config.monitor or ""
     shared = {
-        "run.runs_root": str(_folder(config)),
+        "run.runs_root": str(search_folder(config)),
         "run.name": trial.name,
         "data.name": config.data.name or config.run.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
@@ -114,13 +138,13 @@ def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> No
         if past.name == trial.name:
             log.info("%s: %s, %s %s", past.name, outcome, config.monitor, past.best)
         if past != search.best():
-            keep_checkpoints(_folder(config) / past.name, ())
+            keep_checkpoints(search_folder(config) / past.name, ())
 
 
 def _result(config: Config, search: Search) -> SearchResult:
     best, path = search.best(), None
     if best is not None:
-        path = _folder(config) / "best.yaml"
+        path = search_folder(config) / "best.yaml"
         settings = with_settings(config, best.values).with_run_name_on_same_data(
             f"{config.run.name}_best"
         )
@@ -130,18 +154,13 @@ def _result(config: Config, search: Search) -> SearchResult:
     return SearchResult(search.path, config.monitor or "", search.past(), best, path, n_open)
 
 
-def _open_search(config: Config, folder: Path) -> Search:
-    """The search that the configuration describes.
-
-    Args:
-        config: the settings that all trials share, and what to vary.
-        folder: of the study.
+def check_search(config: Config) -> None:
+    """Looks for what keeps a search from starting.
 
     Raises:
-        ConfigError: nothing is to be varied or watched, the folder is behind a URL, or the study
-            cannot be continued.
+        ConfigError: nothing is to be varied or watched, or the folder is behind a URL.
     """
-    if is_remote(folder):
+    if is_remote(search_folder(config)):
         raise ConfigError(
             f"run.runs_root={config.run.runs_root}: the journal of a search is locked and appended "
             f"to, which takes a disk; set run.runs_root to a local folder"
@@ -162,8 +181,16 @@ def _open_search(config: Config, folder: Path) -> Search:
             "tune.space.trainer.monitor: trials are compared by one figure; leave it out"
         )
     _check_space(config)
+
+
+def _open_search(config: Config) -> Search:
+    """The search that the configuration describes.
+
+    Raises:
+        ConfigError: the study cannot be continued.
+    """
     return Search(
-        folder,
+        search_folder(config),
         config.tune,
         config.monitor in LOWER_IS_BETTER,
         config.run.seed,

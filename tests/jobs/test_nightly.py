@@ -25,7 +25,7 @@ from deepfm_dist.jobs.nightly import Nights, is_no_worse
 from tests.ranks import RankFailed, run_alone, run_in_fork, run_ranks
 
 DAYS = [f"2026-11-0{n}" for n in range(1, 5)]
-WORSE = DAYS[2]
+WORSE = DAYS[1]
 """The day whose log, but for its last rows, has the labels the wrong way round."""
 
 
@@ -67,9 +67,10 @@ def make_home(tmp_path: Path) -> Callable[[str], Path]:
                 "features": [{"name": "user", "entity": "user"}, {"name": "ad"}],
                 "split": {"method": "temporal", "valid": 0.1, "test": 0.1},
             },
-            "model": {"embedding_dim": 4, "deep": False},
+            "model": {"embedding_dim": 4, "deep": False, "fm": False},
             "optimizer": {"tables": {"name": "adam", "lr": 0.1, "l2": 0}},
             "trainer": {"epochs": 4, "batch_size": 64},
+            "checkpoint": {"every_steps": 3},
             "nightly": {"tolerance": 0.05, "keep_days": 2},
         }
         (home / "mine.yaml").write_text(yaml.safe_dump(config))
@@ -118,10 +119,10 @@ def _lines(home: Path) -> list[dict[str, str]]:
 
 
 KILLS = {
-    DAYS[0]: ["begun", "training", "recorded"],
-    DAYS[1]: ["training", "trained", "promoted"],
-    DAYS[2]: ["decided", "deleting"],
-    DAYS[3]: ["recorded"],
+    DAYS[0]: ["begun", "training", "promoted"],
+    DAYS[1]: ["training", "trained"],
+    DAYS[2]: ["decided"],
+    DAYS[3]: ["recorded", "deleting"],
 }
 
 
@@ -146,59 +147,52 @@ def test_four_nights_with_kills_end_as_four_without(
         numbers = [pd.to_numeric(frame.pop(name)).to_numpy() for frame in lines]
         np.testing.assert_allclose(*numbers, atol=1e-6)
     pd.testing.assert_frame_equal(*lines)
-    assert list(lines[0]["promoted"]) == ["True", "True", "False", "True"]
-    assert list(lines[0]["previous"]) == ["", DAYS[0], DAYS[1], DAYS[1]]
+    assert list(lines[0]["promoted"]) == ["True", "False", "False", "True"]
+    assert list(lines[0]["previous"]) == ["", DAYS[0], DAYS[0], DAYS[0]]
     assert said[DAYS[0]].startswith(f"{DAYS[0]}: promoted: log_loss 0.")
     assert said[WORSE].startswith(f"{WORSE}: not promoted: log_loss ")
     for home in (calm, killed):
         runs = home / "runs/mine"
         assert (runs / "current").read_text() == f"{DAYS[3]}\n"
-        kept = DAYS[1:]  # two nights, and the one that the last one started from
+        kept = [DAYS[0], *DAYS[2:]]  # two nights, and the one that the last one started from
         assert sorted(p.name for p in (home / "prepared/mine").iterdir()) == kept
         assert sorted(p.name for p in runs.iterdir() if p.is_dir()) == [*kept, "nights"]
     _check_rows(calm)
     _check_previous_figure(calm)
-    assert run_alone(_later, calm) == 2
+    assert run_alone(_night, calm, DAYS[1]) == 2  # of a day before that of the model in use
 
 
-def _later(home: Path) -> int:
-    return _night(home, DAYS[1])
-
-
-def _rows(home: Path, day: str, split: str) -> set[tuple[str, int]]:
-    dataset = PreparedDataset(home / "prepared/mine" / day)
-    table = pd.read_parquet(dataset.folder / split)
-    users = np.array(dataset.entity_ids("user").to_pylist(), object)
-    return {*zip(users[table["user"]], table["time"].tolist(), strict=True)}
+def _times(home: Path, day: str, split: str) -> set[int]:
+    """The times of a split's rows, no two of which are the same."""
+    table = pd.read_parquet(home / "prepared/mine" / day / split)
+    return {*table["time"].tolist()}
 
 
 def _check_rows(home: Path) -> None:
     """What is held out one night is trained on the next; ids keep their rows."""
-    for yesterday, today in ((DAYS[1], DAYS[2]), (DAYS[2], DAYS[3])):
-        held_out = _rows(home, yesterday, "test")
-        assert len(held_out) == 60
-        assert {user for user, _ in held_out} - {None}
-        times = {time for _, time in _rows(home, today, "train")}
-        assert {time for _, time in held_out} <= times
+    held_out = _times(home, DAYS[2], "test")
+    assert len(held_out) == 60
+    assert held_out <= _times(home, DAYS[3], "train")
+    assert held_out.isdisjoint(_times(home, DAYS[2], "train"))
     before, after = (
         PreparedDataset(home / "prepared/mine" / day).entity_ids("user").to_pylist()
-        for day in (DAYS[1], DAYS[3])
+        for day in (DAYS[0], DAYS[3])
     )
     assert after[: len(before)] == before and len(after) > len(before)
 
 
 def _check_previous_figure(home: Path) -> None:
     """The figure of the model in use is that of its predictions for the day's last rows."""
-    rows = pd.concat([_log(DAYS[1]), _log(WORSE)])[-60:]
+    rows = _log(DAYS[3])[-60:]
     rows.to_csv(home / "held_out.csv", index=False)
     out = home / "scores.parquet"
-    arguments = ["--quiet", "--run", str(home / "runs/mine" / DAYS[1])]
+    arguments = ["--quiet", "--run", str(home / "runs/mine" / DAYS[0])]
     arguments += ["--input", str(home / "held_out.csv"), "--output", str(out)]
     assert run_alone(predict.main, arguments) == 0
     p = pd.read_parquet(out)["probability"].to_numpy(float)
     y = rows["click"].to_numpy()
     expected = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
-    [line] = [line for line in _lines(home) if line["day"] == WORSE]
+    [line] = [line for line in _lines(home) if line["day"] == DAYS[3]]
     assert float(line["previous_figure"]) == pytest.approx(expected, abs=1e-5)
 
 

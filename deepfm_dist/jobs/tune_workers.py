@@ -1,0 +1,213 @@
+"""A search by several processes of this machine, each of which trains one trial at a time."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from deepfm_dist.config import Config
+from deepfm_dist.errors import ConfigError, DeepFMError
+from deepfm_dist.jobs.prepare import prepare
+from deepfm_dist.jobs.tune import SearchResult, check_search, search_folder, search_result
+from deepfm_dist.launcher import read_launch
+from deepfm_dist.storage import write_errors_to_user
+
+log = logging.getLogger(__name__)
+
+STARTS = 10
+"""How often a worker that was killed is started, at most."""
+_POLL_S = 0.2
+
+
+def tune_by_workers(
+    config: Config, arguments: Sequence[str], n_workers: int, n_ranks: int
+) -> SearchResult | None:
+    """Runs ``tune`` in several processes until all trials are complete.
+
+    Args:
+        config: the settings.
+        arguments: of the command line that each worker gets.
+        n_workers: number of workers on this machine.
+        n_ranks: processes that train a trial together; torchrun starts them if there are several.
+
+    Returns:
+        The search; None: a signal stopped it, and the same command resumes it.
+
+    Raises:
+        ConfigError: nothing can be searched, there are fewer GPUs than ranks, or torchrun started
+            this process.
+        DeepFMError: a worker failed, or was killed again and again.
+    """
+    if read_launch().by_torchrun:
+        raise ConfigError(
+            "tune --workers starts processes itself; run it without torchrun, and set --ranks to "
+            "the number of processes for a trial"
+        )
+    check_search(config)
+    environments = _environments(config, n_workers, n_ranks)
+    prepare(config)  # once, before the workers need it
+    with write_errors_to_user(search_folder(config)):
+        search_folder(config).mkdir(parents=True, exist_ok=True)
+    command = [*_launcher(n_ranks), "deepfm_dist.tune", *arguments, "--wait"]
+    workers = [
+        Worker(n, command, environment, search_folder(config) / f"worker-{_host()}-{n}.log")
+        for n, environment in enumerate(environments)
+    ]
+    return search_result(config) if supervise(workers) else None
+
+
+@dataclass
+class Worker:
+    """A process that is started again when it was killed.
+
+    Attributes:
+        number: of the worker, from 0.
+        command: what to start.
+        environment: variables of the process.
+        output: file that its output is appended to.
+        process: the one that runs, or the last one.
+        starts: number of times it was started.
+    """
+
+    number: int
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    output: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    starts: int = field(default=0)
+
+    def start(self) -> None:
+        """Starts the process."""
+        with write_errors_to_user(self.output), self.output.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self.starts += 1
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        """Sends the process a signal, if it still runs."""
+        if self.process is not None and self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+def supervise(workers: Sequence[Worker]) -> bool:
+    """Runs workers to their end; one that was killed is started again.
+
+    A signal that asks this process to stop is passed on to the workers, which save their trials.
+
+    Returns:
+        Whether they are done, and not stopped by a signal.
+
+    Raises:
+        DeepFMError: a worker failed or was killed `STARTS` times; the others are stopped.
+    """
+    with _passed_on(workers) as received:
+        for worker in workers:
+            worker.start()
+            assert worker.process is not None
+            log.info("worker %d: process %d, %s", worker.number, worker.process.pid, worker.output)
+        running, problem = [*workers], None
+        while running:
+            time.sleep(_POLL_S)
+            for worker in [*running]:
+                code = worker.poll()
+                if code is None:
+                    continue
+                running.remove(worker)
+                if code == 0 or received or problem is not None:
+                    continue
+                if (code < 0 or code > 128) and worker.starts < STARTS:
+                    name = signal.Signals(-code if code < 0 else code - 128).name
+                    log.warning("worker %d: killed by %s; starting it again", worker.number, name)
+                    worker.start()
+                    running.append(worker)
+                    continue
+                problem = _problem(worker, code)
+                for other in running:
+                    other.send(signal.SIGTERM)
+    if problem is not None:
+        raise problem
+    return not received
+
+
+def _problem(worker: Worker, code: int) -> DeepFMError:
+    lines = worker.output.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if "Error: " in line), f"exit code {code}")
+    return DeepFMError(f"worker {worker.number}: {last}; its output is in {worker.output}")
+
+
+@contextmanager
+def _passed_on(workers: Sequence[Worker]) -> Iterator[list[int]]:
+    """Passes signals on to workers; yields the list of those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for worker in workers:
+            worker.send(signal.SIGTERM)
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _launcher(n_ranks: int) -> list[str]:
+    if n_ranks == 1:
+        return [sys.executable, "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, "--standalone", f"--nproc_per_node={n_ranks}", "-m"]
+
+
+def _environments(config: Config, n_workers: int, n_ranks: int) -> list[dict[str, str]]:
+    """Variables of each worker: its own GPUs, where there are any.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks.
+    """
+    gpus = _gpus() if config.run.device != "cpu" else []
+    needed = n_workers * n_ranks
+    if gpus and needed > len(gpus):
+        raise ConfigError(
+            f"--workers {n_workers} --ranks {n_ranks}: {needed} processes need a GPU each, and "
+            f"this machine has {len(gpus)}; lower one of them, or set run.device=cpu"
+        )
+    shares = [gpus[n * n_ranks : (n + 1) * n_ranks] for n in range(n_workers)]
+    return [
+        {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {})}
+        for share in shares
+    ]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    count = torch.cuda.device_count()  # by NVML: starts no context
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else map(str, range(count))
+    return [*names][:count]
+
+
+def _host() -> str:
+    return socket.gethostname()
