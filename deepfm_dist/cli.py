@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,13 +274,23 @@ def _config_of(arguments: argparse.Namespace) -> Config:
             text = file.read_text(encoding="utf-8")
     except ConfigError as error:
         return _config_of_checkpoint(folder, overrides, error)
-    # Commands write all sections; those that were cut off would have their defaults.
-    cut = [s for s in Config.model_fields if not re.search(rf"^{s}:.*\n", text, re.MULTILINE)]
-    if cut:
+    # Sections that were cut off would have their defaults; an earlier version may have had fewer.
+    missing = [s for s in Config.model_fields if not re.search(rf"^{s}:.*\n", text, re.MULTILINE)]
+    if missing and (cut := [s for s in missing if s in _saved_sections(folder)]):
         with suppress(ConfigError):
             damage = ConfigError(f"{file}: the section {cut[0]} is missing")
             return _config_of_checkpoint(folder, overrides, damage)
     return config
+
+
+def _saved_sections(folder: Path) -> Collection[str]:
+    """The sections of settings that a run's checkpoint has; none where there is no checkpoint."""
+    from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+
+    with suppress(DeepFMError):
+        sections: Mapping[str, object] = read_state(find_checkpoint(folder))["config"]
+        return sections.keys()
+    return ()
 
 
 def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: ConfigError) -> Config:

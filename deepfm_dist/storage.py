@@ -269,6 +269,11 @@ def write_errors_to_user(folder: Path) -> Iterator[None]:
     try:
         with storage_errors_to_user(folder):
             yield
+    except IsADirectoryError as error:
+        raise DeepFMError(
+            f"{error.filename2 or error.filename or folder}: cannot be written: a folder of that "
+            f"name is in the way; move or delete it"
+        ) from None
     except OSError as error:
         reason = "it is not a folder" if isinstance(error, FileExistsError) else brief(error)
         raise DeepFMError(

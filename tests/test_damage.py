@@ -1,6 +1,7 @@
 """Files of a run and of a dataset that are damaged: read on and say so, or one line."""
 
 import argparse
+import json
 import logging
 import re
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from deepfm_dist import cli, evaluate, recommend, train
 from deepfm_dist.distributed.checkpoint import find_checkpoint
@@ -64,6 +66,26 @@ def test_a_damaged_configuration_is_read_from_the_checkpoint(
         return
     with pytest.raises(ConfigError, match=r"config\.yaml: "):
         cli._config_of(asked)
+
+
+def test_a_configuration_of_a_version_with_fewer_sections_is_whole(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = home / "runs/sample"
+    asked = argparse.Namespace(run=str(run), config=None, overrides=[])
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    del settings["tune"]
+    settings["recommend"]["k"] = 7
+    (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert cli._config_of(asked).recommend.k == 10  # the checkpoint knows the section: it was cut
+    assert "the section tune is missing" in caplog.text
+    caplog.clear()
+    marker = find_checkpoint(run) / "state.json"
+    state = json.loads(marker.read_text())
+    del state["config"]["tune"], state["crc32_of_this"]  # which earlier versions did not write
+    marker.write_text(json.dumps(state))
+    assert cli._config_of(asked).recommend.k == 7
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import (
     atomic_write,
@@ -14,6 +14,7 @@ from deepfm_dist.storage import (
     is_of_storage,
     is_remote,
     storage_errors_to_user,
+    write_errors_to_user,
 )
 
 
@@ -52,3 +53,16 @@ def test_local_errors_stay_what_they_are(tmp_path: Path) -> None:
     assert brief(caught.value) == "No such file or directory"
     assert not is_of_storage(ValueError("x"))
     assert brief(ValueError("")) == "ValueError"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    cure = r"/report\.html: cannot be written: a folder of that name is in the way; move or delete"
+    with pytest.raises(DeepFMError, match=cure), write_errors_to_user(tmp_path):
+        (tmp_path / "report.html").write_text("")
+    with (
+        pytest.raises(DeepFMError, match=cure),
+        write_errors_to_user(tmp_path),
+        atomic_write(tmp_path / "report.html") as file,
+    ):
+        file.write_text("")
