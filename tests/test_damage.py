@@ -16,6 +16,7 @@ import yaml
 from deepfm_dist import cli, evaluate, recommend, train
 from deepfm_dist.distributed.checkpoint import find_checkpoint
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.interop.safetensors import FORMAT
 from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.report.page import _plan
 from tests.ranks import run_alone
@@ -127,7 +128,7 @@ def test_what_cannot_be_read_without_is_one_line(
 
 def test_a_damaged_export_is_none(tmp_path: Path) -> None:
     run = SimpleNamespace(identity={"step": 2})
-    config = b'{"step": 2, "model": {}}'
+    config = json.dumps({"format": FORMAT, "step": 2, "model": {}}).encode()
     for damage in DAMAGE.values():
         (tmp_path / "config.json").write_bytes(config)
         assert is_export_of(run, tmp_path)

@@ -16,6 +16,7 @@ from deepfm_dist.errors import ConfigError, InUse
 from deepfm_dist.lock import Lock
 from deepfm_dist.messages import plural
 from deepfm_dist.seeding import derive_seed
+from deepfm_dist.storage import write_errors_to_user
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Search:
 
     Raises:
         ConfigError: the library is not installed, or the existing study is of another search.
+        DeepFMError: the folder cannot be written.
     """
 
     def __init__(
@@ -78,13 +80,14 @@ class Search:
         from optuna.storages import JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "study.log"
+        with write_errors_to_user(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = _journal(self.path)
         self._optuna, self._space, self._seed = optuna, config.space, seed
         self._lower = lower_is_better
         space = config.model_dump(mode="json")["space"]
         asked = json.dumps({"space": space, "lower": lower_is_better, "seed": seed, "of": of})
-        journal = _journal(self.path)
         with self._alone():
             self._study = optuna.create_study(
                 storage=JournalStorage(journal),
@@ -236,7 +239,7 @@ def _journal(path: Path) -> Any:
 
     class Journal(BaseJournalBackend):
         def __init__(self) -> None:
-            path.touch()
+            path.open("ab").close()
             self.skipped: set[int] = set()  # offsets of damaged lines
             self._offsets = {0: 0}  # by number of the event
 

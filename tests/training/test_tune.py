@@ -20,7 +20,7 @@ from deepfm_dist import train, tune
 from deepfm_dist.config import Config, load_config
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.jobs.train import Trained, train_on
 from deepfm_dist.training.search import Search, Trial
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
@@ -328,6 +328,15 @@ def test_a_trial_of_a_worker_at_work_is_left_alone_and_that_of_a_lost_one_taken_
     second.over("complete", 0.25)
     assert second.next(2) is None
     assert (second.n_elsewhere(), len(second.past())) == (0, 2)
+
+
+def test_a_study_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "study.log").mkdir()
+    with pytest.raises(DeepFMError, match=r"/study\.log: .* a folder of that name is in the way"):
+        Search(tmp_path, TUNE, False, 1)
+    (tmp_path / "tune").write_text("mine")
+    with pytest.raises(DeepFMError, match=r"/tune: cannot be written: it is not a folder"):
+        Search(tmp_path / "tune", TUNE, False, 1)
 
 
 @pytest.mark.parametrize(
