@@ -99,7 +99,7 @@ def gpu_problem(name: str, capability: Version) -> Problem | None:
     if has_fbgemm_code(capability):
         return None
     return Problem(
-        f"FBGEMM has no code for {name} (capability {_dotted(capability)}), only for "
+        f"FBGEMM has no code for {name} (capability {_version_text(capability)}), only for "
         f"{', '.join(FBGEMM_CODE)}",
         "use run.device=cpu, or a GPU of the generation of A100, H100 or B200",
     )
@@ -187,7 +187,7 @@ def _platform_problems(installation: Installation) -> Iterator[Problem]:
         )
     if not (3, 11) <= installation.python < (3, 14):
         yield Problem(
-            f"Python {_dotted(installation.python)} is not supported",
+            f"Python {_version_text(installation.python)} is not supported",
             "use Python 3.11, 3.12 or 3.13: `make clean`, then `make PYTHON=python3.12 demo`",
         )
 
@@ -210,32 +210,33 @@ def _version_problems(installation: Installation) -> Iterator[Problem]:
     if not torch:
         trouble = "torch is not installed"
     elif minor < min(FBGEMM_OF_TORCH):
-        trouble = f"torch {torch} is older than {_dotted(min(FBGEMM_OF_TORCH))}"
+        trouble = f"torch {torch} is older than {_version_text(min(FBGEMM_OF_TORCH))}"
     elif minor not in FBGEMM_OF_TORCH:
         trouble = f"torch {torch} has no fbgemm yet"
     if trouble:
-        tested = _dotted(FBGEMM_OF_TORCH[TESTED_TORCH])
+        tested = _version_text(FBGEMM_OF_TORCH[TESTED_TORCH])
         yield Problem(
             trouble,
-            f"take torch {_dotted(TESTED_TORCH)} with fbgemm {tested} and torchrec {tested}: "
+            f"take torch {_version_text(TESTED_TORCH)} with fbgemm {tested} and torchrec {tested}: "
             "`make clean`, then `make demo`",
         )
         return  # that cure replaces the rest too
 
     series = FBGEMM_OF_TORCH[minor]
     # --no-deps: pip must not follow torchrec's own wish for fbgemm-gpu of any version.
-    cure = f'pip install --no-deps "{build}=={_dotted(series)}.*" "torchrec=={_dotted(series)}.*"'
+    same = f"{_version_text(series)}.*"
+    cure = f'pip install --no-deps "{build}=={same}" "torchrec=={same}"'
     for name, package, version in (("fbgemm", build, fbgemm), ("torchrec", "torchrec", torchrec)):
         if not version:
             yield Problem(f"{name} is not installed", cure)
         elif _minor(version) != series:
-            wanted = f"torch {torch} goes with {name} {_dotted(series)}"
+            wanted = f"torch {torch} goes with {name} {_version_text(series)}"
             yield Problem(f"{wanted}, not with {package} {version}", cure)
     if minor != TESTED_TORCH and _minor(fbgemm or "") == _minor(torchrec or "") == series:
         yield Problem(
             f"torch {torch} with {build} {fbgemm} match but are not the tested versions",
-            f"if anything fails, try torch {_dotted(TESTED_TORCH)} "
-            f"with fbgemm {_dotted(FBGEMM_OF_TORCH[TESTED_TORCH])}",
+            f"if anything fails, try torch {_version_text(TESTED_TORCH)} "
+            f"with fbgemm {_version_text(FBGEMM_OF_TORCH[TESTED_TORCH])}",
             fatal=False,
         )
 
@@ -282,7 +283,7 @@ def _minor(version: str) -> Version:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-def _dotted(version: Version) -> str:
+def _version_text(version: Version) -> str:
     return ".".join(map(str, version))
 
 

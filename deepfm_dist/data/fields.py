@@ -81,13 +81,13 @@ def impressions_column(name: str, labelled: bool) -> Column:
         name: of the column.
         labelled: whether an item without its label makes the row a bad one.
     """
-    checks = (Check(_unlabelled, "a list of items with labels, such as N1-1 N2-0"),)
+    checks = (Check(_is_unlabelled, "a list of items with labels, such as N1-1 N2-0"),)
     return Column(
         name, "texts", checks=checks if labelled else (), separator=" ", purpose="impressions"
     )
 
 
-def _unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
+def _is_unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
     """``[n]`` list of string -> ``[n]`` bool: cells of which some item has no label, or of none."""
     owners, items = _shown(cells)
     wrong = np.asarray(pc.equal(cells.is_valid(), True)).copy()
@@ -157,7 +157,7 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
         DataError: nothing can be derived from a cell; those of files were refused when read.
     """
     owners, cells = _split(cells, feature)
-    return owners, cells if feature.derive is None else _derived(cells, feature)
+    return owners, cells if feature.derive is None else _derive(cells, feature)
 
 
 def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
@@ -181,7 +181,7 @@ def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
     return owners, cells
 
 
-def _derived(cells: pa.Array, feature: Feature) -> pa.Array:
+def _derive(cells: pa.Array, feature: Feature) -> pa.Array:
     """``[m]`` string -> ``[m]`` string by ``feature.derive``; every distinct cell once."""
     distinct = cells.dictionary_encode()
     values = _derivable(distinct.dictionary, feature)

@@ -233,9 +233,9 @@ class DatasetFiles:
     def _columns(self, name: str) -> _Columns:
         """What a file has to hold; it may hold more."""
         manifest, (kind, file) = self._manifest, name.split("/")
-        of_history = (_INT32S, 1, manifest.entities.get("item", 0))
-        of_seen = (_INT32S, 1, manifest.n_rows("item") if "item" in manifest.entities else 0)
-        lists = {name: of_history if name == HISTORY else of_seen for name in LISTS}
+        history_spec = (_INT32S, 1, manifest.entities.get("item", 0))
+        seen_spec = (_INT32S, 1, manifest.n_rows("item") if "item" in manifest.entities else 0)
+        lists = {name: history_spec if name == HISTORY else seen_spec for name in LISTS}
         if kind == "vocabulary":
             rows = (pa.int32(), 0, self._rows_of(file.removesuffix(".parquet")))
             return {"row": rows, "id": _TEXT, "count": _COUNT}
@@ -248,7 +248,7 @@ class DatasetFiles:
             columns["id"] = _TEXT
             for feature in manifest.features:
                 if feature.entity == entity and feature.describes_entity:
-                    columns[feature.name] = self._of_field(feature, always_lists=True)
+                    columns[feature.name] = self._field_spec(feature, always_lists=True)
             if {"user", "item"} <= manifest.entities.keys() and not is_cold:
                 columns |= lists if entity == "user" else {"count": _COUNT}
             if entity == "item" and manifest.data.titles is not None:
@@ -266,14 +266,14 @@ class DatasetFiles:
             columns["weight"] = (pa.float32(), np.nextafter(np.float32(0), np.float32(1)), np.inf)
         for feature in manifest.features:
             if feature.entity == "context":
-                columns[feature.name] = self._of_field(feature, always_lists=False)
+                columns[feature.name] = self._field_spec(feature, always_lists=False)
         return columns
 
     @property
     def _has_rare(self) -> bool:
         return (self._folder / "entities" / "rare.parquet").exists()
 
-    def _of_field(self, feature: Feature, always_lists: bool) -> tuple[pa.DataType, float, float]:
+    def _field_spec(self, feature: Feature, always_lists: bool) -> tuple[pa.DataType, float, float]:
         if not feature.in_table:
             return _NUMBER
         lists = feature.kind == "categorical" and (always_lists or feature.multi_valued)

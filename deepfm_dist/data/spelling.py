@@ -12,19 +12,19 @@ _MOST_TEXTS = 10_000
 """Texts without a match that are looked at."""
 
 
-def _replaced(pattern: str, replacement: str, texts: pa.Array) -> pa.Array:
+def _replace(pattern: str, replacement: str, texts: pa.Array) -> pa.Array:
     return pc.replace_substring_regex(texts, pattern=pattern, replacement=replacement)
 
 
 _WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("the spaces around them", pc.utf8_trim_whitespace),
-    ("decimals of zero", partial(_replaced, r"^(\s*-?\d+)\.0+(\s*)$", r"\1\2")),
-    ("leading zeros", partial(_replaced, r"^(\s*)0+(\d)", r"\1\2")),
+    ("decimals of zero", partial(_replace, r"^(\s*-?\d+)\.0+(\s*)$", r"\1\2")),
+    ("leading zeros", partial(_replace, r"^(\s*)0+(\d)", r"\1\2")),
     ("upper and lower case", pc.utf8_lower),
-    ("the quotes around them", partial(_replaced, r"""^\s*(["'`])(.*)["'`]\s*$""", r"\2")),
-    ("characters that cannot be seen", partial(_replaced, r"\p{Cf}", "")),
+    ("the quotes around them", partial(_replace, r"""^\s*(["'`])(.*)["'`]\s*$""", r"\2")),
+    ("characters that cannot be seen", partial(_replace, r"\p{Cf}", "")),
     ("Unicode's form", lambda texts: pc.utf8_normalize(texts, "NFKC")),
-    ("separators between thousands", partial(_replaced, r"(\d)[,_'](\d{3})", r"\1\2")),
+    ("separators between thousands", partial(_replace, r"(\d)[,_'](\d{3})", r"\1\2")),
 )
 _CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d", r"\p{Lu}")
 """What texts look like that the first of `_WAYS` change."""
@@ -172,7 +172,7 @@ class Unseen:
         unknown = texts.filter(pa.array(~is_known))
         self.count += len(unknown)
         if len(self._texts) < _MOST_TEXTS:
-            self._texts |= dict.fromkeys(_listed(unknown.unique()))
+            self._texts |= dict.fromkeys(_as_list(unknown.unique()))
 
     def merge(self, other: "Unseen") -> None:
         """Takes in what was counted elsewhere."""
@@ -197,5 +197,5 @@ class Unseen:
         return text if how is None else f"{text}; of {len(self._texts):,} different ones, {how}"
 
 
-def _listed(texts: pa.Array | pa.ChunkedArray) -> Iterable[str]:
+def _as_list(texts: pa.Array | pa.ChunkedArray) -> Iterable[str]:
     return (str(text) for text in texts[:_MOST_TEXTS].to_pylist())

@@ -194,13 +194,13 @@ def read_times(cells: pa.Array, formats: Sequence[str] = ()) -> pa.StructArray:
         pa.ArrowNotImplementedError, pa.ArrowInvalid: the type of the cells holds no times.
     """
     if pa.types.is_timestamp(cells.type) or pa.types.is_date(cells.type):
-        return _of_timestamps(cells)
+        return _from_timestamps(cells)
     if _is_text(cells.type):
         cells = pc.utf8_trim_whitespace(cells.cast(pa.string()))
-        return _of_formats(cells, formats) if formats else _of_text(cells)
+        return _from_formats(cells, formats) if formats else _from_text(cells)
     if formats:
-        return _of_formats(_number_texts(cells), formats)
-    return _of_numbers(cells)
+        return _from_formats(_number_texts(cells), formats)
+    return _from_numbers(cells)
 
 
 def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
@@ -221,7 +221,7 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
     else:
         if ISO in formats:  # without its zone, the cell's own time is what is read as UTC
             values = pc.replace_substring_regex(values, _ZONE, r"\1")
-        times = _of_formats(values, formats)
+        times = _from_formats(values, formats)
     seconds = times.field("whole")
     # Arrow's calendar does not reach further than this.
     shown = pc.and_(times.field("dated"), pc.less(pc.abs(seconds), 10**12))
@@ -330,7 +330,7 @@ class TimeColumn:
             if guess is not None:
                 formats = f'"[iso, {_in_yaml(guess)}]"'
                 cure = f"say how both are written: data.interactions.time_format={formats}"
-            raise self._mixed("dated", "number", f"whose order is unknown; {cure}")
+            raise self._mixed_times_error("dated", "number", f"whose order is unknown; {cure}")
         eras = np.flatnonzero(self.eras[1::2])
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
             # Were they counts of something else, some would lie in between.
@@ -342,7 +342,7 @@ class TimeColumn:
                 f"which look like {_ERAS[one][0]} and {_ERAS[two][0]}; say how they are written: "
                 f'data.interactions.time_format="[{formats}]"'
             )
-            raise self._mixed(str(2 * one + 1), str(2 * two + 1), what)
+            raise self._mixed_times_error(str(2 * one + 1), str(2 * two + 1), what)
 
     def warnings(self) -> list[str]:
         """What is worth a warning: times far from all others, and time zones in some cells only."""
@@ -414,7 +414,7 @@ class TimeColumn:
             f"are, such as {example} in {file}: {meaning}"
         )
 
-    def _mixed(self, one: str, two: str, what: str) -> DataError:
+    def _mixed_times_error(self, one: str, two: str, what: str) -> DataError:
         (first, file), (second, other) = self.examples[one], self.examples[two]
         where = "" if other == file else f" (in {other})"
         return DataError(
@@ -473,7 +473,7 @@ def _zeros(n: int) -> pa.Array:
     return pa.repeat(pa.scalar(0, pa.int32()), n)
 
 
-def _of_timestamps(cells: pa.Array) -> pa.StructArray:
+def _from_timestamps(cells: pa.Array) -> pa.StructArray:
     """Dates and timestamps of any unit."""
     if pa.types.is_date32(cells.type):
         cells = cells.cast(pa.timestamp("s"))
@@ -492,14 +492,14 @@ def _in_seconds(counts: pa.Array, per_second: int, zone: int = _UNZONED) -> pa.S
     return _struct(pa.array(whole, mask=~valid), pa.array(billionths), True, zone)
 
 
-def _of_numbers(cells: pa.Array) -> pa.StructArray:
+def _from_numbers(cells: pa.Array) -> pa.StructArray:
     """Numbers as they are, of which NaN and those beyond 64 bits are null."""
     if pa.types.is_uint64(cells.type):
         cells = pc.if_else(pc.less(cells, pa.scalar(2**63, pa.uint64())), cells, None)
     if pa.types.is_integer(cells.type):
         return _struct(cells.cast(pa.int64()), _zeros(len(cells)), False)
     if pa.types.is_decimal(cells.type):
-        return _of_text(_number_texts(cells))
+        return _from_text(_number_texts(cells))
     if not pa.types.is_floating(cells.type):
         raise pa.ArrowNotImplementedError(f"{cells.type} holds no times")
     numbers = cells.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -537,7 +537,7 @@ def _number_texts(cells: pa.Array) -> pa.Array:
     return cells.cast(pa.string())
 
 
-def _of_text(cells: pa.Array) -> pa.StructArray:
+def _from_text(cells: pa.Array) -> pa.StructArray:
     """ISO 8601, and numbers."""
     probe = cells.drop_null()[:100]
     if len(probe) and _NAMED_ZONE.search(probe[0].as_py()):
@@ -572,7 +572,7 @@ def _decimals(cells: pa.Array) -> pa.StructArray:
 
 
 def _timestamps(kind: pa.DataType, cells: pa.Array) -> pa.StructArray:
-    return _of_timestamps(cells.cast(kind))
+    return _from_timestamps(cells.cast(kind))
 
 
 _TIMESTAMPS = [
@@ -648,12 +648,12 @@ def _plain_codes(text: str) -> str:
     return text
 
 
-def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
+def _from_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
     """Text by the first format that fits; `contested` where a later one disagrees."""
-    parsed = _of_format(texts, formats[0])
+    parsed = _from_format(texts, formats[0])
     contested = np.zeros(len(texts), bool)
     for name in formats[1:]:
-        read = _of_format(texts, name)
+        read = _from_format(texts, name)
         # Unlike StructArray.field, this is null wherever the struct is.
         whole, other = (pc.struct_field(times, "whole") for times in (parsed, read))
         usual = pc.and_(pc.greater_equal(other, USUAL[0]), pc.less_equal(other, USUAL[1]))
@@ -666,20 +666,20 @@ def _of_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
     return pa.StructArray.from_arrays(parts, fields=list(TIME), mask=parsed.is_null())
 
 
-def _of_format(texts: pa.Array, name: str) -> pa.StructArray:
+def _from_format(texts: pa.Array, name: str) -> pa.StructArray:
     """Text by one format."""
     if name in EPOCH_UNITS:
-        return _of_unit(texts, EPOCH_UNITS[name])
-    return _of_iso(texts) if name == ISO else _strptime(texts, name)
+        return _from_unit(texts, EPOCH_UNITS[name])
+    return _from_iso(texts) if name == ISO else _strptime(texts, name)
 
 
-def _of_iso(texts: pa.Array) -> pa.StructArray:
-    times = _of_text(texts)
+def _from_iso(texts: pa.Array) -> pa.StructArray:
+    times = _from_text(texts)
     return pc.if_else(times.field("dated").fill_null(False), times, None)
 
 
-def _of_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
-    times = _of_text(texts)
+def _from_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
+    times = _from_text(texts)
     numbers = pc.if_else(times.field("dated"), None, times.field("whole"))
     numbers = pc.if_else(times.is_valid(), numbers, None)
     parts = np.asarray(times.field("billionths").fill_null(0)).astype(np.int64)

@@ -287,7 +287,7 @@ def _plain(value: Any) -> Any:
     """Nested dicts with lists of this rank's pieces in the place of DTensors."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
-    return [piece for piece, _ in _pieces_of(value)] if isinstance(value, DTensor) else value
+    return [piece for piece, _ in _local_pieces(value)] if isinstance(value, DTensor) else value
 
 
 def _like(value: Any, plain: Any) -> Any:
@@ -297,7 +297,7 @@ def _like(value: Any, plain: Any) -> Any:
     if not isinstance(value, DTensor):
         return plain
     local: Any = value.to_local()
-    return _of_pieces(value, plain, local.local_offsets(), value.shape)
+    return _from_pieces(value, plain, local.local_offsets(), value.shape)
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -628,7 +628,7 @@ def _as_dtensor_like(table: DTensor, piece: Tensor) -> Tensor:
     local: Any = table.to_local()
     pieces = [piece] if local.local_shards() else []  # a rank may hold nothing of a table
     assert [shard.shape for shard in local.local_shards()] == [p.shape for p in pieces]
-    return _of_pieces(table, pieces, local.local_offsets(), table.shape)
+    return _from_pieces(table, pieces, local.local_offsets(), table.shape)
 
 
 def _without_new_rows(
@@ -647,12 +647,12 @@ def _without_new_rows(
             cut[key] = value[: saved[name].size[0]] if is_table else value
         elif pieces := [
             (piece[: saved[name].size[0] - offset[0]], offset)
-            for piece, offset in _pieces_of(value)
+            for piece, offset in _local_pieces(value)
             if offset[0] < saved[name].size[0]
         ]:  # a rank all of whose rows are new reads nothing
             shape = torch.Size([min(saved[name].size[0], len(value)), *value.shape[1:]])
             kept, offsets = [p for p, _ in pieces], [offset for _, offset in pieces]
-            cut[key] = _of_pieces(value, kept, offsets, shape)
+            cut[key] = _from_pieces(value, kept, offsets, shape)
     return cut
 
 
@@ -700,13 +700,13 @@ def _flat(tensors: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{key}", value
 
 
-def _pieces_of(table: DTensor) -> list[tuple[Tensor, Any]]:
+def _local_pieces(table: DTensor) -> list[tuple[Tensor, Any]]:
     """This rank's pieces and their offsets; a rank without one still lists an offset."""
     local: Any = table.to_local()
     return list(zip(local.local_shards(), local.local_offsets(), strict=False))
 
 
-def _of_pieces(like: DTensor, pieces: list[Tensor], offsets: Any, shape: torch.Size) -> DTensor:
+def _from_pieces(like: DTensor, pieces: list[Tensor], offsets: Any, shape: torch.Size) -> DTensor:
     return DTensor.from_local(
         LocalShardsWrapper(pieces, offsets),
         device_mesh=like.device_mesh,

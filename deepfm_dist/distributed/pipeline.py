@@ -309,7 +309,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
             if self._overlapped:
                 self.progress(micro_batches)
             else:
-                with self._timed("data"):
+                with self._time("data"):
                     batch = (
                         next(micro_batches)
                         if self._ahead is None
@@ -317,7 +317,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                     )
                 self._backward(self._forward(batch)[0])
         if self.deferred or step.is_finite:
-            with self._timed("optimizer"):
+            with self._time("optimizer"):
                 bound_gradients(
                     self._config, self._tables, self._replicated, self._dense, self._world
                 )
@@ -333,7 +333,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         return step
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        with self._timed("forward"):
+        with self._time("forward"):
             loss, logits = self._model(batch)
         self._step.sparse = batch.sparse
         if logits is not None:
@@ -360,7 +360,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         return torch.where(self._is_finite, gradient, 0.0)
 
     def _backward(self, losses: Tensor) -> None:
-        with self._timed("backward"):
+        with self._time("backward"):
             if self._decide(losses):
                 losses.backward(self._scale)
 
@@ -382,22 +382,22 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""
-        with self._timed("data"):
+        with self._time("data"):
             enqueued: bool = super().enqueue_batch(dataloader_iter)
             return enqueued
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         """Begins to exchange a batch's ids."""
-        with self._timed("embeddings"):
+        with self._time("embeddings"):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: Any) -> None:
         """Ends the exchange of a batch's ids."""
-        with self._timed("embeddings"):
+        with self._time("embeddings"):
             super().wait_sparse_data_dist(context)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _time(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
         try:
             yield
@@ -422,7 +422,7 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         loss, logits = super()._forward(batch)
-        with self._timed("backward"):
+        with self._time("backward"):
             # TorchRec's progress() differentiates what it is given here, without `_backward`.
             if self._decide(loss):
                 return loss * self._scale, logits
@@ -430,7 +430,7 @@ class PrefetchTrainPipeline(TrainPipeline, PrefetchTrainPipelineSparseDist[Any, 
         return loss.new_zeros((), requires_grad=True), logits
 
     def _prefetch(self, context: Any) -> None:
-        with self._timed("embeddings"):
+        with self._time("embeddings"):
             super()._prefetch(context)
 
 

@@ -211,13 +211,13 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
-        table, of_ranks = _of_table(job, config, placed[config.name], width, weight_bytes)
+        table, rank_demands = _table_demand(job, config, placed[config.name], width, weight_bytes)
         tables.append(table)
-        demands = [demand + added for demand, added in zip(demands, of_ranks, strict=True)]
+        demands = [demand + added for demand, added in zip(demands, rank_demands, strict=True)]
     return Plan(job, tables, demands)
 
 
-def _of_table(
+def _table_demand(
     job: Job, config: EmbeddingBagConfig, placement: TablePlan, width: int, weight_bytes: int
 ) -> tuple[TableDemand, list[RankDemand]]:
     """What a table needs, in all and of each rank.
@@ -257,12 +257,12 @@ def _of_table(
         stays = mine * _local_share(job.world)
         if not is_replicated:
             pooled_bytes = pooled * job.sharding.float_bytes
-            of_kind = _sent(holders, rank, ranks, pooled_bytes, id_bytes, id_bytes)
-            mine = sum(of_kind)
+            sent_by_kind = _sent(holders, rank, ranks, pooled_bytes, id_bytes, id_bytes)
+            mine = sum(sent_by_kind)
             stays = mine * _local_share(job.world)
             if placement.kind == TABLE_ROW_WISE:
                 # Gradients alone are gathered within the machine; as many bytes of rows are before.
-                stays = of_kind[0] + 2 * of_kind[2] if rank in holders else 0
+                stays = sent_by_kind[0] + 2 * sent_by_kind[2] if rank in holders else 0
         sent.append(mine)
         local.append(stays)
     table = TableDemand(

@@ -75,7 +75,7 @@ class StoredModel:
         try:
             self._metadata: Metadata = self._reader.read_metadata()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise self._damaged(error) from None
+            raise self._damage_error(error) from None
 
     def weights(self, table_columns: int) -> list[StoredWeight]:
         """The model's tensors, tables first.
@@ -98,9 +98,9 @@ class StoredModel:
             elif name == key:
                 continue
             if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
-                raise self._damaged(f"pieces of {key} are missing")
+                raise self._damage_error(f"pieces of {key} are missing")
             if any(chunk.sizes[1:] != stored.size[1:] for chunk in stored.chunks):
-                raise self._damaged(f"{key} is cut by columns")
+                raise self._damage_error(f"{key} is cut by columns")
             item_bytes = stored.properties.dtype.itemsize
             n_rows = stored.size[0] if stored.size else 1
             row_bytes = stored.size.numel() // max(1, n_rows) * item_bytes
@@ -138,7 +138,7 @@ class StoredModel:
             try:
                 self._read(weight, begin, rows)
             except (OSError, EOFError, KeyError, RuntimeError, ValueError, BadZipFile) as error:
-                raise self._damaged(error) from None
+                raise self._damage_error(error) from None
             yield np.ascontiguousarray(rows[:, : weight.kept_bytes]).data
 
     def _read(self, weight: StoredWeight, begin: int, rows: np.ndarray) -> None:
@@ -163,5 +163,5 @@ class StoredModel:
             raise ValueError(f"{weight.key} is stored in another way than it was when written")
         return int(stored.offset + empty.untyped_storage()._checkpoint_offset)
 
-    def _damaged(self, error: object) -> CheckpointError:
+    def _damage_error(self, error: object) -> CheckpointError:
         return CheckpointError(f"{self._folder}: cannot be read: {brief(error)}")

@@ -107,8 +107,8 @@ def ease_tables(
 
 def groups_of_items(dataset: PreparedDataset) -> Jagged | None:
     """For each value of each of the items' fields, the items that have it; None: no fields."""
-    of_items = [f for f in dataset.manifest.categorical if f.entity == "item" and not f.is_id]
-    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in of_items]
+    item_columns = [f for f in dataset.manifest.categorical if f.entity == "item" and not f.is_id]
+    groups = [_items_by_value(dataset.entity_fields[f.name]) for f in item_columns]
     return Jagged.concatenated(groups) if groups else None
 
 
@@ -163,10 +163,10 @@ def ease_factors(
             f"min_count of the items"
         )
     together = torch.from_numpy(co_counts(train, n_items))
-    of_groups = None
+    group_gram = None
     if groups is not None and group_weight:
-        of_groups = torch.from_numpy(co_counts(groups, n_items))
-    weights = ease_weights(together, ease.l2, of_groups, group_weight)
-    del of_groups
+        group_gram = torch.from_numpy(co_counts(groups, n_items))
+    weights = ease_weights(together, ease.l2, group_gram, group_weight)
+    del group_gram
     leading = leading_vectors(weights, together.float(), n_factors)
     return weights @ leading, leading

@@ -80,7 +80,7 @@ class Validation:
         place = np.full(self.trained.shape[1], -1, np.int32)
         place[rows] = np.arange(len(rows))
         bags, relevant, masked = (
-            _renumbered(lists, place) for lists in (self.bags, self.relevant, self.masked)
+            _renumber(lists, place) for lists in (self.bags, self.relevant, self.masked)
         )
         users = np.flatnonzero(relevant.lengths)
         trained = self.trained[torch.from_numpy(users)][:, torch.from_numpy(rows).long()]
@@ -134,10 +134,10 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
     users = users.among(rows)
     if not len(users.relevant):
         return Linear(weight=0.0)
-    gram = torch.from_numpy(co_counts(_renumbered(train, place), len(rows))).float()
+    gram = torch.from_numpy(co_counts(_renumber(train, place), len(rows))).float()
     group_gram = None
     if groups is not None:
-        group_gram = torch.from_numpy(co_counts(_renumbered(groups, place), len(rows))).float()
+        group_gram = torch.from_numpy(co_counts(_renumber(groups, place), len(rows))).float()
     trained = users.ndcg(users.trained)
 
     def with_best_weight(linear: Linear, scores: Tensor) -> Linear:
@@ -221,7 +221,7 @@ def leading_vectors(weights: Tensor, gram: Tensor, n: int) -> Tensor:
     return pad(basis @ vectors, (0, n - vectors.shape[1]))
 
 
-def _renumbered(lists: Jagged, place: npt.NDArray[np.int32]) -> Jagged:
+def _renumber(lists: Jagged, place: npt.NDArray[np.int32]) -> Jagged:
     """Lists of item rows as lists of their places; those without one are left out."""
     places = place[lists.values]
     owner = np.repeat(np.arange(len(lists)), lists.lengths)[places >= 0]

@@ -73,7 +73,7 @@ def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None
 def evaluate_on(config: Config, overrides: Sequence[str], world: World) -> Evaluation | None:
     """`evaluate` in a process group that exists. All ranks."""
     baselines, reference = _baselines(config), _reference(config)
-    trained = open_trained(config, overrides, world, same_rows=True, finished=_finished(config))
+    trained = open_trained(config, overrides, world, same_rows=True, finished=_usable_parts(config))
     measured, comparison = _measure(config, trained, world, baselines, reference)
     return None if measured is None else _report(config, trained, measured, comparison)
 
@@ -95,14 +95,14 @@ def measure_weights(config: Config, weights: Path, world: World) -> dict[str, fl
             other's.
         DataError: the split is empty.
     """
-    finished = _finished(config)
+    finished = _usable_parts(config)
     run = find_run(config, (), same_rows=True, finished=finished, world=world)
     trained = open_weights(weights, run, world, finished)
     measured, comparison = _measure(config, trained, world, {}, None)
     return None if measured is None else _all_figures(measured.figures, comparison)
 
 
-def _finished(config: Config) -> Sequence[str]:
+def _usable_parts(config: Config) -> Sequence[str]:
     """Which checkpoints of a finished run may be measured.
 
     Raises:

@@ -80,16 +80,16 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
         The folder of its dataset.
     """
     run_dir, output_dir, number = config.run_dir, config.output_dir, _free_number(config)
-    aside, dataset = _numbered(run_dir, number), config.prepared_dir
+    aside, dataset = _numbered_name(run_dir, number), config.prepared_dir
     if with_dataset:
-        dataset = _numbered(dataset, number)
+        dataset = _numbered_name(dataset, number)
     if run_dir.exists():
         move_tree(run_dir, aside)
         if (aside / STUDY).exists():
             move_tree(aside / STUDY, run_dir / STUDY)
         _rename_in_config(aside / "config.yaml", aside, dataset)
     if output_dir != run_dir and output_dir.exists():
-        move_tree(output_dir, _numbered(output_dir, number))
+        move_tree(output_dir, _numbered_name(output_dir, number))
     log.info("%s: moved the earlier run to %s", run_dir, aside)
     return dataset
 
@@ -119,17 +119,17 @@ def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
 
 def name_aside(config: Config) -> Path:
     """The folder that a run is moved to when another takes its place."""
-    return _numbered(config.run_dir, _free_number(config))
+    return _numbered_name(config.run_dir, _free_number(config))
 
 
 def _free_number(config: Config) -> int:
     folders = [config.run_dir, config.output_dir]
     if not is_remote(config.prepared_dir):  # one behind a URL is never moved
         folders.append(config.prepared_dir)
-    return next(n for n in count(1) if not any(_numbered(f, n).exists() for f in folders))
+    return next(n for n in count(1) if not any(_numbered_name(f, n).exists() for f in folders))
 
 
-def _numbered(folder: Path, number: int) -> Path:
+def _numbered_name(folder: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.{number}")
 
 

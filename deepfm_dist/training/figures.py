@@ -44,9 +44,9 @@ class TrainingFigures:
         loss = {"loss": sum(losses) / len(losses) if losses else float("nan")}
         if losses and not self._rows:
             return loss
-        return loss | self._of_rows(world)
+        return loss | self._row_figures(world)
 
-    def _of_rows(self, world: World) -> dict[str, float]:
+    def _row_figures(self, world: World) -> dict[str, float]:
         rows, self._rows = self._rows, []
         if not rows:  # on all ranks, then
             nothing = torch.zeros(0, device=world.device)

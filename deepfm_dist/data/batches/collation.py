@@ -99,7 +99,7 @@ class Collator:
         for feature in self.categorical:
             if feature.history is not None:
                 assert bags is not None
-                n, v = self._of_items(self._source_of(feature), bags)
+                n, v = self._item_values(self._source_of(feature), bags)
             else:
                 n, v = self._bags(feature, index[feature.entity], context)
                 if hidden is not None and feature.names_entity and feature.entity in hidden:
@@ -126,7 +126,7 @@ class Collator:
             ``[m]`` lists of rows of the field's table.
         """
         assert self._histories is not None
-        lengths, rows = self._of_items(self._source_of(field), self._histories.full(users))
+        lengths, rows = self._item_values(self._source_of(field), self._histories.full(users))
         return Jagged(offsets_of(lengths), rows)
 
     def _numbers(
@@ -145,7 +145,7 @@ class Collator:
                 dense[present, column] = source[rows[present]]
         return dense
 
-    def _of_items(self, field: Feature, bags: Bags) -> Bags:
+    def _item_values(self, field: Feature, bags: Bags) -> Bags:
         """Bags of items -> bags of all that a field says of these items."""
         if field.is_id:
             return self._without_cold(bags)

@@ -89,8 +89,8 @@ class _Lists:
     """
 
     def __init__(self, lists: Jagged, device: torch.device) -> None:
-        self.offsets = _moved(lists.offsets, device)
-        self.values = _moved(lists.values, device)
+        self.offsets = _move(lists.offsets, device)
+        self.values = _move(lists.values, device)
         self.lengths = self.offsets.diff()
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +289,8 @@ class DeviceBatches:
             fields=fields,
             lengths=self._lengths(fields, steps),
             dense=self._numbers(index, steps),
-            labels=self._padded(labels.view(steps, -1)),
-            weights=self._padded(weights.view(steps, -1)),
+            labels=self._pad(labels.view(steps, -1)),
+            weights=self._pad(weights.view(steps, -1)),
         )
 
     def _hidden(self, virtual: Tensor, first_step: int, steps: int) -> dict[str, Tensor]:
@@ -301,8 +301,8 @@ class DeviceBatches:
         hidden = {}
         for entity in ("user", "item"):
             keys = [_signed(dropout.key(entity, first_step + k)) for k in range(steps)]
-            of_steps = mixed(torch.tensor(keys, device=self._device))
-            words = mixed(virtual.view(steps, -1) ^ of_steps[:, None]).flatten()
+            by_step = mixed(torch.tensor(keys, device=self._device))
+            words = mixed(virtual.view(steps, -1) ^ by_step[:, None]).flatten()
             hidden[entity] = _shifted(words, 32) < dropout.threshold
         return hidden
 
@@ -329,15 +329,15 @@ class DeviceBatches:
         if not isinstance(source, _Lists) and len(values) == len(rows):
             ends = [k * self._real for k in range(steps + 1)]
             return _Field(None, values.int(), ends)
-        of_steps = lengths.view(steps, -1)
-        ends = [0, *of_steps.sum(1).cumsum(0).tolist()]
-        return _Field(of_steps.int(), values.int(), ends)
+        by_step = lengths.view(steps, -1)
+        ends = [0, *by_step.sum(1).cumsum(0).tolist()]
+        return _Field(by_step.int(), values.int(), ends)
 
     def _lengths(self, fields: list[_Field], steps: int) -> Tensor | None:
         if self._real == self._height and all(field.lengths is None for field in fields):
             return None
         one = torch.ones(steps, self._real, dtype=torch.int32, device=self._device)
-        return torch.stack([self._padded(one if f.lengths is None else f.lengths) for f in fields])
+        return torch.stack([self._pad(one if f.lengths is None else f.lengths) for f in fields])
 
     def _numbers(self, index: Mapping[str, Tensor | None], steps: int) -> Tensor:
         shape = steps, self._height, len(self._dense)
@@ -354,7 +354,7 @@ class DeviceBatches:
         column_values: Tensor | _Lists = columns[feature.name]
         return column_values
 
-    def _padded(self, values: Tensor) -> Tensor:
+    def _pad(self, values: Tensor) -> Tensor:
         """``[steps, rows]`` -> ``[steps, height]`` by zeros."""
         return torch.nn.functional.pad(values, (0, self._height - self._real))
 
@@ -398,7 +398,7 @@ def _bytes(values: Values) -> int:
     return values.nbytes
 
 
-def _moved(values: Any, device: torch.device) -> Tensor:
+def _move(values: Any, device: torch.device) -> Tensor:
     array = np.ascontiguousarray(values)
     if not array.flags.writeable:  # mapped from a file
         array = array.copy()
@@ -407,6 +407,6 @@ def _moved(values: Any, device: torch.device) -> Tensor:
 
 def _all_moved(columns: Mapping[str, Values], device: torch.device) -> dict[str, Any]:
     return {
-        name: _Lists(values, device) if isinstance(values, Jagged) else _moved(values, device)
+        name: _Lists(values, device) if isinstance(values, Jagged) else _move(values, device)
         for name, values in columns.items()
     }

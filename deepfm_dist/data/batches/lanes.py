@@ -149,7 +149,7 @@ class Lanes:
         high = after - np.maximum(0, stops - last)
         lanes = np.flatnonzero(low < high)
         parts = [
-            self._of_lanes(epoch, lanes[at : at + self._width], low, high)
+            self._lane_rows(epoch, lanes[at : at + self._width], low, high)
             for at in range(0, max(1, len(lanes)), self._width)
         ]
         if len(parts) == 1:
@@ -161,7 +161,7 @@ class Lanes:
             np.concatenate([p.slot for p in parts]),
         )
 
-    def _of_lanes(
+    def _lane_rows(
         self, epoch: int, lanes: Int64Array, low: Int64Array, high: Int64Array
     ) -> SelectedRows:
         """Rows ``low[l]`` to ``high[l]`` of the streams of no more lanes than there is room for."""

@@ -93,19 +93,19 @@ class TrainingBatches:
         first = min(self.first, end - begin)
         last = min(self.first + self.local_batch_size, end - begin)
         taken_rows = self.source.take(epoch, begin, end, first, last)
-        return self._collated(taken_rows, step, float(end - begin))
+        return self._collate(taken_rows, step, float(end - begin))
 
-    def _collated(self, selected: SelectedRows, step: int, global_weight: float) -> Batch:
+    def _collate(self, selected: SelectedRows, step: int, global_weight: float) -> Batch:
         epoch = (step - 1) // self.steps_per_epoch
         index, columns = selected.index, selected.columns
         users, labels, negative_users = (
-            _picked(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
+            _take(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
         )
         if labels is None or self.negatives is not None:  # slot 0 is the positive
             labels = (selected.slot == 0).astype(np.float32)
         items = bags = None
         if self.negatives is None or self._histories is not None:
-            items = _picked(columns.get("item"), index)
+            items = _take(columns.get("item"), index)
         if self._histories is not None:
             assert users is not None and items is not None
             lengths, values = self._histories.excluding_target(users, items, selected.row, epoch)
@@ -116,9 +116,9 @@ class TrainingBatches:
             if items is None:  # only those that no negative takes the place of
                 positive = np.flatnonzero(selected.slot == 0)
                 items = np.empty(len(index), np.int32)
-                items[positive] = _picked(columns["item"], index[positive])
+                items[positive] = _take(columns["item"], index[positive])
             self.negatives.put(items, selected.row, selected.slot, negative_users, epoch)
-        weights = _picked(columns.get("weight"), index)
+        weights = _take(columns.get("weight"), index)
         context_rows = index
         if self.negatives is not None and self.negatives.some_are_short:
             assert users is not None and items is not None and negative_users is not None
@@ -182,5 +182,5 @@ class InMemoryRows:
         return SelectedRows(self.columns, rows, rows, virtual - rows * self.copies)
 
 
-def _picked(values: Values | None, index: Int64Array) -> Any:
+def _take(values: Values | None, index: Int64Array) -> Any:
     return None if values is None else taken(values, index)

@@ -37,7 +37,7 @@ class ColumnarReader(Reader):
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The columns wanted, with the types that the file says."""
-        present, read = self._opened()
+        present, read = self._open()
         self.locate(present)
         names = self.names
         try:
@@ -49,9 +49,9 @@ class ColumnarReader(Reader):
 
     def present(self) -> Sequence[str]:
         """The columns of the file's schema."""
-        return self._opened()[0]
+        return self._open()[0]
 
-    def _opened(self) -> tuple[list[str], _Read]:
+    def _open(self) -> tuple[list[str], _Read]:
         path, suffix = self.source.path, self.source.suffix
         try:
             if self._groups is not None:
@@ -120,14 +120,14 @@ def _arrow(source: Source) -> tuple[list[str], _Read]:
     opened.seek(0)
     if not is_file:
         stream = pa.ipc.open_stream(opened)
-        return stream.schema.names, lambda _: map(_validated, stream)
+        return stream.schema.names, lambda _: map(_validate, stream)
     file = pa.ipc.open_file(opened)
     return file.schema.names, lambda _: (
-        _validated(file.get_batch(number)) for number in range(file.num_record_batches)
+        _validate(file.get_batch(number)) for number in range(file.num_record_batches)
     )
 
 
-def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _validate(batch: pa.RecordBatch) -> pa.RecordBatch:
     """A batch that is sound: Arrow's own formats are mapped as they are, damaged offsets too."""
     batch.validate(full=True)
     return batch

@@ -83,7 +83,7 @@ class JsonLinesReader(Reader):
         texts = [v if type(v) is str else text_of(v, is_text) for v in values]
         for at in [at for at, value in enumerate(values) if type(value) in (list, dict)]:
             if not nested and self.dropped is None:
-                raise self._nested(name, values[at], first_row + at)
+                raise self._nested_error(name, values[at], first_row + at)
             texts[at] = json_text(values[at]) if nested else NO_TEXT
         try:
             return pa.array(texts, pa.string())
@@ -91,7 +91,7 @@ class JsonLinesReader(Reader):
             whole = [t and t.encode("utf-8", "replace").decode() for t in texts]
             return pa.array(whole, pa.string())
 
-    def _nested(self, name: str, value: list[Any] | dict[str, Any], row: int) -> DataError:
+    def _nested_error(self, name: str, value: list[Any] | dict[str, Any], row: int) -> DataError:
         what, cure = "a list", "set several: true for its field"
         if isinstance(value, dict):
             what = "an object"

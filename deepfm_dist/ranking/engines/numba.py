@@ -34,9 +34,11 @@ class NumbaEngine:
     def allocate(self, n: int, like: Side) -> kernel.Items:
         """Room for n items."""
         blocks, dim, units = -(-n // kernel.BLOCK), like.factor_sum.shape[1], like.hidden.shape[1]
-        constant = kernel.aligned(blocks * kernel.BLOCK)
+        constant = kernel.aligned_zeros(blocks * kernel.BLOCK)
         constant[n:] = -np.inf
-        factors, hidden = (kernel.aligned(blocks * size * kernel.BLOCK) for size in (dim, units))
+        factors, hidden = (
+            kernel.aligned_zeros(blocks * size * kernel.BLOCK) for size in (dim, units)
+        )
         return kernel.Items(constant, factors, hidden, n, dim, units)
 
     def fill(self, items: kernel.Items, begin: int, side: Side) -> None:
@@ -57,7 +59,9 @@ class NumbaEngine:
         dim, units = sides[0].factor_sum.shape[1], sides[0].hidden.shape[1]
         height = -(-n // kernel.ROWS) * kernel.ROWS
         users = kernel.Users(
-            kernel.aligned(height), kernel.aligned(height * dim), kernel.aligned(height * units)
+            kernel.aligned_zeros(height),
+            kernel.aligned_zeros(height * dim),
+            kernel.aligned_zeros(height * units),
         )
         side = Side(*map(torch.cat, zip(*(s.tensors for s in sides), strict=True)))
         users.constant[:n] = side.constant.numpy()
@@ -132,7 +136,7 @@ class NumbaEngine:
         return torch.from_numpy(out)
 
     def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
-        return kernel.aligned((network.rows + kernel.ROWS) * kernel.BLOCK)
+        return kernel.aligned_zeros((network.rows + kernel.ROWS) * kernel.BLOCK)
 
     def _over_users(self, work: Callable[[int, int], None], n: int) -> None:
         step = -(-USERS_PER_TASK // kernel.ROWS) * kernel.ROWS

@@ -144,7 +144,7 @@ def network_of(layers: Sequence[Layer]) -> Network:
     )
 
 
-def aligned(*shape: int) -> FloatArray:
+def aligned_zeros(*shape: int) -> FloatArray:
     """Zeros that begin on a cache line, so that no vector of theirs crosses one."""
     size = int(np.prod(shape))
     room = np.zeros(size + 16, np.float32)
