@@ -243,8 +243,10 @@ class Manifest(Section):
     @staticmethod
     def is_given(folder: Path) -> bool:
         """Whether a folder's manifest says that another tool wrote the dataset."""
+        path = folder / MANIFEST
         try:
-            content = json.loads((folder / MANIFEST).read_text())
+            with storage_errors_to_user(folder):
+                content = json.loads(path.read_text()) if path.is_file() else None
         except (ValueError, OSError):
             return False
         return isinstance(content, dict) and content.get("fingerprint") == GIVEN

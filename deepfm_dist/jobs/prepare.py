@@ -14,7 +14,7 @@ from deepfm_dist.data.preparation.dry_run import DryRun
 from deepfm_dist.data.preparation.dry_run import dry_run as preparation_dry_run
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.remote import copy_path, local_copy
-from deepfm_dist.storage import folder_of, is_remote
+from deepfm_dist.storage import delete_tree, folder_of, is_remote
 from deepfm_dist.training.checks import warn_of_labels
 
 
@@ -78,9 +78,12 @@ def _prepare(
 ) -> Manifest:
     folder, cache = config.prepared_dir, config.run.cache_root
     if destination is None and is_remote(folder):
+        copy = copy_path(folder, cache)
         if Manifest.is_given(folder):
             local_copy(folder, cache)
-        folder, destination = copy_path(folder, cache), folder
+        elif Manifest.is_given(copy):  # of what was there before
+            delete_tree(copy)
+        folder, destination = copy, folder
     return encode.prepare(
         config.data,
         config.input_root,

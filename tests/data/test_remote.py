@@ -22,7 +22,7 @@ from deepfm_dist.errors import DataError, DeepFMError, InUse
 from deepfm_dist.jobs.prepare import dry_run, prepare
 from deepfm_dist.lock import Lock
 from deepfm_dist.runs.trained import open_dataset
-from deepfm_dist.storage import folder_of
+from deepfm_dist.storage import delete_tree, folder_of
 from tests.ranks import run_ranks
 
 pytest.importorskip("upath")
@@ -208,6 +208,9 @@ def test_a_dataset_of_another_tool_is_copied_and_checked(
     assert prepare(config_at(root, f"run.cache_root={tmp_path / 'cache'}")) == given
     copy = local_copy(folder, tmp_path / "cache")
     assert files_of(copy).keys() == files_of(folder).keys() | {"checked"}
+    delete_tree(folder)
+    prepare(config_at(root, f"run.cache_root={tmp_path / 'cache'}"))
+    assert files_of(folder) == files_of(copy) == files_of(sample.folder)
 
 
 def test_growth_from_a_url_gives_the_bytes_of_growth_from_a_folder(
