@@ -83,32 +83,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _labels_are_not_ranked(self) -> Self:
-        if self.data.task == "ctr":
-            changed = self.evaluate.model_dump(mode="json", exclude_defaults=True)
-            changed.pop("split", None)
-            for name, value in changed.items():
-                raise ValueError(
-                    f"evaluate.{name}={value}: rankings are measured where rows are positives, "
-                    f"not where they have labels (data.task=ctr); leave it out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _protocol_fits_the_split(self) -> Self:
-        protocol, method = self.evaluate.protocol, self.data.split.method
-        if protocol == "strong" and method != "users":
-            raise ValueError(
-                f"evaluate.protocol=strong judges users who have no training rows, and "
-                f"data.split.method={method} holds out rows of all users; set "
-                f"data.split.method=users"
-            )
-        if protocol == "weak" and method == "users":
-            raise ValueError(
-                "evaluate.protocol=weak judges users who have training rows, and "
-                "data.split.method=users holds out users entirely; leave evaluate.protocol out, or "
-                "set data.split.method=per_user"
-            )
+    def _evaluation_fits_the_data(self) -> Self:
+        self.evaluate.check_data(self.data)
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,8 @@ MAX_LINES = 60
 MAX_PARAMETERS = 10
 MAX_POSITIONAL = 6
 """Arguments of a call that are given without their names."""
+MAX_CONFIG_LINES = 300
+"""Of config.py, which composes the sections, reads YAML and overrides, and does nothing else."""
 EXCEPTIONS = {
     "model.deepfm.build_deepfm": "the parts of the model, each a keyword with a default",
 }
@@ -82,3 +84,7 @@ def test_calls_name_the_arguments_that_are_many() -> None:
             if called.rpartition(".")[2] not in compiled and not is_log and id(node) not in INSIDE:
                 wrong.append(f"{module}:{node.lineno} {called}: {len(node.args)} arguments")
     assert wrong == []
+
+
+def test_the_configuration_only_composes() -> None:
+    assert len((PACKAGE / "config.py").read_text().splitlines()) <= MAX_CONFIG_LINES

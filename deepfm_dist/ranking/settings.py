@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.section import Section
 from deepfm_dist.storage import LocalPath
 
@@ -66,6 +67,34 @@ class EvaluateConfig(Section):
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k needs positive cut-offs (got {list(self.k)})")
         return self
+
+    def check_data(self, data: DataConfig) -> None:
+        """Refuses settings that do not fit the data's.
+
+        Raises:
+            ValueError: names the setting and what to change.
+        """
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        changed.pop("split", None)
+        if data.task == "ctr" and changed:
+            name, value = next(iter(changed.items()))
+            raise ValueError(
+                f"evaluate.{name}={value}: rankings are measured where rows are positives, not "
+                f"where they have labels (data.task=ctr); leave it out"
+            )
+        method = data.split.method
+        if self.protocol == "strong" and method != "users":
+            raise ValueError(
+                f"evaluate.protocol=strong judges users who have no training rows, and "
+                f"data.split.method={method} holds out rows of all users; set "
+                f"data.split.method=users"
+            )
+        if self.protocol == "weak" and method == "users":
+            raise ValueError(
+                "evaluate.protocol=weak judges users who have training rows, and "
+                "data.split.method=users holds out users entirely; leave evaluate.protocol out, or "
+                "set data.split.method=per_user"
+            )
 
 
 class RecommendConfig(Section):
