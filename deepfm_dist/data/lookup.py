@@ -1,6 +1,7 @@
 """Rows from outside the dataset -> rows in its indices."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -24,8 +25,17 @@ from deepfm_dist.data.spelling import Unseen, difference
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
 
+_NEARLY_ALL = 0.95
 _FEW_VALUES = 100_000
 """That a similar word is looked for among."""
+
+
+def _count_empty(cells: pa.ChunkedArray) -> int:
+    """Cells without a value: null, empty text, or an empty list."""
+    is_list, is_text = pa.types.is_list(cells.type), pa.types.is_string(cells.type)
+    sizes = pc.list_value_length(cells) if is_list else pc.utf8_length(cells) if is_text else None
+    n_zero = 0 if sizes is None else pc.sum(pc.equal(sizes, 0)).as_py() or 0
+    return int(cells.null_count + n_zero)
 
 
 class RowEncoder:
@@ -53,6 +63,7 @@ class RowEncoder:
             f.name: dataset.vocabulary(f.table_name) for f in self._context if f.has_vocabulary
         }
         self.unknown = {name: Unseen(name) for name in (*self._entities, *self._vocabularies)}
+        self._n_rows, self._n_empty = 0, Counter[str]()
 
     @property
     def columns(self) -> list[Column]:
@@ -86,6 +97,9 @@ class RowEncoder:
             entity_rows[name] = place.to_numpy().astype(np.int32) + np.int32(1)
             self.unknown[name].add(table[name], entity_rows[name] > 0)
         context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
+        self._n_rows += table.num_rows
+        for feature in self._context:
+            self._n_empty[feature.name] += _count_empty(table[column_of(feature).key])
         return Rows(entity_rows.get("user"), entity_rows.get("item"), None, context, table.num_rows)
 
     def unseen(self) -> list[str]:
@@ -93,7 +107,20 @@ class RowEncoder:
         known = {name: ids for name, (_, ids) in self._entities.items()}
         known |= {name: vocabulary.ids for name, vocabulary in self._vocabularies.items()}
         reports = [unseen.report(known[name]) for name, unseen in self.unknown.items()]
+        reports += map(self._report_empty, self._context)
         return [text for text in reports if text is not None]
+
+    def _report_empty(self, feature: Feature) -> str | None:
+        """What to say of a field that nearly all rows leave empty, unlike those of training."""
+        n_empty, trained = self._n_empty[feature.name], self._manifest.profile.missing
+        share = trained.get(feature.name, 0.0)
+        if not n_empty or n_empty < _NEARLY_ALL * self._n_rows or share > 0.5:
+            return None
+        return (
+            f"{feature.name}: {n_empty:,} of {self._n_rows:,} rows have no value, which only "
+            f"{share:.1%} of the training rows lacked; is the column "
+            f"{feature.column or feature.name!r} the right one?"
+        )
 
     def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
         """One row of context from the configuration, for recommendations.

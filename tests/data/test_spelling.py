@@ -13,6 +13,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.sources import read_table
 from deepfm_dist.data.spelling import difference
 from deepfm_dist.errors import ConfigError, DataError
 
@@ -316,3 +317,23 @@ def test_values_that_nearly_mean_the_same_are_warned_of(
     data = BASE | {"features": [*BASE["features"][:2], {"name": "x"} | field]}
     prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
     assert [bool(re.search(warning or "", m)) for m in caplog.messages] == [True] * bool(warning)
+
+
+def test_fields_that_new_rows_leave_empty_are_warned_of(tmp_path: Path) -> None:
+    rows = [(f"u{k % 5}", f"i{k % 4}", "ab"[k % 2], k, "" if k % 4 else "x") for k in range(40)]
+    frame = pd.DataFrame(rows, columns=["u", "i", "c", "n", "rare"])
+    frame.to_csv(tmp_path / "s.csv", index=False)
+    fields = [{"name": "c"}, {"name": "n", "kind": "numeric"}, {"name": "rare"}]
+    data = BASE | {"features": [*BASE["features"][:2], *fields]}
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
+    for change, expected in (
+        ({}, []),
+        ({"c": "", "rare": ""}, ["c: 40 of 40 rows have no value, which only 0.0%"]),
+        ({"n": None}, ["n: 40 of 40 rows have no value"]),
+    ):
+        encoder = RowEncoder(PreparedDataset(tmp_path / "d"))
+        frame.assign(**change).to_csv(tmp_path / "new.csv", index=False)
+        encoder.encode(read_table(tmp_path / "new.csv", encoder.columns))
+        assert [
+            text[: len(want)] for text, want in zip(encoder.unseen(), expected, strict=True)
+        ] == (expected)

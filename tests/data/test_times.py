@@ -105,7 +105,9 @@ def test_formats_are_what_pandas_reads(name: str, text: str) -> None:
 def test_all_bad_cells_say_what_their_format_is(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("at\n01/02/2020\n02/28/2020\n")
     with pytest.raises(DataError, match=r'line 2: .* set data.*time_format="%m/%d/%Y"$'):
-        read_table(tmp_path / "a.csv", [Column("at", "time")])
+        read_table(tmp_path / "a.csv", [Column("at", "time")], on_bad_row="error")
+    with pytest.raises(DataError, match=r"line 2: .* write times as in the training data$"):
+        read_table(tmp_path / "a.csv", [Column("at", "time")])  # such as those to predict
 
 
 def test_days_that_no_month_has_are_no_times() -> None:
@@ -143,7 +145,8 @@ def test_a_unit_that_leads_beyond_the_year_9999_is_not_the_cells(tmp_path: Path)
     assert exact(read_times(pa.array([-62135596800, -62135596801]), ["s"])) == [-62135596800, None]
     (tmp_path / "a.csv").write_text("at\n1580464800123\n")
     with pytest.raises(DataError, match=r'time_format="ms"$'):
-        read_table(tmp_path / "a.csv", [Column("at", "time", formats=("s",))])
+        column = Column("at", "time", formats=("s",))
+        read_table(tmp_path / "a.csv", [column], on_bad_row="error")
 
 
 def test_an_empty_time_is_not_cured_by_a_format(tmp_path: Path) -> None:

@@ -313,11 +313,11 @@ def _report_empty(data: DataConfig, name: str) -> None:
     """Says why a split that was asked for has no rows."""
     share, file = getattr(data.split, name), getattr(data.split, f"{name}_file")
     if file is not None:
-        log.info(
+        log.warning(
             "the %s split is empty: every row of split.%s_file=%s is dropped", name, name, file
         )
     elif data.interactions.split is not None:
-        log.info(
+        log.warning(
             "the %s split is empty: no row that is left has it in the column %r",
             name,
             data.interactions.split,

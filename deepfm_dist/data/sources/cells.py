@@ -213,7 +213,9 @@ class CellTyper:
                 cures.append(self._source.cure(meant, f'thousands: "{mark}"', "write none"))
         if not (cures or column.required or re.search(r"\d", cell)):
             word = json.dumps(cell, ensure_ascii=False)
-            cures.append(f"where it means no value, set missing: [{word}] for its field")
+            how = f"set missing: [{word}] for its field"
+            how = how if self._source.is_prepared else "leave the cell empty"
+            cures.append(f"where it means no value, {how}")
         return "".join(f"{cure}, or " for cure in cures)
 
     def _refuse_headers(self, headers: npt.NDArray[np.bool_], first_row: int) -> None:
@@ -241,7 +243,8 @@ class CellTyper:
                 cells = texts_of(cells)
             return cells, _convert(cells, column.type)
         except NestedError as error:
-            raise DataError(f"{start} {error}{_nested_cure(column, error)}") from None
+            cure = _nested_cure(column, error, self._source.is_prepared)
+            raise DataError(f"{start} {error}{cure}") from None
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise DataError(
                 f"{start} holds {cells.type} and cannot be read as {column.type}"
@@ -310,13 +313,15 @@ class CellTyper:
             log.warning("%s, %s: %s %s %s: dropped%s", path, where, name, shown, what, hint)
             return
         if cure is not None:
+            if not self._source.is_prepared:
+                cure = "write times as in the training data"
             raise DataError(f"{path}, {where}: {name} {shown} {what}; {cure}")
         if column.type == "label" and what != "is empty":
             skip = f",{self._source.or_skip}, which drops such rows" if self._source.or_skip else ""
             raise DataError(
                 f"{path}, {where}: {name} {shown} {what}; write 0 or 1 in its place{skip}"
             )
-        is_unknown = setting and what != "is empty"
+        is_unknown = setting and self._source.is_prepared and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
         first = f"{fault.cure}, or " if fault.cure else ""
         if column.type == "number" and cell is not None:
@@ -327,11 +332,11 @@ class CellTyper:
         )
 
 
-def _nested_cure(column: Column, error: NestedError) -> str:
+def _nested_cure(column: Column, error: NestedError, is_prepared: bool) -> str:
     """What to do about cells that are nested otherwise than is asked for; may be empty."""
     if error.is_list:
         field = column.purpose.removeprefix("field ")
-        if field != column.purpose:
+        if field != column.purpose and is_prepared:
             return f"; set several: true for the field {field}"
         return "; write a row for each, as pandas' explode does"
     names = " or ".join(f"{column.name}.{member}" for member in error.members[:9])

@@ -84,6 +84,7 @@ class Source:
 
     Attributes:
         packing: what it is packed with, a value of `PACKED`; None for a plain file.
+        is_prepared: whether it is read to prepare a dataset, so that settings of fields can change.
         or_skip: what else to do about a bad row than to fix it; may be empty.
         failures: what reading it may raise: a remote file system raises anything at all.
         partitions: values by column that folders of the path give, as in ``dt=2024-01-01``; None
@@ -91,6 +92,7 @@ class Source:
     """
 
     def __init__(self, path: str, name: str = "", may_skip: bool = False) -> None:
+        self.is_prepared = may_skip
         self.or_skip = " or set data.on_bad_row=skip" if may_skip else ""
         self.path, self.name, self._entry = path, name or Path(path).name, _yaml_key(name)
         local = (

@@ -645,8 +645,11 @@ def test_the_cure_for_nan_in_parquet_cures(tmp_path: Path) -> None:
     table = pa.table({"n": [1.5, float("nan")], "text": ["NULL", "2"]})
     pq.write_table(table, tmp_path / "a.parquet")
     for name, expected in (("n", [1.5, None]), ("text", [None, 2.0])):
+        column = Column(name, "number", required=False)
+        with pytest.raises(DataError, match="where it means no value, leave the cell empty, or"):
+            read_table(tmp_path / "a.parquet", [column])  # whose fields are trained already
         with pytest.raises(DataError, match="where it means no value, set missing: ") as caught:
-            read_table(tmp_path / "a.parquet", [Column(name, "number", required=False)])
+            read_table(tmp_path / "a.parquet", [column], on_bad_row="error")
         cure = str(caught.value).partition(", set ")[2].partition(" for its field")[0]
         words = yaml.safe_load(cure)["missing"]
         column = Column(name, "number", required=False, missing=tuple(words))
@@ -838,6 +841,7 @@ def test_a_member_that_is_a_list_is_no_single_value(tmp_path: Path, name: str) -
     with pytest.raises(DataError, match="holds lists where one value is expected; write a row"):
         read_table(path, [Column("user"), Column("g.id")])
     with pytest.raises(DataError, match=r"holds lists .*; set several: true for the field g$"):
-        read_table(path, [Column("user"), Column("g.id", purpose="field g", required=False)])
+        field = Column("g.id", purpose="field g", required=False)
+        read_table(path, [Column("user"), field], on_bad_row="error")
     table = read_table(path, [Column("user"), Column("g.id", "texts")])
     assert table["g.id"].to_pylist() == [["x", "y"], ["z"]]
