@@ -19,9 +19,9 @@ def train(
     j: str = "1x2",
     name: str = "deepfm",
     image: str = "deepfm-dist:cpu",
-    cpu: int = 2,
+    cpu: int = 0,
     gpu: int = 0,
-    memMB: int = 4096,
+    memMB: int = 0,
     max_restarts: int = 3,
     max_retries: int = 3,
     save_seconds: int = 300,
@@ -36,9 +36,9 @@ def train(
         j: [MIN_NODES:]NODESxPROCESSES, processes on each node
         name: name of the job
         image: container image, where the scheduler runs containers
-        cpu: CPUs of a node
+        cpu: CPUs of a node; 0: 8 for each GPU, or 1 for each process
         gpu: GPUs of a node, one process each
-        memMB: memory of a node in MB
+        memMB: memory of a node in MB; 0: 49152 for each GPU, or 2048 for each process
         max_restarts: how often torchrun starts the ranks again after one is lost
         max_retries: how often the scheduler starts the job again
         save_seconds: after SIGTERM, how long ranks may write a checkpoint
@@ -68,9 +68,9 @@ def recommend(
     j: str = "1x2",
     name: str = "deepfm-recommend",
     image: str = "deepfm-dist:cpu",
-    cpu: int = 2,
+    cpu: int = 0,
     gpu: int = 0,
-    memMB: int = 4096,
+    memMB: int = 0,
     max_retries: int = 3,
     port: int = 29500,
     env: Optional[Dict[str, str]] = None,
@@ -83,9 +83,9 @@ def recommend(
         j: NODESxPROCESSES, processes on each node
         name: name of the job
         image: container image, where the scheduler runs containers
-        cpu: CPUs of a node
+        cpu: CPUs of a node; 0: 8 for each GPU, or 1 for each process
         gpu: GPUs of a node, one process each
-        memMB: memory of a node in MB
+        memMB: memory of a node in MB; 0: 49152 for each GPU, or 2048 for each process
         max_retries: how often the scheduler starts the job again
         port: port of the rendezvous on the first of several nodes
         env: more environment variables: A=1,B=2
@@ -110,6 +110,9 @@ def _app(
     env: dict[str, str],
     mounts: list[str] | None,
 ) -> specs.AppDef:
+    processes = int(j.rpartition("x")[2])
+    cpu = cpu or (8 * gpu or processes)
+    memMB = memMB or (49152 * gpu or 2048 * processes)
     # The first: each restart gets a store of its own; gloo would meet the dead ranks' addresses.
     always = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     return _torchrun(

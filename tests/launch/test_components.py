@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -81,7 +82,31 @@ def test_torchx_understands_the_lines_of_the_page(
     if scheduler == "kubernetes":
         pytest.importorskip("kubernetes", reason="kubernetes is not installed")
     sent = str(request(scheduler, component, *flags, arguments=arguments))
+    sent = " ".join(sent.split())  # YAML breaks long lines
     assert f"deepfm_dist.{component} {shlex.join(arguments)}" in sent
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["-j", "2x8", "--gpu", "8"], ("64", "393216", "8")),
+        (["-j", "1:2x8"], ("8", "16384", None)),
+        (["-j", "1x8", "--cpu", "16", "--memMB", "65536"], ("16", "65536", None)),
+    ],
+)
+def test_a_node_is_given_what_its_processes_need(
+    flags: list[str], expected: tuple[str, str, str | None]
+) -> None:
+    for node in request("slurm", "train", *flags).replicas.values():
+        asked = node.sbatch_opts
+        found = asked["cpus-per-task"], asked["mem"], asked.get("gpus-per-task")
+        assert found == expected
+
+
+def test_the_example_s_options_need_no_docker() -> None:
+    file = configparser.ConfigParser()
+    file.read(".torchxconfig.example")
+    assert file["cli:run"]["workspace"] == ""
 
 
 @both
@@ -144,6 +169,26 @@ def torchx(home: Path, component: str, *arguments: str) -> "subprocess.Completed
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow  # starts torchx
+@pytest.mark.launch
+def test_a_request_is_printed_without_docker(tmp_path: Path) -> None:
+    pytest.importorskip("kubernetes", reason="kubernetes is not installed")
+    shutil.copy(ROOT / ".torchxconfig.example", tmp_path / ".torchxconfig")
+    main = "import sys; from torchx.cli.main import main; main(sys.argv[1:])"
+    command = ["run", "--dryrun", "-s", "kubernetes", f"{ROOT / COMPONENTS}:train", "-j", "2x8"]
+    done = subprocess.run(
+        [sys.executable, "-c", main, *command, "--", "--config", "mine.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"DOCKER_HOST": f"unix://{tmp_path}/nothing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "deepfm_dist.train --config mine.yaml" in " ".join(done.stdout.split())
 
 
 @pytest.mark.slow  # four commands, three of which import torch on two ranks

@@ -1,13 +1,16 @@
 """Manifests and Dockerfile, checked strictly without a cluster or an engine."""
 
 import copy
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,58 @@ def test_the_config_map_is_a_configuration() -> None:
     assert config.run_dir == Path("/data/runs/mine")
 
 
+def test_the_image_is_for_a_user_who_is_not_root_and_looks_after_itself() -> None:
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    [user] = re.findall(r"^USER (\d+)$", text, re.MULTILINE)
+    assert f"--uid {user} " in text
+    for pod in (JOB["spec"]["template"]["spec"], _train_job_pod()):
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["runAsUser"] == context["fsGroup"] == int(user)
+    [check] = re.findall(r"^HEALTHCHECK .*CMD (\[.*\])$", text, re.MULTILINE)
+    [workdir] = re.findall(r"^WORKDIR (.*)", text, re.MULTILINE)
+    program, script = json.loads(check)
+    assert (program, (ROOT / script.removeprefix(f"{workdir}/")).is_file()) == ("python", True)
+    assert re.findall(r"^ARG (\w+)", text, re.MULTILINE) == [
+        *("VARIANT", "PIP_EXTRA_INDEX_URL", "EXTRAS")
+    ]
+
+
+def _train_job_pod() -> dict[str, Any]:
+    [patch] = TRAIN_JOB["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod: dict[str, Any] = node["template"]["spec"]["template"]["spec"]
+    return pod
+
+
+class _Health(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/healthz" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_container_is_healthy_if_its_service_answers(tmp_path: Path) -> None:
+    def code(*words: str) -> int:
+        (tmp_path / "cmdline").write_text("\0".join(words) + "\0")
+        script = [sys.executable, ROOT / "launch/healthcheck.py", tmp_path / "cmdline"]
+        return subprocess.run(script, check=False).returncode
+
+    server = HTTPServer(("127.0.0.1", 0), _Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = str(server.server_address[1])
+    try:
+        assert code("python", "-m", "deepfm_dist.train", "--config", "mine.yaml") == 0
+        assert code("deepfm", "serve", "--port", port) == 0
+        assert code("python", "-m", "deepfm_dist.serve", f"--port={port}") == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert code("deepfm", "serve", "--port", port) == 1
+
+
 def test_hadolint_finds_nothing() -> None:
     beside = Path(sys.executable).parent / "hadolint"
     hadolint = str(beside) if beside.is_file() else shutil.which("hadolint")
@@ -140,6 +195,7 @@ def test_the_dockerfile_s_commands_make_an_installation_that_trains(tmp_path: Pa
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     [workdir] = re.findall(r"^WORKDIR (.*)", text, re.MULTILINE)
     commands = re.findall(r"^RUN (.*)", text, re.MULTILINE)
+    commands = [c for c in commands if not c.startswith("useradd ")]  # on this machine
     assert all(c.startswith(("pip install", 'if [ "$VARIANT" = cuda ]')) for c in commands)
     home = tmp_path / workdir.strip("/")
     files = subprocess.run(
