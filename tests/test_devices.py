@@ -9,7 +9,7 @@ import dataclasses
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,12 @@ def fake_world(size: int) -> Iterator[World]:
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the meta device through where only names of devices stand in the way."""
-    autocast = torch.autocast
-
-    def cast(device: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device == "meta" else autocast(device, *args, **kwargs)
 
     def pooled(self: Any, indices: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
         features = len(self.D_offsets) - 1
         shape = (len(offsets) - 1) // features, features * self.max_D
         return torch.zeros(shape, device=META, requires_grad=True)
 
-    monkeypatch.setattr(torch, "autocast", cast)
     for lookup in (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen):
         monkeypatch.setattr(lookup, "forward", pooled)
     # Of the fused optimizers, torch has kernels for devices that compute alone.

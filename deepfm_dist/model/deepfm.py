@@ -6,6 +6,7 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -465,7 +466,7 @@ class InteractionArch(nn.Module):
         elif self.first_order:
             logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
         if self.over_arch is not None:
-            with torch.autocast(rows_BFW.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            with self.autocast(rows_BFW.device.type):
                 if isinstance(self.over_arch, OverArch):
                     deep = self.over_arch.forward_rows(rows_BFW, weights_B)
                 else:
@@ -484,6 +485,10 @@ class InteractionArch(nn.Module):
         if isinstance(self.over_arch, OverArch):
             nn.init.zeros_(self.over_arch.output.weight)
             nn.init.zeros_(self.over_arch.output.bias)
+
+    def autocast(self, device: str) -> AbstractContextManager[object]:
+        """To be entered for the over-arch's matrix products on a type of device."""
+        return torch.autocast(device, torch.bfloat16) if self.in_bfloat16 else nullcontext()
 
     @property
     def constants(self) -> list[nn.Parameter]:

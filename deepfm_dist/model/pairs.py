@@ -251,7 +251,7 @@ class PairScorer:
         assert isinstance(over, OverArch)
         step = max(1, PAIRS_AT_A_TIME // len(items.constant))
         deep = []
-        with self._autocast(z.device.type):
+        with self.arch.autocast(z.device.type):
             for begin in range(0, len(users.constant), step):
                 block = users.hidden[begin : begin + step, None]
                 # Hidden layers of all pairs at once would not fit: backward computes them again.
@@ -265,12 +265,9 @@ class PairScorer:
         if over is None:
             return z
         assert isinstance(over, OverArch)
-        with self._autocast(z.device.type):
+        with self.arch.autocast(z.device.type):
             deep = over.above_first(users.hidden + items.hidden)
         return z + deep.float()
-
-    def _autocast(self, device: str) -> torch.autocast:
-        return torch.autocast(device, torch.bfloat16, enabled=self.arch.in_bfloat16)
 
 
 def _deep(over_arch: OverArch, user: Tensor, item: Tensor) -> Tensor:
