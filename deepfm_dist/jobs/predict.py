@@ -60,16 +60,16 @@ def predict(
         trained = open_trained(config, overrides, world)
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
-        dataset = trained.dataset.with_validation()
+        dataset, rate = trained.dataset.with_validation(), trained.negative_rate
         if folder is not None:
             with world.hold_on_rank0(output_lock(folder, in_parts=True)):
                 inputs = _inputs(trained, dataset, source)
                 scored = PartFolder(folder, inputs, world)
                 rows = prediction.predict_in_parts(
-                    trained.sharded, world, dataset, source, files, scored
+                    trained.sharded, world, dataset, source, files, scored, rate=rate
                 )
             return Predictions(folder, rows) if world.is_first else None
-        rows = prediction.predict(trained.sharded, world, dataset, source, files, target)
+        rows = prediction.predict(trained.sharded, world, dataset, source, files, target, rate=rate)
         return Predictions(target, rows) if world.is_first else None
 
 
@@ -83,5 +83,6 @@ def _inputs(trained: LoadedModel, dataset: PreparedDataset, source: str) -> dict
         "weights": fingerprint_of(trained.checkpoint),
         "data": [dataset.manifest.fingerprint, *dataset.past],
         "files": trained.config.model_dump(mode="json")["data"]["files"],
+        "corrected": trained.negative_rate is not None,
         "source": [file.path, file.size, file.stamp],
     }

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from deepfm_dist.config import Config
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import RecommendEvent
 from deepfm_dist.jobs.ranking_files import RankingOutput, Rankings, ranking_job
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.ranking import recommendation
+from deepfm_dist.runs.trained import ranking_loss
 
 OUTPUT = RankingOutput(
     "recommend",
@@ -39,6 +41,13 @@ def recommend(
         InUse: another process writes the same results.
     """
     with ranking_job(config, overrides, OUTPUT, output, parts) as job:
+        loss = ranking_loss(job.trained.settings)
+        if config.recommend.probability and loss is not None:
+            raise ConfigError(
+                f"recommend.probability=true: the scores of a model trained with "
+                f"trainer.loss={loss} rank each user's items and are no log-odds; train with "
+                f"trainer.loss=bce, or leave it out"
+            )
         wanted = config.recommend.model_copy(update={"cold_items": job.cold_items})
         files = recommendation.recommend(
             job.model,
@@ -49,6 +58,7 @@ def recommend(
             checkpoint=job.trained.checkpoint,
             name=job.name,
             in_parts=job.in_parts,
+            rate=job.trained.negative_rate,
         )
         if files is not None:
             event = RecommendEvent(step=job.trained.step, **files.figures)

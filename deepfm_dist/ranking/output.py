@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.data.sources import in_tables
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.inference import probabilities
@@ -29,6 +30,9 @@ from deepfm_dist.storage import storage_errors_to_user, write_errors_to_user
 log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 MatrixKind = Literal["int8", "fp16", "fp32"]
+
+Probability = Callable[[Int64Array, Int64Array, FloatArray], FloatArray]
+"""(places of owners, positions of items, logits) -> probabilities, ``[n]`` float32 each."""
 
 MATRIX_USERS = 512
 """Users whose scores of the whole catalogue are in memory at once."""
@@ -115,15 +119,23 @@ class ResumableOutput:
         self.parts.write(begin // self._size, schema, tables)
 
     def write_ranked(
-        self, ranked: Iterator[Ranked], owners: pa.Array, items: pa.Array, names: tuple[str, str]
+        self,
+        ranked: Iterator[Ranked],
+        owners: pa.Array,
+        items: pa.Array,
+        names: tuple[str, str],
+        probability: Probability | None = None,
     ) -> None:
-        """Writes ranked chunks as ``owner, item, score, rank``. All ranks.
+        """Writes ranked chunks as ``owner, item, score, rank`` and perhaps ``probability``.
+
+        All ranks.
 
         Args:
             ranked: this rank's.
             owners: ``[U]`` external ids of all users (or of what is ranked for), in ranking order.
             items: ``[I]`` external ids by position.
             names: of the first two columns.
+            probability: makes a column of that name.
         """
         owner_ids, item_ids = external(owners), external(items)
         for begin, positions, scores in ranked:
@@ -135,6 +147,9 @@ class ResumableOutput:
                 "score": pa.array(scores[owner, rank]),
                 "rank": pa.array((rank + 1).astype(np.int32)),
             }
+            if probability is not None:
+                of_pairs = probability(begin + owner, positions[owner, rank], scores[owner, rank])
+                columns["probability"] = pa.array(of_pairs)
             table = pa.table(columns)
             self.write(begin, table.schema, [table])
 

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import SPLITS
+from deepfm_dist.data.negative_rate import NegativeRate
 from deepfm_dist.data.sources import column_names, read_table
 from deepfm_dist.data.vocabulary import external
 from deepfm_dist.distributed.checkpoint import fingerprint_of
+from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
@@ -60,6 +62,7 @@ def recommend(
     checkpoint: Path | None = None,
     name: str = "recommendations",
     in_parts: bool = False,
+    rate: NegativeRate | None = None,
 ) -> RankingFiles | None:
     """Ranks the catalogue for every user. All ranks.
 
@@ -79,6 +82,7 @@ def recommend(
         name: of the files, without their endings. The matrix is ``score_matrix`` then: a name that
             begins with ``recommendations`` gives it its ending, another is added.
         in_parts: whether each rank's parts stay as they are, in a folder of that name.
+        rate: of drawn negatives, which probabilities are corrected for.
 
     Returns:
         On rank 0 what was written, with the figures of `_speed` and, for a short list, those of
@@ -90,7 +94,7 @@ def recommend(
         ConfigError: the precision is not for this device or model, or there is no such index.
     """
     catalogue = _catalogue(dataset, config)
-    asked = _selected_users(dataset, config)
+    asked = _selected_users(dataset, config, rate)
     ranker, figures = _ranker(model, world, dataset, catalogue, asked, config)
     key = None
     if checkpoint is not None:
@@ -99,7 +103,7 @@ def recommend(
     n_users = len(asked.ids)
     ending = "" if in_parts else ".parquet"
     parts = ResumableOutput(folder / f"{name}{ending}", n_users, key, world, in_parts)
-    seconds = _write_ranked(parts, ranker, asked, catalogue, config.k, world)
+    seconds = _write_ranked(parts, ranker, asked, catalogue, config, world)
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
@@ -150,23 +154,27 @@ class _SelectedUsers:
         users: in ranking order.
         ids: their external ids.
         positives: item rows that are not recommended to them, by row of ``users``.
+        rate: of the negatives that training draws for their pairs; None: it draws none.
     """
 
     users: Users
     ids: pa.Array
     positives: list[Jagged]
+    rate: NegativeRate | None
 
 
-def _selected_users(dataset: PreparedDataset, config: RecommendConfig) -> _SelectedUsers:
+def _selected_users(
+    dataset: PreparedDataset, config: RecommendConfig, rate: NegativeRate | None
+) -> _SelectedUsers:
     if config.histories is not None:
         new = read_new_users(dataset, Path(config.histories))
         users = Users(np.arange(len(new.ids), dtype=np.int32), new.histories)
-        return _SelectedUsers(users, new.ids, [new.histories, new.seen])
+        rate = rate and rate.of_histories(new.histories)
+        return _SelectedUsers(users, new.ids, [new.histories, new.seen], rate)
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
     masked = masked_splits(dataset, config.mask)
-    return _SelectedUsers(
-        Users(rows), ids, [bags for split in masked for bags in dataset.met(split)]
-    )
+    positives = [bags for split in masked for bags in dataset.met(split)]
+    return _SelectedUsers(Users(rows), ids, positives, rate)
 
 
 def _ranker(
@@ -196,7 +204,7 @@ def _write_ranked(
     ranker: ModelRanker,
     asked: _SelectedUsers,
     catalogue: Catalogue,
-    k: int,
+    config: RecommendConfig,
     world: World,
 ) -> float | None:
     """Writes the parts of the rankings that are missing. All ranks.
@@ -207,8 +215,22 @@ def _write_ranked(
     output.log_reuse()
     start = time.monotonic()
     seen = catalogue.seen_by(asked.users.rows, asked.positives)
-    ranked = rank_users(ranker, len(asked.ids), seen, k, world, output.missing)
-    output.write_ranked(ranked, asked.ids, catalogue.ids, ("user_id", "item_id"))
+    ranked = rank_users(ranker, len(asked.ids), seen, config.k, world, output.missing)
+
+    def probability(
+        users: Int64Array, positions: Int64Array, scores: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        rows = asked.users.rows[users], catalogue.rows[positions]
+        logits = scores if asked.rate is None else scores + asked.rate.log_rates(*rows)
+        return probabilities(logits).astype(np.float32)
+
+    output.write_ranked(
+        ranked,
+        asked.ids,
+        catalogue.ids,
+        ("user_id", "item_id"),
+        probability if config.probability else None,
+    )
     world.barrier()
     return None if output.reused else time.monotonic() - start
 
@@ -240,6 +262,7 @@ def _key(
         "mask": list(masked_splits(dataset, config.mask)),
         "context": dict(config.context),
         "k": config.k,
+        "probability": config.probability,
         "candidates": [config.candidates, config.index, config.probes],
     }
 

@@ -136,6 +136,10 @@ class RecommendConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
+    probability: bool = False
+    """Also write the column `probability`: of the pair to be a positive of the training rows,
+    corrected for the share of negatives that training draws. For models trained on log-odds
+    (`trainer.loss: bce`)."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""

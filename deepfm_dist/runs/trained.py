@@ -13,6 +13,7 @@ from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.compatibility import check_match, check_start
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of, is_input
+from deepfm_dist.data.negative_rate import NegativeRate
 from deepfm_dist.data.remote import local_copy
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, init_tables
@@ -84,6 +85,11 @@ class LoadedModel:
     checkpoint: Path
     step: int
     settings: Mapping[str, Any]
+
+    @property
+    def negative_rate(self) -> NegativeRate | None:
+        """What the log-odds of pairs are corrected for; None: nothing, or they are none."""
+        return negative_rate(self.dataset, self.settings)
 
     def output(self, section: str, name: str, about: Collection[str], given: str | None) -> Path:
         """The parquet file that a command writes; a CSV of the same name may go with it.
@@ -301,6 +307,22 @@ def check_same_dataset(dataset: PreparedDataset, world: World) -> None:
             f"rank 0 ({marks[0]}); set run.prepared_root to a folder that all machines share, or "
             f"copy rank 0's dataset to the others"
         )
+
+
+def ranking_loss(settings: Mapping[str, Any]) -> str | None:
+    """The loss of a model whose scores rank a user's items and are no log-odds; None: of others."""
+    loss = settings.get("trainer", {}).get("loss")
+    return loss if loss in ("bpr", "softmax") else None
+
+
+def negative_rate(dataset: PreparedDataset, settings: Mapping[str, Any]) -> NegativeRate | None:
+    """How often a run's training drew negatives; None: it drew none, or fits no log-odds.
+
+    Args:
+        dataset: of the run, as it was in training.
+        settings: of the run.
+    """
+    return NegativeRate.of_training(dataset) if ranking_loss(settings) is None else None
 
 
 def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:

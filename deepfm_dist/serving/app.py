@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepfm_dist.data.cards import Card
 from deepfm_dist.messages import short
+from deepfm_dist.serving import live
 from deepfm_dist.serving.live import Recommender, Unknown, Unsupported
 from deepfm_dist.version import __version__
 
@@ -54,6 +55,7 @@ class Scored(Item):
 
     rank: int
     score: float
+    probability: float | None = None
 
 
 class Ranking(BaseModel):
@@ -240,7 +242,10 @@ def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
 
     @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
     async def recommendations(user_id: Id, k: K = 10) -> Ranking:
-        """A user's best unseen items of the whole catalogue; the score is the logit."""
+        """A user's best unseen items of the whole catalogue; the score is the logit.
+
+        The probability is that of the user to take the item, where the model gives one.
+        """
         return _ranking(recommender.recommend(user_id, k))
 
     @app.get("/users/{user_id:path}", responses=NOT_FOUND)
@@ -331,11 +336,18 @@ def _item(card: Card) -> Item:
     return Item(id=card.id, title=card.title, tags=card.tags)
 
 
-def _ranking(ranking: Sequence[tuple[Card, float]]) -> Ranking:
+def _ranking(ranking: Sequence[live.Scored]) -> Ranking:
     return Ranking(
         items=[
-            Scored(id=card.id, title=card.title, tags=card.tags, rank=rank, score=score)
-            for rank, (card, score) in enumerate(ranking, 1)
+            Scored(
+                id=card.id,
+                title=card.title,
+                tags=card.tags,
+                rank=rank,
+                score=score,
+                probability=probability,
+            )
+            for rank, (card, score, probability) in enumerate(ranking, 1)
         ]
     )
 

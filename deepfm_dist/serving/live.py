@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.interop.safetensors import read_weights
@@ -29,10 +31,25 @@ from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.similarity import unit_length
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
-from deepfm_dist.runs.trained import RunOnDisk
+from deepfm_dist.runs.trained import RunOnDisk, negative_rate, ranking_loss, settings_in
 
 CARDS = 100_000
 """Items whose cards stay in memory."""
+
+
+class Scored(NamedTuple):
+    """An item in a ranking.
+
+    Attributes:
+        card: what is displayed of it.
+        score: logit or similarity.
+        probability: of the user to take it, corrected for drawn negatives; None: the model's scores
+            are no log-odds.
+    """
+
+    card: Card
+    score: float
+    probability: float | None = None
 
 
 class Unknown(KeyError):
@@ -66,6 +83,9 @@ class Recommender:
         )
         self._catalogue = Catalogue(dataset, cold_items=cold_items)
         context = RowEncoder(dataset).fixed_context(config.recommend.context)
+        settings = settings_in(run.state)
+        self._rate = negative_rate(run.dataset, settings)
+        self._has_probabilities = ranking_loss(settings) is None
         model = exported_model(run, export, world)
         nobody = Users(np.zeros(0, np.int32))
         self._ranker = ModelRanker.from_model(
@@ -100,7 +120,7 @@ class Recommender:
         """Number of items."""
         return len(self._catalogue)
 
-    def recommend(self, user: str, k: int) -> list[tuple[Card, float]]:
+    def recommend(self, user: str, k: int) -> list[Scored]:
         """A user's best unseen items, as the command ``recommend`` ranks them, and their logits.
 
         Raises:
@@ -110,12 +130,13 @@ class Recommender:
             raise Unknown(user)
         row = np.array([self._users[user]], np.int32)
         seen = self._catalogue.seen_by(row, self._positives)(0, 1)
+        log_rate = 0.0 if self._rate is None else float(self._rate.log_of_user[row[0]])
         if self._kept_users is None:
-            return self._best(self._ranker.encoder.users(row), seen, k)
+            return self._best(self._ranker.encoder.users(row), seen, k, log_rate)
         kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
-        return self._best([kept], seen, k)
+        return self._best([kept], seen, k, log_rate)
 
-    def recommend_for(self, items: Sequence[str], k: int) -> list[tuple[Card, float]]:
+    def recommend_for(self, items: Sequence[str], k: int) -> list[Scored]:
         """The best other items for somebody who is known by some items alone.
 
         Raises:
@@ -134,9 +155,12 @@ class Recommender:
         rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
         nobody, theirs = np.zeros(1, np.int32), [Jagged(np.array([0, len(rows)]), rows)]
         seen = self._catalogue.seen_by(nobody, theirs)(0, 1)
-        return self._best(self._ranker.encoder.users(nobody, histories=theirs[0]), seen, k)
+        rate = self._rate and self._rate.of_histories(theirs[0])
+        log_rate = 0.0 if rate is None else float(rate.log_of_user[0])
+        user = self._ranker.encoder.users(nobody, histories=theirs[0])
+        return self._best(user, seen, k, log_rate)
 
-    def similar(self, item: str, k: int) -> list[tuple[Card, float]]:
+    def similar(self, item: str, k: int) -> list[Scored]:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.
 
         Raises:
@@ -181,14 +205,22 @@ class Recommender:
         ids: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return ids
 
-    def _best(self, user: Sequence[Side], seen: Jagged, k: int) -> list[tuple[Card, float]]:
-        positions, scores = self._ranker.best(UserChunk(user, 1, 1), seen, k)
-        return self._shown(positions[0], scores[0])
+    def _best(self, user: Sequence[Side], seen: Jagged, k: int, log_rate: float) -> list[Scored]:
+        """A user's ranking; ``log_rate``: `NegativeRate` of the user."""
+        [positions], [scores] = self._ranker.best(UserChunk(user, 1, 1), seen, k)
+        found = self._shown(positions, scores)
+        if not self._has_probabilities:
+            return found
+        logits = scores + log_rate
+        if self._rate is not None:
+            logits = logits + self._rate.log_of_item[self._catalogue.rows[positions]]
+        pairs = zip(found, probabilities(logits).tolist(), strict=False)  # found ends at NO_ITEM
+        return [scored._replace(probability=probability) for scored, probability in pairs]
 
-    def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[tuple[Card, float]]:
+    def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[Scored]:
         rows = self._catalogue.rows
         return [
-            (self._cards(int(rows[position])), float(score))
+            Scored(self._cards(int(rows[position])), float(score))
             for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
             if position != NO_ITEM
         ]

@@ -18,6 +18,7 @@ from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.negative_rate import NegativeRate
 from deepfm_dist.data.schema import FileFormat, names_of
 from deepfm_dist.data.sources import in_tables, laid_out_like, read_batches
 from deepfm_dist.distributed.inference import probabilities, score_rows
@@ -39,6 +40,7 @@ def predict(
     source: str,
     files: Mapping[str, FileFormat],
     target: Path,
+    rate: NegativeRate | None = None,
 ) -> int:
     """Scores a file, row by row in its order. All ranks.
 
@@ -53,6 +55,7 @@ def predict(
         files: layouts by name. A source that is not among them is like the interactions file, but
             may have a header where that has none.
         target: the parquet file to write.
+        rate: of drawn negatives, which ``probability`` is corrected for.
 
     Returns:
         Number of rows.
@@ -62,7 +65,7 @@ def predict(
         DeepFMError: on rank 0, where ``target`` cannot be written.
         SystemExit: on the other ranks, then.
     """
-    rows_of_file = _RowsOfFile.open(dataset, source, files)
+    rows_of_file = _RowsOfFile.open(dataset, source, files, rate)
     encoder, name = rows_of_file.encoder, rows_of_file.name
     aside = work_folder(target)  # two processes may write the same file
     writer = _Writer(target, aside)
@@ -71,12 +74,12 @@ def predict(
         # Before any work that would be lost.
         world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
         for table in rows_of_file.tables():
-            n, block = rows_of_file.encode(table)
+            n, block, log_rates = rows_of_file.encode(table)
             scored = score_rows(model, world, n, BLOCK_ROWS, block)
             problem: DeepFMError | None = None
             if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                problem = writer.write(_scored(encoder.as_in_the_file(table), logits))
+                problem = writer.write(_scored(encoder.as_in_the_file(table), logits, log_rates))
                 writer.not_finite.add(logits, n_rows)
             n_rows += n
             if (problem := world.broadcast(problem)) is not None:
@@ -99,6 +102,7 @@ def predict_in_parts(
     source: str,
     files: Mapping[str, FileFormat],
     parts: PartFolder,
+    rate: NegativeRate | None = None,
 ) -> int:
     """Scores a file like `predict`, into a folder of parts that each rank writes itself. All ranks.
 
@@ -111,6 +115,7 @@ def predict_in_parts(
         source: path or URL of the file, as for `predict`.
         files: layouts by name.
         parts: where they go; those that are there already are kept.
+        rate: as for `predict`.
 
     Returns:
         Number of rows.
@@ -124,7 +129,7 @@ def predict_in_parts(
         return int(parts.summary["rows"])
     if parts.present:
         log.info("reusing %s of an interrupted run", plural(len(parts.present), "part"))
-    rows_of_file, not_finite = _RowsOfFile.open(dataset, source, files), _NotFinite()
+    rows_of_file, not_finite = _RowsOfFile.open(dataset, source, files, rate), _NotFinite()
     waiting: list[tuple[int, int, pa.Table]] = []  # (part, first row, rows): one for each rank
     n_rows = n_parts = 0
     for table in rows_of_file.tables():
@@ -162,12 +167,12 @@ def _write_parts(
     blocks = range(-(-max(table.num_rows for _, _, table in waiting) // BLOCK_ROWS))
     has_part = world.rank < len(waiting)
     part, begin, table = waiting[world.rank if has_part else 0]
-    n, block = rows_of_file.encode(table if has_part else table.slice(0, 0))
+    n, block, log_rates = rows_of_file.encode(table if has_part else table.slice(0, 0))
     pieces = [logits for _, logits in score_rows(model, world, n, BLOCK_ROWS, block, blocks)]
     if has_part:
         logits = np.concatenate(pieces)
         not_finite.add(logits, begin)
-        scored = _scored(rows_of_file.encoder.as_in_the_file(table), logits)
+        scored = _scored(rows_of_file.encoder.as_in_the_file(table), logits, log_rates)
         parts.write(part, scored.schema, [scored])
 
 
@@ -181,6 +186,7 @@ class _RowsOfFile:
         layout: how it is laid out.
         encoder: looks its values up.
         collate: makes batches of them.
+        rate: of the negatives drawn in training, if some are.
     """
 
     source: str
@@ -188,30 +194,42 @@ class _RowsOfFile:
     layout: FileFormat | None
     encoder: RowEncoder
     collate: Collator
+    rate: NegativeRate | None
 
     @classmethod
     def open(
-        cls, dataset: PreparedDataset, source: str, files: Mapping[str, FileFormat]
+        cls,
+        dataset: PreparedDataset,
+        source: str,
+        files: Mapping[str, FileFormat],
+        rate: NegativeRate | None,
     ) -> "_RowsOfFile":
         encoder, name = RowEncoder(dataset), Path(source).name
         interactions = names_of(dataset.manifest.data.interactions.file)[0]
         layout = files.get(name) or laid_out_like(source, encoder.columns, files.get(interactions))
-        return cls(source, name, layout, encoder, Collator(dataset))
+        return cls(source, name, layout, encoder, Collator(dataset), rate)
 
     def tables(self) -> Iterator[pa.Table]:
         """`ROWS_AT_A_TIME` rows each, the last one fewer."""
         batches = read_batches(self.source, self.encoder.columns, self.layout, name=self.name)
         return in_tables(self.encoder.in_rows(batches), ROWS_AT_A_TIME)
 
-    def encode(self, table: pa.Table) -> tuple[int, Callable[[int, int], Batch]]:
-        """The number of rows, and what makes a batch of some of them."""
+    def encode(
+        self, table: pa.Table
+    ) -> tuple[int, Callable[[int, int], Batch], npt.NDArray[np.float64]]:
+        """The number of rows, what makes a batch of some of them, and their `log_rates` (or 0)."""
         rows = self.encoder.encode(table)
+        log_rates = np.zeros(rows.n)
+        if self.rate is not None:
+            assert rows.users is not None
+            assert rows.items is not None
+            log_rates = self.rate.log_rates(rows.users, rows.items)
 
         def block(begin: int, end: int) -> Batch:
             begin, end = min(begin, rows.n), min(end, rows.n)
             return collate_rows(self.collate, rows, begin, end, BLOCK_ROWS)
 
-        return rows.n, block
+        return rows.n, block, log_rates
 
     def warn(self, world: World, not_finite: "_NotFinite") -> None:
         """Logs what is odd about the rows that all ranks have scored. All ranks."""
@@ -227,10 +245,12 @@ class _RowsOfFile:
             log.warning("%s: %s", self.name, text)
 
 
-def _scored(table: pa.Table, logits: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows with their scores."""
+def _scored(
+    table: pa.Table, logits: npt.NDArray[np.float32], log_rates: npt.NDArray[np.float64]
+) -> pa.Table:
+    """Rows with their scores, and probabilities corrected for `NegativeRate`."""
     table = table.append_column("score", pa.array(logits))
-    column = pa.array(probabilities(logits).astype(np.float32))
+    column = pa.array(probabilities(logits + log_rates).astype(np.float32))
     return table.append_column("probability", column)
 
 

@@ -1,0 +1,106 @@
+"""How often training draws a pair as a negative, and what its log-odds are off by for it."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.negatives import item_weights
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NegativeRate:
+    """How often an unseen pair is drawn as a negative in an epoch, where each positive comes once.
+
+    Training on positives and drawn negatives fits the log-odds of its own mixture. Of a user with P
+    positives, each followed by k negatives from the user's unseen items, item i is drawn
+    ``r = P k w_i / W`` times an epoch, with the items' weights w and W their sum over the unseen
+    items. A pair that is a positive with the odds o is one in the mixture with the odds o / r, so
+    its own log-odds are the logit + log r.
+
+    Source: King, Zeng, "Logistic Regression in Rare Events Data", 2001, section 4.1 (prior
+    correction); He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", 2014,
+    section 6.3, which has one rate for all pairs.
+
+    Attributes:
+        log_of_user: ``[users]`` float64: log(P k / W); row 0, and users for whom nothing is drawn,
+            have that of all users together.
+        log_of_item: ``[items]`` float64: log(w_i), cold items included.
+        per_positive: k.
+    """
+
+    log_of_user: FloatArray
+    log_of_item: FloatArray
+    per_positive: int
+
+    @classmethod
+    def of_training(cls, dataset: PreparedDataset) -> Self | None:
+        """The rate of a dataset's training; None where the rows have labels.
+
+        So do negatives that are drawn before the split (``data.negatives.fixed_per_user``): they
+        are rows of the dataset, and scores are comparable with them.
+        """
+        manifest = dataset.manifest
+        if not manifest.sampled:
+            return None
+        spec, n_items = manifest.data.negatives, manifest.entities["item"] - 1
+        weights = np.ones(n_items)
+        if spec.popularity_power:
+            drawn = item_weights(dataset.popularity()[1:], spec.popularity_power)
+            weights = drawn / drawn.mean()
+        n_users = manifest.entities["user"]
+        seen = dataset.seen(spec.avoid == "all")
+        n_positives = np.concatenate(
+            [bags.lengths for bags in (dataset.training_history, dataset.rare_history)]
+        )[: len(seen)]
+        wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, spec.per_positive)
+        log_of_all = np.log(wanted.sum() / unseen[wanted > 0].sum())
+        n_cold = manifest.cold.get("item", 0)
+        return cls(
+            log_of_user=_log_ratio(wanted, unseen, log_of_all)[:n_users],
+            log_of_item=np.log(np.pad(weights, (1, n_cold), constant_values=weights.min())),
+            per_positive=spec.per_positive,
+        )
+
+    def of_histories(self, histories: Jagged) -> Self:
+        """The same for users from outside the dataset, of whom item rows are known."""
+        weights = np.exp(self.log_of_item[1:])
+        seen = Jagged(histories.offsets, histories.values - np.int32(1))
+        wanted, unseen = _wanted_and_unseen(histories.lengths, seen, weights, self.per_positive)
+        log_of_user = _log_ratio(wanted, unseen, float(self.log_of_user[0]))
+        return replace(self, log_of_user=log_of_user)
+
+    def log_rates(
+        self,
+        users: npt.NDArray[np.integer],
+        items: npt.NDArray[np.integer],
+    ) -> FloatArray:
+        """``[n]`` log r of pairs of a user row and an item row: what logits are too high by.
+
+        A probability of the pair itself is the sigmoid of logit + log r.
+        """
+        rates: FloatArray = self.log_of_user[users] + self.log_of_item[items]
+        return rates
+
+
+def _wanted_and_unseen(
+    n_positives: npt.NDArray[np.integer], seen: Jagged, weights: FloatArray, per_positive: int
+) -> tuple[FloatArray, FloatArray]:
+    """Negatives of each user in an epoch, and the weight of the items that they are drawn from."""
+    n_unseen = len(weights) - seen.lengths
+    running = np.append(0, np.cumsum(weights[seen.values]))
+    unseen = weights.sum() - np.diff(running[seen.offsets])
+    wanted = n_positives * np.minimum(per_positive, n_unseen)
+    return wanted.astype(np.float64), np.where(n_unseen > 0, unseen, 0.0)
+
+
+def _log_ratio(wanted: FloatArray, unseen: FloatArray, otherwise: float) -> FloatArray:
+    defined = (wanted > 0) & (unseen > 0)
+    logs: FloatArray = np.full(len(wanted), otherwise)
+    logs[defined] = np.log(wanted[defined] / unseen[defined])
+    return logs
