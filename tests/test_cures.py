@@ -1229,6 +1229,7 @@ _MEMORY = "needs more memory than the machine has"
 _RANKS = "needs several ranks"
 _CUDA = "depends on the machine's GPU"
 _LIBRARY = "depends on an optional library"
+_URL = "needs a dataset behind a URL; see test_remote"
 NOT_TYPED = {
     "model.embedding_dim=…: … rows of tables take": _MEMORY,
     "model.over_arch_layer_sizes=… on": _MEMORY,
@@ -1238,6 +1239,17 @@ NOT_TYPED = {
     "evaluate.baselines: ease takes": _MEMORY,
     "does not fit …; use": _MEMORY,
     "a batch of … over … ranks leaves a rank without …s": _RANKS,
+    "sharding.tables.….kind=…: … cut over": _RANKS,
+    "…=table_row_wise: ": _CUDA,
+    "…; delete it, or set data.name (or --output)": _URL,
+    "…: incomplete: … is missing; delete": _URL,
+    "…: takes …, and … has … left": _URL,
+    "…: cannot be written: …; set run.cache_root": _URL,
+    "…: damaged, or replaced while it was copied": _URL,
+    "…: no complete checkpoint (…); if its run": "needs a run that is being trained",
+    "id_dropout=…: no field": "the cure is to leave it out",
+    "recommend.cold_items=only: the dataset": "the cure is other data; see test_cold_items",
+    "…, …: the header line again": "the cure is other data; see test_sources",
     "torchrun over several machines": _RANKS,
     "sharding.tables.….kind=row_wise": _RANKS,
     "…: rank … finds another dataset": _RANKS,
