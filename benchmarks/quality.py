@@ -1,6 +1,7 @@
 """Reruns the tables of docs/quality.md: every row by the commands that a user types.
 
-The rows stand in `benchmarks/quality.yaml`: configuration, overrides, seeds. Each is prepared and
+The rows stand in `benchmarks/quality.yaml`: configuration (or one of `benchmarks/logs.py`, which is
+generated), overrides, seeds. Each is prepared and
 trained by `deepfm_dist.train`, combined by `deepfm_dist.combine` and trained on from there where it
 says so, and measured by `deepfm_dist.evaluate` from the checkpoint with the best watched figure.
 Figures are means over the seeds with their standard deviation; the time is that of training, on
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from logs import LOGS, write
 from machine import cpu_model
 
 from deepfm_dist.events import EvaluateEvent, last, read_events
@@ -47,7 +49,10 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
         model's ranking) the figures of the last evaluation.
     """
     name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
-    places = ["--config", row["config"], f"run.runs_root={work / 'runs'}"]
+    config = row["config"]
+    if config in LOGS:
+        config = str(write(config, work / "logs" / config))
+    places = ["--config", config, f"run.runs_root={work / 'runs'}"]
     places += [f"run.prepared_root={work / 'prepared'}", "run.loggers=[]"]
     # A run that continued, or had finished before, would be timed in part or not at all.
     places.append("checkpoint.resume=never")

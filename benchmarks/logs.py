@@ -1,0 +1,154 @@
+"""Seeded logs of kinds that no public data set is: few, unbalanced or wide rows, short sequences.
+
+The labels of click logs are drawn from the log-odds of a factorization machine: weights of all
+values and inner products of their vectors. Users of the sequences walk among groups of items, so
+that the next item depends on the last ones.
+
+    python benchmarks/logs.py OUT --log clicks_10k
+    python -m deepfm_dist.train --config OUT/config.yaml
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import yaml
+
+VECTOR_LENGTH = 4
+WEIGHTS_STD, PAIRS_STD, NUMBERS_WEIGHT = 0.9, 0.5, 0.2
+GROUPS, LEAVES_GROUP = 400, 0.25
+"""Groups of items, and the probability with which a user's next item is of another one."""
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """A click log.
+
+    Attributes:
+        rows: number of rows.
+        values: number of values of each categorical field.
+        numbers: number of numeric fields.
+        bias: log-odds of a click where nothing else speaks.
+    """
+
+    rows: int
+    values: tuple[int, ...]
+    numbers: int = 0
+    bias: float = -1.5
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' items in order of time; the last two of each are held out.
+
+    Attributes:
+        users: number of users.
+        items: number of items.
+        length: items of a user.
+    """
+
+    users: int
+    items: int
+    length: int = 5
+
+
+LOGS: dict[str, Clicks | Sequences] = {
+    "clicks_2k": Clicks(2_000, (50, 20, 10)),
+    "clicks_10k": Clicks(10_000, (500, 200, 10, 4, 24)),
+    "clicks_unbalanced": Clicks(50_000, (2_000, 500, 10, 4, 24), bias=-6.0),
+    "clicks_two_fields": Clicks(20_000, (50, 20)),
+    "clicks_one_large_field": Clicks(100_000, (60_000, 30, 10)),
+    "clicks_39_fields": Clicks(100_000, (1_000,) * 6 + (100,) * 10 + (10,) * 10, 13, -1.0),
+    "sequences": Sequences(20_000, 12_000),
+    "sequences_small": Sequences(5_000, 3_000),
+}
+
+
+def clicks(log: Clicks, seed: int) -> pd.DataFrame:
+    """Rows of a click log: the categorical fields, the numeric ones, the label ``y``."""
+    rng = np.random.default_rng(seed)
+    columns: dict[str, npt.NDArray[np.generic]] = {}
+    logits = np.full(log.rows, log.bias)
+    vectors = []
+    for number, n_values in enumerate(log.values):
+        values = rng.integers(0, n_values, log.rows)
+        if n_values > 20:  # a few values have most of the rows
+            values = np.minimum(rng.pareto(1.1, log.rows) * n_values / 20, n_values - 1).astype(int)
+        columns[f"c{number}"] = np.char.add("v", values.astype(str))
+        logits += rng.normal(0, WEIGHTS_STD / len(log.values) ** 0.5, n_values)[values]
+        vectors.append(rng.normal(size=(n_values, VECTOR_LENGTH))[values])
+    factors = np.stack(vectors, 1)
+    pairs = (factors.sum(1) ** 2 - (factors**2).sum(1)).sum(1)
+    logits += PAIRS_STD * pairs / pairs.std()
+    for number in range(log.numbers):
+        columns[f"x{number}"] = rng.normal(size=log.rows).round(4)
+        logits += NUMBERS_WEIGHT * columns[f"x{number}"]
+    columns["y"] = (rng.random(log.rows) < 1 / (1 + np.exp(-logits))).astype(int)
+    return pd.DataFrame(columns)
+
+
+def sequences(log: Sequences, seed: int) -> pd.DataFrame:
+    """Rows ``user, item, time``; no user has an item twice."""
+    rng = np.random.default_rng(seed)
+    popularity = (np.arange(log.items) + 5.0) ** -0.8
+    group_of = rng.integers(0, GROUPS, log.items)
+    members = [np.flatnonzero(group_of == group) for group in range(GROUPS)]
+    members = [items for items in members if len(items)]
+    shares = np.array([popularity[items].sum() for items in members])
+    rows = []
+    for user in range(log.users):
+        group, taken = int(rng.choice(len(members), p=shares / shares.sum())), []
+        while len(taken) < log.length:
+            if rng.random() < LEAVES_GROUP:
+                group = int(group + rng.integers(1, 4)) % len(members)
+            weights = popularity[members[group]]
+            item = int(rng.choice(members[group], p=weights / weights.sum()))
+            if item not in taken:
+                taken.append(item)
+        rows += [(user, item, time) for time, item in enumerate(taken)]
+    return pd.DataFrame(rows, columns=["user", "item", "time"])
+
+
+def write(name: str, folder: Path, seed: int = 1) -> Path:
+    """Writes a log and the configuration that names its columns; returns the latter's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = LOGS[name]
+    if isinstance(log, Clicks):
+        rows = clicks(log, seed)
+        kinds = {c: {"kind": "numeric"} if c.startswith("x") else {} for c in rows if c != "y"}
+        data = {
+            "task": "ctr",
+            "interactions": {"file": "log.csv", "label": "y"},
+            "features": [{"name": column, **kind} for column, kind in kinds.items()],
+            "split": {"valid": 0.1, "test": 0.2},
+        }
+    else:
+        rows = sequences(log, seed)
+        data = {
+            "interactions": {"file": "log.csv", "user": "user", "item": "item", "time": "time"},
+            "split": {"method": "leave_last", "valid": 1, "test": 1},
+        }
+    rows.to_csv(folder / "log.csv", index=False)
+    path = folder / "config.yaml"
+    data["root"] = str(folder.resolve())
+    path.write_text(yaml.safe_dump({"run": {"name": name}, "data": data}))
+    return path
+
+
+def main() -> int:
+    """Writes one log."""
+    parser = argparse.ArgumentParser(description="Write a log of an unusual kind.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--log", choices=LOGS, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    print(write(arguments.log, arguments.out, arguments.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
