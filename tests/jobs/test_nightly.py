@@ -22,6 +22,7 @@ from deepfm_dist.distributed.checkpoint import Checkpoints
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs import nightly as job
 from deepfm_dist.jobs.nightly import Nights, is_no_worse
+from deepfm_dist.storage import folder_of
 from tests.ranks import RankFailed, run_alone, run_in_fork, run_ranks
 
 DAYS = [f"2026-11-0{n}" for n in range(1, 5)]
@@ -205,6 +206,27 @@ def test_commands_find_the_run_in_use(make_home: Callable[[str], Path]) -> None:
     assert run_in_fork(_scores_in_python, current) == 1
     options = ["run.name=next", f"checkpoint.start_from={current}"]
     assert load_config(str(home / "mine.yaml"), options).checkpoint.start_from == current
+
+
+@pytest.mark.slow  # two nights
+def test_nights_may_be_behind_a_url(make_home: Callable[[str], Path]) -> None:
+    pytest.importorskip("upath", reason="universal-pathlib is not installed")
+    run_in_fork(_two_nights_behind_a_url, make_home("home"))
+
+
+def _two_nights_behind_a_url(home: Path) -> None:
+    roots = "run.runs_root=memory://bucket/runs", "run.prepared_root=memory://bucket/prepared"
+    arguments = ["--quiet", "--config", str(home / "mine.yaml"), f"run.cache_root={home}", *roots]
+    for day in DAYS[:2]:
+        assert nightly.main([*arguments, "--day", day]) == 0
+    runs = folder_of("memory://bucket/runs/mine")
+    assert (runs / "current").read_text() == f"{DAYS[0]}\n"
+    lines = list(csv.DictReader((runs / "nights.csv").read_text().splitlines()))
+    assert [line["promoted"] for line in lines] == ["True", "False"]
+    current = ["--quiet", "--run", "memory://bucket/runs/mine/current"]
+    rows = ["--input", str(home / f"{DAYS[0]}.csv"), "--output-parts", "memory://bucket/scores"]
+    assert predict.main([*current, *rows]) == 0
+    assert (folder_of("memory://bucket/scores") / "_SUCCESS").is_file()
 
 
 def _scores_in_python(current: str) -> int:

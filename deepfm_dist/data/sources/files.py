@@ -55,7 +55,8 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
             ``data.root``.
     """
     by_path: dict[str, InputFile] = {}
-    names = ((name, each) for name in names_of(files) for each in each_day(_below_root(name)))
+    settings = map(_below_root, names_of(files))
+    names = ((setting, name) for setting in settings for name in each_day(setting))
     for setting, name in names:
         for file in _remote(str(root), name) if "://" in str(root) else _local(Path(root), name):
             file = replace(file, pattern=setting)
