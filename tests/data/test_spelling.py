@@ -278,6 +278,9 @@ def test_words_for_a_missing_value_among_ids_are_counted(
         ([" a", "b", "c"], None),
         (["a\0", "b"], r"i: 1 of 2 ids have characters .*, such as 'a\\x00'; write the file"),
         (["a\ufffd", "\ufeffb"], r"i: 2 of 2 ids have characters .*'a\\ufffd'"),
+        (["['a', 'b']", '["c"]', "d"], r"i: 2 of 3 ids look like several in one cell, such as"),
+        (["a|b", "b|c", "c"], r"i: 2 of 3 ids look like several in one cell, such as 'a\|b'"),
+        (["a|b", "c", "d"], None),
         (["1.23E+12", "4E+15", "7"], r"i: 2 of 3 ids are rounded numbers, such as '1\.23E\+12'"),
         (["a\tb", "\u0646\u200c\u0645", "\U0001f469\u200d\U0001f680"], None),  # joiners are letters
     ],
@@ -337,3 +340,21 @@ def test_fields_that_new_rows_leave_empty_are_warned_of(tmp_path: Path) -> None:
         assert [
             text[: len(want)] for text, want in zip(encoder.unseen(), expected, strict=True)
         ] == (expected)
+
+
+@pytest.mark.parametrize(("least", "n_warnings"), [(60, 0), (61, 1)])
+@pytest.mark.parametrize("field", [{"name": "x"}, {"name": "user", "entity": "user"}])
+def test_a_field_without_a_frequent_value_is_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    field: dict[str, Any],
+    least: int,
+    n_warnings: int,
+) -> None:
+    rows = [(f"u{k % 2}", f"i{k}", f"x{k % 2}") for k in range(120)]
+    pd.DataFrame(rows, columns=["u", "i", "x"]).to_csv(tmp_path / "s.csv", index=False)
+    item = {"name": "item", "entity": "item"}
+    data = BASE | {"features": [item, field | {"min_count": least}]}
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
+    warning = f"{field['name']}: no value has min_count={least} training rows, the most frequent"
+    assert sum(warning in message for message in caplog.messages) == n_warnings

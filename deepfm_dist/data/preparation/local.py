@@ -323,7 +323,7 @@ def _report_empty(data: DataConfig, name: str) -> None:
             data.interactions.split,
         )
     elif share:
-        log.info("the %s split is empty: split.%s=%g holds out no row", name, name, share)
+        log.warning("the %s split is empty: split.%s=%g holds out no row", name, name, share)
 
 
 def _build_dataset(job: Job, wanted: str) -> Manifest:

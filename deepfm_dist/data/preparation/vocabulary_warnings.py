@@ -42,13 +42,16 @@ def vocabulary_warnings(
         check(entity, texts)
         for entity in ("user", "item")
         if name == entity_key(entity)
-        for check in (_outer_spaces, _control_characters, _rounded_numbers)
+        for check in (_outer_spaces, _control_characters, _rounded_numbers, _several_ids)
     ]
     warnings += [_look_alikes(name, texts), _two_spellings(name, texts)]
     for feature in data.features:
         if feature.has_vocabulary and not feature.names_entity and feature.table_name == name:
             warnings += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
             warnings.append(_nearly_missing(feature, texts))
+        table = entity_key(feature.entity) if feature.names_entity else feature.table_name
+        if feature.has_vocabulary and table == name:
+            warnings.append(_all_rare(feature, counts))
     return [text for text in warnings if text is not None]
 
 
@@ -125,6 +128,21 @@ def _rounded_numbers(entity: str, ids: pa.Array) -> str | None:
     )
 
 
+def _several_ids(entity: str, ids: pa.Array) -> str | None:
+    """Most ids look like several in one cell."""
+    texts = ids.cast(pa.string())
+    joined = [texts.filter(pc.match_substring(texts, mark)) for mark in "|;"]
+    joined = [list_literals(texts), *joined]
+    several = max(joined, key=len)
+    if len(several) < 2 or 2 * len(several) < len(texts):
+        return None
+    return (
+        f"{entity}: {len(several):,} of {len(ids):,} ids look like several in one cell, such as "
+        f"{short(pc.min(several).as_py())}, and each is taken for one {entity}; if they are "
+        f"several, write a row for each, as pandas' explode does"
+    )
+
+
 def _two_spellings(name: str, ids: pa.Array) -> str | None:
     """Texts that differ from others only in spaces or zeros."""
     is_id = name in map(entity_key, ("user", "item"))
@@ -135,6 +153,17 @@ def _two_spellings(name: str, ids: pa.Array) -> str | None:
         f"{name.removeprefix(entity_key(''))}: {how.count:,} of {len(ids):,} values differ from "
         f"another one only in {how.what}, such as {how.text!r} and {how.known!r}; they are kept "
         f"apart: write them alike if they mean the same"
+    )
+
+
+def _all_rare(feature: Feature, counts: Int64Array) -> str | None:
+    """No value is frequent enough for a row of its own."""
+    most = int(counts.max(initial=0))
+    if not 0 < most < feature.min_count:
+        return None
+    return (
+        f"{feature.name}: no value has min_count={feature.min_count:,} training rows, the most "
+        f"frequent one has {most:,}: all count as unknown; lower min_count or leave the field out"
     )
 
 

@@ -93,7 +93,10 @@ class JsonLinesReader(Reader):
 
     def _nested_error(self, name: str, value: list[Any] | dict[str, Any], row: int) -> DataError:
         what, cure = "a list", "set several: true for its field"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(value) > 1 and all(map(str.isdigit, value)):
+            what = "an object, which pandas' to_json writes for a column"
+            cure = "write rows: to_json(..., orient='records', lines=True)"
+        elif isinstance(value, dict):
             what = "an object"
             cure = f"name a member of it: column: {name}.{next(iter(value), 'MEMBER')}"
         return DataError(
@@ -184,6 +187,12 @@ class JsonLinesReader(Reader):
             raise EmptyFile(f"{self.source.path}: the array is empty")
         return array
 
+    def _converted_by(self, command: str) -> str:
+        """A shell command that writes the file, passed through another, as NAME.jsonl."""
+        path = self.source.path
+        target = shlex.quote(f"{Path(path).name.split('.')[0]}-rows.jsonl")
+        return f": {self.source.unpack_command} {shlex.quote(path)} | {command} > {target}"
+
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")
         if isinstance(error, NestedError):
@@ -191,18 +200,29 @@ class JsonLinesReader(Reader):
                 f"{path}, line {number}: {short(text)} {error}; fix the row{self.source.or_skip}"
             )
         if isinstance(error, UnicodeError):
+            encoding = "utf-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
             return DataError(
                 f"{path}, line {number}: not readable: {short(line)} is not UTF-8 text; "
-                + self.source.cure("name the encoding", "encoding: latin-1", "save it as UTF-8")
+                + self.source.cure("name the encoding", f"encoding: {encoding}", "save it as UTF-8")
             )
+        start = f"{path}, line {number}: "
         if isinstance(python_literal(text), dict):
-            unpack = self.source.unpack_command
-            target = f"{Path(path).name.split('.')[0]}.jsonl"
-            return DataError(
-                f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
-                f"{unpack} {shlex.quote(path)} | {_FROM_PYTHON} > {target}"
-            )
+            what = "a Python literal rather than JSON; convert the file"
+            return DataError(start + what + self._converted_by(_FROM_PYTHON))
+        if text.endswith("},") and _is_object(text[:-1]):
+            what = "an object with a comma behind it; write the file without"
+            return DataError(start + what + self._converted_by("sed 's/,$//'"))
+        if text == "{":
+            what = "the object is not on one line; write each on a line of its own"
+            return DataError(start + what + self._converted_by("jq -c ."))
         return DataError(
             f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "
             f"called {self.source.suffix} has one in each line; fix the row{self.source.or_skip}"
         )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -845,3 +845,29 @@ def test_a_member_that_is_a_list_is_no_single_value(tmp_path: Path, name: str) -
         read_table(path, [Column("user"), field], on_bad_row="error")
     table = read_table(path, [Column("user"), Column("g.id", "texts")])
     assert table["g.id"].to_pylist() == [["x", "y"], ["z"]]
+
+
+def test_objects_with_commas_behind_them_are_written_without_by_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"user": "a", "score": 1, "more": true},\n{"user": "b", "score": 2},\n')
+    with pytest.raises(DataError, match="line 1: an object with a comma behind it") as caught:
+        read_table(path, COLUMNS)
+    command = str(caught.value).partition("without: ")[2]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    written = tmp_path / shlex.split(command)[-1]
+    assert read_table(written, COLUMNS)["user"].to_pylist() == ["a", "b"]
+
+
+def test_json_of_other_shapes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    pd.DataFrame({"user": ["a", "b"], "score": [1, 2]}).to_json(path)
+    with pytest.raises(DataError, match=r"which pandas' to_json writes .*lines=True\)$"):
+        read_table(path, COLUMNS)
+    path.write_text('{\n "user": "a", "score": 1\n}\n')
+    with pytest.raises(DataError, match=r"not on one line; .*cat \S+a\.json \| jq -c \. > a-rows"):
+        read_table(path, COLUMNS)
+    path.write_bytes('{"user": "a", "score": 1}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"data\.files: \{a\.json: \{encoding: utf-16\}\}"):
+        read_table(path, COLUMNS, name="a.json")
+    layout = FileFormat(encoding="utf-16")
+    assert read_table(path, COLUMNS, layout)["user"].to_pylist() == ["a"]
