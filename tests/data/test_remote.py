@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,44 +241,40 @@ def test_growth_from_a_url_gives_the_bytes_of_growth_from_a_folder(
         prepare(config)
 
 
-def _opened(root: str, cache: Path, log: Path) -> str:
+def _opened(root: str, folder: Path) -> str:
+    """Opens the dataset on two machines of two ranks each, whose caches are ``0`` and ``1``."""
     from fsspec.implementations.memory import MemoryFileSystem
 
+    machine, local_rank = divmod(int(os.environ["RANK"]), 2)
+    os.environ |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "2"}
     get = MemoryFileSystem.get_file
 
     def get_file(self: Any, path: str, local: str, **_: Any) -> None:
-        with log.open("a") as file:
-            file.write(f"{os.environ['LOCAL_RANK']} {path}\n")
+        with (folder / "log").open("a") as file:
+            file.write(f"{os.environ['RANK']}\n")
         get(self, path, local)
 
     MemoryFileSystem.get_file = get_file
     with process_group("cpu") as world:
-        dataset = open_dataset(config_at(root, f"run.cache_root={cache}"), world)
-        return dataset.manifest.vocabulary_hash
-
-
-def test_one_rank_of_a_machine_downloads(
-    published: Path, root: str, sample: PreparedDataset, tmp_path: Path
-) -> None:
-    log = tmp_path / "log"
-    hashes = run_ranks(_opened, 3, root, tmp_path / "cache", log)
-    assert hashes == 3 * [sample.manifest.vocabulary_hash]
-    lines = log.read_text().splitlines()
-    assert len(lines) == len(sample.manifest.sums)
-    assert {line.split()[0] for line in lines} == {"0"}
-
-
-def _fails(root: str, cache: Path) -> str:
-    with process_group("cpu") as world:
         try:
-            open_dataset(config_at(root, f"run.cache_root={cache}"), world)
+            config = config_at(root, f"run.cache_root={folder / str(machine)}")
+            return open_dataset(config, world).manifest.vocabulary_hash
         except DataError as error:
             return str(error)
         except SystemExit as error:
             return f"exit {error.code}"
-    return ""
 
 
-def test_a_failed_download_ends_all_ranks(root: str, tmp_path: Path) -> None:
-    texts = run_ranks(_fails, 2, root, tmp_path / "cache")
-    assert "no prepared dataset" in texts[0] and texts[1] == "exit 2"
+def test_one_rank_of_each_machine_downloads(
+    published: Path, root: str, sample: PreparedDataset, tmp_path: Path
+) -> None:
+    assert run_ranks(_opened, 4, root, tmp_path) == 4 * [sample.manifest.vocabulary_hash]
+    downloads = (tmp_path / "log").read_text().split()
+    assert Counter(downloads) == dict.fromkeys("02", len(sample.manifest.sums))
+
+
+def test_a_failed_download_ends_all_ranks(published: Path, root: str, tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("not a folder")
+    texts = run_ranks(_opened, 4, root, tmp_path)
+    assert "cannot be written: Not a directory; set run.cache_root" in texts[2]
+    assert [texts[rank] for rank in (0, 1, 3)] == 3 * ["exit 2"]
