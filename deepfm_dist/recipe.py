@@ -226,7 +226,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         draft.choose("trainer.validate_every_epochs", every, each)
         if draft.get("trainer.validate_every_epochs"):
             patience = 2 if per_epoch > STEPS_PER_VALIDATION else 4
-            reason = f"validations without a better {_monitored(draft)}"
+            reason = f"validations without a better {_monitored_name(draft)}"
             draft.choose("trainer.patience", patience, reason)
     else:
         epochs = max(1, round(STEPS_TO_BEST / per_epoch))
@@ -265,7 +265,7 @@ def _layer_sizes(n: int) -> list[int]:
     return [width] * (2 if n < 100_000 else 3)
 
 
-def _monitored(draft: "_Draft") -> str:
+def _monitored_name(draft: "_Draft") -> str:
     """The name of the figure that early stopping looks at."""
     monitor = str(draft.get("trainer.monitor"))
     return "log loss" if monitor == AUTO else monitor

@@ -193,7 +193,7 @@ def nightly(config: Config, day: date) -> Night | None:
             )
             config_of_day = world.broadcast(made)
             assert config_of_day is not None
-            if train_on(config_of_day, _named(world, "train")).stopped:
+            if train_on(config_of_day, _with_name(world, "train")).stopped:
                 return None
             night = _decide(config, config_of_day, begun, world)
         return world.run_on_rank0("end", lambda: _end(config, nights, night))
@@ -283,7 +283,7 @@ def _names(files: Any, config: Config, day: date) -> Any:
     return names
 
 
-def _named(world: World, name: str) -> World:
+def _with_name(world: World, name: str) -> World:
     """The same ranks: names that one job uses in the store must not be seen in the next."""
     return replace(world, store=PrefixStore(name, world.store))
 
@@ -313,8 +313,8 @@ def _decide(config: Config, config_of_day: Config, night: Night, world: World) -
     before: Mapping[str, float] | None = None
     if night.previous is not None:
         weights = config.run_dir / night.previous
-        before = measure_weights(config_of_day, weights, _named(world, "before"))
-    evaluation = evaluate_on(config_of_day, (), _named(world, "evaluate"))
+        before = measure_weights(config_of_day, weights, _with_name(world, "before"))
+    evaluation = evaluate_on(config_of_day, (), _with_name(world, "evaluate"))
 
     def decide() -> Night:
         assert evaluation is not None

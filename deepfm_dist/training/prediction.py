@@ -79,7 +79,7 @@ def predict(
             problem: DeepFMError | None = None
             if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                problem = writer.write(_scored(encoder.as_in_the_file(table), logits, log_rates))
+                problem = writer.write(_annotate(encoder.as_in_the_file(table), logits, log_rates))
                 writer.not_finite.add(logits, n_rows)
             n_rows += n
             if (problem := world.broadcast(problem)) is not None:
@@ -172,7 +172,7 @@ def _write_parts(
     if has_part:
         logits = np.concatenate(pieces)
         not_finite.add(logits, begin)
-        scored = _scored(rows_of_file.encoder.as_in_the_file(table), logits, log_rates)
+        scored = _annotate(rows_of_file.encoder.as_in_the_file(table), logits, log_rates)
         parts.write(part, scored.schema, [scored])
 
 
@@ -245,7 +245,7 @@ class _RowsOfFile:
             log.warning("%s: %s", self.name, text)
 
 
-def _scored(
+def _annotate(
     table: pa.Table, logits: npt.NDArray[np.float32], log_rates: npt.NDArray[np.float64]
 ) -> pa.Table:
     """Rows with their scores, and probabilities corrected for `NegativeRate`."""

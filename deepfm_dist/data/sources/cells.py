@@ -345,17 +345,17 @@ def _nested_cure(column: Column, error: NestedError, is_prepared: bool) -> str:
 
 def _header_rows(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
     """``[n]`` bool: rows whose cells are the names of their columns."""
-    found = np.zeros(batch.num_rows, bool)
+    is_header = np.zeros(batch.num_rows, bool)
     for number, name in enumerate(batch.schema.names):
         cells = plain(batch.column(number))
         if not is_text(cells.type):
             return np.zeros(batch.num_rows, bool)
         names = pa.array([name, f"\ufeff{name}"], cells.type)  # perhaps with a byte-order mark
         is_name = np.asarray(pc.is_in(cells, value_set=names)).astype(bool)
-        found = is_name if number == 0 else found & is_name
-        if not found.any():
+        is_header = is_name if number == 0 else is_header & is_name
+        if not is_header.any():
             break
-    return found
+    return is_header
 
 
 def plain_numbers(cells: pa.Array, kind: ColumnType, layout: FileFormat) -> pa.Array:

@@ -84,7 +84,7 @@ class DelimitedReader(Reader):
                 return "; remove the # at the beginning of its header line"
             return f"; its first line is a comment; {self._without_comments}"
         if line.lower().startswith("sep="):
-            command = self._filtered("tail -n +2")
+            command = self._filter_command("tail -n +2")
             return f"; its first line is for Excel alone; write it without: {command}"
         if "\0" in line:
             encoding = "utf-16-be" if line.startswith("\0") else "utf-16-le"
@@ -114,14 +114,14 @@ class DelimitedReader(Reader):
         if " " not in mark:
             return True
         # Spaces may be in the header alone; with a delimiter of two characters, quotes are text.
-        rows = [self.delimiter.join(cells) for _, _, cells in islice(self._parsed(), 100)]
+        rows = [self.delimiter.join(cells) for _, _, cells in islice(self._parse(), 100)]
         return len({row.count(mark) for row in rows}) == 1 and not any('"' in row for row in rows)
 
     def _text(self) -> Iterator[pa.RecordBatch]:
         names = list(self.layout.columns) if self.layout.columns else None
         quotes: Quotes | None = None
 
-        def opened(only: list[str] | None) -> pa_csv.CSVStreamingReader:
+        def open_reader(only: list[str] | None) -> pa_csv.CSVStreamingReader:
             nonlocal quotes
             quotes = Quotes(self.delimiter, self.layout.escape) if self.quoted else None
             stream = self._utf_8(quotes)
@@ -148,20 +148,20 @@ class DelimitedReader(Reader):
         reader: pa_csv.CSVStreamingReader | None = None
         try:
             try:
-                reader = opened(self.names)
+                reader = open_reader(self.names)
             except KeyError:  # a column is missing: look what there is
-                self.locate(opened(None).schema.names)
+                self.locate(open_reader(None).schema.names)
                 raise
             yield from reader
         except DataError:
             raise
         except QuoteError as error:
-            raise self._unbalanced(error) from None
+            raise self._quote_error(error) from None
         except pa.ArrowInvalid as error:
             if "straddling" in str(error):
                 raise self._too_long() from None
             if ragged := re.search(r"Expected (\d+) columns, got \d+: (.*)", str(error), re.DOTALL):
-                raise DataError(self._ragged(int(ragged[1]), ragged[2])) from None
+                raise DataError(self._ragged_error(int(ragged[1]), ragged[2])) from None
             if "Empty CSV" in str(error):
                 raise EmptyFile(f"{self.source.path}: the file is empty") from None
             raise DataError(self._unreadable(error)) from None
@@ -260,11 +260,11 @@ class DelimitedReader(Reader):
     def first_row(self) -> Sequence[str]:
         """The cells of the first line that is not blank; empty where none can be read."""
         with suppress(csv.Error, *self.source.failures):
-            for _, _, cells in self._parsed():
+            for _, _, cells in self._parse():
                 return cells
         return ()
 
-    def _parsed(self) -> Iterator[tuple[int, int, Sequence[str]]]:
+    def _parse(self) -> Iterator[tuple[int, int, Sequence[str]]]:
         """(row below the header, line it begins on, cells) of every row that is not blank."""
         text = io.TextIOWrapper(
             io.BufferedReader(TextStream(self.source.stream(), self.encoding, replace=True)),
@@ -300,15 +300,15 @@ class DelimitedReader(Reader):
     def where(self, row: int) -> str:
         """The line on which a row begins."""
         with suppress(csv.Error, *self.source.failures):
-            for number, line, _ in self._parsed():
+            for number, line, _ in self._parse():
                 if number == row:
                     return f"line {line}"
         return super().where(row)
 
-    def _ragged(self, expected: int, text: str) -> str:
+    def _ragged_error(self, expected: int, text: str) -> str:
         where, n = "a row", len(self._cells(text))
         with suppress(csv.Error, *self.source.failures):
-            for _, line, cells in self._parsed():
+            for _, line, cells in self._parse():
                 if len(cells) != expected:
                     where, n, text = f"line {line}", len(cells), self.delimiter.join(cells)
                     break
@@ -323,7 +323,7 @@ class DelimitedReader(Reader):
         """What to do where rows have another number of cells than there are names, all the same."""
         rows: list[Sequence[str]] = []
         with suppress(csv.Error, *self.source.failures):
-            rows = [cells for row, _, cells in islice(self._parsed(), 100) if row >= 0]
+            rows = [cells for row, _, cells in islice(self._parse(), 100) if row >= 0]
         lengths = {len(cells) for cells in rows}
         if len(rows) < 2 or len(lengths) > 1 or lengths == {expected}:
             return None
@@ -335,7 +335,7 @@ class DelimitedReader(Reader):
         where = "data.files names" if self.layout.columns else "the header line names"
         if n == expected + 1 and all(not cells[-1] for cells in rows):
             mark = self.delimiter if self.delimiter in ",;|" else re.escape(self.delimiter)
-            without = self._filtered(shlex.join(["sed", f"s/{mark}$//"]))
+            without = self._filter_command(shlex.join(["sed", f"s/{mark}$//"]))
             return (
                 f"every row ends with a delimiter, and {where} {expected}; write it without: "
                 f"{without}"
@@ -345,17 +345,17 @@ class DelimitedReader(Reader):
     @property
     def _without_comments(self) -> str:
         """How to write a file without its lines that begin with #."""
-        return "write it without comments: " + self._filtered("grep -v '^#'")
+        return "write it without comments: " + self._filter_command("grep -v '^#'")
 
     def _id_above_rows(self, line: str) -> str:
         rows = """awk '/:$/ {sub(":", ""); id = $0; next} {print id "," $0}'"""
         return (
             f"{self.source.path}, line 1: {line!r} stands above the rows of an item, as in "
-            f"Netflix's files; write it into each row: {self._filtered(rows)}, and name that file "
-            f"and its columns, the item's first"
+            f"Netflix's files; write it into each row: {self._filter_command(rows)}, and name that "
+            f"file and its columns, the item's first"
         )
 
-    def _filtered(self, command: str) -> str:
+    def _filter_command(self, command: str) -> str:
         """A shell command that passes the file through another and writes NAME-rows.SUFFIX."""
         name = Path(self.source.path).name
         stem, *suffixes = name.split(".")
@@ -363,7 +363,7 @@ class DelimitedReader(Reader):
         target = shlex.quote(".".join([f"{stem}-rows", *kept]))
         return f"{self.source.unpack_command} {shlex.quote(name)} | {command} > {target}"
 
-    def _unbalanced(self, error: QuoteError) -> DataError:
+    def _quote_error(self, error: QuoteError) -> DataError:
         what = (
             "text follows the closing quote of a cell"
             if error.is_closed
@@ -398,7 +398,7 @@ class DelimitedReader(Reader):
                 while stream.read(1 << 20):
                     pass
             except QuoteError as error:
-                return self._unbalanced(error)
+                return self._quote_error(error)
         return DataError(
             f"{self.source.path}: not readable: a row has more than {BLOCK_BYTES:,} bytes"
         )

@@ -124,9 +124,9 @@ def _member(cells: pa.Array, name: str, single: bool) -> pa.Array:
         return pc.map_lookup(cells, key, "first")
     if is_list(kind):
         lists = cells.cast(pa.list_(kind.value_type))
-        return _listed(lists, _member(plain(pc.list_flatten(lists)), name, single))
+        return _as_lists(lists, _member(plain(pc.list_flatten(lists)), name, single))
     if is_text(kind):
-        return _of_distinct(cells, partial(_member_of_text, name, single), pa.string())
+        return _map_distinct(cells, partial(_member_of_text, name, single), pa.string())
     raise NestedError(f"holds {kind}, which has no member {name!r}")
 
 
@@ -168,10 +168,10 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
         if is_list(cells.type.value_type):
             raise NestedError(_LISTS_OF_LISTS)
         lists = cells.cast(pa.list_(cells.type.value_type))
-        return _listed(lists, texts_of(pc.list_flatten(lists)))
+        return _as_lists(lists, texts_of(pc.list_flatten(lists)))
     texts = texts_of(cells)
     if pc.any(pc.match_substring_regex(texts, f"{_LITERAL}|{_SET}|{_ARRAY}")).as_py():
-        return _of_distinct(texts, lambda t: _elements(t, separator), pa.list_(pa.string()))
+        return _map_distinct(texts, lambda t: _elements(t, separator), pa.list_(pa.string()))
     if separator is not None:
         return pc.split_pattern(texts, separator)
     offsets = np.concatenate([[0], np.cumsum(np.asarray(texts.is_valid()), dtype=np.int32)])
@@ -231,14 +231,14 @@ def json_text(value: Any) -> str | None:
     return text_of(value)
 
 
-def _listed(lists: pa.Array, elements: pa.Array) -> pa.ListArray:
+def _as_lists(lists: pa.Array, elements: pa.Array) -> pa.ListArray:
     """Other elements in the place of a list array's flattened ones."""
     lengths = np.asarray(pc.list_value_length(lists).fill_null(0))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements)
 
 
-def _of_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
+def _map_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
     """A Python function of each cell, called once for each distinct one; null stays null."""
     distinct = cells.dictionary_encode()
     values = [function(text) for text in distinct.dictionary.to_pylist()]
