@@ -261,13 +261,15 @@ def _config_of(arguments: argparse.Namespace) -> Config:
     file = folder / "config.yaml"
     with storage_errors_to_user(file):
         exists = file.is_file()
-    if not exists:
+    if not exists and not _saved_sections(folder):
         raise ConfigError(
             f"--run {folder}: no run; the folder of one, such as runs/sample, has a config.yaml: "
             f"python -m deepfm_dist.train makes it"
         )
     where = [f"run.runs_root={folder.parent}", f"run.name={folder.name}"]
     overrides = [*where, *arguments.overrides]
+    if not exists:
+        return _config_of_checkpoint(folder, overrides, ConfigError(f"{file}: missing"))
     try:
         config = load_config(str(file), overrides)
         with storage_errors_to_user(file):

@@ -140,6 +140,7 @@ CTR_OVERRIDES = (
     "data.task=ctr data.interactions.label=label data.interactions.user=null "
     "data.interactions.item=null 'data.features=[{name: device}]'"
 )
+RANKED = "train trainer.loss=softmax model.deep=false model.linear=ease"
 GROWN = "data.name=grown data.vocabulary_from=prepared_root/cures"
 HASHED = "data.features=[{name: user, entity: user}, {name: item, entity: item, hash_rows: 9}]"
 PRINT = "train --print-config "
@@ -1004,6 +1005,40 @@ COMMAND_ORDER = [
         before=("train",),
     ),
     Mistake(
+        "evaluate checkpoint.use=selected",
+        "use checkpoint.use=auto",
+        "checkpoint.use=auto",
+        before=("train",),
+    ),
+    Mistake(
+        "evaluate evaluate.split=valid checkpoint.use=refit",
+        "use checkpoint.use=selected",
+        "checkpoint.use=selected",
+        data={"features": [*DATA["features"], SEEN]},
+        before=(RANKED,),
+    ),
+    Mistake(
+        "train run.runs_root=runs_root/cures run.name=refit",
+        "run.name=NAME checkpoint.start_from=",
+        "run.name=next checkpoint.start_from=runs_root/cures trainer.loss=softmax",
+        data={"features": [*DATA["features"], SEEN]},
+        before=(RANKED,),
+    ),
+    Mistake("train trainer.refit_best=true", "leave it out", "", ("trainer.refit_best=true",)),
+    Mistake("train trainer.refit_best=true", "use trainer.loss=softmax", "trainer.loss=softmax"),
+    Mistake(
+        "train trainer.loss=softmax model.linear=ease",
+        "set model.deep=false",
+        "model.deep=false",
+        data={"features": [*DATA["features"], SEEN]},
+    ),
+    Mistake(RANKED, "set model.linear=none", "model.linear=none"),
+    Mistake(
+        "train trainer.loss=softmax trainer.refit_best=true trainer.hold_out=0 data.split.valid=0",
+        "hold some out (data.split.valid=0.1)",
+        "data.split.valid=0.1",
+    ),
+    Mistake(
         "evaluate evaluate.split=valid",
         "set evaluate.split=test",
         "evaluate.split=test",
@@ -1286,16 +1321,12 @@ NOT_TYPED = {
     "…: user … and item … have … scores": "needs a reference of scores; see test_ranking",
     "sharding.tables.….kind=replicated: optimizer.tables.name=lazy_adam": _CUDA,
     "evaluate.reference=…: another ranking": "needs a reference of scores; see test_ranking",
+    "…: no complete checkpoint (…); if its run": "needs a training that goes on",
     "…: of another version of deepfm_dist": "needs a run of another version; see test_checkpoint",
-    "…: checkpoint.use=…, but there is none": "needs a finished run; see test_recipe",
-    "checkpoint.use=refit: trained on": "needs a finished run; see test_recipe",
     "…: it holds the closed form too": "needs a finished run; see test_recipe",
     "trainer.hold_out=…:": "needs a model that ranks; see test_recipe",
     "trainer.monitor=…: a figure of validation rows": "needs a model that ranks; see test_recipe",
     "trainer.monitor=…: no user with training rows": "the cure is another split; see test_recipe",
-    "…: for models that are trained on users": "the cure trains to the end; see test_recipe",
-    "model.linear=ease: ": "the cure trains to the end; see test_recipe",
-    "…: there are no validation rows to choose by": "trains to the end; see test_recipe",
     "trainer.monitor=…: it is …; set": "needs a figure that is NaN in training; see test_training",
 }
 """Beginnings of messages whose cure no row types, and why."""

@@ -69,6 +69,20 @@ def test_a_damaged_configuration_is_read_from_the_checkpoint(
         cli._config_of(asked)
 
 
+def test_a_run_without_its_configuration_is_read_from_the_checkpoint(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = home / "runs/sample"
+    asked = argparse.Namespace(run=str(run), config=None, overrides=["recommend.k=7"])
+    whole = cli._config_of(asked)
+    (run / "config.yaml").unlink()
+    assert cli._config_of(asked) == whole
+    assert f"config.yaml: missing; the settings of {find_checkpoint(run)} are used" in caplog.text
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match=r"--run .*: no run; .*deepfm_dist\.train makes it"):
+        cli._config_of(asked)
+
+
 def test_a_configuration_of_a_version_with_fewer_sections_is_whole(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

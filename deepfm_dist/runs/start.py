@@ -78,7 +78,8 @@ def _refuse_part(run_dir: Path) -> None:
     if steps and "part" in checkpoint.read_state(checkpoint.checkpoint_path(run_dir, steps[-1])):
         raise ConfigError(
             f"{run_dir}: a part of the run {run_dir.parent}, and not trained by itself; train that "
-            f"run, or another one from this model: run.name=NAME checkpoint.start_from={run_dir}"
+            f"run, or another one from its weights: run.name=NAME "
+            f"checkpoint.start_from={run_dir.parent}"
         )
 
 
