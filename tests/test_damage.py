@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from deepfm_dist import cli, evaluate, recommend, train
-from deepfm_dist.distributed.checkpoint import find_checkpoint
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.interop.safetensors import FORMAT
 from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.report.page import _plan
@@ -138,6 +138,19 @@ def test_what_cannot_be_read_without_is_one_line(
         assert run_alone(command, ["--quiet", "--run", f"{home}/runs/sample", *where]) == 2
         [line] = capfd.readouterr().err.splitlines()[-1:]
         assert re.match(told, line), line
+
+
+def test_a_damaged_part_of_a_run_names_what_is_left_and_how_it_is_made_again(
+    tmp_path: Path,
+) -> None:
+    part = tmp_path / "run/refit"
+    (part / "checkpoints/step_00000002").mkdir(parents=True)
+    (part / "checkpoints/step_00000002/state.json").write_text("{")
+    cure = (
+        f"checkpoint.use=latest, or delete {part}, and python -m deepfm_dist.train makes it again"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(cure)):
+        read_state(part / "checkpoints/step_00000002")
 
 
 def test_a_damaged_export_is_none(tmp_path: Path) -> None:

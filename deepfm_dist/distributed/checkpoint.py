@@ -520,6 +520,11 @@ def check_files(path: Path, world: World | None = None) -> None:
 
 def _instead_of(path: Path) -> str:
     """What to do where a checkpoint is damaged."""
+    if (part := path.parents[1]).name in (SELECTED, REFIT):
+        return (
+            f"take another: checkpoint.use=latest, or delete {part}, and python -m "
+            f"deepfm_dist.train makes it again"
+        )
     others = [s for s in complete_steps(path.parent.parent) if f"{s:08d}" not in path.name]
     if not others:
         return "train again with checkpoint.resume=never"
