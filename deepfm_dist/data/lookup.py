@@ -25,6 +25,9 @@ from deepfm_dist.data.spelling import Unseen, difference
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
 
+Cell = str | float | list[str | float]
+"""A value of a field, or several."""
+
 _NEARLY_ALL = 0.95
 _FEW_VALUES = 100_000
 """That a similar word is looked for among."""
@@ -195,3 +198,70 @@ class RowEncoder:
         single = np.zeros(len(cells), np.int32)
         single[owners] = rows
         return single
+
+
+class UserAttributes:
+    """Looks up the attributes of users from outside the dataset.
+
+    Args:
+        dataset: whose vocabularies and statistics are used.
+
+    Attributes:
+        names: of the fields, in the model's order.
+    """
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        fields = [f for f in dataset.manifest.features if f.entity == "user" and f.describes_entity]
+        self._hashed_ids = [f.name for f in fields if f.names_entity]
+        self._fields = {f.name: f for f in fields if not f.names_entity}
+        self._numeric = dataset.manifest.numeric
+        self._vocabularies = {
+            f.name: dataset.vocabulary(f.table_name)
+            for f in self._fields.values()
+            if f.has_vocabulary
+        }
+        self.names = list(self._fields)
+
+    def encode(self, values: Mapping[str, Cell]) -> dict[str, Values]:
+        """One user's fields; those without a value are empty, and so is a hashed id.
+
+        Args:
+            values: by name of the field.
+
+        Raises:
+            ConfigError: a name is no field, or a value is of another kind or was never seen in
+                training.
+        """
+        for name in values:
+            if name not in self._fields:
+                known = ", ".join(self.names) or "none"
+                raise ConfigError(f"attributes.{name}: unknown field; available: {known}")
+        empty = Jagged(np.zeros(2, np.int64), np.zeros(0, np.int32))
+        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
+        for name, feature in self._fields.items():
+            fields[name] = self._encoded(feature, values.get(name))
+        return fields
+
+    def _encoded(self, feature: Feature, value: Cell | None) -> Values:
+        where = f"attributes.{feature.name}={value!r}"
+        if feature.kind == "numeric":
+            if value is not None and not isinstance(value, int | float):
+                raise ConfigError(f"{where}: expected a number")
+            number = np.array([np.nan if value is None else value], np.float64)
+            return transformed(number, feature, self._numeric[feature.name])
+        words = [] if value is None else value if isinstance(value, list) else [value]
+        if len(words) > 1 and not feature.multi_valued:
+            raise ConfigError(f"{where}: the field has one value")
+        # Elements of a list are whole values, which no separator splits.
+        plain = feature.model_copy(update={"separator": None, "several": None})
+        is_text = isinstance(value, str) and feature.separator is not None
+        cells = pa.array([value] if is_text else [str(word) for word in words], pa.string())
+        _, texts = split_cells(cells, feature if is_text else plain)
+        if feature.hash_rows is not None:
+            rows = hashed_rows(texts, feature)
+        else:
+            rows = self._vocabularies[feature.name].lookup(texts)
+            if (rows == 0).any():
+                unknown = texts[int(np.flatnonzero(rows == 0)[0])].as_py()
+                raise ConfigError(f"{where}: {unknown!r} was never seen in training")
+        return Jagged(np.array([0, len(rows)]), rows.astype(np.int32))

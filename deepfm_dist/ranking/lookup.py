@@ -60,21 +60,31 @@ class SideEncoder:
 
     @torch.no_grad()
     def users(
-        self, rows: Int32Array, block: int = USER_BLOCK, histories: Jagged | None = None
+        self,
+        rows: Int32Array,
+        block: int = USER_BLOCK,
+        histories: Jagged | None = None,
+        attributes: Mapping[str, Values] | None = None,
+        context: Mapping[str, Values] | None = None,
     ) -> list[Side]:
         """Looks users up together and returns their sides in blocks of one size.
 
         Args:
             rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
             block: number of users per block.
-            histories: item rows of users who are represented by these items only.
+            histories: item rows of users from outside the dataset.
+            attributes: fields of these users, by row of ``histories``; None: they have none.
+            context: one row of context fields; default: the encoder's.
         """
-        known, bags = rows, None
+        known, bags, collate = rows, None, self._collate
         if histories is not None:
             known = np.full(len(rows), ABSENT, np.int32)
-            bags = self._drawn.full(rows, histories)
+            bags = self._drawn.full(rows, histories) if self._collate.has_histories else None
+        if attributes is not None:
+            known, collate = rows, self._collate.of_new_users(attributes)
         context_rows = np.zeros(len(rows), np.int32)
-        batch = self._collate(known, None, self._context, context_rows, bags=bags)
+        context = self._context if context is None else context
+        batch = collate(known, None, context, context_rows, bags=bags)
         return self._sides("user", batch, block)
 
     @torch.no_grad()

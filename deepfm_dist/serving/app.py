@@ -6,7 +6,7 @@ from collections import Counter as Names
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
@@ -21,7 +21,14 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -115,16 +122,33 @@ def _id(value: object) -> str | int:
     return value
 
 
+Value = Annotated[str, Field(max_length=MAX_ID)] | float
+"""A value of a field, as JSON has it."""
+
 ItemId = Annotated[str | int, PlainValidator(_id, json_schema_input_type=str | int)]
 
 
 class Described(BaseModel):
-    """A user, described by items."""
+    """A user, described by items, attributes or both."""
 
     model_config = ConfigDict(extra="forbid")
 
-    items: list[ItemId] = Field(min_length=1, max_length=MAX_ITEMS)
+    items: list[ItemId] = Field(default_factory=list, max_length=MAX_ITEMS)
     k: Whole = Field(10, ge=1, le=MAX_K)
+    attributes: dict[str, Value | list[Value]] = Field(
+        default_factory=dict, description="values of the model's fields of users"
+    )
+    context: dict[str, Value] = Field(
+        default_factory=dict, description="values of context fields, if not the service's own"
+    )
+
+    @model_validator(mode="after")
+    def _describes_somebody(self) -> Self:
+        if not self.items and not self.attributes:
+            raise PydanticCustomError(
+                "nobody", "items is missing or empty; give items, attributes or both"
+            )
+        return self
 
 
 class Problem(BaseModel):
@@ -187,6 +211,10 @@ def _add_error_handlers(app: FastAPI, run_name: str) -> None:
     @app.exception_handler(Unsupported)
     async def unsupported(request: Request, error: Unsupported) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 409)
+
+    @app.exception_handler(live.Invalid)
+    async def not_known(request: Request, error: live.Invalid) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -260,8 +288,11 @@ def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
         dependencies=[Depends(_refuse_repeated_keys)],
     )
     async def recommend(described: Described) -> Ranking:
-        """The best items for somebody who is described by some items."""
-        return _ranking(recommender.recommend_for([str(i) for i in described.items], described.k))
+        """The best items for somebody who is described by items, attributes or both."""
+        items = [str(item) for item in described.items]
+        return _ranking(
+            recommender.recommend_for(items, described.k, described.attributes, described.context)
+        )
 
     @app.get("/items")
     async def items(
@@ -319,6 +350,8 @@ def _sentence(problem: Any) -> str:
     name = _place(problem)
     if problem["type"] == "extra_forbidden":
         return f"unknown field {short(name, 50)}; allowed: {', '.join(Described.model_fields)}"
+    if problem["type"] == "nobody":
+        return str(problem["msg"])
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] == "model_attributes_type":

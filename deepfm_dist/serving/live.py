@@ -1,6 +1,6 @@
 """A run's model in one process, ready to answer for one user at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from deepfm_dist.build import build_model
 from deepfm_dist.data.batches.collation import ABSENT, padded
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.data.lookup import RowEncoder
+from deepfm_dist.data.lookup import Cell, RowEncoder, UserAttributes
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import CheckpointError
+from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.interop.safetensors import read_weights
 from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
@@ -60,6 +60,10 @@ class Unsupported(Exception):
     """What this model cannot do."""
 
 
+class Invalid(ValueError):
+    """A request names a field or value that the model does not know."""
+
+
 class Recommender:
     """Answers for users and items by their external ids.
 
@@ -82,7 +86,9 @@ class Recommender:
             config.recommend.cold_items, config.data.id_dropout, dataset.manifest
         )
         self._catalogue = Catalogue(dataset, cold_items=cold_items)
-        context = RowEncoder(dataset).fixed_context(config.recommend.context)
+        self._encoder, self._attributes = RowEncoder(dataset), UserAttributes(dataset)
+        self._fixed = config.recommend.context
+        context = self._encoder.fixed_context(self._fixed)
         settings = settings_in(run.state)
         self._rate = negative_rate(run.dataset, settings)
         self._has_probabilities = ranking_loss(settings) is None
@@ -136,28 +142,54 @@ class Recommender:
         kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
         return self._best([kept], seen, k, log_rate)
 
-    def recommend_for(self, items: Sequence[str], k: int) -> list[Scored]:
-        """The best other items for somebody who is known by some items alone.
+    def recommend_for(
+        self,
+        items: Sequence[str],
+        k: int,
+        attributes: Mapping[str, Cell] | None = None,
+        context: Mapping[str, str | float] | None = None,
+    ) -> list[Scored]:
+        """The best other items for somebody who is known by items, attributes or both.
+
+        Args:
+            items: external ids.
+            k: items wanted.
+            attributes: values of fields of users.
+            context: values of context fields, where they are not those of the service.
 
         Raises:
             Unknown: no such item.
-            Unsupported: the model has no field that is made of a user's items.
+            Unsupported: the model has no field that is made of a user's items, or none of
+                attributes.
+            Invalid: a field is unknown, or a value of one.
         """
         for item in items:
             if item not in self._rows:
                 raise Unknown(item)
-        if not self.knows_users_by_items:
+        if items and not self.knows_users_by_items:
             raise Unsupported(
                 f"the model of run {self.name} knows its users by id, not by their items; ask for "
                 f"a user of the training data (/users), or for what is similar to an item "
                 f"(/items/ID/similar), or train one with a field of history: item"
             )
+        if attributes and not self._attributes.names:
+            raise Unsupported(
+                f"the model of run {self.name} knows no attributes of users; leave attributes out, "
+                f"or train one with a field of entity: user and a column"
+            )
+        try:
+            fields = self._attributes.encode(attributes) if attributes else None
+            fixed = self._encoder.fixed_context({**self._fixed, **context}) if context else None
+        except ConfigError as error:
+            raise Invalid(str(error).replace("recommend.context", "context")) from None
         rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
-        nobody, theirs = np.zeros(1, np.int32), [Jagged(np.array([0, len(rows)]), rows)]
-        seen = self._catalogue.seen_by(nobody, theirs)(0, 1)
-        rate = self._rate and self._rate.of_histories(theirs[0])
+        nobody, theirs = np.zeros(1, np.int32), Jagged(np.array([0, len(rows)]), rows)
+        seen = self._catalogue.seen_by(nobody, [theirs])(0, 1)
+        rate = self._rate and self._rate.of_histories(theirs)
         log_rate = 0.0 if rate is None else float(rate.log_of_user[0])
-        user = self._ranker.encoder.users(nobody, histories=theirs[0])
+        user = self._ranker.encoder.users(
+            nobody, histories=theirs, attributes=fields, context=fixed
+        )
         return self._best(user, seen, k, log_rate)
 
     def similar(self, item: str, k: int) -> list[Scored]:

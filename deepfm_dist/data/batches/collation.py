@@ -1,6 +1,7 @@
 """Users, items and context of some rows -> a batch."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Collator:
         categorical: these fields.
         dense: the numeric fields.
         fields: values of the fields that describe users and items.
+        has_histories: whether some field is a bag of the user's items.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -37,7 +39,20 @@ class Collator:
         self._source_of = manifest.data.source_of
         self._n_rows = manifest.entities
         self._cold = manifest.cold
+        self._users_have_ids = True
+        self.has_histories = manifest.has_history
         self._histories = HistorySampler(dataset) if manifest.has_history else None
+
+    def of_new_users(self, fields: Mapping[str, Values]) -> "Collator":
+        """The same for users from outside the dataset, who have no ids.
+
+        Args:
+            fields: every field that describes users; element r belongs to row r.
+        """
+        other = copy(self)
+        other.fields = {**self.fields, **fields}
+        other._users_have_ids = False
+        return other
 
     def __call__(
         self,
@@ -176,7 +191,8 @@ class Collator:
         source = None if feature.is_id else self._source(feature, context)
         if isinstance(source, Jagged):
             return source.take(rows)
-        if source is None and not feature.is_id:
+        has_ids = feature.is_id and (feature.entity != "user" or self._users_have_ids)
+        if source is None and not has_ids:
             return np.zeros(len(rows), np.int32), np.zeros(0, np.int32)
         lengths = (rows >= 0).astype(np.int32)
         if not lengths.all():  # seldom: only the last batch of an epoch is padded

@@ -1,0 +1,127 @@
+"""Users whom the log has never seen, described in a request by items, attributes or both."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfm_dist.config import Config, config_from
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.jobs.export import up_to_date_export
+from deepfm_dist.jobs.train import train
+from deepfm_dist.runs.trained import find_run
+from tests.ranks import run_in_fork
+
+pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+from fastapi.testclient import TestClient
+
+from deepfm_dist.serving.app import make_app
+from deepfm_dist.serving.live import Recommender
+
+
+def shop(folder: Path) -> Config:
+    """A model that knows users by items, city, tags and age, and looks at the device of a row."""
+    rng = np.random.default_rng(3)
+    rows = pd.DataFrame({"user": np.repeat(np.arange(30), 8)})
+    rows["item"] = np.concatenate([rng.permutation(20)[:8] for _ in range(30)])
+    rows["device"] = rng.choice(["phone", "desk"], len(rows))
+    rows.to_csv(folder / "rows.csv", index=False)
+    people = pd.DataFrame({"user": range(30), "city": rng.choice(["Oslo", "Bergen"], 30)})
+    people["age"] = rng.integers(20, 60, 30)
+    people["tags"] = ["|".join(rng.choice(list("abc"), 2, replace=False)) for _ in range(30)]
+    people.to_csv(folder / "people.csv", index=False)
+    of_user = {"entity": "user", "file": "people.csv"}
+    features = [
+        {"name": "seen", "entity": "user", "history": "item"},
+        {"name": "item", "entity": "item"},
+        {"name": "city", **of_user, "keep": "first"},
+        {"name": "age", **of_user, "kind": "numeric", "transform": "standard"},
+        {"name": "tags", **of_user, "separator": "|"},
+        {"name": "device"},
+    ]
+    roots = {"prepared_root": str(folder / "p"), "runs_root": str(folder / "r"), "loggers": []}
+    return config_from(
+        {
+            "run": {"name": "shop", **roots},
+            "data": {
+                "root": str(folder),
+                "interactions": {"file": "rows.csv", "user": "user", "item": "item"},
+                "features": features,
+                "split": {"valid": 0, "test": 0},
+            },
+            "model": {"init_std": 0.3, "embedding_dim": 6, "over_arch_layer_sizes": [8]},
+            "trainer": {"max_steps": 20, "batch_size": 200},
+            "recommend": {"context": {"device": "phone"}},
+        }
+    )
+
+
+def _answers(config: Config, bodies: list[Any], user: str) -> tuple[list[Any], list[Any]]:
+    train(config)
+    found = find_run(config, ())
+    folder = up_to_date_export(found)
+    with process_group("cpu") as world:
+        recommender = Recommender(found, folder, world)
+    client = TestClient(make_app(recommender))
+    known = client.get(f"/users/{user}/recommendations?k=12").json()["items"]
+    responses = [client.post("/recommend", json=body) for body in bodies]
+    return known, [(response.status_code, response.json()) for response in responses]
+
+
+def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> None:
+    config = shop(tmp_path)
+    rows, people = pd.read_csv(tmp_path / "rows.csv"), pd.read_csv(tmp_path / "people.csv")
+    items = rows["item"][rows["user"] == 4].tolist()
+    of_user: dict[Any, Any] = people.set_index("user").to_dict("index")[4]
+    tags = of_user["tags"]
+    attributes = {**of_user, "tags": tags.split("|")}
+    both = {"items": items, "attributes": attributes, "k": 12}
+    bodies: list[Any] = [
+        both,
+        {**both, "attributes": {**attributes, "tags": tags}},
+        {**both, "context": {"device": "desk"}},
+        {"items": items, "k": 12},
+        {"attributes": attributes, "k": 20},
+        {"attributes": {"town": "Oslo"}},
+        {"attributes": {"city": "Atlantis"}},
+        {"attributes": {"age": "old"}},
+        {"attributes": {"city": ["Oslo", "Bergen"]}},
+        {"items": items, "context": {"weather": "wet"}},
+        {"items": items, "context": {"device": "radio"}},
+        {"k": 3},
+        {"items": items, "mood": "good"},
+    ]
+    known, answers = run_in_fork(_answers, config, bodies, "4")
+    expected = {item["id"]: (item["score"], item["probability"]) for item in known}
+    assert len(expected) == 12
+    for status, answer in answers[:2]:
+        assert status == 200
+        found = {item["id"]: (item["score"], item["probability"]) for item in answer["items"]}
+        assert found.keys() == expected.keys()
+        assert all(found[i] == pytest.approx(expected[i], abs=1e-5) for i in expected)
+    others = [{i["id"]: i["score"] for i in answer["items"]} for _, answer in answers[2:5]]
+    for scores in others:  # another device, no attributes, no items
+        common = [i for i in expected if i in scores]
+        assert any(abs(scores[i] - expected[i][0]) > 1e-3 for i in common)
+    assert len(others[2]) == 20  # nothing is known to be seen
+    assert [status for status, _ in answers[5:]] == [422] * 8
+    texts = [answer["detail"] for _, answer in answers[5:]]
+    for text, part in zip(
+        texts,
+        [
+            "attributes.town: unknown field; available: city, age, tags",
+            "attributes.city='Atlantis': 'Atlantis' was never seen in training",
+            "attributes.age='old': expected a number",
+            "attributes.city=['Oslo', 'Bergen']: the field has one value",
+            "context.weather: unknown context field",
+            "context.device='radio': never seen in training",
+            "items is missing or empty; give items, attributes or both",
+            "unknown field 'mood'; allowed: items, k, attributes, context",
+        ],
+        strict=True,
+    ):
+        assert part in text
