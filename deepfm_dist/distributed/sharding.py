@@ -1,6 +1,7 @@
 """A plan for the tables -> DistributedModelParallel, the over-arch in DDP."""
 
 import logging
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -728,6 +729,38 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
         piece = values[name][rows, columns]
         shard_tensor.zero_()
         shard_tensor[:, : piece.shape[1]].copy_(piece)
+
+
+@torch.no_grad()
+def mark_rows(sharded: DistributedModelParallel) -> None:
+    """Makes every row of every table NaN, so that `fill_marked_rows` finds those left unset."""
+    for *_, piece in local_shards(sharded):
+        piece.fill_(math.nan)
+
+
+@torch.no_grad()
+def fill_marked_rows(
+    sharded: DistributedModelParallel, world: World, zeroed: Collection[str]
+) -> None:
+    """Gives rows that are still NaN their table's row 0, that of the unknown id. All ranks.
+
+    Args:
+        sharded: the model.
+        world: the ranks.
+        zeroed: tables whose rows get zeros instead.
+    """
+    pieces = local_shards(sharded)
+    first_rows = {
+        (table, columns.start): piece[0].nan_to_num().cpu()
+        for table, rows, columns, piece in pieces
+        if rows.start == 0 and len(piece)
+    }
+    unknown = {
+        key: row for rows in world.all_gather_object(first_rows) for key, row in rows.items()
+    }
+    for table, _, columns, piece in pieces:
+        row = unknown[table, columns.start].to(piece.device)
+        piece[piece.isnan().any(dim=1)] = torch.zeros_like(row) if table in zeroed else row
 
 
 def local_shards(

@@ -83,8 +83,7 @@ def measure_weights(config: Config, weights: Path, world: World) -> dict[str, fl
 
     Args:
         config: the settings of the run whose rows they are.
-        weights: folder of the other run, whose ids this one's dataset extends. Ids that it does not
-            know have weights of 0.
+        weights: folder of the other run, whose ids this one's dataset extends.
         world: the ranks.
 
     Returns:

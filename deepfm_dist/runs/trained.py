@@ -16,7 +16,11 @@ from deepfm_dist.data.manifest import hash_of, is_input
 from deepfm_dist.data.negative_rate import NegativeRate
 from deepfm_dist.data.remote import local_copy
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.distributed.sharding import DistributedModelParallel, init_tables
+from deepfm_dist.distributed.sharding import (
+    DistributedModelParallel,
+    fill_marked_rows,
+    mark_rows,
+)
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.lock import Lock
@@ -198,7 +202,8 @@ def open_weights(
 ) -> LoadedModel:
     """Loads a run's weights for the dataset of another one, which extends its own. All ranks.
 
-    Ids that the run does not know have weights of 0, so that they add nothing to a logit.
+    Ids that the run does not know get the weights of its unknown id, as they would if it scored
+    them. In users' histories they count for nothing.
 
     Args:
         run_dir: folder of the run with the weights.
@@ -217,8 +222,10 @@ def open_weights(
     merged = onto.config.model_dump(mode="json") | {"model": settings["model"]}
     config = config_from(merged, origin=str(path))
     sharded = shard_for_inference(config, manifest, world)
-    init_tables(sharded, config.model.embedding_dim + 1, 0.0, config.run.seed)
+    mark_rows(sharded)
     checkpoint.load(path, world, sharded, transfer=weight_transfer(trained, manifest, config.model))
+    histories = {f.table_name for f in manifest.categorical if f.history is not None}
+    fill_marked_rows(sharded, world, histories)
     log.info("loaded %s, step %s", path, f"{state['step']:,}")
     return LoadedModel(config, onto.dataset, sharded, path, step=state["step"], settings=settings)
 

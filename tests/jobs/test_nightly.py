@@ -31,12 +31,12 @@ WORSE = DAYS[1]
 
 
 def _log(day: str) -> pd.DataFrame:
-    """A day of 300 clicks on even items, some of them by chance; new users come in the morning."""
+    """A day of 300 clicks on even items, some of them by chance; new users come at its ends."""
     rng = np.random.default_rng(DAYS.index(day))
     start = int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp())
     items = rng.integers(0, 20, 300)
     users = rng.integers(0, 30, 300)
-    users[:20] = 100 + DAYS.index(day)
+    users[:20] = users[-9:] = 100 + DAYS.index(day)
     clicks = (items % 2 == 0) ^ (rng.random(300) < 0.1)
     if day == WORSE:
         clicks[:180] = ~clicks[:180]
