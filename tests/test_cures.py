@@ -1277,7 +1277,6 @@ NOT_OF_COMMANDS = {
     "api.py": "arguments of Python, not of a command; see test_api",
     "data/sources/days.py": "see test_nightly",
     "data/preparation/cluster.py": "needs Spark; see test_cluster",
-    "data/remote.py": "needs an object store; see test_remote",
     "interop/notebook.py": "needs a notebook's weights; see test_notebook",
     "jobs/nightly.py": "needs logs by day; see test_nightly",
     "jobs/import_weights.py": "needs a notebook's weights; see test_notebook",

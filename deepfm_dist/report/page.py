@@ -172,7 +172,6 @@ def _variables(report: Report) -> dict[str, Any]:
         "checkpoint": report.checkpoint.name,
         "manifest": report.dataset.manifest,
         "split": report.split,
-        "k": max(cutoffs),
         "missing": _missing(report.dataset.manifest),
         "log_plots": _log_plots(plotter, report.dataset.manifest),
         "rows": {name: (value, _MEANING.get(name, "")) for name, value in report.rows.items()},

@@ -4,23 +4,25 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from deepfm_dist.data.cards import Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.events import TrainEvent, ValidEvent, read_events
+from deepfm_dist.messages import format_bytes
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.recipe import Choice
 from deepfm_dist.report import page as page_module
-from deepfm_dist.report import tables
 from deepfm_dist.report.page import Report, write_page
 from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
@@ -176,6 +178,18 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     ]
     assert re.search(r"\.verdicts li\.worse \{ border-color: var\(--bad\)", text)
     assert "compared by a paired bootstrap over users" in text
+    for title in ("Log loss", "Normalized entropy", "AUC"):
+        assert f"<h3>{title}</h3>" in text
+    meaning = '<th scope="row">{}</th><td class="number">[^<]*</td><td class="muted">{}</td>'
+    for name, words in (
+        ("auc", "chance that a positive row scores above a negative one; 0.5 is guessing"),
+        ("log_loss", "mean cross-entropy in nats; lower is better"),
+        ("ne", "log loss divided by that of always predicting the mean label; below 1 is better"),
+        ("calibration", "mean prediction divided by mean label; 1 is right"),
+        ("accuracy", "share of rows whose probability is on the label's side of one half"),
+        ("majority_rate", "accuracy of always predicting the more frequent label"),
+    ):
+        assert re.search(meaning.format(name, re.escape(str(escape(words)))), text), name
     assert 'genre</th><td class="number">0.75 %</td>' in text  # of 400 items, 3
     density = 100 * 28_798 / (700 * 400)
     assert f"{density:.3g} % are training positives" in " ".join(text.split())
@@ -376,4 +390,65 @@ def test_trials_are_listed_with_what_they_varied() -> None:
     ],
 )  # fmt: skip
 def test_sizes_have_units(n_bytes: int, shown: str) -> None:
-    assert tables._size(n_bytes) == shown
+    assert format_bytes(n_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("first_day", "days", "counts", "caption"),
+    [
+        ("2026-01-01", 1, [3, 4], "7 dated rows of all splits, counted by day (UTC)."),
+        ("2026-01-01", 7, [3, 4], "7 dated rows of all splits, counted by 7-day period (UTC)."),
+        ("2026-01-01", 1, [7], None),  # one bar shows nothing
+        (None, 1, [3, 4], None),
+    ],
+)
+def test_dated_rows_are_drawn_by_period(
+    first_day: str | None, days: int, counts: list[int], caption: str | None
+) -> None:
+    profile = SimpleNamespace(first_day=first_day, days_per_period=days, rows_by_period=counts)
+    plots = page_module._log_plots(Plotter(), SimpleNamespace(profile=profile))  # type: ignore[arg-type]
+    assert [(p.title, p.caption) for p in plots] == (
+        [("Rows over time", caption)] if caption else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "positives", "loss", "beginnings"),
+    [
+        (
+            "implicit",
+            25,
+            "bce",
+            ["The negatives among these rows are sampled, 3 for", "Of 100 test p"],
+        ),
+        (
+            "implicit",
+            25,
+            "bpr",
+            ["The negatives", "The model was trained with loss=bpr", "Of 100 te"],
+        ),
+        ("implicit", 0, "bce", ["Of 100 test rows, 25 (25.0%) have no known item: one that"]),
+        ("ctr", 25, "bce", ["Of 100 test rows, 25 (25.0%) have no known item: one that"]),
+    ],
+)
+def test_notes_say_what_the_figures_refer_to(
+    task: str, positives: int, loss: str, beginnings: list[str]
+) -> None:
+    manifest = SimpleNamespace(
+        splits={"test": SimpleNamespace(rows=100, positives=positives)},
+        data=SimpleNamespace(task=task),
+    )
+    report = SimpleNamespace(
+        dataset=SimpleNamespace(manifest=manifest),
+        split="test",
+        loss=loss,
+        unknown=Unknown(100, {"user": 0, "item": 25}),
+    )
+    notes = page_module._notes(report)  # type: ignore[arg-type]
+    assert len(notes) == len(beginnings)
+    for note, beginning in zip(notes, beginnings, strict=True):
+        assert note.startswith(beginning)
+
+
+def test_groups_are_labelled_by_their_bounds() -> None:
+    assert page_module._labels([(1, 1), (2, 3000)]) == ["1", "2-3,000"]
