@@ -207,8 +207,11 @@ class JsonLinesReader(Reader):
             )
         start = f"{path}, line {number}: "
         if isinstance(python_literal(text), dict):
-            what = "a Python literal rather than JSON; convert the file"
-            return DataError(start + what + self._converted_by(_FROM_PYTHON))
+            command = self._converted_by(_FROM_PYTHON)
+            return DataError(
+                f"{path}, line {number}: a Python literal rather than JSON; convert the file"
+                f"{command}"
+            )
         if text.endswith("},") and _is_object(text[:-1]):
             what = "an object with a comma behind it; write the file without"
             return DataError(start + what + self._converted_by("sed 's/,$//'"))
