@@ -139,7 +139,15 @@ def column_of(feature: Feature) -> Column:
         checks = (check,)
     kind: ColumnType = "texts" if feature.in_lists else "text"
     separator = feature.separator
-    return Column(name, kind, False, checks=checks, separator=separator, purpose=purpose)
+    return Column(
+        name,
+        kind,
+        required=False,
+        checks=checks,
+        separator=separator,
+        numbers=feature.derive == "log_squared",
+        purpose=purpose,
+    )
 
 
 def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:

@@ -26,8 +26,20 @@ _WAYS: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("Unicode's form", lambda texts: pc.utf8_normalize(texts, "NFKC")),
     ("separators between thousands", partial(_replace, r"(\d)[,_'](\d{3})", r"\1\2")),
 )
-_CANDIDATES = (r"^\s|\s$", r"\.0+\s*$", r"^\s*0+\d", r"\p{Lu}")
-"""What texts look like that the first of `_WAYS` change."""
+_CANDIDATES = (
+    r"^\s|\s$",
+    r"\.0+\s*$",
+    r"^\s*0+\d",
+    r"\p{Lu}",
+    r"^[\"'`].*[\"'`]$",
+    r"\p{Cf}",
+    r"[\x{FF01}-\x{FF5E}\x{00A0}\x{202F}\x{3000}]",  # full width, and spaces of other kinds
+    r"^\d{1,3}(?:[,_']\d{3})+$",
+)
+"""What texts look like that each of `_WAYS` changes."""
+_CASE = 3
+SPELLED_OTHERWISE = "|".join(p for n, p in enumerate(_CANDIDATES) if n != _CASE)
+"""Matches texts that `written_twice` may find, case aside."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +90,27 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
     return best
 
 
-def written_twice(texts: pa.Array, ignore_case: bool) -> Difference | None:
+def written_twice(some: pa.Array, texts: pa.Array, ignore_case: bool) -> Difference | None:
     """In what some texts of a vocabulary differ from others that most likely mean the same.
 
     Args:
+        some: string: those of the texts that match `SPELLED_OTHERWISE`, or all.
         texts: string, each once.
         ignore_case: whether upper and lower case counts; ids such as YouTube's differ only in it.
     """
     best: Difference | None = None
-    for (what, way), pattern in zip(_WAYS, _CANDIDATES[: 3 + ignore_case], strict=False):
-        some = texts.filter(pc.match_substring_regex(texts, pattern))[:_MOST_TEXTS]
-        if len(some) == 0:
+    for number, ((what, way), pattern) in enumerate(zip(_WAYS, _CANDIDATES, strict=True)):
+        if number == _CASE and not ignore_case:
             continue
-        plain = way(some)
-        other = np.asarray(pc.and_(pc.not_equal(plain, some), pc.is_in(plain, value_set=texts)))
+        odd = some.filter(pc.match_substring_regex(some, pattern))[:_MOST_TEXTS]
+        if len(odd) == 0:
+            continue
+        plain = way(odd)
+        other = np.asarray(pc.and_(pc.not_equal(plain, odd), pc.is_in(plain, value_set=texts)))
         if other.sum() > (best.count if best else 0):
-            differing = some.filter(pa.array(other))
-            first = pc.index(some, pc.min(differing)).as_py()
-            best = Difference(what, int(other.sum()), some[first].as_py(), plain[first].as_py())
+            differing = odd.filter(pa.array(other))
+            first = pc.index(odd, pc.min(differing)).as_py()
+            best = Difference(what, int(other.sum()), odd[first].as_py(), plain[first].as_py())
     return best
 
 

@@ -358,3 +358,28 @@ def test_a_field_without_a_frequent_value_is_warned_of(
     prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
     warning = f"{field['name']}: no value has min_count={least} training rows, the most frequent"
     assert sum(warning in message for message in caplog.messages) == n_warnings
+
+
+@pytest.mark.parametrize(
+    ("odd", "plain", "what"),
+    [
+        ("1,000", "1000", "separators between thousands"),
+        ("\uff11\uff12", "12", "Unicode's form"),
+        ("a\u00a0b", "a b", "Unicode's form"),
+        ("12\u200b", "12", "characters that cannot be seen"),
+        ("'12'", "12", "the quotes around them"),
+        ("012", "12", "leading zeros"),
+        ("12.0", "12", "decimals of zero"),
+        ("AB", "ab", None),  # ids such as YouTube's differ only in case
+    ],
+)
+def test_ids_written_in_two_ways_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str, plain: str, what: str | None
+) -> None:
+    rows = [(f"u{k}", odd if k % 2 else plain) for k in range(8)]
+    pd.DataFrame(rows, columns=["u", "i"]).to_csv(tmp_path / "s.csv", index=False)
+    data = BASE | {"features": BASE["features"][:2]}
+    prepare(DataConfig.model_validate(data), tmp_path, tmp_path / "d", seed=1)
+    warnings = [m for m in caplog.messages if "differ from another one only in" in m]
+    assert len(warnings) == (what is not None)
+    assert what is None or f"only in {what}, such as {odd!r} and {plain!r}" in warnings[0]

@@ -10,7 +10,7 @@ from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.data.preparation.job import entity_key
 from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.data.sources.nested import list_literals
-from deepfm_dist.data.spelling import difference, written_twice
+from deepfm_dist.data.spelling import SPELLED_OTHERWISE, difference, written_twice
 from deepfm_dist.messages import plural, short
 
 _NO_IDS = pa.array(
@@ -20,6 +20,9 @@ _NO_IDS = pa.array(
 
 _NEVER_IN_IDS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{FEFF}\x{FFFD}]"
 """Control characters, the byte-order mark, and the sign of what could not be decoded."""
+
+_ODD = rf"{SPELLED_OTHERWISE}|{_NEVER_IN_IDS}|[|;\[({{]|[eE]\+"
+"""Matches every id that one of the checks below may speak of."""
 
 
 def vocabulary_warnings(
@@ -38,13 +41,15 @@ def vocabulary_warnings(
         for entity in ("user", "item")
         if name == entity_key(entity)
     ]
+    odd = texts.cast(pa.string())
+    odd = odd.filter(pc.match_substring_regex(odd, _ODD))
     warnings += [
-        check(entity, texts)
+        check(entity, odd, len(texts))
         for entity in ("user", "item")
         if name == entity_key(entity)
         for check in (_outer_spaces, _control_characters, _rounded_numbers, _several_ids)
     ]
-    warnings += [_look_alikes(name, texts), _two_spellings(name, texts)]
+    warnings += [_look_alikes(name, texts), _two_spellings(name, odd, texts)]
     for feature in data.features:
         if feature.has_vocabulary and not feature.names_entity and feature.table_name == name:
             warnings += [_list_literals(feature, texts), _unsplit_values(feature, texts)]
@@ -92,61 +97,61 @@ def _look_alikes(name: str, ids: pa.Array) -> str | None:
     )
 
 
-def _outer_spaces(entity: str, ids: pa.Array) -> str | None:
+def _outer_spaces(entity: str, ids: pa.Array, n: int) -> str | None:
     """Most ids have spaces around them, as behind the commas of ``a, b, c``."""
     spaced = ids.filter(pc.match_substring_regex(ids, r"^\s|\s$"))
-    if len(spaced) == 0 or 2 * len(spaced) < len(ids):
+    if len(spaced) == 0 or 2 * len(spaced) < n:
         return None
     return (
-        f"{entity}: {len(spaced):,} of {len(ids):,} ids begin or end with a space, such as "
+        f"{entity}: {len(spaced):,} of {n:,} ids begin or end with a space, such as "
         f"{pc.min(spaced).as_py()!r}, which is a part of them; if it stands behind each delimiter, "
         f'name both in data.files, such as delimiter: ", "'
     )
 
 
-def _control_characters(entity: str, ids: pa.Array) -> str | None:
+def _control_characters(entity: str, ids: pa.Array, n: int) -> str | None:
     """Ids with characters that damaged files have, or files of another encoding."""
     strange = ids.filter(pc.match_substring_regex(ids, _NEVER_IN_IDS))
     if len(strange) == 0:
         return None
     return (
-        f"{entity}: {len(strange):,} of {len(ids):,} ids have characters that only damaged text "
+        f"{entity}: {len(strange):,} of {n:,} ids have characters that only damaged text "
         f"has, such as {pc.min(strange).as_py()!a}; write the file again, or name its "
         f"encoding in data.files"
     )
 
 
-def _rounded_numbers(entity: str, ids: pa.Array) -> str | None:
+def _rounded_numbers(entity: str, ids: pa.Array, n: int) -> str | None:
     """Ids as spreadsheets write long numbers, of which only the first digits are left."""
     rounded = ids.filter(pc.match_substring_regex(ids, r"^\d(\.\d+)?[eE]\+\d{2}$"))
     if len(rounded) == 0:
         return None
     return (
-        f"{entity}: {len(rounded):,} of {len(ids):,} ids are rounded numbers, such as "
+        f"{entity}: {len(rounded):,} of {n:,} ids are rounded numbers, such as "
         f"{pc.min(rounded).as_py()!r}, as spreadsheets write long ones: ids that were different "
         f"may have become one; export them as text"
     )
 
 
-def _several_ids(entity: str, ids: pa.Array) -> str | None:
+def _several_ids(entity: str, ids: pa.Array, n: int) -> str | None:
     """Most ids look like several in one cell."""
-    texts = ids.cast(pa.string())
-    joined = [texts.filter(pc.match_substring(texts, mark)) for mark in "|;"]
-    joined = [list_literals(texts), *joined]
+    joined = [ids.filter(pc.match_substring(ids, mark)) for mark in "|;"]
+    joined = [list_literals(ids), *joined]
     several = max(joined, key=len)
-    if len(several) < 2 or 2 * len(several) < len(texts):
+    if len(several) < 2 or 2 * len(several) < n:
         return None
     return (
-        f"{entity}: {len(several):,} of {len(ids):,} ids look like several in one cell, such as "
+        f"{entity}: {len(several):,} of {n:,} ids look like several in one cell, such as "
         f"{short(pc.min(several).as_py())}, and each is taken for one {entity}; if they are "
         f"several, write a row for each, as pandas' explode does"
     )
 
 
-def _two_spellings(name: str, ids: pa.Array) -> str | None:
+def _two_spellings(name: str, odd: pa.Array, ids: pa.Array) -> str | None:
     """Texts that differ from others only in spaces or zeros."""
     is_id = name in map(entity_key, ("user", "item"))
-    how = written_twice(ids.cast(pa.string()), ignore_case=not is_id)
+    texts = ids.cast(pa.string())
+    how = written_twice(odd if is_id else texts, texts, ignore_case=not is_id)
     if how is None:
         return None
     return (

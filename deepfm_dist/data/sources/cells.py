@@ -103,6 +103,7 @@ class Column:
         checks: what makes a row a bad one, too.
         separator: of texts: what stands between the values of a cell that is not a list.
         formats: of a time, as `times.read_times` takes them.
+        numbers: whether its texts are numbers, with the separators of `FileFormat`.
         purpose: what it is read for, where one column of a file is read for several; the name that
             its values go by. Default: ``name``.
     """
@@ -114,6 +115,7 @@ class Column:
     checks: tuple[Check, ...] = ()
     separator: str | None = None
     formats: tuple[str, ...] = ()
+    numbers: bool = False
     purpose: str = ""
 
     @property

@@ -187,12 +187,6 @@ class JsonLinesReader(Reader):
             raise EmptyFile(f"{self.source.path}: the array is empty")
         return array
 
-    def _converted_by(self, command: str) -> str:
-        """A shell command that writes the file, passed through another, as NAME.jsonl."""
-        path = self.source.path
-        target = shlex.quote(f"{Path(path).name.split('.')[0]}-rows.jsonl")
-        return f": {self.source.unpack_command} {shlex.quote(path)} | {command} > {target}"
-
     def _bad_line(self, number: int, line: bytes, error: Exception) -> DataError:
         path, text = self.source.path, line.decode(errors="replace")
         if isinstance(error, NestedError):
@@ -205,19 +199,23 @@ class JsonLinesReader(Reader):
                 f"{path}, line {number}: not readable: {short(line)} is not UTF-8 text; "
                 + self.source.cure("name the encoding", f"encoding: {encoding}", "save it as UTF-8")
             )
-        start = f"{path}, line {number}: "
+        unpack, quoted = self.source.unpack_command, shlex.quote(path)
+        target = shlex.quote(f"{Path(path).name.split('.')[0]}-rows.jsonl")
         if isinstance(python_literal(text), dict):
-            command = self._converted_by(_FROM_PYTHON)
             return DataError(
-                f"{path}, line {number}: a Python literal rather than JSON; convert the file"
-                f"{command}"
+                f"{path}, line {number}: a Python literal rather than JSON; convert the file: "
+                f"{unpack} {quoted} | {_FROM_PYTHON} > {target}"
             )
         if text.endswith("},") and _is_object(text[:-1]):
-            what = "an object with a comma behind it; write the file without"
-            return DataError(start + what + self._converted_by("sed 's/,$//'"))
+            return DataError(
+                f"{path}, line {number}: an object with a comma behind it; write the file without: "
+                f"{unpack} {quoted} | sed 's/,$//' > {target}"
+            )
         if text == "{":
-            what = "the object is not on one line; write each on a line of its own"
-            return DataError(start + what + self._converted_by("jq -c ."))
+            return DataError(
+                f"{path}, line {number}: the object is not on one line; write each on a line of "
+                f"its own: {unpack} {quoted} | jq -c . > {target}"
+            )
         return DataError(
             f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "
             f"called {self.source.suffix} has one in each line; fix the row{self.source.or_skip}"

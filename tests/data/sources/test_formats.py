@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import pytest
 import yaml
 
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.fields import column_of, split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
 from deepfm_dist.data.manifest import Manifest
@@ -553,6 +555,16 @@ def test_separators_of_thousands_are_read_where_they_are_declared(
     if decimal == ".":
         with pytest.raises(ValueError, match="thousands and decimal are both"):
             FileFormat.model_validate({"thousands": "."})
+
+
+def test_numbers_to_derive_from_have_the_separators_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x\n1.234,5\n7,5\n")
+    feature = Feature.model_validate({"name": "x", "derive": "log_squared"})
+    layout = FileFormat.model_validate({"delimiter": ";", "decimal": ",", "thousands": "."})
+    cells = read_table(path, [column_of(feature)], layout)["field x"].combine_chunks()
+    _, texts = split_cells(cells, feature)
+    assert texts.to_pylist() == [str(int(math.log(x) ** 2)) for x in (1234.5, 7.5)]
 
 
 def test_true_and_false_are_numbers_in_text_as_in_parquet(tmp_path: Path) -> None:
