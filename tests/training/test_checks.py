@@ -11,6 +11,7 @@ from deepfm_dist.data.manifest import Manifest, NumericSpec
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.checks import check_monitor, warn_of_labels, warn_of_numbers
+from tests.ranks import run_in_fork
 
 
 def labelled(manifest: Manifest, split: str, rows: int, positives: int) -> Manifest:
@@ -127,6 +128,10 @@ run: {{name: one, runs_root: {tmp_path}/runs, prepared_root: {tmp_path}/prepared
 trainer: {{epochs: 1, batch_size: 64}}
 """
     )
+    run_in_fork(_warns_once, tmp_path, caplog)
+
+
+def _warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for command in (prepare, train):
         assert command.main(["--config", str(tmp_path / "c.yaml")]) == 0
         lines = [text for r in caplog.records if "all labels of" in (text := r.getMessage())]
