@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -208,6 +208,7 @@ class UserAttributes:
 
     Attributes:
         names: of the fields, in the model's order.
+        unknown: by field, the values of `encode_columns` so far that training never saw.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -221,6 +222,7 @@ class UserAttributes:
             if f.has_vocabulary
         }
         self.names = list(self._fields)
+        self.unknown = {name: Unseen(name) for name in self._vocabularies}
 
     def encode(self, values: Mapping[str, Cell]) -> dict[str, Values]:
         """One user's fields; those without a value are empty, and so is a hashed id.
@@ -241,6 +243,43 @@ class UserAttributes:
         for name, feature in self._fields.items():
             fields[name] = self._encoded(feature, values.get(name))
         return fields
+
+    def columns(self, present: Sequence[str]) -> list[Column]:
+        """Those of the fields' columns that a file has."""
+        columns = [column_of(feature) for feature in self._fields.values()]
+        return [column for column in columns if column.name in present]
+
+    def encode_columns(self, columns: Mapping[str, pa.Array], n: int) -> dict[str, Values]:
+        """Fields of n users; values that training has never seen are unknown ones, and counted.
+
+        Args:
+            columns: ``[n]`` cells by the key of `columns`; fields without one are empty.
+            n: number of users.
+        """
+        empty = Jagged(np.zeros(n + 1, np.int64), np.zeros(0, np.int32))
+        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
+        for name, feature in self._fields.items():
+            cells = columns.get(column_of(feature).key)
+            if feature.kind == "numeric":
+                numbers = np.full(n, np.nan) if cells is None else numbers_of(cells, feature)
+                fields[name] = transformed(numbers, feature, self._numeric[name])
+                continue
+            if cells is None:
+                fields[name] = empty
+                continue
+            owners, texts = split_cells(cells, feature)
+            if feature.hash_rows is not None:
+                rows = hashed_rows(texts, feature)
+            else:
+                rows = self._vocabularies[name].lookup(texts)
+                self.unknown[name].add(texts, rows > 0)
+            fields[name] = Jagged.from_pairs(owners, rows, n)
+        return fields
+
+    def unseen(self) -> list[str]:
+        """What to say of the values of `encode_columns` that training never saw."""
+        reports = [u.report(self._vocabularies[name].ids) for name, u in self.unknown.items()]
+        return [text for text in reports if text is not None]
 
     def _encoded(self, feature: Feature, value: Cell | None) -> Values:
         where = f"attributes.{feature.name}={value!r}"

@@ -1,7 +1,7 @@
 """Users from outside the training data, known by the items in a file."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import row_columns
-from deepfm_dist.data.jagged import Int64Array, Jagged
+from deepfm_dist.data.jagged import Int64Array, Jagged, Values
+from deepfm_dist.data.lookup import UserAttributes
 from deepfm_dist.data.schema import Interactions, label_of
 from deepfm_dist.data.sources import Column, column_names, read_table
 from deepfm_dist.data.spelling import difference
@@ -32,11 +33,13 @@ class NewUsers:
         ids: ``[n]`` string, in their order.
         histories: ``[n]`` rows of the items that are positives, each once.
         seen: ``[n]`` rows of the items that are not, such as those with a low rating.
+        attributes: the users' fields, where the file has columns of some.
     """
 
     ids: pa.Array
     histories: Jagged
     seen: Jagged
+    attributes: Mapping[str, Values] | None = None
 
 
 def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
@@ -44,7 +47,8 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
 
     Where it has the log's rating or label, a row counts as it would in the log: it is a positive
     from ``min_rating`` on, or with the label 1, and of several rows with the same user and item
-    the same one stays.
+    the same one stays. Where it has columns of users' fields, each user has the values of the first
+    row with one.
 
     Args:
         dataset: the prepared dataset.
@@ -85,7 +89,31 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
             path,
             plural(n_seen, "item"),
         )
-    return NewUsers(ids, histories, seen)
+    return NewUsers(ids, histories, seen, _attributes(dataset, path, ids))
+
+
+def _attributes(dataset: PreparedDataset, path: Path, ids: pa.Array) -> dict[str, Values] | None:
+    """Fields of the users that a file has columns of; None: it has none."""
+    encoder, present = UserAttributes(dataset), column_names(path)
+    columns = encoder.columns(present)
+    if not columns:
+        return None
+    table = read_table(path, [id_column(dataset, "user", present), *columns]).combine_chunks()
+    users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
+    of_users = {}
+    for column in columns:
+        cells = table[column.key].combine_chunks()
+        at = np.flatnonzero((users >= 0) & np.asarray(cells.is_valid()))
+        owners, first = np.unique(users[at], return_index=True)
+        place = np.full(len(ids), -1, np.int64)
+        place[owners] = at[first]
+        of_users[column.key] = cells.take(pa.array(place, mask=place < 0))
+    names = ", ".join(column.name for column in columns)
+    log.info("%s: users are known by %s, too", path, names)
+    fields = encoder.encode_columns(of_users, len(ids))
+    for text in encoder.unseen():
+        log.warning("%s: %s", path, text)
+    return fields
 
 
 def how_to_know_users_by_items(dataset: PreparedDataset) -> str:

@@ -65,11 +65,13 @@ class Users:
 
     Attributes:
         rows: ``[n]`` rows of the user table, or of ``histories``.
-        histories: item rows of users from outside the dataset, known by these alone.
+        histories: item rows of users from outside the dataset.
+        attributes: fields of these users; None: they are known by their items alone.
     """
 
     rows: Int32Array
     histories: Jagged | None = None
+    attributes: Mapping[str, Values] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ class ModelRanker:
             side
             for first in range(0, len(rows), USERS_AT_ONCE)
             for side in self.encoder.users(
-                rows[first : first + USERS_AT_ONCE], histories=self.users.histories
+                rows[first : first + USERS_AT_ONCE],
+                histories=self.users.histories,
+                attributes=self.users.attributes,
             )
         ]
         prepared = []

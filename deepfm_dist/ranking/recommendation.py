@@ -168,7 +168,8 @@ def _selected_users(
 ) -> _SelectedUsers:
     if config.histories is not None:
         new = read_new_users(dataset, Path(config.histories))
-        users = Users(np.arange(len(new.ids), dtype=np.int32), new.histories)
+        rows = np.arange(len(new.ids), dtype=np.int32)
+        users = Users(rows, new.histories, new.attributes)
         rate = rate and rate.of_histories(new.histories)
         return _SelectedUsers(users, new.ids, [new.histories, new.seen], rate)
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
@@ -253,7 +254,11 @@ def _key(
     """What rankings depend on besides weights and engine, as JSON values."""
     users: Any = hash_of(asked.users.rows)
     if asked.users.histories is not None:
-        items = [array for bags in asked.positives for array in (bags.offsets, bags.values)]
+        items: list[npt.NDArray[Any]] = []
+        for bags in asked.positives:
+            items += [bags.offsets, bags.values]
+        for values in (asked.users.attributes or {}).values():
+            items += [values.offsets, values.values] if isinstance(values, Jagged) else [values]
         users = [external(asked.ids).to_pylist(), hash_of(*items)]
     return {
         "data": [dataset.manifest.fingerprint, *dataset.past],

@@ -113,7 +113,8 @@ class RecommendConfig(Section):
     histories: LocalPath | None = None
     """Recommend for new users, given their items: a file with the interactions' columns, or `user`
     and `item` (csv, tsv, parquet). If it has ratings, those below `min_rating` are no part of a
-    history, and their items are not recommended. For models with a history field."""
+    history, and their items are not recommended. Columns of users' fields are their attributes. For
+    models with a history field."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
     """Recommend only these items: a list of ids, or a file with a column of items."""
     block_items: LocalPath | tuple[Id, ...] | None = None

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfm_dist.config import Config, config_from
+from deepfm_dist.config import Config, config_from, with_settings
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.jobs.export import up_to_date_export
+from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
 from deepfm_dist.runs.trained import find_run
 from tests.ranks import run_in_fork
@@ -69,6 +70,8 @@ def _answers(config: Config, bodies: list[Any], user: str) -> tuple[list[Any], l
     client = TestClient(make_app(recommender))
     known = client.get(f"/users/{user}/recommendations?k=12").json()["items"]
     responses = [client.post("/recommend", json=body) for body in bodies]
+    file = {"recommend.histories": str(found.dataset.folder.parent / "new.csv"), "recommend.k": 12}
+    recommend(with_settings(config, file), output=str(found.dataset.folder.parent / "new.parquet"))
     return known, [(response.status_code, response.json()) for response in responses]
 
 
@@ -95,9 +98,15 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
         {"k": 3},
         {"items": items, "mood": "good"},
     ]
+    (tmp_path / "p").mkdir()
+    new = pd.DataFrame({"user": "new", "item": items, "age": of_user["age"]})
+    new = new.assign(city=["", *[of_user["city"]] * 7], tags=[tags, *["a"] * 7])
+    new.to_csv(tmp_path / "p/new.csv", index=False)
     known, answers = run_in_fork(_answers, config, bodies, "4")
     expected = {item["id"]: (item["score"], item["probability"]) for item in known}
     assert len(expected) == 12
+    in_file = pd.read_parquet(tmp_path / "p/new.parquet").set_index("item_id")["score"]
+    assert dict(in_file) == pytest.approx({i: expected[i][0] for i in expected}, abs=1e-5)
     for status, answer in answers[:2]:
         assert status == 200
         found = {item["id"]: (item["score"], item["probability"]) for item in answer["items"]}
