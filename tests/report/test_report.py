@@ -55,6 +55,9 @@ def test_figures_stand_beside_each_other() -> None:
     ]
     assert lines[-1].startswith("  model minus it, to")
     assert metrics_table("test", {"auc": 1}, None, (5,)) == "test rows\nauc    1.0000"
+    large = Comparison({"model": {"a@5": 99.5, "b@5": 100.0}}, {"model": {}}, {}, NO_INSIGHT)
+    last_line = metrics_table("valid", {"auc": 1}, large, (5,)).splitlines()[-1]
+    assert last_line.split() == ["model", "99.5000", "100.0"]
     composition = "3 positives and 5 negatives"
     first = metrics_table("test", {"auc": 1}, None, (5,), composition).splitlines()[0]
     assert first == "test rows: 3 positives and 5 negatives"
