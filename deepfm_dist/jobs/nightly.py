@@ -55,8 +55,7 @@ from deepfm_dist.training.state import LOWER_IS_BETTER
 log = logging.getLogger(__name__)
 _NIGHTS = "nights"
 _ORPHAN_S = 15.0
-"""Seconds for which a night waits for the lock of one that was killed: its ranks need some to
-end."""
+"""Seconds to wait for the lock of a night that was killed: its other ranks take a while to end."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +132,19 @@ class Nights:
             file.write_text(f"{day}\n")
 
     def delete_old(self, keep: int) -> list[str]:
-        """Deletes runs and datasets of all but the latest nights and the one in use.
+        """Deletes runs and datasets of old nights.
+
+        The model in use and its predecessor are kept, however old.
+
+        Args:
+            keep: number of latest nights.
 
         Returns:
-            Their days.
+            The days whose runs and datasets were deleted.
         """
-        days = sorted((night.day for night in self._all()), reverse=True)
-        needed = {*days[:keep], self.current}
-        needed |= {night.previous for night in self._all() if night.day == days[0]}
+        previous = {night.day: night.previous for night in self._all()}
+        days, current = sorted(previous, reverse=True), self.current
+        needed = {*days[:keep], current, previous.get(current) if current else None}
         deleted = []
         for day in (day for day in days if day not in needed):
             run, dataset = self.folder / day, prepared_dir(self._config, day)
@@ -272,9 +276,9 @@ def _names(files: Any, config: Config, day: date) -> Any:
         return files
     names = []
     for text in texts:
-        for name, of in on_day(text, day):
+        for name, file_day in on_day(text, day):
             try:
-                if of < day and names_day(text):
+                if file_day < day and names_day(text):
                     find_files(config.input_root, name)
             except DataError as error:
                 log.warning("%s: left out: %s", name, error)

@@ -21,7 +21,7 @@ from deepfm_dist.data.sources.days import each_day, on_day
 from deepfm_dist.distributed.checkpoint import Checkpoints
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs import nightly as job
-from deepfm_dist.jobs.nightly import Nights, is_no_worse
+from deepfm_dist.jobs.nightly import Night, Nights, is_no_worse
 from deepfm_dist.storage import folder_of
 from tests.ranks import RankFailed, run_alone, run_in_fork, run_ranks
 
@@ -271,6 +271,26 @@ def test_no_worse_is_within_the_tolerance(
     metric: str, figure: float, previous: float | None, expected: bool
 ) -> None:
     assert is_no_worse(figure, previous, 0.0100001, metric) == expected
+
+
+def test_the_predecessor_of_the_model_in_use_is_kept(make_home: Callable[[str], Path]) -> None:
+    """Also when later nights were not promoted: going back to it must be possible."""
+    home = make_home("home")
+    nights = Nights(load_config(str(home / "mine.yaml")))
+    for day, previous, promoted in (
+        (DAYS[0], None, True),
+        (DAYS[1], DAYS[0], True),
+        (DAYS[2], DAYS[1], False),
+        (DAYS[3], DAYS[1], False),
+    ):
+        (home / "runs/mine" / day).mkdir(parents=True)
+        nights.write(Night(day, previous, promoted=promoted))
+        if promoted:
+            nights.promote(day)
+        nights.delete_old(keep=1)
+    assert sorted(path.name for path in (home / "runs/mine").glob("2026-*")) == [
+        *(DAYS[0], DAYS[1], DAYS[3])
+    ]
 
 
 def test_names_of_days_are_filled_in() -> None:
