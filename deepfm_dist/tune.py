@@ -7,7 +7,7 @@ from functools import partial
 
 from deepfm_dist.cli import run
 from deepfm_dist.config import Config
-from deepfm_dist.errors import DeepFMError
+from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.messages import plural
 
 EXAMPLES = (
@@ -29,16 +29,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_count,
         metavar="N",
-        help="start N processes that search together, each with GPUs of its own; those that are "
-        "killed are started again (default: search in this process)",
+        help="search with N processes, each on its own GPUs; killed ones are restarted (default: "
+        "search in this process)",
     )
     parser.add_argument(
-        "--ranks", type=_count, default=1, help="with --workers: processes for a trial (default: 1)"
+        "--ranks",
+        type=_count,
+        metavar="N",
+        help="with --workers: number of ranks that train a trial (default: 1)",
     )
     parser.add_argument(
         "--wait",
         action="store_true",
-        help="wait for trials that are open in other processes, and take over those of lost ones",
+        help="stay until the trials of other processes are complete; continue those of lost ones",
     )
 
 
@@ -62,10 +65,15 @@ def _tune(argv: Sequence[str], config: Config, arguments: argparse.Namespace) ->
     from deepfm_dist.report.tables import trials_table
 
     if arguments.workers is None:
+        if arguments.ranks is not None:
+            raise ConfigError(
+                f"--ranks {arguments.ranks}: needs --workers; add --workers 1, or start tune with "
+                f"torchrun"
+            )
         result = tune(config, arguments.wait)
     else:
         rest = _without_workers(argv)
-        result = tune_by_workers(config, rest, arguments.workers, arguments.ranks)
+        result = tune_by_workers(config, rest, arguments.workers, arguments.ranks or 1)
     if result is None:
         return
     print(trials_table(result.trials, result.monitor))

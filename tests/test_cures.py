@@ -1323,6 +1323,7 @@ NOT_TYPED = {
     "recommend.index=…: faiss is not installed": _LIBRARY,
     "tune needs the library optuna": _LIBRARY,
     "tune --workers starts processes itself": "needs torchrun; see test_tune_workers",
+    "--ranks …: needs --workers": "starts processes; see test_tune_workers",
     "--workers … --ranks …: … processes need": _CUDA,
     "run.runs_root=…: the journal of a search": _LIBRARY,
     "model.over_arch=…: which of its weights": "needs an over-arch of the user's own",

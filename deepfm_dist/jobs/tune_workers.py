@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -22,8 +22,8 @@ from deepfm_dist.storage import write_errors_to_user
 
 log = logging.getLogger(__name__)
 
-STARTS = 10
-"""How often a worker that was killed is started, at most."""
+MAX_STARTS = 10
+"""Number of times that a worker is started at most, the first time included."""
 _POLL_S = 0.2
 
 
@@ -57,8 +57,9 @@ def tune_by_workers(
     with write_errors_to_user(search_folder(config)):
         search_folder(config).mkdir(parents=True, exist_ok=True)
     command = [*_launcher(n_ranks), "deepfm_dist.tune", *arguments, "--wait"]
+    prefix = f"worker-{socket.gethostname()}"
     workers = [
-        Worker(n, command, environment, search_folder(config) / f"worker-{_host()}-{n}.log")
+        Worker(n, command, environment, search_folder(config) / f"{prefix}-{n}.log")
         for n, environment in enumerate(environments)
     ]
     return search_result(config) if supervise(workers) else None
@@ -66,14 +67,14 @@ def tune_by_workers(
 
 @dataclass
 class Worker:
-    """A process that is started again when it was killed.
+    """A process that is restarted if it is killed.
 
     Attributes:
         number: of the worker, from 0.
         command: what to start.
         environment: variables of the process.
         output: file that its output is appended to.
-        process: the one that runs, or the last one.
+        process: the latest one; None before the first start.
         starts: number of times it was started.
     """
 
@@ -82,7 +83,7 @@ class Worker:
     environment: Mapping[str, str]
     output: Path
     process: "subprocess.Popen[bytes] | None" = None
-    starts: int = field(default=0)
+    starts: int = 0
 
     def start(self) -> None:
         """Starts the process."""
@@ -109,15 +110,15 @@ class Worker:
 
 
 def supervise(workers: Sequence[Worker]) -> bool:
-    """Runs workers to their end; one that was killed is started again.
+    """Runs workers to their end and restarts those that are killed.
 
     A signal that asks this process to stop is passed on to the workers, which save their trials.
 
     Returns:
-        Whether they are done, and not stopped by a signal.
+        Whether all are done; False: a signal stopped them.
 
     Raises:
-        DeepFMError: a worker failed or was killed `STARTS` times; the others are stopped.
+        DeepFMError: a worker failed or was killed `MAX_STARTS` times; the others are stopped.
     """
     with _passed_on(workers) as received:
         for worker in workers:
@@ -134,7 +135,7 @@ def supervise(workers: Sequence[Worker]) -> bool:
                 running.remove(worker)
                 if code == 0 or received or problem is not None:
                     continue
-                if (code < 0 or code > 128) and worker.starts < STARTS:
+                if (code < 0 or code > 128) and worker.starts < MAX_STARTS:
                     name = signal.Signals(-code if code < 0 else code - 128).name
                     log.warning("worker %d: killed by %s; starting it again", worker.number, name)
                     worker.start()
@@ -207,7 +208,3 @@ def _gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else map(str, range(count))
     return [*names][:count]
-
-
-def _host() -> str:
-    return socket.gethostname()

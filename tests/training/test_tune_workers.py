@@ -14,7 +14,7 @@ import pytest
 from deepfm_dist.config import load_config
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.jobs import tune as job
-from deepfm_dist.jobs.tune_workers import STARTS, Worker, supervise, tune_by_workers
+from deepfm_dist.jobs.tune_workers import MAX_STARTS, Worker, supervise, tune_by_workers
 from deepfm_dist.training.search import Search, Trial
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
 from deepfm_dist.tune import _without_workers, main
@@ -99,7 +99,7 @@ def test_a_worker_that_fails_or_is_always_killed_ends_the_search(tmp_path: Path)
     killed = _worker(2, tmp_path, "sh", "-c", "kill -9 $$")
     with pytest.raises(DeepFMError, match="worker 2: exit code -9"):
         supervise([killed])
-    assert killed.starts == STARTS
+    assert killed.starts == MAX_STARTS
 
 
 def test_a_signal_is_passed_on_to_the_workers(tmp_path: Path) -> None:
@@ -135,6 +135,11 @@ def test_workers_get_the_command_line_without_what_starts_them() -> None:
     given = ["--config", "a.yaml", "--workers", "4", "tune.trials=3", "--ranks=2", "--quiet"]
     assert _without_workers(given) == ["--config", "a.yaml", "tune.trials=3", "--quiet"]
     assert _without_workers(["--wor", "4", "--run", "runs/x"]) == ["--run", "runs/x"]
+
+
+def test_ranks_without_workers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--ranks", "2"]) == 2
+    assert "--ranks 2: needs --workers; add --workers 1" in capsys.readouterr().err
 
 
 def test_workers_are_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
