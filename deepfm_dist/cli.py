@@ -252,12 +252,36 @@ def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> 
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:
+    run = _run_of(arguments)
+    if run is None:
+        return load_config(arguments.config, arguments.overrides)
+    return config_of_run(follow_pointer(run), arguments.overrides)
+
+
+def _run_of(arguments: argparse.Namespace) -> Path | None:
+    """The run, or the pointer to one, that --run or --config names; None: a file of settings."""
     run = arguments.run
     if run is None and arguments.config and _is_run(arguments.config):
         run = arguments.config
-    if run is None:
-        return load_config(arguments.config, arguments.overrides)
-    folder = follow_pointer(folder_of(run.rstrip("/")))
+    return None if run is None else folder_of(run.rstrip("/"))
+
+
+def pointer_of(arguments: argparse.Namespace) -> Path | None:
+    """The file ``current`` that --run or --config names; None: they name a run or settings."""
+    run = _run_of(arguments)
+    return None if run is None or follow_pointer(run) == run else run
+
+
+def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run.
+
+    Args:
+        folder: of the run.
+        overrides: of the command line.
+
+    Raises:
+        ConfigError: there is no run, its settings are damaged, or an override is wrong.
+    """
     file = folder / "config.yaml"
     with storage_errors_to_user(file):
         exists = file.is_file()
@@ -267,7 +291,7 @@ def _config_of(arguments: argparse.Namespace) -> Config:
             f"python -m deepfm_dist.train makes it"
         )
     where = [f"run.runs_root={folder.parent}", f"run.name={folder.name}"]
-    overrides = [*where, *arguments.overrides]
+    overrides = [*where, *overrides]
     if not exists:
         return _config_of_checkpoint(folder, overrides, ConfigError(f"{file}: missing"))
     try:

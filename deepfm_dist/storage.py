@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 from pydantic import AfterValidator
 
 from deepfm_dist.errors import ConfigError, DeepFMError
-from deepfm_dist.messages import brief
+from deepfm_dist.messages import brief, short
 
 log = logging.getLogger(__name__)
 _SCHEMES = (
@@ -141,11 +141,23 @@ CURRENT = "current"
 
 
 def follow_pointer(run: Path) -> Path:
-    """The run that a file ``current`` names; any other path is itself."""
+    """The run that a file ``current`` names; any other path is itself.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else than a name.
+    """
     if run.name != CURRENT:
         return run
     with storage_errors_to_user(run):
-        return run.with_name(run.read_text().strip()) if run.is_file() else run
+        if not run.is_file():
+            return run
+        text = run.read_bytes().decode(errors="replace").strip()
+    if text in ("", ".", "..", CURRENT) or not text.isprintable() or "/" in text:
+        raise ConfigError(
+            f"{run}: holds {short(text, 50)} instead of the name of a run in {run.parent}; write "
+            f"the name into it, such as 2026-11-30"
+        )
+    return run.with_name(text)
 
 
 def is_remote(path: Path) -> bool:

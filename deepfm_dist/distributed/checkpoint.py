@@ -98,6 +98,12 @@ def _folders(run_dir: Path) -> dict[int, Path]:
     return {int(name[1]): path for path in folders if (name := _NAME.fullmatch(path.name))}
 
 
+def time_of(checkpoint: Path) -> float:
+    """When a complete checkpoint was saved, in seconds since 1970."""
+    with storage_errors_to_user(checkpoint):
+        return (checkpoint / MARKER).stat().st_mtime
+
+
 def find_checkpoint(
     run_dir: Path, which: str | int = "latest", finished: Collection[str] = (REFIT, SELECTED)
 ) -> Path:

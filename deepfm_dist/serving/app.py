@@ -6,7 +6,7 @@ from collections import Counter as Names
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
@@ -37,7 +37,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepfm_dist.data.cards import Card
 from deepfm_dist.messages import short
 from deepfm_dist.serving import live
-from deepfm_dist.serving.live import Recommender, Unknown, Unsupported
+from deepfm_dist.serving.live import Unknown, Unsupported
+from deepfm_dist.serving.replacement import ModelInUse, NotReady, age_s
 from deepfm_dist.version import __version__
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
@@ -93,14 +94,22 @@ class Items(BaseModel):
 
 
 class Health(BaseModel):
-    """What is served."""
+    """What is served; null while the first model is being loaded."""
 
-    status: str
+    status: Literal["ok", "loading"]
+    run: str | None = None
+    step: int | None = None
+    model_age_s: float | None = Field(None, description="since its checkpoint was saved")
+    users: int | None = None
+    items: int | None = None
+    knows_users_by_items: bool | None = None
+    problem: str | None = Field(None, description="why a newer model is not in use")
+
+
+class Ready(BaseModel):
+    """The model that is ready to answer."""
+
     run: str
-    step: int
-    users: int
-    items: int
-    knows_users_by_items: bool
 
 
 def _number(value: object) -> object:
@@ -172,38 +181,50 @@ NOT_ALLOWED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(recommender: Recommender, hosts: Sequence[str] = ("*",)) -> FastAPI:
+NOT_LOADED: dict[int | str, dict[str, Any]] = {
+    503: {"model": Problem, "description": "the first model is still being loaded"}
+}
+
+
+def make_app(model: ModelInUse, hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The application.
 
     Args:
-        recommender: what answers.
+        model: what answers.
         hosts: names that requests may come for; others are refused, so that no web page can reach
             a service on this machine by a name of its own.
     """
     app = FastAPI(
         title="deepfm_dist",
         version=__version__,
-        description=f"Recommendations of run {recommender.name}, step {recommender.step:,}.",
+        description="Recommendations of a trained model; /healthz names its run.",
         dependencies=[Depends(_refuse_unknown_parameters)],
-        responses=NOT_ALLOWED,
+        responses=NOT_ALLOWED | NOT_LOADED,
     )
     disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
     registry = CollectorRegistry()
+    registry.register(model)
     app.add_middleware(_Limited)
     app.add_middleware(_Metrics, registry=registry)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(_AnswersHead)
-    _add_error_handlers(app, recommender.name)
-    _add_status_routes(app, recommender, registry)
-    _add_recommender_routes(app, recommender)
+    _add_error_handlers(app)
+    _add_status_routes(app, model, registry)
+    _add_recommender_routes(app, model)
     return app
 
 
-def _add_error_handlers(app: FastAPI, run_name: str) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(NotReady)
+    async def not_ready(request: Request, error: NotReady) -> JSONResponse:
+        text = "the model is still being loaded; /readyz says when it is ready"
+        return JSONResponse({"detail": text}, 503, {"Retry-After": "2"})
+
     @app.exception_handler(Unknown)
     async def unknown(request: Request, error: Unknown) -> JSONResponse:
+        id_, run_name = error.args
         text = (
-            f"{error.args[0]!r} is not in the training data of run {run_name}; /users and "
+            f"{id_!r} is not in the training data of run {run_name}; /users and "
             f"/items?q=TITLE list what is"
         )
         return JSONResponse({"detail": text}, 404)
@@ -236,36 +257,47 @@ def _add_error_handlers(app: FastAPI, run_name: str) -> None:
 # Routes are coroutines: handing an answer to a thread would take longer than making it.
 
 
-def _add_status_routes(app: FastAPI, recommender: Recommender, registry: CollectorRegistry) -> None:
+def _add_status_routes(app: FastAPI, model: ModelInUse, registry: CollectorRegistry) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return PAGE.read_text(encoding="utf-8")
 
     @app.get("/healthz")
     async def health() -> Health:
-        """Whether the service is up, and what it serves."""
+        """Whether the process is alive, and what it serves."""
+        if not model.is_ready:
+            return Health(status="loading")
+        recommender = model.recommender
         return Health(
             status="ok",
             run=recommender.name,
             step=recommender.step,
+            model_age_s=age_s(recommender),
             users=recommender.n_users,
             items=recommender.n_items,
             knows_users_by_items=recommender.knows_users_by_items,
+            problem=model.problem,
         )
+
+    @app.get("/readyz")
+    async def ready() -> Ready:
+        """Whether requests can be answered: 503 until the first model is loaded."""
+        return Ready(run=model.recommender.name)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Requests and seconds by route, in Prometheus' text format."""
+        """Requests and seconds by route, and the model in use, in Prometheus' text format."""
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
+def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
     @app.get("/users")
     async def users(
         q: Annotated[str, Query(max_length=MAX_ID, description="beginning of the id")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Users:
         """Ids of users."""
+        recommender = model.recommender
         return Users(total=recommender.n_users, ids=recommender.find_users(q, limit))
 
     @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
@@ -274,12 +306,12 @@ def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
 
         The probability is that of the user to take the item, where the model gives one.
         """
-        return _ranking(recommender.recommend(user_id, k))
+        return _ranking(model.recommender.recommend(user_id, k))
 
     @app.get("/users/{user_id:path}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
         """A user's latest items of training."""
-        latest, total = recommender.history(user_id, limit)
+        latest, total = model.recommender.history(user_id, limit)
         return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
 
     @app.post(
@@ -291,7 +323,9 @@ def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
         """The best items for somebody who is described by items, attributes or both."""
         items = [str(item) for item in described.items]
         return _ranking(
-            recommender.recommend_for(items, described.k, described.attributes, described.context)
+            model.recommender.recommend_for(
+                items, described.k, described.attributes, described.context
+            )
         )
 
     @app.get("/items")
@@ -300,12 +334,12 @@ def _add_recommender_routes(app: FastAPI, recommender: Recommender) -> None:
         limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
     ) -> Items:
         """Items by a part of their title."""
-        return Items(items=[_item(card) for card in recommender.find(q, limit)])
+        return Items(items=[_item(card) for card in model.recommender.find(q, limit)])
 
     @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
     async def similar(item_id: Id, k: K = 10) -> Ranking:
         """The items most similar to one; the score is the cosine."""
-        return _ranking(recommender.similar(item_id, k))
+        return _ranking(model.recommender.similar(item_id, k))
 
 
 async def _refuse_unknown_parameters(request: Request) -> None:

@@ -16,6 +16,7 @@ from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import Cell, RowEncoder, UserAttributes
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.distributed.checkpoint import time_of
 from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
@@ -53,7 +54,7 @@ class Scored(NamedTuple):
 
 
 class Unknown(KeyError):
-    """No such user or item in the training data."""
+    """A user or item that is not in the training data; the arguments are its id and the run."""
 
 
 class Unsupported(Exception):
@@ -75,12 +76,14 @@ class Recommender:
     Attributes:
         name: of the run.
         step: of the checkpoint.
+        saved_at: when the checkpoint was saved, in seconds since 1970.
         knows_users_by_items: whether a user can be described by a list of items.
     """
 
     def __init__(self, run: RunOnDisk, export: Path, world: World) -> None:
         dataset, config = run.dataset.with_validation(), run.config
         self.name, self.step = config.run.name, int(run.state["step"])
+        self.saved_at = time_of(run.checkpoint)
         self.knows_users_by_items = dataset.manifest.has_history
         cold_items = cold_items_to_rank(
             config.recommend.cold_items, config.data.id_dropout, dataset.manifest
@@ -133,7 +136,7 @@ class Recommender:
             Unknown: no such user.
         """
         if user not in self._users:
-            raise Unknown(user)
+            raise Unknown(user, self.name)
         row = np.array([self._users[user]], np.int32)
         seen = self._catalogue.seen_by(row, self._positives)(0, 1)
         log_rate = 0.0 if self._rate is None else float(self._rate.log_of_user[row[0]])
@@ -165,7 +168,7 @@ class Recommender:
         """
         for item in items:
             if item not in self._rows:
-                raise Unknown(item)
+                raise Unknown(item, self.name)
         if items and not self.knows_users_by_items:
             raise Unsupported(
                 f"the model of run {self.name} knows its users by id, not by their items; ask for "
@@ -200,7 +203,7 @@ class Recommender:
             Unsupported: the model has no pairwise part.
         """
         if item not in self._rows:
-            raise Unknown(item)
+            raise Unknown(item, self.name)
         if self._vectors is None:
             raise Unsupported(
                 "similar items compare the vectors of the pairwise part, which this model has "
@@ -219,7 +222,7 @@ class Recommender:
             Unknown: no such user.
         """
         if user not in self._users:
-            raise Unknown(user)
+            raise Unknown(user, self.name)
         row = self._users[user]
         items = self._history.values[self._history.offsets[row] : self._history.offsets[row + 1]]
         known = items[items != OUT_OF_VOCABULARY]

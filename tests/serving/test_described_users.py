@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 
 from deepfm_dist.serving.app import make_app
 from deepfm_dist.serving.live import Recommender
+from deepfm_dist.serving.replacement import ModelInUse
 
 
 def shop(folder: Path) -> Config:
@@ -67,7 +68,7 @@ def _answers(config: Config, bodies: list[Any], user: str) -> tuple[list[Any], l
     folder = up_to_date_export(found)
     with process_group("cpu") as world:
         recommender = Recommender(found, folder, world)
-    client = TestClient(make_app(recommender))
+    client = TestClient(make_app(ModelInUse(recommender)))
     known = client.get(f"/users/{user}/recommendations?k=12").json()["items"]
     responses = [client.post("/recommend", json=body) for body in bodies]
     file = {"recommend.histories": str(found.dataset.folder.parent / "new.csv"), "recommend.k": 12}
