@@ -194,10 +194,10 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
 def test_a_manifest_that_may_not_be_read_is_named(
     sample: PreparedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_: object, **__: object) -> str:
+    def refused(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(DataError, match=r"manifest.json: .*Permission denied"):
         PreparedDataset(sample.folder)
 
