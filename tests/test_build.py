@@ -19,7 +19,7 @@ from deepfm_dist.build import (
     shard_for_inference,
     shard_for_training,
 )
-from deepfm_dist.config import Config, load_config
+from deepfm_dist.config import Config, load_config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec
 from deepfm_dist.distributed import checkpoint
@@ -28,6 +28,7 @@ from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.settings import ModelConfig
+from deepfm_dist.runs.folder import set_aside
 from deepfm_dist.runs.start import begin, check_settings, make_ready
 from deepfm_dist.runs.trained import find_run, open_trained
 from deepfm_dist.training.state import LoopState
@@ -343,6 +344,21 @@ def test_a_run_that_is_moved_aside_takes_its_results_along_and_leaves_its_study(
     assert (run_dir / "tune/study.log").read_text() == "a study"
     moved = load_config(str(aside / "config.yaml"))
     assert (moved.run.name, moved.prepared_dir) == ("sample.1", folder.config().prepared_dir)
+
+
+@pytest.mark.parametrize("also", [{}, {"data.name": "other"}])
+def test_a_run_below_a_folder_keeps_its_dataset_when_it_is_moved_aside(
+    tmp_path: Path, also: dict[str, str]
+) -> None:
+    roots = (f"run.runs_root={tmp_path / 'runs'}", f"run.prepared_root={tmp_path / 'prepared'}")
+    config = load_config("sample", ["run.name=shop/monday", *roots])
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    again = with_settings(config, also)
+    assert set_aside(again) == again.prepared_dir
+    moved = load_config(str(tmp_path / "runs/shop/monday.1/config.yaml"))
+    assert moved.run_dir == tmp_path / "runs/shop/monday.1"
+    assert moved.prepared_dir == config.prepared_dir
 
 
 def test_results_without_a_checkpoint_are_moved_aside_too(folder: Folder) -> None:

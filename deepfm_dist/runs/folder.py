@@ -87,7 +87,9 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
         move_tree(run_dir, aside)
         if (aside / STUDY).exists():
             move_tree(aside / STUDY, run_dir / STUDY)
-        _rename_in_config(aside / "config.yaml", aside, dataset)
+        data_name = config.data.name or config.run.name
+        moved = _numbered_name(Path(data_name), number).as_posix() if with_dataset else None
+        _rename_in_config(aside, config, moved)
     if output_dir != run_dir and output_dir.exists():
         move_tree(output_dir, _numbered_name(output_dir, number))
     log.info("%s: moved the earlier run to %s", run_dir, aside)
@@ -105,16 +107,22 @@ def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
     for name in ("metrics.jsonl", "config.yaml"):
         if (run_dir / name).is_file():
             (aside / name).write_bytes((run_dir / name).read_bytes())
-    _rename_in_config(aside / "config.yaml", aside, config.prepared_dir)
+    _rename_in_config(aside, config)
     text = "%s: moved checkpoints of steps %s to %s"
     log.info(text, run_dir, ", ".join(map(str, steps)), aside)
 
 
-def _rename_in_config(file: Path, run_dir: Path, dataset: Path) -> None:
+def _rename_in_config(aside: Path, config: Config, data_name: str | None = None) -> None:
+    """Gives a run's ``config.yaml`` the name of the folder next to ``config``'s that it is in now.
+
+    Its dataset keeps its name, unless that is given.
+    """
+    file, run_name = aside / "config.yaml", Path(config.run.name).with_name(aside.name).as_posix()
     with suppress(ConfigError):  # of another version, say
-        config = load_config(str(file)).with_run_name(run_dir.name)
-        data = config.data.model_copy(update={"name": dataset.name})
-        file.write_text(config.model_copy(update={"data": data}).to_yaml())
+        own = load_config(str(file)).with_run_name_on_same_data(run_name)
+        if data_name is not None:
+            own = own.model_copy(update={"data": own.data.model_copy(update={"name": data_name})})
+        file.write_text(own.to_yaml())
 
 
 def name_aside(config: Config) -> Path:
