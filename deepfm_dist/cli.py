@@ -60,9 +60,9 @@ _TRAINING = (
 HEEDED = {
     "prepare": (*_ALWAYS, "run.seed"),
     "train": _TRAINING,
-    "evaluate": (*_INFERENCE, "evaluate", "recommend.context"),
+    "evaluate": (*_INFERENCE, "evaluate", "recommend.context", "recommend.cold_items"),
     "recommend": (*_INFERENCE, "recommend"),
-    "similar": (*_INFERENCE, "similar"),
+    "similar": (*_INFERENCE, "similar", "recommend.cold_items"),
     "predict": _INFERENCE,
     # Those of recommend and similar that a service would not heed are refused.
     "serve": (*_ALWAYS, "run.timeout_s", "model", "checkpoint.use", "recommend", "similar"),
@@ -71,7 +71,7 @@ HEEDED = {
     "combine": _TRAINING,
     "plan": _TRAINING,
     "tune": (*_TRAINING, "tune"),
-    "nightly": (*_TRAINING, "evaluate", "nightly"),
+    "nightly": (*_TRAINING, "evaluate", "recommend.cold_items", "nightly"),
 }
 """The settings, or their sections, that change what a command does."""
 

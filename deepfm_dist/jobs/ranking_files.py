@@ -34,12 +34,10 @@ class RankingOutput:
     """Target of a job, and its file name without ``--output``.
 
     Attributes:
-        section: name of the command's section of settings.
         default_name: file name without suffix.
-        settings: names of the settings that affect the file's contents.
+        settings: dotted names of the settings that affect the file's contents.
     """
 
-    section: str
     default_name: str
     settings: tuple[str, ...]
 
@@ -110,7 +108,7 @@ def ranking_job(
     with process_group(*config.run.process_group) as world:
         trained = open_trained(config, overrides, world)
         if target is None:
-            target = trained.output(output.section, output.default_name, output.settings, path)
+            target = trained.output(output.default_name, output.settings, path)
         name = target.stem if parts is None else target.name
         with world.hold_on_rank0(output_lock(target, parts is not None)):
             yield RankingJob(world, trained, target.parent, name, parts is not None)

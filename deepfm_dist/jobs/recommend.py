@@ -11,9 +11,11 @@ from deepfm_dist.ranking import recommendation
 from deepfm_dist.runs.trained import ranking_loss
 
 OUTPUT = RankingOutput(
-    "recommend",
     "recommendations",
-    ("k", "users", "histories", "allow_items", "block_items", "mask", "context", "cold_items"),
+    (
+        *("recommend.k", "recommend.users", "recommend.histories", "recommend.allow_items"),
+        *("recommend.block_items", "recommend.mask", "recommend.context", "recommend.cold_items"),
+    ),
 )
 
 

@@ -6,7 +6,7 @@ from deepfm_dist.config import Config
 from deepfm_dist.jobs.ranking_files import RankingOutput, Rankings, ranking_job
 from deepfm_dist.ranking.similarity import similar_items
 
-OUTPUT = RankingOutput("similar", "similar_items", ("k", "metric"))
+OUTPUT = RankingOutput("similar_items", ("similar.k", "similar.metric", "recommend.cold_items"))
 
 
 def similar(

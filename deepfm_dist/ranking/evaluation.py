@@ -84,6 +84,7 @@ class RankingEvaluator:
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
+        DataError: only items without training rows are to be ranked, and none is held out.
     """
 
     def __init__(
@@ -111,6 +112,12 @@ class RankingEvaluator:
             )
         users = np.flatnonzero(relevant_of_all.lengths > 0).astype(np.int32)
         self.users = users[users > 0]
+        if cold_items == "only" and len(self.users) == 0:
+            raise DataError(
+                f"recommend.cold_items=only: no item of the {split} split's rows is without "
+                f"training rows; hold out by time (data.split.method=temporal) in a run of another "
+                f"run.name, or leave recommend.cold_items out"
+            )
         left_out = len(relevant_of_all) - 1 - len(self.users)
         if left_out:
             log.info("%s without held-out items: not ranked", plural(left_out, "user"))

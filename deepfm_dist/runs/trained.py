@@ -95,7 +95,7 @@ class LoadedModel:
         """What the log-odds of pairs are corrected for; None: nothing, or they are none."""
         return negative_rate(self.dataset, self.settings)
 
-    def output(self, section: str, name: str, about: Collection[str], given: str | None) -> Path:
+    def output(self, name: str, about: Collection[str], given: str | None) -> Path:
         """The parquet file that a command writes; a CSV of the same name may go with it.
 
         By default it is ``NAME.parquet`` in the run's folder for the run's own settings. Others are
@@ -103,9 +103,8 @@ class LoadedModel:
         take the place of the full one.
 
         Args:
-            section: of the command's settings.
             name: of the default file.
-            about: settings of the section that decide what the result is of.
+            about: settings, by dotted name, that decide what the result is of.
             given: the value of ``--output``.
 
         Raises:
@@ -113,9 +112,11 @@ class LoadedModel:
         """
         if given is not None:
             return parquet_output(given, self.config)
-        asked, own = self.config.model_dump(mode="json")[section], self.settings.get(section, {})
-        changed = [option for option in about if asked[option] != own.get(option)]
-        parts = [name, *(option + _in_a_name(asked[option]) for option in changed)]
+        asked, parts = self.config.model_dump(mode="json"), [name]
+        for section, _, option in (setting.partition(".") for setting in about):
+            value = asked[section][option]
+            if value != self.settings.get(section, {}).get(option):
+                parts.append(option + _in_a_name(value))
         return self.config.output_dir / f"{'-'.join(parts)}.parquet"
 
 
@@ -344,4 +345,6 @@ def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_a_name(value: Any) -> str:
+    if isinstance(value, str) and value.isalpha():
+        return f"-{value}"
     return str(value) if isinstance(value, int | float) else ""

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from deepfm_dist.config import Config, config_from, with_settings
+from deepfm_dist import cli
+from deepfm_dist.config import Config, config_from, load_config, with_settings
 from deepfm_dist.data.batches.id_dropout import IdDropout
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
@@ -20,7 +22,9 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DataError
+from deepfm_dist.jobs import recommend as recommend_job
+from deepfm_dist.jobs import similar as similar_job
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.export import export
 from deepfm_dist.jobs.predict import predict
@@ -30,7 +34,7 @@ from deepfm_dist.jobs.train import train
 from deepfm_dist.ranking.evaluation import RankingEvaluator
 from deepfm_dist.ranking.items import Catalogue, cold_items_to_rank
 from deepfm_dist.ranking.ranker import FixedRanker
-from deepfm_dist.runs.trained import find_run
+from deepfm_dist.runs.trained import LoadedModel, find_run
 from deepfm_dist.seeding import derive_seed, mix
 from tests.data.small_logs import bag_of, made_of, small
 from tests.ranks import run_alone, run_in_fork, run_ranks
@@ -340,6 +344,25 @@ def test_untrained_unknown_ids_are_ranked_on_demand_only(
     assert names["exclude"] == ["x", "y"]
     assert names["only"] == ["never", "new", "rare"]
     assert names["include"] == sorted(names["exclude"] + names["only"])
+
+
+def test_rankings_of_new_items_need_a_held_out_one(sample: PreparedDataset) -> None:
+    assert sample.manifest.cold == {"item": 2}
+    with pytest.raises(DataError, match=r"cold_items=only: no item of the test split's rows"):
+        RankingEvaluator(sample, "test", {}, cold_items="only")
+
+
+@pytest.mark.parametrize("job", [recommend_job, similar_job])
+def test_new_items_alone_do_not_take_the_place_of_the_rankings_of_all(job: ModuleType) -> None:
+    config = load_config("sample", ["recommend.cold_items=only"])
+    run = LoadedModel(config, None, None, Path(), 0, load_config("sample").model_dump(mode="json"))  # type: ignore[arg-type]
+    path = run.output(job.OUTPUT.default_name, job.OUTPUT.settings, None)
+    assert path.name == f"{job.OUTPUT.default_name}-cold_items-only.parquet"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend", "similar", "serve", "nightly"])
+def test_what_is_ranked_has_an_effect_on_every_command_that_ranks(command: str) -> None:
+    assert cli.heeds(command, "recommend.cold_items")
 
 
 def _measured(folder: Path) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
