@@ -107,15 +107,15 @@ def _is_one_line_and_exit_2(
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "named", "cure"),
     [
-        ("runs", "runs"),
-        ("runs/sample/plan.json/x", "plan.json"),
-        ("runs/sample/tensorboard", "tensorboard"),
+        ("runs", "runs", "set run.runs_root"),
+        ("runs/sample/plan.json/x", "plan.json", "move or delete it"),
+        ("runs/sample/tensorboard", "tensorboard", "set run.runs_root"),
     ],
 )
 def test_runs_that_cannot_be_written_are_one_line_and_exit_2(
-    file: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    file: str, named: str, cure: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     blocking = tmp_path / file
     blocking.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +124,7 @@ def test_runs_that_cannot_be_written_are_one_line_and_exit_2(
     arguments = ["--quiet", *roots, "run.loggers=[tensorboard]", "trainer.max_steps=1"]
     assert run_alone(train.main, arguments) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert re.fullmatch(
-        rf"DeepFMError: .*{told}.*: cannot be written: .*; set run.runs_root.*", line
-    )
+    assert re.fullmatch(rf"DeepFMError: .*{named}.*: cannot be written: .*; {cure}.*", line)
 
 
 @pytest.mark.parametrize("module", [prepare, train, evaluate, recommend, similar, predict])

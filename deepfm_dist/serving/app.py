@@ -26,6 +26,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     PlainValidator,
     model_validator,
 )
@@ -137,10 +138,17 @@ Value = Annotated[str, Field(max_length=MAX_ID)] | float
 ItemId = Annotated[str | int, PlainValidator(_id, json_schema_input_type=str | int)]
 
 
+_DESCRIBED: list[JsonValue] = [
+    {"required": ["items"], "properties": {"items": {"minItems": 1}}},
+    {"required": ["attributes"], "properties": {"attributes": {"minProperties": 1}}},
+]
+"""What `Described._describes_somebody` asks for, as JSON Schema."""
+
+
 class Described(BaseModel):
     """A user, described by items, attributes or both."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"anyOf": _DESCRIBED})
 
     items: list[ItemId] = Field(default_factory=list, max_length=MAX_ITEMS)
     k: Whole = Field(10, ge=1, le=MAX_K)
