@@ -199,7 +199,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
 
     With labels, by the number n of training rows:
 
-    * ``batch_size``: the power of two next to n / 64, so that an epoch has some 64 steps, within
+    * ``batch_size``: the power of two nearest to n / 64, so that an epoch has some 64 steps, within
       256 and 8,192; BARS (Zhu et al., 2022) has 4,096 to 10,000 for 2 to 40 million rows.
     * Rates of Adam: 0.001 * sqrt(batch_size / 4096); Malladi et al., "On the SDEs and Scaling Rules
       for Adaptive Gradient Algorithms", 2022, for the square root; BARS for 0.001 at 4,096.
@@ -258,7 +258,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
 def _layer_sizes(n: int) -> list[int]:
     """Hidden layers for ``n`` labelled rows.
 
-    The power of two next to sqrt(n) / 2, within 64 and 400, so that the weights between two layers
+    The power of two nearest to sqrt(n) / 2, from 64 to 400, so that the weights between two layers
     are a quarter of the rows; two layers below 100,000 rows, and three from there on.
     """
     width = min(400, max(64, 2 ** round(math.log2(math.sqrt(n) / 2))))
