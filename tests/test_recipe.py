@@ -389,7 +389,7 @@ def test_without_validation_rows_training_items_are_held_out(
             "held out by data.spl",
         ),
         (["data.split.valid=0", "trainer.monitor=auc"], "monitor=auc: a figure of validation rows"),
-        (["data.split.valid=0", "trainer.hold_out=1e-9"], "leaves out no training item of anybody"),
+        (["data.split.valid=0", "trainer.hold_out=1e-9"], "holds out no item of any user"),
         (["data.history.add=false", "model.linear=ease"], "EASE needs the items' own id and a his"),
     ],
 )

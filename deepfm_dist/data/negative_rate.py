@@ -39,7 +39,7 @@ class NegativeRate:
     per_positive: int
 
     @classmethod
-    def of_training(cls, dataset: PreparedDataset) -> Self | None:
+    def from_dataset(cls, dataset: PreparedDataset) -> Self | None:
         """The rate of a dataset's training; None where the rows have labels.
 
         So do negatives that are drawn before the split (``data.negatives.fixed_per_user``): they
@@ -67,7 +67,7 @@ class NegativeRate:
             per_positive=spec.per_positive,
         )
 
-    def of_histories(self, histories: Jagged) -> Self:
+    def for_histories(self, histories: Jagged) -> Self:
         """The same for users from outside the dataset, of whom item rows are known."""
         weights = np.exp(self.log_of_item[1:])
         seen = Jagged(histories.offsets, histories.values - np.int32(1))

@@ -28,7 +28,7 @@ SUCCESS = "_SUCCESS"
 _INPUTS = "_inputs.json"
 _PART = re.compile(r"part-(\d{6})\.parquet")
 _NO_DICTIONARY = ("score", "probability")
-"""Columns in which nearly every value is different: trying a dictionary takes half of the time."""
+"""Columns with mostly distinct values: trying a dictionary would take half of the time."""
 
 
 class PartFolder:
@@ -69,10 +69,10 @@ class PartFolder:
         """The file of a part."""
         return self.folder / f"part-{part:06d}.parquet"
 
-    def _open(self, inputs: str, lasting: bool) -> tuple[frozenset[int], Mapping[str, Any] | None]:
+    def _open(self, inputs: str, reusable: bool) -> tuple[frozenset[int], Mapping[str, Any] | None]:
         with write_errors_to_user(self.folder):
             names = self._names()
-            if lasting and _INPUTS in names and (self.folder / _INPUTS).read_text() == inputs:
+            if reusable and _INPUTS in names and (self.folder / _INPUTS).read_text() == inputs:
                 present = frozenset(int(m[1]) for m in map(_PART.fullmatch, names) if m)
                 return present, self._complete(present) if SUCCESS in names else None
             self._clear(names)

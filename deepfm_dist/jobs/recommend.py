@@ -47,7 +47,7 @@ def recommend(
         if config.recommend.probability and loss is not None:
             raise ConfigError(
                 f"recommend.probability=true: the scores of a model trained with "
-                f"trainer.loss={loss} rank each user's items and are no log-odds; train with "
+                f"trainer.loss={loss} rank each user's items and are not log-odds; train with "
                 f"trainer.loss=bce, or leave it out"
             )
         wanted = config.recommend.model_copy(update={"cold_items": job.cold_items})

@@ -164,8 +164,8 @@ def _with_something_held_out(
     n_items = len(dataset.held_out.values)
     if not n_items:
         raise ConfigError(
-            f"trainer.hold_out={config.trainer.hold_out:g}: leaves out no training item of "
-            f"anybody; set a larger share, or 0"
+            f"trainer.hold_out={config.trainer.hold_out:g}: holds out no item of any user; "
+            f"set a larger share, or 0"
         )
     if world.is_first:
         log.info(

@@ -22,7 +22,7 @@ from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
 WAIT_S = 2.0
-"""Seconds between two looks for trials whose process is lost."""
+"""Seconds between two checks for trials whose process is lost."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class SideEncoder:
             known = np.full(len(rows), ABSENT, np.int32)
             bags = self._drawn.full(rows, histories) if self._collate.has_histories else None
         if attributes is not None:
-            known, collate = rows, self._collate.of_new_users(attributes)
+            known, collate = rows, self._collate.for_new_users(attributes)
         context_rows = np.zeros(len(rows), np.int32)
         context = self._context if context is None else context
         batch = collate(known, None, context, context_rows, bags=bags)

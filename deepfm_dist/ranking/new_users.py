@@ -1,4 +1,4 @@
-"""Users from outside the training data, known by the items in a file."""
+"""Users from outside the training data, described by a file of items and attributes."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NewUsers:
-    """Users and what they have met.
+    """Users and their items.
 
     Attributes:
         ids: ``[n]`` string, in their order.
@@ -100,17 +100,17 @@ def _attributes(dataset: PreparedDataset, path: Path, ids: pa.Array) -> dict[str
         return None
     table = read_table(path, [id_column(dataset, "user", present), *columns]).combine_chunks()
     users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
-    of_users = {}
+    cells_by_field = {}
     for column in columns:
         cells = table[column.key].combine_chunks()
         at = np.flatnonzero((users >= 0) & np.asarray(cells.is_valid()))
         owners, first = np.unique(users[at], return_index=True)
         place = np.full(len(ids), -1, np.int64)
         place[owners] = at[first]
-        of_users[column.key] = cells.take(pa.array(place, mask=place < 0))
+        cells_by_field[column.key] = cells.take(pa.array(place, mask=place < 0))
     names = ", ".join(column.name for column in columns)
     log.info("%s: users are known by %s, too", path, names)
-    fields = encoder.encode_columns(of_users, len(ids))
+    fields = encoder.encode_columns(cells_by_field, len(ids))
     for text in encoder.unseen():
         log.warning("%s: %s", path, text)
     return fields

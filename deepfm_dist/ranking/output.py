@@ -148,8 +148,8 @@ class ResumableOutput:
                 "rank": pa.array((rank + 1).astype(np.int32)),
             }
             if probability is not None:
-                of_pairs = probability(begin + owner, positions[owner, rank], scores[owner, rank])
-                columns["probability"] = pa.array(of_pairs)
+                values = probability(begin + owner, positions[owner, rank], scores[owner, rank])
+                columns["probability"] = pa.array(values)
             table = pa.table(columns)
             self.write(begin, table.schema, [table])
 

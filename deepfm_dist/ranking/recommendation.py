@@ -82,7 +82,7 @@ def recommend(
         name: of the files, without their endings. The matrix is ``score_matrix`` then: a name that
             begins with ``recommendations`` gives it its ending, another is added.
         in_parts: whether each rank's parts stay as they are, in a folder of that name.
-        rate: of drawn negatives, which probabilities are corrected for.
+        rate: of drawn negatives, to correct probabilities; None: they are not corrected.
 
     Returns:
         On rank 0 what was written, with the figures of `_speed` and, for a short list, those of
@@ -170,7 +170,7 @@ def _selected_users(
         new = read_new_users(dataset, Path(config.histories))
         rows = np.arange(len(new.ids), dtype=np.int32)
         users = Users(rows, new.histories, new.attributes)
-        rate = rate and rate.of_histories(new.histories)
+        rate = rate and rate.for_histories(new.histories)
         return _SelectedUsers(users, new.ids, [new.histories, new.seen], rate)
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
     masked = masked_splits(dataset, config.mask)

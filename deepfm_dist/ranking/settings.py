@@ -112,17 +112,17 @@ class RecommendConfig(Section):
     the interactions or ``user`` (csv, tsv, parquet)."""
     histories: LocalPath | None = None
     """Recommend for new users, given their items: a file with the interactions' columns, or `user`
-    and `item` (csv, tsv, parquet). If it has ratings, those below `min_rating` are no part of a
-    history, and their items are not recommended. Columns of users' fields are their attributes. For
-    models with a history field."""
+    and `item` (csv, tsv, parquet). Items rated below `min_rating` do not enter the history and are
+    not recommended either. Columns of user fields are read as attributes. For models with a history
+    field."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
     """Recommend only these items: a list of ids, or a file with a column of items."""
     block_items: LocalPath | tuple[Id, ...] | None = None
     """Never recommend these items: a list of ids, or a file with a column of items."""
     cold_items: Literal["include", "exclude", "only"] | None = None
-    """Whether items without training rows, known by their attributes alone, are ranked, here and in
-    `evaluate`, `similar` and `serve`; only: no others are. Default: include if the model was
-    trained with `data.id_dropout`, otherwise exclude."""
+    """Whether to rank items without training rows, by their attributes, here and in `evaluate`,
+    `similar` and `serve`; only: rank no others. Default: include if the model was trained with
+    `data.id_dropout`, otherwise exclude."""
     candidates: int | None = Field(None, ge=1)
     """Score only this many items per user in full, the best ones without the over-arch; the recall
     lost and the speed-up are measured on a sample of users. Default: all items."""
@@ -138,9 +138,8 @@ class RecommendConfig(Section):
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
     probability: bool = False
-    """Also write the column `probability`: of the pair to be a positive of the training rows,
-    corrected for the share of negatives that training draws. For models trained on log-odds
-    (`trainer.loss: bce`)."""
+    """Also write the column `probability`: that the pair is a positive of the training rows,
+    corrected for the share of negatives that training draws. For `trainer.loss: bce`."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""

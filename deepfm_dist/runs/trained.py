@@ -318,19 +318,19 @@ def check_same_dataset(dataset: PreparedDataset, world: World) -> None:
 
 
 def ranking_loss(settings: Mapping[str, Any]) -> str | None:
-    """The loss of a model whose scores rank a user's items and are no log-odds; None: of others."""
+    """The loss if scores only rank a user's items; None: scores are log-odds."""
     loss = settings.get("trainer", {}).get("loss")
     return loss if loss in ("bpr", "softmax") else None
 
 
 def negative_rate(dataset: PreparedDataset, settings: Mapping[str, Any]) -> NegativeRate | None:
-    """How often a run's training drew negatives; None: it drew none, or fits no log-odds.
+    """How often a run's training drew negatives; None: it drew none, or scores are not log-odds.
 
     Args:
         dataset: of the run, as it was in training.
         settings: of the run.
     """
-    return NegativeRate.of_training(dataset) if ranking_loss(settings) is None else None
+    return NegativeRate.from_dataset(dataset) if ranking_loss(settings) is None else None
 
 
 def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Scored(NamedTuple):
     Attributes:
         card: what is displayed of it.
         score: logit or similarity.
-        probability: of the user to take it, corrected for drawn negatives; None: the model's scores
-            are no log-odds.
+        probability: that the user takes it, corrected for drawn negatives; None: the model's scores
+            are not log-odds.
     """
 
     card: Card
@@ -156,9 +156,9 @@ class Recommender:
 
         Args:
             items: external ids.
-            k: items wanted.
-            attributes: values of fields of users.
-            context: values of context fields, where they are not those of the service.
+            k: number of items.
+            attributes: values of user fields, by name.
+            context: values of context fields, by name; default: those of the service.
 
         Raises:
             Unknown: no such item.
@@ -188,7 +188,7 @@ class Recommender:
         rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
         nobody, theirs = np.zeros(1, np.int32), Jagged(np.array([0, len(rows)]), rows)
         seen = self._catalogue.seen_by(nobody, [theirs])(0, 1)
-        rate = self._rate and self._rate.of_histories(theirs)
+        rate = self._rate and self._rate.for_histories(theirs)
         log_rate = 0.0 if rate is None else float(rate.log_of_user[0])
         user = self._ranker.encoder.users(
             nobody, histories=theirs, attributes=fields, context=fixed

@@ -61,10 +61,10 @@ class TrainerConfig(Section):
     patience: int | None = Field(None, ge=1)
     """Number of validations without improvement after which training stops."""
     hold_out: float = Field(0.0, ge=0, lt=1)
-    """Where there are no validation rows: share of each user's training items that is held out in
-    the training loop, to stop by and to choose the closed form by; `refit_best` then trains on all.
-    For losses of users. auto: 0.1 where there are no validation rows and users have two items or
-    more in the mean; else 0."""
+    """Without validation rows: share of each user's training items that the training loop holds
+    out, for early stopping and to choose the closed form; `refit_best` then trains on all items.
+    Only for `loss: softmax` and `bpr`. auto: 0.1 without validation rows, if users have two items
+    or more on average; otherwise 0."""
     refit_best: bool = False
     """Whether the model is trained once more when training is over, on training and validation
     rows, for as many epochs as the best checkpoint took. ``recommend``, ``serve`` and evaluation of
@@ -167,13 +167,13 @@ class SpanConfig(Section):
 
 
 class NightlyConfig(Section):
-    """When a night's model replaces the one in use, and how long nights are kept."""
+    """When a night's model replaces the one in use, and how many nights are kept."""
 
     metric: str | None = None
-    """The figure on the day's held-out rows that decides. Default: NDCG at the largest
-    ``evaluate.k``, or ``log_loss`` where rows have labels."""
+    """Metric on the day's held-out rows that decides. Default: NDCG at the largest ``evaluate.k``,
+    or ``log_loss`` if rows have labels."""
     tolerance: float = Field(0.01, ge=0)
-    """Share of the figure of the model in use by which the new model's may be worse."""
+    """How much worse the new model may be, as a share of the metric of the model in use."""
     keep_days: int = Field(7, ge=1)
     """Number of nights whose runs and datasets are kept. The model in use and its predecessor are
     kept in any case."""

@@ -37,7 +37,7 @@ def prepared(folder: Path, **negatives: Any) -> PreparedDataset:
 def test_the_score_of_a_random_row_becomes_the_share_of_the_users_items(tmp_path: Path) -> None:
     # A model that knows nothing has log-odds of -log(k) for every row: 1 positive, k negatives.
     dataset = prepared(tmp_path, per_positive=3)
-    rate = NegativeRate.of_training(dataset)
+    rate = NegativeRate.from_dataset(dataset)
     assert rate is not None
     users = dataset.entity_ids("user").to_pylist()
     row = [users.index(name) for name in "abcd"]
@@ -46,17 +46,17 @@ def test_the_score_of_a_random_row_becomes_the_share_of_the_users_items(tmp_path
     assert shares == pytest.approx([1 / 10, 4 / 10, 2 / 10, 7 / 10])
     of_all = 1 / (1 + np.exp(np.log(3) - rate.log_of_user[0]))
     assert of_all == pytest.approx(14 / 40)
-    new = rate.of_histories(Jagged(np.array([0, 2, 2]), np.array([4, 7], np.int32)))
+    new = rate.for_histories(Jagged(np.array([0, 2, 2]), np.array([4, 7], np.int32)))
     odds = np.exp(new.log_rates(np.arange(2), np.array([1, 1]))) / 3
     assert odds == pytest.approx([2 / 8, 14 / 26])  # of nobody nothing is known: as of all
     labelled = prepared(tmp_path, fixed_per_user=2)
-    assert NegativeRate.of_training(labelled) is None
+    assert NegativeRate.from_dataset(labelled) is None
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75])
 def test_pairs_are_drawn_as_often_as_the_rate_says(tmp_path: Path, power: float) -> None:
     dataset = prepared(tmp_path, per_positive=1, popularity_power=power)
-    rate = NegativeRate.of_training(dataset)
+    rate = NegativeRate.from_dataset(dataset)
     assert rate is not None
     batches = TrainingBatches(dataset, 10_000, 0, 1, seed=1)
     counts, epochs = np.zeros((5, 11)), 1500
@@ -78,7 +78,7 @@ def _scored(config: Config, folder: Path) -> None:
     recommend(ours, output=str(folder / "ranked.parquet"))
     ranked_by = with_settings(config, {"run.name": "s", "trainer.loss": "softmax"})
     train(with_settings(ranked_by, {"trainer.max_steps": 1}))
-    with pytest.raises(ConfigError, match=r"recommend\.probability=true: .* no log-odds"):
+    with pytest.raises(ConfigError, match=r"recommend\.probability=true: .* not log-odds"):
         recommend(with_settings(ranked_by, {"recommend.probability": True}))
 
 

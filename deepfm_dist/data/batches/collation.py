@@ -43,7 +43,7 @@ class Collator:
         self.has_histories = manifest.has_history
         self._histories = HistorySampler(dataset) if manifest.has_history else None
 
-    def of_new_users(self, fields: Mapping[str, Values]) -> "Collator":
+    def for_new_users(self, fields: Mapping[str, Values]) -> "Collator":
         """The same for users from outside the dataset, who have no ids.
 
         Args:

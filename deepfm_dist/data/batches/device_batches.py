@@ -324,8 +324,10 @@ class DeviceBatches:
                 known = rows[rows >= 0]
             values = known if source is None else source[known]
         if feature.names_entity and feature.entity in hidden:
-            of_rows = hidden[feature.entity]
-            values = values.where(~(of_rows if len(values) == len(rows) else of_rows[rows >= 0]), 0)
+            is_hidden = hidden[feature.entity]
+            if len(values) < len(rows):
+                is_hidden = is_hidden[rows >= 0]
+            values = values.where(~is_hidden, 0)
         if not isinstance(source, _Lists) and len(values) == len(rows):
             ends = [k * self._real for k in range(steps + 1)]
             return _Field(None, values.int(), ends)

@@ -66,7 +66,7 @@ class IdDropout:
 def hidden_rows(numbers: Int64Array, key: int, threshold: int) -> Any:
     """``[m]`` bool: whether the upper half of each number's random word is below a threshold."""
     hidden = np.empty(len(numbers), np.bool_)
-    limit, of_step = np.uint64(threshold), mix(np.uint64(key))
+    limit, step_word = np.uint64(threshold), mix(np.uint64(key))
     for i in range(len(numbers)):
-        hidden[i] = (mix(of_step ^ np.uint64(numbers[i])) >> np.uint64(32)) < limit
+        hidden[i] = (mix(step_word ^ np.uint64(numbers[i])) >> np.uint64(32)) < limit
     return hidden

@@ -300,8 +300,8 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
             _report_empty(manifest.data, name)
     for entity, n in manifest.cold.items():
         log.info(
-            "%s without training rows: known by their attributes alone, once the model is trained "
-            "with data.id_dropout",
+            "%s without training rows: can be ranked by attributes if the model is trained with "
+            "data.id_dropout",
             plural(n, entity),
         )
     sizes = "; ".join(f"{name} {manifest.composition(name)}" for name in SPLITS)
