@@ -71,11 +71,18 @@ class RowEncoder:
     @property
     def columns(self) -> list[Column]:
         """What a file of rows must hold."""
-        ids = [Column(column, purpose=name) for name, (column, _) in self._entities.items()]
         impressions = self._manifest.data.interactions.impressions
-        if impressions is not None:
-            ids = [column for column in ids if column.key != "item"]
-            ids.append(impressions_column(impressions, labelled=False))
+        if impressions is None:
+            return self.pair_columns
+        others = [column for column in self.pair_columns if column.key != "item"]
+        place = len(others) - len(self._context)
+        others.insert(place, impressions_column(impressions, labelled=False))
+        return others
+
+    @property
+    def pair_columns(self) -> list[Column]:
+        """What a row for one item must hold: ids by their roles, and the context fields."""
+        ids = [Column(column, purpose=name) for name, (column, _) in self._entities.items()]
         return [*ids, *map(column_of, self._context)]
 
     def in_rows(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -99,11 +106,15 @@ class RowEncoder:
             place = pc.index_in(table[name], value_set=ids).fill_null(-1)
             entity_rows[name] = place.to_numpy().astype(np.int32) + np.int32(1)
             self.unknown[name].add(table[name], entity_rows[name] > 0)
-        context = {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
         self._n_rows += table.num_rows
         for feature in self._context:
             self._n_empty[feature.name] += _count_empty(table[column_of(feature).key])
+        context = self.encode_context(table)
         return Rows(entity_rows.get("user"), entity_rows.get("item"), None, context, table.num_rows)
+
+    def encode_context(self, table: pa.Table) -> dict[str, Values]:
+        """The context fields of a table that has their `columns`."""
+        return {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
 
     def unseen(self) -> list[str]:
         """What to say of the values encoded so far that training never saw, field by field."""

@@ -44,6 +44,8 @@ from deepfm_dist.version import __version__
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
+MAX_ROWS = 1000
+"""Rows that a request may have scored."""
 BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 PAGE = Path(__file__).parent / "pages" / "index.html"
 
@@ -168,6 +170,35 @@ class Described(BaseModel):
         return self
 
 
+class RowsToScore(BaseModel):
+    """Rows, as the log has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: list[dict[str, JsonValue]] = Field(
+        min_length=1,
+        max_length=MAX_ROWS,
+        description="by the names of the log's columns: user, item and context",
+    )
+
+
+class Score(BaseModel):
+    """The score of a row."""
+
+    score: float | None = Field(description="logit; null if a number is far from those of training")
+    probability: float | None
+
+
+class Scores(BaseModel):
+    """Scores in the order of the rows."""
+
+    run: str
+    scores: list[Score]
+    unknown: dict[str, int] = Field(
+        description="by field: number of values that training has never seen, scored as unknown"
+    )
+
+
 class Problem(BaseModel):
     """What is wrong, and what to do about it."""
 
@@ -219,6 +250,7 @@ def make_app(model: ModelInUse, hosts: Sequence[str] = ("*",)) -> FastAPI:
     _add_error_handlers(app)
     _add_status_routes(app, model, registry)
     _add_recommender_routes(app, model)
+    _add_post_routes(app, model)
     return app
 
 
@@ -251,7 +283,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if problems[0]["type"] == "json_invalid":
             reason = problems[0]["ctx"]["error"]
             return JSONResponse({"detail": f"the body is not JSON: {reason}"}, 400)
-        by_place = {_place(problem): _sentence(problem) for problem in reversed(problems)}
+        body = request.scope["route"].body_field
+        fields = [] if body is None else [*body.field_info.annotation.model_fields]
+        by_place = {_place(problem): _sentence(problem, fields) for problem in reversed(problems)}
         return JSONResponse({"detail": "; ".join(reversed(by_place.values()))}, 422)
 
     @app.exception_handler(StarletteHTTPException)
@@ -322,6 +356,21 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         latest, total = model.recommender.history(user_id, limit)
         return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
 
+    @app.get("/items")
+    async def items(
+        q: Annotated[str, Query(max_length=MAX_ID, description="part of the title")] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
+    ) -> Items:
+        """Items by a part of their title."""
+        return Items(items=[_item(card) for card in model.recommender.find(q, limit)])
+
+    @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
+    async def similar(item_id: Id, k: K = 10) -> Ranking:
+        """The items most similar to one; the score is the cosine."""
+        return _ranking(model.recommender.similar(item_id, k))
+
+
+def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
     @app.post(
         "/recommend",
         responses=NOT_FOUND | NOT_ABLE | NOT_READABLE,
@@ -336,18 +385,17 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
             )
         )
 
-    @app.get("/items")
-    async def items(
-        q: Annotated[str, Query(max_length=MAX_ID, description="part of the title")] = "",
-        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
-    ) -> Items:
-        """Items by a part of their title."""
-        return Items(items=[_item(card) for card in model.recommender.find(q, limit)])
-
-    @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
-    async def similar(item_id: Id, k: K = 10) -> Ranking:
-        """The items most similar to one; the score is the cosine."""
-        return _ranking(model.recommender.similar(item_id, k))
+    @app.post(
+        "/predict",
+        responses=NOT_READABLE,
+        dependencies=[Depends(_refuse_repeated_keys)],
+    )
+    async def predict(body: RowsToScore) -> Scores:
+        """Scores rows of users, items and context, as the command predict does."""
+        recommender = model.recommender
+        predictions, unknown = recommender.predict(body.rows)
+        scores = [Score(score=p.score, probability=p.probability) for p in predictions]
+        return Scores(run=recommender.name, scores=scores, unknown=unknown)
 
 
 async def _refuse_unknown_parameters(request: Request) -> None:
@@ -387,17 +435,22 @@ async def _refuse_repeated_keys(request: Request) -> None:
         json.loads(await request.body(), object_pairs_hook=once)
 
 
-def _sentence(problem: Any) -> str:
-    """A validation error in words that name the field or parameter."""
+def _sentence(problem: Any, fields: Sequence[str]) -> str:
+    """A validation error in words that name the field or parameter.
+
+    Args:
+        problem: the error.
+        fields: names of the route's body.
+    """
     name = _place(problem)
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {short(name, 50)}; allowed: {', '.join(Described.model_fields)}"
+        return f"unknown field {short(name, 50)}; allowed: {', '.join(fields)}"
     if problem["type"] == "nobody":
         return str(problem["msg"])
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] == "model_attributes_type":
-        return f"{name} must be a JSON object with {', '.join(Described.model_fields)}"
+        return f"{name} must be a JSON object with {', '.join(fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message} (got {short(problem['input'], 50)})"

@@ -1,9 +1,10 @@
 """A run's model in one process, ready to answer for one user at a time."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +12,17 @@ import pyarrow.compute as pc
 import torch
 
 from deepfm_dist.build import build_model
-from deepfm_dist.data.batches.collation import ABSENT, padded
+from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.cards import Card, Cards
+from deepfm_dist.data.dataset import Rows
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import Cell, RowEncoder, UserAttributes
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.data.sources import read_objects
 from deepfm_dist.distributed.checkpoint import time_of
 from deepfm_dist.distributed.inference import probabilities
 from deepfm_dist.distributed.world import World
-from deepfm_dist.errors import CheckpointError, ConfigError
+from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.interop.safetensors import read_weights
 from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
@@ -33,6 +36,7 @@ from deepfm_dist.ranking.similarity import unit_length
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
 from deepfm_dist.runs.trained import RunOnDisk, negative_rate, ranking_loss, settings_in
+from deepfm_dist.training.evaluation import collate_rows
 
 CARDS = 100_000
 """Items whose cards stay in memory."""
@@ -51,6 +55,19 @@ class Scored(NamedTuple):
     card: Card
     score: float
     probability: float | None = None
+
+
+class Prediction(NamedTuple):
+    """The score of a row.
+
+    Attributes:
+        score: logit; None: it is not finite, as a number of the row is too far from those of
+            training.
+        probability: corrected for drawn negatives; None: the model's scores are no log-odds.
+    """
+
+    score: float | None
+    probability: float | None
 
 
 class Unknown(KeyError):
@@ -111,6 +128,9 @@ class Recommender:
         self._cards = lru_cache(CARDS)(Cards(dataset))
         rows, self._user_ids = in_id_order(dataset, "user")
         self._users = dict(zip(self._user_ids.to_pylist(), rows.tolist(), strict=True))
+        self._model, self._collate = model, Collator(dataset)
+        rows, items = in_id_order(dataset, "item")
+        self._all_items = dict(zip(items.to_pylist(), rows.tolist(), strict=True))
         ids, rows = self._catalogue.ids, self._catalogue.rows
         self._rows = dict(zip(ids.to_pylist(), rows.tolist(), strict=True))
         titles = dataset.titles(cold=True)
@@ -194,6 +214,49 @@ class Recommender:
             nobody, histories=theirs, attributes=fields, context=fixed
         )
         return self._best(user, seen, k, log_rate)
+
+    @torch.no_grad()
+    def predict(self, objects: Sequence[dict[str, Any]]) -> tuple[list[Prediction], dict[str, int]]:
+        """Scores rows as the command ``predict`` does.
+
+        Args:
+            objects: JSON values by the names of the log's columns.
+
+        Returns:
+            A score for each row, and by field how many values training has never seen; these are
+            scored as unknown.
+
+        Raises:
+            Invalid: a field is missing or unknown, or a value cannot be read.
+        """
+        before = {name: unseen.count for name, unseen in self._encoder.unknown.items()}
+        try:
+            table = read_objects(objects, self._encoder.pair_columns, "rows")
+            context = self._encoder.encode_context(table)
+        except DataError as error:
+            raise Invalid(str(error)) from None
+        counts = {name: u.count - before[name] for name, u in self._encoder.unknown.items()}
+        users, items = (
+            np.array(
+                [rows.get(id_, OUT_OF_VOCABULARY) for id_ in table[name].to_pylist()], np.int32
+            )
+            for name, rows in (("user", self._users), ("item", self._all_items))
+        )
+        counts["user"] = int((users == OUT_OF_VOCABULARY).sum())
+        counts["item"] = int((items == OUT_OF_VOCABULARY).sum())
+        n = len(objects)
+        batch = collate_rows(self._collate, Rows(users, items, None, context, n), 0, n, n)
+        logits = self._model(batch.sparse, batch.dense).numpy()
+        rates = 0.0 if self._rate is None else self._rate.log_rates(users, items)
+        predictions = [
+            Prediction(score, probability if self._has_probabilities else None)
+            if math.isfinite(score)
+            else Prediction(None, None)
+            for score, probability in zip(
+                logits.tolist(), probabilities(logits + rates).tolist(), strict=True
+            )
+        ]
+        return predictions, {name: count for name, count in counts.items() if count}
 
     def similar(self, item: str, k: int) -> list[Scored]:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.

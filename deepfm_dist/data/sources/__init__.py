@@ -7,8 +7,9 @@ the types that are asked for.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -17,11 +18,12 @@ from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType
 from deepfm_dist.data.sources.columnar import ColumnarReader, parquet_groups
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
-from deepfm_dist.data.sources.json_lines import JsonLinesReader
+from deepfm_dist.data.sources.json_lines import JsonLinesReader, ObjectReader
 from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists
 from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.errors import DataError
+from deepfm_dist.messages import short
 
 __all__ = [
     "BLOCK_BYTES",
@@ -39,6 +41,7 @@ __all__ = [
     "in_tables",
     "laid_out_like",
     "read_batches",
+    "read_objects",
     "read_table",
 ]
 
@@ -175,6 +178,40 @@ def read_table(
     schema = pa.schema([(c.key, c.arrow_type) for c in columns])
     batches = read_batches(path, columns, layout, on_bad_row, dropped, name)
     return pa.Table.from_batches(batches, schema)
+
+
+def read_objects(
+    objects: Sequence[dict[str, Any]], columns: Sequence[Column], name: str
+) -> pa.Table:
+    """Objects in memory as `read_table` reads a file of JSON lines.
+
+    Args:
+        objects: JSON values by member, an object per row, at least one.
+        columns: what to read, in the order wanted.
+        name: of the objects, for error messages.
+
+    Raises:
+        DataError: a member is missing, unknown or cannot be read.
+    """
+    members = {c.name: {*accumulate(c.name.split("."), "{}.{}".format)} for c in columns}
+    known = {*members, *(name.split(".")[0] for name in members)}
+    for number, row in enumerate(objects, 1):
+        for member in row:
+            if member not in known:
+                raise DataError(
+                    f"{name}, row {number}: unknown field {short(member, 50)}; allowed: "
+                    f"{', '.join(members)}"
+                )
+        for column, places in members.items():
+            if places.isdisjoint(row):
+                raise DataError(
+                    f"{name}, row {number}: {column} is missing; give null for a field without a "
+                    f"value"
+                )
+    source = Source(name)
+    reader = ObjectReader(source, columns, objects)
+    cells = CellTyper(source, columns, Counter(), False, reader.where, reader.cells)
+    return pa.Table.from_batches([cells.typed(batch, 0) for batch in reader.batches()])
 
 
 def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

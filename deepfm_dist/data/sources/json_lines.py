@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from deepfm_dist.data.schema import FileFormat
+from deepfm_dist.data.sources.cells import Column
 from deepfm_dist.data.sources.nested import (
     NestedError,
     json_decoder,
@@ -18,7 +20,7 @@ from deepfm_dist.data.sources.nested import (
     text_of,
 )
 from deepfm_dist.data.sources.reader import Reader
-from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile
+from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT, TextStream
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief, short
@@ -220,6 +222,36 @@ class JsonLinesReader(Reader):
             f"{path}, line {number}: {short(text)} is not a JSON object ({brief(error)}); a file "
             f"called {self.source.suffix} has one in each line; fix the row{self.source.or_skip}"
         )
+
+
+class ObjectReader(JsonLinesReader):
+    """Reads objects in memory as if they were the lines of a file.
+
+    Args:
+        source: a name for them, in error messages.
+        columns: what is wanted.
+        objects: JSON values by member, an object per row.
+    """
+
+    def __init__(
+        self, source: Source, columns: Sequence[Column], objects: Sequence[dict[str, Any]]
+    ) -> None:
+        super().__init__(source, columns, FileFormat(), None)
+        self._objects = [*objects]
+
+    def where(self, row: int) -> str:
+        """The number of an object, from 1."""
+        return f"row {row + 1}"
+
+    def _nested_error(self, name: str, value: list[Any] | dict[str, Any], row: int) -> DataError:
+        what = "a list" if isinstance(value, list) else "an object"
+        return DataError(
+            f"{self.source.path}, {self.where(row)}: {name} {short(json_text(value))} is {what}; "
+            f"give one value"
+        )
+
+    def _blocks(self) -> Iterator[_Objects]:
+        yield self._objects
 
 
 def _is_object(text: str) -> bool:
