@@ -89,7 +89,10 @@ def bundled_as_text() -> str:
 
 
 def _example(name: str, arguments: str) -> str:
+    """A command, indented, in lines of at most 80 characters as far as its words allow."""
     launcher, _, rest = arguments.partition(" ")
+    command = f"{command_line(name)} {arguments}"
     if launcher == "torchrun":
-        return f"  torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}\n"
-    return f"  {command_line(name)} {arguments}".rstrip() + "\n"
+        command = f"torchrun --nproc_per_node=4 -m deepfm_dist.{name} {rest}"
+    lines = textwrap.wrap(command, 72, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(" \\\n    ".join(lines), "  ") + "\n"

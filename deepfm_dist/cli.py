@@ -176,8 +176,8 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
     source.add_argument(
         "--run",
         metavar="FOLDER",
-        help="load the settings of a run: runs/sample, or its URL; torchrun takes --run for its "
-        "own --run-path: there, --config runs/sample",
+        help="use the settings of a run: runs/sample, or its URL; with torchrun, which has a --run "
+        "of its own, write --config runs/sample",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
@@ -198,8 +198,8 @@ def add_output(description: str, parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--output-parts",
         metavar="FOLDER",
-        help="folder or URL for Parquet parts instead of one file: each rank writes its own, "
-        "_SUCCESS comes last, and a job that was killed writes the parts that are missing",
+        help="folder or URL for Parquet parts instead of one file; each rank writes its own, and "
+        "_SUCCESS is written last. After a kill, the same command writes the missing parts",
     )
 
 

@@ -22,7 +22,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--day",
         type=_day,
         default=date.today(),
-        help="whose log is new, as YYYY-MM-DD (default: today)",
+        metavar="YYYY-MM-DD",
+        help="the new day, whose log is trained on (default: today)",
     )
 
 

@@ -274,11 +274,16 @@ def test_a_run_s_folder_is_a_configuration(
 
 
 @pytest.mark.parametrize("name", __main__.commands())
-def test_help_shows_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples_that_parse(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     main = importlib.import_module(f"deepfm_dist.{name}").main
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    text = re.sub(r" \\\n +", " ", text)
     assert f"usage: python -m deepfm_dist.{name}" in text
     examples = re.findall(rf"-m deepfm_dist\.{name}\b *(.*)", text.partition("examples:")[2])
     assert examples

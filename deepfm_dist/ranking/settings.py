@@ -121,8 +121,8 @@ class RecommendConfig(Section):
     """Never recommend these items: a list of ids, or a file with a column of items."""
     cold_items: Literal["include", "exclude", "only"] | None = None
     """Whether to rank items without training rows, by their attributes, here and in `evaluate`,
-    `similar` and `serve`; only: rank no others. Default: include if the model was trained with
-    `data.id_dropout`, otherwise exclude."""
+    `similar`, `nightly` and `serve`; only: rank no others. Default: include if the model was
+    trained with `data.id_dropout`, otherwise exclude."""
     candidates: int | None = Field(None, ge=1)
     """Score only this many items per user in full, the best ones without the over-arch; the recall
     lost and the speed-up are measured on a sample of users. Default: all items."""

@@ -346,7 +346,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
     async def recommendations(user_id: Id, k: K = 10) -> Ranking:
         """A user's best unseen items of the whole catalogue; the score is the logit.
 
-        The probability is that of the user to take the item, where the model gives one.
+        The probability is that the user takes the item; null if scores are not log-odds.
         """
         return _ranking(model.recommender.recommend(user_id, k))
 
