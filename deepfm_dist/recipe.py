@@ -35,9 +35,17 @@ MOST_HELD_OUT_OF = 500_000_000
 """Training positives up to which it is drawn; that takes some 20 bytes for each."""
 CANDIDATES = 4_096
 """Items that it draws in each step beyond that."""
-PRIOR_PRECISION, PRIOR_PRECISION_OF_FM = 500, 10
-"""1 / variance of the normal prior on the tables' elements where rows have labels: behind the batch
-norm of an over-arch, and without one."""
+FEW_LABELLED_ROWS = 100_000
+"""Labelled rows below which the tables are trained faster and held back less, and the over-arch has
+two layers."""
+PRECISION_PER_FIELD, PRECISION_OF_MANY_ROWS = 3, 500
+"""1 / variance of the normal prior on the tables' elements where rows have labels. A row's log-odds
+are a sum over its fields, so that with more fields each has to vary less. An over-arch with batch
+norm makes up for the scale of the factors; what 500 does to the first-order weights costs little
+where rows are many."""
+RATE_OF_FEW_ROWS = 0.005
+"""Adam's rate for the tables of few labelled rows: first-order weights have to get to about 1 in
+some `STEPS_TO_BEST` steps, each of which moves them by no more than the rate."""
 STEPS_TO_BEST = 128
 """Steps of labelled rows after which validation was best, on logs of 1,400 to 100,000 rows."""
 STEPS_PER_VALIDATION = 32
@@ -203,9 +211,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
       256 and 8,192; BARS (Zhu et al., 2022) has 4,096 to 10,000 for 2 to 40 million rows.
     * Rates of Adam: 0.001 * sqrt(batch_size / 4096); Malladi et al., "On the SDEs and Scaling Rules
       for Adaptive Gradient Algorithms", 2022, for the square root; BARS for 0.001 at 4,096.
-    * L2 of the tables: `PRIOR_PRECISION` / n, that of a normal prior on each factor, whose weight
-      in the mean loss falls with the rows. BARS's tuned values for single data sets scatter around
-      it: 5e-4 for KKBox's 6 million rows, 5e-6 for TaobaoAd's 22 million.
+    * The tables: see `_for_tables_of_rows`.
     * ``over_arch_layer_sizes``: see `_layer_sizes`.
     * ``epochs``: 20, and at least 640 steps, of which early stopping uses what it needs. Without
       validation rows some `STEPS_TO_BEST` steps, and one epoch in any case.
@@ -239,6 +245,28 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         draft.choose("model.over_arch_layer_sizes", _layer_sizes(n), rows)
         draft.choose("model.dropout", 0.2, "labels are noisy")
         draft.choose("model.batch_norm", True, "the L2 on the tables then leaves their scale open")
+    _for_tables_of_rows(draft, manifest, rate, scaled)
+
+
+def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled: str) -> None:
+    """Choices for the tables' optimizer where rows have labels.
+
+    With Adam:
+
+    * Rate: that of the other parameters; below `FEW_LABELLED_ROWS`, `RATE_OF_FEW_ROWS`.
+    * L2: the precision of a normal prior on each element, over n, as its weight in the mean loss
+      falls with the rows. `PRECISION_PER_FIELD` for each field; from `FEW_LABELLED_ROWS` on, with
+      an over-arch, `PRECISION_OF_MANY_ROWS`. BARS's tuned values scatter around the latter: 5e-4
+      for KKBox's 6 million rows, 5e-6 for TaobaoAd's 22 million.
+
+    Args:
+        draft: the settings so far.
+        manifest: of the prepared data.
+        rate: Adam's learning rate for the other parameters.
+        scaled: how it was calculated.
+    """
+    n = max(1, manifest.splits["train"].rows)
+    rows = plural(n, "training row")
     fused = _because_fused(draft, manifest)
     n_rows = plural(sum(table.rows for table in manifest.tables.values()), "table row")
     draft.choose(
@@ -247,10 +275,14 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         fused or f"{n_rows}, few enough to move them all at every step",
     )
     if draft.get("optimizer.tables.name") == "adam":
-        draft.choose("optimizer.tables.lr", rate, scaled)
-        precision = PRIOR_PRECISION if draft.get("model.deep") else PRIOR_PRECISION_OF_FM
-        l2 = float(f"{precision / n:.2g}")
-        draft.choose("optimizer.tables.l2", l2, f"{precision} / {rows}")
+        few = n < FEW_LABELLED_ROWS
+        chosen = (RATE_OF_FEW_ROWS, f"few steps, with {rows}") if few else (rate, scaled)
+        draft.choose("optimizer.tables.lr", *chosen)
+        precision, why = PRECISION_OF_MANY_ROWS, str(PRECISION_OF_MANY_ROWS)
+        if few or not draft.get("model.deep"):
+            precision = PRECISION_PER_FIELD * len(manifest.features)
+            why = f"{PRECISION_PER_FIELD} * {plural(len(manifest.features), 'field')}"
+        draft.choose("optimizer.tables.l2", float(f"{precision / n:.2g}"), f"{why} / {rows}")
     elif draft.get("optimizer.tables.name") == "rowwise_adagrad":
         draft.choose("optimizer.tables.lr", 0.01, "rows seen once are learned by heart at 0.05")
 
@@ -262,7 +294,7 @@ def _layer_sizes(n: int) -> list[int]:
     are a quarter of the rows; two layers below 100,000 rows, and three from there on.
     """
     width = min(400, max(64, 2 ** round(math.log2(math.sqrt(n) / 2))))
-    return [width] * (2 if n < 100_000 else 3)
+    return [width] * (2 if n < FEW_LABELLED_ROWS else 3)
 
 
 def _monitored_name(draft: "_Draft") -> str:

@@ -479,15 +479,19 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert resolved.trainer.batch_size == batch_size
     rate = 0.001 * (batch_size / 4096) ** 0.5
     assert resolved.optimizer.dense.lr == pytest.approx(rate, rel=0.05)
-    assert resolved.optimizer.tables.lr == resolved.optimizer.dense.lr
+    is_few, precision = rows < 100_000, 3 if rows < 100_000 else 500  # there is one field
+    tables_rate = 0.005 if is_few else resolved.optimizer.dense.lr
+    assert resolved.optimizer.tables.lr == tables_rate
     assert resolved.optimizer.tables.name == "adam"
-    assert resolved.optimizer.tables.l2 == pytest.approx(500 / rows, rel=0.05)
+    assert resolved.optimizer.tables.l2 == pytest.approx(precision / rows, rel=0.05)
     assert [*resolved.model.over_arch_layer_sizes] == layers
     assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
     assert resolved.model.init_at_mean
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
-    assert reasons["optimizer.tables.l2"] == f"500 / {rows:,} training rows"
+    assert reasons["optimizer.tables.l2"] == (
+        f"{'3 * 1 field' if is_few else '500'} / {rows:,} training rows"
+    )
     assert reasons["trainer.patience"] == "validations without a better log loss"
 
 
@@ -520,10 +524,23 @@ def test_labelled_rows_stop_early_or_after_the_steps_that_mostly_do(
         assert reasons["trainer.epochs"].endswith("nothing shows when to stop early")
 
 
-def test_labelled_rows_without_an_over_arch_have_a_wider_prior(sample: PreparedDataset) -> None:
-    config = _clicks(model={"deep": False})
-    resolved, _ = resolve(config, _clicks_manifest(sample, config, 10_000))
-    assert resolved.optimizer.tables.l2 == 10 / 10_000
+@pytest.mark.parametrize(
+    ("rows", "fields", "model", "expected"),
+    [
+        (168, 3, {}, 9 / 168),  # 500 / 168 would hold every weight at 0
+        (10_000, 39, {}, 117 / 10_000),
+        (10_000, 39, {"deep": False}, 117 / 10_000),
+        (1_000_000, 39, {}, 500 / 1_000_000),
+        (1_000_000, 39, {"deep": False}, 117 / 1_000_000),
+    ],
+)
+def test_the_prior_of_labelled_rows_is_narrower_with_more_fields(
+    rows: int, fields: int, model: dict[str, Any], expected: float, sample: PreparedDataset
+) -> None:
+    names = [{"name": "ad"}, *({"name": f"x{i}", "kind": "numeric"} for i in range(fields - 1))]
+    config = _clicks(model=model, data={"features": names})
+    resolved, _ = resolve(config, _clicks_manifest(sample, config, rows))
+    assert resolved.optimizer.tables.l2 == pytest.approx(expected, rel=0.05)
 
 
 def test_large_tables_of_labelled_rows_are_updated_in_backward(sample: PreparedDataset) -> None:
