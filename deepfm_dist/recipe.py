@@ -38,7 +38,7 @@ CANDIDATES = 4_096
 FEW_LABELLED_ROWS = 100_000
 """Labelled rows below which the tables are trained faster and held back less, and the over-arch has
 two layers."""
-PRECISION_PER_FIELD, PRECISION_OF_MANY_ROWS = 3, 500
+PRECISION_PER_FIELD, PRECISION_OF_MANY_ROWS = 5, 500
 """1 / variance of the normal prior on the tables' elements where rows have labels. A row's log-odds
 are a sum over its fields, so that with more fields each has to vary less. An over-arch with batch
 norm makes up for the scale of the factors; what 500 does to the first-order weights costs little

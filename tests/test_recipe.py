@@ -479,7 +479,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert resolved.trainer.batch_size == batch_size
     rate = 0.001 * (batch_size / 4096) ** 0.5
     assert resolved.optimizer.dense.lr == pytest.approx(rate, rel=0.05)
-    is_few, precision = rows < 100_000, 3 if rows < 100_000 else 500  # there is one field
+    is_few, precision = rows < 100_000, 5 if rows < 100_000 else 500  # there is one field
     tables_rate = 0.005 if is_few else resolved.optimizer.dense.lr
     assert resolved.optimizer.tables.lr == tables_rate
     assert resolved.optimizer.tables.name == "adam"
@@ -490,7 +490,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == (
-        f"{'3 * 1 field' if is_few else '500'} / {rows:,} training rows"
+        f"{'5 * 1 field' if is_few else '500'} / {rows:,} training rows"
     )
     assert reasons["trainer.patience"] == "validations without a better log loss"
 
@@ -527,11 +527,11 @@ def test_labelled_rows_stop_early_or_after_the_steps_that_mostly_do(
 @pytest.mark.parametrize(
     ("rows", "fields", "model", "expected"),
     [
-        (168, 3, {}, 9 / 168),  # 500 / 168 would hold every weight at 0
-        (10_000, 39, {}, 117 / 10_000),
-        (10_000, 39, {"deep": False}, 117 / 10_000),
+        (168, 3, {}, 15 / 168),  # 500 / 168 would hold every weight at 0
+        (10_000, 39, {}, 195 / 10_000),
+        (10_000, 39, {"deep": False}, 195 / 10_000),
         (1_000_000, 39, {}, 500 / 1_000_000),
-        (1_000_000, 39, {"deep": False}, 117 / 1_000_000),
+        (1_000_000, 39, {"deep": False}, 195 / 1_000_000),
     ],
 )
 def test_the_prior_of_labelled_rows_is_narrower_with_more_fields(
