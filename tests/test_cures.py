@@ -1351,6 +1351,7 @@ NOT_TYPED = {
     "trainer.monitor=…: a figure of validation rows": "needs a model that ranks; see test_recipe",
     "trainer.monitor=…: no user with training rows": "the cure is another split; see test_recipe",
     "recommend.cold_items=only: no item of the": "needs new items; see test_cold_items",
+    "…, row …: … is missing; give null": "needs requests to a loaded model; see test_predict",
     "trainer.monitor=…: it is …; set": "needs a figure that is NaN in training; see test_training",
 }
 """Beginnings of messages whose cure no row types, and why."""

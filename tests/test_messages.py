@@ -20,7 +20,9 @@ NEVER_ONE = (
     "it begins as … files do",
     "…: not readable: it begins as … files do",
     "a batch of … over … ranks",
-    "sharding.tables.….kind=row_wise: … cut over … ranks",
+    "sharding.tables.….kind=…: … cut over … ranks",
+    "…: no value has min_count=… training rows",  # one training row is enough for 1
+    "… training rows are too many to divide",
     "the tables do not fit … ranks",
     "embedding.weight has … rows, the",
     "evaluate.baselines: ",

@@ -751,7 +751,7 @@ def fill_marked_rows(
     """
     pieces = local_shards(sharded)
     first_rows = {
-        (table, columns.start): piece[0].nan_to_num().cpu()
+        (table, columns.start): world.to_host(piece[0].nan_to_num())
         for table, rows, columns, piece in pieces
         if rows.start == 0 and len(piece)
     }
