@@ -1352,6 +1352,8 @@ NOT_TYPED = {
     "trainer.monitor=…: no user with training rows": "the cure is another split; see test_recipe",
     "recommend.cold_items=only: no item of the": "needs new items; see test_cold_items",
     "…, row …: … is missing; give null": "needs requests to a loaded model; see test_predict",
+    "…: none of its items is in the training data": "the cure is other data; see test_new_users",
+    "…: no row of an item in the training data": "the cure is other data; see test_new_users",
     "trainer.monitor=…: it is …; set": "needs a figure that is NaN in training; see test_training",
 }
 """Beginnings of messages whose cure no row types, and why."""

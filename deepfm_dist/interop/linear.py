@@ -222,8 +222,11 @@ def leading_vectors(weights: Tensor, gram: Tensor, n: int) -> Tensor:
 
 
 def _renumber(lists: Jagged, place: npt.NDArray[np.int32]) -> Jagged:
-    """Lists of item rows as lists of their places; those without one are left out."""
-    places = place[lists.values]
+    """Lists of item rows as lists of their places; those without one are left out.
+
+    Rows behind the item table are cold items, which have no place.
+    """
+    places = np.pad(place, (0, 1), constant_values=-1)[np.minimum(lists.values, len(place))]
     owner = np.repeat(np.arange(len(lists)), lists.lengths)[places >= 0]
     return Jagged.from_pairs(owner, places[places >= 0], len(lists))
 

@@ -176,12 +176,15 @@ def _check_some_are_known(
         raise DataError(
             f"{path}: none of its items is in the training data: it has {pc.min(theirs).as_py()!r} "
             f"and the training data have {pc.min(ours).as_py()!r}"
-            f"{spelling_hint(dataset, 'item', theirs.to_pylist())}"
+            f"{spelling_hint(dataset, 'item', theirs.to_pylist())}; write ids as the log has them"
         )
     if not (positive & is_known).any():
         least = dataset.manifest.data.interactions.min_rating
         what = "has the label 1" if least is None else f"is rated {least:g} or more"
-        raise DataError(f"{path}: no row of an item in the training data {what}")
+        raise DataError(
+            f"{path}: no row of an item in the training data {what}; add rows that do, since "
+            f"nothing else says what its users like"
+        )
 
 
 def _rows_that_stay(

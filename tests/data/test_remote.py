@@ -30,10 +30,10 @@ pytest.importorskip("upath")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Contents of all files below a folder, which may be behind a URL, by name."""
+    """Contents of a dataset's files, without those that readers derive from them, by name."""
     root = str(folder)
-    actual = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path).removeprefix(root).strip("/"): path.read_bytes() for path in actual}
+    files = [path for path in folder.rglob("*") if path.is_file() and "mapped" not in path.parts]
+    return {str(path).removeprefix(root).strip("/"): path.read_bytes() for path in files}
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What EASE adds to a trained model is found by measuring it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,21 @@ def test_a_catalogue_may_have_fewer_items_than_are_ranked() -> None:
     assert actual.columns == 4
     # User 0 has one item left; users 1 and 2 have two, and ties are broken either way.
     assert 0.6 < actual.ndcg_trained <= 1
+
+
+def test_cold_items_have_no_place(users: tuple[Jagged, Validation]) -> None:
+    train, validation = users
+    beyond = np.full(N_USERS, N_ITEMS + 3, np.int32)
+    relevant, masked = (
+        Jagged.from_pairs(
+            np.concatenate([np.repeat(np.arange(N_USERS), lists.lengths), np.arange(N_USERS)]),
+            np.concatenate([lists.values, beyond]),
+            N_USERS,
+        )
+        for lists in (validation.relevant, validation.masked)
+    )
+    with_cold = replace(validation, relevant=relevant, masked=masked)
+    assert search(train, N_ITEMS, None, with_cold) == search(train, N_ITEMS, None, validation)
 
 
 def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> None:

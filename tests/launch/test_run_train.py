@@ -108,7 +108,7 @@ def test_several_nodes_need_an_address(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("trainer.max_steps=soon",), "trainer.max_steps: input should be a valid integer"),
+        (("trainer.max_steps=soon",), "trainer.max_steps=soon: input should be a valid integer"),
         (("trainer.max_stpes=3",), "did you mean trainer.max_steps?"),
     ],
 )

@@ -235,7 +235,7 @@ def test_bodies_are_heeded_or_refused(client: Any, body: bytes, status: int, tol
 
 
 def test_head_is_get_without_a_body(client: Any) -> None:
-    for path in ("/", "/healthz", "/users/4/recommendations", "/users/nobody", "/docs"):
+    for path in ("/", "/readyz", "/users/4/recommendations", "/users/nobody", "/docs"):
         head, get = client.head(path), client.get(path)
         assert (head.status_code, head.content) == (get.status_code, b"")
         assert head.headers["content-length"] == get.headers["content-length"]
