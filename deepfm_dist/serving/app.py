@@ -6,7 +6,7 @@ from collections import Counter as Names
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
@@ -28,7 +28,6 @@ from pydantic import (
     Field,
     JsonValue,
     PlainValidator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -134,8 +133,25 @@ def _id(value: object) -> str | int:
     return value
 
 
-Value = Annotated[str, Field(max_length=MAX_ID)] | float
-"""A value of a field, as JSON has it."""
+def _cell(value: object) -> str | float:
+    """A value of a field as JSON has it, checked by one validator as `_id` is."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise PydanticCustomError("value_type", "input should be text or a number")
+    if isinstance(value, str) and len(value) > MAX_ID:
+        raise PydanticKnownError("string_too_long", {"max_length": MAX_ID})
+    return value
+
+
+def _cells(value: object) -> str | float | list[str | float]:
+    return [_cell(element) for element in value] if isinstance(value, list) else _cell(value)
+
+
+_JsonCell = Annotated[str, Field(max_length=MAX_ID)] | float
+Cell = Annotated[str | float, PlainValidator(_cell, json_schema_input_type=_JsonCell)]
+Cells = Annotated[
+    str | float | list[str | float],
+    PlainValidator(_cells, json_schema_input_type=_JsonCell | list[_JsonCell]),
+]
 
 ItemId = Annotated[str | int, PlainValidator(_id, json_schema_input_type=str | int)]
 
@@ -144,7 +160,7 @@ _DESCRIBED: list[JsonValue] = [
     {"required": ["items"], "properties": {"items": {"minItems": 1}}},
     {"required": ["attributes"], "properties": {"attributes": {"minProperties": 1}}},
 ]
-"""What `Described._describes_somebody` asks for, as JSON Schema."""
+"""What `Recommender.recommend_for` asks for, as JSON Schema."""
 
 
 class Described(BaseModel):
@@ -154,20 +170,12 @@ class Described(BaseModel):
 
     items: list[ItemId] = Field(default_factory=list, max_length=MAX_ITEMS)
     k: Whole = Field(10, ge=1, le=MAX_K)
-    attributes: dict[str, Value | list[Value]] = Field(
+    attributes: dict[str, Cells] = Field(
         default_factory=dict, description="values of the model's fields of users"
     )
-    context: dict[str, Value] = Field(
+    context: dict[str, Cell] = Field(
         default_factory=dict, description="values of context fields, if not the service's own"
     )
-
-    @model_validator(mode="after")
-    def _describes_somebody(self) -> Self:
-        if not self.items and not self.attributes:
-            raise PydanticCustomError(
-                "nobody", "items is missing or empty; give items, attributes or both"
-            )
-        return self
 
 
 class RowsToScore(BaseModel):
@@ -445,13 +453,12 @@ def _sentence(problem: Any, fields: Sequence[str]) -> str:
     name = _place(problem)
     if problem["type"] == "extra_forbidden":
         return f"unknown field {short(name, 50)}; allowed: {', '.join(fields)}"
-    if problem["type"] == "nobody":
-        return str(problem["msg"])
     if problem["type"] == "missing":
         return f"{name} is missing"
     if problem["type"] == "model_attributes_type":
         return f"{name} must be a JSON object with {', '.join(fields)}"
     message = problem["msg"].removeprefix("Value error, ")
+    message = message.replace("valid dictionary", "JSON object").replace("valid list", "list")
     message = message[0].lower() + message[1:]
     return f"{name}: {message} (got {short(problem['input'], 50)})"
 
@@ -504,15 +511,18 @@ class _Limited:
             return
         messages: list[Message] = []
         size, more = 0, True
-        while more:
+        declared = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has parsed it
+        while more and max(size, declared) <= MAX_BODY_BYTES:
             message = await receive()
             messages.append(message)
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if size > MAX_BODY_BYTES:
-                text = f"the body is longer than {MAX_BODY_BYTES:,} bytes"
-                await JSONResponse({"detail": text}, 413)(scope, receive, send)
-                return
+        if max(size, declared) > MAX_BODY_BYTES:
+            text = f"the body is longer than {MAX_BODY_BYTES:,} bytes"
+            # What is left of the body is not read: the connection cannot be used again.
+            answer = JSONResponse({"detail": text}, 413, {"Connection": "close"})
+            await answer(scope, receive, send)
+            return
         waiting = iter(messages)
 
         async def again() -> Message:

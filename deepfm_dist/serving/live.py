@@ -184,22 +184,9 @@ class Recommender:
             Unknown: no such item.
             Unsupported: the model has no field that is made of a user's items, or none of
                 attributes.
-            Invalid: a field is unknown, or a value of one.
+            Invalid: neither items nor attributes, or a field or a value of one is unknown.
         """
-        for item in items:
-            if item not in self._rows:
-                raise Unknown(item, self.name)
-        if items and not self.knows_users_by_items:
-            raise Unsupported(
-                f"the model of run {self.name} knows its users by id, not by their items; ask for "
-                f"a user of the training data (/users), or for what is similar to an item "
-                f"(/items/ID/similar), or train one with a field of history: item"
-            )
-        if attributes and not self._attributes.names:
-            raise Unsupported(
-                f"the model of run {self.name} knows no attributes of users; leave attributes out, "
-                f"or train one with a field of entity: user and a column"
-            )
+        self._check_described(items, attributes)
         try:
             fields = self._attributes.encode(attributes) if attributes else None
             fixed = self._encoder.fixed_context({**self._fixed, **context}) if context else None
@@ -214,6 +201,28 @@ class Recommender:
             nobody, histories=theirs, attributes=fields, context=fixed
         )
         return self._best(user, seen, k, log_rate)
+
+    def _check_described(self, items: Sequence[str], attributes: Mapping[str, Cell] | None) -> None:
+        """Refuses a description that says nothing to this model; see `recommend_for`."""
+        for item in items:
+            if item not in self._rows:
+                raise Unknown(item, self.name)
+        if not self.knows_users_by_items and (items or not self._attributes.names):
+            raise Unsupported(
+                f"the model of run {self.name} knows its users by id, not by their items; ask for "
+                f"a user of the training data (/users), or for what is similar to an item "
+                f"(/items/ID/similar), or train one with a field of history: item"
+            )
+        if attributes and not self._attributes.names:
+            raise Unsupported(
+                f"the model of run {self.name} knows no attributes of users; leave attributes out, "
+                f"or train one with a field of entity: user and a column"
+            )
+        if not items and not attributes:
+            known = ["items"] if self.knows_users_by_items else []
+            known += ["attributes"] if self._attributes.names else []
+            cure = "items, attributes or both" if len(known) == 2 else known[0]
+            raise Invalid(f"{known[0]} is missing or empty; give {cure}")
 
     @torch.no_grad()
     def predict(self, objects: Sequence[dict[str, Any]]) -> tuple[list[Prediction], dict[str, int]]:

@@ -64,7 +64,7 @@ def test_rows_of_a_request_are_scored_as_those_of_a_file(tmp_path: Path) -> None
         "rows: list should have at most 1000 items": [row] * 1001,
     }
     bodies = [{"rows": objects}, {"rows": [row]}, *({"rows": rows} for rows in refused.values())]
-    bodies += [{}, {"rows": [row], "k": 3}]
+    bodies += [{}, {"rows": [row], "k": 3}, {"data": [row]}, {"rows": [[4, 3]]}]
     odd: list[Any] = [True, 1.5, 10**30, "", "\ud800", "\x00", "x" * 1000]
     bodies += [{"rows": [{**row, name: value}]} for name in ("item", "device") for value in odd]
     (status, answer), (_, alone), *others = run_in_fork(
@@ -81,6 +81,8 @@ def test_rows_of_a_request_are_scored_as_those_of_a_file(tmp_path: Path) -> None
     assert alone["unknown"] == {}
     assert alone["scores"][0]["score"] == pytest.approx(written["score"][0], rel=1e-5)
     texts = [*refused, "rows is missing", "unknown field 'k'; allowed: rows"]
+    texts += ["rows is missing; unknown field 'data'; allowed: rows"]
+    texts += ["rows.0: input should be a JSON object (got [4, 3])"]
     assert {status for status, _ in others[len(texts) :]} == {200, 422}
     for text, (status, answer) in zip(texts, others[: len(texts)], strict=True):
         assert status == 422

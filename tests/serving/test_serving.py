@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +187,19 @@ def test_bodies_are_limited(client: Any) -> None:
     assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
 
 
+def test_a_body_that_is_announced_as_too_long_is_refused_before_it_comes(url: str) -> None:
+    address = url.removeprefix("http://").split(":")
+    for path in (b"predict", b"recommend", b"nowhere"):
+        with socket.create_connection((address[0], int(address[1])), timeout=5) as connection:
+            connection.sendall(
+                b"POST /" + path + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                b"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n{"
+            )
+            answer = b"".join(iter(lambda: connection.recv(1000), b""))  # until it is closed
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert answer.endswith(b'{"detail":"the body is longer than 1,048,576 bytes"}')
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [
@@ -219,7 +233,12 @@ def test_parameters_are_heeded_or_refused(client: Any, path: str, told: str) -> 
             "items.1: input should be text or a whole number (got None); "
             "items.2: input should be text or a whole number (got 1.5)",
         ),
-        (b'{"k": 1}', 422, "items is missing"),
+        (b'{"k": 1}', 422, "items is missing or empty; give items"),  # it has no attributes
+        (
+            b'{"items": ["9"], "context": {"a": null}}',
+            422,
+            "context.a: input should be text or a number (got None)",
+        ),
         (b'["9"]', 422, "the body must be a JSON object with items, k"),
         (b'{"items": ["\\ud800"]}', 404, "'\\ud800' is not in the training data"),
         (b'{"items": ["9"]', 400, "the body is not JSON: Expecting ',' delimiter"),
