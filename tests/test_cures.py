@@ -655,6 +655,32 @@ INPUT = [
         "data.on_bad_row=skip",
         files={"rows.csv": FILES["rows.csv"] + FILES["rows.csv"]},
     ),
+    *(
+        Mistake(
+            "prepare data.interactions.time=time 'data.files={rows.csv: {delimiter: ;}}'",
+            f"in data.files: {{rows.csv: {{{setting}}}}}",
+            f"'data.files={{rows.csv: {{delimiter: ;, {setting}}}}}'",
+            files={"rows.csv": _timed(written).replace(",", ";").replace("_", mark)},
+        )
+        for setting, written, mark in (
+            ('thousands: ","', "{:_}".format, ","),
+            ('thousands: " "', "{:_}".format, "\N{NARROW NO-BREAK SPACE}"),
+            ('decimal: ","', "{}_5".format, ","),
+        )
+    ),
+    Mistake(
+        "prepare 'data.interactions.file=[rows.csv, more.csv]'",
+        "say so in data.files: {more.csv: {optional: [device]}}",
+        "'data.files={more.csv: {optional: [device]}}'",
+        data={"features": [*DATA["features"], {"name": "device"}]},
+        files={"more.csv": _csv([row[:2] for row in ROWS[::-1]], "user,item")},
+    ),
+    Mistake(
+        "prepare 'data.interactions.file=[rows.csv, more.csv]'",
+        "rows.csv has it: add the column to this file, or leave the file out",
+        "data.interactions.file=rows.csv",
+        files={"more.csv": _csv([row[:1] for row in ROWS], "user")},
+    ),
     Mistake("prepare data.root=rows.csv", "name its folder, data.root=.", "data.root=."),
     Mistake("prepare --config .", "name a YAML file", "--config c.yaml", ("--config", ".")),
     Mistake(

@@ -400,7 +400,11 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     elsewhere.add("id_dropout")
     if data.catalogue is None:  # so are datasets of versions that did not have it
         elsewhere.add("catalogue")
-    return data.model_dump(mode="json", exclude=elsewhere)
+    settings = data.model_dump(mode="json", exclude=elsewhere)
+    for layout in settings["files"].values():
+        if not layout["optional"]:  # likewise
+            del layout["optional"]
+    return settings
 
 
 def hash_of(value: Any) -> str:

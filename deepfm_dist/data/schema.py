@@ -98,6 +98,8 @@ class FileFormat(Section):
     """Decimal separator."""
     thousands: Literal[",", ".", " ", "'"] | None = None
     """Separator between the thousands of numbers; default: none."""
+    optional: tuple[str, ...] = ()
+    """Columns that the file, or some files of the pattern, may lack: fields are empty there."""
 
     @model_validator(mode="after")
     def _marks_differ(self) -> Self:

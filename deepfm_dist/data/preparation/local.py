@@ -250,13 +250,15 @@ def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> 
         for file in files[label_of(setting)]:
             layout = data.files.get(file.pattern)
             try:
-                list_columns = find_lists(file.path, [*columns.values()], layout, file.pattern)
+                is_list = find_lists(file.path, [*columns.values()], layout, file.pattern)
             except EmptyFile:
                 continue
             except DataError:  # reading says what is wrong
                 break
-            holds |= {field: column in list_columns for field, column in columns.items()}
-            break
+            holds |= {name: is_list[c] for name, c in columns.items() if c in is_list}
+            columns = {name: c for name, c in columns.items() if c not in is_list}
+            if not columns:
+                break
     features = []
     for feature in data.features:
         if holds.get(feature.name):

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -30,13 +31,22 @@ from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, 
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill
 from deepfm_dist.data.schema import Feature, label_of
-from deepfm_dist.data.sources import BLOCK_BYTES, Column, EmptyFile, InputFile, read_batches
+from deepfm_dist.data.sources import (
+    BLOCK_BYTES,
+    Column,
+    EmptyFile,
+    InputFile,
+    MissingColumnError,
+    column_names,
+    read_batches,
+)
 from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.messages import plural
 
 log = logging.getLogger(__name__)
+_MOST_FILES = 1000  # that are looked through for a column which one of them lacks
 _IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
 
 
@@ -422,6 +432,20 @@ def _batches(
         if len(job.files[name]) == 1:
             raise
         dropped[_without_rows(name)] += 1
+    except MissingColumnError as error:
+        other = None if error.cure is None else _other_file_with(error.column, job, file, name)
+        more = "" if other is None else f"; {other.name} has it: {error.cure}"
+        raise DataError(f"{error}{more}") from None
+
+
+def _other_file_with(column: str, job: Job, file: InputFile, name: str) -> InputFile | None:
+    """Another file of a setting that has a column."""
+    for other in job.files[name][:_MOST_FILES]:
+        with suppress(DataError):
+            layout = job.data.files.get(other.pattern)
+            if other.path != file.path and column in column_names(other.path, layout):
+                return other
+    return None
 
 
 def _without_rows(name: str) -> str:

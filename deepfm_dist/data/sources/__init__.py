@@ -20,7 +20,7 @@ from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
 from deepfm_dist.data.sources.json_lines import JsonLinesReader, ObjectReader
 from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists
-from deepfm_dist.data.sources.reader import Reader
+from deepfm_dist.data.sources.reader import MissingColumnError, Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import short
@@ -32,6 +32,7 @@ __all__ = [
     "ColumnType",
     "EmptyFile",
     "InputFile",
+    "MissingColumnError",
     "as_lists",
     "column_names",
     "find_file",
@@ -130,26 +131,33 @@ def _reader(
     return kind(source, columns, layout or FileFormat(), dropped)
 
 
-def column_names(path: str | Path) -> list[str]:
-    """The columns of a file that `data.files` does not describe.
+def column_names(path: str | Path, layout: FileFormat | None = None) -> list[str]:
+    """The columns of a file.
+
+    Args:
+        path: the file, or its URL.
+        layout: what the name does not tell; None: `data.files` does not describe the file.
 
     Raises:
         DataError: the file is missing, empty or not readable.
     """
     source = Source(str(path))
-    return [*_reader(source, (), None, None).present(), *source.partitions]
+    return [*_reader(source, (), layout, None).present(), *source.partitions]
 
 
 def find_lists(
     path: str | Path, names: Sequence[str], layout: FileFormat | None = None, name: str = ""
-) -> set[str]:
-    """Which columns of a file hold lists, by their types or, as text, by the first rows.
+) -> dict[str, bool]:
+    """Whether columns of a file hold lists, by their types or, as text, by the first rows.
 
     Args:
         path: the file, or its URL.
         names: the columns to look at.
         layout: of the file.
         name: what `data.files` calls it.
+
+    Returns:
+        By name; columns whose first rows are empty are left out.
 
     Raises:
         EmptyFile: the file has no rows.
@@ -160,7 +168,9 @@ def find_lists(
     for batch in reader.batches():
         if batch.num_rows:
             try:
-                return {c.name for c in columns if holds_lists(reader.cells(batch, c))}
+                cells = {c.name: reader.cells(batch, c) for c in columns}
+                filled = {name: a for name, a in cells.items() if a.null_count < len(a)}
+                return {name: holds_lists(a) for name, a in filled.items()}
             except NestedError as error:
                 raise DataError(f"{path}: {error}") from None
     raise EmptyFile(f"{path}: no rows; expected at least one below the header")

@@ -326,7 +326,7 @@ class CellTyper:
         is_unknown = setting and self._source.is_prepared and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
         first = f"{fault.cure}, or " if fault.cure else ""
-        if column.type == "number" and cell is not None:
+        if column.type in ("number", "time") and cell is not None:
             first = self._number_cure(column, str(cell)) or first
         raise DataError(
             f"{path}, {where}: {name} {shown} {what}; "
@@ -367,7 +367,7 @@ def plain_numbers(cells: pa.Array, kind: ColumnType, layout: FileFormat) -> pa.A
     """
     if kind in ("text", "texts") or not is_text(cells.type):
         return cells
-    if layout.thousands is not None and kind != "time":
+    if layout.thousands is not None:
         mark = _GROUP_MARKS[layout.thousands]
         rest = rf"(?:{re.escape(layout.decimal)}\d*)?\s*$"
         grouped = pc.match_substring_regex(cells, rf"^\s*[-+]?\d{{1,3}}(?:{mark}\d{{3}})+{rest}")

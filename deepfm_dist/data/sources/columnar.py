@@ -19,7 +19,7 @@ _BATCH_ROWS = 1 << 20
 class ColumnarReader(Reader):
     """Reads files whose columns have types."""
 
-    takes = frozenset({"decimal", "thousands"})
+    takes = frozenset({"decimal", "thousands", "optional"})
     _groups: Sequence[int] | None = None
 
     def read_only(self, groups: tuple[int, int]) -> int:

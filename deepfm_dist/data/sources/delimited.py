@@ -109,7 +109,7 @@ class DelimitedReader(Reader):
 
     def _is_separated_by(self, mark: str, header: str, wanted: set[str]) -> bool:
         """Whether cells seem to be separated by another delimiter, given the header line."""
-        if not wanted & set(header.split(mark)):
+        if mark not in header or not wanted & set(header.split(mark)):
             return False
         if " " not in mark:
             return True

@@ -39,7 +39,7 @@ class JsonLinesReader(Reader):
     null and members that are not there become null.
     """
 
-    takes = frozenset({"encoding", "decimal", "thousands"})
+    takes = frozenset({"encoding", "decimal", "thousands", "optional"})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The members wanted, as text."""

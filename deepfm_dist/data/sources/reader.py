@@ -1,5 +1,6 @@
 """What every format's reader offers; a new format is one more subclass."""
 
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,20 @@ from deepfm_dist.messages import nearest
 _MOST_NAMES = 100  # of columns, that an error line lists
 
 
+class MissingColumnError(DataError):
+    """A file lacks a column.
+
+    Args:
+        text: the error line.
+        column: that is missing.
+        cure: what to do where other files have it; None: the line names a better cure.
+    """
+
+    def __init__(self, text: str, column: str, cure: str | None) -> None:
+        super().__init__(text)
+        self.column, self.cure = column, cure
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a column's cells come from.
@@ -25,7 +40,7 @@ class Place:
         column: the file's column; None where a folder of the path gives the value.
         path: members of nested cells to follow: ``genres.name`` is the member name of the column
             genres.
-        value: what the folder gives.
+        value: what the folder gives; None: all cells are null.
     """
 
     column: str | None
@@ -122,30 +137,48 @@ class Reader(ABC):
     def locate(self, present: Sequence[str]) -> None:
         """Finds out where each column comes from.
 
-        A column of that name comes first, then a member of one, then a folder of the path.
+        A column of that name comes first, then a member of one, then a folder of the path; else
+        the cells of an optional one are null.
 
         Args:
             present: the columns that the file has.
 
         Raises:
-            DataError: a column is missing, or two have its name.
+            MissingColumnError: a column is missing.
+            DataError: two columns have its name.
         """
         for column in self.columns:
-            if (place := self._place(column.name, present)) is None:
+            place = self._place(column.name, present)
+            if place is None and column.name in self.layout.optional and not column.required:
+                place = Place(None)
+            if place is None:
                 known = [*present, *self.source.partitions]
                 near = nearest(column.name, known)
                 hint = f"did you mean {near!r}? " if near else ""
                 names = ", ".join(n if n.isprintable() else repr(n) for n in known[:_MOST_NAMES])
                 names += ", ..." if len(known) > _MOST_NAMES else ""
-                raise DataError(
+                layout_hint = self.layout_hint(present)
+                cure = None if layout_hint else self._cure_for_lacking(column)
+                raise MissingColumnError(
                     f"{self.source.path}: no column {column.name!r}; {hint}it has: {names}"
-                    + self.layout_hint(present)
+                    + layout_hint,
+                    column.name,
+                    cure,
                 )
             if place.column is not None and list(present).count(place.column) > 1:
                 raise DataError(
                     f"{self.source.path}: two columns are called {place.column!r}; rename one"
                 )
             self.places[column.name] = place
+
+    def _cure_for_lacking(self, column: Column) -> str:
+        """What to do about a column that other files have."""
+        if column.required:
+            return "add the column to this file, or leave the file out"
+        name = json.dumps(column.name, ensure_ascii=False)  # as YAML
+        name = column.name if column.name.isidentifier() else name
+        meant = "to read this file with empty cells, say so"
+        return self.source.cure(meant, f"optional: [{name}]", "add the column to this file")
 
     def _place(self, name: str, present: Sequence[str]) -> Place | None:
         if name in present:

@@ -27,11 +27,12 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import column_of, split_cells
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.lookup import RowEncoder
-from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.data.preparation.local import prepare
+from deepfm_dist.data.manifest import Manifest, input_files
+from deepfm_dist.data.preparation.local import detect_lists, prepare
 from deepfm_dist.data.schema import DataConfig, Feature, FileFormat
 from deepfm_dist.data.sources import (
     Column,
+    ColumnType,
     delimited,
     find_files,
     find_lists,
@@ -170,7 +171,7 @@ def test_lists_are_several_values(tmp_path: Path, form: str, separator: str | No
         text = pa.dictionary(pa.int32(), pa.string()) if form == "dictionary" else pa.string()
         kind = pa.large_list(text) if form == "large_list" else pa.list_(text)
         pq.write_table(pa.table({"tags": pa.array(TAGS, kind)}), path)
-    assert find_lists(path, ["tags"]) == {"tags"}
+    assert find_lists(path, ["tags"]) == {"tags": True}
     column = Column("tags", "texts", required=False, separator=separator)
     found = read_table(path, [column])["tags"].to_pylist()
     assert [values or [] for values in found] == [["a, b", "c"], [], [], ["c"]]
@@ -217,7 +218,7 @@ def test_a_member_of_objects_is_taken(tmp_path: Path, form: str) -> None:
         Column("genres.id", "texts", required=False),
         Column("at.hour", "number", required=False),
     ]
-    assert find_lists(path, ["genres.name", "at.hour"]) == {"genres.name"}
+    assert find_lists(path, ["genres.name", "at.hour"]) == {"genres.name": True, "at.hour": False}
     assert read_table(path, columns).to_pydict() == {
         "genres.name": [["Action", "Drama"], [], ["Drama"]],
         "genres.id": [["28", "18"], [], ["18"]],
@@ -557,6 +558,68 @@ def test_separators_of_thousands_are_read_where_they_are_declared(
             FileFormat.model_validate({"thousands": "."})
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_optional_columns_may_be_missing(tmp_path: Path, suffix: str) -> None:
+    frame, path = pd.DataFrame({"user": ["a", "b"]}), tmp_path / f"log{suffix}"
+    if suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    kinds: list[ColumnType] = ["text", "texts", "number"]
+    columns = [Column("user"), *(Column(kind, kind, required=False) for kind in kinds)]
+    layout = FileFormat(optional=("user", *kinds))
+    table = read_table(path, columns, layout).to_pydict()
+    assert table == {
+        "user": ["a", "b"],
+        "text": [None] * 2,
+        "texts": [[]] * 2,
+        "number": [None] * 2,
+    }
+    assert find_lists(path, ["user", "texts"], layout) == {"user": False}
+    with pytest.raises(DataError, match="no column 'text'"):
+        read_table(path, columns, FileFormat(optional=("number",)))
+    with pytest.raises(DataError, match="no column 'item'"):  # a row needs it
+        read_table(path, [*columns, Column("item")], FileFormat(optional=("item", *kinds)))
+
+
+def test_lists_are_detected_in_the_first_file_that_has_the_column(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("user,item\nu,i\n")
+    (tmp_path / "2.csv").write_text("user,item,tags,device\nu,i,,desk\n")
+    (tmp_path / "3.csv").write_text("user,item,tags,device\nu,i,\"['a', 'b']\",desk\n")
+    data = DataConfig.model_validate(
+        {
+            "interactions": {"file": "*.csv", "user": "user", "item": "item"},
+            "features": [{"name": "tags"}, {"name": "device"}],
+            "files": {"1.csv": {"optional": ["tags", "device"]}},
+        }
+    )
+    tags, device = detect_lists(data, input_files(data, tmp_path)).features
+    assert (tags.several, device.several) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("cell", "layout", "expected"),
+    [
+        ("1,600,000,000", {"thousands": ","}, (1_600_000_000, 0)),
+        ("1.600.000.000,25", {"thousands": ".", "decimal": ","}, (1_600_000_000, 250_000_000)),
+        ("2020-01-31 10:00", {"thousands": ","}, (1_580_464_800, 0)),
+        ("20200131", {"thousands": ","}, (20_200_131, 0)),
+    ],
+)
+def test_times_have_the_separators_of_the_file(
+    tmp_path: Path, cell: str, layout: dict[str, str], expected: tuple[int, int]
+) -> None:
+    (tmp_path / "a.csv").write_text(f"at\n{cell}\n")
+    layout = {"delimiter": "|"} | layout
+    table = read_table(
+        tmp_path / "a.csv", [Column("at", "time")], FileFormat.model_validate(layout)
+    )
+    [time] = table["at"].to_pylist()
+    assert (time["whole"], time["billionths"]) == expected
+
+
 def test_numbers_to_derive_from_have_the_separators_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x\n1.234,5\n7,5\n")
@@ -690,11 +753,11 @@ def test_arrays_as_postgresql_writes_them_are_lists(
 ) -> None:
     frame = pd.DataFrame({"c": [cell, "{x,y}", "{z}"]})
     frame.to_csv(tmp_path / "a.csv", index=False)
-    assert find_lists(tmp_path / "a.csv", ["c"]) == {"c"}
+    assert find_lists(tmp_path / "a.csv", ["c"]) == {"c": True}
     read = read_table(tmp_path / "a.csv", [Column("c", "texts", required=False)])
     assert read["c"].to_pylist() == [values, ["x", "y"], ["z"]]
     pd.DataFrame({"c": ["{a}", "{b}"]}).to_csv(tmp_path / "b.csv", index=False)
-    assert find_lists(tmp_path / "b.csv", ["c"]) == set()
+    assert find_lists(tmp_path / "b.csv", ["c"]) == {"c": False}
 
 
 def test_lists_of_lists_are_named(tmp_path: Path) -> None:
