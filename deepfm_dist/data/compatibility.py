@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 _UNNAMED = "the input or the version of deepfm_dist has changed"
 _OF_FILES = ("file", "key")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
+_MOST_CHANGES = 3
+"""That a message lists."""
 _FREE = {"name", "root", "files", "memory_bytes", "on_device", "lanes", "titles"}
 _FREE |= {"vocabulary_from", "features", "id_dropout"}
 
@@ -190,6 +192,40 @@ def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any
     yield from changed_settings(ours, theirs, "data")
     for one, other in shared_fields(trained, prepared):
         yield from field_differences(one, other, ())
+
+
+def changes_between(old: Manifest, new: Manifest) -> str:
+    """What made a dataset another one: settings, input files, or the program that prepared it."""
+    theirs, ours = old.data, new.data
+    differing = [*_differences(theirs, ours), *_other(theirs, ours)]
+    files = [
+        d.model_dump(mode="json", include={"files"}, exclude_defaults=True) for d in (theirs, ours)
+    ]
+    differing += changed_settings(files[0], files[1], "data")
+    changes = {name: f"{name}={after}, not {before}" for name, before, after in differing}
+    if old.seed != new.seed:
+        changes["seed"] = f"the seed is {new.seed}, not {old.seed}"
+    for file in {**old.inputs, **new.inputs}:
+        sizes = old.inputs.get(file), new.inputs.get(file)
+        if sizes[0] != sizes[1]:
+            what = "gone" if sizes[1] is None else "new" if sizes[0] is None else "of another size"
+            changes[file] = f"{file} is {what}"
+    shown = [*changes.values()]
+    if shown:
+        more = f" and {len(shown) - _MOST_CHANGES} more" * (len(shown) > _MOST_CHANGES)
+        what = "; ".join(shown[:_MOST_CHANGES]) + more
+        return f"its input files or settings have changed ({what})"
+    programs = [name for name in new.versions if new.versions[name] != old.versions.get(name)]
+    if programs:
+        before, after = (
+            ", ".join(f"{name} {versions.get(name)}" for name in programs)
+            for versions in (old.versions, new.versions)
+        )
+        return (
+            f"it was prepared with {before}, and with {after} the same settings and files (by name "
+            f"and size) give another dataset"
+        )
+    return "an input file was edited, though its size is the same"
 
 
 def changed_settings(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from deepfm_dist.config import Config, load_config
+from deepfm_dist.data.compatibility import changes_between
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel, placed_tables
@@ -59,8 +60,8 @@ def before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | Non
             else "data.name=NAME, for a dataset of its own"
         )
         raise DataError(
-            f"{config.prepared_dir}: its input files or settings have changed, and {names} would "
-            f"lose the dataset of the checkpoints there; set another run.name, or {cure}"
+            f"{config.prepared_dir}: {changes_between(old, new)}, and {names} would lose the "
+            f"dataset of the checkpoints there; set another run.name, or {cure}"
         )
     return None
 

@@ -13,7 +13,9 @@ import pytest
 from deepfm_dist import prepare as prepare_command
 from deepfm_dist import train as train_command
 from deepfm_dist.config import Config
-from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.compatibility import changes_between
+from deepfm_dist.data.manifest import Manifest, settings_of
+from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.runs.trained import find_run
@@ -189,3 +191,67 @@ def test_machines_with_different_datasets_of_one_name_are_told_apart(
     shutil.rmtree(tmp_path / "1")
     shutil.copytree(tmp_path / "0", tmp_path / "1")
     assert run_ranks(_train_on_own_data, 2, tmp_path) == [0, 0]
+
+
+def test_what_made_a_dataset_another_one_is_named(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    new = prepared(config)
+    old = new.model_copy(update={"versions": new.versions | {"deepfm-dist": "0.0.1"}})
+    version = new.versions["deepfm-dist"]
+    assert changes_between(old, new) == (
+        f"it was prepared with deepfm-dist 0.0.1, and with deepfm-dist {version} the same settings "
+        f"and files (by name and size) give another dataset"
+    )
+    assert changes_between(new, new).startswith("an input file was edited, though its size")
+
+    split = new.data.split.model_copy(update={"valid": 0.3})
+    layout = {"rows.csv": FileFormat(delimiter=";")}
+    fields = tuple(f for f in new.data.features if f.name != "mood")
+    other = old.model_copy(
+        update={
+            "data": new.data.model_copy(
+                update={"split": split, "files": layout, "features": fields}
+            ),
+            "inputs": {"rows.csv": 1, "gone.csv": 2},
+            "seed": new.seed + 1,
+        }
+    )
+    told = changes_between(other, new)
+    kept = ",".join(f.name for f in new.data.features)
+    without = ",".join(f.name for f in fields)
+    assert told.startswith(
+        f"its input files or settings have changed (data.features={kept}, not {without}; "
+    )
+    n_files = len(new.inputs.keys() | other.inputs.keys())
+    assert told.endswith(
+        f"data.split.valid={new.data.split.valid}, not 0.3; data.files=None, not "
+        f"{{'rows.csv': {{'delimiter': ';'}}}} and {n_files + 1} more)"  # and the seed
+    )
+    files_alone = old.model_copy(update={"inputs": old.inputs | {"gone.csv": 2}})
+    assert changes_between(files_alone, new).endswith("changed (gone.csv is gone)")
+
+
+def test_an_upgrade_that_prepares_differently_is_no_change_of_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path)
+    config = config_of(tmp_path)
+    manifest = prepared(config)
+    file = config.prepared_dir / "manifest.json"
+    earlier = json.loads(file.read_text()) | {"fingerprint": "0", "data_hash": "0"}
+    earlier["versions"]["deepfm-dist"] = "0.0.1"
+    file.write_text(json.dumps(earlier))
+    save_marker(config, manifest.model_copy(update={"data_hash": "0"}))
+    assert prepare_command.main(["--config", str(config.run_dir)]) == 2
+    told = capsys.readouterr().err
+    assert "was prepared with deepfm-dist 0.0.1, and with deepfm-dist " in told
+    assert f"give another dataset, and {config.run_dir} would lose the dataset" in told
+
+
+def test_new_settings_at_their_defaults_leave_datasets_current(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    data = config_of(tmp_path).data
+    data = data.model_copy(update={"files": {"rows.csv": FileFormat(delimiter=",")}})
+    assert "catalogue" not in settings_of(data)
+    assert "optional" not in settings_of(data)["files"]["rows.csv"]
