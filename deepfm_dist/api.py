@@ -254,7 +254,7 @@ class Model:
         """The model of a configuration file (of `fit`, or of a run), or of a run's folder.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: the file does not exist.
             CheckpointError: it is not trained yet.
         """
         with _in_python():

@@ -57,14 +57,14 @@ _TRAINING = (
     *("run", "data", "model", "optimizer", "sharding", "trainer", "checkpoint"),
     *("evaluate.k", "evaluate.mask_seen", "recommend.context"),
 )
-HEEDED = {
+SETTINGS_USED = {
     "prepare": (*_ALWAYS, "run.seed"),
     "train": _TRAINING,
     "evaluate": (*_INFERENCE, "evaluate", "recommend.context", "recommend.cold_items"),
     "recommend": (*_INFERENCE, "recommend"),
     "similar": (*_INFERENCE, "similar", "recommend.cold_items"),
     "predict": _INFERENCE,
-    # Those of recommend and similar that a service would not heed are refused.
+    # Those of recommend and similar that a service would ignore are refused.
     "serve": (*_ALWAYS, "run.timeout_s", "model", "checkpoint.use", "recommend", "similar"),
     "export": (*_ALWAYS, "model", "checkpoint.use"),
     "import_weights": _TRAINING,
@@ -76,10 +76,10 @@ HEEDED = {
 """The settings, or their sections, that change what a command does."""
 
 
-def heeds(command: str, setting: str) -> bool:
+def uses_setting(command: str, setting: str) -> bool:
     """Whether a setting, by its dotted name, changes what a command does."""
-    heeded = HEEDED.get(command, Config.model_fields)
-    return any(f"{setting}.".startswith(f"{name}.") for name in heeded)
+    used = SETTINGS_USED.get(command, Config.model_fields)
+    return any(f"{setting}.".startswith(f"{name}.") for name in used)
 
 
 def run(
@@ -246,8 +246,8 @@ def memory_errors_to_user() -> Iterator[None]:
 
 def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> None:
     for setting in (name for override in overrides for name in settings_of(override, Config)):
-        if not heeds(command, setting):
-            others = ", ".join(other for other in HEEDED if heeds(other, setting))
+        if not uses_setting(command, setting):
+            others = ", ".join(other for other in SETTINGS_USED if uses_setting(other, setting))
             log.warning("%s has no effect on %s; it is a setting of %s", setting, command, others)
 
 

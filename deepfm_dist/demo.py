@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     complete(parser)
     arguments = parser.parse_intermixed_args(argv)
-    from deepfm_dist.cli import heeds
+    from deepfm_dist.cli import uses_setting
     from deepfm_dist.config import Config, load_config
     from deepfm_dist.typed_yaml import settings_of
 
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         (torchrun, "recommend"),
     ):
         quiet = ["--quiet"] * arguments.quiet
-        heeded = [
+        used = [
             override
             for override in arguments.overrides
-            if any(heeds(name, setting) for setting in settings_of(override, Config))
+            if any(uses_setting(name, setting) for setting in settings_of(override, Config))
         ]
-        command = [*launcher, f"deepfm_dist.{name}", *quiet, *heeded]
+        command = [*launcher, f"deepfm_dist.{name}", *quiet, *used]
         print(coloured(f"\n$ {shlex.join(command)}", "bold"), flush=True)
         code = subprocess.run(_here(command), check=False).returncode
         if code != 0:

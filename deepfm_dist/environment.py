@@ -89,7 +89,7 @@ class Problem:
 def has_fbgemm_code(capability: Version) -> bool:
     """Whether FBGEMM's CUDA wheels run on a GPU of a compute capability, such as ``(8, 6)``.
 
-    Code for sm_80 runs on every 8.x; what is made for sm_90a or sm_100a runs nowhere else.
+    Code for sm_80 runs on every 8.x; code for sm_90a or sm_100a runs on that chip only.
     """
     return capability[0] == 8 or capability in ((9, 0), (10, 0))
 
@@ -163,7 +163,7 @@ def problems(installation: Installation, device: str = "auto") -> list[Problem]:
 
 
 def require(device: str = "auto") -> None:
-    """Stop with one line if nothing can run on ``device`` here; log what is merely unusual.
+    """Stops with one line if nothing can run on ``device``; warns of anything unusual.
 
     Args:
         device: As for :func:`problems`.

@@ -28,7 +28,7 @@ def progress(
     Args:
         total: units to go.
         description: label of the bar.
-        unit: what is counted.
+        unit: of the count, such as ``step``.
         is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
             neither a terminal nor a notebook's, or the log is quiet.
         done: units done before.
@@ -96,7 +96,7 @@ class TensorBoard:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is not written yet, and ends the writer's thread."""
+        """Flushes pending events and ends the writer's thread."""
         self._writer.close()
 
 

@@ -168,7 +168,7 @@ def rows_because(tree: Mapping[str, Any]) -> str | None:
 
 
 def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
-    """Which setting says that there is to be an over-arch, in words."""
+    """The setting that asks for an over-arch, as text for the log."""
     for name in _OF_THE_OVER_ARCH:
         if _is_stated(ModelConfig, name, model.get(name, AUTO)):
             return f"model.{name} is set, and it is the over-arch's"
@@ -356,7 +356,7 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
 
 
 def _is_measured(draft: "_Draft", manifest: Manifest) -> bool:
-    """Whether rankings are measured while the model trains; chooses what is held out for it."""
+    """Whether rankings are measured during training; chooses the users held out for them."""
     n_users, _, n_rows = _sizes(manifest)
     share, reason = 0.0, None
     if manifest.splits["valid"].rows:
@@ -438,7 +438,7 @@ class _Draft:
         return self._chosen.get(setting, getattr(section, name))
 
     def choose(self, setting: str, value: Any, reason: str) -> None:
-        """Decides what is ``auto``; the user's own value stays."""
+        """Resolves ``auto`` values; values the user set are kept."""
         section, name = self._parts(setting)
         assert name in section.chosen, f"{setting} cannot be left to the recipe"
         if self.is_auto(setting):

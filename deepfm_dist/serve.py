@@ -130,7 +130,7 @@ def _check_settings(config: Config, overrides: Sequence[str]) -> None:
     """Looks at what was typed, and at what would leave items out.
 
     Raises:
-        ConfigError: the service would not heed it.
+        ConfigError: the service would ignore it.
     """
     names = [name for override in overrides for name in settings_of(override, Config)]
     for name in [*names, "recommend.allow_items", "recommend.block_items"]:

@@ -180,7 +180,7 @@ def delete_tree(folder: Path) -> None:
 
 
 def move_tree(folder: Path, new: Path) -> None:
-    """Moves a folder; what is at the new place must not be there yet.
+    """Moves a folder; the target must not exist.
 
     An object store copies every file before it deletes the first, so that a crash loses none.
     """
@@ -257,7 +257,7 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
     """Around calls that may go over a network.
 
     Raises:
-        DeepFMError: what is behind the URL cannot be reached, read or written.
+        DeepFMError: the URL cannot be reached, read or written.
     """
     try:
         yield

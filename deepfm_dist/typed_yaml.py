@@ -59,7 +59,7 @@ def load(text: str) -> Any:
     """YAML -> dicts, lists and strings, those without quotes as `Plain`.
 
     Raises:
-        yaml.YAMLError: it is none, or a key comes twice.
+        yaml.YAMLError: not valid YAML, or a duplicate key.
     """
     return yaml.load(text, _Loader)
 

@@ -513,7 +513,7 @@ def _build(folder: Path, override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         # The sample's tables have 701 + 401 + 19 rows, of embedding_dim + 1 floats.
         ("model.embedding_dim=1000000000000", r"1,121 rows of tables take 4,484,000\.0 GB of "),
@@ -525,9 +525,9 @@ def _build(folder: Path, override: str) -> None:
     ],
 )
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_allocated(
-    sample: PreparedDataset, override: str, told: str
+    sample: PreparedDataset, override: str, message: str
 ) -> None:
-    with pytest.raises(RankFailed, match=f"ConfigError: model.*{told}"):
+    with pytest.raises(RankFailed, match=f"ConfigError: model.*{message}"):
         run_alone(_build, sample.folder, override)
 
 

@@ -311,7 +311,7 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "heeded", "without_effect"),
+    ("command", "used", "without_effect"),
     [
         ("prepare", ["data.root", "run.seed"], ["trainer.epochs", "run.device", "recommend.k"]),
         (
@@ -333,19 +333,19 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_settings_without_effect_are_known(
-    command: str, heeded: list[str], without_effect: list[str]
+    command: str, used: list[str], without_effect: list[str]
 ) -> None:
-    assert [name for name in heeded if not cli.heeds(command, name)] == []
-    assert [name for name in without_effect if cli.heeds(command, name)] == []
+    assert [name for name in used if not cli.uses_setting(command, name)] == []
+    assert [name for name in without_effect if cli.uses_setting(command, name)] == []
 
 
 def test_every_setting_changes_what_some_command_does() -> None:
     tree = load_config("sample").model_dump()
     names = [f"{section}.{field}" for section in tree for field in tree[section]]
     assert len(names) > 80
-    assert [n for n in names if not any(cli.heeds(c, n) for c in cli.HEEDED)] == []
+    assert [n for n in names if not any(cli.uses_setting(c, n) for c in cli.SETTINGS_USED)] == []
     not_of_a_run = {"demo", "doctor"}
-    assert {*cli.HEEDED} | not_of_a_run == {*__main__.commands()}
+    assert {*cli.SETTINGS_USED} | not_of_a_run == {*__main__.commands()}
 
 
 def test_a_setting_without_effect_is_a_warning(
@@ -388,7 +388,10 @@ def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     def numpy_s(*_: object) -> None:
         np.empty(1 << 55)
 
-    for work, told in ((torch_s, "cannot allocate 4,611,686,018.4 GB: "), (numpy_s, "256. PiB: ")):
+    for work, message in (
+        (torch_s, "cannot allocate 4,611,686,018.4 GB: "),
+        (numpy_s, "256. PiB: "),
+    ):
         assert cli.run("prepare", "", work, ["--quiet"]) == 2
         [line] = capsys.readouterr().err.splitlines()[-1:]
-        assert re.match(f"OutOfMemory: .*{told}", line)
+        assert re.match(f"OutOfMemory: .*{message}", line)

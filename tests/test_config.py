@@ -455,7 +455,7 @@ def test_every_wrong_value_is_a_sentence_about_its_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         (
             "recommend.users={a: 1}",
@@ -477,10 +477,10 @@ def test_every_wrong_value_is_a_sentence_about_its_setting() -> None:
         ("evaluate.k=[x]", "evaluate.k.0: input should be a valid integer"),
     ],
 )
-def test_a_value_of_no_type_of_several_is_one_sentence(override: str, told: str) -> None:
+def test_a_value_of_no_type_of_several_is_one_sentence(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("sample", [override])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -489,9 +489,9 @@ def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
     path.write_text(
         load_config("sample").to_yaml().replace("embedding_dim: 16", "embedding_dim: 0")
     )
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load_config(str(path), ["recommend.k=0"])
-    lines = str(told.value).splitlines()
+    lines = str(caught.value).splitlines()
     assert lines[0] == f"{path}: 2 problems"
     assert lines[1].startswith("  model.embedding_dim: ") and lines[1].endswith("(got 0)")
     assert lines[2].startswith("  recommend.k: ") and lines[2].endswith("(got 0) [recommend.k=0]")
@@ -503,6 +503,6 @@ def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
         (["data.nme=x"], "data.nme=x"),
         (["optimizer.dense.decay=linear"], "optimizer.dense.decay=linear"),
     ]:
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as caught:
             load_config("sample", overrides)
-        assert str(told.value).startswith(f"{cause}: ")
+        assert str(caught.value).startswith(f"{cause}: ")

@@ -120,7 +120,7 @@ def test_a_damaged_plan_is_left_out_of_the_report(
 
 
 @pytest.mark.parametrize(
-    ("file", "command", "told"),
+    ("file", "command", "message"),
     [
         ("runs/sample/checkpoints/*/state.json", evaluate.main, "CheckpointError: .*damaged"),
         ("runs/sample/checkpoints/*/.metadata", recommend.main, "CheckpointError: .*damaged"),
@@ -128,7 +128,7 @@ def test_a_damaged_plan_is_left_out_of_the_report(
     ],
 )
 def test_what_cannot_be_read_without_is_one_line(
-    file: str, command: Any, told: str, home: Path, capfd: pytest.CaptureFixture[str]
+    file: str, command: Any, message: str, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     [path] = home.glob(file)
     whole = path.read_bytes()
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_without_is_one_line(
         where = [f"run.prepared_root={home}/prepared"]
         assert run_alone(command, ["--quiet", "--run", f"{home}/runs/sample", *where]) == 2
         [line] = capfd.readouterr().err.splitlines()[-1:]
-        assert re.match(told, line), line
+        assert re.match(message, line), line
 
 
 def test_a_damaged_part_of_a_run_names_what_is_left_and_how_it_is_made_again(

@@ -72,7 +72,7 @@ def test_leftovers_of_another_tool_are_no_launch(
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         (TORCHRUN | {"RANK": "x"}, "RANK=x must be a whole number from 0 to 3"),
         (TORCHRUN | {"RANK": "4"}, "RANK=4 must be"),
@@ -99,9 +99,9 @@ def test_leftovers_of_another_tool_are_no_launch(
     ],
 )
 def test_a_launch_that_cannot_be_is_refused_with_the_cure(
-    environment: dict[str, str], told: str
+    environment: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(EnvironmentProblem, match=told) as caught:
+    with pytest.raises(EnvironmentProblem, match=message) as caught:
         read_launch(environment)
     cure = str(caught.value).rpartition(" run unset ")[2].split()
     cured = {name: text for name, text in environment.items() if name not in cure}
@@ -109,7 +109,7 @@ def test_a_launch_that_cannot_be_is_refused_with_the_cure(
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         (TORCHRUN | {"RANK": "x"}, "EnvironmentProblem: RANK=x must be"),
         ({"RANK": "1"}, "DataError: /nowhere"),
@@ -118,7 +118,7 @@ def test_a_launch_that_cannot_be_is_refused_with_the_cure(
 )
 def test_a_mistake_is_shown_whatever_the_variables_say(
     environment: dict[str, str],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_mistake_is_shown_whatever_the_variables_say(
         monkeypatch.setenv(name, text)
     monkeypatch.setattr(launcher, "watch_torchrun", lambda launch: None)
     assert prepare.main(["--quiet", "data.root=/nowhere"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 def test_what_is_ignored_is_said(
@@ -187,8 +187,8 @@ def test_the_ranks_of_a_killed_launcher_end(tmp_path: Path) -> None:
     assert torchrun.stdout is not None
     child = int(torchrun.stdout.readline())
     torchrun.send_signal(signal.SIGKILL)
-    _, told = torchrun.communicate(timeout=10)  # until the rank has closed them, too
-    assert told.startswith(f"torchrun (process {torchrun.pid}) was killed: its ranks end; ")
+    _, errors = torchrun.communicate(timeout=10)  # until the rank has closed them, too
+    assert errors.startswith(f"torchrun (process {torchrun.pid}) was killed: its ranks end; ")
     assert not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/exe").exists()
 
 

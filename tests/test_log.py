@@ -164,8 +164,8 @@ def test_a_listener_that_fails_ends_nothing(
     for step in (1, 2):
         log.write(TrainEvent(step=step))
     assert len(heard) == len(read(log.path)) == 2
-    told = [r.getMessage() for r in caplog.records]
-    assert told == ["run.loggers: _fails failed and is not called again: the server is away"]
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages == ["run.loggers: _fails failed and is not called again: the server is away"]
 
 
 @pytest.mark.parametrize(("from_step", "shown"), [(0, [(1, 9.0)]), (1, [(1, 1.0), (2, 9.0)])])

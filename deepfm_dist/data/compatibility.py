@@ -1,7 +1,7 @@
 """Whether a dataset is the one that a model was trained on.
 
 A model knows the fields by their places and the values by their table rows. A dataset in which
-these mean something else gives logits all the same, so that everything is compared beforehand.
+these differ still gives logits, only wrong ones, so everything is compared first.
 """
 
 import logging

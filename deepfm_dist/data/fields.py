@@ -169,7 +169,7 @@ def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array
 
 
 def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
-    """`split_cells` without what is derived."""
+    """`split_cells` without derived fields."""
     owners = np.arange(len(cells), dtype=np.int64)
     if feature.in_lists:
         lists = cells if pa.types.is_list(cells.type) else as_lists(cells, feature.separator)
@@ -246,7 +246,7 @@ def _source(feature: Feature) -> str:
 
 
 def _derivable(texts: pa.Array, feature: Feature) -> pa.Array:
-    """``[m]`` string -> ``[m]`` integers by ``feature.derive``, null where the text is none."""
+    """``[m]`` string -> ``[m]`` integers by ``feature.derive``, null if unparsable."""
     if feature.derive == "log_squared":
         x = _numbers(texts)
         finite = np.isfinite(x)

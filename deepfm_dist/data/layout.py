@@ -2,7 +2,7 @@
 
 No kernel is relied on to notice another id: FBGEMM's dense ones read what lies behind the table.
 The sizes of tables are compared when a dataset is opened, and values when they are read: once for
-what stays in memory, and once a group of rows for what is streamed.
+arrays kept in memory, and once per row group for streamed rows.
 
 Every file is the one that was prepared: its footer is compared with the manifest's checksum when it
 is opened, and its pages carry checksums of their own, which Arrow compares when it reads them. It

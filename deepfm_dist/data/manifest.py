@@ -326,7 +326,7 @@ def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]
 
     Raises:
         ConfigError: ``files`` describes a file that it does not read.
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     patterns = [pattern for files in _files_of(data) for pattern in names_of(files)]
     check_formats(data, *(n for n in data.files if any(fnmatchcase(n, p) for p in patterns)))

@@ -85,7 +85,7 @@ def put_negatives(
         n_items: number of items.
         seed: of this epoch's draws.
         weights: as above.
-        first_item: what is added to the items drawn.
+        first_item: offset added to the drawn items.
     """
     # Where nobody has seen anything, there still is a place to look at.
     values = history.values if len(history.values) else np.zeros(1, np.int32)

@@ -44,7 +44,7 @@ def copy_path(folder: Path, cache: str | Path) -> Path:
 
 
 def local_copy(folder: Path, cache: str | Path) -> Path:
-    """A local folder as it is, or a current copy of what is behind a URL.
+    """Returns a local folder unchanged, or a current local copy of a URL's contents.
 
     Several processes may ask for the same copy: one of them downloads it, the others wait.
 

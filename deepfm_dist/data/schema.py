@@ -59,7 +59,7 @@ _TimeFormat = Annotated[str, AfterValidator(check_format)]
 
 
 def _as_tree(section: Any) -> dict[str, Any]:
-    """A section as it may be given: a dict or a model; what is neither is refused elsewhere."""
+    """A section as users may give it: a dict or a model; other types are refused elsewhere."""
     if isinstance(section, Section):
         return section.model_dump(exclude_unset=True)
     return section if isinstance(section, dict) else {}
@@ -118,7 +118,9 @@ class FileFormat(Section):
     @model_validator(mode="after")
     def _encoding_exists(self) -> Self:
         try:
-            text = "a\n".encode(self.encoding or "utf-8")  # rot13 and the like make no bytes of it
+            text = "a\n".encode(
+                self.encoding or "utf-8"
+            )  # rot13 and similar codecs do not return bytes
             codecs.getincrementaldecoder(self.encoding or "utf-8")().decode(text)
         except (LookupError, AttributeError, TypeError, UnicodeError):
             raise ValueError(f"encoding: unknown text encoding {self.encoding!r}") from None

@@ -219,7 +219,7 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
     if any("%z" in f for f in formats):
         times = _one_by_one(values, lambda text: _by_formats(text, formats, in_utc=False))
     else:
-        if ISO in formats:  # without its zone, the cell's own time is what is read as UTC
+        if ISO in formats:  # the cell's local time is read as UTC, its zone ignored
             values = pc.replace_substring_regex(values, _ZONE, r"\1")
         times = _from_formats(values, formats)
     seconds = times.field("whole")

@@ -409,7 +409,7 @@ class _Files(FileSystemBase):
 
 
 class _ChecksumFile(io.RawIOBase):
-    """Passes on what is written from beginning to end, and sums it up."""
+    """Forwards sequential writes and computes their checksum."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.sum = file, 0
@@ -467,7 +467,7 @@ def load(
         model[name] = torch.empty(saved[f"model.{name}"].size)
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
-        make_state(optimizer)  # DCP reads only what is there
+        make_state(optimizer)  # DCP reads only into existing entries
         tensors["optimizer"] = _optimizer_state(optimizer, model)
     put_in_place: list[Callable[[], object]] = []
     if transfer is not None:
@@ -600,7 +600,9 @@ def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
     for step, path in _folders(run_dir).items():
         if step not in steps:
-            (path / MARKER).unlink(missing_ok=True)  # first: what is left is no checkpoint
+            (path / MARKER).unlink(
+                missing_ok=True
+            )  # first, so that an interrupted removal leaves no valid checkpoint
             delete_tree(path)
 
 

@@ -108,7 +108,8 @@ def wait_for(store: dist.Store, key: str, timeout_s: float) -> bytes:
         if count != beats:
             beats, last_beat = count, time.monotonic()
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _interval_s(timeout_s), 0.05)  # what is done should not wait
+        # Short pauses: a complete barrier should not wait.
+        pause_s = min(2 * pause_s, _interval_s(timeout_s), 0.05)
     raise dist.DistStoreError(f"timed out: no sign of life from rank 0 in {key!r}")
 
 

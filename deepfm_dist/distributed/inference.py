@@ -56,7 +56,7 @@ def score_rows(
         blocks: numbers of this rank's, as many as on any other; default: they are dealt.
 
     Yields:
-        (first row, logits ``[m]``) for each block, in order; rows of ranks follow one another.
+        (first row, logits ``[m]``) for each block, in order; rank 0's rows first.
     """
     if blocks is None:
         blocks = dealt_blocks(-(-n_rows // height), world, "score rows")

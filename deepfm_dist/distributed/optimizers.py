@@ -43,7 +43,7 @@ def bound_gradients(
     """Cuts gradients down between backward and update, as the configuration bounds them. All ranks.
 
     Args:
-        config: names the bounds; L2 is added here where it is part of what is bounded.
+        config: names the bounds; L2 is added here where the bounded gradient includes it.
         tables: this rank's pieces of the tables under the dense kernel.
         replicated: tables that every rank has, their gradients averaged over the ranks.
         dense: the other parameters that every rank has, likewise.

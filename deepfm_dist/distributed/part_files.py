@@ -117,7 +117,11 @@ class PartFolder:
             )
         if own or SUCCESS in names:
             log.info("%s: replacing its parts, which were made from other inputs", self.folder)
-        for name in (SUCCESS, *own, _INPUTS):  # without the mark first: what is left is incomplete
+        for name in (
+            SUCCESS,
+            *own,
+            _INPUTS,
+        ):  # the mark goes first, so that an interrupted removal leaves an incomplete folder
             (self.folder / name).unlink(missing_ok=True)
 
     def write(self, part: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

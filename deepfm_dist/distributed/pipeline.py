@@ -129,7 +129,7 @@ class _Prefetcher:
         """The next batch.
 
         Raises:
-            StopIteration: there is none.
+            StopIteration: no batch is left.
         """
         batch = self._copy(batches) if self._next is None else self._next
         if batch is None:
@@ -187,7 +187,7 @@ class _SizesFromHost(KJTAllToAllForward):
     """Begins an exchange of ids whose sizes go from host to host, through gloo.
 
     TorchRec 1.8 copies the sizes to the GPU, exchanges them there and reads them back: on CUDA the
-    host waits seven times. Those of what is sent are known here (`Batch.sparse` brings them),
+    host waits seven times. The sizes to send are known here (`Batch.sparse` brings them),
     unless rows are cut over the ranks, where the ids decide.
     """
 

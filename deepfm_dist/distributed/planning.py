@@ -223,7 +223,7 @@ def _table_demand(
     """What a table needs, in all and of each rank.
 
     Args:
-        job: what is planned.
+        job: the plan's inputs.
         config: the table.
         placement: where it lies.
         width: numbers per row.

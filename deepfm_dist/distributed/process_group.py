@@ -126,7 +126,7 @@ def _leave(abort: bool) -> None:
     """Leaves the process group.
 
     Args:
-        abort: gives up what is under way. NCCL's communicators would otherwise be destroyed
+        abort: aborts running collectives. NCCL's communicators would otherwise be destroyed
             together with all ranks, after their collectives, which a failed rank never joins.
     """
     comm._INTRA_PG = comm._CROSS_PG = None  # TorchRec's, of machines; another group has others

@@ -130,7 +130,7 @@ class NotebookField:
 
     Attributes:
         places: ``[n]`` int32: for each of the notebook's indices, the row of our table; 0 where
-            our vocabulary has no such id.
+            our vocabulary does not have the id.
         rows: of our table.
     """
 

@@ -105,7 +105,7 @@ def _usable_parts(config: Config) -> Sequence[str]:
     """Which checkpoints of a finished run may be measured.
 
     Raises:
-        ConfigError: the one that is asked for was trained on what is held out here.
+        ConfigError: the requested checkpoint was trained on the rows held out here.
     """
     split = config.evaluate.split
     if _knows_validation(config):

@@ -256,7 +256,7 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
 def _filled_in(tree: Any, config: Config, day: date) -> Any:
     """Settings with the places for the day in names of files filled in.
 
-    A log of an earlier day that is missing is left out: on the first nights there is none.
+    Missing logs of earlier days are skipped: the first nights have none.
     """
     if isinstance(tree, dict):
         return {
@@ -352,7 +352,7 @@ def is_no_worse(figure: float, previous: float | None, tolerance: float, metric:
 
     Args:
         figure: of the new model.
-        previous: of the one in use; None: there is none.
+        previous: of the model in use, if any.
         tolerance: share of the previous figure by which the new one may be worse.
         metric: its name, which says whether lower is better.
     """

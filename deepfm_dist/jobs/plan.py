@@ -45,7 +45,7 @@ def plan(
 
 
 def _with_choices(config: Config) -> Config:
-    """What training would choose from the prepared data; their defaults where there are none."""
+    """The settings that training would choose from the data, or the defaults before preparation."""
     manifest = Manifest.find(config.prepared_dir)
     if manifest is not None and manifest.data.features == config.data.features:
         return resolve(config, manifest)[0]

@@ -21,14 +21,14 @@ MOST_USERS = 10_000
 def make_validate(
     config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
 ) -> Callable[[], Mapping[str, float]] | None:
-    """Measures the model on the validation rows, the same on all ranks; None: there are none.
+    """Returns a function that measures the model on the validation rows; None without such rows.
 
     The catalogue is ranked too where the loss or the monitored figure is one of rankings.
 
     Raises:
-        ConfigError: there are none although a setting asks for a monitored figure; or the figure
-            is undefined on them; or the catalogue is to be ranked and ``recommend.context`` lacks a
-            field.
+        ConfigError: a setting needs a monitored figure and there are no validation rows; or the
+            figure is undefined on them; or the catalogue is to be ranked and ``recommend.context``
+            lacks a field.
     """
     if not dataset.has_validation:
         if asked := config.trainer.needs_monitor:

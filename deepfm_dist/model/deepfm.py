@@ -28,7 +28,7 @@ from deepfm_dist.model import kernels
 from deepfm_dist.model.norm import Gather, GlobalBatchNorm
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
-    "relu": partial(nn.ReLU, inplace=True),  # nothing needs what a linear layer gave once more
+    "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not needed again
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -65,7 +65,7 @@ class EmbeddingArch(nn.Module):
         pooling: by field, how its several values become one vector: ``mean``, ``sqrt`` (their sum
             over the root of their number) or, where it is not named, ``sum``.
         device: where the tables are; ``meta`` before sharding.
-        half: whether they are kept in float16; what is looked up is float32 all the same.
+        half: whether they are stored in float16; look-ups return float32 either way.
     """
 
     power_F: Tensor
@@ -132,7 +132,7 @@ class EmbeddingArch(nn.Module):
         return rows_BFW[:, :, : self.embedding_dim], rows_BFW[:, :, self.embedding_dim]
 
 
-@torch.fx.wrap  # TorchRec's pipeline traces what is around the lookup
+@torch.fx.wrap  # TorchRec's pipeline traces the code around the lookup
 def _in_order(pooled: KeyedTensor, features: list[str]) -> Tensor:
     """``[B, F * row_width]`` by name: a sharded collection groups its keys by owner."""
     keys, values = pooled.keys(), pooled.values()

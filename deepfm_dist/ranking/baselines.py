@@ -258,7 +258,7 @@ def _neighbours(
         users: users of the items.
         item_offsets: ``[U + 1]`` into ``items``: of each user.
         items: items of the users.
-        nearest: ``[I, K]`` int32; what is not filled stays.
+        nearest: ``[I, K]`` int32; entries without a neighbour keep their value.
         cosines: ``[I, K]`` float32, likewise.
     """
     n_items, k = nearest.shape

@@ -53,7 +53,7 @@ def rank_users(
         description: of the progress bar.
 
     Yields:
-        A chunk of users at a time, in order; the users of ranks follow one another.
+        A chunk of users at a time, in order; rank 0's users first.
     """
     size = users_per_chunk(n_users)
     mine, at_once = _my_chunks(n_users, world, chunks), max(1, USERS_AT_ONCE // size)

@@ -170,7 +170,7 @@ class RankingEvaluator:
     def _figures_apart(self, ranked: Int64Array, cutoffs: Sequence[int]) -> dict[str, FloatArray]:
         """Recall and NDCG of the relevant items with training rows, and of those without.
 
-        The ranking is that of all items; ``[U]`` each, NaN for users who have no such item.
+        The ranking is that of all items; ``[U]`` each, NaN for users without such an item.
         """
         items, first_cold = self.relevant.values, self.catalogue.first_cold
         parts = {"warm": (items > 0) & (items < first_cold), "cold": items >= first_cold}

@@ -35,7 +35,7 @@ def cold_items_to_rank(
         manifest: of the dataset.
 
     Raises:
-        ConfigError: only such items are to be ranked, and there are none.
+        ConfigError: only cold items are to be ranked, and the data has none.
     """
     n = manifest.cold.get("item", 0)
     if n == 0:

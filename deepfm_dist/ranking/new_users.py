@@ -218,7 +218,7 @@ def _report(
     n_users: int,
     unknown: pa.Array,
 ) -> None:
-    """Logs what is left out."""
+    """Logs how many rows are left out, by reason."""
     n_strange = int((~is_known).sum())
     if n_strange:
         hint = spelling_hint(dataset, "item", unknown.to_pylist())

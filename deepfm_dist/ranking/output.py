@@ -132,7 +132,7 @@ class ResumableOutput:
 
         Args:
             ranked: this rank's.
-            owners: ``[U]`` external ids of all users (or of what is ranked for), in ranking order.
+            owners: ``[U]`` external ids of the users (or items) ranked for, in ranking order.
             items: ``[I]`` external ids by position.
             names: of the first two columns.
             probability: makes a column of that name.

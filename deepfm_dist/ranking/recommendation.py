@@ -91,7 +91,7 @@ def recommend(
     Raises:
         DataError: a list has no known id, or has unknown users; or histories are given to a model
             that has no field for them.
-        ConfigError: the precision is not for this device or model, or there is no such index.
+        ConfigError: the device or model lacks the precision, or the index does not exist.
     """
     catalogue = _catalogue(dataset, config)
     asked = _selected_users(dataset, config, rate)
@@ -126,7 +126,7 @@ def _catalogue(dataset: PreparedDataset, config: RecommendConfig) -> Catalogue:
     """The items that can be recommended.
 
     Raises:
-        DataError: there are none.
+        DataError: no item may be recommended.
     """
     cold_items = config.cold_items or "exclude"
     rows = _items(dataset, config.allow_items, config.block_items)

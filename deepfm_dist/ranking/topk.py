@@ -21,7 +21,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K best positions of each row; equal scores in the order of their positions.
 
     Args:
-        scores: ``[U, I]`` float32; ``-inf`` marks what is no candidate.
+        scores: ``[U, I]`` float32; ``-inf`` excludes an item.
         k: K.
 
     Returns:
@@ -38,7 +38,7 @@ def keys_of(scores: Tensor, positions: Tensor) -> Tensor:
     """Distinct int64 keys in the order of a ranking: by score, equal ones by position.
 
     Args:
-        scores: float32; ``-inf`` marks what is no candidate.
+        scores: float32; ``-inf`` excludes an item.
         positions: int64 in [0, 2^32), of the same shape or one that broadcasts to it; any where
             there is no candidate.
     """
@@ -50,7 +50,7 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K highest of each row of keys.
 
     Args:
-        keys: ``[U, n]`` of `keys_of`; what is below any score's is no item.
+        keys: ``[U, n]`` of `keys_of`; a key below that of every score stands for no item.
         k: K.
 
     Returns:

@@ -92,7 +92,7 @@ class LoadedModel:
 
     @property
     def negative_rate(self) -> NegativeRate | None:
-        """What the log-odds of pairs are corrected for; None: nothing, or they are none."""
+        """The correction of pairs' log-odds; None: none, or the scores are not log-odds."""
         return negative_rate(self.dataset, self.settings)
 
     def output(self, name: str, about: Collection[str], given: str | None) -> Path:
@@ -286,7 +286,7 @@ def open_dataset(config: Config, world: World) -> PreparedDataset:
     """The prepared dataset, once it is known to be the same on all ranks. All ranks.
 
     Raises:
-        DataError: there is none, or another one on another machine.
+        DataError: the run has no dataset, or another machine's differs.
     """
     dataset = _dataset(config, world)
     check_same_dataset(dataset, world)

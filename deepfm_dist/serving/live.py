@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     """An item in a ranking.
 
     Attributes:
-        card: what is displayed of it.
+        card: its displayed columns.
         score: logit or similarity.
         probability: that the user takes it, corrected for drawn negatives; None: the model's scores
             are not log-odds.
@@ -153,7 +153,7 @@ class Recommender:
         """A user's best unseen items, as the command ``recommend`` ranks them, and their logits.
 
         Raises:
-            Unknown: no such user.
+            Unknown: the user is unknown.
         """
         if user not in self._users:
             raise Unknown(user, self.name)
@@ -181,7 +181,7 @@ class Recommender:
             context: values of context fields, by name; default: those of the service.
 
         Raises:
-            Unknown: no such item.
+            Unknown: the item is unknown.
             Unsupported: the model has no field that is made of a user's items, or none of
                 attributes.
             Invalid: neither items nor attributes, or a field or a value of one is unknown.
@@ -271,7 +271,7 @@ class Recommender:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.
 
         Raises:
-            Unknown: no such item.
+            Unknown: the item is unknown.
             Unsupported: the model has no pairwise part.
         """
         if item not in self._rows:
@@ -291,7 +291,7 @@ class Recommender:
         """A user's latest items of training, latest first, and how many there are.
 
         Raises:
-            Unknown: no such user.
+            Unknown: the user is unknown.
         """
         if user not in self._users:
             raise Unknown(user, self.name)

@@ -50,7 +50,7 @@ class ModelInUse(Collector):
         """The model for a request.
 
         Raises:
-            NotReady: there is none yet.
+            NotReady: no model is loaded yet.
         """
         if self._recommender is None:
             raise NotReady

@@ -232,7 +232,7 @@ class _RowsOfFile:
         return rows.n, block, log_rates
 
     def warn(self, world: World, not_finite: "_NotFinite") -> None:
-        """Logs what is odd about the rows that all ranks have scored. All ranks."""
+        """Logs warnings about the rows that all ranks scored. All ranks call it."""
         counted = world.gather_object((self.encoder.unknown, not_finite))
         if counted is None:
             return

@@ -35,11 +35,11 @@ def profiler(
 
 
 def check_profiled(steps: tuple[int, int] | None, last: int) -> None:
-    """Refuses to trace steps that there are not.
+    """Checks that the run reaches the steps to trace.
 
     Args:
         steps: first and last step to be traced, or None.
-        last: the last step that there may be.
+        last: the last step of the run.
 
     Raises:
         ConfigError: the run ends before the first of them.

@@ -83,12 +83,12 @@ def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
       {name: at, kind: numeric, transform: standard},
       {name: same, kind: numeric, transform: standard},
       {name: born, entity: user, file: born.csv, kind: numeric, transform: standard},
-      {name: told, entity: user, column: at, kind: numeric, transform: standard},
+      {name: noted, entity: user, column: at, kind: numeric, transform: standard},
       {name: log, column: at, kind: numeric, transform: log}]"""
     dataset = small(root, "u,i,at,same\n" + lines, features)
     assert (dataset.manifest.files > 1) == (partition_bytes == 40)
     expected = (np.arange(10) - 4.5) / np.std(np.arange(10))
-    for name in ("at", "born", "told"):
+    for name in ("at", "born", "noted"):
         spec = dataset.manifest.numeric[name]
         assert (spec.mean, spec.std) == pytest.approx((1_700_000_045, 28.72281323269), rel=1e-8)
     rows, ids = dataset.rows("train"), dataset.vocabulary("k").ids.to_pylist()
@@ -100,7 +100,7 @@ def test_close_numbers_far_from_0_stay_apart_until_they_are_transformed(
     np.testing.assert_allclose(np.asarray(rows.context["log"]), np.log1p(1.7e9), rtol=1e-6)
     users = [f"u{k}" for k in range(10)]
     places = [dataset.entity_ids("user").to_pylist().index(u) for u in users]
-    for name in ("born", "told"):
+    for name in ("born", "noted"):
         values = np.asarray(dataset.entity_fields[name])
         assert values.dtype == np.float32
         np.testing.assert_allclose(values[places], expected, rtol=1e-6)

@@ -111,8 +111,8 @@ def test_a_side_file_with_few_matching_keys_is_warned_of(
     prepared(tmp_path, every[:12])  # 60 %
     assert not caplog.records
     prepared(tmp_path, every[:5])
-    told = "items.csv: the column 'i' has 5 of the 20 items (25.0%), and "
-    assert [r.getMessage().startswith(told) for r in caplog.records] == [
+    message = "items.csv: the column 'i' has 5 of the 20 items (25.0%), and "
+    assert [r.getMessage().startswith(message) for r in caplog.records] == [
         True
     ]  # once for two fields
     caplog.clear()
@@ -241,13 +241,13 @@ def test_values_never_seen_in_training_are_counted_field_by_field(tmp_path: Path
     assert "1 differ only in decimals of zero: '20.0' and '20'" in size
     context = {"device": "phone", "size": "20", "n": 1.0}
     encoder.fixed_context(context)
-    for wrong, told in (
+    for wrong, message in (
         ({"device": "PHONE"}, "device='PHONE': never seen in training; did you mean 'phone'"),
         ({"size": "20.0"}, "size='20.0': never seen in training; did you mean '20'"),
         ({"device": "desktp"}, "never seen in training; did you mean 'desktop'"),
         ({"size": "x"}, r"never seen in training; it has [23]0, [23]0$"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             encoder.fixed_context(context | wrong)
 
 

@@ -334,7 +334,7 @@ EXCHANGES = ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tens
 
 
 def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of a step: as told of all ranks, and as this rank gave them to torch.distributed."""
+    """Bytes of a step: as reported for all ranks, and as this rank sent them."""
     with process_group("cpu") as world:
         run = Run(folder, config, world)
         run.losses(1, 1)
@@ -372,12 +372,12 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
 @pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
 def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> None:
     actual = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*SMALL, where))
-    told = [told for told, _ in actual]
+    reported = [report for report, _ in actual]
     floats = sum(counted["floats"] for _, counted in actual)
     ids = sum(counted["ids"] for _, counted in actual)
-    for of_rank in told:
+    for of_rank in reported:
         assert of_rank["embeddings"] + of_rank["embedding_gradients"] == floats
-        # Which rows are whose is told to be even where a table is cut; genres come in any number.
+        # Rows of a cut table are assumed to be spread evenly; genres come in any number.
         assert of_rank["ids"] == pytest.approx(ids, rel=0.05)
 
 
@@ -386,9 +386,9 @@ def test_bytes_within_and_between_machines_are_those_exchanged(sample: PreparedD
     actual = run_ranks(on_two_machines, 4, _messages_of_a_step, sample.folder, config)
     floats = sum(counted["floats"] for _, counted in actual)
     ids = sum(counted["ids"] for _, counted in actual)
-    for told, _ in actual:
-        assert told["embeddings"] + told["embedding_gradients"] == floats
-        assert told["ids"] == pytest.approx(ids, rel=0.05)
+    for reported, _ in actual:
+        assert reported["embeddings"] + reported["embedding_gradients"] == floats
+        assert reported["ids"] == pytest.approx(ids, rel=0.05)
     # Of 2048 rows, 3 fields and 12 floats: between two ranks that each have half of a pool, and
     # from the machine that has it to the other one; the same back.
     assert floats == 2 * (2048 + 2048 / 2) * 3 * 12 * 4
@@ -432,11 +432,11 @@ def test_copies_of_the_notebooks_tables_send_a_fifth() -> None:
 
 def test_bytes_of_copies_are_those_of_a_ring(sample: PreparedDataset) -> None:
     settings = (*SMALL, COPIES, "trainer.batch_size=64")
-    told, counted = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*settings))[0]
+    reported, counted = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*settings))[0]
     rows = sum(table.rows for table in sample.manifest.tables.values())
     assert counted == {"ids": 0, "floats": 0}
-    assert (told["ids"], told["embeddings"]) == (0, 0)
-    assert told["embedding_gradients"] == 2 * rows * 12 * 4
+    assert (reported["ids"], reported["embeddings"]) == (0, 0)
+    assert reported["embedding_gradients"] == 2 * rows * 12 * 4
 
 
 def test_a_plan_refuses_what_training_would() -> None:

@@ -66,7 +66,7 @@ NOT_AS_TYPED = [
     ),
     (r"^pip install .*$", ""),
     (r"^(python launch/|spark-submit ).*$", ""),  # tests/launch/test_spark.py
-    # It serves until it is told to stop.
+    # It serves until SIGTERM.
     (r"^(python -m deepfm_dist\.serve\b.*)$", r"\1 --port 8765 &\nserver=$!\n" + SERVED),
     # An hour and two environments; GPUs.
     (r"^ *benchmarks/rivals/build\.sh.*$", "bash -n benchmarks/rivals/build.sh"),
@@ -289,7 +289,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> "subprocess.Complete
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         **variables,
-        "MAKEFLAGS": "",  # what the make that runs the tests was told
+        "MAKEFLAGS": "",  # options of the make that runs the tests
         "ARGS": "",
         "PET_STANDALONE": "1",  # torchrun --standalone: another launch may hold the default port
         "COVERAGE_FILE": str(cwd / ".coverage"),
@@ -340,7 +340,7 @@ def test_every_command_is_typed_or_has_a_reason_not_to_be(document: str) -> None
     scripts = [b.text.replace("\\\n", " ") for b in [*BLOCKS, NEW_DAY]]
     known = {line.strip() for script in scripts for line in script.splitlines()}
     left = (f"{document}: {command}" for command in commands_of(document) - known)
-    assert [told for told in left if not re.match("|".join(NOT_TYPED), told)] == []
+    assert [command for command in left if not re.match("|".join(NOT_TYPED), command)] == []
 
 
 class Understood(Exception):

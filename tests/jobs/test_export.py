@@ -227,9 +227,9 @@ def test_weights_are_the_checkpoints_at_any_slice_and_file_size(
         index = out / "model.safetensors.index.json"
         assert index.exists() == (len(files) > 1)
         if index.exists():
-            told = json.loads(index.read_text())
-            assert told["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
-            for name, file in told["weight_map"].items():
+            listing = json.loads(index.read_text())
+            assert listing["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
+            for name, file in listing["weight_map"].items():
                 with safe_open(out / file, "pt") as opened:
                     assert name in list(opened.keys())
         of_file = [sum(t.nbytes for t in load_file(file).values()) for file in files]

@@ -1,4 +1,4 @@
-"""The torchx components: what each scheduler would be told, and a real run on this machine."""
+"""The torchx components: what each scheduler would receive, and a real run on this machine."""
 
 import configparser
 import json

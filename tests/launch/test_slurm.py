@@ -65,7 +65,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def told(*command: str | Path) -> str:
+def output_of(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -89,7 +89,9 @@ def cluster() -> Iterator[None]:
         packages = "apt-get install slurmctld slurmd slurm-client munge"
         pytest.skip(f"no Slurm here: {', '.join(missing) or 'not root'} ({packages}; as root)")
     patch = pytest.MonkeyPatch()
-    folder = Path(told("mktemp", "-d", "/tmp/slurm.XXXXXX").strip())  # sockets' paths are short
+    folder = Path(
+        output_of("mktemp", "-d", "/tmp/slurm.XXXXXX").strip()
+    )  # sockets' paths are short
     patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
     host, ports = socket.gethostname().split(".")[0], free_ports(1 + NODES)
@@ -112,7 +114,9 @@ def cluster() -> Iterator[None]:
         for daemon in daemons:
             subprocess.run(daemon, check=True, capture_output=True)
         wait_until(
-            lambda: told("sinfo", "-hN", "-tidle", "-o%N").split().__len__() == NODES, 30, "idle"
+            lambda: output_of("sinfo", "-hN", "-tidle", "-o%N").split().__len__() == NODES,
+            30,
+            "idle",
         )
         yield
     finally:
@@ -136,11 +140,11 @@ class Job:
         export = "--export=ALL," + ",".join(f"{k}={v}" for k, v in given.items())
         script = home / "launch/slurm/train.sbatch"
         flags = ["--parsable", "--exclusive", f"--chdir={home}", export]
-        self.id = told("sbatch", *flags, script, *OPTIONS, *overrides).strip()
+        self.id = output_of("sbatch", *flags, script, *OPTIONS, *overrides).strip()
 
     @property
     def state(self) -> str:
-        [state] = re.findall(r"JobState=(\w+)", told("scontrol", "show", "job", "-o", self.id))
+        [state] = re.findall(r"JobState=(\w+)", output_of("scontrol", "show", "job", "-o", self.id))
         return state
 
     @property
@@ -167,7 +171,7 @@ class Job:
         """Spares a requeued job the two minutes for which Slurm holds it back."""
         wait_until(lambda: self.state == "PENDING", 60, "requeue")
 
-        def begun() -> bool:  # told once, it may be held back after that
+        def begun() -> bool:  # Slurm reports it once and may hold the job back after that
             update = ["scontrol", "update", f"JobId={self.id}", "StartTime=now"]
             subprocess.run(update, capture_output=True, check=False)
             return self.state == "RUNNING"
@@ -209,7 +213,7 @@ def test_a_killed_rank_starts_again_inside_its_job(one_machine: Path, tmp_path: 
     os.kill(job.worker(3), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
     assert job.output.count("resuming training after step") == 1, job.output
-    assert "Restarts=0" in told("scontrol", "show", "job", "-o", job.id)
+    assert "Restarts=0" in output_of("scontrol", "show", "job", "-o", job.id)
     assert lines(tmp_path) == lines(one_machine)
 
 
@@ -217,17 +221,17 @@ def test_a_requeued_job_goes_on(one_machine: Path, tmp_path: Path) -> None:
     job = Job(tmp_path)
     # The signal before the time limit, then the administrator's command.
     job.wait_for_checkpoint()
-    told("scancel", "--signal=USR1", "--batch", job.id)
+    output_of("scancel", "--signal=USR1", "--batch", job.id)
     went_on = "resuming training after step"
     job.start_now()
     wait_until(lambda: went_on in job.output, 90, "requeue")
     assert "Stopped by signal" in job.output.split(went_on)[0]
     job.wait_for_checkpoint(complete_steps(tmp_path / "runs/sample")[-1])
-    told("scontrol", "requeue", job.id)
+    output_of("scontrol", "requeue", job.id)
     job.start_now()
     assert job.wait() == "COMPLETED", job.output
     assert job.output.count(went_on) == 2, job.output
-    assert "Restarts=2" in told("scontrol", "show", "job", "-o", job.id)
+    assert "Restarts=2" in output_of("scontrol", "show", "job", "-o", job.id)
     ours, theirs = ([e for e in lines(h) if e["event"] == "valid"] for h in (tmp_path, one_machine))
     assert ours == theirs  # a stop also ends a window of training figures
 
@@ -236,4 +240,4 @@ def test_a_failing_job_is_reported_failed(tmp_path: Path) -> None:
     job = Job(tmp_path, "trainer.max_steps=soon")
     assert job.wait() == "FAILED"
     assert "trainer.max_steps: input should be a valid integer" in job.output
-    assert "ExitCode=0:0" not in told("scontrol", "show", "job", "-o", job.id)
+    assert "ExitCode=0:0" not in output_of("scontrol", "show", "job", "-o", job.id)

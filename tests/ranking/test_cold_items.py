@@ -362,7 +362,7 @@ def test_new_items_alone_do_not_take_the_place_of_the_rankings_of_all(job: Modul
 
 @pytest.mark.parametrize("command", ["evaluate", "recommend", "similar", "serve", "nightly"])
 def test_what_is_ranked_has_an_effect_on_every_command_that_ranks(command: str) -> None:
-    assert cli.heeds(command, "recommend.cold_items")
+    assert cli.uses_setting(command, "recommend.cold_items")
 
 
 def _measured(folder: Path) -> dict[str, dict[str, npt.NDArray[np.float64]]]:

@@ -667,13 +667,13 @@ def test_a_reference_that_would_mislead_is_refused_or_told_of(
             run_alone(_ranked_by_reference, sample.folder, str(path))
     path = tmp_path / "part.csv"
     pd.DataFrame(twice[:2], columns=["user", "item", "score"]).to_csv(path, index=False)
-    told = run_alone(_told_of_reference, sample.folder, str(path))
-    assert len(told) == 2
-    assert re.search(r"part\.csv: scores for 2 of \d+ users", told[0])
-    assert re.search(r"nothing is recommended to \d+ users, which counts as missed", told[1])
+    messages = run_alone(_messages_about_reference, sample.folder, str(path))
+    assert len(messages) == 2
+    assert re.search(r"part\.csv: scores for 2 of \d+ users", messages[0])
+    assert re.search(r"nothing is recommended to \d+ users, which counts as missed", messages[1])
 
 
-def _told_of_reference(folder: Path, reference: str) -> list[str]:
+def _messages_about_reference(folder: Path, reference: str) -> list[str]:
     records: list[logging.LogRecord] = []
     handler, told_by = logging.Handler(), logging.getLogger("deepfm_dist")
     handler.emit = records.append  # type: ignore[method-assign]

@@ -250,15 +250,15 @@ def test_short_lists_are_scored_in_full(
     else:
         assert len(actual.merge(expected[keys])) > 0.999 * len(actual)
     assert len(frame_of(full).merge(exact[keys])) > 0.999 * len(exact)
-    told = figures["short_list"]
-    assert (told["candidates"], told["users"]) == (30, 512)
+    short_list = figures["short_list"]
+    assert (short_list["candidates"], short_list["users"]) == (30, 512)
     users = sorted(exact["user_id"].unique())
     overlap = len(exact.merge(actual[keys])) / len(exact)
-    assert told["overlap"] == pytest.approx(overlap, abs=0.02)
+    assert short_list["overlap"] == pytest.approx(overlap, abs=0.02)
     of_fm = best_by_fm.groupby("user_id", sort=False).head(5)
     deep_share = 1 - len(exact.merge(of_fm)) / len(exact)
-    assert told["deep_share"] == pytest.approx(deep_share, abs=0.02)
-    assert told["times_as_fast"] > 0
+    assert short_list["deep_share"] == pytest.approx(deep_share, abs=0.02)
+    assert short_list["times_as_fast"] > 0
     assert len(users) == 700
 
 

@@ -233,9 +233,9 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
 def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
     for scheme in ("light", "dark"):
         tab = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
-        told = watched(tab)
+        problems = watched(tab)
         tab.goto(page.as_uri())
-        assert told == []
+        assert problems == []
         for name in PICTURES:
             drawn = tab.locator(f"#{name} svg path")
             box = tab.locator(f"#{name} svg").bounding_box()

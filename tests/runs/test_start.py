@@ -243,8 +243,8 @@ def test_what_cannot_be_taken_is_refused_by_the_settings_name(
     more = [override] if override else []
     after(home, BEFORE.replace(old, new, 1) if old else BEFORE, name, *more)
     assert run_alone(train_command.main, ["--quiet", *arguments(home, name, *more)]) == 2
-    told = capfd.readouterr().err
-    assert said in told
+    printed = capfd.readouterr().err
+    assert said in printed
     assert not (home / name / "checkpoints").exists()
 
 

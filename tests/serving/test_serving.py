@@ -126,7 +126,7 @@ def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "told"),
+    ("path", "status", "message"),
     [
         (
             "/users/nobody/recommendations",
@@ -139,10 +139,12 @@ def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
         (f"/users/{'x' * 201}/recommendations", 422, "at most 200 characters"),
     ],
 )
-def test_what_cannot_be_answered_is_named(client: Any, path: str, status: int, told: str) -> None:
+def test_what_cannot_be_answered_is_named(
+    client: Any, path: str, status: int, message: str
+) -> None:
     answer = client.get(path)
     assert answer.status_code == status
-    assert told in answer.text
+    assert message in answer.text
 
 
 def test_somebody_described_by_items_gets_what_the_command_says(
@@ -201,7 +203,7 @@ def test_a_body_that_is_announced_as_too_long_is_refused_before_it_comes(url: st
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("/healthz?x=1", "unknown parameter 'x'; none is allowed here"),
         ("/users/4/recommendations?context=a&k=2", "unknown parameter 'context'; allowed: k"),
@@ -211,13 +213,13 @@ def test_a_body_that_is_announced_as_too_long_is_refused_before_it_comes(url: st
         ("/items/9/similar?k=x", "k: input should be a valid integer, unable to parse string"),
     ],
 )
-def test_parameters_are_heeded_or_refused(client: Any, path: str, told: str) -> None:
+def test_parameters_are_used_or_refused(client: Any, path: str, message: str) -> None:
     answer = client.get(path)
-    assert (answer.status_code, answer.json()["detail"].startswith(told)) == (422, True)
+    assert (answer.status_code, answer.json()["detail"].startswith(message)) == (422, True)
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "message"),
     [
         (b'{"items": ["9"], "k": NaN}', 422, "k: input should be a finite number (got nan)"),
         (b'{"items": ["9"], "k": 1e400}', 422, "k: input should be a finite number (got inf)"),
@@ -247,10 +249,10 @@ def test_parameters_are_heeded_or_refused(client: Any, path: str, told: str) -> 
         (b'{"items": [' + b"9" * 5000 + b"]}", 400, "the body is not JSON in UTF-8, is nested"),
     ],
 )
-def test_bodies_are_heeded_or_refused(client: Any, body: bytes, status: int, told: str) -> None:
+def test_bodies_are_used_or_refused(client: Any, body: bytes, status: int, message: str) -> None:
     answer = client.post("/recommend", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
-    assert answer.json()["detail"].startswith(told)
+    assert answer.json()["detail"].startswith(message)
 
 
 def test_head_is_get_without_a_body(client: Any) -> None:
@@ -289,9 +291,9 @@ def test_the_service_keeps_to_its_openapi(url: str, tmp_path: Path) -> None:
 
 def test_a_browser_shows_what_evaluate_wrote(home: Path, browser: Any) -> None:
     tab = browser.new_page(viewport={"width": 1200, "height": 900})
-    told = watched(tab)
+    problems = watched(tab)
     tab.goto((home / "runs/sample/report.html").as_uri())
-    assert told == []
+    assert problems == []
     figures = tab.locator("figure svg")
     assert {f.get_attribute("id") for f in tab.locator("figure").all()} == PICTURES
     assert figures.count() == len(PICTURES)
@@ -307,7 +309,7 @@ def test_a_browser_shows_what_evaluate_wrote(home: Path, browser: Any) -> None:
 
 def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -> None:
     tab = browser.new_page()
-    told = watched(tab, url)
+    problems = watched(tab, url)
     tab.goto(url)
     tab.fill("#user", "6")
     tab.click("#user-form button:not([type])")
@@ -327,14 +329,14 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     tab.click("#for-items")
     tab.wait_for_selector("#best-title:has-text('Recommended for these items')")
     assert tab.locator("#best li").count() == 10
-    assert told == []
+    assert problems == []
 
-    # What is refused is told; the browser itself notes the status on its console.
+    # The page shows the refusal; the browser also logs the status on its console.
     tab.fill("#user", "<b>nobody</b>")
     tab.click("#user-form button:not([type])")
     tab.wait_for_selector("#problem:has-text('<b>nobody</b>')")
     assert tab.locator("#problem b").count() == 0
-    assert all("status of 40" in text for text in told)
+    assert all("status of 40" in text for text in problems)
     tab.close()
 
 
@@ -361,7 +363,7 @@ def test_what_cannot_be_served_is_reported(
     tmp_path: Path, url: str, command: Callable[..., list[str]]
 ) -> None:
     taken = ("--port", url.rpartition(":")[2])
-    for arguments, told in (
+    for arguments, message in (
         (("--run", "runs/none"), "ConfigError: --run runs/none: no run; "),
         (taken, f"EnvironmentProblem: --host 127.0.0.1 {' '.join(taken)}: Address already in use"),
         (("--port", "70000"), "EnvironmentProblem: --host 127.0.0.1 --port 70000: "),
@@ -375,4 +377,4 @@ def test_what_cannot_be_served_is_reported(
             check=False,
         )
         assert done.returncode == 2
-        assert done.stderr.startswith(told)
+        assert done.stderr.startswith(message)

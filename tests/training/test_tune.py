@@ -125,17 +125,17 @@ def test_a_trial_that_was_cut_off_is_judged_by_its_earlier_epochs_too(tmp_path: 
             assert not any(search.report(epoch, level) for epoch in range(1, 6))
             search.over("complete", level)
         search.next(9)
-        told = [search.report(epoch, 0.9) for epoch in (1, 2, 3)]
+        stops = [search.report(epoch, 0.9) for epoch in (1, 2, 3)]
         if cut:
             search.close()
             search = Search(tmp_path / name, PRUNED, False, 1)
             search.next(9)
-            told += [search.report(3, 0.9)]  # validated again, after the checkpoint before it
-        told += [search.report(epoch, 0.5) for epoch in (4, 5)]
+            stops += [search.report(3, 0.9)]  # validated again, after the checkpoint before it
+        stops += [search.report(epoch, 0.5) for epoch in (4, 5)]
         search.over("complete", 0.9)
         trials = search._study.get_trials(deepcopy=False)
         actual.append(trials[-1].intermediate_values)
-        assert not any(told)
+        assert not any(stops)
     assert actual[0] == actual[1]
 
 

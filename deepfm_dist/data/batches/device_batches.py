@@ -223,7 +223,7 @@ class DeviceBatches:
         self._ones = torch.ones(len(self._keys) * self._height, dtype=torch.int32, device=device)
         self._global_weight = torch.tensor(float(self.batch_size), device=device)
         self._block: _Block | None = None
-        if device.type == "cuda":  # batches may be made on another stream than what is above
+        if device.type == "cuda":  # batches may be made on another stream than the arrays above
             torch.cuda.current_stream(device).synchronize()
 
     def batch(self, step: int) -> Batch:

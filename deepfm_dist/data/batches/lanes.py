@@ -48,7 +48,7 @@ def consumed(rows: int, lanes: int, copies: int, total: int) -> Int64Array:
     together = min(total, common * copies * lanes)
     turns, first = divmod(together, lanes)
     far = turns + (lane < first)
-    if longer:  # what is left belongs to the longer lanes
+    if longer:  # the rest belongs to the longer lanes
         turns, first = divmod(total - together, longer)
         far = far + np.where(lane < longer, turns + (lane < first), 0)
     return far

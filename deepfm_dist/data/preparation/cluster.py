@@ -748,7 +748,7 @@ def _split_keys(job_of: Callable[[], Job], records: Iterator[Record]) -> Iterato
 
 
 def _sparse(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Places of what is not 0, and it."""
+    """Indices and values of the non-zero entries."""
     there = np.flatnonzero(counts)
     return there, counts[there]
 
@@ -769,7 +769,7 @@ def _add_up(records: Iterator[Record]) -> Iterator[Record]:
 
 @_reporting
 def _count_digits(digit: Digit, records: Iterator[Record]) -> Iterator[Record]:
-    """``keys`` -> histograms of their next digits, without what is 0."""
+    """``keys`` -> histograms of their next digits, non-zero counts only."""
     for record, keyed in _things(records):
         yield from _records("digits", record.key, _sparse(digit.counts(keyed)))
 

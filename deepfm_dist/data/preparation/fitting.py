@@ -124,7 +124,7 @@ class Fitter:
         values: raw values of their fields, by table row.
         cold_values: raw values of the cold items' fields.
         vocabularies: by table.
-        fitted: what is needed of it to write rows.
+        fitted: the part of the fit that writing rows needs.
         time_scale: see `Partitions`.
     """
 
@@ -360,7 +360,7 @@ class Fitter:
             file: the file.
             key: column of the keys; None: the interactions'.
             keys: string.
-            field: what is read of the file.
+            field: the column to read.
 
         Raises:
             DataError: none of the keys is one of theirs.

@@ -38,7 +38,7 @@ class Job:
     """One preparation, as one thread sees it.
 
     Attributes:
-        data: what is prepared.
+        data: the settings of the dataset.
         files: the input files by `label_of` their setting.
         seed: of splits, negatives and row order.
         crew: the threads.
@@ -61,7 +61,7 @@ class Job:
     earlier: Path | None = None
 
     def drop(self, reason: str, count: int) -> None:
-        """Counts what is left out."""
+        """Counts dropped rows, by reason."""
         if count:
             self.dropped[reason] += count
 

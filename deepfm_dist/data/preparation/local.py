@@ -2,7 +2,7 @@
 
 Layout of ``prepared/<name>/``::
 
-    manifest.json                what is here and where it came from; written last
+    manifest.json                contents and origin of the dataset; written last
     vocabulary/<table>.parquet   row, id, count
     entities/user.parquet        row r describes user r: id, fields as lists, history, seen_*
     entities/item.parquet        row r describes item r: id, fields, count, title
@@ -253,7 +253,7 @@ def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> 
                 is_list = find_lists(file.path, [*columns.values()], layout, file.pattern)
             except EmptyFile:
                 continue
-            except DataError:  # reading says what is wrong
+            except DataError:  # reading raises the precise error
                 break
             holds |= {name: is_list[c] for name, c in columns.items() if c in is_list}
             columns = {name: c for name, c in columns.items() if c not in is_list}

@@ -49,7 +49,7 @@ class Population:
     Attributes:
         item_rows: ``[items]`` rows of all partitions, if rare items are dropped.
         bounds: of `UserKeys`, if users are held out.
-        trained_rows: ``[items]``: what is left of them when users are held out.
+        trained_rows: ``[items]``: training rows per item after users are held out.
     """
 
     item_rows: Int64Array | None = None
@@ -62,7 +62,7 @@ class Population:
         """The rows of a partition that stay, with their splits, and the splits of its users.
 
         Args:
-            job: the preparation, which counts what is left out.
+            job: the preparation; it counts dropped rows.
             part: the rows.
             hashes: of its users' ids.
         """
@@ -96,7 +96,7 @@ def rows_of_frequent_items(job: Job, part: PartitionRows, counts: Int64Array) ->
     """``[n]`` rows that stay when rare items are dropped.
 
     Args:
-        job: the preparation, which counts what is left out.
+        job: the preparation; it counts dropped rows.
         part: the rows.
         counts: ``[items]`` rows of all partitions.
     """
@@ -162,7 +162,7 @@ def rows_that_can_be_ranked(
     """``[n]`` rows that stay: of held-out users, those of trained items, if these are two or more.
 
     Args:
-        job: the preparation, which counts what is left out.
+        job: the preparation; it counts dropped rows.
         part: the rows.
         user_parts: ``[users]``: the split of each.
         trained_rows: ``[items]`` training rows of all partitions.
@@ -201,7 +201,7 @@ def _n_left_out(keep: Mask) -> int:
 
 
 def drop_rare(job: Job, partitions: Partitions) -> None:
-    """Drops items with few positives, then users with few of what is left, once each. All threads.
+    """Drops items with few positives, then users with few remaining ones, once each. All threads.
 
     Source: the preprocessing of Liang et al., "Variational Autoencoders for Collaborative
     Filtering", 2018.

@@ -414,7 +414,7 @@ def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
 
 
 def row_batches(job: Job, number: int, dropped: Counter[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a file of ``job.inputs``, with what is dropped counted."""
+    """The rows of a file of ``job.inputs``; dropped rows are counted."""
     file, name, part = job.inputs[number]
     return _batches(job, file, name, row_columns(job.data, with_split=part == OPEN), dropped)
 

@@ -385,7 +385,7 @@ def _cold_table(job: Job, fit: Fitter, name: str, ids: pa.Array) -> pa.Table:
 
 
 def _carried(raw: Values, encoded: Values, before: Values) -> Values:
-    """A users' or items' field with the earlier dataset's values where there are none now."""
+    """A user or item field, filled from the earlier dataset where the new one has no value."""
     n = len(before)
     if isinstance(encoded, Jagged) and isinstance(before, Jagged):
         both = Jagged.concatenated([encoded, before])

@@ -112,7 +112,7 @@ def in_pieces(file: InputFile, n_bytes: int) -> list[InputFile]:
     try:
         source.check_contents()
         groups = parquet_groups(source, n_bytes)
-    except DataError:  # reading says what is wrong
+    except DataError:  # reading raises the precise error
         return [file]
     except source.failures:
         return [file]
@@ -244,7 +244,7 @@ def laid_out_like(
 
     Args:
         path: the file, or its URL.
-        columns: what is to be read; its first line is a header if it names all of them.
+        columns: to read; the first line is a header if it names all of them.
         layout: of the other.
     """
     if layout is None or layout.columns is None:

@@ -134,8 +134,8 @@ class CellTyper:
 
     Args:
         source: the file.
-        columns: what is wanted.
-        dropped: counts of what is left out by reason, added to.
+        columns: to read.
+        dropped: counts of dropped rows by reason, added to in place.
         skip_bad: whether a row with a bad cell is dropped; else it is an error.
         where: where a row of the file stands, for an error line.
         cells_of: a column's cells in a batch of the file.

@@ -1,4 +1,4 @@
-"""Delimited text: csv, tsv, dat, libsvm; what is wrong is named by line.
+"""Delimited text: csv, tsv, dat, libsvm; errors name the line.
 
 Arrow parses; a file is read again, by Python, only to say where it is wrong.
 """
@@ -77,7 +77,7 @@ class DelimitedReader(Reader):
         return _half(cells, 1 if column.type == "number" else 0) if self.libsvm else cells
 
     def layout_hint(self, present: Sequence[str]) -> str:
-        """Another delimiter that would give the columns, or that there may be no header line."""
+        """Advice: another delimiter that would give the columns, or a missing header line."""
         wanted, line = {c.name for c in self.columns}, self.delimiter.join(present)
         if line.startswith("#"):
             if present[0].lstrip("# ") in wanted:
@@ -204,7 +204,7 @@ class DelimitedReader(Reader):
         return lines
 
     def _check_beginning(self) -> None:
-        """Refuses what is no text of its encoding, and columns that are missing or come twice."""
+        """Refuses text that its encoding cannot decode, and missing or duplicate columns."""
         try:
             begin = self.source.stream().read(5)
         except DataError:
@@ -320,7 +320,7 @@ class DelimitedReader(Reader):
         return f"{start}{short(text)}; fix the row{self.source.or_skip}"
 
     def _cells_of_every_row(self, expected: int) -> str | None:
-        """What to do where rows have another number of cells than there are names, all the same."""
+        """Advice where every row has a different number of cells from the header."""
         rows: list[Sequence[str]] = []
         with suppress(csv.Error, *self.source.failures):
             rows = [cells for row, _, cells in islice(self._parse(), 100) if row >= 0]

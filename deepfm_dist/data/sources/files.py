@@ -50,7 +50,7 @@ def find_files(root: str | Path, files: Files) -> list[InputFile]:
             order of their names.
 
     Raises:
-        DataError: there is none, or the file system cannot be reached.
+        DataError: no file matches, or the file system cannot be reached.
         ConfigError: two patterns stand for the same file, or a name is a URL, which is a matter of
             ``data.root``.
     """
@@ -164,7 +164,7 @@ def find_file(root: str | Path, files: Files, setting: str) -> str:
     """Path or URL of the one file that a name, a pattern or a list of them stands for.
 
     Raises:
-        DataError: there is none, or the file system cannot be reached.
+        DataError: no file matches, or the file system cannot be reached.
         ConfigError: there are several; ``setting`` is what to name one by.
     """
     matches = find_files(root, files)

@@ -1,4 +1,4 @@
-"""JSON lines: an object per line; what is wrong is named by line."""
+"""JSON lines: an object per line; errors name the line."""
 
 import io
 import json
@@ -229,7 +229,7 @@ class ObjectReader(JsonLinesReader):
 
     Args:
         source: a name for them, in error messages.
-        columns: what is wanted.
+        columns: to read.
         objects: JSON values by member, an object per row.
     """
 

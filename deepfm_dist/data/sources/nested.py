@@ -30,7 +30,7 @@ class NestedError(ValueError):
     """Cells are nested otherwise than is asked for.
 
     Args:
-        message: what is wrong, to follow the column's name.
+        message: the problem, to follow the column's name.
         members: what the cells' objects have, one of which would do.
         is_list: whether they are lists where one value is expected.
     """
@@ -101,7 +101,7 @@ def members(cells: pa.Array, path: tuple[str, ...], single: bool = False) -> pa.
         ``[n]`` the members; of texts again texts.
 
     Raises:
-        NestedError: there is no such member, or it is nested.
+        NestedError: the member does not exist or is nested.
     """
     for depth, name in enumerate(path, start=1):
         cells = _member(plain(cells), name, single and depth == len(path))
@@ -280,7 +280,7 @@ def _parsed(text: str, *wanted: str) -> Any:
 
 
 def python_literal(text: str, *wanted: str) -> Any:
-    """What a Python literal stands for; a text that is none, as it is.
+    """The value of a Python literal; other text unchanged.
 
     Raises:
         NestedError: a dict has a key twice that is wanted.

@@ -53,7 +53,7 @@ class Reader(ABC):
 
     Args:
         source: the file.
-        columns: what is wanted.
+        columns: to read.
         layout: what the file's name does not tell.
         dropped: counts of dropped rows by reason, added to; None: a row that cannot be read is an
             error.
@@ -104,7 +104,7 @@ class Reader(ABC):
         """``[n]``: a column's cells in one of the `batches`.
 
         Raises:
-            NestedError: the column has no such members.
+            NestedError: the column lacks these members.
         """
         place = self.places[column.name]
         if place.column is None:

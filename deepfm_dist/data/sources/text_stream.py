@@ -15,7 +15,7 @@ import numpy.typing as npt
 from deepfm_dist.compiled import compiled
 
 NO_TEXT = "\uffff"
-"""No character: stands for bytes that are none, until their row is dropped."""
+"""Not a character: marks bytes that cannot be decoded, until their row is dropped."""
 _REPLACING = "deepfm_dist.no_text"
 codecs.register_error(_REPLACING, lambda error: (NO_TEXT, getattr(error, "end")))  # noqa: B009
 _UTF_8 = ("utf-8", "utf-8-sig")
@@ -73,7 +73,7 @@ class Quotes:
         self._before += len(lines)
 
     def end(self) -> None:
-        """Says that there are no more.
+        """Marks the end of the stream.
 
         Raises:
             QuoteError: the last cell's quote is not closed.

@@ -248,7 +248,7 @@ def _over_arch(
         for k in tl.range(0, UNITS, STEP):
             x = _first_layer(user_hidden, item_hidden, user, item, k, UNITS, STEP, PAIRS)
             total += tl.sum(x * tl.load(output + k + tl.arange(0, STEP))[None, :], 1)
-    else:  # not after an early return, which Triton compiles all the same
+    else:  # an early return would not help: Triton compiles what follows it anyway
         kind = weights.dtype.element_ty
         x = ()
         for b in tl.static_range(len(SECOND)):

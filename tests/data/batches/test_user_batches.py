@@ -23,7 +23,7 @@ def items_of_users(dataset: PreparedDataset) -> list[set[int]]:
     return [set(bag) for bag in dataset.history.lists()]
 
 
-def told(batch: UserBatch) -> list[tuple[object, ...]]:
+def readable(batch: UserBatch) -> list[tuple[object, ...]]:
     """(bag, targets, known places, genres of the bag) of each real user of a rank."""
     users = bags_of(batch, "user")
     rows: list[tuple[object, ...]] = []
@@ -54,7 +54,7 @@ def test_an_epoch_cuts_every_users_items_into_bag_and_targets(
         bags.append({})
         for batch in batches.steps(first, first + batches.steps_per_epoch - 1):
             shared = bags_of(batch, "item")[: batch.n_shared]
-            for (user,), bag, of_genre, targets, known in told(batch):  # type: ignore[misc]
+            for (user,), bag, of_genre, targets, known in readable(batch):  # type: ignore[misc]
                 assert user not in bags[-1]
                 bags[-1][user] = bag
                 assert set(bag) <= items[user]
@@ -93,7 +93,7 @@ def test_ranks_share_users_and_candidates(
     parts = [UserBatches(with_history, 63, r, size, 1, candidates).batch(step) for r in range(size)]
     assert len({p.sparse.stride() for p in parts}) == 1
     assert {p.global_weight.item() for p in parts} == {whole.target_weights.sum().item()}
-    assert [row for part in parts for row in told(part)] == told(whole)
+    assert [row for part in parts for row in readable(part)] == readable(whole)
     shared = [bag for p in parts for bag in bags_of(p, "item")[: p.n_shared]]
     assert shared[: whole.n_candidates] == bags_of(whole, "item")[: whole.n_shared]
     assert all(bag == [] for bag in shared[whole.n_candidates :])

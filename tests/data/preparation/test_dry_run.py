@@ -75,7 +75,7 @@ def test_the_command_shows_it_and_prepares_nothing(
     config["data"]["root"] = str(root)
     (root / "my.yaml").write_text(yaml.safe_dump(config))
     assert prepare.main(["--config", str(root / "my.yaml"), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "4 rows kept of the first 100,000: train 4, valid 0, test 0\n" in told
-    assert "hour    context  table hour, 3 rows" in told
+    printed = capsys.readouterr().out
+    assert "4 rows kept of the first 100,000: train 4, valid 0, test 0\n" in printed
+    assert "hour    context  table hour, 3 rows" in printed
     assert not (tmp_path / "prepared").exists()

@@ -59,10 +59,10 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     users, items = (new.entity_ids(e).to_pylist() for e in ("user", "item"))
     cities = [None, *new.vocabulary("city").ids.to_pylist()]
     tags = [None, *new.vocabulary("tag").ids.to_pylist()]
-    for k in range(9):  # told on the first day only
+    for k in range(9):  # given on the first day only
         bag = bag_of(new.entity_fields["city"], users.index(f"u{k}"))
         assert [cities[v] for v in bag] == ["pqr"[k % 3]]
-    for k in range(20):  # told anew where it is told
+    for k in range(20):  # given again with another value
         bag = bag_of(new.entity_fields["tag"], items.index(f"i{k}"))
         assert [tags[v] for v in bag] == [f"t{k % 3}" if k < 7 else f"t{k % 5}"]
     for user in range(13):
@@ -83,7 +83,7 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         ("n", {"transform": "bucket"}, "transform is 'bucket' and was 'standard'"),
         ("n", {"transform": "none"}, "transform is 'none' and was 'standard'"),
@@ -104,7 +104,7 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     ids=str,
 )
 def test_a_field_keeps_its_rows_only_where_it_means_the_same(
-    root: Path, name: str, changes: dict[str, Any], told: str | None
+    root: Path, name: str, changes: dict[str, Any], message: str | None
 ) -> None:
     features = yaml.safe_load("""[{name: user, entity: user}, {name: item, entity: item},
       {name: m, separator: "|"}, {name: h, column: m, hash_rows: 5}, {name: k, column: m},
@@ -117,10 +117,10 @@ def test_a_field_keeps_its_rows_only_where_it_means_the_same(
     def grown() -> None:
         small(root, rows, json.dumps(changed), vocabulary_from=str(before))
 
-    if told is None:
+    if message is None:
         grown()
     else:
-        with pytest.raises(ConfigError, match=re.escape(f"features: {name}: {told}")):
+        with pytest.raises(ConfigError, match=re.escape(f"features: {name}: {message}")):
             grown()
 
 

@@ -829,11 +829,11 @@ def test_the_advice_on_a_layout_is_the_cure(tmp_path: Path, name: str) -> None:
         path.write_bytes("user,score\nJos\xe9,1\n".encode(encoding))
         with pytest.raises(DataError, match="UTF") as caught:
             read_table(path, COLUMNS[:2], name=name)
-        told = str(caught.value).rpartition("name the encoding in data.files: ")[2]
-        told, _, alone = told.partition(", or for this file alone ")
+        advice = str(caught.value).rpartition("name the encoding in data.files: ")[2]
+        advice, _, alone = advice.partition(", or for this file alone ")
         if name == "*.csv":
             assert yaml.safe_load(alone) == {"a.csv": {"encoding": said or "latin-1"}}
-        found = yaml.safe_load(told)
+        found = yaml.safe_load(advice)
         assert list(found) == [name]
         layout = FileFormat(encoding=said or "latin-1")
         assert found[name] == {"encoding": said or "latin-1"}
