@@ -34,7 +34,6 @@ from deepfm_dist import (
 from deepfm_dist.arguments import as_typed
 from deepfm_dist.config import load_config
 from tests.ranks import run_alone, run_in_fork
-from tests.test_imports import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[Sequence[str] | None], int]
@@ -188,7 +187,7 @@ def test_the_commands_are_listed_and_can_be_named(
 ) -> None:
     assert __main__.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in COMMANDS:
+    for name in __main__.commands():
         [line] = [line for line in lines if line.split()[:1] == [name]]
         assert len(line) > 40
     assert __main__.main(["trian"]) == 2

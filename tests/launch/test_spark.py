@@ -20,7 +20,7 @@ from deepfm_dist.data.preparation.cluster import Record, Task, prepare_on
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
 from deepfm_dist.storage import folder_of
-from tests.data.preparation.test_cluster import CASES, files_of, inputs  # noqa: F401  # a fixture
+from tests.data.preparation.cluster_cases import CASES, files_of, write_inputs
 from tests.launch.s3 import clients_of, s3_server
 
 pytest.importorskip("pyspark", reason="pyspark is missing (requirements/launch.txt)")
@@ -35,6 +35,11 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch/spark_prepare.py"
 FAST = ["spark.sql.adaptive.enabled=false", "spark.ui.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("cluster") / "in")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_spark_prepares_the_bytes_that_threads_prepare(
     case: str,
-    inputs: Path,  # noqa: F811
+    inputs: Path,
     tmp_path: Path,
     script: ModuleType,
     session: Any,
@@ -102,7 +107,7 @@ def dying(task: Task, folder: str, stage: int, records: Iterator[Record]) -> Ite
 
 
 def test_tasks_that_are_killed_change_nothing(
-    inputs: Path,  # noqa: F811
+    inputs: Path,
     tmp_path: Path,
     script: ModuleType,
     session: Any,

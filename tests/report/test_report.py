@@ -31,13 +31,9 @@ from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.metrics import Calibration
 from deepfm_dist.training.search import Trial
 from tests.oracles.row_figures import click_figures
-from tests.pages import watched
+from tests.pages import PICTURES, watched
 
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
-PICTURES = {
-    "learning-log_loss", "learning-ne", "learning-auc", "calibration", "recall-over-k",
-    "ndcg-over-k", "by-activity", "by-popularity", "coverage", "times", "rows-by-day",
-}  # fmt: skip
 
 
 def test_figures_stand_beside_each_other() -> None:

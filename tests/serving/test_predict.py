@@ -15,7 +15,7 @@ from deepfm_dist.jobs.predict import predict
 from deepfm_dist.jobs.train import train
 from deepfm_dist.runs.trained import find_run
 from tests.ranks import run_in_fork
-from tests.serving.test_described_users import shop
+from tests.serving.shop import shop
 
 pytest.importorskip("httpx")
 pytest.importorskip("fastapi")

@@ -20,7 +20,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.train import train
 from deepfm_dist.storage import atomic_write, follow_pointer
 from tests.ranks import run_in_fork
-from tests.serving.test_described_users import shop
+from tests.serving.shop import shop
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")

@@ -19,9 +19,8 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.jobs.export import up_to_date_export
 from deepfm_dist.runs.trained import find_run
 from tests.conftest import HISTORY
-from tests.pages import watched
+from tests.pages import PICTURES, watched
 from tests.ranks import RankFailed, run_alone
-from tests.report.test_report import PICTURES
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")

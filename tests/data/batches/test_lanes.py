@@ -23,7 +23,7 @@ from deepfm_dist.data.preparation import job, write_plan
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
-from tests.data.test_dataset import rows_of
+from tests.data.batches.readable import rows_of
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.data())

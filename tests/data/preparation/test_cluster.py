@@ -24,46 +24,8 @@ from deepfm_dist.data.preparation.cluster import (
 from deepfm_dist.data.preparation.job import Job
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.errors import DataError
-from tests.data.preparation.test_content import CASES as SPLITS_AND_TASKS
-from tests.data.preparation.test_content import WITH_TIMES, log_of, write_rows
-
-RATED = {"file": "rows*", "user": "u", "item": "i", "time": "t", "rating": "x", "min_rating": 0.5}
-CASES: dict[str, Any] = SPLITS_AND_TASKS | {
-    "given files": WITH_TIMES | {"split": {"valid_file": "v.csv", "test_file": "w.csv"}},
-    "rated": WITH_TIMES
-    | {"interactions": RATED, "split": {"method": "leave_last", "valid": 1, "test": 1}},
-    "refit": WITH_TIMES | {"refit": True},
-    "rare users": WITH_TIMES
-    | {
-        "features": [
-            {"name": "user", "entity": "user", "min_count": 14},
-            *WITH_TIMES["features"][1:],
-        ]
-    },
-    "users": SPLITS_AND_TASKS["random"]
-    | {
-        "interactions": WITH_TIMES["interactions"] | {"min_rows_per_item": 4},
-        "features": [
-            {"name": "seen", "entity": "user", "history": "item"},
-            {"name": "item", "entity": "item"},
-        ],
-        "split": {"method": "users", "valid": 0.1, "test": 0.2},
-    },
-    "frequent users": SPLITS_AND_TASKS["random"]
-    | {"interactions": RATED | {"min_rows_per_item": 3, "min_rows_per_user": 5}},
-    "buckets": {
-        "task": "ctr",
-        "interactions": {"file": "rows*", "user": "u", "impressions": "s"},
-        "features": [
-            {"name": "user", "entity": "user"},
-            {"name": "item", "entity": "item"},
-            {"name": "w", "kind": "numeric", "transform": "bucket"},
-            {"name": "x", "hash_rows": 7},
-            {"name": "c", "separator": "|"},
-        ],
-    },
-    "growth": SPLITS_AND_TASKS["random"] | {"vocabulary_from": "earlier"},
-}
+from tests.data.preparation.cluster_cases import CASES, files_of, write_inputs
+from tests.data.preparation.content_logs import log_of, write_rows
 
 
 class InOrder:
@@ -127,20 +89,9 @@ def by_tasks(job: Job, wanted: str) -> Manifest:
     return prepare_on(OneProcess(), job, wanted)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = log_of(500)
-    rows["s"] = [f"N{i % 9}-1 N{i % 11}-0" for i in rows["i"]]
-    folder = write_rows(tmp_path_factory.mktemp("cluster") / "in", rows, "split")
-    for name, seed in (("v.csv", 5), ("w.csv", 6)):
-        log_of(120, seed).to_csv(folder / name, index=False)
-    earlier = DataConfig.model_validate(CASES["temporal"])
-    local.prepare(earlier, folder, folder / "earlier", seed=4)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("cluster") / "in")
 
 
 @pytest.mark.parametrize("case", CASES)
