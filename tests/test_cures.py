@@ -1015,6 +1015,13 @@ COMMAND_ORDER = [
         )
     ),
     Mistake(
+        "predict --output-parts parts",
+        "holds similar items, and this command writes predictions; name a new or empty folder",
+        "--output-parts more",
+        ("--output-parts", "parts"),
+        before=("train", "similar --output-parts parts"),
+    ),
+    Mistake(
         "export --output rows.csv",
         "--output names a folder",
         "--output exported",

@@ -21,6 +21,8 @@ from deepfm_dist.data.times import ISO, read_clock, read_times
 from deepfm_dist.errors import DataError
 from deepfm_dist.float_order import sortable
 
+STRENGTHS = ("strength", "rating", "label", "weight")
+"""Purposes of columns that say how much a row counts, the most significant first."""
 _BINS = 1 << 16
 
 

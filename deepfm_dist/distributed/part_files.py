@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class PartFolder:
         folder: a URL, or a folder that all ranks share.
         inputs: what the parts depend on, as JSON values; None: earlier parts are never reused.
         world: the ranks.
+        content: what the parts hold; those of something else are not replaced.
         private: whether the folder belongs to this job, so that anything else in it is deleted;
             otherwise a folder with other files is refused.
 
@@ -49,7 +51,7 @@ class PartFolder:
         summary: of a folder that was complete; None: it was not.
 
     Raises:
-        ConfigError: the folder holds other files, or is a file.
+        ConfigError: the folder holds other files or parts of something else, or is a file.
         DeepFMError: the folder cannot be read or written.
     """
 
@@ -58,10 +60,13 @@ class PartFolder:
         folder: Path,
         inputs: Mapping[str, object] | None,
         world: World,
+        content: str = "",
         private: bool = False,
     ) -> None:
         self.folder, self._world, self._private = folder, world, private
-        text = json.dumps(inputs, indent=2, sort_keys=True) + "\n"
+        self._content = content
+        described = {"content": content, **(inputs or {})}
+        text = json.dumps(described, indent=2, sort_keys=True) + "\n"
         opened = world.run_on_rank0(f"{folder}_open", lambda: self._open(text, inputs is not None))
         self.present, self.summary = world.broadcast(opened or (frozenset[int](), None))
 
@@ -115,6 +120,11 @@ class PartFolder:
                 f"{self.folder}: holds files that this command did not write "
                 f"({[*others, *own][0]}); name a new or empty folder"
             )
+        if own and (content := self._content_there()) not in (self._content, ""):
+            raise ConfigError(
+                f"{self.folder}: holds {content}, and this command writes {self._content}; name a "
+                f"new or empty folder"
+            )
         if own or SUCCESS in names:
             log.info("%s: replacing its parts, which were made from other inputs", self.folder)
         for name in (
@@ -123,6 +133,12 @@ class PartFolder:
             _INPUTS,
         ):  # the mark goes first, so that an interrupted removal leaves an incomplete folder
             (self.folder / name).unlink(missing_ok=True)
+
+    def _content_there(self) -> str:
+        """What the parts hold that are there; empty if an earlier version wrote them."""
+        with suppress(ValueError, AttributeError):  # damaged
+            return str(json.loads((self.folder / _INPUTS).read_text()).get("content", ""))
+        return ""
 
     def write(self, part: int, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
         """Writes a part. Any rank.

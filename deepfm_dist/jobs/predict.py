@@ -64,7 +64,7 @@ def predict(
         if folder is not None:
             with world.hold_on_rank0(output_lock(folder, in_parts=True)):
                 inputs = _inputs(trained, dataset, source)
-                scored = PartFolder(folder, inputs, world)
+                scored = PartFolder(folder, inputs, world, "predictions")
                 rows = prediction.predict_in_parts(
                     trained.sharded, world, dataset, source, files, scored, rate=rate
                 )

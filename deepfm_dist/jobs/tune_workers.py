@@ -135,9 +135,14 @@ def supervise(workers: Sequence[Worker]) -> bool:
                 running.remove(worker)
                 if code == 0 or received or problem is not None:
                     continue
-                if (code < 0 or code > 128) and worker.starts < MAX_STARTS:
-                    name = signal.Signals(-code if code < 0 else code - 128).name
-                    log.warning("worker %d: killed by %s; starting it again", worker.number, name)
+                killer = _signal_of(code)
+                if killer is not None and worker.starts < MAX_STARTS:
+                    log.warning(
+                        "worker %d: killed by %s; starting it again: its trial continues from its "
+                        "last checkpoint",
+                        worker.number,
+                        killer,
+                    )
                     worker.start()
                     running.append(worker)
                     continue
@@ -150,9 +155,28 @@ def supervise(workers: Sequence[Worker]) -> bool:
 
 
 def _problem(worker: Worker, code: int) -> DeepFMError:
+    if (killer := _signal_of(code)) is not None:
+        memory = ", as the kernel does when memory runs out" * (killer == _signal_of(-9))
+        return DeepFMError(
+            f"worker {worker.number}: killed by {killer} {worker.starts} times{memory}; its output "
+            f"is in {worker.output}. Its trial is not lost: the same command continues it from its "
+            f"last checkpoint"
+        )
     lines = worker.output.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if "Error: " in line), f"exit code {code}")
     return DeepFMError(f"worker {worker.number}: {last}; its output is in {worker.output}")
+
+
+def _signal_of(code: int) -> str | None:
+    """The signal that an exit code stands for, such as "signal 9 (SIGKILL)"; None: it is none.
+
+    Shells report a signal of a child as 128 plus its number.
+    """
+    number = -code if code < 0 else code - 128
+    if number not in signal.valid_signals():
+        return None
+    name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
+    return f"signal {number}{name}"
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.fields import row_columns
+from deepfm_dist.data.fields import STRENGTHS, row_columns
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values
 from deepfm_dist.data.lookup import UserAttributes
-from deepfm_dist.data.schema import Interactions, label_of
+from deepfm_dist.data.schema import OUT_OF_VOCABULARY, DataConfig, Interactions, label_of
 from deepfm_dist.data.sources import Column, column_names, read_table
 from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import id_order
@@ -72,7 +72,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
     positive = _is_positive(table, dataset.manifest.data.interactions)
     _check_some_are_known(dataset, path, table, is_known, positive)
     items = np.asarray(place.fill_null(-1), np.int32) + np.int32(1)
-    stays = is_known & _rows_that_stay(table, items, dataset.manifest.data.repeated)
+    stays = is_known & _rows_that_stay(dataset.manifest.data, path, table, items)
     ids = pc.unique(table["user"].filter(pa.array(stays & positive)))
     ids = ids.take(pa.array(np.argsort(id_order(ids))))
     users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
@@ -150,9 +150,14 @@ def _columns(dataset: PreparedDataset, path: Path) -> list[Column]:
     """What to read: ids, and those columns of the log that say what a row is."""
     present = column_names(path)
     ids = [id_column(dataset, entity, present) for entity in ("user", "item")]
-    roles = {"rating", "label", "time"}
     columns = row_columns(dataset.manifest.data, with_split=False)
-    return ids + [c for c in columns if c.key in roles and c.name in present]
+    roles = ("time", *STRENGTHS)
+    # The dataset has been prepared: its words can no longer be changed.
+    return ids + [
+        replace(c, checks=tuple(replace(check, cure=None) for check in c.checks))
+        for c in columns
+        if c.key in roles and c.name in present
+    ]
 
 
 def _is_positive(table: pa.Table, spec: Interactions) -> npt.NDArray[np.bool_]:
@@ -188,14 +193,14 @@ def _check_some_are_known(
 
 
 def _rows_that_stay(
-    table: pa.Table, items: npt.NDArray[np.int32], rule: str
+    data: DataConfig, path: Path, table: pa.Table, items: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.bool_]:
     """``[n]`` bool: which of several rows of a user and an item stays, by the log's rule."""
-    stays = np.ones(table.num_rows, bool)
+    rule, stays = data.repeated, np.ones(table.num_rows, bool)
     if rule == "all":
         return stays
     names = set(table.column_names)
-    strengths = [-np.asarray(table["rating"])] if "rating" in names else []
+    strengths = [-_strength(name, table[name], data) for name in STRENGTHS if name in names]
     times: list[Int64Array] = []
     if "time" in names:
         time = table["time"].combine_chunks()
@@ -207,7 +212,25 @@ def _rows_that_stay(
     order = np.lexsort((*reversed(by_rule), items, users))
     again = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
     stays[order[1:][again]] = False
+    missing = [] if "strength" in names else [*data.interactions.order]
+    again &= items[order[1:]] != OUT_OF_VOCABULARY
+    if missing and again.any() and names & {"rating", "label"}:
+        log.warning(
+            "%s: it has no column %r, whose words say which of several rows is the strongest: of "
+            "%s with the user and the item of another row, it is decided without them",
+            path,
+            missing[0],
+            plural(int(again.sum()), "row"),
+        )
     return stays
+
+
+def _strength(name: str, cells: pa.ChunkedArray, data: DataConfig) -> npt.NDArray[np.float64]:
+    """``[n]`` what rows are compared by, of one of `STRENGTHS`."""
+    if name == "strength":
+        [words] = data.interactions.order.values()
+        cells = pc.index_in(cells, value_set=pa.array(words))
+    return np.asarray(cells).astype(np.float64)
 
 
 def _report(

@@ -75,6 +75,7 @@ class ResumableOutput:
         n_users: users of all ranks; each `users_per_chunk` of them has a part.
         inputs: what the parts depend on, as JSON values; None: earlier parts are never reused.
         world: the ranks.
+        content: what the parts hold, for error messages.
         in_parts: whether ``target`` is the folder of the parts.
 
     Attributes:
@@ -82,7 +83,7 @@ class ResumableOutput:
         reused: how many parts were there already.
 
     Raises:
-        ConfigError: the folder holds other files.
+        ConfigError: the folder holds other files, or parts of something else.
         DeepFMError: the folder cannot be written.
     """
 
@@ -92,11 +93,12 @@ class ResumableOutput:
         n_users: int,
         inputs: Mapping[str, object] | None,
         world: World,
+        content: str,
         in_parts: bool = False,
     ) -> None:
         self.target, self._in_parts = target, in_parts
         folder = target if in_parts else target.with_name(f".{target.name}.parts")
-        self.parts = PartFolder(folder, inputs, world, private=not in_parts)
+        self.parts = PartFolder(folder, inputs, world, content, private=not in_parts)
         self._size, self._n_users, self._world = users_per_chunk(n_users), n_users, world
         self._n_parts = -(-n_users // self._size)
         self.missing = [s for s in range(self._n_parts) if s not in self.parts.present]

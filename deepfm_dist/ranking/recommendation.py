@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,18 @@ def recommend(
     if checkpoint is not None:
         key = {"weights": fingerprint_of(checkpoint), "engine": ranker.engine.name}
         key |= _key(dataset, catalogue, asked, config)
-    n_users = len(asked.ids)
+    output = partial(ResumableOutput, n_users=len(asked.ids), world=world, in_parts=in_parts)
     ending = "" if in_parts else ".parquet"
-    parts = ResumableOutput(folder / f"{name}{ending}", n_users, key, world, in_parts)
+    parts = output(folder / f"{name}{ending}", inputs=key, content="recommendations")
     seconds = _write_ranked(parts, ranker, asked, catalogue, config, world)
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
         file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}{ending}"
-        matrix = ResumableOutput(folder / file, n_users, matrix_key, world, in_parts)
+        matrix = output(folder / file, inputs=matrix_key, content="a score matrix")
         _write_matrix(matrix, ranker, asked, catalogue, config.matrix)
     files = parts.finish_ranked({"user": "user_id", "item": "item_id"}, config.k)
-    figures |= _speed(n_users * len(catalogue), seconds, world)
+    figures |= _speed(len(asked.ids) * len(catalogue), seconds, world)
     return None if files is None else _with_figures(files, figures)
 
 

@@ -113,7 +113,7 @@ def similar_items(
     ranker = _VectorRanker(vectors, torch.get_num_threads())
     target = folder / (name if in_parts else f"{name}.parquet")
     inputs = None if checkpoint is None else _inputs(dataset, config, checkpoint, cold_items)
-    parts = ResumableOutput(target, n, inputs, world, in_parts)
+    parts = ResumableOutput(target, n, inputs, world, "similar items", in_parts)
     parts.log_reuse()
     ranked = rank_users(
         ranker, n, _itself, config.k, world, parts.missing, description="compare items"

@@ -16,10 +16,10 @@ from tests.ranks import run_alone
 TABLES = [pa.table({"id": [n, n + 1], "score": [0.5, 0.25]}) for n in range(3)]
 
 
-def _write(folder: Path, inputs: Any, parts: list[int], private: bool = False) -> list[int]:
+def _write(folder: Path, inputs: Any, parts: list[int], content: str = "scores") -> list[int]:
     """Writes some parts, and completes the folder with all of them; those already present."""
     with process_group("cpu") as world:
-        out = PartFolder(folder, inputs, world, private)
+        out = PartFolder(folder, inputs, world, content)
         for part in parts:
             out.write(part, TABLES[part].schema, [TABLES[part]])
         if parts[-1:] == [2]:
@@ -68,9 +68,9 @@ def test_parts_of_other_inputs_are_replaced_and_the_mark_goes_first(
     assert not (out / "_SUCCESS").exists()
 
 
-def _refused(folder: Path, parts: list[int], inputs: Any) -> str:
+def _refused(folder: Path, parts: list[int], inputs: Any, content: str = "scores") -> str:
     with pytest.raises(DeepFMError) as caught:
-        _write(folder, inputs, parts)
+        _write(folder, inputs, parts, content)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -92,3 +92,18 @@ def test_a_part_that_another_machine_kept_to_itself_is_missed(tmp_path: Path) ->
         f"part-000001.parquet; name a folder that all machines share, or a URL"
     )
     assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("inputs", [{"a": 1}, None])
+def test_parts_of_something_else_are_not_replaced(tmp_path: Path, inputs: Any) -> None:
+    out = tmp_path / "out"
+    run_alone(_write, out, {"a": 1}, [0, 1, 2])
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert run_alone(_refused, out, [0], inputs, "rankings") == (
+        f"ConfigError: {out}: holds scores, and this command writes rankings; name a new or empty "
+        f"folder"
+    )
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    earlier = out / "_inputs.json"  # as versions wrote that did not say what parts hold
+    earlier.write_text('{"a": 1}\n')
+    assert run_alone(_write, out, inputs, [0], "rankings") == []

@@ -188,7 +188,7 @@ def _written_in_parts(folder: str) -> list[int]:
 
     s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
     with process_group("cpu") as world:
-        parts = PartFolder(folder_of(folder), {"weights": 1}, world)
+        parts = PartFolder(folder_of(folder), {"weights": 1}, world, "scores")
         for part in range(world.rank, 4, world.world_size):
             if part not in parts.present:
                 parts.write(part, _part(part).schema, [_part(part)])

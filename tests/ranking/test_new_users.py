@@ -75,6 +75,43 @@ def test_rows_of_new_users_count_as_in_the_log(
     assert new == {user: (items, low.get(user, set())) for user, items in liked.items()}
 
 
+def test_the_strongest_row_of_a_new_user_is_that_of_the_logs_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["cart", "view", "buy"]
+    log = pd.DataFrame({"who": [f"u{k % 5}" for k in range(60)], "what": np.arange(60) % N_ITEMS})
+    log = log.assign(stars=5, act="buy")
+    spec = {
+        "interactions": {"file": "log.csv", "user": "who", "item": "what", "rating": "stars"}
+        | {"min_rating": 4, "repeated": "strongest", "order": {"act": words}},
+        "features": [{"name": "item", "entity": "item"}, SEEN],
+        "split": {"valid": 0, "test": 0},
+    }
+    log.to_csv(tmp_path / "log.csv", index=False)
+    dataset = made_of(tmp_path, spec)
+    frame = _frame().drop(columns=["at", "y"])
+    frame["act"] = np.random.default_rng(6).choice(words, len(frame))
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    new = _as_sets(dataset, read_new_users(dataset, tmp_path / "new.csv"))
+    known = frame[frame.what.astype(int) < N_ITEMS]
+    known = known.assign(strength=known.act.map(words.index)).sort_values(["strength", "stars"])
+    kept = known.groupby(["who", "what"]).last().reset_index()
+    assert (kept.stars < known.groupby(["who", "what"]).stars.max().to_numpy()).any()
+    liked = kept[kept.stars >= 4].groupby("who").what.apply(set)
+    low = kept[kept.stars < 4].groupby("who").what.apply(set)
+    assert new == {user: (items, low.get(user, set())) for user, items in liked.items()}
+    assert caplog.text == ""
+
+    frame.drop(columns="act").to_csv(tmp_path / "new.csv", index=False)
+    read_new_users(dataset, tmp_path / "new.csv")
+    again = int(known.duplicated(["who", "what"]).sum())
+    assert "it has no column 'act', whose words say" in caplog.text
+    assert f"of {again} rows with the user and the item of another row" in caplog.text
+    frame.assign(act="steal").to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(DataError, match=r"act 'steal' is not a word of .* view, buy; fix the row$"):
+        read_new_users(dataset, tmp_path / "new.csv")
+
+
 def test_labels_say_what_was_clicked(tmp_path: Path) -> None:
     click = {"task": "ctr"}
     dataset = _dataset(tmp_path, click, label="y", time="at")

@@ -87,7 +87,9 @@ def test_a_search_whose_workers_are_killed_ends_with_all_its_trials(tmp_path: Pa
     assert not list(tmp_path.glob("*.pid"))
 
 
-def test_a_worker_that_fails_or_is_always_killed_ends_the_search(tmp_path: Path) -> None:
+def test_a_worker_that_fails_or_is_always_killed_ends_the_search(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sleeper = _worker(0, tmp_path, "sleep", "600")
     failing = _worker(1, tmp_path, "sh", "-c", "echo 'ConfigError: no such field' >&2; exit 2")
     with pytest.raises(DeepFMError) as caught:
@@ -97,9 +99,23 @@ def test_a_worker_that_fails_or_is_always_killed_ends_the_search(tmp_path: Path)
     )
     assert sleeper.poll() == -signal.SIGTERM
     killed = _worker(2, tmp_path, "sh", "-c", "kill -9 $$")
-    with pytest.raises(DeepFMError, match="worker 2: exit code -9"):
+    with pytest.raises(DeepFMError) as caught:
         supervise([killed])
-    assert killed.starts == MAX_STARTS
+    assert killed.starts == MAX_STARTS == 10
+    assert str(caught.value) == (
+        f"worker 2: killed by signal 9 (SIGKILL) 10 times, as the kernel does when memory runs "
+        f"out; its output is in {tmp_path / 'worker-2.log'}. Its trial is not lost: the same "
+        f"command continues it from its last checkpoint"
+    )
+    restarts = [record.getMessage() for record in caplog.records]
+    assert restarts == 9 * [
+        "worker 2: killed by signal 9 (SIGKILL); starting it again: its trial continues from its "
+        "last checkpoint"
+    ]
+    shell = _worker(3, tmp_path, "sh", "-c", "exit 255")  # 255 - 128 is no signal
+    with pytest.raises(DeepFMError, match="worker 3: exit code 255; its output"):
+        supervise([shell])
+    assert shell.starts == 1
 
 
 def test_a_signal_is_passed_on_to_the_workers(tmp_path: Path) -> None:

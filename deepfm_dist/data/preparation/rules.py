@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.codes import Hashes, argsort_words, mix_into, seeded
+from deepfm_dist.data.fields import STRENGTHS
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, taken
 from deepfm_dist.data.preparation.job import BUCKET_BITS, Job, entity_key
 from deepfm_dist.data.preparation.spill import PartitionRows
@@ -22,8 +23,6 @@ from deepfm_dist.seeding import mix
 
 Rule = Literal["latest", "earliest", "strongest"]
 _NO_CONTENT = frozenset(("key", "local", "given", "time", "whole", "billionths", "bucket"))
-_STRENGTHS = ("strength", "rating", "label", "weight")
-"""Columns of a `PartitionRows` that say how much a row counts, the most significant first."""
 
 
 def words_of(values: Values, hashes: Hashes | None) -> Hashes:
@@ -165,7 +164,7 @@ def one_per_pair(
     again = np.flatnonzero(~keep)
     if len(again) == 0:
         return keep, 0
-    strengths = [-part[name][again].astype(np.float64) for name in _STRENGTHS if name in part]
+    strengths = [-part[name][again].astype(np.float64) for name in STRENGTHS if name in part]
     times = [part["time"][again]] if "time" in part else []
     if rule != "earliest":
         times = [-time for time in times]
