@@ -1,14 +1,16 @@
 """``python -m deepfm_dist.serve``: serve recommendations over HTTP."""
 
 import argparse
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from deepfm_dist.cli import (
     EXIT_INTERRUPTED,
@@ -20,16 +22,20 @@ from deepfm_dist.cli import (
 )
 from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
+from deepfm_dist.messages import plural
 from deepfm_dist.typed_yaml import settings_of
 
 if TYPE_CHECKING:
     from deepfm_dist.serving.live import Recommender
-    from deepfm_dist.serving.replacement import Loading
 
-EXAMPLES = ("--run runs/sample", "--run runs/mine --port 9000 recommend.context.device=phone")
+EXAMPLES = (
+    "--run runs/sample",
+    "--run runs/mine --port 9000 --workers 4 recommend.context.device=phone",
+)
 SERVED = ("context", "mask", "memory_bytes", "cold_items")
 """Settings of ``recommend`` that a service looks at."""
 LOOPBACK = ("127.0.0.1", "localhost")
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,16 +51,25 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default: %(default)s, this machine only)",
     )
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that answer requests with one copy of the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: an object a line, and a line for each request (default: %(default)s)",
+    )
 
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
     try:
-        import torch
-        import uvicorn
-
-        from deepfm_dist.serving.app import make_app
-        from deepfm_dist.serving.connections import BACKLOG, ImpatientProtocol, max_connections
-        from deepfm_dist.serving.replacement import Loading, ModelInUse
+        from deepfm_dist.serving.following import PointerFollower
+        from deepfm_dist.serving.telemetry import JsonFormatter
+        from deepfm_dist.serving.workers import Answering, Generations
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(
             f"serving needs {error.name}, which is not installed; "
@@ -62,39 +77,51 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         ) from None
 
     _check_settings(config, arguments.overrides)
-    torch.set_num_threads(config.run.threads)  # of this thread, which answers
+    _check_workers(arguments.workers)
+    if arguments.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     listening = _socket(arguments.host, arguments.port)
     url = f"http://{arguments.host}:{listening.getsockname()[1]}"
-    model = ModelInUse()
-    ImpatientProtocol.limit = max_connections()
-    settings = uvicorn.Config(
-        make_app(model, LOOPBACK if arguments.host in LOOPBACK else ("*",)),
-        http=ImpatientProtocol,
-        ws="none",
-        backlog=BACKLOG,
-        log_level="error",  # a client's mistake is not worth a line
-        access_log=False,
-    )
-    server = uvicorn.Server(settings)
 
     def load(folder: Path | None) -> "Recommender":
         theirs = config if folder is None else config_of_run(folder, arguments.overrides)
         return _loaded(theirs, arguments.overrides)
 
-    def on_first(error: BaseException | None) -> None:
-        if error is None:
+    with TemporaryDirectory(prefix="deepfm-serve-") as folder:
+        answering = Answering(
+            listening,
+            hosts=LOOPBACK if arguments.host in LOOPBACK else ("*",),
+            folder=Path(folder),
+            n_workers=arguments.workers,
+            threads=config.run.threads,
+            logs_requests=arguments.log_format == "json",
+        )
+        signal.signal(signal.SIGTERM, _exit_with(EXIT_OK))
+        signal.signal(signal.SIGINT, _exit_with(EXIT_INTERRUPTED))
+        with Generations(answering) as generations:
+            follower = PointerFollower(generations, load, pointer_of(arguments), Path(folder))
+            follower.load_first()
             print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)
-        else:
-            server.should_exit = True
+            follower.follow()
 
-    loading = Loading(model, load, pointer_of(arguments), on_first)
-    # uvicorn answers what it has and then raises the signal again, for these handlers.
-    signal.signal(signal.SIGTERM, _exit_with(EXIT_OK, loading))
-    signal.signal(signal.SIGINT, _exit_with(EXIT_INTERRUPTED, loading))
-    loading.start()
-    server.run(sockets=[listening])
-    if loading.error is not None:
-        raise loading.error
+
+def _check_workers(n: int) -> None:
+    """Looks at the number of workers.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if n < 1:
+        raise ConfigError(f"--workers {n}: must be positive; use --workers 1")
+    cores = len(os.sched_getaffinity(0))
+    if n > cores:
+        log.warning(
+            "--workers %d: more than this process's %s, so they take turns; use --workers %d",
+            n,
+            plural(cores, "core"),
+            cores,
+        )
 
 
 def _loaded(config: Config, overrides: Sequence[str]) -> "Recommender":
@@ -107,20 +134,15 @@ def _loaded(config: Config, overrides: Sequence[str]) -> "Recommender":
     _check_settings(config, overrides)
     source = find_run(config, overrides)
     folder = up_to_date_export(source)
-    with (
-        memory_errors_to_user(),
-        process_group("cpu", config.run.timeout_s, config.run.threads) as world,
-    ):
+    # One thread: OpenMP's threads, once started, would be missing in the workers forked later.
+    with memory_errors_to_user(), process_group("cpu", config.run.timeout_s, threads=1) as world:
         return Recommender(source, folder, world)
 
 
-def _exit_with(code: int, loading: "Loading") -> Callable[[int, FrameType | None], None]:
-    """A signal handler that ends the process, whether or not a model is being loaded."""
+def _exit_with(code: int) -> Callable[[int, FrameType | None], NoReturn]:
+    """A signal handler that ends the command, which then ends the workers."""
 
-    def end(signum: int, frame: FrameType | None) -> None:
-        if not loading.stop():  # torch would abort if the interpreter ended under it
-            sys.stdout.flush()
-            os._exit(code)
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
         sys.exit(code)
 
     return end

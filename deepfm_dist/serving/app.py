@@ -1,7 +1,6 @@
-"""HTTP over `Recommender`: routes, limits, figures for Prometheus."""
+"""HTTP over `Recommender`: routes and limits."""
 
 import json
-import time
 from collections import Counter as Names
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,13 +12,7 @@ from fastapi import Path as InPath
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    disable_created_metrics,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from pydantic import (
     BaseModel,
@@ -39,13 +32,18 @@ from deepfm_dist.messages import short
 from deepfm_dist.serving import live
 from deepfm_dist.serving.live import Unknown, Unsupported
 from deepfm_dist.serving.replacement import ModelInUse, NotReady, age_s
+from deepfm_dist.serving.telemetry import Telemetry
 from deepfm_dist.version import __version__
+
+try:  # pages under /docs that load nothing from a CDN
+    from fastapi_offline import FastAPIOffline as _FastAPI
+except ModuleNotFoundError:
+    _FastAPI = FastAPI
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
 MAX_ROWS = 1000
 """Rows that a request may have scored."""
-BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 PAGE = Path(__file__).parent / "pages" / "index.html"
 
 Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
@@ -233,33 +231,34 @@ NOT_LOADED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(model: ModelInUse, hosts: Sequence[str] = ("*",)) -> FastAPI:
+def make_app(
+    model: ModelInUse, hosts: Sequence[str] = ("*",), logs_requests: bool = False
+) -> ASGIApp:
     """The application.
 
     Args:
         model: what answers.
         hosts: names that requests may come for; others are refused, so that no web page can reach
             a service on this machine by a name of its own.
+        logs_requests: whether each request is logged.
     """
-    app = FastAPI(
+    app = _FastAPI(
         title="deepfm_dist",
         version=__version__,
         description="Recommendations of a trained model; /healthz names its run.",
         dependencies=[Depends(_refuse_unknown_parameters)],
         responses=NOT_ALLOWED | NOT_LOADED,
     )
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
     registry = CollectorRegistry()
     registry.register(model)
     app.add_middleware(_Limited)
-    app.add_middleware(_Metrics, registry=registry)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    app.add_middleware(_AnswersHead)
     _add_error_handlers(app)
     _add_status_routes(app, model, registry)
     _add_recommender_routes(app, model)
     _add_post_routes(app, model)
-    return app
+    # Around FastAPI's own handler of what nothing else has handled: its answers have ids, too.
+    return _AnswersHead(Telemetry(app, model, registry, logs_requests))
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -326,7 +325,7 @@ def _add_status_routes(app: FastAPI, model: ModelInUse, registry: CollectorRegis
             users=recommender.n_users,
             items=recommender.n_items,
             knows_users_by_items=recommender.knows_users_by_items,
-            problem=model.problem,
+            problem=model.status.problem,
         )
 
     @app.get("/readyz")
@@ -529,37 +528,3 @@ class _Limited:
             return next(waiting, None) or await receive()
 
         await self._app(scope, again, send)
-
-
-class _Metrics:
-    """Counts requests by route and status, and their seconds by route."""
-
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
-        self._app = app
-        self._count = Counter(
-            "deepfm_requests", "Requests answered.", ["route", "status"], registry=registry
-        )
-        self._seconds = Histogram(
-            "deepfm_request_seconds", "Time to answer.", ["route"], buckets=BUCKETS_S,
-            registry=registry,
-        )  # fmt: skip
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, status = time.perf_counter(), 500
-
-        async def send_counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_counted)
-        finally:
-            # By template: ids would give every user a line of their own.
-            route = getattr(scope.get("route"), "path_format", "other")
-            self._count.labels(route, str(status)).inc()
-            self._seconds.labels(route).observe(time.perf_counter() - begun)

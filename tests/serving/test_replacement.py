@@ -25,7 +25,8 @@ from tests.serving.shop import shop
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
-from deepfm_dist.serving import replacement  # noqa: E402
+from deepfm_dist.serving import following  # noqa: E402
+from deepfm_dist.serving.replacement import ModelInUse  # noqa: E402
 
 
 def _train_all(configs: list[Config]) -> None:
@@ -48,10 +49,10 @@ def _promote(runs: Path, name: str) -> None:
 def test_no_request_fails_while_models_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replacement, "POLL_S", 0.02)
+    monkeypatch.setattr(following, "POLL_S", 0.02)
     warnings = logging.FileHandler(tmp_path / "warnings.txt")
     warnings.setLevel(logging.WARNING)
-    monkeypatch.setattr(replacement.log, "handlers", [warnings])
+    monkeypatch.setattr(following.log, "handlers", [warnings])
     config, runs = shop(tmp_path), tmp_path / "r"
     settings = {"data.name": "shop", "run.name": "monday", "trainer.max_steps": 2}
     monday = with_settings(config, settings)
@@ -62,7 +63,7 @@ def test_no_request_fails_while_models_are_replaced(
     _promote(runs, "monday")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = ["--run", str(runs / "current"), "--port", str(port)]
+    words = ["--run", str(runs / "current"), "--port", str(port), "--workers", "2"]
     service = multiprocessing.get_context("fork").Process(target=serve.main, args=(words,))
     service.start()
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
@@ -107,7 +108,7 @@ def test_no_request_fails_while_models_are_replaced(
         assert {status for status, _ in answers} == {200}
         assert {text for _, text in answers} == rankings
 
-        _end_while_asking(client, port, service.pid or 0)
+        _end_while_asking(port, service.pid or 0)
         service.join(20)
         assert service.exitcode == 0
         [warning] = (tmp_path / "warnings.txt").read_text().splitlines()
@@ -117,13 +118,14 @@ def test_no_request_fails_while_models_are_replaced(
         service.kill()
 
 
-def _end_while_asking(client: Any, port: int, pid: int) -> None:
+def _end_while_asking(port: int, pid: int) -> None:
     """Sends SIGTERM amid a request, which is answered, while new connections are refused."""
     body = b'{"items": [3], "k": 2}'
     head = f"POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as begun:
-        begun.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body[:5])
-        assert client.get("/readyz").status_code == 200  # the service has read that by now
+        begun.sendall(head.encode() + body[:5])
+        assert begun.recv(1000).startswith(b"HTTP/1.1 100 ")  # a worker reads it
         os.kill(pid, signal.SIGTERM)
         _until(lambda: _is_refused(port))
         begun.sendall(body[5:])
@@ -150,7 +152,7 @@ def test_a_service_is_alive_before_it_is_ready() -> None:
 
     from deepfm_dist.serving.app import make_app
 
-    client = TestClient(make_app(replacement.ModelInUse()))
+    client = TestClient(make_app(ModelInUse()))
     assert client.get("/healthz").status_code == 200
     assert client.get("/healthz").json()["status"] == "loading"
     for path in ("/readyz", "/users", "/users/4/recommendations"):

@@ -1,0 +1,349 @@
+"""Processes that answer requests: for each model a generation of workers, which share its memory.
+
+    the command          listens, and starts a generation for each model that is to be served
+      a generation       loads the model, starts its workers and replaces those that die
+        a worker         answers requests
+
+Workers are forked from the process that has loaded the model: its tables, indices and compiled
+kernels are in memory once. uvicorn's own supervisor spawns workers, each of which would load the
+model again.
+
+All workers accept connections from one socket. With SO_REUSEPORT each would have its own queue,
+and connections in it would be reset when a worker leaves.
+
+However a process ends, those below it notice by the end of a pipe, its lifeline: they answer
+what they are asked on the connections they have, and end.
+"""
+
+import asyncio
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import torch
+import uvicorn
+
+from deepfm_dist.errors import DeepFMError, EnvironmentProblem
+from deepfm_dist.serving.app import make_app
+from deepfm_dist.serving.connections import (
+    BACKLOG,
+    REQUEST_S,
+    ImpatientProtocol,
+    max_connections,
+)
+from deepfm_dist.serving.live import Recommender
+from deepfm_dist.serving.replacement import ModelInUse
+from deepfm_dist.serving.telemetry import share_figures
+
+DRAIN_S = REQUEST_S + 5
+"""Seconds that a worker has to answer what it is asked after it is asked to end."""
+RESTART_S = 1.0
+"""Seconds from the start of a worker until another may replace it."""
+FORK = multiprocessing.get_context("fork")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How workers answer.
+
+    Attributes:
+        listening: the socket.
+        hosts: see `make_app`.
+        folder: of the service, where its processes keep figures and status.
+        n_workers: of a generation.
+        threads: of a worker.
+        logs_requests: whether each request is logged.
+    """
+
+    listening: socket.socket
+    hosts: Sequence[str]
+    folder: Path
+    n_workers: int = 1
+    threads: int = 1
+    logs_requests: bool = False
+
+
+class Generation:
+    """A process that loads a model, and its workers.
+
+    Args:
+        number: distinguishes generations that live at the same time.
+        load: loads the model; it may return None, for workers that answer without one.
+        n_workers: number of workers.
+        answering: how they answer.
+    """
+
+    _lifelines: set[int] = set()  # noqa: RUF012  # children must not hold them open
+
+    def __init__(
+        self,
+        number: int,
+        load: Callable[[], Recommender | None],
+        n_workers: int,
+        answering: Answering,
+    ) -> None:
+        self.number, self._load = number, load
+        self._n_workers, self._answering = n_workers, answering
+        self._report, report = FORK.Pipe(duplex=False)
+        lifeline, held = os.pipe()
+        self._lifeline: int | None = held
+        self._lifelines.add(held)
+        self.process = FORK.Process(target=self._main, args=(report, lifeline))
+        gc.freeze()  # a collection writes to every object it visits, and so copies its page
+        self.process.start()
+        report.close()
+        os.close(lifeline)
+
+    def wait_until_ready(self) -> None:
+        """Waits until the model is loaded and all workers answer.
+
+        Raises:
+            Exception: what loading the model raised.
+        """
+        try:
+            error = self._report.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode
+            raise EnvironmentProblem(
+                f"the process that was loading the model ended with exit code {code}"
+                f"{'; the machine may be out of memory' if code == -signal.SIGKILL else ''}"
+            ) from None
+        if error is not None:
+            raise error
+
+    def retire(self) -> None:
+        """Ends it once its connections have ended."""
+        if self._lifeline is not None:
+            self._lifelines.remove(self._lifeline)
+            os.close(self._lifeline)
+            self._lifeline = None
+
+    # In the generation's own process:
+
+    def _main(self, report: connection.Connection, lifeline: int) -> None:
+        for other in self._lifelines:
+            os.close(other)
+        self._lifelines.clear()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            recommender = self._load()
+        except Exception as error:
+            report.send(_portable(error))
+            return
+        signal.signal(signal.SIGTERM, _exit)
+        gc.collect()
+        gc.freeze()
+        try:
+            self._keep_workers(recommender, report, lifeline)
+        finally:
+            self._answering.listening.close()
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            for worker in multiprocessing.active_children():
+                worker.join(DRAIN_S + REQUEST_S)
+
+    def _keep_workers(
+        self, recommender: Recommender | None, report: connection.Connection, lifeline: int
+    ) -> None:
+        ready, begins = os.pipe()
+        workers: dict[int, ForkProcess] = {}
+        n_ready, started = 0, 0.0
+        while True:
+            for index in set(range(self._n_workers)) - set(workers):
+                time.sleep(max(0.0, started - time.monotonic()))
+                started = time.monotonic() + (RESTART_S if report.closed else 0)
+                workers[index] = FORK.Process(
+                    target=self._work, args=(recommender, index, lifeline, begins, ready)
+                )
+                workers[index].start()
+            over = connection.wait([lifeline, ready, *(w.sentinel for w in workers.values())])
+            if lifeline in over:
+                self._answering.listening.close()
+                for worker in workers.values():
+                    worker.join()
+                return
+            if ready in over:
+                n_ready += len(os.read(ready, self._n_workers))
+                if n_ready >= self._n_workers and not report.closed:
+                    report.send(None)
+                    report.close()
+            for index, worker in [*workers.items()]:
+                if worker.sentinel not in over:
+                    continue
+                worker.join()
+                if not report.closed:
+                    text = f"a worker ended with exit code {worker.exitcode} at its start"
+                    report.send(EnvironmentProblem(text))
+                    return
+                log.warning(
+                    "worker %d (process %s) ended with exit code %s; another takes its place",
+                    index,
+                    worker.pid,
+                    worker.exitcode,
+                )
+                del workers[index]
+
+    def _work(
+        self, recommender: Recommender | None, index: int, lifeline: int, begins: int, ready: int
+    ) -> None:
+        os.close(ready)
+        torch.set_num_threads(self._answering.threads)
+        share_figures(self._answering.folder, f"{self.number}-{index}")
+        model = ModelInUse(recommender, self._answering.folder)
+        ImpatientProtocol.limit = max_connections()
+        settings = uvicorn.Config(
+            make_app(model, self._answering.hosts, self._answering.logs_requests),
+            http=ImpatientProtocol,
+            ws="none",
+            backlog=BACKLOG,
+            log_config=None,
+            log_level="error",  # a client's mistake is not worth a line
+            access_log=False,
+            timeout_graceful_shutdown=int(DRAIN_S),
+        )
+        _Worker(settings, model, lifeline, begins).run([self._answering.listening])
+
+
+class _Worker(uvicorn.Server):
+    """uvicorn's server, which can also leave without closing a connection that a client may use.
+
+    Args:
+        config: uvicorn's settings.
+        model: is marked when it retires, so that responses ask clients to close the connection.
+        lifeline: file that ends when the worker is to retire.
+        begins: file that gets a byte when the worker answers.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, model: ModelInUse, lifeline: int, begins: int
+    ) -> None:
+        super().__init__(config)
+        self._model, self._lifeline, self._begins = model, lifeline, begins
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Leaves ctrl-C to the command, which ends the workers."""
+        if sig != signal.SIGINT:
+            super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets)
+        self._retiring: asyncio.Task[None] | None = None
+        asyncio.get_running_loop().add_reader(self._lifeline, self._retire)
+        os.write(self._begins, b"1")
+        os.close(self._begins)
+
+    def _retire(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._lifeline)
+        for server in self.servers:
+            server.close()
+        self._model.is_retiring = True
+        self._retiring = asyncio.create_task(self._exit_after_connections())
+
+    async def _exit_after_connections(self) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        await asyncio.sleep(0.1)  # those accepted a moment ago are not known yet
+        while self.server_state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+class Generations:
+    """The generations of a service: the one in use, and earlier ones that are ending.
+
+    Args:
+        answering: how workers answer.
+    """
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+        self._living: list[Generation] = []  # the last one is in use
+
+    def __enter__(self) -> Self:
+        """Nothing is started yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends all processes after they have answered what they are asked."""
+        self._answering.listening.close()  # connections are refused once no process has it
+        for generation in self._living:
+            generation.process.terminate()
+        deadline = time.monotonic() + DRAIN_S + 2 * REQUEST_S
+        for generation in self._living:
+            generation.process.join(max(0.0, deadline - time.monotonic()))
+            generation.process.kill()
+            generation.retire()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process of the model in use is there; its workers answer without it."""
+        return self._living[-1].process.is_alive()
+
+    def replace(self, load: Callable[[], Recommender | None], n_workers: int | None = None) -> None:
+        """Loads a model; those of before answer until its workers do.
+
+        Raises:
+            Exception: what loading the model raised; nothing is replaced.
+        """
+        self._reap()
+        number = next(n for n in range(1000) if n not in {g.number for g in self._living})
+        generation = Generation(
+            number, load, n_workers or self._answering.n_workers, self._answering
+        )
+        try:
+            generation.wait_until_ready()
+        except BaseException:
+            generation.process.terminate()
+            generation.process.join()
+            generation.retire()
+            raise
+        for earlier in self._living:
+            earlier.retire()
+        self._living.append(generation)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits, less if a process ends."""
+        connection.wait(
+            [g.process.sentinel for g in self._living if g.process.is_alive()], timeout_s
+        )
+        self._reap()
+
+    def _reap(self) -> None:
+        """Forgets generations that have ended.
+
+        The number of one that was killed is not used again, since its workers may still live.
+        """
+        last = self._living[-1:]
+        self._living = [g for g in self._living if g in last or g.process.exitcode != 0]
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as another process can raise it; a bug's has its traceback as a note."""
+    if not isinstance(error, DeepFMError):
+        error.add_note("".join(traceback.format_exception(error)))
+    with suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
