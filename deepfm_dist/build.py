@@ -299,9 +299,9 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         per_rank = -(-trainer.batch_size // world.world_size)
         if world.device.type == "cuda" and trainer.loss == "bce" and per_rank < FEW_ROWS:
             log.warning(
-                "trainer.batch_size=%d is that of all ranks: %s per GPU in a step, too few "
-                "to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates may "
-                "have to change with it)",
+                "trainer.batch_size=%d is the global batch size: %s per GPU in a step, "
+                "too few to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates "
+                "may have to change with it)",
                 trainer.batch_size,
                 plural(per_rank, "row"),
             )

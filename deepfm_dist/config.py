@@ -71,8 +71,8 @@ class Config(Section):
     def _table_optimizer_can(self) -> Self:
         if self.trainer.table_precision == "fp16" and self.optimizer.tables.name == "adam":
             raise ValueError(
-                "trainer.table_precision=fp16: adam on the tables computes in their precision, "
-                "which is too little for its sums; use rowwise_adagrad"
+                "trainer.table_precision=fp16: adam on the tables would keep its moments in "
+                "fp16, which is too coarse; use rowwise_adagrad"
             )
         if self.trainer.accumulate_steps > 1 and self.optimizer.tables.name != "adam":
             raise ValueError(

@@ -197,7 +197,7 @@ def _version_problems(installation: Installation) -> Iterator[Problem]:
     if versions.get("fbgemm-gpu") and versions.get("fbgemm-gpu-cpu"):
         yield Problem(
             f"fbgemm-gpu {versions['fbgemm-gpu']} and fbgemm-gpu-cpu {versions['fbgemm-gpu-cpu']} "
-            "are both installed, over each other",
+            "are both installed and overwrite each other",
             "run `make clean`, then `make demo` (removing one of them would break the other)",
         )
         return  # what else is seen may come from either
@@ -264,7 +264,8 @@ def _device_problems(installation: Installation, device: str) -> Iterator[Proble
             )
         elif device == "auto" and driver:
             yield Problem(
-                f"an NVIDIA driver is here, but {fbgemm} has no CUDA kernels: GPUs stay unused",
+                f"an NVIDIA driver is installed, but {fbgemm} has no CUDA kernels: "
+                f"GPUs stay unused",
                 f"{_TAKE_CUDA}; or set run.device=cpu",
                 fatal=False,
             )

@@ -266,7 +266,7 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
             raise
         raise DeepFMError(
             f"{path}: cannot be used: {brief(error)}; check the address, the credentials and the "
-            f"network right?"
+            f"network"
         ) from None
 
 

@@ -40,8 +40,8 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise DuplicateKeyError(
-                    f"{key.value!r} stands in line {lines[key.value]} and again in line {line}; "
-                    f"put all of it under one"
+                    f"{key.value!r} is in line {lines[key.value]} and again in line {line}; "
+                    f"merge the two"
                 )
             lines[key.value] = line
         return node

@@ -358,13 +358,13 @@ def test_a_key_that_comes_twice_is_named_with_both_lines(tmp_path: Path) -> None
     path.write_text(text + "data: {seed: 3}\n")
     line = len(text.splitlines()) + 1
     with pytest.raises(
-        ConfigError, match=f"c.yaml: 'data' stands in line {first} and again in line {line}; put"
+        ConfigError, match=f"c.yaml: 'data' is in line {first} and again in line {line}; merge"
     ):
         load_config(str(path))
     path.write_text("defaults: &d {lr: 1}\noptimizer: {dense: {<<: *d, lr: 2}}\n" + text)
     with pytest.raises(ConfigError, match="defaults: unknown field"):  # a merged key may be changed
         load_config(str(path))
-    with pytest.raises(ConfigError, match="'k' stands in line 1 and again in line 2"):
+    with pytest.raises(ConfigError, match="'k' is in line 1 and again in line 2"):
         load_config("sample", ["recommend={k: 3,\n k: 4}"])
 
 

@@ -337,7 +337,7 @@ SETTINGS = [
     ),
     Mistake(
         PRINT + "'model={embedding_dim: 4, embedding_dim: 8}'",
-        "put all of it under one",
+        "merge the two",
         "'model={embedding_dim: 8}'",
     ),
     Mistake(PRINT + "data.root=s3:/logs/2024", "write s3://logs/2024", "data.root=s3://logs/2024"),
@@ -513,7 +513,7 @@ INPUT = [
     ),
     Mistake(
         "prepare data.split.test_file=test.csv",
-        "write the ids alike",
+        "write the ids the same way",
         files={"test.csv": _csv([[row[0].upper(), *row[1:]] for row in ROWS[:9]])},
         new_files={"test.csv": _csv(ROWS[:9])},
     ),
@@ -691,7 +691,7 @@ INPUT = [
     ),
     Mistake(
         "prepare",
-        "upper and lower case; write them alike",
+        "upper and lower case; write them the same way",
         files={"items.csv": FILES["items.csv"].replace("\ni", "\nI")},
         new_files={"items.csv": FILES["items.csv"]},
     ),
@@ -1361,7 +1361,7 @@ NOT_TYPED = {
     "run.runs_root=…: the journal of a search": _LIBRARY,
     "model.over_arch=…: which of its weights": "needs an over-arch of the user's own",
     "--run …: no run": "the row for a missing checkpoint types the same command",
-    "…: every user has met all": "the cure is other data",
+    "…: every user has interacted with all": "the cure is other data",
     "…: another tool prepared it": "needs a dataset of another tool; see test_layout",
     "column …: … is not …; correct it": "needs requests to a loaded model",
     "…: prepared again, moved or deleted": "needs a second process",

@@ -16,9 +16,9 @@ NEVER_ONE = (
     "%s, line %d: a quoted cell spans %d lines",
     "%s in %.2f s: %s pairs/s",
     "candidates=… cannot give k=… items",
-    "… is not of … files",
-    "it begins as … files do",
-    "…: not readable: it begins as … files do",
+    "…: … does not apply to … files",
+    "it starts like a … file",
+    "…: not readable: it starts like a … file",
     "a batch of … over … ranks",
     "sharding.tables.….kind=…: … cut over … ranks",
     "…: no value has min_count=… training rows",  # one training row is enough for 1

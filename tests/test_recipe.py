@@ -230,7 +230,7 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
     for ranking in ("model", "popularity"):
         assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]
-    with pytest.raises(ConfigError, match=r"/refit: a part of the run .*/sample, .*; train that"):
+    with pytest.raises(ConfigError, match=r"/refit: part of the run .*/sample, .*; train that"):
         train(load_config(str(config.run_dir / "refit/config.yaml"), ["trainer.max_steps=3"]))
     # Typing train on what was put together takes nothing from it.
     put = combine(config, ["sample"], "put")

@@ -67,7 +67,7 @@ def test_a_search_behind_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert run_alone(_refused, "run.runs_root=memory://runs", "trainer.monitor=auc") == (
         "ConfigError: run.runs_root=memory://runs: the journal of a search is locked and appended "
-        "to, which takes a disk; set run.runs_root to a local folder"
+        "to, which needs a local disk; set run.runs_root to a local folder"
     )
     assert [*tmp_path.iterdir()] == []
 

@@ -316,7 +316,7 @@ class PreparedDataset:
 
     def _check_users_and_items(self) -> None:
         if not {"user", "item"} <= self.manifest.entities.keys():
-            raise DataError(f"{self.folder}: rows without users and items have no top items")
+            raise DataError(f"{self.folder}: rows without users and items cannot be ranked")
 
     def _mapped_if_large(
         self,

@@ -152,7 +152,7 @@ def check_join(
         but = f", and {how.count:,} differ only in {how.what}" if how else ""
         raise ValueError(
             f"{source} has none of the {n:,} {entity}s of the training rows: it has {theirs!r} and "
-            f"the rows have {ours!r}{but}; {'write them alike' if how else cure}"
+            f"the rows have {ours!r}{but}; {'write them the same way' if how else cure}"
         )
     if how is None and 2 * n_found >= n:
         return None

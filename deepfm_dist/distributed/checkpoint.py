@@ -139,7 +139,7 @@ def find_checkpoint(
         best = read_state(checkpoint_path(run_dir, step))["trainer"].get("best_step")
         if best is None and which == "best":
             raise CheckpointError(
-                f"{run_dir}: checkpoint.use=best, but no figure was monitored in training "
+                f"{run_dir}: checkpoint.use=best, but no metric was monitored in training "
                 f"(trainer.monitor=null, or no validation rows); use checkpoint.use=latest"
             )
         step = step if best is None else best

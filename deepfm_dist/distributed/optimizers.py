@@ -154,7 +154,7 @@ def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptim
         )
     if name == "lazy_adam" and device.type != "cuda":
         raise ConfigError(
-            f"optimizer.tables.name=lazy_adam: FBGEMM has no such kernel on {device.type}; "
+            f"optimizer.tables.name=lazy_adam: FBGEMM has no lazy_adam kernel on {device.type}; "
             f"use adam (every row moves) or rowwise_adagrad, or run on CUDA"
         )
     if l2 and name == "lazy_adam":

@@ -559,7 +559,7 @@ def _kernel_of(
         return kernel
     setting = f"sharding.tables.{table}.cached={placement.cached:g}"
     if device.type != "cuda":
-        raise ConfigError(f"{setting}: a {device.type} has nothing to cache rows in; leave it out")
+        raise ConfigError(f"{setting}: a {device.type} has no cache for rows; leave it out")
     if kernel is not EmbeddingComputeKernel.FUSED:
         raise ConfigError(
             f"{setting}: adam moves every row at every step; use optimizer.tables.name="
@@ -584,7 +584,7 @@ def _codecs(communication: str, world: World) -> dict[str, Any] | None:
     if communication == "fp32":
         return None
     if communication == "bf16" and world.device.type == "cpu":
-        raise ConfigError("sharding.communication=bf16: gloo would send fp16; ask for fp16")
+        raise ConfigError("sharding.communication=bf16: gloo would send fp16; use fp16")
     kind = CommType(communication)
     # Gradients smaller than fp16 knows become 0 unless they travel scaled.
     scale = 128.0 if kind == CommType.FP16 else None

@@ -160,7 +160,7 @@ class StoredModel:
         view = self._reader._slice_file(file, stored)
         empty = torch.load(view, map_location="meta", weights_only=True)
         if empty.dtype != weight.dtype or not empty.is_contiguous() or empty.storage_offset():
-            raise ValueError(f"{weight.key} is stored in another way than it was when written")
+            raise ValueError(f"{weight.key} is stored differently from when it was written")
         return int(stored.offset + empty.untyped_storage()._checkpoint_offset)
 
     def _damage_error(self, error: object) -> CheckpointError:

@@ -78,8 +78,8 @@ def check(config: Config, manifest: Manifest) -> None:
         )
     if SELECTED in parts and (config.model.deep or not config.model.fm):
         raise ConfigError(
-            "model.linear=ease: its columns are for a pairwise part alone; set model.deep=false, "
-            "and leave model.fm on"
+            "model.linear=ease: its columns need a model without a deep part; set "
+            "model.deep=false and leave model.fm on"
         )
     has_validation = manifest.splits["valid"].rows > 0
     share = config.trainer.hold_out
@@ -170,7 +170,7 @@ class Finish:
             if needed > USABLE * room:
                 log.warning(
                     "model.linear=ease: EASE of %s takes %.1f GB of memory, and %.1f GB are "
-                    "available: the trained part stays alone",
+                    "available: the model keeps its trained part only",
                     plural(n_items, "item"),
                     needed / 1e9,
                     room / 1e9,

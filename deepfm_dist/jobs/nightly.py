@@ -296,12 +296,14 @@ def _begin(nights: Nights, day: str) -> Night:
     """What the night has recorded, or a new record. Rank 0."""
     night, current = nights.read(day), nights.current
     if current is not None and (current > day or (night is None and current == day)):
-        raise ConfigError(f"--day {day}: the model in use is that of {current}; give a later --day")
+        raise ConfigError(
+            f"--day {day}: the model in use was trained on {current}; give a later --day"
+        )
     if night is None:
         night = Night(day, previous=current)
         nights.write(night)
     elif night.is_over:
-        log.warning("%s: this night is over already", nights.folder / day)
+        log.warning("%s: this night is already complete", nights.folder / day)
     return night
 
 

@@ -163,7 +163,7 @@ def check_search(config: Config) -> None:
     if is_remote(search_folder(config)):
         raise ConfigError(
             f"run.runs_root={config.run.runs_root}: the journal of a search is locked and appended "
-            f"to, which takes a disk; set run.runs_root to a local folder"
+            f"to, which needs a local disk; set run.runs_root to a local folder"
         )
     space = config.tune.space
     if not space:

@@ -416,7 +416,7 @@ def _reference_scores(
     log.info("%s: scores for %s of %s", path, f"{n_scored:,}", plural(len(users), "user"))
     if n_scored < len(users):
         log.warning(
-            "%s: nothing is recommended to %s, which counts as missed",
+            "%s: no recommendations for %s, counted as misses",
             path,
             plural(len(users) - n_scored, "user"),
         )

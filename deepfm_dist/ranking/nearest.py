@@ -33,7 +33,7 @@ class NearestItems:
         if find_spec("faiss") is None:
             raise ConfigError(
                 f"recommend.index={kind}: faiss is not installed; pip install faiss-cpu, or leave "
-                f"it out: all items are looked at then"
+                f"it out: then all items are scored"
             )
         import faiss
 

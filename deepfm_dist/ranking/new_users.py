@@ -255,7 +255,7 @@ def _report(
     n_without = len(pc.unique(table["user"])) - n_users
     if n_without:
         log.info(
-            "%s: left out %s without an item that the model knows them by",
+            "%s: left out %s without an item known to the model",
             path,
             plural(n_without, "user"),
         )

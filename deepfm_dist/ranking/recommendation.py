@@ -119,7 +119,7 @@ def recommend(
 def _with_figures(files: RankingFiles, figures: Mapping[str, Any]) -> RankingFiles:
     if short := files.owners - files.full:
         candidates, users = plural(files.k, "candidate"), plural(short, "user")
-        log.info("fewer than %s, and so fewer rows, for %s", candidates, users)
+        log.info("fewer than %s to recommend to %s", candidates, users)
     return replace(files, figures=figures)
 
 

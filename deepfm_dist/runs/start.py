@@ -77,7 +77,7 @@ def _refuse_part(run_dir: Path) -> None:
     steps = checkpoint.complete_steps(run_dir)
     if steps and "part" in checkpoint.read_state(checkpoint.checkpoint_path(run_dir, steps[-1])):
         raise ConfigError(
-            f"{run_dir}: a part of the run {run_dir.parent}, and not trained by itself; train that "
+            f"{run_dir}: part of the run {run_dir.parent} and not trained separately; train that "
             f"run, or another one from its weights: run.name=NAME "
             f"checkpoint.start_from={run_dir.parent}"
         )

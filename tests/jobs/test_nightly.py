@@ -236,7 +236,10 @@ def _scores_in_python(current: str) -> int:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("data.interactions.file=clicks.csv", "is the same every night; name the log by its day"),
+        (
+            "data.interactions.file=clicks.csv",
+            "is the same file every night; put the day in its name",
+        ),
         ("data.split.method=random", "data.split.method=random: holds out rows of days that the"),
         ("nightly.metric=aucc", "nightly.metric=aucc: is not measured; choose from auc, "),
     ],

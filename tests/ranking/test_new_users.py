@@ -137,7 +137,7 @@ def test_files_may_have_their_own_names_and_no_ratings(
         assert _as_sets(dataset, new) == {"a": ({"3"}, set())}
         assert "left out 1 row of items" in caplog.text
         assert "1 differ only in leading zeros: '03' and '3'" in caplog.text
-        assert "left out 1 user without an item that the model knows them by" in caplog.text
+        assert "left out 1 user without an item known to the model" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -670,7 +670,7 @@ def test_a_reference_that_would_mislead_is_refused_or_told_of(
     messages = run_alone(_messages_about_reference, sample.folder, str(path))
     assert len(messages) == 2
     assert re.search(r"part\.csv: scores for 2 of \d+ users", messages[0])
-    assert re.search(r"nothing is recommended to \d+ users, which counts as missed", messages[1])
+    assert re.search(r"no recommendations for \d+ users, counted as misses", messages[1])
 
 
 def _messages_about_reference(folder: Path, reference: str) -> list[str]:

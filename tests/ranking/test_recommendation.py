@@ -132,7 +132,7 @@ def test_lists_of_users_and_items_are_kept_to(
     short = int((expected.groupby("user_id").size() < 40).sum()) + len(users)
     short -= expected["user_id"].nunique()
     assert short > 0
-    assert f"fewer than 40 candidates, and so fewer rows, for {short} users" in lines
+    assert f"fewer than 40 candidates to recommend to {short} users" in lines
     assert figures["pairs"] == len(users) * len(set(allowed) - set(blocked))
     assert figures["pairs_per_s"] == pytest.approx(figures["pairs"] / figures["seconds"])
     assert len(figures["peak_memory_gib"]) == 1 and 0.1 < figures["peak_memory_gib"][0] < 8

@@ -45,13 +45,14 @@ class NegativeSampler:
         self._n_unseen = self.n_items - self.seen.lengths if n_short else None
         if n_short and (self.seen.lengths[active] == self.n_items).all():
             raise DataError(
-                f"{dataset.folder}: every user has met all {plural(self.n_items, 'item')}, so "
-                f"that no negative exists; add items, or label the rows (data.task=ctr)"
+                f"{dataset.folder}: every user has interacted with all "
+                f"{plural(self.n_items, 'item')}, so there are no negatives; add items, "
+                f"or label the rows (data.task=ctr)"
             )
         if n_short:
             log.warning(
-                "data.negatives.per_positive=%d: fewer unseen items for %s of %s, who get "
-                "as many negatives as there are",
+                "data.negatives.per_positive=%d: too few unseen items for %s of %s, who "
+                "get fewer negatives",
                 wanted,
                 f"{n_short:,}",
                 plural(len(active), "user"),

@@ -179,8 +179,8 @@ def _check(dataset: PreparedDataset) -> None:
         raise ConfigError(f"{setting}: needs positives (data.task=implicit), not labelled rows")
     if weight := manifest.data.interactions.weight:
         raise ConfigError(
-            f"{setting}: a user's targets weigh alike; leave interactions.weight={weight} out, or "
-            f"use trainer.loss=bce"
+            f"{setting}: all of a user's targets have the same weight; leave "
+            f"interactions.weight={weight} out, or use trainer.loss=bce"
         )
     if context := [f.name for f in manifest.features if f.entity == "context"]:
         raise ConfigError(
@@ -189,7 +189,7 @@ def _check(dataset: PreparedDataset) -> None:
         )
     if manifest.has_history and manifest.data.history.dropout == 0:
         raise ConfigError(
-            f"{setting}: what is left out of a user's history is what is learned; set "
+            f"{setting}: the loss predicts items dropped from a user's history; set "
             f"data.history.dropout, to 0.5 for example"
         )
 

@@ -561,8 +561,8 @@ def _check_shared(folder: str, wanted: str) -> None:
     with storage_errors_to_user(file):
         if not (file.is_file() and file.read_text() == wanted):
             raise DataError(
-                f"{folder}: a machine of the cluster does not see what the driver has written "
-                f"there; write to a disk that all of them share, or to a URL"
+                f"{folder}: a worker cannot see what the driver wrote there; use a disk that all "
+                f"machines share, or a URL"
             )
 
 

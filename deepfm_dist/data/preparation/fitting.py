@@ -253,7 +253,7 @@ class Fitter:
         names = ", ".join(f.name for f in others)
         if n and not n_known:
             raise DataError(
-                f"{names}: table {table!r} is that of the {named.entity}s' ids, and none of {n:,} "
+                f"{names}: table {table!r} is the table of {named.entity} ids, and none of {n:,} "
                 f"values is one: such as {values[int(counts.argmax())].as_py()!r}, where ids are "
                 f"such as {self.entities[named.entity].ids[0].as_py()!r}; name the column of ids, "
                 f"or leave the table out"
@@ -280,8 +280,7 @@ class Fitter:
                 specs[feature.name] = fit.spec()
             if feature.transform == "bucket" and not specs[feature.name].boundaries:
                 log.info(
-                    "%s: all of its values fall into one bucket, which tells apart what differs "
-                    "by 1 part in 128",
+                    "%s: all of its values fall into one bucket, whose width is 1 part in 128",
                     feature.name,
                 )
         before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric

@@ -90,7 +90,7 @@ class HeldOutIdCheck:
                     )
                 )
                 if n_known == 0 and how is not None and given:
-                    raise DataError(f"{where}: {texts[-1]}; write the ids alike")
+                    raise DataError(f"{where}: {texts[-1]}; write the ids the same way")
             none_is_known = not self.rows[split, :, 0].any()
             if texts and len(texts) == len(job.entities) and none_is_known and given:
                 raise DataError(f"{where}: {'; '.join(texts)}; are these rows of the same log?")

@@ -203,7 +203,7 @@ def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
     marker, mark = folder / "checked", hash_of(manifest.model_dump(mode="json"))
     if not (marker.is_file() and marker.read_text() == mark):
         DatasetFiles(folder, manifest).check_everything()
-        log.info("%s: prepared by another tool, and laid out as it has to be", folder)
+        log.info("%s: prepared by another tool; its layout is valid", folder)
         with suppress(OSError):  # where it cannot be kept, every run checks again
             marker.write_text(mark)
     return manifest
@@ -283,7 +283,7 @@ def _up_to_date(folder: Path, wanted: str) -> Manifest | None:
             return None
         if manifest.fingerprint == wanted:
             return manifest
-        log.info("%s is of other inputs or settings: preparing it again", folder)
+        log.info("%s was prepared from other inputs or settings: preparing it again", folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(
             f"{folder}: holds files but no prepared dataset; delete it, or set data.name or "
@@ -320,7 +320,7 @@ def _report_empty(data: DataConfig, name: str) -> None:
         )
     elif data.interactions.split is not None:
         log.warning(
-            "the %s split is empty: no row that is left has it in the column %r",
+            "the %s split is empty: no remaining row has it in the column %r",
             name,
             data.interactions.split,
         )

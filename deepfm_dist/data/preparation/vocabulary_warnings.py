@@ -157,7 +157,7 @@ def _two_spellings(name: str, odd: pa.Array, ids: pa.Array) -> str | None:
     return (
         f"{name.removeprefix(entity_key(''))}: {how.count:,} of {len(ids):,} values differ from "
         f"another one only in {how.what}, such as {how.text!r} and {how.known!r}; they are kept "
-        f"apart: write them alike if they mean the same"
+        f"apart: write them the same way if they mean the same"
     )
 
 

@@ -225,8 +225,8 @@ class CellTyper:
         if not self._skip_bad:
             where = self._where(first_row + int(headers.argmax()))
             raise DataError(
-                f"{self._source.path}, {where}: the header line again, as in files that were put "
-                f"together; remove it{self._source.or_skip}"
+                f"{self._source.path}, {where}: a repeated header line, as in concatenated "
+                f"files; remove it{self._source.or_skip}"
             )
         self._dropped[f"{self._source.name}: rows that repeat the header"] += int(headers.sum())
 

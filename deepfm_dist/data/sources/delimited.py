@@ -213,7 +213,7 @@ class DelimitedReader(Reader):
             return  # the reader says why
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
-                f"{self.source.path}, line 1: not readable: it begins as UTF-16 does; "
+                f"{self.source.path}, line 1: not readable: it starts like UTF-16; "
                 + self.source.cure("name the encoding", "encoding: utf-16", "save it as UTF-8")
             )
         if begin.startswith(codecs.BOM_UTF8) and self.layout.encoding is None:

@@ -79,8 +79,8 @@ class Reader(ABC):
         for setting, field in FileFormat.model_fields.items():
             if setting not in self.takes and getattr(layout, setting) != field.default:
                 raise DataError(
-                    f"{source.path}: {setting} is not of {source.suffix} files; leave it out of "
-                    f"data.files"
+                    f"{source.path}: {setting} does not apply to {source.suffix} files; leave it "
+                    f"out of data.files"
                 )
 
     @abstractmethod

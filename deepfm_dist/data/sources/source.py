@@ -201,7 +201,7 @@ class Source:
             raise DataError(f"{self.path}: not readable: {what}; call it {other}")
         if stored in PACKED and not packed:
             raise DataError(
-                f"{self.path}: not readable: it begins as {stored} files do; call it {name}{stored}"
+                f"{self.path}: not readable: it starts like a {stored} file; call it {name}{stored}"
             )
         if packed and self.suffix in _COLUMNAR:
             raise DataError(
@@ -210,7 +210,7 @@ class Source:
             )
         if inner in _COLUMNAR and inner != self.suffix:
             raise DataError(
-                f"{self.path}: not readable: it begins as {inner} files do; call it {name}{inner}"
+                f"{self.path}: not readable: it starts like a {inner} file; call it {name}{inner}"
             )
 
     @property

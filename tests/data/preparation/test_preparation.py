@@ -517,7 +517,7 @@ def test_a_user_who_has_seen_everything_trains_without_negatives(
     features = str([*USER_AND_ITEM, {"name": "h"}])
     dataset = small(root, rows, features, negatives={"per_positive": 3})
     batches = TrainingBatches(dataset, 8, 0, 1, 1, threads)
-    assert "per_positive=3: fewer unseen items for 2 of 2 users" in caplog.text
+    assert "per_positive=3: too few unseen items for 2 of 2 users" in caplog.text
     users, items = (dataset.entity_ids(e).to_pylist() for e in ("user", "item"))
     actual: Counter[tuple[str, str, float]] = Counter()
     weights = []
@@ -535,7 +535,9 @@ def test_a_user_who_has_seen_everything_trains_without_negatives(
     expected = {("a", i, 1.0): 1 for i in "vwxyz"} | {("b", i, 1.0): 1 for i in "vwx"}
     assert actual == Counter(expected | {("b", i, 0.0): 3 for i in "yz"})
     assert len(weights) == 4 * 8
-    with pytest.raises(DataError, match="every user has met all 2 items, so that no negative"):
+    with pytest.raises(
+        DataError, match="every user has interacted with all 2 items, so there are no negatives"
+    ):
         TrainingBatches(small(root, "u,i\na,x\na,y\n", str(USER_AND_ITEM)), 4, 0, 1, 1)
 
 
@@ -578,7 +580,7 @@ def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixtur
     assert "test split" not in caplog.text
     only_train = rows.replace("\n", ",0\n").replace("i,0", "i,p")
     small(root, only_train, str(USER_AND_ITEM), interactions=held_out)
-    assert "test split is empty: no row that is left has it in the column 'p'" in caplog.text
+    assert "test split is empty: no remaining row has it in the column 'p'" in caplog.text
 
 
 def test_an_empty_split_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -113,11 +113,11 @@ def _workbook(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.csv", bz2.compress(CSV), r"begins as \.bz2 files do; call it a\.csv\.bz2$"),
-        ("a.csv", lzma.compress(CSV), r"begins as \.xz files do; call it a\.csv\.xz$"),
+        ("a.csv", bz2.compress(CSV), r"starts like a \.bz2 file; call it a\.csv\.bz2$"),
+        ("a.csv", lzma.compress(CSV), r"starts like a \.xz file; call it a\.csv\.xz$"),
         ("a.csv.gz", CSV, r"is not packed as \.gz; call it a\.csv$"),
-        ("a.csv.gz", bz2.compress(CSV), r"begins as \.bz2 files do; call it a\.csv\.bz2$"),
-        ("a.csv", b"ARROW1\0\0", r"begins as \.arrow files do; call it a\.csv\.arrow$"),
+        ("a.csv.gz", bz2.compress(CSV), r"starts like a \.bz2 file; call it a\.csv\.bz2$"),
+        ("a.csv", b"ARROW1\0\0", r"starts like a \.arrow file; call it a\.csv\.arrow$"),
         ("a.tgz", TAR, r"a tar archive, .*tar -xf a\.tgz"),
         ("a.tar.gz", TAR, r"a tar archive, .*tar -xf a\.tar\.gz"),
         (
@@ -702,8 +702,12 @@ def test_a_header_is_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize(
     ("name", "layout", "said"),
     [
-        ("a.parquet", {"delimiter": ";"}, "delimiter is not of .parquet files; leave it out"),
-        ("a.json", {"columns": ["user"]}, "columns is not of .jsonl files"),
+        (
+            "a.parquet",
+            {"delimiter": ";"},
+            "delimiter does not apply to .parquet files; leave it out",
+        ),
+        ("a.json", {"columns": ["user"]}, "columns does not apply to .jsonl files"),
     ],
 )
 def test_settings_that_a_format_has_no_use_for_are_refused(

@@ -478,7 +478,7 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it begins as UTF-16 does"),
+        ("user,score\na,1\n".encode("utf-16"), r"line 1: not readable: it starts like UTF-16"),
         (b"user,score\na,1\n\xe9,2\n", r"line 3: not readable: b'\\xe9,2\\n' is not UTF-8 text"),
         (b"us\xe9r,user\na,1\n", r"line 1: not readable: b'us\\xe9r,user\\n' is not UTF-8 text"),
         (b"user,user,score\na,b,1\n", "two columns are called 'user'"),
