@@ -195,7 +195,7 @@ class Source:
             cure = cure.format(name=name, stem=name.split(".")[0])
             raise DataError(f"{self.path}: {what}, which is not read; {cure}")
         if packed and stored != packed:
-            what = f"it begins as {stored} files do" if stored else f"it is not packed as {packed}"
+            what = f"it starts like a {stored} file" if stored else f"it is not packed as {packed}"
             other = name[: -len(packed)]
             other += "" if other.endswith(stored) else stored
             raise DataError(f"{self.path}: not readable: {what}; call it {other}")
