@@ -214,8 +214,8 @@ def check_settings(config: Config) -> None:
     held_out = names_of(split.test_file) if split.test_file else ()
     if not any(map(names_day, (*names_of(file), *held_out))):
         raise ConfigError(
-            f"data.interactions.file={','.join(names_of(file))}: is the same every night; name the "
-            f"log by its day, such as data.interactions.file=clicks/{{day-1..day}}.csv"
+            f"data.interactions.file={','.join(names_of(file))}: is the same file every night; "
+            f"put the day in its name, such as data.interactions.file=clicks/{{day-1..day}}.csv"
         )
     newest = split.method == "temporal" or config.data.interactions.split is not None
     if not (newest or any(map(names_day, held_out))):

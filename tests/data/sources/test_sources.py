@@ -356,7 +356,7 @@ def test_packed_files_without_their_suffix_are_known(tmp_path: Path, suffix: str
         with pa.output_stream(tmp_path / f"packed{suffix}") as file:
             file.write(b"user\na\n")
         (tmp_path / f"packed{suffix}").rename(tmp_path / "a.csv")
-    with pytest.raises(DataError, match=f"as {suffix} files do; call it a.csv{suffix}"):
+    with pytest.raises(DataError, match=f"like a {suffix} file; call it a.csv{suffix}"):
         read_table(tmp_path / "a.csv", COLUMNS[:1])
 
 
@@ -963,13 +963,15 @@ def test_a_header_among_the_rows_is_no_row(tmp_path: Path, name: str, again: str
     else:
         pq.write_table(pa.table({"user": users, "item": items}), path)
     columns, place = [Column("user"), Column("item")], {"a.csv": "line 4", "a.jsonl": "line 3"}
-    with pytest.raises(DataError, match=f"{place.get(name, 'row 3')}: the header line again"):
+    with pytest.raises(DataError, match=f"{place.get(name, 'row 3')}: a repeated header line"):
         read_table(path, columns, on_bad_row="error")
     dropped = Counter[str]()
     table = read_table(path, columns, on_bad_row="skip", dropped=dropped)
     assert table.to_pydict() == {"user": ["a", "user", "b"], "item": ["1", "2", "item"]}
     assert dropped == {f"{name}: rows that repeat the header": 2}
-    with pytest.raises(DataError, match="the header line again"):  # before a cell that is no number
+    with pytest.raises(
+        DataError, match="a repeated header line"
+    ):  # before a cell that is no number
         read_table(path, [Column("user"), Column("item", "number")])
 
 
