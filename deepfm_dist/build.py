@@ -95,6 +95,7 @@ def build_model(
         device=torch.device("meta"),
         half=half,
         is_item_field=manifest.is_item_field if config.fm_pairs == "across" else None,
+        vectors=manifest.vectors,
     )
     if config.init_at_mean:
         model.interaction_arch.start_at(manifest.log_odds)
@@ -116,7 +117,11 @@ def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig)
     names = {f.name for f in trained.features}
     shared = [f for f in manifest.categorical if f.name in names]
     before, after = (
-        ([f.name for f in fields if f.in_table], [f.name for f in fields if not f.in_table])
+        (
+            [f.name for f in fields if f.in_table],
+            [f.name for f in fields if f.kind == "numeric" and not f.in_table],
+            [f.name for f in fields if f.kind == "vector"],
+        )
         for fields in (trained.features, manifest.features)
     )
     first_layer = None
@@ -139,7 +144,7 @@ def _check_memory(config: ModelConfig, manifest: Manifest, world: World, half: b
         ConfigError: the weights that this machine has to hold exceed its memory.
     """
     dim, memory = config.embedding_dim, memory_bytes()
-    fields = len(manifest.categorical) + len(manifest.dense)
+    fields = len(manifest.is_item_field)
     rows = sum(spec.rows for spec in manifest.tables.values())
     on_machine = world.local_world_size / world.world_size
     tables = round(rows * (dim + 1) * (2 if half else 4) * on_machine)

@@ -25,17 +25,19 @@ class PlainDeepFM(nn.Module):
         fm: bool = True,
         deep: bool = True,
         is_item_field: Sequence[bool] | None = None,
+        vectors: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.fields, self.dim = list(fields), dim
         self.use = (first_order, fm, deep)
         self.is_item_field = is_item_field
         self.tables = nn.ModuleDict({k: nn.Embedding(n, dim + 1) for k, n in tables.items()})
+        self.projections = nn.ModuleList(nn.Linear(n, dim + 1, bias=False) for n in vectors)
         self.dense_factors = nn.Parameter(torch.randn(n_dense, dim))
         self.dense_first = nn.Parameter(torch.randn(n_dense))
         self.bias = nn.Parameter(torch.randn(1))
         layers: list[nn.Module] = []
-        width = (len(self.fields) + n_dense) * dim
+        width = (len(self.fields) + n_dense + len(vectors)) * dim
         for size in hidden:
             layers.append(nn.Linear(width, size))
             if batch_norm:
@@ -55,9 +57,15 @@ class PlainDeepFM(nn.Module):
             both = torch.stack(rows)
             vectors.append(both[:, : self.dim])
             firsts.append(both[:, self.dim])
-        for j in range(dense.shape[1]):
+        n_dense = len(self.dense_first)
+        for j in range(n_dense):
             vectors.append(dense[:, j : j + 1] * self.dense_factors[j])
             firsts.append(dense[:, j] * self.dense_first[j])
+        lengths = [projection.in_features for projection in self.projections]
+        parts = dense[:, n_dense:].split(lengths, 1) if lengths else ()
+        for projection, x in zip(self.projections, parts, strict=True):
+            vectors.append(projection(x)[:, : self.dim])
+            firsts.append(projection(x)[:, self.dim])
         first_order, fm, deep = self.use
         logits = self.bias.expand(len(dense))
         if first_order:

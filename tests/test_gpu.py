@@ -20,7 +20,7 @@ from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.types import Precision
 from tests.distributed.checkpoints import resumed, trained_through
 from tests.kernel_cases import Case, Ranking, error_of
-from tests.ranking.cases import N_CATEGORICAL, N_DENSE, OF_ITEM, random_arch
+from tests.ranking.cases import COLUMNS_OF_ITEM, N_CATEGORICAL, OF_ITEM, random_arch
 from tests.ranks import run_ranks
 from tests.steps import SMALL, Run, config_of, difference
 
@@ -151,10 +151,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 @needs_cuda
 def test_catalogue_scores_on_cuda_equal_the_cpus() -> None:
     arch, actual = random_arch(1, (30, 20, 10), custom=False, batch_norm=True), []
-    sides = [
-        [torch.randn(n, N_CATEGORICAL, 5), torch.randn(n, N_CATEGORICAL), torch.randn(n, N_DENSE)]
-        for n in (7, 11)
-    ]
+    shapes = (N_CATEGORICAL, 5), (N_CATEGORICAL,), (len(COLUMNS_OF_ITEM),)
+    sides = [[torch.randn(n, *shape) for shape in shapes] for n in (7, 11)]
     for device in ("cpu", "cuda"):
         scorer = CatalogueScorer(arch.to(device), OF_ITEM, N_CATEGORICAL)
         users, items = ([tensor.to(device) for tensor in side] for side in sides)

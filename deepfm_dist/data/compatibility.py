@@ -16,7 +16,7 @@ from deepfm_dist.section import DEFAULTS
 
 log = logging.getLogger(__name__)
 _UNNAMED = "the input or the version of deepfm_dist has changed"
-_OF_FILES = ("file", "key")  # settings of a field that say where its values come from
+_OF_FILES = ("file", "key", "npy")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
 _MOST_CHANGES = 3
 """That a message lists."""
@@ -151,16 +151,12 @@ def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[st
 
 
 def shared_fields(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[Feature, Feature]]:
-    """Fields of one name of a run's settings and of a dataset's.
-
-    Whether a column holds lists is found when it is prepared, and only the dataset's settings say.
-    """
+    """Fields of one name of a run's settings and of a dataset's; see `Feature.settled_by`."""
     theirs = {f.name: f for f in prepared.features}
     for one in trained.features:
         other = theirs.get(one.name)
         if other is not None:
-            known = {"several": other.several} if one.several is None else {}
-            yield one.model_copy(update=known), other
+            yield one.settled_by(other), other
 
 
 def field_differences(

@@ -31,6 +31,7 @@ from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 
 _USERS_AT_ONCE = 1 << 20
+_VECTORS_IN_MEMORY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -361,16 +362,25 @@ class PreparedDataset:
         return bags
 
     def _values_mapped_if_large(self, entity: str, column: str, cold: bool) -> Values:
-        """A plain column of an entity table; see `_mapped_if_large`."""
+        """A plain column of an entity table, or one of vectors; see `_mapped_if_large`.
+
+        Vectors are mapped beyond a few MiB: each rank's copy of them would be the largest it has.
+        """
         names = self.files.entity_files(entity, cold)
         groups = [(name, g, n) for name in names for g, n in enumerate(self.group_rows(name))]
         total = sum(n for *_, n in groups)
-        if 4 * total <= self.memory_bytes:
+        dim = self.manifest.vectors.get(column)
+        row_bytes, limit = 4, self.memory_bytes
+        if dim is not None:
+            row_bytes, limit = 2 * dim, min(limit, _VECTORS_IN_MEMORY)
+        if row_bytes * total <= limit:
             return joined([from_arrow(self._read(name, [column])[column]) for name in names])
 
         def pieces() -> Iterator[npt.NDArray[Any]]:
             for name, g, _ in groups:
-                yield self.read_group(name, g, [column])[column].to_numpy()
+                values = from_arrow(self.read_group(name, g, [column])[column])
+                assert not isinstance(values, Jagged)
+                yield values
 
         part = "-".join((entity, column, *["cold"] * (len(names) > 1)))
         bags = mapped_values(self.folder / "mapped" / part, total, pieces)

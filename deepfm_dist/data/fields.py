@@ -12,7 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes, hash_texts
-from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, Values
+from deepfm_dist.data.jagged import (
+    FloatArray,
+    HalfArray,
+    Int32Array,
+    Int64Array,
+    Jagged,
+    Values,
+)
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.moments import Moments
 from deepfm_dist.data.schema import DataConfig, Feature
@@ -24,6 +31,7 @@ from deepfm_dist.float_order import sortable
 STRENGTHS = ("strength", "rating", "label", "weight")
 """Purposes of columns that say how much a row counts, the most significant first."""
 _BINS = 1 << 16
+_VECTORS_AT_ONCE = 1 << 14
 
 
 def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
@@ -130,6 +138,19 @@ def in_rows(data: DataConfig) -> list[Feature]:
 def column_of(feature: Feature) -> Column:
     """The column that holds a field's values, by the purpose ``field NAME``."""
     name, purpose = feature.column or feature.name, f"field {feature.name}"
+    if feature.kind == "vector":
+        check = Check(
+            partial(_other_vectors, feature.dim), f"a vector of {feature.dim} finite numbers"
+        )
+        return Column(
+            name,
+            "vector",
+            required=False,
+            missing=feature.missing,
+            checks=(check,),
+            separator=feature.separator,
+            purpose=purpose,
+        )
     if feature.kind == "numeric":
         return Column(name, "number", required=False, missing=feature.missing, purpose=purpose)
     checks: tuple[Check, ...] = ()
@@ -318,6 +339,54 @@ def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> npt.NDArr
             numbers = np.where(numbers == float(word), np.nan, numbers)
     result: npt.NDArray[np.float64] = numbers
     return result
+
+
+def _other_vectors(dim: int | None, cells: pa.Array) -> npt.NDArray[np.bool_]:
+    """``[n]`` list of float32 -> ``[n]`` bool: which are no vectors of ``dim`` finite numbers."""
+    lengths = np.asarray(pc.list_value_length(cells).fill_null(0), np.int64)
+    wrong = (lengths != dim) & (lengths > 0)
+    finite = np.asarray(pc.is_finite(cells.flatten()).fill_null(False)).astype(bool)
+    wrong[np.repeat(np.arange(len(lengths)), lengths)[~finite]] = True
+    return wrong
+
+
+def vectors_in(cells: pa.Array | pa.ChunkedArray, dim: int) -> FloatArray:
+    """Cells of a vector field as ``[n, dim]`` float32; rows of missing ones are NaN."""
+    vectors = np.full((len(cells), dim), np.nan, np.float32)
+    begin = 0
+    for chunk in cells.chunks if isinstance(cells, pa.ChunkedArray) else [cells]:
+        valid = np.asarray(chunk.is_valid()).astype(bool)
+        rows = begin + np.flatnonzero(valid)
+        vectors[rows] = np.asarray(chunk.flatten()).reshape(-1, dim)
+        begin += len(chunk)
+    return vectors
+
+
+def scaled(vectors: FloatArray, feature: Feature, spec: NumericSpec) -> HalfArray:
+    """Vectors as the model takes them: divided by ``spec.std``, missing ones as zeros.
+
+    Args:
+        vectors: ``[n, dim]`` float32; NaN in rows without a vector.
+        feature: the field.
+        spec: its statistics.
+
+    Returns:
+        ``[n, dim]`` float16.
+
+    Raises:
+        DataError: a vector is too long for float16, more than 65,504 times those of training.
+    """
+    out = np.empty(vectors.shape, np.float16)
+    for begin in range(0, len(vectors), _VECTORS_AT_ONCE):
+        block = vectors[begin : begin + _VECTORS_AT_ONCE] / np.float32(spec.std)
+        if (np.abs(np.nan_to_num(block)) > np.finfo(np.float16).max).any():
+            largest = np.nanmax(np.abs(block)) * spec.std
+            raise DataError(
+                f"{feature.name}: a vector holds a number of the size {largest:g}, where vectors "
+                f"of training are {spec.std:g} long; scale all vectors alike"
+            )
+        out[begin : begin + len(block)] = np.nan_to_num(block)
+    return out
 
 
 def transformed(

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
 
 _SUMS = "sums.json"
 """Checksums by file of a mapped folder."""
@@ -121,15 +122,16 @@ def union(parts: Sequence[Jagged]) -> Jagged:
     return Jagged(kept[joint.offsets], joint.values[first])
 
 
-Values = Int32Array | FloatArray | npt.NDArray[np.float64] | Jagged
-"""A field of many rows: one table row each, one number each (float64 until it is transformed), or
-several table rows each."""
+Values = Int32Array | FloatArray | HalfArray | npt.NDArray[np.float64] | Jagged
+"""A field of many rows: one table row each, one number each (float64 until it is transformed),
+several table rows each, or one vector each, ``[rows, dim]`` (float32 until it is scaled, then
+float16)."""
 
 
 def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:
     """Some rows of a field."""
     if not isinstance(values, Jagged):
-        return values.take(rows)
+        return values.take(rows, axis=0)
     lengths, flat = values.take(rows)
     return Jagged(offsets_of(lengths), flat)
 
@@ -145,18 +147,37 @@ def joined(parts: Sequence[Values]) -> Values:
 
 
 def to_arrow(values: Values) -> pa.Array:
-    """A field as an Arrow column."""
-    return values.to_arrow() if isinstance(values, Jagged) else pa.array(values)
+    """A field as an Arrow column; float16 vectors as the bytes of each."""
+    if isinstance(values, Jagged):
+        return values.to_arrow()
+    if values.ndim == 1:
+        return pa.array(values)
+    n, dim = values.shape
+    content = pa.py_buffer(np.ascontiguousarray(values, "<f2"))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * dim), n, [None, content])
 
 
 def from_arrow(column: pa.ChunkedArray | pa.Array) -> Values:
     """What `to_arrow` made."""
     if pa.types.is_list(column.type):
         return Jagged.from_arrow(column)
+    if pa.types.is_fixed_size_binary(column.type):
+        return _vectors_of_bytes(column)
     array: Int32Array = (
         column.to_numpy() if len(column) else np.zeros(0, column.type.to_pandas_dtype())
     )
     return array
+
+
+def _vectors_of_bytes(column: pa.ChunkedArray | pa.Array) -> HalfArray:
+    """``[n, dim]`` float16 from the bytes of each vector."""
+    width = column.type.byte_width
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    blocks = [np.zeros((0, width // 2), np.float16)]
+    for chunk in filter(len, chunks):
+        content = np.frombuffer(chunk.buffers()[1], "<f2").reshape(-1, width // 2)
+        blocks.append(content[chunk.offset : chunk.offset + len(chunk)])
+    return blocks[1] if len(blocks) == 2 else np.concatenate(blocks)
 
 
 def offsets_of(lengths: npt.ArrayLike) -> Int64Array:
@@ -269,8 +290,8 @@ def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
 
 def mapped_values(
     folder: Path, n: int, pieces: Callable[[], Iterable[npt.NDArray[Any]]]
-) -> Int32Array | FloatArray:
-    """`mapped` for rows of one value each.
+) -> Int32Array | FloatArray | HalfArray:
+    """`mapped` for rows of one value or one vector each.
 
     Args:
         folder: of the file; see `mapped`.
@@ -278,7 +299,7 @@ def mapped_values(
         pieces: the values, stretch by stretch, all of one type.
 
     Returns:
-        ``[n]`` values of that type, read-only.
+        ``[n]`` values of that type, or ``[n, dim]``, read-only.
     """
 
     def write(aside: Path) -> None:
@@ -286,7 +307,7 @@ def mapped_values(
         for piece in pieces():
             if whole is None:
                 whole = np.lib.format.open_memmap(
-                    aside / "values.npy", mode="w+", dtype=piece.dtype, shape=(n,)
+                    aside / "values.npy", mode="w+", dtype=piece.dtype, shape=(n, *piece.shape[1:])
                 )
             whole[at : at + len(piece)] = piece
             at += len(piece)

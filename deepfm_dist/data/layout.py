@@ -41,6 +41,7 @@ _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
 _TEXT = (pa.string(), 0, 0)
+_VECTORS_AT_ONCE = 1 << 14
 _HELD_FILES = 128
 """That a process keeps open; some systems allow it 256."""
 
@@ -167,6 +168,9 @@ class DatasetFiles:
                 continue
             if table[column].type != kind:
                 raise self.wrong(name, f"the column {column} is {table[column].type}, not {kind}")
+            if pa.types.is_fixed_size_binary(kind):
+                self._check_vectors(name, column, table[column])
+                continue
             for chunk in table[column].chunks if kind != pa.string() else ():
                 cells = chunk.flatten() if kind == _INT32S else chunk
                 if chunk.null_count or cells.null_count:
@@ -179,6 +183,15 @@ class DatasetFiles:
                         meant = f"in [{low:g}, {high:g})"
                     raise self.wrong(name, f"the column {column} holds {value}, not {meant}")
         return table
+
+    def _check_vectors(self, name: str, column: str, cells: pa.ChunkedArray) -> None:
+        if cells.null_count:
+            raise self.wrong(name, f"the column {column} holds null")
+        vectors = from_arrow(cells)
+        assert isinstance(vectors, np.ndarray)
+        for begin in range(0, len(vectors), _VECTORS_AT_ONCE):
+            if not np.isfinite(vectors[begin : begin + _VECTORS_AT_ONCE]).all():
+                raise self.wrong(name, f"the column {column} holds a number that is not finite")
 
     def check_everything(self) -> None:
         """Reads every file once, a row group at a time.
@@ -274,6 +287,8 @@ class DatasetFiles:
         return (self._folder / "entities" / "rare.parquet").exists()
 
     def _field_spec(self, feature: Feature, always_lists: bool) -> tuple[pa.DataType, float, float]:
+        if feature.kind == "vector":
+            return pa.binary(2 * self._manifest.vectors[feature.name]), -np.inf, np.inf
         if not feature.in_table:
             return _NUMBER
         lists = feature.kind == "categorical" and (always_lists or feature.multi_valued)

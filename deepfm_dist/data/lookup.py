@@ -15,15 +15,17 @@ from deepfm_dist.data.fields import (
     hashed_rows,
     impressions_column,
     numbers_of,
+    scaled,
     split_cells,
     transformed,
+    vectors_in,
 )
-from deepfm_dist.data.jagged import Jagged, Values
+from deepfm_dist.data.jagged import FloatArray, Jagged, Values
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spelling import Unseen, difference
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import nearest
+from deepfm_dist.messages import nearest, plural, short
 
 Cell = str | float | list[str | float]
 """A value of a field, or several."""
@@ -211,6 +213,22 @@ class RowEncoder:
         return single
 
 
+def _vector(value: Cell | None, feature: Feature, where: str) -> FloatArray:
+    """``[1, dim]`` float32: a vector of a request; NaN if it has none."""
+    dim = feature.dim or 0
+    if value is None or value == []:
+        return np.full((1, dim), np.nan, np.float32)
+    numbers = value if isinstance(value, list) else []
+    is_right = len(numbers) == dim and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in numbers
+    )
+    with np.errstate(over="ignore"):
+        vector = np.array([numbers], np.float32) if is_right else np.full((1, dim), np.nan)
+    if not np.isfinite(vector).all():
+        raise ConfigError(f"{where}: expected a list of {plural(dim, 'finite number')}")
+    return vector.astype(np.float32)
+
+
 class UserAttributes:
     """Looks up the attributes of users from outside the dataset.
 
@@ -271,6 +289,12 @@ class UserAttributes:
         fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
         for name, feature in self._fields.items():
             cells = columns.get(column_of(feature).key)
+            if feature.kind == "vector":
+                dim = feature.dim or 0
+                vectors = np.full((n, dim), np.nan, np.float32)
+                vectors = vectors if cells is None else vectors_in(cells, dim)
+                fields[name] = scaled(vectors, feature, self._numeric[name])
+                continue
             if feature.kind == "numeric":
                 numbers = np.full(n, np.nan) if cells is None else numbers_of(cells, feature)
                 fields[name] = transformed(numbers, feature, self._numeric[name])
@@ -293,7 +317,9 @@ class UserAttributes:
         return [text for text in reports if text is not None]
 
     def _encoded(self, feature: Feature, value: Cell | None) -> Values:
-        where = f"attributes.{feature.name}={value!r}"
+        where = f"attributes.{feature.name}={short(value)}"
+        if feature.kind == "vector":
+            return scaled(_vector(value, feature, where), feature, self._numeric[feature.name])
         if feature.kind == "numeric":
             if value is not None and not isinstance(value, int | float):
                 raise ConfigError(f"{where}: expected a number")

@@ -54,12 +54,13 @@ class SplitSpec(Section):
 
 
 class NumericSpec(Section):
-    """Statistics of a numeric field, fitted on training data."""
+    """Statistics of a numeric or vector field, fitted on training data."""
 
     mean: float
-    """Subtracted by the ``standard`` transform."""
+    """Subtracted by the ``standard`` transform; 0 for vectors."""
     std: float
-    """Divided by in the ``standard`` transform."""
+    """Divided by in the ``standard`` transform; for vectors: the root mean square of their lengths,
+    which all of them are divided by."""
     boundaries: tuple[float, ...] = ()
     """Least values of the second bucket and those above, ascending."""
 
@@ -105,7 +106,7 @@ class Manifest(Section):
     """Items without a row of their own in the item table, by entity: files of attributes describe
     them. Their rows follow those of the entity table; another tool need not give them."""
     numeric: dict[str, NumericSpec]
-    """Numeric fields by name."""
+    """Numeric and vector fields by name."""
     mean_weight: float = 1.0
     """Of the training rows; weights are divided by it, so that they do not change the step size."""
     time_scale: int = 1
@@ -157,13 +158,24 @@ class Manifest(Section):
 
     @property
     def dense(self) -> tuple[Feature, ...]:
-        """Fields whose numbers enter the model, in order."""
-        return tuple(f for f in self.features if not f.in_table)
+        """Fields of one number that enters the model, in order."""
+        return tuple(f for f in self.features if f.kind == "numeric" and not f.in_table)
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Lengths of the vector fields by name, in order."""
+        return {f.name: f.dim or 0 for f in self.vector_fields}
+
+    @property
+    def vector_fields(self) -> tuple[Feature, ...]:
+        """Fields whose vectors enter the model, in order; their ``dim`` is known."""
+        return tuple(f for f in self.features if f.kind == "vector")
 
     @property
     def is_item_field(self) -> list[bool]:
-        """For each field of `categorical` and then of `dense`, whether it is the item's."""
-        return [f.entity == "item" for f in (*self.categorical, *self.dense)]
+        """For each of `categorical`, `dense` and `vector_fields`, whether it is the item's."""
+        fields = (*self.categorical, *self.dense, *self.vector_fields)
+        return [f.entity == "item" for f in fields]
 
     @property
     def vocabularies(self) -> tuple[str, ...]:
@@ -371,7 +383,7 @@ def check_formats(data: DataConfig, *others: str) -> None:
 
 def _files_of(data: DataConfig) -> list[Files]:
     settings = [data.interactions.file, data.split.valid_file, data.split.test_file]
-    settings += [f.file for f in data.features]
+    settings += [files for f in data.features for files in (f.file, f.npy)]
     settings += [section.file for section in (data.titles, data.catalogue) if section]
     return list(dict.fromkeys(files for files in settings if files is not None))
 
@@ -404,6 +416,10 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     for layout in settings["files"].values():
         if not layout["optional"]:  # likewise
             del layout["optional"]
+    for feature in settings["features"]:  # likewise
+        for option in ("npy", "dim"):
+            if feature[option] is None:
+                del feature[option]
     return settings
 
 

@@ -241,8 +241,15 @@ class Feature(Section):
     """Column of the value, or a member of its objects (`genres.name`); default: the field's name
     (for a user or item field without a file: the entity's id). If the interactions file has a field
     of users or items, its value comes from each one's latest training row with a value."""
-    kind: Literal["categorical", "numeric"] = "categorical"
-    """Whether the value is looked up in a table or multiplied into the field's vector."""
+    kind: Literal["categorical", "numeric", "vector"] = "categorical"
+    """How the value becomes the field's vector: looked up in a table (categorical), multiplied by a
+    learned vector (numeric), or multiplied by a learned matrix (vector: a list of numbers of a user
+    or item, such as an embedding of a text or an image)."""
+    npy: Files | None = None
+    """For a vector field: NumPy file with one vector for each row of ``file``, in the same order.
+    ``file`` then gives only the ids. Default: the vectors are in a column of ``file``."""
+    dim: int | None = Field(None, ge=1)
+    """For a vector field: length of its vectors. Default: that of the first vector in the file."""
     separator: _Mark | None = None
     """Character that separates several values in a cell: ``Comedy|Drama``. Elements of lists are
     not split."""
@@ -291,7 +298,7 @@ class Feature(Section):
 
     @property
     def in_table(self) -> bool:
-        """Whether the field is looked up in a table (else its number enters the model)."""
+        """Whether the field is looked up in a table (else its numbers enter the model)."""
         return self.kind == "categorical" or self.transform == "bucket"
 
     @property
@@ -336,6 +343,15 @@ class Feature(Section):
         many = self.in_lists or (self.file is not None and self.entity != "context")
         return self.history is not None or (many and self.keep == "all")
 
+    def settled_by(self, prepared: "Feature") -> "Feature":
+        """The field with what preparation found in its files, where the settings left it open."""
+        found = {
+            option: getattr(prepared, option)
+            for option in ("several", "dim")
+            if getattr(self, option) is None
+        }
+        return self.model_copy(update=found)
+
     @property
     def meaning(self) -> dict[str, Any]:
         """What says which row or number a value becomes, by setting.
@@ -344,7 +360,7 @@ class Feature(Section):
         model makes of them: a later dataset that keeps these rows may have it otherwise.
         """
         free = {"name", "file", "key", "column", "missing", "time_format", "min_count", "pooling"}
-        free.add("several")  # `multi_valued` says what became of it
+        free |= {"several", "npy"}  # `multi_valued` says what became of the first
         if self.transform != "bucket":
             free.add("buckets")
         said = self.model_dump(exclude=free)
@@ -355,6 +371,28 @@ class Feature(Section):
         }
 
     @model_validator(mode="after")
+    def _vectors_describe_users_or_items(self) -> Self:
+        if self.kind != "vector":
+            return self
+        allowed = {"name", "entity", "file", "key", "column", "kind", "npy", "dim"}
+        allowed |= {"separator", "missing", "keep"} if self.npy is None else set()
+        if self.npy is not None:
+            allowed.remove("column")
+        for option, field in type(self).model_fields.items():
+            if option not in allowed and getattr(self, option) != field.default:
+                source = "in an npy file" if self.npy is not None else "field"
+                raise ValueError(f"{self.name}: {option} does not apply to a vector {source}")
+        if self.entity == "context":
+            raise ValueError(
+                f"{self.name}: a vector describes users or items; set entity: item or entity: user"
+            )
+        if self.file is None:
+            raise ValueError(
+                f"{self.name}: a vector needs a file with one row per {self.entity}; set file"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         if self.kind == "numeric":
             for option in ("separator", "several", "table", "hash_rows", "fill", "derive"):
@@ -363,7 +401,10 @@ class Feature(Section):
             if self.names_entity:
                 raise ValueError(f"{self.name} is an id and cannot be numeric; name its column")
         elif self.transform != "none":
-            raise ValueError(f"transform is for numeric fields; {self.name} is categorical")
+            raise ValueError(f"transform is for numeric fields; {self.name} is {self.kind}")
+        for option in ("npy", "dim"):
+            if self.kind != "vector" and getattr(self, option) is not None:
+                raise ValueError(f"{option} is for vector fields; {self.name} is {self.kind}")
         if self.hash_rows is not None and self.min_count > 1:
             raise ValueError(f"{self.name}: hash_rows keeps no counts; leave min_count out")
         for option in ("fill", "derive"):
@@ -638,6 +679,12 @@ class DataConfig(Section):
             raise ValueError(f"split.method={self.split.method} needs interactions.time")
         return self
 
+    def settled_by(self, prepared: "DataConfig") -> "DataConfig":
+        """The settings with `Feature.settled_by` of the prepared fields of the same names."""
+        known = {f.name: f for f in prepared.features}
+        features = tuple(f.settled_by(known.get(f.name, f)) for f in self.features)
+        return self.model_copy(update={"features": features})
+
     @property
     def repeated(self) -> Literal["latest", "earliest", "strongest", "all"]:
         """Which of several rows with the same user and item stays."""
@@ -669,7 +716,7 @@ class DataConfig(Section):
                         f"{feature.name}: the column {column!r} is interactions.{role}, and no "
                         f"field of the model"
                     )
-        elif column == (feature.key or getattr(rows, feature.entity)):
+        elif feature.npy is None and column == (feature.key or getattr(rows, feature.entity)):
             raise ValueError(
                 f"{feature.name}: the column {column!r} is the key of {label_of(feature.file)}; "
                 f"name the column that holds the value"

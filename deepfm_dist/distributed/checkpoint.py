@@ -682,14 +682,11 @@ def _plan_transfer(
     then: list[Callable[[], object]] = []
     for name, value in _flat(tensors):
         parameter = name if name.startswith("model.") else name.rpartition(".")[0]
-        if transfer.is_fresh(parameter):
+        is_new = name not in saved and transfer.may_be_new(parameter)
+        if is_new or transfer.is_fresh(parameter):
             continue
         wanted[name] = value
-        if not transfer.by_field(parameter):
-            continue
-        if name not in saved:  # the first numeric fields
-            del wanted[name]
-        elif value.dim():  # else it is a step count
+        if transfer.by_field(parameter) and value.dim():  # else it is a step count
             shape = saved[name].size
             dim, places = transfer.places(parameter, shape[-1])
             wanted[name] = whole = value.new_empty(shape)

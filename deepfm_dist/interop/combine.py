@@ -12,7 +12,7 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel, local_sha
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.linear import ease_weights, leading_vectors
-from deepfm_dist.model.deepfm import InteractionArch
+from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER, InteractionArch
 from deepfm_dist.ranking.baselines import USABLE, Ease, co_counts, distinct
 
 FACTORS_BYTES = 28
@@ -44,7 +44,7 @@ def add_tables(
 
 @torch.no_grad()
 def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: float) -> None:
-    """Adds the bias and the numeric fields of a model without an over-arch, as `add_tables` does.
+    """Adds what a model without an over-arch has above the tables, as `add_tables` does.
 
     Args:
         source: the model's part above the tables.
@@ -53,11 +53,13 @@ def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: 
         share: of the logits.
     """
     target.bias.add_(share * source.bias)
-    if target.dense_factors is not None and source.dense_factors is not None:
-        columns = slice(at, at + source.embedding_dim)
-        target.dense_factors[:, columns] += share**0.5 * source.dense_factors
-    if target.dense_first_order is not None and source.dense_first_order is not None:
-        target.dense_first_order.add_(share * source.dense_first_order)
+    columns = slice(at, at + source.embedding_dim)
+    wide = dict(target.named_parameters())
+    for name, narrow in source.named_parameters():
+        if name.startswith(("dense_factors", VECTOR_FACTORS)):
+            wide[name][:, columns] += share**0.5 * narrow
+        elif name.startswith(("dense_first_order", VECTOR_FIRST_ORDER)):
+            wide[name].add_(share * narrow)
 
 
 def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, Tensor]) -> None:

@@ -165,9 +165,10 @@ def notebook_fields(
     manifest = dataset.manifest
     fields = {}
     for feature in manifest.features:
-        if feature.kind == "numeric":
+        if feature.kind != "categorical":
+            kind = "numeric" if feature.kind == "numeric" else "a vector"
             raise ConfigError(
-                f"{feature.name} is numeric, and an offset table has no such field; leave it out "
+                f"{feature.name} is {kind}, and an offset table has no such field; leave it out "
                 f"of data.features"
             )
         if feature.hash_rows is not None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import from_arrow
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.distributed.stored_model import StoredModel, StoredWeight
 from deepfm_dist.errors import CheckpointError, DeepFMError
@@ -189,8 +190,8 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
     """The fields in the model's order, as JSON values.
 
     Returns:
-        ``entities``: the column with the external id of each entity; ``categorical`` and
-        ``numeric``: the fields.
+        ``entities``: the column with the external id of each entity; ``categorical``, ``numeric``
+        and ``vectors``: the fields.
     """
     manifest = dataset.manifest
     rows = manifest.data.interactions
@@ -219,6 +220,10 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
             | {k: getattr(manifest.numeric[f.name], k) for k in ("mean", "std")}
             for f in manifest.dense
         ],
+        "vectors": [
+            _describe(f) | {"dim": f.dim, "scale": manifest.numeric[f.name].std}
+            for f in manifest.vector_fields
+        ],
     }
 
 
@@ -245,31 +250,47 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
 def write_entities(dataset: PreparedDataset, target: Path) -> None:
     """Writes ``entities/``: for each user and item the external id and every field's value.
 
-    A history field is a list of rows of its table, as the model sees it outside training. Items
-    without training rows follow the others; they have no row in the item table.
+    A history field is a list of rows of its table, as the model sees it outside training; a vector
+    is scaled, as the model takes it. Items without training rows follow the others; they have no
+    row in the item table.
 
     Args:
         dataset: the prepared dataset.
         target: an existing folder to write into.
     """
     (target / "entities").mkdir()
-    histories = [f for f in dataset.manifest.categorical if f.history is not None]
+    manifest = dataset.manifest
+    histories = [f for f in manifest.categorical if f.history is not None]
     collate = Collator(dataset) if histories else None
-    for entity in dataset.manifest.entities:
+    for entity in manifest.entities:
         first, *_ = files = dataset.files.entity_files(entity)
-        fields = [f for f in dataset.manifest.features if f.entity == entity and f.describes_entity]
+        fields = [f for f in manifest.features if f.entity == entity and f.describes_entity]
         columns = ["id", *(f.name for f in fields)]
         kinds = [dataset.files.open(first).schema_arrow.field(name) for name in columns]
+        for place, name in enumerate(columns):
+            if name in manifest.vectors:
+                kind = pa.list_(pa.float16(), manifest.vectors[name])
+                kinds[place] = pa.field(name, kind)
         if entity == "user":
             kinds += [pa.field(f.name, pa.list_(pa.int32())) for f in histories]
         groups = [(file, *g) for file in files for g in enumerate(dataset.group_rows(file))]
         with pq.ParquetWriter(target / first, pa.schema(kinds), compression="zstd") as writer:
             begin = 0
             for file, group, n_rows in groups:
-                arrays = dataset.read_group(file, group, columns).select(columns).columns
+                table = dataset.read_group(file, group, columns)
+                arrays = [_as_list(table[name]) for name in columns]
                 if entity == "user" and collate is not None:
                     users = np.arange(begin, begin + n_rows, dtype=np.int32)
                     arrays += [collate.history(f, users).to_arrow() for f in histories]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(kinds)))
                 begin += n_rows
     dataset.files.check_current()
+
+
+def _as_list(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """A column with the bytes of vectors as lists of float16; others as they are."""
+    if not pa.types.is_fixed_size_binary(column.type):
+        return column
+    vectors = from_arrow(column)
+    assert isinstance(vectors, np.ndarray)
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])

@@ -47,7 +47,10 @@ def plan(
 def _with_choices(config: Config) -> Config:
     """The settings that training would choose from the data, or the defaults before preparation."""
     manifest = Manifest.find(config.prepared_dir)
-    if manifest is not None and manifest.data.features == config.data.features:
+    if (
+        manifest is not None
+        and config.data.settled_by(manifest.data).features == manifest.data.features
+    ):
         return resolve(config, manifest)[0]
     if config.model.is_auto("embedding_dim"):
         log.warning(
@@ -70,7 +73,8 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
             what the configuration says of hashed tables and buckets.
 
     Raises:
-        ConfigError: a table's rows are not known, or an unknown table is named.
+        ConfigError: a table's rows or the length of vectors are not known, or an unknown table is
+            named.
     """
     readers: dict[str, list[str]] = {}
     known: dict[str, int] = {}
@@ -81,8 +85,10 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
             known[feature.table_name] = 1 + feature.buckets
         elif feature.hash_rows is not None:
             known[feature.table_name] = 1 + feature.hash_rows
+    data = config.data
     if (manifest := Manifest.find(config.prepared_dir)) is not None:
         known |= {name: spec.rows for name, spec in manifest.tables.items()}
+        data = data.settled_by(manifest.data)
     known |= rows
     if strange := sorted(rows.keys() - readers.keys()):
         raise ConfigError(f"--rows {strange[0]}: unknown table; available: {', '.join(readers)}")
@@ -91,12 +97,17 @@ def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
             f"rows of the table {unknown[0]} are not known: set --rows {unknown[0]}=N, or prepare "
             f"the data: python -m deepfm_dist.prepare"
         )
+    if open_ones := [f.name for f in data.features if f.kind == "vector" and f.dim is None]:
+        raise ConfigError(
+            f"the length of the vectors of {open_ones[0]} is not known: set dim for this field in "
+            f"data.features, or prepare the data: python -m deepfm_dist.prepare"
+        )
     return Manifest(
         format=FORMAT,
         fingerprint="",
         vocabulary_hash="",
         seed=config.run.seed,
-        data=config.data,
+        data=data,
         tables={n: TableSpec(rows=known[n], features=tuple(f)) for n, f in readers.items()},
         entities={},
         numeric={},

@@ -35,6 +35,8 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 }
 POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
 """Of the number of values, by which their sum is divided."""
+VECTOR_FACTORS, VECTOR_FIRST_ORDER = "vector_factors_", "vector_first_order_"
+"""What the names of a vector field's parameters begin with; the field's name follows."""
 ROW_ALIGNMENT = 4
 """FBGEMM's kernels want rows of a multiple of 4 floats."""
 
@@ -402,16 +404,19 @@ def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, st
 class InteractionArch(nn.Module):
     """Everything above the tables: looked-up vectors and numbers -> logits.
 
-    A numeric field is a field like the others: its vector is a learned one times the value.
+    A numeric field is a field like the others: its factors are learned ones times the value. So is
+    a vector field ``x``, a list of numbers of the user or item: its factors are ``x P`` and its
+    first-order weight ``<x, w>``, with a learned ``P [dim, D]`` and ``w [dim]``.
 
     Args:
         n_dense: number of numeric fields.
         embedding_dim: D.
         first_order: whether the linear part counts.
         fm: whether the pairwise part counts.
-        over_arch: the deep part, ``[B, (F + n_dense) * D] -> [B]``, or None.
-        init_std: standard deviation of the numeric fields' vectors.
-        is_item_field: see `FactorizationMachine`; of the F + n_dense fields.
+        over_arch: the deep part, ``[B, number of fields * D] -> [B]``, or None.
+        init_std: standard deviation of the numeric and vector fields' parameters.
+        is_item_field: see `FactorizationMachine`; of all fields: categorical, numeric, vectors.
+        vectors: length of each vector field by name.
 
     Attributes:
         in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
@@ -426,9 +431,10 @@ class InteractionArch(nn.Module):
         over_arch: nn.Module | None = None,
         init_std: float = 0.01,
         is_item_field: Sequence[bool] | None = None,
+        vectors: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.embedding_dim = embedding_dim
+        self.embedding_dim, self.n_dense = embedding_dim, n_dense
         self.first_order, self.in_bfloat16 = first_order, False
         self.bias = nn.Parameter(torch.zeros(1))
         self.fm = FactorizationMachine(embedding_dim, first_order, is_item_field) if fm else None
@@ -436,10 +442,18 @@ class InteractionArch(nn.Module):
         self.dense_factors = self.dense_first_order = None
         if n_dense:
             if fm or over_arch is not None:
-                vectors = torch.randn(n_dense, embedding_dim) * init_std
-                self.dense_factors = nn.Parameter(vectors)
+                self.dense_factors = nn.Parameter(torch.randn(n_dense, embedding_dim) * init_std)
             if first_order:
                 self.dense_first_order = nn.Parameter(torch.randn(n_dense) * init_std)
+        self.vectors = dict(vectors or {})
+        # By name: a run that starts from another one's weights finds its own.
+        for name, length in self.vectors.items():
+            factors = torch.randn(length, embedding_dim) * init_std
+            if fm or over_arch is not None:
+                self.register_parameter(f"{VECTOR_FACTORS}{name}", nn.Parameter(factors))
+            if first_order:
+                weights = nn.Parameter(torch.randn(length) * init_std)
+                self.register_parameter(f"{VECTOR_FIRST_ORDER}{name}", weights)
 
     def forward(
         self, rows_BFW: Tensor, dense_BN: Tensor, weights_B: Tensor | None = None
@@ -448,15 +462,14 @@ class InteractionArch(nn.Module):
 
         Args:
             rows_BFW: ``[B, F, W]`` looked-up rows: D factors, first-order weight, padding.
-            dense_BN: ``[B, n_dense]``.
+            dense_BN: ``[B, n_dense + sum of lengths]``: numeric fields, then vectors.
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
             ``[B]`` logits.
         """
         if dense_BN.shape[1]:
-            rows_NW = self.dense_rows(dense_BN.shape[1], rows_BFW)
-            rows_BFW = torch.cat([rows_BFW, dense_BN[:, :, None] * rows_NW], 1)
+            rows_BFW = torch.cat([rows_BFW, *self.dense_fields(dense_BN, rows_BFW)], 1)
         logits: Tensor = self.bias
         if self.fm is not None and isinstance(self.over_arch, OverArch):
             interactions, rows_BFW = self.fm.with_rows(rows_BFW)
@@ -496,14 +509,55 @@ class InteractionArch(nn.Module):
         over = self.over_arch
         return [self.bias, over.output.bias] if isinstance(over, OverArch) else [self.bias]
 
-    def dense_rows(self, n: int, rows_BFW: Tensor) -> Tensor:
+    def dense_fields(
+        self,
+        dense_BN: Tensor,
+        rows_BFW: Tensor,
+        numeric: Tensor | None = None,
+        vectors: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """What numeric and vector fields would look up in a table.
+
+        Args:
+            dense_BN: ``[B, n_dense + sum of lengths]``.
+            rows_BFW: looked-up rows, whose type and width W the result has.
+            numeric: ``[g]`` places of the numeric fields that are wanted; None: all.
+            vectors: places of the vector fields that are wanted; None: all.
+
+        Returns:
+            ``[B, g, W]``, unless there is no numeric field, and ``[B, 1, W]`` for each vector.
+        """
+        fields, n = [], self.n_dense
+        if n and (numeric is None or len(numeric)):
+            numbers_BN, rows_NW = dense_BN[:, :n].to(rows_BFW.dtype), self._dense_rows(rows_BFW)
+            if numeric is not None:
+                numbers_BN, rows_NW = numbers_BN[:, numeric], rows_NW[numeric]
+            fields.append(numbers_BN[:, :, None] * rows_NW)
+        begin = n
+        for place, (name, length) in enumerate(self.vectors.items()):
+            x_BL = dense_BN[:, begin : begin + length].to(rows_BFW.dtype)
+            begin += length
+            if vectors is None or place in vectors:
+                factors = getattr(self, f"{VECTOR_FACTORS}{name}", None)
+                first_order = getattr(self, f"{VECTOR_FIRST_ORDER}{name}", None)
+                rows_LW = self._as_rows(length, factors, first_order, rows_BFW)
+                fields.append((x_BL @ rows_LW)[:, None])
+        return fields
+
+    def _dense_rows(self, rows_BFW: Tensor) -> Tensor:
         """``[n_dense, W]``: what numeric fields would have in a table, of the kind of ``rows``."""
+        return self._as_rows(self.n_dense, self.dense_factors, self.dense_first_order, rows_BFW)
+
+    def _as_rows(
+        self, n: int, factors: Tensor | None, first_order: Tensor | None, rows_BFW: Tensor
+    ) -> Tensor:
+        """``[n, W]``: factors, first-order weights and padding side by side, 0 where None."""
         dim, width = self.embedding_dim, rows_BFW.shape[2]
-        factors, first = self.dense_factors, self.dense_first_order
+        kind = rows_BFW.dtype
         return torch.cat(
             [
-                rows_BFW.new_zeros(n, dim) if factors is None else factors.to(rows_BFW.dtype),
-                rows_BFW.new_zeros(n, 1) if first is None else first[:, None].to(rows_BFW.dtype),
+                rows_BFW.new_zeros(n, dim) if factors is None else factors.to(kind),
+                rows_BFW.new_zeros(n, 1) if first_order is None else first_order[:, None].to(kind),
                 rows_BFW.new_zeros(n, width - dim - 1),
             ],
             1,
@@ -530,7 +584,7 @@ class DeepFM(nn.Module):
 
         Args:
             sparse: table rows of the categorical fields.
-            dense_BN: ``[B, n_dense]`` numeric fields.
+            dense_BN: ``[B, n_dense + sum of lengths]``: numeric fields, then vectors.
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
@@ -554,6 +608,7 @@ def build_deepfm(
     device: torch.device | None = None,
     half: bool = False,
     is_item_field: Sequence[bool] | None = None,
+    vectors: Mapping[str, int] | None = None,
 ) -> DeepFM:
     """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
 
@@ -565,12 +620,16 @@ def build_deepfm(
         first_order: whether the linear part counts.
         fm: whether the pairwise part counts.
         over_arch: makes the deep part, given the length of its input; None: no deep part.
-        init_std: standard deviation of the numeric fields' vectors (tables are filled elsewhere).
+        init_std: standard deviation of the numeric and vector fields' parameters (tables are filled
+            elsewhere).
         pooling: as `EmbeddingArch` takes it.
         device: of the tables; ``meta`` before sharding.
         half: whether tables are kept in float16.
-        is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones.
+        is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones, then
+            vectors.
+        vectors: length of each vector field by name.
     """
+    n_fields = len(features) + n_dense + len(vectors or {})
     width = embedding_dim if fm or over_arch is not None else 0
     return DeepFM(
         EmbeddingArch(tables, features, width, pooling, device, half),
@@ -579,8 +638,9 @@ def build_deepfm(
             width,
             first_order=first_order,
             fm=fm,
-            over_arch=over_arch and over_arch((len(features) + n_dense) * width),
+            over_arch=over_arch and over_arch(n_fields * width),
             init_std=init_std,
             is_item_field=is_item_field,
+            vectors=vectors,
         ),
     )

@@ -55,56 +55,67 @@ class Fields:
     """The fields of one side.
 
     Attributes:
-        places: ``[f + g]`` where they stand among all fields, categorical ones first.
+        places: ``[f + g + v]`` where they stand among all fields: categorical ones, numeric ones,
+            vectors.
         categorical: ``[f]`` their places among the categorical fields.
         numeric: ``[g]`` their places among the numeric ones.
-        columns: ``[(f + g) * D]`` their columns of the over-arch's input.
+        vectors: ``v`` places among the vector fields.
+        columns: ``[(f + g + v) * D]`` their columns of the over-arch's input.
     """
 
     places: Tensor
     categorical: Tensor
     numeric: Tensor
+    vectors: tuple[int, ...]
     columns: Tensor
 
     @classmethod
     def at(
-        cls, places: Sequence[int], n_categorical: int, embedding_dim: int, device: torch.device
+        cls,
+        places: Sequence[int],
+        n_categorical: int,
+        n_numeric: int,
+        embedding_dim: int,
+        device: torch.device,
     ) -> Self:
         """The fields at the given places among all fields.
 
         Computed on the host: on a GPU, selecting by a mask would make the host wait for it.
         """
         categorical = [place for place in places if place < n_categorical]
-        numeric = [place - n_categorical for place in places if place >= n_categorical]
+        others = [place - n_categorical for place in places if place >= n_categorical]
+        numeric = [place for place in others if place < n_numeric]
+        vectors = tuple(place - n_numeric for place in others if place >= n_numeric)
         columns = [place * embedding_dim + d for place in places for d in range(embedding_dim)]
-        indices = (
+        where, of_tables, of_numbers, of_input = (
             torch.tensor(values, dtype=torch.int64, device=device)
             for values in (places, categorical, numeric, columns)
         )
-        return cls(*indices)
+        return cls(where, of_tables, of_numbers, vectors, of_input)
 
     @classmethod
     def for_both_sides(
         cls,
         is_item_field: Sequence[bool],
         n_categorical: int,
-        embedding_dim: int,
+        arch: InteractionArch,
         device: torch.device,
     ) -> tuple[Self, Self]:
         """The user's and the item's.
 
         Args:
-            is_item_field: for each categorical and then each numeric field, whether it describes
-                the item (otherwise the user or the context).
+            is_item_field: for each categorical, then each numeric, then each vector field, whether
+                it describes the item (otherwise the user or the context).
             n_categorical: number of categorical fields.
-            embedding_dim: D.
+            arch: everything above the tables.
             device: of the model.
         """
         user, item = (
             cls.at(
                 [place for place, item in enumerate(is_item_field) if bool(item) == side],
                 n_categorical,
-                embedding_dim,
+                arch.n_dense,
+                arch.embedding_dim,
                 device,
             )
             for side in (False, True)
@@ -126,15 +137,13 @@ def side_of(
         arch: everything above the tables.
         fields: the side's.
         rows_nfW: ``[n, f, W]`` looked-up rows of its categorical fields.
-        dense_nN: ``[n, n_dense]`` all numeric fields.
+        dense_nN: ``[n, n_dense + sum of lengths]`` all numeric fields and vectors.
         first_layer: the over-arch's; None where it has none that can be split.
         with_bias: whether this side takes the biases of the model and of the first layer.
     """
     kind, dim = rows_nfW.dtype, arch.embedding_dim
-    if len(fields.numeric):
-        numeric_rows = arch.dense_rows(dense_nN.shape[1], rows_nfW)[fields.numeric]
-        numbers = dense_nN[:, fields.numeric].to(kind)
-        rows_nfW = torch.cat([rows_nfW, numbers[:, :, None] * numeric_rows], 1)
+    if dense := arch.dense_fields(dense_nN, rows_nfW, fields.numeric, fields.vectors):
+        rows_nfW = torch.cat([rows_nfW, *dense], 1)
     if arch.fm is not None:
         constant, factor_sum = arch.fm.forward_side(rows_nfW)
     else:
@@ -197,8 +206,8 @@ class PairScorer:
 
     Args:
         arch: everything above the tables; its over-arch, if any, an `OverArch` without batch norm.
-        is_item_field: for each categorical and then each numeric field, whether it describes the
-            item.
+        is_item_field: for each categorical, then each numeric, then each vector field, whether it
+            describes the item.
         n_categorical: number of categorical fields.
     """
 
@@ -216,7 +225,7 @@ class PairScorer:
         Args:
             sums_HFW: ``[H, F, W]`` sums of looked-up rows, of all fields.
             divisors_HF: ``[H, F]`` what pooling divides them by.
-            dense_HN: ``[H, n_dense]`` numeric fields.
+            dense_HN: ``[H, n_dense + sum of lengths]`` numeric fields, then vectors.
             n_users: number of users.
             n_items: number of items.
         """
@@ -229,7 +238,7 @@ class PairScorer:
         )
         if self._fields is None:  # the device is known only here; to copy them once is enough
             self._fields = Fields.for_both_sides(
-                self._is_item_field, self._n_categorical, self.arch.embedding_dim, sums_HFW.device
+                self._is_item_field, self._n_categorical, self.arch, sums_HFW.device
             )
         over, first_layer = self.arch.over_arch, None
         if over is not None:

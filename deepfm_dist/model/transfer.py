@@ -1,11 +1,14 @@
 """A model's weights for another one, whose fields are others or stand in other places."""
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-Order = tuple[Sequence[str], Sequence[str]]
-"""Names of a model's categorical and of its numeric fields, each in order."""
+from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER
+
+Order = tuple[Sequence[str], Sequence[str], Sequence[str]]
+"""Names of a model's categorical, numeric and vector fields, each in order."""
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 """Where the same things stand before and after."""
 
@@ -35,7 +38,7 @@ class Transfer:
         cls, tables: Collection[str], before: Order, after: Order, first_layer: str | None
     ) -> Self:
         """From a trained model to another; the arguments are as the attributes."""
-        names = [(*categorical, *numeric) for categorical, numeric in (before, after)]
+        names = [tuple(itertools.chain(*order)) for order in (before, after)]
         return cls(
             frozenset(tables),
             tuple(map(tuple, before)) != tuple(map(tuple, after)),
@@ -49,6 +52,11 @@ class Transfer:
         """Whether a tensor, named as in a state of the model, is of a table that is not taken."""
         _, inside, table = name.partition(".embedding_bags.")
         return bool(inside) and table.partition(".")[0] not in self.tables
+
+    def may_be_new(self, name: str) -> bool:
+        """Whether a parameter belongs to fields that the trained model may have none of."""
+        _, _, own = name.partition("interaction_arch.")
+        return self.moves and own.startswith(("dense_", VECTOR_FACTORS, VECTOR_FIRST_ORDER))
 
     def by_field(self, name: str) -> bool:
         """Whether a parameter is taken field by field."""

@@ -21,8 +21,8 @@ class CatalogueScorer:
 
     Args:
         arch: the trained InteractionArch, in eval mode.
-        item_fields: for each categorical field and then each numeric one, whether it describes
-            the item (else the user or the context).
+        item_fields: for each categorical field, then each numeric one, then each vector, whether it
+            describes the item (else the user or the context).
         n_categorical: number of categorical fields.
 
     Attributes:
@@ -35,9 +35,7 @@ class CatalogueScorer:
         self, arch: InteractionArch, item_fields: Sequence[bool], n_categorical: int
     ) -> None:
         self._arch = arch
-        user, item = Fields.for_both_sides(
-            item_fields, n_categorical, arch.embedding_dim, arch.bias.device
-        )
+        user, item = Fields.for_both_sides(item_fields, n_categorical, arch, arch.bias.device)
         self._fields = {"user": user, "item": item}
         over = arch.over_arch
         folded = _fold_batch_norm(over) if isinstance(over, OverArch) else None
@@ -54,7 +52,7 @@ class CatalogueScorer:
             which: ``user`` or ``item``.
             factors_BFD: ``[n, F, D]`` from the embedding arch; only this side's fields are read.
             first_BF: ``[n, F]`` first-order weights.
-            dense_BN: ``[n, n_dense]`` numeric fields.
+            dense_BN: ``[n, n_dense + sum of lengths]`` numeric fields, then vectors.
         """
         # In float64: these sums are few, and their rounding would reach every pair.
         fields = self._fields[which]

@@ -52,6 +52,8 @@ data:
     - {name: level, column: n, kind: numeric, transform: bucket, buckets: 3}
     - {name: p, entity: item, file: items.csv, key: i, kind: numeric, transform: bucket}
     - {name: n, kind: numeric, missing: ["-1"], transform: standard}
+    - {name: text, entity: item, file: v.parquet, key: i, kind: vector}
+    - {name: taste, entity: user, file: v.parquet, key: u, kind: vector}
   split: {valid: 0, test: 0}
 model: {embedding_dim: 6, init_std: 0.3, over_arch_layer_sizes: [9, 5], activation: gelu}
 optimizer: {dense: {lr: 0.02}}
@@ -153,6 +155,9 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
     tags = ["|".join(rng.choice(["x", "y", "z"], rng.integers(0, 3))) for _ in range(25)]
     items = pd.DataFrame({"i": range(25), "t": tags, "p": rng.choice(["", "7", "900"], 25)})
     items.to_csv(tmp_path / "items.csv", index=False)
+    vectors = pd.DataFrame({"i": range(25), "u": range(25), "text": [*rng.normal(0, 9, (25, 4))]})
+    vectors["taste"] = [*rng.normal(0, 9, (25, 2))]
+    vectors.to_parquet(tmp_path / "v.parquet")
     (tmp_path / "c.yaml").write_text(CLICKS.replace("ROOT", str(tmp_path)))
     settings = ["--config", str(tmp_path / "c.yaml"), f"run.runs_root={tmp_path}"]
     settings += [f"run.prepared_root={tmp_path / 'prepared'}"]

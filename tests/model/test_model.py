@@ -32,6 +32,8 @@ FIELDS = [
     ("liked", "tag", "sum"),
 ]
 N_DENSE = 2
+VECTORS = {"text": 4, "taste": 1}
+GRADIENTS = {"rtol": 1e-4, "atol": 1e-4}  # sums of many terms in float32
 
 
 def pair(
@@ -40,7 +42,12 @@ def pair(
     """Our model and the plain one with the same weights."""
     torch.manual_seed(0)
     batch_norm = options.pop("batch_norm", False)
-    plain = PlainDeepFM(TABLES, FIELDS, N_DENSE, dim, hidden, batch_norm=batch_norm, **options)
+    plain = PlainDeepFM(
+        *(TABLES, FIELDS, N_DENSE, dim, hidden),
+        batch_norm=batch_norm,
+        vectors=[*VECTORS.values()],
+        **options,
+    )
     deep = options.pop("deep", True)
     ours = build_deepfm(
         {n: Table(r, tuple(f for f, t, _ in FIELDS if t == n)) for n, r in TABLES.items()},
@@ -49,6 +56,7 @@ def pair(
         dim,
         over_arch=partial(OverArch, layer_sizes=hidden, batch_norm=batch_norm) if deep else None,
         pooling={f: pooling for f, _, pooling in FIELDS},
+        vectors=VECTORS,
         **options,
     )
     copy_weights(plain, ours)
@@ -68,6 +76,11 @@ def copy_weights(plain: PlainDeepFM, ours: DeepFM) -> None:
             arch.dense_factors.copy_(plain.dense_factors)
         if arch.dense_first_order is not None:
             arch.dense_first_order.copy_(plain.dense_first)
+        for name, projection in zip(VECTORS, plain.projections, strict=True):
+            if hasattr(arch, f"vector_factors_{name}") and dim:
+                arch.get_parameter(f"vector_factors_{name}").copy_(projection.weight[:dim].T)
+            if hasattr(arch, f"vector_first_order_{name}"):
+                arch.get_parameter(f"vector_first_order_{name}").copy_(projection.weight[-1])
         if isinstance(arch.over_arch, OverArch):
             state = {}
             for kind, names in ((nn.Linear, "hidden"), (nn.BatchNorm1d, "norms")):
@@ -96,7 +109,7 @@ def example() -> tuple[Bags, KeyedJaggedTensor, Tensor]:
         torch.tensor(flat, dtype=torch.int32),
         lengths=torch.tensor(lengths, dtype=torch.int32),
     )
-    return bags, sparse, torch.randn(9, N_DENSE, generator=generator)
+    return bags, sparse, torch.randn(9, N_DENSE + sum(VECTORS.values()), generator=generator)
 
 
 def test_fm_is_the_sum_over_all_pairs() -> None:
@@ -153,7 +166,7 @@ def test_pairs_across_the_sides_are_those_of_different_ones() -> None:
 
 
 SWITCHES = [s for s in itertools.product([True, False], repeat=3) if any(s)]
-OF_ITEM = [False, True, True, False, True, False]
+OF_ITEM = [False, True, True, False, True, False, True, False]
 
 
 @pytest.mark.parametrize("is_item_field", [None, OF_ITEM])
@@ -172,19 +185,24 @@ def test_logits_and_gradients_equal_the_plain_models(
         gradient = plain.tables[name].weight.grad
         assert gradient is not None
         if dim:
-            torch.testing.assert_close(
-                bag.weight.grad[:, :dim], gradient[:, :dim], rtol=1e-5, atol=1e-5
-            )
-        torch.testing.assert_close(bag.weight.grad[:, dim], gradient[:, -1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(bag.weight.grad[:, :dim], gradient[:, :dim], **GRADIENTS)
+        torch.testing.assert_close(bag.weight.grad[:, dim], gradient[:, -1], **GRADIENTS)
         assert (bag.weight.grad[:, dim + 1 :] == 0).all()  # padding stays out of it
     arch = ours.interaction_arch
     if arch.dense_factors is not None:
-        torch.testing.assert_close(
-            arch.dense_factors.grad, plain.dense_factors.grad, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(arch.dense_factors.grad, plain.dense_factors.grad, **GRADIENTS)
+    for name, projection in zip(VECTORS, plain.projections, strict=True):
+        gradient = projection.weight.grad
+        assert gradient is not None
+        if dim:
+            actual = arch.get_parameter(f"vector_factors_{name}").grad
+            torch.testing.assert_close(actual, gradient[:dim].T, **GRADIENTS)
+        if first_order:
+            actual = arch.get_parameter(f"vector_first_order_{name}").grad
+            torch.testing.assert_close(actual, gradient[-1], **GRADIENTS)
     if isinstance(arch.over_arch, OverArch):
         torch.testing.assert_close(
-            arch.over_arch.hidden[0].weight.grad, plain.mlp[0].weight.grad, rtol=1e-5, atol=1e-5
+            arch.over_arch.hidden[0].weight.grad, plain.mlp[0].weight.grad, **GRADIENTS
         )
 
 

@@ -9,7 +9,9 @@ from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.pairs import PairScorer
 
 DIM, WIDTH, CATEGORICAL, NUMERIC = 6, 8, 5, 2
-OF_ITEM = (False, True, True, False, True, True, False)
+VECTORS = {"text": 3, "taste": 2}
+OF_ITEM = (False, True, True, False, True, True, False, True, False)
+COLUMNS_OF_ITEM = torch.tensor([True, False, True, True, True, False, False])
 USERS, ITEMS = 7, 9
 
 
@@ -32,25 +34,23 @@ def test_pairs_are_scored_as_rows_are_with_the_same_gradients(
     monkeypatch.setattr("deepfm_dist.model.pairs.PAIRS_AT_A_TIME", 20)  # several blocks of users
     torch.manual_seed(3)
     sizes, activation = options.pop("deep"), options.pop("activation", "relu")
-    over = (
-        None
-        if sizes is None
-        else OverArch((CATEGORICAL + NUMERIC) * DIM, sizes, activation=activation)
-    )
-    arch = InteractionArch(NUMERIC, DIM, over_arch=over, init_std=0.5, **options).double()
+    over = None if sizes is None else OverArch(len(OF_ITEM) * DIM, sizes, activation=activation)
+    arch = InteractionArch(
+        NUMERIC, DIM, over_arch=over, init_std=0.5, vectors=VECTORS, **options
+    ).double()
     torch.nn.init.normal_(arch.bias)
     rows = torch.randn(max(USERS, ITEMS), CATEGORICAL, WIDTH, dtype=torch.float64)
     rows[:, :, DIM + 1 :] = 0
     rows.requires_grad_()
     divisors = torch.rand(len(rows), CATEGORICAL, dtype=torch.float64) + 0.5
-    dense = torch.randn(len(rows), NUMERIC, dtype=torch.float64)
+    dense = torch.randn(len(rows), len(COLUMNS_OF_ITEM), dtype=torch.float64)
     is_item = torch.tensor(OF_ITEM)
 
     # Every pair as a row of its own: fields of the user from one place, the item's from another.
     u, i = (
         g.flatten() for g in torch.meshgrid(torch.arange(USERS), torch.arange(ITEMS), indexing="ij")
     )
-    table_config, of_numbers = is_item[:CATEGORICAL], is_item[CATEGORICAL:]
+    table_config, of_numbers = is_item[:CATEGORICAL], COLUMNS_OF_ITEM
     divided = rows / divisors[:, :, None]
     pair_rows = torch.where(table_config[None, :, None], divided[i], divided[u])
     pair_dense = torch.where(of_numbers, dense[i], dense[u])

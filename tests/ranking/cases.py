@@ -11,10 +11,12 @@ from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.model.norm import GlobalBatchNorm
 from tests.cross_net import CrossNet
 
-OF_ITEM = [False, True, True, False, True, False]  # four categorical fields, two numeric ones
-
-
+VECTORS = {"text": 3, "taste": 1, "image": 2}
+OF_ITEM = [False, True, True, False, True, False, True, False, True]
+"""Of four categorical fields, two numeric ones and three vectors."""
 N_CATEGORICAL, N_DENSE = 4, 2
+COLUMNS_OF_ITEM = [True, False, True, True, True, False, True, True]
+"""Of the two numbers and of each number of the vectors."""
 
 
 def random_arch(
@@ -22,7 +24,7 @@ def random_arch(
 ) -> InteractionArch:
     torch.manual_seed(seed)
     dim = int(options.pop("dim", 5))  # type: ignore[call-overload]
-    in_features = (N_CATEGORICAL + N_DENSE) * dim
+    in_features = len(OF_ITEM) * dim
     over_arch: nn.Module | None = None
     if custom:
         over_arch = CrossNet(in_features)
@@ -41,7 +43,9 @@ def random_arch(
                 module.running_var.uniform_(0.5, 2)
     first_order, fm = bool(options.get("first_order", True)), bool(options.get("fm", True))
     is_item_field = OF_ITEM if options.get("across") else None
-    arch = InteractionArch(N_DENSE, dim, first_order, fm, over_arch, 0.5, is_item_field)
+    arch = InteractionArch(
+        N_DENSE, dim, first_order, fm, over_arch, 0.5, is_item_field=is_item_field, vectors=VECTORS
+    )
     arch.bias.data.normal_()
     return arch.eval()
 

@@ -52,7 +52,14 @@ from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import RowEvaluator
-from tests.ranking.cases import N_CATEGORICAL, N_DENSE, OF_ITEM, config_of, digest, random_arch
+from tests.ranking.cases import (
+    COLUMNS_OF_ITEM,
+    N_CATEGORICAL,
+    OF_ITEM,
+    config_of,
+    digest,
+    random_arch,
+)
 from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.steps import Run
 
@@ -63,10 +70,8 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
     """Largest error of either engine's scores, in units of max(1, |logit|)."""
     n_users, n_items = 7, 11
     is_item_field = torch.tensor(OF_ITEM)
-    users, items = (
-        [torch.randn(n, *shape) for shape in ((N_CATEGORICAL, dim), (N_CATEGORICAL,), (N_DENSE,))]
-        for n in (n_users, n_items)
-    )
+    shapes = (N_CATEGORICAL, dim), (N_CATEGORICAL,), (len(COLUMNS_OF_ITEM),)
+    users, items = ([torch.randn(n, *shape) for shape in shapes] for n in (n_users, n_items))
     scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
     cpu, sides = torch.device("cpu"), (scorer.side("user", *users), scorer.side("item", *items))
     actual = []
@@ -87,7 +92,7 @@ def difference_from_forward(arch: InteractionArch, dim: int = 5) -> float:
             (
                 is_item_field[:N_CATEGORICAL, None],
                 is_item_field[:N_CATEGORICAL],
-                is_item_field[N_CATEGORICAL:],
+                torch.tensor(COLUMNS_OF_ITEM),
             ),
             strict=True,
         ):

@@ -27,6 +27,7 @@ BEFORE = """
 - {name: mood}
 - {name: price, kind: numeric, transform: log}
 - {name: age, entity: user, column: years, kind: numeric, transform: standard}
+- {name: text, entity: item, file: items.csv, npy: text.npy, kind: vector}
 """
 AFTER = """
 - {name: mood}
@@ -36,6 +37,8 @@ AFTER = """
 - {name: cost, kind: numeric, column: price}
 - {name: price, kind: numeric, transform: log}
 - {name: user, entity: user}
+- {name: image, entity: item, file: items.csv, npy: image.npy, kind: vector}
+- {name: text, entity: item, file: items.csv, npy: text.npy, kind: vector}
 """
 DIM = 6
 MODEL = f"model={{embedding_dim: {DIM}, over_arch_layer_sizes: [8, 5], init_std: 0.3}}"
@@ -47,6 +50,9 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     """A folder with a trained run, and all tensors of its checkpoint."""
     home = tmp_path_factory.mktemp("start")
     write_input(home)
+    rng = np.random.default_rng(1)
+    for name, length in (("text", 4), ("image", 3)):
+        np.save(home / f"{name}.npy", rng.normal(size=(40, length)))
     config = config_of(home, BEFORE, *COMMON, "data.name=before")
     config_file = home / "before.yaml"
     config_file.write_text(config.to_yaml())
@@ -127,12 +133,12 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
         if ".ebc." in k
     }
     first = old[f"{ABOVE}over_arch.hidden.0.weight"]
-    was = ["user", "item", "genre", "mood", "price", "age"]
+    was = ["user", "item", "genre", "mood", "price", "age", "text"]
     blocks = {name: first[:, i * DIM : (i + 1) * DIM] for i, name in enumerate(was)}
     fresh = alone["fresh"]
-    now = ["mood", "place", "item", "user", "age", "cost", "price"]
+    now = ["mood", "place", "item", "user", "age", "cost", "price", "image", "text"]
     of_fresh = fresh[f"{ABOVE}over_arch.hidden.0.weight"]
-    for name in ("place", "cost"):
+    for name in ("place", "cost", "image"):
         blocks[name] = of_fresh[:, now.index(name) * DIM : (now.index(name) + 1) * DIM]
     tables["place"] = fresh["place"]
     numeric = {
@@ -141,6 +147,12 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
     }
     cost = [fresh[f"{ABOVE}{part}"][1] for part in ("dense_factors", "dense_first_order")]
     numeric["cost"] = np.append(*cost)
+    matrices = {
+        name: np.c_[
+            weights[f"{ABOVE}vector_factors_{name}"], weights[f"{ABOVE}vector_first_order_{name}"]
+        ]
+        for name, weights in (("image", fresh), ("text", old))
+    }
 
     expected = []
     for row in range(len(alone["logits"])):
@@ -149,8 +161,10 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
             bag = alone["bags"][name][row]
             total = tables[name][bag, : DIM + 1].sum(0)
             vectors[name] = total / max(1, len(bag))
-        for i, name in enumerate(now[4:]):
+        for i, name in enumerate(now[4:7]):
             vectors[name] = alone["dense"][row, i] * numeric[name]
+        vectors["image"] = alone["dense"][row, 3:6] @ matrices["image"]
+        vectors["text"] = alone["dense"][row, 6:] @ matrices["text"]
         rows = np.array([*vectors.values()], np.float64)
         factors = rows[:, :DIM]
         z = old[f"{ABOVE}bias"][0] + rows[:, DIM].sum()

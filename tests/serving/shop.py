@@ -9,7 +9,7 @@ from deepfm_dist.config import Config, config_from
 
 
 def shop(folder: Path) -> Config:
-    """A model that knows users by items, city, tags and age, and looks at the device of a row."""
+    """A model of users by items, city, tags, age and taste, that looks at the device of a row."""
     rng = np.random.default_rng(3)
     rows = pd.DataFrame({"user": np.repeat(np.arange(30), 8)})
     rows["item"] = np.concatenate([rng.permutation(20)[:8] for _ in range(30)])
@@ -19,6 +19,8 @@ def shop(folder: Path) -> Config:
     people["age"] = rng.integers(20, 60, 30)
     people["tags"] = ["|".join(rng.choice(list("abc"), 2, replace=False)) for _ in range(30)]
     people.to_csv(folder / "people.csv", index=False)
+    taste = pd.DataFrame({"user": range(30), "taste": [*rng.normal(0, 100, (30, 3))]})
+    taste.to_parquet(folder / "taste.parquet")
     of_user = {"entity": "user", "file": "people.csv"}
     features = [
         {"name": "seen", "entity": "user", "history": "item"},
@@ -26,6 +28,7 @@ def shop(folder: Path) -> Config:
         {"name": "city", **of_user, "keep": "first"},
         {"name": "age", **of_user, "kind": "numeric", "transform": "standard"},
         {"name": "tags", **of_user, "separator": "|"},
+        {"name": "taste", "entity": "user", "file": "taste.parquet", "kind": "vector"},
         {"name": "device"},
     ]
     roots = {"prepared_root": str(folder / "p"), "runs_root": str(folder / "r"), "loggers": []}

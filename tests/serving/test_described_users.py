@@ -44,6 +44,7 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
     rows, people = pd.read_csv(tmp_path / "rows.csv"), pd.read_csv(tmp_path / "people.csv")
     items = rows["item"][rows["user"] == 4].tolist()
     of_user: dict[Any, Any] = people.set_index("user").to_dict("index")[4]
+    of_user["taste"] = pd.read_parquet(tmp_path / "taste.parquet")["taste"][4].tolist()
     tags = of_user["tags"]
     attributes = {**of_user, "tags": tags.split("|")}
     both = {"items": items, "attributes": attributes, "k": 12}
@@ -57,6 +58,9 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
         {"attributes": {"city": "Atlantis"}},
         {"attributes": {"age": "old"}},
         {"attributes": {"city": ["Oslo", "Bergen"]}},
+        {"attributes": {"taste": [1, 2]}},
+        {"attributes": {"taste": [1, "2", 3]}},
+        {"attributes": {"taste": 7}},
         {"items": items, "context": {"weather": "wet"}},
         {"items": items, "context": {"device": "radio"}},
         {"k": 3},
@@ -65,6 +69,7 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
     (tmp_path / "p").mkdir()
     new = pd.DataFrame({"user": "new", "item": items, "age": of_user["age"]})
     new = new.assign(city=["", *[of_user["city"]] * 7], tags=[tags, *["a"] * 7])
+    new["taste"] = ["", str(of_user["taste"]), *["[0, 0, 0]"] * 6]
     new.to_csv(tmp_path / "p/new.csv", index=False)
     known, answers = run_in_fork(_answers, config, bodies, "4")
     expected = {item["id"]: (item["score"], item["probability"]) for item in known}
@@ -81,15 +86,18 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
         common = [i for i in expected if i in scores]
         assert any(abs(scores[i] - expected[i][0]) > 1e-3 for i in common)
     assert len(others[2]) == 20  # nothing is known to be seen
-    assert [status for status, _ in answers[5:]] == [422] * 8
+    assert [status for status, _ in answers[5:]] == [422] * 11
     texts = [answer["detail"] for _, answer in answers[5:]]
     for text, part in zip(
         texts,
         [
-            "attributes.town: unknown field; available: city, age, tags",
+            "attributes.town: unknown field; available: city, age, tags, taste",
             "attributes.city='Atlantis': 'Atlantis' was never seen in training",
             "attributes.age='old': expected a number",
             "attributes.city=['Oslo', 'Bergen']: the field has one value",
+            "attributes.taste=[1.0, 2.0]: expected a list of 3 finite numbers",
+            "attributes.taste=[1.0, '2', 3.0]: expected a list of 3 finite numbers",
+            "attributes.taste=7.0: expected a list of 3 finite numbers",
             "context.weather: unknown context field",
             "context.device='radio': never seen in training",
             "items is missing or empty; give items, attributes or both",

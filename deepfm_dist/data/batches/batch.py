@@ -66,7 +66,7 @@ class Batch(_OnDevice):
     Attributes:
         sparse: table rows of every categorical field, keys in the manifest's order; int32
             ``lengths [F * b]`` and ``values [sum]``, field-major.
-        dense: ``[b, n_dense]`` float32 numeric fields.
+        dense: ``[b, n_dense + sum of dims]`` float32: numeric fields, then vectors.
         labels: ``[b]`` float32, 0 or 1.
         weights: ``[b]`` float32, 1 in the mean of training rows; 0 for padding.
         global_weight: ``[]`` float32, what the loss is divided by: the rows of all ranks, padding
@@ -122,7 +122,7 @@ class UserBatch(_OnDevice):
 
     Attributes:
         sparse: as a `Batch`'s, of ``height`` rows.
-        dense: ``[height, n_dense]`` float32 numeric fields.
+        dense: ``[height, n_dense + sum of dims]`` float32: numeric fields, then vectors.
         n_users: number of this rank's users, padding included.
         n_shared: candidates that this rank looks up.
         n_candidates: candidates of all ranks together, without what pads the last rank's.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batches.batch import Batch
@@ -27,6 +28,7 @@ class Collator:
         keys: names of the categorical fields.
         categorical: these fields.
         dense: the numeric fields.
+        vectors: the vector fields.
         fields: values of the fields that describe users and items.
         has_histories: whether some field is a bag of the user's items.
     """
@@ -35,6 +37,8 @@ class Collator:
         manifest = dataset.manifest
         self.keys = [f.name for f in manifest.categorical]
         self.categorical, self.dense = manifest.categorical, manifest.dense
+        self.vectors = manifest.vector_fields
+        self._n_columns = len(self.dense) + sum(manifest.vectors.values())
         self.fields = dataset.entity_fields_with_cold
         self._source_of = manifest.data.source_of
         self._n_rows = manifest.entities
@@ -94,7 +98,7 @@ class Collator:
         row_weights[:n_real] = 1 if weights is None else weights
         return Batch(
             self._sparse(index, context, bags, hidden),
-            torch.from_numpy(self._numbers(index, context, height)),
+            self._numbers(index, context, height),
             torch.zeros(height) if labels is None else torch.from_numpy(labels),
             torch.from_numpy(row_weights),
             torch.tensor(float(n_real if global_weight is None else global_weight)),
@@ -149,16 +153,29 @@ class Collator:
         index: Mapping[str, npt.NDArray[np.integer]],
         context: Mapping[str, Values] | None,
         height: int,
-    ) -> FloatArray:
-        """``[height, n_dense]``: numeric fields; 0 where there is no row."""
-        dense = np.zeros((height, len(self.dense)), np.float32)
+    ) -> Tensor:
+        """``[height, n_dense + sum of dims]``: numeric fields, then vectors; 0 without a row."""
+        dense = np.zeros((height, self._n_columns), np.float32)
         for column, feature in enumerate(self.dense):
             rows = index[feature.entity]
             source = self._source(feature, context)
             if isinstance(source, np.ndarray):
                 present = rows >= 0
                 dense[present, column] = source[rows[present]]
-        return dense
+        numbers, begin = torch.from_numpy(dense), len(self.dense)
+        for feature in self.vectors:
+            vectors, rows = self.fields[feature.name], index[feature.entity]
+            assert isinstance(vectors, np.ndarray)
+            columns = numbers[:, begin : begin + vectors.shape[1]]
+            begin += vectors.shape[1]
+            present = rows >= 0
+            if present.all():
+                columns.copy_(torch.from_numpy(vectors[rows]))  # torch is faster from float16
+            elif present.any():
+                columns[torch.from_numpy(present)] = torch.from_numpy(
+                    vectors[rows[present]]
+                ).float()
+        return numbers
 
     def _item_values(self, field: Feature, bags: Bags) -> Bags:
         """Bags of items -> bags of all that a field says of these items."""

@@ -176,6 +176,8 @@ class _Block:
         fields: in the manifest's order.
         lengths: ``[fields, steps, height]`` int32; None: one value everywhere.
         dense: ``[steps, height, n_dense]`` float32.
+        rows: ``[steps, height]`` of the users and items whose vectors each step gathers; -1 for
+            none. All steps' vectors at once would be too large.
         labels: ``[steps, height]`` float32.
         weights: ``[steps, height]`` float32.
     """
@@ -187,6 +189,7 @@ class _Block:
     dense: Tensor
     labels: Tensor
     weights: Tensor
+    rows: Mapping[str, Tensor]
 
 
 class DeviceBatches:
@@ -215,6 +218,7 @@ class DeviceBatches:
             collate.categorical,
             collate.dense,
         )
+        self._vectors = collate.vectors
         self._of_entities = _all_moved(collate.fields, device)
         first, self._height = host.first, host.local_batch_size
         self._first, self._real = first, min(self._height, self.batch_size - first)
@@ -249,8 +253,8 @@ class DeviceBatches:
             lengths=lengths,
             length_per_key=[len(of_field) for of_field in values],
         )
-        row = block.dense[k], block.labels[k], block.weights[k]
-        return Batch(sparse, *row, self._global_weight)
+        dense = self._with_vectors(block.dense[k], {n: rows[k] for n, rows in block.rows.items()})
+        return Batch(sparse, dense, block.labels[k], block.weights[k], self._global_weight)
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps ``first`` to ``last``, both included."""
@@ -291,6 +295,11 @@ class DeviceBatches:
             dense=self._numbers(index, steps),
             labels=self._pad(labels.view(steps, -1)),
             weights=self._pad(weights.view(steps, -1)),
+            rows={
+                entity: self._pad(rows.view(steps, -1), -1)
+                for entity, rows in index.items()
+                if rows is not None and any(f.entity == entity for f in self._vectors)
+            },
         )
 
     def _hidden(self, virtual: Tensor, first_step: int, steps: int) -> dict[str, Tensor]:
@@ -351,14 +360,26 @@ class DeviceBatches:
             numbers[:, : self._real, column] = column_values.view(steps, -1)
         return numbers
 
+    def _with_vectors(self, dense: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """A step's numbers with the vectors of its users and items behind them."""
+        if not self._vectors:
+            return dense
+        columns = [dense]
+        for feature in self._vectors:
+            which, vectors = rows[feature.entity], self._source(feature)
+            assert isinstance(vectors, Tensor)
+            gathered = vectors[which.clamp(min=0)].float()
+            columns.append(gathered.where(which[:, None] >= 0, 0.0))
+        return torch.cat(columns, 1)
+
     def _source(self, feature: Feature) -> "Tensor | _Lists":
         columns = self._columns if feature.entity == "context" else self._of_entities
         column_values: Tensor | _Lists = columns[feature.name]
         return column_values
 
-    def _pad(self, values: Tensor) -> Tensor:
-        """``[steps, rows]`` -> ``[steps, height]`` by zeros."""
-        return torch.nn.functional.pad(values, (0, self._height - self._real))
+    def _pad(self, values: Tensor, value: int = 0) -> Tensor:
+        """``[steps, rows]`` -> ``[steps, height]`` by a value."""
+        return torch.nn.functional.pad(values, (0, self._height - self._real), value=value)
 
 
 def reason_for_host(dataset: PreparedDataset, loss: str, accumulate_steps: int) -> str | None:

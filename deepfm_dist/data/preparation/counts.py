@@ -107,12 +107,22 @@ def has_value(values: Values) -> npt.NDArray[np.bool_]:
     """``[n]`` bool: which raw values of a field are not missing."""
     if isinstance(values, Jagged):
         return np.asarray(values.lengths > 0)
+    if values.ndim == 2:  # NaN in the whole row
+        return np.asarray(~np.isnan(values[:, 0]))
     return np.asarray(~np.isnan(values) if values.dtype.kind == "f" else values >= 0)
 
 
 def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
     """Logs how many of ``n`` rows, users or items have no value in a field."""
-    if n_empty:
+    if n_empty and feature.kind == "vector":
+        log.warning(
+            "%s: %s of %s %s have no vector, which counts as zeros",
+            feature.name,
+            f"{n_empty:,}",
+            f"{n:,}",
+            rows,
+        )
+    elif n_empty:
         where = f"column {feature.column or feature.name!r}"
         where += f" of {label_of(feature.file)}" if feature.file else ""
         nearly_all = n_empty >= NEARLY_ALL * n

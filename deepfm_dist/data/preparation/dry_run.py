@@ -117,6 +117,9 @@ def _preview(feature: Feature, partitions: Partitions, counts: Counts, fit: Fitt
 
 def _kind(feature: Feature, fit: Fitter) -> str:
     """How the model sees a field."""
+    if feature.kind == "vector":
+        scale = fit.fitted.numeric[feature.name].std
+        return f"vector of {plural(feature.dim or 0, 'number')}, scaled by 1 / {scale:.6g}"
     if not feature.in_table:
         spec = fit.fitted.numeric[feature.name]
         if feature.transform == "standard":

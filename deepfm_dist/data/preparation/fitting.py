@@ -1,6 +1,7 @@
 """Vocabularies and statistics, fitted on training rows."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,6 +19,7 @@ from deepfm_dist.data.fields import (
     NumericFit,
     hashed_rows,
     lookup_rows,
+    scaled,
     table_names,
     transformed,
 )
@@ -64,6 +67,11 @@ class FitResult:
             assert not isinstance(values, Jagged)
             return transformed(
                 values.astype(np.float64, copy=False), feature, self.numeric[feature.name]
+            )
+        if feature.kind == "vector":
+            assert not isinstance(values, Jagged)
+            return scaled(
+                values.astype(np.float32, copy=False), feature, self.numeric[feature.name]
             )
         if feature.has_vocabulary:
             return lookup_rows(values, self.row_of_code[feature.table_name])
@@ -278,6 +286,8 @@ class Fitter:
                 assert not isinstance(values, Jagged)
                 fit.add(values[1:].astype(np.float64, copy=False))
                 specs[feature.name] = fit.spec()
+            if feature.kind == "vector":
+                specs[feature.name] = self._scale_of(feature)
             if feature.transform == "bucket" and not specs[feature.name].boundaries:
                 log.info(
                     "%s: all of its values fall into one bucket, whose width is 1 part in 128",
@@ -285,6 +295,23 @@ class Fitter:
                 )
         before = {} if self._earlier.manifest is None else self._earlier.manifest.numeric
         return specs | {n: s for n, s in before.items() if n in specs}
+
+    def _scale_of(self, feature: Feature) -> NumericSpec:
+        """The root mean square of the lengths of a field's vectors, of trained users or items."""
+        vectors = self.values[feature.name]
+        assert not isinstance(vectors, Jagged)
+        known = vectors[1:][has_value(vectors)[1:]]
+        squares = [float(np.square(row, dtype=np.float64).sum()) for row in known]
+        scale = math.sqrt(math.fsum(squares) / max(1, len(squares)))
+        if not scale:
+            log.warning(
+                "%s: all vectors of %ss with training rows are zeros or missing, so that the field "
+                "says nothing; check %s",
+                feature.name,
+                feature.entity,
+                label_of(feature.npy or feature.file or ""),
+            )
+        return NumericSpec(mean=0, std=scale or 1.0)
 
     def _min_count(self, entity: str) -> int:
         ids = [f for f in self._job.data.features if f.entity == entity and f.is_id]
@@ -321,7 +348,8 @@ class Fitter:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
             rows, raw = self.rows_of(feature.entity, side.keys), side.values
-            if feature.keep == "all":  # "first" asks for the order of the file
+            # "first" asks for the order of the file, and of vectors few come twice.
+            if feature.keep == "all" and feature.kind != "vector":
                 hashes = (
                     self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
                 )
@@ -338,6 +366,9 @@ class Fitter:
         if n_cold:
             self.cold_values[feature.name] = taken(values, np.arange(n, n + n_cold))
             values = taken(values, np.arange(n))
+            if feature.kind == "vector":
+                n_empty = n_cold - int(has_value(self.cold_values[feature.name]).sum())
+                report_empty(feature, n_empty, n_cold, "items without training rows")
         self._check_filled(feature, values)
         if isinstance(values, Jagged) and feature.has_vocabulary:
             table = self._counts.tables[feature.table_name]
@@ -406,7 +437,9 @@ class Fitter:
         return None
 
     def _by_row(self, feature: Feature, rows: Int32Array, raw: Values, n: int) -> Values:
-        """Values of some rows, the first of which counts -> one number or bag for each of ``n``."""
+        """Values of some rows, the first of which counts -> one value or bag for each of ``n``."""
+        if feature.kind == "vector":
+            return self._vectors_by_row(feature, rows, raw, n)
         if feature.kind == "numeric":
             assert not isinstance(raw, Jagged)
             known = np.flatnonzero(~np.isnan(raw))
@@ -431,3 +464,27 @@ class Fitter:
         )
         bags = Jagged.from_pairs(owners[first], values[first], n)
         return bags if feature.multi_valued else bags.firsts()
+
+    def _vectors_by_row(
+        self, feature: Feature, rows: Int32Array, raw: Values, n: int
+    ) -> npt.NDArray[np.float32]:
+        """``[n, dim]``: one vector for each row, NaN where there is none.
+
+        Of several vectors of a row the least stays, by its numbers in order, wherever it stands; of
+        a field with ``keep: first`` the first in the file.
+        """
+        assert isinstance(raw, np.ndarray)
+        known = np.flatnonzero(has_value(raw))
+        order = known[np.argsort(rows[known], kind="stable")]
+        owners, first, counts = np.unique(rows[order], return_index=True, return_counts=True)
+        chosen = order[first]
+        if feature.keep == "all":
+            for place in np.flatnonzero(counts > 1):
+                several = order[first[place] : first[place] + counts[place]]
+                chosen[place] = min(several, key=lambda row: raw[row].tolist())
+        self._job.drop(
+            f"repeated {feature.name} vectors of one {feature.entity}", len(order) - len(owners)
+        )
+        vectors = np.full((n, raw.shape[1]), np.nan, np.float32)
+        vectors[owners] = raw[chosen]
+        return vectors

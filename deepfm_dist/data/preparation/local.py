@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from deepfm_dist.data.fields import table_names
+from deepfm_dist.data.fields import column_of, table_names
 from deepfm_dist.data.layout import DatasetFiles, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
@@ -60,8 +60,14 @@ from deepfm_dist.data.preparation.reading import ThreadReader
 from deepfm_dist.data.preparation.write_plan import WritePlan
 from deepfm_dist.data.preparation.writing import WriteResult, carry, write_entities, write_rows
 from deepfm_dist.data.remote import publish, published
-from deepfm_dist.data.schema import DataConfig, label_of
-from deepfm_dist.data.sources import EmptyFile, InputFile, find_lists
+from deepfm_dist.data.schema import DataConfig, Feature, label_of
+from deepfm_dist.data.sources import (
+    EmptyFile,
+    InputFile,
+    find_lists,
+    length_of_vectors,
+    open_array,
+)
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.lock import Lock
@@ -194,7 +200,7 @@ def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
     if not Manifest.is_given(folder):
         return None
     manifest = Manifest.read(folder)
-    ours, theirs = settings_of(data), settings_of(manifest.data)
+    ours, theirs = settings_of(data.settled_by(manifest.data)), settings_of(manifest.data)
     if differ := [name for name in ours if ours[name] != theirs[name]]:
         raise DataError(
             f"{folder}: another tool prepared it with other settings: data.{differ[0]} differs; "
@@ -235,7 +241,10 @@ def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
 
 
 def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> DataConfig:
-    """The configuration with `Feature.several` set for fields whose columns hold lists."""
+    """The configuration with what the files settle of its fields.
+
+    `Feature.several` is set where columns hold lists, and `Feature.dim` of all vector fields.
+    """
     holds: dict[str, bool] = {}
     open_ones = [
         f
@@ -269,8 +278,34 @@ def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> 
                 )
             log.info("%s: the column holds lists, so the field has several values", feature.name)
             feature = feature.model_copy(update={"several": True})
+        if feature.kind == "vector" and feature.dim is None:
+            feature = feature.model_copy(update={"dim": _length_of_vectors(data, feature, files)})
         features.append(feature)
     return data.model_copy(update={"features": tuple(features)})
+
+
+def _length_of_vectors(
+    data: DataConfig, feature: Feature, files: Mapping[str, Sequence[InputFile]]
+) -> int:
+    """The length of the first vector of a field.
+
+    Raises:
+        DataError: there is none.
+    """
+    setting = feature.npy or feature.file
+    assert setting is not None
+    if feature.npy is not None:
+        return int(open_array(files[label_of(setting)][0]).shape[1])
+    column = column_of(feature)
+    for file in files[label_of(setting)]:
+        with suppress(EmptyFile):
+            layout = data.files.get(file.pattern)
+            if length := length_of_vectors(file.path, column, layout, file.pattern):
+                return length
+    raise DataError(
+        f"{label_of(setting)}: the column {column.name!r} holds no vector; write a list of numbers "
+        f"for each {feature.entity}, or leave the field {feature.name} out"
+    )
 
 
 def _up_to_date(folder: Path, wanted: str) -> Manifest | None:
@@ -455,9 +490,11 @@ def _hashes_of(
     """Of all that says which row or number a value becomes; and of each field's part of it."""
     digests = {name: _digest_of(vocabulary) for name, vocabulary in fit.vocabularies.items()}
     numbers: dict[str, tuple[str | float, ...]] = {}
-    for feature in (f for f in data.features if f.kind == "numeric"):
+    for feature in (f for f in data.features if f.kind != "categorical"):
         spec = fit.fitted.numeric[feature.name]
         numbers[feature.name] = (feature.transform, *spec.boundaries)
+        if feature.kind == "vector":
+            numbers[feature.name] = (feature.kind, float(feature.dim or 0), f"{spec.std:.6g}")
         if feature.transform == "standard":
             # Without the last digits, which go by the order in which partitions are summed up.
             numbers[feature.name] += (round(spec.mean / spec.std, 6) + 0.0, f"{spec.std:.6g}")

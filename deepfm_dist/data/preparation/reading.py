@@ -24,6 +24,7 @@ from deepfm_dist.data.fields import (
     row_columns,
     split_cells,
     times_of,
+    vectors_in,
 )
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values, from_arrow, to_arrow
 from deepfm_dist.data.preparation.crew import Crew
@@ -39,6 +40,7 @@ from deepfm_dist.data.sources import (
     MissingColumnError,
     column_names,
     read_batches,
+    read_vectors,
 )
 from deepfm_dist.data.times import TimeColumn
 from deepfm_dist.errors import DataError
@@ -379,8 +381,14 @@ def read_side_files(job: Job, codes: Mapping[str, Codes]) -> dict[str, SideFile]
 def _side_file(job: Job, feature: Feature, codes: Mapping[str, Codes]) -> SideFile:
     assert feature.file is not None
     key = feature.key or getattr(job.data.interactions, feature.entity)
+    if feature.npy is not None:
+        return _side_arrays(job, feature, key)
     table = side_table(job, label_of(feature.file), [Column(key), column_of(feature)])
-    keys, cells = (table[name].combine_chunks() for name in (key, column_of(feature).key))
+    keys = table[key].combine_chunks()
+    if feature.kind == "vector":
+        assert feature.dim is not None
+        return SideFile(keys, vectors_in(table[column_of(feature).key], feature.dim))
+    cells = table[column_of(feature).key].combine_chunks()
     if feature.kind == "numeric":
         return SideFile(keys, numbers_of(cells, feature))
     if feature.derives_time:
@@ -393,6 +401,23 @@ def _side_file(job: Job, feature: Feature, codes: Mapping[str, Codes]) -> SideFi
     else:
         numbers = hashed_rows(texts, feature)
     return SideFile(keys, Jagged.from_pairs(owners, numbers, len(keys)))
+
+
+def _side_arrays(job: Job, feature: Feature, key: str) -> SideFile:
+    """A field of vectors in NumPy files next to a file of ids."""
+    assert feature.file is not None and feature.npy is not None and feature.dim is not None
+    name = label_of(feature.npy)
+    ids = Column(key, required=False)  # an empty id keeps its place
+    keys = side_table(job, label_of(feature.file), [ids])[key].combine_chunks()
+    vectors, n_bad = read_vectors(
+        job.files[name],
+        label_of(feature.file),
+        len(keys),
+        feature.dim,
+        skip_bad=job.data.on_bad_row == "skip",
+    )
+    job.drop(f"{name}: vectors with NaN or infinity", n_bad)
+    return SideFile(keys.fill_null(""), vectors)
 
 
 def rows_path(job: Job, rank: int) -> Path:

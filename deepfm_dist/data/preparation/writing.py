@@ -28,7 +28,7 @@ from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
 from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TRAIN, SplitSpec
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.checksums import TableSum
-from deepfm_dist.data.preparation.counts import Counts
+from deepfm_dist.data.preparation.counts import Counts, has_value
 from deepfm_dist.data.preparation.fitting import Fitter, PreviousDataset
 from deepfm_dist.data.preparation.held_out_ids import HeldOutIdCheck
 from deepfm_dist.data.preparation.histories import CARRIED, HistoryWriter
@@ -45,6 +45,8 @@ from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 HELD_OUT_GROUP_ROWS = 1 << 20
+_MOST_GROUP_ROWS, _GROUP_BYTES = 1 << 20, 1 << 30
+"""Rows of a group of an entity table, and about as many bytes, which are in memory at a time."""
 
 
 @dataclass
@@ -338,7 +340,14 @@ def write_entities(
         if name == "user" and "item" in fit.entities:
             histories.write(path, signed)
         else:
-            pq.write_table(signed, path, compression="zstd", write_page_checksum=True)
+            n_rows = max(1024, _GROUP_BYTES // max(1, signed.nbytes // max(1, len(signed))))
+            pq.write_table(
+                signed,
+                path,
+                min(n_rows, _MOST_GROUP_ROWS),
+                compression="zstd",
+                write_page_checksum=True,
+            )
 
     def write_vocabulary(name: str) -> None:
         fit.vocabularies[name].write(job.folder / "vocabulary" / f"{name}.parquet")
@@ -395,7 +404,7 @@ def _carried(raw: Values, encoded: Values, before: Values) -> Values:
         return taken(both, rows)
     if isinstance(raw, Jagged) or isinstance(encoded, Jagged) or isinstance(before, Jagged):
         return encoded
-    empty = np.flatnonzero(np.isnan(raw[:n]))
+    empty = np.flatnonzero(~has_value(raw[:n]))
     encoded[empty] = before[empty]
     return encoded
 

@@ -11,15 +11,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType
+from deepfm_dist.data.sources.arrays import open_array, read_vectors
+from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType, vectors_of
 from deepfm_dist.data.sources.columnar import ColumnarReader, parquet_groups
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
 from deepfm_dist.data.sources.json_lines import JsonLinesReader, ObjectReader
-from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists
+from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists, plain
 from deepfm_dist.data.sources.reader import MissingColumnError, Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.errors import DataError
@@ -41,9 +44,12 @@ __all__ = [
     "in_pieces",
     "in_tables",
     "laid_out_like",
+    "length_of_vectors",
+    "open_array",
     "read_batches",
     "read_objects",
     "read_table",
+    "read_vectors",
 ]
 
 _READERS: dict[str, type[Reader]] = {
@@ -174,6 +180,32 @@ def find_lists(
             except NestedError as error:
                 raise DataError(f"{path}: {error}") from None
     raise EmptyFile(f"{path}: no rows; expected at least one below the header")
+
+
+def length_of_vectors(
+    path: str | Path, column: Column, layout: FileFormat | None = None, name: str = ""
+) -> int | None:
+    """How many numbers the first vector of a file has; None: it has no vector.
+
+    Args:
+        path: the file, or its URL.
+        column: of type vector.
+        layout: of the file.
+        name: what `data.files` calls it.
+
+    Raises:
+        DataError: the file cannot be read, lacks the column, or that holds no vectors.
+    """
+    reader = _reader(Source(str(path), name), [column], layout, Counter())
+    for batch in reader.batches():
+        try:
+            vectors = vectors_of(plain(reader.cells(batch, column)), column.separator)
+        except NestedError as error:
+            raise DataError(f"{path}: column {column.name!r} {error}") from None
+        lengths = np.asarray(pc.list_value_length(vectors).fill_null(0), np.int64)
+        if lengths.any():
+            return int(lengths[lengths > 0][0])
+    return None
 
 
 def read_table(

@@ -15,7 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.schema import FileFormat
-from deepfm_dist.data.sources.nested import NestedError, as_lists, is_text, plain, texts_of
+from deepfm_dist.data.sources.nested import (
+    NestedError,
+    as_lists,
+    is_list,
+    is_text,
+    plain,
+    texts_of,
+)
 from deepfm_dist.data.sources.source import Source
 from deepfm_dist.data.sources.text_stream import NO_TEXT
 from deepfm_dist.data.times import TIME, cure_for, formats_of, guess_formats, read_times
@@ -32,6 +39,7 @@ _TYPES = {
     "time": TIME,
     "label": pa.int8(),
     "split": pa.int8(),
+    "vector": pa.list_(pa.float32()),
 }
 _WANTED = {
     "text": "text",
@@ -41,6 +49,7 @@ _WANTED = {
     "time": "a time",
     "label": "a label: 0, 1, true or false is expected",
     "split": "a split: 0, 1, 2 or train, valid, test is expected",
+    "vector": "a vector of numbers",
 }
 _LARGE_FLOATS = {pa.float64(): 2.0**53, pa.float32(): 2.0**24, pa.float16(): 2.0**11}
 """From where on a float stands for several integers."""
@@ -52,7 +61,7 @@ _GROUP_MARKS = {",": ",", ".": r"\.", "'": "['\u2019]", " ": "[ \u00a0\u202f]"}
 """What separates thousands by `FileFormat.thousands`: a regular expression."""
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
-ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split"]
+ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split", "vector"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,12 @@ class Column:
         name: its name in the file.
         type: text -> string; texts -> list of string; number -> float64; weight -> float32 above
             0; time -> `times.TIME`; label -> int8 0 or 1; split -> int8 0, 1 or 2 (train, valid,
-            test).
+            test); vector -> list of float32, null where it is empty.
         required: whether an empty cell makes the row a bad one (else it becomes null).
         missing: words that count as an empty cell.
         checks: what makes a row a bad one, too.
-        separator: of texts: what stands between the values of a cell that is not a list.
+        separator: of texts and vectors: what stands between the values of a cell that is not a
+            list.
         formats: of a time, as `times.read_times` takes them.
         numbers: whether its texts are numbers, with the separators of `FileFormat`.
         purpose: what it is read for, where one column of a file is read for several; the name that
@@ -241,6 +251,9 @@ class CellTyper:
                 return cells, as_lists(cells, column.separator)
             if column.type == "time":
                 return cells, read_times(cells, column.formats)
+            if column.type == "vector":
+                vectors = vectors_of(cells, column.separator)
+                return pc.if_else(vectors.is_null(), None, cells), vectors
             if column.type == "text" and not pa.types.is_binary(cells.type):
                 cells = texts_of(cells)
             return cells, _convert(cells, column.type)
@@ -280,8 +293,10 @@ class CellTyper:
             some = cells.filter(pa.array(which)).drop_null().slice(0, 1000)
             return [text for text in map(str, some.unique().to_pylist()) if text]
 
+        if fault.setting is None:
+            return None
         bad, good = texts(fault.wrong), texts(~fault.wrong)
-        if fault.setting is None or not bad:
+        if not bad:
             return None
         if guess_formats(*bad, *good):  # one format for all
             return cure_for([*bad, *good], fault.setting)
@@ -307,6 +322,8 @@ class CellTyper:
             cell = cell.removesuffix(_HAS_POINT)
             what += ": it has a point, and decimal is a comma"
         shown = short("" if cell is None else cell)
+        if column.type == "vector" and isinstance(cell, list):
+            shown = _shown_vector(cell)
         cure = None if what == "is empty" else self._time_cure(column, fault, cells, values)
         path, where, name = self._source.path, self._where(first_row + row), column.name
         if self._skip_bad:
@@ -400,6 +417,47 @@ def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
     if any(map(math.isnan, numbers)):
         is_missing = pc.or_(is_missing, pc.is_nan(exact).fill_null(False))
     return pc.if_else(is_missing, None, cells)
+
+
+def vectors_of(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
+    """Lists of numbers, or texts such as ``[0.1, 0.2]`` -> lists of float32.
+
+    Args:
+        cells: ``[n]`` lists or texts.
+        separator: of a text without brackets.
+
+    Returns:
+        ``[n]`` list of float32: null where the cell is null or an empty list; with a null in the
+        place of an element that is no number.
+
+    Raises:
+        NestedError: the cells are neither lists nor texts.
+    """
+    if not is_list(cells.type) and not is_text(cells.type) and not pa.types.is_null(cells.type):
+        raise NestedError(f"holds {cells.type} where vectors are expected: lists of numbers")
+    if is_text(cells.type):
+        cells = pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
+    if is_list(cells.type) and _is_number(cells.type.value_type):
+        lists, flat = cells, pc.list_flatten(cells)
+    else:
+        lists = as_lists(cells, separator)
+        flat = _numbers(lists.flatten(), {})
+    lengths = np.asarray(pc.list_value_length(lists).fill_null(0), np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    numbers = flat.cast(pa.float32(), safe=False)
+    return pa.ListArray.from_arrays(offsets, numbers, mask=pa.array(lengths == 0))
+
+
+def _shown_vector(cell: list[object]) -> str:
+    """A vector in an error line: its beginning, its length and its first element that is wrong."""
+    numbers = [_float_or_none(str(x)) if x is not None else None for x in cell]
+    finite = [x is not None and abs(x) <= float(np.finfo(np.float32).max) for x in numbers]
+    first = ", ".join(str(x) for x in cell[:3]) + (", ..." if len(cell) > 3 else "")
+    what = f"{len(cell)} numbers"
+    if not all(finite):
+        place = finite.index(False)
+        what += f", number {place + 1} is {cell[place]}"
+    return f"[{first}] ({what})"
 
 
 def _convert(cells: pa.Array, kind: str) -> pa.Array:

@@ -7,13 +7,14 @@ import pyarrow.compute as pc
 import pyarrow.orc
 import pyarrow.parquet as pq
 
+from deepfm_dist.data.sources.nested import is_list
 from deepfm_dist.data.sources.reader import Reader
 from deepfm_dist.data.sources.source import EmptyFile, Source
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief
 
 _Read = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
-_BATCH_ROWS = 1 << 20
+_BATCH_ROWS, _BATCH_VECTORS = 1 << 20, 1 << 15  # a list array has at most 2**31 elements
 
 
 class ColumnarReader(Reader):
@@ -89,11 +90,14 @@ def _parquet(source: Source, groups: Sequence[int] | None = None) -> tuple[list[
     int96 = {c.name for c in leaves if c.physical_type == "INT96" and c.path == c.name}
 
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        batches = file.iter_batches(_BATCH_ROWS, groups, [*names])
+        kinds = [file.schema_arrow.field(name).type for name in names]
+        has_vectors = any(is_list(k) and pa.types.is_floating(k.value_type) for k in kinds)
+        n_rows = _BATCH_VECTORS if has_vectors else _BATCH_ROWS
+        batches = file.iter_batches(n_rows, groups, [*names])
         if not (far := int96.intersection(names)):
             return batches
         coarse = pq.ParquetFile(source.open(), coerce_int96_timestamp_unit="us")
-        both = zip(batches, coarse.iter_batches(_BATCH_ROWS, groups, [*names]), strict=True)
+        both = zip(batches, coarse.iter_batches(n_rows, groups, [*names]), strict=True)
         return (_without_overflow(*pair, sorted(far)) for pair in both)
 
     return file.schema_arrow.names, read

@@ -61,10 +61,12 @@ FIELDS = [
     {"name": "hour", "entity": "context"},
     {"name": "tags", "entity": "context", "separator": "|"},
     {"name": "price", "entity": "context", "kind": "numeric"},
+    {"name": "text", "entity": "item", "kind": "vector", "file": "items.csv", "npy": "v.npy"},
+    {"name": "taste", "entity": "user", "kind": "vector", "file": "tastes.parquet"},
 ]
 NEGATIVES = {"per_positive": 4}
 DATA: dict[str, dict[str, Any]] = {
-    "negatives": {"negatives": NEGATIVES, "features": FIELDS[:5]},
+    "negatives": {"negatives": NEGATIVES, "features": [*FIELDS[:5], *FIELDS[7:]]},
     "negatives that stay": {"negatives": NEGATIVES | {"redraw": False}, "features": FIELDS[:2]},
     "labels and weights": {
         "task": "ctr",
@@ -83,6 +85,9 @@ def prepared(name: str, folder: Path) -> PreparedDataset:
     frame.to_csv(folder / "rows.csv", index=False)
     items = pd.DataFrame({"i": range(30), "kind": rng.integers(0, 5, 30), "year": rng.random(30)})
     items.iloc[:28].to_csv(folder / "items.csv", index=False)
+    np.save(folder / "v.npy", rng.normal(size=(28, 5)))
+    tastes = pd.DataFrame({"u": range(35), "taste": [*rng.normal(size=(35, 3))]})
+    tastes.to_parquet(folder / "tastes.parquet")
     default = {
         "interactions": {"file": "rows.csv", "user": "u", "item": "i"},
         "split": {"valid": 0, "test": 0},
