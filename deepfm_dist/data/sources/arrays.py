@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.jagged import FloatArray
 from deepfm_dist.data.sources.files import InputFile
 from deepfm_dist.data.sources.source import EmptyFile, Source
 from deepfm_dist.errors import DataError
@@ -34,7 +33,7 @@ def open_array(file: InputFile) -> npt.NDArray[np.generic]:
 
 def read_vectors(
     files: Sequence[InputFile], ids_file: str, n_ids: int, dim: int, skip_bad: bool
-) -> tuple[FloatArray, int]:
+) -> tuple[npt.NDArray[np.float32], int]:
     """The vectors of some NumPy files, one after the other.
 
     Args:

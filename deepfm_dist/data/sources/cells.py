@@ -428,7 +428,7 @@ def vectors_of(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
 
     Returns:
         ``[n]`` list of float32: null where the cell is null or an empty list; with a null in the
-        place of an element that is no number.
+        place of an element that is not a number.
 
     Raises:
         NestedError: the cells are neither lists nor texts.

@@ -340,5 +340,5 @@ def test_the_pages_titles_become_vectors(tmp_path: Path, monkeypatch: pytest.Mon
     dataset = PreparedDataset(tmp_path / "out")
     assert dataset.manifest.vectors == {"words": 256}
     vectors = {i: np.array(v) for i, v in vectors_of(dataset, "words").items()}
-    assert vectors["1"] @ vectors["2"] > 2 * (vectors["1"] @ vectors["4"])
+    assert vectors["1"] @ vectors["2"] > vectors["1"] @ vectors["4"] > 0
     assert not vectors["3"].any()  # too short for a trigram
