@@ -37,7 +37,8 @@ def progress(
         The bar; ``update(n)`` moves it.
     """
     quiet = logging.getLogger("deepfm_dist").level > logging.INFO
-    shown = is_first and (sys.stderr.isatty() or _in_notebook()) and not quiet
+    notebook = _in_notebook()
+    shown = is_first and (sys.stderr.isatty() or notebook) and not quiet
     scale = total >= 1_000_000
     bar = tqdm(
         total=total,
@@ -47,6 +48,8 @@ def progress(
         initial=done,
         disable=not shown,
         leave=False,
+        # Notebooks have no cursor to move up from the line of a bar within another.
+        position=0 if notebook else None,
     )
     # It replaces the root logger's handlers, and puts back those that it met: several threads at
     # once would leave one another's behind, so that it is for the one thread that shows a bar.

@@ -244,6 +244,21 @@ def test_progress_shows_in_notebooks(
             assert bar.disable is not (shown and is_first)
 
 
+def test_a_bar_within_another_takes_its_line_in_notebooks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with progress(2, "train", "step", True) as outer:
+        outer.update(1)
+        with progress(2, "score", "block", True) as inner:
+            inner.update(2)
+        outer.refresh()
+    shown = capsys.readouterr().err
+    assert "train:   0%" in shown and "score:   0%" in shown and "train:  50%" in shown
+    assert "\n" not in shown and "\x1b[A" not in shown  # which notebooks show as lines
+
+
 def test_bars_of_several_threads_leave_the_log_as_it_was() -> None:
     before = logging.getLogger().handlers[:]
     both_inside = threading.Barrier(2)
