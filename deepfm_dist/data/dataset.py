@@ -286,7 +286,7 @@ class PreparedDataset:
         n_items = self.manifest.entities["item"]
 
         def _ascending_from_0(bags: list[Jagged]) -> Jagged:
-            return _drawable(bags, n_items)
+            return drawable(bags, n_items)
 
         if self.held_out is not None and not held_out:
             others = [self._mapped_if_large("user", [n], _as_it_is) for n in names if n != HISTORY]
@@ -437,7 +437,7 @@ def _as_it_is(bags: list[Jagged]) -> Jagged:
     return bags[0]
 
 
-def _drawable(bags: list[Jagged], n_items: int) -> Jagged:
+def drawable(bags: list[Jagged], n_items: int) -> Jagged:
     """Rows of the item table in any of several lists -> items from 0, each once, ascending.
 
     Cold items, from row ``n_items`` on, are left out: they are never drawn.

@@ -1,12 +1,13 @@
 """How often training draws a pair as a negative, and what its log-odds are off by for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import PreparedDataset, drawable
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.negatives import item_weights
 
@@ -32,11 +33,13 @@ class NegativeRate:
             have that of all users together.
         log_of_item: ``[items]`` float64: log(w_i), cold items included.
         per_positive: k.
+        n_items: that are drawn.
     """
 
     log_of_user: FloatArray
     log_of_item: FloatArray
     per_positive: int
+    n_items: int
 
     @classmethod
     def from_dataset(cls, dataset: PreparedDataset) -> Self | None:
@@ -65,13 +68,22 @@ class NegativeRate:
             log_of_user=_log_ratio(wanted, unseen, log_of_all)[:n_users],
             log_of_item=np.log(np.pad(weights, (1, n_cold), constant_values=weights.min())),
             per_positive=spec.per_positive,
+            n_items=n_items,
         )
 
-    def for_histories(self, histories: Jagged) -> Self:
-        """The same for users from outside the dataset, of whom item rows are known."""
-        weights = np.exp(self.log_of_item[1:])
-        seen = Jagged(histories.offsets, histories.values - np.int32(1))
-        wanted, unseen = _wanted_and_unseen(histories.lengths, seen, weights, self.per_positive)
+    def for_histories(self, histories: Jagged, others: Sequence[Jagged] = ()) -> Self:
+        """The same for users from outside the dataset.
+
+        Args:
+            histories: rows of each user's positives.
+            others: rows of what else they have met, which the log would not draw either.
+        """
+        trained = histories.values <= self.n_items  # cold items are neither trained on nor drawn
+        owners = np.repeat(np.arange(len(histories)), histories.lengths)[trained]
+        n_positives = np.bincount(owners, minlength=len(histories))
+        seen = drawable([histories, *others], self.n_items + 1)
+        weights = np.exp(self.log_of_item[1 : self.n_items + 1])
+        wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, self.per_positive)
         log_of_user = _log_ratio(wanted, unseen, float(self.log_of_user[0]))
         return replace(self, log_of_user=log_of_user)
 

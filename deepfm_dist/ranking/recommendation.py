@@ -171,7 +171,7 @@ def _selected_users(
         new = read_new_users(dataset, Path(config.histories))
         rows = np.arange(len(new.ids), dtype=np.int32)
         users = Users(rows, new.histories, new.attributes)
-        rate = rate and rate.for_histories(new.histories)
+        rate = rate and rate.for_histories(new.histories, [new.seen])
         return _SelectedUsers(users, new.ids, [new.histories, new.seen], rate)
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
     masked = masked_splits(dataset, config.mask)

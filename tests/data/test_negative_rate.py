@@ -49,6 +49,10 @@ def test_the_score_of_a_random_row_becomes_the_share_of_the_users_items(tmp_path
     new = rate.for_histories(Jagged(np.array([0, 2, 2]), np.array([4, 7], np.int32)))
     odds = np.exp(new.log_rates(np.arange(2), np.array([1, 1]))) / 3
     assert odds == pytest.approx([2 / 8, 14 / 26])  # of nobody nothing is known: as of all
+    histories = Jagged(np.array([0, 3]), np.array([4, 7, 11], np.int32))  # 11 is a cold item
+    disliked = Jagged(np.array([0, 3]), np.array([4, 5, 12], np.int32))
+    [odds] = np.exp(rate.for_histories(histories, [disliked]).log_rates([0], [1])) / 3
+    assert odds == pytest.approx(2 / 7)  # of 10 items, 4, 5 and 7 are not drawn
     labelled = prepared(tmp_path, fixed_per_user=2)
     assert NegativeRate.from_dataset(labelled) is None
 
