@@ -213,6 +213,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
       for Adaptive Gradient Algorithms", 2022, for the square root; BARS for 0.001 at 4,096.
     * The tables: see `_for_tables_of_rows`.
     * ``over_arch_layer_sizes``: see `_layer_sizes`.
+    * ``linear``: logistic below `FEW_LABELLED_ROWS`; see `deepfm_dist.interop.logistic`.
     * ``epochs``: 20, and at least 640 steps, of which early stopping uses what it needs. Without
       validation rows some `STEPS_TO_BEST` steps, and one epoch in any case.
     """
@@ -223,6 +224,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     size = 2 ** round(math.log2(n / 64))
     draft.choose("trainer.batch_size", min(8192, max(256, size)), rows)
     batch_size = draft.get("trainer.batch_size")
+    draft.choose("model.linear", *_linear_of_rows(draft, manifest))
     per_epoch = math.ceil(n / batch_size)
     each = f"{plural(per_epoch, 'step')} each"
     if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
@@ -232,6 +234,8 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         draft.choose("trainer.validate_every_epochs", every, each)
         if draft.get("trainer.validate_every_epochs"):
             patience = 2 if per_epoch > STEPS_PER_VALIDATION else 4
+            if draft.get("model.linear") == "logistic":
+                patience = 8  # interactions may take long to show
             reason = f"validations without a better {_monitored_name(draft)}"
             draft.choose("trainer.patience", patience, reason)
     else:
@@ -246,6 +250,21 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         draft.choose("model.dropout", 0.2, "labels are noisy")
         draft.choose("model.batch_norm", True, "the L2 on the tables then leaves their scale open")
     _for_tables_of_rows(draft, manifest, rate, scaled)
+
+
+def _linear_of_rows(draft: "_Draft", manifest: Manifest) -> tuple[str, str]:
+    """Whether first-order weights start from a logistic regression, and why."""
+    n = manifest.splits["train"].rows
+    against = None
+    if n >= FEW_LABELLED_ROWS:
+        against = f"{plural(n, 'training row')} take enough steps"
+    elif not draft.get("model.first_order"):
+        against = "model.first_order is off"
+    elif manifest.has_history:
+        against = "a row's own item is in its history"
+    elif draft.get("checkpoint.start_from") is not None:
+        against = "training starts from the weights of another run"
+    return ("none", against) if against else ("logistic", plural(n, "training row"))
 
 
 def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled: str) -> None:

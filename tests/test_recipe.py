@@ -487,6 +487,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert [*resolved.model.over_arch_layer_sizes] == layers
     assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
     assert resolved.model.init_at_mean
+    assert resolved.model.linear == ("logistic" if is_few else "none")
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == (
@@ -498,9 +499,9 @@ def test_labelled_rows_scale_the_model_and_its_training(
 @pytest.mark.parametrize(
     ("rows", "steps", "expected", "without_validation"),
     [
-        (100, 1, (640, 32, 4), 128),
-        (1_400, 6, (107, 5, 4), 21),
-        (10_000, 40, (20, 1, 2), 3),
+        (100, 1, (640, 32, 8), 128),
+        (1_400, 6, (107, 5, 8), 21),
+        (10_000, 40, (20, 1, 8), 3),
         (1_300_000, 159, (20, 1, 2), 1),
         (40_000_000, 4883, (20, 1, 2), 1),
     ],

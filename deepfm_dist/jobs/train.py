@@ -13,12 +13,13 @@ from deepfm_dist.config import Config, resolve
 from deepfm_dist.data.batches.histories import hold_out
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.distributed.checkpoint import Checkpoints, load
+from deepfm_dist.distributed.checkpoint import Checkpoints, load, make_state
 from deepfm_dist.distributed.planning import sent_bytes
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.jobs import first_order
 from deepfm_dist.jobs.finish import Finish, is_finished
 from deepfm_dist.jobs.finish import check as check_finish
 from deepfm_dist.jobs.prepare import prepare_locked
@@ -114,6 +115,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
             log.info("  %s", choice)
     check_monitor_name(config)
     check_finish(config, manifest)
+    first_order.check(config, manifest)
     dataset = _with_something_held_out(config, dataset, world)
     batches = training_batches(config, dataset, world)
     last_step = config.trainer.last_step(batches.steps_per_epoch)
@@ -142,7 +144,11 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
             choices=start.chosen or choices,
         )
         run.make_ready(start)
-        run.fit(batches, Hooks(validate, on_validation, asked_to_stop=asked_to_stop))
+        hooks = Hooks(validate, on_validation, asked_to_stop=asked_to_stop)
+        if start.path is None and config.model.linear == "logistic":
+            first_order.put_first_order(dataset, sharded, world)
+            hooks = replace(hooks, start_margin=first_order.margin(config, manifest))
+        run.fit(batches, hooks)
     del sharded, validate, run
     stopped = not start.state.is_over(config.trainer.patience, last_step)
     if not stopped:
@@ -272,4 +278,6 @@ class _Run:
             "chosen": [asdict(choice) for choice in self.choices],
         }
         steps = [step for step in kept if step is not None]
+        if not state.step:
+            make_state(self.optimizer)  # of which there is none before the first step
         checkpoints.save(state.step, self.sharded, self.optimizer, marker, steps)

@@ -113,8 +113,9 @@ def _run_trial(
         "data.name": config.data.name or config.run.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
         "trainer.refit_best": False,  # a trial ends when it has been compared
-        "model.linear": "none",
     }
+    if config.data.task == "implicit":
+        shared["model.linear"] = "none"
 
     def on_validation(figures: Mapping[str, float], epoch: int) -> None:
         if world.broadcast(search is not None and search.report(epoch, figures[monitor])):

@@ -33,12 +33,15 @@ class ModelConfig(Section):
     """Which pairs of fields it contains: all, as in the paper, or only those across, of an item
     field with a user or context field. Other pairs do not affect rankings beyond what the
     first-order part can learn."""
-    linear: Literal["ease", "none"] = "none"
-    """The closed-form part: ease adds EASE, fitted to the users' items and the items' fields, as
-    further columns of the factors when training is over. Its L2, its weight next to the trained
-    part, the number of its columns and the weight of the fields are measured on the validation
-    rows. For an FM of the users' histories. auto: ease where that can be done and there are no more
-    than 20,000 items."""
+    linear: Literal["ease", "logistic", "none"] = "none"
+    """The part that is fitted rather than trained. ease adds EASE, fitted to the users' items and
+    the items' fields, as further columns of the factors when training is over. Its L2, its weight
+    next to the trained part, the number of its columns and the weight of the fields are measured on
+    the validation rows. For an FM of the users' histories. logistic starts the first-order weights
+    from a logistic regression, whose L2 is estimated for each field from the training rows; a
+    trained checkpoint is used only where the validation rows are clearly likelier by it. For rows
+    with labels. auto: ease where that can be done and there are no more than 20,000 items; logistic
+    below 100,000 labelled rows."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"

@@ -201,6 +201,9 @@ def training_verdicts(
     last_step, last = points[-1]
     here = dict(points).get(step)
     name = monitor.replace("_", " ").replace("ndcg", "NDCG").replace("recall", "Recall")
+    if step == 0 and here is not None:
+        text = f"validation {name} {here:.4f} at the start, which is used; {best:.4f} at best"
+        return [Verdict("Training did not clearly improve on the fitted start", text, "even")]
     if here is not None and best_step < step and sign * (here - best) > 0:
         return [
             Verdict(

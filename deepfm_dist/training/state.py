@@ -150,6 +150,8 @@ class LoopState:
         """
         if self.monitor is None or self.best is None or self.validations_since_best != WARN_AFTER:
             return
+        if self.best_step == 0:  # what a fitted start leaves to learn may take longer to show
+            return
         log.warning(
             "validation %s has not improved since epoch %.4g: %.4f now, %.4f at step %s; more "
             "epochs may not help; see docs/training.md#overfitting",
@@ -171,7 +173,16 @@ class LoopState:
         if self.monitor is None or self.best is None or self.best_step is None:
             return
         expected = patience is not None or self.validations_since_best < WARN_AFTER
-        if self.best_step != self.step:
+        if self.best_step == 0:
+            log.info(
+                "no checkpoint is clearly better on the validation rows than the fitted start: %s "
+                "%.4f there, %.4f at the last step, %s; the start, step 0, is used",
+                self.monitor,
+                self.best,
+                figures[self.monitor],
+                f"{self.step:,}",
+            )
+        elif self.best_step != self.step:
             log.log(
                 logging.INFO if expected else logging.WARNING,
                 "validation %s was best at step %s (epoch %.4g): %.4f; at the last step, %s, it is "
@@ -209,14 +220,23 @@ class LoopState:
         is_of_rows = self.best_step == self.step and "@" not in (self.monitor or "")
         return figures["ne"] if is_of_rows else math.nan
 
-    def update_best(self, figures: Mapping[str, float], trainer: TrainerConfig) -> None:
-        """Compares the monitored figure with the best one; one that is not finite is no better."""
+    def update_best(
+        self, figures: Mapping[str, float], trainer: TrainerConfig, start_margin: float = 0.0
+    ) -> None:
+        """Compares the monitored figure with the best one; one that is not finite is no better.
+
+        Args:
+            figures: of this validation.
+            trainer: says what counts as an improvement, and what follows without one.
+            start_margin: improvement that counts as one on the weights of step 0.
+        """
         if self.monitor is None:
             return
         value = figures[self.monitor]
         sign = -1 if self.monitor in LOWER_IS_BETTER else 1
         gain = sign * (value - self.best) if self.best is not None else math.inf
-        if math.isfinite(value) and gain > trainer.min_delta:
+        needed = max(trainer.min_delta, start_margin if self.best_step == 0 else 0.0)
+        if math.isfinite(value) and gain > needed:
             self.best, self.best_step, self.validations_since_best = value, self.step, 0
         else:
             self.validations_since_best += 1

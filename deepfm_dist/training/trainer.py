@@ -81,6 +81,8 @@ class Hooks:
         on_validation: gets the figures of every validation and its epoch; it may raise `Pruned`,
             on all ranks.
         save: writes a checkpoint.
+        start_margin: by how much the monitored figure has to beat that of the weights that training
+            starts from, which are measured and saved as step 0. None: they are not.
         asked_to_stop: whether this process was asked to; one is enough for all to stop.
         profiler: stepped with the loop.
         sent_bytes: bytes that the ranks send each other for a micro-batch, by kind.
@@ -89,6 +91,7 @@ class Hooks:
     validate: Callable[[], Mapping[str, float]] | None = None
     on_validation: Callable[[Mapping[str, float], int], None] | None = None
     save: Callable[[LoopState], None] | None = None
+    start_margin: float | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     profiler: torch.profiler.profile | None = None
     sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {}
@@ -156,6 +159,8 @@ class Trainer:
         if state.step < self.last_step:
             state.resume(self._config.monitor)
         step, save_due, stop, figures = state.step, False, self._is_over, dict[str, float]()
+        if step == 0 and state.best is None and hooks.start_margin is not None:
+            self._measure_start()
         micro_batches = self._micro_batches(step + 1)
         self._model.train()
         with (
@@ -242,10 +247,18 @@ class Trainer:
         every = config.every_epochs * self.per_epoch, config.every_steps
         return any(n > 0 and step % n == 0 for n in every)
 
+    def _measure_start(self) -> None:
+        """Validates and saves the weights that training starts from."""
+        if self._hooks.validate is not None:
+            self._validate()
+            if self._hooks.save is not None:
+                self.state.saved_step = 0
+                self._hooks.save(self.state)
+
     def _validate(self) -> dict[str, float]:
         """Measures the model on held-out rows and compares it with the best one so far."""
         state, step, epoch = self.state, self.state.step, self.state.step // self.per_epoch
-        assert self._hooks.validate is not None and self._last is not None
+        assert self._hooks.validate is not None
         self._pipeline.detach()  # validation calls the model directly
         self._model.eval()
         with self._clock.timed("validation"):
@@ -259,10 +272,13 @@ class Trainer:
         if not self._is_validation_due(step, is_last_due=False):
             state.before_end = state.best_state
         trainer, is_first = self._config.trainer, self._world.is_first
-        state.update_best(figures, trainer)
+        state.update_best(figures, trainer, self._hooks.start_margin or 0.0)
         state.check_monitored(figures, trainer.needs_monitor is not None, is_first)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, self._last.loss, shown)
+        if self._last is None:
+            log.info("start  %s", shown)
+        else:
+            log.info("epoch %d  step %d  loss %.4f  %s", epoch, step, self._last.loss, shown)
         self._metrics.write(ValidEvent(step=step, epoch=epoch, **figures))
         if is_first:
             state.warn_if_worsening(figures, self.per_epoch)

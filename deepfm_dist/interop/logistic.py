@@ -1,0 +1,245 @@
+"""First-order weights in closed form's stead: a logistic regression with one prior for each field.
+
+Tables of few labelled rows take too few steps for their first-order weights to settle. A logistic
+regression settles in seconds, and how strongly a field is held back need not be guessed: the
+variance of a field's weights is estimated from the training rows themselves. A field without
+influence then gets weights near 0, an item's id that says no more than its attributes too.
+
+Source: MacKay, "Bayesian Interpolation", 1992, for the estimate; Breslow and Clayton, "Approximate
+Inference in Generalized Linear Mixed Models", 1993, for its use where labels are binary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deepfm_dist.data.batches.collation import Collator
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.model.deepfm import POWERS
+
+Float64Array = npt.NDArray[np.float64]
+PRECISIONS = (0.01, 1e6)
+"""Bounds of a prior's precision: weights of 10 in either direction; none."""
+_START = 10.0
+_OF_BIAS = 1e-6
+_ROUNDS, _UNCHANGED = 40, 0.05
+"""Newton steps at most, and the relative change of all precisions that ends them."""
+_SOLVER_STEPS, _SOLVED = 50, 1e-6
+"""Of conjugate gradients in each; the share of the residual that ends them."""
+_SMALLEST_STEP = 1e-4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The non-zero elements of a ``[B, W]`` matrix: rows by first-order weights.
+
+    Attributes:
+        rows: ``[N]`` int64.
+        columns: ``[N]`` int64.
+        values: ``[N]`` float64.
+        groups: ``[W]`` int64: weights with one prior; the last one is the bias.
+        n_rows: B.
+    """
+
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+    values: Float64Array
+    groups: npt.NDArray[np.int64]
+    n_rows: int
+
+    def logits(self, weights_W: Float64Array) -> Float64Array:
+        """``[B]`` sums of the weights of each row."""
+        terms = self.values * weights_W[self.columns]
+        return np.bincount(self.rows, terms, self.n_rows).astype(np.float64, copy=False)
+
+    def sums(self, of_B: Float64Array, squared: bool = False) -> Float64Array:
+        """``[W]`` sums over the rows of an amount times each input, or times its square."""
+        values = self.values**2 if squared else self.values
+        terms = values * of_B[self.rows]
+        return np.bincount(self.columns, terms, len(self.groups)).astype(np.float64, copy=False)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Fitted first-order weights.
+
+    Attributes:
+        tables: ``[rows, 1]`` float32 by table.
+        numbers: ``[n_dense]`` float32.
+        bias: log-odds where nothing else speaks.
+        deviations: standard deviation of the weights of each table and of the numeric fields.
+    """
+
+    tables: Mapping[str, Tensor]
+    numbers: Tensor
+    bias: float
+    deviations: Mapping[str, float] = field(default_factory=dict)
+
+
+def first_order(dataset: PreparedDataset) -> FirstOrder:
+    """Fits the first-order weights to the training rows, which have to fit into memory.
+
+    Tables that several fields share have one weight per row, and one prior.
+    """
+    manifest = dataset.manifest
+    train = dataset.rows("train")
+    assert train.labels is not None
+    batch = Collator(dataset)(train.users, train.items, train.context, np.arange(train.n))
+    names = [*manifest.tables]
+    offsets = np.r_[0, np.cumsum([manifest.tables[name].rows for name in names])]
+    first_of = dict(zip(names, offsets, strict=False))
+    rows, columns, values = [], [], []
+    for one in manifest.categorical:
+        bags = batch.sparse[one.name]
+        lengths = bags.lengths().numpy()
+        power = POWERS[one.pooling] if one.multi_valued else 0.0
+        rows.append(np.repeat(np.arange(train.n), lengths))
+        columns.append(first_of[one.table_name] + bags.values().numpy().astype(np.int64))
+        values.append(np.repeat(np.maximum(lengths, 1) ** -power, lengths))
+    n_dense = len(manifest.dense)
+    rows.append(np.repeat(np.arange(train.n), n_dense + 1))
+    columns.append(np.tile(offsets[-1] + np.arange(n_dense + 1), train.n))
+    numbers = np.c_[batch.dense.numpy().astype(np.float64), np.ones(train.n)]
+    values.append(numbers.ravel())
+    sizes = [*np.diff(offsets), n_dense, 1]
+    inputs = Inputs(
+        rows=np.concatenate(rows),
+        columns=np.concatenate(columns),
+        values=np.concatenate(values),
+        groups=np.repeat(np.arange(len(sizes)), sizes),
+        n_rows=train.n,
+    )
+    row_weights = np.ones(train.n) if train.weights is None else train.weights.astype(np.float64)
+    weights, precisions = fit(inputs, train.labels.astype(np.float64), row_weights)
+    groups = [*names, *(["numbers"] if n_dense else [])]
+    return FirstOrder(
+        {
+            name: torch.from_numpy(weights[begin:end, None]).float()
+            for name, begin, end in zip(names, offsets, offsets[1:], strict=False)
+        },
+        torch.from_numpy(weights[offsets[-1] : -1]).float(),
+        float(weights[-1]),
+        {name: float(precisions[g] ** -0.5) for g, name in enumerate(groups)},
+    )
+
+
+def fit(
+    inputs: Inputs, labels: Float64Array, row_weights: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """Weights of a logistic regression whose priors' precisions are estimated as well.
+
+    A group's precision is the geometric mean of its own estimate and that of all groups
+    together: estimates from few rows or rare labels are off by factors in either direction.
+
+    Args:
+        inputs: of the rows.
+        labels: ``[B]`` 0 or 1.
+        row_weights: ``[B]``.
+
+    Returns:
+        ``[W]`` weights and ``[G]`` precisions; of labels that are all the same, none but the bias.
+    """
+    n_groups = int(inputs.groups[-1]) + 1
+    weights = np.zeros(len(inputs.groups))
+    positive, total = float(row_weights @ labels), float(row_weights.sum())
+    weights[-1] = math.log((positive + 0.5) / (total - positive + 0.5))
+    if not 0 < positive < total:
+        return weights, np.full(n_groups, PRECISIONS[1])
+    own_groups, one_group = inputs.groups, (inputs.groups == n_groups - 1).astype(np.int64)
+    estimates = []
+    for groups in (one_group, own_groups):
+        start = np.full(len(groups), _START)
+        start[-1] = _OF_BIAS
+        weights, precisions = _newton(inputs, labels, row_weights, weights, start, groups)
+        estimates.append(precisions)
+    precisions = np.sqrt(estimates[0] * estimates[1])
+    weights, _ = _newton(inputs, labels, row_weights, weights, precisions, None)
+    first = np.searchsorted(own_groups, np.arange(n_groups))  # groups are in order
+    return weights, precisions[np.minimum(first, len(precisions) - 1)]
+
+
+def _newton(
+    inputs: Inputs,
+    labels: Float64Array,
+    row_weights: Float64Array,
+    weights: Float64Array,
+    precisions: Float64Array,
+    groups: npt.NDArray[np.int64] | None,
+) -> tuple[Float64Array, Float64Array]:
+    """Maximises the posterior; with groups, estimates their precisions on the way.
+
+    Returns:
+        ``[W]`` weights and ``[W]`` precisions.
+    """
+    logits = inputs.logits(weights)
+    for _ in range(_ROUNDS):
+        predicted = _sigmoid(logits)
+        curvature = row_weights * predicted * (1 - predicted)
+        gradient = inputs.sums(row_weights * (labels - predicted)) - precisions * weights
+        diagonal = inputs.sums(curvature, squared=True) + precisions
+        step = _solve(inputs, curvature, precisions, gradient, diagonal)
+        if float(step @ gradient) < 1e-8 * inputs.n_rows and groups is None:
+            break
+        change, size = inputs.logits(step), 1.0
+        before = _objective(logits, labels, row_weights, weights, precisions)
+        while size > _SMALLEST_STEP and before < _objective(
+            logits + size * change, labels, row_weights, weights + size * step, precisions
+        ):
+            size /= 2
+        weights, logits = weights + size * step, logits + size * change
+        if groups is not None:
+            # What the rows determine of each weight, from 0 to 1, over the weights' squares.
+            known = np.bincount(groups, 1 - precisions / diagonal)
+            squares = np.maximum(np.bincount(groups, weights**2), 1e-12)
+            estimated = np.clip(known / squares, *PRECISIONS)[groups]
+            estimated[-1] = _OF_BIAS
+            moved = float(np.abs(np.log(estimated / precisions)).max())
+            precisions = estimated
+            if moved < _UNCHANGED:
+                break
+    return weights, precisions
+
+
+def _solve(
+    inputs: Inputs,
+    curvature: Float64Array,
+    precisions: Float64Array,
+    gradient: Float64Array,
+    diagonal: Float64Array,
+) -> Float64Array:
+    """``[W]`` the Newton step, by conjugate gradients scaled by the Hessian's ``diagonal``."""
+    step, residual = np.zeros_like(gradient), gradient.copy()
+    scaled = residual / diagonal
+    direction, left = scaled.copy(), float(residual @ scaled)
+    enough = _SOLVED * left
+    for _ in range(_SOLVER_STEPS):
+        if left <= enough or not left:
+            break
+        product = inputs.sums(curvature * inputs.logits(direction)) + precisions * direction
+        size = left / float(direction @ product)
+        step += size * direction
+        residual -= size * product
+        scaled = residual / diagonal
+        left, before = float(residual @ scaled), left
+        direction = scaled + left / before * direction
+    return step
+
+
+def _objective(
+    logits: Float64Array,
+    labels: Float64Array,
+    row_weights: Float64Array,
+    weights: Float64Array,
+    precisions: Float64Array,
+) -> float:
+    losses = np.logaddexp(0, logits) - labels * logits
+    return float(row_weights @ losses + 0.5 * precisions @ weights**2)
+
+
+def _sigmoid(logits: Float64Array) -> Float64Array:
+    return 1 / (1 + np.exp(-np.clip(logits, -40, 40)))

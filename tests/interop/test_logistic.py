@@ -1,0 +1,185 @@
+"""First-order weights that start from a logistic regression with one prior for each field."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import Config, config_from, resolve, with_settings
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.preparation.local import prepare
+from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.events import ValidEvent, read_events
+from deepfm_dist.interop.logistic import Inputs, _newton, first_order, fit
+from deepfm_dist.jobs.first_order import put_first_order
+from deepfm_dist.jobs.train import train
+from deepfm_dist.training.settings import TrainerConfig
+from deepfm_dist.training.state import LoopState
+from tests.ranks import run_in_fork, run_ranks
+
+
+def _inputs(codes: npt.NDArray[Any], numbers: npt.NDArray[Any], sizes: list[int]) -> Inputs:
+    """One-hot fields of some numbers of values, then numbers, then the bias."""
+    n, n_fields = codes.shape
+    columns = codes + np.r_[0, np.cumsum(sizes)][:n_fields]
+    dense = np.c_[numbers, np.ones(n)]
+    groups = [*sizes, numbers.shape[1], 1]
+    return Inputs(
+        np.r_[np.repeat(np.arange(n), n_fields), np.repeat(np.arange(n), dense.shape[1])],
+        np.r_[columns.ravel(), np.tile(sum(sizes) + np.arange(dense.shape[1]), n)],
+        np.r_[np.ones(columns.size), dense.ravel()],
+        np.repeat(np.arange(len(groups)), groups),
+        n,
+    )
+
+
+def _drawn(n: int, seed: int, effect: float) -> tuple[Inputs, npt.NDArray[Any], npt.NDArray[Any]]:
+    """Rows whose label hangs on the first of two fields and on a number."""
+    rng = np.random.default_rng(seed)
+    sizes = [40, 60]
+    codes = np.stack([rng.integers(0, size, n) for size in sizes], 1)
+    numbers = rng.normal(size=(n, 1))
+    weights = rng.normal(0, effect, sizes[0])
+    logits = weights[codes[:, 0]] + 0.5 * numbers[:, 0] - 1
+    labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(float)
+    return _inputs(codes, numbers, sizes), labels, weights
+
+
+def test_with_given_precisions_it_is_sklearns_regression() -> None:
+    inputs, labels, _ = _drawn(2_000, 1, 1.0)
+    row_weights = np.random.default_rng(2).uniform(0.5, 1.5, 2_000)
+    precisions = np.full(102, 3.0)
+    precisions[-1] = 1e-6
+    found, _ = _newton(inputs, labels, row_weights, np.zeros(102), precisions, None)
+    matrix = np.zeros((2_000, 102))
+    np.add.at(matrix, (inputs.rows, inputs.columns), inputs.values)
+    model = LogisticRegression(C=1 / 3, tol=1e-8, max_iter=1000)
+    model.fit(matrix[:, :-1], labels, row_weights)
+    assert found[:-1] == pytest.approx(model.coef_[0], abs=1e-3)
+    assert found[-1] == pytest.approx(model.intercept_[0], abs=1e-3)
+
+
+def test_the_spread_of_each_fields_weights_is_found() -> None:
+    inputs, labels, truth = _drawn(20_000, 3, 0.8)
+    weights, precisions = fit(inputs, labels, np.ones(20_000))
+    assert np.corrcoef(weights[:40], truth)[0, 1] > 0.98
+    assert precisions[0] ** -0.5 == pytest.approx(truth.std(), rel=0.3)
+    assert precisions[1] ** -0.5 < 0.1  # this field says nothing
+    assert weights[100] == pytest.approx(0.5, abs=0.05)
+
+
+def test_labels_that_are_all_the_same_give_a_bias_alone() -> None:
+    inputs, labels, _ = _drawn(100, 4, 1.0)
+    weights, _ = fit(inputs, np.zeros_like(labels), np.ones(100))
+    assert (weights[:-1] == 0).all()
+    assert weights[-1] == pytest.approx(np.log(0.5 / 100.5))
+
+
+def _clicks(folder: Path, effect: float, **sections: Any) -> Config:
+    """A log of 1,200 rows: a field, a bag of values, a number, weights."""
+    rng = np.random.default_rng(5)
+    log = pd.DataFrame({"a": rng.integers(0, 9, 1_200)})
+    log["tags"] = ["|".join(map(str, rng.integers(0, 6, 1 + k % 3))) for k in range(1_200)]
+    log["x"] = rng.normal(2, 3, 1_200).round(3)
+    log["w"] = rng.integers(1, 4, 1_200)
+    logits = effect * (rng.normal(size=9)[log["a"]] + 0.3 * (log["x"] - 2)) - 0.5
+    log["y"] = (rng.random(1_200) < 1 / (1 + np.exp(-logits))).astype(int)
+    log.to_csv(folder / "log.csv", index=False)
+    roots = {f"{kind}_root": str(folder / kind) for kind in ("prepared", "runs")}
+    data = {
+        "task": "ctr",
+        "root": str(folder),
+        "interactions": {"file": "log.csv", "label": "y", "weight": "w"},
+        "features": [
+            {"name": "a"},
+            {"name": "tags", "separator": "|", "pooling": "mean"},
+            {"name": "x", "kind": "numeric"},
+        ],
+        "split": {"valid": 0.2, "test": 0.2},
+    }
+    return config_from({"run": roots | {"loggers": []}, "data": data, **sections})
+
+
+def _logits_of_start(config: Config) -> tuple[list[float], dict[str, list[float]], float]:
+    with process_group("cpu") as world:
+        dataset = PreparedDataset(config.prepared_dir)
+        config, _ = resolve(config, dataset.manifest)
+        sharded, _ = shard_for_training(config, dataset.manifest, world)
+        put_first_order(dataset, sharded, world)
+        above = deepfm_of(sharded).interaction_arch
+        dim = above.embedding_dim
+        pieces = {table: piece[:, dim].tolist() for table, *_, piece in local_shards(sharded)}
+        assert above.dense_first_order is not None
+        return above.dense_first_order.tolist(), pieces, above.bias.item()
+
+
+def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None:
+    config = _clicks(tmp_path, 1.5, sharding={"kind": "row_wise"})
+    prepare(config.data, config.data_root, config.prepared_dir, seed=1)
+    dataset = PreparedDataset(config.prepared_dir)
+    fitted = first_order(dataset)
+    train_rows = dataset.rows("train")
+    # Its gradient is 0 at the maximum: the residuals of each value add up to precision * weight.
+    assert train_rows.weights is not None and train_rows.labels is not None
+    values, bags = train_rows.context["a"], train_rows.context["tags"]
+    assert isinstance(bags, Jagged)
+    mean = [fitted.tables["tags"][bag].mean().item() for bag in bags.lists()]
+    assert isinstance(values, np.ndarray)
+    logits = fitted.tables["a"][torch.tensor(values), 0].numpy() + np.array(mean) + fitted.bias
+    logits += fitted.numbers[0].item() * np.asarray(train_rows.context["x"])
+    residual = train_rows.weights * (train_rows.labels - 1 / (1 + np.exp(-logits)))
+    by_value = np.bincount(np.asarray(values), residual)
+    held_back = fitted.tables["a"][:, 0].numpy() / fitted.deviations["a"] ** 2
+    assert by_value == pytest.approx(held_back[: len(by_value)], abs=0.05)
+    assert residual.sum() == pytest.approx(0, abs=0.05)
+    alone, [one, two] = (
+        run_ranks(_logits_of_start, 1, config)[0],
+        run_ranks(_logits_of_start, 2, config),
+    )
+    for numbers, _, bias in (alone, one, two):
+        assert numbers == pytest.approx(fitted.numbers.tolist())
+        assert bias == pytest.approx(fitted.bias)
+    for table in ("a", "tags"):
+        assert alone[1][table] == pytest.approx(fitted.tables[table][:, 0].tolist())
+        assert one[1].get(table, []) + two[1].get(table, []) == alone[1][table]
+
+
+def _trains(folder: Path) -> None:
+    config = _clicks(folder, 0.0, trainer={"max_steps": 6, "validate_every_epochs": 1})
+    state = train(config).state
+    assert state.best_step == 0  # nothing is to be learned from noise
+    assert 0 in complete_steps(config.run_dir)
+    assert find_checkpoint(config.run_dir, "auto").name == "step_00000000"
+    first = next(
+        e for e in read_events(config.run_dir / "metrics.jsonl") if isinstance(e, ValidEvent)
+    )
+    assert (first.step, first.epoch) == (0, 0)
+    assert first.figures["ne"] < 1.01
+    again = with_settings(config, {"trainer.max_steps": 9})
+    assert train(again).state.best == state.best
+    for settings, message in (
+        ({"model.first_order": False}, "model.first_order is off"),
+        ({"model.linear": "ease"}, "model.linear=ease: for models that are trained on users"),
+    ):
+        tree = {"run.name": "refused", "model.linear": "logistic"} | settings
+        with pytest.raises(ConfigError, match=message):
+            train(with_settings(config, tree))
+
+
+def test_a_trained_checkpoint_has_to_beat_the_start_clearly(tmp_path: Path) -> None:
+    state = LoopState(monitor="log_loss")
+    for step, value, best_step in ((0, 0.5, 0), (1, 0.49, 0), (2, 0.47, 2), (3, 0.469, 3)):
+        state.step = step
+        state.update_best({"log_loss": value}, TrainerConfig(), start_margin=0.02)
+        assert state.best_step == best_step
+    run_in_fork(_trains, tmp_path)
