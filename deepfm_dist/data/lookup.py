@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from deepfm_dist.data.fields import (
     transformed,
     vectors_in,
 )
-from deepfm_dist.data.jagged import FloatArray, Jagged, Values
+from deepfm_dist.data.jagged import FloatArray, Jagged, Values, taken
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spelling import Unseen, difference
@@ -33,6 +33,22 @@ Cell = str | float | list[str | float]
 _NEARLY_ALL = 0.95
 _FEW_VALUES = 100_000
 """That a similar word is looked for among."""
+
+
+def known_instead(known: pa.Array, value: str) -> str:
+    """What to say of an unknown value: the known one that may be meant, or some of them.
+
+    Args:
+        known: texts.
+        value: none of them.
+    """
+    if how := difference(pa.array([value]), known):
+        return f"; did you mean {how.known!r}?"
+    if len(known) <= _FEW_VALUES:
+        near = nearest(value, known.to_pylist())
+        if near is not None:
+            return f"; did you mean {near!r}?"
+    return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
 
 def _count_empty(cells: pa.ChunkedArray) -> int:
@@ -138,8 +154,41 @@ class RowEncoder:
             f"{feature.column or feature.name!r} the right one?"
         )
 
-    def fixed_context(self, values: Mapping[str, str | float]) -> dict[str, Values]:
+    def context_columns(self, present: Sequence[str]) -> list[Column]:
+        """Those of the context fields' columns that a file has."""
+        return [c for c in map(column_of, self._context) if c.name in present]
+
+    def context_of_requests(
+        self, table: pa.Table, fixed: Mapping[str, str | float]
+    ) -> dict[str, Values]:
+        """The context of each row of a table.
+
+        Args:
+            table: may have `context_columns`.
+            fixed: values of the fields without a column, for all rows.
+
+        Raises:
+            ConfigError: see `fixed_context`.
+        """
+        given = {f.name for f in self._context if column_of(f).key in table.column_names}
+        others = {name: value for name, value in fixed.items() if name not in given}
+        constant = self.fixed_context(others, given)
+        nowhere = np.zeros(table.num_rows, np.int32)
+        return {
+            f.name: self._values(f, table[column_of(f).key])
+            if f.name in given
+            else taken(constant[f.name], nowhere)
+            for f in self._context
+        }
+
+    def fixed_context(
+        self, values: Mapping[str, str | float], given: Collection[str] | None = None
+    ) -> dict[str, Values]:
         """One row of context from the configuration, for recommendations.
+
+        Args:
+            values: by name of the field.
+            given: fields that a file of requests has a column of; None: there is no such file.
 
         Raises:
             ConfigError: a context field has no value, an unknown field has one, or a value was
@@ -157,13 +206,16 @@ class RowEncoder:
                     else "this model has none; leave it out"
                 )
                 raise ConfigError(f"recommend.context.{name}: unknown context field; {hint}")
-        for feature in self._context:
+        wanted = [f for f in self._context if f.name not in (given or ())]
+        for feature in wanted:
             if feature.name not in values:
+                column = feature.column or feature.name
+                also = "" if given is None else f", or give the requests a column {column!r}"
                 raise ConfigError(
                     f"recommend.context.{feature.name}: this model looks at {feature.name}; say "
-                    f"which value to recommend for: recommend.context.{feature.name}=VALUE"
+                    f"which value to recommend for: recommend.context.{feature.name}=VALUE{also}"
                 )
-        return {f.name: self._fixed(f, values[f.name]) for f in self._context}
+        return {f.name: self._fixed(f, values[f.name]) for f in wanted}
 
     def _fixed(self, feature: Feature, value: str | float) -> Values:
         if feature.kind == "numeric":
@@ -179,20 +231,9 @@ class RowEncoder:
         if feature.has_vocabulary and (rows == 0).any():
             raise ConfigError(
                 f"recommend.context.{feature.name}={value!r}: never seen in training"
-                f"{self._known_instead(feature, str(value))}"
+                f"{known_instead(self._vocabularies[feature.name].ids, str(value))}"
             )
         return values
-
-    def _known_instead(self, feature: Feature, value: str) -> str:
-        """A value of the training rows that may be meant."""
-        known = self._vocabularies[feature.name].ids
-        if how := difference(pa.array([value]), known):
-            return f"; did you mean {how.known!r}?"
-        if len(known) <= _FEW_VALUES:
-            near = nearest(value, known.to_pylist())
-            if near is not None:
-                return f"; did you mean {near!r}?"
-        return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
     def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:
         if feature.kind == "numeric":
@@ -273,10 +314,14 @@ class UserAttributes:
             fields[name] = self._encoded(feature, values.get(name))
         return fields
 
+    @property
+    def all_columns(self) -> list[Column]:
+        """The fields' columns."""
+        return [column_of(feature) for feature in self._fields.values()]
+
     def columns(self, present: Sequence[str]) -> list[Column]:
-        """Those of the fields' columns that a file has."""
-        columns = [column_of(feature) for feature in self._fields.values()]
-        return [column for column in columns if column.name in present]
+        """Those of `all_columns` that a file has."""
+        return [column for column in self.all_columns if column.name in present]
 
     def encode_columns(self, columns: Mapping[str, pa.Array], n: int) -> dict[str, Values]:
         """Fields of n users; values that training has never seen are unknown ones, and counted.

@@ -13,8 +13,14 @@ from deepfm_dist.runs.trained import ranking_loss
 OUTPUT = RankingOutput(
     "recommendations",
     (
-        *("recommend.k", "recommend.users", "recommend.histories", "recommend.allow_items"),
-        *("recommend.block_items", "recommend.mask", "recommend.context", "recommend.cold_items"),
+        *("recommend.k", "recommend.users", "recommend.histories", "recommend.requests"),
+        *(
+            "recommend.allow_items",
+            "recommend.block_items",
+            "recommend.mask",
+            "recommend.context",
+            "recommend.cold_items",
+        ),
     ),
 )
 

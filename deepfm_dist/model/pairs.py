@@ -49,6 +49,14 @@ class Side:
     def __getitem__(self, rows: Any) -> Self:
         return type(self)(*(t[rows] for t in self.tensors))
 
+    def where(self, flags: Tensor, other: Self) -> Self:
+        """This side's rows where ``[n]`` flags are set, another's elsewhere."""
+        constant, *rest = zip(self.tensors, other.tensors, strict=True)
+        return type(self)(
+            constant[0].where(flags, constant[1]),
+            *(mine.where(flags[:, None], theirs) for mine, theirs in rest),
+        )
+
 
 @dataclass(frozen=True)
 class Fields:

@@ -1,7 +1,7 @@
 """The items that can be recommended, and those that users have already seen."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -103,11 +103,23 @@ class Catalogue:
             users: ``[n]`` rows of the user table, in ranking order.
             positives: item rows of every user.
         """
-        return lambda begin, end: self._seen_by(users[begin:end], positives)
+        return self.seen_in([(users, bags) for bags in positives])
 
-    def _seen_by(self, users: Int32Array, positives: list[Jagged]) -> Jagged:
-        parts = [part.take(users) for part in positives]
-        offsets = np.zeros(len(users) + 1, np.int64)
+    def seen_in(self, lists: Sequence[tuple[Int32Array, Jagged]]) -> Seen:
+        """`seen_by` of lists that users have different rows in.
+
+        Args:
+            lists: each user's row in some item rows, negative where there is none, and these.
+        """
+        return lambda begin, end: self._seen([b.take(r[begin:end]) for r, b in lists], end - begin)
+
+    def positions_of(self, rows: npt.NDArray[np.integer]) -> Int32Array:
+        """``[n]`` item rows -> ``[n]`` positions; -1 for items that cannot be recommended."""
+        positions: Int32Array = self._position[rows]
+        return positions
+
+    def _seen(self, parts: Sequence[tuple[Int32Array, Int32Array]], n: int) -> Jagged:
+        offsets = np.zeros(n + 1, np.int64)
         for lengths, _ in parts:
             offsets[1:] += lengths
         np.cumsum(offsets, out=offsets)

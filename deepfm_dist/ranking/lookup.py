@@ -66,6 +66,7 @@ class SideEncoder:
         histories: Jagged | None = None,
         attributes: Mapping[str, Values] | None = None,
         context: Mapping[str, Values] | None = None,
+        context_rows: Int32Array | None = None,
     ) -> list[Side]:
         """Looks users up together and returns their sides in blocks of one size.
 
@@ -74,7 +75,8 @@ class SideEncoder:
             block: number of users per block.
             histories: item rows of users from outside the dataset.
             attributes: fields of these users, by row of ``histories``; None: they have none.
-            context: one row of context fields; default: the encoder's.
+            context: context fields of some rows; default: the encoder's one.
+            context_rows: ``[n]`` each user's row of these; default: the first.
         """
         known, bags, collate = rows, None, self._collate
         if histories is not None:
@@ -82,7 +84,8 @@ class SideEncoder:
             bags = self._drawn.full(rows, histories) if self._collate.has_histories else None
         if attributes is not None:
             known, collate = rows, self._collate.for_new_users(attributes)
-        context_rows = np.zeros(len(rows), np.int32)
+        if context_rows is None:
+            context_rows = np.zeros(len(rows), np.int32)
         context = self._context if context is None else context
         batch = collate(known, None, context, context_rows, bags=bags)
         return self._sides("user", batch, block)
@@ -115,6 +118,7 @@ class ItemStore:
 
     Attributes:
         is_shared: whether each rank keeps only a share of the items.
+        most_kept: items that the memory has room for.
     """
 
     def __init__(
@@ -124,7 +128,8 @@ class ItemStore:
         self._world = encoder.world
         n, size = len(rows), self._world.world_size
         item_bytes = sum(t[0].nbytes for t in encoder.items(rows[:1]).tensors) + engine.work_bytes
-        self._per_block = max(1, memory_bytes // (item_bytes * ITEM_BLOCK)) * ITEM_BLOCK
+        self.most_kept = max(1, memory_bytes // item_bytes)
+        self._per_block = max(1, self.most_kept // ITEM_BLOCK) * ITEM_BLOCK
         # Whole blocks of the kernels, so that an item's place in one is the same everywhere.
         self._share = -(-n // (size * ITEM_BLOCK)) * ITEM_BLOCK
         self.is_shared = self._per_block < n and self._share <= self._per_block
@@ -148,6 +153,11 @@ class ItemStore:
         """Number of items."""
         return len(self._rows)
 
+    @property
+    def is_kept_whole(self) -> bool:
+        """Whether this rank keeps all items."""
+        return self._kept is not None and not self.is_shared
+
     def blocks(self) -> Iterator[tuple[int, Any]]:
         """(position of the first, items) of this rank's share, or of all items, in order."""
         if not self.is_shared:
@@ -157,11 +167,15 @@ class ItemStore:
 
     def all_blocks(self) -> Iterator[tuple[int, Any]]:
         """(position of the first, items) of all items, in order. All ranks."""
-        if self._kept is not None and not self.is_shared:
+        if self.is_kept_whole:
             yield 0, self._kept
             return
         for begin in range(0, len(self._rows), self._per_block):
             yield begin, self._block(begin)
+
+    def end_of_block(self, begin: int) -> int:
+        """Position behind the last item of the block of `all_blocks` that begins there."""
+        return min(begin + self._per_block, len(self._rows))
 
     def sides(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Side]]:
         """Items computed by all ranks and gathered on each, one block of each rank's at a time.

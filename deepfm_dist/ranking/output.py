@@ -49,8 +49,8 @@ class RankingFiles:
         first: the file with the first rows.
         owners: number of owners.
         rows: number of rows.
-        k: items per owner asked for.
-        full: owners who got as many.
+        k: items per owner asked for; where they ask for different numbers, the largest.
+        full: owners who got as many as asked for.
         figures: measurements taken while ranking; see `recommend`.
     """
 
@@ -103,7 +103,7 @@ class ResumableOutput:
         self._n_parts = -(-n_users // self._size)
         self.missing = [s for s in range(self._n_parts) if s not in self.parts.present]
         self.reused = self._n_parts - len(self.missing)
-        self._rows = self._last_ranks = 0
+        self._rows = self._full = 0
 
     def log_reuse(self) -> None:
         """Logs how much of the work an earlier run has left to do."""
@@ -123,29 +123,39 @@ class ResumableOutput:
     def write_ranked(
         self,
         ranked: Iterator[Ranked],
-        owners: pa.Array,
-        items: pa.Array,
-        names: tuple[str, str],
+        owners: Mapping[str, pa.Array],
+        items: tuple[str, pa.Array],
+        k: int | npt.NDArray[np.int32],
         probability: Probability | None = None,
     ) -> None:
-        """Writes ranked chunks as ``owner, item, score, rank`` and perhaps ``probability``.
+        """Writes ranked chunks: columns of the owner, ``item, score, rank``, ``probability``.
 
         All ranks.
 
         Args:
             ranked: this rank's.
-            owners: ``[U]`` external ids of the users (or items) ranked for, in ranking order.
-            items: ``[I]`` external ids by position.
-            names: of the first two columns.
+            owners: ``[U]`` columns by name, the first one with the external ids of the users (or
+                items or requests) ranked for, in ranking order.
+            items: the item column's name, and ``[I]`` external ids by position.
+            k: items per owner asked for, of all or of each.
             probability: makes a column of that name.
         """
-        owner_ids, item_ids = external(owners), external(items)
+        columns_of_owner = {name: external(column) for name, column in owners.items()}
+        item_ids = external(items[1])
+        name = next(iter(owners))
+        self._owners, self._k = (name, columns_of_owner[name]), np.broadcast_to(k, self._n_users)
         for begin, positions, scores in ranked:
-            self._count(positions >= 0)
-            owner, rank = np.nonzero(positions >= 0)
+            wanted = self._k[begin : begin + len(positions), None]
+            there = (positions >= 0) & (np.arange(positions.shape[1]) < wanted)
+            self._rows += int(there.sum())
+            self._full += int((there.sum(1) == wanted[:, 0]).sum())
+            owner, rank = np.nonzero(there)
             columns = {
-                names[0]: owner_ids.take(pa.array(begin + owner)),
-                names[1]: item_ids.take(pa.array(positions[owner, rank])),
+                name: column.take(pa.array(begin + owner))
+                for name, column in columns_of_owner.items()
+            }
+            columns |= {
+                items[0]: item_ids.take(pa.array(positions[owner, rank])),
                 "score": pa.array(scores[owner, rank]),
                 "rank": pa.array((rank + 1).astype(np.int32)),
             }
@@ -198,12 +208,7 @@ class ResumableOutput:
             else:
                 list(tables(begin, end))  # looking up is for all ranks
 
-    def _count(self, there: npt.NDArray[np.bool_]) -> None:
-        """Takes in ``[m, K]``: which ranks of some owners have an item."""
-        self._rows += int(there.sum())
-        self._last_ranks += int(there[:, -1].sum())
-
-    def finish_ranked(self, csv_columns: Mapping[str, str], k: int) -> RankingFiles | None:
+    def finish_ranked(self, csv_columns: Mapping[str, str]) -> RankingFiles | None:
         """Completes what `write_ranked` wrote. All ranks.
 
         One file: rank 0 merges the parts, and some of their columns into a CSV file; neither
@@ -211,7 +216,6 @@ class ResumableOutput:
 
         Args:
             csv_columns: columns by their name in the CSV file.
-            k: items per owner asked for.
 
         Returns:
             On rank 0 what was written; None elsewhere.
@@ -219,31 +223,42 @@ class ResumableOutput:
         Raises:
             DeepFMError: the disk is full, for example.
         """
-        rows, full = self._counts(k)
+        rows, full = self._counts()
         self._finish(csv_columns, 1 << 20, {"owners": self._n_users, "rows": rows, "full": full})
         if not self._world.is_first:
             return None
         first = self.parts.path(0) if self._in_parts else self.target
         csv = None if self._in_parts else self.csv
         return RankingFiles(
-            self.target, csv, first, owners=self._n_users, rows=rows, k=k, full=full
+            self.target,
+            csv,
+            first,
+            owners=self._n_users,
+            rows=rows,
+            k=int(self._k.max(initial=1)),
+            full=full,
         )
 
     def finish_matrix(self) -> None:
         """Completes what `write_matrix` wrote. All ranks."""
         self._finish({}, MATRIX_USERS, {"users": self._n_users})
 
-    def _counts(self, k: int) -> tuple[int, int]:
-        """Rows of all parts, and owners with K of them; reused parts are read. All ranks."""
+    def _counts(self) -> tuple[int, int]:
+        """Rows of all parts, and owners with all they asked for; reused parts are read.
+
+        All ranks.
+        """
         if self.parts.summary is not None:
             return self.parts.summary["rows"], self.parts.summary["full"]
-        rows, full = self._rows, self._last_ranks
+        rows, full = self._rows, self._full
+        name, ids = self._owners
         reused = sorted(self.parts.present)[self._world.rank :: self._world.world_size]
         for path in map(self.parts.path, reused):
             with storage_errors_to_user(path), path.open("rb") as file:
-                ranks = pq.read_table(file, columns=["rank"])["rank"]
-            rows += len(ranks)
-            full += pc.sum(pc.equal(ranks, k)).as_py()
+                table = pq.read_table(file, columns=[name, "rank"])
+            owners = np.asarray(pc.index_in(table[name].combine_chunks(), value_set=ids))
+            rows += table.num_rows
+            full += int((np.asarray(table["rank"]) == self._k[owners]).sum())
         counts = self._world.all_gather_object((rows, full))
         return sum(rows for rows, _ in counts), sum(full for _, full in counts)
 

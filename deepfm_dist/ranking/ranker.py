@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -67,11 +68,15 @@ class Users:
         rows: ``[n]`` rows of the user table, or of ``histories``.
         histories: item rows of users from outside the dataset.
         attributes: fields of these users; None: they are known by their items alone.
+        is_known: ``[n]`` bool, if some rows are of the user table and the others of ``histories``.
+        context: context fields of each of the n; None: all have the ranker's.
     """
 
     rows: Int32Array
     histories: Jagged | None = None
     attributes: Mapping[str, Values] | None = None
+    is_known: npt.NDArray[np.bool_] | None = None
+    context: Mapping[str, Values] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,17 +169,17 @@ class ModelRanker:
     def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> list[UserChunk]:
         """Looks the users of several chunks up together; see `Ranker`."""
         per_chunk = math.ceil(height / USER_BLOCK)
-        rows = np.concatenate(
-            [padded(self.users.rows[b:e], per_chunk * USER_BLOCK, ABSENT) for b, e in chunks]
+        # Of each user the place in `users`.
+        places = np.concatenate(
+            [
+                padded(np.arange(b, e, dtype=np.int32), per_chunk * USER_BLOCK, ABSENT)
+                for b, e in chunks
+            ]
         )
         sides = [
             side
-            for first in range(0, len(rows), USERS_AT_ONCE)
-            for side in self.encoder.users(
-                rows[first : first + USERS_AT_ONCE],
-                histories=self.users.histories,
-                attributes=self.users.attributes,
-            )
+            for first in range(0, len(places), USERS_AT_ONCE)
+            for side in self._look_up(places[first : first + USERS_AT_ONCE])
         ]
         prepared = []
         for number, (begin, end) in enumerate(chunks):
@@ -182,6 +187,24 @@ class ModelRanker:
             mine = sides[number * per_chunk :][:n_blocks]
             prepared.append(UserChunk(mine, end - begin, height))
         return prepared
+
+    def _look_up(self, places: Int32Array) -> list[Side]:
+        """Sides of ``[n]`` places in `users`, in blocks. All ranks."""
+        users, rows = self.users, np.full(len(places), ABSENT, np.int32)
+        there = places >= 0
+        rows[there] = users.rows[places[there]]
+        look_up = self.encoder.users
+        if users.context is not None:
+            look_up = partial(look_up, context=users.context, context_rows=places)
+        of_new = partial(look_up, histories=users.histories, attributes=users.attributes)
+        if users.is_known is None:
+            return of_new(rows)
+        is_known = np.ones(len(places), bool)
+        is_known[there] = users.is_known[places[there]]
+        known = look_up(np.where(is_known, rows, ABSENT).astype(np.int32))
+        new = of_new(np.where(is_known, ABSENT, rows).astype(np.int32))
+        flags = torch.from_numpy(is_known).to(self._world.device).split(USER_BLOCK)
+        return [a.where(flag, b) for flag, a, b in zip(flags, known, new, strict=True)]
 
     def best(
         self, users: UserChunk, seen: Jagged, k: int

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepfm_dist.data.batches.collation import ABSENT
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged
 from deepfm_dist.data.lookup import RowEncoder
@@ -42,8 +43,10 @@ from deepfm_dist.ranking.output import (
     ResumableOutput,
     hash_of,
 )
-from deepfm_dist.ranking.ranker import ModelRanker, Users
+from deepfm_dist.ranking.ranker import ModelRanker, Ranker, Users
+from deepfm_dist.ranking.requests import Requests, read_requests
 from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.subsets import SubsetRanker
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +71,9 @@ def recommend(
     """Ranks the catalogue for every user. All ranks.
 
     Writes ``recommendations.parquet`` (``user_id, item_id, score, rank``; score: logit; rank from
-    1) and ``recommendations.csv`` (``user,item``), both by user, then rank; where asked for, also
-    ``score_matrix.parquet`` (``user_id, scores``; see `ResumableOutput.write_matrix`), with the
-    seen items. In parts, the folders ``recommendations`` and ``score_matrix``, without a CSV file.
+    1) and ``recommendations.csv`` (``user,item``), by user, then rank; of requests both begin with
+    ``request``; where asked for, also ``score_matrix.parquet`` (``user_id, scores``; see
+    `ResumableOutput.write_matrix`), with the seen items. In parts, folders without a CSV file.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -95,12 +98,12 @@ def recommend(
         ConfigError: the device or model lacks the precision, or the index does not exist.
     """
     catalogue = _catalogue(dataset, config)
-    asked = _selected_users(dataset, config, rate)
+    asked = _selected_users(dataset, catalogue, config, rate)
     ranker, figures = _ranker(model, world, dataset, catalogue, asked, config)
     key = None
     if checkpoint is not None:
-        key = {"weights": fingerprint_of(checkpoint), "engine": ranker.engine.name}
-        key |= _key(dataset, catalogue, asked, config)
+        key = _key(dataset, catalogue, asked, config)
+        key |= {"weights": fingerprint_of(checkpoint), "engine": ranker.engine.name}
     output = partial(ResumableOutput, n_users=len(asked.ids), world=world, in_parts=in_parts)
     ending = "" if in_parts else ".parquet"
     parts = output(folder / f"{name}{ending}", inputs=key, content="recommendations")
@@ -111,15 +114,20 @@ def recommend(
         file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}{ending}"
         matrix = output(folder / file, inputs=matrix_key, content="a score matrix")
         _write_matrix(matrix, ranker, asked, catalogue, config.matrix)
-    files = parts.finish_ranked({"user": "user_id", "item": "item_id"}, config.k)
-    figures |= _speed(len(asked.ids) * len(catalogue), seconds, world)
-    return None if files is None else _with_figures(files, figures)
+    files = parts.finish_ranked(asked.csv_columns)
+    figures |= _speed(asked.n_pairs(catalogue), seconds, world)
+    return None if files is None else _with_figures(files, figures, asked)
 
 
-def _with_figures(files: RankingFiles, figures: Mapping[str, Any]) -> RankingFiles:
+def _with_figures(
+    files: RankingFiles, figures: Mapping[str, Any], asked: "_SelectedUsers"
+) -> RankingFiles:
     if short := files.owners - files.full:
-        candidates, users = plural(files.k, "candidate"), plural(short, "user")
-        log.info("fewer than %s to recommend to %s", candidates, users)
+        if asked.requests is None:
+            candidates, users = plural(files.k, "candidate"), plural(short, "user")
+            log.info("fewer than %s to recommend to %s", candidates, users)
+        else:
+            log.info("fewer items than asked for: %s", plural(short, "request"))
     return replace(files, figures=figures)
 
 
@@ -153,30 +161,83 @@ class _SelectedUsers:
 
     Attributes:
         users: in ranking order.
-        ids: their external ids.
-        positives: item rows that are not recommended to them, by row of ``users``.
-        rate: of the negatives that training draws for their pairs; None: it draws none.
+        ids: their external ids; of requests, the requests'.
+        masked: rows of the users in some lists of items, and these lists: what is not recommended.
+        rate: of the negatives that training draws for their pairs, by place in ``users``; None: it
+            draws none.
+        requests: what they ask for; None: all ask for the same.
     """
 
     users: Users
     ids: pa.Array
-    positives: list[Jagged]
+    masked: list[tuple[Int32Array, Jagged]]
     rate: NegativeRate | None
+    requests: Requests | None = None
+
+    @property
+    def csv_columns(self) -> dict[str, str]:
+        """Columns by their name in the CSV file."""
+        columns = {"user": "user_id", "item": "item_id"}
+        return columns if self.requests is None else {"request": "request", **columns}
+
+    def n_pairs(self, catalogue: Catalogue) -> int:
+        """Users and items that are scored."""
+        if self.requests is None:
+            return len(self.ids) * len(catalogue)
+        return int(self.requests.sets.sizes(len(catalogue)).sum())
 
 
 def _selected_users(
-    dataset: PreparedDataset, config: RecommendConfig, rate: NegativeRate | None
+    dataset: PreparedDataset,
+    catalogue: Catalogue,
+    config: RecommendConfig,
+    rate: NegativeRate | None,
 ) -> _SelectedUsers:
+    if config.requests is not None:
+        return _requests(dataset, catalogue, config, rate)
     if config.histories is not None:
         new = read_new_users(dataset, Path(config.histories))
         rows = np.arange(len(new.ids), dtype=np.int32)
         users = Users(rows, new.histories, new.attributes)
         rate = rate and rate.for_histories(new.histories, [new.seen])
-        return _SelectedUsers(users, new.ids, [new.histories, new.seen], rate)
+        masked = [(rows, bags) for bags in (new.histories, new.seen)]
+        return _SelectedUsers(users, new.ids, masked, rate)
     rows, ids = in_id_order(dataset, "user", _users(dataset, config.users))
-    masked = masked_splits(dataset, config.mask)
-    positives = [bags for split in masked for bags in dataset.met(split)]
-    return _SelectedUsers(Users(rows), ids, positives, rate)
+    rate = rate and replace(rate, log_of_user=rate.log_of_user[rows])
+    return _SelectedUsers(Users(rows), ids, _masked(dataset, config, rows), rate)
+
+
+def _masked(
+    dataset: PreparedDataset, config: RecommendConfig, rows: Int32Array
+) -> list[tuple[Int32Array, Jagged]]:
+    """The items that users of the training data have met, as `_SelectedUsers.masked`."""
+    splits = masked_splits(dataset, config.mask)
+    return [(rows, bags) for split in splits for bags in dataset.met(split)]
+
+
+def _requests(
+    dataset: PreparedDataset,
+    catalogue: Catalogue,
+    config: RecommendConfig,
+    rate: NegativeRate | None,
+) -> _SelectedUsers:
+    """Whom a file of requests asks for."""
+    assert config.requests is not None
+    requests = read_requests(dataset, catalogue, Path(config.requests), config)
+    users, places = requests.users, np.arange(len(requests.ids), dtype=np.int32)
+    masked, known = [(places, requests.blocked)], users.rows
+    if users.histories is not None:
+        masked.append((places, users.histories))
+        is_known = np.zeros(len(places), bool) if users.is_known is None else users.is_known
+        known = np.where(is_known, users.rows, ABSENT).astype(np.int32)
+        if rate is not None:
+            log_rates = rate.for_histories(users.histories).log_of_user
+            log_rates[is_known] = rate.log_of_user[known[is_known]]
+            rate = replace(rate, log_of_user=log_rates)
+    elif rate is not None:
+        rate = replace(rate, log_of_user=rate.log_of_user[known])
+    masked += _masked(dataset, config, known)
+    return _SelectedUsers(users, requests.ids, masked, rate, requests)
 
 
 def _ranker(
@@ -194,7 +255,7 @@ def _ranker(
         dataset,
         catalogue,
         asked.users,
-        RowEncoder(dataset).fixed_context(config.context),
+        {} if asked.requests else RowEncoder(dataset).fixed_context(config.context),
         memory_bytes=config.memory_bytes,
         precision=config.precision,
     )
@@ -216,21 +277,25 @@ def _write_ranked(
     """
     output.log_reuse()
     start = time.monotonic()
-    seen = catalogue.seen_by(asked.users.rows, asked.positives)
-    ranked = rank_users(ranker, len(asked.ids), seen, config.k, world, output.missing)
+    seen, k, requests = catalogue.seen_in(asked.masked), config.k, asked.requests
+    owners, by_request = {"user_id": asked.ids}, cast(Ranker, ranker)
+    if requests is not None:
+        k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
+        by_request = SubsetRanker(ranker, requests.sets)
+    ranked = rank_users(by_request, len(asked.ids), seen, k, world, output.missing)
 
     def probability(
         users: Int64Array, positions: Int64Array, scores: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
-        rows = asked.users.rows[users], catalogue.rows[positions]
-        logits = scores if asked.rate is None else scores + asked.rate.log_rates(*rows)
+        rows = catalogue.rows[positions]
+        logits = scores if asked.rate is None else scores + asked.rate.log_rates(users, rows)
         return probabilities(logits).astype(np.float32)
 
     output.write_ranked(
         ranked,
-        asked.ids,
-        catalogue.ids,
-        ("user_id", "item_id"),
+        owners,
+        ("item_id", catalogue.ids),
+        k if requests is None else requests.k,
         probability if config.probability else None,
     )
     world.barrier()
@@ -254,9 +319,13 @@ def _key(
 ) -> dict[str, Any]:
     """What rankings depend on besides weights and engine, as JSON values."""
     users: Any = hash_of(asked.users.rows)
-    if asked.users.histories is not None:
+    if asked.requests is not None:
+        users = [external(ids).to_pylist() for ids in (asked.ids, asked.requests.user_ids)] + [
+            hash_of(*asked.requests.arrays)
+        ]
+    elif asked.users.histories is not None:
         items: list[npt.NDArray[Any]] = []
-        for bags in asked.positives:
+        for _, bags in asked.masked:
             items += [bags.offsets, bags.values]
         for values in (asked.users.attributes or {}).values():
             items += [values.offsets, values.values] if isinstance(values, Jagged) else [values]
@@ -287,8 +356,9 @@ def _with_short_list(
     if config.candidates is None or config.candidates >= len(catalogue):
         return ranker, {}
     rows = asked.users.rows
-    sample = rows[_sample(len(rows), len(catalogue))]
-    seen = catalogue.seen_by(sample, asked.positives)
+    places = _sample(len(rows), len(catalogue))
+    sample = rows[places]
+    seen = catalogue.seen_in([(of_list[places], bags) for of_list, bags in asked.masked])
     index = None if config.index is None else ranker.make_index(config.index, config.probes)
     compared = _compare(ranker, sample, seen, config.k, config.candidates, index=index, world=world)
     return ranker.for_users(rows, config.candidates, index), {"short_list": compared}

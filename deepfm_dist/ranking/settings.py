@@ -115,6 +115,11 @@ class RecommendConfig(Section):
     and `item` (csv, tsv, parquet). Items rated below `min_rating` do not enter the history and are
     not recommended either. Columns of user fields are read as attributes. For models with a history
     field."""
+    requests: LocalPath | None = None
+    """Answer the requests of a file (csv, tsv, parquet), one per row: a user of the training data,
+    or ``items`` and attributes that describe one; context fields; and, each optional, ``allow`` and
+    ``block`` (lists of items), ``where`` (such as ``genre=Drama and year!=1999``), ``k`` and
+    ``request``, an id for the results. ``--requests FILE`` is the same."""
     allow_items: LocalPath | tuple[Id, ...] | None = None
     """Recommend only these items: a list of ids, or a file with a column of items."""
     block_items: LocalPath | tuple[Id, ...] | None = None
@@ -153,6 +158,18 @@ class RecommendConfig(Section):
                 f"mask={list(self.mask)} applies to users of the training data: leave it out, or "
                 f"histories"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _requests_alone(self) -> Self:
+        if self.requests is not None:
+            for name in ("users", "histories", "candidates", "index", "matrix"):
+                if (value := getattr(self, name)) is not None:
+                    value = list(value) if isinstance(value, tuple) else value
+                    raise ValueError(
+                        f"{name}={value}: a file of requests names its own users, and each is "
+                        f"ranked in full; leave {name} out, or requests"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -118,9 +118,9 @@ def similar_items(
     ranked = rank_users(
         ranker, n, _itself, config.k, world, parts.missing, description="compare items"
     )
-    parts.write_ranked(ranked, catalogue.ids, catalogue.ids, ("item_id", "similar_item_id"))
-    columns = {"item": "item_id", "similar_item": "similar_item_id"}
-    return parts.finish_ranked(columns, config.k)
+    items = "similar_item_id", catalogue.ids
+    parts.write_ranked(ranked, {"item_id": catalogue.ids}, items, config.k)
+    return parts.finish_ranked({"item": "item_id", "similar_item": "similar_item_id"})
 
 
 def _inputs(

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.topk import NO_ITEM
 
@@ -52,6 +52,9 @@ class Engine(Protocol):
 
     def fill(self, items: Any, begin: int, side: Side) -> None:
         """Writes items into their places; those past the end are left out."""
+
+    def take(self, items: Any, places: Int64Array) -> Any:
+        """Some of the items: ``[n]`` places in ``items``, ascending, at least one."""
 
     def users(self, sides: Sequence[Side]) -> Any:
         """Prepares users, in blocks of `USER_BLOCK`."""

@@ -70,7 +70,8 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     with written.first.open("rb") as opened, pq.ParquetFile(opened) as file:  # may fit no memory
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
         shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas()
-    owner, item = shown.columns[:2]
+    owner = shown.columns[0]
+    item = next(name for name in shown.columns[1:] if name.endswith("item_id"))
     titles = dataset.titles(cold=True)
     if titles is not None:
         ids = external(dataset.entity_ids("item", cold=True).slice(1)).to_pylist()

@@ -44,6 +44,8 @@ MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
 MAX_ROWS = 1000
 """Rows that a request may have scored."""
+MAX_LISTED, MAX_FILTER = 10_000, 1000
+"""Items that a request may allow or block; characters of its filter."""
 PAGE = Path(__file__).parent / "pages" / "index.html"
 
 Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
@@ -70,6 +72,14 @@ class Ranking(BaseModel):
     """The best items, best first; fewer than asked for where there are no more."""
 
     items: list[Scored]
+
+
+class Answer(Ranking):
+    """The ranking that a request asks for."""
+
+    unknown: dict[str, int] = Field(
+        description="by list, allow or block: number of ids that are not in the training data"
+    )
 
 
 class User(BaseModel):
@@ -157,12 +167,13 @@ ItemId = Annotated[str | int, PlainValidator(_id, json_schema_input_type=str | i
 _DESCRIBED: list[JsonValue] = [
     {"required": ["items"], "properties": {"items": {"minItems": 1}}},
     {"required": ["attributes"], "properties": {"attributes": {"minProperties": 1}}},
+    {"required": ["user"]},
 ]
 """What `Recommender.recommend_for` asks for, as JSON Schema."""
 
 
 class Described(BaseModel):
-    """A user, described by items, attributes or both."""
+    """A user of the training data, or one described by items, attributes or both; and a choice."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"anyOf": _DESCRIBED})
 
@@ -173,6 +184,18 @@ class Described(BaseModel):
     )
     context: dict[str, Cell] = Field(
         default_factory=dict, description="values of context fields, if not the service's own"
+    )
+    user: ItemId | None = Field(None, description="id of a user of the training data")
+    allow: list[ItemId] | None = Field(
+        None, min_length=1, max_length=MAX_LISTED, description="the only items that may be ranked"
+    )
+    block: list[ItemId] | None = Field(
+        None, max_length=MAX_LISTED, description="items that are left out"
+    )
+    where: str | None = Field(
+        None,
+        max_length=MAX_FILTER,
+        description="filter by item fields, such as genre=Drama and year!=1999",
     )
 
 
@@ -383,14 +406,25 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
         responses=NOT_FOUND | NOT_ABLE | NOT_READABLE,
         dependencies=[Depends(_refuse_repeated_keys)],
     )
-    async def recommend(described: Described) -> Ranking:
-        """The best items for somebody who is described by items, attributes or both."""
-        items = [str(item) for item in described.items]
-        return _ranking(
-            model.recommender.recommend_for(
-                items, described.k, described.attributes, described.context
-            )
+    async def recommend(described: Described) -> Answer:
+        """The best items for a user, or for somebody described by items, attributes or both.
+
+        All items may be ranked, unless the request chooses: allow, block and where.
+        """
+        user, allow, block = described.user, described.allow, described.block
+        ranking, unknown = model.recommender.recommend_for(
+            [str(item) for item in described.items],
+            described.k,
+            described.attributes,
+            described.context,
+            user=None if user is None else str(user),
+            choice=live.ItemChoice(
+                None if allow is None else [str(item) for item in allow],
+                None if block is None else [str(item) for item in block],
+                described.where,
+            ),
         )
+        return Answer(items=_ranking(ranking).items, unknown=unknown)
 
     @app.post(
         "/predict",

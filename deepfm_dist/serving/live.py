@@ -15,7 +15,7 @@ from deepfm_dist.build import build_model
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import Rows
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import Cell, RowEncoder, UserAttributes
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.data.sources import read_objects
@@ -28,11 +28,14 @@ from deepfm_dist.jobs.export import is_export_of
 from deepfm_dist.messages import brief
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import Side
+from deepfm_dist.ranking.filters import ItemFilters
 from deepfm_dist.ranking.items import Catalogue, cold_items_to_rank, in_id_order
 from deepfm_dist.ranking.lookup import SideEncoder
 from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
 from deepfm_dist.ranking.recommendation import masked_splits
+from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
+from deepfm_dist.ranking.subsets import ItemSets, SubsetRanker
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
 from deepfm_dist.runs.trained import RunOnDisk, negative_rate, ranking_loss, settings_in
@@ -68,6 +71,23 @@ class Prediction(NamedTuple):
 
     score: float | None
     probability: float | None
+
+
+class ItemChoice(NamedTuple):
+    """Which items a request wants ranked.
+
+    Attributes:
+        allow: external ids; None: all items.
+        block: external ids of items that are left out.
+        where: a filter, such as ``genre=Drama``; None: no filter.
+    """
+
+    allow: Sequence[str] | None = None
+    block: Sequence[str] | None = None
+    where: str | None = None
+
+
+EVERY_ITEM = ItemChoice()
 
 
 class Unknown(KeyError):
@@ -107,6 +127,7 @@ class Recommender:
         )
         self._catalogue = Catalogue(dataset, cold_items=cold_items)
         self._encoder, self._attributes = RowEncoder(dataset), UserAttributes(dataset)
+        self._filters = ItemFilters(dataset, self._catalogue)
         self._fixed = config.recommend.context
         context = self._encoder.fixed_context(self._fixed)
         settings = settings_in(run.state)
@@ -171,36 +192,68 @@ class Recommender:
         k: int,
         attributes: Mapping[str, Cell] | None = None,
         context: Mapping[str, str | float] | None = None,
-    ) -> list[Scored]:
-        """The best other items for somebody who is known by items, attributes or both.
+        user: str | None = None,
+        choice: ItemChoice = EVERY_ITEM,
+    ) -> tuple[list[Scored], dict[str, int]]:
+        """The best other items for a user, or for somebody known by items, attributes or both.
 
         Args:
             items: external ids.
             k: number of items.
             attributes: values of user fields, by name.
             context: values of context fields, by name; default: those of the service.
+            user: a user of the training data, whose own items and attributes count.
+            choice: which items may be ranked.
+
+        Returns:
+            The ranking, and how many ids of each list of ``choice`` are not in the training data.
 
         Raises:
-            Unknown: the item is unknown.
+            Unknown: a user or an item is unknown.
             Unsupported: the model has no field that is made of a user's items, or none of
                 attributes.
-            Invalid: neither items nor attributes, or a field or a value of one is unknown.
+            Invalid: nobody is described, or a field or a value of one is unknown.
         """
-        self._check_described(items, attributes)
+        if user is None:
+            self._check_described(items, attributes)
+        elif user not in self._users:
+            raise Unknown(user, self.name)
+        elif items or attributes:
+            raise Invalid("user is in the training data; leave items and attributes out")
+        listed, unknown = self._listed(choice)
         try:
             fields = self._attributes.encode(attributes) if attributes else None
             fixed = self._encoder.fixed_context({**self._fixed, **context}) if context else None
+            sets = item_sets(self._filters, self._catalogue, [choice.where], [listed["allow"]])
         except ConfigError as error:
             raise Invalid(str(error).replace("recommend.context", "context")) from None
-        rows = np.unique(np.array([self._rows[item] for item in items], np.int32))
-        nobody, theirs = np.zeros(1, np.int32), Jagged(np.array([0, len(rows)]), rows)
-        seen = self._catalogue.seen_by(nobody, [theirs])(0, 1)
-        rate = self._rate and self._rate.for_histories(theirs)
-        log_rate = 0.0 if rate is None else float(rate.log_of_user[0])
-        user = self._ranker.encoder.users(
-            nobody, histories=theirs, attributes=fields, context=fixed
-        )
-        return self._best(user, seen, k, log_rate)
+        row = np.zeros(1, np.int32)
+        theirs = _bag([self._rows[item] for item in items])
+        masked = [(row, theirs), (row, _bag(listed["block"]))]
+        rate = self._rate
+        if user is not None:
+            row = np.array([self._users[user]], np.int32)
+            masked += [(row, bags) for bags in self._positives]
+            sides = self._ranker.encoder.users(row, context=fixed)
+        else:
+            rate = rate and rate.for_histories(theirs)
+            sides = self._ranker.encoder.users(
+                row, histories=theirs, attributes=fields, context=fixed
+            )
+        log_rate = 0.0 if rate is None else float(rate.log_of_user[row[0]])
+        seen = self._catalogue.seen_in(masked)(0, 1)
+        return self._best(sides, seen, k, log_rate, sets), unknown
+
+    def _listed(self, choice: ItemChoice) -> tuple[dict[str, Int32Array | None], dict[str, int]]:
+        """Item rows of the lists of a choice, and how many ids of each are unknown."""
+        rows: dict[str, Int32Array | None] = {}
+        unknown = {}
+        for name, ids in (("allow", choice.allow), ("block", choice.block)):
+            known = [self._all_items[id_] for id_ in ids or () if id_ in self._all_items]
+            rows[name] = None if ids is None else np.array(known, np.int32)
+            if missing := len(ids or ()) - len(known):
+                unknown[name] = missing
+        return rows, unknown
 
     def _check_described(self, items: Sequence[str], attributes: Mapping[str, Cell] | None) -> None:
         """Refuses a description that says nothing to this model; see `recommend_for`."""
@@ -222,7 +275,7 @@ class Recommender:
             known = ["items"] if self.knows_users_by_items else []
             known += ["attributes"] if self._attributes.names else []
             cure = "items, attributes or both" if len(known) == 2 else known[0]
-            raise Invalid(f"{known[0]} is missing or empty; give {cure}")
+            raise Invalid(f"{known[0]} is missing or empty; give {cure}, or a user")
 
     @torch.no_grad()
     def predict(self, objects: Sequence[dict[str, Any]]) -> tuple[list[Prediction], dict[str, int]]:
@@ -312,9 +365,29 @@ class Recommender:
         ids: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return ids
 
-    def _best(self, user: Sequence[Side], seen: Jagged, k: int, log_rate: float) -> list[Scored]:
-        """A user's ranking; ``log_rate``: `NegativeRate` of the user."""
-        [positions], [scores] = self._ranker.best(UserChunk(user, 1, 1), seen, k)
+    def _best(
+        self,
+        user: Sequence[Side],
+        seen: Jagged,
+        k: int,
+        log_rate: float,
+        sets: ItemSets | None = None,
+    ) -> list[Scored]:
+        """A user's ranking.
+
+        Args:
+            user: the user's side.
+            seen: positions that are not ranked.
+            k: number of items.
+            log_rate: `NegativeRate` of the user.
+            sets: items that are ranked; None: all.
+        """
+        chunk = UserChunk(user, 1, 1)
+        if sets is None:
+            [positions], [scores] = self._ranker.best(chunk, seen, k)
+        else:
+            subsets = SubsetRanker(self._ranker, sets)
+            [positions], [scores] = subsets.best((sets.number, chunk), seen, k)
         found = self._shown(positions, scores)
         if not self._has_probabilities:
             return found
@@ -331,6 +404,12 @@ class Recommender:
             for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
             if position != NO_ITEM
         ]
+
+
+def _bag(rows: Sequence[int] | Int32Array | None) -> Jagged:
+    """One list of item rows, each once, ascending."""
+    distinct = np.unique(np.array([] if rows is None else rows, np.int32))
+    return Jagged(np.array([0, len(distinct)]), distinct)
 
 
 def _all_users(encoder: SideEncoder, n: int, memory_bytes: int) -> Side | None:

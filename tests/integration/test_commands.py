@@ -91,6 +91,7 @@ NOT_TYPED = {
     r"docs/launch.md: ((\w+=\w+ )*launch/|sbatch|kubectl|docker|torchx|cp .torchx)": "tests/launch",
     r"docs/nightly.md: (day=|(COMMAND=\w+ (CONFIG=\S+ )?)?launch/)": "tests/launch",
     r"docs/nightly.md: (deepfm|torchrun|Model.load)": "tests/jobs/test_nightly.py",
+    r"docs/requests.md: torchrun": "tests/ranking/test_requests.py, with a file of requests",
     r"docs/tuning.md: deepfm tune": "tests/training/test_tune_workers.py",
     r"docs/install.md: docker": "no engine at hand",
     r"docs/spark.md: (python launch/|spark-submit)": "tests/launch/test_spark.py",

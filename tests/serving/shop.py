@@ -7,6 +7,8 @@ import pandas as pd
 
 from deepfm_dist.config import Config, config_from
 
+KINDS = ("dry", "wet", "dry and wet")
+
 
 def shop(folder: Path) -> Config:
     """A model of users by items, city, tags, age and taste, that looks at the device of a row."""
@@ -21,10 +23,13 @@ def shop(folder: Path) -> Config:
     people.to_csv(folder / "people.csv", index=False)
     taste = pd.DataFrame({"user": range(30), "taste": [*rng.normal(0, 100, (30, 3))]})
     taste.to_parquet(folder / "taste.parquet")
+    kinds = pd.DataFrame({"item": range(20), "kind": [KINDS[i % 3] for i in range(20)]})
+    kinds.to_csv(folder / "kinds.csv", index=False)
     of_user = {"entity": "user", "file": "people.csv"}
     features = [
         {"name": "seen", "entity": "user", "history": "item"},
         {"name": "item", "entity": "item"},
+        {"name": "kind", "entity": "item", "file": "kinds.csv"},
         {"name": "city", **of_user, "keep": "first"},
         {"name": "age", **of_user, "kind": "numeric", "transform": "standard"},
         {"name": "tags", **of_user, "separator": "|"},

@@ -1,5 +1,6 @@
 """Users whom the log has never seen, described in a request by items, attributes or both."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from deepfm_dist.serving.live import Recommender
 from deepfm_dist.serving.replacement import ModelInUse
 
 
-def _answers(config: Config, bodies: list[Any], user: str) -> tuple[list[Any], list[Any]]:
+def _answers(
+    config: Config, bodies: list[Any], user: str, requests: list[dict[str, Any]]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Answers by route: a known user's, those to bodies, and those to requests that a file has."""
     train(config)
     found = find_run(config, ())
     folder = up_to_date_export(found)
@@ -33,10 +37,58 @@ def _answers(config: Config, bodies: list[Any], user: str) -> tuple[list[Any], l
         recommender = Recommender(found, folder, world)
     client = TestClient(make_app(ModelInUse(recommender)))
     known = client.get(f"/users/{user}/recommendations?k=12").json()["items"]
-    responses = [client.post("/recommend", json=body) for body in bodies]
-    file = {"recommend.histories": str(found.dataset.folder.parent / "new.csv"), "recommend.k": 12}
-    recommend(with_settings(config, file), output=str(found.dataset.folder.parent / "new.parquet"))
-    return known, [(response.status_code, response.json()) for response in responses]
+    responses = [client.post("/recommend", json=body) for body in [*bodies, *requests]]
+    for option, columns in (("histories", {"recommend.k": 12}), ("requests", {})):
+        file = found.dataset.folder.parent / ("new.csv" if option == "histories" else "asked.jsonl")
+        target = str(file.with_suffix(".parquet"))
+        recommend(
+            with_settings(config, {f"recommend.{option}": str(file), **columns}), output=target
+        )
+    answers = [(response.status_code, response.json()) for response in responses]
+    return known, answers[: len(bodies)], answers[len(bodies) :]
+
+
+def _requests(attributes: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Bodies of requests, and the same as rows of a file."""
+    bodies: list[dict[str, Any]] = [
+        {"user": 4, "k": 20, "where": "kind=dry"},
+        {"user": "4", "k": 20, "where": "kind!=dry", "block": ["0", "1", 77]},
+        {"user": 4, "k": 3, "context": {"device": "desk"}},
+        {"attributes": attributes, "k": 2, "where": "kind=dry and wet and kind!=wet"},
+        {"items": [3, 5], "attributes": attributes, "allow": [*range(9), 88], "k": 20},
+        {"items": [3, 5], "where": "kind=wet", "allow": [3, 5], "k": 20},
+    ]
+    rows = []
+    for body in bodies:
+        row = {"device": "phone", **body, **body.get("context", {}), **body.get("attributes", {})}
+        rows.append({k: v for k, v in row.items() if k not in ("context", "attributes")})
+    return bodies, rows
+
+
+def _check_requests(known: list[Any], ranked: list[Any], answered: pd.DataFrame) -> None:
+    """Compares answers with those to a file, and with the known user's whole ranking."""
+    assert [status for status, _ in ranked] == [200] * len(ranked)
+    assert [answer["unknown"] for _, answer in ranked] == [
+        {},
+        {"block": 1},
+        {},
+        {},
+        {"allow": 1},
+        {},
+    ]
+    for number, (_, answer) in enumerate(ranked):
+        in_file = answered[answered["request"] == number]
+        assert in_file["item_id"].tolist() == [item["id"] for item in answer["items"]]
+        scores = [item["score"] for item in answer["items"]]
+        assert in_file["score"].tolist() == pytest.approx(scores, abs=1e-5)
+    found = [[item["id"] for item in answer["items"]] for _, answer in ranked]
+    whole = [item["id"] for item in known]  # of user 4, twelve of whose twenty items are unseen
+    assert found[0] == [i for i in whole if i % 3 == 0]
+    assert found[1] == [i for i in whole if i % 3 and i not in (0, 1)]
+    assert len(found[2]) == 3
+    assert len(found[3]) == 2 and all(i % 3 == 2 for i in found[3])
+    assert sorted(found[4]) == [i for i in range(9) if i not in (3, 5)]
+    assert found[5] == []
 
 
 def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> None:
@@ -71,7 +123,16 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
     new = new.assign(city=["", *[of_user["city"]] * 7], tags=[tags, *["a"] * 7])
     new["taste"] = ["", str(of_user["taste"]), *["[0, 0, 0]"] * 6]
     new.to_csv(tmp_path / "p/new.csv", index=False)
-    known, answers = run_in_fork(_answers, config, bodies, "4")
+    bodies += [
+        {"user": 4, "items": items},
+        {"user": 4, "where": "kind=dri"},
+        {"user": 4, "where": "city=Oslo"},
+        {"user": 4, "allow": []},
+        {"user": 999},
+    ]
+    requests, rows = _requests(attributes)
+    (tmp_path / "p/asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    known, answers, ranked = run_in_fork(_answers, config, bodies, "4", requests)
     expected = {item["id"]: (item["score"], item["probability"]) for item in known}
     assert len(expected) == 12
     in_file = pd.read_parquet(tmp_path / "p/new.parquet").set_index("item_id")["score"]
@@ -86,7 +147,8 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
         common = [i for i in expected if i in scores]
         assert any(abs(scores[i] - expected[i][0]) > 1e-3 for i in common)
     assert len(others[2]) == 20  # nothing is known to be seen
-    assert [status for status, _ in answers[5:]] == [422] * 11
+    _check_requests(known, ranked, pd.read_parquet(tmp_path / "p/asked.parquet"))
+    assert [status for status, _ in answers[5:]] == [422] * 15 + [404]
     texts = [answer["detail"] for _, answer in answers[5:]]
     for text, part in zip(
         texts,
@@ -100,8 +162,13 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
             "attributes.taste=7: expected a list of 3 finite numbers",
             "context.weather: unknown context field",
             "context.device='radio': never seen in training",
-            "items is missing or empty; give items, attributes or both",
-            "unknown field 'mood'; allowed: items, k, attributes, context",
+            "items is missing or empty; give items, attributes or both, or a user",
+            "unknown field 'mood'; allowed: items, k, attributes, context, user, allow, block, wh",
+            "user is in the training data; leave items and attributes out",
+            "where='kind=dri': the items of the training data have no kind='dri'; did you mean 'dr",
+            "where='city=Oslo': unknown item field 'city'; available: kind",
+            "allow: list should have at least 1 item",
+            "'999' is not in the training data",
         ],
         strict=True,
     ):

@@ -22,7 +22,14 @@ from deepfm_dist.data.sources.columnar import ColumnarReader, parquet_groups
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
 from deepfm_dist.data.sources.json_lines import JsonLinesReader, ObjectReader
-from deepfm_dist.data.sources.nested import NestedError, as_lists, holds_lists, plain
+from deepfm_dist.data.sources.nested import (
+    NestedError,
+    as_lists,
+    holds_lists,
+    is_list,
+    plain,
+    texts_of,
+)
 from deepfm_dist.data.sources.reader import MissingColumnError, Reader
 from deepfm_dist.data.sources.source import BLOCK_BYTES, EmptyFile, Source
 from deepfm_dist.errors import DataError
@@ -38,6 +45,7 @@ __all__ = [
     "MissingColumnError",
     "as_lists",
     "column_names",
+    "find_empty_list",
     "find_file",
     "find_files",
     "find_lists",
@@ -205,6 +213,30 @@ def length_of_vectors(
         lengths = np.asarray(pc.list_value_length(vectors).fill_null(0), np.int64)
         if lengths.any():
             return int(lengths[lengths > 0][0])
+    return None
+
+
+def find_empty_list(path: str | Path, column: str) -> int | None:
+    """The number of the first row, from 1, whose cell is a list without elements; None: no row.
+
+    `read_table` gives such a list for a null cell, too.
+
+    Args:
+        path: the file.
+        column: one of its columns.
+    """
+    wanted = Column(column, "texts", required=False)
+    reader = _reader(Source(str(path)), [wanted], None, None)
+    rows = 0
+    for batch in reader.batches():
+        cells = plain(reader.cells(batch, wanted))
+        if is_list(cells.type):
+            empty = np.asarray(pc.equal(pc.list_value_length(cells), 0).fill_null(False))
+        else:
+            empty = np.asarray(pc.match_substring_regex(texts_of(cells), r"^\s*\[\s*\]\s*$"))
+        if empty.any():
+            return rows + int(empty.argmax()) + 1
+        rows += batch.num_rows
     return None
 
 

@@ -80,7 +80,7 @@ class JsonLinesReader(Reader):
     def _texts(self, name: str, values: list[Any], first_row: int) -> pa.Array:
         """Values of a member as text."""
         columns = [c for c in self.columns if self.places[c.name].column == name]
-        nested = all(c.type == "texts" or self.places[c.name].path for c in columns)
+        nested = all(c.type in ("texts", "vector") or self.places[c.name].path for c in columns)
         is_text = any(c.type in ("text", "texts") for c in columns)
         texts = [v if type(v) is str else text_of(v, is_text) for v in values]
         for at in [at for at, value in enumerate(values) if type(value) in (list, dict)]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines import numba_kernel as kernel
 from deepfm_dist.ranking.types import Best
@@ -33,13 +33,7 @@ class NumbaEngine:
 
     def allocate(self, n: int, like: Side) -> kernel.Items:
         """Room for n items."""
-        blocks, dim, units = -(-n // kernel.BLOCK), like.factor_sum.shape[1], like.hidden.shape[1]
-        constant = kernel.aligned_zeros(blocks * kernel.BLOCK)
-        constant[n:] = -np.inf
-        factors, hidden = (
-            kernel.aligned_zeros(blocks * size * kernel.BLOCK) for size in (dim, units)
-        )
-        return kernel.Items(constant, factors, hidden, n, dim, units)
+        return kernel.empty_items(n, like.factor_sum.shape[1], like.hidden.shape[1])
 
     def fill(self, items: kernel.Items, begin: int, side: Side) -> None:
         """Puts items into their place; ``begin`` is that of a block of the kernel's."""
@@ -52,6 +46,12 @@ class NumbaEngine:
             rows = values.new_zeros(blocks * kernel.BLOCK, size)
             rows[:n] = values[:n]
             room[first : first + blocks] = rows.view(blocks, kernel.BLOCK, size).transpose(1, 2)
+
+    def take(self, items: kernel.Items, places: Int64Array) -> kernel.Items:
+        """Some of the items; see `Engine`."""
+        picked = kernel.empty_items(len(places), items.dim, items.units)
+        kernel.copy_items(items, places, picked)
+        return picked
 
     def users(self, sides: Sequence[Side]) -> kernel.Users:
         """Prepares users."""

@@ -152,6 +152,15 @@ def aligned_zeros(*shape: int) -> FloatArray:
     return room[skip : skip + size].reshape(shape)
 
 
+def empty_items(n: int, dim: int, units: int) -> Items:
+    """Room for n items."""
+    blocks = -(-n // BLOCK)
+    constant = aligned_zeros(blocks * BLOCK)
+    constant[n:] = -np.inf
+    factors, hidden = (aligned_zeros(blocks * size * BLOCK) for size in (dim, units))
+    return Items(constant, factors, hidden, n, dim, units)
+
+
 _Typed = tuple[Any, Any]
 """A numba type and a value of it in LLVM."""
 
@@ -443,6 +452,22 @@ def update_top_k(
                     for lane in range(BLOCK):
                         places[lane] = offset + block * BLOCK + lane
                     _keep(above, scores, places, user, best, positions)
+
+
+@compiled
+def copy_items(items: Items, places: Int64Array, picked: Items) -> None:
+    """Copies ``[n]`` places of some items into n others."""
+    for at in range(len(places)):
+        block, lane = divmod(places[at], BLOCK)
+        to_block, to_lane = divmod(at, BLOCK)
+        picked.constant[at] = items.constant[places[at]]
+        for packed, size, target in (
+            (items.factors, items.dim, picked.factors),
+            (items.hidden, items.units, picked.hidden),
+        ):
+            source, room = block * size * BLOCK + lane, to_block * size * BLOCK + to_lane
+            for j in range(size):
+                target[room + j * BLOCK] = packed[source + j * BLOCK]
 
 
 @compiled

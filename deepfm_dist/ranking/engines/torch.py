@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.ranking.topk import NO_ITEM, mask_of, masked_top_k, top_k
@@ -34,6 +34,10 @@ class TorchEngine:
         for target, source in zip(items.tensors, side.tensors, strict=True):
             room = target[begin : begin + len(source)]
             room.copy_(source[: len(room)])
+
+    def take(self, items: Side, places: Int64Array) -> Side:
+        """Some of the items; see `Engine`."""
+        return items[torch.from_numpy(places).to(items.constant.device)]
 
     def users(self, sides: Sequence[Side]) -> Side:
         """Prepares users."""

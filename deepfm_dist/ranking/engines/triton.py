@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines.triton_kernel import (
     DIM_STEP,
@@ -96,6 +96,13 @@ class TritonEngine:
             if source.dim() > 1:
                 room = room[:, : source.shape[1]]
             room.copy_(source[:n])
+
+    def take(self, items: Items, places: Int64Array) -> Items:
+        """Some of the items; see `Engine`."""
+        picked = self.allocate(len(places), items.side)
+        wanted = torch.from_numpy(places).to(items.side.constant.device)
+        self.fill(picked, 0, items.side[wanted])
+        return picked
 
     def users(self, sides: Sequence[Side]) -> Side:
         """Prepares users."""
