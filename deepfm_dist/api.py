@@ -70,7 +70,8 @@ def fit(
         time: its column of times (numbers or timestamps).
         label: its column of labels, 0 or 1; without one every row is a positive.
         users: fields of the users: a column ``user`` and others. In every frame of fields, text and
-            whole numbers are categories, fractions are numbers, a list holds several categories.
+            whole numbers are categories, fractions are numbers, a list holds several categories, a
+            list of fractions is a vector such as an embedding.
         items: fields of the items, in the same way; a column ``title`` is only shown.
         context: further columns of ``interactions`` that are fields of the model.
         folder: where everything is written.
@@ -558,6 +559,9 @@ def _field(
 ) -> dict[str, Any]:
     """A field in a file of its own, a line for each value; the file is added to ``frames``."""
     file = f"{entity}-{column}.parquet"
+    if _holds_vectors(frame[column]):
+        frames[file] = frame[[key, column]]
+        return {"name": column, "entity": entity, "file": file, "kind": "vector"}
     values = frame[[key, column]].explode(column).dropna()
     several = bool(values[key].duplicated().any())
     frames[file] = values
@@ -574,3 +578,14 @@ def _kind(values: "pd.Series[Any]") -> dict[str, str]:
     if pd.api.types.is_float_dtype(values):
         return {"kind": "numeric", "transform": "standard"}
     return {}
+
+
+def _holds_vectors(cells: "pd.Series[Any]") -> bool:
+    """Whether all cells with a value are lists or arrays, and some number in them is a float."""
+    if cells.dtype != object:
+        return False
+    lists = cells[[isinstance(cell, Sequence | np.ndarray) for cell in cells]]
+    if len(lists) < cells.notna().sum() or any(isinstance(cell, str) for cell in lists):
+        return False
+    numbers = lists.explode().dropna()
+    return len(numbers) > 0 and pd.api.types.is_float_dtype(numbers.infer_objects())

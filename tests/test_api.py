@@ -36,6 +36,7 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
     articles["tags"] = [["a", "b"][: i % 3] for i in range(60)]  # 0 to 2 of them
     articles["price"] = random.random(60) * 100
     articles["brand"] = [i % 5 for i in range(60)]
+    articles["look"] = [random.random(3) if i % 9 else None for i in range(60)]
     return orders, articles
 
 
@@ -88,11 +89,14 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     found = run_alone(_fitted, tmp_path)
     assert capfd.readouterr().out == ""
     fields = {f["name"]: f for f in found["features"]}
-    assert list(fields) == ["user_id", "item_id", "tags", "price", "brand", "device"]
+    assert list(fields) == ["user_id", "item_id", "tags", "price", "brand", "look", "device"]
     assert "keep" not in fields["tags"]
     assert fields["price"]["kind"] == "numeric"
     assert fields["brand"] == {
         "name": "brand", "entity": "item", "file": "item-brand.parquet", "keep": "first"
+    }  # fmt: skip
+    assert fields["look"] == {
+        "name": "look", "entity": "item", "file": "item-look.parquet", "kind": "vector"
     }  # fmt: skip
     # Rows and rankings apart, with no empty cell; the same figures as in the run's log.
     rows, rankings = found["rows"], found["rankings"]
@@ -111,7 +115,7 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     manifest = json.loads((tmp_path / "prepared/model/manifest.json").read_text())
     n_train = manifest["splits"]["train"]["rows"]
     assert shown[1] == f"  trained on {n_train} positives, 40 users, 60 items"
-    assert shown[2] == "  fields: user_id, item_id, tags, price, brand, device"
+    assert shown[2] == "  fields: user_id, item_id, tags, price, brand, look, device"
     assert len(shown) < 10 and max(map(len, shown[1:])) < 100
     best = found["best"]
     assert best["user_id"].tolist() == ["u17"] * 3 + ["u3"] * 3

@@ -648,6 +648,11 @@ class DataConfig(Section):
                 raise ValueError(f"{uses[0]} describes the {entity}: name interactions.{entity}")
         for feature in self.features:
             self._check_column(feature)
+        arrays = [name for f in self.features if f.npy is not None for name in names_of(f.npy)]
+        if described := [name for name in self.files if name in arrays]:
+            raise ValueError(
+                f"files: {described[0]} is a NumPy file, which describes itself; leave it out"
+            )
         titles = self.titles
         if titles is not None and titles.column == (titles.key or rows.item):
             raise ValueError(

@@ -19,6 +19,7 @@ from deepfm_dist.data.manifest import TableSpec
 from deepfm_dist.distributed.planning import Plan, sent_bytes
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import RESERVED, local_shards
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.plan import plan
 from deepfm_dist.report.tables import plan_table
 from tests.ranks import run_ranks
@@ -165,9 +166,13 @@ def test_what_training_would_choose_from_the_data_is_planned_for(
 
 def test_hashed_tables_and_buckets_need_no_data() -> None:
     fields = "data.features=[{name: h, hash_rows: 90}, {name: n, kind: numeric, "
-    fields += "transform: bucket, buckets: 7}]"
+    fields += "transform: bucket, buckets: 7}, "
+    fields += "{name: x, entity: item, kind: vector, file: x.parquet, dim: 9}]"
     actual = planned(config_of(fields, "run.prepared_root=/nowhere"), {}, 2, 2, 80)
     assert {table.table: table.rows for table in actual.tables} == {"h": 91, "n": 8}
+    unknown = config_of(fields.replace(", dim: 9", ""), "run.prepared_root=/nowhere")
+    with pytest.raises(ConfigError, match="the length of the vectors of x is not known: set dim"):
+        planned(unknown, {}, 2, 2, 80)
 
 
 def _bytes_held(folder: Path, config: Config) -> int:

@@ -18,6 +18,7 @@ from tests.ranks import run_alone, run_ranks
 
 ROOT = Path(__file__).parents[2]
 EASE = "evaluate={baselines: [ease], ease_l2: 50, validation_known: false}"
+N_YEARS = sum(1 for _ in (ROOT / "data/sample/years.tsv").open()) - 1
 FIELDS = """data.features=[
     {name: seen, entity: user, history: item, pooling: POOLING},
     {name: item, entity: item},
@@ -161,12 +162,14 @@ def test_models_that_have_no_room_are_refused(
 
 
 def _trained(tmp_path: Path, name: str, *overrides: str) -> list[str]:
-    """Trains a small model of a numeric field, too; returns the settings that find it."""
+    """Trains a small model of a number and a vector, too; returns the settings that find it."""
+    np.save(tmp_path / "years.npy", np.random.default_rng(1).normal(size=(N_YEARS, 3)))
     fields = (
         "data.features=[{name: seen, entity: user, history: item}, {name: item, entity: item}, "
         "{name: genre, entity: item, file: genres.tsv}, "
         "{name: year, entity: item, file: years.tsv, kind: numeric, transform: standard, "
-        "keep: first}]"
+        "keep: first}, {name: text, entity: item, file: years.tsv, kind: vector, "
+        f"npy: {tmp_path / 'years.npy'}}}]"
     )
     settings = [a for a in _settings(tmp_path, name) if a != FIELDS]
     model = "model={embedding_dim: 6, init_std: 0.2, deep: false, fm_pairs: across, linear: none}"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from deepfm_dist.data.schema import FileFormat
 from deepfm_dist.data.sources.arrays import open_array, read_vectors
-from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType, vectors_of
+from deepfm_dist.data.sources.cells import CellTyper, Check, Column, ColumnType, vectors_of, without
 from deepfm_dist.data.sources.columnar import ColumnarReader, parquet_groups
 from deepfm_dist.data.sources.delimited import DelimitedReader
 from deepfm_dist.data.sources.files import InputFile, find_file, find_files
@@ -193,7 +193,7 @@ def find_lists(
 def length_of_vectors(
     path: str | Path, column: Column, layout: FileFormat | None = None, name: str = ""
 ) -> int | None:
-    """How many numbers the first vector of a file has; None: it has no vector.
+    """How many numbers the first readable vector of a file has; None: all cells are empty.
 
     Args:
         path: the file, or its URL.
@@ -202,17 +202,29 @@ def length_of_vectors(
         name: what `data.files` calls it.
 
     Raises:
-        DataError: the file cannot be read, lacks the column, or that holds no vectors.
+        DataError: the file cannot be read, lacks the column, or that holds something else.
     """
+    unreadable: str | None = None
     reader = _reader(Source(str(path), name), [column], layout, Counter())
     for batch in reader.batches():
         try:
-            vectors = vectors_of(plain(reader.cells(batch, column)), column.separator)
+            cells = without(plain(reader.cells(batch, column)), column.missing)
+            vectors = vectors_of(cells, column.separator)
         except NestedError as error:
             raise DataError(f"{path}: column {column.name!r} {error}") from None
         lengths = np.asarray(pc.list_value_length(vectors).fill_null(0), np.int64)
-        if lengths.any():
-            return int(lengths[lengths > 0][0])
+        readable = lengths > 0
+        no_numbers = np.flatnonzero(np.asarray(vectors.flatten().is_null()))
+        readable[np.repeat(np.arange(len(lengths)), lengths)[no_numbers]] = False
+        if readable.any():
+            return int(lengths[readable][0])
+        if unreadable is None and lengths.any():
+            unreadable = short(cells[int(lengths.argmax())].as_py())
+    if unreadable is not None:
+        raise DataError(
+            f"{path}: column {column.name!r} holds {unreadable}, which is not a list of numbers; "
+            f"write vectors as [0.5, 1.5], or set separator for the field"
+        )
     return None
 
 

@@ -1,7 +1,8 @@
 """NumPy files: one vector for each row of a file of ids."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief, plural
 
 _ROWS_AT_ONCE = 1 << 14
+_MAGIC = b"\x93NUMPY"
 
 
 def open_array(file: InputFile) -> npt.NDArray[np.generic]:
@@ -21,11 +23,10 @@ def open_array(file: InputFile) -> npt.NDArray[np.generic]:
         DataError: it is not an array of one vector per row.
     """
     source = Source(file.path, file.pattern)
-    array = _load(source)
+    array: npt.NDArray[np.generic] = _load(source)
     cure = "save an array of shape [rows, numbers], as numpy.save does"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
-        raise DataError(f"{file.path}: holds {kind} where numbers are expected; {cure}")
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"{file.path}: holds {array.dtype} where numbers are expected; {cure}")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{file.path}: has the shape {list(array.shape)}; {cure}")
     return array
@@ -85,14 +86,18 @@ def read_vectors(
     return vectors, n_bad
 
 
-def _load(source: Source) -> object:
+def _load(source: Source) -> Any:
     try:
-        if "://" in source.path or source.packing:
-            return np.load(source.stream(), allow_pickle=False)
-        if not Path(source.path).stat().st_size:
+        with source.stream() as file:
+            head = file.read(len(_MAGIC))
+        if not head:
             raise EmptyFile(f"{source.path}: the file is empty")
+        if head != _MAGIC:
+            raise DataError(f"{source.path}: not an npy file; write it with numpy.save")
+        if "://" in source.path or source.packing:
+            return np.load(io.BytesIO(source.stream().read()), allow_pickle=False)
         return np.load(source.path, mmap_mode="r", allow_pickle=False)
-    except EmptyFile:
+    except DataError:
         raise
     except source.failures as error:
         raise DataError(

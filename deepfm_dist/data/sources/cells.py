@@ -244,7 +244,7 @@ class CellTyper:
         """A column's cells as they are read, null where empty, and their values."""
         start = f"{self._source.path}: column {column.name!r}"
         try:
-            cells = _without(plain(self._cells_of(batch, column)), column.missing)
+            cells = without(plain(self._cells_of(batch, column)), column.missing)
             if column.type in ("text", "texts") and pa.types.is_floating(cells.type):
                 self._warn_of_large_floats(column, cells)
             if column.type == "texts":
@@ -382,7 +382,7 @@ def plain_numbers(cells: pa.Array, kind: ColumnType, layout: FileFormat) -> pa.A
 
     Where the comma is the decimal separator, numbers with a point become no numbers.
     """
-    if kind in ("text", "texts") or not is_text(cells.type):
+    if kind in ("text", "texts", "vector") or not is_text(cells.type):
         return cells
     if layout.thousands is not None:
         mark = _GROUP_MARKS[layout.thousands]
@@ -402,7 +402,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
+def without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
     """Cells with some words, or the numbers that these words are, turned to null."""
     if not words:
         return cells

@@ -55,7 +55,10 @@ _UNREADABLE: dict[str, tuple[str, str]] = {
     ".fea1": ("a Feather file of version 1", _PANDAS.format("read_feather")),
     ".pkl": ("a Python pickle", _PANDAS.format("read_pickle")),
     ".h5": ("an HDF5 file", _PANDAS.format("read_hdf")),
-    ".npy": ("a NumPy array", "write it as CSV or Parquet, with a name for each column"),
+    ".npy": (
+        "a NumPy array",
+        "write it as CSV or Parquet, with a name for each column (a vector field names it as npy)",
+    ),
     ".avro": ("an Avro file", "write it as Parquet"),
     ".sqlite": ("an SQLite database", "export the table as CSV"),
     ".html": ("an HTML page, such as a site's page to log in", "download the file again"),

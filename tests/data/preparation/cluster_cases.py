@@ -43,6 +43,14 @@ CASES: dict[str, Any] = SPLITS_AND_TASKS | {
             {"name": "c", "separator": "|"},
         ],
     },
+    "vectors": WITH_TIMES
+    | {
+        "features": [
+            *WITH_TIMES["features"][:2],
+            {"name": "v", "entity": "item", "kind": "vector", "file": "v.parquet", "key": "i"},
+            {"name": "p", "entity": "user", "kind": "vector", "file": "v.parquet", "key": "u"},
+        ]
+    },
     "growth": SPLITS_AND_TASKS["random"] | {"vocabulary_from": "earlier"},
 }
 
@@ -58,6 +66,8 @@ def write_inputs(folder: Path) -> Path:
     write_rows(folder, rows, "split")
     for name, seed in (("v.csv", 5), ("w.csv", 6)):
         log_of(120, seed).to_csv(folder / name, index=False)
+    vectors = rows[["u", "i"]].assign(v=[[k % 7, 2.5] for k in range(len(rows))])
+    vectors.assign(p=vectors["v"]).to_parquet(folder / "v.parquet")
     earlier = DataConfig.model_validate(CASES["temporal"])
     local.prepare(earlier, folder, folder / "earlier", seed=4)
     return folder
