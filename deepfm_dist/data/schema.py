@@ -648,11 +648,6 @@ class DataConfig(Section):
                 raise ValueError(f"{uses[0]} describes the {entity}: name interactions.{entity}")
         for feature in self.features:
             self._check_column(feature)
-        arrays = [name for f in self.features if f.npy is not None for name in names_of(f.npy)]
-        if described := [name for name in self.files if name in arrays]:
-            raise ValueError(
-                f"files: {described[0]} is a NumPy file, which describes itself; leave it out"
-            )
         titles = self.titles
         if titles is not None and titles.column == (titles.key or rows.item):
             raise ValueError(
@@ -689,6 +684,15 @@ class DataConfig(Section):
         known = {f.name: f for f in prepared.features}
         features = tuple(f.settled_by(known.get(f.name, f)) for f in self.features)
         return self.model_copy(update={"features": features})
+
+    @model_validator(mode="after")
+    def _arrays_need_no_description(self) -> Self:
+        arrays = [name for f in self.features if f.npy is not None for name in names_of(f.npy)]
+        if described := [name for name in self.files if name in arrays]:
+            raise ValueError(
+                f"files: {described[0]} is a NumPy file, which describes itself; leave it out"
+            )
+        return self
 
     @property
     def repeated(self) -> Literal["latest", "earliest", "strongest", "all"]:
