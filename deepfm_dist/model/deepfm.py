@@ -219,7 +219,7 @@ class FactorizationMachine(nn.Module):
             )
             return result
         sum_BW = rows_BFW.sum(1)
-        weights = sum_BW[:, self.dim] if self.first_order else sum_BW.new_zeros(len(sum_BW))
+        weights = sum_BW[:, self.dim] if self.first_order else sum_BW.new_zeros(sum_BW.shape[0])
         return weights, sum_BW[:, : self.dim]
 
 

@@ -66,6 +66,8 @@ NOT_AS_TYPED = [
     ),
     (r"^pip install .*$", ""),
     (r"^(python launch/|spark-submit ).*$", ""),  # tests/launch/test_spark.py
+    # Compilers: tests/jobs/test_export.py.
+    (r"^(.*--format aoti|torch=|g\+\+ |    -L\$torch).*$", ""),
     # It serves until SIGTERM.
     (r"^(python -m deepfm_dist\.serve\b.*)$", r"\1 --port 8765 &\nserver=$!\n" + SERVED),
     # An hour and two environments; GPUs.

@@ -1,10 +1,13 @@
-"""Exported weights: the documented reader scores as `predict` does, and memory stays bounded."""
+"""Exported weights and graphs: documented code scores as `predict` does; memory stays bounded."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,13 @@ from deepfm_dist import export, predict, train
 from deepfm_dist.config import load_config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed import checkpoint
-from deepfm_dist.errors import CheckpointError, DeepFMError
+from deepfm_dist.errors import CheckpointError, DeepFMError, EnvironmentProblem
+from deepfm_dist.interop.graph import check_tools
 from deepfm_dist.interop.safetensors import export_folder, write_weights
 from deepfm_dist.jobs.export import is_export_of, up_to_date_export
 from deepfm_dist.runs.trained import find_run
 from tests.distributed.checkpoints import saved_tables
-from tests.ranks import run_alone, run_ranks
+from tests.ranks import RankFailed, run_alone, run_ranks
 from tests.steps import SMALL, config_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
@@ -48,8 +52,8 @@ data:
     - {name: words, column: m, separator: "+", missing: [none], table: hour}
     - {name: first_word, column: m, separator: "+", keep: first}
     - {name: ad, column: a, separator: "+", hash_rows: 7, pooling: mean}
-    - {name: where, column: h, fill: nowhere}
-    - {name: level, column: n, kind: numeric, transform: bucket, buckets: 3}
+    - {name: user_of_row, column: h, fill: nowhere}
+    - {name: logits, column: n, kind: numeric, transform: bucket, buckets: 3}
     - {name: p, entity: item, file: items.csv, key: i, kind: numeric, transform: bucket}
     - {name: n, kind: numeric, missing: ["-1"], transform: standard}
     - {name: text, entity: item, file: v.parquet, key: i, kind: vector}
@@ -64,22 +68,43 @@ trainer: {batch_size: 60, epochs: 3}
 def documented(*blocks: int) -> str:
     """Blocks of Python code of the page, in the order asked for."""
     actual = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(actual) == 3
+    assert len(actual) == 5
     return "".join(actual[n] for n in blocks)
 
 
-def scored_by_documented_code(code: str, folder: Path, rows: Path) -> np.ndarray:
-    """What an interpreter without TorchRec, FBGEMM and this package makes of a file's rows."""
-    absent = "import sys\nfor name in ('torchrec', 'fbgemm_gpu', 'deepfm_dist'):\n"
-    absent += "    sys.modules[name] = None\n"
-    assert 'Path("runs/sample/export")' in code
+def scored_by_documented_code(
+    code: str,
+    folder: Path,
+    rows: Path,
+    scores: str = "score(rows).numpy()",
+    absent: tuple[str, ...] = (),
+    graph: Path | None = None,
+) -> np.ndarray:
+    """What an interpreter without TorchRec, FBGEMM and this package makes of a file's rows.
+
+    Args:
+        code: of the page.
+        folder: that the code reads in place of ``runs/sample/export``.
+        rows: the file.
+        scores: expression of the scores of ``rows``.
+        absent: other packages that it must not import.
+        graph: that the code reads in place of ``runs/sample/export-onnx``.
+    """
+    names = ("torchrec", "fbgemm_gpu", "deepfm_dist", *absent)
+    before = f"import sys\nfor name in {names}:\n    sys.modules[name] = None\n"
+    assert 'Path("runs/sample/export' in code
     code = code.replace('"runs/sample/export"', repr(str(folder)))
+    code = code.replace('"runs/sample/export-onnx"', repr(str(graph)))
     driver = f"""
 rows = pd.read_csv({str(rows)!r}, dtype=str, keep_default_na=False)
-pd.DataFrame({{"score": score(rows).numpy()}}).to_parquet({str(rows) + ".scores"!r})
+pd.DataFrame({{"score": {scores}}}).to_parquet({str(rows) + ".scores"!r})
 """
+    # -I: neither the working directory nor PYTHONPATH.
     done = subprocess.run(
-        [sys.executable, "-c", absent + code + driver], capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", before + code + driver],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return pd.read_parquet(f"{rows}.scores")["score"].to_numpy()
@@ -172,6 +197,41 @@ def test_the_documented_code_scores_fields_of_every_kind(tmp_path: Path, model: 
     actual = scored_by_documented_code(code, tmp_path / "out", tmp_path / "new.csv")
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.05
+    if model != ["model.batch_norm=true"]:
+        return
+    graph = ["--format", "onnx", "--output", str(tmp_path / "graph")]
+    assert run_alone(export.main, [*settings, *graph]) == 0
+    actual = scored_by_documented_code(
+        code + documented(3) + FEED_OF_ROWS,
+        tmp_path / "out",
+        tmp_path / "new.csv",
+        "graph_scores(rows)",
+        graph=tmp_path / "graph",
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+FEED_OF_ROWS = """
+def graph_scores(rows):
+    names = {given["kind"]: given["name"] for given in graph["inputs"]}
+    feed = {names["user_of_row"]: np.arange(len(rows))}
+    for given in graph["inputs"][1:]:
+        field = by_name[given["field"]]
+        if given["dtype"] == "float32":
+            read = given_vectors if given["kind"] == "vector" else numbers
+            feed[given["name"]] = read(field, rows).numpy().astype(np.float32)
+            continue
+        rows_of = [np.ravel(bag) for bag in bags(field, rows)]
+        lists = padded(rows_of)
+        feed[given["name"]] = lists if given["kind"] == "rows" else lists[:, 0]
+    return session.run([graph["output"]], feed)[0]
+
+
+folder = Path("runs/sample/export")  # of the functions that read weights
+config = json.loads((folder / "config.json").read_text())
+entities = {e: pd.read_parquet(folder / f"entities/{e}.parquet") for e in fields["entities"]}
+"""
+"""Inputs of a graph by the page's functions for the weights, which know context fields, too."""
 
 
 @pytest.mark.parametrize(
@@ -210,6 +270,96 @@ def test_the_documented_code_scores_a_default_run(tmp_path: Path, features: str)
     model = json.loads((tmp_path / "out/config.json").read_text())["model"]
     assert (model["embedding_dim"] > 64) == (not features)  # EASE, which needs a table of its own
     assert len(np.unique(expected.round(4))) > 200
+    by_graph = [_scored_by_onnxruntime(tmp_path, settings, t) for t in ("fp32", "int8")]
+    np.testing.assert_allclose(by_graph[0], expected, atol=1e-5 * abs(expected).max(), rtol=0)
+    best = [np.argsort(-scores.reshape(-1, len(users)), 0)[:10] for scores in by_graph]
+    kept = [len(set(a) & set(b)) for a, b in zip(*(ranks.T for ranks in best), strict=True)]
+    assert np.mean(kept) / 10 >= 0.99
+
+
+def _scored_by_onnxruntime(home: Path, settings: list[str], tables: str) -> np.ndarray:
+    """Scores of ``new.csv``, every item for every user, from a graph and without PyTorch."""
+    graph = home / f"graph-{tables}"
+    how = ["--format", "onnx", "--tables", tables, "--output", str(graph)]
+    assert run_alone(export.main, [*settings, *how]) == 0
+    return scored_by_documented_code(
+        documented(3),
+        home,
+        home / "new.csv",
+        "np.stack([score(u, rows['i'].unique()) for u in rows['u'].unique()], 1).ravel()",
+        absent=("torch",),
+        graph=graph,
+    )
+
+
+def test_a_graph_is_refused_that_scores_otherwise_or_cannot_be_made(
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, where = trained
+    target = ["--output", str(tmp_path / "out")]
+    score = "deepfm_dist.jobs.export.write_graph"
+    monkeypatch.setattr(score, lambda *_: lambda inputs: inputs[0] * torch.nan)
+    with pytest.raises(RankFailed, match=r"model.onnx: its logits differ .* by up to nan"):
+        run_alone(_raising_export, [*where, *target, "--format", "onnx"])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(EnvironmentProblem, match=r"onnxscript, .* pip install onnx onnxruntime on"):
+        check_tools("onnx")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    with pytest.raises(EnvironmentProblem, match="no-compiler is not found; install it or name"):
+        check_tools("aoti")
+
+
+@pytest.mark.slow  # compiles twice
+def test_a_program_in_cpp_scores_as_predict_does(
+    trained: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler: set CXX, or install g++")
+    home, where = trained
+    ids = [PreparedDataset(home / "prepared/sample").entity_ids(e) for e in ("user", "item")]
+    users, items = ([*column.to_pylist()[1:], "?"][-60:] for column in ids)
+    pairs = pd.DataFrame([(u, i) for u in users[-20:] for i in items], columns=["user", "item"])
+    pairs.to_csv(tmp_path / "pairs.csv", index=False)
+    expected = scored_by_predict(home, tmp_path / "pairs.csv", *where)
+    folder = tmp_path / "graph"
+    how = ["--format", "aoti", "--output", str(folder)]
+    assert run_alone(export.main, ["--quiet", *where, *how], timeout_s=600) == 0
+    code = re.sub(r"\n(import onnxruntime|session = .*)", "", documented(3))
+    page = {}
+    exec(code.replace("runs/sample/export-onnx", str(folder)), page)
+    by_name = {"user_of_row": np.repeat(np.arange(20), 60)}
+    for given in page["graph"]["inputs"][1:]:
+        of_users = given["shape"][0] == "users"
+        by_name[given["name"]] = page["value"](given, users[-20:] if of_users else pairs["item"])
+    inputs = [torch.from_numpy(by_name[given["name"]]) for given in page["graph"]["inputs"]]
+    for place, tensor in enumerate(inputs):
+        (tmp_path / f"{place}.bin").write_bytes(tensor.numpy().tobytes())
+    [program] = re.findall(r"```cpp\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    program = program.replace("runs/sample/export-aoti", str(folder))
+    given = ", ".join(
+        f'at::from_file("{tmp_path}/{place}.bin", false, {tensor.numel()}, at::kLong)'
+        f".view({{{', '.join(map(str, tensor.shape))}}})"
+        for place, tensor in enumerate(inputs)
+    )
+    program, n = re.subn(r"inputs = \{.*?\};", f"inputs = {{{given}}};", program, flags=re.DOTALL)
+    assert n == 1
+    program = program.replace("int main() {", "int main() {\n  std::cout.precision(9);")
+    (tmp_path / "score.cpp").write_text(program)
+    [build] = re.findall(r"(torch=\$\(python.*?-lc10)\n", DOCS.read_text(), re.DOTALL)
+    build = build.replace("g++", compiler)
+    subprocess.run(["bash", "-ec", build], cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "score"], capture_output=True, text=True, check=True)
+    actual = [float(line) for line in done.stdout.splitlines()]
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+def _raising_export(argv: list[str]) -> None:
+    """Runs the command; its message becomes an error of the process."""
+    with redirect_stderr(StringIO()) as stderr:
+        code = export.main(argv)
+    assert code == 0, stderr.getvalue()
 
 
 @pytest.mark.parametrize(("size", "kind"), [(1, "auto"), (4, "row_wise"), (3, "table_wise")])
