@@ -84,7 +84,8 @@ class FirstOrder:
 def first_order(dataset: PreparedDataset) -> FirstOrder:
     """Fits the first-order weights to the training rows, which have to fit into memory.
 
-    Tables that several fields share have one weight per row, and one prior.
+    Tables that several fields share have one weight per row, and one prior. Vector fields are left
+    to training.
     """
     manifest = dataset.manifest
     train = dataset.rows("train")
@@ -104,7 +105,7 @@ def first_order(dataset: PreparedDataset) -> FirstOrder:
     n_dense = len(manifest.dense)
     rows.append(np.repeat(np.arange(train.n), n_dense + 1))
     columns.append(np.tile(offsets[-1] + np.arange(n_dense + 1), train.n))
-    numbers = np.c_[batch.dense.numpy().astype(np.float64), np.ones(train.n)]
+    numbers = np.c_[batch.dense[:, :n_dense].numpy().astype(np.float64), np.ones(train.n)]
     values.append(numbers.ravel())
     sizes = [*np.diff(offsets), n_dense, 1]
     inputs = Inputs(
