@@ -69,7 +69,8 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     """The first users' (or items') items by title, and the files."""
     with written.first.open("rb") as opened, pq.ParquetFile(opened) as file:  # may fit no memory
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
-        shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas()
+        # Ids next to nulls, as of users not in the training data, stay whole numbers.
+        shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas(integer_object_nulls=True)
     owner = shown.columns[0]
     item = next(name for name in shown.columns[1:] if name.endswith("item_id"))
     titles = dataset.titles(cold=True)
@@ -82,7 +83,7 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     for one in shown[owner].drop_duplicates().head(SHOWN_OWNERS):
         rows = shown[shown[owner] == one].head(SHOWN_ITEMS)
         rows = rows.drop(columns=owner).set_index("rank")
-        blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format)}")
+        blocks.append(f"{kind} {one}\n{rows.to_string(float_format='{:.4f}'.format, na_rep='')}")
     total = f"{plural(written.owners, kind)}, {plural(written.rows, 'row')}"
     files = "\n".join(f"written: {path}" for path in (written.csv, written.parquet) if path)
     if (short := written.figures.get("short_list")) is not None:

@@ -59,6 +59,17 @@ def test_figures_stand_beside_each_other() -> None:
     assert first == "test rows: 3 positives and 5 negatives"
 
 
+def test_ids_next_to_missing_ones_are_whole_numbers(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.parquet"
+    table = pa.table({"request": [0, 1], "user_id": [7, None], "item_id": [1, 2], "rank": [1, 1]})
+    pq.write_table(table, path)
+    text = ranking_table(RankingFiles(path, None, path, 2, 2, 1, 2), sample)
+    assert re.search(r"request 0\n.*\n.*\n1 +7 +1\b", text)
+    assert "NaN" not in text and "None" not in text.partition("request 1")[2].partition("title")[0]
+
+
 def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_path: Path) -> None:
     ids = [int(i) for i in sample.entity_ids("item").to_pylist()[1:41]]
     titles = sample.titles()
