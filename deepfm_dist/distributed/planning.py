@@ -29,7 +29,7 @@ from deepfm_dist.model.losses import DeepFMTrain
 
 FLOAT_BYTES = ID_BYTES = 4
 IN_FLIGHT = 3
-"""Batches whose ids are on a rank at once: in training, being exchanged, being copied."""
+"""Batches whose ids and numbers are on a rank at once: in training, being exchanged, being copied."""
 MOST_RANKS = 8192
 """More are not proposed."""
 DENSE_COPIES = 5
@@ -94,7 +94,7 @@ class RankDemand:
 
     Attributes:
         table_bytes: weights and optimizer state of its pieces of tables, as far as a GPU has them.
-        buffer_bytes: ids, pooled rows and their gradients.
+        buffer_bytes: ids, numbers and vectors of batches, pooled rows and their gradients.
         dense_bytes: the over-arch with its gradients, state and activations.
         sent_bytes: what it sends in a step, the over-arch's all-reduce included.
         local_bytes: the part of it that stays within the machine.
@@ -207,7 +207,11 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
     local_batch = -(-job.batch_size // ranks)
     dense_bytes = FLOAT_BYTES * (DENSE_COPIES * dense + 2 * local_batch * activations)
     reduced = _all_reduced(FLOAT_BYTES * dense, ranks)
-    demands = [RankDemand(0, 0, dense_bytes, reduced, reduced * _local_share(job.world))] * ranks
+    above = job.task.model.interaction_arch
+    numbers = local_batch * (above.n_dense + sum(above.vectors.values()))
+    number_bytes = IN_FLIGHT * FLOAT_BYTES * numbers
+    stays = reduced * _local_share(job.world)
+    demands = [RankDemand(0, number_bytes, dense_bytes, reduced, stays)] * ranks
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize

@@ -170,6 +170,9 @@ def test_hashed_tables_and_buckets_need_no_data() -> None:
     fields += "{name: x, entity: item, kind: vector, file: x.parquet, dim: 9}]"
     actual = planned(config_of(fields, "run.prepared_root=/nowhere"), {}, 2, 2, 80)
     assert {table.table: table.rows for table in actual.tables} == {"h": 91, "n": 8}
+    longer = config_of(fields.replace("dim: 9", "dim: 79"), "run.prepared_root=/nowhere")
+    more = planned(longer, {}, 2, 2, 80).ranks[0].buffer_bytes - actual.ranks[0].buffer_bytes
+    assert more == 3 * 4 * 70 * longer.trainer.batch_size // 2  # half of three batches
     unknown = config_of(fields.replace(", dim: 9", ""), "run.prepared_root=/nowhere")
     with pytest.raises(ConfigError, match="the length of the vectors of x is not known: set dim"):
         planned(unknown, {}, 2, 2, 80)
