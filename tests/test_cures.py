@@ -6,6 +6,7 @@ The line has to contain that part, so a cure that is not named fails like one th
 
 import ast
 import gzip
+import io
 import json
 import logging
 import re
@@ -144,7 +145,35 @@ RANKED = "train trainer.loss=softmax model.deep=false model.linear=ease"
 GROWN = "data.name=grown data.vocabulary_from=prepared_root/cures"
 HASHED = "data.features=[{name: user, entity: user}, {name: item, entity: item, hash_rows: 9}]"
 PRINT = "train --print-config "
+VECTORS = "item,v\n" + "".join(f'i{i},"[{i}, 1]"\n' for i in range(N_ITEMS))
+IDS = "item\n" + "".join(f"i{i}\n" for i in range(N_ITEMS))
+
+
+def _vectors(**changes: Any) -> dict[str, Any]:
+    vector = {"name": "v", "entity": "item", "kind": "vector", "file": "v.csv"}
+    return {"features": [*DATA["features"][:2], vector | changes]}
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
 SETTINGS = [
+    Mistake(
+        PRINT,
+        "set entity: item",
+        data=_vectors(entity="context", file=None),
+        new_data=_vectors(),
+    ),
+    Mistake(PRINT, "set file", data=_vectors(file=None), new_data=_vectors()),
+    Mistake(
+        PRINT,
+        "is a NumPy file, which describes itself; leave it out",
+        data=_vectors(npy="v.npy") | {"files": {"v.npy": {"decimal": ","}}},
+        new_data={"files": {}},
+    ),
     Mistake(
         PRINT + "evaluate.protocol=strong",
         "set data.split.method=users",
@@ -475,6 +504,48 @@ def _genres(**of_field: str) -> list[dict[str, Any]]:
 
 
 INPUT = [
+    Mistake(
+        "prepare",
+        "write a list of numbers for each item",
+        data=_vectors(),
+        files={"v.csv": "item,v\ni1,\n"},
+        new_files={"v.csv": VECTORS},
+    ),
+    Mistake(
+        "prepare",
+        "set separator for the field",
+        data=_vectors(),
+        new_data=_vectors(separator="|"),
+        files={"v.csv": VECTORS.replace(", ", "|").replace("[", "").replace("]", "")},
+    ),
+    Mistake(
+        "prepare",
+        "write one vector for each row, in the same order",
+        data=_vectors(npy="v.npy"),
+        files={"v.csv": IDS, "v.npy": _npy(np.ones((3, 2)))},
+        new_files={"v.npy": _npy(np.ones((N_ITEMS, 2)))},
+    ),
+    Mistake(
+        "prepare",
+        "write it with numpy.save",
+        data=_vectors(npy="v.npy"),
+        files={"v.csv": IDS, "v.npy": VECTORS},
+        new_files={"v.npy": _npy(np.ones((N_ITEMS, 2)))},
+    ),
+    Mistake(
+        "prepare ",
+        "write it with numpy.save",
+        data=_vectors(npy="v.npy"),
+        files={"v.csv": IDS, "v.npy": _npy(np.ones((N_ITEMS, 2)))[:200]},
+        new_files={"v.npy": _npy(np.ones((N_ITEMS, 2)))},
+    ),
+    Mistake(
+        "prepare",
+        "correct it or set data.on_bad_row=skip",
+        "data.on_bad_row=skip",
+        data=_vectors(npy="v.npy"),
+        files={"v.csv": IDS, "v.npy": _npy(np.array([[1, np.nan], *[[1, 1]] * (N_ITEMS - 1)]))},
+    ),
     Mistake(
         "prepare 'data.interactions.file=[rows.csv, row*.csv]'",
         "list it once",

@@ -29,7 +29,7 @@ from deepfm_dist.model.losses import DeepFMTrain
 
 FLOAT_BYTES = ID_BYTES = 4
 IN_FLIGHT = 3
-"""Batches whose ids and numbers are on a rank at once: in training, being exchanged, being copied."""
+"""Batches whose ids and numbers a rank holds at once: in training, being exchanged and copied."""
 MOST_RANKS = 8192
 """More are not proposed."""
 DENSE_COPIES = 5
