@@ -74,6 +74,28 @@ class CatalogueScorer:
             hidden = hidden[:, :0]
         return Side(constant.float(), side.factor_sum.float(), hidden.float())
 
+    def deep(self, x_BI: Tensor) -> Tensor:
+        """The over-arch of the fields' vectors; differentiable.
+
+        Args:
+            x_BI: ``[B, fields * D]`` float64.
+
+        Returns:
+            ``[B]`` float64, computed in float32 where the over-arch cannot be split.
+        """
+        over_arch = self._arch.over_arch
+        if over_arch is None:
+            return x_BI.new_zeros(len(x_BI))
+        device = self._arch.bias.device
+        if self.layers is None or self._first is None:
+            out: Tensor = over_arch(x_BI.to(device, torch.float32))
+            return out.to(x_BI)
+        weight, bias = self._first
+        x = torch.addmm(bias, x_BI.to(device), weight.T)
+        for weight, bias in self.layers:
+            x = torch.addmm(bias, self.activation(x), weight.T)
+        return x[:, 0].to(x_BI.device)
+
     @torch.no_grad()
     def scores(self, users: Side, items: Side, deep: bool = True) -> Tensor:
         """Logits of all pairs.

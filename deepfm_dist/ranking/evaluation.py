@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,13 @@ from deepfm_dist.ranking.metrics import (
     resampled_means,
     user_metrics,
 )
-from deepfm_dist.ranking.profiles import Groups, Insight, examples, profile
+from deepfm_dist.ranking.profiles import Example, Groups, Insight, examples, profile
 from deepfm_dist.ranking.ranker import FixedRanker, ModelRanker, Ranker, Users
+from deepfm_dist.ranking.reasons import Explainer
 
 log = logging.getLogger(__name__)
+REASONS_SHOWN = 3
+"""Reasons for each item of an example."""
 RANKING_FIGURES = ("recall", "ndcg")
 """What validation while training says of rankings."""
 LOGGED = ("figures", "intervals", "differences")
@@ -258,22 +262,14 @@ def evaluate_ranking(
             of another ranking.
         DataError: the reference cannot be read, or repeats a pair of user and item.
     """
-    rankers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
-    rankers |= _baseline_rankers(held_out, baselines, world)
-    if reference is not None:
-        name = Path(reference).stem
-        if name in rankers:
-            raise ConfigError(
-                f"evaluate.reference={reference}: another ranking of the table is called {name}; "
-                f"give the file another name"
-            )
-        rankers[name] = _reference_ranker(reference, held_out, world)
+    rankers = _rankers(model, world, held_out, baselines, reference)
     history = held_out.dataset.history
     activity = Groups.by_quantile(history.lengths[held_out.users])
     popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])
     figures, samples, profiles, shown = {}, {}, {}, []
-    for name, ranker in rankers.items():
-        measured = held_out.measure(ranker(), cutoffs, world)
+    for name, make in rankers.items():
+        ranker = make()
+        measured = held_out.measure(ranker, cutoffs, world)
         if measured is not None:
             by_metric, ranked = measured
             figures[name] = means(by_metric) | coverage(ranked, cutoffs, len(held_out.catalogue))
@@ -281,6 +277,8 @@ def evaluate_ranking(
             profiles[name] = profile(ranked, held_out.relevant, activity, popularity)
             if name == "model":
                 shown = examples(held_out.users, ranked, history, held_out.relevant)
+        if isinstance(ranker, ModelRanker):
+            shown = _with_reasons(shown, ranker, held_out, world)
     if not world.is_first:
         return None
     insight = Insight(
@@ -292,6 +290,47 @@ def evaluate_ranking(
         shown,
     )
     return Comparison(figures, _intervals(samples), _differences(samples), insight)
+
+
+def _rankers(
+    model: DeepFM,
+    world: World,
+    held_out: RankingEvaluator,
+    baselines: Mapping[str, Baseline],
+    reference: str | None,
+) -> dict[str, Callable[[], Ranker]]:
+    """What makes the rankings to compare, by name; arguments as of `evaluate_ranking`."""
+    rankers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
+    rankers |= _baseline_rankers(held_out, baselines, world)
+    if reference is not None:
+        name = Path(reference).stem
+        if name in rankers:
+            raise ConfigError(
+                f"evaluate.reference={reference}: another ranking of the table is called {name}; "
+                f"give the file another name"
+            )
+        rankers[name] = _reference_ranker(reference, held_out, world)
+    return rankers
+
+
+def _with_reasons(
+    shown: list[Example], ranker: ModelRanker, held_out: RankingEvaluator, world: World
+) -> list[Example]:
+    """Examples of rank 0 with reasons for each item. All ranks."""
+    shown = world.broadcast(shown)
+    places = np.searchsorted(held_out.users, [example.user for example in shown])
+    items = Jagged.from_pairs(
+        np.repeat(np.arange(len(shown)), [len(example.ranked) for example in shown]),
+        [item for example in shown for item in example.ranked],
+        len(shown),
+    )
+    batches = ranker.user_batches(places.astype(np.int32))
+    explained = Explainer(ranker, held_out.dataset).explain(batches, items, REASONS_SHOWN)
+    reasons = [explanation.reasons for explanation in explained]
+    return [
+        replace(example, reasons=reasons[begin:end])
+        for example, (begin, end) in zip(shown, pairwise(items.offsets.tolist()), strict=True)
+    ]
 
 
 def _intervals(

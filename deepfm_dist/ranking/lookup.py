@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import HistorySampler
 from deepfm_dist.data.dataset import PreparedDataset
@@ -35,6 +36,7 @@ class SideEncoder:
         context: one row of context fields.
 
     Attributes:
+        model: the DeepFM.
         scorer: scores pairs of the two sides.
         world: the ranks.
     """
@@ -47,7 +49,7 @@ class SideEncoder:
         context: Mapping[str, Values],
     ) -> None:
         self.world = world
-        self._model, self._dataset, self._context = model, dataset, context
+        self.model, self._dataset, self._context = model, dataset, context
         self._collate = Collator(dataset)
         manifest = dataset.manifest
         self.scorer = CatalogueScorer(
@@ -71,8 +73,28 @@ class SideEncoder:
         """Looks users up together and returns their sides in blocks of one size.
 
         Args:
-            rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
+            rows: see `user_batch`, as for all others but ``block``.
             block: number of users per block.
+            histories: of users from outside the dataset.
+            attributes: of these users.
+            context: of some rows.
+            context_rows: of each user.
+        """
+        batch = self.user_batch(rows, histories, attributes, context, context_rows)
+        return self.user_sides(batch, block)
+
+    def user_batch(
+        self,
+        rows: Int32Array,
+        histories: Jagged | None = None,
+        attributes: Mapping[str, Values] | None = None,
+        context: Mapping[str, Values] | None = None,
+        context_rows: Int32Array | None = None,
+    ) -> Batch:
+        """The fields of users and of their context.
+
+        Args:
+            rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
             histories: item rows of users from outside the dataset.
             attributes: fields of these users, by row of ``histories``; None: they have none.
             context: context fields of some rows; default: the encoder's one.
@@ -87,19 +109,27 @@ class SideEncoder:
         if context_rows is None:
             context_rows = np.zeros(len(rows), np.int32)
         context = self._context if context is None else context
-        batch = collate(known, None, context, context_rows, bags=bags)
+        return collate(known, None, context, context_rows, bags=bags)
+
+    @torch.no_grad()
+    def user_sides(self, batch: Batch, block: int = USER_BLOCK) -> list[Side]:
+        """Looks a `user_batch` up and returns its sides in blocks of one size."""
         return self._sides("user", batch, block)
+
+    def item_batch(self, rows: Int32Array) -> Batch:
+        """The fields of items."""
+        return self._collate(None, rows)
 
     @torch.no_grad()
     def items(self, rows: Int32Array) -> Side:
         """The side of items, padded to at least `ITEM_BLOCK`."""
         rows = padded(rows, max(len(rows), ITEM_BLOCK), ABSENT)
-        [side] = self._sides("item", self._collate(None, rows), len(rows))
+        [side] = self._sides("item", self.item_batch(rows), len(rows))
         return side
 
     def _sides(self, which: str, batch: Any, block: int) -> list[Side]:
         batch = batch.to(self.world.device)
-        factors, first_order = self._model.embedding_arch(batch.sparse)
+        factors, first_order = self.model.embedding_arch(batch.sparse)
         blocks = zip(*(t.split(block) for t in (factors, first_order, batch.dense)), strict=True)
         return [self.scorer.side(which, *parts) for parts in blocks]
 

@@ -127,6 +127,7 @@ class ResumableOutput:
         items: tuple[str, pa.Array],
         k: int | npt.NDArray[np.int32],
         probability: Probability | None = None,
+        explanations: Callable[[Int64Array, Int64Array], pa.Array] | None = None,
     ) -> None:
         """Writes ranked chunks: columns of the owner, ``item, score, rank``, ``probability``.
 
@@ -139,6 +140,7 @@ class ResumableOutput:
             items: the item column's name, and ``[I]`` external ids by position.
             k: items per owner asked for, of all or of each.
             probability: makes a column of that name.
+            explanations: makes one of (place of the owner in the chunk, place in its ranking).
         """
         columns_of_owner = {name: external(column) for name, column in owners.items()}
         item_ids = external(items[1])
@@ -162,6 +164,8 @@ class ResumableOutput:
             if probability is not None:
                 values = probability(begin + owner, positions[owner, rank], scores[owner, rank])
                 columns["probability"] = pa.array(values)
+            if explanations is not None:
+                columns["explanation"] = explanations(owner, rank)
             table = pa.table(columns)
             self.write(begin, table.schema, [table])
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.ranking.metrics import found_items, hits, ndcg, recall
+from deepfm_dist.ranking.reasons import Reason
 
 FloatArray = npt.NDArray[np.float64]
 GROUPS, EXAMPLES = 5, 5
@@ -96,12 +97,14 @@ class Example:
         ranked: item rows, best first.
         history: item rows of training, latest last if times are known.
         held_out: rows of the relevant items.
+        reasons: for each of the ranking, what the item is recommended for.
     """
 
     user: int
     ranked: list[int]
     history: list[int]
     held_out: list[int]
+    reasons: Sequence[Sequence[Reason]] = ()
 
 
 def examples(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, padded
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, Values, offsets_of
@@ -190,21 +191,37 @@ class ModelRanker:
 
     def _look_up(self, places: Int32Array) -> list[Side]:
         """Sides of ``[n]`` places in `users`, in blocks. All ranks."""
+        batches = self.user_batches(places)
+        sides = [self.encoder.user_sides(batch) for _, batch in batches]
+        if len(batches) == 1:
+            return sides[0]
+        is_known = batches[0][0]
+        assert is_known is not None
+        flags = torch.from_numpy(is_known).to(self._world.device).split(USER_BLOCK)
+        return [a.where(flag, b) for flag, a, b in zip(flags, *sides, strict=True)]
+
+    def user_batches(self, places: Int32Array) -> list[tuple[npt.NDArray[np.bool_] | None, Batch]]:
+        """The fields of ``[n]`` places in `users`; `ABSENT` for padding.
+
+        Returns:
+            Batches of n users each, and of which of these each is; None: of all.
+        """
         users, rows = self.users, np.full(len(places), ABSENT, np.int32)
         there = places >= 0
         rows[there] = users.rows[places[there]]
-        look_up = self.encoder.users
+        batch_of = self.encoder.user_batch
         if users.context is not None:
-            look_up = partial(look_up, context=users.context, context_rows=places)
-        of_new = partial(look_up, histories=users.histories, attributes=users.attributes)
+            batch_of = partial(batch_of, context=users.context, context_rows=places)
+        new = partial(batch_of, histories=users.histories, attributes=users.attributes)
         if users.is_known is None:
-            return of_new(rows)
+            return [(None, new(rows))]
         is_known = np.ones(len(places), bool)
         is_known[there] = users.is_known[places[there]]
-        known = look_up(np.where(is_known, rows, ABSENT).astype(np.int32))
-        new = of_new(np.where(is_known, ABSENT, rows).astype(np.int32))
-        flags = torch.from_numpy(is_known).to(self._world.device).split(USER_BLOCK)
-        return [a.where(flag, b) for flag, a, b in zip(flags, known, new, strict=True)]
+        known = batch_of(np.where(is_known, rows, ABSENT).astype(np.int32))
+        return [
+            (is_known, known),
+            (~is_known, new(np.where(is_known, ABSENT, rows).astype(np.int32))),
+        ]
 
     def best(
         self, users: UserChunk, seen: Jagged, k: int

@@ -44,6 +44,7 @@ from deepfm_dist.ranking.output import (
     hash_of,
 )
 from deepfm_dist.ranking.ranker import ModelRanker, Ranker, Users
+from deepfm_dist.ranking.reasons import Explainer, ExplainingRanker
 from deepfm_dist.ranking.requests import Requests, read_requests
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.ranking.subsets import SubsetRanker
@@ -107,7 +108,7 @@ def recommend(
     output = partial(ResumableOutput, n_users=len(asked.ids), world=world, in_parts=in_parts)
     ending = "" if in_parts else ".parquet"
     parts = output(folder / f"{name}{ending}", inputs=key, content="recommendations")
-    seconds = _write_ranked(parts, ranker, asked, catalogue, config, world)
+    seconds = _write_ranked(parts, ranker, asked, catalogue, config, world=world, dataset=dataset)
     if config.matrix is not None:
         # Before anything is merged: a run that is killed here resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
@@ -269,6 +270,7 @@ def _write_ranked(
     catalogue: Catalogue,
     config: RecommendConfig,
     world: World,
+    dataset: PreparedDataset,
 ) -> float | None:
     """Writes the parts of the rankings that are missing. All ranks.
 
@@ -278,11 +280,17 @@ def _write_ranked(
     output.log_reuse()
     start = time.monotonic()
     seen, k, requests = catalogue.seen_in(asked.masked), config.k, asked.requests
-    owners, by_request = {"user_id": asked.ids}, cast(Ranker, ranker)
+    owners, ranks = {"user_id": asked.ids}, cast(Ranker, ranker)
     if requests is not None:
         k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
-        by_request = SubsetRanker(ranker, requests.sets)
-    ranked = rank_users(by_request, len(asked.ids), seen, k, world, output.missing)
+        ranks = SubsetRanker(ranker, requests.sets)
+    explaining = None
+    if config.explain:
+        explainer = Explainer(ranker, dataset)
+        ranks = explaining = ExplainingRanker(
+            ranks, ranker, explainer, catalogue.rows, config.explain
+        )
+    ranked = rank_users(ranks, len(asked.ids), seen, k, world, output.missing)
 
     def probability(
         users: Int64Array, positions: Int64Array, scores: npt.NDArray[np.float32]
@@ -297,6 +305,7 @@ def _write_ranked(
         ("item_id", catalogue.ids),
         k if requests is None else requests.k,
         probability if config.probability else None,
+        explaining.column if explaining else None,
     )
     world.barrier()
     return None if output.reused else time.monotonic() - start
@@ -338,6 +347,7 @@ def _key(
         "context": dict(config.context),
         "k": config.k,
         "probability": config.probability,
+        "explain": config.explain,
         "candidates": [config.candidates, config.index, config.probes],
     }
 

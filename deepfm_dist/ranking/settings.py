@@ -145,6 +145,9 @@ class RecommendConfig(Section):
     probability: bool = False
     """Also write the column `probability`: that the pair is a positive of the training rows,
     corrected for the share of negatives that training draws. For `trainer.loss: bce`."""
+    explain: int = Field(0, ge=0, le=100)
+    """Also write the column `explanation`: this many values of the user, item and context with the
+    largest shares of the score, and the rest of it. Takes some milliseconds per user."""
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""

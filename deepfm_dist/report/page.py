@@ -19,6 +19,7 @@ from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.messages import plural
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
+from deepfm_dist.ranking.reasons import Reason
 from deepfm_dist.recipe import Choice
 from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.plots import Plot, Plotter
@@ -395,7 +396,7 @@ class _Shown:
     user: str
     n_history: int
     history: list[Card]
-    ranked: list[tuple[Card, bool]]
+    ranked: list[tuple[Card, bool, list[tuple[str, str, float]]]]
     n_held_out: int
 
 
@@ -405,13 +406,26 @@ def _examples(dataset: PreparedDataset, insight: Insight) -> list[_Shown]:
     for example in insight.examples:
         wanted = set(example.held_out)
         known = [item for item in example.history if item != OUT_OF_VOCABULARY]
+        all_reasons = example.reasons or [()] * len(example.ranked)
         examples.append(
             _Shown(
                 users[example.user].as_py(),
                 len(example.history),
                 [cards(item) for item in reversed(known[-SHOWN_HISTORY:])],
-                [(cards(item), item in wanted) for item in example.ranked],
+                [
+                    (cards(item), item in wanted, [_shown_reason(r, cards) for r in reasons])
+                    for item, reasons in zip(example.ranked, all_reasons, strict=True)
+                ],
                 len(example.held_out),
             )
         )
     return examples
+
+
+def _shown_reason(reason: Reason, cards: Cards) -> tuple[str, str, float]:
+    """A reason's field, value, as a title where it is an item, and share."""
+    value = reason.value or ""
+    if reason.item is not None:
+        card = cards(reason.item)
+        value = card.title or str(card.id)
+    return reason.field, value, reason.share

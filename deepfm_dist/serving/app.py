@@ -50,6 +50,7 @@ PAGE = Path(__file__).parent / "pages" / "index.html"
 
 Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
 K = Annotated[int, Query(ge=1, le=MAX_K, description="items wanted")]
+Explain = Annotated[int, Query(ge=0, le=MAX_K, description="reasons wanted for each item")]
 
 
 class Item(BaseModel):
@@ -60,12 +61,31 @@ class Item(BaseModel):
     tags: list[str]
 
 
+class Reason(BaseModel):
+    """A value of the user, item or context, and its share of a score."""
+
+    field: str
+    value: str | None = None
+    title: str | None = Field(None, description="of the item that the value names")
+    share: float
+
+
+class Explanation(BaseModel):
+    """Shares of a score, which sum to it."""
+
+    base: float = Field(description="what a pair without any value would have")
+    reasons: list[Reason] = Field(description="the largest shares, largest first")
+    other: float = Field(description="sum of all other shares")
+    remainder: float = Field(description="what the numerical integral misses")
+
+
 class Scored(Item):
     """An item in a ranking."""
 
     rank: int
     score: float
     probability: float | None = None
+    explanation: Explanation | None = None
 
 
 class Ranking(BaseModel):
@@ -185,6 +205,7 @@ class Described(BaseModel):
     context: dict[str, Cell] = Field(
         default_factory=dict, description="values of context fields, if not the service's own"
     )
+    explain: Whole = Field(0, ge=0, le=MAX_K, description="reasons wanted for each item")
     user: ItemId | None = Field(None, description="id of a user of the training data")
     allow: list[ItemId] | None = Field(
         None, min_length=1, max_length=MAX_LISTED, description="the only items that may be ranked"
@@ -373,12 +394,13 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         return Users(total=recommender.n_users, ids=recommender.find_users(q, limit))
 
     @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
-    async def recommendations(user_id: Id, k: K = 10) -> Ranking:
+    async def recommendations(user_id: Id, k: K = 10, explain: Explain = 0) -> Ranking:
         """A user's best unseen items of the whole catalogue; the score is the logit.
 
         The probability is that the user takes the item; null if scores are not log-odds.
         """
-        return _ranking(model.recommender.recommend(user_id, k))
+        recommender = model.recommender
+        return _ranking(recommender.recommend(user_id, k, explain), recommender)
 
     @app.get("/users/{user_id:path}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
@@ -397,7 +419,8 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
     @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
     async def similar(item_id: Id, k: K = 10) -> Ranking:
         """The items most similar to one; the score is the cosine."""
-        return _ranking(model.recommender.similar(item_id, k))
+        recommender = model.recommender
+        return _ranking(recommender.similar(item_id, k), recommender)
 
 
 def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
@@ -412,7 +435,8 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
         All items may be ranked, unless the request chooses: allow, block and where.
         """
         user, allow, block = described.user, described.allow, described.block
-        ranking, unknown = model.recommender.recommend_for(
+        recommender = model.recommender
+        ranking, unknown = recommender.recommend_for(
             [str(item) for item in described.items],
             described.k,
             described.attributes,
@@ -423,8 +447,9 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
                 None if block is None else [str(item) for item in block],
                 described.where,
             ),
+            explain=described.explain,
         )
-        return Answer(items=_ranking(ranking).items, unknown=unknown)
+        return Answer(items=_ranking(ranking, recommender).items, unknown=unknown)
 
     @app.post(
         "/predict",
@@ -504,19 +529,38 @@ def _item(card: Card) -> Item:
     return Item(id=card.id, title=card.title, tags=card.tags)
 
 
-def _ranking(ranking: Sequence[live.Scored]) -> Ranking:
+def _ranking(ranking: Sequence[live.Scored], recommender: live.Recommender) -> Ranking:
     return Ranking(
         items=[
             Scored(
-                id=card.id,
-                title=card.title,
-                tags=card.tags,
+                id=scored.card.id,
+                title=scored.card.title,
+                tags=scored.card.tags,
                 rank=rank,
-                score=score,
-                probability=probability,
+                score=scored.score,
+                probability=scored.probability,
+                explanation=_explanation(scored, recommender),
             )
-            for rank, (card, score, probability) in enumerate(ranking, 1)
+            for rank, scored in enumerate(ranking, 1)
         ]
+    )
+
+
+def _explanation(scored: live.Scored, recommender: live.Recommender) -> Explanation | None:
+    explained = scored.explanation
+    if explained is None:
+        return None
+    reasons = []
+    for reason in explained.reasons:
+        title = None if reason.item is None else recommender.card_of(reason.item).title
+        reasons.append(
+            Reason(field=reason.field, value=reason.value, title=title, share=reason.share)
+        )
+    return Explanation(
+        base=explained.base,
+        reasons=reasons,
+        other=explained.other,
+        remainder=explained.remainder,
     )
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from deepfm_dist.build import build_model
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import Rows
@@ -32,6 +33,7 @@ from deepfm_dist.ranking.filters import ItemFilters
 from deepfm_dist.ranking.items import Catalogue, cold_items_to_rank, in_id_order
 from deepfm_dist.ranking.lookup import SideEncoder
 from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
+from deepfm_dist.ranking.reasons import Explainer, Explanation
 from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
@@ -53,11 +55,13 @@ class Scored(NamedTuple):
         score: logit or similarity.
         probability: that the user takes it, corrected for drawn negatives; None: the model's scores
             are not log-odds.
+        explanation: of the score, where one was asked for.
     """
 
     card: Card
     score: float
     probability: float | None = None
+    explanation: Explanation | None = None
 
 
 class Prediction(NamedTuple):
@@ -138,6 +142,7 @@ class Recommender:
         self._ranker = ModelRanker.from_model(
             model, world, dataset, self._catalogue, nobody, context
         )
+        self._explainer = Explainer(self._ranker, dataset)
         n_users = dataset.manifest.entities["user"] - 1
         self._kept_users = _all_users(self._ranker.encoder, n_users, config.recommend.memory_bytes)
         masked = masked_splits(dataset, config.recommend.mask)
@@ -170,8 +175,13 @@ class Recommender:
         """Number of items."""
         return len(self._catalogue)
 
-    def recommend(self, user: str, k: int) -> list[Scored]:
+    def recommend(self, user: str, k: int, explain: int = 0) -> list[Scored]:
         """A user's best unseen items, as the command ``recommend`` ranks them, and their logits.
+
+        Args:
+            user: the external id.
+            k: number of items.
+            explain: number of reasons for each.
 
         Raises:
             Unknown: the user is unknown.
@@ -182,9 +192,11 @@ class Recommender:
         seen = self._catalogue.seen_by(row, self._positives)(0, 1)
         log_rate = 0.0 if self._rate is None else float(self._rate.log_of_user[row[0]])
         if self._kept_users is None:
-            return self._best(self._ranker.encoder.users(row), seen, k, log_rate)
-        kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
-        return self._best([kept], seen, k, log_rate)
+            found = self._best(self._ranker.encoder.users(row), seen, k, log_rate)
+        else:
+            kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
+            found = self._best([kept], seen, k, log_rate)
+        return self._explained(found, self._ranker.encoder.user_batch(row), explain)
 
     def recommend_for(
         self,
@@ -194,6 +206,7 @@ class Recommender:
         context: Mapping[str, str | float] | None = None,
         user: str | None = None,
         choice: ItemChoice = EVERY_ITEM,
+        explain: int = 0,
     ) -> tuple[list[Scored], dict[str, int]]:
         """The best other items for a user, or for somebody known by items, attributes or both.
 
@@ -204,6 +217,7 @@ class Recommender:
             context: values of context fields, by name; default: those of the service.
             user: a user of the training data, whose own items and attributes count.
             choice: which items may be ranked.
+            explain: number of reasons for each.
 
         Returns:
             The ranking, and how many ids of each list of ``choice`` are not in the training data.
@@ -234,15 +248,27 @@ class Recommender:
         if user is not None:
             row = np.array([self._users[user]], np.int32)
             masked += [(row, bags) for bags in self._positives]
-            sides = self._ranker.encoder.users(row, context=fixed)
+            batch = self._ranker.encoder.user_batch(row, context=fixed)
         else:
             rate = rate and rate.for_histories(theirs)
-            sides = self._ranker.encoder.users(
-                row, histories=theirs, attributes=fields, context=fixed
-            )
+            batch = self._ranker.encoder.user_batch(row, theirs, fields, fixed)
         log_rate = 0.0 if rate is None else float(rate.log_of_user[row[0]])
         seen = self._catalogue.seen_in(masked)(0, 1)
-        return self._best(sides, seen, k, log_rate, sets), unknown
+        found = self._best(self._ranker.encoder.user_sides(batch), seen, k, log_rate, sets)
+        return self._explained(found, batch, explain), unknown
+
+    def _explained(self, found: list[Scored], user: Batch, most: int) -> list[Scored]:
+        """A user's ranking with this many reasons for each item."""
+        if not most:
+            return found
+        rows = np.array([self._rows[str(scored.card.id)] for scored in found], np.int32)
+        items = Jagged(np.array([0, len(rows)]), rows)
+        explained = self._explainer.explain([(None, user)], items, most)
+        return [s._replace(explanation=e) for s, e in zip(found, explained, strict=True)]
+
+    def card_of(self, row: int) -> Card:
+        """What is displayed of an item row."""
+        return self._cards(row)
 
     def _listed(self, choice: ItemChoice) -> tuple[dict[str, Int32Array | None], dict[str, int]]:
         """Item rows of the lists of a choice, and how many ids of each are unknown."""

@@ -612,12 +612,12 @@ def test_baselines_share_what_they_are_fitted_on(sample: PreparedDataset) -> Non
 
 
 def _written_to_a_full_disk(folder: Path, file: str) -> None:
-    table = pa.table({"user": ["u"], "item": ["i"], "rank": [1]})
+    ranked = iter([(0, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32))])
     with process_group("cpu") as world:
         parts = output.ResumableOutput(folder / "found.parquet", 1, None, world, "recommendations")
         (parts.parts.folder / file).symlink_to("/dev/full")
-        parts.write(0, table.schema, [table])
-        parts.finish_ranked({"user": "user"}, 1)
+        parts.write_ranked(ranked, {"user": pa.array(["u"])}, ("item", pa.array(["i"])), 1)
+        parts.finish_ranked({"user": "user"})
 
 
 @pytest.mark.parametrize("file", [".part-000000.parquet", "merged", "csv"])

@@ -1,5 +1,6 @@
 """Tables for people, and the page of a run."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -21,6 +22,7 @@ from deepfm_dist.messages import format_bytes
 from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
+from deepfm_dist.ranking.reasons import Reason
 from deepfm_dist.recipe import Choice
 from deepfm_dist.report import page as page_module
 from deepfm_dist.report.page import Report, write_page
@@ -141,7 +143,8 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
         for name, ranked in orders.items()
     }
     figures = {"ndcg@2": 0.75, "coverage@2": 0.01}, {"ndcg@2": 0.25, "coverage@2": 0.005}
-    example = [Example(1, [7, 1], [3, 4, 5], [7, 8])]
+    reasons = [[Reason("seen", "x", 0.5, item=9), Reason("genre", "Noir", -0.25)], []]
+    example = [Example(1, [7, 1], [3, 4, 5], [7, 8], reasons)]
     comparison = Comparison(
         dict(zip(orders, figures, strict=True)),
         {name: {"ndcg@2": (0.125, 0.875)} for name in orders},
@@ -178,6 +181,7 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
         assert str(cards(row).title) in text
         assert ", ".join(cards(row).tags) in text
     assert text.count("✓ hit") == 1
+    assert f"seen {html.escape(str(cards(9).title))} +0.50; genre Noir -0.25</span>" in text
     assert "3 training items,\n      1 of 2 held-out items found" in text
     shown = re.findall(
         r'<li class="(\w+)">\s*<strong>(.*?)</strong>\s*<span>(.*?)</span>', text, re.S

@@ -36,7 +36,7 @@ def _answers(
     with process_group("cpu") as world:
         recommender = Recommender(found, folder, world)
     client = TestClient(make_app(ModelInUse(recommender)))
-    known = client.get(f"/users/{user}/recommendations?k=12").json()["items"]
+    known = client.get(f"/users/{user}/recommendations?k=12&explain=2").json()["items"]
     responses = [client.post("/recommend", json=body) for body in [*bodies, *requests]]
     for option, columns in (("histories", {"recommend.k": 12}), ("requests", {})):
         file = found.dataset.folder.parent / ("new.csv" if option == "histories" else "asked.jsonl")
@@ -48,10 +48,14 @@ def _answers(
     return known, answers[: len(bodies)], answers[len(bodies) :]
 
 
+OTHER_PARTS = ("context", "attributes", "explain")
+"""Of a body, that are no columns of a file."""
+
+
 def _requests(attributes: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Bodies of requests, and the same as rows of a file."""
     bodies: list[dict[str, Any]] = [
-        {"user": 4, "k": 20, "where": "kind=dry"},
+        {"user": 4, "k": 20, "where": "kind=dry", "explain": 100},
         {"user": "4", "k": 20, "where": "kind!=dry", "block": ["0", "1", 77]},
         {"user": 4, "k": 3, "context": {"device": "desk"}},
         {"attributes": attributes, "k": 2, "where": "kind=dry and wet and kind!=wet"},
@@ -61,7 +65,7 @@ def _requests(attributes: dict[str, Any]) -> tuple[list[dict[str, Any]], list[di
     rows = []
     for body in bodies:
         row = {"device": "phone", **body, **body.get("context", {}), **body.get("attributes", {})}
-        rows.append({k: v for k, v in row.items() if k not in ("context", "attributes")})
+        rows.append({k: v for k, v in row.items() if k not in OTHER_PARTS})
     return bodies, rows
 
 
@@ -89,6 +93,19 @@ def _check_requests(known: list[Any], ranked: list[Any], answered: pd.DataFrame)
     assert len(found[3]) == 2 and all(i % 3 == 2 for i in found[3])
     assert sorted(found[4]) == [i for i in range(9) if i not in (3, 5)]
     assert found[5] == []
+    for item in known:
+        explanation = item["explanation"]
+        shares = [reason["share"] for reason in explanation["reasons"]]
+        rest = explanation["base"] + explanation["other"] + explanation["remainder"]
+        assert len(shares) == 2
+        assert rest + sum(shares) == pytest.approx(item["score"], abs=1e-4)
+    by_id = {item["id"]: item["explanation"]["reasons"] for item in known}
+    for item in ranked[0][1]["items"]:
+        reasons = item["explanation"]["reasons"]
+        fields = {reason["field"] for reason in reasons}
+        assert fields == {"seen", "item", "kind", "city", "age", "tags", "taste", "device"}
+        assert reasons[:2] == by_id[item["id"]]
+    assert ranked[1][1]["items"][0]["explanation"] is None
 
 
 def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> None:
@@ -163,7 +180,7 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
             "context.weather: unknown context field",
             "context.device='radio': never seen in training",
             "items is missing or empty; give items, attributes or both, or a user",
-            "unknown field 'mood'; allowed: items, k, attributes, context, user, allow, block, wh",
+            "unknown field 'mood'; allowed: items, k, attributes, context, explain, user, allow",
             "user is in the training data; leave items and attributes out",
             "where='kind=dri': the items of the training data have no kind='dri'; did you mean 'dr",
             "where='city=Oslo': unknown item field 'city'; available: kind",
