@@ -38,11 +38,12 @@ CANDIDATES = 4_096
 FEW_LABELLED_ROWS = 100_000
 """Labelled rows below which the tables are trained faster and held back less, and the over-arch has
 two layers."""
-PRECISION_PER_FIELD, PRECISION_OF_MANY_ROWS = 5, 500
+PRECISION_PER_FIELD, PRECISION_FROM_START, PRECISION_OF_MANY_ROWS = 5, 1, 500
 """1 / variance of the normal prior on the tables' elements where rows have labels. A row's log-odds
-are a sum over its fields, so that with more fields each has to vary less. An over-arch with batch
-norm makes up for the scale of the factors; what 500 does to the first-order weights costs little
-where rows are many."""
+are a sum over its fields, so that with more fields each has to vary less. From a fitted start it
+can be weaker: what training learns by heart is not used, and strong interactions need large
+factors. An over-arch with batch norm makes up for the scale of the factors; what 500 does to the
+first-order weights costs little where rows are many."""
 RATE_OF_FEW_ROWS = 0.005
 """Adam's rate for the tables of few labelled rows: first-order weights have to get to about 1 in
 some `STEPS_TO_BEST` steps, each of which moves them by no more than the rate."""
@@ -274,9 +275,10 @@ def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled
 
     * Rate: that of the other parameters; below `FEW_LABELLED_ROWS`, `RATE_OF_FEW_ROWS`.
     * L2: the precision of a normal prior on each element, over n, as its weight in the mean loss
-      falls with the rows. `PRECISION_PER_FIELD` for each field; from `FEW_LABELLED_ROWS` on, with
-      an over-arch, `PRECISION_OF_MANY_ROWS`. BARS's tuned values scatter around the latter: 5e-4
-      for KKBox's 6 million rows, 5e-6 for TaobaoAd's 22 million.
+      falls with the rows. `PRECISION_PER_FIELD` for each field, or `PRECISION_FROM_START` where
+      training starts from a logistic regression and is compared with it; from
+      `FEW_LABELLED_ROWS` on, with an over-arch, `PRECISION_OF_MANY_ROWS`. BARS's tuned values
+      scatter around the latter: 5e-4 for KKBox's 6 million rows, 5e-6 for TaobaoAd's 22 million.
 
     Args:
         draft: the settings so far.
@@ -299,8 +301,11 @@ def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled
         draft.choose("optimizer.tables.lr", *chosen)
         precision, why = PRECISION_OF_MANY_ROWS, str(PRECISION_OF_MANY_ROWS)
         if few or not draft.get("model.deep"):
-            precision = PRECISION_PER_FIELD * len(manifest.features)
-            why = f"{PRECISION_PER_FIELD} * {plural(len(manifest.features), 'field')}"
+            per_field = PRECISION_PER_FIELD
+            if draft.get("model.linear") == "logistic" and manifest.splits["valid"].rows:
+                per_field = PRECISION_FROM_START
+            precision = per_field * len(manifest.features)
+            why = f"{per_field} * {plural(len(manifest.features), 'field')}"
         draft.choose("optimizer.tables.l2", float(f"{precision / n:.2g}"), f"{why} / {rows}")
     elif draft.get("optimizer.tables.name") == "rowwise_adagrad":
         draft.choose("optimizer.tables.lr", 0.01, "rows seen once are learned by heart at 0.05")

@@ -479,7 +479,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert resolved.trainer.batch_size == batch_size
     rate = 0.001 * (batch_size / 4096) ** 0.5
     assert resolved.optimizer.dense.lr == pytest.approx(rate, rel=0.05)
-    is_few, precision = rows < 100_000, 5 if rows < 100_000 else 500  # there is one field
+    is_few, precision = rows < 100_000, 1 if rows < 100_000 else 500  # there is one field
     tables_rate = 0.005 if is_few else resolved.optimizer.dense.lr
     assert resolved.optimizer.tables.lr == tables_rate
     assert resolved.optimizer.tables.name == "adam"
@@ -491,7 +491,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == (
-        f"{'5 * 1 field' if is_few else '500'} / {rows:,} training rows"
+        f"{'1 * 1 field' if is_few else '500'} / {rows:,} training rows"
     )
     assert reasons["trainer.patience"] == "validations without a better log loss"
 

@@ -6,7 +6,8 @@ the trained ones is measured on validation rows (`search`).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,9 +21,11 @@ from deepfm_dist.ranking.baselines import Ease, co_counts
 from deepfm_dist.ranking.metrics import hits, ndcg
 
 log = logging.getLogger(__name__)
+Float64Array = npt.NDArray[np.float64]
 L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 FIELD_WEIGHTS = (0.0, 2.0, 6.0, 20.0, 60.0)
-WEIGHTS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Spread of EASE's weighted scores over that of the trained logits: at the last, EASE decides."""
 COLUMNS = (64, 128, 256, 512)
 SEARCHED_ITEMS = 4_000
 """Items among which the search ranks, the most popular ones: it fits EASE some ten times, and the
@@ -102,21 +105,25 @@ class Validation:
 
     def ndcg(self, scores: Tensor) -> float:
         """Mean NDCG@K of a ranking by ``[U, I]`` scores."""
+        return float(self.ndcg_by_user(scores).mean())
+
+    def ndcg_by_user(self, scores: Tensor) -> Float64Array:
+        """``[U]`` NDCG@K of a ranking by ``[U, I]`` scores."""
         owner = np.repeat(np.arange(len(self.masked)), self.masked.lengths)
         scores = scores.clone()
         scores[torch.from_numpy(owner), torch.from_numpy(self.masked.values).long()] = -torch.inf
         best, ranked = scores.topk(min(self.k, scores.shape[1]), dim=1)
         shown = np.full((len(ranked), self.k), -1)  # of a catalogue of fewer items, too
         shown[:, : ranked.shape[1]] = np.where(best.isfinite().numpy(), ranked.numpy(), -1)
-        figures = ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
-        return float(figures.mean())
+        return ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
 
 
 def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation) -> Linear:
     """Finds what EASE adds to a trained model.
 
     One setting after the other: L2, the weight of the items' fields, the number of columns. For
-    each, the weight next to the trained part that gives the best NDCG.
+    each, the weight next to the trained part that gives the best NDCG. Few validation users hardly
+    tell one weight from another: see `_likely`.
 
     Args:
         train: each user's training items, rows below ``n_items``, each once.
@@ -138,33 +145,85 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
     group_gram = None
     if groups is not None:
         group_gram = torch.from_numpy(co_counts(_renumber(groups, place), len(rows))).float()
-    trained = users.ndcg(users.trained)
+    trained, spread = users.ndcg_by_user(users.trained), _spread(users.trained)
 
-    def with_best_weight(linear: Linear, scores: Tensor) -> Linear:
-        """The settings with the weight that is best for EASE's scores."""
-        figures = {0.0: trained}  # first, so that equal ones leave it at that
-        figures |= {w: users.ndcg(users.trained + w * scores) for w in WEIGHTS}
-        weight = max(figures, key=lambda w: figures[w])
-        alone = users.ndcg(scores)
-        return replace(
-            linear, weight=weight, ndcg=figures[weight], ndcg_trained=trained, ndcg_ease=alone
+    def with_likely_weight(linear: Linear, scores: Tensor) -> tuple[Linear, Float64Array]:
+        """The settings with the weight that the figures speak for, and the users' figures."""
+        unit = spread / max(_spread(scores), 1e-9)
+        weights = [float(f"{share * unit:.2g}") for share in SHARES]
+        figures = {w: users.ndcg_by_user(users.trained + w * scores) for w in weights}
+        weight = _likely(figures, trained)
+        figure = figures.get(weight, trained)
+        found = replace(
+            linear,
+            weight=weight,
+            ndcg=float(figure.mean()),
+            ndcg_trained=float(trained.mean()),
+            ndcg_ease=users.ndcg(scores),
         )
+        return found, figure
 
-    def fit(l2: float, field_weight: float) -> Linear:
+    def fit(l2: float, field_weight: float) -> tuple[Linear, Float64Array]:
         weights = ease_weights(gram, l2, group_gram, field_weight)
-        return with_best_weight(Linear(l2, field_weight), users.scores(weights))
+        return with_likely_weight(Linear(l2, field_weight), users.scores(weights))
 
-    best = _climb(L2, 3, lambda l2: fit(l2, 0.0))
+    fits = {l2: fit(l2, 0.0) for l2 in L2}
+    best = fits[_likely({l2: figure for l2, (_, figure) in fits.items()}) or L2[0]][0]
     if group_gram is not None:
-        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fit(best.l2, w))
+        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fit(best.l2, w)[0])
     weights = ease_weights(gram, best.l2, group_gram, best.field_weight)
-    leading = leading_vectors(weights, gram, max(COLUMNS))
-    left = users.scores(weights @ leading)
-    options = [n for n in COLUMNS if n < len(rows)] or [len(rows)]
-    cut = [
-        with_best_weight(replace(best, columns=n), left[:, :n] @ leading[:, :n].T) for n in options
-    ]
-    return max(cut, key=lambda linear: linear.ndcg)
+
+    def cut(n: int) -> Linear:
+        # Their own vectors, as the model gets them: the leading ones of more differ a little.
+        leading = leading_vectors(weights, gram, n)
+        scores = users.scores(weights @ leading) @ leading.T
+        return with_likely_weight(replace(best, columns=n), scores)[0]
+
+    options = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
+    return max(map(cut, options), key=lambda linear: linear.ndcg)
+
+
+def _spread(scores: Tensor) -> float:
+    """Median over users of the standard deviation of their finite ``[U, I]`` scores."""
+    finite = scores.isfinite()
+    kept = torch.where(finite, scores, 0.0).double()
+    n = finite.sum(1).clamp(min=1)
+    mean = kept.sum(1) / n
+    return float((kept.square().sum(1) / n - mean.square()).clamp(min=0).sqrt().median())
+
+
+def _likely(figures: Mapping[float, Float64Array], without: Float64Array | None = None) -> float:
+    """The setting that the figures speak for, which of few users is not the one that is best.
+
+    The best of many settings is better by chance, too. From the best one up, towards EASE alone and
+    a strong L2, which are safer for few users, each setting counts by how well its difference from
+    the best one can be chance, exp(-z^2 / 2), and the geometric mean decides: of many users that is
+    the best one.
+
+    Args:
+        figures: ``[U]`` of each setting, in ascending order.
+        without: ``[U]`` of setting 0, if it is one.
+
+    Returns:
+        One of the settings; 0 if that is better than each by more than its standard error, or the
+        same to every user.
+    """
+    start, best = max(figures.items(), key=lambda item: float(item[1].mean()))
+    if without is not None and without.mean() >= best.mean():
+        start, best = 0.0, without
+
+    def z(figure: Float64Array) -> float:
+        difference = best - figure
+        error = float(difference.std()) / len(difference) ** 0.5
+        return float(difference.mean()) / error if error else 0.0
+
+    distances = {setting: z(figure) for setting, figure in figures.items()}
+    is_alike = any((figure == best).all() for figure in figures.values())
+    if start == 0 and (is_alike or min(distances.values()) > 1):
+        return 0.0
+    shares = {s: math.exp(-(z**2) / 2) for s, z in distances.items() if s >= start}
+    mean = sum(share * math.log(s) for s, share in shares.items()) / sum(shares.values())
+    return min(figures, key=lambda setting: abs(math.log(setting) - mean))
 
 
 def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> Linear:

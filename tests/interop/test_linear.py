@@ -12,6 +12,7 @@ from deepfm_dist.interop.linear import (
     COLUMNS,
     Linear,
     Validation,
+    _likely,
     ease_weights,
     leading_vectors,
     search,
@@ -94,6 +95,16 @@ def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Valida
     actual = search(train, N_ITEMS, None, knowing)
     assert actual.ndcg == actual.ndcg_trained == 1
     assert actual.weight == 0
+
+
+def test_few_users_do_not_decide_on_a_weight_by_chance() -> None:
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(3, 10_000))
+    few = {4.0: 0.30 + noise[0, :20], 32.0: 0.29 + noise[1, :20], 256.0: 0.28 + noise[2, :20]}
+    assert _likely(few, 0.1 + noise[0, :20]) == 32.0  # not told apart: the middle of them
+    many = {w: 0.3 - k / 100 + 0.01 * noise[k] for k, w in enumerate((4.0, 32.0, 256.0))}
+    assert _likely(many, 0.1 + noise[0]) == 4.0
+    assert _likely(many, 0.4 + 0.01 * noise[0]) == 0.0  # each is clearly worse than none
 
 
 def test_fields_that_say_the_groups_are_used(users: tuple[Jagged, Validation]) -> None:
