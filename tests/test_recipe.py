@@ -230,7 +230,7 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
     for ranking in ("model", "popularity"):
         assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]
-    with pytest.raises(ConfigError, match=r"/refit: part of the run .*/sample, .*; train that"):
+    with pytest.raises(ConfigError, match=r"/refit: part of the run .*/sample and .*; train that"):
         train(load_config(str(config.run_dir / "refit/config.yaml"), ["trainer.max_steps=3"]))
     # Typing train on what was put together takes nothing from it.
     put = combine(config, ["sample"], "put")
@@ -378,7 +378,10 @@ def test_without_validation_rows_training_items_are_held_out(
     [
         (["trainer.loss=bce", "model.linear=ease"], "model.linear=ease: for models that are"),
         (["trainer.loss=bce", "trainer.refit_best=true"], "refit_best=true: for models that are"),
-        (["model={linear: ease, deep: true}", "trainer.loss=softmax"], "for a pairwise part alone"),
+        (
+            ["model={linear: ease, deep: true}", "trainer.loss=softmax"],
+            "need a model without a deep part",
+        ),
         (
             ["data.split.valid=0", "trainer.refit_best=true", "trainer.hold_out=0"],
             "true: there are no validation rows",
@@ -528,9 +531,10 @@ def test_labelled_rows_stop_early_or_after_the_steps_that_mostly_do(
 @pytest.mark.parametrize(
     ("rows", "fields", "model", "expected"),
     [
-        (168, 3, {}, 15 / 168),  # 500 / 168 would hold every weight at 0
-        (10_000, 39, {}, 195 / 10_000),
-        (10_000, 39, {"deep": False}, 195 / 10_000),
+        (168, 3, {}, 3 / 168),  # 500 / 168 would hold every weight at 0
+        (10_000, 39, {}, 39 / 10_000),
+        (10_000, 39, {"deep": False}, 39 / 10_000),
+        (10_000, 39, {"linear": "none"}, 195 / 10_000),
         (1_000_000, 39, {}, 500 / 1_000_000),
         (1_000_000, 39, {"deep": False}, 195 / 1_000_000),
     ],
