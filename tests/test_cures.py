@@ -1459,6 +1459,7 @@ NOT_TYPED = {
     "holds lists where one value is expected": "the cure is other data; see test_formats",
     "the time column … has …, and one of its times": "the cure is other data; see test_times",
     "…: damaged (…); delete …, and it is exported": "needs a damaged export; see test_damage",
+    "data.forget_after=…: no row of": "the cure is another log; see test_growth",
     "…: its logits differ from the model's": "needs a faulty exporter; see test_export",
     "combine: … and … have other data": "vocabularies differ first in nearly all cases",
     "…: user … and item … have … scores": "needs a reference of scores; see test_ranking",

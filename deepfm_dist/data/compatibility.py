@@ -21,7 +21,7 @@ _OF_READING = ("min_count",)  # and those that vocabularies show
 _MOST_CHANGES = 3
 """That a message lists."""
 _FREE = {"name", "root", "files", "memory_bytes", "on_device", "lanes", "titles"}
-_FREE |= {"vocabulary_from", "features", "id_dropout"}
+_FREE |= {"vocabulary_from", "forget_after", "features", "id_dropout"}
 
 
 def check_match(

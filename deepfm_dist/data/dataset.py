@@ -24,7 +24,7 @@ from deepfm_dist.data.jagged import (
     offsets_of,
     union,
 )
-from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
+from deepfm_dist.data.layout import GENERATION, HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
 from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.data.vocabulary import Vocabulary
@@ -178,6 +178,30 @@ class PreparedDataset:
                     else:
                         fields[f.name] = self._values_mapped_if_large(name, f.name, cold)
         return fields
+
+    def reused_rows(self, vocabulary_hash: str) -> dict[str, Int64Array]:
+        """Rows that belonged to other ids in an earlier dataset, by table.
+
+        Args:
+            vocabulary_hash: of that dataset, which this one may have grown from.
+        """
+        chain = (*self.manifest.grown_from, self.manifest.vocabulary_hash)
+        if vocabulary_hash not in chain:
+            return {}
+        reused = {}
+        for entity in self.manifest.entities:
+            name = f"entities/{entity}.parquet"
+            if GENERATION in self.files.open(name).schema_arrow.names:
+                generations = self._read(name, [GENERATION])[GENERATION].to_numpy()
+                reused[entity] = np.flatnonzero(generations > chain.index(vocabulary_hash))
+        rows = {}
+        for feature in self.manifest.categorical:
+            source = feature
+            if feature.history is not None:
+                source = self.manifest.data.source_of(feature)
+            if source.is_id and source.entity in reused:
+                rows[feature.table_name] = reused[source.entity]
+        return rows
 
     def entity_ids(self, entity: str, cold: bool = False) -> pa.Array:
         """``[rows]`` string: external ids; row 0 (unknown) is null.

@@ -32,6 +32,9 @@ SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("se
 """By split, the columns of the user table that together hold the items of a user's rows there.
 ``history`` has the training positives, and the others what else was seen."""
 LISTS = tuple(name for names in SEEN.values() for name in names)
+LAST_DAY, GENERATION = "row.last_day", "row.generation"
+"""int32 columns of users and items, where ids are forgotten: the last day of the latest log with an
+id, since 1970; and how many datasets had grown before it got its row. No field has such a name."""
 NEGATIVE_USER = "drawer"
 """Column of the training rows: whose items a row's sampled negatives avoid, where users without a
 row of their own share row 0."""

@@ -412,6 +412,8 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     elsewhere.add("id_dropout")
     if data.catalogue is None:  # so are datasets of versions that did not have it
         elsewhere.add("catalogue")
+    if data.forget_after is None:  # likewise
+        elsewhere.add("forget_after")
     settings = data.model_dump(mode="json", exclude=elsewhere)
     for layout in settings["files"].values():
         if not layout["optional"]:  # likewise

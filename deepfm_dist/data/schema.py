@@ -589,6 +589,9 @@ class DataConfig(Section):
     vocabulary_from: PathOrUrl | None = None
     """Folder of an earlier prepared dataset, or its URL: known ids keep their rows, new ids are
     appended, and its statistics of numeric fields are kept."""
+    forget_after: int | None = Field(None, ge=1)
+    """Days without a row after which a user or item may be forgotten: with ``vocabulary_from``, a
+    new id takes the row of the one that has been missing for longest. Default: never."""
     lanes: int | None = Field(None, ge=1, le=4096)
     """Number of streams that training rows are divided into for reading from disk; default: 64, and
     up to 4,096 above a billion rows."""
@@ -674,6 +677,8 @@ class DataConfig(Section):
                 self._check_only_interactions(f"interactions.{name}={getattr(rows, name)}")
         if self.vocabulary_from is not None and self.negatives.fixed_per_user is not None:
             raise ValueError("vocabulary_from cannot go with negatives.fixed_per_user")
+        if self.forget_after is not None and rows.time is None:
+            raise ValueError(f"forget_after={self.forget_after} needs interactions.time")
         needs_time = self.split.method in ("temporal", "leave_last")
         if needs_time and rows.time is None and rows.split is None:
             raise ValueError(f"split.method={self.split.method} needs interactions.time")

@@ -34,6 +34,7 @@ class Vocabulary:
         min_count: int,
         seed: int,
         earlier: Self | None = None,
+        free: Int32Array | None = None,
     ) -> tuple[Self, Int32Array]:
         """Gives rows to the ids seen at least ``min_count`` times.
 
@@ -47,6 +48,8 @@ class Vocabulary:
             seed: of the order.
             earlier: a vocabulary whose ids keep their rows regardless of counts; new ids are
                 appended, spread over the new rows.
+            free: rows of ``earlier`` whose ids are not among ``ids``; new ids take these first, in
+                this order, and counts of such a row start again.
 
         Returns:
             The vocabulary, and the row of each of ``ids``, ``[n]`` int32.
@@ -57,9 +60,15 @@ class Vocabulary:
             old_counts = earlier.counts.copy()
             np.add.at(old_counts, rows[known] - 1, counts[known])
             new, new_rows = cls.fit(ids.filter(pa.array(~known)), counts[~known], min_count, seed)
-            rows[~known] = np.where(new_rows > 0, new_rows + len(earlier.ids), 0)
-            joint_ids = pa.concat_arrays([earlier.ids, new.ids])
-            return cls(joint_ids, np.concatenate([old_counts, new.counts])), rows
+            n_old, taken = len(earlier.ids), np.zeros(0, np.int32) if free is None else free
+            taken = taken[: len(new.ids)]
+            appended = np.arange(n_old + 1, n_old + 1 + len(new.ids) - len(taken), dtype=np.int32)
+            row_of_new = np.concatenate([np.zeros(1, np.int32), taken, appended])
+            rows[~known] = row_of_new[new_rows]
+            source = np.arange(n_old + len(appended))  # of each row: old ids, then new ones
+            source[row_of_new[1:] - 1] = n_old + np.arange(len(new.ids))
+            joint_ids = pa.concat_arrays([earlier.ids, new.ids]).take(pa.array(source))
+            return cls(joint_ids, np.concatenate([old_counts, new.counts])[source]), rows
         kept = np.flatnonzero(counts >= max(1, min_count))
         kept_ids = ids.take(pa.array(kept))
         order = hash_order(kept_ids, seeded(hash_texts(kept_ids), seed))

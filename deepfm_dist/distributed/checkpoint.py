@@ -31,6 +31,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -442,6 +444,7 @@ def load(
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer | None = None,
     transfer: Transfer | None = None,
+    fresh_rows: Mapping[str, npt.NDArray[np.int64]] | None = None,
 ) -> None:
     """Reads weights, and the optimizer's state, under any plan and at any world size. All ranks.
 
@@ -452,6 +455,8 @@ def load(
         optimizer: its optimizer; None reads the weights only.
         transfer: what is taken from a model of other fields; what is not is left as it is, and so
             are rows of tables beyond those that were saved. None: it is the same model.
+        fresh_rows: by table, rows that stood for other ids when they were saved: they are left as
+            they are, and so is the optimizer's state of them.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
@@ -470,11 +475,12 @@ def load(
         make_state(optimizer)  # DCP reads only into existing entries
         tensors["optimizer"] = _optimizer_state(optimizer, model)
     put_in_place: list[Callable[[], object]] = []
+    put_back = _rows_to_put_back(tensors, fresh_rows or {})
     if transfer is not None:
         tensors = _without_new_rows(tensors, saved)
         tensors, put_in_place = _plan_transfer(tensors, saved, transfer)
     _errors_to_user(lambda: dcp.load(tensors, storage_reader=reader), path, "cannot be read")
-    for work in put_in_place:
+    for work in (*put_in_place, *put_back):
         work()
     sharded.load_state_dict(model)
     if optimizer is not None:
@@ -667,6 +673,23 @@ def _without_new_rows(
             kept, offsets = [p for p, _ in pieces], [offset for _, offset in pieces]
             cut[key] = _from_pieces(value, kept, offsets, shape)
     return cut
+
+
+def _rows_to_put_back(
+    tensors: Mapping[str, Any], rows_of: Mapping[str, npt.NDArray[np.int64]]
+) -> list[Callable[[], object]]:
+    """What puts this rank's pieces of some rows back, of tables and of the optimizer's state."""
+    put_back: list[Callable[[], object]] = []
+    for name, value in _flat(tensors) if rows_of else ():
+        table = name.partition(_IN_TABLE)[2].partition(".")[0]
+        if table not in rows_of or not value.dim():  # of the latter: a step count
+            continue
+        whole = [(value, (0,))]
+        for piece, offset in _local_pieces(value) if isinstance(value, DTensor) else whole:
+            local = rows_of[table] - offset[0]
+            places = torch.from_numpy(local[(local >= 0) & (local < len(piece))]).to(piece.device)
+            put_back.append(partial(piece.index_copy_, 0, places, piece.index_select(0, places)))
+    return put_back
 
 
 def _plan_transfer(

@@ -215,7 +215,7 @@ class Finish:
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
         if config.checkpoint.start_from is not None:  # so did the loop, and took fewer steps for it
             path = find_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
-            read_start(path, config, later.manifest, self.world, model, optimizer)
+            read_start(path, config, later, self.world, model, optimizer)
         trainer = Trainer(
             model,
             optimizer,

@@ -12,7 +12,6 @@ from deepfm_dist.build import loggers, shard_for_training, training_batches
 from deepfm_dist.config import Config, resolve
 from deepfm_dist.data.batches.histories import hold_out
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.checkpoint import Checkpoints, load, make_state
 from deepfm_dist.distributed.planning import sent_bytes
 from deepfm_dist.distributed.process_group import process_group
@@ -137,7 +136,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         run = _Run(
             config=config,
             world=world,
-            manifest=manifest,
+            dataset=dataset,
             sharded=sharded,
             optimizer=optimizer,
             state=start.state,
@@ -206,7 +205,7 @@ class _Run:
     Attributes:
         config: the settings.
         world: the ranks.
-        manifest: of the data.
+        dataset: the data.
         sharded: the model.
         optimizer: its optimizer.
         state: of the loop, which training updates.
@@ -215,7 +214,7 @@ class _Run:
 
     config: Config
     world: World
-    manifest: Manifest
+    dataset: PreparedDataset
     sharded: DistributedModelParallel
     optimizer: CombinedOptimizer
     state: LoopState
@@ -232,7 +231,7 @@ class _Run:
         if start.continues:
             load(start.path, world, self.sharded, self.optimizer)
         else:
-            read_start(start.path, config, self.manifest, world, self.sharded, self.optimizer)
+            read_start(start.path, config, self.dataset, world, self.sharded, self.optimizer)
 
     def fit(self, batches: Batches, hooks: Hooks) -> None:
         """Trains to the end, or until a signal; checkpoints are complete afterwards."""
@@ -272,7 +271,7 @@ class _Run:
         # The best one, that of a longer run, and the last before steps were skipped.
         kept = [state.best_step, (state.before_end or state.best_state)[1], state.saved_step]
         marker = {
-            **self.manifest.marks,
+            **self.dataset.manifest.marks,
             "config": self.config.model_dump(mode="json"),
             "trainer": asdict(state),
             "chosen": [asdict(choice) for choice in self.choices],

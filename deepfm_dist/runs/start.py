@@ -11,6 +11,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from deepfm_dist.build import weight_transfer
 from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.compatibility import changed_settings, check_start, shared_fields
+from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.sharding import DistributedModelParallel
@@ -188,7 +189,7 @@ def _check_start(config: Config, manifest: Manifest, path: Path, state: Mapping[
 def read_start(
     path: Path,
     config: Config,
-    manifest: Manifest,
+    dataset: PreparedDataset,
     world: World,
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer,
@@ -198,15 +199,17 @@ def read_start(
     Args:
         path: the checkpoint that `begin` has found.
         config: the settings.
-        manifest: of the data.
+        dataset: the data.
         world: the ranks.
         sharded: the model.
         optimizer: its optimizer.
     """
-    trained = config_from(checkpoint.read_state(path)["config"], origin=str(path)).data
-    transfer = weight_transfer(trained, manifest, config.model)
+    state = checkpoint.read_state(path)
+    trained = config_from(state["config"], origin=str(path)).data
+    transfer = weight_transfer(trained, dataset.manifest, config.model)
     wanted = None if config.checkpoint.start_weights_only else optimizer
-    checkpoint.load(path, world, sharded, wanted, transfer)
+    reused = dataset.reused_rows(state["vocabulary_hash"])
+    checkpoint.load(path, world, sharded, wanted, transfer, reused)
 
 
 def make_ready(config: Config, start: Start) -> None:

@@ -224,7 +224,9 @@ def open_weights(
     config = config_from(merged, origin=str(path))
     sharded = shard_for_inference(config, manifest, world)
     mark_rows(sharded)
-    checkpoint.load(path, world, sharded, transfer=weight_transfer(trained, manifest, config.model))
+    transfer = weight_transfer(trained, manifest, config.model)
+    reused = onto.dataset.reused_rows(state["vocabulary_hash"])
+    checkpoint.load(path, world, sharded, transfer=transfer, fresh_rows=reused)
     histories = {f.table_name for f in manifest.categorical if f.history is not None}
     fill_marked_rows(sharded, world, histories)
     log.info("loaded %s, step %s", path, f"{state['step']:,}")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
 
 from deepfm_dist import train as train_command
 from deepfm_dist.config import Config, load_config
@@ -82,7 +83,7 @@ def _started(config: Config) -> dict[str, Any]:
         run = Run(config.prepared_dir, config, world)
         fresh = _weights(run, world)
         path = checkpoint.find_checkpoint(Path(str(config.checkpoint.start_from)))
-        read_start(path, config, run.dataset.manifest, world, run.sharded, run.optimizer)
+        read_start(path, config, run.dataset, world, run.sharded, run.optimizer)
         batch = run.batches.batch(1)
         logits = run.sharded.eval()(batch)[1].numpy()
         run.sharded.train()
@@ -93,11 +94,11 @@ def _started(config: Config) -> dict[str, Any]:
             for key, value in values.items()
             if ".ebc." not in name
         }
-        weights = _weights(run, world)
+        weights, of_tables = _weights(run, world), _state_of_tables(run, world)
         losses = run.losses(1, 8)
         return {
             "fresh": fresh, "weights": weights, "bags": bags, "dense": batch.dense.numpy(),
-            "logits": logits, "state": state, "losses": losses,
+            "logits": logits, "state": state, "losses": losses, "of_tables": of_tables,
         }  # fmt: skip
 
 
@@ -111,6 +112,24 @@ def _weights(run: Run, world: Any) -> dict[str, np.ndarray]:
         parts = {begin: p for t, begin, p in pieces if t == table}  # every rank may have them all
         actual[table] = np.concatenate([parts[begin] for begin in sorted(parts)])
     return actual
+
+
+def _state_of_tables(run: Run, world: Any) -> dict[str, np.ndarray]:
+    """The optimizer's state of whole tables, by its name."""
+    mine = []
+    state = checkpoint._optimizer_state(run.optimizer, run.sharded.state_dict())
+    for name, value in checkpoint._flat(state):
+        if ".ebc." in name and value.dim():
+            pieces = [(value, (0,))]
+            if isinstance(value, DTensor):
+                pieces = checkpoint._local_pieces(value)
+            mine += [(name, offset[0], piece.numpy().copy()) for piece, offset in pieces]
+    pieces = [piece for of_rank in world.all_gather_object(mine) for piece in of_rank]
+    parts = {(name, begin): piece for name, begin, piece in pieces}
+    return {
+        name: np.concatenate([parts[key] for key in sorted(parts) if key[0] == name])
+        for name, _ in parts
+    }
 
 
 ABOVE = "model.interaction_arch."
@@ -210,6 +229,44 @@ def test_grown_data_of_other_fields_keep_the_rows_of_earlier_ids(
         assert (len(new) > len(old)) == (table != "mood")
     arguments_of = arguments(home, "grown")
     assert run_alone(train_command.main, ["--quiet", *arguments_of]) == 0
+
+
+def _renamed(match: re.Match[str]) -> str:
+    return "new" + match[0]
+
+
+def test_rows_that_new_ids_took_start_afresh(before: tuple[Path, dict[str, Any]]) -> None:
+    home, saved = before
+    rows = (home / "rows.csv").read_text()
+    settings = ["data.interactions.time=time", "data.forget_after=30"]
+    days = {  # the first day starts the clock of ids that have none
+        "first": re.sub("2024-05", "2025-01", rows),
+        "then": re.sub(r"\bu([0-4]),|\bi(\d),", _renamed, re.sub("2024-05", "2025-06", rows)),
+    }
+    earlier = "before"
+    for name, lines in days.items():
+        (home / f"{name}.csv").write_text(lines)
+        grown = f"data.vocabulary_from={home / 'prepared' / earlier}"
+        config = after(home, BEFORE, name, grown, f"data.interactions.file={name}.csv", *settings)
+        earlier = name
+    alone, two = run_alone(_started, config), run_ranks(_started, 2, config)[0]
+    for entity, n_gone in (("user", 5), ("item", 10)):
+        old, new = (
+            PreparedDataset(home / "prepared" / name).entity_ids(entity).to_pylist()
+            for name in ("before", "then")
+        )
+        other = np.array([id_ != new[row] for row, id_ in enumerate(old)])
+        assert other.sum() == n_gone
+        parameter = f"embedding_arch.ebc.embedding_bags.{entity}.weight"
+        trained = saved["model"][f"model.{parameter}"].numpy()
+        for actual in (alone, two):
+            weights, fresh = actual["weights"][entity], actual["fresh"][entity]
+            np.testing.assert_array_equal(weights[: len(old)][~other], trained[~other])
+            np.testing.assert_array_equal(weights[: len(old)][other], fresh[: len(old)][other])
+            [state] = [s for name, s in actual["of_tables"].items() if parameter in name]
+            assert not state[: len(old)][other].any()
+            assert state[: len(old)][~other].any()
+    assert difference(two["losses"], alone["losses"]) <= 1e-6
 
 
 def test_weights_alone_are_taken_under_another_optimizer(

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from deepfm_dist.data.fields import (
     transformed,
 )
 from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
-from deepfm_dist.data.layout import DatasetFiles
+from deepfm_dist.data.layout import GENERATION, LAST_DAY, DatasetFiles
 from deepfm_dist.data.manifest import TRAIN, NumericSpec
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
 from deepfm_dist.data.preparation.job import Job, entity_key
@@ -84,6 +84,21 @@ class FitResult:
         return np.where(rows < self.rows[entity], rows, np.int32(0))
 
 
+@dataclass(frozen=True)
+class Lifetimes:
+    """When the ids of users or items were last seen, and since when they have their rows.
+
+    Attributes:
+        last_day: ``[rows]`` int32: the last day of the latest log with the id, since 1970.
+        generation: ``[rows]`` int32: how many datasets had grown before the id got its row.
+        reused: rows that new ids have taken from forgotten ones in this dataset.
+    """
+
+    last_day: Int32Array
+    generation: Int32Array
+    reused: Int32Array
+
+
 class PreviousDataset:
     """The dataset whose ids keep their rows; it may be none.
 
@@ -105,6 +120,27 @@ class PreviousDataset:
         if name not in layout.open(file).schema_arrow.names:
             return None
         return layout.read(file, [name])[name]
+
+    def last_days(self, entity: str, today: int) -> Int32Array | None:
+        """``[rows]``: see `Lifetimes`; without a record of them, the last day of its log."""
+        days = self.column(entity, LAST_DAY)
+        if days is not None:
+            return days.to_numpy().astype(np.int32)
+        if self.manifest is None or entity not in self.manifest.entities:
+            return None
+        profile, last = self.manifest.profile, today
+        if profile.first_day is not None:
+            first = int(np.datetime64(profile.first_day, "D").astype(np.int64))
+            last = first + profile.days_per_period * len(profile.rows_by_period) - 1
+        return np.full(self.manifest.entities[entity], min(last, today), np.int32)
+
+    def generations(self, entity: str) -> Int32Array:
+        """``[rows]``: see `Lifetimes`."""
+        generations = self.column(entity, GENERATION)
+        if generations is not None:
+            return generations.to_numpy().astype(np.int32)
+        assert self.manifest is not None
+        return np.zeros(self.manifest.entities[entity], np.int32)
 
     def vocabulary(self, name: str) -> Vocabulary | None:
         """A table's vocabulary, or that of the users or items themselves."""
@@ -132,6 +168,7 @@ class Fitter:
         values: raw values of their fields, by table row.
         cold_values: raw values of the cold items' fields.
         vocabularies: by table.
+        lifetimes: of the users' and items' ids, where they are recorded.
         fitted: the part of the fit that writing rows needs.
         time_scale: see `Partitions`.
     """
@@ -143,7 +180,9 @@ class Fitter:
         self._earlier, self.time_scale = earlier, partitions.time_scale
         self._row_of_code: dict[str, Int32Array] = {}
         self._joined: dict[tuple[str, str | None], bool] = {}
+        self._free = {name: self._forgettable(name) for name in job.entities}
         self.entities = self._fit_entities()
+        self.lifetimes = self._lifetimes()
         self.cold = self._cold_items()
         self.values: dict[str, Values] = {}
         self.cold_values: dict[str, Values] = {}
@@ -324,8 +363,82 @@ class Fitter:
             min_count,
             derive_seed(self._job.seed, "rows", name.removeprefix(entity_key(""))),
             self._earlier.vocabulary(name),
+            free=self._free.get(name.removeprefix(entity_key("")))
+            if name.startswith(entity_key(""))
+            else None,
         )
         return vocabulary
+
+    @cached_property
+    def _today(self) -> int:
+        """The last day of the log, since 1970; 0 if no day is needed and no row has a date.
+
+        Raises:
+            DataError: no row has a date, and ids are to be forgotten.
+        """
+        if not self._counts.days and self._job.data.forget_after is None:
+            return 0
+        if not self._counts.days:
+            raise DataError(
+                f"data.forget_after={self._job.data.forget_after}: no row of "
+                f"{label_of(self._job.data.interactions.file)} has a date in the column "
+                f"{self._job.data.interactions.time!r}; leave forget_after out"
+            )
+        return max(self._counts.days)
+
+    def _forgettable(self, entity: str) -> Int32Array | None:
+        """Rows of ids that neither this log nor one of the last days has, oldest first.
+
+        None: nothing is to be recorded. A record that an earlier dataset began is continued, since
+        it says which rows were reused.
+        """
+        days, before = self._job.data.forget_after, self._earlier.vocabulary(entity_key(entity))
+        if before is None:
+            return None
+        if days is None:
+            is_recorded = self._earlier.column(entity, GENERATION) is not None
+            return np.zeros(0, np.int32) if is_recorded else None
+        last_days = self._earlier.last_days(entity, self._today)
+        assert last_days is not None
+        is_old = self._today - last_days > days
+        is_old[before.lookup(self._partitions.ids[entity_key(entity)])] = False
+        is_old[0] = False
+        rows = np.flatnonzero(is_old)
+        return rows[np.argsort(last_days[rows], kind="stable")].astype(np.int32)
+
+    def _lifetimes(self) -> dict[str, Lifetimes]:
+        """What to record of the ids, once they have their rows; logs how many were forgotten."""
+        lifetimes, forgotten, waiting = {}, [], []
+        for name, free in self._free.items():
+            if free is None:
+                continue
+            now, last_days = self.entities[name], self._earlier.last_days(name, self._today)
+            assert last_days is not None
+            manifest = self._earlier.manifest
+            assert manifest is not None
+            generation = len(manifest.grown_from) + 1
+            n_old, key = len(last_days), entity_key(name)
+            rows_here = now.lookup(self._partitions.ids[key])
+            reused = np.intersect1d(free, rows_here).astype(np.int32)
+            days = np.full(now.rows, self._today, np.int32)
+            days[:n_old] = last_days
+            days[rows_here] = np.maximum(days[rows_here], self._today)
+            generations = np.full(now.rows, generation, np.int32)
+            generations[:n_old] = self._earlier.generations(name)
+            generations[reused] = generation
+            lifetimes[name] = Lifetimes(days, generations, reused)
+            forgotten.append(plural(len(reused), name))
+            waiting.append(plural(len(free) - len(reused), name))
+        if lifetimes and self._job.data.forget_after is not None:
+            since = np.datetime64(self._today - self._job.data.forget_after, "D")
+            log.info(
+                "forgot %s not seen since %s, whose rows went to new ones; %s more keep theirs "
+                "until new ones need them",
+                " and ".join(forgotten),
+                since,
+                " and ".join(waiting),
+            )
+        return lifetimes
 
     def _entity_values(self, feature: Feature) -> Values:
         """Raw values of a field of users or items, by table row; counts their codes."""

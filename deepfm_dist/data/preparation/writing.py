@@ -24,7 +24,14 @@ from deepfm_dist.data.jagged import (
     to_arrow,
     union,
 )
-from deepfm_dist.data.layout import HISTORY, NEGATIVE_USER, SEEN, signed_table
+from deepfm_dist.data.layout import (
+    GENERATION,
+    HISTORY,
+    LAST_DAY,
+    NEGATIVE_USER,
+    SEEN,
+    signed_table,
+)
 from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TRAIN, SplitSpec
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.checksums import TableSum
@@ -305,11 +312,17 @@ def carry(histories: PairSink, earlier: PreviousDataset, fit: Fitter) -> None:
     row_now = np.arange(before.manifest.n_rows("item"), dtype=np.int32)
     if n_cold := before.manifest.cold.get("item", 0):  # some of them may have rows of their own now
         row_now[-n_cold:] = fit.rows_of("item", before.entity_ids("item", cold=True)[-n_cold:])
+    is_known = np.ones(before.manifest.entities["user"], bool)
+    if "item" in fit.lifetimes:  # their rows mean other items now
+        row_now[fit.lifetimes["item"].reused] = 0
+    if "user" in fit.lifetimes:
+        is_known[fit.lifetimes["user"].reused] = False
     history, seen = before.met("train")
     held_out = [*before.met("valid"), *before.met("test")]
     for name, bags in ((HISTORY, history), *((CARRIED, bags) for bags in (seen, *held_out))):
         users, items = np.repeat(np.arange(len(bags)), bags.lengths), row_now[bags.values]
-        histories.add(name, users[items > 0], items[items > 0])
+        kept = (items > 0) & is_known[users]
+        histories.add(name, users[kept], items[kept])
 
 
 def write_entities(
@@ -364,22 +377,28 @@ def _entity_table(
     job: Job, fit: Fitter, counts: Counts, earlier: PreviousDataset, name: str
 ) -> pa.Table:
     """The table of users or items, without histories."""
-    vocabulary = fit.entities[name]
+    vocabulary, lifetimes = fit.entities[name], fit.lifetimes.get(name)
+    reused = np.zeros(0, np.int32) if lifetimes is None else lifetimes.reused
     columns = {"id": pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])}
     for feature in job.data.features:
         if feature.name in fit.values and feature.entity == name:
             raw = fit.values[feature.name]
             encoded = fit.fitted.encoded(feature, raw)
             if (before := earlier.column(name, feature.name)) is not None:
-                encoded = _carried(raw, encoded, from_arrow(before))
+                encoded = _carried(raw, encoded, from_arrow(before), reused)
             columns[feature.name] = to_arrow(encoded)
     if name == "item" and "user" in fit.entities:
         positives = np.zeros(vocabulary.rows, np.int64)
         rows = fit.fitted.trained("item", fit.fitted.row_of_code[entity_key("item")][:-1])
         np.add.at(positives, rows, counts.liked)
         if (before := earlier.column("item", "count")) is not None:
-            positives[: len(before)] += before.to_numpy()
+            carried = before.to_numpy().copy()
+            carried[reused] = 0
+            positives[: len(carried)] += carried
         columns["count"] = pa.array(positives)
+    if lifetimes is not None:
+        columns[LAST_DAY] = pa.array(lifetimes.last_day)
+        columns[GENERATION] = pa.array(lifetimes.generation)
     return pa.table(columns)
 
 
@@ -393,18 +412,27 @@ def _cold_table(job: Job, fit: Fitter, name: str, ids: pa.Array) -> pa.Table:
     return pa.table(columns)
 
 
-def _carried(raw: Values, encoded: Values, before: Values) -> Values:
-    """A user or item field, filled from the earlier dataset where the new one has no value."""
+def _carried(raw: Values, encoded: Values, before: Values, reused: Int32Array) -> Values:
+    """A user or item field, filled from the earlier dataset where the new one has no value.
+
+    Args:
+        raw: ``[rows]`` what the new one has.
+        encoded: the same as the model looks it up.
+        before: ``[earlier rows]`` likewise.
+        reused: rows that belonged to another id before.
+    """
     n = len(before)
+    is_same = np.ones(n, bool)
+    is_same[reused] = False
     if isinstance(encoded, Jagged) and isinstance(before, Jagged):
         both = Jagged.concatenated([encoded, before])
         rows = np.arange(len(encoded))
-        empty = np.flatnonzero(encoded.lengths[:n] == 0)
+        empty = np.flatnonzero((encoded.lengths[:n] == 0) & is_same)
         rows[empty] = len(encoded) + empty
         return taken(both, rows)
     if isinstance(raw, Jagged) or isinstance(encoded, Jagged) or isinstance(before, Jagged):
         return encoded
-    empty = np.flatnonzero(~has_value(raw[:n]))
+    empty = np.flatnonzero(~has_value(raw[:n]) & is_same)
     encoded[empty] = before[empty]
     return encoded
 

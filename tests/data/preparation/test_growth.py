@@ -13,7 +13,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.preparation import job
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DataError
 from tests.data.small_logs import USER_AND_ITEM, bag_of, contents, small
 
 GROWING: dict[str, Any] = yaml.safe_load("""
@@ -80,6 +80,71 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     prepare(DataConfig.model_validate(GROWING), tmp_path, tmp_path / "old", seed=2)
     prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / "new", seed=8)
     assert PreparedDataset(tmp_path / "new").manifest.fingerprint != unchanged
+
+
+def test_rows_of_forgotten_ids_go_to_new_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def day(name: str, date: str, users: str, items: str, **settings: Any) -> PreparedDataset:
+        pairs = [(u, i) for u in users for i in items]
+        lines = (f"{u},{i},{date},{'pqr'[ord(u) % 3]},1,2\n" for u, i in pairs)
+        (tmp_path / f"{name}.csv").write_text("u,i,t,city,h,n\n" + "".join(lines))
+        spec = GROWING | {"forget_after": 30} | settings
+        spec["interactions"] = GROWING["interactions"] | {"file": f"{name}.csv"}
+        prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / name, seed=1)
+        return PreparedDataset(tmp_path / name)
+
+    (tmp_path / "tags.csv").write_text("i,tag\n" + "".join(f"{i},t{i}\n" for i in "ABCDE"))
+    first = day("first", "2026-01-01", "abcdef", "ABCDEFGH")
+    second = day("second", "2026-01-20", "abcd", "ABCDE", vocabulary_from=str(first.folder))
+    assert second.manifest.tables == first.manifest.tables
+    with caplog.at_level("INFO"):
+        third = day("third", "2026-02-01", "axyz", "AXY", vocabulary_from=str(second.folder))
+    said = "forgot 2 users and 2 items not seen since 2026-01-02, whose rows went to new ones; "
+    assert f"{said}0 users and 1 item more keep theirs until new ones need them" in caplog.text
+    before, after = (
+        {e: d.entity_ids(e).to_pylist() for e in ("user", "item")} for d in (second, third)
+    )
+    reused = {}
+    for entity, gone, kept in (("user", "ef", "abcd"), ("item", "FGH", "ABCDE")):
+        old, new = before[entity], after[entity]
+        reused[entity] = [row for row, id_ in enumerate(old) if id_ != new[row]]
+        assert {old[row] for row in reused[entity]} <= {*gone}
+        assert len(reused[entity]) == 2  # the least rows that are free: all are as old
+        assert reused[entity] == sorted(old.index(id_) for id_ in gone)[:2]
+        assert [new[row] for row, id_ in enumerate(old) if id_ in [*kept]] == [
+            id_ for id_ in old if id_ in [*kept]
+        ]
+        assert third.vocabulary(entity).ids.to_pylist() == new[1:]
+        counts = dict(zip(new[1:], third.vocabulary(entity).counts.tolist(), strict=True))
+        n_days = {"a": 8 + 5 + 3, "b": 8 + 5, "x": 3, "A": 6 + 4 + 4, "X": 4}
+        assert {k: n for k, n in counts.items() if k in n_days}.items() <= n_days.items()
+    assert sorted(after["user"][1:]) == [*"abcdxyz"]
+    assert len(after["item"]) == len(before["item"])
+    cities = [None, *third.vocabulary("city").ids.to_pylist()]
+    for user in "bcdxyz":
+        bag = bag_of(third.entity_fields["city"], after["user"].index(user))
+        assert [cities[v] for v in bag] == ["pqr"[ord(user) % 3]]
+    for row in reused["item"]:  # of the items, X and Y have no tag
+        assert bag_of(third.entity_fields["tag"], row) == []
+    for user, met in (("b", "ABCDEFGH"), ("x", "AXY")):
+        bag = {after["item"][v] for v in bag_of(third.history, after["user"].index(user))}
+        assert bag == {*met} & {*after["item"][1:]} - ({*"XY"} - {*met})
+    popularity = dict(zip(after["item"], third.popularity().tolist(), strict=True))
+    assert popularity["X"] == 4
+    fourth = day(
+        "fourth", "2026-02-02", "a", "AX", vocabulary_from=str(third.folder), forget_after=None
+    )
+    for dataset in (third, fourth):  # the record goes on without the setting
+        for earlier in (first, second):
+            rows = dataset.reused_rows(earlier.manifest.vocabulary_hash)
+            known = {t: r[r < second.manifest.entities[t]].tolist() for t, r in rows.items()}
+            assert known == reused
+        assert not any(map(len, dataset.reused_rows(third.manifest.vocabulary_hash).values()))
+    with pytest.raises(
+        DataError, match=r"=30: no row of undated\.csv has a date in the column .t."
+    ):
+        day("undated", "5", "a", "A", vocabulary_from=str(first.folder))
 
 
 @pytest.mark.parametrize(
