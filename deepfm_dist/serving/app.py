@@ -42,6 +42,8 @@ except ModuleNotFoundError:
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
+MAX_READ_BYTES = 8 * MAX_BODY_BYTES
+"""Bytes of a refused body that are read: closed earlier, the connection would lose the response."""
 MAX_ROWS = 1000
 """Rows that a request may have scored."""
 MAX_LISTED, MAX_FILTER = 10_000, 1000
@@ -586,13 +588,17 @@ class _Limited:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
+        declared = int(headers.get(b"content-length", 0))  # the server has parsed it
+        # One that waits for leave to send its body gets the answer instead.
+        limit = MAX_BODY_BYTES if b"expect" in headers else MAX_READ_BYTES
         messages: list[Message] = []
-        size, more = 0, True
-        declared = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has parsed it
-        while more and max(size, declared) <= MAX_BODY_BYTES:
+        size, more = 0, declared <= limit
+        while more and size <= MAX_READ_BYTES:
             message = await receive()
-            messages.append(message)
             size += len(message.get("body", b""))
+            if max(size, declared) <= MAX_BODY_BYTES:
+                messages.append(message)
             more = message.get("more_body", False)
         if max(size, declared) > MAX_BODY_BYTES:
             text = f"the body is longer than {MAX_BODY_BYTES:,} bytes"

@@ -200,3 +200,17 @@ def _record_error(listening: socket.socket, folder: Path) -> None:
     except ValueError as error:
         report = [type(error).__name__, str(error), "".join(error.__notes__)]
         (folder / "error.json").write_text(json.dumps(report))
+
+
+def test_a_long_body_s_sender_gets_the_response(service: Service) -> None:
+    head = b"POST /recommend HTTP/1.1\r\nHost: localhost\r\n"
+    part = b" " * (3 << 19)
+    chunk = b"%x\r\n%b\r\n" % (len(part), part)
+    declared = head + b"Content-Length: %d\r\n\r\n" % (2 * len(part))
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    for begin, end in ((declared + part, part), (chunked + chunk, chunk + b"0\r\n\r\n")):
+        with socket.create_connection(service.address, timeout=20) as sender:
+            sender.sendall(begin)
+            time.sleep(0.1)  # its length is known by now
+            sender.sendall(end)
+            assert sender.recv(1000).startswith(b"HTTP/1.1 413 ")
