@@ -1,6 +1,7 @@
 """Reasons to stop: a scheduler's signal, or a validation metric."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ class StopSignals:
 
     Both are what schedulers send before they take a machine away. A launcher may pass on what each
     process has received already, so that a second signal means no more than the first.
+
+    Python leaves signals to a process' main thread; in another one, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -23,7 +26,10 @@ class StopSignals:
         return self.received is not None
 
     def __enter__(self) -> Self:
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._note) for s in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        self._before: dict[signal.Signals, Any] = {
+            s: signal.signal(s, self._note) for s in (SIGNALS if is_main else ())
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

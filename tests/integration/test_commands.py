@@ -65,7 +65,8 @@ NOT_AS_TYPED = [
         r"\1make -n \2",
     ),
     (r"^pip install .*$", ""),
-    (r"^(python launch/|spark-submit ).*$", ""),  # tests/launch/test_spark.py
+    # tests/launch/test_spark.py, tests/launch/test_ray.py
+    (r"^(python launch/|spark-submit |ray job submit ).*$", ""),
     # Compilers: tests/jobs/test_export.py.
     (r"^(.*--format aoti|torch=|g\+\+ |    -L\$torch).*$", ""),
     # It serves until SIGTERM.
@@ -97,6 +98,7 @@ NOT_TYPED = {
     r"docs/tuning.md: deepfm tune": "tests/training/test_tune_workers.py",
     r"docs/install.md: docker": "no engine at hand",
     r"docs/spark.md: (python launch/|spark-submit)": "tests/launch/test_spark.py",
+    r"docs/(ray|launch).md: (python launch/|ray job submit)": "tests/launch/test_ray.py",
     r"docs/launch.md: (sysctl|scontrol)": "the system's own, as root",
     r"\S+ (python )?benchmarks/\w+\.py": "minutes; their parsers are asked, below",
     r"\S+ pip install": "changes the environment under the running tests; see below",

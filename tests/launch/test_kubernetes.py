@@ -29,9 +29,18 @@ DOCUMENTS: list[dict[str, Any]] = [
 ]
 CONFIG_MAP, CLAIM, SERVICE, JOB = DOCUMENTS
 TRAIN_JOB: dict[str, Any] = yaml.safe_load((FOLDER / "trainjob.yaml").read_text())
+JOB_SET: dict[str, Any] = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
+RAY_JOB: dict[str, Any] = yaml.safe_load((FOLDER / "rayjob.yaml").read_text())
+QUEUE: list[dict[str, Any]] = [*yaml.safe_load_all((FOLDER / "kueue.yaml").read_text())]
+RAY_GROUPS = [
+    RAY_JOB["spec"]["rayClusterSpec"]["headGroupSpec"],
+    *RAY_JOB["spec"]["rayClusterSpec"]["workerGroupSpecs"],
+]
 
 RESOURCES = {"cpu", "memory", "nvidia.com/gpu"}
 """Names of amounts, which are free."""
+LABELS = {"kueue.x-k8s.io/queue-name"}
+"""Names of labels, which are free."""
 
 
 def renamed(tree: Any, key: str) -> Any:
@@ -61,20 +70,80 @@ def test_objects_fit_kubernetes_schemas(document: dict[str, Any]) -> None:
                 validate.validate(renamed(document, key), "1.31", strict=True)
 
 
-def test_the_train_job_fits_kubeflow_s_model() -> None:
+def _as_job(pod: dict[str, Any]) -> dict[str, Any]:
+    """A job of a pod that another kind of object has, for Kubernetes' own schemas."""
+    spec = {"template": {**pod, "spec": {"restartPolicy": "Never", **pod["spec"]}}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
+
+
+def test_pods_and_jobs_of_other_objects_fit_kubernetes_schemas() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
+    [node] = JOB_SET["spec"]["replicatedJobs"]
+    jobs = [_as_job(group["template"]) for group in RAY_GROUPS]
+    jobs.append({**_as_job(node["template"]["spec"]["template"]), "spec": node["template"]["spec"]})
+    for job in jobs:
+        validate.validate(job, "1.31", strict=True)
+        with pytest.raises(validate.ValidationError):
+            validate.validate(renamed(job, "mountPath"), "1.31", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [("TrainerV1alpha1TrainJob", TRAIN_JOB), ("JobsetV1alpha2JobSet", JOB_SET)],
+    ids=["TrainJob", "JobSet"],
+)
+def test_objects_fit_kubeflow_s_models(name: str, document: dict[str, Any]) -> None:
     models = pytest.importorskip(
         "kubeflow_trainer_api.models", reason="kubeflow-trainer-api is missing"
     )
-    model = models.TrainerV1alpha1TrainJob
+    model = getattr(models, name)
 
     def kept(document: dict[str, Any]) -> Any:
         return model.from_dict(copy.deepcopy(document)).to_dict()
 
-    assert kept(TRAIN_JOB) == TRAIN_JOB  # what the model does not know, it drops
-    keys = {key for mapping in _mappings(TRAIN_JOB) for key in mapping}
-    for key in keys - RESOURCES:  # every word of it, misspelt
+    assert kept(document) == document  # what the model does not know, it drops
+    keys = {key for mapping in _mappings(document) for key in mapping}
+    for key in keys - RESOURCES - LABELS:  # every word of it, misspelt
         with suppress(ValueError, AttributeError):  # of a word that has to be there
-            assert kept(renamed(TRAIN_JOB, key)) != renamed(TRAIN_JOB, key), key
+            assert kept(renamed(document, key)) != renamed(document, key), key
+
+
+def test_all_jobs_train_the_same_run_and_wait_in_the_same_queue() -> None:
+    pod = JOB["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    [node] = JOB_SET["spec"]["replicatedJobs"]
+    job = node["template"]["spec"]
+    [mine] = job["template"]["spec"]["containers"]
+    host = f"{JOB_SET['metadata']['name']}-{node['name']}-0-0.{JOB_SET['metadata']['name']}"
+    own = {e["name"]: e for e in mine["env"]}
+    assert own.pop("MASTER_ADDR")["value"] == host
+    assert own == {e["name"]: e for e in container["env"] if e["name"] != "MASTER_ADDR"}
+    for key in ("command", "resources", "volumeMounts", "image"):
+        assert mine[key] == container[key]
+    assert job["template"]["spec"]["volumes"] == pod["volumes"]
+    assert job["completions"] == job["parallelism"] == JOB["spec"]["completions"]
+
+    _, workers = RAY_GROUPS
+    [ray] = workers["template"]["spec"]["containers"]
+    assert workers["template"]["spec"]["volumes"] == pod["volumes"]
+    assert ray["volumeMounts"] == container["volumeMounts"]
+    assert ray["resources"]["requests"] == container["resources"]["requests"]
+    words = RAY_JOB["spec"]["entrypoint"].split()
+    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert words[words.index("--workers") + 1] == str(workers["replicas"] * gpus)
+    assert int(words[words.index("--cpus") + 1]) * gpus == int(ray["resources"]["limits"]["cpu"])
+    script = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / script.removeprefix("/deepfm_dist/")).is_file()
+
+    flavor, cluster_queue, queue = QUEUE
+    for document in (JOB, JOB_SET, RAY_JOB, TRAIN_JOB):
+        assert document["metadata"]["labels"] == {next(iter(LABELS)): queue["metadata"]["name"]}
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    [group] = cluster_queue["spec"]["resourceGroups"]
+    [quotas] = group["flavors"]
+    assert quotas["name"] == flavor["metadata"]["name"]
+    assert [r["name"] for r in quotas["resources"]] == group["coveredResources"]
+    assert {*group["coveredResources"]} == {*container["resources"]["requests"]}
 
 
 def test_the_train_job_mounts_what_the_plain_job_does() -> None:
@@ -118,7 +187,8 @@ def test_the_page_applies_and_builds_what_is_checked_here() -> None:
     page = (ROOT / "docs/launch.md").read_text()
     applied = re.findall(r"`kubectl apply ([^`]+)`", page)
     names = [re.findall(r"-f launch/kubernetes/(\S+)", files) for files in applied]
-    assert names == [["shared.yaml", "job.yaml"], ["shared.yaml", "trainjob.yaml"]]
+    files = ("job.yaml", "trainjob.yaml", "jobset.yaml", "rayjob.yaml")
+    assert names == [*(["shared.yaml", file] for file in files), ["kueue.yaml"]]
     [image] = re.findall(r"`docker build -t (\S+) \.`", page)
     assert f'image: str = "{image}"' in (ROOT / "launch/components.py").read_text()
 
@@ -132,7 +202,9 @@ def test_the_image_is_for_a_user_who_is_not_root_and_looks_after_itself() -> Non
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     [user] = re.findall(r"^USER (\d+)$", text, re.MULTILINE)
     assert f"--uid {user} " in text
-    for pod in (JOB["spec"]["template"]["spec"], _train_job_pod()):
+    [node] = JOB_SET["spec"]["replicatedJobs"]
+    templates = [JOB["spec"], node["template"]["spec"], *RAY_GROUPS]
+    for pod in (*(t["template"]["spec"] for t in templates), _train_job_pod()):
         context = pod["securityContext"]
         assert context["runAsNonRoot"] is True
         assert context["runAsUser"] == context["fsGroup"] == int(user)
