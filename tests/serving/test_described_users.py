@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from deepfm_dist.config import Config, with_settings
+from deepfm_dist.config import Config, config_from, with_settings
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.jobs.export import up_to_date_export
 from deepfm_dist.jobs.recommend import recommend
@@ -190,3 +191,39 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
         strict=True,
     ):
         assert part in text
+
+
+def _known_and_described(config: Config, items: list[int]) -> list[list[dict[str, Any]]]:
+    """What the service recommends to user 4, and to a stranger who has some items."""
+    train(config)
+    found = find_run(config, ())
+    with process_group("cpu") as world:
+        recommender = Recommender(found, up_to_date_export(found), world)
+    client = TestClient(make_app(ModelInUse(recommender)))
+    known = client.get("/users/4/recommendations?k=20").json()["items"]
+    return [known, client.post("/recommend", json={"items": items, "k": 20}).json()["items"]]
+
+
+def test_the_service_knows_items_of_validation_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    rows = pd.DataFrame({"user": np.repeat(np.arange(30), 8)})
+    rows["item"] = np.concatenate([rng.permutation(20)[:8] for _ in range(30)])
+    rows["split"] = (["train"] * 5 + ["valid"] * 2 + ["test"]) * 30
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    columns = {"user": "user", "item": "item", "split": "split"}
+    roots = {"prepared_root": str(tmp_path / "p"), "runs_root": str(tmp_path / "r"), "loggers": []}
+    config = config_from(
+        {
+            "run": {"name": "known", **roots},
+            "data": {"root": str(tmp_path), "interactions": {"file": "rows.csv", **columns}},
+            "model": {"embedding_dim": 8},
+            "trainer": {"max_steps": 3, "validate_every_epochs": 1},
+            "recommend": {"mask": ["train", "valid"]},
+        }
+    )
+    of_user = rows[(rows["user"] == 4) & (rows["split"] != "test")]
+    known, described = run_in_fork(_known_and_described, config, of_user["item"].tolist())
+    assert [item["id"] for item in known] == [item["id"] for item in described]
+    scores = [[item["score"] for item in items] for items in (known, described)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert {int(item["id"]) for item in known} == {*range(20)} - {*of_user["item"]}
