@@ -1,8 +1,9 @@
-"""Seeded logs of kinds that no public data set is: few, unbalanced or wide rows, short sequences.
+"""Seeded logs of kinds that no public data set is: few or wide rows, new items, short sequences.
 
 The labels of click logs are drawn from the log-odds of a factorization machine: weights of all
 values and inner products of their vectors. Users of the sequences walk among groups of items, so
-that the next item depends on the last ones.
+that the next item depends on the last ones. Clicks on new items hang on each user's taste for an
+item's genre alone, and the items of the test have no other rows.
 
     python benchmarks/logs.py OUT --log clicks_10k
     python -m deepfm_dist.train --config OUT/config.yaml
@@ -56,13 +57,33 @@ class Sequences:
     length: int = 5
 
 
-LOGS: dict[str, Clicks | Sequences] = {
+@dataclass(frozen=True)
+class NewItems:
+    """A click log whose test is of items that have no training rows.
+
+    Attributes:
+        rows: number of rows; a tenth more for validation, a fifth for the test.
+        users: number of users.
+        items: number of items, half of them new.
+        genres: number of genres.
+        taste_std: standard deviation of a user's log-odds of a click over the genres.
+    """
+
+    rows: int
+    users: int = 300
+    items: int = 240
+    genres: int = 12
+    taste_std: float = 2.7
+
+
+LOGS: dict[str, Clicks | Sequences | NewItems] = {
     "clicks_2k": Clicks(2_000, (50, 20, 10)),
     "clicks_10k": Clicks(10_000, (500, 200, 10, 4, 24)),
     "clicks_unbalanced": Clicks(50_000, (2_000, 500, 10, 4, 24), bias=-6.0),
     "clicks_two_fields": Clicks(20_000, (50, 20)),
     "clicks_one_large_field": Clicks(100_000, (60_000, 30, 10)),
     "clicks_39_fields": Clicks(100_000, (1_000,) * 6 + (100,) * 10 + (10,) * 10, 13, -1.0),
+    "clicks_new_items": NewItems(20_000),
     "sequences": Sequences(20_000, 12_000),
     "sequences_small": Sequences(5_000, 3_000),
 }
@@ -113,6 +134,24 @@ def sequences(log: Sequences, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["user", "item", "time"])
 
 
+def clicks_on_new_items(log: NewItems, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows ``user, item, y, split``, and each item's genre."""
+    rng = np.random.default_rng(seed)
+    genres = rng.integers(0, log.genres, log.items)
+    taste = rng.normal(0, log.taste_std, (log.users, log.genres))
+    half, parts = log.items // 2, []
+    for split, n, first in (
+        ("train", log.rows, 0),
+        ("valid", log.rows // 10, 0),
+        ("test", log.rows // 5, half),
+    ):
+        users, items = rng.integers(0, log.users, n), rng.integers(first, first + half, n)
+        odds = taste[users, genres[items]]
+        y = (rng.random(n) < 1 / (1 + np.exp(-odds))).astype(int)
+        parts.append(pd.DataFrame({"user": users, "item": items, "y": y, "split": split}))
+    return pd.concat(parts), pd.DataFrame({"item": range(log.items), "genre": genres})
+
+
 def write(name: str, folder: Path, seed: int = 1) -> Path:
     """Writes a log and the configuration that names its columns; returns the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +164,19 @@ def write(name: str, folder: Path, seed: int = 1) -> Path:
             "interactions": {"file": "log.csv", "label": "y"},
             "features": [{"name": column, **kind} for column, kind in kinds.items()],
             "split": {"valid": 0.1, "test": 0.2},
+        }
+    elif isinstance(log, NewItems):
+        rows, genres = clicks_on_new_items(log, seed)
+        genres.to_csv(folder / "genres.csv", index=False)
+        columns = {"user": "user", "item": "item", "label": "y", "split": "split"}
+        data = {
+            "task": "ctr",
+            "interactions": {"file": "log.csv", **columns},
+            "features": [
+                {"name": "user", "entity": "user"},
+                {"name": "item", "entity": "item"},
+                {"name": "genre", "entity": "item", "file": "genres.csv"},
+            ],
         }
     else:
         rows = sequences(log, seed)

@@ -4,7 +4,8 @@ The rows stand in `benchmarks/quality.yaml`: configuration (or one of `benchmark
 generated), overrides, seeds. Each is prepared and
 trained by `deepfm_dist.train`, combined by `deepfm_dist.combine` and trained on from there where it
 says so, and measured by `deepfm_dist.evaluate` from the checkpoint with the best watched figure.
-Figures are means over the seeds with their standard deviation; the time is that of training, on
+Figures are means over the seeds with their standard deviation, or of one seed, for rankings with
+the 95 % interval over users; the time is that of training, on
 this machine as busy as it is. The same seed gives the same digits again.
 
     DEEPFM_DATA=/path/to/data python benchmarks/quality.py                  # all tables
@@ -46,7 +47,8 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
 
     Returns:
         ``seconds`` of training, and by ranking (the rows' own figures under ``model``, with the
-        model's ranking) the figures of the last evaluation.
+        model's ranking) the figures of the last evaluation, and the ``intervals`` of those of
+        rankings.
     """
     name = "".join(c if c.isalnum() else "_" for c in f"{row['config']}_{row['name']}_{seed}")
     config = row["config"]
@@ -78,7 +80,7 @@ def measured(row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     assert found is not None
     figures = {ranking: dict(of) for ranking, of in found.figures.items()}
     figures["model"] = found.rows | figures.get("model", {})
-    return {"seconds": seconds, "figures": figures}
+    return {"seconds": seconds, "figures": figures, "intervals": found.intervals}
 
 
 def summary(runs: list[dict[str, Any]], show: list[str]) -> dict[str, dict[str, Any]]:
@@ -93,6 +95,9 @@ def summary(runs: list[dict[str, Any]], show: list[str]) -> dict[str, dict[str, 
                 "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
                 "values": values,
             }
+            interval = runs[0]["intervals"].get(ranking, {}).get(figure)
+            if len(runs) == 1 and interval is not None:
+                found[ranking][figure]["interval"] = [*interval]
     found["model"]["seconds"] = statistics.mean(run["seconds"] for run in runs)
     return found
 
@@ -103,6 +108,8 @@ def line(name: str, figures: dict[str, Any], show: list[str], n_seeds: int) -> s
     for figure in show:
         of = figures.get(figure)
         spread = f" ± {of['sd']:.5f}" if of and n_seeds > 1 else ""
+        if of and "interval" in of:
+            spread = " ({:.4f} to {:.4f})".format(*of["interval"])
         cells.append(f"{of['mean']:.5f}{spread}" if of else "")
     seconds = f"{figures['seconds']:.0f}" if "seconds" in figures else ""
     return f"| {' | '.join([name, *cells, str(n_seeds), seconds])} |"
