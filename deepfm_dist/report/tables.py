@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -78,6 +79,8 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
         ids = external(dataset.entity_ids("item", cold=True).slice(1)).to_pylist()
         by_id = dict(zip(ids, titles.slice(1).to_pylist(), strict=True))
         shown["title"] = shown[item].map(by_id)
+    if "explanation" in shown:
+        shown["reasons"] = shown.pop("explanation").map(_reasons)
     kind = owner.removesuffix("_id")
     blocks = []
     for one in shown[owner].drop_duplicates().head(SHOWN_OWNERS):
@@ -94,6 +97,14 @@ def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
             f"part's top {written.k}"
         )
     return "\n\n".join([*blocks, f"{total}\n{files}"])
+
+
+def _reasons(explanation: dict[str, Any]) -> str:
+    """The values with the largest shares of a score, as ``seen 17 +0.435``."""
+    return ", ".join(
+        " ".join(filter(None, (one["field"], one["value"], f"{one['share']:+.3f}")))
+        for one in explanation["reasons"]
+    )
 
 
 def plan_table(plan: Plan) -> str:

@@ -72,6 +72,19 @@ def test_ids_next_to_missing_ones_are_whole_numbers(
     assert "NaN" not in text and "None" not in text.partition("request 1")[2].partition("title")[0]
 
 
+def test_reasons_are_one_cell_each(sample: PreparedDataset, tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    reasons = [
+        {"field": "seen", "value": "17", "share": 0.43501},
+        {"field": "price", "value": None, "share": -0.25},
+    ]
+    explanation = {"base": 0.0, "reasons": reasons, "other": 1.0, "remainder": 0.0}
+    table = {"user_id": [7], "item_id": [1], "rank": [1], "explanation": [explanation]}
+    pq.write_table(pa.table(table), path)
+    text = ranking_table(RankingFiles(path, None, path, 1, 1, 1, 1), sample)
+    assert "seen 17 +0.435, price -0.250" in text and "{" not in text
+
+
 def test_the_best_titles_of_three_users_are_shown(sample: PreparedDataset, tmp_path: Path) -> None:
     ids = [int(i) for i in sample.entity_ids("item").to_pylist()[1:41]]
     titles = sample.titles()
