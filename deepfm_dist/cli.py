@@ -60,7 +60,11 @@ _TRAINING = (
 SETTINGS_USED = {
     "prepare": (*_ALWAYS, "run.seed"),
     "train": _TRAINING,
-    "evaluate": (*_INFERENCE, "evaluate", "recommend.context", "recommend.cold_items"),
+    "evaluate": (
+        *(*_INFERENCE, "evaluate", "recommend.context", "recommend.cold_items"),
+        *("recommend.popularity_penalty", "recommend.diversity"),
+        *("recommend.at_most", "recommend.rerank"),
+    ),
     "recommend": (*_INFERENCE, "recommend"),
     "similar": (*_INFERENCE, "similar", "recommend.cold_items"),
     "predict": _INFERENCE,

@@ -152,7 +152,15 @@ def _measure(
     comparison = None
     if held_out is not None:
         model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k
-        comparison = evaluate_ranking(model, world, held_out, cutoffs, baselines, reference)
+        comparison = evaluate_ranking(
+            model,
+            world,
+            held_out,
+            cutoffs,
+            baselines,
+            reference,
+            steering=config.recommend,
+        )
     return measured, comparison
 
 

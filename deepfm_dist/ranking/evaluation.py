@@ -41,8 +41,12 @@ from deepfm_dist.ranking.metrics import (
 from deepfm_dist.ranking.profiles import Example, Groups, Insight, examples, profile
 from deepfm_dist.ranking.ranker import FixedRanker, ModelRanker, Ranker, Users
 from deepfm_dist.ranking.reasons import Explainer
+from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.steering import is_steered, popularity_penalties, reranked
 
 log = logging.getLogger(__name__)
+STEERED = "model, steered"
+"""Name of the model's ranking with the penalty, the diversity and the limits of `recommend`."""
 REASONS_SHOWN = 3
 """Reasons for each item of an example."""
 RANKING_FIGURES = ("recall", "ndcg")
@@ -188,11 +192,31 @@ class RankingEvaluator:
                     figures[f"{metric}_{name}@{k}"] = values
         return figures
 
-    def ranker(self, model: DeepFM, world: World) -> ModelRanker:
-        """Ranks for the users by a model in eval mode. All ranks."""
+    def ranker(
+        self, model: DeepFM, world: World, penalties: npt.NDArray[np.float32] | None = None
+    ) -> ModelRanker:
+        """Ranks for the users by a model in eval mode. All ranks.
+
+        Args:
+            model: the DeepFM, sharded, in eval mode.
+            world: the ranks.
+            penalties: by item row, subtracted from scores; None: nothing.
+        """
         return ModelRanker.from_model(
-            model, world, self.dataset, self.catalogue, Users(self.users), self._context
+            model,
+            world,
+            self.dataset,
+            self.catalogue,
+            Users(self.users),
+            self._context,
+            penalties=penalties,
         )
+
+    def steered(self, model: DeepFM, world: World, config: RecommendConfig) -> Ranker:
+        """`ranker`, steered by the settings of `recommend`. All ranks."""
+        penalties = popularity_penalties(self.dataset, config.popularity_penalty)
+        ranker = self.ranker(model, world, penalties)
+        return reranked(ranker, ranker, self.dataset, self.catalogue, config)
 
     def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
@@ -243,6 +267,7 @@ def evaluate_ranking(
     cutoffs: Sequence[int],
     baselines: Mapping[str, Baseline],
     reference: str | None = None,
+    steering: RecommendConfig | None = None,
 ) -> Comparison | None:
     """Compares the model's ranking with others of the same users. All ranks.
 
@@ -253,6 +278,7 @@ def evaluate_ranking(
         cutoffs: values of K.
         baselines: by name; fitted here on the training positives.
         reference: path or URL of a parquet file ``user, item, score`` with another system's scores.
+        steering: of another ranking by the model, `STEERED`, if these settings steer.
 
     Returns:
         On rank 0 the rankings' figures, the model's first; None elsewhere.
@@ -263,6 +289,8 @@ def evaluate_ranking(
         DataError: the reference cannot be read, or repeats a pair of user and item.
     """
     rankers = _rankers(model, world, held_out, baselines, reference)
+    if steering is not None and is_steered(steering):
+        rankers[STEERED] = lambda: held_out.steered(model, world, steering)
     history = held_out.dataset.history
     activity = Groups.by_quantile(history.lengths[held_out.users])
     popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])
@@ -277,7 +305,7 @@ def evaluate_ranking(
             profiles[name] = profile(ranked, held_out.relevant, activity, popularity)
             if name == "model":
                 shown = examples(held_out.users, ranked, history, held_out.relevant)
-        if isinstance(ranker, ModelRanker):
+        if name == "model" and isinstance(ranker, ModelRanker):
             shown = _with_reasons(shown, ranker, held_out, world)
     if not world.is_first:
         return None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.batches.histories import HistorySampler
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged, Values
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values
 from deepfm_dist.distributed.world import World
 from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import DeepFM
@@ -34,10 +35,11 @@ class SideEncoder:
         world: the ranks.
         dataset: the prepared dataset.
         context: one row of context fields.
+        penalties: ``[items]`` float32, by item row: subtracted from scores; None: nothing.
 
     Attributes:
         model: the DeepFM.
-        scorer: scores pairs of the two sides.
+        scorer: scores pairs of the two sides, penalties aside.
         world: the ranks.
     """
 
@@ -47,8 +49,9 @@ class SideEncoder:
         world: World,
         dataset: PreparedDataset,
         context: Mapping[str, Values],
+        penalties: FloatArray | None = None,
     ) -> None:
-        self.world = world
+        self.world, self.penalties = world, penalties
         self.model, self._dataset, self._context = model, dataset, context
         self._collate = Collator(dataset)
         manifest = dataset.manifest
@@ -125,7 +128,10 @@ class SideEncoder:
         """The side of items, padded to at least `ITEM_BLOCK`."""
         rows = padded(rows, max(len(rows), ITEM_BLOCK), ABSENT)
         [side] = self._sides("item", self.item_batch(rows), len(rows))
-        return side
+        if self.penalties is None:
+            return side
+        penalties = torch.from_numpy(self.penalties[rows]).to(side.constant.device)
+        return replace(side, constant=side.constant - penalties)
 
     def _sides(self, which: str, batch: Any, block: int) -> list[Side]:
         batch = batch.to(self.world.device)

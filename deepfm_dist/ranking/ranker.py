@@ -128,6 +128,7 @@ class ModelRanker:
         *,
         memory_bytes: int = MEMORY_BYTES,
         precision: Precision = "fp32",
+        penalties: npt.NDArray[np.float32] | None = None,
     ) -> Self:
         """Ranks a catalogue.
 
@@ -140,8 +141,9 @@ class ModelRanker:
             context: one row of context fields.
             memory_bytes: limit of what a rank keeps of the items; see `ItemStore`.
             precision: of the over-arch's products on CUDA.
+            penalties: by item row, subtracted from scores; None: nothing.
         """
-        encoder = SideEncoder(model, world, dataset, context)
+        encoder = SideEncoder(model, world, dataset, context, penalties)
         engine = engine_for(encoder.scorer, world.device, precision)
         items = ItemStore(encoder, engine, catalogue.rows, memory_bytes)
         return cls(encoder, engine, items, users)

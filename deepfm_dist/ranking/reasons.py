@@ -22,6 +22,8 @@ STEPS = 32
 """Points of the path that the over-arch's gradient is averaged over."""
 USERS_AT_ONCE = 64
 """Users whose values are looked up together."""
+PENALTY = "popularity_penalty"
+"""What a reason has in a field's place for the penalty of popular items."""
 NO_ROW = -1
 """Table row of a number or vector, which no table has."""
 
@@ -177,23 +179,24 @@ class Explainer:
                 parts = parts.select(torch.from_numpy(flags)[parts.owner])
             of_users.append(parts)
         rows, inverse = np.unique(items.values, return_inverse=True)
-        of_items = self._parts(self._encoder.item_batch(rows.astype(np.int32)), True)
+        item_parts = self._parts(self._encoder.item_batch(rows.astype(np.int32)), True)
         user_parts, place = _Parts.joined(of_users), torch.from_numpy(inverse)
         user_fields = user_parts.pooled(n, n_fields)
-        item_fields = of_items.pooled(len(rows), n_fields)
-        by_user, by_item = _by_owner(user_parts, n), _by_owner(of_items, len(rows))
+        item_fields = item_parts.pooled(len(rows), n_fields)
+        by_user, by_item = _by_owner(user_parts, n), _by_owner(item_parts, len(rows))
         explanations = []
         for user, (begin, end) in enumerate(pairwise(items.offsets.tolist())):
             theirs = place[begin:end]
             weights, base, remainders = self._weights(user_fields[user] + item_fields[theirs])
             pairs = [by_item[number] for number in theirs.tolist()]
-            shares = self._of_user(by_user[user], pairs, weights, most)
+            their_rows = torch.from_numpy(rows)[theirs]
+            shares = self._of_user(by_user[user], pairs, weights, their_rows, most)
             for (reasons, other), remainder in zip(shares, remainders, strict=True):
                 explanations.append(Explanation(base, reasons, other, remainder))
         return explanations
 
     def _of_user(
-        self, user: _Parts, items: Sequence[_Parts], weights_PFW: Tensor, most: int
+        self, user: _Parts, items: Sequence[_Parts], weights_PFW: Tensor, rows: Tensor, most: int
     ) -> Iterator[tuple[tuple[Reason, ...], float]]:
         """The largest shares of each of a user's pairs, and the sum of the others.
 
@@ -201,15 +204,22 @@ class Explainer:
             user: values of the user.
             items: values of the item of each pair.
             weights_PFW: of `_weights`.
+            rows: ``[P]`` item rows of the pairs.
             most: reasons of each.
         """
         of_user = (weights_PFW[:, user.field] * user.vectors).sum(2).numpy()
+        penalties = self._encoder.penalties
         for pair, item in enumerate(items):
             of_item = (weights_PFW[pair, item.field] * item.vectors).sum(1).numpy()
             shares = np.concatenate([of_user[pair], of_item])
+            if penalties is not None:
+                shares = np.append(shares, -float(penalties[int(rows[pair])]))
             reasons = []
             for at in np.argsort(-shares, kind="stable")[:most].tolist():
                 part, place = (user, at) if at < len(user.row) else (item, at - len(user.row))
+                if place == len(part.row):
+                    reasons.append(Reason(PENALTY, None, float(shares[at])))
+                    continue
                 field, row = int(part.field[place]), int(part.row[place])
                 value = self._value(field, row)
                 named = row if self._names_item[field] and row > OUT_OF_VOCABULARY else None

@@ -47,6 +47,7 @@ from deepfm_dist.ranking.ranker import ModelRanker, Ranker, Users
 from deepfm_dist.ranking.reasons import Explainer, ExplainingRanker
 from deepfm_dist.ranking.requests import Requests, read_requests
 from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.steering import popularity_penalties, reranked
 from deepfm_dist.ranking.subsets import SubsetRanker
 
 log = logging.getLogger(__name__)
@@ -259,6 +260,7 @@ def _ranker(
         {} if asked.requests else RowEncoder(dataset).fixed_context(config.context),
         memory_bytes=config.memory_bytes,
         precision=config.precision,
+        penalties=popularity_penalties(dataset, config.popularity_penalty),
     )
     return _with_short_list(ranker, asked, catalogue, config, world)
 
@@ -284,6 +286,7 @@ def _write_ranked(
     if requests is not None:
         k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
         ranks = SubsetRanker(ranker, requests.sets)
+    ranks = reranked(ranks, ranker, dataset, catalogue, config)
     explaining = None
     if config.explain:
         explainer = Explainer(ranker, dataset)
@@ -297,6 +300,8 @@ def _write_ranked(
     ) -> npt.NDArray[np.float32]:
         rows = catalogue.rows[positions]
         logits = scores if asked.rate is None else scores + asked.rate.log_rates(users, rows)
+        if ranker.encoder.penalties is not None:
+            logits = logits + ranker.encoder.penalties[rows]
         return probabilities(logits).astype(np.float32)
 
     output.write_ranked(
@@ -348,6 +353,7 @@ def _key(
         "k": config.k,
         "probability": config.probability,
         "explain": config.explain,
+        "steering": [config.popularity_penalty, config.diversity, config.at_most, config.rerank],
         "candidates": [config.candidates, config.index, config.probes],
     }
 

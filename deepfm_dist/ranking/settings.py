@@ -145,6 +145,17 @@ class RecommendConfig(Section):
     probability: bool = False
     """Also write the column `probability`: that the pair is a positive of the training rows,
     corrected for the share of negatives that training draws. For `trainer.loss: bce`."""
+    popularity_penalty: float = Field(0.0, ge=0)
+    """Subtract this times log(training positives + 1) of the item from each score, exactly; 0.1 to
+    1 are usual. `evaluate` shows what it changes, as it does for `diversity` and `at_most`."""
+    diversity: float = Field(0.0, ge=0, le=1)
+    """Weight, from 0 to 1, of being unlike the items already chosen when the first `rerank` items
+    are ranked again (MMR); 0.1 to 0.5 are usual. Scores are then not in order."""
+    at_most: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Most items with the same value of an item field in a ranking: `{genre: 3}`. Chosen among the
+    first `rerank` items, so a user may get fewer than `k`."""
+    rerank: int = Field(100, ge=1)
+    """Items per user that `diversity` and `at_most` choose from, the best by score."""
     explain: int = Field(0, ge=0, le=100)
     """Also write the column `explanation`: this many values of the user, item and context with the
     largest shares of the score, and the rest of it. Takes some milliseconds per user."""
@@ -173,6 +184,25 @@ class RecommendConfig(Section):
                         f"{name}={value}: a file of requests names its own users, and each is "
                         f"ranked in full; leave {name} out, or requests"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_rerank(self) -> Self:
+        is_reranked = bool(self.diversity or self.at_most)
+        if is_reranked and self.rerank < self.k:
+            raise ValueError(f"rerank={self.rerank} cannot give k={self.k} items")
+        if is_reranked and self.candidates is not None and self.candidates < self.rerank:
+            raise ValueError(
+                f"candidates={self.candidates} cannot give rerank={self.rerank} items; lower "
+                f"rerank, or set candidates={self.rerank}"
+            )
+        if not is_reranked and self.rerank != type(self).model_fields["rerank"].default:
+            raise ValueError(f"rerank={self.rerank} needs diversity or at_most: set diversity=0.3")
+        if self.popularity_penalty and self.matrix is not None:
+            raise ValueError(
+                f"matrix={self.matrix}: holds the model's own scores; leave it out, or "
+                f"popularity_penalty"
+            )
         return self
 
     @model_validator(mode="after")

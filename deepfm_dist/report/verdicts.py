@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from deepfm_dist.events import ValidEvent
-from deepfm_dist.ranking.evaluation import Comparison
+from deepfm_dist.ranking.evaluation import STEERED, Comparison
 from deepfm_dist.ranking.settings import BaselineName
 from deepfm_dist.report.curves import trend_of
 from deepfm_dist.training.evaluation import Unknown
@@ -58,6 +58,9 @@ def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[V
     ours = comparison.figures[MODEL][figure]
     for name, differences in comparison.differences.items():
         low, high = differences[figure]
+        if name == STEERED:
+            verdicts.append(_steering_verdict(comparison, k))
+            continue
         theirs = comparison.figures[name][figure]
         kind: Literal["better", "worse", "even"] = "even"
         if low > 0:
@@ -73,6 +76,21 @@ def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[V
             text += f"; to try: {advice}"
         verdicts.append(Verdict(_TITLES[kind].format(name), text, kind))
     return verdicts
+
+
+def _steering_verdict(comparison: Comparison, k: int) -> Verdict:
+    """What the penalty, the diversity and the limits of `recommend` change."""
+    ours, theirs = comparison.figures[MODEL], comparison.figures[STEERED]
+    low, high = comparison.differences[STEERED][f"ndcg@{k}"]
+    changes = ", ".join(
+        f"{name} {ours[f'{name}@{k}']:.3f} to {theirs[f'{name}@{k}']:.3f}"
+        for name in ("coverage", "novelty")
+    )
+    text = (
+        f"NDCG@{k} {ours[f'ndcg@{k}']:.4f} to {theirs[f'ndcg@{k}']:.4f}, 95 % interval of what is "
+        f"given up {low:+.4f} to {high:+.4f}; {changes}"
+    )
+    return Verdict("Steered rankings", text, "even")
 
 
 def ranking_advice(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,223 @@
+"""Rankings steered away from popular items, towards diverse ones, and kept within limits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepfm_dist.compiled import compiled
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, taken
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.messages import nearest
+from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.ranker import ModelRanker, Ranker
+from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.similarity import unit_length
+
+
+def popularity_penalties(dataset: PreparedDataset, weight: float) -> FloatArray | None:
+    """``[items]`` float32, subtracted from scores: ``weight * log(training positives + 1)``.
+
+    None if the weight is 0. The penalty is a part of the items' side of the scores, so that the
+    ranking by penalised scores is exact. Items without training rows have none.
+    """
+    if not weight:
+        return None
+    counts = np.pad(dataset.popularity(), (0, dataset.manifest.cold.get("item", 0)))
+    penalties: FloatArray = (weight * np.log1p(counts)).astype(np.float32)
+    return penalties
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many items with the same value a ranking may have.
+
+    Attributes:
+        values: of each position in the catalogue; those of several fields are different numbers.
+        most: ``[values]`` int64: items with each.
+    """
+
+    values: Jagged
+    most: Int64Array
+
+    @classmethod
+    def from_settings(
+        cls, dataset: PreparedDataset, catalogue: Catalogue, at_most: Mapping[str, int]
+    ) -> "Limits":
+        """Limits by name of an item field.
+
+        Raises:
+            ConfigError: a name is no item field with a vocabulary.
+        """
+        fields = {
+            f.name: f
+            for f in dataset.manifest.categorical
+            if f.entity == "item" and not f.names_entity and f.has_vocabulary
+        }
+        owners, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        most: list[int] = []
+        for name, limit in at_most.items():
+            if name not in fields:
+                near = nearest(name, fields)
+                known = f"available: {', '.join(fields)}" if fields else "this model has none"
+                hint = f"did you mean {near}?" if near else known
+                raise ConfigError(f"recommend.at_most.{name}: unknown item field; {hint}")
+            of_item = taken(dataset.entity_fields_with_cold[name], catalogue.rows)
+            lengths = of_item.lengths if isinstance(of_item, Jagged) else np.ones(len(of_item), int)
+            flat = of_item.values if isinstance(of_item, Jagged) else of_item
+            rows = np.asarray(flat, np.int64)
+            pairs = np.stack([np.repeat(np.arange(len(catalogue)), lengths), rows], 1)
+            pairs = np.unique(pairs[rows > 0], axis=0)
+            owners.append(pairs[:, 0])
+            values.append(pairs[:, 1] + len(most))
+            most += [limit] * dataset.vocabulary(fields[name].table_name).rows
+        joined = Jagged.from_pairs(np.concatenate(owners), np.concatenate(values), len(catalogue))
+        return cls(joined, np.array(most, np.int64))
+
+
+class RerankingRanker:
+    """Ranks the first N of another ranking again, within limits. All ranks. A `Ranker`.
+
+    Items are chosen one after the other: the one with the highest
+    ``(1 - diversity) * relevance - diversity * (largest cosine with a chosen item)`` among those
+    that no limit excludes. Relevance is the score, scaled to [0, 1] over the user's first N; the
+    cosine is that of the items' summed factors.
+
+    Source: Carbonell, Goldstein, "The Use of MMR, Diversity-Based Reranking for Reordering
+    Documents and Producing Summaries", 1998.
+
+    Args:
+        ranker: whose rankings are ranked again.
+        vectors: ``[I, D]`` float32 of unit length, by position.
+        diversity: weight of the cosines, in [0, 1].
+        limits: for some values.
+        first: N.
+    """
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        vectors: FloatArray,
+        diversity: float,
+        limits: Limits,
+        first: int,
+    ) -> None:
+        self._ranker, self._vectors, self._diversity = ranker, vectors, diversity
+        self._limits, self._first = limits, first
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._ranker)
+
+    def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> Sequence[Any]:
+        """Looks the users of several chunks up together; see `Ranker`."""
+        return self._ranker.prepare(chunks, height)
+
+    def best(self, users: Any, seen: Jagged, k: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        """Ranks a chunk of users; see `Ranker`. Scores are not sorted."""
+        positions, scores = self._ranker.best(users, seen, max(k, self._first))
+        chosen = np.full((len(positions), k), -1, np.int64)
+        their_scores = np.full((len(positions), k), -np.inf, np.float32)
+        _rerank(
+            positions,
+            scores,
+            self._vectors,
+            self._diversity,
+            self._limits.values.offsets,
+            self._limits.values.values,
+            self._limits.most,
+            chosen,
+            their_scores,
+        )
+        return chosen, their_scores
+
+
+def is_steered(config: RecommendConfig) -> bool:
+    """Whether settings change what the model's scores alone would rank."""
+    return bool(config.popularity_penalty or config.diversity or config.at_most)
+
+
+def reranked(
+    ranker: Ranker,
+    model_ranker: ModelRanker,
+    dataset: PreparedDataset,
+    catalogue: Catalogue,
+    config: RecommendConfig,
+) -> Ranker:
+    """A ranker with the diversity and the limits of the settings; itself without any. All ranks.
+
+    Raises:
+        ConfigError: a limit is for an unknown field, or the model has no vectors to compare.
+    """
+    if not config.diversity and not config.at_most:
+        return ranker
+    limits = Limits.from_settings(dataset, catalogue, config.at_most)
+    vectors = np.zeros((len(catalogue), 0), np.float32)
+    if config.diversity:
+        if model_ranker.encoder.model.interaction_arch.fm is None:
+            raise ConfigError(
+                f"recommend.diversity={config.diversity:g}: compares the vectors of the pairwise "
+                f"part, which this model does not have (model.fm=false); use recommend.at_most"
+            )
+        host = model_ranker.encoder.world.to_host
+        vectors = unit_length(host(model_ranker.item_vectors())).numpy()
+    return RerankingRanker(ranker, vectors, config.diversity, limits, config.rerank)
+
+
+@compiled
+def _rerank(
+    positions: Int64Array,
+    scores: FloatArray,
+    vectors: FloatArray,
+    diversity: float,
+    value_offsets: Int64Array,
+    values: Int32Array,
+    most: Int64Array,
+    chosen: Int64Array,
+    chosen_scores: FloatArray,
+) -> None:
+    """Fills ``[users, K]`` from ``[users, N]``; see `RerankingRanker`."""
+    n_users, n = positions.shape
+    counts = np.zeros(len(most), np.int64)
+    cosine = np.empty(n)
+    is_left = np.empty(n, np.bool_)
+    for user in range(n_users):
+        counts[:] = 0
+        n_items = 0
+        while n_items < n and positions[user, n_items] >= 0:
+            is_left[n_items] = True
+            cosine[n_items] = -1.0
+            n_items += 1
+        if n_items == 0:
+            continue
+        low = scores[user, n_items - 1]
+        span = max(scores[user, 0] - low, np.float32(1e-30))
+        for rank in range(chosen.shape[1]):
+            best, best_value = -1, -np.inf
+            for at in range(n_items):
+                value = (1 - diversity) * ((scores[user, at] - low) / span)
+                if rank > 0:
+                    value -= diversity * cosine[at]
+                if not is_left[at] or value <= best_value:
+                    continue
+                item, allowed = positions[user, at], True
+                for place in range(value_offsets[item], value_offsets[item + 1]):
+                    allowed = allowed and counts[values[place]] < most[values[place]]
+                if allowed:
+                    best, best_value = at, value
+            if best < 0:
+                break
+            item = positions[user, best]
+            is_left[best] = False
+            chosen[user, rank], chosen_scores[user, rank] = item, scores[user, best]
+            for place in range(value_offsets[item], value_offsets[item + 1]):
+                counts[values[place]] += 1
+            if diversity > 0:
+                for at in range(n_items):
+                    other, product = positions[user, at], 0.0
+                    for d in range(vectors.shape[1]):
+                        product += vectors[item, d] * vectors[other, d]
+                    cosine[at] = max(cosine[at], product)

@@ -1,0 +1,181 @@
+"""Penalties, diversity and limits, against loops over all pairs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfm_dist.build import deepfm_of, shard_for_training
+from deepfm_dist.config import load_config
+from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
+from deepfm_dist.data.negative_rate import NegativeRate
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.errors import ConfigError
+from deepfm_dist.ranking.evaluation import (
+    STEERED,
+    Comparison,
+    RankingEvaluator,
+    evaluate_ranking,
+)
+from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.ranker import ModelRanker, Users
+from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.settings import RecommendConfig
+from deepfm_dist.ranking.steering import Limits
+from deepfm_dist.report.verdicts import ranking_verdicts
+from tests.data.small_logs import made_of
+from tests.ranking.shop import CONFIG, N_ITEMS, Shop
+from tests.ranks import run_alone
+
+CONTEXT = {"device": "desk", "hour": "7"}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shop, PreparedDataset]:
+    folder = tmp_path_factory.mktemp("shop")
+    shop = Shop(folder)
+    return shop, made_of(folder, shop.data)
+
+
+def _recommended(folder: Path, wanted: RecommendConfig, out: Path) -> np.ndarray:
+    """Recommends by a model of the seed alone; cosines of all items by their ids."""
+    dataset = PreparedDataset(folder)
+    with process_group("cpu", threads=1) as world:
+        model = deepfm_of(shard_for_training(CONFIG, dataset.manifest, world)[0].eval())
+        rate = NegativeRate.from_dataset(dataset)
+        recommend(model, world, dataset, wanted, out, rate=rate)
+        catalogue = Catalogue(dataset)
+        nobody = Users(np.zeros(0, np.int32))
+        ranker = ModelRanker.from_model(model, world, dataset, catalogue, nobody, {})
+        vectors = ranker.item_vectors().double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = np.array(catalogue.ids.to_pylist(), int)
+    cosines = np.empty((N_ITEMS, N_ITEMS))
+    cosines[np.ix_(ids, ids)] = unit @ unit.T
+    return cosines
+
+
+def _ranked(shop: tuple[Shop, PreparedDataset], out: Path, **settings: Any) -> pd.DataFrame:
+    wanted = RecommendConfig.model_validate({"context": CONTEXT, **settings})
+    run_alone(_recommended, shop[1].folder, wanted, out)
+    return pd.read_parquet(out / "recommendations.parquet")
+
+
+def test_the_penalty_is_a_term_of_the_score(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    plain = _ranked(shop, tmp_path / "plain", k=N_ITEMS, probability=True)
+    penalised = _ranked(
+        shop, tmp_path / "steered", k=5, popularity_penalty=0.7, probability=True, explain=100
+    )
+    counts = pd.Series([i for items in shop[0].liked.values() for i in items]).value_counts()
+    plain["score"] -= 0.7 * np.log(plain["item_id"].map(counts) + 1)
+    plain = plain.sort_values(["user_id", "score"], ascending=[True, False])
+    expected = plain.groupby("user_id").head(5).reset_index(drop=True)
+    assert penalised["item_id"].tolist() == expected["item_id"].tolist()
+    np.testing.assert_allclose(penalised["score"], expected["score"], atol=1e-5)
+    np.testing.assert_allclose(penalised["probability"], expected["probability"], atol=1e-5)
+    for row in penalised.head(20).itertuples():
+        explanation: Any = row.explanation
+        shares = {(r["field"], r["value"]): r["share"] for r in explanation["reasons"]}
+        total = sum(shares.values()) + explanation["base"] + explanation["remainder"]
+        assert total == pytest.approx(row.score, abs=1e-4)
+        penalty = -0.7 * np.log(counts[row.item_id] + 1)
+        assert shares["popularity_penalty", None] == pytest.approx(penalty, abs=1e-5)
+
+
+def chosen_by_loops(
+    shop: Shop, items: list[int], scores: list[float], cosines: np.ndarray, **settings: Any
+) -> list[int]:
+    """Items in the order of their choice, by the definition."""
+    diversity, limits = settings.get("diversity", 0.0), settings.get("at_most", {})
+    low, high = min(scores), max(scores)
+    chosen: list[int] = []
+    while len(chosen) < 6:
+        values = {}
+        for item, score in zip(items, scores, strict=True):
+            kept = [*chosen, item]
+            fields = {"genre": [g for i in kept for g in shop.genres[i]],
+                      "brand": [shop.brands[i] for i in kept]}  # fmt: skip
+            mine = {"genre": shop.genres[item], "brand": {shop.brands[item]}}
+            fits = all(fields[f].count(v) <= most for f, most in limits.items() for v in mine[f])
+            if item not in chosen and fits:
+                likeness = max((cosines[item, other] for other in chosen), default=0)
+                relevance = (score - low) / (high - low)
+                values[item] = (1 - diversity) * relevance - diversity * likeness
+        if not values:
+            break
+        chosen.append(max(values, key=lambda item: values[item]))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diversity": 0.4},
+        {"at_most": {"genre": 2}},
+        {"diversity": 0.7, "at_most": {"genre": 3, "brand": 1}},
+        {"diversity": 1.0, "popularity_penalty": 0.5},
+    ],
+)
+def test_items_are_chosen_as_the_definition_says(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    penalty = {"popularity_penalty": settings.get("popularity_penalty", 0.0)}
+    first = _ranked(shop, tmp_path / "first", k=15, **penalty)
+    wanted = RecommendConfig.model_validate({"context": CONTEXT, "k": 6, "rerank": 15, **settings})
+    cosines = run_alone(_recommended, shop[1].folder, wanted, tmp_path / "again")
+    again = pd.read_parquet(tmp_path / "again" / "recommendations.parquet")
+    differs = False
+    for user, rows in first.groupby("user_id"):
+        expected = chosen_by_loops(
+            shop[0], rows["item_id"].tolist(), rows["score"].tolist(), cosines, **settings
+        )
+        mine = again[again["user_id"] == user]
+        assert mine["item_id"].tolist() == expected
+        assert mine["rank"].tolist() == list(range(1, len(expected) + 1))
+        by_id = rows.set_index("item_id")["score"]
+        np.testing.assert_array_equal(mine["score"], by_id[expected])
+        differs |= expected != rows["item_id"].tolist()[: len(expected)]
+    assert differs
+
+
+def test_limits_are_for_item_fields(shop: tuple[Shop, PreparedDataset]) -> None:
+    with pytest.raises(ConfigError, match=r"at_most\.gnre: unknown item field; did you mean genre"):
+        Limits.from_settings(shop[1], Catalogue(shop[1]), {"gnre": 2})
+    limits = Limits.from_settings(shop[1], Catalogue(shop[1]), {})
+    assert isinstance(limits.values, Jagged) and len(limits.values.values) == 0
+    for settings, message in (
+        ({"diversity": 0.5, "rerank": 5}, "rerank=5 cannot give k=10"),
+        ({"rerank": 50}, "rerank=50 needs diversity or at_most"),
+        ({"diversity": 0.5, "candidates": 50}, "candidates=50 cannot give rerank=100"),
+        ({"popularity_penalty": 1, "matrix": "fp32"}, "leave it out, or popularity_penalty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RecommendConfig.model_validate(settings)
+
+
+def _compared(folder: Path, steering: RecommendConfig) -> Comparison | None:
+    dataset = PreparedDataset(folder)
+    with process_group("cpu", threads=1) as world:
+        model = deepfm_of(
+            shard_for_training(load_config("sample"), dataset.manifest, world)[0].eval()
+        )
+        held_out = RankingEvaluator(dataset, "test", {})
+        return evaluate_ranking(model, world, held_out, (10,), {}, steering=steering)
+
+
+def test_evaluate_measures_what_steering_changes(sample: PreparedDataset) -> None:
+    plain = run_alone(_compared, sample.folder, RecommendConfig())
+    assert list(plain.figures) == ["model"]
+    steered = run_alone(
+        _compared, sample.folder, RecommendConfig(popularity_penalty=5, diversity=0.5)
+    )
+    assert list(steered.figures) == ["model", STEERED]
+    assert steered.figures["model"] == plain.figures["model"]
+    assert steered.figures[STEERED]["novelty@10"] > steered.figures["model"]["novelty@10"] + 1
+    [verdict] = ranking_verdicts(steered, 10)
+    assert verdict.title == "Steered rankings" and "novelty" in verdict.text
