@@ -23,6 +23,7 @@ from deepfm_dist.cli import (
 from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.messages import plural
+from deepfm_dist.storage import folder_of
 from deepfm_dist.typed_yaml import settings_of
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     url = f"http://{arguments.host}:{listening.getsockname()[1]}"
 
     def load(folder: Path | None) -> "Recommender":
-        theirs = config if folder is None else config_of_run(folder, arguments.overrides)
+        if folder is None:
+            return _loaded(config, arguments.overrides)
+        # Opened in this process: connections to a store do not survive a fork.
+        theirs = config_of_run(folder_of(str(folder)), arguments.overrides)
         return _loaded(theirs, arguments.overrides)
 
     with TemporaryDirectory(prefix="deepfm-serve-") as folder:

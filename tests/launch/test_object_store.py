@@ -18,7 +18,7 @@ import pytest
 
 from deepfm_dist import lock
 from deepfm_dist.build import shard_for_inference
-from deepfm_dist.config import load_config
+from deepfm_dist.config import load_config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.remote import local_copy
@@ -29,11 +29,13 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.jobs.prepare import prepare
+from deepfm_dist.jobs.train import train
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of
 from tests.launch.s3 import clients_of, s3_server
 from tests.metrics_lines import lines
-from tests.ranks import RankFailed, run_ranks
+from tests.ranks import RankFailed, run_in_fork, run_ranks
+from tests.serving.shop import shop
 from tests.steps import SMALL, Run, config_of, difference
 
 for needed in ("moto", "s3fs", "upath"):
@@ -301,6 +303,30 @@ def test_what_is_not_there_is_one_line(runs: Path) -> None:
         MetricsLog(folder_of("s3://nowhere/x"), is_first=True, from_step=0)
     with pytest.raises(ConfigError, match=r"nope://x: cannot be opened \(.*universal-pathlib"):
         folder_of("nope://x")
+
+
+def test_a_service_answers_with_the_run_that_a_pointer_in_a_bucket_names(
+    tmp_path: Path, runs: Path
+) -> None:
+    pytest.importorskip("fastapi")
+    settings = {"run.runs_root": str(runs), "trainer.max_steps": 2}
+    run_in_fork(train, with_settings(shop(tmp_path), settings))
+    (runs / "current").write_text("shop\n")
+    words = [sys.executable, "-m", "deepfm_dist.serve", "--run", f"{runs}/current", "--port", "0"]
+    service = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert service.stdout is not None
+        assert "/ shows a page" in service.stdout.readline()
+        service.terminate()
+        assert service.wait(20) == 0
+    finally:
+        service.kill()
 
 
 def test_a_run_of_and_in_a_bucket_cut_in_a_save_ends_as_a_local_one(
