@@ -67,7 +67,11 @@ def test_the_rows_of_the_quality_tables_are_configurations(
     assert len(rows) > 12
     monkeypatch.syspath_prepend(BENCHMARKS)
     logs = importlib.import_module("logs")
-    of_tests = {"clicks": logs.Clicks(50, (3, 40), 1), "steps": logs.Sequences(8, 500)}
+    of_tests = {
+        "clicks": logs.Clicks(50, (3, 40), 1),
+        "new": logs.NewItems(40),
+        "steps": logs.Sequences(8, 500),
+    }
     kinds = {name: type(log) for name, log in logs.LOGS.items()}
     monkeypatch.setattr(logs, "LOGS", of_tests)
     written = {type(log): str(logs.write(n, tmp_path / n)) for n, log in of_tests.items()}
