@@ -33,7 +33,10 @@ EXAMPLES = (
     "--run runs/sample",
     "--run runs/mine --port 9000 --workers 4 recommend.context.device=phone",
 )
-SERVED = ("context", "mask", "memory_bytes", "cold_items")
+SERVED = (
+    *("context", "mask", "memory_bytes", "cold_items"),
+    *("popularity_penalty", "diversity", "at_most", "rerank"),
+)
 """Settings of ``recommend`` that a service looks at."""
 LOOPBACK = ("127.0.0.1", "localhost")
 log = logging.getLogger(__name__)

@@ -78,6 +78,7 @@ class Limits:
         return cls(joined, np.array(most, np.int64))
 
 
+@dataclass(frozen=True)
 class RerankingRanker:
     """Ranks the first N of another ranking again, within limits. All ranks. A `Ranker`.
 
@@ -89,7 +90,7 @@ class RerankingRanker:
     Source: Carbonell, Goldstein, "The Use of MMR, Diversity-Based Reranking for Reordering
     Documents and Producing Summaries", 1998.
 
-    Args:
+    Attributes:
         ranker: whose rankings are ranked again.
         vectors: ``[I, D]`` float32 of unit length, by position.
         diversity: weight of the cosines, in [0, 1].
@@ -97,38 +98,33 @@ class RerankingRanker:
         first: N.
     """
 
-    def __init__(
-        self,
-        ranker: Ranker,
-        vectors: FloatArray,
-        diversity: float,
-        limits: Limits,
-        first: int,
-    ) -> None:
-        self._ranker, self._vectors, self._diversity = ranker, vectors, diversity
-        self._limits, self._first = limits, first
+    ranker: Ranker
+    vectors: FloatArray
+    diversity: float
+    limits: Limits
+    first: int
 
     def __len__(self) -> int:
         """Number of items."""
-        return len(self._ranker)
+        return len(self.ranker)
 
     def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> Sequence[Any]:
         """Looks the users of several chunks up together; see `Ranker`."""
-        return self._ranker.prepare(chunks, height)
+        return self.ranker.prepare(chunks, height)
 
     def best(self, users: Any, seen: Jagged, k: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a chunk of users; see `Ranker`. Scores are not sorted."""
-        positions, scores = self._ranker.best(users, seen, max(k, self._first))
+        positions, scores = self.ranker.best(users, seen, max(k, self.first))
         chosen = np.full((len(positions), k), -1, np.int64)
         their_scores = np.full((len(positions), k), -np.inf, np.float32)
         _rerank(
             positions,
             scores,
-            self._vectors,
-            self._diversity,
-            self._limits.values.offsets,
-            self._limits.values.values,
-            self._limits.most,
+            self.vectors,
+            self.diversity,
+            self.limits.values.offsets,
+            self.limits.values.values,
+            self.limits.most,
             chosen,
             their_scores,
         )

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ from deepfm_dist.ranking.reasons import Explainer, Explanation
 from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
+from deepfm_dist.ranking.steering import RerankingRanker, popularity_penalties, reranked
 from deepfm_dist.ranking.subsets import ItemSets, SubsetRanker
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
@@ -140,7 +142,16 @@ class Recommender:
         model = exported_model(run, export, world)
         nobody = Users(np.zeros(0, np.int32))
         self._ranker = ModelRanker.from_model(
-            model, world, dataset, self._catalogue, nobody, context
+            model,
+            world,
+            dataset,
+            self._catalogue,
+            nobody,
+            context,
+            penalties=popularity_penalties(dataset, config.recommend.popularity_penalty),
+        )
+        self._steered = reranked(
+            self._ranker, self._ranker, dataset, self._catalogue, config.recommend
         )
         self._explainer = Explainer(self._ranker, dataset)
         n_users = dataset.manifest.entities["user"] - 1
@@ -408,18 +419,20 @@ class Recommender:
             log_rate: `NegativeRate` of the user.
             sets: items that are ranked; None: all.
         """
-        chunk = UserChunk(user, 1, 1)
-        if sets is None:
-            [positions], [scores] = self._ranker.best(chunk, seen, k)
-        else:
-            subsets = SubsetRanker(self._ranker, sets)
-            [positions], [scores] = subsets.best((sets.number, chunk), seen, k)
+        ranker, users = self._steered, cast(Any, UserChunk(user, 1, 1))
+        if sets is not None:
+            subsets, users = SubsetRanker(self._ranker, sets), (sets.number, users)
+            steers = isinstance(ranker, RerankingRanker)
+            ranker = replace(cast(RerankingRanker, ranker), ranker=subsets) if steers else subsets
+        [positions], [scores] = ranker.best(users, seen, k)
         found = self._shown(positions, scores)
         if not self._has_probabilities:
             return found
-        logits = scores + log_rate
+        logits, rows = scores + log_rate, self._catalogue.rows[positions]
         if self._rate is not None:
-            logits = logits + self._rate.log_of_item[self._catalogue.rows[positions]]
+            logits = logits + self._rate.log_of_item[rows]
+        if self._ranker.encoder.penalties is not None:
+            logits = logits + self._ranker.encoder.penalties[rows]
         pairs = zip(found, probabilities(logits).tolist(), strict=False)  # found ends at NO_ITEM
         return [scored._replace(probability=probability) for scored, probability in pairs]
 

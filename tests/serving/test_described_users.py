@@ -45,8 +45,36 @@ def _answers(
         recommend(
             with_settings(config, {f"recommend.{option}": str(file), **columns}), output=target
         )
+    _check_steered(config, user)
     answers = [(response.status_code, response.json()) for response in responses]
     return known, answers[: len(bodies)], answers[len(bodies) :]
+
+
+def _check_steered(config: Config, user: str) -> None:
+    """Compares a steered service with the command, all items being allowed, too."""
+    steering = {"popularity_penalty": 0.5, "diversity": 0.4, "at_most": {"kind": 2}, "rerank": 9}
+    settings = {f"recommend.{name}": value for name, value in steering.items()}
+    steered = with_settings(config, {**settings, "recommend.k": 6, "recommend.users": [user]})
+    found = find_run(steered, ())
+    with process_group("cpu") as world:
+        client = TestClient(
+            make_app(ModelInUse(Recommender(found, up_to_date_export(found), world)))
+        )
+    output = found.dataset.folder.parent / "steered.parquet"
+    recommend(with_settings(steered, {"recommend.probability": True}), output=str(output))
+    expected = pd.read_parquet(output)
+    body = {"user": user, "k": 6, "allow": [*range(20)]}
+    for answer in (
+        client.get(f"/users/{user}/recommendations?k=6"),
+        client.post("/recommend", json=body),
+    ):
+        items = answer.json()["items"]
+        assert [item["id"] for item in items] == expected["item_id"].tolist()
+        for name in ("score", "probability"):
+            theirs = [item[name] for item in items]
+            assert theirs == pytest.approx(expected[name].tolist(), abs=1e-5)
+    assert expected["score"].diff().max() > 0  # not in the order of scores
+    assert expected.groupby(expected["item_id"] % 3).size().max() == 2
 
 
 OTHER_PARTS = ("context", "attributes", "explain")
