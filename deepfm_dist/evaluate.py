@@ -34,8 +34,9 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
     if result is not None:
         figures = result.split, result.rows, result.comparison
         print(metrics_table(*figures, config.evaluate.k, result.composition))
-        files = (f"written: {path}" for path in (result.metrics_log, result.report))
-        print("", *result.verdicts, "", *files, sep="\n")
+        paths = (result.metrics_log, result.report)
+        files = [f"written: {path}" for path in paths if path is not None]
+        print("", *result.verdicts, *[""][: len(files)], *files, sep="\n")
 
 
 if __name__ == "__main__":

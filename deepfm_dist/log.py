@@ -57,6 +57,19 @@ def progress(
         yield bar
 
 
+@contextmanager
+def warn_if_unwritable(consequence: str) -> Iterator[None]:
+    """Around what is written besides a command's result, which is not lost if that fails.
+
+    Args:
+        consequence: of the failure, and what to do; ends the warning.
+    """
+    try:
+        yield
+    except DeepFMError as error:
+        log.warning("%s; %s", str(error).partition("; ")[0], consequence)
+
+
 def _in_notebook() -> bool:
     """Whether a Jupyter kernel shows what this process writes."""
     ipython = sys.modules.get("IPython")

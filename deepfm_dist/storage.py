@@ -288,8 +288,11 @@ def write_errors_to_user(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         reason = "it is not a folder" if isinstance(error, FileExistsError) else brief(error)
+        named = str(error.filename or folder)
+        if Path(named).name.startswith(f".{folder.name}.part-"):  # see `work_folder`
+            named = str(folder)
         raise DeepFMError(
-            f"{error.filename or folder}: cannot be written: {reason}; set run.runs_root, or "
+            f"{named}: cannot be written: {reason}; set run.runs_root, or "
             f"--output, to a writable folder with enough space"
         ) from None
 

@@ -36,7 +36,7 @@ from deepfm_dist import (
     train,
     tune,
 )
-from tests.ranks import run_alone
+from tests.ranks import heed_permissions, run_alone, run_in_fork
 
 COMMANDS = {
     "prepare": prepare.main,
@@ -1309,6 +1309,21 @@ COMMAND_ORDER = [
 ]
 
 
+READ_ONLY = {
+    "recommend": ("--output", "--output OUT/best.parquet"),
+    "similar": ("--output", "--output OUT/alike.parquet"),
+    "predict": ("--output", "--output OUT/scores.parquet"),
+    "export": ("give another --output", "--output OUT/exported"),
+    "prepare data.name=new": ("set run.prepared_root", "run.prepared_root=OUT"),
+    "train run.name=new data.name=cures": ("set run.runs_root", "run.runs_root=OUT"),
+    f"tune trainer.monitor=auc tune.trials=1 '{SPACE}'": (
+        "set run.runs_root",
+        "run.runs_root=OUT data.name=cures",
+    ),
+}
+"""Commands that write below the current folder: what their errors name, and what is then typed."""
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which ``train`` has run; not to be changed."""
@@ -1327,16 +1342,32 @@ def _write(folder: Path, mistake: Mistake, cured: bool = False) -> None:
 
 
 def _typed(folder: Path, command: str, left_out: Sequence[str] = (), added: str = "") -> int:
-    name, *arguments = shlex.split(command)
-    more = shlex.split(added)
-    settings = {a.partition("=")[0] for a in more if "=" in a}
-    kept = [a for a in arguments if a not in left_out and a.partition("=")[0] not in settings]
-    where = [f"run.{root}={folder / root}" for root in ("runs_root", "prepared_root")]
-    argv = ["--quiet", "--config", str(folder / "c.yaml"), *where, *kept, *more]
+    name, argv = _command_line(folder, command, left_out, added)
     if name == "prepare" or "--print-config" in argv:
         return _exit_code(name, argv)
     code: int = run_alone(_exit_code, name, argv)  # the others join a process group
     return code
+
+
+def _typed_here(folder: Path, command: str, added: str = "") -> int:
+    """`_typed` in a process that may join process groups itself."""
+    return _exit_code(*_command_line(folder, command, (), added))
+
+
+def _command_line(
+    folder: Path, command: str, left_out: Sequence[str], added: str
+) -> tuple[str, list[str]]:
+    name, *arguments = shlex.split(command)
+    more = shlex.split(added)
+    settings = {a.partition("=")[0] for a in more if "=" in a}
+    kept = [a for a in arguments if a not in left_out and a.partition("=")[0] not in settings]
+    of_run = "--run" in arguments
+    config = (
+        []
+        if of_run
+        else ["--config", str(folder / "c.yaml"), f"run.runs_root={folder / 'runs_root'}"]
+    )
+    return name, ["--quiet", *config, f"run.prepared_root={folder / 'prepared_root'}", *kept, *more]
 
 
 def _exit_code(name: str, argv: Sequence[str]) -> int:
@@ -1527,3 +1558,56 @@ def test_the_cure_that_an_error_names_cures(
         assert _typed(tmp_path, command) == 0
     code = _typed(tmp_path, mistake.command, mistake.left_out, mistake.typed)
     assert code == 0, capfd.readouterr().err
+
+
+def test_folders_that_cannot_be_written_have_cures(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    shutil.copytree(trained, home)
+    out.mkdir()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.chdir(home)
+    folders = [home, *(p for p in home.rglob("*") if p.is_dir())]
+    (home / "runs_root/cures/metrics.jsonl").chmod(0o444)
+    for path in folders:
+        path.chmod(0o555)
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("*")}
+    try:
+        run_in_fork(_type_where_nothing_can_be_written, home, out, capfd)
+    finally:
+        for path in folders:
+            path.chmod(0o755)
+    assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
+
+
+def _type_where_nothing_can_be_written(
+    home: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heed_permissions()
+    for command, (cure, typed) in READ_ONLY.items():
+        assert _typed_here(home, command) == 2, command
+        [line] = capfd.readouterr().err.splitlines()
+        assert "cannot be written: Permission denied; " in line and cure in line, line
+        assert _typed_here(home, command, added=typed.replace("OUT", str(out))) == 0, command
+        said = capfd.readouterr().err
+        assert "Error" not in said, said
+    assert _typed_here(home, "evaluate") == 0  # its figures are printed
+    shown = capfd.readouterr()
+    log_line, page_line = shown.err.splitlines()
+    run = home / "runs_root/cures"
+    copied = f"copy the run to another folder: cp -r {run} FOLDER, --run FOLDER/cures"
+    assert log_line == (
+        f"{run / 'metrics.jsonl'}: cannot be written: Permission denied; the figures are not kept; "
+        f"{copied}"
+    )
+    assert page_line.startswith(f"{run / 'report.html'}: cannot be written: Permission denied; ")
+    assert "log_loss" in shown.out and "written: " not in shown.out
+    shutil.copytree(run, out / "copies/cures")
+    for path in ("", "metrics.jsonl"):
+        (out / "copies/cures" / path).chmod(0o755)
+    assert _typed_here(home, f"evaluate --run {out / 'copies/cures'}") == 0
+    assert (out / "copies/cures/report.html").is_file()

@@ -62,7 +62,10 @@ def export_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         part.rename(target)
     except OSError as error:
-        raise DeepFMError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise DeepFMError(
+            f"{target}: cannot be written: {error.strerror or error}; give another --output, or "
+            f"make the folder writable"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.events import EvaluateEvent, ValidEvent, read_events
-from deepfm_dist.log import MetricsLog
+from deepfm_dist.log import MetricsLog, warn_if_unwritable
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.ranking.items import cold_items_to_rank
@@ -33,8 +33,8 @@ class Evaluation:
         rows: figures on them.
         comparison: of rankings; None where rows have labels.
         verdicts: how good the figures are, in words.
-        metrics_log: the file that the figures were added to.
-        report: the page that was written.
+        metrics_log: the file that the figures were added to; None: it cannot be written.
+        report: the page that was written; None: likewise.
     """
 
     split: str
@@ -42,8 +42,8 @@ class Evaluation:
     rows: dict[str, float]
     comparison: Comparison | None
     verdicts: list[Verdict]
-    metrics_log: Path
-    report: Path
+    metrics_log: Path | None
+    report: Path | None
 
     @property
     def figures(self) -> dict[str, float]:
@@ -196,17 +196,21 @@ def _report(
     from deepfm_dist.report.page import Report, write_page  # draws: slow to import
 
     split, rows, cutoffs = config.evaluate.split, measured.figures, config.evaluate.k
-    metrics = MetricsLog(config.run_dir, is_first=True)
     logged = {name: getattr(comparison, name) for name in LOGGED} if comparison else {}
     unknown = measured.unknown
     event = EvaluateEvent(step=trained.step, split=split, rows=rows, unknown=unknown.rows, **logged)
-    metrics.write(event)
-    events = read_events(metrics.path)
+    folder, metrics_log, page = config.run_dir, None, None
+    copied = f"copy the run to another folder: cp -r {folder} FOLDER, --run FOLDER/{folder.name}"
+    with warn_if_unwritable(f"the figures are not kept; {copied}"):
+        metrics = MetricsLog(folder, is_first=True)
+        metrics.write(event)
+        metrics_log = metrics.path
+    events = read_events(folder / "metrics.jsonl")
     validations = [event for event in events if isinstance(event, ValidEvent)]
     state = checkpoint.read_state(trained.checkpoint)
     verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, k=max(cutoffs))
     report = Report(
-        folder=config.run_dir,
+        folder=folder,
         config_yaml=trained.config.to_yaml(),
         chosen=choices_in(state),
         checkpoint=trained.checkpoint,
@@ -224,14 +228,15 @@ def _report(
     own_split = trained.settings.get("evaluate", {}).get("split", split)
     name = "report.html" if split == own_split else f"report-{split}.html"
     composition = trained.dataset.manifest.composition(split)
-    page = write_page(report, name)
+    with warn_if_unwritable("there is no report" + f"; {copied}" * (metrics_log is not None)):
+        page = write_page(report, name)
     return Evaluation(
         split=split,
         composition=composition,
         rows=rows,
         comparison=comparison,
         verdicts=verdicts,
-        metrics_log=metrics.path,
+        metrics_log=metrics_log,
         report=page,
     )
 

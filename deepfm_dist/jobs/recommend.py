@@ -6,7 +6,7 @@ from deepfm_dist.config import Config
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import RecommendEvent
 from deepfm_dist.jobs.ranking_files import RankingOutput, Rankings, ranking_job
-from deepfm_dist.log import MetricsLog
+from deepfm_dist.log import MetricsLog, warn_if_unwritable
 from deepfm_dist.ranking import recommendation
 from deepfm_dist.runs.trained import ranking_loss
 
@@ -66,5 +66,6 @@ def recommend(
         )
         if files is not None:
             event = RecommendEvent(step=job.trained.step, **files.figures)
-            MetricsLog(config.output_dir, is_first=True).write(event)
+            with warn_if_unwritable("the figures of this command are not kept there"):
+                MetricsLog(config.output_dir, is_first=True).write(event)
         return job.result(files)

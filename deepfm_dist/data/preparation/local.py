@@ -167,7 +167,10 @@ def _build_in_place(
             folder.rename(kept or aside / "before")
         job.folder.rename(folder)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        raise DataError(
+            f"{folder}: cannot be written: {error.strerror or error}; set run.prepared_root to a "
+            f"writable folder with enough space"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
