@@ -12,6 +12,7 @@ import logging
 import re
 import shlex
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import deepfm_dist
@@ -97,6 +99,12 @@ SMALL = {
 }
 
 
+def _parquet(rows: str) -> bytes:
+    file = io.BytesIO()
+    pd.read_csv(io.StringIO(rows)).to_parquet(file)
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A command that fails, what its line says, and what to type then.
@@ -112,6 +120,8 @@ class Mistake:
         new_data: what the cure changes in the configuration's ``data`` section.
         first: commands that the cure types before the command.
         before: commands that have run before the mistake.
+        without: libraries that are not installed until the cure installs them.
+        env: variables of the environment.
     """
 
     command: str
@@ -124,6 +134,8 @@ class Mistake:
     new_data: Mapping[str, Any] = field(default_factory=dict)
     first: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def _changed(row: int, column: int, text: str) -> str:
@@ -1309,6 +1321,215 @@ COMMAND_ORDER = [
 ]
 
 
+ALL_PAIRS = [[f"u{u}", f"i{i}", "5", "1", "desk", "1600000000"] for u in range(4) for i in range(4)]
+KNOWS_ITEMS = {"features": [*DATA["features"], SEEN]}
+RATED = {**DATA["interactions"], "rating": "rating", "min_rating": 4}
+HASHED_GENRE = [*DATA["features"][:2], {**DATA["features"][2], "hash_rows": 9}]
+PLAIN = json.dumps(DATA["features"])
+REFERENCE = "user,item,score\n" + "".join(f"{row[0]},{row[1]},{k}\n" for k, row in enumerate(ROWS))
+OTHERS = [
+    Mistake("train model.embedding_dim=1000000000000", "smaller one", "model.embedding_dim=4"),
+    Mistake(
+        "train model.over_arch_layer_sizes=[1000000000000]",
+        "use smaller layers",
+        "model.over_arch_layer_sizes=[4]",
+    ),
+    Mistake(
+        "train trainer.compile=true run.device=cpu",
+        "set trainer.compile=false",
+        "trainer.compile=false",
+        env={"CXX": "/nowhere/c++"},
+    ),
+    Mistake(
+        "evaluate --run runs/none",
+        "python -m deepfm_dist.train makes it",
+        "--run runs_root/cures",
+        ("--run", "runs/none"),
+        before=("train",),
+    ),
+    Mistake(
+        "train",
+        "add items",
+        files={"rows.csv": _csv(ALL_PAIRS)},
+        new_files={"rows.csv": _csv([*ALL_PAIRS, ["u9", "i9", "5", "1", "desk", "1600000000"]])},
+        data={"split": {"valid": 0, "test": 0}},
+    ),
+    Mistake(
+        "train run.name=next checkpoint.start_from=runs_root/cures",
+        "set it back",
+        f"'data.features={PLAIN}'",
+        before=(f"train 'data.features={PLAIN}' data.name=plain",),
+        data={"features": HASHED_GENRE},
+    ),
+    Mistake(
+        "evaluate run.prepared_root=elsewhere",
+        "run python -m deepfm_dist.prepare",
+        first=("prepare run.prepared_root=elsewhere",),
+        before=("train",),
+    ),
+    Mistake(
+        "prepare data.interactions.split=label",
+        "hold out fewer",
+        files={"rows.csv": _csv([[*row[:3], "2", *row[4:]] for row in ROWS])},
+        new_files={"rows.csv": FILES["rows.csv"]},
+    ),
+    Mistake(
+        "prepare data.split.method=users data.split.valid=20 data.split.test=20",
+        "hold out fewer",
+        "data.split.valid=5 data.split.test=5",
+        data={"features": [DATA["features"][1], SEEN]},
+    ),
+    Mistake(
+        "prepare",
+        "write one object for each row",
+        data={"features": _genres(column="genres.id")},
+        files={"items.jsonl": f"[{','.join(OBJECTS.splitlines())}, 3]"},
+        new_files={"items.jsonl": f"[{','.join(OBJECTS.splitlines())}]"},
+    ),
+    Mistake(
+        "prepare data.interactions.time=time",
+        "write fewer decimals",
+        files={"rows.csv": _timed(lambda s: f"{10**11 * (s % 2) + s}.000000001")},
+        new_files={"rows.csv": _timed(lambda s: f"{10**11 * (s % 2) + s}.5")},
+    ),
+    Mistake(
+        "train run.device=cuda",
+        "run.device=cpu",
+        "run.device=cpu",
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    ),
+    Mistake(
+        "train sharding.kind=table_row_wise run.device=cpu",
+        "use row_wise",
+        "sharding.kind=row_wise",
+    ),
+    Mistake("train trainer.hold_out=0.1", "leave it out", "", ("trainer.hold_out=0.1",)),
+    Mistake(
+        "train trainer.loss=softmax data.split.valid=0 trainer.hold_out=0.0001",
+        "set a larger share",
+        "trainer.hold_out=0.2",
+        data=KNOWS_ITEMS,
+    ),
+    Mistake(
+        "train trainer.loss=softmax data.split.valid=0 trainer.monitor=auc",
+        "monitor ndcg@10",
+        "trainer.monitor=ndcg@10",
+        data=KNOWS_ITEMS,
+    ),
+    Mistake(
+        "evaluate evaluate.baselines=[ials]",
+        "leave ials out",
+        "evaluate.baselines=[]",
+        before=("train",),
+        without=("implicit",),
+    ),
+    Mistake(
+        "evaluate evaluate.reference=ref.csv",
+        "leave one of them",
+        before=("train",),
+        files={"ref.csv": REFERENCE + "u1,i1,1\nu1,i1,2\n"},
+        new_files={"ref.csv": REFERENCE},
+    ),
+    Mistake(
+        "evaluate evaluate.reference=popularity.csv",
+        "give the file another name",
+        "evaluate.reference=mine.csv",
+        before=("train",),
+        files={"popularity.csv": REFERENCE},
+        new_files={"mine.csv": REFERENCE},
+    ),
+    Mistake(
+        "recommend recommend.index=Flat recommend.candidates=20",
+        "or leave it out",
+        "",
+        ("recommend.index=Flat",),
+        before=("train",),
+        without=("faiss",),
+    ),
+    Mistake(
+        "recommend recommend.histories=histories.csv",
+        "write ids as the log has them",
+        before=("train",),
+        data=KNOWS_ITEMS,
+        files={"histories.csv": "user,item\nnew,I1\n"},
+        new_files={"histories.csv": FILES["histories.csv"]},
+    ),
+    Mistake(
+        "recommend recommend.histories=histories.csv",
+        "add rows that do",
+        before=("train",),
+        data={**KNOWS_ITEMS, "interactions": RATED},
+        files={"histories.csv": "user,item,rating\nnew,i1,1\n"},
+        new_files={"histories.csv": "user,item,rating\nnew,i1,1\nnew,i2,5\n"},
+    ),
+    Mistake(
+        "predict --input rows.parquet --output=rows.parquet",
+        "choose another file",
+        "--output=scores.parquet",
+        before=("train",),
+        data={"interactions": {**DATA["interactions"], "file": "rows.parquet"}},
+        files={"rows.parquet": _parquet(FILES["rows.csv"])},
+    ),
+    Mistake(
+        f"tune trainer.monitor=auc tune.trials=1 '{SPACE}'",
+        "pip install optuna",
+        without=("optuna",),
+    ),
+    Mistake(
+        "plan --world-size 1 --rows user=3_000_000_000 --rows item=9 --rows genre=9",
+        "use ",
+        "--world-size 4",
+    ),
+    Mistake(
+        "prepare run.prepared_root=memory://cures-remote data.split.test=0.3",
+        "set data.name",
+        "data.name=more",
+        before=("prepare run.prepared_root=memory://cures-remote",),
+    ),
+    Mistake(
+        f"tune trainer.monitor=auc tune.trials=1 '{SPACE}' run.runs_root=memory://cures-runs",
+        "set run.runs_root to a local folder",
+        "run.runs_root=local",
+    ),
+    Mistake(
+        "train trainer.monitor=user_auc",
+        "set trainer.monitor=log_loss",
+        "trainer.monitor=log_loss",
+        data={"interactions": CTR["interactions"], "task": "ctr"},
+        files={"rows.csv": _csv([[*r[:3], str(int(r[0] > "u3")), *r[4:]] for r in ROWS])},
+    ),
+    Mistake(
+        PRINT + "recommend.requests=a.csv recommend.users=[u1]",
+        "leave users out",
+        "",
+        ("recommend.users=[u1]",),
+    ),
+    Mistake(
+        PRINT + "recommend.diversity=0.3 recommend.rerank=50 recommend.candidates=20",
+        "set candidates=50",
+        "recommend.candidates=50",
+    ),
+    Mistake(
+        PRINT + "recommend.matrix=fp32 recommend.popularity_penalty=0.5",
+        "leave it out",
+        "",
+        ("recommend.matrix=fp32",),
+    ),
+    Mistake(
+        "recommend recommend.diversity=0.3",
+        "use recommend.at_most",
+        "'recommend.at_most={genre: 3}'",
+        ("recommend.diversity=0.3",),
+        before=("train model.fm=false",),
+    ),
+    Mistake(
+        "train trainer.loss=softmax model.linear=logistic",
+        "set model.linear=none",
+        "model.linear=none",
+        data=KNOWS_ITEMS,
+    ),
+]
+ALL = [*SETTINGS, *INPUT, *COMMAND_ORDER, *OTHERS]
 READ_ONLY = {
     "recommend": ("--output", "--output OUT/best.parquet"),
     "similar": ("--output", "--output OUT/alike.parquet"),
@@ -1361,13 +1582,10 @@ def _command_line(
     more = shlex.split(added)
     settings = {a.partition("=")[0] for a in more if "=" in a}
     kept = [a for a in arguments if a not in left_out and a.partition("=")[0] not in settings]
-    of_run = "--run" in arguments
-    config = (
-        []
-        if of_run
-        else ["--config", str(folder / "c.yaml"), f"run.runs_root={folder / 'runs_root'}"]
-    )
-    return name, ["--quiet", *config, f"run.prepared_root={folder / 'prepared_root'}", *kept, *more]
+    where = [f"run.prepared_root={folder / 'prepared_root'}"]
+    if "--run" not in (*kept, *more):
+        where += ["--config", str(folder / "c.yaml"), f"run.runs_root={folder / 'runs_root'}"]
+    return name, ["--quiet", *where, *kept, *more]
 
 
 def _exit_code(name: str, argv: Sequence[str]) -> int:
@@ -1415,7 +1633,7 @@ def _is_of(line: str, template: str) -> bool:
     return re.search(".*".join(map(re.escape, template.split("…"))), line) is not None
 
 
-ROWS_OF_CURES = {f"{m.command}: {m.cure}": m for m in (*SETTINGS, *INPUT, *COMMAND_ORDER)}
+ROWS_OF_CURES = {f"{m.command}: {m.cure}": m for m in ALL}
 TYPED = dict(
     line.split("\t")
     for line in (Path(__file__).parent / "cures.txt").read_text(encoding="utf-8").splitlines()
@@ -1431,6 +1649,8 @@ NOT_OF_COMMANDS = {
     "jobs/import_weights.py": "needs a notebook's weights; see test_notebook",
     "launcher.py": "variables of the environment; see test_launcher",
     "lock.py": "needs a second process; see test_lock",
+    "ranking/filters.py": "the cure is another file of requests; see test_requests",
+    "ranking/requests.py": "the cure is another file of requests; see test_requests",
     "serve.py": "a service does not end; see test_serving",
     "serving/live.py": "a service does not end; see test_serving",
     "storage.py": "needs a full disk or a library that is missing; see test_paths, test_storage",
@@ -1442,15 +1662,11 @@ _CUDA = "depends on the machine's GPU"
 _LIBRARY = "depends on an optional library"
 _URL = "needs a dataset behind a URL; see test_remote"
 NOT_TYPED = {
-    "model.embedding_dim=…: … rows of tables take": _MEMORY,
-    "model.over_arch_layer_sizes=… on": _MEMORY,
     "… distinct values of one table are": _MEMORY,
     "EASE of … items takes": _MEMORY,
     "evaluate.baselines: item_knn keeps": _MEMORY,
     "evaluate.baselines: ease takes": _MEMORY,
-    "does not fit …; use": _MEMORY,
     "a batch of … over … ranks leaves a rank without …s": _RANKS,
-    "…; delete it, or set data.name (or --output)": _URL,
     "…: incomplete: … is missing; delete": _URL,
     "…: takes …, and … has … left": _URL,
     "…: cannot be written: …; set run.cache_root": _URL,
@@ -1464,48 +1680,25 @@ NOT_TYPED = {
     "optimizer.tables.l2=…: FBGEMM's lazy_adam": _CUDA,
     "run.device=cuda, but torch sees no GPU": _CUDA,
     "…: adam moves every row at every step": _CUDA,
-    "trainer.compile=true: torch.compile needs": "depends on the machine's compiler",
-    "evaluate.baselines: ials needs the library": _LIBRARY,
     "evaluate.baselines: ials has vectors of the users": _LIBRARY,
-    "data.split: valid=… and test=… hold out": "the cure is a smaller split; see test_strong",
-    "--output …: an input of this run": "needs an input that is Parquet; see test_output",
-    "recommend.index=…: faiss is not installed": _LIBRARY,
-    "tune needs the library optuna": _LIBRARY,
     "tune --workers starts processes itself": "needs torchrun; see test_tune_workers",
     "--ranks …: needs --workers": "starts processes; see test_tune_workers",
     "--workers … --ranks …: … processes need": _CUDA,
-    "run.runs_root=…: the journal of a search": _LIBRARY,
     "model.over_arch=…: which of its weights": "needs an over-arch of the user's own",
-    "--run …: no run": "the row for a missing checkpoint types the same command",
-    "…: every user has interacted with all": "the cure is other data",
     "…: another tool prepared it": "needs a dataset of another tool; see test_layout",
     "column …: … is not …; correct it": "needs requests to a loaded model",
     "…: prepared again, moved or deleted": "needs a second process",
-    "…: no prepared dataset": "needs a folder that is deleted between two commands",
-    "…: data.features: …: … is … and was": "start_from; see test_start",
-    "…: the split leaves no training rows of … (repeated ones": "the cure is a smaller split",
     "…: a row of impressions has many items": "needs impressions; see test_impressions",
     "…: files are named below data.root": "needs an object store",
-    "…: element … of the array": "the cure is other data; see test_formats",
-    "holds lists where one value is expected": "the cure is other data; see test_formats",
-    "the time column … has …, and one of its times": "the cure is other data; see test_times",
     "…: damaged (…); delete …, and it is exported": "needs a damaged export; see test_damage",
     "data.forget_after=…: no row of": "the cure is another log; see test_growth",
-    "…: its logits differ from the model's": "needs a faulty exporter; see test_export",
     "combine: … and … have other data": "vocabularies differ first in nearly all cases",
-    "…: user … and item … have … scores": "needs a reference of scores; see test_ranking",
     "sharding.tables.….kind=replicated: optimizer.tables.name=lazy_adam": _CUDA,
-    "evaluate.reference=…: another ranking": "needs a reference of scores; see test_ranking",
     "…: of another version of deepfm_dist": "needs a run of another version; see test_checkpoint",
     "…: it holds the closed form too": "needs a finished run; see test_recipe",
-    "trainer.hold_out=…:": "needs a model that ranks; see test_recipe",
-    "trainer.monitor=…: a figure of validation rows": "needs a model that ranks; see test_recipe",
     "trainer.monitor=…: no user with training rows": "the cure is another split; see test_recipe",
     "recommend.cold_items=only: no item of the": "needs new items; see test_cold_items",
     "…, row …: … is missing; give null": "needs requests to a loaded model; see test_predict",
-    "…: none of its items is in the training data": "the cure is other data; see test_new_users",
-    "…: no row of an item in the training data": "the cure is other data; see test_new_users",
-    "trainer.monitor=…: it is …; set": "needs a figure that is NaN in training; see test_training",
 }
 """Beginnings of messages whose cure no row types, and why."""
 
@@ -1522,13 +1715,11 @@ def test_every_cure_is_typed_by_a_row_or_excused() -> None:
     reworded = Counter(_clause(text) for text in TYPED if text not in templates)
     missing = [text for text in missing if not reworded[_clause(text)]]
     assert missing == [], "add a row that types the cure, and its message to cures.txt"
-    assert set(TYPED.values()) <= ROWS_OF_CURES.keys(), "cures.txt names rows that are gone"
+    assert {*TYPED.values()} <= {*ROWS_OF_CURES, *READ_ONLY}, "cures.txt names rows that are gone"
     assert set(templates.values()) >= NOT_OF_COMMANDS.keys()
 
 
-@pytest.mark.parametrize(
-    "mistake", [*SETTINGS, *INPUT, *COMMAND_ORDER], ids=lambda m: f"{m.command}: {m.cure}"
-)
+@pytest.mark.parametrize("mistake", ALL, ids=lambda m: f"{m.command}: {m.cure}")
 def test_the_cure_that_an_error_names_cures(
     mistake: Mistake,
     request: pytest.FixtureRequest,
@@ -1544,12 +1735,17 @@ def test_the_cure_that_an_error_names_cures(
     for command in mistake.before if mistake.before != ("train",) or mistake.data else ():
         assert _typed(tmp_path, command) == 0
     capfd.readouterr()
-    assert _typed(tmp_path, mistake.command) == 2
+    with monkeypatch.context() as patch:
+        for name in mistake.without:
+            patch.setitem(sys.modules, name, None)
+        for name, value in mistake.env.items():
+            patch.setenv(name, value)
+        assert _typed(tmp_path, mistake.command) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert mistake.cure in lines[0]
     name = f"{mistake.command}: {mistake.cure}"
-    namesakes = [m for m in (*SETTINGS, *INPUT, *COMMAND_ORDER) if f"{m.command}: {m.cure}" == name]
+    namesakes = [m for m in ALL if f"{m.command}: {m.cure}" == name]
     for template, row in TYPED.items():
         if row == name and template in _templates() and len(namesakes) == 1:
             assert _is_of(lines[0], template), f"cures.txt: {template}"
