@@ -174,7 +174,7 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_model() -> DeepFMTrain:
-    """With everything that has parameters or buffers: batch norm, numbers, pooled fields."""
+    """With everything that has parameters or buffers: norms, numbers, vectors, pooled fields."""
     return DeepFMTrain(
         build_deepfm(
             {"user": Table(100, ("user",)), "item": Table(50, ("item", "seen"))},
@@ -184,7 +184,8 @@ def small_model() -> DeepFMTrain:
             over_arch=lambda n: OverArch(n, [4, 3], batch_norm=True),
             pooling={"seen": "sqrt"},
             device=META,
-            is_item_field=[False, True, False, False, True],
+            is_item_field=[False, True, False, False, True, True],
+            vectors={"text": 5},
         )
     )
 
@@ -350,11 +351,11 @@ def test_engines_are_made_and_score_on_the_models_device(
     meta: None, kind: str, layers: list[int] | None
 ) -> None:
     with META:
-        over = None if layers is None else OverArch(30, layers)
-        arch = InteractionArch(0, 10, over_arch=over).eval()
-        rows, first, dense = torch.zeros(9, 3, 10), torch.zeros(9, 3), torch.zeros(9, 0)
+        over = None if layers is None else OverArch(50, layers)
+        arch = InteractionArch(1, 10, over_arch=over, vectors={"text": 5}).eval()
+        rows, first, dense = torch.zeros(9, 3, 10), torch.zeros(9, 3), torch.zeros(9, 6)
     with DeviceUse() as made:
-        scorer = CatalogueScorer(arch, [False, True, True], 3)
+        scorer = CatalogueScorer(arch, [False, True, True, False, True], 3)
         assert scorer.layers is not None
         if kind == "triton":
             triton = pytest.importorskip("deepfm_dist.ranking.engines.triton")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepfm_dist.data.batches.collation import Collator
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.model.deepfm import POWERS
 
 Float64Array = npt.NDArray[np.float64]
@@ -35,8 +35,31 @@ _SMALLEST_STEP = 1e-4
 
 
 @dataclass(frozen=True)
+class VectorInputs:
+    """The columns of a ``[B, W]`` matrix that are the vectors of the rows' users or items.
+
+    Attributes:
+        first: column of the first number.
+        which: ``[B]`` int: the row of ``vectors`` that each row has.
+        vectors: ``[n, dim]`` float64.
+    """
+
+    first: int
+    which: npt.NDArray[np.integer]
+    vectors: Float64Array
+
+    @property
+    def columns(self) -> slice:
+        """Of the matrix."""
+        return slice(self.first, self.first + self.vectors.shape[1])
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """The non-zero elements of a ``[B, W]`` matrix: rows by first-order weights.
+    """A ``[B, W]`` matrix: rows by first-order weights.
+
+    It is given by its non-zero elements, except those of vectors: these are the same in all rows of
+    a user or an item.
 
     Attributes:
         rows: ``[N]`` int64.
@@ -44,6 +67,7 @@ class Inputs:
         values: ``[N]`` float64.
         groups: ``[W]`` int64: weights with one prior; the last one is the bias.
         n_rows: B.
+        vectors: further columns.
     """
 
     rows: npt.NDArray[np.int64]
@@ -51,17 +75,26 @@ class Inputs:
     values: Float64Array
     groups: npt.NDArray[np.int64]
     n_rows: int
+    vectors: tuple[VectorInputs, ...] = ()
 
     def logits(self, weights_W: Float64Array) -> Float64Array:
         """``[B]`` sums of the weights of each row."""
         terms = self.values * weights_W[self.columns]
-        return np.bincount(self.rows, terms, self.n_rows).astype(np.float64, copy=False)
+        total = np.bincount(self.rows, terms, self.n_rows).astype(np.float64, copy=False)
+        for block in self.vectors:
+            total += (block.vectors @ weights_W[block.columns])[block.which]
+        return total
 
     def sums(self, of_B: Float64Array, squared: bool = False) -> Float64Array:
         """``[W]`` sums over the rows of an amount times each input, or times its square."""
         values = self.values**2 if squared else self.values
         terms = values * of_B[self.rows]
-        return np.bincount(self.columns, terms, len(self.groups)).astype(np.float64, copy=False)
+        totals = np.bincount(self.columns, terms, len(self.groups)).astype(np.float64, copy=False)
+        for block in self.vectors:
+            of_each = np.bincount(block.which, of_B, len(block.vectors))
+            vectors = block.vectors**2 if squared else block.vectors
+            totals[block.columns] += of_each @ vectors
+        return totals
 
 
 @dataclass(frozen=True)
@@ -71,12 +104,15 @@ class FirstOrder:
     Attributes:
         tables: ``[rows, 1]`` float32 by table.
         numbers: ``[n_dense]`` float32.
+        vectors: ``[dim]`` float32 by vector field.
         bias: log-odds where nothing else speaks.
-        deviations: standard deviation of the weights of each table and of the numeric fields.
+        deviations: standard deviation of the weights of each table, of the numeric fields and of
+            each vector field.
     """
 
     tables: Mapping[str, Tensor]
     numbers: Tensor
+    vectors: Mapping[str, Tensor]
     bias: float
     deviations: Mapping[str, float] = field(default_factory=dict)
 
@@ -84,14 +120,13 @@ class FirstOrder:
 def first_order(dataset: PreparedDataset) -> FirstOrder:
     """Fits the first-order weights to the training rows, which have to fit into memory.
 
-    Tables that several fields share have one weight per row, and one prior. Vector fields are left
-    to training.
+    Tables that several fields share have one weight per row, and one prior.
     """
     manifest = dataset.manifest
     train = dataset.rows("train")
     assert train.labels is not None
     batch = Collator(dataset)(train.users, train.items, train.context, np.arange(train.n))
-    names = [*manifest.tables]
+    names, lengths_of_vectors = [*manifest.tables], manifest.vectors
     offsets = np.r_[0, np.cumsum([manifest.tables[name].rows for name in names])]
     first_of = dict(zip(names, offsets, strict=False))
     rows, columns, values = [], [], []
@@ -103,30 +138,51 @@ def first_order(dataset: PreparedDataset) -> FirstOrder:
         columns.append(first_of[one.table_name] + bags.values().numpy().astype(np.int64))
         values.append(np.repeat(np.maximum(lengths, 1) ** -power, lengths))
     n_dense = len(manifest.dense)
+    sizes = [*np.diff(offsets), n_dense, *lengths_of_vectors.values(), 1]
+    bias = sum(sizes) - 1
     rows.append(np.repeat(np.arange(train.n), n_dense + 1))
-    columns.append(np.tile(offsets[-1] + np.arange(n_dense + 1), train.n))
+    columns.append(np.tile(np.r_[offsets[-1] + np.arange(n_dense), bias], train.n))
     numbers = np.c_[batch.dense[:, :n_dense].numpy().astype(np.float64), np.ones(train.n)]
     values.append(numbers.ravel())
-    sizes = [*np.diff(offsets), n_dense, 1]
     inputs = Inputs(
         rows=np.concatenate(rows),
         columns=np.concatenate(columns),
         values=np.concatenate(values),
         groups=np.repeat(np.arange(len(sizes)), sizes),
         n_rows=train.n,
+        vectors=_vector_inputs(dataset, train, int(offsets[-1]) + n_dense),
     )
     row_weights = np.ones(train.n) if train.weights is None else train.weights.astype(np.float64)
     weights, precisions = fit(inputs, train.labels.astype(np.float64), row_weights)
-    groups = [*names, *(["numbers"] if n_dense else [])]
+    groups = dict(zip([*names, "numbers", *lengths_of_vectors], range(len(sizes)), strict=False))
+    if not n_dense:
+        del groups["numbers"]
     return FirstOrder(
         {
             name: torch.from_numpy(weights[begin:end, None]).float()
             for name, begin, end in zip(names, offsets, offsets[1:], strict=False)
         },
-        torch.from_numpy(weights[offsets[-1] : -1]).float(),
+        torch.from_numpy(weights[offsets[-1] : offsets[-1] + n_dense]).float(),
+        {
+            name: torch.from_numpy(weights[block.columns]).float()
+            for name, block in zip(lengths_of_vectors, inputs.vectors, strict=True)
+        },
         float(weights[-1]),
-        {name: float(precisions[g] ** -0.5) for g, name in enumerate(groups)},
+        {name: float(precisions[g] ** -0.5) for name, g in groups.items()},
     )
+
+
+def _vector_inputs(dataset: PreparedDataset, train: Rows, first: int) -> tuple[VectorInputs, ...]:
+    """The vector fields of some rows, from column ``first`` on."""
+    blocks = []
+    for feature in dataset.manifest.vector_fields:
+        vectors = dataset.entity_fields[feature.name]
+        which = train.users if feature.entity == "user" else train.items
+        assert isinstance(vectors, np.ndarray) and which is not None
+        known, places = np.unique(which, return_inverse=True)
+        blocks.append(VectorInputs(first, places, vectors[known].astype(np.float64)))
+        first += vectors.shape[1]
+    return tuple(blocks)
 
 
 def fit(

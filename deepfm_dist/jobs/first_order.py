@@ -14,6 +14,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import put_columns
 from deepfm_dist.interop.logistic import first_order
+from deepfm_dist.model.deepfm import VECTOR_FIRST_ORDER
 
 log = logging.getLogger(__name__)
 LIKELIER = 3.0
@@ -64,6 +65,8 @@ def put_first_order(
     above.bias.fill_(fitted.bias)
     if above.dense_first_order is not None:
         above.dense_first_order.copy_(fitted.numbers)
+    for name, weights in fitted.vectors.items():
+        above.get_parameter(f"{VECTOR_FIRST_ORDER}{name}").copy_(weights)
     if world.is_first:
         log.info(
             "first-order weights start from a logistic regression; standard deviations: %s",

@@ -520,7 +520,7 @@ class InteractionArch(nn.Module):
 
         Args:
             dense_BN: ``[B, n_dense + sum of lengths]``.
-            rows_BFW: looked-up rows, whose type and width W the result has.
+            rows_BFW: looked-up rows, whose width W the result has.
             numeric: ``[g]`` places of the numeric fields that are wanted; None: all.
             vectors: places of the vector fields that are wanted; None: all.
 
@@ -528,37 +528,41 @@ class InteractionArch(nn.Module):
             ``[B, g, W]``, unless there is no numeric field, and ``[B, 1, W]`` for each vector.
         """
         fields, n = [], self.n_dense
+        kind = torch.promote_types(dense_BN.dtype, rows_BFW.dtype)
+        dense_BN = dense_BN.to(kind)
         if n and (numeric is None or len(numeric)):
-            numbers_BN, rows_NW = dense_BN[:, :n].to(rows_BFW.dtype), self._dense_rows(rows_BFW)
+            weights = self.dense_factors, self.dense_first_order
+            numbers_BN, rows_NW = dense_BN[:, :n], self._as_rows(n, *weights, rows_BFW, kind)
             if numeric is not None:
                 numbers_BN, rows_NW = numbers_BN[:, numeric], rows_NW[numeric]
             fields.append(numbers_BN[:, :, None] * rows_NW)
         begin = n
         for place, (name, length) in enumerate(self.vectors.items()):
-            x_BL = dense_BN[:, begin : begin + length].to(rows_BFW.dtype)
+            x_BL = dense_BN[:, begin : begin + length]
             begin += length
             if vectors is None or place in vectors:
                 factors = getattr(self, f"{VECTOR_FACTORS}{name}", None)
                 first_order = getattr(self, f"{VECTOR_FIRST_ORDER}{name}", None)
-                rows_LW = self._as_rows(length, factors, first_order, rows_BFW)
+                rows_LW = self._as_rows(length, factors, first_order, rows_BFW, kind)
                 fields.append((x_BL @ rows_LW)[:, None])
         return fields
 
-    def _dense_rows(self, rows_BFW: Tensor) -> Tensor:
-        """``[n_dense, W]``: what numeric fields would have in a table, of the kind of ``rows``."""
-        return self._as_rows(self.n_dense, self.dense_factors, self.dense_first_order, rows_BFW)
-
     def _as_rows(
-        self, n: int, factors: Tensor | None, first_order: Tensor | None, rows_BFW: Tensor
+        self,
+        n: int,
+        factors: Tensor | None,
+        first_order: Tensor | None,
+        rows_BFW: Tensor,
+        kind: torch.dtype,
     ) -> Tensor:
         """``[n, W]``: factors, first-order weights and padding side by side, 0 where None."""
         dim, width = self.embedding_dim, rows_BFW.shape[2]
-        kind = rows_BFW.dtype
+        zeros = partial(rows_BFW.new_zeros, dtype=kind)
         return torch.cat(
             [
-                rows_BFW.new_zeros(n, dim) if factors is None else factors.to(kind),
-                rows_BFW.new_zeros(n, 1) if first_order is None else first_order[:, None].to(kind),
-                rows_BFW.new_zeros(n, width - dim - 1),
+                zeros((n, dim)) if factors is None else factors.to(kind),
+                zeros((n, 1)) if first_order is None else first_order[:, None].to(kind),
+                zeros((n, width - dim - 1)),
             ],
             1,
         )

@@ -20,7 +20,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import ValidEvent, read_events
-from deepfm_dist.interop.logistic import Inputs, _newton, first_order, fit
+from deepfm_dist.interop.logistic import Inputs, VectorInputs, _newton, first_order, fit
 from deepfm_dist.jobs.first_order import put_first_order
 from deepfm_dist.jobs.train import train
 from deepfm_dist.training.settings import TrainerConfig
@@ -53,6 +53,29 @@ def _drawn(n: int, seed: int, effect: float) -> tuple[Inputs, npt.NDArray[Any], 
     logits = weights[codes[:, 0]] + 0.5 * numbers[:, 0] - 1
     labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(float)
     return _inputs(codes, numbers, sizes), labels, weights
+
+
+def test_vectors_of_items_are_numbers_of_their_rows() -> None:
+    rng = np.random.default_rng(4)
+    vectors, which = rng.normal(size=(30, 3)), rng.integers(0, 30, 1_000)
+    codes = rng.integers(0, 20, (1_000, 1))
+    labels = (rng.random(1_000) < 1 / (1 + np.exp(-vectors[which, 0]))).astype(float)
+    as_numbers = _inputs(codes, vectors[which], [20])
+    bare = _inputs(codes, np.zeros((1_000, 0)), [20])
+    as_vectors = Inputs(
+        bare.rows,
+        np.where(bare.columns == 20, 23, bare.columns),  # the bias stands behind the vector
+        bare.values,
+        as_numbers.groups,
+        1_000,
+        vectors=(VectorInputs(20, which, vectors),),
+    )
+    row_weights = rng.uniform(0.5, 1.5, 1_000)
+    for ours, theirs in zip(
+        fit(as_vectors, labels, row_weights), fit(as_numbers, labels, row_weights), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert fit(as_vectors, labels, row_weights)[0][20] > 0.7
 
 
 def test_with_given_precisions_it_is_sklearns_regression() -> None:

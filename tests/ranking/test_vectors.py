@@ -43,6 +43,7 @@ def clicks(folder: Path) -> Config:
     known.drop(index=[3, TRAINED + 3]).to_parquet(folder / "items.parquet")
     pd.DataFrame({"user": range(N_USERS)}).to_csv(folder / "ids.csv", index=False)
     np.save(folder / "v.npy", rng.normal(size=(N_USERS, 3)))
+    pd.DataFrame({"item": range(N_ITEMS)}).to_csv(folder / "catalogue.csv", index=False)
     columns = {"user": "user", "item": "item", "label": "label"}
     roots = {"prepared_root": str(folder / "prepared"), "runs_root": str(folder / "runs")}
     return config_from(
@@ -115,9 +116,25 @@ def brute_force(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return logits, pd.DataFrame(sums, columns=["id", "sum"]).set_index("id")
 
 
+def _auc(config: Config) -> float:
+    train(config)
+    result = evaluate(config)
+    assert result is not None
+    return result.rows["auc_cold"]
+
+
+def test_a_small_log_knows_new_items_by_their_vectors_from_its_fitted_start(
+    tmp_path: Path,
+) -> None:
+    config = with_settings(clicks(tmp_path), {"trainer.epochs": 2})
+    assert config.model.is_auto("linear")
+    test = pd.read_csv(tmp_path / "test.csv")
+    possible = roc_auc_score(test["label"], test["log_odds"])
+    assert run_in_fork(_auc, config) >= possible - 0.03
+
+
 def test_new_items_are_judged_by_their_vectors_alike_everywhere(tmp_path: Path) -> None:
-    config = clicks(tmp_path)
-    pd.DataFrame({"item": range(N_ITEMS)}).to_csv(tmp_path / "catalogue.csv", index=False)
+    config = with_settings(clicks(tmp_path), {"model.linear": "none"})
     figures = run_in_fork(_everything, config, tmp_path)
     test = pd.read_csv(tmp_path / "test.csv")
     possible = roc_auc_score(test["label"], test["log_odds"])
