@@ -190,11 +190,11 @@ class RecommendConfig(Section):
     def _enough_to_rerank(self) -> Self:
         is_reranked = bool(self.diversity or self.at_most)
         if is_reranked and self.rerank < self.k:
-            raise ValueError(f"rerank={self.rerank} cannot give k={self.k} items")
+            raise ValueError(f"rerank={self.rerank} is less than k={self.k}; set rerank={self.k}")
         if is_reranked and self.candidates is not None and self.candidates < self.rerank:
             raise ValueError(
-                f"candidates={self.candidates} cannot give rerank={self.rerank} items; lower "
-                f"rerank, or set candidates={self.rerank}"
+                f"candidates={self.candidates} is less than rerank={self.rerank}; lower rerank, or "
+                f"set candidates={self.rerank}"
             )
         if not is_reranked and self.rerank != type(self).model_fields["rerank"].default:
             raise ValueError(f"rerank={self.rerank} needs diversity or at_most: set diversity=0.3")

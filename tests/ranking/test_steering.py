@@ -149,9 +149,9 @@ def test_limits_are_for_item_fields(shop: tuple[Shop, PreparedDataset]) -> None:
     limits = Limits.from_settings(shop[1], Catalogue(shop[1]), {})
     assert isinstance(limits.values, Jagged) and len(limits.values.values) == 0
     for settings, message in (
-        ({"diversity": 0.5, "rerank": 5}, "rerank=5 cannot give k=10"),
+        ({"diversity": 0.5, "rerank": 5}, "rerank=5 is less than k=10; set rerank=10"),
         ({"rerank": 50}, "rerank=50 needs diversity or at_most"),
-        ({"diversity": 0.5, "candidates": 50}, "candidates=50 cannot give rerank=100"),
+        ({"diversity": 0.5, "candidates": 50}, "candidates=50 is less than rerank=100; lower"),
         ({"popularity_penalty": 1, "matrix": "fp32"}, "leave it out, or popularity_penalty"),
     ):
         with pytest.raises(ValueError, match=message):
