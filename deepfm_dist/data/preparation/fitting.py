@@ -42,6 +42,7 @@ from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
+_VECTORS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,10 @@ class Fitter:
         vectors = self.values[feature.name]
         assert not isinstance(vectors, Jagged)
         known = vectors[1:][has_value(vectors)[1:]]
-        squares = [float(np.square(row, dtype=np.float64).sum()) for row in known]
+        squares = np.zeros(len(known))
+        for begin in range(0, len(known), _VECTORS_AT_ONCE):
+            block = slice(begin, begin + _VECTORS_AT_ONCE)
+            squares[block] = np.square(known[block], dtype=np.float64).sum(1)
         scale = math.sqrt(math.fsum(squares) / max(1, len(squares)))
         if not scale:
             log.warning(
