@@ -274,7 +274,7 @@ def test_the_documented_code_scores_a_default_run(tmp_path: Path, features: str)
     np.testing.assert_allclose(by_graph[0], expected, atol=1e-5 * abs(expected).max(), rtol=0)
     best = [np.argsort(-scores.reshape(-1, len(users)), 0)[:10] for scores in by_graph]
     kept = [len(set(a) & set(b)) for a, b in zip(*(ranks.T for ranks in best), strict=True)]
-    assert np.mean(kept) / 10 >= 0.99
+    assert np.mean(kept) / 10 >= 0.98  # of 25 items some are nearly equal
 
 
 def _scored_by_onnxruntime(home: Path, settings: list[str], tables: str) -> np.ndarray:
