@@ -115,8 +115,15 @@ class Ranking:
         return best
 
     def check(self, k: int, cuts: tuple[int, ...] = ()) -> None:
-        """Asserts that the best are those of a full sort of the same scores."""
+        """Asserts that the best are those of a full sort of the same scores.
+
+        The scores of some items alone are the same, too.
+        """
         scores, unseen = self.scores(), self.unseen()
+        places = np.arange(self.n_items - 1, -1, -3)[::-1].copy()
+        some_items = self.engine.take(self.items(0, self.n_items), places)
+        of_some = self.engine.scores(self.users, self.n_users, some_items).cpu()
+        assert of_some.equal(scores[:, torch.from_numpy(places)])
         some = [mine[:: 2 + user % 3] for user, mine in enumerate(unseen)]
         for candidates, best in (
             (unseen, self.top_k(k, cuts)),
