@@ -20,7 +20,8 @@ class RunConfig(Section):
     """Folder of prepared datasets. With a URL (``s3://bucket/prepared``), each machine that uses a
     dataset keeps a copy of it under ``cache_root``."""
     cache_root: LocalPath = "prepared"
-    """Local folder for copies of prepared datasets if ``prepared_root`` is a URL."""
+    """Local folder for copies of prepared datasets if ``prepared_root`` is a URL, and for what a
+    service exports of a run if ``runs_root`` is one."""
     runs_root: WritablePathOrUrl = "runs"
     """Folder of runs: checkpoints, metrics, recommendations. With a URL (``s3://bucket/runs``),
     ``train`` and ``evaluate`` write there; the other commands then write to ``runs`` on this

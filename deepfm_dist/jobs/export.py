@@ -14,6 +14,7 @@ from deepfm_dist.config import Config
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.remote import copy_path
 from deepfm_dist.distributed.checkpoint import check_files
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
@@ -40,6 +41,7 @@ from deepfm_dist.interop.safetensors import (
     write_weights,
 )
 from deepfm_dist.runs.trained import LoadedModel, RunOnDisk, find_run, open_trained
+from deepfm_dist.storage import is_remote
 
 MAX_FILE_BYTES = 5_000_000_000
 CHECKED_ROWS = 256
@@ -195,8 +197,13 @@ def _batch_to_check(dataset: PreparedDataset) -> Batch:
 
 
 def up_to_date_export(run: RunOnDisk) -> Path:
-    """The folder of the run's export; exports first unless one of this checkpoint exists."""
+    """The folder of the run's export; exports first unless one of this checkpoint exists.
+
+    That of a run behind a URL is in `RunConfig.cache_root`, as the copy of its dataset is.
+    """
     folder = export_folder_of(run)
+    if is_remote(run.config.run_dir):
+        folder = copy_path(run.config.run_dir, run.config.run.cache_root) / folder.name
     if not is_export_of(run, folder):
         log.info("%s: exporting step %s", folder, f"{run.state['step']:,}")
         export(run, folder)

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepfm_dist import lock
+from deepfm_dist import lock, nightly, serve
 from deepfm_dist.build import shard_for_inference
+from deepfm_dist.cli import config_of_run
 from deepfm_dist.config import load_config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
@@ -31,7 +32,7 @@ from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.jobs.prepare import prepare
 from deepfm_dist.jobs.train import train
 from deepfm_dist.log import MetricsLog
-from deepfm_dist.storage import atomic_write, delete_tree, folder_of
+from deepfm_dist.storage import atomic_write, delete_tree, folder_of, follow_pointer
 from tests.launch.s3 import clients_of, s3_server
 from tests.metrics_lines import lines
 from tests.ranks import RankFailed, run_in_fork, run_ranks
@@ -368,3 +369,97 @@ def test_a_run_of_and_in_a_bucket_cut_in_a_save_ends_as_a_local_one(
     assert "resuming training after step 10" in output
     assert not (tmp_path / "remote/runs").exists()
     assert lines(runs) == lines(tmp_path / "local")
+
+
+def _clicks(day: int) -> str:
+    """A day's log: clicks on even items, some of them by chance."""
+    rng, n = np.random.default_rng(day), 300
+    users, items = rng.integers(0, 30, n), rng.integers(0, 20, n)
+    clicks = (items % 2 == 0) ^ (rng.random(n) < 0.1)
+    times = 1793491200 + 86400 * day + 288 * np.arange(n)
+    rows = zip(clicks.astype(int), users, items, times, strict=True)
+    return "click,user,item,time\n" + "".join(f"{c},{u},{i},{t}\n" for c, u, i, t in rows)
+
+
+def _night(settings: list[str], day: str) -> int:
+    import s3fs
+
+    s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
+    return nightly.main(["--quiet", *settings, "--day", day])
+
+
+def _recommended(pointer: str, cache: Path) -> list[tuple[int | str, float]]:
+    """What the service has for a user, with the model that a pointer names."""
+    import s3fs
+
+    s3fs.S3FileSystem.retries = 2
+    overrides = [f"run.cache_root={cache}"]
+    config = config_of_run(follow_pointer(folder_of(pointer)), overrides)
+    scored = serve._loaded(config, overrides).recommend("3", 5)
+    return [(one.card.id, one.score) for one in scored]
+
+
+def test_nights_and_a_service_in_a_bucket_survive_a_cut_in_each(
+    tmp_path: Path, runs: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = tmp_path / "local"
+    (local / "logs").mkdir(parents=True)
+    for day in (1, 2):
+        for folder in (runs / "logs", local / "logs"):
+            (folder / f"2026-11-0{day}.csv").write_text(_clicks(day))
+    data = {
+        "task": "ctr",
+        "interactions": {
+            "user": "user", "item": "item", "label": "click", "time": "time",
+            "file": "{day-1..day}.csv",
+        },
+        "features": [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}],
+        "split": {"method": "temporal", "valid": 0.1, "test": 0.1},
+    }  # fmt: skip
+    settings = {
+        "run": {"name": "mine", "loggers": [], "cache_root": str(tmp_path / "cache")},
+        "data": data,
+        "model": {"embedding_dim": 4, "deep": False, "linear": "none"},
+        "trainer": {"epochs": 4, "batch_size": 64},
+        "checkpoint": {"every_steps": 3},
+        "nightly": {"tolerance": 0.5},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings))
+    where = {
+        home: [
+            *("--config", str(tmp_path / "mine.yaml"), f"data.root={home / 'logs'}"),
+            *(f"run.{kind}_root={home / kind}" for kind in ("runs", "prepared")),
+        ]
+        for home in (local, runs)
+    }
+    for home in where:
+        assert run_in_fork(_night, where[home], "2026-11-01") == 0
+    assert run_in_fork(_night, where[local], "2026-11-02") == 0
+    capfd.readouterr()
+    for cut in ("2026-11-02/checkpoints/step_00000012/", "mine/nights.csv"):
+        wire.cut_at(cut)
+        assert run_in_fork(_night, where[runs], "2026-11-02") == 2
+        assert wire.is_cut.is_set()
+        wire.mend()
+        said = capfd.readouterr().err
+        assert "Traceback" not in said
+        assert (runs / "runs/mine/current").read_text() == "2026-11-01\n"
+    assert run_in_fork(_night, where[runs], "2026-11-02") == 0
+    nights = [
+        [line.rpartition(",")[0] for line in (home / "runs/mine/nights.csv").read_text().split()]
+        for home in where
+    ]
+    assert nights[0] == nights[1]
+    assert (runs / "runs/mine/current").read_text() == "2026-11-02\n"
+
+    pointers = [f"{home / 'runs/mine/current'}" for home in where]
+    expected = run_in_fork(_recommended, pointers[0], tmp_path / "cache")
+    wire.cut_at("__0_0.distcp")
+    with pytest.raises(RankFailed, match=r"(CheckpointError|DeepFMError): s3://bucket/[^\n]*$"):
+        run_in_fork(_recommended, pointers[1], tmp_path / "fresh")
+    wire.mend()
+    assert run_in_fork(_recommended, pointers[1], tmp_path / "fresh") == expected
+    copies = {p.name for p in (tmp_path / f"fresh/s3/bucket/{runs.name}").iterdir()}
+    assert copies == {"prepared", "runs"}  # nothing else is left on this machine
+    assert {path.name for path in tmp_path.iterdir()} == {"local", "mine.yaml", "cache", "fresh"}
