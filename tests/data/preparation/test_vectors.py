@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.manifest import GIVEN, settings_of
 from deepfm_dist.data.preparation.dry_run import dry_run
 from deepfm_dist.data.preparation.local import prepare
 from deepfm_dist.data.schema import DataConfig, Feature
@@ -202,8 +203,6 @@ def test_a_grown_dataset_keeps_the_scale_and_the_vectors_that_are_gone(tmp_path:
 
 
 def test_an_earlier_datasets_fingerprint_does_not_know_the_settings_of_vectors() -> None:
-    from deepfm_dist.data.manifest import settings_of
-
     data = DataConfig.model_validate(spec_of({"name": "place"}))
     assert not {"npy", "dim"} & settings_of(data)["features"][2].keys()
 
@@ -328,6 +327,27 @@ def test_settings_that_do_not_fit_a_vector_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         Feature.model_validate(FIELD | change)
+
+
+def test_vectors_that_another_tool_writes_are_checked(tmp_path: Path) -> None:
+    write(tmp_path, lists(pa.list_(pa.float32())))
+    dataset = made(tmp_path, FIELD)
+    given = dataset.manifest.model_copy(update={"fingerprint": GIVEN, "sums": {}})
+    given.write(dataset.folder)
+    assert vectors_of(made(tmp_path, FIELD)) == vectors_of(dataset)  # dim is that of the manifest
+    file = dataset.folder / "entities/item.parquet"
+    table = pq.read_table(file)
+    for cells, message in (
+        ([np.array([np.nan] * 3, "<f2").tobytes()] * len(table), "a number that is not finite"),
+        ([None] * len(table), "the column text holds null"),
+        ([b"12345678"] * len(table), r"the column text is fixed_size_binary\[8\], not"),
+    ):
+        width = 8 if "8" in message else 6
+        column = table.schema.get_field_index("text")
+        pq.write_table(table.set_column(column, "text", pa.array(cells, pa.binary(width))), file)
+        (dataset.folder / "checked").unlink(missing_ok=True)
+        with pytest.raises(DataError, match=message):
+            made(tmp_path, FIELD)
 
 
 def test_a_numpy_file_takes_no_description() -> None:
