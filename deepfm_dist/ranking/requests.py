@@ -154,6 +154,8 @@ def read_requests(
         DataError: the file or a filter cannot be read, or it has no request that can be answered.
         ConfigError: a context field has neither a column nor a value.
     """
+    if not path.is_file():
+        raise DataError(f"recommend.requests={path}: no such file; write one row per request to it")
     return _Reader(dataset, path).read(catalogue, config)
 
 

@@ -276,6 +276,11 @@ def test_files_that_cannot_be_answered_are_refused(
         read_requests(shop[1], Catalogue(shop[1]), tmp_path / "r.csv", config)
 
 
+def test_a_missing_file_is_named(shop: tuple[Shop, PreparedDataset], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"recommend\.requests=.*nowhere\.csv: no such file; write"):
+        read_requests(shop[1], Catalogue(shop[1]), tmp_path / "nowhere.csv", RecommendConfig())
+
+
 def test_context_comes_from_a_column_or_from_the_settings(
     shop: tuple[Shop, PreparedDataset], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
