@@ -299,7 +299,7 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
     if not exists:
         return _config_of_checkpoint(folder, overrides, ConfigError(f"{file}: missing"))
     try:
-        config = load_config(str(file), overrides)
+        config = _on_own_data(load_config(str(file), overrides), load_config(str(file)), folder)
         with storage_errors_to_user(file):
             text = file.read_text(encoding="utf-8")
     except ConfigError as error:
@@ -311,6 +311,19 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
             damage = ConfigError(f"{file}: the section {cut[0]} is missing")
             return _config_of_checkpoint(folder, overrides, damage)
     return config
+
+
+def _on_own_data(config: Config, saved: Config, folder: Path) -> Config:
+    """A run's settings with the dataset it was trained on, whatever its folder is called now.
+
+    The dataset has the run's name where it has none of its own; a folder such as ``shop/monday``,
+    or one that was copied, ends in another. A name that was typed is that of another run.
+    """
+    is_own = config.run.name == folder.name != saved.run.name
+    if config.data.name is not None or not is_own:
+        return config
+    data = config.data.model_copy(update={"name": saved.run.name})
+    return config.model_copy(update={"data": data})
 
 
 def _saved_sections(folder: Path) -> Collection[str]:
@@ -340,7 +353,7 @@ def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: Config
         copy = Path(temporary, "config.yaml")
         copy.write_text(settings.to_yaml(), encoding="utf-8")
         try:
-            config = load_config(str(copy), overrides)
+            config = _on_own_data(load_config(str(copy), overrides), settings, folder)
         except ConfigError:
             raise damage from None
     log.warning("%s; the settings of %s are used", damage, path)

@@ -32,7 +32,8 @@ from deepfm_dist import (
     train,
 )
 from deepfm_dist.arguments import as_typed
-from deepfm_dist.config import load_config
+from deepfm_dist.cli import config_of_run
+from deepfm_dist.config import load_config, with_settings
 from tests.ranks import run_alone, run_in_fork
 
 ROOT = Path(__file__).parents[1]
@@ -394,3 +395,17 @@ def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
         assert cli.run("prepare", "", work, ["--quiet"]) == 2
         [line] = capsys.readouterr().err.splitlines()[-1:]
         assert re.match(f"OutOfMemory: .*{message}", line)
+
+
+@pytest.mark.parametrize("moved_to", ["runs/shop/monday", "copies/tuesday"])
+def test_a_run_finds_its_dataset_wherever_its_folder_is(tmp_path: Path, moved_to: str) -> None:
+    settings = {"run.name": "shop/monday", "run.prepared_root": str(tmp_path / "prepared")}
+    config = with_settings(load_config("sample"), settings)
+    folder = tmp_path / moved_to
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    read = config_of_run(folder, [])
+    assert read.run_dir == folder
+    assert read.prepared_dir == tmp_path / "prepared/shop/monday"
+    assert config_of_run(folder, ["run.name=next"]).prepared_dir == tmp_path / "prepared/next"
+    assert config_of_run(folder, ["data.name=other"]).prepared_dir == tmp_path / "prepared/other"
