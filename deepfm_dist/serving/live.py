@@ -207,6 +207,8 @@ class Recommender:
         else:
             kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
             found = self._best([kept], seen, k, log_rate)
+        if not explain:
+            return found
         return self._explained(found, self._ranker.encoder.user_batch(row), explain)
 
     def recommend_for(
