@@ -314,7 +314,7 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def _on_own_data(config: Config, saved: Config, folder: Path) -> Config:
-    """A run's settings with the dataset it was trained on, whatever its folder is called now.
+    """A run's settings with the dataset it was trained on, even if its folder was renamed.
 
     The dataset has the run's name where it has none of its own; a folder such as ``shop/monday``,
     or one that was copied, ends in another. A name that was typed is that of another run.
