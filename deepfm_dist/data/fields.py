@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -161,6 +161,11 @@ def column_of(feature: Feature) -> Column:
             check = replace(check, setting=setting, formats=_formats(feature))
         checks = (check,)
     kind: ColumnType = "texts" if feature.in_lists else "text"
+    derived_from: Literal["number", "time"] | None = None
+    if feature.derive == "log_squared":
+        derived_from = "number"
+    elif feature.derives_time:
+        derived_from = "time"
     separator = feature.separator
     return Column(
         name,
@@ -168,7 +173,7 @@ def column_of(feature: Feature) -> Column:
         required=False,
         checks=checks,
         separator=separator,
-        numbers=feature.derive == "log_squared",
+        derived_from=derived_from,
         purpose=purpose,
     )
 

@@ -113,7 +113,8 @@ class Column:
         separator: of texts and vectors: what stands between the values of a cell that is not a
             list.
         formats: of a time, as `times.read_times` takes them.
-        numbers: whether its texts are numbers, with the separators of `FileFormat`.
+        derived_from: what its texts are, which have the separators of `FileFormat`: numbers or
+            times; None: words.
         purpose: what it is read for, where one column of a file is read for several; the name that
             its values go by. Default: ``name``.
     """
@@ -125,7 +126,7 @@ class Column:
     checks: tuple[Check, ...] = ()
     separator: str | None = None
     formats: tuple[str, ...] = ()
-    numbers: bool = False
+    derived_from: Literal["number", "time"] | None = None
     purpose: str = ""
 
     @property
@@ -343,7 +344,7 @@ class CellTyper:
         is_unknown = setting and self._source.is_prepared and what != "is empty"
         also = f", or set {setting} to how times are written" if is_unknown else ""
         first = f"{fault.cure}, or " if fault.cure else ""
-        if column.type in ("number", "time") and cell is not None:
+        if (column.derived_from or column.type) in ("number", "time") and cell is not None:
             first = self._number_cure(column, str(cell)) or first
         raise DataError(
             f"{path}, {where}: {name} {shown} {what}; "

@@ -110,7 +110,7 @@ class Reader(ABC):
         if place.column is None:
             return pa.repeat(pa.scalar(place.value, pa.string()), batch.num_rows)
         cells = members(batch.column(place.column), place.path, column.type == "text")
-        return plain_numbers(cells, "number" if column.numbers else column.type, self.layout)
+        return plain_numbers(cells, column.derived_from or column.type, self.layout)
 
     def where(self, row: int) -> str:
         """Where a row stands, for an error line.

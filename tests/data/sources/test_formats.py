@@ -630,6 +630,19 @@ def test_numbers_to_derive_from_have_the_separators_of_the_file(tmp_path: Path) 
     assert texts.to_pylist() == [str(int(math.log(x) ** 2)) for x in (1234.5, 7.5)]
 
 
+@pytest.mark.parametrize("mark", [",", "."])
+def test_times_to_derive_from_have_the_separators_of_the_file(tmp_path: Path, mark: str) -> None:
+    path, decimal = tmp_path / "a.csv", "," if mark == "." else "."
+    path.write_text("x\n" + f"{1_600_000_000:,}\n".replace(",", mark))  # 12:26:40 UTC
+    feature = Feature.model_validate({"name": "x", "derive": "hour", "time_format": "s"})
+    layout = {"delimiter": ";", "decimal": decimal}
+    with pytest.raises(DataError, match=rf"say so in data.files: .*thousands: \"\{mark}\""):
+        read_table(path, [column_of(feature)], FileFormat.model_validate(layout), name="a.csv")
+    declared = FileFormat.model_validate(layout | {"thousands": mark})
+    cells = read_table(path, [column_of(feature)], declared)["field x"].combine_chunks()
+    assert split_cells(cells, feature)[1].to_pylist() == ["12"]
+
+
 def test_true_and_false_are_numbers_in_text_as_in_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n\nTrue\nfalse\n2\n")
     assert read_table(tmp_path / "a.csv", NUMBERS[:1])["n"].to_pylist() == [1, 0, 2]
