@@ -304,7 +304,7 @@ def test_numbers_fall_into_buckets_of_about_as_many_rows(
     assert "one bucket" not in caplog.text
     assert sorted(np.asarray(few.rows("train").context["n"]).tolist()) == [1, 1, 2]
     small(root, "u,i,n\na,x,1700000000\nb,x,1700086400\n", features)
-    assert "n: all of its values fall into one bucket, which tells" in caplog.text
+    assert "n: all of its values fall into one bucket, whose width" in caplog.text
 
 
 def test_what_is_derived_from_a_cell_is_what_plain_python_derives() -> None:
