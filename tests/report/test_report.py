@@ -247,6 +247,28 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     ]
     assert "The negatives among these rows are sampled.</figcaption>" in text
     assert "run: {name: &lt;invented&gt;}" in text
+    words = " ".join(text.split())
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        "Figures on test rows", "Training", "Rankings in detail", "What the model recommends",
+        "The log", "Tables, time and memory", "Configuration", "What to type next",
+    ]  # fmt: skip
+    for sentence in (
+        "<h3>Rankings, K = 2</h3>",
+        "<h3>Sharding plan: 2 x cpu</h3>",
+        "better or worse if the 95 % interval of the difference excludes 0. They cover the whole "
+        "catalogue, without items that the user has already seen.",
+        "95 % bootstrap intervals of the mean over users; of a difference, from the same samples "
+        "of users for both rankings. One that excludes 0 is more than chance.",
+        "From the least to the most active user. A ✓ marks an item that the user did choose and "
+        "that was held out: a hit.",
+        "Last window of training: 12,345 rows/s.",
+        "Peak memory by rank: 0.25 GiB, 0.50 GiB.",
+        "Chosen from the data, where the configuration leaves a setting out",
+    ):
+        assert sentence in words, sentence
+    for command in ("recommend", "similar", "serve", "predict", "export"):
+        assert f"python -m deepfm_dist.{command} --run {page.parent}" in text
     assert f"--run {page.parent}" in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
