@@ -248,7 +248,8 @@ class _Worker(uvicorn.Server):
         await super().startup(sockets)
         self._retiring: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._lifeline, self._retire)
-        os.write(self._begins, b"1")
+        with suppress(BrokenPipeError):  # the process that started it has died meanwhile
+            os.write(self._begins, b"1")
         os.close(self._begins)
 
     def _retire(self) -> None:
