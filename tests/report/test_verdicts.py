@@ -7,6 +7,7 @@ from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.verdicts import (
+    _steering_verdict,
     ranking_advice,
     ranking_verdicts,
     row_verdicts,
@@ -125,6 +126,19 @@ def test_the_text_of_unknown_values_gives_their_share() -> None:
         "them, or hold out rows of known users (data.split)"
     )
     assert unknown_verdicts(Unknown(0, {"item": 0}), "test", True) == []
+
+
+def test_what_steering_gives_up_is_told_with_what_it_gains() -> None:
+    figures = {
+        "model": {"ndcg@10": 0.3, "coverage@10": 0.25, "novelty@10": 5.5},
+        "model, steered": {"ndcg@10": 0.28, "coverage@10": 0.5, "novelty@10": 6.25},
+    }
+    differences = {"model, steered": {"ndcg@10": (0.01, 0.03)}}
+    compared = Comparison(figures, {name: {} for name in figures}, differences, NO_INSIGHT)
+    assert str(_steering_verdict(compared, 10)) == (
+        "Steered rankings: NDCG@10 0.3000 to 0.2800, 95 % interval of what is given up +0.0100 to "
+        "+0.0300; coverage 0.250 to 0.500, novelty 5.500 to 6.250"
+    )
 
 
 def test_without_another_ranking_there_is_no_verdict_on_rankings() -> None:
