@@ -136,15 +136,11 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
     """
     counts = np.bincount(train.values, minlength=n_items)
     rows = np.sort(np.argsort(-counts, kind="stable")[:SEARCHED_ITEMS]).astype(np.int32)
-    place = np.full(n_items, -1, np.int32)
-    place[rows] = np.arange(len(rows))
     users = users.among(rows)
     if not len(users.relevant):
         return Linear(weight=0.0)
-    gram = torch.from_numpy(co_counts(_renumber(train, place), len(rows))).float()
-    group_gram = None
-    if groups is not None:
-        group_gram = torch.from_numpy(co_counts(_renumber(groups, place), len(rows))).float()
+    gram = _gram(train, rows, n_items)
+    group_gram = None if groups is None else _gram(groups, rows, n_items)
     trained, spread = users.ndcg_by_user(users.trained), _spread(users.trained)
 
     def with_likely_weight(linear: Linear, scores: Tensor) -> tuple[Linear, Float64Array]:
@@ -181,6 +177,13 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
 
     options = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
     return max(map(cut, options), key=lambda linear: linear.ndcg)
+
+
+def _gram(lists: Jagged, rows: Int32Array, n_items: int) -> Tensor:
+    """``[R, R]`` float32: how many lists contain both items, for each pair of the items ``rows``."""
+    place = np.full(n_items, -1, np.int32)
+    place[rows] = np.arange(len(rows))
+    return torch.from_numpy(co_counts(_renumber(lists, place), len(rows))).float()
 
 
 def _spread(scores: Tensor) -> float:
