@@ -180,7 +180,7 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
 
 
 def _gram(lists: Jagged, rows: Int32Array, n_items: int) -> Tensor:
-    """``[R, R]`` float32: how many lists contain both items, for each pair of the items ``rows``."""
+    """``[R, R]`` float32: how many lists contain both of two items, for the items ``rows``."""
     place = np.full(n_items, -1, np.int32)
     place[rows] = np.arange(len(rows))
     return torch.from_numpy(co_counts(_renumber(lists, place), len(rows))).float()
