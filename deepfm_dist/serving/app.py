@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter as Names
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,10 +35,11 @@ from deepfm_dist.serving.replacement import ModelInUse, NotReady, age_s
 from deepfm_dist.serving.telemetry import Telemetry
 from deepfm_dist.version import __version__
 
-try:  # pages under /docs that load nothing from a CDN
-    from fastapi_offline import FastAPIOffline as _FastAPI
-except ModuleNotFoundError:
-    _FastAPI = FastAPI
+_make_fastapi: Callable[..., FastAPI] = FastAPI
+with suppress(ModuleNotFoundError):  # its pages under /docs load nothing from a CDN
+    from fastapi_offline import FastAPIOffline
+
+    _make_fastapi = FastAPIOffline
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
 """Items in an answer; items that describe a user; characters of an id; bytes of a request."""
@@ -288,7 +289,7 @@ def make_app(
             a service on this machine by a name of its own.
         logs_requests: whether each request is logged.
     """
-    app = _FastAPI(
+    app = _make_fastapi(
         title="deepfm_dist",
         version=__version__,
         description="Recommendations of a trained model; /healthz names its run.",
