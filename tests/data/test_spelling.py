@@ -176,7 +176,7 @@ def test_a_field_that_is_empty_for_nearly_everybody_is_warned_of(
         ([("u0.0", "3.0")], "0 of 1 rows .*"),
         (
             [("u1", "3.0"), ("u2", "4.0")],
-            "v.csv: 0 of 2 rows have an item .*decimals of zero.*ali",
+            "v.csv: 0 of 2 rows have an item .*decimals of zero.*the same way",
         ),
         ([("U1", "3"), ("U2", "4")], "v.csv: 0 of 2 rows have a user .* upper and lower case: 'U"),
         (
