@@ -1505,6 +1505,11 @@ OTHERS = [
         ("recommend.users=[u1]",),
     ),
     Mistake(
+        PRINT + "recommend.diversity=0.3 recommend.rerank=5",
+        "set rerank=10",
+        "recommend.rerank=10",
+    ),
+    Mistake(
         PRINT + "recommend.diversity=0.3 recommend.rerank=50 recommend.candidates=20",
         "set candidates=50",
         "recommend.candidates=50",

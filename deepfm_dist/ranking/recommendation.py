@@ -286,7 +286,8 @@ def _write_ranked(
     if requests is not None:
         k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
         ranks = SubsetRanker(ranker, requests.sets)
-    ranks = reranked(ranks, ranker, dataset, catalogue, config)
+    wanted = None if requests is None else requests.k
+    ranks = reranked(ranks, ranker, dataset, catalogue, config, wanted)
     explaining = None
     if config.explain:
         explainer = Explainer(ranker, dataset)

@@ -96,6 +96,7 @@ class RerankingRanker:
         diversity: weight of the cosines, in [0, 1].
         limits: for some values.
         first: N.
+        wanted: ``[users]`` number of items of each, whose N is at least that; None: k of all.
     """
 
     ranker: Ranker
@@ -103,6 +104,7 @@ class RerankingRanker:
     diversity: float
     limits: Limits
     first: int
+    wanted: Int32Array | None = None
 
     def __len__(self) -> int:
         """Number of items."""
@@ -110,16 +112,23 @@ class RerankingRanker:
 
     def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> Sequence[Any]:
         """Looks the users of several chunks up together; see `Ranker`."""
-        return self.ranker.prepare(chunks, height)
+        prepared = self.ranker.prepare(chunks, height)
+        if self.wanted is None:
+            return prepared
+        wanted = [self.wanted[begin:end] for begin, end in chunks]
+        return list(zip(wanted, prepared, strict=True))
 
     def best(self, users: Any, seen: Jagged, k: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a chunk of users; see `Ranker`. Scores are not sorted."""
+        wanted, users = (k, users) if self.wanted is None else users
         positions, scores = self.ranker.best(users, seen, max(k, self.first))
+        firsts = np.broadcast_to(np.maximum(wanted, self.first), len(positions))
         chosen = np.full((len(positions), k), -1, np.int64)
         their_scores = np.full((len(positions), k), -np.inf, np.float32)
         _rerank(
             positions,
             scores,
+            firsts.astype(np.int64),
             self.vectors,
             self.diversity,
             self.limits.values.offsets,
@@ -142,8 +151,11 @@ def reranked(
     dataset: PreparedDataset,
     catalogue: Catalogue,
     config: RecommendConfig,
+    wanted: Int32Array | None = None,
 ) -> Ranker:
     """A ranker with the diversity and the limits of the settings; itself without any. All ranks.
+
+    ``wanted`` is as of `RerankingRanker`.
 
     Raises:
         ConfigError: a limit is for an unknown field, or the model has no vectors to compare.
@@ -160,13 +172,14 @@ def reranked(
             )
         host = model_ranker.encoder.world.to_host
         vectors = unit_length(host(model_ranker.item_vectors())).numpy()
-    return RerankingRanker(ranker, vectors, config.diversity, limits, config.rerank)
+    return RerankingRanker(ranker, vectors, config.diversity, limits, config.rerank, wanted)
 
 
 @compiled
 def _rerank(
     positions: Int64Array,
     scores: FloatArray,
+    firsts: Int64Array,
     vectors: FloatArray,
     diversity: float,
     value_offsets: Int64Array,
@@ -183,7 +196,7 @@ def _rerank(
     for user in range(n_users):
         counts[:] = 0
         n_items = 0
-        while n_items < n and positions[user, n_items] >= 0:
+        while n_items < min(n, firsts[user]) and positions[user, n_items] >= 0:
             is_left[n_items] = True
             cosine[n_items] = -1.0
             n_items += 1

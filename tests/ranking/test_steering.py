@@ -143,6 +143,20 @@ def test_items_are_chosen_as_the_definition_says(
     assert differs
 
 
+def test_an_answer_does_not_depend_on_how_many_items_another_request_wants(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    file, users = tmp_path / "requests.parquet", [*shop[0].liked][:8]
+    answers = []
+    for most in (3, 15):
+        pd.DataFrame({"user": users, "k": [3] * 7 + [most]}).to_parquet(file)
+        out = tmp_path / str(most)
+        found = _ranked(shop, out, requests=str(file), k=3, rerank=6, diversity=0.5)
+        assert (found["request"] == 7).sum() == most
+        answers.append(found[found["request"] < 7].drop(columns="request"))
+    pd.testing.assert_frame_equal(*answers)
+
+
 def test_limits_are_for_item_fields(shop: tuple[Shop, PreparedDataset]) -> None:
     with pytest.raises(ConfigError, match=r"at_most\.gnre: unknown item field; did you mean genre"):
         Limits.from_settings(shop[1], Catalogue(shop[1]), {"gnre": 2})
