@@ -272,9 +272,10 @@ def test_the_documented_code_scores_a_default_run(tmp_path: Path, features: str)
     assert len(np.unique(expected.round(4))) > 200
     by_graph = [_scored_by_onnxruntime(tmp_path, settings, t) for t in ("fp32", "int8")]
     np.testing.assert_allclose(by_graph[0], expected, atol=1e-5 * abs(expected).max(), rtol=0)
-    best = [np.argsort(-scores.reshape(-1, len(users)), 0)[:10] for scores in by_graph]
-    kept = [len(set(a) & set(b)) for a, b in zip(*(ranks.T for ranks in best), strict=True)]
-    assert np.mean(kept) / 10 >= 0.98  # of 25 items some are nearly equal
+    exact, rounded = (scores.reshape(-1, len(users)) for scores in by_graph)
+    best = np.take_along_axis(exact, np.argsort(-rounded, 0)[:10], 0)
+    tenth = np.sort(exact, 0)[-10]
+    assert np.mean(best >= tenth - 0.02 * exact.std(0)) >= 0.99  # nearly equal items may swap
 
 
 def _scored_by_onnxruntime(home: Path, settings: list[str], tables: str) -> np.ndarray:
