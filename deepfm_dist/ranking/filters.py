@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged, taken
+from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.data.lookup import known_instead
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest, short
-from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.items import Catalogue, attribute_pairs, item_attributes
 
 _CONDITION = re.compile(r"\s*([^\s!=<>]+)\s*(!?=)\s*(\S.*?)\s*", re.DOTALL)
 _AND = re.compile(r"\s+and\s+(?=[^\s!=<>]+\s*!?=)", re.IGNORECASE)
@@ -65,11 +65,7 @@ class ItemFilters:
 
     def __init__(self, dataset: PreparedDataset, catalogue: Catalogue) -> None:
         self._dataset, self._catalogue = dataset, catalogue
-        self._fields = {
-            f.name: f
-            for f in dataset.manifest.categorical
-            if f.entity == "item" and not f.names_entity and f.has_vocabulary
-        }
+        self._fields = item_attributes(dataset.manifest)
         self._items_by_value: dict[str, tuple[Vocabulary, Jagged]] = {}
         self.positions = lru_cache(FILTERS_KEPT)(self._positions)
         """``[m]`` int32: ascending positions of the items that a filter keeps. Raises ConfigError
@@ -107,13 +103,7 @@ class ItemFilters:
         """A field's vocabulary and, by its row, the positions of the items with the value."""
         if feature.name not in self._items_by_value:
             vocabulary = self._dataset.vocabulary(feature.table_name)
-            of_item = taken(
-                self._dataset.entity_fields_with_cold[feature.name], self._catalogue.rows
-            )
-            positions, values = self._everything, of_item
-            if isinstance(of_item, Jagged):
-                positions, values = np.repeat(positions, of_item.lengths), of_item.values
-            pairs = np.unique(np.stack([np.asarray(values, np.int32), positions], 1), axis=0)
+            pairs = attribute_pairs(self._dataset, self._catalogue, feature.name)
             by_value = Jagged.from_pairs(pairs[:, 0], pairs[:, 1], vocabulary.rows)
             self._items_by_value[feature.name] = vocabulary, by_value
         return self._items_by_value[feature.name]

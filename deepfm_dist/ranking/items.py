@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int32Array, Jagged
+from deepfm_dist.data.jagged import Int32Array, Jagged, taken
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import plural
@@ -131,6 +132,35 @@ class Catalogue:
             values[first + np.arange(len(items))] = self._position[items]
             room += lengths
         return Jagged(offsets, values)
+
+
+def item_attributes(manifest: Manifest) -> dict[str, Feature]:
+    """The item fields with a vocabulary, other than the item's own id, by name."""
+    return {
+        f.name: f
+        for f in manifest.categorical
+        if f.entity == "item" and not f.names_entity and f.has_vocabulary
+    }
+
+
+def attribute_pairs(
+    dataset: PreparedDataset, catalogue: Catalogue, name: str
+) -> npt.NDArray[np.int32]:
+    """``[n, 2]`` int32: (table row of a value, position of an item with it), each once, ascending.
+
+    Args:
+        dataset: the prepared dataset.
+        catalogue: the items.
+        name: one of `item_attributes`.
+    """
+    values = taken(dataset.entity_fields_with_cold[name], catalogue.rows)
+    positions = np.arange(len(catalogue), dtype=np.int32)
+    if isinstance(values, Jagged):
+        positions, values = np.repeat(positions, values.lengths), values.values
+    pairs: npt.NDArray[np.int32] = np.unique(
+        np.stack([np.asarray(values, np.int32), positions], 1), axis=0
+    )
+    return pairs
 
 
 def in_id_order(

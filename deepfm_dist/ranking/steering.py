@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged, taken
+from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
-from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.items import Catalogue, attribute_pairs, item_attributes
 from deepfm_dist.ranking.ranker import ModelRanker, Ranker
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.ranking.similarity import unit_length
@@ -36,7 +36,7 @@ class Limits:
     """How many items with the same value a ranking may have.
 
     Attributes:
-        values: of each position in the catalogue; those of several fields are different numbers.
+        values: numbers of each position's values; the fields' numbers do not overlap.
         most: ``[values]`` int64: items with each.
     """
 
@@ -52,11 +52,7 @@ class Limits:
         Raises:
             ConfigError: a name is no item field with a vocabulary.
         """
-        fields = {
-            f.name: f
-            for f in dataset.manifest.categorical
-            if f.entity == "item" and not f.names_entity and f.has_vocabulary
-        }
+        fields = item_attributes(dataset.manifest)
         owners, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         most: list[int] = []
         for name, limit in at_most.items():
@@ -65,14 +61,10 @@ class Limits:
                 known = f"available: {', '.join(fields)}" if fields else "this model has none"
                 hint = f"did you mean {near}?" if near else known
                 raise ConfigError(f"recommend.at_most.{name}: unknown item field; {hint}")
-            of_item = taken(dataset.entity_fields_with_cold[name], catalogue.rows)
-            lengths = of_item.lengths if isinstance(of_item, Jagged) else np.ones(len(of_item), int)
-            flat = of_item.values if isinstance(of_item, Jagged) else of_item
-            rows = np.asarray(flat, np.int64)
-            pairs = np.stack([np.repeat(np.arange(len(catalogue)), lengths), rows], 1)
-            pairs = np.unique(pairs[rows > 0], axis=0)
-            owners.append(pairs[:, 0])
-            values.append(pairs[:, 1] + len(most))
+            pairs = attribute_pairs(dataset, catalogue, name).astype(np.int64)
+            pairs = pairs[pairs[:, 0] > 0]
+            values.append(pairs[:, 0] + len(most))
+            owners.append(pairs[:, 1])
             most += [limit] * dataset.vocabulary(fields[name].table_name).rows
         joined = Jagged.from_pairs(np.concatenate(owners), np.concatenate(values), len(catalogue))
         return cls(joined, np.array(most, np.int64))
