@@ -277,7 +277,7 @@ def test_a_checkpoint_is_found_by_its_step_or_as_latest_or_best(tmp_path: Path) 
     assert checkpoint.find_checkpoint(tmp_path, 5).name == "step_00000005"
     with pytest.raises(CheckpointError, match="of step 7; available: 5, 99999999, 100000000"):
         checkpoint.find_checkpoint(tmp_path, 7)
-    with pytest.raises(CheckpointError, match=r"use=best, but no figure was monitored"):
+    with pytest.raises(CheckpointError, match=r"use=best, but no metric was monitored"):
         checkpoint.find_checkpoint(tmp_path, "best")
     _fake(tmp_path, 100_000_001, best_step=5)
     for which in ("best", "auto"):

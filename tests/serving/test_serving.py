@@ -317,6 +317,8 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     shown = [text.split(". ", 1)[1] for text in tab.locator("#best .link").all_inner_texts()]
     assert shown == [item["title"] for item in best]
     assert tab.locator("#best .tags").all_inner_texts() == [", ".join(i["tags"]) for i in best]
+    reasons = tab.locator("#best .reasons").all_inner_texts()
+    assert len(reasons) == 10 and all(text.startswith("because of ") for text in reasons)
     assert tab.locator("#best .score").all_inner_texts() == [f"{i['score']:.3f}" for i in best]
     tab.click("#best li:nth-child(3) .link")
     tab.wait_for_selector("#similar li")
