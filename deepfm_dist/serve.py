@@ -73,7 +73,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     try:
         from deepfm_dist.serving.following import PointerFollower
         from deepfm_dist.serving.telemetry import JsonFormatter
-        from deepfm_dist.serving.workers import Answering, Generations
+        from deepfm_dist.serving.workers import Generations, WorkerOptions
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(
             f"serving needs {error.name}, which is not installed; "
@@ -96,7 +96,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         return _loaded(theirs, arguments.overrides)
 
     with TemporaryDirectory(prefix="deepfm-serve-") as folder:
-        answering = Answering(
+        options = WorkerOptions(
             listening,
             hosts=LOOPBACK if arguments.host in LOOPBACK else ("*",),
             folder=Path(folder),
@@ -106,7 +106,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         )
         signal.signal(signal.SIGTERM, _exit_with(EXIT_OK))
         signal.signal(signal.SIGINT, _exit_with(EXIT_INTERRUPTED))
-        with Generations(answering) as generations:
+        with Generations(options) as generations:
             follower = PointerFollower(generations, load, pointer_of(arguments), Path(folder))
             follower.load_first()
             print(f"{url}/ shows a page, {url}/docs the API; ctrl-C ends it", flush=True)

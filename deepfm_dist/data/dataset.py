@@ -261,7 +261,7 @@ class PreparedDataset:
     def rare_history(self) -> Jagged:
         """Training items of the users without a row in the user table (`has_rare_users`)."""
         if not self.has_rare_users:
-            return Jagged(np.zeros(1, np.int64), np.zeros(0, np.int32))
+            return Jagged.empty(0)
         return self._mapped_if_large("rare", [HISTORY], _as_it_is)
 
     @cached_property
@@ -310,7 +310,7 @@ class PreparedDataset:
         n_items = self.manifest.entities["item"]
 
         def _ascending_from_0(bags: list[Jagged]) -> Jagged:
-            return drawable(bags, n_items)
+            return drawable_items(bags, n_items)
 
         if self.held_out is not None and not held_out:
             others = [self._mapped_if_large("user", [n], _as_it_is) for n in names if n != HISTORY]
@@ -461,7 +461,7 @@ def _as_it_is(bags: list[Jagged]) -> Jagged:
     return bags[0]
 
 
-def drawable(bags: list[Jagged], n_items: int) -> Jagged:
+def drawable_items(bags: list[Jagged], n_items: int) -> Jagged:
     """Rows of the item table in any of several lists -> items from 0, each once, ascending.
 
     Cold items, from row ``n_items`` on, are left out: they are never drawn.

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from deepfm_dist.data.codes import Codes, hash_texts
 from deepfm_dist.data.jagged import (
+    VECTORS_AT_ONCE,
     FloatArray,
     HalfArray,
     Int32Array,
@@ -31,7 +32,6 @@ from deepfm_dist.float_order import sortable
 STRENGTHS = ("strength", "rating", "label", "weight")
 """Purposes of columns that say how much a row counts, the most significant first."""
 _BINS = 1 << 16
-_VECTORS_AT_ONCE = 1 << 14
 
 
 def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
@@ -347,7 +347,7 @@ def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> npt.NDArr
 
 
 def _other_vectors(dim: int | None, cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` list of float32 -> ``[n]`` bool: which are no vectors of ``dim`` finite numbers."""
+    """``[n]`` list of float32 -> ``[n]`` bool: cells that are not ``dim`` finite numbers."""
     lengths = np.asarray(pc.list_value_length(cells).fill_null(0), np.int64)
     wrong = (lengths != dim) & (lengths > 0)
     finite = np.asarray(pc.is_finite(cells.flatten()).fill_null(False)).astype(bool)
@@ -382,13 +382,13 @@ def scaled(vectors: FloatArray, feature: Feature, spec: NumericSpec) -> HalfArra
         DataError: a vector is too long for float16, more than 65,504 times those of training.
     """
     out = np.empty(vectors.shape, np.float16)
-    for begin in range(0, len(vectors), _VECTORS_AT_ONCE):
-        block = vectors[begin : begin + _VECTORS_AT_ONCE] / np.float32(spec.std)
+    for begin in range(0, len(vectors), VECTORS_AT_ONCE):
+        block = vectors[begin : begin + VECTORS_AT_ONCE] / np.float32(spec.std)
         if (np.abs(np.nan_to_num(block)) > np.finfo(np.float16).max).any():
             largest = np.nanmax(np.abs(block)) * spec.std
             raise DataError(
-                f"{feature.name}: a vector holds a number of the size {largest:g}, where vectors "
-                f"of training are {spec.std:g} long; scale all vectors alike"
+                f"{feature.name}: a vector holds a number of the size {largest:g}, but training "
+                f"vectors have a length of {spec.std:g}; scale all vectors the same way"
             )
         out[begin : begin + len(block)] = np.nan_to_num(block)
     return out

@@ -26,6 +26,8 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 
+VECTORS_AT_ONCE = 1 << 14
+"""Rows of vectors that are computed with at a time, to bound temporary memory."""
 _SUMS = "sums.json"
 """Checksums by file of a mapped folder."""
 _AT_ONCE = 4
@@ -44,6 +46,11 @@ class Jagged:
 
     offsets: Int64Array
     values: Int32Array
+
+    @classmethod
+    def empty(cls, n_rows: int) -> Self:
+        """Rows without values."""
+        return cls(np.zeros(n_rows + 1, np.int64), np.zeros(0, np.int32))
 
     @classmethod
     def from_pairs(cls, rows: npt.ArrayLike, values: npt.ArrayLike, n_rows: int) -> Self:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.jagged import Values, from_arrow
+from deepfm_dist.data.jagged import VECTORS_AT_ONCE, Values, from_arrow
 from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.errors import DataError
@@ -44,7 +44,6 @@ _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
 _TEXT = (pa.string(), 0, 0)
-_VECTORS_AT_ONCE = 1 << 14
 _HELD_FILES = 128
 """That a process keeps open; some systems allow it 256."""
 
@@ -192,8 +191,8 @@ class DatasetFiles:
             raise self.wrong(name, f"the column {column} holds null")
         vectors = from_arrow(cells)
         assert isinstance(vectors, np.ndarray)
-        for begin in range(0, len(vectors), _VECTORS_AT_ONCE):
-            if not np.isfinite(vectors[begin : begin + _VECTORS_AT_ONCE]).all():
+        for begin in range(0, len(vectors), VECTORS_AT_ONCE):
+            if not np.isfinite(vectors[begin : begin + VECTORS_AT_ONCE]).all():
                 raise self.wrong(name, f"the column {column} holds a number that is not finite")
 
     def check_everything(self) -> None:

@@ -35,12 +35,12 @@ _FEW_VALUES = 100_000
 """That a similar word is looked for among."""
 
 
-def known_instead(known: pa.Array, value: str) -> str:
-    """What to say of an unknown value: the known one that may be meant, or some of them.
+def suggest_known(known: pa.Array, value: str) -> str:
+    """A hint for an unknown value: the known one that may be meant, or some of them.
 
     Args:
         known: texts.
-        value: none of them.
+        value: not in ``known``.
     """
     if how := difference(pa.array([value]), known):
         return f"; did you mean {how.known!r}?"
@@ -231,7 +231,7 @@ class RowEncoder:
         if feature.has_vocabulary and (rows == 0).any():
             raise ConfigError(
                 f"recommend.context.{feature.name}={value!r}: never seen in training"
-                f"{known_instead(self._vocabularies[feature.name].ids, str(value))}"
+                f"{suggest_known(self._vocabularies[feature.name].ids, str(value))}"
             )
         return values
 
@@ -308,7 +308,7 @@ class UserAttributes:
             if name not in self._fields:
                 known = ", ".join(self.names) or "none"
                 raise ConfigError(f"attributes.{name}: unknown field; available: {known}")
-        empty = Jagged(np.zeros(2, np.int64), np.zeros(0, np.int32))
+        empty = Jagged.empty(1)
         fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
         for name, feature in self._fields.items():
             fields[name] = self._encoded(feature, values.get(name))
@@ -330,7 +330,7 @@ class UserAttributes:
             columns: ``[n]`` cells by the key of `columns`; fields without one are empty.
             n: number of users.
         """
-        empty = Jagged(np.zeros(n + 1, np.int64), np.zeros(0, np.int32))
+        empty = Jagged.empty(n)
         fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
         for name, feature in self._fields.items():
             cells = columns.get(column_of(feature).key)

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from deepfm_dist.data.dataset import PreparedDataset, drawable
+from deepfm_dist.data.dataset import PreparedDataset, drawable_items
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.negatives import item_weights
 
@@ -81,7 +81,7 @@ class NegativeRate:
         trained = histories.values <= self.n_items  # cold items are neither trained on nor drawn
         owners = np.repeat(np.arange(len(histories)), histories.lengths)[trained]
         n_positives = np.bincount(owners, minlength=len(histories))
-        seen = drawable([histories, *others], self.n_items + 1)
+        seen = drawable_items([histories, *others], self.n_items + 1)
         weights = np.exp(self.log_of_item[1 : self.n_items + 1])
         wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, self.per_positive)
         log_of_user = _log_ratio(wanted, unseen, float(self.log_of_user[0]))

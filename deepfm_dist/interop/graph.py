@@ -33,9 +33,9 @@ GraphFormat = Literal["onnx", "aoti"]
 Precision = Literal["fp32", "fp16", "int8"]
 FILES: Mapping[GraphFormat, str] = {"onnx": "model.onnx", "aoti": "model.pt2"}
 NO_VALUE = -1
-"""A table row that stands for no value: it adds a vector of zeros, and pads lists of values."""
+"""Table row of a missing value, which adds a vector of zeros; also pads lists of values."""
 TOLERANCE = 1e-5
-"""Largest `difference` of a runtime's logits that rounding explains."""
+"""Largest `difference` between logits that rounding can cause."""
 _EMBEDDED_BYTES = 1_500_000_000
 """Tables beyond this go to a file next to the ONNX file, whose format ends at 2 GiB."""
 BLOCK = 32
@@ -213,10 +213,10 @@ def _inputs(manifest: Manifest) -> tuple[GraphInput, ...]:
             inputs.append(number)
             continue
         n_rows = manifest.tables[field.table_name].rows
-        of_field = GraphInput(field.name, "row", "int64", (n,), field.name, n_rows)
+        table_row = GraphInput(field.name, "row", "int64", (n,), field.name, n_rows)
         if field.multi_valued:
-            of_field = replace(of_field, kind="rows", shape=(n, f"values of {field.name}"))
-        inputs.append(of_field)
+            table_row = replace(table_row, kind="rows", shape=(n, f"values of {field.name}"))
+        inputs.append(table_row)
     return tuple(inputs)
 
 
@@ -260,7 +260,7 @@ def write_graph(
         DeepFMError: the over-arch, a class of the user's, cannot be exported.
         EnvironmentProblem: a library or the compiler is missing.
     """
-    path, model = folder / FILES[kind], _exported(graph, example)
+    path, model = folder / FILES[kind], _trace(graph, example)
     return _write_onnx(graph, model, path) if kind == "onnx" else _write_package(model, path)
 
 
@@ -287,7 +287,7 @@ def check_tools(kind: GraphFormat) -> None:
         )
 
 
-def _exported(graph: ScoringGraph, example: Sequence[Tensor]) -> ExportedProgram:
+def _trace(graph: ScoringGraph, example: Sequence[Tensor]) -> ExportedProgram:
     names = dict.fromkeys(n for i in graph.inputs for n in i.shape if isinstance(n, str))
     sizes = {name: Dim(f"d{place}") for place, name in enumerate(names)}
     shapes = tuple(

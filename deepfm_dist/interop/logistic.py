@@ -1,9 +1,9 @@
-"""First-order weights in closed form's stead: a logistic regression with one prior for each field.
+"""First-order weights by a logistic regression with one prior for each field.
 
 Tables of few labelled rows take too few steps for their first-order weights to settle. A logistic
 regression settles in seconds, and how strongly a field is held back need not be guessed: the
 variance of a field's weights is estimated from the training rows themselves. A field without
-influence then gets weights near 0, an item's id that says no more than its attributes too.
+influence then gets weights near 0, and so does an item's id that adds nothing to its attributes.
 
 Source: MacKay, "Bayesian Interpolation", 1992, for the estimate; Breslow and Clayton, "Approximate
 Inference in Generalized Linear Mixed Models", 1993, for its use where labels are binary.
@@ -85,13 +85,13 @@ class Inputs:
             total += (block.vectors @ weights_W[block.columns])[block.which]
         return total
 
-    def sums(self, of_B: Float64Array, squared: bool = False) -> Float64Array:
-        """``[W]`` sums over the rows of an amount times each input, or times its square."""
+    def sums(self, amounts_B: Float64Array, squared: bool = False) -> Float64Array:
+        """``[W]`` sums over the rows of ``amounts_B`` times each input, or times its square."""
         values = self.values**2 if squared else self.values
-        terms = values * of_B[self.rows]
+        terms = values * amounts_B[self.rows]
         totals = np.bincount(self.columns, terms, len(self.groups)).astype(np.float64, copy=False)
         for block in self.vectors:
-            of_each = np.bincount(block.which, of_B, len(block.vectors))
+            of_each = np.bincount(block.which, amounts_B, len(block.vectors))
             vectors = block.vectors**2 if squared else block.vectors
             totals[block.columns] += of_each @ vectors
         return totals
@@ -105,7 +105,7 @@ class FirstOrder:
         tables: ``[rows, 1]`` float32 by table.
         numbers: ``[n_dense]`` float32.
         vectors: ``[dim]`` float32 by vector field.
-        bias: log-odds where nothing else speaks.
+        bias: log-odds of a row whose other terms are 0.
         deviations: standard deviation of the weights of each table, of the numeric fields and of
             each vector field.
     """
@@ -117,7 +117,7 @@ class FirstOrder:
     deviations: Mapping[str, float] = field(default_factory=dict)
 
 
-def first_order(dataset: PreparedDataset) -> FirstOrder:
+def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
     """Fits the first-order weights to the training rows, which have to fit into memory.
 
     Tables that several fields share have one weight per row, and one prior.
@@ -250,7 +250,7 @@ def _newton(
             size /= 2
         weights, logits = weights + size * step, logits + size * change
         if groups is not None:
-            # What the rows determine of each weight, from 0 to 1, over the weights' squares.
+            # How far the rows determine each weight, from 0 to 1, over the weights' squares.
             known = np.bincount(groups, 1 - precisions / diagonal)
             squares = np.maximum(np.bincount(groups, weights**2), 1e-12)
             estimated = np.clip(known / squares, *PRECISIONS)[groups]

@@ -71,7 +71,7 @@ def export_folder(target: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `write_config` wrote; empty where there is no export, or a damaged one."""
+    """The values of `write_config`; empty where the export is missing or damaged."""
     try:
         config = json.loads((folder / _CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -87,7 +87,7 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
 
 
 def _write_data(run: RunOnDisk, folder: Path, **more: Any) -> None:
-    """Writes what a reader needs besides the weights."""
+    """Writes everything besides the weights: vocabularies, entities and ``config.json``."""
     copy_vocabularies(run.dataset, folder)
     write_entities(run.dataset.with_validation(), folder)  # as `predict` knows users
     write_config(
@@ -157,7 +157,7 @@ def export_graph(
             with_these_tables = graph(*example)
             actual = score(example)
         off = difference(actual, with_these_tables)
-        if not off <= TOLERANCE:  # NaN is not either
+        if not off <= TOLERANCE:  # also NaN
             raise DeepFMError(
                 f"{FILES[kind]}: its logits differ from the model's by up to {off:.2g} of the "
                 f"largest, more than {TOLERANCE:g}; try another --format, or --tables fp32"
@@ -182,7 +182,7 @@ def _graph_of(trained: LoadedModel, precision: Precision) -> ScoringGraph:
 
 
 def _batch_to_check(dataset: PreparedDataset) -> Batch:
-    """Rows of random users, items and context, those that training does not know among them."""
+    """Rows of random users, items and context, unknown ones included."""
     manifest, rng = dataset.manifest, np.random.default_rng(dataset.manifest.seed)
     n = CHECKED_ROWS
     entities = {

@@ -13,17 +13,17 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import put_columns
-from deepfm_dist.interop.logistic import first_order
+from deepfm_dist.interop.logistic import fit_first_order
 from deepfm_dist.model.deepfm import VECTOR_FIRST_ORDER
 
 log = logging.getLogger(__name__)
-LIKELIER = 3.0
-"""Logarithm of how much likelier a trained checkpoint has to make the validation rows than the
-start does. Without an effect, a validation shows one by chance less than once in 100 times."""
+MIN_LIKELIHOOD_GAIN = 3.0
+"""By how much a trained checkpoint has to raise the log-likelihood of the validation rows over that
+of the start. A checkpoint that is no better does so less than once in 100 times."""
 
 
 def check(config: Config, manifest: Manifest) -> None:
-    """Refuses ``model.linear=logistic`` for data that it is not for.
+    """Refuses ``model.linear=logistic`` for data that it does not support.
 
     Raises:
         ConfigError: there are no labels, or no first-order weights, or the users' histories hold
@@ -45,12 +45,13 @@ def check(config: Config, manifest: Manifest) -> None:
 def margin(config: Config, manifest: Manifest) -> float | None:
     """By how much a trained checkpoint's figure has to beat the start's; None: it is not measured.
 
-    Of log losses it is `LIKELIER` over all validation rows; of other figures any is enough.
+    For the log loss: `MIN_LIKELIHOOD_GAIN` over all validation rows; for other figures, any
+    improvement is enough.
     """
     n = manifest.splits["valid"].rows
     if config.model.linear != "logistic" or config.monitor is None or not n:
         return None
-    return LIKELIER / n if config.monitor == "log_loss" else 0.0
+    return MIN_LIKELIHOOD_GAIN / n if config.monitor == "log_loss" else 0.0
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def put_first_order(
     dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
 ) -> None:
     """Fits the first-order weights on rank 0 and writes them into the model. All ranks."""
-    fitted = world.broadcast(world.run_on_rank0("logistic", lambda: first_order(dataset)))
+    fitted = world.broadcast(world.run_on_rank0("logistic", lambda: fit_first_order(dataset)))
     assert fitted is not None
     above = deepfm_of(sharded).interaction_arch
     put_columns(sharded, above.embedding_dim, fitted.tables)

@@ -42,7 +42,7 @@ from deepfm_dist.ranking.profiles import Example, Groups, Insight, examples, pro
 from deepfm_dist.ranking.ranker import FixedRanker, ModelRanker, Ranker, Users
 from deepfm_dist.ranking.reasons import Explainer
 from deepfm_dist.ranking.settings import RecommendConfig
-from deepfm_dist.ranking.steering import is_steered, popularity_penalties, reranked
+from deepfm_dist.ranking.steering import is_steered, popularity_penalties, with_reranking
 
 log = logging.getLogger(__name__)
 STEERED = "model, steered"
@@ -154,7 +154,7 @@ class RankingEvaluator:
     def masked(self) -> Jagged:
         """``[U]`` each user's masked item rows."""
         taken = [lists.take(self.users) for lists in self._before]
-        none = Jagged(np.zeros(len(self.users) + 1, np.int64), np.zeros(0, np.int32))
+        none = Jagged.empty(len(self.users))
         return union([none, *(Jagged(offsets_of(n), items) for n, items in taken)])
 
     def measure(
@@ -212,11 +212,11 @@ class RankingEvaluator:
             penalties=penalties,
         )
 
-    def steered(self, model: DeepFM, world: World, config: RecommendConfig) -> Ranker:
+    def steered_ranker(self, model: DeepFM, world: World, config: RecommendConfig) -> Ranker:
         """`ranker`, steered by the settings of `recommend`. All ranks."""
         penalties = popularity_penalties(self.dataset, config.popularity_penalty)
         ranker = self.ranker(model, world, penalties)
-        return reranked(ranker, ranker, self.dataset, self.catalogue, config)
+        return with_reranking(ranker, ranker, self.dataset, self.catalogue, config)
 
     def metrics(self, model: DeepFM, world: World, cutoffs: Sequence[int]) -> dict[str, float]:
         """`RANKING_FIGURES` of a model in eval mode, on rank 0; empty elsewhere. All ranks."""
@@ -290,7 +290,7 @@ def evaluate_ranking(
     """
     rankers = _rankers(model, world, held_out, baselines, reference)
     if steering is not None and is_steered(steering):
-        rankers[STEERED] = lambda: held_out.steered(model, world, steering)
+        rankers[STEERED] = lambda: held_out.steered_ranker(model, world, steering)
     history = held_out.dataset.history
     activity = Groups.by_quantile(history.lengths[held_out.users])
     popularity = Groups.by_quantile(held_out.counts[held_out.relevant.values])

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
-from deepfm_dist.data.lookup import known_instead
+from deepfm_dist.data.lookup import suggest_known
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError
@@ -95,7 +95,7 @@ class ItemFilters:
         if row == 0:
             raise ConfigError(
                 f"where={short(where)}: the items of the training data have no {name}={value!r}"
-                f"{known_instead(vocabulary.ids, value)}"
+                f"{suggest_known(vocabulary.ids, value)}"
             )
         return items.values[items.offsets[row] : items.offsets[row + 1]]
 

@@ -1,4 +1,4 @@
-"""Why an item is recommended: the shares of a logit that values of user, item and context have."""
+"""Why an item is recommended: how a logit divides among values of user, item and context."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ STEPS = 32
 USERS_AT_ONCE = 64
 """Users whose values are looked up together."""
 PENALTY = "popularity_penalty"
-"""What a reason has in a field's place for the penalty of popular items."""
+"""The field name of the reason for the penalty of popular items."""
 NO_ROW = -1
-"""Table row of a number or vector, which no table has."""
+"""Table row of numbers and vectors, which have no table."""
 
 COLUMN = pa.struct(
     [
@@ -66,10 +66,10 @@ class Explanation:
     """Shares of a logit; they sum to it.
 
     Attributes:
-        base: what a pair without any value would have: the biases, and the over-arch at 0.
+        base: the logit of a pair without values: the biases, and the over-arch at 0.
         reasons: the largest shares, largest first.
         other: sum of all other shares.
-        remainder: what the numerical integral misses.
+        remainder: error of the numerical integral.
     """
 
     base: float
@@ -123,15 +123,15 @@ class _Parts:
 
 
 class Explainer:
-    """Divides logits among the values that they are made of. All ranks.
+    """Divides logits among the values that produced them. All ranks.
 
     A logit is ``bias + sum_f w_f + sum_{f<g} <v_f, v_g> + deep(v)``. A field's share is its
     first-order weight, half of each of its pairs, and the over-arch's integrated gradient
     ``<v_f, int_0^1 d deep(a v) / d v_f da>``: from the point where all vectors are 0 they sum to
     ``deep(v) - deep(0)``. Halves are what pairs have as Shapley values. All of it is linear in what
     a value adds to its field's vector, so the share of a history is that of its items; the
-    closed-form columns are columns of the pairs. The integral is a mean over `STEPS` points; what
-    that misses is the remainder.
+    closed-form columns are columns of the pairs. The integral is a mean over `STEPS` points; its
+    error is the remainder.
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", 2017, eq. 1 and 3,
     proposition 1.
@@ -167,7 +167,8 @@ class Explainer:
         """Explains pairs. All ranks.
 
         Args:
-            users: batches of n users each, and of which of these users each is; None: of all.
+            users: batches of n users each, with the flags of the users that each batch describes;
+                None: all.
             items: each user's item rows.
             most: reasons of each.
         """
@@ -190,12 +191,12 @@ class Explainer:
             weights, base, remainders = self._weights(user_fields[user] + item_fields[theirs])
             pairs = [by_item[number] for number in theirs.tolist()]
             their_rows = torch.from_numpy(rows)[theirs]
-            shares = self._of_user(by_user[user], pairs, weights, their_rows, most)
+            shares = self._largest_shares(by_user[user], pairs, weights, their_rows, most)
             for (reasons, other), remainder in zip(shares, remainders, strict=True):
                 explanations.append(Explanation(base, reasons, other, remainder))
         return explanations
 
-    def _of_user(
+    def _largest_shares(
         self, user: _Parts, items: Sequence[_Parts], weights_PFW: Tensor, rows: Tensor, most: int
     ) -> Iterator[tuple[tuple[Reason, ...], float]]:
         """The largest shares of each of a user's pairs, and the sum of the others.
@@ -207,11 +208,11 @@ class Explainer:
             rows: ``[P]`` item rows of the pairs.
             most: reasons of each.
         """
-        of_user = (weights_PFW[:, user.field] * user.vectors).sum(2).numpy()
+        user_shares = (weights_PFW[:, user.field] * user.vectors).sum(2).numpy()
         penalties = self._encoder.penalties
         for pair, item in enumerate(items):
-            of_item = (weights_PFW[pair, item.field] * item.vectors).sum(1).numpy()
-            shares = np.concatenate([of_user[pair], of_item])
+            item_shares = (weights_PFW[pair, item.field] * item.vectors).sum(1).numpy()
+            shares = np.concatenate([user_shares[pair], item_shares])
             if penalties is not None:
                 shares = np.append(shares, -float(penalties[int(rows[pair])]))
             reasons = []
@@ -233,7 +234,7 @@ class Explainer:
 
     @torch.no_grad()
     def _weights(self, pairs_PFW: Tensor) -> tuple[Tensor, float, list[float]]:
-        """What a value's vector is multiplied with for its share, the base and the remainders.
+        """Weights that turn a value's vector into its share, the base and the remainders.
 
         Args:
             pairs_PFW: ``[P, F, W]`` float64 rows of all fields of some pairs.
@@ -250,11 +251,11 @@ class Explainer:
         if arch.fm is not None and arch.fm.sides_2F is None:
             weights[:, :, :dim] = (factors.sum(1, keepdim=True) - factors) / 2
         elif arch.fm is not None:  # only pairs across the sides count
-            of_item = self._is_item[:, None]
+            is_item = self._is_item[:, None]
             user_sum, item_sum = (
-                (factors * flags).sum(1, keepdim=True) for flags in (~of_item, of_item)
+                (factors * flags).sum(1, keepdim=True) for flags in (~is_item, is_item)
             )
-            weights[:, :, :dim] = torch.where(of_item, user_sum, item_sum) / 2
+            weights[:, :, :dim] = torch.where(is_item, user_sum, item_sum) / 2
         remainders = [0.0] * len(pairs_PFW)
         if arch.over_arch is not None:
             deep, flat = self._encoder.scorer.deep, factors.flatten(1)
@@ -270,7 +271,7 @@ class Explainer:
         return weights, base, remainders
 
     @torch.no_grad()
-    def _parts(self, batch: Batch, of_items: bool) -> _Parts:
+    def _parts(self, batch: Batch, is_item: bool) -> _Parts:
         """Looks up the values of users or items one by one. All ranks."""
         world, arch = self._encoder.world, self._model.embedding_arch
         sparse, n_tables = batch.sparse, self._n_tables
@@ -293,9 +294,9 @@ class Explainer:
         found = _Parts(
             torch.cat(owners), torch.cat(fields), sparse.values().long(), torch.cat(vectors)
         )
-        return _Parts.joined([found, *self._dense_parts(batch, of_items, rows)])
+        return _Parts.joined([found, *self._dense_parts(batch, is_item, rows)])
 
-    def _dense_parts(self, batch: Batch, of_items: bool, like: Tensor) -> list[_Parts]:
+    def _dense_parts(self, batch: Batch, is_item: bool, like: Tensor) -> list[_Parts]:
         """Numbers and vectors of users or items."""
         if not batch.dense.shape[1]:
             return []
@@ -306,7 +307,7 @@ class Explainer:
         parts = []
         for at in range(fields_BGW.shape[1]):
             field, n = self._n_tables + at, len(fields_BGW)
-            if bool(self._is_item[field]) == of_items:
+            if bool(self._is_item[field]) == is_item:
                 column = torch.full((n,), field), torch.full((n,), NO_ROW)
                 parts.append(_Parts(torch.arange(n), *column, fields_BGW[:, at]))
         return parts

@@ -47,7 +47,7 @@ from deepfm_dist.ranking.ranker import ModelRanker, Ranker, Users
 from deepfm_dist.ranking.reasons import Explainer, ExplainingRanker
 from deepfm_dist.ranking.requests import Requests, read_requests
 from deepfm_dist.ranking.settings import RecommendConfig
-from deepfm_dist.ranking.steering import popularity_penalties, reranked
+from deepfm_dist.ranking.steering import popularity_penalties, with_reranking
 from deepfm_dist.ranking.subsets import SubsetRanker
 
 log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ def _write_ranked(
         k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
         ranks = SubsetRanker(ranker, requests.sets)
     wanted = None if requests is None else requests.k
-    ranks = reranked(ranks, ranker, dataset, catalogue, config, wanted)
+    ranks = with_reranking(ranks, ranker, dataset, catalogue, config, wanted)
     explaining = None
     if config.explain:
         explainer = Explainer(ranker, dataset)

@@ -1,4 +1,4 @@
-"""Requests from a file: whom to rank which items for, in which context."""
+"""Requests from a file: a user, a choice of items and a context each."""
 
 import logging
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Requests:
     Attributes:
         ids: ``[n]`` what results are joined by.
         user_ids: ``[n]`` string; null for users who are described.
-        users: whom to rank for.
+        users: the users.
         k: ``[n]`` int32: number of items.
         sets: items that may be ranked.
         blocked: item rows of each that may not.
@@ -195,7 +195,7 @@ class _Reader:
         ways = list(dict.fromkeys([user, "user", *["items"] * has_history, *fields]))
         if not {*ways} & {*names}:
             raise DataError(
-                f"{self._path}: no column says whom to recommend for: {', '.join(ways)}; it has: "
+                f"{self._path}: no column identifies the user: {', '.join(ways)}; it has: "
                 f"{', '.join(present)}"
             )
         if unused := [name for name in present if name not in names]:
@@ -238,7 +238,7 @@ class _Reader:
         return replace(requests, users=replace(requests.users, context=context or None))
 
     def _at(self, table: pa.Table, place: int) -> str:
-        """Where a request stands, for an error line."""
+        """The place of a request in the file, for messages."""
         return f"{self._path}, row {table['row'][place].as_py() + 1}"
 
     def _with_ids(self, table: pa.Table) -> pa.Table:
@@ -249,8 +249,8 @@ class _Reader:
         again = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(again):
             raise DataError(
-                f"{self._path}: {len(again):,} values of the column request are there more than "
-                f"once, such as {again[0]['values'].as_py()!r}; number the requests, or leave the "
+                f"{self._path}: the column request repeats {plural(len(again), 'value')}, "
+                f"such as {again[0]['values'].as_py()!r}; number the requests, or leave the "
                 f"column out"
             )
         return table
@@ -283,7 +283,8 @@ class _Reader:
                 such = f" (such as {unknown[0].as_py()!r}{hint})"
             n = plural(int((~kept).sum()), "request")
             problem = (
-                f"whose user is not in the training data{such} nor known by items or attributes"
+                f"whose user is not in the training data{such} and is not described by items or "
+                f"attributes"
             )
             if not kept.any():
                 raise DataError(f"{self._path}: it has only requests {problem}")
@@ -291,7 +292,7 @@ class _Reader:
         return rows[kept], table.filter(pa.array(kept))
 
     def _described_users(self, table: pa.Table, rows: Int32Array) -> Users:
-        """Whom to rank for, context aside; ``rows`` as of `_users_of`."""
+        """The users without their context; ``rows`` as of `_users_of`."""
         is_known = rows > 0
         if is_known.all():
             return Users(rows)
@@ -335,7 +336,7 @@ class _Reader:
                 are the items of users.
         """
         if name not in table.column_names:
-            return Jagged(np.zeros(table.num_rows + 1, np.int64), np.zeros(0, np.int32))
+            return Jagged.empty(table.num_rows)
         owners, ids = _flat(table[name].combine_chunks())
         place = pc.index_in(ids, value_set=self._item_ids)
         is_known = np.asarray(pc.is_valid(place)).astype(bool)

@@ -101,7 +101,7 @@ def similar_items(
     if model.interaction_arch.fm is None:
         raise ConfigError(
             "model.fm=false: similar items compare the vectors of the pairwise part, which this "
-            "model has not; train one with model.fm=true"
+            "model does not have; train one with model.fm=true"
         )
     catalogue = Catalogue(dataset, cold_items=cold_items)
     n = len(catalogue)

@@ -137,7 +137,7 @@ def is_steered(config: RecommendConfig) -> bool:
     return bool(config.popularity_penalty or config.diversity or config.at_most)
 
 
-def reranked(
+def with_reranking(
     ranker: Ranker,
     model_ranker: ModelRanker,
     dataset: PreparedDataset,

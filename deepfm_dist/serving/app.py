@@ -433,7 +433,7 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
         dependencies=[Depends(_refuse_repeated_keys)],
     )
     async def recommend(described: Described) -> Answer:
-        """The best items for a user, or for somebody described by items, attributes or both.
+        """The best items for a user, or for a user described by items, attributes or both.
 
         All items may be ranked, unless the request chooses: allow, block and where.
         """

@@ -38,7 +38,7 @@ from deepfm_dist.ranking.reasons import Explainer, Explanation
 from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
-from deepfm_dist.ranking.steering import RerankingRanker, popularity_penalties, reranked
+from deepfm_dist.ranking.steering import RerankingRanker, popularity_penalties, with_reranking
 from deepfm_dist.ranking.subsets import ItemSets, SubsetRanker
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
@@ -150,7 +150,7 @@ class Recommender:
             context,
             penalties=popularity_penalties(dataset, config.recommend.popularity_penalty),
         )
-        self._steered = reranked(
+        self._steered = with_reranking(
             self._ranker, self._ranker, dataset, self._catalogue, config.recommend
         )
         self._explainer = Explainer(self._ranker, dataset)
@@ -209,7 +209,7 @@ class Recommender:
             found = self._best([kept], seen, k, log_rate)
         if not explain:
             return found
-        return self._explained(found, self._ranker.encoder.user_batch(row), explain)
+        return self._with_explanations(found, self._ranker.encoder.user_batch(row), explain)
 
     def recommend_for(
         self,
@@ -221,7 +221,7 @@ class Recommender:
         choice: ItemChoice = EVERY_ITEM,
         explain: int = 0,
     ) -> tuple[list[Scored], dict[str, int]]:
-        """The best other items for a user, or for somebody known by items, attributes or both.
+        """The best other items for a user, or for one described by items, attributes or both.
 
         Args:
             items: external ids.
@@ -239,7 +239,7 @@ class Recommender:
             Unknown: a user or an item is unknown.
             Unsupported: the model has no field that is made of a user's items, or none of
                 attributes.
-            Invalid: nobody is described, or a field or a value of one is unknown.
+            Invalid: no user is described, or a field or a value of one is unknown.
         """
         if user is None:
             self._check_described(items, attributes)
@@ -247,7 +247,7 @@ class Recommender:
             raise Unknown(user, self.name)
         elif items or attributes:
             raise Invalid("user is in the training data; leave items and attributes out")
-        listed, unknown = self._listed(choice)
+        listed, unknown = self._listed_rows(choice)
         try:
             fields = self._attributes.encode(attributes) if attributes else None
             fixed = self._encoder.fixed_context({**self._fixed, **context}) if context else None
@@ -268,9 +268,9 @@ class Recommender:
         log_rate = 0.0 if rate is None else float(rate.log_of_user[row[0]])
         seen = self._catalogue.seen_in(masked)(0, 1)
         found = self._best(self._ranker.encoder.user_sides(batch), seen, k, log_rate, sets)
-        return self._explained(found, batch, explain), unknown
+        return self._with_explanations(found, batch, explain), unknown
 
-    def _explained(self, found: list[Scored], user: Batch, most: int) -> list[Scored]:
+    def _with_explanations(self, found: list[Scored], user: Batch, most: int) -> list[Scored]:
         """A user's ranking with this many reasons for each item."""
         if not most:
             return found
@@ -283,7 +283,9 @@ class Recommender:
         """What is displayed of an item row."""
         return self._cards(row)
 
-    def _listed(self, choice: ItemChoice) -> tuple[dict[str, Int32Array | None], dict[str, int]]:
+    def _listed_rows(
+        self, choice: ItemChoice
+    ) -> tuple[dict[str, Int32Array | None], dict[str, int]]:
         """Item rows of the lists of a choice, and how many ids of each are unknown."""
         rows: dict[str, Int32Array | None] = {}
         unknown = {}
@@ -295,7 +297,7 @@ class Recommender:
         return rows, unknown
 
     def _check_described(self, items: Sequence[str], attributes: Mapping[str, Cell] | None) -> None:
-        """Refuses a description that says nothing to this model; see `recommend_for`."""
+        """Refuses a description that this model cannot use; see `recommend_for`."""
         for item in items:
             if item not in self._rows:
                 raise Unknown(item, self.name)
@@ -370,8 +372,8 @@ class Recommender:
             raise Unknown(item, self.name)
         if self._vectors is None:
             raise Unsupported(
-                "similar items compare the vectors of the pairwise part, which this model has "
-                "not; train one with model.fm=true"
+                "similar items compare the vectors of the pairwise part, which this model "
+                "does not have; train one with model.fm=true"
             )
         place = self._places[self._rows[item]]
         scores = (self._vectors @ self._vectors[place])[None]

@@ -59,8 +59,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answering:
-    """How workers answer.
+class WorkerOptions:
+    """What all workers of a service have in common.
 
     Attributes:
         listening: the socket.
@@ -86,7 +86,7 @@ class Generation:
         number: distinguishes generations that live at the same time.
         load: loads the model; it may return None, for workers that answer without one.
         n_workers: number of workers.
-        answering: how they answer.
+        options: of all workers.
     """
 
     _lifelines: set[int] = set()  # noqa: RUF012  # children must not hold them open
@@ -96,10 +96,10 @@ class Generation:
         number: int,
         load: Callable[[], Recommender | None],
         n_workers: int,
-        answering: Answering,
+        options: WorkerOptions,
     ) -> None:
         self.number, self._load = number, load
-        self._n_workers, self._answering = n_workers, answering
+        self._n_workers, self._options = n_workers, options
         self._report, report = FORK.Pipe(duplex=False)
         lifeline, held = os.pipe()
         self._lifeline: int | None = held
@@ -154,7 +154,7 @@ class Generation:
         try:
             self._keep_workers(recommender, report, lifeline)
         finally:
-            self._answering.listening.close()
+            self._options.listening.close()
             for worker in multiprocessing.active_children():
                 worker.terminate()
             for worker in multiprocessing.active_children():
@@ -176,7 +176,7 @@ class Generation:
                 workers[index].start()
             over = connection.wait([lifeline, ready, *(w.sentinel for w in workers.values())])
             if lifeline in over:
-                self._answering.listening.close()
+                self._options.listening.close()
                 for worker in workers.values():
                     worker.join()
                 return
@@ -205,12 +205,12 @@ class Generation:
         self, recommender: Recommender | None, index: int, lifeline: int, begins: int, ready: int
     ) -> None:
         os.close(ready)
-        torch.set_num_threads(self._answering.threads)
-        share_figures(self._answering.folder, f"{self.number}-{index}")
-        model = ModelInUse(recommender, self._answering.folder)
+        torch.set_num_threads(self._options.threads)
+        share_figures(self._options.folder, f"{self.number}-{index}")
+        model = ModelInUse(recommender, self._options.folder)
         ImpatientProtocol.limit = max_connections()
         settings = uvicorn.Config(
-            make_app(model, self._answering.hosts, self._answering.logs_requests),
+            make_app(model, self._options.hosts, self._options.logs_requests),
             http=ImpatientProtocol,
             ws="none",
             backlog=BACKLOG,
@@ -219,7 +219,7 @@ class Generation:
             access_log=False,
             timeout_graceful_shutdown=int(DRAIN_S),
         )
-        _Worker(settings, model, lifeline, begins).run([self._answering.listening])
+        _Worker(settings, model, lifeline, begins).run([self._options.listening])
 
 
 class _Worker(uvicorn.Server):
@@ -271,11 +271,11 @@ class Generations:
     """The generations of a service: the one in use, and earlier ones that are ending.
 
     Args:
-        answering: how workers answer.
+        options: of all workers.
     """
 
-    def __init__(self, answering: Answering) -> None:
-        self._answering = answering
+    def __init__(self, options: WorkerOptions) -> None:
+        self._options = options
         self._living: list[Generation] = []  # the last one is in use
 
     def __enter__(self) -> Self:
@@ -284,7 +284,7 @@ class Generations:
 
     def __exit__(self, *_: object) -> None:
         """Ends all processes after they have answered what they are asked."""
-        self._answering.listening.close()  # connections are refused once no process has it
+        self._options.listening.close()  # connections are refused once no process has it
         for generation in self._living:
             generation.process.terminate()
         deadline = time.monotonic() + DRAIN_S + 2 * REQUEST_S
@@ -306,9 +306,7 @@ class Generations:
         """
         self._reap()
         number = next(n for n in range(1000) if n not in {g.number for g in self._living})
-        generation = Generation(
-            number, load, n_workers or self._answering.n_workers, self._answering
-        )
+        generation = Generation(number, load, n_workers or self._options.n_workers, self._options)
         try:
             generation.wait_until_ready()
         except BaseException:

@@ -20,7 +20,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import ValidEvent, read_events
-from deepfm_dist.interop.logistic import Inputs, VectorInputs, _newton, first_order, fit
+from deepfm_dist.interop.logistic import Inputs, VectorInputs, _newton, fit, fit_first_order
 from deepfm_dist.jobs.first_order import put_first_order
 from deepfm_dist.jobs.train import train
 from deepfm_dist.training.settings import TrainerConfig
@@ -150,7 +150,7 @@ def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None
     config = _clicks(tmp_path, 1.5, sharding={"kind": "row_wise"})
     prepare(config.data, config.data_root, config.prepared_dir, seed=1)
     dataset = PreparedDataset(config.prepared_dir)
-    fitted = first_order(dataset)
+    fitted = fit_first_order(dataset)
     train_rows = dataset.rows("train")
     # Its gradient is 0 at the maximum: the residuals of each value add up to precision * weight.
     assert train_rows.weights is not None and train_rows.labels is not None

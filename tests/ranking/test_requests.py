@@ -261,8 +261,11 @@ def test_the_number_of_ranks_does_not_change_a_byte(
         ("who,where\n1,hour=3\n", r"unknown item field 'hour'; available: genre, brand"),
         ("who,k\n1,2\n2,1.5\n", r"row 2: k 1\.5 is not a whole number above 0"),
         ("who,k\n1,0\n", r"row 1: k 0 is not a whole number above 0"),
-        ("request,who\na,1\na,2\n", r"1 values of the column request .* such as 'a'"),
-        ("where\ngenre=X\n", r"no column says whom to .* who, user, items, city; it has: where"),
+        ("request,who\na,1\na,2\n", r"the column request repeats 1 value, such as 'a'; number"),
+        (
+            "where\ngenre=X\n",
+            r"no column identifies the user: who, .*, city; it has: where",
+        ),
         ("who\nzz\n", r"only requests whose user is not .* \(such as 'zz'\)"),
         ("who,allow\n1,[]\n", r"row 1: allow is a list without items"),
     ],

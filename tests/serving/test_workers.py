@@ -40,8 +40,8 @@ def _serve(listening: socket.socket, folder: Path) -> None:
     following.POLL_S = 0.05
     workers.RESTART_S = 0.1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    answering = workers.Answering(listening, ("*",), folder, n_workers=2)
-    with workers.Generations(answering) as generations:
+    options = workers.WorkerOptions(listening, ("*",), folder, n_workers=2)
+    with workers.Generations(options) as generations:
         follower = following.PointerFollower(generations, _load, folder / "current", folder)
         follower.load_first()
         follower.follow()

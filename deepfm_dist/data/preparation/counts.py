@@ -116,7 +116,7 @@ def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
     """Logs how many of ``n`` rows, users or items have no value in a field."""
     if n_empty and feature.kind == "vector":
         log.warning(
-            "%s: %s of %s %s have no vector, which counts as zeros",
+            "%s: %s of %s %s have no vector; the model gets zeros",
             feature.name,
             f"{n_empty:,}",
             f"{n:,}",

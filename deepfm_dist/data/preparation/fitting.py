@@ -23,7 +23,7 @@ from deepfm_dist.data.fields import (
     table_names,
     transformed,
 )
-from deepfm_dist.data.jagged import Int32Array, Jagged, Values, offsets_of, taken
+from deepfm_dist.data.jagged import VECTORS_AT_ONCE, Int32Array, Jagged, Values, offsets_of, taken
 from deepfm_dist.data.layout import GENERATION, LAST_DAY, DatasetFiles
 from deepfm_dist.data.manifest import TRAIN, NumericSpec
 from deepfm_dist.data.preparation.counts import Counts, has_value, report_empty
@@ -42,7 +42,6 @@ from deepfm_dist.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 _ALL_IN_MEMORY = 1 << 62
-_VECTORS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -342,14 +341,14 @@ class Fitter:
         assert not isinstance(vectors, Jagged)
         known = vectors[1:][has_value(vectors)[1:]]
         squares = np.zeros(len(known))
-        for begin in range(0, len(known), _VECTORS_AT_ONCE):
-            block = slice(begin, begin + _VECTORS_AT_ONCE)
+        for begin in range(0, len(known), VECTORS_AT_ONCE):
+            block = slice(begin, begin + VECTORS_AT_ONCE)
             squares[block] = np.square(known[block], dtype=np.float64).sum(1)
         scale = math.sqrt(math.fsum(squares) / max(1, len(squares)))
         if not scale:
             log.warning(
-                "%s: all vectors of %ss with training rows are zeros or missing, so that the field "
-                "says nothing; check %s",
+                "%s: all vectors of %ss with training rows are zeros or missing, so the field "
+                "carries no information; check %s",
                 feature.name,
                 feature.entity,
                 label_of(feature.npy or feature.file or ""),

@@ -128,7 +128,7 @@ def test_vectors_of_any_layout_are_scaled_by_those_of_trained_items(
     assert actual.keys() == {None, "x", "y", "z", "new"}
     for name, vector in actual.items():
         np.testing.assert_allclose(vector, expected.get(str(name), np.zeros(3)), rtol=1e-3)
-    assert "text: 1 of 3 items have no vector, which counts as zeros" in caplog.text
+    assert "text: 1 of 3 items have no vector; the model gets zeros" in caplog.text
     dataset.files.check_everything()
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_is_no_array_is_named(
 
 def test_a_vector_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
     write(tmp_path, [[1.0, 0.0], [1.0, 0.0], [0.0, -2e5]])
-    message = "text: a vector holds a number of the size 200000, where vectors of training are 1"
+    message = "text: a vector holds a number of the size 200000, but training vectors have"
     with pytest.raises(DataError, match=message):
         made(tmp_path, FIELD)
 
