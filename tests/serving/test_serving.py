@@ -277,10 +277,13 @@ def test_requests_are_counted_by_route(client: Any) -> None:
 def test_the_service_keeps_to_its_openapi(url: str, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
     program = str(Path(sys.executable).parent / "schemathesis")
-    # The schema does not say which columns the model's log has; others are refused.
+    # The schema does not say which columns and attributes the model knows; others are refused.
     settings = tmp_path / "schemathesis.toml"
     unchecked = "checks.positive_data_acceptance.enabled = false"
-    settings.write_text(f'[[operations]]\ninclude-path = "/predict"\n{unchecked}\n')
+    paths = ("/predict", "/recommend")
+    settings.write_text(
+        "".join(f'[[operations]]\ninclude-path = "{path}"\n{unchecked}\n' for path in paths)
+    )
     command = [program, f"--config-file={settings}", "run", f"{url}/openapi.json"]
     command += ["--max-examples=20", "--seed=1", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
