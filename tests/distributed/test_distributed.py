@@ -531,7 +531,7 @@ def test_rank_zero_is_missed_at_its_work_within_the_time_out(held_by: int) -> No
     [
         ("sharding.tables={users: {kind: row_wise}}", "unknown table; available: user, item"),
         ("sharding.tables={user: {kind: table_wise, rank: 3}}", "the last of 1 rank is 0"),
-        ("optimizer.tables.name=lazy_adam", "no such kernel on cpu; use adam"),
+        ("optimizer.tables.name=lazy_adam", "no lazy_adam kernel on cpu; use adam"),
         ("sharding.kind=table_row_wise", "only on CUDA, not on a cpu; use row_wise"),
         ("sharding.tables={user: {kind: table_row_wise}}", "tables.user.kind=.*: only on CUDA"),
     ],
