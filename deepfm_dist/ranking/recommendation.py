@@ -159,7 +159,7 @@ def _catalogue(dataset: PreparedDataset, config: RecommendConfig) -> Catalogue:
 
 @dataclass(frozen=True)
 class _SelectedUsers:
-    """Whom to recommend for.
+    """The users to recommend for.
 
     Attributes:
         users: in ranking order.
@@ -196,7 +196,7 @@ def _selected_users(
     rate: NegativeRate | None,
 ) -> _SelectedUsers:
     if config.requests is not None:
-        return _requests(dataset, catalogue, config, rate)
+        return _users_of_requests(dataset, catalogue, config, rate)
     if config.histories is not None:
         new = read_new_users(dataset, Path(config.histories))
         rows = np.arange(len(new.ids), dtype=np.int32)
@@ -217,13 +217,13 @@ def _masked(
     return [(rows, bags) for split in splits for bags in dataset.met(split)]
 
 
-def _requests(
+def _users_of_requests(
     dataset: PreparedDataset,
     catalogue: Catalogue,
     config: RecommendConfig,
     rate: NegativeRate | None,
 ) -> _SelectedUsers:
-    """Whom a file of requests asks for."""
+    """The users of a file of requests."""
     assert config.requests is not None
     requests = read_requests(dataset, catalogue, Path(config.requests), config)
     users, places = requests.users, np.arange(len(requests.ids), dtype=np.int32)
@@ -250,7 +250,7 @@ def _ranker(
     asked: _SelectedUsers,
     config: RecommendConfig,
 ) -> tuple[ModelRanker, dict[str, Any]]:
-    """What ranks, and figures of its short list if it uses one. All ranks."""
+    """The model's ranker, and figures of its short list if it uses one. All ranks."""
     ranker = ModelRanker.from_model(
         model,
         world,
@@ -281,20 +281,14 @@ def _write_ranked(
     """
     output.log_reuse()
     start = time.monotonic()
-    seen, k, requests = catalogue.seen_in(asked.masked), config.k, asked.requests
-    owners, ranks = {"user_id": asked.ids}, cast(Ranker, ranker)
+    seen, requests = catalogue.seen_in(asked.masked), asked.requests
+    owners = {"user_id": asked.ids}
+    k: int | Int32Array = config.k
     if requests is not None:
-        k, owners = int(requests.k.max()), {"request": asked.ids, "user_id": requests.user_ids}
-        ranks = SubsetRanker(ranker, requests.sets)
-    wanted = None if requests is None else requests.k
-    ranks = with_reranking(ranks, ranker, dataset, catalogue, config, wanted)
-    explaining = None
-    if config.explain:
-        explainer = Explainer(ranker, dataset)
-        ranks = explaining = ExplainingRanker(
-            ranks, ranker, explainer, catalogue.rows, config.explain
-        )
-    ranked = rank_users(ranks, len(asked.ids), seen, k, world, output.missing)
+        k, owners = requests.k, {"request": asked.ids, "user_id": requests.user_ids}
+    final = _final_ranker(ranker, asked, catalogue, config, dataset=dataset)
+    most = int(np.max(k))
+    ranked = rank_users(final, len(asked.ids), seen, most, world, output.missing)
 
     def probability(
         users: Int64Array, positions: Int64Array, scores: npt.NDArray[np.float32]
@@ -309,12 +303,30 @@ def _write_ranked(
         ranked,
         owners,
         ("item_id", catalogue.ids),
-        k if requests is None else requests.k,
+        k,
         probability if config.probability else None,
-        explaining.column if explaining else None,
+        final.column if isinstance(final, ExplainingRanker) else None,
     )
     world.barrier()
     return None if output.reused else time.monotonic() - start
+
+
+def _final_ranker(
+    ranker: ModelRanker,
+    asked: _SelectedUsers,
+    catalogue: Catalogue,
+    config: RecommendConfig,
+    dataset: PreparedDataset,
+) -> Ranker:
+    """The model's ranking with filters, steering and reasons where asked for. All ranks."""
+    final, wanted = cast(Ranker, ranker), None
+    if asked.requests is not None:
+        final, wanted = SubsetRanker(ranker, asked.requests.sets), asked.requests.k
+    final = with_reranking(final, ranker, dataset, catalogue, config, wanted)
+    if not config.explain:
+        return final
+    explainer = Explainer(ranker, dataset)
+    return ExplainingRanker(final, ranker, explainer, catalogue.rows, config.explain)
 
 
 def _write_matrix(
