@@ -457,7 +457,7 @@ def test_a_table_too_small_to_give_every_rank_a_row_is_not_cut(
 def test_a_cpu_refuses_to_cache_a_table(sample: PreparedDataset, optimizer: str) -> None:
     wanted = [f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"]
     wanted.append("sharding.tables={item: {cached: 0.25}}")
-    with pytest.raises(RankFailed, match=r"sharding.tables.item.cached=0.25: a cpu has nothing to"):
+    with pytest.raises(RankFailed, match=r"sharding.tables.item.cached=0.25: a cpu has no cache"):
         run_alone(train, sample.folder, config_of(*SMALL, *wanted), 1)
 
 
