@@ -102,7 +102,12 @@ def test_a_run_in_an_object_store_is_moved_aside(
 ) -> None:
     pytest.importorskip("upath")
     monkeypatch.chdir(tmp_path)
+    local = tmp_path / "runs/sample"  # another run of that name
+    local.mkdir(parents=True)
+    for name in ("config.yaml", "report.html"):
+        (local / name).write_text("of a run on this disk")
     stored = run_alone(_moved_aside)
+    assert [path.name for path in local.parent.iterdir()] == ["sample"]
     assert stored["sample.1/a [1]*.txt"] == "of the first run"
     assert "sample/a [1]*.txt" not in stored
     for name in ("sample", "sample.1"):

@@ -80,7 +80,7 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
     Returns:
         The folder of its dataset.
     """
-    run_dir, output_dir, number = config.run_dir, config.output_dir, _free_number(config)
+    run_dir, number = config.run_dir, _free_number(config)
     aside, dataset = _numbered_name(run_dir, number), config.prepared_dir
     if with_dataset:
         dataset = _numbered_name(dataset, number)
@@ -91,8 +91,9 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
         data_name = config.data.name or config.run.name
         moved = _numbered_name(Path(data_name), number).as_posix() if with_dataset else None
         _rename_in_config(aside, config, moved)
-    if output_dir != run_dir and output_dir.exists():
-        move_tree(output_dir, _numbered_name(output_dir, number))
+    for outputs in _folders(config)[1:]:
+        if outputs.exists():
+            move_tree(outputs, _numbered_name(outputs, number))
     log.info("%s: moved the earlier run to %s", run_dir, aside)
     return dataset
 
@@ -132,7 +133,7 @@ def name_aside(config: Config) -> Path:
 
 
 def _free_number(config: Config) -> int:
-    folders = [config.run_dir, config.output_dir]
+    folders = _folders(config)
     if not is_remote(config.prepared_dir):  # one behind a URL is never moved
         folders.append(config.prepared_dir)
     return next(n for n in count(1) if not any(_numbered_name(f, n).exists() for f in folders))
@@ -142,9 +143,19 @@ def _numbered_name(folder: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.{number}")
 
 
+def _folders(config: Config) -> list[Path]:
+    """The run's folder and, if that is behind a URL, the local one of what other commands write.
+
+    A local run of that name is none of its.
+    """
+    local = config.output_dir
+    is_run = (local / "config.yaml").exists() or (local / "checkpoints").exists()
+    return [config.run_dir] + [local] * (local != config.run_dir and not is_run)
+
+
 def has_results(config: Config) -> bool:
     """Whether the folder holds more than a run leaves that ended before its first checkpoint."""
-    for folder in {config.run_dir, config.output_dir}:
+    for folder in _folders(config):
         with suppress(FileNotFoundError, NotADirectoryError):
             for path in folder.iterdir():
                 if path.name not in _WITHOUT_RESULTS and not path.name.startswith("."):
