@@ -268,6 +268,8 @@ def test_the_number_of_ranks_does_not_change_a_byte(
         ),
         ("who\nzz\n", r"only requests whose user is not .* \(such as 'zz'\)"),
         ("who,allow\n1,[]\n", r"row 1: allow is a list without items"),
+        ("who,allow\n1,\n2,|\n", r"row 2: allow is a list without items"),
+        ("who,allow\n1,3\n2,[null]\n", r"row 2: allow is a list without items"),
     ],
 )
 def test_files_that_cannot_be_answered_are_refused(
@@ -277,6 +279,16 @@ def test_files_that_cannot_be_answered_are_refused(
     config = RecommendConfig(context={"device": "phone", "hour": "3"})
     with pytest.raises(DataError, match=message):
         read_requests(shop[1], Catalogue(shop[1]), tmp_path / "r.csv", config)
+
+
+def test_a_list_of_nulls_does_not_allow_all_items(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    file = tmp_path / "r.parquet"
+    pd.DataFrame({"who": [1, 2, 3], "allow": [None, ["1", None], [None, ""]]}).to_parquet(file)
+    config = RecommendConfig(context={"device": "phone", "hour": "3"})
+    with pytest.raises(DataError, match="row 3: allow is a list without items"):
+        read_requests(shop[1], Catalogue(shop[1]), file, config)
 
 
 def test_a_missing_file_is_named(shop: tuple[Shop, PreparedDataset], tmp_path: Path) -> None:

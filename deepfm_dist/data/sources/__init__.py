@@ -228,10 +228,15 @@ def length_of_vectors(
     return None
 
 
-def find_empty_list(path: str | Path, column: str) -> int | None:
-    """The number of the first row, from 1, whose cell is a list without elements; None: no row.
+_NO_VALUES = r"^\s*(\[(\s|,|\"|null)*\]|\|[\s|]*)\s*$"
+"""Of text that is a list without values: ``[]``, ``[null]``, ``|``."""
 
-    `read_table` gives such a list for a null cell, too.
+
+def find_empty_list(path: str | Path, column: str) -> int | None:
+    """The number of the first row, from 1, whose cell is a list without values; None: no row.
+
+    Elements that are null or empty are no values. `read_table` gives such a list for a null cell,
+    too.
 
     Args:
         path: the file.
@@ -243,9 +248,13 @@ def find_empty_list(path: str | Path, column: str) -> int | None:
     for batch in reader.batches():
         cells = plain(reader.cells(batch, wanted))
         if is_list(cells.type):
-            empty = np.asarray(pc.equal(pc.list_value_length(cells), 0).fill_null(False))
+            values = texts_of(cells.flatten())
+            owners = np.asarray(pc.list_parent_indices(cells))
+            empty = np.array(cells.is_valid())
+            empty[owners[np.asarray(pc.not_equal(values, "").fill_null(False))]] = False
         else:
-            empty = np.asarray(pc.match_substring_regex(texts_of(cells), r"^\s*\[\s*\]\s*$"))
+            found = pc.match_substring_regex(texts_of(cells), _NO_VALUES)
+            empty = np.asarray(found.fill_null(False)).astype(bool)
         if empty.any():
             return rows + int(empty.argmax()) + 1
         rows += batch.num_rows
