@@ -124,19 +124,23 @@ def _pss_mb(pid: int) -> float:
     return sum(kib) * 1024 / 1e6
 
 
+async def _requests(connection: "_Connection", n_rows: int | None) -> list[bytes]:
+    """Requests for users' top 10, or with rows to score."""
+    users = json.loads((await connection.asked(_get("/users?limit=1000")))[1])["ids"]
+    if n_rows is None:
+        return [_get(f"/users/{user}/recommendations?k=10") for user in users]
+    found = json.loads((await connection.asked(_get("/items?limit=100")))[1])["items"]
+    rng = np.random.default_rng(2)
+    return [_rows(users, found, n_rows, rng) for _ in range(20)]
+
+
 async def _measured(
     pid: int, port: int, pointer: Path, arguments: argparse.Namespace
 ) -> dict[str, float]:
     connections = [_Connection(port) for _ in range(CONNECTIONS)]
     health = json.loads((await connections[0].asked(_get("/healthz")))[1])
-    users = json.loads((await connections[0].asked(_get("/users?limit=1000")))[1])["ids"]
-    requests = [_get(f"/users/{user}/recommendations?k=10") for user in users]
-    counts, n_answers = b'"rank"', 10
-    if arguments.rows is not None:
-        found = json.loads((await connections[0].asked(_get("/items?limit=100")))[1])["items"]
-        rng = np.random.default_rng(2)
-        requests = [_rows(users, found, arguments.rows, rng) for _ in range(20)]
-        counts, n_answers = b'"score"', arguments.rows
+    requests = await _requests(connections[0], arguments.rows)
+    counts, n_answers = (b'"rank"', 10) if arguments.rows is None else (b'"score"', arguments.rows)
     drawn = np.random.default_rng(1).integers(0, len(requests), 1 << 16)
     failed = 0
 
