@@ -764,6 +764,14 @@ INPUT = [
         "data.interactions.file=rows.csv",
         files={"more.csv": _csv([row[:1] for row in ROWS], "user")},
     ),
+    Mistake(
+        "prepare 'data.interactions.file=[rows.csv, more.csv]' "
+        "'data.files={more.csv: {optional: [item]}}'",
+        "every row needs it, so `optional` has no effect: add the column to this file, or leave",
+        "data.interactions.file=rows.csv",
+        ("data.files={more.csv: {optional: [item]}}",),
+        files={"more.csv": _csv([row[:1] for row in ROWS], "user")},
+    ),
     Mistake("prepare data.root=rows.csv", "name its folder, data.root=.", "data.root=."),
     Mistake("prepare --config .", "name a YAML file", "--config c.yaml", ("--config", ".")),
     Mistake(

@@ -58,13 +58,16 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
         The users who have a known item as a positive.
 
     Raises:
-        DataError: the model has no history field, or no user has a known item as a positive.
+        DataError: the model has no history field, there is no such file, or no user has a known
+            item as a positive.
     """
     if not dataset.manifest.has_history:
         raise DataError(
             f"recommend.histories={path}: this model knows its users by id, not by their items; "
             f"{how_to_know_users_by_items(dataset)}"
         )
+    if not path.exists():
+        raise DataError(f"recommend.histories={path}: no such file")
     table = read_table(path, _columns(dataset, path)).combine_chunks()
     place = pc.index_in(table["item"], value_set=dataset.entity_ids("item", cold=True).slice(1))
     is_known = np.asarray(pc.is_valid(place)).astype(bool)

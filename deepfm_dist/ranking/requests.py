@@ -220,7 +220,7 @@ class _Reader:
             table["request"].combine_chunks(),
             _cells(table, "user", pa.string()),
             self._described_users(table, rows),
-            self._k(table, config.k),
+            self._k(table, config.k, len(catalogue)),
             sets,
             self._items(table, "block"),
         )
@@ -355,16 +355,16 @@ class _Reader:
         rows = np.asarray(place.drop_null(), np.int32) + np.int32(1)
         return Jagged.from_pairs(owners[is_known], rows, table.num_rows)
 
-    def _k(self, table: pa.Table, default: int) -> Int32Array:
-        """``[n]`` items wanted."""
+    def _k(self, table: pa.Table, default: int, n_items: int) -> Int32Array:
+        """``[n]`` items wanted, at most as many as there are."""
         wanted = np.asarray(_cells(table, "k", pa.float64()).fill_null(default), np.float64)
-        wrong = np.flatnonzero(~((wanted >= 1) & (wanted == np.floor(wanted)) & (wanted < 2**31)))
+        wrong = np.flatnonzero(~((wanted >= 1) & (wanted == np.floor(wanted)) & (wanted < np.inf)))
         if len(wrong):
             raise DataError(
                 f"{self._at(table, int(wrong[0]))}: k {wanted[wrong[0]]:g} is not a whole number "
                 f"above 0; correct it, or leave it empty for recommend.k={default}"
             )
-        return wanted.astype(np.int32)
+        return np.minimum(wanted, max(n_items, 1)).astype(np.int32)
 
 
 def _cells(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:

@@ -110,6 +110,8 @@ def test_the_strongest_row_of_a_new_user_is_that_of_the_logs_words(
     frame.assign(act="steal").to_csv(tmp_path / "new.csv", index=False)
     with pytest.raises(DataError, match=r"act 'steal' is not a word of .* view, buy; fix the row$"):
         read_new_users(dataset, tmp_path / "new.csv")
+    with pytest.raises(DataError, match=r"^recommend\.histories=.*gone\.csv: no such file$"):
+        read_new_users(dataset, tmp_path / "gone.csv")
 
 
 def test_labels_say_what_was_clicked(tmp_path: Path) -> None:

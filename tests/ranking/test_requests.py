@@ -281,6 +281,17 @@ def test_files_that_cannot_be_answered_are_refused(
         read_requests(shop[1], Catalogue(shop[1]), tmp_path / "r.csv", config)
 
 
+def test_more_items_than_there_are_take_no_memory(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    file = tmp_path / "r.parquet"
+    pd.DataFrame({"who": [1, 2], "k": [10**12, 3]}).to_parquet(file)
+    config = RecommendConfig(context={"device": "phone", "hour": "3"})
+    catalogue = Catalogue(shop[1])
+    requests = read_requests(shop[1], catalogue, file, config)
+    assert requests.k.tolist() == [len(catalogue), 3]
+
+
 def test_a_list_of_nulls_does_not_allow_all_items(
     shop: tuple[Shop, PreparedDataset], tmp_path: Path
 ) -> None:

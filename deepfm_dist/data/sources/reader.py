@@ -174,7 +174,9 @@ class Reader(ABC):
     def _cure_for_lacking(self, column: Column) -> str:
         """What to do about a column that other files have."""
         if column.required:
-            return "add the column to this file, or leave the file out"
+            needed = "every row needs it, so `optional` has no effect: "
+            needed = needed if column.name in self.layout.optional else ""
+            return f"{needed}add the column to this file, or leave the file out"
         name = json.dumps(column.name, ensure_ascii=False)  # as YAML
         name = column.name if column.name.isidentifier() else name
         meant = "to read this file with empty cells, say so"
