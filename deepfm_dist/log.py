@@ -59,7 +59,7 @@ def progress(
 
 @contextmanager
 def warn_if_unwritable(consequence: str) -> Iterator[None]:
-    """Around what is written besides a command's result, which is not lost if that fails.
+    """Warns if files that accompany a command's result cannot be written; the result is not lost.
 
     Args:
         consequence: of the failure, and what to do; ends the warning.

@@ -114,7 +114,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _check_workers(n: int) -> None:
-    """Looks at the number of workers.
+    """Checks the number of workers.
 
     Raises:
         ConfigError: it is not positive.

@@ -19,7 +19,7 @@ _UNNAMED = "the input or the version of deepfm_dist has changed"
 _OF_FILES = ("file", "key", "npy")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
 _MOST_CHANGES = 3
-"""That a message lists."""
+"""Changes that a message lists at most."""
 _FREE = {"name", "root", "files", "memory_bytes", "on_device", "lanes", "titles"}
 _FREE |= {"vocabulary_from", "forget_after", "features", "id_dropout"}
 

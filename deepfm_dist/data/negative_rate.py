@@ -76,7 +76,7 @@ class NegativeRate:
 
         Args:
             histories: rows of each user's positives.
-            others: rows of what else they have met, which the log would not draw either.
+            others: rows of other items they have interacted with, which are not drawn either.
         """
         trained = histories.values <= self.n_items  # cold items are neither trained on nor drawn
         owners = np.repeat(np.arange(len(histories)), histories.lengths)[trained]

@@ -118,9 +118,8 @@ class FileFormat(Section):
     @model_validator(mode="after")
     def _encoding_exists(self) -> Self:
         try:
-            text = "a\n".encode(
-                self.encoding or "utf-8"
-            )  # rot13 and similar codecs do not return bytes
+            # rot13 and similar codecs do not return bytes
+            text = "a\n".encode(self.encoding or "utf-8")
             codecs.getincrementaldecoder(self.encoding or "utf-8")().decode(text)
         except (LookupError, AttributeError, TypeError, UnicodeError):
             raise ValueError(f"encoding: unknown text encoding {self.encoding!r}") from None

@@ -606,9 +606,8 @@ def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
     """Deletes a run's other checkpoints, incomplete ones included."""
     for step, path in _folders(run_dir).items():
         if step not in steps:
-            (path / MARKER).unlink(
-                missing_ok=True
-            )  # first, so that an interrupted removal leaves no valid checkpoint
+            # First, so that an interrupted removal leaves no valid checkpoint.
+            (path / MARKER).unlink(missing_ok=True)
             delete_tree(path)
 
 

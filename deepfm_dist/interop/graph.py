@@ -148,7 +148,7 @@ class ScoringGraph(nn.Module):
 
     @property
     def tables_bytes(self) -> int:
-        """Of the tables as they are stored."""
+        """Bytes of the tables as stored."""
         return sum(buffer.nbytes for buffer in self.tables.buffers())
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def _unused(name: str, others: Sequence[str]) -> str:
 
 
 def random_context(manifest: Manifest, n: int, rng: np.random.Generator) -> dict[str, Values]:
-    """Values of the context fields of ``n`` rows, of every row of their tables alike."""
+    """Random values of the context fields of ``n`` rows; every table row is equally likely."""
     context: dict[str, Values] = {}
     for field in (f for f in manifest.features if f.entity == "context"):
         if not field.in_table:

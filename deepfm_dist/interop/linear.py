@@ -144,7 +144,7 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
     trained, spread = users.ndcg_by_user(users.trained), _spread(users.trained)
 
     def with_likely_weight(linear: Linear, scores: Tensor) -> tuple[Linear, Float64Array]:
-        """The settings with the weight that the figures speak for, and the users' figures."""
+        """The settings with the weight that the figures support, and the users' figures."""
         unit = spread / max(_spread(scores), 1e-9)
         weights = [float(f"{share * unit:.2g}") for share in SHARES]
         figures = {w: users.ndcg_by_user(users.trained + w * scores) for w in weights}
@@ -196,7 +196,7 @@ def _spread(scores: Tensor) -> float:
 
 
 def _likely(figures: Mapping[float, Float64Array], without: Float64Array | None = None) -> float:
-    """The setting that the figures speak for, which of few users is not the one that is best.
+    """The setting that the figures support: with few users, not simply the best one.
 
     The best of many settings is better by chance, too. From the best one up, towards EASE alone and
     a strong L2, which are safer for few users, each setting counts by how well its difference from

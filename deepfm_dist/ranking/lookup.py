@@ -210,7 +210,7 @@ class ItemStore:
             yield begin, self._block(begin)
 
     def end_of_block(self, begin: int) -> int:
-        """Position behind the last item of the block of `all_blocks` that begins there."""
+        """Position after the last item of the block of `all_blocks` that begins there."""
         return min(begin + self._per_block, len(self._rows))
 
     def sides(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Side]]:

@@ -219,8 +219,8 @@ def _rows_that_stay(
     again &= items[order[1:]] != OUT_OF_VOCABULARY
     if missing and again.any() and names & {"rating", "label"}:
         log.warning(
-            "%s: it has no column %r, whose words say which of several rows is the strongest: of "
-            "%s with the user and the item of another row, it is decided without them",
+            "%s: it has no column %r, whose words say which of several rows of a user and an item "
+            "is the strongest; chosen without it: %s",
             path,
             missing[0],
             plural(int(again.sum()), "row"),

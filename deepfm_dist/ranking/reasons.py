@@ -40,7 +40,7 @@ COLUMN = pa.struct(
         ("remainder", pa.float32()),
     ]
 )
-"""Of explanations in a file."""
+"""Type of an explanation in a file."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Parts:
     vectors: Tensor
 
     def select(self, flags: Tensor) -> "_Parts":
-        """The values that are flagged."""
+        """The flagged values."""
         return _Parts(self.owner[flags], self.field[flags], self.row[flags], self.vectors[flags])
 
     @staticmethod

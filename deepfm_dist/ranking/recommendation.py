@@ -212,7 +212,7 @@ def _selected_users(
 def _masked(
     dataset: PreparedDataset, config: RecommendConfig, rows: Int32Array
 ) -> list[tuple[Int32Array, Jagged]]:
-    """The items that users of the training data have met, as `_SelectedUsers.masked`."""
+    """The items that known users have interacted with, as `_SelectedUsers.masked`."""
     splits = masked_splits(dataset, config.mask)
     return [(rows, bags) for split in splits for bags in dataset.met(split)]
 

@@ -230,7 +230,7 @@ class _Reader:
         empty = np.flatnonzero(sets.sizes(len(catalogue)) == 0)
         if len(empty):
             log.warning(
-                "%s: no item of the catalogue is left for %s, such as request %s",
+                "%s: lists and filters leave no item for %s, such as request %s",
                 self._path,
                 plural(len(empty), "request"),
                 requests.ids[int(empty[0])],

@@ -1,4 +1,4 @@
-"""Every user's best items of a set of the user's own, such as those that a filter keeps."""
+"""Every user's best items among a set of the user's own, such as the items that pass a filter."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -128,7 +128,7 @@ class SubsetRanker:
             group: the users.
             items: of the block.
             begin: position of the first.
-            end: behind the last.
+            end: after the last.
         """
         engine = self._ranker.engine
         if group.candidates is not None:
@@ -145,7 +145,7 @@ class SubsetRanker:
             engine.update(group.users, some, first, group.seen, group.best)
 
     def _sharing(self, numbers: Int32Array, side: Side, seen: Jagged, k: int) -> Iterator[_Group]:
-        """The users of a chunk whose set enough of them have; arguments as of `_picking`."""
+        """The users of a chunk who share a set with enough others; arguments as of `_picking`."""
         for members in _by_number(numbers):
             number = int(numbers[members[0]])
             if not self._is_shared(number, members):

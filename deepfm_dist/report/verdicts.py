@@ -87,8 +87,8 @@ def _steering_verdict(comparison: Comparison, k: int) -> Verdict:
         for name in ("coverage", "novelty")
     )
     text = (
-        f"NDCG@{k} {ours[f'ndcg@{k}']:.4f} to {theirs[f'ndcg@{k}']:.4f}, 95 % interval of what is "
-        f"given up {low:+.4f} to {high:+.4f}; {changes}"
+        f"NDCG@{k} {ours[f'ndcg@{k}']:.4f} to {theirs[f'ndcg@{k}']:.4f}, 95 % interval of the "
+        f"loss {low:+.4f} to {high:+.4f}; {changes}"
     )
     return Verdict("Steered rankings", text, "even")
 

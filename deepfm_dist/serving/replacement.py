@@ -1,4 +1,4 @@
-"""The model that a worker answers with, and what is known of those that may replace it."""
+"""The model that a worker answers with, and whether a newer one could be loaded."""
 
 import json
 import time

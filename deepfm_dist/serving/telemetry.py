@@ -1,4 +1,4 @@
-"""Requests as their operators see them: ids, figures for Prometheus, log lines."""
+"""Telemetry of requests: ids, metrics for Prometheus, log lines."""
 
 import json
 import logging

@@ -129,7 +129,7 @@ class Generation:
             raise error
 
     def retire(self) -> None:
-        """Ends it once its connections have ended."""
+        """Ends the generation once its connections are closed."""
         if self._lifeline is not None:
             self._lifelines.remove(self._lifeline)
             os.close(self._lifeline)
@@ -299,7 +299,7 @@ class Generations:
         return self._living[-1].process.is_alive()
 
     def replace(self, load: Callable[[], Recommender | None], n_workers: int | None = None) -> None:
-        """Loads a model; those of before answer until its workers do.
+        """Loads a model; earlier workers answer until its own do.
 
         Raises:
             Exception: what loading the model raised; nothing is replaced.
@@ -319,7 +319,7 @@ class Generations:
         self._living.append(generation)
 
     def wait(self, timeout_s: float) -> None:
-        """Waits, less if a process ends."""
+        """Waits until the time-out, or until a process ends."""
         connection.wait(
             [g.process.sentinel for g in self._living if g.process.is_alive()], timeout_s
         )

@@ -176,7 +176,7 @@ class LoopState:
         if self.best_step == 0:
             log.info(
                 "no checkpoint is clearly better on the validation rows than the fitted start: %s "
-                "%.4f there, %.4f at the last step, %s; the start, step 0, is used",
+                "%.4f at the start, %.4f at the last step, %s; step 0 is used",
                 self.monitor,
                 self.best,
                 figures[self.monitor],

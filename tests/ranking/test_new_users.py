@@ -106,7 +106,7 @@ def test_the_strongest_row_of_a_new_user_is_that_of_the_logs_words(
     read_new_users(dataset, tmp_path / "new.csv")
     again = int(known.duplicated(["who", "what"]).sum())
     assert "it has no column 'act', whose words say" in caplog.text
-    assert f"of {again} rows with the user and the item of another row" in caplog.text
+    assert f"is the strongest; chosen without it: {again} rows" in caplog.text
     frame.assign(act="steal").to_csv(tmp_path / "new.csv", index=False)
     with pytest.raises(DataError, match=r"act 'steal' is not a word of .* view, buy; fix the row$"):
         read_new_users(dataset, tmp_path / "new.csv")

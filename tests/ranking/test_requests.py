@@ -217,7 +217,7 @@ def test_every_request_gets_the_best_of_its_items(
     assert "allow: 1 item not in the training data (such as '77'" in log_text
     n_empty = requests["allow"].map(lambda ids: ids is not None and list(ids) == ["77"])
     assert (n_empty & ~strangers).sum() > 0
-    assert "no item of the catalogue is left for" in log_text
+    assert "lists and filters leave no item for" in log_text
     assert table.startswith("request 0") or "request " in table
 
 

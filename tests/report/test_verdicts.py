@@ -136,7 +136,7 @@ def test_what_steering_gives_up_is_told_with_what_it_gains() -> None:
     differences = {"model, steered": {"ndcg@10": (0.01, 0.03)}}
     compared = Comparison(figures, {name: {} for name in figures}, differences, NO_INSIGHT)
     assert str(_steering_verdict(compared, 10)) == (
-        "Steered rankings: NDCG@10 0.3000 to 0.2800, 95 % interval of what is given up +0.0100 to "
+        "Steered rankings: NDCG@10 0.3000 to 0.2800, 95 % interval of the loss +0.0100 to "
         "+0.0300; coverage 0.250 to 0.500, novelty 5.500 to 6.250"
     )
 

@@ -48,7 +48,8 @@ from deepfm_dist.log import progress
 from deepfm_dist.messages import plural
 
 log = logging.getLogger(__name__)
-_MOST_FILES = 1000  # that are looked through for a column which one of them lacks
+_MOST_FILES = 1000
+"""Files that are searched for a column which one of them lacks."""
 _IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
 
 

@@ -229,7 +229,7 @@ def length_of_vectors(
 
 
 _NO_VALUES = r"^\s*(\[(\s|,|\"|null)*\]|\|[\s|]*)\s*$"
-"""Of text that is a list without values: ``[]``, ``[null]``, ``|``."""
+"""Matches text that is a list without values: ``[]``, ``[null]``, ``|``."""
 
 
 def find_empty_list(path: str | Path, column: str) -> int | None:

@@ -95,7 +95,8 @@ def _load(source: Source) -> Any:
         if head != _MAGIC:
             raise DataError(f"{source.path}: not an npy file; write it with numpy.save")
         if "://" in source.path or source.packing:
-            return np.load(io.BytesIO(source.stream().read()), allow_pickle=False)
+            with source.stream() as file:
+                return np.load(io.BytesIO(file.read()), allow_pickle=False)
         return np.load(source.path, mmap_mode="r", allow_pickle=False)
     except DataError:
         raise
