@@ -109,6 +109,8 @@ class ItemFilters:
         return self._items_by_value[feature.name]
 
     def _unknown_field(self, name: str) -> str:
+        if any(f.name == name and f.names_entity for f in self._dataset.manifest.categorical):
+            return f"{name!r} is an id, which no filter is for; use allow or block"
         if (near := nearest(name, self._fields)) is not None:
             return f"unknown item field {name!r}; did you mean {near}?"
         known: Sequence[str] = [*self._fields]

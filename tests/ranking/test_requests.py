@@ -259,6 +259,7 @@ def test_the_number_of_ranks_does_not_change_a_byte(
         ("who,where\n1,\n2,genre=W\n", r"row 2: .* have no genre='W'"),
         ("who,where\n1,genre\n", r"row 1: .* 'genre' is not a condition; write field=value"),
         ("who,where\n1,hour=3\n", r"unknown item field 'hour'; available: genre, brand"),
+        ("who,where\n1,item=3\n", r"row 1: .*'item' is an id, .* use allow or block"),
         ("who,k\n1,2\n2,1.5\n", r"row 2: k 1\.5 is not a whole number above 0"),
         ("who,k\n1,0\n", r"row 1: k 0 is not a whole number above 0"),
         ("request,who\na,1\na,2\n", r"the column request repeats 1 value, such as 'a'; number"),
