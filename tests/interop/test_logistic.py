@@ -101,6 +101,17 @@ def test_the_spread_of_each_fields_weights_is_found() -> None:
     assert weights[100] == pytest.approx(0.5, abs=0.05)
 
 
+def test_the_spread_is_found_from_few_rows_too() -> None:
+    start = np.full(102, 10.0)
+    start[-1] = 1e-6
+    shares = []
+    for seed in range(6):  # 20 rows for each weight: how much they determine it counts
+        inputs, labels, truth = _drawn(800, seed, 0.8)
+        _, precisions = _newton(inputs, labels, np.ones(800), np.zeros(102), start, inputs.groups)
+        shares.append(precisions[0] ** -0.5 / truth.std())
+    assert np.mean(shares) == pytest.approx(1, abs=0.2)
+
+
 def test_labels_that_are_all_the_same_give_a_bias_alone() -> None:
     inputs, labels, _ = _drawn(100, 4, 1.0)
     weights, _ = fit(inputs, np.zeros_like(labels), np.ones(100))

@@ -172,6 +172,18 @@ def test_limits_are_for_item_fields(shop: tuple[Shop, PreparedDataset]) -> None:
             RecommendConfig.model_validate(settings)
 
 
+def test_an_unknown_value_is_not_limited(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    brands = pd.Series(shop.brands | {7: "rare", 8: None}, name="brand").rename_axis("what")
+    brands.to_csv(tmp_path / "brands.csv")
+    features = [f | {"min_count": 10} if f["name"] == "brand" else f for f in shop.data["features"]]
+    dataset = made_of(tmp_path, shop.data | {"features": features})
+    catalogue = Catalogue(dataset)
+    limits = Limits.from_settings(dataset, catalogue, {"brand": 1})
+    is_limited = [int(i) not in (7, 8) for i in catalogue.ids.to_pylist()]
+    assert limits.values.lengths.tolist() == is_limited
+
+
 def _compared(folder: Path, steering: RecommendConfig) -> Comparison | None:
     dataset = PreparedDataset(folder)
     with process_group("cpu", threads=1) as world:
