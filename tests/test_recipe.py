@@ -226,7 +226,9 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
         found = evaluate(load_config(SAMPLE, [*settings, f"evaluate.{name}"]))
         assert found is not None and found.comparison is not None
         figures[name] = {k: v["ndcg@10"] for k, v in found.comparison.figures.items()}
-        assert found.report is not None and "model.linear</th>" in found.report.read_text()
+        assert found.report is not None
+        page = found.report.read_text()
+        assert "model.linear</th>" in page and "was trained with loss=softmax" in page
     assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
     for ranking in ("model", "popularity"):
         assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]

@@ -19,7 +19,7 @@ from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator,
 from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
-from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights
+from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights, ranking_loss
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
 
 
@@ -216,7 +216,7 @@ def _report(
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
         split=split,
-        loss=trained.config.trainer.loss,
+        loss=ranking_loss(trained.settings) or "bce",
         rows=rows,
         unknown=unknown,
         calibration=measured.calibration,

@@ -322,6 +322,7 @@ def test_a_person_picks_a_user_and_a_film(url: str, browser: Any, client: Any) -
     assert tab.locator("#best .tags").all_inner_texts() == [", ".join(i["tags"]) for i in best]
     reasons = tab.locator("#best .reasons").all_inner_texts()
     assert len(reasons) == 10 and all(text.startswith("because of ") for text in reasons)
+    assert any("the item itself +" in text for text in reasons)
     assert tab.locator("#best .score").all_inner_texts() == [f"{i['score']:.3f}" for i in best]
     tab.click("#best li:nth-child(3) .link")
     tab.wait_for_selector("#similar li")
