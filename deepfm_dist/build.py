@@ -377,9 +377,7 @@ def shard_for_inference(
     partial sums would be added in another order at every world size. Look-ups of single rows are
     exact under any plan.
     """
-    torch.set_float32_matmul_precision(
-        "highest"
-    )  # an earlier run in this process may have changed it
+    torch.set_float32_matmul_precision("highest")  # an earlier run here may have changed it
     task = build_model(config.model, manifest, world, config.run.seed)
     several = {f.table_name for f in manifest.categorical if f.multi_valued}
     sharding = ShardingConfig(

@@ -284,7 +284,7 @@ def make_app(
     """The application.
 
     Args:
-        model: what answers.
+        model: the model in use.
         hosts: names that requests may come for; others are refused, so that no web page can reach
             a service on this machine by a name of its own.
         logs_requests: whether each request is logged.
@@ -304,7 +304,7 @@ def make_app(
     _add_status_routes(app, model, registry)
     _add_recommender_routes(app, model)
     _add_post_routes(app, model)
-    # Around FastAPI's own handler of what nothing else has handled: its answers have ids, too.
+    # Around FastAPI's own handler of unhandled errors, so that its answers have ids, too.
     return _AnswersHead(Telemetry(app, model, registry, logs_requests))
 
 
@@ -500,7 +500,7 @@ async def _refuse_repeated_keys(request: Request) -> None:
                 raise HTTPException(422, f"{short(key, 50)} is given {count} times; give it once")
         return dict(pairs)
 
-    with suppress(ValueError, RecursionError):  # what is no JSON is answered where it is read
+    with suppress(ValueError, RecursionError):  # invalid JSON is answered where it is read
         json.loads(await request.body(), object_pairs_hook=once)
 
 
