@@ -173,6 +173,9 @@ def _describe(problem: Problem, section: type[Section]) -> str:
         return f"unknown field; {_what_is_meant(loc, value, section)}"
     if problem["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
         return f"input should be a list: [{value}]"
+    key, colon, text = str(loc[-1] if loc else "").partition(":")
+    if colon and text and value is None:  # of a dictionary
+        return _needs_space(key, text)
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
@@ -182,12 +185,17 @@ def _describe(problem: Problem, section: type[Section]) -> str:
     return f"{message} (got {short(value, 200)})"
 
 
+def _needs_space(key: str, text: str) -> str:
+    """What YAML's ``{a:1}``, whose key is ``a:1``, should have been."""
+    return f"YAML needs a space after the colon: write {key}: {text}"
+
+
 def _what_is_meant(loc: tuple[str | int, ...], value: Any, section: type[Section]) -> str:
     """A hint for an unknown field: YAML's ``{a:1}``, a misspelling, a field of another section."""
     name, fields = str(loc[-1]), _fields_at(loc[:-1], section)
     key, colon, text = name.partition(":")
     if colon and value is None and key in fields:
-        return f"YAML needs a space after the colon: write {key}: {text}"
+        return _needs_space(key, text)
     if near := nearest(name, fields):
         return f"did you mean {'.'.join([*map(str, loc[:-1]), near])}?"
     elsewhere = [

@@ -506,3 +506,8 @@ def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config("sample", overrides)
         assert str(caught.value).startswith(f"{cause}: ")
+
+
+def test_a_pair_without_a_space_is_told_to_have_one() -> None:
+    with pytest.raises(ConfigError, match=r"space after the colon: write genre: 5$"):
+        load_config("sample", ["recommend.at_most={genre:5}"])
