@@ -319,7 +319,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         id_, run_name = error.args
         text = (
             f"{id_!r} is not in the training data of run {run_name}; /users and "
-            f"/items?q=TITLE list what is"
+            f"/items?q=TITLE list known ids"
         )
         return JSONResponse({"detail": text}, 404)
 
