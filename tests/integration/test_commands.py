@@ -287,6 +287,8 @@ def write_shop(home: Path) -> None:
     orders["device"] = rng.choice(["phone", "desk"], 800)
     orders.to_csv(home / "shop/orders.csv", index=False)
     (home / "rows.csv").write_text("customer,article,device\n7,a1,phone\nnobody,a2,desk\n")
+    requests = pd.DataFrame({"customer": [7, 8], "where": ["brand=b1", None], "k": [3, None]})
+    requests.to_parquet(home / "requests.parquet")
 
 
 def run(command: list[str], cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -350,7 +350,10 @@ def test_a_program_in_cpp_scores_as_predict_does(
     (tmp_path / "score.cpp").write_text(program)
     [build] = re.findall(r"(torch=\$\(python.*?-lc10)\n", DOCS.read_text(), re.DOTALL)
     build = build.replace("g++", compiler)
-    subprocess.run(["bash", "-ec", build], cwd=tmp_path, check=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the page's python is
+    subprocess.run(
+        ["bash", "-ec", build], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True
+    )
     done = subprocess.run([tmp_path / "score"], capture_output=True, text=True, check=True)
     actual = [float(line) for line in done.stdout.splitlines()]
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)

@@ -68,7 +68,7 @@ def make_home(tmp_path: Path) -> Callable[[str], Path]:
                 "features": [{"name": "user", "entity": "user"}, {"name": "ad"}],
                 "split": {"method": "temporal", "valid": 0.1, "test": 0.1},
             },
-            "model": {"embedding_dim": 4, "deep": False, "fm": False},
+            "model": {"embedding_dim": 4, "deep": False, "fm": False, "linear": "none"},
             "optimizer": {"tables": {"name": "adam", "lr": 0.1, "l2": 0}},
             "trainer": {"epochs": 4, "batch_size": 64},
             "checkpoint": {"every_steps": 3},
