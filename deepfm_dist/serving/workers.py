@@ -26,8 +26,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkProcess
@@ -54,6 +54,8 @@ DRAIN_S = REQUEST_S + 5
 """Seconds that a worker has to answer what it is asked after it is asked to end."""
 RESTART_S = 1.0
 """Seconds from the start of a worker until another may replace it."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a process of the service."""
 FORK = multiprocessing.get_context("fork")
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,7 @@ class Generation:
         self._lifelines.clear()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             recommender = self._load()
         except Exception as error:
@@ -173,7 +176,8 @@ class Generation:
                 workers[index] = FORK.Process(
                     target=self._work, args=(recommender, index, lifeline, begins, ready)
                 )
-                workers[index].start()
+                with _signals_blocked():
+                    workers[index].start()
             over = connection.wait([lifeline, ready, *(w.sentinel for w in workers.values())])
             if lifeline in over:
                 self._options.listening.close()
@@ -204,6 +208,7 @@ class Generation:
     def _work(
         self, recommender: Recommender | None, index: int, lifeline: int, begins: int, ready: int
     ) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(ready)
         torch.set_num_threads(self._options.threads)
         share_figures(self._options.folder, f"{self.number}-{index}")
@@ -306,13 +311,18 @@ class Generations:
         """
         self._reap()
         number = next(n for n in range(1000) if n not in {g.number for g in self._living})
-        generation = Generation(number, load, n_workers or self._options.n_workers, self._options)
+        generation = None
         try:
+            with _signals_blocked():
+                generation = Generation(
+                    number, load, n_workers or self._options.n_workers, self._options
+                )
             generation.wait_until_ready()
         except BaseException:
-            generation.process.terminate()
-            generation.process.join()
-            generation.retire()
+            if generation is not None:
+                generation.process.terminate()
+                generation.process.join()
+                generation.retire()
             raise
         for earlier in self._living:
             earlier.retire()
@@ -332,6 +342,20 @@ class Generations:
         """
         last = self._living[-1:]
         self._living = [g for g in self._living if g in last or g.process.exitcode != 0]
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Around a fork: the new process gets signals once it has unblocked them.
+
+    Otherwise one that arrives during Python's callbacks after a fork is lost: its handler raises
+    `SystemExit` there, which Python prints and ignores.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

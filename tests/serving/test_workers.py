@@ -18,7 +18,9 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
+from deepfm_dist.errors import EnvironmentProblem  # noqa: E402
 from deepfm_dist.serving import following, workers  # noqa: E402
+from tests.ranks import run_alone  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
@@ -203,6 +205,29 @@ def _record_error(listening: socket.socket, folder: Path) -> None:
     except ValueError as error:
         report = [type(error).__name__, str(error), "".join(error.__notes__)]
         (folder / "error.json").write_text(json.dumps(report))
+
+
+def test_a_signal_right_after_a_fork_is_not_lost(tmp_path: Path) -> None:
+    assert run_alone(_end_while_forking, tmp_path) == "ended with exit code -15"
+
+
+def _end_while_forking(folder: Path) -> str:
+    parent = os.getpid()
+
+    def end_child() -> None:
+        if os.getppid() == parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    os.register_at_fork(after_in_child=end_child)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = workers.WorkerOptions(listening, ("*",), folder)
+        with workers.Generations(options) as generations:
+            try:
+                generations.replace(lambda: None)
+            except EnvironmentProblem as error:
+                return str(error).partition("model ")[2]
+    return "started"
 
 
 def test_a_long_body_s_sender_gets_the_response(service: Service) -> None:
