@@ -59,7 +59,8 @@ class Service:
             self.address = listening.getsockname()
             self.process = FORK.Process(target=_serve, args=(listening, folder))
             self.process.start()
-        self.until(lambda: self.get("/readyz").status_code == 200)
+        # The process that answers while the model is loaded may take a request a moment longer.
+        self.until(lambda: all(self.get("/readyz").status_code == 200 for _ in range(20)))
 
     def point_to(self, name: str) -> None:
         (self.folder / "new").write_text(name)
