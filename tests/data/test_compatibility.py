@@ -217,14 +217,14 @@ def test_what_made_a_dataset_another_one_is_named(tmp_path: Path) -> None:
             "seed": new.seed + 1,
         }
     )
-    told = changes_between(other, new)
+    message = changes_between(other, new)
     kept = ",".join(f.name for f in new.data.features)
     without = ",".join(f.name for f in fields)
-    assert told.startswith(
+    assert message.startswith(
         f"its input files or settings have changed (data.features={kept}, not {without}; "
     )
     n_files = len(new.inputs.keys() | other.inputs.keys())
-    assert told.endswith(
+    assert message.endswith(
         f"data.split.valid={new.data.split.valid}, not 0.3; data.files=None, not "
         f"{{'rows.csv': {{'delimiter': ';'}}}} and {n_files + 1} more)"  # and the seed
     )
@@ -244,9 +244,9 @@ def test_an_upgrade_that_prepares_differently_is_no_change_of_settings(
     file.write_text(json.dumps(earlier))
     save_marker(config, manifest.model_copy(update={"data_hash": "0"}))
     assert prepare_command.main(["--config", str(config.run_dir)]) == 2
-    told = capsys.readouterr().err
-    assert "was prepared with deepfm-dist 0.0.1, and with deepfm-dist " in told
-    assert f"give another dataset, and {config.run_dir} would lose the dataset" in told
+    message = capsys.readouterr().err
+    assert "was prepared with deepfm-dist 0.0.1, and with deepfm-dist " in message
+    assert f"give another dataset, and {config.run_dir} would lose the dataset" in message
 
 
 def test_new_settings_at_their_defaults_leave_datasets_current(tmp_path: Path) -> None:

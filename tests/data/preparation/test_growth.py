@@ -135,7 +135,7 @@ def test_rows_of_forgotten_ids_go_to_new_ones(
     fourth = day(
         "fourth", "2026-02-02", "a", "AX", vocabulary_from=str(third.folder), forget_after=None
     )
-    for dataset in (third, fourth):  # the record goes on without the setting
+    for dataset in (third, fourth):  # the record continues without the setting
         for earlier in (first, second):
             rows = dataset.reused_rows(earlier.manifest.vocabulary_hash)
             known = {t: r[r < second.manifest.entities[t]].tolist() for t, r in rows.items()}
