@@ -22,7 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, metavar="NAME", help="name of the new run")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="NAME",
+        help="name of the new run, or its folder if it is to be elsewhere: ./NAME, /FOLDER/NAME",
+    )
     parser.add_argument(
         "--of",
         metavar="A,B,C",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from deepfm_dist.errors import InUse
-from deepfm_dist.storage import is_of_storage, is_remote, write_errors_to_user
+from deepfm_dist.storage import ANOTHER_ROOT, is_of_storage, is_remote, write_errors_to_user
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class Lock:
         target: the folder or file; its parent folder is made if missing.
         what: the target in words, for messages.
         cure: what else to do than wait, for messages.
+        elsewhere: what to do if the lock file cannot be written, for messages.
     """
 
-    def __init__(self, target: Path, what: str, cure: str) -> None:
+    def __init__(self, target: Path, what: str, cure: str, elsewhere: str = ANOTHER_ROOT) -> None:
         self.path = target.with_name(f".{target.name}.lock")
-        self._what, self._cure = what, cure
+        self._what, self._cure, self._elsewhere = what, cure, elsewhere
         self._descriptor: int | None = None
         self._token = uuid.uuid4().hex
         self._released: threading.Event | None = None
@@ -78,7 +79,7 @@ class Lock:
         """
         begun, said = time.monotonic(), False
         while True:
-            with write_errors_to_user(self.path.parent):
+            with write_errors_to_user(self.path.parent, self._elsewhere):
                 holder = self._try()
             if holder is None:
                 return

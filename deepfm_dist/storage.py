@@ -270,9 +270,19 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
         ) from None
 
 
+ANOTHER_ROOT = "set run.runs_root to a writable folder with enough space"
+"""What to do if a run's folder cannot be written."""
+ANOTHER_OUTPUT = "give --output or --output-parts a writable place with enough space"
+"""The same of a result."""
+
+
 @contextmanager
-def write_errors_to_user(folder: Path) -> Iterator[None]:
-    """Around what writes to a run's folder.
+def write_errors_to_user(folder: Path, cure: str = ANOTHER_ROOT) -> Iterator[None]:
+    """Around what writes to a folder.
+
+    Args:
+        folder: of a run, or the place of a result.
+        cure: what to do if it cannot be written, for the message.
 
     Raises:
         DeepFMError: it cannot be written: it is somebody else's, the disk is full, or a URL leads
@@ -291,10 +301,7 @@ def write_errors_to_user(folder: Path) -> Iterator[None]:
         named = str(error.filename or folder)
         if Path(named).name.startswith(f".{folder.name}.part-"):  # see `work_folder`
             named = str(folder)
-        raise DeepFMError(
-            f"{named}: cannot be written: {reason}; set run.runs_root, or "
-            f"--output, to a writable folder with enough space"
-        ) from None
+        raise DeepFMError(f"{named}: cannot be written: {reason}; {cure}") from None
 
 
 def _is_of_this_disk(error: Exception) -> bool:

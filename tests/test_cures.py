@@ -1547,7 +1547,9 @@ READ_ONLY = {
     "recommend": ("--output", "--output OUT/best.parquet"),
     "similar": ("--output", "--output OUT/alike.parquet"),
     "predict": ("--output", "--output OUT/scores.parquet"),
+    "recommend --output-parts parts": ("--output-parts", "--output-parts OUT/parts"),
     "export": ("give another --output", "--output OUT/exported"),
+    "combine --of flat --to both": ("--to /FOLDER/NAME", "--to OUT/combined/both"),
     "prepare data.name=new": ("set run.prepared_root", "run.prepared_root=OUT"),
     "train run.name=new data.name=cures": ("set run.runs_root", "run.runs_root=OUT"),
     f"tune trainer.monitor=auc tune.trials=1 '{SPACE}'": (
@@ -1777,6 +1779,9 @@ def test_folders_that_cannot_be_written_have_cures(
 ) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     shutil.copytree(trained, home)
+    _write(home, Mistake("train", ""))
+    assert _typed(home, "train run.name=flat model.deep=false data.name=cures") == 0
+    capfd.readouterr()
     out.mkdir()
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.chdir(home)

@@ -65,7 +65,8 @@ def local_copy(folder: Path, cache: str | Path) -> Path:
         return copy
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(copy, str(copy), "set another run.cache_root").waiting(math.inf):
+        other = "set another run.cache_root"
+        with Lock(copy, str(copy), other, other).waiting(math.inf):
             if not _is_current(copy, content):  # by another process, meanwhile
                 _download(folder, manifest, content, copy)
     except OSError as error:

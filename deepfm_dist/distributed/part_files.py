@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.storage import (
+    ANOTHER_OUTPUT,
     atomic_write,
     delete_tree,
     is_remote,
@@ -75,7 +76,7 @@ class PartFolder:
         return self.folder / f"part-{part:06d}.parquet"
 
     def _open(self, inputs: str, reusable: bool) -> tuple[frozenset[int], Mapping[str, Any] | None]:
-        with write_errors_to_user(self.folder):
+        with write_errors_to_user(self.folder, ANOTHER_OUTPUT):
             names = self._names()
             if reusable and _INPUTS in names and (self.folder / _INPUTS).read_text() == inputs:
                 present = frozenset(int(m[1]) for m in map(_PART.fullmatch, names) if m)
@@ -147,7 +148,7 @@ class PartFolder:
             DeepFMError: it cannot be written: the disk is full, for example.
         """
         path = self.path(part)
-        with write_errors_to_user(path):
+        with write_errors_to_user(path, ANOTHER_OUTPUT):
             if is_remote(path):
                 with atomic_write(path) as aside:
                     _write_parquet(aside, schema, tables)
@@ -181,7 +182,10 @@ class PartFolder:
 
         def mark() -> None:
             self.check_complete(n_parts)
-            with write_errors_to_user(self.folder), atomic_write(self.folder / SUCCESS) as file:
+            with (
+                write_errors_to_user(self.folder, ANOTHER_OUTPUT),
+                atomic_write(self.folder / SUCCESS) as file,
+            ):
                 file.write_text(json.dumps({"parts": n_parts, **summary}) + "\n")
 
         self._world.barrier()

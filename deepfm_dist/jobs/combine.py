@@ -15,6 +15,8 @@ from deepfm_dist.jobs.widen import add_model, empty_model, put_ease, shard_to_wi
 from deepfm_dist.runs.folder import run_lock
 from deepfm_dist.runs.trained import RunOnDisk, find_run
 
+_ELSEWHERE = "name a folder that can be written: --to /FOLDER/NAME"
+
 
 @dataclass(frozen=True)
 class EaseColumns:
@@ -67,7 +69,7 @@ def combine(
     Args:
         config: the settings.
         run_names: of the runs to combine.
-        new_name: of the run to make.
+        new_name: of the run to make; or its folder, as ``./NAME``, ``/FOLDER/NAME`` or a URL.
         ease: EASE's part, or None.
         overrides: of the command line.
 
@@ -83,12 +85,13 @@ def combine(
     dataset, like = sources[0].run.dataset, sources[0].config
     width = sum(source.config.model.embedding_dim for source in sources)
     width += 0 if ease is None else ease.columns
-    target = like.with_run_name_on_same_data(new_name).with_columns(width)
+    target = like.with_run_name_on_same_data(like.run.name).with_columns(width)
     # What follows a training loop would replace the weights that are put together here.
-    target = with_settings(target, {"model.linear": "none", "trainer.refit_best": False})
+    loop = {"model.linear": "none", "trainer.refit_best": False}
+    target = with_settings(target, loop | _place(new_name), f"--to {new_name}")
     with (
         process_group(*config.run.process_group) as world,
-        world.hold_on_rank0(run_lock(target)),
+        world.hold_on_rank0(run_lock(target, "choose another --to", _ELSEWHERE)),
     ):
         if checkpoint.complete_steps(target.run_dir):
             raise CheckpointError(f"{target.run_dir}: has checkpoints already; choose another --to")
@@ -106,6 +109,14 @@ def combine(
         step = max(source.run.state["step"] for source in sources)
         path = save_new_run(target, dataset.manifest, world, sharded, optimizer, step)
         return Combined(target, path) if world.is_first else None
+
+
+def _place(new_run: str) -> dict[str, str]:
+    """The settings that ``--to`` stands for: a name, or a folder too."""
+    if not new_run.startswith(("/", "./", "../")) and "://" not in new_run:
+        return {"run.name": new_run}
+    root, _, name = new_run.rstrip("/").rpartition("/")
+    return {"run.name": name, "run.runs_root": root or "/"}
 
 
 def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> list[_Source]:

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
@@ -20,7 +23,11 @@ from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights, ranking_loss
+from deepfm_dist.section import AUTO
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
+
+_OF_EVALUATE = ("data", "checkpoint", "evaluate", "recommend", "sharding", "run")
+"""Sections that the command reads."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ def _report(
     verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, k=max(cutoffs))
     report = Report(
         folder=folder,
-        config_yaml=trained.config.to_yaml(),
+        config_yaml=_settings_shown(trained),
         chosen=choices_in(state),
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
@@ -239,6 +246,24 @@ def _report(
         metrics_log=metrics_log,
         report=page,
     )
+
+
+def _settings_shown(trained: LoadedModel) -> str:
+    """YAML of the run's settings, and of those that the command has in place of them."""
+    ours, text = trained.config.model_dump(mode="json"), ""
+    changed = {
+        section: different
+        for section in _OF_EVALUATE
+        if (different := _changes(trained.settings.get(section, {}), ours[section]))
+    }
+    if changed:
+        text = "\n# In place of these, this evaluation has:\n"
+        text += yaml.safe_dump(changed, sort_keys=False)
+    return yaml.safe_dump(dict(trained.settings), sort_keys=False) + text
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: now[name] for name in now if now[name] not in (before.get(name), AUTO)}
 
 
 def _baselines(config: Config) -> dict[str, Baseline]:

@@ -71,7 +71,7 @@ def prepare_locked(config: Config) -> Manifest:
 
 def _prepare(
     config: Config,
-    before_replacing: Callable[[Manifest, Manifest], Path | None],
+    before_replacing: encode.BeforeReplacing,
     threads: int | None = None,
     build: Callable[[Job, str], Manifest] | None = None,
     destination: Path | None = None,
@@ -105,7 +105,7 @@ def _earlier(config: Config) -> Path | None:
     return local_copy(folder_of(config.data.vocabulary_from), config.run.cache_root)
 
 
-def _before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:
+def _before_replacing(config: Config, old: Manifest | None, new: Manifest) -> Path | None:
     from deepfm_dist.runs.folder import before_replacing, run_lock  # torch: slow to import
 
     with run_lock(config):

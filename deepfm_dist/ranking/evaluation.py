@@ -42,7 +42,12 @@ from deepfm_dist.ranking.profiles import Example, Groups, Insight, examples, pro
 from deepfm_dist.ranking.ranker import FixedRanker, ModelRanker, Ranker, Users
 from deepfm_dist.ranking.reasons import Explainer
 from deepfm_dist.ranking.settings import RecommendConfig
-from deepfm_dist.ranking.steering import is_steered, popularity_penalties, with_reranking
+from deepfm_dist.ranking.steering import (
+    RerankingRanker,
+    is_steered,
+    popularity_penalties,
+    with_reranking,
+)
 
 log = logging.getLogger(__name__)
 STEERED = "model, steered"
@@ -159,8 +164,28 @@ class RankingEvaluator:
 
     def measure(
         self, ranker: Ranker, cutoffs: Sequence[int], world: World
+    ) -> tuple[dict[str, float], dict[str, FloatArray], Int64Array] | None:
+        """Measures a ranking. All ranks.
+
+        Returns:
+            On rank 0 the figures, `user_metrics` and what was ranked, ``[U, K]`` item rows; None
+            elsewhere.
+        """
+        figures: dict[str, float] = {}
+        by_metric: dict[str, FloatArray] = {}
+        ranked = None
+        for some in _cutoffs_at_once(ranker, cutoffs):
+            measured = self._ranked(ranker, some, world)
+            if measured is not None:
+                metrics, ranked = measured
+                by_metric |= metrics
+                figures |= means(metrics) | coverage(ranked, some, len(self.catalogue))
+        return None if ranked is None else (figures, by_metric, ranked)
+
+    def _ranked(
+        self, ranker: Ranker, cutoffs: Sequence[int], world: World
     ) -> tuple[dict[str, FloatArray], Int64Array] | None:
-        """On rank 0 `user_metrics` and what was ranked, ``[U, K]`` item rows; None elsewhere."""
+        """`user_metrics` and the items of one ranking, on rank 0; None elsewhere. All ranks."""
         k = max(cutoffs)
         positions = gather_ranked(
             rank_users(ranker, len(self.users), self._seen, k, world), k, world
@@ -225,7 +250,7 @@ class RankingEvaluator:
             return {}
         return {
             name: value
-            for name, value in means(measured[0]).items()
+            for name, value in measured[0].items()
             if name.partition("@")[0] in RANKING_FIGURES
         }
 
@@ -299,8 +324,7 @@ def evaluate_ranking(
         ranker = make()
         measured = held_out.measure(ranker, cutoffs, world)
         if measured is not None:
-            by_metric, ranked = measured
-            figures[name] = means(by_metric) | coverage(ranked, cutoffs, len(held_out.catalogue))
+            figures[name], by_metric, ranked = measured
             samples[name] = resampled_means(by_metric)
             profiles[name] = profile(ranked, held_out.relevant, activity, popularity)
             if name == "model":
@@ -318,6 +342,18 @@ def evaluate_ranking(
         shown,
     )
     return Comparison(figures, _intervals(samples), _differences(samples), insight)
+
+
+def _cutoffs_at_once(ranker: Ranker, cutoffs: Sequence[int]) -> list[list[int]]:
+    """Cut-offs of one ranking each.
+
+    A larger K than a reranking starts from changes the items that it chooses from, so that the
+    ranking for it has another beginning.
+    """
+    first = ranker.first if isinstance(ranker, RerankingRanker) else max(cutoffs)
+    within = [k for k in cutoffs if k <= first]
+    beyond = [[k] for k in sorted(cutoffs) if k > first]
+    return [within, *beyond] if within else beyond
 
 
 def _rankers(

@@ -25,7 +25,7 @@ from deepfm_dist.distributed.part_files import PartFolder, write_options
 from deepfm_dist.distributed.world import World
 from deepfm_dist.messages import plural
 from deepfm_dist.ranking.chunks import Ranked, deal_chunks, users_per_chunk
-from deepfm_dist.storage import storage_errors_to_user, write_errors_to_user
+from deepfm_dist.storage import ANOTHER_OUTPUT, storage_errors_to_user, write_errors_to_user
 
 log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
@@ -276,7 +276,7 @@ class ResumableOutput:
 
         def merge() -> None:
             self.parts.check_complete(self._n_parts)
-            with write_errors_to_user(self.target):
+            with write_errors_to_user(self.target, ANOTHER_OUTPUT):
                 self._merge(csv_columns, rows)
 
         self._world.barrier()

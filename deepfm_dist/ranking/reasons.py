@@ -329,6 +329,7 @@ class ExplainingRanker:
         explainer: of the model.
         rows: ``[I]`` item rows by position.
         most: reasons of each pair.
+        wanted: ``[users]`` number of items of each; None: all that are ranked.
 
     Attributes:
         latest: explanations of the users ranked last, an item after the other.
@@ -341,9 +342,10 @@ class ExplainingRanker:
         explainer: Explainer,
         rows: Int32Array,
         most: int,
+        wanted: Int32Array | None = None,
     ) -> None:
         self._ranker, self._model_ranker, self._explainer = ranker, model_ranker, explainer
-        self._rows, self._most = rows, most
+        self._rows, self._most, self._wanted = rows, most, wanted
         self.latest: list[list[Explanation]] = []
 
     def __len__(self) -> int:
@@ -365,6 +367,9 @@ class ExplainingRanker:
         for first in range(0, height, USERS_AT_ONCE):
             some = slice(min(first, end - begin), min(first + USERS_AT_ONCE, end - begin))
             there = positions[some] >= 0
+            if self._wanted is not None:
+                wanted = self._wanted[begin + some.start : begin + some.stop]
+                there &= np.arange(k) < wanted[:, None]
             owners, ranks = np.nonzero(there)
             rows = self._rows[positions[some][owners, ranks]]
             items = Jagged.from_pairs(owners, rows, len(there))

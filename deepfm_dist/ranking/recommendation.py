@@ -326,7 +326,7 @@ def _final_ranker(
     if not config.explain:
         return final
     explainer = Explainer(ranker, dataset)
-    return ExplainingRanker(final, ranker, explainer, catalogue.rows, config.explain)
+    return ExplainingRanker(final, ranker, explainer, catalogue.rows, config.explain, wanted)
 
 
 def _write_matrix(

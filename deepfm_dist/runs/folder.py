@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
@@ -17,6 +17,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError
 from deepfm_dist.lock import Lock
 from deepfm_dist.storage import (
+    ANOTHER_ROOT,
     is_remote,
     move_tree,
     write_errors_to_user,
@@ -29,41 +30,52 @@ STUDY = "tune"
 _WITHOUT_RESULTS = ("checkpoints", "config.yaml", "metrics.jsonl", PLAN, "tensorboard", STUDY)
 
 
-def run_lock(config: Config) -> Lock:
-    """The lock of whoever writes checkpoints into the run's folder."""
-    return Lock(config.run_dir, str(config.run_dir), "choose another run.name")
+def run_lock(
+    config: Config, cure: str = "choose another run.name", elsewhere: str = ANOTHER_ROOT
+) -> Lock:
+    """The lock of whoever writes checkpoints into the run's folder; cures as of `Lock`."""
+    return Lock(config.run_dir, str(config.run_dir), cure, elsewhere)
 
 
-def before_replacing(config: Config, old: Manifest, new: Manifest) -> Path | None:
+def before_replacing(config: Config, old: Manifest | None, new: Manifest) -> Path | None:
     """Keeps runs from losing the dataset that they were trained on. Rank 0.
 
     Args:
         config: of the command that prepares.
-        old: the manifest of the dataset that is about to be replaced.
+        old: the manifest of the dataset that is about to be replaced; None: it cannot be read.
         new: the one that takes its place.
 
     Returns:
-        Where to move the old dataset, after the run that needs it; None: no run needs it.
+        Where to move the old dataset, if a run needs it; None: no run does.
 
     Raises:
         DataError: runs need it.
     """
-    runs = [] if old.hashes == new.hashes else _runs_on(config, old)
+    unchanged = old is not None and old.hashes == new.hashes
+    runs = [] if unchanged else _runs_on(config, old.hashes if old else {})
     own = runs == [config.run_dir]
     if own and config.checkpoint.resume == "never":
         return set_aside(config, with_dataset=True)
-    if runs:
-        names = ", ".join(map(str, runs[:3])) + ", ..." * (len(runs) > 3)
+    if runs and old is None:  # which no command of this version can use
+        aside = _numbered_name(config.prepared_dir, _free_number(config))
+        text = "%s: moved the earlier dataset, which %s was trained on, to %s"
+        log.warning(text, config.prepared_dir, _named(runs), aside)
+        return aside
+    if runs and old is not None:
         cure = (
             f"checkpoint.resume=never, which moves {config.run_dir} and its dataset aside"
             if own
             else "data.name=NAME, for a dataset of its own"
         )
         raise DataError(
-            f"{config.prepared_dir}: {changes_between(old, new)}, and {names} would lose the "
-            f"dataset of the checkpoints there; set another run.name, or {cure}"
+            f"{config.prepared_dir}: {changes_between(old, new)}, and {_named(runs)} would lose "
+            f"the dataset of the checkpoints there; set another run.name, or {cure}"
         )
     return None
+
+
+def _named(runs: Sequence[Path]) -> str:
+    return ", ".join(map(str, runs[:3])) + ", ..." * (len(runs) > 3)
 
 
 def set_aside(config: Config, with_dataset: bool = False) -> Path:
@@ -163,8 +175,8 @@ def has_results(config: Config) -> bool:
     return False
 
 
-def _runs_on(config: Config, manifest: Manifest) -> list[Path]:
-    """Runs whose latest checkpoint was trained on the dataset that ``prepared_dir`` holds.
+def _runs_on(config: Config, hashes: Mapping[str, str | None]) -> list[Path]:
+    """Runs whose latest checkpoint was trained on the dataset in ``prepared_dir`` of these hashes.
 
     Looked for are this run and, on a local disk, its neighbours.
     """
@@ -181,7 +193,7 @@ def _runs_on(config: Config, manifest: Manifest) -> list[Path]:
             if not steps:
                 continue
             state = checkpoint.read_state(checkpoint.checkpoint_path(folder, steps[-1]))
-            if all(state.get(name) in (hash_, None) for name, hash_ in manifest.hashes.items()):
+            if all(state.get(name) in (hash_, None) for name, hash_ in hashes.items()):
                 runs.append(folder)
     return runs
 

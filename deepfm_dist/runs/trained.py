@@ -160,7 +160,8 @@ def parts_output(given: str) -> Path:
 def output_lock(target: Path, in_parts: bool) -> Lock:
     """The lock of whoever writes a result."""
     option = "--output-parts" if in_parts else "--output"
-    return Lock(target, str(target), f"choose another {option}")
+    elsewhere = f"give {option} a writable place"
+    return Lock(target, str(target), f"choose another {option}", elsewhere)
 
 
 def open_trained(

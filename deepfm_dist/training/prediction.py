@@ -26,7 +26,12 @@ from deepfm_dist.distributed.part_files import PartFolder, write_options
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import DeepFMError
 from deepfm_dist.messages import plural
-from deepfm_dist.storage import remove_leftovers, work_folder, write_errors_to_user
+from deepfm_dist.storage import (
+    ANOTHER_OUTPUT,
+    remove_leftovers,
+    work_folder,
+    write_errors_to_user,
+)
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
 
 log = logging.getLogger(__name__)
@@ -300,7 +305,7 @@ class _Writer:
     def write(self, table: pa.Table) -> DeepFMError | None:
         """Appends scored rows; returns why it cannot."""
         try:
-            with write_errors_to_user(self._target):
+            with write_errors_to_user(self._target, ANOTHER_OUTPUT):
                 if self._writer is None:
                     options = write_options(table.schema)
                     self._writer = pq.ParquetWriter(self._aside, table.schema, **options)
@@ -312,13 +317,13 @@ class _Writer:
     def finish(self) -> None:
         """Puts the file in its place, where something was written."""
         if self._writer is not None:
-            with write_errors_to_user(self._target):
+            with write_errors_to_user(self._target, ANOTHER_OUTPUT):
                 self._writer.close()
                 os.replace(self._aside, self._target)
 
 
 def _check_writable(target: Path, aside: Path) -> None:
-    with write_errors_to_user(target):
+    with write_errors_to_user(target, ANOTHER_OUTPUT):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         aside.touch()

@@ -145,7 +145,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert len(lines) == 1, lines
     [line] = lines
     assert line.startswith("DeepFMError: ") and f"cannot be written: {said}" in line
-    assert line.endswith("; set run.runs_root, or --output, to a writable folder with enough space")
+    assert line.endswith("; give --output or --output-parts a writable place with enough space")
     assert {*home.rglob("*")} == before
 
 

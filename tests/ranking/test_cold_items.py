@@ -377,7 +377,7 @@ def _measured(folder: Path) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
             ranker = FixedRanker(lambda b, e, s=scores: s.repeat(e - b, 1), n)  # type: ignore[misc]
             measured = held_out.measure(ranker, (1, 2), world)
             assert measured is not None
-            actual[choice] = measured[0]
+            actual[choice] = measured[1]
     return actual
 
 

@@ -11,9 +11,11 @@ import torch
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.model.deepfm import OverArch
+from deepfm_dist.ranking.reasons import Explainer
 from deepfm_dist.ranking.recommendation import recommend
 from deepfm_dist.ranking.settings import RecommendConfig
 from tests.data.small_logs import made_of
@@ -168,3 +170,30 @@ def test_explained_requests_are_the_same_at_any_number_of_ranks(
         rest = explanation["base"] + explanation["other"] + explanation["remainder"]
         assert rest + sum(shares) == pytest.approx(score, abs=1e-4)
         assert "user" not in {reason["field"] for reason in explanation["reasons"]}
+
+
+def _explained_counts(folder: Path, wanted: RecommendConfig, out: Path) -> list[int]:
+    counts, explain = [], Explainer.explain
+
+    def counting(self: Explainer, batches: Any, items: Jagged, most: int) -> Any:
+        counts.extend(items.lengths.tolist())
+        return explain(self, batches, items, most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Explainer, "explain", counting)
+        _recommended(folder, CONFIG, wanted, out)
+    return counts
+
+
+def test_only_the_items_that_a_request_gets_are_explained(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    asked = [1, 9, 2, 3]
+    requests = pd.DataFrame({"who": ["3", "4", "5", "6"], "k": asked, "device": "desk", "hour": 7})
+    requests.to_csv(tmp_path / "r.csv", index=False)
+    wanted = RecommendConfig(requests=str(tmp_path / "r.csv"), explain=1)
+    counts = run_alone(_explained_counts, shop[1].folder, wanted, tmp_path / "out")
+    assert [n for n in counts if n] == asked
+    ranked = pd.read_parquet(tmp_path / "out/recommendations.parquet")
+    assert ranked.groupby("request").size().tolist() == asked
+    assert ranked["explanation"].notna().all()

@@ -1,5 +1,6 @@
 """Penalties, diversity and limits, against loops over all pairs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,16 @@ def test_an_unknown_value_is_not_limited(tmp_path: Path) -> None:
     assert limits.values.lengths.tolist() == is_limited
 
 
-def _compared(folder: Path, steering: RecommendConfig) -> Comparison | None:
+def _compared(
+    folder: Path, steering: RecommendConfig, cutoffs: Sequence[int] = (10,)
+) -> Comparison | None:
     dataset = PreparedDataset(folder)
     with process_group("cpu", threads=1) as world:
         model = deepfm_of(
             shard_for_training(load_config("sample"), dataset.manifest, world)[0].eval()
         )
         held_out = RankingEvaluator(dataset, "test", {})
-        return evaluate_ranking(model, world, held_out, (10,), {}, steering=steering)
+        return evaluate_ranking(model, world, held_out, cutoffs, {}, steering=steering)
 
 
 def test_evaluate_measures_what_steering_changes(sample: PreparedDataset) -> None:
@@ -205,3 +208,20 @@ def test_evaluate_measures_what_steering_changes(sample: PreparedDataset) -> Non
     assert steered.figures[STEERED]["novelty@10"] > steered.figures["model"]["novelty@10"] + 1
     [verdict] = ranking_verdicts(steered, 10)
     assert verdict.title == "Steered rankings" and "novelty" in verdict.text
+
+
+def test_figures_at_a_cutoff_are_those_of_recommendations_of_that_many(
+    sample: PreparedDataset,
+) -> None:
+    """Of 15 items that are ranked again; 40 recommendations are of 40."""
+    steering = RecommendConfig(k=5, diversity=0.6, rerank=15)
+    together = run_alone(_compared, sample.folder, steering, (40, 5, 10))
+    for k, rerank in ((5, 15), (10, 15), (40, 40)):
+        alone = RecommendConfig(k=k, diversity=0.6, rerank=rerank)
+        expected = run_alone(_compared, sample.folder, alone, (k,))
+        for name, value in expected.figures[STEERED].items():
+            assert together.figures[STEERED][name] == value, name
+        assert (
+            together.differences[STEERED][f"ndcg@{k}"] == expected.differences[STEERED][f"ndcg@{k}"]
+        )
+    assert together.figures["model"].keys() == together.figures[STEERED].keys()

@@ -39,6 +39,7 @@ from deepfm_dist.data.fields import column_of, table_names
 from deepfm_dist.data.layout import DatasetFiles, footer_sums
 from deepfm_dist.data.manifest import (
     FORMAT,
+    MANIFEST,
     SPLITS,
     Manifest,
     Profile,
@@ -76,6 +77,9 @@ from deepfm_dist.storage import remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
 _ELSEWHERE = "set data.name (or --output) to write elsewhere"
+BeforeReplacing = Callable[[Manifest | None, Manifest], Path | None]
+"""Called with the manifest of an earlier dataset, None if it cannot be read, and that of the one
+about to take its place; it may raise, or return where to keep the earlier one."""
 _MOST_PERIODS = 400
 """That the manifest counts rows in."""
 
@@ -86,7 +90,7 @@ def prepare(
     folder: Path,
     seed: int,
     threads: int | None = None,
-    before_replacing: Callable[[Manifest, Manifest], Path | None] = lambda old, new: None,
+    before_replacing: BeforeReplacing = lambda old, new: None,
     build: Callable[[Job, str], Manifest] | None = None,
     earlier: Path | None = None,
     destination: Path | None = None,
@@ -102,8 +106,7 @@ def prepare(
         folder: where the prepared dataset goes.
         seed: of splits, negatives and row order.
         threads: that share the work; default: one per core. Their number changes no result.
-        before_replacing: called with the manifests of an earlier dataset and of the one that is
-            about to take its place; it may raise, or return where to keep the earlier one.
+        before_replacing: see `BeforeReplacing`.
         build: makes the dataset of a fingerprint in the job's folder; default: threads do.
         earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
         destination: where to publish the dataset, such as behind a URL, unless it is there already;
@@ -130,7 +133,7 @@ def prepare(
         log.info("%s is up to date", place)
         return current
     started, make = time.perf_counter(), build or partial(_build_by_threads, threads)
-    with nullcontext() if destination is None else Lock(place, str(place), _ELSEWHERE):
+    with nullcontext() if destination is None else Lock(place, str(place), _ELSEWHERE, _ELSEWHERE):
         manifest = _up_to_date(folder, wanted) if destination else None  # its upload had failed
         if manifest is None:
             aside = work_folder(folder) / "dataset"
@@ -154,7 +157,7 @@ def _build_in_place(
     job: Job,
     folder: Path,
     make: Callable[[], Manifest],
-    before_replacing: Callable[[Manifest, Manifest], Path | None],
+    before_replacing: BeforeReplacing,
 ) -> Manifest:
     """Makes a dataset in the job's folder, and moves it to its place."""
     aside = job.folder.parent
@@ -185,14 +188,13 @@ def _build_by_threads(threads: int | None, job: Job, wanted: str) -> Manifest:
     )
 
 
-def _where_to_keep(
-    folder: Path, new: Manifest, before_replacing: Callable[[Manifest, Manifest], Path | None]
-) -> Path | None:
+def _where_to_keep(folder: Path, new: Manifest, before_replacing: BeforeReplacing) -> Path | None:
     """Where to keep the dataset that a folder holds; None: it can be deleted."""
-    try:
-        old = Manifest.read(folder)
-    except DataError:  # incomplete, or in a format that this version does not read
+    if not (folder / MANIFEST).is_file():
         return None
+    old = None
+    with suppress(DataError):  # damaged, or in a format that this version does not read
+        old = Manifest.read(folder)
     return before_replacing(old, new)
 
 

@@ -178,7 +178,7 @@ def _rankings(folder: Path, config_path: str, changes: list[str]) -> dict[str, P
         "recommend": set(zip(csv["user"], csv["item"], strict=True)),
         "evaluate": {
             (users[user], items[row])
-            for user, ranked in zip(held_out.users, measured[1], strict=True)
+            for user, ranked in zip(held_out.users, measured[2], strict=True)
             for row in ranked
             if row >= 0
         },
