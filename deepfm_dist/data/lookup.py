@@ -1,6 +1,5 @@
 """Rows from outside the dataset -> rows in its indices."""
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -9,46 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.data.dataset import PreparedDataset, Rows
-from deepfm_dist.data.fields import (
-    column_of,
-    exploded,
-    hashed_rows,
-    impressions_column,
-    numbers_of,
-    scaled,
-    split_cells,
-    transformed,
-    vectors_in,
-)
-from deepfm_dist.data.jagged import FloatArray, Jagged, Values, taken
+from deepfm_dist.data.encoding import Cell, FieldEncoder, WordEncoder, encoder_of
+from deepfm_dist.data.fields import column_of, exploded, impressions_column
+from deepfm_dist.data.jagged import Jagged, Values, taken
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
-from deepfm_dist.data.spelling import Unseen, difference
+from deepfm_dist.data.spelling import Unseen
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import nearest, plural, short
-
-Cell = str | float | list[str | float]
-"""A value of a field, or several."""
+from deepfm_dist.messages import nearest, short
 
 _NEARLY_ALL = 0.95
-_FEW_VALUES = 100_000
-"""That a similar word is looked for among."""
-
-
-def suggest_known(known: pa.Array, value: str) -> str:
-    """A hint for an unknown value: the known one that may be meant, or some of them.
-
-    Args:
-        known: texts.
-        value: not in ``known``.
-    """
-    if how := difference(pa.array([value]), known):
-        return f"; did you mean {how.known!r}?"
-    if len(known) <= _FEW_VALUES:
-        near = nearest(value, known.to_pylist())
-        if near is not None:
-            return f"; did you mean {near!r}?"
-    return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
 
 def _count_empty(cells: pa.ChunkedArray) -> int:
@@ -80,10 +49,10 @@ class RowEncoder:
             for name in dataset.manifest.entities
         }
         self._context = [f for f in dataset.manifest.features if f.entity == "context"]
-        self._vocabularies = {
-            f.name: dataset.vocabulary(f.table_name) for f in self._context if f.has_vocabulary
-        }
-        self.unknown = {name: Unseen(name) for name in (*self._entities, *self._vocabularies)}
+        self._encoders = {f.name: encoder_of(f, dataset) for f in self._context}
+        self.unknown = {name: Unseen(name) for name in self._entities}
+        self._words = _with_vocabulary(self._encoders)
+        self.unknown |= {name: words.unseen for name, words in self._words.items()}
         self._n_rows, self._n_empty = 0, Counter[str]()
 
     @property
@@ -132,13 +101,15 @@ class RowEncoder:
 
     def encode_context(self, table: pa.Table) -> dict[str, Values]:
         """The context fields of a table that has their `columns`."""
-        return {f.name: self._values(f, table[column_of(f).key]) for f in self._context}
+        return {f.name: self._column(f, table) for f in self._context}
+
+    def _column(self, feature: Feature, table: pa.Table) -> Values:
+        return self._encoders[feature.name].encode(table[column_of(feature).key], table.num_rows)
 
     def unseen(self) -> list[str]:
         """What to say of the values encoded so far that training never saw, field by field."""
-        known = {name: ids for name, (_, ids) in self._entities.items()}
-        known |= {name: vocabulary.ids for name, vocabulary in self._vocabularies.items()}
-        reports = [unseen.report(known[name]) for name, unseen in self.unknown.items()]
+        reports = [self.unknown[name].report(ids) for name, (_, ids) in self._entities.items()]
+        reports += [words.report() for words in self._words.values()]
         reports += map(self._report_empty, self._context)
         return [text for text in reports if text is not None]
 
@@ -175,9 +146,7 @@ class RowEncoder:
         constant = self.fixed_context(others, given)
         nowhere = np.zeros(table.num_rows, np.int32)
         return {
-            f.name: self._values(f, table[column_of(f).key])
-            if f.name in given
-            else taken(constant[f.name], nowhere)
+            f.name: self._column(f, table) if f.name in given else taken(constant[f.name], nowhere)
             for f in self._context
         }
 
@@ -215,59 +184,10 @@ class RowEncoder:
                     f"recommend.context.{feature.name}: this model looks at {feature.name}; say "
                     f"which value to recommend for: recommend.context.{feature.name}=VALUE{also}"
                 )
-        return {f.name: self._fixed(f, values[f.name]) for f in wanted}
+        return {f.name: self._fixed(f.name, values[f.name]) for f in wanted}
 
-    def _fixed(self, feature: Feature, value: str | float) -> Values:
-        if feature.kind == "numeric":
-            try:
-                number = float(value)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
-                raise ConfigError(f"recommend.context.{feature.name}={value!r}: expected a number")
-            return self._values(feature, pa.chunked_array([pa.array([number])]))
-        values = self._values(feature, pa.chunked_array([pa.array([str(value)])]))
-        rows = values.values if isinstance(values, Jagged) else values
-        if feature.has_vocabulary and (rows == 0).any():
-            raise ConfigError(
-                f"recommend.context.{feature.name}={value!r}: never seen in training"
-                f"{suggest_known(self._vocabularies[feature.name].ids, str(value))}"
-            )
-        return values
-
-    def _values(self, feature: Feature, cells: pa.ChunkedArray) -> Values:
-        if feature.kind == "numeric":
-            spec = self._manifest.numeric[feature.name]
-            return transformed(numbers_of(cells, feature), feature, spec)
-        owners, texts = split_cells(
-            pa.concat_arrays(cells.chunks or [pa.array([], pa.string())]), feature
-        )
-        if feature.hash_rows is not None:
-            rows = hashed_rows(texts, feature)
-        else:
-            rows = self._vocabularies[feature.name].lookup(texts)
-            self.unknown[feature.name].add(texts, rows > 0)
-        if feature.multi_valued:
-            return Jagged.from_pairs(owners, rows, len(cells))
-        single = np.zeros(len(cells), np.int32)
-        single[owners] = rows
-        return single
-
-
-def _vector(value: Cell | None, feature: Feature, where: str) -> FloatArray:
-    """``[1, dim]`` float32: a vector of a request; NaN if it has none."""
-    dim = feature.dim or 0
-    if value is None or value == []:
-        return np.full((1, dim), np.nan, np.float32)
-    numbers = value if isinstance(value, list) else []
-    is_right = len(numbers) == dim and all(
-        isinstance(x, int | float) and not isinstance(x, bool) for x in numbers
-    )
-    with np.errstate(over="ignore"):
-        vector = np.array([numbers], np.float32) if is_right else np.full((1, dim), np.nan)
-    if not np.isfinite(vector).all():
-        raise ConfigError(f"{where}: expected a list of {plural(dim, 'finite number')}")
-    return vector.astype(np.float32)
+    def _fixed(self, name: str, value: str | float) -> Values:
+        return self._encoders[name].encode_one(value, f"recommend.context.{name}={value!r}")
 
 
 class UserAttributes:
@@ -278,21 +198,14 @@ class UserAttributes:
 
     Attributes:
         names: of the fields, in the model's order.
-        unknown: by field, the values of `encode_columns` so far that training never saw.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
         fields = [f for f in dataset.manifest.features if f.entity == "user" and f.describes_entity]
         self._hashed_ids = [f.name for f in fields if f.names_entity]
         self._fields = {f.name: f for f in fields if not f.names_entity}
-        self._numeric = dataset.manifest.numeric
-        self._vocabularies = {
-            f.name: dataset.vocabulary(f.table_name)
-            for f in self._fields.values()
-            if f.has_vocabulary
-        }
+        self._encoders = {name: encoder_of(f, dataset) for name, f in self._fields.items()}
         self.names = list(self._fields)
-        self.unknown = {name: Unseen(name) for name in self._vocabularies}
 
     def encode(self, values: Mapping[str, Cell]) -> dict[str, Values]:
         """One user's fields; those without a value are empty, and so is a hashed id.
@@ -308,10 +221,10 @@ class UserAttributes:
             if name not in self._fields:
                 known = ", ".join(self.names) or "none"
                 raise ConfigError(f"attributes.{name}: unknown field; available: {known}")
-        empty = Jagged.empty(1)
-        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
-        for name, feature in self._fields.items():
-            fields[name] = self._encoded(feature, values.get(name))
+        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, Jagged.empty(1))
+        for name, encoder in self._encoders.items():
+            value = values.get(name)
+            fields[name] = encoder.encode_one(value, f"attributes.{name}={short(value)}")
         return fields
 
     @property
@@ -330,59 +243,20 @@ class UserAttributes:
             columns: ``[n]`` cells by the key of `columns`; fields without one are empty.
             n: number of users.
         """
-        empty = Jagged.empty(n)
-        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, empty)
-        for name, feature in self._fields.items():
-            cells = columns.get(column_of(feature).key)
-            if feature.kind == "vector":
-                dim = feature.dim or 0
-                vectors = np.full((n, dim), np.nan, np.float32)
-                vectors = vectors if cells is None else vectors_in(cells, dim)
-                fields[name] = scaled(vectors, feature, self._numeric[name])
-                continue
-            if feature.kind == "numeric":
-                numbers = np.full(n, np.nan) if cells is None else numbers_of(cells, feature)
-                fields[name] = transformed(numbers, feature, self._numeric[name])
-                continue
-            if cells is None:
-                fields[name] = empty
-                continue
-            owners, texts = split_cells(cells, feature)
-            if feature.hash_rows is not None:
-                rows = hashed_rows(texts, feature)
-            else:
-                rows = self._vocabularies[name].lookup(texts)
-                self.unknown[name].add(texts, rows > 0)
-            fields[name] = Jagged.from_pairs(owners, rows, n)
+        fields: dict[str, Values] = dict.fromkeys(self._hashed_ids, Jagged.empty(n))
+        for name, encoder in self._encoders.items():
+            fields[name] = encoder.encode(columns.get(column_of(self._fields[name]).key), n)
         return fields
 
     def unseen(self) -> list[str]:
         """What to say of the values of `encode_columns` that training never saw."""
-        reports = [u.report(self._vocabularies[name].ids) for name, u in self.unknown.items()]
+        reports = [words.report() for words in _with_vocabulary(self._encoders).values()]
         return [text for text in reports if text is not None]
 
-    def _encoded(self, feature: Feature, value: Cell | None) -> Values:
-        where = f"attributes.{feature.name}={short(value)}"
-        if feature.kind == "vector":
-            return scaled(_vector(value, feature, where), feature, self._numeric[feature.name])
-        if feature.kind == "numeric":
-            if value is not None and not isinstance(value, int | float):
-                raise ConfigError(f"{where}: expected a number")
-            number = np.array([np.nan if value is None else value], np.float64)
-            return transformed(number, feature, self._numeric[feature.name])
-        words = [] if value is None else value if isinstance(value, list) else [value]
-        if len(words) > 1 and not feature.multi_valued:
-            raise ConfigError(f"{where}: the field has one value")
-        # Elements of a list are whole values, which no separator splits.
-        plain = feature.model_copy(update={"separator": None, "several": None})
-        is_text = isinstance(value, str) and feature.separator is not None
-        cells = pa.array([value] if is_text else [str(word) for word in words], pa.string())
-        _, texts = split_cells(cells, feature if is_text else plain)
-        if feature.hash_rows is not None:
-            rows = hashed_rows(texts, feature)
-        else:
-            rows = self._vocabularies[feature.name].lookup(texts)
-            if (rows == 0).any():
-                unknown = texts[int(np.flatnonzero(rows == 0)[0])].as_py()
-                raise ConfigError(f"{where}: {unknown!r} was never seen in training")
-        return Jagged(np.array([0, len(rows)]), rows.astype(np.int32))
+
+def _with_vocabulary(encoders: Mapping[str, FieldEncoder]) -> dict[str, WordEncoder]:
+    return {
+        name: encoder
+        for name, encoder in encoders.items()
+        if isinstance(encoder, WordEncoder) and encoder.has_vocabulary
+    }

@@ -8,8 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepfm_dist.messages import nearest
+
 _MOST_TEXTS = 10_000
 """Texts without a match that are looked at."""
+_FEW_TEXTS = 100_000
+"""That a similar one is looked for among."""
 
 
 def _replace(pattern: str, replacement: str, texts: pa.Array) -> pa.Array:
@@ -88,6 +92,22 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
             pair = texts[first].as_py(), known[int(place[first])].as_py()
             best = Difference(what, len(at), *pair)
     return best
+
+
+def suggest_known(known: pa.Array, value: str) -> str:
+    """A hint for an unknown value: the known one that may be meant, or some of them.
+
+    Args:
+        known: texts.
+        value: not in ``known``.
+    """
+    if how := difference(pa.array([value]), known):
+        return f"; did you mean {how.known!r}?"
+    if len(known) <= _FEW_TEXTS:
+        near = nearest(value, known.to_pylist())
+        if near is not None:
+            return f"; did you mean {near!r}?"
+    return f"; it has {', '.join(known[:5].to_pylist())}" + (", ..." if len(known) > 5 else "")
 
 
 def written_twice(some: pa.Array, texts: pa.Array, ignore_case: bool) -> Difference | None:

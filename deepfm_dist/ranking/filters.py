@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Int32Array, Jagged
-from deepfm_dist.data.lookup import suggest_known
 from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.spelling import suggest_known
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest, short
