@@ -350,7 +350,7 @@ def _cutoffs_at_once(ranker: Ranker, cutoffs: Sequence[int]) -> list[list[int]]:
     A larger K than a reranking starts from changes the items that it chooses from, so that the
     ranking for it has another beginning.
     """
-    first = ranker.first if isinstance(ranker, RerankingRanker) else max(cutoffs)
+    first = ranker.reranking.first if isinstance(ranker, RerankingRanker) else max(cutoffs)
     within = [k for k in cutoffs if k <= first]
     beyond = [[k] for k in sorted(cutoffs) if k > first]
     return [within, *beyond] if within else beyond

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -71,8 +71,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class RerankingRanker:
-    """Ranks the first N of another ranking again, within limits. All ranks. A `Ranker`.
+class Reranking:
+    """Chooses a ranking from the first N of another one.
 
     Items are chosen one after the other: the one with the highest
     ``(1 - diversity) * relevance - diversity * (largest cosine with a chosen item)`` among those
@@ -83,19 +83,85 @@ class RerankingRanker:
     Documents and Producing Summaries", 1998.
 
     Attributes:
-        ranker: whose rankings are ranked again.
         vectors: ``[I, D]`` float32 of unit length, by position.
         diversity: weight of the cosines, in [0, 1].
         limits: for some values.
         first: N.
-        wanted: ``[users]`` number of items of each, whose N is at least that; None: k of all.
     """
 
-    ranker: Ranker
     vectors: FloatArray
     diversity: float
     limits: Limits
     first: int
+
+    @classmethod
+    def from_settings(
+        cls,
+        ranker: ModelRanker,
+        dataset: PreparedDataset,
+        catalogue: Catalogue,
+        config: RecommendConfig,
+    ) -> Self | None:
+        """The diversity and the limits of the settings; None without any. All ranks.
+
+        Raises:
+            ConfigError: a limit is for an unknown field, or the model has no vectors to compare.
+        """
+        if not config.diversity and not config.at_most:
+            return None
+        limits = Limits.from_settings(dataset, catalogue, config.at_most)
+        vectors = np.zeros((len(catalogue), 0), np.float32)
+        if config.diversity:
+            if ranker.encoder.model.interaction_arch.fm is None:
+                raise ConfigError(
+                    f"recommend.diversity={config.diversity:g}: compares the vectors of the "
+                    f"pairwise part, which this model does not have (model.fm=false); use "
+                    f"recommend.at_most"
+                )
+            vectors = unit_length(ranker.encoder.world.to_host(ranker.item_vectors())).numpy()
+        return cls(vectors, config.diversity, limits, config.rerank)
+
+    def choose(
+        self, positions: Int64Array, scores: FloatArray, firsts: Int64Array, k: int
+    ) -> tuple[Int64Array, FloatArray]:
+        """``[users, K]`` positions and scores, the latter not sorted.
+
+        Args:
+            positions: ``[users, N]`` of the other ranking.
+            scores: ``[users, N]`` float32, descending.
+            firsts: ``[users]`` how many of these to choose from.
+            k: K.
+        """
+        chosen = np.full((len(positions), k), -1, np.int64)
+        chosen_scores = np.full((len(positions), k), -np.inf, np.float32)
+        _rerank(
+            positions,
+            scores,
+            firsts,
+            self.vectors,
+            self.diversity,
+            self.limits.values.offsets,
+            self.limits.values.values,
+            self.limits.most,
+            chosen,
+            chosen_scores,
+        )
+        return chosen, chosen_scores
+
+
+@dataclass(frozen=True)
+class RerankingRanker:
+    """Ranks the first items of another ranking again. All ranks. A `Ranker`.
+
+    Attributes:
+        ranker: whose rankings are ranked again.
+        reranking: how.
+        wanted: ``[users]`` number of items of each, who chooses from at least that many; None: k
+            of all.
+    """
+
+    ranker: Ranker
+    reranking: Reranking
     wanted: Int32Array | None = None
 
     def __len__(self) -> int:
@@ -113,23 +179,10 @@ class RerankingRanker:
     def best(self, users: Any, seen: Jagged, k: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
         """Ranks a chunk of users; see `Ranker`. Scores are not sorted."""
         wanted, users = (k, users) if self.wanted is None else users
-        positions, scores = self.ranker.best(users, seen, max(k, self.first))
-        firsts = np.broadcast_to(np.maximum(wanted, self.first), len(positions))
-        chosen = np.full((len(positions), k), -1, np.int64)
-        their_scores = np.full((len(positions), k), -np.inf, np.float32)
-        _rerank(
-            positions,
-            scores,
-            firsts.astype(np.int64),
-            self.vectors,
-            self.diversity,
-            self.limits.values.offsets,
-            self.limits.values.values,
-            self.limits.most,
-            chosen,
-            their_scores,
-        )
-        return chosen, their_scores
+        first = self.reranking.first
+        positions, scores = self.ranker.best(users, seen, max(k, first))
+        firsts = np.broadcast_to(np.maximum(wanted, first), len(positions)).astype(np.int64)
+        return self.reranking.choose(positions, scores, firsts, k)
 
 
 def is_steered(config: RecommendConfig) -> bool:
@@ -145,26 +198,12 @@ def with_reranking(
     config: RecommendConfig,
     wanted: Int32Array | None = None,
 ) -> Ranker:
-    """A ranker with the diversity and the limits of the settings; itself without any. All ranks.
+    """A ranker with the `Reranking` of the settings; itself without any. All ranks.
 
     ``wanted`` is as of `RerankingRanker`.
-
-    Raises:
-        ConfigError: a limit is for an unknown field, or the model has no vectors to compare.
     """
-    if not config.diversity and not config.at_most:
-        return ranker
-    limits = Limits.from_settings(dataset, catalogue, config.at_most)
-    vectors = np.zeros((len(catalogue), 0), np.float32)
-    if config.diversity:
-        if model_ranker.encoder.model.interaction_arch.fm is None:
-            raise ConfigError(
-                f"recommend.diversity={config.diversity:g}: compares the vectors of the pairwise "
-                f"part, which this model does not have (model.fm=false); use recommend.at_most"
-            )
-        host = model_ranker.encoder.world.to_host
-        vectors = unit_length(host(model_ranker.item_vectors())).numpy()
-    return RerankingRanker(ranker, vectors, config.diversity, limits, config.rerank, wanted)
+    reranking = Reranking.from_settings(model_ranker, dataset, catalogue, config)
+    return ranker if reranking is None else RerankingRanker(ranker, reranking, wanted)
 
 
 @compiled
@@ -180,7 +219,7 @@ def _rerank(
     chosen: Int64Array,
     chosen_scores: FloatArray,
 ) -> None:
-    """Fills ``[users, K]`` from ``[users, N]``; see `RerankingRanker`."""
+    """Fills ``[users, K]`` from ``[users, N]``; see `Reranking`."""
     n_users, n = positions.shape
     counts = np.zeros(len(most), np.int64)
     cosine = np.empty(n)

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +16,9 @@ from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
 from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import Rows
+from deepfm_dist.data.encoding import Cell
 from deepfm_dist.data.jagged import Int32Array, Jagged
-from deepfm_dist.data.lookup import Cell, RowEncoder, UserAttributes
+from deepfm_dist.data.lookup import RowEncoder, UserAttributes
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.data.sources import read_objects
 from deepfm_dist.distributed.checkpoint import time_of
@@ -33,12 +33,12 @@ from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.filters import ItemFilters
 from deepfm_dist.ranking.items import Catalogue, cold_items_to_rank, in_id_order
 from deepfm_dist.ranking.lookup import SideEncoder
-from deepfm_dist.ranking.ranker import ModelRanker, UserChunk, Users
+from deepfm_dist.ranking.ranker import ModelRanker, Ranker, UserChunk, Users
 from deepfm_dist.ranking.reasons import Explainer, Explanation
 from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
-from deepfm_dist.ranking.steering import RerankingRanker, popularity_penalties, with_reranking
+from deepfm_dist.ranking.steering import Reranking, RerankingRanker, popularity_penalties
 from deepfm_dist.ranking.subsets import ItemSets, SubsetRanker
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
@@ -150,8 +150,8 @@ class Recommender:
             context,
             penalties=popularity_penalties(dataset, config.recommend.popularity_penalty),
         )
-        self._steered = with_reranking(
-            self._ranker, self._ranker, dataset, self._catalogue, config.recommend
+        self._reranking = Reranking.from_settings(
+            self._ranker, dataset, self._catalogue, config.recommend
         )
         self._explainer = Explainer(self._ranker, dataset)
         n_users = dataset.manifest.entities["user"] - 1
@@ -423,11 +423,12 @@ class Recommender:
             log_rate: `NegativeRate` of the user.
             sets: items that are ranked; None: all.
         """
-        ranker, users = self._steered, cast(Any, UserChunk(user, 1, 1))
+        ranker: Ranker = self._ranker
+        users: Any = UserChunk(user, 1, 1)
         if sets is not None:
-            subsets, users = SubsetRanker(self._ranker, sets), (sets.number, users)
-            steers = isinstance(ranker, RerankingRanker)
-            ranker = replace(cast(RerankingRanker, ranker), ranker=subsets) if steers else subsets
+            ranker, users = SubsetRanker(self._ranker, sets), (sets.number, users)
+        if self._reranking is not None:
+            ranker = RerankingRanker(ranker, self._reranking)
         [positions], [scores] = ranker.best(users, seen, k)
         found = self._shown(positions, scores)
         if not self._has_probabilities:
