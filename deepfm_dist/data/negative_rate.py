@@ -1,7 +1,7 @@
 """How often training draws a pair as a negative, and what its log-odds are off by for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -34,12 +34,17 @@ class NegativeRate:
         log_of_item: ``[items]`` float64: log(w_i), cold items included.
         per_positive: k.
         n_items: that are drawn.
+        log_of_all: float: log(P k / W) of all users together.
+        shifts: ``[2, n]`` float64: ascending values of log(P k / W), and what is added to
+            ``log_of_user`` there, linearly in between; see `shifted`.
     """
 
     log_of_user: FloatArray
     log_of_item: FloatArray
     per_positive: int
     n_items: int
+    log_of_all: float
+    shifts: FloatArray = field(default_factory=lambda: np.zeros((2, 1)))
 
     @classmethod
     def from_dataset(cls, dataset: PreparedDataset) -> Self | None:
@@ -69,7 +74,18 @@ class NegativeRate:
             log_of_item=np.log(np.pad(weights, (1, n_cold), constant_values=weights.min())),
             per_positive=spec.per_positive,
             n_items=n_items,
+            log_of_all=float(log_of_all),
         )
+
+    def shifted(self, log_rates: FloatArray, shifts: FloatArray) -> Self:
+        """The same with the log-odds of users shifted by how active they are.
+
+        Args:
+            log_rates: ``[n]`` ascending values of ``log_of_user``.
+            shifts: ``[n]`` what is added there; in between, linear; beyond, the last one.
+        """
+        log_of_user = self.log_of_user + np.interp(self.log_of_user, log_rates, shifts)
+        return replace(self, log_of_user=log_of_user, shifts=np.stack([log_rates, shifts]))
 
     def for_histories(self, histories: Jagged, others: Sequence[Jagged] = ()) -> Self:
         """The same for users from outside the dataset.
@@ -84,8 +100,8 @@ class NegativeRate:
         seen = drawable_items([histories, *others], self.n_items + 1)
         weights = np.exp(self.log_of_item[1 : self.n_items + 1])
         wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, self.per_positive)
-        log_of_user = _log_ratio(wanted, unseen, float(self.log_of_user[0]))
-        return replace(self, log_of_user=log_of_user)
+        log_of_user = _log_ratio(wanted, unseen, self.log_of_all)
+        return replace(self, log_of_user=log_of_user).shifted(*self.shifts)
 
     def log_rates(
         self,

@@ -1,6 +1,7 @@
 """Scores the rows of a file."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ from deepfm_dist.data.sources import find_files
 from deepfm_dist.distributed.checkpoint import fingerprint_of
 from deepfm_dist.distributed.part_files import PartFolder
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.runs.trained import LoadedModel, open_trained, output_lock, parts_output
+from deepfm_dist.ranking.output import hash_of
+from deepfm_dist.runs.trained import (
+    LoadedModel,
+    open_trained,
+    output_lock,
+    parts_output,
+    ranking_loss,
+)
 from deepfm_dist.training import prediction
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,20 +70,31 @@ def predict(
         trained = open_trained(config, overrides, world)
         check_formats(trained.config.data, Path(source).name)
         files = trained.config.data.files
-        dataset, rate = trained.dataset.with_validation(), trained.negative_rate
+        dataset = trained.dataset.with_validation()
+        loss = ranking_loss(trained.settings)
+        if loss is not None and world.is_first:
+            log.warning(
+                "the column probability is empty: the scores of a model trained with "
+                "trainer.loss=%s rank each user's items and are not log-odds",
+                loss,
+            )
+        rate = trained.negative_rate(world)
+        odds: dict[str, Any] = {"rate": rate, "log_odds": loss is None}
         if folder is not None:
             with world.hold_on_rank0(output_lock(folder, in_parts=True)):
-                inputs = _inputs(trained, dataset, source)
+                inputs = _inputs(trained, dataset, source, odds)
                 scored = PartFolder(folder, inputs, world, "predictions")
                 rows = prediction.predict_in_parts(
-                    trained.sharded, world, dataset, source, files, scored, rate=rate
+                    trained.sharded, world, dataset, source, files, scored, **odds
                 )
             return Predictions(folder, rows) if world.is_first else None
-        rows = prediction.predict(trained.sharded, world, dataset, source, files, target, rate=rate)
+        rows = prediction.predict(trained.sharded, world, dataset, source, files, target, **odds)
         return Predictions(target, rows) if world.is_first else None
 
 
-def _inputs(trained: LoadedModel, dataset: PreparedDataset, source: str) -> dict[str, Any]:
+def _inputs(
+    trained: LoadedModel, dataset: PreparedDataset, source: str, odds: Mapping[str, Any]
+) -> dict[str, Any]:
     """What scores depend on, as JSON values."""
     folder, _, name = source.rpartition("/")
     if "://" not in source:
@@ -83,6 +104,7 @@ def _inputs(trained: LoadedModel, dataset: PreparedDataset, source: str) -> dict
         "weights": fingerprint_of(trained.checkpoint),
         "data": [dataset.manifest.fingerprint, *dataset.past],
         "files": trained.config.model_dump(mode="json")["data"]["files"],
-        "corrected": trained.negative_rate is not None,
+        "rate": None if odds["rate"] is None else hash_of(odds["rate"].log_of_user),
+        "log_odds": odds["log_odds"],
         "source": [file.path, file.size, file.stamp],
     }

@@ -45,12 +45,15 @@ def recommend(
         InUse: another process writes the same results.
     """
     with ranking_job(config, overrides, OUTPUT, output, parts) as job:
+        wants = config.recommend
+        asked = "recommend.probability=true" if wants.probability else None
+        asked = "recommend.matrix=int8" if wants.matrix == "int8" else asked
         loss = ranking_loss(job.trained.settings)
-        if config.recommend.probability and loss is not None:
+        if asked is not None and loss is not None:
+            cure = "set recommend.matrix=fp16" if "matrix" in asked else "leave it out"
             raise ConfigError(
-                f"recommend.probability=true: the scores of a model trained with "
-                f"trainer.loss={loss} rank each user's items and are not log-odds; train with "
-                f"trainer.loss=bce, or leave it out"
+                f"{asked}: the scores of a model trained with trainer.loss={loss} rank each user's "
+                f"items and are not log-odds; train with trainer.loss=bce, or {cure}"
             )
         wanted = config.recommend.model_copy(update={"cold_items": job.cold_items})
         files = recommendation.recommend(
@@ -62,7 +65,7 @@ def recommend(
             checkpoint=job.trained.checkpoint,
             name=job.name,
             in_parts=job.in_parts,
-            rate=job.trained.negative_rate,
+            rate=job.trained.negative_rate(job.world) if wants.probability else None,
         )
         if files is not None:
             event = RecommendEvent(step=job.trained.step, **files.figures)

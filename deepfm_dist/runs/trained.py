@@ -1,15 +1,18 @@
 """Trained runs, read back from their folders."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deepfm_dist.build import shard_for_inference, weight_transfer
 from deepfm_dist.config import Config, config_from
+from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.compatibility import check_match, check_start
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import hash_of, is_input
@@ -32,6 +35,7 @@ from deepfm_dist.storage import (
     path_or_url,
     storage_errors_to_user,
 )
+from deepfm_dist.training.activity import fit_to_activity
 from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
@@ -90,10 +94,14 @@ class LoadedModel:
     step: int
     settings: Mapping[str, Any]
 
-    @property
-    def negative_rate(self) -> NegativeRate | None:
-        """The correction of pairs' log-odds; None: none, or the scores are not log-odds."""
-        return negative_rate(self.dataset, self.settings)
+    def negative_rate(self, world: World) -> NegativeRate | None:
+        """The correction of pairs' log-odds; see `negative_rate`. All ranks."""
+
+        def score(batch: Batch) -> Tensor:
+            logits: Tensor = self.sharded(batch)[1]
+            return logits
+
+        return negative_rate(self.dataset, self.settings, score, world)
 
     def output(self, name: str, about: Collection[str], given: str | None) -> Path:
         """The parquet file that a command writes; a CSV of the same name may go with it.
@@ -326,14 +334,27 @@ def ranking_loss(settings: Mapping[str, Any]) -> str | None:
     return loss if loss in ("bpr", "softmax") else None
 
 
-def negative_rate(dataset: PreparedDataset, settings: Mapping[str, Any]) -> NegativeRate | None:
-    """How often a run's training drew negatives; None: it drew none, or scores are not log-odds.
+def negative_rate(
+    dataset: PreparedDataset,
+    settings: Mapping[str, Any],
+    score: Callable[[Batch], Tensor],
+    world: World,
+) -> NegativeRate | None:
+    """What a run's scores are corrected by to be pairs' log-odds. All ranks.
 
     Args:
         dataset: of the run, as it was in training.
         settings: of the run.
+        score: a batch's logits.
+        world: the ranks.
+
+    Returns:
+        None: training drew no negatives, or scores are not log-odds.
     """
-    return NegativeRate.from_dataset(dataset) if ranking_loss(settings) is None else None
+    if ranking_loss(settings) is not None:
+        return None
+    rate = NegativeRate.from_dataset(dataset)
+    return rate and fit_to_activity(rate, dataset, score, world, settings["run"]["seed"])
 
 
 def settings_in(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,9 +137,11 @@ class Recommender:
         self._fixed = config.recommend.context
         context = self._encoder.fixed_context(self._fixed)
         settings = settings_in(run.state)
-        self._rate = negative_rate(run.dataset, settings)
-        self._has_probabilities = ranking_loss(settings) is None
         model = exported_model(run, export, world)
+        self._rate = negative_rate(
+            run.dataset, settings, lambda batch: model(batch.sparse, batch.dense), world
+        )
+        self._has_probabilities = ranking_loss(settings) is None
         nobody = Users(np.zeros(0, np.int32))
         self._ranker = ModelRanker.from_model(
             model,

@@ -46,6 +46,7 @@ def predict(
     files: Mapping[str, FileFormat],
     target: Path,
     rate: NegativeRate | None = None,
+    log_odds: bool = True,
 ) -> int:
     """Scores a file, row by row in its order. All ranks.
 
@@ -56,11 +57,12 @@ def predict(
         model: the sharded task in eval mode.
         world: the ranks.
         dataset: the prepared dataset the model was trained on.
-        source: path or URL of a csv, tsv, dat or parquet file with the columns of the interactions.
+        source: path or URL of a file with the columns of the interactions.
         files: layouts by name. A source that is not among them is like the interactions file, but
             may have a header where that has none.
         target: the parquet file to write.
         rate: of drawn negatives, which ``probability`` is corrected for.
+        log_odds: whether scores are; if not, ``probability`` is null.
 
     Returns:
         Number of rows.
@@ -70,18 +72,16 @@ def predict(
         DeepFMError: on rank 0, where ``target`` cannot be written.
         SystemExit: on the other ranks, then.
     """
-    rows_of_file = _RowsOfFile.open(dataset, source, files, rate)
-    encoder, name = rows_of_file.encoder, rows_of_file.name
+    rows_of_file = _RowsOfFile.open(dataset, source, files, rate, log_odds)
+    encoder, name, n_rows = rows_of_file.encoder, rows_of_file.name, 0
     aside = work_folder(target)  # two processes may write the same file
     writer = _Writer(target, aside)
-    n_rows = 0
     try:
         # Before any work that would be lost.
         world.run_on_rank0(str(target), lambda: _check_writable(target, aside))
         for table in rows_of_file.tables():
             n, block, log_rates = rows_of_file.encode(table)
-            scored = score_rows(model, world, n, BLOCK_ROWS, block)
-            problem: DeepFMError | None = None
+            scored, problem = score_rows(model, world, n, BLOCK_ROWS, block), None
             if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
                 problem = writer.write(_annotate(encoder.as_in_the_file(table), logits, log_rates))
@@ -108,6 +108,7 @@ def predict_in_parts(
     files: Mapping[str, FileFormat],
     parts: PartFolder,
     rate: NegativeRate | None = None,
+    log_odds: bool = True,
 ) -> int:
     """Scores a file like `predict`, into a folder of parts that each rank writes itself. All ranks.
 
@@ -121,6 +122,7 @@ def predict_in_parts(
         files: layouts by name.
         parts: where they go; those that are there already are kept.
         rate: as for `predict`.
+        log_odds: as for `predict`.
 
     Returns:
         Number of rows.
@@ -134,7 +136,8 @@ def predict_in_parts(
         return int(parts.summary["rows"])
     if parts.present:
         log.info("reusing %s of an interrupted run", plural(len(parts.present), "part"))
-    rows_of_file, not_finite = _RowsOfFile.open(dataset, source, files, rate), _NotFinite()
+    rows_of_file = _RowsOfFile.open(dataset, source, files, rate, log_odds)
+    not_finite = _NotFinite()
     waiting: list[tuple[int, int, pa.Table]] = []  # (part, first row, rows): one for each rank
     n_rows = n_parts = 0
     for table in rows_of_file.tables():
@@ -192,6 +195,7 @@ class _RowsOfFile:
         encoder: looks its values up.
         collate: makes batches of them.
         rate: of the negatives drawn in training, if some are.
+        log_odds: whether scores are.
     """
 
     source: str
@@ -200,6 +204,7 @@ class _RowsOfFile:
     encoder: RowEncoder
     collate: Collator
     rate: NegativeRate | None
+    log_odds: bool
 
     @classmethod
     def open(
@@ -208,11 +213,12 @@ class _RowsOfFile:
         source: str,
         files: Mapping[str, FileFormat],
         rate: NegativeRate | None,
+        log_odds: bool,
     ) -> "_RowsOfFile":
         encoder, name = RowEncoder(dataset), Path(source).name
         interactions = names_of(dataset.manifest.data.interactions.file)[0]
         layout = files.get(name) or laid_out_like(source, encoder.columns, files.get(interactions))
-        return cls(source, name, layout, encoder, Collator(dataset), rate)
+        return cls(source, name, layout, encoder, Collator(dataset), rate=rate, log_odds=log_odds)
 
     def tables(self) -> Iterator[pa.Table]:
         """`ROWS_AT_A_TIME` rows each, the last one fewer."""
@@ -221,10 +227,13 @@ class _RowsOfFile:
 
     def encode(
         self, table: pa.Table
-    ) -> tuple[int, Callable[[int, int], Batch], npt.NDArray[np.float64]]:
-        """The number of rows, what makes a batch of some of them, and their `log_rates` (or 0)."""
+    ) -> tuple[int, Callable[[int, int], Batch], npt.NDArray[np.float64] | None]:
+        """The number of rows, what makes a batch of some of them, and their `log_rates` (or 0).
+
+        These are None where scores are not log-odds.
+        """
         rows = self.encoder.encode(table)
-        log_rates = np.zeros(rows.n)
+        log_rates = np.zeros(rows.n) if self.log_odds else None
         if self.rate is not None:
             assert rows.users is not None
             assert rows.items is not None
@@ -251,11 +260,16 @@ class _RowsOfFile:
 
 
 def _annotate(
-    table: pa.Table, logits: npt.NDArray[np.float32], log_rates: npt.NDArray[np.float64]
+    table: pa.Table, logits: npt.NDArray[np.float32], log_rates: npt.NDArray[np.float64] | None
 ) -> pa.Table:
-    """Rows with their scores, and probabilities corrected for `NegativeRate`."""
+    """Rows with their scores, and probabilities corrected for `NegativeRate`.
+
+    Without ``log_rates``, probabilities are null.
+    """
     table = table.append_column("score", pa.array(logits))
-    column = pa.array(probabilities(logits + log_rates).astype(np.float32))
+    column = pa.nulls(len(logits), pa.float32())
+    if log_rates is not None:
+        column = pa.array(probabilities(logits + log_rates).astype(np.float32))
     return table.append_column("probability", column)
 
 

@@ -12,7 +12,7 @@ from deepfm_dist.data.batches.id_dropout import Hidden, IdDropout
 from deepfm_dist.data.batches.lanes import Lanes, SelectedRows
 from deepfm_dist.data.batches.negatives import NegativeSampler
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.jagged import Int64Array, Values, taken
+from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.seeding import derive_seed, permuted_range
@@ -87,6 +87,10 @@ class TrainingBatches:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of global step ``step``, counted from 1."""
+        return self.with_users(step)[1]
+
+    def with_users(self, step: int) -> tuple[Int32Array | None, Batch]:
+        """``[b]`` rows of the user table (`ABSENT` for padding) and `batch`."""
         epoch, at = divmod(step - 1, self.steps_per_epoch)
         begin = at * self.batch_size
         end = min(begin + self.batch_size, self.rows_per_epoch)
@@ -95,7 +99,9 @@ class TrainingBatches:
         taken_rows = self.source.take(epoch, begin, end, first, last)
         return self._collate(taken_rows, step, float(end - begin))
 
-    def _collate(self, selected: SelectedRows, step: int, global_weight: float) -> Batch:
+    def _collate(
+        self, selected: SelectedRows, step: int, global_weight: float
+    ) -> tuple[Int32Array | None, Batch]:
         epoch = (step - 1) // self.steps_per_epoch
         index, columns = selected.index, selected.columns
         users, labels, negative_users = (
@@ -129,8 +135,9 @@ class TrainingBatches:
             if bags is not None:
                 bags = chosen(bags, ~np.repeat(padded(absent, len(bags[0]), True), bags[0]))
         height = self.local_batch_size
-        return self.collate(
-            padded(users, height, ABSENT),
+        users = padded(users, height, ABSENT)
+        return users, self.collate(
+            users,
             padded(items, height, ABSENT),
             columns,
             padded(context_rows, height, ABSENT),
