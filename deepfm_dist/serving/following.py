@@ -52,7 +52,7 @@ class PointerFollower:
         Raises:
             Exception: what loading it raised.
         """
-        self._generations.replace(lambda: None, n_workers=1)
+        self._generations.start_without_model()
         self._served = follow_pointer(self._pointer) if self._pointer else None
         self._replace(self._served)
 

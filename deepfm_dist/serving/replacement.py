@@ -55,12 +55,13 @@ class ModelInUse(Collector):
 
     Attributes:
         folder: see above.
-        is_retiring: whether another model has replaced this one.
+        is_retiring: whether another model has replaced this one, or will, as there is none yet:
+            clients are asked to close their connections.
     """
 
     def __init__(self, recommender: Recommender | None = None, folder: Path | None = None) -> None:
         self._recommender, self.folder = recommender, folder
-        self.is_retiring = False
+        self.is_retiring = recommender is None
 
     @property
     def recommender(self) -> Recommender:

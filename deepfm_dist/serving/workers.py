@@ -52,6 +52,8 @@ from deepfm_dist.serving.telemetry import share_figures
 
 DRAIN_S = REQUEST_S + 5
 """Seconds that a worker has to answer what it is asked after it is asked to end."""
+LEAVE_S = 2.0
+"""Seconds that connections to the worker without a model may delay those of the first model."""
 RESTART_S = 1.0
 """Seconds from the start of a worker until another may replace it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -102,25 +104,38 @@ class Generation:
     ) -> None:
         self.number, self._load = number, load
         self._n_workers, self._options = n_workers, options
-        self._report, report = FORK.Pipe(duplex=False)
+        self._pipe, pipe = FORK.Pipe()
         lifeline, held = os.pipe()
         self._lifeline: int | None = held
         self._lifelines.add(held)
-        self.process = FORK.Process(target=self._main, args=(report, lifeline))
+        self.process = FORK.Process(target=self._main, args=(pipe, lifeline))
         gc.freeze()  # a collection writes to every object it visits, and so copies its page
         self.process.start()
-        report.close()
+        pipe.close()
         os.close(lifeline)
 
-    def wait_until_ready(self) -> None:
-        """Waits until the model is loaded and all workers answer.
+    def wait_until_loaded(self) -> None:
+        """Waits until the model is loaded; no worker is started yet.
 
         Raises:
             Exception: what loading the model raised.
         """
+        self._receive()
+
+    def start_workers(self) -> None:
+        """Starts the workers, and waits until all of them answer.
+
+        Raises:
+            EnvironmentProblem: a worker ended at its start.
+        """
+        with suppress(BrokenPipeError):  # its end is reported below
+            self._pipe.send(None)
+        self._receive()
+
+    def _receive(self) -> None:
         try:
-            error = self._report.recv()
-        except EOFError:
+            error = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
             raise EnvironmentProblem(
@@ -139,7 +154,9 @@ class Generation:
 
     # In the generation's own process:
 
-    def _main(self, report: connection.Connection, lifeline: int) -> None:
+    def _main(self, pipe: connection.Connection, lifeline: int) -> None:
+        self._pipe.close()  # the command's end, which would hide that the command has ended
+        self._pipe = pipe
         for other in self._lifelines:
             os.close(other)
         self._lifelines.clear()
@@ -149,13 +166,16 @@ class Generation:
         try:
             recommender = self._load()
         except Exception as error:
-            report.send(_portable(error))
+            pipe.send(_portable(error))
             return
         signal.signal(signal.SIGTERM, _exit)
         gc.collect()
         gc.freeze()
         try:
-            self._keep_workers(recommender, report, lifeline)
+            with suppress(EOFError, ConnectionError):  # the lifeline says that the command ended
+                pipe.send(None)
+                pipe.recv()
+            self._keep_workers(recommender, lifeline)
         finally:
             self._options.listening.close()
             for worker in multiprocessing.active_children():
@@ -163,16 +183,14 @@ class Generation:
             for worker in multiprocessing.active_children():
                 worker.join(DRAIN_S + REQUEST_S)
 
-    def _keep_workers(
-        self, recommender: Recommender | None, report: connection.Connection, lifeline: int
-    ) -> None:
+    def _keep_workers(self, recommender: Recommender | None, lifeline: int) -> None:
         ready, begins = os.pipe()
         workers: dict[int, ForkProcess] = {}
         n_ready, started = 0, 0.0
         while True:
             for index in set(range(self._n_workers)) - set(workers):
                 time.sleep(max(0.0, started - time.monotonic()))
-                started = time.monotonic() + (RESTART_S if report.closed else 0)
+                started = time.monotonic() + (RESTART_S if self._pipe.closed else 0)
                 workers[index] = FORK.Process(
                     target=self._work, args=(recommender, index, lifeline, begins, ready)
                 )
@@ -186,16 +204,16 @@ class Generation:
                 return
             if ready in over:
                 n_ready += len(os.read(ready, self._n_workers))
-                if n_ready >= self._n_workers and not report.closed:
-                    report.send(None)
-                    report.close()
+                if n_ready >= self._n_workers and not self._pipe.closed:
+                    self._pipe.send(None)
+                    self._pipe.close()
             for index, worker in [*workers.items()]:
                 if worker.sentinel not in over:
                     continue
                 worker.join()
-                if not report.closed:
+                if not self._pipe.closed:
                     text = f"a worker ended with exit code {worker.exitcode} at its start"
-                    report.send(EnvironmentProblem(text))
+                    self._pipe.send(EnvironmentProblem(text))
                     return
                 log.warning(
                     "worker %d (process %s) ended with exit code %s; another takes its place",
@@ -210,6 +228,7 @@ class Generation:
     ) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(ready)
+        self._pipe.close()
         torch.set_num_threads(self._options.threads)
         share_figures(self._options.folder, f"{self.number}-{index}")
         model = ModelInUse(recommender, self._options.folder)
@@ -244,14 +263,18 @@ class _Worker(uvicorn.Server):
         self._model, self._lifeline, self._begins = model, lifeline, begins
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Leaves ctrl-C to the command, which ends the workers."""
-        if sig != signal.SIGINT:
+        """Ends after requests that have begun; ctrl-C is left to the command."""
+        if sig == signal.SIGINT:
+            return
+        if not self.started:
             super().handle_exit(sig, frame)
+            return
+        asyncio.get_running_loop().call_soon_threadsafe(self._leave, 0.0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to answer."""
         await super().startup(sockets)
-        self._retiring: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._lifeline, self._retire)
         with suppress(BrokenPipeError):  # the process that started it has died meanwhile
             os.write(self._begins, b"1")
@@ -259,14 +282,18 @@ class _Worker(uvicorn.Server):
 
     def _retire(self) -> None:
         asyncio.get_running_loop().remove_reader(self._lifeline)
+        self._leave(DRAIN_S)
+
+    def _leave(self, drain_s: float) -> None:
+        """Accepts no more connections, and ends once all are closed, or after some seconds."""
         for server in self.servers:
             server.close()
         self._model.is_retiring = True
-        self._retiring = asyncio.create_task(self._exit_after_connections())
+        self._leaving = asyncio.create_task(self._exit_after_connections(drain_s))
 
-    async def _exit_after_connections(self) -> None:
-        deadline = time.monotonic() + DRAIN_S
-        await asyncio.sleep(0.1)  # those accepted a moment ago are not known yet
+    async def _exit_after_connections(self, drain_s: float) -> None:
+        deadline = time.monotonic() + drain_s
+        await asyncio.sleep(0.1)  # requests on connections accepted a moment ago are not read yet
         while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.should_exit = True
@@ -282,6 +309,7 @@ class Generations:
     def __init__(self, options: WorkerOptions) -> None:
         self._options = options
         self._living: list[Generation] = []  # the last one is in use
+        self._first: Generation | None = None  # answers while there is no model
 
     def __enter__(self) -> Self:
         """Nothing is started yet."""
@@ -303,30 +331,45 @@ class Generations:
         """Whether the process of the model in use is there; its workers answer without it."""
         return self._living[-1].process.is_alive()
 
-    def replace(self, load: Callable[[], Recommender | None], n_workers: int | None = None) -> None:
+    def start_without_model(self) -> None:
+        """Starts a worker that answers while the first model is being loaded."""
+        self._first = self._start(lambda: None, n_workers=1)
+        self._living.append(self._first)
+
+    def replace(self, load: Callable[[], Recommender]) -> None:
         """Loads a model; earlier workers answer until its own do.
+
+        The worker without a model ends before those of the first one begin: whoever has seen that
+        the service is ready gets answers of a model. Connections wait meanwhile.
 
         Raises:
             Exception: what loading the model raised; nothing is replaced.
         """
         self._reap()
+        generation = self._start(load, self._options.n_workers)
+        for earlier in self._living:
+            earlier.retire()
+        self._living.append(generation)
+
+    def _start(self, load: Callable[[], Recommender | None], n_workers: int) -> Generation:
         number = next(n for n in range(1000) if n not in {g.number for g in self._living})
         generation = None
         try:
             with _signals_blocked():
-                generation = Generation(
-                    number, load, n_workers or self._options.n_workers, self._options
-                )
-            generation.wait_until_ready()
+                generation = Generation(number, load, n_workers, self._options)
+            generation.wait_until_loaded()
+            if self._first is not None:
+                self._first.retire()
+                self._first.process.join(LEAVE_S)
+                self._first = None
+            generation.start_workers()
         except BaseException:
             if generation is not None:
                 generation.process.terminate()
                 generation.process.join()
                 generation.retire()
             raise
-        for earlier in self._living:
-            earlier.retire()
-        self._living.append(generation)
+        return generation
 
     def wait(self, timeout_s: float) -> None:
         """Waits until the time-out, or until a process ends."""

@@ -27,6 +27,8 @@ FORK = multiprocessing.get_context("fork")
 
 def _load(named: Path | None) -> Any:
     assert named is not None
+    while (named.parent / "wait").exists():
+        time.sleep(0.01)
     if named.name == "broken":
         raise ValueError("no such model")
     figures = {"step": 1, "saved_at": 0.0, "n_users": 0, "n_items": 0, "knows_users_by_items": True}
@@ -52,15 +54,21 @@ def _serve(listening: socket.socket, folder: Path) -> None:
 class Service:
     """A service of models that are mere names, and its processes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, status: int = 200) -> None:
         self.folder = folder
         self.point_to("monday")
         with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
             self.address = listening.getsockname()
             self.process = FORK.Process(target=_serve, args=(listening, folder))
             self.process.start()
-        # The process that answers while the model is loaded may take a request a moment longer.
-        self.until(lambda: all(self.get("/readyz").status_code == 200 for _ in range(20)))
+        self.until(lambda: self.get("/readyz").status_code == status)
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
 
     def point_to(self, name: str) -> None:
         (self.folder / "new").write_text(name)
@@ -85,6 +93,7 @@ class Service:
 
     def loader_and_workers(self) -> tuple[int, list[int]]:
         """The process that holds the model, once it is the only one and all workers are there."""
+        self.until((self.folder / "status.json").exists)  # it is written when all of them answer
         self.until(lambda: len(self.below(self.process.pid)) == 1)
         [loader] = self.below(self.process.pid)
         self.until(lambda: len(self.below(loader)) == 2)
@@ -109,10 +118,19 @@ def _is_running(pid: int) -> bool:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
-    service = Service(tmp_path)
-    yield service
-    service.process.kill()
-    service.process.join()
+    with Service(tmp_path) as service:
+        yield service
+
+
+def test_the_worker_without_a_model_ends_before_the_service_is_ready(tmp_path: Path) -> None:
+    (tmp_path / "wait").touch()
+    with Service(tmp_path, status=503) as service:
+        assert service.get("/readyz").headers["connection"] == "close"
+        first = service.below(service.process.pid)[0]  # the next one loads the model
+        both = [first, *service.below(first)]
+        (tmp_path / "wait").unlink()
+        service.until(lambda: service.get("/readyz").status_code == 200)
+        assert not any(map(_is_running, both))
 
 
 def test_what_dies_is_replaced(service: Service) -> None:
@@ -225,7 +243,7 @@ def _end_while_forking(folder: Path) -> str:
         options = workers.WorkerOptions(listening, ("*",), folder)
         with workers.Generations(options) as generations:
             try:
-                generations.replace(lambda: None)
+                generations.start_without_model()
             except EnvironmentProblem as error:
                 return str(error).partition("model ")[2]
     return "started"
