@@ -88,6 +88,10 @@ DATA: dict[str, Any] = {
     ],
 }
 SEEN = {"name": "seen", "entity": "user", "history": "item"}
+CITY = {"name": "city", "entity": "user", "file": "people.csv", "keep": "first"}
+PEOPLE = {
+    "people.csv": "user,city\n" + "".join(f"u{n},{('Oslo', 'Rome')[n % 2]}\n" for n in range(9))
+}
 CTR = {
     "task": "ctr",
     "interactions": {"file": "rows.csv", "user": "user", "item": "item", "label": "label"},
@@ -1469,6 +1473,30 @@ OTHERS = [
         data={**KNOWS_ITEMS, "interactions": RATED},
         files={"histories.csv": "user,item,rating\nnew,i1,1\n"},
         new_files={"histories.csv": "user,item,rating\nnew,i1,1\nnew,i2,5\n"},
+    ),
+    Mistake(
+        "recommend recommend.histories=histories.csv",
+        "fill it in, or leave the item out",
+        before=("train",),
+        data={"features": [*DATA["features"], SEEN, CITY], "interactions": RATED},
+        files={**PEOPLE, "histories.csv": "user,item,rating,city\nnew,i1,,Oslo\n"},
+        new_files={"histories.csv": "user,item,rating,city\nnew,i1,5,Oslo\n"},
+    ),
+    Mistake(
+        "recommend recommend.histories=histories.csv",
+        "no user has an item or a value of city; fill some in",
+        before=("train",),
+        data={"features": [*DATA["features"], CITY]},
+        files={**PEOPLE, "histories.csv": "user,city\nnew,\n"},
+        new_files={"histories.csv": "user,city\nnew,Rome\n"},
+    ),
+    Mistake(
+        "recommend recommend.histories=histories.csv",
+        "give columns of these, without items, or train a model",
+        before=("train",),
+        data={"features": [*DATA["features"], CITY]},
+        files=PEOPLE,
+        new_files={"histories.csv": "user,city\nnew,Rome\n"},
     ),
     Mistake(
         "predict --input rows.parquet --output=rows.parquet",

@@ -50,10 +50,9 @@ def recommend(
         asked = "recommend.matrix=int8" if wants.matrix == "int8" else asked
         loss = ranking_loss(job.trained.settings)
         if asked is not None and loss is not None:
-            cure = "set recommend.matrix=fp16" if "matrix" in asked else "leave it out"
             raise ConfigError(
                 f"{asked}: the scores of a model trained with trainer.loss={loss} rank each user's "
-                f"items and are not log-odds; train with trainer.loss=bce, or {cure}"
+                f"items and are not log-odds; train with trainer.loss=bce, or leave it out"
             )
         wanted = config.recommend.model_copy(update={"cold_items": job.cold_items})
         files = recommendation.recommend(

@@ -1,9 +1,10 @@
-"""Users from outside the training data, described by a file of items and attributes."""
+"""Users from outside the training data, described by a file of items, attributes or both."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,47 +44,56 @@ class NewUsers:
 
 
 def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
-    """Users and their items from a file of ``user`` and ``item``, or with the log's columns.
+    """Users from a file of ``user`` and ``item``, or with the log's columns, or of attributes.
 
     Where it has the log's rating or label, a row counts as it would in the log: it is a positive
     from ``min_rating`` on, or with the label 1, and of several rows with the same user and item
     the same one stays. Where it has columns of users' fields, each user has the values of the first
-    row with one.
+    row with one; users who have some need no items.
 
     Args:
         dataset: the prepared dataset.
         path: of any format that preparation reads.
 
     Returns:
-        The users who have a known item as a positive.
+        The users who have a known item as a positive, or a value of a field.
 
     Raises:
-        DataError: the model has no history field, there is no such file, or no user has a known
-            item as a positive.
+        DataError: the model knows users by id alone, there is no such file, or it describes nobody.
     """
-    if not dataset.manifest.has_history:
+    fields = UserAttributes(dataset)
+    if not dataset.manifest.has_history and not fields.names:
         raise DataError(
             f"recommend.histories={path}: this model knows its users by id, not by their items; "
             f"{how_to_know_users_by_items(dataset)}"
         )
     if not path.exists():
         raise DataError(f"recommend.histories={path}: no such file")
-    table = read_table(path, _columns(dataset, path)).combine_chunks()
+    described = _Described.read(dataset, path, fields)
+    table = _read_items(dataset, path, bool(described.columns))
     place = pc.index_in(table["item"], value_set=dataset.entity_ids("item", cold=True).slice(1))
     is_known = np.asarray(pc.is_valid(place)).astype(bool)
     unknown = pc.unique(table["item"].filter(pa.array(~is_known)))
     positive = _is_positive(table, dataset.manifest.data.interactions)
-    _check_some_are_known(dataset, path, table, is_known, positive)
+    if not len(described.users):
+        if described.columns and not table.num_rows:
+            names = ", ".join(column.name for column in described.columns)
+            raise DataError(f"{path}: no user has an item or a value of {names}; fill some in")
+        _check_some_are_known(dataset, path, table, is_known, positive)
     items = np.asarray(place.fill_null(-1), np.int32) + np.int32(1)
     stays = is_known & _rows_that_stay(dataset.manifest.data, path, table, items)
-    ids = pc.unique(table["user"].filter(pa.array(stays & positive)))
+    with_items = table["user"].filter(pa.array(stays & positive)).combine_chunks()
+    ids = pc.unique(pa.concat_arrays([with_items, described.users]))
     ids = ids.take(pa.array(np.argsort(id_order(ids))))
     users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
     histories, seen = (
         distinct(Jagged.from_pairs(users[which], items[which], len(ids)))
         for which in (stays & positive, stays & ~positive & (users >= 0))
     )
-    _report(dataset, path, table, is_known, len(ids), unknown)
+    everyone = len(
+        pc.unique(pa.concat_arrays([table["user"].combine_chunks(), described.everyone]))
+    )
+    _report(dataset, path, is_known, everyone - len(ids), unknown)
     n_seen = int(seen.offsets[-1])
     if n_seen:
         log.info(
@@ -92,31 +102,127 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
             path,
             plural(n_seen, "item"),
         )
-    return NewUsers(ids, histories, seen, _attributes(dataset, path, ids))
+    return NewUsers(ids, histories, seen, described.fields_of(ids, path))
 
 
-def _attributes(dataset: PreparedDataset, path: Path, ids: pa.Array) -> dict[str, Values] | None:
-    """Fields of the users that a file has columns of; None: it has none."""
-    encoder, present = UserAttributes(dataset), column_names(path)
-    columns = encoder.columns(present)
-    if not columns:
-        return None
-    table = read_table(path, [id_column(dataset, "user", present), *columns]).combine_chunks()
-    users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
-    cells_by_field = {}
+@dataclass(frozen=True)
+class _Described:
+    """The users of a file that have values of users' fields.
+
+    Attributes:
+        fields: of the model.
+        columns: of these fields that the file has.
+        table: ``user`` and these columns.
+    """
+
+    fields: UserAttributes
+    columns: Sequence[Column]
+    table: pa.Table
+
+    @classmethod
+    def read(cls, dataset: PreparedDataset, path: Path, fields: UserAttributes) -> Self:
+        """Reads a file."""
+        present = column_names(path)
+        columns = fields.columns(present)
+        users = id_column(dataset, "user", present)
+        if not columns:
+            return cls(fields, (), pa.table({"user": pa.array([], pa.string())}))
+        return cls(fields, columns, read_table(path, [users, *columns]).combine_chunks())
+
+    @property
+    def everyone(self) -> pa.Array:
+        """``[rows]`` string: the users of all rows."""
+        return self.table["user"].combine_chunks()
+
+    @property
+    def users(self) -> pa.Array:
+        """``[n]`` string: those with a value."""
+        given = np.zeros(self.table.num_rows, bool)
+        for column in self.columns:
+            given |= is_given(self.table[column.key].combine_chunks())
+        return pc.unique(self.everyone.filter(pa.array(given)))
+
+    def fields_of(self, ids: pa.Array, path: Path) -> dict[str, Values] | None:
+        """The fields of some users, as their first rows with a value say; None: no columns."""
+        if not self.columns:
+            return None
+        users = np.asarray(pc.index_in(self.everyone, value_set=ids).fill_null(-1), np.int64)
+        cells_by_field = {}
+        for column in self.columns:
+            cells = self.table[column.key].combine_chunks()
+            at = np.flatnonzero((users >= 0) & np.asarray(cells.is_valid()))
+            owners, first = np.unique(users[at], return_index=True)
+            place = np.full(len(ids), -1, np.int64)
+            place[owners] = at[first]
+            cells_by_field[column.key] = cells.take(pa.array(place, mask=place < 0))
+        names = ", ".join(column.name for column in self.columns)
+        log.info("%s: users are known by %s", path, names)
+        fields = self.fields.encode_columns(cells_by_field, len(ids))
+        for text in self.fields.unseen():
+            log.warning("%s: %s", path, text)
+        return fields
+
+
+def is_given(cells: pa.Array) -> npt.NDArray[np.bool_]:
+    """``[n]`` bool: cells that have a value."""
+    if cells.type == pa.list_(pa.string()):
+        given = np.zeros(len(cells), bool)
+        given[flat_texts(cells)[0]] = True
+        return given
+    if pa.types.is_nested(cells.type):  # vectors
+        return np.asarray(pc.greater(pc.list_value_length(cells), 0).fill_null(False)).astype(bool)
+    valid = cells.is_valid()
+    if pa.types.is_string(cells.type):
+        valid = pc.and_(valid, pc.not_equal(cells, "").fill_null(False))
+    return np.asarray(valid).astype(bool)
+
+
+def flat_texts(lists: pa.Array) -> tuple[Int64Array, pa.Array]:
+    """(row, text) of each element of some lists that is not empty."""
+    owners, texts = np.asarray(pc.list_parent_indices(lists), np.int64), lists.flatten()
+    there = np.asarray(pc.not_equal(texts, "").fill_null(False)).astype(bool)
+    return owners[there], texts.filter(pa.array(there))
+
+
+def _read_items(dataset: PreparedDataset, path: Path, are_described: bool) -> pa.Table:
+    """The rows with an item: ids, and those columns of the log that say what a row is.
+
+    Args:
+        dataset: the prepared dataset.
+        path: of the file.
+        are_described: whether it has columns of users' fields, so that rows may have no item.
+    """
+    columns = _columns(dataset, path)
+    if not are_described:
+        _check_takes_items(dataset, path)
+        return read_table(path, columns).combine_chunks()
+    present = column_names(path)
+    columns = [replace(c, required=c.key == "user") for c in columns if c.name in present]
+    table = read_table(path, columns).combine_chunks()
+    if "item" not in table.column_names:
+        table = table.append_column("item", pa.nulls(table.num_rows, pa.string()))
+    with_item = is_given(table["item"].combine_chunks())
+    if with_item.any():
+        _check_takes_items(dataset, path)
     for column in columns:
-        cells = table[column.key].combine_chunks()
-        at = np.flatnonzero((users >= 0) & np.asarray(cells.is_valid()))
-        owners, first = np.unique(users[at], return_index=True)
-        place = np.full(len(ids), -1, np.int64)
-        place[owners] = at[first]
-        cells_by_field[column.key] = cells.take(pa.array(place, mask=place < 0))
-    names = ", ".join(column.name for column in columns)
-    log.info("%s: users are known by %s, too", path, names)
-    fields = encoder.encode_columns(cells_by_field, len(ids))
-    for text in encoder.unseen():
-        log.warning("%s: %s", path, text)
-    return fields
+        empty = np.flatnonzero(with_item & np.asarray(table[column.key].is_null()))
+        if len(empty):
+            raise DataError(
+                f"{path}, row {empty[0] + 1}: {column.name} is empty, and the row has an item; "
+                f"fill it in, or leave the item out"
+            )
+    return table.filter(pa.array(with_item))
+
+
+def _check_takes_items(dataset: PreparedDataset, path: Path) -> None:
+    """Refuses items for a model that has no use for them."""
+    if not dataset.manifest.has_history:
+        names = ", ".join(UserAttributes(dataset).names)
+        raise DataError(
+            f"recommend.histories={path}: this model does not know users by their items, but by "
+            f"{names}; give columns of these, without items, or "
+            f"{how_to_know_users_by_items(dataset)}"
+        )
 
 
 def how_to_know_users_by_items(dataset: PreparedDataset) -> str:
@@ -239,12 +345,11 @@ def _strength(name: str, cells: pa.ChunkedArray, data: DataConfig) -> npt.NDArra
 def _report(
     dataset: PreparedDataset,
     path: Path,
-    table: pa.Table,
     is_known: npt.NDArray[np.bool_],
-    n_users: int,
+    n_without: int,
     unknown: pa.Array,
 ) -> None:
-    """Logs how many rows are left out, by reason."""
+    """Logs what is left out: rows of unknown items, and users of whom nothing is known."""
     n_strange = int((~is_known).sum())
     if n_strange:
         hint = spelling_hint(dataset, "item", unknown.to_pylist())
@@ -255,7 +360,6 @@ def _report(
             plural(n_strange, "row"),
             hint,
         )
-    n_without = len(pc.unique(table["user"])) - n_users
     if n_without:
         log.info(
             "%s: left out %s without an item known to the model",

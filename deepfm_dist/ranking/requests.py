@@ -20,7 +20,13 @@ from deepfm_dist.messages import nearest, plural
 from deepfm_dist.ranking.baselines import distinct
 from deepfm_dist.ranking.filters import ItemFilters
 from deepfm_dist.ranking.items import Catalogue
-from deepfm_dist.ranking.new_users import how_to_know_users_by_items, id_column, spelling_hint
+from deepfm_dist.ranking.new_users import (
+    flat_texts,
+    how_to_know_users_by_items,
+    id_column,
+    is_given,
+    spelling_hint,
+)
 from deepfm_dist.ranking.ranker import Users
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.ranking.subsets import EVERYTHING, ItemSets
@@ -265,7 +271,7 @@ class _Reader:
         rows = np.asarray(place.fill_null(-1), np.int32) + np.int32(1)
         described = self._items(table, "items").lengths > 0
         for column in self._described:
-            described |= _is_given(table[column.key].combine_chunks())
+            described |= is_given(table[column.key].combine_chunks())
         both = int(((rows > 0) & described).sum())
         if both:
             log.warning(
@@ -319,11 +325,13 @@ class _Reader:
                 f"{self._path}, row {row}: allow is a list without items, which leaves nothing to "
                 f"rank; drop the row, or write null to allow all items"
             )
-        is_given = _is_given(table["allow"].combine_chunks())
+        given = is_given(table["allow"].combine_chunks())
         rows = self._items(table, "allow")
         return [
-            np.unique(rows.values[rows.offsets[place] : rows.offsets[place + 1]]) if given else None
-            for place, given in enumerate(is_given.tolist())
+            np.unique(rows.values[rows.offsets[place] : rows.offsets[place + 1]])
+            if is_list
+            else None
+            for place, is_list in enumerate(given.tolist())
         ]
 
     def _items(self, table: pa.Table, name: str, count: bool | None = None) -> Jagged:
@@ -337,7 +345,7 @@ class _Reader:
         """
         if name not in table.column_names:
             return Jagged.empty(table.num_rows)
-        owners, ids = _flat(table[name].combine_chunks())
+        owners, ids = flat_texts(table[name].combine_chunks())
         place = pc.index_in(ids, value_set=self._item_ids)
         is_known = np.asarray(pc.is_valid(place)).astype(bool)
         if not is_known.all() and (name != "items" if count is None else count):
@@ -372,24 +380,3 @@ def _cells(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
     if name not in table.column_names:
         return pa.nulls(table.num_rows, kind)
     return table[name].combine_chunks()
-
-
-def _flat(lists: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]:
-    """(row, text) of each element of some lists that is not empty."""
-    owners, texts = np.asarray(pc.list_parent_indices(lists), np.int64), lists.flatten()
-    there = np.asarray(pc.not_equal(texts, "").fill_null(False)).astype(bool)
-    return owners[there], texts.filter(pa.array(there))
-
-
-def _is_given(cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` bool: cells that have a value."""
-    if cells.type == pa.list_(pa.string()):
-        given = np.zeros(len(cells), bool)
-        given[_flat(cells)[0]] = True
-        return given
-    if pa.types.is_nested(cells.type):  # vectors
-        return np.asarray(pc.greater(pc.list_value_length(cells), 0).fill_null(False)).astype(bool)
-    valid = cells.is_valid()
-    if pa.types.is_string(cells.type):
-        valid = pc.and_(valid, pc.not_equal(cells, "").fill_null(False))
-    return np.asarray(valid).astype(bool)

@@ -111,10 +111,10 @@ class RecommendConfig(Section):
     """Recommend only for these users: a list of ids, or a file with a column of them, called as in
     the interactions or ``user`` (csv, tsv, parquet)."""
     histories: LocalPath | None = None
-    """Recommend for new users, given their items: a file with the interactions' columns, or `user`
-    and `item` (csv, tsv, parquet). Items rated below `min_rating` do not enter the history and are
-    not recommended either. Columns of user fields are read as attributes. For models with a history
-    field."""
+    """Recommend for new users, given their items, attributes or both: a file with the interactions'
+    columns, or `user` and `item` (csv, tsv, parquet). Items rated below `min_rating` do not enter
+    the history and are not recommended either. Columns of user fields are read as attributes; users
+    who have some need no items. Items are for models with a history field."""
     requests: LocalPath | None = None
     """Answer the requests of a file (csv, tsv, parquet), one per row: a user of the training data,
     or ``items`` and attributes that describe one; context fields; and, each optional, ``allow`` and

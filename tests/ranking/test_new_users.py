@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.errors import DataError
 from deepfm_dist.ranking.new_users import NewUsers, read_new_users
 from tests.data.small_logs import made_of
@@ -153,6 +154,64 @@ def test_files_may_have_their_own_names_and_no_ratings(
 )
 def test_files_that_say_nothing_are_refused(tmp_path: Path, text: str, message: str) -> None:
     dataset = _dataset(tmp_path, rating="stars", min_rating=4, time="at")
+    (tmp_path / "new.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_new_users(dataset, tmp_path / "new.csv")
+
+
+CITY = {"name": "city", "entity": "user", "file": "people.csv", "keep": "first"}
+
+
+def _with_cities(root: Path, *features: dict[str, Any]) -> PreparedDataset:
+    people = "".join(f"u{k},{('Oslo', 'Rome')[k % 2]}\n" for k in range(5))
+    (root / "people.csv").write_text("who,city\n" + people)
+    item = {"name": "item", "entity": "item"}
+    return _dataset(root, {"features": [item, *features, CITY]}, rating="stars", min_rating=4)
+
+
+def test_a_new_user_with_attributes_needs_no_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    dataset = _with_cities(tmp_path, SEEN)
+    rows = "who,what,stars,city\nc,3,5,\nb,,,Rome\na,1,5,\na,,,Oslo\nd,,,\ne,4,1,\ne,,,Paris\n"
+    (tmp_path / "new.csv").write_text(rows)
+    new = read_new_users(dataset, tmp_path / "new.csv")
+    assert _as_sets(dataset, new) == {
+        "a": ({"1"}, set()),
+        "b": (set(), set()),
+        "c": ({"3"}, set()),
+        "e": (set(), {"4"}),
+    }
+    assert new.attributes is not None
+    words = ["unknown", *dataset.vocabulary("city").ids.to_pylist()]
+    cities = new.attributes["city"]
+    assert isinstance(cities, Jagged)
+    assert [[words[c] for c in bag] for bag in cities.lists()] == [
+        ["Oslo"],
+        ["Rome"],
+        [],
+        ["unknown"],
+    ]
+    assert "left out 1 user without" in caplog.text
+
+    (tmp_path / "new.csv").write_text("who,what,stars,city\nb,,,Rome\nc,3,,\n")
+    with pytest.raises(DataError, match="row 2: stars is empty, and the row has an item; fill"):
+        read_new_users(dataset, tmp_path / "new.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("who,city,what,stars\nb,Rome,3,5\n", "does not know users by their items, but by city; "),
+        ("who,what,stars\nb,3,5\n", "give columns of these, without items, or train a model that"),
+        ("who,city\nb,\n", "no user has an item or a value of city; fill some in"),
+    ],
+)
+def test_a_model_of_attributes_takes_no_items(tmp_path: Path, text: str, message: str) -> None:
+    dataset = _with_cities(tmp_path)
+    (tmp_path / "new.csv").write_text("who,city\nb,Rome\na,\n")
+    assert read_new_users(dataset, tmp_path / "new.csv").ids.to_pylist() == ["b"]
     (tmp_path / "new.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_new_users(dataset, tmp_path / "new.csv")

@@ -252,6 +252,39 @@ def test_the_number_of_ranks_does_not_change_a_byte(
     pd.testing.assert_frame_equal(parts, whole)
 
 
+def test_new_users_of_a_file_are_known_by_items_attributes_or_both(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    asked = requests_of(shop[0], 60)
+    asked = asked[asked["who"].isna()].assign(device="phone", hour=3.0).reset_index(drop=True)
+    asked = asked.astype(object).where(asked.notna(), None)
+    assert set(map(tuple, asked[["items", "city"]].notna().to_numpy())) == {
+        (True, False),
+        (False, True),
+        (True, True),
+    }
+    rows = asked.explode("items").rename(columns={"items": "what"})
+    rows["who"] = [f"n{number:02}" for number in rows.index]
+    rows["city"] = rows["city"].where(~rows.index.duplicated())  # in a user's first row alone
+    rows.iloc[::-1].sort_index(kind="stable")[["who", "what", "city"]].to_csv(
+        tmp_path / "new.csv", index=False
+    )
+    logits = run_alone(logits_of_all_pairs, shop[0], shop[1].folder, asked)
+    expected = []
+    for (number, row), scores in zip(asked.iterrows(), logits, strict=True):
+        kept = [i for i in range(N_ITEMS) if str(i) not in (row["items"] or [])]
+        best = sorted(kept, key=lambda i: -scores[i])[:12]
+        expected += [(f"n{number:02}", i, scores[i]) for i in best]
+    wanted = RecommendConfig(
+        histories=str(tmp_path / "new.csv"), k=12, context={"device": "phone", "hour": "3"}
+    )
+    run_alone(_answered, shop[1].folder, wanted, tmp_path)
+    actual = pd.read_parquet(tmp_path / "recommendations.parquet")
+    assert actual["user_id"].tolist() == [user for user, _, _ in expected]
+    assert actual["item_id"].tolist() == [item for _, item, _ in expected]
+    np.testing.assert_allclose(actual["score"], [score for _, _, score in expected], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -215,6 +215,8 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
     new = pd.DataFrame({"user": "new", "item": items, "age": of_user["age"]})
     new = new.assign(city=["", *[of_user["city"]] * 7], tags=[tags, *["a"] * 7])
     new["taste"] = ["", str(of_user["taste"]), *["[0, 0, 0]"] * 6]
+    alone = new[:2].assign(user="by_attributes", item="")
+    new = pd.concat([new, pd.DataFrame({"user": "by_items", "item": items}), alone])
     new.to_csv(tmp_path / "p/new.csv", index=False)
     refused = _refused(items)
     requests, rows = _requests(attributes)
@@ -224,7 +226,12 @@ def test_a_described_user_is_ranked_for_as_a_known_one_alike(tmp_path: Path) -> 
     )
     expected = {item["id"]: (item["score"], item["probability"]) for item in known}
     assert len(expected) == 12
-    in_file = pd.read_parquet(tmp_path / "p/new.parquet").set_index("item_id")["score"]
+    ranked_file = pd.read_parquet(tmp_path / "p/new.parquet").set_index("item_id")
+    in_file = ranked_file["score"][ranked_file["user_id"] == "new"]
+    for user, (_, answer) in zip(("by_items", "by_attributes"), answers[3:5], strict=True):
+        theirs = {item["id"]: item["score"] for item in answer["items"][:12]}
+        of_user = ranked_file["score"][ranked_file["user_id"] == user]
+        assert dict(of_user) == pytest.approx(theirs, abs=1e-5)
     assert dict(in_file) == pytest.approx({i: expected[i][0] for i in expected}, abs=1e-5)
     for status, answer in answers[:2]:
         assert status == 200
