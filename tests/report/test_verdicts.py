@@ -7,7 +7,6 @@ from deepfm_dist.ranking.evaluation import Comparison
 from deepfm_dist.ranking.profiles import Insight
 from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.verdicts import (
-    _steering_verdict,
     ranking_advice,
     ranking_verdicts,
     row_verdicts,
@@ -86,11 +85,23 @@ def test_a_baseline_that_wins_comes_with_what_to_try() -> None:
     assert ranking_advice(no_more) == ranking_advice(default)
     all_of_it = default | {"data": {"features": [item, genre | {"file": "genres.tsv"}, seen]}}
     assert ranking_advice(all_of_it).startswith("tune, over optimizer.tables.lr")
+    brand = {"name": "brand", "entity": "item", "column": "b"}
+    assert ranking_advice(default | {"data": {"features": [item, brand, seen]}}).startswith("tune")
+    city = {"name": "city", "entity": "user", "file": "users.csv"}  # says nothing of items
+    of_users = default | {"data": {"features": [item, city, seen]}}
+    assert ranking_advice(of_users) == ranking_advice(default)
     [worse] = ranking_verdicts(compared(0.2, 0.3, -0.15, -0.05), 10, advice)
     assert worse.text.endswith(f"-0.1500 to -0.0500; to try: {advice}")
     for low, high in ((-0.15, 0.05), (0.05, 0.15)):
         [verdict] = ranking_verdicts(compared(0.2, 0.3, low, high), 10, advice)
         assert "to try" not in verdict.text
+    [worse] = ranking_verdicts(compared(0.2, 0.3, -0.15, -0.05), 10)
+    assert worse.kind == "worse" and "to try" not in worse.text
+    sparse = compared(0.2, 0.3, -0.15, -0.05)
+    sparse.figures["ease of 9 items"] = sparse.figures.pop("ease")
+    sparse.differences["ease of 9 items"] = sparse.differences.pop("ease")
+    [worse] = ranking_verdicts(sparse, 10, advice)
+    assert worse.title == "Worse than ease of 9 items" and worse.text.endswith(advice)
     other = compared(0.2, 0.3, -0.15, -0.05)
     other.figures["best_possible"] = other.figures.pop("ease")
     other.differences["best_possible"] = other.differences.pop("ease")
@@ -128,17 +139,21 @@ def test_the_text_of_unknown_values_gives_their_share() -> None:
     assert unknown_verdicts(Unknown(0, {"item": 0}), "test", True) == []
 
 
-def test_what_steering_gives_up_is_told_with_what_it_gains() -> None:
+def test_steered_rankings_are_shown_by_their_cost_and_gain_and_never_judged() -> None:
     figures = {
         "model": {"ndcg@10": 0.3, "coverage@10": 0.25, "novelty@10": 5.5},
         "model, steered": {"ndcg@10": 0.28, "coverage@10": 0.5, "novelty@10": 6.25},
+        "ease": {"ndcg@10": 0.2},
     }
-    differences = {"model, steered": {"ndcg@10": (0.01, 0.03)}}
+    differences = {"model, steered": {"ndcg@10": (0.01, 0.03)}, "ease": {"ndcg@10": (0.05, 0.15)}}
     compared = Comparison(figures, {name: {} for name in figures}, differences, NO_INSIGHT)
-    assert str(_steering_verdict(compared, 10)) == (
+    steered, other = ranking_verdicts(compared, 10)
+    assert (str(steered), steered.kind) == (
         "Steered rankings: NDCG@10 0.3000 to 0.2800, 95 % interval of the loss +0.0100 to "
-        "+0.0300; coverage 0.250 to 0.500, novelty 5.500 to 6.250"
+        "+0.0300; coverage 0.250 to 0.500, novelty 5.500 to 6.250",
+        "even",
     )
+    assert other.title == "Better than ease"
 
 
 def test_without_another_ranking_there_is_no_verdict_on_rankings() -> None:
@@ -242,6 +257,28 @@ def test_equal_checkpoints_are_as_good_as_each_other() -> None:
     assert training_verdicts(validations, 10, "log_loss") == []
     # By a figure that is missing at this step, no checkpoint is judged.
     assert training_verdicts(losses(0.25, None, 0.5), 20, "log_loss") == []
+
+
+def test_a_better_checkpoint_after_the_measured_one_is_not_called_an_earlier_one() -> None:
+    [verdict] = training_verdicts(losses(0.5, 0.375, 0.125), 20, "log_loss")
+    assert verdict.title == "Still improving when training ended"
+
+
+@pytest.mark.parametrize("loss_at_start", [0.5, None])
+def test_a_fitted_start_that_training_did_not_improve_on_is_named(
+    loss_at_start: float | None,
+) -> None:
+    start = ValidEvent(step=0, epoch=0, log_loss=loss_at_start)
+    verdicts = training_verdicts([start, *losses(0.498, 0.52)], 0, "log_loss")
+    if loss_at_start is None:  # it was not measured
+        assert verdicts == []
+        return
+    [verdict] = verdicts
+    assert (str(verdict), verdict.kind) == (
+        "Training did not clearly improve on the fitted start: validation log loss 0.5000 at the "
+        "start, which is used; 0.4980 at best",
+        "even",
+    )
 
 
 def test_epochs_that_did_not_help_are_named() -> None:
