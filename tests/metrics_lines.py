@@ -1,4 +1,4 @@
-"""What a run left behind, for tests that start whole commands."""
+"""Reads the metrics that a run wrote, for tests that start whole commands."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where configuration, manifest and checkpoint meet: the model, and what a run goes on from."""
+"""Models built from configuration, manifest and checkpoint, and how runs resume."""
 
 import json
 import logging

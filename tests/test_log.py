@@ -1,4 +1,4 @@
-"""What a run writes down: JSON Lines, TensorBoard, listeners of one's own."""
+"""A run's logs: JSON Lines, TensorBoard and the user's own listeners."""
 
 import json
 import logging

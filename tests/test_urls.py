@@ -1,4 +1,4 @@
-"""What lies behind a URL serves every command, as what lies on a disk does."""
+"""Commands read and write URLs as they do paths."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Fields: values, numbers, lists, what is derived from a cell, and ids that look alike."""
+"""Fields: values, numbers, lists, derived values, and ids that look alike."""
 
 import math
 from collections.abc import Callable

@@ -47,7 +47,34 @@ def write(path: Path, group_rows: int, **columns: tuple[pa.DataType, list[Any]])
 
 
 def write_by_hand(folder: Path) -> None:
-    """What Spark or Ray Data would write: 5 training rows in 2 files, 2 groups, 2 lanes."""
+    """Writes a dataset as Spark would: 5 training rows in 2 files, 2 groups, 2 lanes."""
+    _write_entities(folder)
+    for split, part, pairs, labels in (
+        ("train", 0, [(1, 1), (1, 2), (2, 1)], None),
+        ("train", 1, [(2, 2), (2, 3)], None),
+        ("valid", 0, [(1, 3), (1, 4)], [1, 0]),
+        ("valid", 1, [], []),
+        ("test", 0, [], []),
+        ("test", 1, [(2, 4), (2, 0)], [1, 0]),
+    ):
+        n = len(pairs)
+        labelled = {} if labels is None else {"label": (REAL, labels)}
+        write(
+            folder / split / f"part-{part:05d}.parquet",
+            2 if part else 3,
+            user=(INT, [u for u, _ in pairs]),
+            item=(INT, [i for _, i in pairs]),
+            **labelled,
+            hour=(INT, [1 + k % 2 for k in range(n)]),
+            mood=(INTS, [[1, 2][: k % 3] for k in range(n)]),
+            ad=(INT, [100 - k for k in range(n)]),
+            price=(INT, [k % 4 for k in range(n)]),
+        )
+    (folder / "manifest.json").write_text(json.dumps(_manifest()))
+
+
+def _write_entities(folder: Path) -> None:
+    """Writes the vocabularies, users and items."""
     text, long = pa.string(), pa.int64()
 
     def vocabulary(name: str, *ids: str) -> None:
@@ -83,30 +110,11 @@ def write_by_hand(folder: Path) -> None:
         count=(long, [0, 2, 2, 1, 0]),
     )
 
-    def rows(split: str, part: int, pairs: list[tuple[int, int]], labels: list[int] | None) -> None:
-        n = len(pairs)
-        labelled = {} if labels is None else {"label": (REAL, labels)}
-        write(
-            folder / split / f"part-{part:05d}.parquet",
-            2 if part else 3,
-            user=(INT, [u for u, _ in pairs]),
-            item=(INT, [i for _, i in pairs]),
-            **labelled,
-            hour=(INT, [1 + k % 2 for k in range(n)]),
-            mood=(INTS, [[1, 2][: k % 3] for k in range(n)]),
-            ad=(INT, [100 - k for k in range(n)]),
-            price=(INT, [k % 4 for k in range(n)]),
-        )
 
-    rows("train", 0, [(1, 1), (1, 2), (2, 1)], None)
-    rows("train", 1, [(2, 2), (2, 3)], None)
-    rows("valid", 0, [(1, 3), (1, 4)], [1, 0])
-    rows("valid", 1, [], [])
-    rows("test", 0, [], [])
-    rows("test", 1, [(2, 4), (2, 0)], [1, 0])
+def _manifest() -> dict[str, Any]:
     splits = {"train": (5, 5), "valid": (2, 1), "test": (2, 1)}
     sizes = {"user": 3, "item": 5, "genre": 2, "hour": 3, "mood": 3, "ad": 101, "price": 4}
-    manifest = {
+    return {
         "format": 4,
         "fingerprint": "given",
         "vocabulary_hash": "of the ids in row order",
@@ -129,7 +137,6 @@ def write_by_hand(folder: Path) -> None:
         "inputs": {},
         "versions": {"spark": "4"},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 1 << 30])

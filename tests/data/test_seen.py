@@ -1,4 +1,4 @@
-"""What users have met, liked or not, is no negative and no recommendation: against pandas."""
+"""Items in a user's log are neither negatives nor recommendations, liked or not."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ say to type is typed here, as it stands there."""
+"""Runs the commands of README.md, CONTRIBUTING.md and docs/ as they are written there."""
 
 import argparse
 import gzip

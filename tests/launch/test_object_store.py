@@ -399,6 +399,25 @@ def _recommended(pointer: str, cache: Path) -> list[tuple[int | str, float]]:
     return [(one.card.id, one.score) for one in scored]
 
 
+def _nightly_settings(cache: Path) -> dict[str, Any]:
+    return {
+        "run": {"name": "mine", "loggers": [], "cache_root": str(cache)},
+        "data": {
+            "task": "ctr",
+            "interactions": {
+                "user": "user", "item": "item", "label": "click", "time": "time",
+                "file": "{day-1..day}.csv",
+            },
+            "features": [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}],
+            "split": {"method": "temporal", "valid": 0.1, "test": 0.1},
+        },
+        "model": {"embedding_dim": 4, "deep": False, "linear": "none"},
+        "trainer": {"epochs": 4, "batch_size": 64},
+        "checkpoint": {"every_steps": 3},
+        "nightly": {"tolerance": 0.5},
+    }  # fmt: skip
+
+
 def test_nights_and_a_service_in_a_bucket_survive_a_cut_in_each(
     tmp_path: Path, runs: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -408,24 +427,7 @@ def test_nights_and_a_service_in_a_bucket_survive_a_cut_in_each(
     for day in (1, 2):
         for folder in (runs / "logs", local / "logs"):
             (folder / f"2026-11-0{day}.csv").write_text(_clicks(day))
-    data = {
-        "task": "ctr",
-        "interactions": {
-            "user": "user", "item": "item", "label": "click", "time": "time",
-            "file": "{day-1..day}.csv",
-        },
-        "features": [{"name": "user", "entity": "user"}, {"name": "item", "entity": "item"}],
-        "split": {"method": "temporal", "valid": 0.1, "test": 0.1},
-    }  # fmt: skip
-    settings = {
-        "run": {"name": "mine", "loggers": [], "cache_root": str(tmp_path / "cache")},
-        "data": data,
-        "model": {"embedding_dim": 4, "deep": False, "linear": "none"},
-        "trainer": {"epochs": 4, "batch_size": 64},
-        "checkpoint": {"every_steps": 3},
-        "nightly": {"tolerance": 0.5},
-    }
-    (tmp_path / "mine.yaml").write_text(json.dumps(settings))
+    (tmp_path / "mine.yaml").write_text(json.dumps(_nightly_settings(tmp_path / "cache")))
     where = {
         home: [
             *("--config", str(tmp_path / "mine.yaml"), f"data.root={home / 'logs'}"),

@@ -1,4 +1,4 @@
-"""Whom and what to recommend, in blocks, from short lists, and after a kill."""
+"""Recommendations: in blocks, from short lists, and resumed after a kill."""
 
 import json
 import logging

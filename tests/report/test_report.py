@@ -1,4 +1,4 @@
-"""Tables for people, and the page of a run."""
+"""Tables in plain text, and the page of a run."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The words at the top of a report, with figures computed by hand."""
+"""Verdicts of a report, with figures computed by hand."""
 
 import pytest
 

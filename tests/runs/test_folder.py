@@ -1,4 +1,4 @@
-"""What becomes of a run's dataset and report when its commands are typed again."""
+"""Repeated commands keep a run's dataset and report."""
 
 import html
 import json

@@ -184,17 +184,7 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
             vectors[name] = alone["dense"][row, i] * numeric[name]
         vectors["image"] = alone["dense"][row, 3:6] @ matrices["image"]
         vectors["text"] = alone["dense"][row, 6:] @ matrices["text"]
-        rows = np.array([*vectors.values()], np.float64)
-        factors = rows[:, :DIM]
-        z = old[f"{ABOVE}bias"][0] + rows[:, DIM].sum()
-        z += 0.5 * (factors.sum(0) ** 2 - (factors**2).sum(0)).sum()
-        h = old[f"{ABOVE}over_arch.hidden.0.bias"].astype(np.float64)
-        for name, vector in vectors.items():
-            h = h + blocks[name] @ vector[:DIM]
-        for layer in ("hidden.1", "output"):
-            weight, bias = (old[f"{ABOVE}over_arch.{layer}.{part}"] for part in ("weight", "bias"))
-            h = weight @ np.maximum(h, 0) + bias
-        expected.append(z + h[0])
+        expected.append(_logit(vectors, blocks, old))
     np.testing.assert_allclose(alone["logits"], expected, atol=2e-5)
     assert np.std(expected) > 0.05
 
@@ -210,6 +200,29 @@ def test_weights_go_to_the_fields_of_their_names(before: tuple[Path, dict[str, A
             assert not block.any()
     step = f"dense.{ABOVE}over_arch.hidden.0.weight"
     assert float(alone["state"][f"{step}.step"]) == float(saved["optimizer"][step]["step"]) == 6
+
+
+def _logit(
+    vectors: dict[str, np.ndarray], blocks: dict[str, np.ndarray], old: dict[str, np.ndarray]
+) -> float:
+    """The logit of a row.
+
+    Args:
+        vectors: ``[D + 1]`` of each field.
+        blocks: columns of the over-arch's first layer, by field.
+        old: the other weights.
+    """
+    rows = np.array([*vectors.values()], np.float64)
+    factors = rows[:, :DIM]
+    z = old[f"{ABOVE}bias"][0] + rows[:, DIM].sum()
+    z += 0.5 * (factors.sum(0) ** 2 - (factors**2).sum(0)).sum()
+    h = old[f"{ABOVE}over_arch.hidden.0.bias"].astype(np.float64)
+    for name, vector in vectors.items():
+        h = h + blocks[name] @ vector[:DIM]
+    for layer in ("hidden.1", "output"):
+        weight, bias = (old[f"{ABOVE}over_arch.{layer}.{part}"] for part in ("weight", "bias"))
+        h = weight @ np.maximum(h, 0) + bias
+    return float(z + h[0])
 
 
 def test_grown_data_of_other_fields_keep_the_rows_of_earlier_ids(

@@ -1,4 +1,4 @@
-"""What becomes of a row depends on what it says, never on where it stands."""
+"""Preparation depends on the contents of rows, not on their order or file."""
 
 import zlib
 from fractions import Fraction

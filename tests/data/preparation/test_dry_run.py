@@ -1,4 +1,4 @@
-"""What a configuration makes of the first rows, against counts by hand."""
+"""The dry run's figures on the first rows, against counts by hand."""
 
 from pathlib import Path
 

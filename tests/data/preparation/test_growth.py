@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,23 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     assert PreparedDataset(tmp_path / "new").manifest.fingerprint != unchanged
 
 
+def _day(
+    root: Path, name: str, date: str, users: str, items: str, **settings: Any
+) -> PreparedDataset:
+    """Each of some users with each of some items, all on one date."""
+    pairs = [(u, i) for u in users for i in items]
+    lines = (f"{u},{i},{date},{'pqr'[ord(u) % 3]},1,2\n" for u, i in pairs)
+    (root / f"{name}.csv").write_text("u,i,t,city,h,n\n" + "".join(lines))
+    spec = GROWING | {"forget_after": 30} | settings
+    spec["interactions"] = GROWING["interactions"] | {"file": f"{name}.csv"}
+    prepare(DataConfig.model_validate(spec), root, root / name, seed=1)
+    return PreparedDataset(root / name)
+
+
 def test_rows_of_forgotten_ids_go_to_new_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def day(name: str, date: str, users: str, items: str, **settings: Any) -> PreparedDataset:
-        pairs = [(u, i) for u in users for i in items]
-        lines = (f"{u},{i},{date},{'pqr'[ord(u) % 3]},1,2\n" for u, i in pairs)
-        (tmp_path / f"{name}.csv").write_text("u,i,t,city,h,n\n" + "".join(lines))
-        spec = GROWING | {"forget_after": 30} | settings
-        spec["interactions"] = GROWING["interactions"] | {"file": f"{name}.csv"}
-        prepare(DataConfig.model_validate(spec), tmp_path, tmp_path / name, seed=1)
-        return PreparedDataset(tmp_path / name)
-
+    day = partial(_day, tmp_path)
     (tmp_path / "tags.csv").write_text("i,tag\n" + "".join(f"{i},t{i}\n" for i in "ABCDE"))
     first = day("first", "2026-01-01", "abcdef", "ABCDEFGH")
     second = day("second", "2026-01-20", "abcd", "ABCDE", vocabulary_from=str(first.folder))

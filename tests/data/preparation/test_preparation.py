@@ -1,4 +1,4 @@
-"""What preparation makes of rows, users and items, against values by hand."""
+"""Prepared rows, users and items, against values by hand."""
 
 import gzip
 from collections import Counter

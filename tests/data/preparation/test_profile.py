@@ -1,4 +1,4 @@
-"""What the manifest says a log is like, against pandas."""
+"""The manifest's description of a log, against pandas."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""When a dataset is prepared again, and what an interrupted preparation leaves."""
+"""Datasets are prepared again only if needed; an interrupted preparation leaves the old one."""
 
 import logging
 import os

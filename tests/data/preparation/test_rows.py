@@ -1,4 +1,4 @@
-"""What becomes of a row by what it says: seen, repeated, tied; never by its place in a file."""
+"""Seen, repeated and tied rows are treated by their contents, never by their place in a file."""
 
 import json
 from collections import Counter

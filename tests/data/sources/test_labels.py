@@ -1,4 +1,4 @@
-"""Labels as people write them: numbers, truth values, words; in every format."""
+"""Labels as numbers, booleans or words, in every format."""
 
 import json
 from pathlib import Path
