@@ -53,7 +53,7 @@ def fit(
     user: str = "user",
     item: str = "item",
     time: str | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     users: pd.DataFrame | None = None,
     items: pd.DataFrame | None = None,
     context: str | Sequence[str] = (),
@@ -64,14 +64,14 @@ def fit(
     """Trains a DeepFM on data frames.
 
     Args:
-        interactions: one row each: a user, an item, and optionally a time, a label and context.
+        interactions: one row each: a user, an item, and optionally a time, labels and context.
         user: its column of users.
         item: its column of items.
         time: its column of times (numbers or timestamps).
-        label: its column of labels, 0 or 1; without one every row is a positive.
-        users: fields of the users: a column ``user`` and others. In every frame of fields, text and
-            whole numbers are categories, fractions are numbers, a list holds several categories, a
-            list of fractions is a vector such as an embedding.
+        label: its column of labels, 0 or 1, or several, ``["click", "buy"]``, all of which are
+            predicted, and whose cells may be empty; without one every row is a positive.
+        users: fields of the users: a column ``user`` and others. In all frames of fields, text and
+            whole numbers are categories, fractions are numbers; a list holds several, or a vector.
         items: fields of the items, in the same way; a column ``title`` is only shown.
         context: further columns of ``interactions`` that are fields of the model.
         folder: where everything is written.
@@ -93,7 +93,8 @@ def fit(
         for what, frame in (("interactions", interactions), ("users", users), ("items", items)):
             _check_frame(frame, what, optional=what != "interactions")
         context = [context] if isinstance(context, str) else context
-        roles = {"user": user, "item": item, "time": time, "label": label}
+        labels = "label" if isinstance(label, str) else "labels"
+        roles = {"user": user, "item": item, "time": time, labels: label}
         columns = {role: column for role, column in roles.items() if column is not None}
         entities = {"user": users, "item": items}
         inputs = _inputs(interactions, columns, entities, context, sections.get("data", {}))
@@ -147,7 +148,7 @@ def _check_alone() -> None:
 
 def _inputs(
     interactions: pd.DataFrame,
-    columns: Mapping[str, str],
+    columns: Mapping[str, Any],
     entities: Mapping[str, pd.DataFrame | None],
     context: Sequence[str],
     given: Mapping[str, Any],
@@ -156,7 +157,7 @@ def _inputs(
 
     Args:
         interactions: one row each.
-        columns: of ``interactions``, by role: user, item, time, label.
+        columns: of ``interactions``, by role: user, item, time, label, or labels, a list.
         entities: fields of users and items, by entity.
         context: columns of ``interactions`` that are fields.
         given: the caller's settings of the section ``data``.
@@ -165,13 +166,16 @@ def _inputs(
         DataError: a column is missing.
     """
     data, frames = {**given}, dict[str, pd.DataFrame]()
-    _check_columns(interactions, [*columns.values(), *context], "interactions")
+    named = [
+        c for given in columns.values() for c in ([given] if isinstance(given, str) else given)
+    ]
+    _check_columns(interactions, [*named, *context], "interactions")
     further = {**data.get("interactions", {})}  # rating, weight, split, ...
     kept = [c for c in further.values() if isinstance(c, str) and c in interactions.columns]
-    kept = list(dict.fromkeys([*columns.values(), *context, *kept]))
+    kept = list(dict.fromkeys([*named, *context, *kept]))
     frames["interactions.parquet"] = interactions[kept]
     data["interactions"] = {**further, "file": "interactions.parquet", **columns}
-    if "label" in columns:
+    if columns.keys() & {"label", "labels"}:
         data["task"] = "ctr"
     features: list[dict[str, Any]] = [
         {"name": f"{entity}_id" if columns[entity] != entity else entity, "entity": entity}
@@ -365,6 +369,8 @@ class Model:
     def predict(self, rows: pd.DataFrame) -> pd.DataFrame:
         """``logit`` and ``probability`` of rows with the columns of the interactions.
 
+        Of several targets ``logit_buy``, ``probability_buy`` and so on.
+
         Args:
             rows: in any order, which the result keeps along with their index; unknown ids are
                 allowed.
@@ -377,8 +383,11 @@ class Model:
             with _in_python({str(source): "rows", source.name: "rows"}):
                 source.write_bytes(_parquet(rows, "rows"))
                 predict(self._with("predict", {}), str(source), target)
-            scores = pd.read_parquet(target, columns=["score", "probability"])
-        return scores.rename(columns={"score": "logit"}).set_axis(rows.index)
+            ends = [f"_{label}" for label in self.config.data.interactions.labels] or [""]
+            names = [f"{name}{end}" for end in ends for name in ("score", "probability")]
+            scores = pd.read_parquet(target, columns=names)
+        logits = {f"score{end}": f"logit{end}" for end in ends}
+        return scores.rename(columns=logits).set_axis(rows.index)
 
     def _with(self, command: str, settings: Mapping[str, Any]) -> Config:
         """The settings of a command on this checkpoint.

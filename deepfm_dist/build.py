@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
@@ -38,10 +38,11 @@ from deepfm_dist.environment import available_bytes, memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.messages import brief, plural
-from deepfm_dist.model.deepfm import DeepFM, OverArch, Table, build_deepfm
+from deepfm_dist.model.deepfm import DeepFM, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.settings import ModelConfig
+from deepfm_dist.model.targets import Towers, first_layer_names, mlp_towers
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.training.trainer import Batches
 
@@ -58,9 +59,22 @@ MOST_READING_THREADS = 4
 
 
 def build_model(
-    config: ModelConfig, manifest: Manifest, world: World, seed: int, half: bool = False
+    config: ModelConfig,
+    manifest: Manifest,
+    world: World,
+    seed: int,
+    half: bool = False,
+    target_weights: Sequence[float] = (),
 ) -> DeepFMTrain:
     """The unsharded model: tables on the meta device, the rest initialised from the seed.
+
+    Args:
+        config: its settings.
+        manifest: of the data.
+        world: the ranks.
+        seed: of the initial weights.
+        half: whether tables are kept in float16.
+        target_weights: of several targets in the loss.
 
     Raises:
         ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
@@ -69,10 +83,13 @@ def build_model(
     _check_memory(config, manifest, world, half)
     torch.manual_seed(seed)
     over_arch: Callable[[int], nn.Module] | None = None
+    n_targets = max(1, len(manifest.targets))
     if config.deep and config.over_arch == "mlp":
         over_arch = partial(
-            OverArch,
+            mlp_towers,
             layer_sizes=config.over_arch_layer_sizes,
+            n_targets=n_targets,
+            n_shared=config.shared_layers,
             activation=config.activation,
             dropout=config.dropout,
             batch_norm=config.batch_norm,
@@ -80,7 +97,7 @@ def build_model(
             gather=world.differentiable_gather,
         )
     elif config.deep:
-        over_arch = partial(_custom_over_arch, config)
+        over_arch = partial(_custom_over_arch, config, n_targets=n_targets)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
     model = build_deepfm(
         tables,
@@ -96,10 +113,11 @@ def build_model(
         half=half,
         is_item_field=manifest.is_item_field if config.fm_pairs == "across" else None,
         vectors=manifest.vectors,
+        n_targets=n_targets,
     )
     if config.init_at_mean:
         model.interaction_arch.start_at(manifest.log_odds)
-    return DeepFMTrain(model)
+    return DeepFMTrain(model, target_weights)
 
 
 def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:
@@ -124,11 +142,12 @@ def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig)
         )
         for fields in (trained.features, manifest.features)
     )
-    first_layer = None
+    first_layers: list[str] = []
     if model.deep and model.over_arch == "mlp":
         first_layer = "hidden.0" if model.over_arch_layer_sizes else "output"
-    transfer = Transfer.between({f.table_name for f in shared}, before, after, first_layer)
-    if transfer.moves and model.deep and first_layer is None:
+        first_layers = first_layer_names(first_layer, len(manifest.targets), model.shared_layers)
+    transfer = Transfer.between({f.table_name for f in shared}, before, after, first_layers)
+    if transfer.moves and model.deep and not first_layers:
         raise ConfigError(
             f"model.over_arch={model.over_arch}: which of its weights belong to which field is not "
             f"known; to start from a trained one, give data.features its fields in its order: "
@@ -155,6 +174,7 @@ def _check_memory(config: ModelConfig, manifest: Manifest, world: World, half: b
         )
     layers = (fields * dim, *config.over_arch_layer_sizes, 1)
     deep = 4 * world.local_world_size * sum(a * b for a, b in pairwise(layers))
+    deep *= max(1, len(manifest.targets))
     if config.deep and config.over_arch == "mlp" and deep > memory:
         raise ConfigError(
             f"model.over_arch_layer_sizes={list(config.over_arch_layer_sizes)} on {fields} fields "
@@ -170,11 +190,19 @@ def _gigabytes(size: int) -> str:
 def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTrain:
     """The unsharded model with its tables in the precision that they are trained in."""
     half = config.trainer.table_precision == "fp16"
-    return build_model(config.model, manifest, world, config.run.seed, half)
+    weights = config.trainer.weights_of(manifest.targets)
+    return build_model(config.model, manifest, world, config.run.seed, half, weights)
 
 
-def _custom_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
-    """The over-arch of an import path, tried on two rows; its exceptions are user errors."""
+def _custom_over_arch(config: ModelConfig, in_features: int, n_targets: int) -> nn.Module:
+    """The over-arch of an import path, or one for each of several targets."""
+    if n_targets == 1:
+        return _imported_over_arch(config, in_features)
+    return Towers([_imported_over_arch(config, in_features) for _ in range(n_targets)])
+
+
+def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
+    """An over-arch of an import path, tried on two rows; its exceptions are user errors."""
     where = f"model.over_arch={config.over_arch}"
     kind = _import(config.over_arch, where, "mlp or package.module:Class")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

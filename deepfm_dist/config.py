@@ -88,6 +88,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _targets_are_labels(self) -> Self:
+        for section in (self.model, self.trainer, self.recommend):
+            section.check_targets(self.data.interactions.labels)
+        return self
+
+    @model_validator(mode="after")
     def _model_fits_the_loss(self) -> Self:
         setting = f"trainer.loss={self.trainer.loss}"
         if self.trainer.loss == "bce" or not self.model.deep:

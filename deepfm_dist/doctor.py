@@ -188,7 +188,8 @@ def _check_catalogue(device: str) -> None:
     """Scores all pairs of some users and items by the device's kernel and by torch."""
     import torch
 
-    from deepfm_dist.model.deepfm import InteractionArch, OverArch
+    from deepfm_dist.model.deepfm import InteractionArch
+    from deepfm_dist.model.over_arch import OverArch
     from deepfm_dist.ranking.catalogue import CatalogueScorer
     from deepfm_dist.ranking.engines.selection import engine_for
 

@@ -257,7 +257,9 @@ def _linear_of_rows(draft: "_Draft", manifest: Manifest) -> tuple[str, str]:
     """Whether first-order weights start from a logistic regression, and why."""
     n = manifest.splits["train"].rows
     against = None
-    if n >= FEW_LABELLED_ROWS:
+    if manifest.targets:
+        against = f"there are {len(manifest.targets)} targets, and it fits one"
+    elif n >= FEW_LABELLED_ROWS:
         against = f"{plural(n, 'training row')} take enough steps"
     elif not draft.get("model.first_order"):
         against = "model.first_order is off"

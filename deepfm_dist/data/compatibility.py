@@ -109,6 +109,12 @@ def check_start(
         CheckpointError: ids have other rows, or numbers another scale.
         ConfigError: a field is of another kind.
     """
+    ours, theirs = manifest.data.interactions.labels, trained.interactions.labels
+    if ours != theirs:
+        raise ConfigError(
+            f"{option}: its model was trained on {_targets(theirs)}, and data.interactions has "
+            f"{_targets(ours)}; start from a run with the same targets, or train afresh"
+        )
     shared = [*shared_fields(trained, manifest.data)]
     for one, other in shared:
         before, now = one.meaning, other.meaning
@@ -133,6 +139,10 @@ def check_start(
         )
 
 
+def _targets(labels: Sequence[str]) -> str:
+    return f"labels={','.join(labels)}" if labels else "one target"
+
+
 def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
     """What changes the meaning of a logit, though vocabularies be the same."""
     for one, other in shared_fields(trained, prepared):
@@ -141,6 +151,7 @@ def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[st
         {
             "data.features": ",".join(f.name for f in data.features),
             "data.task": data.task,
+            "data.interactions.labels": ",".join(data.interactions.labels),
             "data.history.max_length": data.history.max_length,
         }
         for data in (trained, prepared)

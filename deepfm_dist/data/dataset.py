@@ -1,6 +1,6 @@
 """A prepared dataset, opened: its rows, vocabularies, and what describes users and items."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +22,12 @@ from deepfm_dist.data.jagged import (
     mapped,
     mapped_values,
     offsets_of,
+    taken,
     union,
 )
 from deepfm_dist.data.layout import GENERATION, HISTORY, NEGATIVE_USER, SEEN, DatasetFiles
 from deepfm_dist.data.manifest import SPLITS, Manifest
-from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.data.schema import LABEL_OF, OUT_OF_VOCABULARY
 from deepfm_dist.data.vocabulary import Vocabulary
 from deepfm_dist.errors import DataError
 
@@ -41,7 +42,7 @@ class Rows:
     Attributes:
         users: ``[n]`` int32 rows of the user table, or None where the data has no users.
         items: ``[n]`` int32 rows of the item table, or None.
-        labels: ``[n]`` float32; None where every row is a positive.
+        labels: ``[n]`` float32, ``[n, T]`` of several targets; None where every row is a positive.
         weights: ``[n]`` float32, 1 in the mean of training rows; None where all are 1.
         context: values of the context fields, ``[n]`` each.
         n: number of rows.
@@ -58,10 +59,38 @@ class Rows:
     def of(cls, columns: Mapping[str, Any]) -> "Rows":
         """Rows from the columns of their files."""
         context = dict(columns)
-        roles = [context.pop(name, None) for name in ("user", "item", "label", "weight")]
-        users, items, labels, weights = roles
+        labels = labels_in(columns)
+        for name in label_columns_in(columns):
+            del context[name]
+        roles = [context.pop(name, None) for name in ("user", "item", "weight")]
+        users, items, weights = roles
         n = len(next(iter(columns.values())))
         return cls(users, items, labels, context, n, weights)
+
+
+def labels_in(
+    columns: Mapping[str, Any], rows: npt.NDArray[np.integer] | None = None
+) -> FloatArray | None:
+    """Labels from the columns of their files.
+
+    Args:
+        columns: of many rows.
+        rows: ``[n]`` which of them; None: all.
+
+    Returns:
+        ``[n]`` float32, or ``[n, T]`` of several targets, `NO_LABEL` where one is not known; None
+        without a label.
+    """
+    by_target: list[Any] = [
+        columns[name] if rows is None else taken(columns[name], rows)
+        for name in label_columns_in(columns)
+    ]
+    return np.stack(by_target, 1) if len(by_target) > 1 else next(iter(by_target), None)
+
+
+def label_columns_in(names: Iterable[str]) -> list[str]:
+    """Those of some columns that hold labels, in the order of the targets."""
+    return [name for name in names if name == "label" or name.startswith(LABEL_OF)]
 
 
 class PreparedDataset:
@@ -132,9 +161,10 @@ class PreparedDataset:
         """What the model and the sampler need of a split's rows."""
         present = self.files.open(f"{split}/part-00000.parquet").schema_arrow.names
         context_fields = [f.name for f in self.manifest.features if f.entity == "context"]
+        labels = self.manifest.data.interactions.label_columns
         return [
             n
-            for n in ("user", "item", "label", "weight", NEGATIVE_USER, *context_fields)
+            for n in ("user", "item", *labels, "weight", NEGATIVE_USER, *context_fields)
             if n in present
         ]
 

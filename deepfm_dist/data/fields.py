@@ -23,7 +23,7 @@ from deepfm_dist.data.jagged import (
 )
 from deepfm_dist.data.manifest import NumericSpec
 from deepfm_dist.data.moments import Moments
-from deepfm_dist.data.schema import DataConfig, Feature
+from deepfm_dist.data.schema import LABEL_OF, NO_LABEL, DataConfig, Feature
 from deepfm_dist.data.sources import Check, Column, ColumnType, as_lists
 from deepfm_dist.data.times import ISO, read_clock, read_times
 from deepfm_dist.errors import DataError
@@ -66,6 +66,9 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         for role, kind in roles
         if (name := getattr(spec, role)) is not None
     ]
+    columns += [
+        Column(name, "label", required=False, purpose=f"{LABEL_OF}{name}") for name in spec.labels
+    ]
     for name, words in spec.order.items():
         known = Check(
             partial(_none_of, words),
@@ -76,6 +79,25 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
     if spec.impressions is not None:
         columns.append(impressions_column(spec.impressions, labelled=True))
     return [*columns, *map(column_of, in_rows(data))]
+
+
+def labels_of(
+    rows: pa.RecordBatch | pa.Table, names: Sequence[str]
+) -> dict[str, npt.NDArray[np.int8]]:
+    """Several labels of rows, ``[n]`` int8 each: 0, 1, or `NO_LABEL` where the cell is empty.
+
+    ``label`` among them says whether any is 1: whether the user did anything with the item.
+
+    Args:
+        rows: as `row_columns` reads them.
+        names: of the labels.
+    """
+    columns = {
+        f"{LABEL_OF}{n}": np.asarray(rows[f"{LABEL_OF}{n}"].fill_null(NO_LABEL), np.int8)
+        for n in names
+    }
+    any_of_them = np.stack(list(columns.values())).max(0) == 1
+    return {**columns, "label": any_of_them.astype(np.int8)}
 
 
 def _none_of(words: tuple[str, ...], cells: pa.Array) -> npt.NDArray[np.bool_]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from deepfm_dist.data.jagged import VECTORS_AT_ONCE, Values, from_arrow
 from deepfm_dist.data.manifest import SPLITS, Manifest
-from deepfm_dist.data.schema import Feature
+from deepfm_dist.data.schema import NO_LABEL, Feature
 from deepfm_dist.errors import DataError
 
 COLD = "cold_"
@@ -274,6 +274,7 @@ class DatasetFiles:
             columns[entity] = (pa.int32(), 0, n)
         if kind != "train" or not manifest.sampled:
             columns["label"] = (pa.float32(), 0, 1.5)
+            columns |= {n: (pa.float32(), NO_LABEL, 1.5) for n in self._labels}
         if kind == "train" and self._has_rare:
             rare = self._height("entities/rare.parquet")
             columns[NEGATIVE_USER] = (pa.int32(), 0, manifest.entities["user"] + rare)
@@ -283,6 +284,12 @@ class DatasetFiles:
             if feature.entity == "context":
                 columns[feature.name] = self._field_spec(feature, always_lists=False)
         return columns
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        """Columns of several labels; ``label`` then says whether any is 1."""
+        spec = self._manifest.data.interactions
+        return spec.label_columns if spec.labels else ()
 
     @property
     def _has_rare(self) -> bool:
@@ -309,6 +316,7 @@ class DatasetFiles:
     def _check_split(self, split: str) -> None:
         manifest, spec = self._manifest, self._manifest.splits[split]
         n = positives = 0
+        known = {column: np.zeros(2, np.int64) for column in self._labels}
         for p in range(manifest.files):
             name = f"{split}/part-{p:05d}.parquet"
             for rows, values in self._groups(name):
@@ -318,10 +326,17 @@ class DatasetFiles:
                 assert isinstance(labels, np.ndarray)
                 if not np.isin(labels, (0, 1)).all():
                     raise self.wrong(name, "label must be 0 or 1")
+                for column in self._labels:
+                    if not np.isin(np.asarray(values[column]), (NO_LABEL, 0, 1)).all():
+                        raise self.wrong(name, f"{column} must be 0, 1 or {NO_LABEL} (not known)")
+                    known[column] += [np.count_nonzero(values[column] == y) for y in (0, 1)]
                 n += rows
                 positives += int(labels.sum())
         self.agree(split, "rows", n, spec.rows)
         self.agree(split, "positives", positives, spec.positives)
+        for column, of_label in zip(known, spec.labels.values(), strict=True):
+            self.agree(split, f"rows with {column}", int(known[column].sum()), of_label.rows)
+            self.agree(split, f"{column} positives", int(known[column][1]), of_label.positives)
 
     def _groups(self, name: str) -> Iterator[tuple[int, dict[str, Values]]]:
         """Rows and columns of each row group, texts left out, once they are checked."""

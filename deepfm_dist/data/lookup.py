@@ -39,10 +39,11 @@ class RowEncoder:
 
     Attributes:
         unknown: by field, the values encoded so far that training never saw.
+        targets: of the model, where there are several; see `Manifest.targets`.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
-        self._manifest = dataset.manifest
+        self._manifest, self.targets = dataset.manifest, dataset.manifest.targets
         rows = dataset.manifest.data.interactions
         self._entities = {
             name: (getattr(rows, name), dataset.entity_ids(name, cold=True).slice(1))

@@ -10,11 +10,11 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_of
 from deepfm_dist.data.sources import InputFile, find_files
@@ -42,15 +42,26 @@ class TableSpec(Section):
     """The fields that read it."""
 
 
+class LabelSpec(Section):
+    """One of several labels in a split."""
+
+    rows: int
+    """Rows that have it."""
+    positives: int
+    """Those with label 1."""
+
+
 class SplitSpec(Section):
     """One split."""
 
     rows: int
     """Rows on disk."""
     positives: int
-    """Rows with label 1."""
+    """Rows with label 1; of several labels, with any."""
     size_bytes: int
     """What training needs of them, in memory."""
+    labels: dict[str, LabelSpec] = Field(default_factory=dict)
+    """By target; empty if the rows have one label or none."""
 
 
 class NumericSpec(Section):
@@ -136,6 +147,13 @@ class Manifest(Section):
     sums: dict[str, int] = Field(default_factory=dict)
     """`layout.footer_sum` of every Parquet file, by its name; another tool need not give them."""
 
+    @model_validator(mode="after")
+    def _splits_count_labels(self) -> Self:
+        for name, spec in self.splits.items():
+            if (*spec.labels,) != self.targets:
+                raise ValueError(f"splits.{name}.labels must be of {', '.join(self.targets)}")
+        return self
+
     @property
     def hashes(self) -> dict[str, str | None]:
         """What a checkpoint remembers of its data."""
@@ -145,6 +163,18 @@ class Manifest(Section):
     def marks(self) -> dict[str, Any]:
         """`hashes` and those of the fields, for a checkpoint that another run may start from."""
         return self.hashes | {"field_hashes": self.field_hashes}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets, where there are several; empty: the model has one."""
+        return self.data.interactions.labels
+
+    @property
+    def label_shares(self) -> npt.NDArray[np.float64] | None:
+        """``[targets]`` share of the training rows that have each label; None: there is one."""
+        train = self.splits["train"]
+        rows = [train.labels[target].rows for target in self.targets]
+        return np.array(rows) / max(1, train.rows) if rows else None
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -215,9 +245,14 @@ class Manifest(Section):
     def composition(self, split: str) -> str:
         """What the rows of a split are: ``3,601 positives and 14,404 sampled negatives``.
 
+        Of several labels: ``20,000 rows (click in 3,601 of 20,000, buy in 210 of 3,601)``.
+
         Training rows whose negatives are drawn in training are positives only.
         """
         spec = self.splits[split]
+        if spec.labels:
+            counts = [f"{n} in {s.positives:,} of {s.rows:,}" for n, s in spec.labels.items()]
+            return f"{plural(spec.rows, 'row')} ({', '.join(counts)})"
         positives = plural(spec.positives, "positive")
         if (split == "train" and self.sampled) or spec.rows == 0:
             return positives
@@ -235,13 +270,17 @@ class Manifest(Section):
         return self.splits["train"].positives / pairs if pairs else None
 
     @property
-    def log_odds(self) -> float:
-        """Of the mean label in training, of which half a row of each label is counted more."""
+    def log_odds(self) -> list[float]:
+        """By target, of the mean label in training, half a row of each label added."""
         train = self.splits["train"]
-        negatives = train.rows - train.positives
+        counts = [(spec.rows, spec.positives) for spec in train.labels.values()]
         if self.sampled:
-            negatives = train.positives * self.data.negatives.per_positive
-        return math.log((train.positives + 0.5) / (negatives + 0.5))
+            n = train.positives
+            counts = [(n + n * self.data.negatives.per_positive, n)]
+        return [
+            math.log((positives + 0.5) / (rows - positives + 0.5))
+            for rows, positives in counts or [(train.rows, train.positives)]
+        ]
 
     @property
     def sampled(self) -> bool:
@@ -415,6 +454,8 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     if data.forget_after is None:  # likewise
         elsewhere.add("forget_after")
     settings = data.model_dump(mode="json", exclude=elsewhere)
+    if not data.interactions.labels:  # likewise
+        del settings["interactions"]["labels"]
     for layout in settings["files"].values():
         if not layout["optional"]:  # likewise
             del layout["optional"]

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -16,6 +16,10 @@ Entity = Literal["user", "item", "context"]
 OUT_OF_VOCABULARY = 0
 """The row of every table that stands for ids not seen in training."""
 
+LABEL_OF = "label:"
+"""What the name of a column of one of several labels begins with; no field's name can."""
+NO_LABEL = -1
+"""Stands for a label that is not known."""
 _NOT_FOR_THE_MODEL = ("label", "rating", "split", "weight")
 """Columns of the interactions that say what a row is: no fields of the model."""
 
@@ -146,8 +150,11 @@ class Interactions(Section):
     numbers counting from 1970; of several, the first that matches. Default: ISO 8601 (`2020-01-31
     12:00:00.5`, UTC without a zone), or plain numbers."""
     label: str | None = None
-    """Column of the 0/1 label; required for click data (``task: ctr``) and not allowed
-    otherwise."""
+    """Column of the 0/1 label; for click data (``task: ctr``), which needs it or ``labels``, and
+    not allowed otherwise."""
+    labels: tuple[str, ...] = ()
+    """Columns of 0/1 labels, such as ``[click, buy]``, in place of ``label``: the model learns to
+    predict each of them. A cell may be empty where its label is not known."""
     rating: str | None = None
     """Column of a rating. Rows below ``min_rating`` are not positives, but their items count as
     seen: they are neither recommended to the user nor sampled as negatives."""
@@ -177,6 +184,11 @@ class Interactions(Section):
     `item` by default). For click data."""
 
     @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels in a prepared dataset, in the order of the targets."""
+        return tuple(f"{LABEL_OF}{name}" for name in self.labels) or ("label",)
+
+    @property
     def time_formats(self) -> tuple[str, ...]:
         """``time_format`` as a list."""
         return _listed(self.time_format)
@@ -202,6 +214,11 @@ class Interactions(Section):
             if len(set(words)) < max(2, len(words)):
                 raise ValueError(f"order: {column} needs two words or more, each once")
         known = self.order or self.rating or self.label or self.weight
+        if self.repeated == "strongest" and self.labels and not (self.order or self.weight):
+            raise ValueError(
+                "repeated: strongest cannot compare rows by several labels; give order or weight, "
+                "or set repeated: latest"
+            )
         if self.repeated == "strongest" and not known:
             raise ValueError(
                 "repeated: strongest needs something to compare: rating, label, weight, or order, "
@@ -215,7 +232,9 @@ class Interactions(Section):
             raise ValueError("time_format describes the column interactions.time; set it")
         if (self.rating is None) != (self.min_rating is None):
             raise ValueError("rating and min_rating go together")
-        role_of: dict[str, str] = {}
+        if self.labels:
+            self._check_labels()
+        role_of: dict[str, str] = dict.fromkeys(self.labels, "labels")
         for role in ("user", "item", "time", *_NOT_FOR_THE_MODEL):
             column = getattr(self, role)
             if role == "weight" and column == self.rating:
@@ -223,6 +242,22 @@ class Interactions(Section):
             if column is not None and role_of.setdefault(column, role) != role:
                 raise ValueError(f"{role_of[column]} and {role} are both the column {column!r}")
         return self
+
+    def _check_labels(self) -> None:
+        """Refuses what does not go with several labels."""
+        names = list(self.labels)
+        if self.impressions is not None:
+            raise ValueError("impressions have one label for each item; leave labels out")
+        if self.label is not None:
+            raise ValueError(f"label and labels: list all targets in labels ({self.label} too)")
+        if len(names) == 1:
+            raise ValueError(f"labels names several targets; for one, set label: {names[0]}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"labels names {twice[0]!r} twice")
+        if self.rating is not None:
+            raise ValueError(
+                "rating makes a label of its own (min_rating); leave rating out, or labels"
+            )
 
 
 class Feature(Section):
@@ -631,11 +666,12 @@ class DataConfig(Section):
         if self.task == "implicit":
             if rows.user is None or rows.item is None:
                 raise ValueError("implicit data needs interactions.user and interactions.item")
-            if rows.label is not None:
+            if rows.label is not None or rows.labels:
                 which = "label" if rows.impressions is None else "impressions"
+                which = "labels" if rows.labels else which
                 raise ValueError(f"interactions.{which} needs task: ctr")
         else:
-            if rows.label is None:
+            if rows.label is None and not rows.labels:
                 raise ValueError("task: ctr needs interactions.label")
             if self.negatives != Negatives():
                 raise ValueError("negatives go with task: implicit; ctr rows carry their labels")
@@ -723,6 +759,11 @@ class DataConfig(Section):
                 f"describes them"
             )
         if feature.file is None:
+            if column in rows.labels:
+                raise ValueError(
+                    f"{feature.name}: the column {column!r} is one of interactions.labels, and no "
+                    f"field of the model"
+                )
             for role in _NOT_FOR_THE_MODEL:
                 if column == getattr(rows, role):
                     raise ValueError(
@@ -819,6 +860,17 @@ class DataConfig(Section):
                     f"negatives.fixed_per_user have no {feature.column or feature.name}: "
                     f"the field {feature.name} cannot come from the interactions file"
                 )
+
+
+def check_names(setting: str, names: Iterable[str], labels: Sequence[str]) -> None:
+    """Refuses names that are not among several labels.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if (unknown := next((name for name in names if name not in labels), None)) is not None:
+        known = f"available: {', '.join(labels)}" if labels else "there is one label"
+        raise ValueError(f"{setting}: {unknown!r} is not in data.interactions.labels; {known}")
 
 
 def _reserved(name: str, features: Sequence[Feature]) -> str:

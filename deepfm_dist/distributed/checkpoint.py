@@ -54,7 +54,7 @@ from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError
 from deepfm_dist.messages import brief
-from deepfm_dist.model.deepfm import biases_before_norm
+from deepfm_dist.model.over_arch import biases_before_norm
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.storage import (
     delete_tree,

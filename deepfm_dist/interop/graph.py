@@ -155,7 +155,7 @@ class ScoringGraph(nn.Module):
         """Scores rows; the inputs are those of `inputs`.
 
         Returns:
-            ``[rows]`` logits.
+            ``[rows]`` logits, of several targets ``[rows, targets]``.
         """
         user_of_row = inputs[0] if self.inputs[0].kind == "user_of_row" else None
         n_tables, columns = len(self._categorical), []

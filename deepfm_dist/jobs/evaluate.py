@@ -155,7 +155,8 @@ def _measure(
             config.evaluate.mask_seen,
             cold_items=cold_items,
         )
-    measured = RowEvaluator(dataset, split).measure(trained.sharded, world)
+    weights = trained.weights_of_targets
+    measured = RowEvaluator(dataset, split, weights).measure(trained.sharded, world)
     comparison = None
     if held_out is not None:
         model, cutoffs = deepfm_of(trained.sharded), config.evaluate.k
@@ -226,7 +227,7 @@ def _report(
         loss=ranking_loss(trained.settings) or "bce",
         rows=rows,
         unknown=unknown,
-        calibration=measured.calibration,
+        calibrations=measured.calibrations,
         comparison=comparison,
         cutoffs=cutoffs,
         verdicts=verdicts,

@@ -88,6 +88,8 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
 
 def _write_data(run: RunOnDisk, folder: Path, **more: Any) -> None:
     """Writes everything besides the weights: vocabularies, entities and ``config.json``."""
+    if targets := run.dataset.manifest.targets:  # logits are in their order
+        more["targets"] = list(targets)
     copy_vocabularies(run.dataset, folder)
     write_entities(run.dataset.with_validation(), folder)  # as `predict` knows users
     write_config(

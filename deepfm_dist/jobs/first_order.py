@@ -34,6 +34,8 @@ def check(config: Config, manifest: Manifest) -> None:
     against = None
     if config.data.task != "ctr" or config.trainer.loss != "bce":
         against = "for rows with labels (data.task=ctr, trainer.loss=bce)"
+    elif manifest.targets:
+        against = f"it fits one label, and there are {len(manifest.targets)}"
     elif not config.model.first_order:
         against = "it gives first-order weights, and model.first_order is off"
     elif manifest.has_history:

@@ -50,7 +50,7 @@ from deepfm_dist.storage import (
     is_remote,
     write_errors_to_user,
 )
-from deepfm_dist.training.state import LOWER_IS_BETTER
+from deepfm_dist.training.state import is_lower_better
 
 log = logging.getLogger(__name__)
 _NIGHTS = "nights"
@@ -362,7 +362,7 @@ def is_no_worse(figure: float, previous: float | None, tolerance: float, metric:
         return False
     if previous is None or not math.isfinite(previous):
         return True
-    loss = figure - previous if metric in LOWER_IS_BETTER else previous - figure
+    loss = figure - previous if is_lower_better(metric) else previous - figure
     return loss <= tolerance * abs(previous)
 
 

@@ -1,5 +1,6 @@
 """Common parts of jobs that write rankings: a loaded model and a locked target file."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.items import ColdItems, cold_items_to_rank
 from deepfm_dist.ranking.output import RankingFiles
+from deepfm_dist.ranking.steering import ranked_by
 from deepfm_dist.runs.trained import LoadedModel, open_trained, output_lock, parts_output
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,13 @@ class RankingJob:
 
     @property
     def model(self) -> DeepFM:
-        """The DeepFM, sharded, in eval mode."""
-        return deepfm_of(self.trained.sharded)
+        """The DeepFM that ranks, sharded, in eval mode."""
+        config, manifest = self.trained.config.recommend, self.trained.dataset.manifest
+        if manifest.targets and self.world.is_first:
+            weights = zip(manifest.targets, config.weights_of(manifest.targets), strict=True)
+            shown = " + ".join(f"{weight:g} x {target}" for target, weight in weights)
+            log.info("items are ranked by the logits of %s (recommend.targets)", shown)
+        return ranked_by(deepfm_of(self.trained.sharded), manifest, config)
 
     @property
     def cold_items(self) -> ColdItems:

@@ -16,7 +16,7 @@ OUTPUT = RankingOutput(
         *("recommend.k", "recommend.users", "recommend.histories", "recommend.requests"),
         *("recommend.allow_items", "recommend.block_items", "recommend.mask", "recommend.context"),
         *("recommend.cold_items", "recommend.popularity_penalty", "recommend.diversity"),
-        *("recommend.at_most", "recommend.explain"),
+        *("recommend.at_most", "recommend.explain", "recommend.targets"),
     ),
 )
 

@@ -240,7 +240,7 @@ class _Run:
         checkpoints = Checkpoints(run_dir, world, config.checkpoint.keep_last)
         listeners = loggers(config, world, state.step)
         metrics = MetricsLog(run_dir, world.is_first, state.step, listeners)
-        float_bytes = config.sharding.float_bytes
+        float_bytes, targets = config.sharding.float_bytes, self.dataset.manifest.targets
         hooks = replace(
             hooks,
             save=partial(self._save, checkpoints, metrics),
@@ -257,6 +257,7 @@ class _Run:
             state=state,
             metrics=metrics,
             hooks=hooks,
+            target_weights=dict(zip(targets, config.trainer.weights_of(targets), strict=True)),
         )
         with closing(metrics):
             try:

@@ -17,7 +17,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.train import train_on
 from deepfm_dist.storage import atomic_write, is_remote, write_errors_to_user
 from deepfm_dist.training.search import Search, Trial
-from deepfm_dist.training.state import LOWER_IS_BETTER, NonFiniteLoss
+from deepfm_dist.training.state import NonFiniteLoss, is_lower_better
 from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _open_search(config: Config) -> Search:
     return Search(
         search_folder(config),
         config.tune,
-        config.monitor in LOWER_IS_BETTER,
+        is_lower_better(config.monitor or ""),
         config.run.seed,
         config.model_dump(mode="json", include={"data", "model", "optimizer", "trainer"}),
     )

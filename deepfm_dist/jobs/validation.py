@@ -12,6 +12,7 @@ from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
+from deepfm_dist.training.metrics import of_target
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
 MOST_USERS = 10_000
@@ -45,7 +46,8 @@ def make_validate(
         )
     if dataset.held_out is None:
         check_monitor(config.monitor, dataset.manifest)
-        rows = RowEvaluator(dataset, "valid")
+        weights = config.trainer.weights_of(dataset.manifest.targets)
+        rows = RowEvaluator(dataset, "valid", weights)
     items: RankingEvaluator | None = None
     if config.trainer.loss != "bce" or "@" in (config.monitor or ""):
         items = RankingEvaluator(
@@ -81,6 +83,8 @@ def check_monitor_name(config: Config) -> None:
     """
     monitor = config.monitor
     figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
+    for target in config.data.interactions.labels:
+        figures += [of_target(target, name) for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)]
     if config.data.task == "implicit":
         figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
     if monitor is not None and monitor not in figures:
@@ -88,7 +92,7 @@ def check_monitor_name(config: Config) -> None:
             f"trainer.monitor={monitor}: not a figure that can be monitored; available: "
             f"{', '.join(figures)}"
         )
-    if monitor == "user_auc" and config.data.interactions.user is None:
+    if (monitor or "").split(".")[-1] == "user_auc" and config.data.interactions.user is None:
         raise ConfigError(
             "trainer.monitor=user_auc: the rows have no users; name data.interactions.user"
         )

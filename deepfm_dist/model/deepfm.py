@@ -3,10 +3,9 @@
 Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", 2017.
 """
 
-import itertools
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torchrec import (
     DataType,
     EmbeddingBagCollection,
@@ -25,14 +23,9 @@ from torchrec import (
 )
 
 from deepfm_dist.model import kernels
-from deepfm_dist.model.norm import Gather, GlobalBatchNorm
+from deepfm_dist.model.over_arch import OverArch
+from deepfm_dist.model.targets import MLPTowers, Towers
 
-_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
-    "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not needed again
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
 POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
 """Of the number of values, by which their sum is divided."""
 VECTOR_FACTORS, VECTOR_FIRST_ORDER = "vector_factors_", "vector_first_order_"
@@ -296,111 +289,6 @@ class _InteractionsOnCPU(torch.autograd.Function):
         return gradient, None, None
 
 
-class OverArch(nn.Module):
-    """The multi-layer perceptron; its last layer is linear.
-
-    Args:
-        in_features: length of a row.
-        layer_sizes: hidden layers.
-        activation: relu, gelu, tanh or sigmoid.
-        dropout: probability of dropping a hidden unit in training.
-        batch_norm: normalise each hidden layer before its activation. These layers have no bias:
-            the mean that is subtracted takes it away, and Adam would follow the rounding error
-            that is its whole gradient, on every number of ranks another way.
-        init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
-        gather: joins the ranks' tensors, differentiably; for batch norm.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        layer_sizes: Sequence[int],
-        activation: str = "relu",
-        dropout: float = 0.0,
-        batch_norm: bool = False,
-        init: str = "uniform",
-        gather: Gather | None = None,
-    ) -> None:
-        super().__init__()
-        sizes = [in_features, *layer_sizes]
-        pairs = list(itertools.pairwise(sizes))
-        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=not batch_norm) for a, b in pairs)
-        self.norms = nn.ModuleList(
-            GlobalBatchNorm(b, gather) if batch_norm else nn.Identity() for _, b in pairs
-        )
-        self.activation = _ACTIVATIONS[activation]()
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(sizes[-1], 1)
-        if init == "xavier_normal":
-            for linear in (*self.hidden, self.output):
-                nn.init.xavier_normal_(linear.weight)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
-        self.register_load_state_dict_pre_hook(_fold_biases)  # type: ignore[no-untyped-call]
-
-    def forward(self, x_BI: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Scores rows.
-
-        Args:
-            x_BI: ``[B, in_features]``.
-            weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
-
-        Returns:
-            ``[B]``.
-        """
-        return self.above_first(self.layers[0](x_BI), weights_B)
-
-    @property
-    def layers(self) -> list[nn.Linear]:
-        """All linear layers, the output's last."""
-        return [*self.hidden, self.output]
-
-    def forward_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
-
-        They are not copied next to each other: the other columns meet weights of 0.
-        """
-        _, fields, width = rows_BFW.shape
-        first = self.layers[0]
-        weight = first.weight.view(first.out_features, fields, -1)
-        padded = functional.pad(weight, (0, width - weight.shape[2]))
-        x_BH = functional.linear(rows_BFW.flatten(1), padded.flatten(1), first.bias)
-        return self.above_first(x_BH, weights_B)
-
-    def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""
-        x = x_BH
-        for norm, linear in zip(self.norms, self.layers[1:], strict=True):
-            if isinstance(norm, GlobalBatchNorm):
-                x = norm(x, weights_B)
-            x = linear(self.dropout(self.activation(x)))
-        return x.squeeze(1)
-
-
-def _fold_biases(
-    over_arch: nn.Module, state: dict[str, Any], prefix: str, *hook_arguments: object
-) -> None:
-    """Takes the biases that earlier versions had in front of batch norm into the running means."""
-    for name, mean in biases_before_norm(state, prefix).items():
-        state[mean] = state[mean] - state.pop(name)
-
-
-def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, str]:
-    """Biases that an `OverArch` of an earlier version had in front of batch norm.
-
-    Args:
-        names: of a state's tensors.
-        prefix: what the names of the over-arch's tensors begin with.
-
-    Returns:
-        For each bias among the names, the running mean that makes it superfluous.
-    """
-    pattern = re.compile(re.escape(prefix) + r"hidden\.(\d+)\.bias")
-    matches = {name: pattern.fullmatch(name) for name in names}
-    means = {name: f"{prefix}norms.{m[1]}.running_mean" for name, m in matches.items() if m}
-    return {name: mean for name, mean in means.items() if mean in names}
-
-
 class InteractionArch(nn.Module):
     """Everything above the tables: looked-up vectors and numbers -> logits.
 
@@ -413,13 +301,17 @@ class InteractionArch(nn.Module):
         embedding_dim: D.
         first_order: whether the linear part counts.
         fm: whether the pairwise part counts.
-        over_arch: the deep part, ``[B, number of fields * D] -> [B]``, or None.
+        over_arch: the deep part, ``[B, number of fields * D] -> [B]``, or None; of several targets
+            `Towers`.
         init_std: standard deviation of the numeric and vector fields' parameters.
         is_item_field: see `FactorizationMachine`; of all fields: categorical, numeric, vectors.
         vectors: length of each vector field by name.
+        n_targets: T; see `deepfm_dist.model.targets` for what several share.
 
     Attributes:
         in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
+        scale: ``[T]`` what each of several targets multiplies the first order and the pairs by;
+            None: they count once, for one target.
     """
 
     def __init__(
@@ -432,11 +324,14 @@ class InteractionArch(nn.Module):
         init_std: float = 0.01,
         is_item_field: Sequence[bool] | None = None,
         vectors: Mapping[str, int] | None = None,
+        n_targets: int = 1,
     ) -> None:
         super().__init__()
         self.embedding_dim, self.n_dense = embedding_dim, n_dense
         self.first_order, self.in_bfloat16 = first_order, False
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(n_targets))
+        is_scaled = n_targets > 1 and (fm or first_order)
+        self.scale = nn.Parameter(torch.ones(n_targets)) if is_scaled else None
         self.fm = FactorizationMachine(embedding_dim, first_order, is_item_field) if fm else None
         self.over_arch = over_arch
         self.dense_factors = self.dense_first_order = None
@@ -466,38 +361,75 @@ class InteractionArch(nn.Module):
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
-            ``[B]`` logits.
+            ``[B]`` logits, of several targets ``[B, T]``.
         """
         if dense_BN.shape[1]:
             rows_BFW = torch.cat([rows_BFW, *self.dense_fields(dense_BN, rows_BFW)], 1)
         logits: Tensor = self.bias
-        if self.fm is not None and isinstance(self.over_arch, OverArch):
+        if self.fm is not None and isinstance(self.over_arch, OverArch | MLPTowers):
             interactions, rows_BFW = self.fm.with_rows(rows_BFW)
-            logits = logits + interactions
+            logits = logits + self._scaled(interactions)
         elif self.fm is not None:
-            logits = logits + self.fm(rows_BFW)
+            logits = logits + self._scaled(self.fm(rows_BFW))
         elif self.first_order:
-            logits = logits + rows_BFW[:, :, self.embedding_dim].sum(1)
+            logits = logits + self._scaled(rows_BFW[:, :, self.embedding_dim].sum(1))
         if self.over_arch is not None:
             with self.autocast(rows_BFW.device.type):
-                if isinstance(self.over_arch, OverArch):
+                if isinstance(self.over_arch, OverArch | MLPTowers):
                     deep = self.over_arch.forward_rows(rows_BFW, weights_B)
                 else:
                     deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
             logits = logits + deep.float()
-        return logits.expand(rows_BFW.shape[0])
+        shape = rows_BFW.shape[:1] if self.n_targets == 1 else (len(rows_BFW), self.n_targets)
+        return logits.expand(shape)
+
+    @property
+    def n_targets(self) -> int:
+        """T."""
+        return len(self.bias)
+
+    def _scaled(self, interactions_B: Tensor) -> Tensor:
+        """The first order and the pairs, ``[B]``, as the targets' logits have them."""
+        if self.scale is None:
+            return interactions_B
+        return (
+            interactions_B * self.scale
+            if self.n_targets == 1
+            else interactions_B[:, None] * self.scale
+        )
 
     @torch.no_grad()
-    def start_at(self, logit: float) -> None:
+    def weighted_sum(self, weights: Sequence[float]) -> "InteractionArch":
+        """One target, in eval mode, whose logit is the weighted sum of this model's logits.
+
+        It shares the parameters of numeric and vector fields, and everything that computes with
+        the logits of one target takes it as it is.
+
+        Args:
+            weights: of the T targets.
+        """
+        whole = copy(self)
+        whole._parameters, whole._modules = self._parameters.copy(), self._modules.copy()
+        by_target = torch.tensor(weights, dtype=torch.float64, device=self.bias.device)
+        whole.bias = nn.Parameter((by_target @ self.bias.double()).float()[None], False)
+        if self.scale is not None:
+            whole.scale = nn.Parameter((by_target @ self.scale.double()).float()[None], False)
+        if isinstance(self.over_arch, Towers):
+            whole.over_arch = self.over_arch.weighted_sum(weights)
+        return whole.eval()
+
+    @torch.no_grad()
+    def start_at(self, logits: Sequence[float]) -> None:
         """Makes an untrained model predict the same for all rows, up to the size of its vectors.
 
         Args:
-            logit: of the prediction.
+            logits: of the targets' predictions.
         """
-        self.bias.fill_(logit)
-        if isinstance(self.over_arch, OverArch):
-            nn.init.zeros_(self.over_arch.output.weight)
-            nn.init.zeros_(self.over_arch.output.bias)
+        self.bias.copy_(torch.tensor(logits))
+        if isinstance(self.over_arch, OverArch | MLPTowers):
+            for module in self.over_arch.modules():
+                if isinstance(module, OverArch):
+                    module.start_at_0()
 
     def autocast(self, device: str) -> AbstractContextManager[object]:
         """To be entered for the over-arch's matrix products on a type of device."""
@@ -507,7 +439,9 @@ class InteractionArch(nn.Module):
     def constants(self) -> list[nn.Parameter]:
         """Biases that every logit has in it alike."""
         over = self.over_arch
-        return [self.bias, over.output.bias] if isinstance(over, OverArch) else [self.bias]
+        if not isinstance(over, OverArch) or over.output is None:
+            return [self.bias]
+        return [self.bias, over.output.bias]
 
     def dense_fields(
         self,
@@ -592,11 +526,15 @@ class DeepFM(nn.Module):
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
-            ``[B]`` logits.
+            ``[B]`` logits, of several targets ``[B, T]``.
         """
         rows_BFW = self.embedding_arch.rows(sparse)
         logits: Tensor = self.interaction_arch(rows_BFW, dense_BN, weights_B)
         return logits
+
+    def weighted_sum(self, weights: Sequence[float]) -> "DeepFM":
+        """The model of one target that `InteractionArch.weighted_sum` makes, on the same tables."""
+        return DeepFM(self.embedding_arch, self.interaction_arch.weighted_sum(weights))
 
 
 def build_deepfm(
@@ -613,6 +551,7 @@ def build_deepfm(
     half: bool = False,
     is_item_field: Sequence[bool] | None = None,
     vectors: Mapping[str, int] | None = None,
+    n_targets: int = 1,
 ) -> DeepFM:
     """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
 
@@ -632,6 +571,7 @@ def build_deepfm(
         is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones, then
             vectors.
         vectors: length of each vector field by name.
+        n_targets: T.
     """
     n_fields = len(features) + n_dense + len(vectors or {})
     width = embedding_dim if fm or over_arch is not None else 0
@@ -646,5 +586,6 @@ def build_deepfm(
             init_std=init_std,
             is_item_field=is_item_field,
             vectors=vectors,
+            n_targets=n_targets,
         ),
     )

@@ -1,6 +1,6 @@
 """The training objectives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
@@ -99,15 +99,21 @@ class DeepFMTrain(nn.Module):
 
     Args:
         model: the DeepFM.
+        target_weights: of several targets in the loss, in proportion.
 
     Attributes:
         catalogue_loss: what the model is trained by on batches of users; None: on batches of
             rows, by their cross-entropy.
     """
 
-    def __init__(self, model: DeepFM) -> None:
+    target_weights_T: Tensor | None
+
+    def __init__(self, model: DeepFM, target_weights: Sequence[float] = ()) -> None:
         super().__init__()
         self.model = model
+        weights = torch.tensor(target_weights) if target_weights else None
+        shares = None if weights is None else weights / weights.sum()
+        self.register_buffer("target_weights_T", shares, persistent=False)
         self.catalogue_loss: CatalogueLoss | None = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +121,8 @@ class DeepFMTrain(nn.Module):
 
         Returns:
             This rank's share of the loss, ``[]``: shares add up over the ranks to the weighted
-            mean of the global batch; and logits ``[b]`` of rows, None of users.
+            mean of the global batch, and of several targets to the weighted mean of theirs; and
+            logits ``[b]`` or ``[b, T]`` of rows, None of users.
         """
         if self.training and self.catalogue_loss is not None:
             arch = self.model.embedding_arch
@@ -123,6 +130,8 @@ class DeepFMTrain(nn.Module):
             return self.catalogue_loss(sums_HFW, divisors_HF, batch), None
         logits = self.model(batch.sparse, batch.dense, batch.weights)
         loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
+        if self.target_weights_T is not None:
+            loss = loss @ self.target_weights_T
         return loss, logits.detach()
 
 
@@ -187,13 +196,20 @@ def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum of the rows' binary cross-entropies, each times its weight.
 
     Args:
-        logits: ``[B]``.
-        labels: ``[B]`` in [0, 1].
+        logits: ``[B]``, or ``[B, T]`` of several targets.
+        labels: of the same shape, in [0, 1]; of several targets -1 where one is not known.
         weights: ``[B]``.
 
     Returns:
-        ``[]``: ``sum_i w_i (log(1 + exp(z_i)) - y_i z_i)``.
+        ``[]``: ``sum_i w_i (log(1 + exp(z_i)) - y_i z_i)``; of several targets ``[T]``, each over
+        the rows whose label is known.
     """
+    if logits.dim() == 2:
+        is_known = labels >= 0
+        known = weights[:, None] * is_known
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.where(is_known, 0.0), known, reduction="none"
+        ).sum(0)
     return torch.nn.functional.binary_cross_entropy_with_logits(
         logits, labels, weights, reduction="sum"
     )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepfm_dist.model.deepfm import InteractionArch, OverArch
+from deepfm_dist.model.deepfm import InteractionArch
+from deepfm_dist.model.over_arch import OverArch
 
 Layer = tuple[Tensor, Tensor]
 """Weight ``[out, in]`` and bias ``[out]``."""
@@ -159,6 +160,10 @@ def side_of(
             rows_nfW[:, :, dim].sum(1) if arch.first_order else rows_nfW.new_zeros(len(rows_nfW))
         )
         factor_sum = rows_nfW.new_zeros(len(rows_nfW), 0)
+    if arch.scale is not None:  # once on each term: of the pairs across, on the user's factors
+        scale = arch.scale.to(kind)
+        constant = constant * scale
+        factor_sum = factor_sum * scale if with_bias else factor_sum
     if with_bias:
         constant = constant + arch.bias.to(kind)
     if arch.over_arch is None:

@@ -1,5 +1,6 @@
 """The section `model`."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -51,6 +52,9 @@ class ModelConfig(Section):
     """Keyword arguments of an over-arch given by import path."""
     over_arch_layer_sizes: tuple[int, ...] = (400, 400, 400)
     """Hidden layers of the MLP."""
+    shared_layers: int = Field(0, ge=0)
+    """Of several targets (``data.interactions.labels``): how many of the MLP's hidden layers they
+    share, from below; each has the others for itself. 0: only the embeddings are shared."""
     activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
     """Activation of the MLP."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -61,6 +65,23 @@ class ModelConfig(Section):
     """Initial weights of the MLP: torch's default, uniform within 1 / sqrt(inputs), biases too; or
     normal with variance 2 / (inputs + outputs), biases 0."""
 
+    def check_targets(self, labels: Sequence[str]) -> None:
+        """Refuses what does not go with several targets, or only with them.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        if self.shared_layers and not labels:
+            raise ValueError(
+                f"model.shared_layers={self.shared_layers}: several targets share layers; name "
+                f"them in data.interactions.labels, or leave it out"
+            )
+        if labels and self.linear == "logistic":
+            raise ValueError(
+                f"model.linear=logistic: fits one label, and data.interactions.labels names "
+                f"{len(labels)}; set model.linear=none"
+            )
+
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
         if not (self.first_order or self.fm or self.deep):
@@ -68,6 +89,16 @@ class ModelConfig(Section):
         if any(size < 1 for size in self.over_arch_layer_sizes):
             raise ValueError(
                 f"over_arch_layer_sizes must be positive: {self.over_arch_layer_sizes}"
+            )
+        n_layers = len(self.over_arch_layer_sizes)
+        if self.shared_layers and (self.over_arch != "mlp" or not self.deep):
+            raise ValueError(
+                f"shared_layers={self.shared_layers} are of the MLP (deep=true, over_arch=mlp)"
+            )
+        if self.shared_layers > n_layers and not self.is_auto("over_arch_layer_sizes"):
+            raise ValueError(
+                f"shared_layers={self.shared_layers}: over_arch_layer_sizes has {n_layers}; share "
+                f"{n_layers} at most"
             )
         if self.fm_pairs == "across" and not self.fm:
             raise ValueError("fm_pairs=across chooses pairs of the fm part, which is off")

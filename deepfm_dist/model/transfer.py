@@ -23,7 +23,7 @@ class Transfer:
         fields: places of the fields that both have, among all, categorical ones first.
         numeric: places of the numeric fields that both have, among the numeric ones.
         n_fields: number of fields of the trained model.
-        first_layer: of the over-arch, whose columns go by fields; None without an over-arch.
+        first_layers: of the over-arch, whose columns go by fields; none without an over-arch.
     """
 
     tables: frozenset[str]
@@ -31,11 +31,11 @@ class Transfer:
     fields: Places
     numeric: Places
     n_fields: int
-    first_layer: str | None
+    first_layers: tuple[str, ...]
 
     @classmethod
     def between(
-        cls, tables: Collection[str], before: Order, after: Order, first_layer: str | None
+        cls, tables: Collection[str], before: Order, after: Order, first_layers: Sequence[str]
     ) -> Self:
         """From a trained model to another; the arguments are as the attributes."""
         names = [tuple(itertools.chain(*order)) for order in (before, after)]
@@ -45,7 +45,7 @@ class Transfer:
             _places(*names),
             _places(before[1], after[1]),
             len(names[0]),
-            first_layer,
+            tuple(first_layers),
         )
 
     def is_fresh(self, name: str) -> bool:
@@ -62,7 +62,9 @@ class Transfer:
         """Whether a parameter is taken field by field."""
         return self.moves and (
             name.endswith(("interaction_arch.dense_factors", "interaction_arch.dense_first_order"))
-            or name.endswith(f"interaction_arch.over_arch.{self.first_layer}.weight")
+            or name.endswith(
+                tuple(f"interaction_arch.over_arch.{layer}.weight" for layer in self.first_layers)
+            )
         )
 
     def places(self, name: str, columns: int) -> tuple[int, Places]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepfm_dist.model.deepfm import InteractionArch, OverArch
+from deepfm_dist.model.deepfm import InteractionArch
 from deepfm_dist.model.norm import GlobalBatchNorm
+from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.model.pairs import Fields, Layer, Side, side_of
 
 PAIRS_PER_STEP = {"cpu": 8192, "cuda": 1 << 21}
@@ -185,6 +186,6 @@ def _fold_batch_norm(over_arch: OverArch) -> list[Layer]:
         else:
             bias = linear.bias.detach().double()
         layers.append((weight, bias))
-    output = over_arch.output
+    output = over_arch.layers[-1]
     layers.append((output.weight.detach().double(), output.bias.detach().double()))
     return layers

@@ -15,7 +15,14 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.fields import STRENGTHS, row_columns
 from deepfm_dist.data.jagged import Int64Array, Jagged, Values
 from deepfm_dist.data.lookup import UserAttributes
-from deepfm_dist.data.schema import OUT_OF_VOCABULARY, DataConfig, Interactions, label_of
+from deepfm_dist.data.schema import (
+    LABEL_OF,
+    NO_LABEL,
+    OUT_OF_VOCABULARY,
+    DataConfig,
+    Interactions,
+    label_of,
+)
 from deepfm_dist.data.sources import Column, column_names, read_table
 from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import id_order
@@ -260,7 +267,7 @@ def _columns(dataset: PreparedDataset, path: Path) -> list[Column]:
     present = column_names(path)
     ids = [id_column(dataset, entity, present) for entity in ("user", "item")]
     columns = row_columns(dataset.manifest.data, with_split=False)
-    roles = ("time", *STRENGTHS)
+    roles = ("time", *STRENGTHS, *dataset.manifest.data.interactions.label_columns)
     # The dataset has been prepared: its words can no longer be changed.
     return ids + [
         replace(c, checks=tuple(replace(check, cure=None) for check in c.checks))
@@ -275,6 +282,10 @@ def _is_positive(table: pa.Table, spec: Interactions) -> npt.NDArray[np.bool_]:
         return np.asarray(table["rating"]) >= spec.min_rating
     if "label" in table.column_names:
         return np.asarray(table["label"]) == 1
+    if present := [name for name in table.column_names if name.startswith(LABEL_OF)]:
+        return np.logical_or.reduce(
+            [np.asarray(table[n].fill_null(NO_LABEL)) == 1 for n in present]
+        )
     return np.ones(table.num_rows, bool)
 
 

@@ -246,6 +246,7 @@ class Explainer:
         weights = torch.zeros_like(pairs_PFW)
         factors = pairs_PFW[:, :, :dim]
         base = float(arch.bias)
+        scale = 1.0 if arch.scale is None else float(arch.scale)
         if arch.first_order:
             weights[:, :, dim] = 1
         if arch.fm is not None and arch.fm.sides_2F is None:
@@ -256,6 +257,7 @@ class Explainer:
                 (factors * flags).sum(1, keepdim=True) for flags in (~is_item, is_item)
             )
             weights[:, :, :dim] = torch.where(is_item, user_sum, item_sum) / 2
+        weights *= scale
         remainders = [0.0] * len(pairs_PFW)
         if arch.over_arch is not None:
             deep, flat = self._encoder.scorer.deep, factors.flatten(1)

@@ -368,6 +368,7 @@ def _key(
         "explain": config.explain,
         "steering": [config.popularity_penalty, config.diversity, config.at_most, config.rerank],
         "candidates": [config.candidates, config.index, config.probes],
+        "targets": config.weights_of(dataset.manifest.targets),
     }
 
 

@@ -1,10 +1,12 @@
 """The sections `evaluate`, `recommend` and `similar`."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from deepfm_dist.data.schema import DataConfig
+from deepfm_dist.data.schema import DataConfig, check_names
 from deepfm_dist.section import Section
 from deepfm_dist.storage import LocalPath
 
@@ -142,6 +144,10 @@ class RecommendConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
+    targets: dict[str, float] = Field(default_factory=dict)
+    """Of several targets (``data.interactions.labels``): what items are ranked by, the sum of the
+    targets' logits times these weights: ``{click: 0.3, buy: 1}``. Targets that are not named do not
+    count. Default: 1 for each."""
     probability: bool = False
     """Also write the column `probability`: that the pair is a positive of the training rows,
     corrected for the share of negatives that training draws. For `trainer.loss: bce`."""
@@ -162,6 +168,38 @@ class RecommendConfig(Section):
     matrix: Literal["int8", "fp16", "fp32"] | None = None
     """Also write score_matrix.parquet, all items' scores as a list for each user: logits as fp16 or
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
+
+    def check_targets(self, labels: Sequence[str]) -> None:
+        """Refuses what does not go with several targets, or only with them.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        check_names("recommend.targets", self.targets, labels)
+        for option, value in (("probability", self.probability), ("matrix", self.matrix)):
+            if (value is True or value == "int8") and not self.ranks_by_one(labels):
+                raise ValueError(
+                    f"recommend.{option}={str(value).lower()}: a weighted sum of several targets' "
+                    f"logits is no log-odds; rank by one of them, such as "
+                    f"recommend.targets={{{labels[-1]}: 1}}, or use predict"
+                )
+
+    def weights_of(self, targets: Sequence[str]) -> list[float]:
+        """``targets`` as the weights of several targets, in order."""
+        return [self.targets.get(target, 0.0 if self.targets else 1.0) for target in targets]
+
+    def ranks_by_one(self, targets: Sequence[str]) -> bool:
+        """Whether scores are the logits of one target: there is one, or only one counts, once."""
+        return not targets or [weight for weight in self.weights_of(targets) if weight] == [1]
+
+    @field_validator("targets")
+    @classmethod
+    def _something_to_rank_by(cls, targets: dict[str, float]) -> dict[str, float]:
+        if not all(map(math.isfinite, targets.values())):
+            raise ValueError(f"weights must be finite (got {targets})")
+        if targets and not any(targets.values()):
+            raise ValueError(f"all weights are 0 ({', '.join(targets)}): nothing to rank by")
+        return targets
 
     @model_validator(mode="after")
     def _users_of_one_kind(self) -> Self:

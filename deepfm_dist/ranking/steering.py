@@ -10,12 +10,21 @@ import numpy.typing as npt
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Int64Array, Jagged
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest
+from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.ranking.items import Catalogue, attribute_pairs, item_attributes
 from deepfm_dist.ranking.ranker import ModelRanker, Ranker
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.ranking.similarity import unit_length
+
+
+def ranked_by(model: DeepFM, manifest: Manifest, config: RecommendConfig) -> DeepFM:
+    """The model whose logit items are ranked by: of several targets the weighted sum of theirs."""
+    if not manifest.targets:
+        return model
+    return model.weighted_sum(config.weights_of(manifest.targets))
 
 
 def popularity_penalties(dataset: PreparedDataset, weight: float) -> FloatArray | None:

@@ -26,8 +26,8 @@ from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.metrics import Calibration
-from deepfm_dist.training.state import LOWER_IS_BETTER
+from deepfm_dist.training.metrics import Calibration, of_target
+from deepfm_dist.training.state import is_lower_better
 from deepfm_dist.version import __version__
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Report:
         loss: that the model was trained with.
         rows: figures on the rows of the split.
         unknown: values of these rows that training rows do not have.
-        calibration: on these rows.
+        calibrations: on these rows, by target; of one by "".
         comparison: of rankings, where there are any.
         cutoffs: values of K.
         events: of the run's log.
@@ -125,7 +125,7 @@ class Report:
     loss: str
     rows: Mapping[str, float]
     unknown: Unknown
-    calibration: Calibration
+    calibrations: Mapping[str, Calibration]
     comparison: Comparison | None
     cutoffs: Sequence[int]
     events: list[Event]
@@ -175,14 +175,24 @@ def _variables(report: Report) -> dict[str, Any]:
         "split": report.split,
         "missing": _missing(report.dataset.manifest),
         "log_plots": _log_plots(plotter, report.dataset.manifest),
-        "rows": {name: (value, _MEANING.get(name, "")) for name, value in report.rows.items()},
+        "rows": {
+            name: (value, _meaning(name, report.dataset.manifest.targets))
+            for name, value in report.rows.items()
+        },
         "notes": _notes(report),
         "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
         "verdicts": report.verdicts,
         "learning": _learning(plotter, events),
-        "calibration": _calibration(
-            plotter, report.calibration, report.rows, _negatives_per_positive(report) is not None
-        ),
+        "calibrations": [
+            _calibration(
+                plotter,
+                curve,
+                report.rows,
+                _negatives_per_positive(report) is not None,
+                target=target,
+            )
+            for target, curve in report.calibrations.items()
+        ],
         "profiles": _profiles(plotter, comparison, insight, max(cutoffs))
         if comparison and insight
         else [],
@@ -194,6 +204,15 @@ def _variables(report: Report) -> dict[str, Any]:
         "rows_per_s": trained.rows_per_s if (trained := last(events, TrainEvent)) else None,
         "picture": lambda plot: Markup(plot.svg),
     }
+
+
+def _meaning(name: str, targets: Sequence[str]) -> str:
+    """What a figure on rows says."""
+    target = next((t for t in targets if name.startswith(of_target(t, ""))), None)
+    if target is not None:
+        return _MEANING.get(name.removeprefix(of_target(target, "")), "")
+    meaning = _MEANING.get(name, "")
+    return f"the targets' weighted mean: {meaning}" if targets and meaning else meaning
 
 
 def _missing(manifest: Manifest) -> dict[str, float]:
@@ -305,16 +324,20 @@ def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
         }
         if any(curves.values()):
             train, valid = curves[TrainEvent], curves[ValidEvent]
-            falls = name in LOWER_IS_BETTER
+            falls = is_lower_better(name)
             caption = f"{caption} {sentence(trend_of(valid, falls), falls)}".rstrip()
             plots.append(plotter.learning(name, title, caption, train, valid))
     return plots
 
 
 def _calibration(
-    plotter: Plotter, curve: Calibration, rows: Mapping[str, float], is_sampled: bool = False
+    plotter: Plotter,
+    curve: Calibration,
+    rows: Mapping[str, float],
+    is_sampled: bool = False,
+    target: str = "",
 ) -> Plot:
-    ratio = rows["calibration"]
+    ratio = rows[of_target(target, "calibration") if target else "calibration"]
     caption = (
         f"Each point is one of {len(curve.rows)} bins of about {curve.rows[0]:,.0f} rows, ordered "
         f"by prediction."
@@ -326,7 +349,7 @@ def _calibration(
         )
     if is_sampled:
         caption += " The negatives among these rows are sampled."
-    return plotter.calibration(curve, caption)
+    return plotter.calibration(curve, caption, target)
 
 
 def _profiles(plotter: Plotter, comparison: Comparison, insight: Insight, k: int) -> list[Plot]:

@@ -127,8 +127,8 @@ class Plotter:
 
         return self._plot(f"learning-{figure}", title, caption, draw)
 
-    def calibration(self, curve: Calibration, caption: str) -> Plot:
-        """Predicted against observed."""
+    def calibration(self, curve: Calibration, caption: str, target: str = "") -> Plot:
+        """Predicted against observed, of one of several targets if it is named."""
 
         def draw(axes: Axes) -> None:
             top = max(*curve.predicted, *curve.observed) * 1.05 or 1.0
@@ -139,7 +139,10 @@ class Plotter:
             axes.set_xlabel("mean predicted probability")
             axes.set_ylabel("share of positives")
 
-        return self._plot("calibration", "Calibration", caption, draw)
+        name, title = "calibration", "Calibration"
+        if target:
+            name, title = f"{name}-{target}", f"{title} of {target}"
+        return self._plot(name, title, caption, draw)
 
     def over_k(
         self, name: str, title: str, caption: str, curves: Mapping[str, Sequence[float]]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from deepfm_dist.events import ValidEvent
@@ -10,7 +10,8 @@ from deepfm_dist.ranking.evaluation import STEERED, Comparison
 from deepfm_dist.ranking.settings import BaselineName
 from deepfm_dist.report.curves import trend_of
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.state import LOWER_IS_BETTER, WARN_AFTER
+from deepfm_dist.training.metrics import of_target
+from deepfm_dist.training.state import WARN_AFTER, is_lower_better
 
 MODEL = "model"
 SOME, MANY, NEARLY_ALL = 0.1, 0.5, 0.9
@@ -155,14 +156,28 @@ def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list
     return verdicts
 
 
-def row_verdicts(rows: Mapping[str, float], split: str, is_ranked: bool) -> list[Verdict]:
-    """The model against always predicting the mean label, by NE.
+def row_verdicts(
+    rows: Mapping[str, float], split: str, is_ranked: bool, targets: Sequence[str] = ()
+) -> list[Verdict]:
+    """The model against always predicting the mean label, by NE; each of several targets alone.
 
     Args:
         rows: figures on the rows of the split.
         split: valid or test.
         is_ranked: whether rankings are judged as well; good news about rows is then left out.
+        targets: names of several targets.
     """
+    if targets:
+        by_target = {
+            t: {n.removeprefix(start): v for n, v in rows.items() if n.startswith(start)}
+            for t in targets
+            for start in [of_target(t, "")]
+        }
+        return [
+            replace(verdict, title=f"{target}: {verdict.title}")
+            for target, figures in by_target.items()
+            for verdict in row_verdicts(figures, split, is_ranked)
+        ]
     entropy = rows["ne"]
     if math.isnan(entropy):
         if rows["majority_rate"] < 1:
@@ -214,7 +229,7 @@ def training_verdicts(
     points = [(step, value) for step, value in values if value is not None]
     if not points:
         return []
-    sign = 1 if monitor in LOWER_IS_BETTER else -1
+    sign = 1 if is_lower_better(monitor) else -1
     best_step, best = min(points, key=lambda point: sign * point[1])
     last_step, last = points[-1]
     here = dict(points).get(step)
@@ -231,7 +246,7 @@ def training_verdicts(
                 "worse",
             )
         ]
-    trend = trend_of(points, monitor in LOWER_IS_BETTER)
+    trend = trend_of(points, is_lower_better(monitor))
     if trend is not None and trend.kind == "improving":
         limit = "epochs" if trainer.get("max_steps") is None else "max_steps"
         longer = f"; to try: trainer.{limit}={2 * trainer[limit]}" if limit in trainer else ""
@@ -277,12 +292,13 @@ def verdicts_on(
     """
     settings = state["config"]
     trainer = settings.get("trainer", {})
+    targets = settings.get("data", {}).get("interactions", {}).get("labels", ())
     only_positives = settings.get("data", {}).get("task", "implicit") == "implicit"
     has_row_loss = trainer.get("loss", "bce") == "bce"  # other losses give no probabilities
     monitor = state["trainer"].get("monitor") or ("log_loss" if has_row_loss else f"ndcg@{k}")
     return [
         *(ranking_verdicts(comparison, k, ranking_advice(settings)) if comparison else []),
-        *(row_verdicts(rows, split, comparison is not None) if has_row_loss else []),
+        *(row_verdicts(rows, split, comparison is not None, targets) if has_row_loss else []),
         *unknown_verdicts(unknown, split, only_positives),
         *training_verdicts(validations, state["step"], monitor, trainer),
     ]

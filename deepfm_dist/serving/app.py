@@ -240,6 +240,9 @@ class Score(BaseModel):
 
     score: float | None = Field(description="logit; null if a number is far from those of training")
     probability: float | None
+    targets: dict[str, "Score"] = Field(
+        {}, description="by target, if there are several; score is then what items are ranked by"
+    )
 
 
 class Scores(BaseModel):
@@ -458,13 +461,21 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
         "/predict",
         responses=NOT_READABLE,
         dependencies=[Depends(_refuse_repeated_keys)],
+        response_model_exclude_unset=True,  # of one target there are no targets
     )
     async def predict(body: RowsToScore) -> Scores:
         """Scores rows of users, items and context, as the command predict does."""
         recommender = model.recommender
         predictions, unknown = recommender.predict(body.rows)
-        scores = [Score(score=p.score, probability=p.probability) for p in predictions]
+        scores = [_score(prediction) for prediction in predictions]
         return Scores(run=recommender.name, scores=scores, unknown=unknown)
+
+
+def _score(prediction: live.Prediction) -> Score:
+    score = Score(score=prediction.score, probability=prediction.probability)
+    if prediction.targets is not None:
+        score.targets = {name: _score(each) for name, each in prediction.targets.items()}
+    return score
 
 
 async def _refuse_unknown_parameters(request: Request) -> None:

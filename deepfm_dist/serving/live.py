@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -38,7 +39,12 @@ from deepfm_dist.ranking.reasons import Explainer, Explanation
 from deepfm_dist.ranking.recommendation import masked_splits
 from deepfm_dist.ranking.requests import item_sets
 from deepfm_dist.ranking.similarity import unit_length
-from deepfm_dist.ranking.steering import Reranking, RerankingRanker, popularity_penalties
+from deepfm_dist.ranking.steering import (
+    Reranking,
+    RerankingRanker,
+    popularity_penalties,
+    ranked_by,
+)
 from deepfm_dist.ranking.subsets import ItemSets, SubsetRanker
 from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.ranking.types import USER_BLOCK
@@ -73,10 +79,13 @@ class Prediction(NamedTuple):
         score: logit; None: it is not finite, as a number of the row is too far from those of
             training.
         probability: corrected for drawn negatives; None: the model's scores are no log-odds.
+        targets: the same of each of several targets, by name; ``score`` is then what items are
+            ranked by. None: there is one target.
     """
 
     score: float | None
     probability: float | None
+    targets: Mapping[str, "Prediction"] | None = None
 
 
 class ItemChoice(NamedTuple):
@@ -137,6 +146,11 @@ class Recommender:
         self._fixed = config.recommend.context
         context = self._encoder.fixed_context(self._fixed)
         settings = settings_in(run.state)
+        manifest = dataset.manifest
+        self._targets = dict(
+            zip(manifest.targets, config.recommend.weights_of(manifest.targets), strict=True)
+        )
+        self._ranks_by_one = config.recommend.ranks_by_one(manifest.targets)
         model = exported_model(run, export, world)
         self._rate = negative_rate(
             run.dataset, settings, lambda batch: model(batch.sparse, batch.dense), world
@@ -144,7 +158,7 @@ class Recommender:
         self._has_probabilities = ranking_loss(settings) is None
         nobody = Users(np.zeros(0, np.int32))
         self._ranker = ModelRanker.from_model(
-            model,
+            ranked_by(model, manifest, config.recommend),
             world,
             dataset,
             self._catalogue,
@@ -353,7 +367,25 @@ class Recommender:
         batch = collate_rows(self._collate, Rows(users, items, None, context, n), 0, n, n)
         logits = self._model(batch.sparse, batch.dense).numpy()
         rates = 0.0 if self._rate is None else self._rate.log_rates(users, items)
-        predictions = [
+        predictions = self._predictions(logits, rates)
+        return predictions, {name: count for name, count in counts.items() if count}
+
+    def _predictions(
+        self, logits: npt.NDArray[np.float32], rates: float | npt.NDArray[np.float64]
+    ) -> list[Prediction]:
+        """Of ``[n]`` logits; of several targets of ``[n, T]``."""
+        if logits.ndim == 2:
+            by_target = [self._predictions(column, rates) for column in logits.T]
+            scores = self._predictions(logits @ np.array([*self._targets.values()]), rates)
+            return [
+                Prediction(
+                    together.score,
+                    together.probability if self._ranks_by_one else None,
+                    dict(zip(self._targets, each, strict=True)),
+                )
+                for together, *each in zip(scores, *by_target, strict=True)
+            ]
+        return [
             Prediction(score, probability if self._has_probabilities else None)
             if math.isfinite(score)
             else Prediction(None, None)
@@ -361,7 +393,6 @@ class Recommender:
                 logits.tolist(), probabilities(logits + rates).tolist(), strict=True
             )
         ]
-        return predictions, {name: count for name, count in counts.items() if count}
 
     def similar(self, item: str, k: int) -> list[Scored]:
         """The items most similar to one by cosine, as the command ``similar`` ranks them.
@@ -433,7 +464,7 @@ class Recommender:
             ranker = RerankingRanker(ranker, self._reranking)
         [positions], [scores] = ranker.best(users, seen, k)
         found = self._shown(positions, scores)
-        if not self._has_probabilities:
+        if not (self._has_probabilities and self._ranks_by_one):
             return found
         logits, rows = scores + log_rate, self._catalogue.rows[positions]
         if self._rate is not None:

@@ -1,6 +1,7 @@
 """What can be wrong with a prepared dataset before a model is trained or measured on it."""
 
 import logging
+from itertools import product
 
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.errors import ConfigError
@@ -14,24 +15,43 @@ _OF_BOTH_LABELS = ("auc", "user_auc", "ne")
 
 def warn_of_labels(manifest: Manifest) -> None:
     """Warns of splits in which all labels are the same. Rank 0."""
-    for split, spec in manifest.splits.items():
-        label = _only_label(manifest, split)
+    for split, target in product(manifest.splits, manifest.targets or [None]):
+        label = _only_label(manifest, split, target)
         if label is None:
             continue
+        rows = _rows_with(manifest, split, target)
+        of_target = "" if target is None else f"{target} "
         if split == "train":
             log.warning(
-                "all labels of %s are %d: the model can only learn to predict %d; check "
-                "data.interactions.label and data.split",
-                plural(spec.rows, "training row"),
+                "all %slabels of %s are %d: the model can only learn to predict %d; check "
+                "data.interactions.label%s and data.split",
+                of_target,
+                plural(rows, "training row"),
                 label,
                 label,
+                "s" if target else "",
             )
         else:
             log.warning(
-                "all labels of %s are %d: auc, user_auc and ne are undefined (nan); hold out rows "
-                "of both labels (data.split)",
-                plural(spec.rows, f"{'validation' if split == 'valid' else split} row"),
+                "all %slabels of %s are %d: auc, user_auc and ne are undefined (nan); hold out "
+                "rows of both labels (data.split)",
+                of_target,
+                plural(rows, f"{'validation' if split == 'valid' else split} row"),
                 label,
+            )
+    _warn_of_missing_labels(manifest)
+
+
+def _warn_of_missing_labels(manifest: Manifest) -> None:
+    """Warns of held-out rows of which none has one of several labels."""
+    for split, target in product(manifest.splits, manifest.targets):
+        rows = manifest.splits[split].rows
+        if rows and not _rows_with(manifest, split, target):
+            log.warning(
+                "%s is empty in all %s: its figures are undefined (nan), and so are those of the "
+                "targets together; hold out rows that have it (data.split)",
+                target,
+                plural(rows, f"{'validation' if split == 'valid' else split} row"),
             )
 
 
@@ -41,13 +61,17 @@ def check_monitor(monitor: str | None, manifest: Manifest) -> None:
     Raises:
         ConfigError: it would be NaN at every validation.
     """
-    label = _only_label(manifest, "valid")
-    if label is not None and monitor in _OF_BOTH_LABELS:
-        raise ConfigError(
-            f"trainer.monitor={monitor}: all {manifest.splits['valid'].rows:,} validation labels "
-            f"are {label}, so {monitor} is undefined; set trainer.monitor=log_loss, or hold out "
-            f"rows of both labels (data.split)"
-        )
+    target = next((t for t in manifest.targets if (monitor or "").startswith(f"{t}.")), None)
+    figure = (monitor or "").removeprefix(f"{target}." if target else "")
+    for one in [target] if target or not manifest.targets else manifest.targets:
+        label = _only_label(manifest, "valid", one)
+        if label is not None and figure in _OF_BOTH_LABELS:
+            shown = f"{_rows_with(manifest, 'valid', one):,}" + (f" {one}" if one else "")
+            raise ConfigError(
+                f"trainer.monitor={monitor}: all {shown} validation labels are {label}, so "
+                f"{monitor} is undefined; set trainer.monitor=log_loss, or hold out rows of both "
+                f"labels (data.split)"
+            )
 
 
 def warn_of_numbers(manifest: Manifest) -> None:
@@ -65,9 +89,21 @@ def warn_of_numbers(manifest: Manifest) -> None:
             )
 
 
-def _only_label(manifest: Manifest, split: str) -> int | None:
-    """The label that all rows of a split have; None: both occur, or there are no labelled rows."""
-    spec = manifest.splits[split]
-    if spec.rows == 0 or (split == "train" and manifest.sampled):
+def _only_label(manifest: Manifest, split: str, target: str | None = None) -> int | None:
+    """The label that all rows of a split have; None: both occur, or there are no labelled rows.
+
+    Args:
+        manifest: of the data.
+        split: train, valid or test.
+        target: one of several.
+    """
+    spec, rows = manifest.splits[split], _rows_with(manifest, split, target)
+    if rows == 0 or (split == "train" and manifest.sampled):
         return None
-    return {0: 0, spec.rows: 1}.get(spec.positives)
+    return {0: 0, rows: 1}.get(spec.positives if target is None else spec.labels[target].positives)
+
+
+def _rows_with(manifest: Manifest, split: str, target: str | None) -> int:
+    """Rows of a split that have a label."""
+    spec = manifest.splits[split]
+    return spec.rows if target is None else spec.labels[target].rows

@@ -1,8 +1,10 @@
 """Row metrics of the sharded model on held-out rows."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ from deepfm_dist.training.metrics import (
     figures_of,
     mean_auc,
     row_sums,
+    with_means,
 )
 
 BLOCK_ROWS = 8192
@@ -35,6 +38,7 @@ RANKED_ROWS = 1 << 21
 _RECORD = np.dtype(
     [("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4"), ("item", "i4")]
 )
+"""A scored row whose label is known."""
 _BINS = 1 << 16
 _Records = npt.NDArray[np.void]
 
@@ -60,13 +64,14 @@ class Measured:
     """A model's figures on held-out rows.
 
     Attributes:
-        figures: auc, user_auc where rows have users, and `figures_of`.
-        calibration: predicted against observed probabilities.
+        figures: auc, user_auc where rows have users, and `figures_of`; of several targets as
+            `metrics.with_means` has them.
+        calibrations: predicted against observed probabilities, by target; of one by "".
         unknown: values of the rows that training rows do not have.
     """
 
     figures: dict[str, float]
-    calibration: Calibration
+    calibrations: dict[str, Calibration]
     unknown: Unknown
 
 
@@ -79,9 +84,14 @@ class RowEvaluator:
     Args:
         dataset: the prepared dataset.
         split: valid or test.
+        target_weights: of several targets in the figures of all together; default: equal ones.
     """
 
-    def __init__(self, dataset: PreparedDataset, split: str) -> None:
+    def __init__(
+        self, dataset: PreparedDataset, split: str, target_weights: Sequence[float] = ()
+    ) -> None:
+        targets = dataset.manifest.targets
+        self._weights = dict(zip(targets, target_weights or [1.0] * len(targets), strict=True))
         self._reader = SplitReader(dataset, split)
         self._collate = Collator(dataset)
         self._n_users = dataset.manifest.entities.get("user", 0)
@@ -111,39 +121,50 @@ class RowEvaluator:
             block = self._reader.read(begin, end)
             return collate_rows(self._collate, block, 0, block.n, BLOCK_ROWS)
 
-        with tempfile.TemporaryFile() as file:
-            sums = []  # by block, and in the order of blocks: the same at any world size
+        with ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in self._weights or "1"]
+            # By block, and in the order of blocks: the same at any world size.
+            sums: list[list[FloatArray]] = [[] for _ in files]
             unknown = np.zeros(1 + len(self._fields), np.int64)
             for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collate):
                 assert block.labels is not None
-                sums.append(row_sums(block.labels, logits, block.weights))
                 unknown += self._count_unknown(block)
-                scored = np.ones(len(logits), _RECORD)
-                scored["logit"], scored["label"] = logits, block.labels
-                if block.weights is not None:
-                    scored["weight"] = block.weights
-                if block.users is not None:
-                    scored["user"] = block.users
-                if block.items is not None:
-                    scored["item"] = block.items
-                file.write(scored.tobytes())
-            file.flush()
-            n = file.tell() // _RECORD.itemsize
-            records = np.memmap(file, _RECORD, "r", shape=n) if n else np.zeros(0, _RECORD)
-            area, bins = _auc(records, world)
-            figures = {"auc": area}
-            if self._n_users:
-                figures["user_auc"] = _user_auc(records, self._n_users, world)
-            if self._has_cold_items and not self._only_positives:
-                figures |= self._auc_apart(records, world)
+                by_target = zip(_columns(logits), _columns(block.labels), strict=True)
+                for target, (logits_B, labels_B) in enumerate(by_target):
+                    known = labels_B >= 0
+                    scored = _records_of(block, logits_B, labels_B)[known]
+                    weights = None if block.weights is None else scored["weight"]
+                    sums[target].append(row_sums(scored["label"], scored["logit"], weights))
+                    files[target].write(scored.tobytes())
+            results = [self._measure_records(_mapped(file), world) for file in files]
         world.sum(torch.from_numpy(unknown))
         gathered = world.gather_object(sums)
         if gathered is None:
             return None
-        figures |= figures_of(np.sum([s for rank_sums in gathered for s in rank_sums], axis=0))
         n, *rows = unknown.tolist()
         unknown_rows = dict(zip(self._fields, rows, strict=True))
-        return Measured(figures, calibration_curve(bins), Unknown(n, unknown_rows))
+        by_name: dict[str, dict[str, float]] = {}
+        for target, name in enumerate(self._weights or [""]):
+            total = np.sum([s for of_rank in gathered for s in of_rank[target]], axis=0)
+            by_name[name] = results[target][0] | figures_of(total)
+        curves = dict(zip(by_name, (calibration_curve(bins) for _, bins in results), strict=True))
+        figures = with_means(by_name, self._weights) if self._weights else by_name[""]
+        return Measured(figures, curves, Unknown(n, unknown_rows))
+
+    def _measure_records(
+        self, records: _Records, world: World
+    ) -> tuple[dict[str, float], FloatArray]:
+        """AUC of all, of each user's and of cold items' rows; and what `calibration_curve` takes.
+
+        On rank 0. All ranks.
+        """
+        area, bins = _auc(records, world)
+        figures = {"auc": area}
+        if self._n_users:
+            figures["user_auc"] = _user_auc(records, self._n_users, world)
+        if self._has_cold_items and not self._only_positives:
+            figures |= self._auc_apart(records, world)
+        return figures, bins
 
     def _auc_apart(self, records: _Records, world: World) -> dict[str, float]:
         """AUC of the rows whose items have training rows, and of those whose items have none.
@@ -171,6 +192,28 @@ class RowEvaluator:
         values = {"user": block.users, "item": block.items} | dict(block.context)
         rows = [counts, *(counts & _has_no_known_value(values[name]) for name in self._fields)]
         return np.array([unknown.sum() for unknown in rows], np.int64)
+
+
+def _columns(values: FloatArray) -> list[FloatArray]:
+    """``[B]`` or ``[B, T]`` by target."""
+    return [values] if values.ndim == 1 else list(values.T)
+
+
+def _records_of(rows: Rows, logits: FloatArray, labels: FloatArray) -> _Records:
+    """Rows with their scores and labels, ``[B]`` each."""
+    scored = np.ones(len(logits), _RECORD)
+    scored["logit"], scored["label"] = logits, labels
+    for name, column in (("weight", rows.weights), ("user", rows.users), ("item", rows.items)):
+        if column is not None:
+            scored[name] = column
+    return scored
+
+
+def _mapped(file: IO[bytes]) -> _Records:
+    """The records that a file holds."""
+    file.flush()
+    n = file.tell() // _RECORD.itemsize
+    return np.memmap(file, _RECORD, "r", shape=n) if n else np.zeros(0, _RECORD)
 
 
 def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Figures on the rows that training has just seen, before it learned from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from deepfm_dist.distributed.pipeline import Step
 from deepfm_dist.distributed.world import World
 from deepfm_dist.float_order import sortable
-from deepfm_dist.training.metrics import AreaUnderCurve, Tally, normalized_entropy
+from deepfm_dist.training.metrics import AreaUnderCurve, Tally, normalized_entropy, with_means
 
 _BINS = 1 << 16
 
@@ -24,11 +24,16 @@ class TrainingFigures:
 
     Args:
         lifetime: sums over all earlier steps, as `lifetime` holds them.
+        target_weights: of several targets by name, as `metrics.with_means` takes them.
     """
 
-    def __init__(self, lifetime: Sequence[float] = ()) -> None:
-        self.lifetime = torch.tensor([*lifetime] or [0.0] * 4, dtype=torch.float64)
-        """``[4]`` sums over rows: cross-entropy, weight, label, probability."""
+    def __init__(
+        self, lifetime: Sequence[float] = (), target_weights: Mapping[str, float] | None = None
+    ) -> None:
+        self._weights = target_weights or {}
+        n = max(1, len(self._weights))
+        self.lifetime = torch.tensor([*lifetime] or [0.0] * 4 * n, dtype=torch.float64)
+        """``[T * 4]`` sums over rows by target: cross-entropy, weight, label, probability."""
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._losses: list[float] = []
 
@@ -49,30 +54,60 @@ class TrainingFigures:
     def _row_figures(self, world: World) -> dict[str, float]:
         rows, self._rows = self._rows, []
         if not rows:  # on all ranks, then
-            nothing = torch.zeros(0, device=world.device)
+            nothing = torch.zeros(0, *self._shape, device=world.device)
             rows = [(nothing, nothing, nothing)]
         # Sums of each step by itself, added in their order: what a run is in all must not depend on
         # where its windows end, that is, where it was stopped and went on.
         step_sums = world.to_host(world.sum(torch.stack([_sums(*values) for values in rows])))
         for sums in step_sums:
             self.lifetime += sums
-        counts = _histogram(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
-        negative, positive = world.to_host(world.sum(counts)).numpy().T
-        area = AreaUnderCurve()
-        area.add(
-            Tally(np.zeros(_BINS, np.int64), np.arange(_BINS, dtype=np.float32), positive, negative)
-        )
-        return {
-            **_figures(step_sums.sum(0)),
-            "auc": area.value,
-            **{f"lifetime_{name}": value for name, value in _figures(self.lifetime).items()},
-        }
+        columns = (torch.cat(pieces) for pieces in zip(*rows, strict=True))
+        counts = [_histogram(*of_target) for of_target in _by_target(*columns)]
+        window = step_sums.sum(0).split(4)
+        figures = []
+        for sums, of_bins in zip(
+            window, world.to_host(world.sum(torch.stack(counts))), strict=True
+        ):
+            negative, positive = of_bins.numpy().T
+            bins = np.arange(_BINS, dtype=np.float32)
+            area = AreaUnderCurve()
+            area.add(Tally(np.zeros(_BINS, np.int64), bins, positive, negative))
+            figures.append(_figures(sums) | {"auc": area.value})
+        lifetime = [
+            {f"lifetime_{name}": value for name, value in _figures(sums).items()}
+            for sums in self.lifetime.split(4)
+        ]
+        return self._together(figures) | self._together(lifetime, "lifetime_")
+
+    def _together(self, figures: Sequence[dict[str, float]], start: str = "") -> dict[str, float]:
+        """The figures of one target, or those of several with their means."""
+        if not self._weights:
+            return figures[0]
+        return with_means(dict(zip(self._weights, figures, strict=True)), self._weights, start)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(self._weights),) if self._weights else ()
+
+
+def _by_target(
+    logits: Tensor, labels: Tensor, weights: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of ``[b]`` or ``[b, T]`` logits and labels by target; unknown labels have weight 0."""
+    if logits.dim() == 1:
+        return [(logits, labels, weights)]
+    is_known = labels >= 0
+    weights = weights.view(len(weights), -1) * is_known
+    columns = logits, labels.where(is_known, 0.0), weights
+    return list(zip(*(column.unbind(1) for column in columns), strict=True))
 
 
 def _sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """``[4]`` float64, as in `TrainingFigures.lifetime`."""
-    entropy = binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
-    columns = [entropy, weights, weights * labels, weights * torch.sigmoid(logits)]
+    """``[T * 4]`` float64, as in `TrainingFigures.lifetime`."""
+    columns = []
+    for z, y, w in _by_target(logits, labels, weights):
+        entropy = binary_cross_entropy_with_logits(z, y, w, reduction="none")
+        columns += [entropy, w, w * y, w * torch.sigmoid(z)]
     return torch.stack([column.sum(dtype=torch.float64) for column in columns])
 
 

@@ -4,7 +4,7 @@ A row of weight 2 counts as two rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -124,6 +124,9 @@ def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None)
 def figures_of(sums: FloatArray) -> dict[str, float]:
     """Log loss, NE, calibration, accuracy, and that of always giving the more frequent label."""
     weight, label, entropy, probability, correct = sums.tolist()
+    if weight == 0:  # one of several labels is known of no row
+        names = ("log_loss", "ne", "calibration", "accuracy", "majority_rate")
+        return dict.fromkeys(names, float("nan"))
     loss, rate = entropy / weight, label / weight
     return {
         "log_loss": loss,
@@ -132,6 +135,45 @@ def figures_of(sums: FloatArray) -> dict[str, float]:
         "accuracy": correct / weight,
         "majority_rate": max(rate, 1 - rate),
     }
+
+
+def of_target(target: str, name: str) -> str:
+    """What a figure of one of several targets is called: ``buy.auc``."""
+    return f"{target}.{name}"
+
+
+def with_means(
+    figures: Mapping[str, Mapping[str, float]], weights: Mapping[str, float], start: str = ""
+) -> dict[str, float]:
+    """Figures of several targets, and of all together under their plain names.
+
+    The latter are the targets' means by weight, of the figures that each has. Only ``ne`` is the
+    mean log loss as a share of the mean of what always answering the mean labels would give.
+
+    Args:
+        figures: by target and name.
+        weights: by target.
+        start: what all names begin with.
+    """
+    ne, log_loss = f"{start}ne", f"{start}log_loss"
+    first, *others = figures.values()
+    shared = [name for name in first if all(name in other for other in others)]
+    total = sum(weights[target] for target in figures)
+    shares = {target: weights[target] / total for target in figures}
+    means = {
+        name: sum(share * figures[target][name] for target, share in shares.items())
+        for name in shared
+    }
+    if ne in means:
+        constants = sum(
+            share * figures[target][log_loss] / (figures[target][ne] or float("nan"))
+            for target, share in shares.items()
+        )
+        means[ne] = means[log_loss] / constants
+    each = {
+        of_target(t, name): value for t, of_t in figures.items() for name, value in of_t.items()
+    }
+    return means | each
 
 
 def normalized_entropy(log_loss: float, rate: float) -> float:

@@ -51,7 +51,8 @@ def predict(
     """Scores a file, row by row in its order. All ranks.
 
     Writes a parquet file with the columns that were read, ``score`` (float32 logit) and
-    ``probability`` (float32); the same bytes at any world size. It appears when it is whole.
+    ``probability`` (of several targets ``score_buy``, ``probability_buy``, ...); the same bytes at
+    any world size. It appears when it is whole.
 
     Args:
         model: the sharded task in eval mode.
@@ -72,8 +73,7 @@ def predict(
         DeepFMError: on rank 0, where ``target`` cannot be written.
         SystemExit: on the other ranks, then.
     """
-    rows_of_file = _RowsOfFile.open(dataset, source, files, rate, log_odds)
-    encoder, name, n_rows = rows_of_file.encoder, rows_of_file.name, 0
+    rows_of_file, n_rows = _RowsOfFile.open(dataset, source, files, rate, log_odds), 0
     aside = work_folder(target)  # two processes may write the same file
     writer = _Writer(target, aside)
     try:
@@ -84,7 +84,7 @@ def predict(
             scored, problem = score_rows(model, world, n, BLOCK_ROWS, block), None
             if (pieces := world.gather_object([logits for _, logits in scored])) is not None:
                 logits = np.concatenate([block for piece in pieces for block in piece])
-                problem = writer.write(_annotate(encoder.as_in_the_file(table), logits, log_rates))
+                problem = writer.write(rows_of_file.annotate(table, logits, log_rates))
                 writer.not_finite.add(logits, n_rows)
             n_rows += n
             if (problem := world.broadcast(problem)) is not None:
@@ -94,9 +94,9 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    writer.not_finite.warn(name)
-    for text in encoder.unseen():
-        log.warning("%s: %s", name, text)
+    writer.not_finite.warn(rows_of_file.name)
+    for text in rows_of_file.encoder.unseen():
+        log.warning("%s: %s", rows_of_file.name, text)
     return n_rows
 
 
@@ -180,7 +180,7 @@ def _write_parts(
     if has_part:
         logits = np.concatenate(pieces)
         not_finite.add(logits, begin)
-        scored = _annotate(rows_of_file.encoder.as_in_the_file(table), logits, log_rates)
+        scored = rows_of_file.annotate(table, logits, log_rates)
         parts.write(part, scored.schema, [scored])
 
 
@@ -245,6 +245,26 @@ class _RowsOfFile:
 
         return rows.n, block, log_rates
 
+    def annotate(
+        self,
+        table: pa.Table,
+        logits: npt.NDArray[np.float32],
+        log_rates: npt.NDArray[np.float64] | None,
+    ) -> pa.Table:
+        """Rows with their scores, and probabilities corrected for `NegativeRate`.
+
+        Without ``log_rates``, probabilities are null.
+        """
+        table = self.encoder.as_in_the_file(table)
+        ends = [f"_{target}" for target in self.encoder.targets] or [""]
+        for end, of_target in zip(ends, logits.reshape(len(logits), -1).T, strict=True):
+            table = table.append_column(f"score{end}", pa.array(of_target))
+            column = pa.nulls(len(logits), pa.float32())
+            if log_rates is not None:
+                column = pa.array(probabilities(of_target + log_rates).astype(np.float32))
+            table = table.append_column(f"probability{end}", column)
+        return table
+
     def warn(self, world: World, not_finite: "_NotFinite") -> None:
         """Logs warnings about the rows that all ranks scored. All ranks call it."""
         counted = world.gather_object((self.encoder.unknown, not_finite))
@@ -259,20 +279,6 @@ class _RowsOfFile:
             log.warning("%s: %s", self.name, text)
 
 
-def _annotate(
-    table: pa.Table, logits: npt.NDArray[np.float32], log_rates: npt.NDArray[np.float64] | None
-) -> pa.Table:
-    """Rows with their scores, and probabilities corrected for `NegativeRate`.
-
-    Without ``log_rates``, probabilities are null.
-    """
-    table = table.append_column("score", pa.array(logits))
-    column = pa.nulls(len(logits), pa.float32())
-    if log_rates is not None:
-        column = pa.array(probabilities(logits + log_rates).astype(np.float32))
-    return table.append_column("probability", column)
-
-
 class _NotFinite:
     """Counts scores that are not numbers."""
 
@@ -282,7 +288,7 @@ class _NotFinite:
 
     def add(self, logits: npt.NDArray[np.float32], begin: int) -> None:
         """Takes in the scores of rows from ``begin`` on."""
-        where = np.flatnonzero(~np.isfinite(logits))
+        where = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(1))
         self._rows += len(logits)
         self._count += len(where)
         if len(where):

@@ -1,9 +1,12 @@
 """The sections `trainer`, `tune` and `nightly`."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from deepfm_dist.data.schema import check_names
 from deepfm_dist.section import Section
 
 
@@ -27,6 +30,10 @@ class TrainerConfig(Section):
     """bce: cross-entropy of single rows, positives and their negatives. bpr, softmax: a batch is of
     users, and each user's targets are compared with candidate items. auto: softmax where the rows
     are positives and nothing is set that belongs to single rows; else bce."""
+    target_weights: dict[str, float] = Field(default_factory=dict)
+    """Of several targets (``data.interactions.labels``): the weight of each in the loss, which is
+    the targets' weighted mean, and in figures without a target's name, such as ``log_loss``:
+    ``{click: 1, buy: 2}``. Default: 1 for each."""
     batch_size: int = Field(8192, ge=1)
     """Rows (of bpr and softmax: users) per step over all ranks."""
     batch_size_per_rank: int | None = Field(None, ge=1)
@@ -85,6 +92,25 @@ class TrainerConfig(Section):
     on a CPU needs a C++ compiler."""
     profile_steps: tuple[int, int] | None = None
     """First and last step to record with torch's profiler; the trace goes to the run's folder."""
+
+    def check_targets(self, labels: Sequence[str]) -> None:
+        """Refuses weights of what is not among several labels; raises ValueError."""
+        check_names("trainer.target_weights", self.target_weights, labels)
+
+    def weights_of(self, targets: Sequence[str]) -> list[float]:
+        """``target_weights`` of several targets, in order."""
+        return [self.target_weights.get(target, 1.0) for target in targets]
+
+    @field_validator("target_weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for target, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"the weight of {target} must be above 0 (got {weight:g}); leave the target "
+                    f"out of data.interactions.labels"
+                )
+        return weights
 
     def on_ranks(self, world_size: int) -> Self:
         """The same settings with the batch size of all ranks together, and none per rank."""

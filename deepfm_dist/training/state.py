@@ -15,6 +15,13 @@ log = logging.getLogger(__name__)
 HIGHER_IS_BETTER = ("auc", "user_auc", "accuracy")
 LOWER_IS_BETTER = ("log_loss", "ne")
 """Figures on rows that can be monitored; of rankings all can, and higher is better."""
+
+
+def is_lower_better(figure: str) -> bool:
+    """Of a figure's name, which may begin with that of one of several targets."""
+    return figure.rpartition(".")[2] in LOWER_IS_BETTER
+
+
 WARN_AFTER = 2
 """Validations in a row without a better figure that are more than chance."""
 
@@ -233,7 +240,7 @@ class LoopState:
         if self.monitor is None:
             return
         value = figures[self.monitor]
-        sign = -1 if self.monitor in LOWER_IS_BETTER else 1
+        sign = -1 if is_lower_better(self.monitor) else 1
         gain = sign * (value - self.best) if self.best is not None else math.inf
         needed = max(trainer.min_delta, start_margin if self.best_step == 0 else 0.0)
         if math.isfinite(value) and gain > needed:

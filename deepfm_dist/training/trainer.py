@@ -110,6 +110,7 @@ class Trainer:
         state: of the loop; changed in place.
         metrics: where events are written.
         hooks: what the loop calls.
+        target_weights: of several targets by name, in their figures.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Trainer:
         state: LoopState,
         metrics: MetricsLog,
         hooks: Hooks | None = None,
+        target_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.state, self.per_epoch = state, batches.steps_per_epoch
         self.last_step = config.trainer.last_step(self.per_epoch)
@@ -141,7 +143,7 @@ class Trainer:
         self._rates = {"lr_tables": 0.0, "lr_dense": 0.0}
         self._unread: deque[Step] = deque()
         self._last: Step | None = None
-        self._figures = TrainingFigures(state.lifetime)
+        self._figures = TrainingFigures(state.lifetime, target_weights)
         self._clock = _Clock(self._pipeline.seconds)
 
     def fit(self) -> LoopState:

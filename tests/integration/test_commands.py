@@ -52,6 +52,7 @@ NOT_AS_TYPED = [
     (r"(first_order_tables\.py [^\n]*)", r"\1 --seeds 1 trainer.max_steps=5"),
     (r"(benchmarks/prepare\.py --rows) \w+", r"\1 1000"),
     (r"(benchmarks/quality\.py [^\n]*)", r"\1 --rows small.yaml"),
+    (r"(benchmarks/targets\.py)[^`\n]*", r"\1 --rows 3000 --seeds 1 max_steps=5"),
     (r"(benchmarks/reading\.py)[^\n]*", r"\1 --steps 1 --files speed/data"),
     (r"(benchmarks/serving\.py) --shape \w+", r"\1 --seconds 1 --rate 20"),
     (r"(benchmarks/training\.py .*)", r"\1 --steps 5 --folder speed"),

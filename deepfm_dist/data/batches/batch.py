@@ -67,10 +67,11 @@ class Batch(_OnDevice):
         sparse: table rows of every categorical field, keys in the manifest's order; int32
             ``lengths [F * b]`` and ``values [sum]``, field-major.
         dense: ``[b, n_dense + sum of dims]`` float32: numeric fields, then vectors.
-        labels: ``[b]`` float32, 0 or 1.
+        labels: ``[b]`` float32, 0 or 1; of several targets ``[b, T]``, -1 where one is not known.
         weights: ``[b]`` float32, 1 in the mean of training rows; 0 for padding.
         global_weight: ``[]`` float32, what the loss is divided by: the rows of all ranks, padding
-            aside. It is the sum of weights in the mean, and a rank knows it without asking.
+            aside; of several targets ``[T]``, this times the share of training rows that have the
+            label. It is the sum of weights in the mean, and a rank knows it without asking.
     """
 
     sparse: KeyedJaggedTensor

@@ -40,6 +40,7 @@ class Collator:
         self.vectors = manifest.vector_fields
         self._n_columns = len(self.dense) + sum(manifest.vectors.values())
         self.fields = dataset.entity_fields_with_cold
+        self._targets = (len(manifest.targets),) if manifest.targets else ()
         self._source_of = manifest.data.source_of
         self._n_rows = manifest.entities
         self._cold = manifest.cold
@@ -66,7 +67,7 @@ class Collator:
         context_rows: npt.NDArray[np.integer] | None = None,
         labels: FloatArray | None = None,
         n_real: int | None = None,
-        global_weight: float | None = None,
+        global_weight: Tensor | None = None,
         weights: FloatArray | None = None,
         bags: Bags | None = None,
         hidden: Hidden | None = None,
@@ -79,9 +80,9 @@ class Collator:
                 `ABSENT` leaves the item's fields empty.
             context: context fields of many rows; None leaves them empty.
             context_rows: ``[b]`` which of these rows; `ABSENT` leaves the context empty.
-            labels: ``[b]``; default zeros.
+            labels: ``[b]``, or ``[b, T]`` of several targets; default zeros.
             n_real: how many leading rows are no padding; default all.
-            global_weight: weight that the loss is divided by; default ``n_real``.
+            global_weight: weights that the loss is divided by; default ``n_real``.
             weights: ``[n_real]`` of the rows; default ones.
             bags: each row's bag of items, for history fields; default: the user's training items,
                 nothing left out.
@@ -99,9 +100,9 @@ class Collator:
         return Batch(
             self._sparse(index, context, bags, hidden),
             self._numbers(index, context, height),
-            torch.zeros(height) if labels is None else torch.from_numpy(labels),
+            torch.zeros(height, *self._targets) if labels is None else torch.from_numpy(labels),
             torch.from_numpy(row_weights),
-            torch.tensor(float(n_real if global_weight is None else global_weight)),
+            torch.tensor(float(n_real)) if global_weight is None else global_weight,
         )
 
     def _sparse(
@@ -221,7 +222,8 @@ class Collator:
 
 
 def padded(array: Any, height: int, value: float) -> Any:
-    """``[m]`` -> ``[height]`` by appending ``value``; None stays None."""
+    """``[m, ...]`` -> ``[height, ...]`` by appending ``value``; None stays None."""
     if array is None or len(array) == height:
         return array
-    return np.concatenate([array, np.full(height - len(array), value, array.dtype)])
+    padding = np.full((height - len(array), *array.shape[1:]), value, array.dtype)
+    return np.concatenate([array, padding])

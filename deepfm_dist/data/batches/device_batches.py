@@ -16,7 +16,7 @@ from torchrec import KeyedJaggedTensor
 from deepfm_dist.data.batches.batch import Batch
 from deepfm_dist.data.batches.negatives import NegativeSampler
 from deepfm_dist.data.batches.row_batches import InMemoryRows, TrainingBatches
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import PreparedDataset, label_columns_in
 from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.data.schema import Feature
@@ -178,7 +178,7 @@ class _Block:
         dense: ``[steps, height, n_dense]`` float32.
         rows: ``[steps, height]`` of the users and items whose vectors each step gathers; -1 for
             none. All steps' vectors at once would be too large.
-        labels: ``[steps, height]`` float32.
+        labels: ``[steps, height]`` float32, or ``[steps, height, T]`` of several targets.
         weights: ``[steps, height]`` float32.
     """
 
@@ -211,6 +211,7 @@ class DeviceBatches:
         self.batch_size, self.steps_per_epoch = host.batch_size, host.steps_per_epoch
         self._order = host.source
         self._columns = _all_moved(host.source.columns, device)
+        self._label_columns = label_columns_in(host.source.columns)
         self._drawn = None if host.negatives is None else _Drawn(host.negatives, device)
         collate = host.collate
         self._keys, self._categorical, self._dense = (
@@ -225,7 +226,7 @@ class DeviceBatches:
         self._full_steps = host.rows_per_epoch // self.batch_size  # of an epoch
         self._most = max(1, BLOCK_ROWS // self._real)
         self._ones = torch.ones(len(self._keys) * self._height, dtype=torch.int32, device=device)
-        self._global_weight = torch.tensor(float(self.batch_size), device=device)
+        self._global_weight = host.global_weight(self.batch_size).to(device)
         self._block: _Block | None = None
         if device.type == "cuda":  # batches may be made on another stream than the arrays above
             torch.cuda.current_stream(device).synchronize()
@@ -268,10 +269,12 @@ class DeviceBatches:
         virtual = permuted(places, order.n, order.seed_of(epoch))
         rows = virtual.div(order.copies, rounding_mode="floor")
         slots = virtual - rows * order.copies
-        users, items, labels, weights, negative_users = (
+        users, items, weights, negative_users = (
             None if (column := self._columns.get(name)) is None else column[rows]
-            for name in ("user", "item", "label", "weight", NEGATIVE_USER)
+            for name in ("user", "item", "weight", NEGATIVE_USER)
         )
+        by_target = [self._columns[name][rows] for name in self._label_columns]
+        labels = torch.stack(by_target, 1) if len(by_target) > 1 else next(iter(by_target), None)
         if labels is None or self._drawn is not None:  # slot 0 is the positive
             labels = (slots == 0).float()
         context = rows
@@ -283,7 +286,7 @@ class DeviceBatches:
                 users, items, context = (torch.where(absent, -1, t) for t in (users, items, rows))
                 weights = torch.where(absent, 0.0, 1.0 if weights is None else weights)
         if weights is None:
-            weights = torch.ones_like(labels)
+            weights = labels.new_ones(len(labels))
         index = {"user": users, "item": items, "context": context}
         hidden = self._hidden(virtual, epoch * self.steps_per_epoch + first + 1, steps)
         fields = [self._field(f, index, hidden, steps) for f in self._categorical]
@@ -293,7 +296,7 @@ class DeviceBatches:
             fields=fields,
             lengths=self._lengths(fields, steps),
             dense=self._numbers(index, steps),
-            labels=self._pad(labels.view(steps, -1)),
+            labels=self._pad(labels.view(steps, self._real, *labels.shape[1:])),
             weights=self._pad(weights.view(steps, -1)),
             rows={
                 entity: self._pad(rows.view(steps, -1), -1)
@@ -378,8 +381,9 @@ class DeviceBatches:
         return column_values
 
     def _pad(self, values: Tensor, value: int = 0) -> Tensor:
-        """``[steps, rows]`` -> ``[steps, height]`` by a value."""
-        return torch.nn.functional.pad(values, (0, self._height - self._real), value=value)
+        """``[steps, rows, ...]`` -> ``[steps, height, ...]`` by a value."""
+        inner = [0, 0] * (values.dim() - 2)
+        return torch.nn.functional.pad(values, (*inner, 0, self._height - self._real), value=value)
 
 
 def reason_for_host(dataset: PreparedDataset, loss: str, accumulate_steps: int) -> str | None:

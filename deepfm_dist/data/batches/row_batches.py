@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from deepfm_dist.data.batches.batch import Batch, local_batch_size
 from deepfm_dist.data.batches.collation import ABSENT, Collator, padded
@@ -11,7 +13,7 @@ from deepfm_dist.data.batches.histories import HistorySampler, chosen
 from deepfm_dist.data.batches.id_dropout import Hidden, IdDropout
 from deepfm_dist.data.batches.lanes import Lanes, SelectedRows
 from deepfm_dist.data.batches.negatives import NegativeSampler
-from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.dataset import PreparedDataset, labels_in
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.data.prefetch import read_ahead
@@ -67,6 +69,7 @@ class TrainingBatches:
         self._seed = seed
         self.negatives = NegativeSampler(dataset, seed) if manifest.sampled else None
         self._histories = HistorySampler(dataset, seed) if manifest.has_history else None
+        self._label_shares = manifest.label_shares
         self._copies = copies = 1 + manifest.data.negatives.per_positive if manifest.sampled else 1
         self.rows_per_epoch = manifest.splits["train"].rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
@@ -97,16 +100,18 @@ class TrainingBatches:
         first = min(self.first, end - begin)
         last = min(self.first + self.local_batch_size, end - begin)
         taken_rows = self.source.take(epoch, begin, end, first, last)
-        return self._collate(taken_rows, step, float(end - begin))
+        return self._collate(taken_rows, step, end - begin)
 
     def _collate(
-        self, selected: SelectedRows, step: int, global_weight: float
+        self, selected: SelectedRows, step: int, n_rows: int
     ) -> tuple[Int32Array | None, Batch]:
+        """The users and the batch of this rank's rows, of ``n_rows`` rows over all ranks."""
         epoch = (step - 1) // self.steps_per_epoch
         index, columns = selected.index, selected.columns
-        users, labels, negative_users = (
-            _take(columns.get(name), index) for name in ("user", "label", NEGATIVE_USER)
+        users, negative_users = (
+            _take(columns.get(name), index) for name in ("user", NEGATIVE_USER)
         )
+        labels = labels_in(columns, index)
         if labels is None or self.negatives is not None:  # slot 0 is the positive
             labels = (selected.slot == 0).astype(np.float32)
         items = bags = None
@@ -143,11 +148,16 @@ class TrainingBatches:
             padded(context_rows, height, ABSENT),
             padded(labels, height, 0),
             n_real=len(index),
-            global_weight=global_weight,
+            global_weight=self.global_weight(n_rows),
             weights=weights,
             bags=bags,
             hidden=self._hidden(selected, step),
         )
+
+    def global_weight(self, n_rows: int) -> Tensor:
+        """`Batch.global_weight` of a global batch of this many rows."""
+        shares = 1.0 if self._label_shares is None else self._label_shares
+        return torch.tensor(n_rows * shares, dtype=torch.float32)
 
     def _hidden(self, selected: SelectedRows, step: int) -> Hidden | None:
         if not self.id_dropout.share:

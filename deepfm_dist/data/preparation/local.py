@@ -7,7 +7,7 @@ Layout of ``prepared/<name>/``::
     entities/user.parquet        row r describes user r: id, fields as lists, history, seen_*
     entities/item.parquet        row r describes item r: id, fields, count, title
     entities/rare.parquet        the same lists of the users below min_count, who share row 0
-    train/ valid/ test/          user, item, [label], [time], one column per context field
+    train/ valid/ test/          user, item, [labels], [time], one column per context field
 
 Rows stream through twice and are never held together. First they are read, their texts become
 codes, and they are dealt to partitions by a hash of their user: on disk, unless all of them fit
@@ -442,7 +442,7 @@ def finish(
         numeric=fit.fitted.numeric,
         mean_weight=counts.mean_weight,
         time_scale=fit.time_scale,
-        splits=written.splits(counts),
+        splits=written.splits(counts, job.data),
         files=job.n_partitions,
         lanes=plan.lanes,
         groups=plan.groups,

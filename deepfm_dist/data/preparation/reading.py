@@ -20,6 +20,7 @@ from deepfm_dist.data.fields import (
     column_of,
     exploded,
     hashed_rows,
+    labels_of,
     numbers_of,
     row_columns,
     split_cells,
@@ -31,7 +32,7 @@ from deepfm_dist.data.preparation.crew import Crew
 from deepfm_dist.data.preparation.job import OPEN, Job, buckets_of, entity_key, partitions_of
 from deepfm_dist.data.preparation.rules import coded_columns, content_hashes
 from deepfm_dist.data.preparation.spill import Spill
-from deepfm_dist.data.schema import Feature, label_of
+from deepfm_dist.data.schema import LABEL_OF, Feature, label_of
 from deepfm_dist.data.sources import (
     BLOCK_BYTES,
     Column,
@@ -230,7 +231,7 @@ class RowCoder:
             self.facts.add_clock(feature, batch[f"field {feature.name}"], file.name)
         rated = self._job.data.interactions.rating is not None
         for piece in self._pieces(batch):
-            rows = self._coded(piece, part)
+            rows = self._coded(self._labelled(piece, name), part)
             self.spill.add(rows, self._partitions(rows))
             n = rows.num_rows
             n_positive = int(np.asarray(rows["label"]).sum()) if rated else n
@@ -243,6 +244,20 @@ class RowCoder:
             return
         for begin in range(0, batch.num_rows, _IMPRESSIONS):
             yield exploded(batch.slice(begin, _IMPRESSIONS))
+
+    def _labelled(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+        """The rows that have a label, if there are several; the others are counted."""
+        targets = self._job.data.interactions.labels
+        if not targets:
+            return batch
+        known = [np.asarray(batch[f"{LABEL_OF}{target}"].is_valid()) for target in targets]
+        labelled = np.logical_or.reduce(known)
+        if labelled.all():
+            return batch
+        self.facts.dropped[f"{name}: rows without any of {', '.join(targets)}"] += int(
+            (~labelled).sum()
+        )
+        return batch.filter(pa.array(labelled))
 
     def no_rows(self) -> pa.RecordBatch:
         """None, in the columns of the spill."""
@@ -268,6 +283,8 @@ class RowCoder:
         for role in ("label", "weight"):
             if getattr(spec, role) is not None:
                 columns[role] = batch[role]
+        if spec.labels:
+            columns |= {n: pa.array(v) for n, v in labels_of(batch, spec.labels).items()}
         if spec.time is not None:
             for part_of_time in ("whole", "billionths"):
                 columns[part_of_time] = batch["time"].field(part_of_time)

@@ -75,7 +75,8 @@ class PartitionRows:
     Attributes:
         columns: ``[n]`` each: ``key`` int64, the hash that splits and order go by; ``user`` and
             ``item`` int32 codes, and ``local`` int32, the user's place among the partition's
-            users, where there are any, else ``bucket`` int16; ``label`` int8; ``given`` int8,
+            users, where there are any, else ``bucket`` int16; ``label`` int8, and of several
+            labels ``label:NAME`` int8, -1 where it is not known; ``given`` int8,
             train, valid or test where the input says so, else -1; ``time`` int64, times
             ``Manifest.time_scale``, and ``weight`` float32 where they are known;
             ``field NAME``, raw numbers and codes of the fields that stand in

@@ -32,7 +32,7 @@ from deepfm_dist.data.layout import (
     SEEN,
     signed_table,
 )
-from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TRAIN, SplitSpec
+from deepfm_dist.data.manifest import FOLD_IN, SPLITS, TRAIN, LabelSpec, SplitSpec
 from deepfm_dist.data.negatives import draw_per_positive, users_short_of_negatives
 from deepfm_dist.data.preparation.checksums import TableSum
 from deepfm_dist.data.preparation.counts import Counts, has_value
@@ -45,8 +45,9 @@ from deepfm_dist.data.preparation.reading import side_table
 from deepfm_dist.data.preparation.spill import PartitionRows
 from deepfm_dist.data.preparation.split import SplitIds, sort_groups
 from deepfm_dist.data.preparation.write_plan import WritePlan, draws_in_training
-from deepfm_dist.data.schema import label_of
+from deepfm_dist.data.schema import LABEL_OF, DataConfig, label_of
 from deepfm_dist.data.sources import Column
+from deepfm_dist.errors import DataError
 from deepfm_dist.log import progress
 from deepfm_dist.seeding import derive_seed
 
@@ -65,18 +66,22 @@ class WriteResult:
         rows: ``[splits]``, held-out negatives included.
         sizes: ``[splits]``: what training needs of them, in bytes.
         known: which held-out rows have users and items of the training rows.
+        labelled: ``[splits, targets, 2]``: rows with each label 0 and 1; no targets, if the rows
+            have one label or none.
     """
 
     sums: dict[str, TableSum]
     rows: Int64Array
     sizes: Int64Array
     known: "HeldOutIdCheck"
+    labelled: Int64Array
 
     @classmethod
     def zeros(cls, job: Job) -> "WriteResult":
         """Nothing yet."""
         zeros = np.zeros(len(SPLITS), np.int64)
-        return cls({}, zeros, zeros.copy(), HeldOutIdCheck.zeros(job))
+        labelled = np.zeros((len(SPLITS), len(job.data.interactions.labels), 2), np.int64)
+        return cls({}, zeros, zeros.copy(), HeldOutIdCheck.zeros(job), labelled)
 
     def __add__(self, other: "WriteResult") -> "WriteResult":
         return WriteResult(
@@ -84,15 +89,31 @@ class WriteResult:
             self.rows + other.rows,
             self.sizes + other.sizes,
             self.known + other.known,
+            self.labelled + other.labelled,
         )
 
-    def splits(self, counts: Counts) -> dict[str, SplitSpec]:
-        """What the manifest says of the splits."""
+    def splits(self, counts: Counts, data: DataConfig) -> dict[str, SplitSpec]:
+        """What the manifest says of the splits.
+
+        Raises:
+            DataError: no training row has one of several labels.
+        """
+        labels = data.interactions.labels
+        for label, rows in zip(labels, self.labelled[TRAIN].sum(1), strict=True):
+            if rows == 0:
+                raise DataError(
+                    f"interactions.labels: {label} is empty in all {counts.rows[:, TRAIN].sum():,} "
+                    f"training rows; leave it out, or train on rows that have it (data.split)"
+                )
         return {
             name: SplitSpec(
                 rows=int(self.rows[s]),
                 positives=int(counts.positives[:, s].sum()),
                 size_bytes=int(self.sizes[s]),
+                labels={
+                    label: LabelSpec(rows=int(of_label.sum()), positives=int(of_label[1]))
+                    for label, of_label in zip(labels, self.labelled[s], strict=True)
+                },
             )
             for s, name in enumerate(SPLITS)
         }
@@ -153,6 +174,9 @@ class RowWriter:
         self._unused = {"train": set[str](), "valid": {NEGATIVE_USER}, "test": {NEGATIVE_USER}}
         if self._sampled:
             self._unused["train"] = {"label"}
+        self._not_trained_on = {"time"}
+        if job.data.interactions.labels:  # it only says which items a user took
+            self._not_trained_on.add("label")
         self.written = WriteResult.zeros(job)
 
     def add(self, p: int, part: PartitionRows, parts: SplitIds, low_parts: SplitIds | None) -> None:
@@ -185,7 +209,11 @@ class RowWriter:
             signed = signed_table(table, job.folder / file, written.sums[file].crc)
             _write_groups(signed, job.folder / file, cuts, first)
             written.rows[split] += table.num_rows
-            written.sizes[split] += sum(table[n].nbytes for n in table.column_names if n != "time")
+            for target, label in enumerate(job.data.interactions.labels):
+                values = columns[f"{LABEL_OF}{label}"][at]
+                written.labelled[split, target] += [(values == y).sum() for y in (0, 1)]
+            for_training = [n for n in table.column_names if n not in self._not_trained_on]
+            written.sizes[split] += sum(table[n].nbytes for n in for_training)
         written.known.add(self._plan.trained, part, parts)
         if {"user", "item"} <= columns.keys():
             self._put_histories(p, part, parts, low_parts, columns)
@@ -197,7 +225,8 @@ class RowWriter:
             columns[name] = self._fitted.row_of_code[entity_key(name)][part[name]]
         if self._plan.negative_user is not None:
             columns[NEGATIVE_USER] = self._plan.negative_user[part["user"]]
-        columns["label"] = part["label"].astype(np.float32)
+        for name in dict.fromkeys(("label", *self._job.data.interactions.label_columns)):
+            columns[name] = part[name].astype(np.float32)
         if "weight" in part:
             weights = part["weight"].astype(np.float64) / self._plan.mean_weight
             least = float(np.finfo(np.float32).tiny)  # below it, float32 ends at 0

@@ -1,0 +1,138 @@
+"""The over-arch, the deep part of a DeepFM: a multi-layer perceptron."""
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deepfm_dist.model.norm import Gather, GlobalBatchNorm
+
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not needed again
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class OverArch(nn.Module):
+    """The multi-layer perceptron; its last layer is linear.
+
+    Args:
+        in_features: length of a row.
+        layer_sizes: hidden layers.
+        activation: relu, gelu, tanh or sigmoid.
+        dropout: probability of dropping a hidden unit in training.
+        batch_norm: normalise each hidden layer before its activation. These layers have no bias:
+            the mean that is subtracted takes it away, and Adam would follow the rounding error
+            that is its whole gradient, on every number of ranks another way.
+        init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
+        gather: joins the ranks' tensors, differentiably; for batch norm.
+        has_output: whether the linear layer to one number is there; if not, the last hidden layer's
+            units are the result.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        layer_sizes: Sequence[int],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        init: str = "uniform",
+        gather: Gather | None = None,
+        has_output: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *layer_sizes]
+        pairs = list(itertools.pairwise(sizes))
+        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=not batch_norm) for a, b in pairs)
+        self.norms = nn.ModuleList(
+            GlobalBatchNorm(b, gather) if batch_norm else nn.Identity() for _, b in pairs
+        )
+        self.activation = _ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(sizes[-1], 1) if has_output else None
+        if init == "xavier_normal":
+            for linear in self.layers:
+                nn.init.xavier_normal_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        self.register_load_state_dict_pre_hook(_fold_biases)  # type: ignore[no-untyped-call]
+
+    def forward(self, x_BI: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Scores rows.
+
+        Args:
+            x_BI: ``[B, in_features]``.
+            weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
+
+        Returns:
+            ``[B]``; without an output ``[B, H]``.
+        """
+        return self.above_first(self.layers[0](x_BI), weights_B)
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """All linear layers, the output's last."""
+        linears = [*self.hidden] if self.output is None else [*self.hidden, self.output]
+        return linears
+
+    def forward_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
+
+        They are not copied next to each other: the other columns meet weights of 0.
+        """
+        _, fields, width = rows_BFW.shape
+        first = self.layers[0]
+        weight = first.weight.view(first.out_features, fields, -1)
+        padded = functional.pad(weight, (0, width - weight.shape[2]))
+        x_BH = functional.linear(rows_BFW.flatten(1), padded.flatten(1), first.bias)
+        return self.above_first(x_BH, weights_B)
+
+    def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""
+        x, above = x_BH, self.layers[1:]
+        for place, norm in enumerate(self.norms):
+            if isinstance(norm, GlobalBatchNorm):
+                x = norm(x, weights_B)
+            x = self.dropout(self.activation(x))
+            if place < len(above):
+                x = above[place](x)
+        return x if self.output is None else x.squeeze(1)
+
+    @torch.no_grad()
+    def start_at_0(self) -> None:
+        """Makes the result 0 for all rows, until the output has learned."""
+        if self.output is not None:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+
+def _fold_biases(
+    over_arch: nn.Module, state: dict[str, Any], prefix: str, *hook_arguments: object
+) -> None:
+    """Takes the biases that earlier versions had in front of batch norm into the running means."""
+    for name, mean in biases_before_norm(state, prefix).items():
+        state[mean] = state[mean] - state.pop(name)
+
+
+def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, str]:
+    """Biases that an `OverArch` of an earlier version had in front of batch norm.
+
+    Args:
+        names: of a state's tensors.
+        prefix: what the names of the over-arch's tensors begin with.
+
+    Returns:
+        For each bias among the names, the running mean that makes it superfluous.
+    """
+    pattern = re.compile(re.escape(prefix) + r"hidden\.(\d+)\.bias")
+    matches = {name: pattern.fullmatch(name) for name in names}
+    means = {name: f"{prefix}norms.{m[1]}.running_mean" for name, m in matches.items() if m}
+    return {name: mean for name, mean in means.items() if mean in names}
