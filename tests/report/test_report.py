@@ -25,6 +25,7 @@ from deepfm_dist.ranking.profiles import Example, Groups, Insight, profile
 from deepfm_dist.ranking.reasons import Reason
 from deepfm_dist.recipe import Choice
 from deepfm_dist.report import page as page_module
+from deepfm_dist.report import plots as plots_module
 from deepfm_dist.report.page import Report, write_page
 from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
@@ -46,6 +47,10 @@ def test_figures_stand_beside_each_other() -> None:
     assert lines[0] == "valid rows"
     assert lines[1].split() == ["auc", "0.7500"]
     assert lines[3] == "valid rankings, whole catalogue, K = 5"
+    assert [line.rpartition("  ")[0].strip() for line in lines[5:]] == [
+        "model", "95 %, from", "95 %, to",
+        "ease", "95 %, from", "95 %, to", "model minus it, from", "model minus it, to",
+    ]  # fmt: skip
     assert [line.split()[-1] for line in lines[4:]] == [
         "recall",
         *["0.5000", "0.4000", "0.6000"],
@@ -123,10 +128,10 @@ def test_no_more_is_read_than_is_shown(sample: PreparedDataset, tmp_path: Path) 
     assert "user 2\n" in ranking_table(RankingFiles(path, path, path, 900, 900, 1, 900), sample)
 
 
-@pytest.fixture
-def page(sample: PreparedDataset, tmp_path: Path) -> Path:
-    """The report of a run that never was, on the sample's users and items."""
-    folder = tmp_path / "invented"
+@pytest.fixture(scope="module")
+def page(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an invented run on the sample's users and items; not to be changed."""
+    folder = tmp_path_factory.mktemp("page") / "invented"
     folder.mkdir()
     events = []
     for step in range(50, 2001, 50):
@@ -157,7 +162,7 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
     }
     figures = {"ndcg@2": 0.75, "coverage@2": 0.01}, {"ndcg@2": 0.25, "coverage@2": 0.005}
     reasons = [[Reason("seen", "x", 0.5, item=9), Reason("genre", "Noir", -0.25)], []]
-    example = [Example(1, [7, 1], [3, 4, 5], [7, 8], reasons)]
+    example = [Example(1, [7, 1], [*range(3, 15), 0], [7, 8], reasons)]
     comparison = Comparison(
         dict(zip(orders, figures, strict=True)),
         {name: {"ndcg@2": (0.125, 0.875)} for name in orders},
@@ -186,16 +191,25 @@ def page(sample: PreparedDataset, tmp_path: Path) -> Path:
     return write_page(report)
 
 
-def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> None:
-    text = page.read_text()
-    assert set(re.findall(r'<figure id="([^"]*)"', text)) == PICTURES
-    cards = Cards(sample)
-    for row in (7, 1, 3, 4, 5):
-        assert str(cards(row).title) in text
+def test_the_page_shows_what_a_user_has_and_gets(page: Path, sample: PreparedDataset) -> None:
+    text, cards = page.read_text(), Cards(sample)
+    for row in (7, 1, 14, 5):
         assert ", ".join(cards(row).tags) in text
+    history, ranked = (
+        re.findall(r'<span class="title">(.*?)</span>', part)
+        for part in text.partition("<h3>Latest history</h3>")[2].split("<h3>Recommended</h3>")
+    )
+    # The latest ten of the history, without the item that has no row, and the ranking in order.
+    assert history == [str(escape(cards(row).title)) for row in range(14, 4, -1)]
+    assert ranked == [str(escape(cards(row).title)) for row in (7, 1)]
     assert text.count("✓ hit") == 1
     assert f"seen {html.escape(str(cards(9).title))} +0.50; genre Noir -0.25</span>" in text
-    assert "3 training items,\n      1 of 2 held-out items found" in text
+    user = sample.entity_ids("user")[1]
+    assert f"User {user}: 13 training items,\n      1 of 2 held-out items found" in text
+
+
+def test_the_page_starts_with_the_verdicts(page: Path) -> None:
+    text = page.read_text()
     shown = re.findall(
         r'<li class="(\w+)">\s*<strong>(.*?)</strong>\s*<span>(.*?)</span>', text, re.S
     )
@@ -205,8 +219,10 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
     ]
     assert re.search(r"\.verdicts li\.worse \{ border-color: var\(--bad\)", text)
     assert "compared by a paired bootstrap over users" in text
-    for title in ("Log loss", "Normalized entropy", "AUC"):
-        assert f"<h3>{title}</h3>" in text
+
+
+def test_the_page_explains_each_figure_on_rows(page: Path) -> None:
+    text = page.read_text()
     meaning = '<th scope="row">{}</th><td class="number">[^<]*</td><td class="muted">{}</td>'
     for name, words in (
         ("auc", "chance that a positive row scores above a negative one; 0.5 is guessing"),
@@ -217,12 +233,20 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
         ("majority_rate", "accuracy of always predicting the more frequent label"),
     ):
         assert re.search(meaning.format(name, re.escape(str(escape(words)))), text), name
-    assert 'genre</th><td class="number">0.75 %</td>' in text  # of 400 items, 3
-    density = 100 * 28_798 / (700 * 400)
-    assert f"{density:.3g} % are training positives" in " ".join(text.split())
-    assert "36,000 dated rows of all splits, counted by 10-day period" in text
-    for shown_text in ("70,000", "2 x cpu", "row_wise", "12,345 rows/s", "0.50 GiB"):
-        assert shown_text in text
+    assert page_module._MEANING["user_auc"] == "the same within each user, weighted by rows"
+    notes = re.findall(r'<p class="note">(The .*?|Of .*?)</p>', text)
+    assert notes == [
+        "The negatives among these rows are sampled, 4 for each positive. AUC, log loss, NE, "
+        "calibration and accuracy refer to this mix, not to how often users choose an item.",
+        "The model was trained with loss=softmax, for the order of items: its scores are no "
+        "probabilities, so log loss, NE, calibration and accuracy say little.",
+        "Of 100 test positives, 25 (25.0%) have no known item: one that training rows lack, one "
+        "below min_count, or none.",
+    ]
+
+
+def test_the_page_shows_rankings_with_intervals_and_differences(page: Path) -> None:
+    text = page.read_text()
     # The model's line, the baseline's, and the paired difference of the two.
     lines = re.findall(r'<tr class="(\w+)"><th scope="row">(.*?)</th>(.*?)</tr>', text, re.S)
     assert [line[:2] for line in lines] == [
@@ -236,22 +260,94 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
         strict=True,
     ):  # fmt: skip
         assert cell.format(*figures) in line[2]
-    notes = re.findall(r'<p class="note">(The .*?|Of .*?)</p>', text)
-    assert notes == [
-        "The negatives among these rows are sampled, 4 for each positive. AUC, log loss, NE, "
-        "calibration and accuracy refer to this mix, not to how often users choose an item.",
-        "The model was trained with loss=softmax, for the order of items: its scores are no "
-        "probabilities, so log loss, NE, calibration and accuracy say little.",
-        "Of 100 test positives, 25 (25.0%) have no known item: one that training rows lack, one "
-        "below min_count, or none.",
-    ]
-    assert "The negatives among these rows are sampled.</figcaption>" in text
-    assert "run: {name: &lt;invented&gt;}" in text
+
+
+def test_every_plot_of_the_page_has_its_title_and_caption(page: Path) -> None:
+    figures = re.findall(
+        r'<figure id="([^"]*)">\s*<h3>(.*?)</h3>\s*(<svg.*?)<figcaption>(.*?)</figcaption>',
+        page.read_text(),
+        re.S,
+    )
+    assert {name for name, *_ in figures} == PICTURES
+    shown = {
+        name: (html.unescape(title), html.unescape(caption)) for name, title, _, caption in figures
+    }
+    # Log loss is 20 / step, NE 25 / step and AUC 1 - 10 / step at steps 500 to 2,000.
+    assert shown["learning-log_loss"] == (
+        "Log loss",
+        "Mean cross-entropy in nats; lower is better. Validation was still falling at the last "
+        "step.",
+    )
+    assert shown["learning-ne"] == (
+        "Normalized entropy",
+        "Log loss divided by that of always predicting the mean label; 1 is no better than that. "
+        "Validation was still falling at the last step.",
+    )
+    assert shown["learning-auc"] == (
+        "AUC",
+        "Chance that a positive row scores above a negative one; 0.5 is guessing. Validation was "
+        "still rising at the last step.",
+    )
+    title, caption = shown["calibration"]
+    assert title == "Calibration"
+    assert caption.startswith("Each point is one of 2 bins of about 5 rows, ordered by prediction.")
+    assert caption.endswith(" The negatives among these rows are sampled.")
+    assert shown["recall-over-k"] == (
+        "Recall@K",
+        "Share of a user's held-out items among the first K; mean over users.",
+    )
+    assert shown["ndcg-over-k"] == (
+        "NDCG@K",
+        "The same with hits at the top counting more; 1 is the best possible order.",
+    )
+    assert shown["by-activity"] == (
+        "NDCG@2 by user activity",
+        "3 users in groups of about equal size, the least active first.",
+    )
+    assert shown["by-popularity"] == (
+        "Recall@2 by item popularity",
+        "4 held-out items in groups of about equal size, rarest first.",
+    )
+    assert shown["coverage"] == (
+        "Catalogue coverage, K = 2", "Share of items recommended to at least one user."
+    )  # fmt: skip
+    # 40 windows of 0.5 s for data and 1.5 s for forward.
+    assert shown["times"] == (
+        "Where training's time went", "Shares of 80.0 host seconds on rank 0."
+    )  # fmt: skip
+    assert shown["rows-by-day"][0] == "Rows over time"
+    svgs = {name: svg for name, _, svg, _ in figures}
+    for name, labels in {
+        "times": ["data", "forward", "25.0%", "75.0%"],
+        "coverage": ["model", "popularity", "1.0%", "0.5%"],
+        "recall-over-k": ["K", "model", "popularity"],
+        "by-activity": ["training items of the user", "model", "popularity"],
+        "by-popularity": ["training rows of the item", "model", "popularity"],
+        "calibration": ["mean predicted probability", "share of positives", "perfect", "model"],
+    }.items():
+        for label in labels:
+            assert f">{label}</text>" in svgs[name], (name, label)
+
+
+def test_the_page_is_complete(page: Path) -> None:
+    text = page.read_text()
     words = " ".join(text.split())
+    assert 'genre</th><td class="number">0.75 %</td>' in text  # of 400 items, 3
+    density = 100 * 28_798 / (700 * 400)
+    assert f"{density:.3g} % are training positives" in words
+    assert "36,000 dated rows of all splits, counted by 10-day period" in text
+    for shown_text in ("70,000", "row_wise", "run: {name: &lt;invented&gt;}"):
+        assert shown_text in text
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings == [
         "Figures on test rows", "Training", "Rankings in detail", "What the model recommends",
         "The log", "Tables, time and memory", "Configuration", "What to type next",
+    ]  # fmt: skip
+    anchors = re.findall(r'<a href="#(\w+)">(\w+)</a>', text)
+    assert anchors == [
+        ("figures", "Figures"), ("training", "Training"), ("rankings", "Rankings"),
+        ("examples", "Examples"), ("data", "Log"), ("machine", "Machine"),
+        ("config", "Configuration"), ("next", "Next"),
     ]  # fmt: skip
     for sentence in (
         "<h3>Rankings, K = 2</h3>",
@@ -261,19 +357,72 @@ def test_the_page_tells_all_of_a_run(page: Path, sample: PreparedDataset) -> Non
         "95 % bootstrap intervals of the mean over users; of a difference, from the same samples "
         "of users for both rankings. One that excludes 0 is more than chance.",
         "From the least to the most active user. A ✓ marks an item that the user did choose and "
-        "that was held out: a hit.",
+        "that was held out: a hit. Below each item are the three values with the largest shares "
+        "of its score.",
         "Last window of training: 12,345 rows/s.",
         "Peak memory by rank: 0.25 GiB, 0.50 GiB.",
         "Chosen from the data, where the configuration leaves a setting out",
+        '<th scope="row">optimizer.tables.decay_steps</th>',
+        "<td>because</td>",
     ):
         assert sentence in words, sentence
     for command in ("recommend", "similar", "serve", "predict", "export"):
         assert f"python -m deepfm_dist.{command} --run {page.parent}" in text
-    assert f"--run {page.parent}" in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([^")]*)', text)) <= set(ids)
     assert not re.findall(r"#00ff\d\d", text)  # every stand-in has its colour
+
+
+def test_examples_may_have_no_reasons(sample: PreparedDataset) -> None:
+    [shown] = page_module._examples(
+        sample, replace(NO_INSIGHT, examples=[Example(1, [7, 8], [3], [8], [])])
+    )
+    assert [(hit, reasons) for _, hit, reasons in shown.ranked] == [(False, []), (True, [])]
+
+
+def test_a_ranking_has_its_colour_on_every_plot() -> None:
+    plotter, values = Plotter(["model", "ease"]), {"ease": [0.25, 0.5]}
+    for plot in (
+        plotter.over_k("a", "", "", values),
+        plotter.groups("b", "", "", "", ["x", "y"], values),
+        plotter.shares("c", "", "", {"ease": 0.5}, per_ranking=True),
+        plotter.learning("d", "", "", [(1, 0.5), (2, 0.25)], []),  # on training rows alone
+    ):
+        assert set(re.findall(r"--series-(\d)", plot.svg)) == {"1"}, plot.name
+    for plot in (
+        plotter.over_k("a", "", "", {"model": [0.25, 0.5]}),
+        plotter.shares("c", "", "", {"ease": 0.5}, per_ranking=False),
+        plotter.learning("d", "", "", [], [(1, 0.5), (2, 0.25)]),
+    ):
+        assert set(re.findall(r"--series-(\d)", plot.svg)) == {"0"}, plot.name
+
+
+@pytest.mark.parametrize(("n", "kept"), [(1, 1), (500, 500), (501, 251), (1001, 335)])
+def test_long_curves_are_thinned_and_keep_their_ends(n: int, kept: int) -> None:
+    # Every second of 501 points and every third of 1,001, and the last one.
+    points = [(float(k), 0.0) for k in range(n)]
+    thinned = plots_module._thin(points)
+    assert len(thinned) == kept
+    assert (thinned[0], thinned[-1]) == (points[0], points[-1])
+
+
+def test_fields_are_listed_by_their_share_of_missing_values() -> None:
+    profile = SimpleNamespace(missing={"a": 0.1, "b": 0.0, "c": 0.5})
+    missing = page_module._missing(SimpleNamespace(profile=profile))  # type: ignore[arg-type]
+    assert [*missing.items()] == [("c", 0.5), ("a", 0.1)]
+
+
+def test_a_damaged_plan_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "plan.json"
+    assert page_module._plan(path) is None and caplog.text == ""
+    for damaged in ("{", '{"ranks": 2, "device": "cpu", "tables": []}'):
+        caplog.clear()
+        path.write_text(damaged)
+        assert page_module._plan(path) is None
+        assert f"{path}: damaged; the report leaves the sharding plan out" in caplog.text
 
 
 def test_a_browser_shows_the_page(page: Path, browser: Any) -> None:
@@ -341,6 +490,7 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     events = [
         TrainEvent(step=50, log_loss=0.5, ne=None, seconds={"data": 1.0, "forward": 0.0}),
         TrainEvent(step=100, log_loss=0.4, ne=None, seconds={"data": 0.5, "forward": 4.5}),
+        TrainEvent(step=150, ne=None, seconds={"data": None, "gone": None}),
         ValidEvent(step=100, epoch=1, log_loss=0.45),
     ]
     [plot] = page_module._learning(Plotter(), events)  # neither NE nor AUC has a value
@@ -353,7 +503,7 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     )
     for label in ("training, before learning", "validation", "step"):
         assert f">{label}</text>" in plot.svg
-    [without] = page_module._learning(Plotter(), events[:2])
+    [without] = page_module._learning(Plotter(), events[:3])
     assert ">validation</text>" not in without.svg
     seconds = page_module._seconds(events)
     assert seconds == {"data": 1.5, "forward": 4.5}
@@ -365,7 +515,10 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     assert page_module._times(Plotter(), {}) is None
 
 
-def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Path) -> None:
+def test_the_page_of_rows_has_no_rankings(
+    sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_module, "_missing", lambda manifest: {})
     rows = click_figures(np.array([0.0, 1, 0, 1]), np.array([-1.0, 1, 2, 0.5]))
     report = Report(
         folder=tmp_path,
@@ -384,8 +537,13 @@ def test_the_page_of_rows_has_no_rankings(sample: PreparedDataset, tmp_path: Pat
     path = write_page(report)
     text = path.read_text()
     assert "Figures on valid rows" in text and "step_00000009 · valid rows" in text
-    for absent in ('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"):
+    for absent in (
+        *('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"),
+        *("What the model recommends", "without a value", "Where training", "Last window"),
+        *("Peak memory", "Chosen from the data", ">Examples</a>", "was trained with loss"),
+    ):
         assert absent not in text, absent
+    assert "Every field has a value everywhere." in text
     assert f"predict --run {tmp_path} --input rows.csv" in text
     meanings = re.findall(r'<td class="muted">(.+?)</td>', text)
     assert len(meanings) == len(rows)  # every figure is explained
