@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -102,11 +103,10 @@ def train_on(config: Config, world: World, on_validation: OnValidation | None = 
 
 def _train_locked(config: Config, world: World, on_validation: OnValidation | None) -> Trained:
     """`train_on`, while this process holds the run's lock."""
-    world.run_on_rank0("prepare", lambda: _prepare(config))
+    saved = world.broadcast(world.run_on_rank0("prepare", lambda: (_prepare(config),)))
+    assert saved is not None
     dataset = open_dataset(config, world)
     manifest = dataset.manifest
-    saved = world.broadcast(world.run_on_rank0("saved", lambda: (saved_settings(config),)))
-    assert saved is not None
     config, choices = resolve(config, manifest, *saved)
     if choices and world.is_first:
         log.info("chosen for this log:")
@@ -193,9 +193,11 @@ def _finish(
         return Finish(config, world, dataset, state, choices, asked_to_stop).run()
 
 
-def _prepare(config: Config) -> None:
-    check_settings(config)
+def _prepare(config: Config) -> dict[str, Any] | None:
+    """Prepares the data; returns the settings that the run takes over from an earlier one."""
+    saved = saved_settings(config, check_settings(config))
     prepare_locked(config)
+    return saved
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,13 @@ class Start:
     chosen: tuple[Choice, ...] = ()
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config) -> Path | None:
     """Compares the settings with those of the run that the folder holds, if any. Rank 0.
 
     It comes before the data are prepared, which would replace those of that run.
+
+    Returns:
+        The checkpoint that the run resumes from; None if it starts.
 
     Raises:
         ConfigError: the run was trained with other settings, or is a part of another one.
@@ -66,7 +69,7 @@ def check_settings(config: Config) -> None:
     """
     with write_errors_to_user(config.run_dir):
         _refuse_part(config.run_dir)
-        _checkpoint_to_continue(config)
+        return _checkpoint_to_continue(config)
 
 
 def _refuse_part(run_dir: Path) -> None:
@@ -84,13 +87,16 @@ def _refuse_part(run_dir: Path) -> None:
         )
 
 
-def saved_settings(config: Config) -> dict[str, Any] | None:
-    """What was chosen for the run that the folder holds, if this one continues it. Rank 0.
+def saved_settings(config: Config, path: Path | None) -> dict[str, Any] | None:
+    """The settings that a run takes over from an earlier one. Rank 0.
 
-    A run that starts from another one's weights takes over its model, the loss that this was
-    chosen for, and its tables' optimizer.
+    A run that resumes takes all of them. One that starts from another run's weights takes the
+    model, the loss that this was chosen for, and the tables' optimizer.
+
+    Args:
+        config: the settings.
+        path: the checkpoint that the run resumes from; None if it starts.
     """
-    path = _checkpoint_to_continue(config)
     if path is not None:
         return settings_in(checkpoint.read_state(path))
     if config.checkpoint.start_from is None:
