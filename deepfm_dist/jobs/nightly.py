@@ -17,6 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -30,11 +31,12 @@ from torch.distributed import PrefixStore
 
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import SPLITS
+from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.remote import copy_path, local_copy
-from deepfm_dist.data.schema import names_of
-from deepfm_dist.data.sources import find_files
+from deepfm_dist.data.schema import label_of, names_of
+from deepfm_dist.data.sources import EmptyFile, find_files, find_lists
 from deepfm_dist.data.sources.days import names_day, on_day
+from deepfm_dist.distributed.checkpoint import complete_steps
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
@@ -109,13 +111,13 @@ class Nights:
 
     def read(self, day: str) -> Night | None:
         """What a night has recorded; None: it has not begun."""
-        path = self._record(day)
+        path = self.record(day)
         with write_errors_to_user(path):
-            return Night(**json.loads(path.read_text())) if path.is_file() else None
+            return _read(path) if path.is_file() else None
 
     def write(self, night: Night) -> None:
         """Records a night, and lists all nights in ``nights.csv``."""
-        path = self._record(night.day)
+        path = self.record(night.day)
         with write_errors_to_user(path):
             with atomic_write(path) as file:
                 file.write_text(json.dumps(asdict(night), indent=2) + "\n")
@@ -156,13 +158,26 @@ class Nights:
                 deleted.append(day)
         return deleted
 
-    def _record(self, day: str) -> Path:
+    def record(self, day: str) -> Path:
+        """The file that records a night."""
         return self.folder / _NIGHTS / f"{day}.json"
 
     def _all(self) -> Iterator[Night]:
         for path in sorted((self.folder / _NIGHTS).iterdir(), key=lambda path: path.name):
             if path.suffix == ".json" and path.name[:1] != ".":
-                yield Night(**json.loads(path.read_text()))
+                yield _read(path)
+
+
+def _read(path: Path) -> Night:
+    """A recorded night.
+
+    Raises:
+        DataError: the file is damaged or of another version.
+    """
+    try:
+        return Night(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not the record of a night ({error}); delete it") from None
 
 
 def nightly(config: Config, day: date) -> Night | None:
@@ -178,8 +193,8 @@ def nightly(config: Config, day: date) -> Night | None:
 
     Raises:
         ConfigError: no file is named by its day, held-out rows could be those that the model in use
-            was trained on, or a later day has been trained.
-        DataError: the day's log is missing.
+            was trained on, a later day has been trained, or the run in use is missing.
+        DataError: the day's log is missing or has no rows.
         InUse: another process does this.
         DeepFMError: as training and evaluation do.
     """
@@ -187,7 +202,8 @@ def nightly(config: Config, day: date) -> Night | None:
     nights = Nights(config)
     lock = Lock(config.run_dir / _NIGHTS, str(config.run_dir), "choose another run.name")
     with process_group(*config.run.process_group) as world, world.hold_on_rank0(lock, _ORPHAN_S):
-        begun = world.broadcast(world.run_on_rank0("begin", lambda: _begin(nights, f"{day}")))
+        begin = partial(_begin, config, nights, f"{day}")
+        begun = world.broadcast(world.run_on_rank0("begin", begin))
         assert begun is not None
         night = begun
         if not begun.is_over:
@@ -240,8 +256,9 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
         previous: the day of the run that it starts from; None: the first.
 
     Raises:
-        DataError: the day's log is missing.
+        DataError: the day's log is missing or empty.
     """
+    _check_log(config, day)
     settings: dict[str, Any] = {
         "run.name": f"{config.run.name}/{day}",
         "data": _filled_in(config.model_dump(mode="json")["data"], config, day),
@@ -251,6 +268,32 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
         settings["data.vocabulary_from"] = str(prepared_dir(config, previous))
         settings["checkpoint.start_from"] = str(config.run_dir / previous)
     return with_settings(config, settings)
+
+
+def _check_log(config: Config, day: date) -> None:
+    """Checks that the newest log has rows: without them, earlier days would be trained on again.
+
+    Raises:
+        DataError: it is missing or has none.
+    """
+    interactions = config.data.interactions
+    texts = [text for text in names_of(interactions.file) if names_day(text)]
+    days = [named for text in texts for named in on_day(text, day)]
+    if not days:
+        return
+    newest = max(file_day for _, file_day in days)
+    names = tuple(name for name, file_day in days if file_day == newest)
+    columns = interactions.user, interactions.item, interactions.label
+    layouts = {on_day(name, day)[0][0]: layout for name, layout in config.data.files.items()}
+    for file in find_files(config.input_root, names):
+        layout = layouts.get(file.name) or layouts.get(file.pattern)
+        with suppress(EmptyFile):
+            find_lists(file.path, [*filter(None, columns)][:1], layout, file.pattern)
+            return
+    raise DataError(
+        f"{label_of(names)}: no rows, so there is nothing new to train on; run the night again "
+        f"once the log of {newest} is complete"
+    )
 
 
 def _filled_in(tree: Any, config: Config, day: date) -> Any:
@@ -292,19 +335,54 @@ def _with_name(world: World, name: str) -> World:
     return replace(world, store=PrefixStore(name, world.store))
 
 
-def _begin(nights: Nights, day: str) -> Night:
+def _begin(config: Config, nights: Nights, day: str) -> Night:
     """What the night has recorded, or a new record. Rank 0."""
     night, current = nights.read(day), nights.current
-    if current is not None and (current > day or (night is None and current == day)):
-        raise ConfigError(
-            f"--day {day}: the model in use was trained on {current}; give a later --day"
-        )
+    if current is not None:
+        _check_is_day(nights, current)
+        if current > day or (night is None and current == day):
+            raise ConfigError(
+                f"--day {day}: the model in use was trained on {current}; give a later --day"
+            )
     if night is None:
+        if current is not None and (missing := _missing(config, current)):
+            raise ConfigError(
+                f"{nights.pointer}: names {current}, but {missing} is not complete or not there; "
+                f"write the day of another run into it, or delete it to train a first model"
+            )
         night = Night(day, previous=current)
         nights.write(night)
     elif night.is_over:
         log.warning("%s: this night is already complete", nights.folder / day)
+    elif night.previous is not None and (missing := _missing(config, night.previous)):
+        raise ConfigError(
+            f"{nights.record(day)}: this night starts from {night.previous}, but {missing} is not "
+            f"complete or not there; delete this file and {nights.folder / day} to begin it again"
+        )
     return night
+
+
+def _check_is_day(nights: Nights, name: str) -> None:
+    """Checks the name of the run in use, which a person may have written.
+
+    Raises:
+        ConfigError: it is no day.
+    """
+    try:
+        date.fromisoformat(name)
+    except ValueError:
+        raise ConfigError(
+            f"{nights.pointer}: names {name}, but nights are named by their day; write the day of "
+            f"one into it, such as 2026-11-30"
+        ) from None
+
+
+def _missing(config: Config, day: str) -> Path | None:
+    """What a night needs of an earlier one and is not there: its run or its dataset."""
+    run, dataset = config.run_dir / day, prepared_dir(config, day)
+    if not complete_steps(run):
+        return run
+    return dataset if Manifest.find(dataset) is None else None
 
 
 def _decide(config: Config, config_of_day: Config, night: Night, world: World) -> Night:

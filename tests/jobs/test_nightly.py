@@ -19,9 +19,9 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.sources import find_files
 from deepfm_dist.data.sources.days import each_day, on_day
 from deepfm_dist.distributed.checkpoint import Checkpoints
-from deepfm_dist.errors import ConfigError
+from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.jobs import nightly as job
-from deepfm_dist.jobs.nightly import Night, Nights, is_no_worse
+from deepfm_dist.jobs.nightly import Night, Nights, is_no_worse, settings_of_day
 from deepfm_dist.storage import folder_of
 from tests.ranks import RankFailed, run_alone, run_in_fork, run_ranks
 
@@ -294,6 +294,53 @@ def test_the_predecessor_of_the_model_in_use_is_kept(make_home: Callable[[str], 
     assert sorted(path.name for path in (home / "runs/mine").glob("2026-*")) == [
         *(DAYS[0], DAYS[1], DAYS[3])
     ]
+
+
+@pytest.mark.parametrize("text", ["", "click,user,ad,time\n"])
+def test_a_day_without_rows_is_an_error(make_home: Callable[[str], Path], text: str) -> None:
+    home = make_home("home")
+    config, day = load_config(str(home / "mine.yaml")), date.fromisoformat(DAYS[1])
+    names = settings_of_day(config, day, None).data.interactions.file
+    assert names == (f"{DAYS[0]}.csv", f"{DAYS[1]}.csv")
+    (home / names[1]).write_text(text)  # the day before still has rows
+    with pytest.raises(DataError, match=rf"^{names[1]}: no rows, .* the log of {DAYS[1]} is comp"):
+        settings_of_day(config, day, None)
+
+
+def test_what_a_night_needs_is_checked_before_it_begins(make_home: Callable[[str], Path]) -> None:
+    home = make_home("home")
+    config = load_config(str(home / "mine.yaml"))
+    nights, folder = Nights(config), home / "runs/mine"
+    folder.mkdir(parents=True)
+
+    def message(day: str) -> str:
+        with pytest.raises((ConfigError, DataError)) as caught:
+            job._begin(config, nights, day)
+        return str(caught.value)
+
+    nights.promote("best")
+    assert message(DAYS[1]) == (
+        f"{folder}/current: names best, but nights are named by their day; write the day of one "
+        f"into it, such as 2026-11-30"
+    )
+    nights.promote(DAYS[0])
+    assert message(DAYS[1]) == (
+        f"{folder}/current: names {DAYS[0]}, but {folder / DAYS[0]} is not complete or not there; "
+        f"write the day of another run into it, or delete it to train a first model"
+    )
+    assert nights.read(DAYS[1]) is None
+    step = folder / DAYS[0] / "checkpoints/step_00000001"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text("{}")
+    assert f"but {home / 'prepared/mine' / DAYS[0]} is not complete" in message(DAYS[1])
+    assert message("2026-10-31").startswith("--day 2026-10-31: the model in use was trained on ")
+    nights.pointer.unlink()
+    assert job._begin(config, nights, DAYS[1]) == Night(DAYS[1])
+    nights.write(Night(DAYS[2], previous=DAYS[0]))
+    assert message(DAYS[2]).endswith(f"delete this file and {folder / DAYS[2]} to begin it again")
+    for damaged in ('{"day":', '{"day": "2026-11-03", "colour": 1}', "[]"):
+        nights.record(DAYS[2]).write_text(damaged)
+        assert message(DAYS[2]).startswith(f"{nights.record(DAYS[2])}: not the record of a night")
 
 
 def test_names_of_days_are_filled_in() -> None:
