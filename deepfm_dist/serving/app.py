@@ -321,7 +321,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unknown(request: Request, error: Unknown) -> JSONResponse:
         id_, run_name = error.args
         text = (
-            f"{id_!r} is not in the training data of run {run_name}; /users and "
+            f"{short(id_, MAX_ID)} is not in the training data of run {run_name}; /users and "
             f"/items?q=TITLE list known ids"
         )
         return JSONResponse({"detail": text}, 404)

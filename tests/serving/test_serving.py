@@ -242,6 +242,11 @@ def test_parameters_are_used_or_refused(client: Any, path: str, message: str) ->
         ),
         (b'["9"]', 422, "the body must be a JSON object with items, k"),
         (b'{"items": ["\\ud800"]}', 404, "'\\ud800' is not in the training data"),
+        (
+            b'{"items": ["' + b"x" * 9999 + b'"]}',
+            404,
+            f"'{'x' * 196}... is not in the training data",
+        ),
         (b'{"items": ["9"]', 400, "the body is not JSON: Expecting ',' delimiter"),
         (b'\xff{"items": ["9"]}', 400, "the body is not JSON in UTF-8"),
         (b"[" * 100_000, 400, "the body is not JSON in UTF-8, is nested too deeply"),
