@@ -1,6 +1,7 @@
 """HTTP over `Recommender`: routes and limits."""
 
 import json
+import sys
 from collections import Counter as Names
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -168,6 +169,8 @@ def _cell(value: object) -> str | float:
     """A value of a field as JSON has it, checked by one validator as `_id` is."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise PydanticCustomError("value_type", "input should be text or a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise PydanticCustomError("value_size", "input should be a number of double precision")
     if isinstance(value, str) and len(value) > MAX_ID:
         raise PydanticKnownError("string_too_long", {"max_length": MAX_ID})
     return value
@@ -433,7 +436,7 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
     @app.post(
         "/recommend",
         responses=NOT_FOUND | NOT_ABLE | NOT_READABLE,
-        dependencies=[Depends(_refuse_repeated_keys)],
+        dependencies=[Depends(_refuse_ambiguous_body)],
     )
     async def recommend(described: Described) -> Answer:
         """The best items for a user, or for a user described by items, attributes or both.
@@ -460,7 +463,7 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
     @app.post(
         "/predict",
         responses=NOT_READABLE,
-        dependencies=[Depends(_refuse_repeated_keys)],
+        dependencies=[Depends(_refuse_ambiguous_body)],
         response_model_exclude_unset=True,  # of one target there are no targets
     )
     async def predict(body: RowsToScore) -> Scores:
@@ -497,11 +500,14 @@ async def _refuse_unknown_parameters(request: Request) -> None:
             raise HTTPException(422, f"{name} is given {given.count(name)} times; give it once")
 
 
-async def _refuse_repeated_keys(request: Request) -> None:
-    """Refuses a body that has a key twice, of which JSON readers keep the last one.
+async def _refuse_ambiguous_body(request: Request) -> None:
+    """Refuses what JSON readers take differently: repeated keys and halves of characters.
+
+    Most readers keep the last of several values. A lone surrogate is in no UTF-8 text, and so
+    neither in training data nor in an answer.
 
     Raises:
-        HTTPException: 422 with the key.
+        HTTPException: 422 with the key or the surrogate.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -511,8 +517,16 @@ async def _refuse_repeated_keys(request: Request) -> None:
                 raise HTTPException(422, f"{short(key, 50)} is given {count} times; give it once")
         return dict(pairs)
 
+    body = await request.body()
     with suppress(ValueError, RecursionError):  # invalid JSON is answered where it is read
-        json.loads(await request.body(), object_pairs_hook=once)
+        parsed = json.loads(body, object_pairs_hook=once)
+        if b"\\ud" not in body.lower():
+            return
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = short(error.object[error.start])
+            raise HTTPException(422, f"{half} is half of a character; send it whole") from None
 
 
 def _sentence(problem: Any, fields: Sequence[str]) -> str:

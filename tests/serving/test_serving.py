@@ -241,7 +241,14 @@ def test_parameters_are_used_or_refused(client: Any, path: str, message: str) ->
             "context.a: input should be text or a number (got None)",
         ),
         (b'["9"]', 422, "the body must be a JSON object with items, k"),
-        (b'{"items": ["\\ud800"]}', 404, "'\\ud800' is not in the training data"),
+        (b'{"items": ["\\ud800"]}', 422, "'\\ud800' is half of a character; send it whole"),
+        (b'{"items": ["9"], "context": {"\\uDC00": 1}}', 422, "'\\udc00' is half of a character"),
+        (b'{"items": ["\\ud83d\\ude00"]}', 404, "'\U0001f600' is not in the training data"),
+        (
+            b'{"items": ["9"], "context": {"a": ' + b"9" * 400 + b"}}",
+            422,
+            "context.a: input should be a number of double precision (got 999",
+        ),
         (
             b'{"items": ["' + b"x" * 9999 + b'"]}',
             404,
