@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepfm_dist import lock, nightly, serve
+from deepfm_dist import lock, nightly, recommend, serve, train, tune
 from deepfm_dist.build import shard_for_inference
 from deepfm_dist.cli import config_of_run
 from deepfm_dist.config import load_config, with_settings
@@ -30,7 +33,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.jobs.prepare import prepare
-from deepfm_dist.jobs.train import train
+from deepfm_dist.jobs.train import train as train_run
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.storage import atomic_write, delete_tree, folder_of, follow_pointer
 from tests.launch.s3 import clients_of, s3_server
@@ -306,26 +309,124 @@ def test_what_is_not_there_is_one_line(runs: Path) -> None:
         folder_of("nope://x")
 
 
-def test_a_service_answers_with_the_run_that_a_pointer_in_a_bucket_names(
-    tmp_path: Path, runs: Path
+def _command(main: Callable[[list[str]], int], *words: str) -> int:
+    import s3fs
+
+    s3fs.S3FileSystem.retries = 2  # seconds instead of half a minute
+    lock.STALE_S = 0.5
+    return main(["--quiet", *words])
+
+
+def _cut(wire: Wire, at: str, capfd: Any, main: Any, *words: str) -> str:
+    """The error line of a command whose connection is cut."""
+    capfd.readouterr()
+    wire.cut_at(at)
+    assert run_in_fork(_command, main, *words) == 2
+    assert wire.is_cut.is_set()
+    wire.mend()
+    [line] = [x for x in capfd.readouterr().err.splitlines() if "Error: " in x]
+    return str(line)
+
+
+def test_a_search_and_parts_survive_a_cut(
+    tmp_path: Path, runs: Path, wire: Wire, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "shop.yaml").write_text(shop(tmp_path).to_yaml())
+    config, cache = ["--config", str(tmp_path / "shop.yaml")], f"run.cache_root={tmp_path / 'c'}"
+    search = [*config, cache, "tune={trials: 2, space: {optimizer.tables.lr: [0.01, 0.3]}}"]
+    search += ["trainer.max_steps=2", "data.split.valid=0.2"]
+    local = [*search, "run.name=local"]
+    remote = [*search, "run.name=remote", f"run.prepared_root={runs}"]
+    assert run_in_fork(_command, tune.main, *local) == 0
+    expected = capfd.readouterr().out.partition("written:")[0]
+    assert expected.count("complete") == 2
+    line = _cut(wire, "train/part-00000.parquet", capfd, tune.main, *remote)
+    assert f"{runs}/remote: cannot be used: " in line
+    assert run_in_fork(_command, tune.main, *remote) == 0
+    assert capfd.readouterr().out.partition("written:")[0] == expected
+    assert run_in_fork(_command, tune.main, *search, f"run.runs_root={runs}") == 2
+    assert "needs a local disk" in capfd.readouterr().err
+
+    roots = [f"run.{kind}_root={runs / kind}" for kind in ("runs", "prepared")]
+    assert run_in_fork(_command, train.main, *config, *roots, cache, "trainer.max_steps=2") == 0
+    run = ["--run", str(runs / "runs/shop"), cache]
+    whole, parts = tmp_path / "whole.parquet", runs / "out"
+    assert run_in_fork(_command, recommend.main, *run, "--output", str(whole)) == 0
+    in_parts = [*run, "--output-parts", str(parts)]
+    line = _cut(wire, "out/part-000000.parquet", capfd, recommend.main, *in_parts)
+    assert "part-000000.parquet: cannot be used: " in line
+    assert not (parts / "_SUCCESS").exists()
+    assert run_in_fork(_command, recommend.main, *in_parts) == 0
+    assert json.loads((parts / "_SUCCESS").read_text())["parts"] == 1
+    with (parts / "part-000000.parquet").open("rb") as file:
+        assert pq.read_table(file).to_pylist() == pq.read_table(whole).to_pylist()
+
+
+def test_a_service_in_a_bucket_answers_while_its_connection_is_cut(
+    tmp_path: Path, runs: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    settings = {"run.runs_root": str(runs), "trainer.max_steps": 2}
-    run_in_fork(train, with_settings(shop(tmp_path), settings))
-    (runs / "current").write_text("shop\n")
-    words = [sys.executable, "-m", "deepfm_dist.serve", "--run", f"{runs}/current", "--port", "0"]
-    service = subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
+    from deepfm_dist.serving import following
+
+    monkeypatch.setattr(following, "POLL_S", 0.1)
+    monkeypatch.setattr(following, "RETRY_S", 0.2)
+    roots = {f"run.{kind}_root": str(runs / kind) for kind in ("runs", "prepared")}
+    settings = {**roots, "run.cache_root": str(tmp_path / "cache"), "trainer.max_steps": 2}
+    config = shop(tmp_path)
+    for name in ("monday", "tuesday"):
+        more = {"run.name": name, "data.name": "shop"}
+        run_in_fork(train_run, with_settings(config, {**settings, **more}))
+        settings["trainer.max_steps"] = 3
+    current = runs / "runs/current"
+    current.write_text("monday\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--run", str(current), "--port", str(port), f"run.cache_root={tmp_path / 'new'}"]
+    line = _cut(wire, "__0_0.distcp", capfd, serve.main, *words)
+    assert "s3://bucket/" in line
+    service = multiprocessing.get_context("fork").Process(
+        target=_command, args=(serve.main, *words)
     )
+    service.start()
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def until(done: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < deadline
+            with suppress(httpx.TransportError):
+                if done():
+                    return
+            time.sleep(0.05)
+
+    def answer() -> str:
+        response = client.get("/users/3/recommendations")
+        assert response.status_code == 200
+        return str(response.text)
+
+    def health() -> dict[str, Any]:
+        return dict(client.get("/healthz").json())
+
     try:
-        assert service.stdout is not None
-        assert "/ shows a page" in service.stdout.readline()
+        until(lambda: client.get("/readyz").status_code == 200)
+        before = answer()
+        wire.cut_at("runs/current")
+        until(lambda: health()["problem"])
+        assert answer() == before
+        wire.mend()
+        until(lambda: not health()["problem"])
+        wire.cut_at("tuesday/checkpoints")
+        current.write_text("tuesday\n")
+        until(lambda: "tuesday: cannot be loaded" in (health()["problem"] or ""))
+        assert answer() == before
+        wire.mend()
+        until(lambda: health()["run"] == "tuesday")
+        assert not health()["problem"]
+        assert answer() != before
         service.terminate()
-        assert service.wait(20) == 0
+        service.join(30)
+        assert service.exitcode == 0
     finally:
         service.kill()
 
