@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from deepfm_dist.config import Config, config_from, load_config, with_settings
@@ -344,14 +345,23 @@ class Model:
         """Every user's best unseen items: ``user_id, item_id, score, rank``.
 
         Args:
-            settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``.
+            settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``. ``requests`` and
+                ``histories`` may be a pandas DataFrame or pyarrow Table in place of a file.
         """
         from deepfm_dist.jobs.recommend import recommend
 
-        with _in_python():
-            result = recommend(self._with("recommend", settings))
-        assert result is not None  # one process
-        return pd.read_parquet(result.files.parquet)
+        with tempfile.TemporaryDirectory() as folder:
+            files, names = dict(settings), dict[str, str]()
+            for name in {"requests", "histories"} & settings.keys():
+                if isinstance(settings[name], pd.DataFrame | pa.Table):
+                    files[name] = str(Path(folder, f"{name}.parquet"))
+                    names[files[name]] = name
+            with _in_python(names):
+                for path, name in names.items():
+                    Path(path).write_bytes(_parquet(settings[name], name))
+                result = recommend(self._with("recommend", files))
+            assert result is not None  # one process
+            return pd.read_parquet(result.files.parquet)
 
     def similar(self, **settings: Any) -> pd.DataFrame:
         """Every item's most similar items: ``item_id, similar_item_id, score, rank``.
@@ -511,13 +521,17 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
 
 
-def _parquet(frame: pd.DataFrame, name: str) -> bytes:
-    """A frame as a Parquet file.
+def _parquet(frame: pd.DataFrame | pa.Table, name: str) -> bytes:
+    """A frame or table as a Parquet file.
 
     Raises:
-        DataError: a column holds values of several kinds.
+        DataError: a column holds values of several kinds, or several columns have one name.
     """
     buffer = io.BytesIO()
+    if isinstance(frame, pa.Table):
+        pq.write_table(frame, buffer)
+        return buffer.getvalue()
+    _check_frame(frame, name)
     try:
         frame.rename(columns=str).to_parquet(buffer, index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:

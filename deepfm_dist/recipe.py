@@ -27,6 +27,10 @@ from deepfm_dist.section import AUTO, Section
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 """Names of the field that is added; the first that no other field has."""
 HISTORY_DROPOUT = 0.3
+ID_DROPOUT = 0.2
+"""Share of ids replaced by the unknown one where rows have labels and some items have no training
+rows. On generated logs it raised the AUC of new items and, within noise, did not lower that of
+others."""
 WHOLE_CATALOGUE = 30_000
 """Items up to which the softmax goes over all of them."""
 HOLD_OUT = 0.1
@@ -214,6 +218,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
       for Adaptive Gradient Algorithms", 2022, for the square root; BARS for 0.001 at 4,096.
     * The tables: see `_for_tables_of_rows`.
     * ``over_arch_layer_sizes``: see `_layer_sizes`.
+    * ``id_dropout``: `ID_DROPOUT` where items without training rows are known by attributes.
     * ``linear``: logistic below `FEW_LABELLED_ROWS`; see `deepfm_dist.interop.logistic`.
     * ``epochs``: 20, and at least 640 steps, of which early stopping uses what it needs. Without
       validation rows some `STEPS_TO_BEST` steps, and one epoch in any case.
@@ -222,6 +227,10 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
         return
     n = max(1, manifest.splits["train"].rows)
     rows = plural(n, "training row")
+    n_cold = manifest.cold.get("item", 0)
+    if n_cold and any(f.names_entity for f in manifest.features):
+        reason = f"{plural(n_cold, 'item')} without training rows, known by attributes"
+        draft.choose("data.id_dropout", ID_DROPOUT, reason)
     size = 2 ** round(math.log2(n / 64))
     draft.choose("trainer.batch_size", min(8192, max(256, size)), rows)
     batch_size = draft.get("trainer.batch_size")

@@ -65,7 +65,18 @@ def _fitted(folder: Path) -> dict[str, Any]:
     evaluation = model.evaluate(k=[3, 5])
     best = model.recommend(k=3, users=["u3", "u17"], allow_items=articles["what"].to_numpy())
     rows = orders.iloc[[5, 2]].assign(who=["u3", "nobody"])
+    asked = pd.DataFrame(
+        {"who": ["u17", "u3"], "k": [2, 3], "block": [[str(best["item_id"].iloc[-1])], None]}
+    )
+    asked.to_parquet(folder / "asked.parquet")
+    with pytest.raises(DataError) as refused:
+        model.recommend(requests=asked.assign(k=[2, 0.5]))
     return {
+        "asked": [
+            model.recommend(requests=requests)
+            for requests in (str(folder / "asked.parquet"), asked, pa.Table.from_pandas(asked))
+        ],
+        "refused": str(refused.value),
         "features": [f.model_dump(exclude_defaults=True) for f in model.config.data.features],
         "rows": evaluation.rows,
         "rankings": evaluation.rankings,
@@ -88,6 +99,11 @@ def _fitted(folder: Path) -> dict[str, Any]:
 def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = run_alone(_fitted, tmp_path)
     assert capfd.readouterr().out == ""
+    of_file, *of_frames = found["asked"]
+    assert of_file["request"].tolist() == [0, 0, 1, 1, 1]
+    for of_frame in of_frames:
+        pd.testing.assert_frame_equal(of_frame, of_file)
+    assert found["refused"].startswith("requests, row 2: k 0.5 is not a whole number above 0")
     fields = {f["name"]: f for f in found["features"]}
     assert list(fields) == ["user_id", "item_id", "tags", "price", "brand", "look", "device"]
     assert "keep" not in fields["tags"]
@@ -102,8 +118,8 @@ def test_a_model_of_frames(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     rows, rankings = found["rows"], found["rankings"]
     assert (list(rows.index), list(rankings.index)) == (["test"], ["model", "popularity"])
     assert not rows.isna().any(axis=None) and not rankings.isna().any(axis=None)
-    logged = json.loads((tmp_path / "runs/model/metrics.jsonl").read_text().splitlines()[-2])
-    assert logged["event"] == "evaluate"
+    events = map(json.loads, (tmp_path / "runs/model/metrics.jsonl").read_text().splitlines())
+    [logged] = [event for event in events if event["event"] == "evaluate"]
     assert rows.loc["test"].to_dict() == logged["rows"]
     assert rankings.loc["model"].to_dict() == logged["figures"]["model"]
     assert {"recall@3", "recall@5", "ndcg@5"} < set(rankings.columns)

@@ -105,6 +105,22 @@ def test_settings_of_rows_train_on_rows(
     assert choice.reason.startswith(reason)
 
 
+def test_clicks_on_items_with_new_ones_among_them_train_without_some_ids(
+    sample: PreparedDataset,
+) -> None:
+    clicks = {"task": "ctr", "interactions": {**ROWS, "label": "y"}}
+    config = _config(data=clicks)
+    manifest = _manifest(sample, config).model_copy(update={"cold": {}})
+    with_new = manifest.model_copy(update={"cold": {"item": 7}})
+    shares = [resolve(config, m)[0].data.id_dropout for m in (manifest, with_new)]
+    assert shares == [0.0, 0.2]
+    stated = _config(data={**clicks, "id_dropout": 0.0})
+    assert resolve(stated, with_new)[0].data.id_dropout == 0.0
+    ranks = _config()
+    with_new = _manifest(sample, ranks).model_copy(update={"cold": {"item": 7}})
+    assert resolve(ranks, with_new)[0].data.id_dropout == 0.0
+
+
 def test_what_the_user_sets_is_never_overridden(sample: PreparedDataset) -> None:
     settings: dict[str, Any] = {
         "model": {"embedding_dim": 7, "fm_pairs": "all"},
@@ -262,10 +278,17 @@ def _knows_validation_items(config: Config, settings: list[str], folder: Path) -
     }
     ranked = {}
     for name, setting in asked.items():
-        masked = ["recommend.mask=[train, valid]"] if name == "users" else []
-        found = recommend(load_config(SAMPLE, [*settings, setting, *masked]))
+        more = ["recommend.mask=[train, valid]", "recommend.explain=100"] if name == "users" else []
+        found = recommend(load_config(SAMPLE, [*settings, setting, *more]))
         assert found is not None
         ranked[name] = pd.read_parquet(found.files.parquet).sort_values(["user_id", "rank"])
+    for row in ranked["users"].itertuples():  # EASE's part, whose columns are factors, included
+        told = row.explanation
+        shares = {(r["field"], r["value"]): r["share"] for r in told["reasons"]}
+        total = told["base"] + sum(shares.values()) + told["other"] + told["remainder"]
+        assert total == pytest.approx(row.score, abs=1e-4)
+        assert abs(told["remainder"]) < 1e-4  # no over-arch
+        assert {field for field, _ in shares} >= {"seen", "item"}
     for column in ("user_id", "item_id"):
         assert ranked["users"][column].tolist() == ranked["histories"][column].tolist()
     assert ranked["users"]["score"].to_numpy() == pytest.approx(ranked["histories"]["score"])

@@ -592,6 +592,8 @@ class DataConfig(Section):
     seed: int | None = Field(None, ge=0, lt=2**63)
     """Seed of splits and of the order of ids; default: ``run.seed``. Set it to train with several
     run seeds on one split."""
+    chosen = frozenset(("id_dropout",))
+
     task: Literal["implicit", "ctr"] = "implicit"
     """implicit: every row is a positive and negatives are sampled; ctr: rows have a 0/1 label."""
     interactions: Interactions
@@ -609,7 +611,7 @@ class DataConfig(Section):
     id_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of user and item ids that each training step replaces by the unknown id, so that the
     model learns to judge an item without training rows by its attributes; drawn by (seed, step,
-    row)."""
+    row). auto: 0.2 where rows have labels and item files describe items without training rows."""
     split: Split = Split()
     """Held-out rows."""
     negatives: Negatives = Negatives()

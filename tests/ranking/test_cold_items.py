@@ -217,6 +217,46 @@ def test_the_default_model_ranks_new_items_nearly_as_well_as_the_odds(tmp_path: 
     assert run_in_fork(_recall, config) >= 0.8 * np.mean(possible)
 
 
+def _area_of_new_items(config: Config) -> float:
+    train(config)
+    result = evaluate(config)
+    assert result is not None
+    return result.rows["auc_cold"]
+
+
+@pytest.mark.slow
+def test_the_default_model_judges_clicks_on_new_items_nearly_as_well_as_the_rows_allow(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(4)
+    n_users, n_genres, n_items = 250, 10, 200
+    genres, taste = rng.integers(0, n_genres, n_items), rng.normal(0, 2.7, (n_users, n_genres))
+    parts = {}
+    for split, n, items in (
+        ("train", 45_000, (0, 100)),
+        ("valid", 4_500, (0, 100)),
+        ("test", 9_000, (100, 200)),  # none of them has other rows
+    ):
+        rows = pd.DataFrame({"user": rng.integers(0, n_users, n), "split": split})
+        rows["item"] = rng.integers(*items, n)
+        odds = taste[rows["user"], genres[rows["item"]]]
+        rows["label"] = (rng.random(n) < 1 / (1 + np.exp(-odds))).astype(int)
+        parts[split] = rows.assign(genre=genres[rows["item"]])
+    pd.concat(parts.values()).to_csv(tmp_path / "log.csv", index=False)
+    pd.DataFrame({"item": range(n_items), "genre": genres}).to_csv(tmp_path / "g.csv", index=False)
+    # The share of clicks of each user and genre: as good as any estimate from the rows.
+    means = parts["train"].groupby(["user", "genre"])["label"].agg(["sum", "size"])
+    means = ((means["sum"] + 0.5) / (means["size"] + 1)).rename("mean").reset_index()
+    test = parts["test"].merge(means, on=["user", "genre"], how="left").fillna({"mean": 0.5})
+    possible = roc_auc_score(test["label"], test["mean"])
+    columns = {"user": "user", "item": "item", "label": "label", "split": "split"}
+    roots = {"prepared_root": str(tmp_path / "p"), "runs_root": str(tmp_path / "r"), "loggers": []}
+    data = {"root": str(tmp_path), "task": "ctr", "interactions": {"file": "log.csv", **columns}}
+    config = config_from({"run": {"name": "clicks", **roots}, "data": {**data, "features": FIELDS}})
+    area = run_in_fork(_area_of_new_items, config)
+    assert area >= max(0.87, possible - 0.01)
+
+
 ROWS = "u,i,s\na,x,train\na,y,train\nb,x,train\nb,y,train\nc,x,train\nc,y,train\na,rare,train\n"
 ROWS += "a,new,valid\nb,new,test\nb,other,test\nc,x,test\n"
 GENRES = "i,g\nx,A\ny,B\nrare,A\nnew,B\nnever,A|C\n"
