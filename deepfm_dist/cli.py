@@ -279,10 +279,6 @@ def pointer_of(arguments: argparse.Namespace) -> Path | None:
 def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
     """The settings of a run.
 
-    Args:
-        folder: of the run.
-        overrides: of the command line.
-
     Raises:
         ConfigError: there is no run, its settings are damaged, or an override is wrong.
     """

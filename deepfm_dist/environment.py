@@ -165,9 +165,6 @@ def problems(installation: Installation, device: str = "auto") -> list[Problem]:
 def require(device: str = "auto") -> None:
     """Stops with one line if nothing can run on ``device``; warns of anything unusual.
 
-    Args:
-        device: As for :func:`problems`.
-
     Raises:
         EnvironmentProblem: The first fatal problem and its cure.
     """

@@ -26,11 +26,7 @@ class Card:
 
 
 class Cards:
-    """Cards of items by their row.
-
-    Args:
-        dataset: the prepared dataset.
-    """
+    """Cards of items by their row."""
 
     def __init__(self, dataset: PreparedDataset) -> None:
         self._ids = external(dataset.entity_ids("item", cold=True).slice(1))

@@ -51,12 +51,7 @@ class FieldEncoder(Protocol):
 
 
 class NumberEncoder:
-    """Encodes numbers; missing ones get 0 after the transform, as in training.
-
-    Args:
-        feature: the field.
-        spec: its statistics.
-    """
+    """Encodes numbers; missing ones get 0 after the transform, as in training."""
 
     def __init__(self, feature: Feature, spec: NumericSpec) -> None:
         self._feature, self._spec = feature, spec
@@ -80,12 +75,7 @@ class NumberEncoder:
 
 
 class VectorEncoder:
-    """Encodes vectors; missing ones are zeros.
-
-    Args:
-        feature: the field.
-        spec: its statistics.
-    """
+    """Encodes vectors; missing ones are zeros."""
 
     def __init__(self, feature: Feature, spec: NumericSpec) -> None:
         self._feature, self._spec, self._dim = feature, spec, feature.dim or 0

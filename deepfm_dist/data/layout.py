@@ -49,12 +49,7 @@ _HELD_FILES = 128
 
 
 class DatasetFiles:
-    """Checks the files of a prepared dataset.
-
-    Args:
-        folder: of the dataset.
-        manifest: of it.
-    """
+    """Checks the files of a prepared dataset."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest

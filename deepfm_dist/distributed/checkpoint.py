@@ -253,9 +253,6 @@ class Staging:
 
     DCP's stager gets plain tensors only: of a table's pieces in a `LocalShardsWrapper` it would
     first make an empty one of the same size, and the wrapper makes that on the GPU.
-
-    Args:
-        device: where the tensors are.
     """
 
     def __init__(self, device: torch.device) -> None:

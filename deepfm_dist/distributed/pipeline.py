@@ -47,9 +47,6 @@ class Step:
     On CUDA the host continues before the device has computed it: the first access to ``loss``,
     ``stop`` or ``is_finite`` waits until it has.
 
-    Args:
-        world: the ranks.
-
     Attributes:
         sparse: table rows of this rank's last micro-batch.
         rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each;
@@ -114,11 +111,7 @@ class Step:
 
 
 class _Prefetcher:
-    """Batches on the device: while one trains, the next one is copied on a stream of its own.
-
-    Args:
-        device: where they go.
-    """
+    """Batches on the device: while one trains, the next one is copied on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -62,9 +62,6 @@ class StoredWeight:
 class StoredModel:
     """The model of a checkpoint, read without a process group and a few rows at a time.
 
-    Args:
-        folder: of the checkpoint.
-
     Raises:
         CheckpointError: its metadata is damaged.
     """

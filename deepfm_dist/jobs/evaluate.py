@@ -61,10 +61,6 @@ class Evaluation:
 def evaluate(config: Config, overrides: Sequence[str] = ()) -> Evaluation | None:
     """Measures a run's model on held-out rows, and writes its report. All ranks.
 
-    Args:
-        config: the settings.
-        overrides: of the command line.
-
     Returns:
         The figures on rank 0; None elsewhere.
 

@@ -81,12 +81,7 @@ def _below(words: Tensor, bounds: Tensor | int) -> Tensor:
 
 
 class _Lists:
-    """`Jagged` on a device.
-
-    Args:
-        lists: the rows.
-        device: where they go.
-    """
+    """`Jagged` on a device."""
 
     def __init__(self, lists: Jagged, device: torch.device) -> None:
         self.offsets = _move(lists.offsets, device)
@@ -106,12 +101,7 @@ class _Lists:
 
 
 class _Drawn:
-    """`NegativeSampler` on a device: the rank-th unseen item of a user is found by one search.
-
-    Args:
-        negatives: the host's.
-        device: where the seen items go.
-    """
+    """`NegativeSampler` on a device: the rank-th unseen item of a user is found by one search."""
 
     def __init__(self, negatives: NegativeSampler, device: torch.device) -> None:
         self._of_host = negatives

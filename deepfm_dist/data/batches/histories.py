@@ -81,12 +81,7 @@ def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
 
 
 class HistorySampler:
-    """The bags of items that history fields are of.
-
-    Args:
-        dataset: the prepared dataset.
-        seed: of the draws while training.
-    """
+    """The bags of items that history fields are of."""
 
     def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
         spec = dataset.manifest.data.history

@@ -18,10 +18,6 @@ log = logging.getLogger(__name__)
 class NegativeSampler:
     """Draws the negatives of training rows, as the configuration says.
 
-    Args:
-        dataset: the prepared dataset.
-        seed: of the draws.
-
     Attributes:
         n_items: number of items.
         seen: what each user's negatives avoid, items from 0.

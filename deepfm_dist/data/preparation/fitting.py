@@ -100,11 +100,7 @@ class Lifetimes:
 
 
 class PreviousDataset:
-    """The dataset whose ids keep their rows; it may be none.
-
-    Args:
-        folder: of it.
-    """
+    """The dataset whose ids keep their rows; it may be none."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path()

@@ -13,11 +13,7 @@ from deepfm_dist.ranking.types import USER_BLOCK, Best
 
 
 class TorchEngine:
-    """Any model on any device.
-
-    Args:
-        scorer: of the model.
-    """
+    """Any model on any device."""
 
     def __init__(self, scorer: CatalogueScorer) -> None:
         self.name = "torch"
