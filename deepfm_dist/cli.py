@@ -180,8 +180,8 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
     source.add_argument(
         "--run",
         metavar="FOLDER",
-        help="use the settings of a run: runs/sample, or its URL; with torchrun, which has a --run "
-        "of its own, write --config runs/sample",
+        help="use the settings of a run, by its folder or URL; under torchrun, which has its own "
+        "--run, write --config runs/sample",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"

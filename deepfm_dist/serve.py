@@ -65,7 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="json: an object a line, and a line for each request (default: %(default)s)",
+        help="json: one JSON object per line, requests included (default: %(default)s)",
     )
 
 
