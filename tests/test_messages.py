@@ -32,6 +32,7 @@ NEVER_ONE = (
     "rows of items with fewer than",
     "rows of users with fewer than",
     "… rows of …s without",  # the name of a file
+    "… positives",  # the name of a column
 )
 """Beginnings of messages whose placeholder is above one, or is no number."""
 

@@ -102,8 +102,9 @@ class WriteResult:
         for label, rows in zip(labels, self.labelled[TRAIN].sum(1), strict=True):
             if rows == 0:
                 raise DataError(
-                    f"interactions.labels: {label} is empty in all {counts.rows[:, TRAIN].sum():,} "
-                    f"training rows; leave it out, or train on rows that have it (data.split)"
+                    f"interactions.labels: {label} is empty in all training rows "
+                    f"({counts.rows[:, TRAIN].sum():,}); leave it out, or train on rows that have "
+                    f"it (data.split)"
                 )
         return {
             name: SplitSpec(
