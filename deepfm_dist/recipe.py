@@ -14,7 +14,7 @@ behind the choices are in docs/quality.md.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ from deepfm_dist.section import AUTO, Section
 
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 """Names of the field that is added; the first that no other field has."""
+LATEST_NAMES = ("latest", "latest_items", "history_of_latest_items")
+"""The same of the field of the latest items."""
+LATEST = 1
+"""Items in that field."""
 HISTORY_DROPOUT = 0.3
 ID_DROPOUT = 0.2
 """Share of ids replaced by the unknown one where rows have labels and some items have no training
@@ -120,16 +124,34 @@ def with_history(tree: Any) -> Any:
     if not fields:
         names = ["item"] if added else ["user", "item"]
         changed["features"] = [{"name": name, "entity": name} for name in names]
+    targets = history.get("targets", AUTO)
+    if targets == AUTO and is_ranked and (added is True or has_history):
+        left_out = (
+            history.get("dropout", AUTO) != AUTO
+        )  # stated, as runs before this choice have it
+        targets = "later" if _next_is_held_out(data) and not left_out else "random"
     if added is True and not has_history:
         taken = {field.get("name") for field in fields}
-        name = next((name for name in HISTORY_NAMES if name not in taken), HISTORY_NAMES[-1])
-        seen = {"name": name, "entity": "user", "history": "item", "pooling": "sqrt"}
-        changed["features"] = [*changed.get("features", ()), seen]
+        added_fields: list[tuple[Sequence[str], dict[str, int]]] = [(HISTORY_NAMES, {})]
+        if targets == "later" and is_ranked:
+            added_fields.append((LATEST_NAMES, {"last": LATEST}))
+        for options, more in added_fields:
+            name = next((name for name in options if name not in taken), options[-1])
+            seen = {"name": name, "entity": "user", "history": "item", "pooling": "sqrt", **more}
+            changed["features"] = [*changed.get("features", ()), seen]
         has_history = True
-    changed["history"] = history = {**history, "add": added}
+    changed["history"] = history = {**history, "add": added, "targets": targets}
     if has_history and is_ranked and history.get("dropout", AUTO) == AUTO:
-        history["dropout"] = HISTORY_DROPOUT
+        history["dropout"] = 0.0 if targets == "later" else HISTORY_DROPOUT
     return {**tree, "data": changed}
+
+
+def _next_is_held_out(data: Mapping[str, Any]) -> bool:
+    """Whether rankings are measured on what each user takes next."""
+    by_method = _section(data, "split").get("method") == "leave_last"
+    is_given = any(_section(data, "split").get(name) for name in ("valid_file", "test_file"))
+    rows = _section(data, "interactions")
+    return by_method and not is_given and bool(rows.get("time")) and not rows.get("split")
 
 
 def trains_on_users(tree: Mapping[str, Any]) -> bool:
@@ -192,8 +214,12 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
     """
     draft = _Draft(config)
     if draft.get("data.history.add"):
-        name = next(f.name for f in manifest.features if f.history is not None)
-        draft.note("data.history.add", True, f"users are known by their items: the field {name}")
+        names = [f.name for f in manifest.features if f.history is not None]
+        fields = f"{'fields' if len(names) > 1 else 'field'} {' and '.join(names)}"
+        draft.note("data.history.add", True, f"users are known by their items: the {fields}")
+        if draft.get("data.history.targets") == "later":
+            why = "each user's last rows are held out"
+            draft.note("data.history.targets", "later", why)
     reason = rows_because(config.model_dump(mode="json"))
     draft.choose(
         "trainer.loss",

@@ -19,7 +19,7 @@ from deepfm_dist.jobs.combine import combine
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
-from deepfm_dist.recipe import choices_in
+from deepfm_dist.recipe import LATEST, choices_in
 from deepfm_dist.runs.start import read_start
 from deepfm_dist.runs.trained import find_run
 from deepfm_dist.storage import delete_tree
@@ -595,3 +595,27 @@ def test_labelled_rows_keep_what_the_user_sets(sample: PreparedDataset) -> None:
     assert resolved.optimizer.tables.l2 == 0.0
     assert resolved.optimizer.dense.lr == 0.0005  # by the batch size that was set
     assert "model.dropout" not in {choice.setting for choice in choices}
+
+
+def test_what_comes_next_is_predicted_from_the_order_of_items(sample: PreparedDataset) -> None:
+    rows = {**ROWS, "time": "at"}
+    last = {"interactions": rows, "split": {"method": "leave_last", "valid": 1, "test": 1}}
+    config = _config(data=last)
+    assert [(f.name, f.history, f.last) for f in config.data.features] == [
+        ("item", None, None),
+        ("seen", "item", None),
+        ("latest", "item", LATEST),
+    ]
+    assert (config.data.history.targets, config.data.history.dropout) == ("later", 0.0)
+    resolved, choices = resolve(config, _manifest(sample, config))
+    assert config_from(resolved.model_dump(mode="json")) == resolved
+    assert "data.history.targets" in {choice.setting for choice in choices}
+    for stated in (
+        {**last, "history": {"targets": "random"}},
+        {**last, "history": {"dropout": 0.3}},
+        {"interactions": rows, "split": {"method": "temporal"}},
+        {"interactions": rows},
+    ):
+        config = _config(data=stated)
+        assert [f.name for f in config.data.features] == ["item", "seen"]
+        assert (config.data.history.targets, config.data.history.dropout) == ("random", 0.3)

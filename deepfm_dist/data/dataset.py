@@ -358,16 +358,23 @@ class PreparedDataset:
         return (self.folder / "entities" / "rare.parquet").exists()
 
     def positives(self, split: str) -> Jagged:
-        """Each user's positive items in a split; those without a row are item 0."""
+        """Each user's positive items in a split, in time order where times are known.
+
+        Items without a row are item 0.
+        """
         if split == "train":
             return self.training_history
         if split == "valid" and self.held_out is not None:
             return self.held_out
         self._check_users_and_items()
-        columns: dict[str, Any] = self.columns(split, ["user", "item", "label"])
-        mask = columns["label"] == 1
+        names = ["user", "item", "label"]
+        has_time = "time" in self.files.open(f"{split}/part-00000.parquet").schema_arrow.names
+        columns: dict[str, Any] = self.columns(split, [*names, "time"] if has_time else names)
+        rows = np.flatnonzero(columns["label"] == 1)
+        if has_time:
+            rows = rows[np.argsort(columns["time"][rows], kind="stable")]
         n_users = self.manifest.entities["user"]
-        return Jagged.from_pairs(columns["user"][mask], columns["item"][mask], n_users)
+        return Jagged.from_pairs(columns["user"][rows], columns["item"][rows], n_users)
 
     def _check_users_and_items(self) -> None:
         if not {"user", "item"} <= self.manifest.entities.keys():

@@ -99,6 +99,14 @@ class Jagged:
         """Each row's values, for few rows."""
         return [self.values[a:b].tolist() for a, b in pairwise(self.offsets.tolist())]
 
+    def each_once(self) -> Self:
+        """The same with each value of a row once, at its first place."""
+        n = 1 + int(self.values.max(initial=0))
+        owners = np.repeat(np.arange(len(self)), self.lengths)
+        _, kept = np.unique(owners * n + self.values, return_index=True)
+        kept.sort()
+        return type(self).from_pairs(owners[kept], self.values[kept], len(self))
+
     def firsts(self) -> Self:
         """The same with each row's first value only."""
         there = np.flatnonzero(self.lengths)

@@ -228,6 +228,7 @@ class Manifest(Section):
             f
             for f in self.features
             if f.history is not None
+            and f.last is None
             and self.data.source_of(f).is_id
             and self.tables[f.table_name].features == (f.name,)
         ]

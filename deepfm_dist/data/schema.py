@@ -311,6 +311,9 @@ class Feature(Section):
     """For a user field: the user's training items (`item`), or their values of the item field of
     this name. In training, the row's own item is left out. A history also serves new users whose
     items are known."""
+    last: int | None = Field(None, ge=1)
+    """For a history: only the user's latest items, at most this many. Needs `interactions.time` and
+    a model trained on users (``trainer.loss``: softmax or bpr). Default: all items."""
     table: _Name | None = None
     """Embedding table; fields with the same table share its rows. A history may use the table of
     its source field, and a field of user or item ids (`N1 N2`) that of the users or items; ids not
@@ -394,7 +397,7 @@ class Feature(Section):
         model makes of them: a later dataset that keeps these rows may have it otherwise.
         """
         free = {"name", "file", "key", "column", "missing", "time_format", "min_count", "pooling"}
-        free |= {"several", "npy"}  # `multi_valued` says what became of the first
+        free |= {"last", "several", "npy"}  # `multi_valued` says what became of `several`
         if self.transform != "bucket":
             free.add("buckets")
         said = self.model_dump(exclude=free)
@@ -456,30 +459,36 @@ class Feature(Section):
         if self.entity == "context" and self.file is not None:
             raise ValueError(f"{self.name}: a context field is a column of the interactions file")
         if self.history is not None:
-            own = {"name", "entity", "history", "pooling", "table"}
+            own = {"name", "entity", "history", "last", "pooling", "table"}
             if self.entity != "user":
                 raise ValueError(f"{self.name}: a history is a user's; set entity: user")
             for option, field in type(self).model_fields.items():
                 if option not in own and getattr(self, option) != field.default:
                     raise ValueError(f"{self.name}: {option} does not go with history")
+        elif self.last is not None:
+            raise ValueError(f"{self.name}: last={self.last} is for a history; set history: item")
         return self
 
 
 class History(Section):
     """The bag of items that history fields are of."""
 
-    chosen = frozenset(("add", "dropout"))
+    chosen = frozenset(("add", "dropout", "targets"))
 
     add: bool = False
     """Whether the field ``{name: seen, entity: user, history: item, pooling: sqrt}`` is added, by
     which users are known by their items. auto: for a model that ranks (``trainer.loss``: auto) and
-    has no field of this kind."""
-
+    has no field of this kind. With ``targets: later``, a field of the latest items is added too."""
+    targets: Literal["random", "later"] = "random"
+    """Which of a user's items a model trained on users (``trainer.loss``: softmax or bpr) predicts.
+    random: those that ``dropout`` leaves out of the history; later: those after a point in time
+    that is redrawn in every epoch, from the items before it. auto: later, if each user's last rows
+    are held out (``split.method: leave_last``) and ``dropout`` is auto."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a user's items that training leaves out at random, redrawn in every epoch."""
     max_length: int | None = Field(None, ge=1)
     """Maximum number of items, chosen by the seed: redrawn every epoch in training, fixed
-    otherwise."""
+    otherwise. With ``targets: later``, the latest ones."""
 
 
 class CatalogueFile(Section):
@@ -798,6 +807,7 @@ class DataConfig(Section):
         histories = [f for f in self.features if f.history is not None]
         if self.history != History() and not histories:
             raise ValueError("history: no field has it; add one with history: item")
+        self._check_order_of_time(histories)
         if histories and self.interactions.item is None:
             raise ValueError(f"{histories[0].name} is a history: name interactions.item")
         for field in histories:
@@ -815,6 +825,22 @@ class DataConfig(Section):
                         f"table {field.table_name!r}: {field.name} can share that of "
                         f"{source.name}, or have its own"
                     )
+
+    def _check_order_of_time(self, histories: Sequence[Feature]) -> None:
+        """Settings that need histories in order of time, validation items at their end."""
+        settings = [f"{f.name}: last={f.last}" for f in histories if f.last is not None]
+        if self.history.targets == "later":
+            settings.append("history.targets=later")
+        if not settings:
+            return
+        if self.interactions.time is None:
+            raise ValueError(f"{settings[0]} needs the order of time: name interactions.time")
+        method, given = self.split.method, self.interactions.split or self.split.valid_file
+        if method not in ("leave_last", "temporal") and self.split.valid and not given:
+            raise ValueError(
+                f"{settings[0]}: with split.method={method}, validation items are not the latest; "
+                f"set split.method to leave_last or temporal"
+            )
 
     def _check_held_out_users(self) -> None:
         """Users without training rows have to be known by something else than their id."""

@@ -212,6 +212,7 @@ def describe_fields(dataset: PreparedDataset) -> dict[str, Any]:
                 if f.transform == "bucket"
                 else None,
                 "history": f.history,
+                "last": f.last,
                 "several": f.multi_valued,
                 "pooling": f.pooling if f.multi_valued else "sum",
             }

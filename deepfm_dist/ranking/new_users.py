@@ -28,7 +28,6 @@ from deepfm_dist.data.spelling import difference
 from deepfm_dist.data.vocabulary import id_order
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import plural
-from deepfm_dist.ranking.baselines import distinct
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,8 @@ class NewUsers:
 
     Attributes:
         ids: ``[n]`` string, in their order.
-        histories: ``[n]`` rows of the items that are positives, each once.
+        histories: ``[n]`` rows of the items that are positives, each once, in order of time, or of
+            the file where it has no times.
         seen: ``[n]`` rows of the items that are not, such as those with a low rating.
         attributes: the users' fields, where the file has columns of some.
     """
@@ -77,7 +77,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
     if not path.exists():
         raise DataError(f"recommend.histories={path}: no such file")
     described = _Described.read(dataset, path, fields)
-    table = _read_items(dataset, path, bool(described.columns))
+    table = _in_time_order(_read_items(dataset, path, bool(described.columns)))
     place = pc.index_in(table["item"], value_set=dataset.entity_ids("item", cold=True).slice(1))
     is_known = np.asarray(pc.is_valid(place)).astype(bool)
     unknown = pc.unique(table["item"].filter(pa.array(~is_known)))
@@ -94,7 +94,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
     ids = ids.take(pa.array(np.argsort(id_order(ids))))
     users = np.asarray(pc.index_in(table["user"], value_set=ids).fill_null(-1), np.int64)
     histories, seen = (
-        distinct(Jagged.from_pairs(users[which], items[which], len(ids)))
+        Jagged.from_pairs(users[which], items[which], len(ids)).each_once()
         for which in (stays & positive, stays & ~positive & (users >= 0))
     )
     everyone = len(
@@ -321,10 +321,7 @@ def _rows_that_stay(
         return stays
     names = set(table.column_names)
     strengths = [-_strength(name, table[name], data) for name in STRENGTHS if name in names]
-    times: list[Int64Array] = []
-    if "time" in names:
-        time = table["time"].combine_chunks()
-        times = [np.asarray(time.field(n)).astype(np.int64) for n in ("whole", "billionths")]
+    times = _times(table)
     if rule != "earliest":
         times = [-part for part in times]
     users = np.asarray(table["user"].combine_chunks().dictionary_encode().indices)
@@ -343,6 +340,21 @@ def _rows_that_stay(
             plural(int(again.sum()), "row"),
         )
     return stays
+
+
+def _in_time_order(table: pa.Table) -> pa.Table:
+    """Rows in order of time; those of one time, or all without times, in the order of the file."""
+    times = _times(table)
+    order = np.lexsort((np.arange(table.num_rows), *reversed(times)))
+    return table.take(pa.array(order)).combine_chunks() if times else table
+
+
+def _times(table: pa.Table) -> list[Int64Array]:
+    """``[n]`` whole seconds and billionths of the rows' times; nothing without times."""
+    if "time" not in table.column_names:
+        return []
+    time = table["time"].combine_chunks()
+    return [np.asarray(time.field(name)).astype(np.int64) for name in ("whole", "billionths")]
 
 
 def _strength(name: str, cells: pa.ChunkedArray, data: DataConfig) -> npt.NDArray[np.float64]:

@@ -484,8 +484,9 @@ class Recommender:
 
 
 def _bag(rows: Sequence[int] | Int32Array | None) -> Jagged:
-    """One list of item rows, each once, ascending."""
-    distinct = np.unique(np.array([] if rows is None else rows, np.int32))
+    """One list of item rows, each once, at its last place."""
+    rows = [] if rows is None else [*map(int, rows)]
+    distinct = np.array([*dict.fromkeys(reversed(rows))][::-1], np.int32)
     return Jagged(np.array([0, len(distinct)]), distinct)
 
 

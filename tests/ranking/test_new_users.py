@@ -215,3 +215,20 @@ def test_a_model_of_attributes_takes_no_items(tmp_path: Path, text: str, message
     (tmp_path / "new.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_new_users(dataset, tmp_path / "new.csv")
+
+
+@pytest.mark.parametrize("has_times", [True, False])
+def test_items_of_new_users_are_in_order(tmp_path: Path, has_times: bool) -> None:
+    dataset = _dataset(tmp_path, time="at")
+    frame = pd.DataFrame(
+        {"who": list("abbaab"), "what": [7, 2, 9, 3, 5, 1], "at": [3, 9, 8, 1, 2, 10]}
+    )
+    (frame if has_times else frame.drop(columns="at")).to_csv(tmp_path / "new.csv", index=False)
+    new = read_new_users(dataset, tmp_path / "new.csv")
+    ids = dataset.entity_ids("item").to_pylist()
+    bags = {
+        u: [int(ids[i]) for i in bag]
+        for u, bag in zip(new.ids.to_pylist(), new.histories.lists(), strict=True)
+    }
+    in_order = frame.sort_values("at") if has_times else frame
+    assert bags == in_order.groupby("who").what.apply(list).to_dict()

@@ -23,7 +23,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from deepfm_dist.serving.app import make_app
-from deepfm_dist.serving.live import Recommender
+from deepfm_dist.serving.live import Recommender, _bag
 from deepfm_dist.serving.replacement import ModelInUse
 
 
@@ -283,3 +283,8 @@ def test_the_service_knows_items_of_validation_rows(tmp_path: Path) -> None:
     scores = [[item["score"] for item in items] for items in (known, described)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
     assert {int(item["id"]) for item in known} == {*range(20)} - {*of_user["item"]}
+
+
+def test_the_items_of_a_request_stay_in_order() -> None:
+    assert _bag([7, 2, 7, 5]).lists() == [[2, 7, 5]]  # an item comes at its latest place
+    assert _bag(None).lists() == [[]]

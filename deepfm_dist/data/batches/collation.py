@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from deepfm_dist.data.batches.batch import Batch
-from deepfm_dist.data.batches.histories import Bags, HistorySampler
+from deepfm_dist.data.batches.histories import Bags, HistorySampler, latest
 from deepfm_dist.data.batches.id_dropout import Hidden
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values, offsets_of
@@ -84,8 +84,8 @@ class Collator:
             n_real: how many leading rows are no padding; default all.
             global_weight: weights that the loss is divided by; default ``n_real``.
             weights: ``[n_real]`` of the rows; default ones.
-            bags: each row's bag of items, for history fields; default: the user's training items,
-                nothing left out.
+            bags: each row's bag of items, latest last, for history fields; default: the user's
+                training items, nothing left out.
             hidden: rows whose user or item is to look unknown, attributes aside.
         """
         given = {"user": users, "item": items, "context": context_rows}
@@ -119,7 +119,7 @@ class Collator:
         for feature in self.categorical:
             if feature.history is not None:
                 assert bags is not None
-                n, v = self._item_values(self._source_of(feature), bags)
+                n, v = self._history_values(feature, bags)
             else:
                 n, v = self._bags(feature, index[feature.entity], context)
                 if hidden is not None and feature.names_entity and feature.entity in hidden:
@@ -146,7 +146,7 @@ class Collator:
             ``[m]`` lists of rows of the field's table.
         """
         assert self._histories is not None
-        lengths, rows = self._item_values(self._source_of(field), self._histories.full(users))
+        lengths, rows = self._history_values(field, self._histories.full(users))
         return Jagged(offsets_of(lengths), rows)
 
     def _numbers(
@@ -178,8 +178,11 @@ class Collator:
                 ).float()
         return numbers
 
-    def _item_values(self, field: Feature, bags: Bags) -> Bags:
-        """Bags of items -> bags of all that a field says of these items."""
+    def _history_values(self, history: Feature, bags: Bags) -> Bags:
+        """Bags of items -> bags of all that a history's field says of these items."""
+        field = self._source_of(history)
+        if history.last is not None:
+            bags = latest(bags, history.last)
         if field.is_id:
             return self._without_cold(bags)
         lengths, values = self._bags(field, bags[1], None)

@@ -61,10 +61,17 @@ def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
     return (running[ends] - running[ends - lengths]).astype(np.int32), values[flags]
 
 
+def latest(bags: Bags, n: int) -> Bags:
+    """The last ``n`` values of each bag, or all of fewer."""
+    before_end = np.repeat(np.cumsum(bags[0]), bags[0]) - np.arange(len(bags[1]))
+    return chosen(bags, before_end <= n)
+
+
 def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
     """A dataset without validation rows, some of whose training items serve as validation items.
 
-    Each item of a user is drawn independently, by the dataset's seed; a user keeps one at least.
+    Each item of a user is drawn independently, by the dataset's seed; with ``history.targets:
+    later``, they are the user's last ones, rounded up. A user keeps one at least.
 
     Args:
         dataset: the prepared dataset.
@@ -72,10 +79,14 @@ def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
     """
     history = dataset.training_history
     users = np.arange(len(history))
-    seed = derive_seed(dataset.manifest.seed, "hold out")
-    kept = kept_in_bags(history, users, users, seed, share)
-    n_kept, _ = chosen(history.take(users), kept)
-    kept |= np.repeat(n_kept == 0, history.lengths)
+    if dataset.manifest.data.history.targets == "later":
+        n_held_out = np.ceil(history.lengths * share).astype(np.int64)
+        kept = _leading(history.lengths, np.maximum(history.lengths - n_held_out, 1))
+    else:
+        seed = derive_seed(dataset.manifest.seed, "hold out")
+        kept = kept_in_bags(history, users, users, seed, share)
+        n_kept, _ = chosen(history.take(users), kept)
+        kept |= np.repeat(n_kept == 0, history.lengths)
     lengths, items = chosen(history.take(users), ~kept)
     return dataset.holding_out(Jagged(offsets_of(lengths), items))
 
@@ -85,12 +96,12 @@ class HistorySampler:
 
     def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
         spec = dataset.manifest.data.history
-        self.dropout, self.max_length = spec.dropout, spec.max_length
+        self.dropout, self.max_length, self._targets = spec.dropout, spec.max_length, spec.targets
         self._history, self._seed = dataset.history, seed
         self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
 
     def full(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
-        """All of the users' items, or ``max_length`` of them, always the same ones.
+        """All of the users' items in their order, or ``max_length`` of them, always the same ones.
 
         Args:
             users: ``[m]`` rows of the histories.
@@ -100,6 +111,8 @@ class HistorySampler:
         items = history.take(users)
         if self.max_length is None or not (items[0] > self.max_length).any():
             return items
+        if self._targets == "later":
+            return latest(items, self.max_length)
         cut = kept_in_bags(history, users, users, self._fixed_seed, max_length=self.max_length)
         return chosen(items, cut)
 
@@ -127,15 +140,43 @@ class HistorySampler:
         return chosen(self._history.take(users), flags)
 
     def split(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
-        """Users' items in two: the bag, and what was left out of it."""
-        flags = kept_in_bags(
-            self._history, users, users, self._seed_of(epoch), self.dropout, self.max_length
-        )
-        items = self._history.take(users)
-        return chosen(items, flags), chosen(items, ~flags)
+        """Users' items in two: the bag, and the targets, which are not in it."""
+        items, seed = self._history.take(users), self._seed_of(epoch)
+        if self._targets == "random":
+            flags = kept_in_bags(self._history, users, users, seed, self.dropout, self.max_length)
+            return chosen(items, flags), chosen(items, ~flags)
+        is_past = _leading(items[0], _cuts(items[0], users, derive_seed(seed, "cut")))
+        past = chosen(items, is_past)
+        if self.dropout:
+            lists, rows = Jagged(offsets_of(past[0]), past[1]), np.arange(len(users))
+            past = chosen(past, kept_in_bags(lists, rows, users, seed, self.dropout))
+        if self.max_length is not None:
+            past = latest(past, self.max_length)
+        return past, chosen(items, ~is_past)
 
     def _seed_of(self, epoch: int) -> int:
         return derive_seed(self._seed, "history", epoch)
+
+
+def _leading(lengths: npt.NDArray[np.integer], n: Int64Array) -> npt.NDArray[np.bool_]:
+    """For each value of some bags, whether it is among the first ``n`` of its bag."""
+    begins = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) < np.repeat(begins + n, lengths)
+
+
+@compiled
+def _cuts(lengths: Int32Array, keys: Int32Array, seed: int) -> Int64Array:
+    """``[m]``: how many of a row's items are its past: at least one, and never all.
+
+    Of a single item, none is: it is predicted from nothing.
+    """
+    cuts = np.zeros(len(lengths), np.int64)
+    key = mix(np.uint64(seed))
+    for row in range(len(lengths)):
+        if lengths[row] > 1:
+            word = mix(key ^ np.uint64(keys[row])) >> np.uint64(32)
+            cuts[row] = 1 + np.int64((word * np.uint64(lengths[row] - 1)) >> np.uint64(32))
+    return cuts
 
 
 @compiled

@@ -17,6 +17,7 @@ from deepfm_dist.data.dataset import PreparedDataset, labels_in
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
 from deepfm_dist.data.prefetch import read_ahead
+from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed, permuted_range
 
 
@@ -49,7 +50,8 @@ class TrainingBatches:
         first: place of this rank's first row in a global batch.
 
     Raises:
-        ConfigError: the batch is too small to give every rank a row.
+        ConfigError: the batch is too small to give every rank a row, or a history has only the
+            latest items.
         DataError: no user has an unseen item to draw as a negative.
     """
 
@@ -64,6 +66,12 @@ class TrainingBatches:
         id_dropout: float = 0.0,
     ) -> None:
         manifest = dataset.manifest
+        for feature in manifest.features:
+            if feature.last is not None:  # of a row's own time it would see what comes after
+                raise ConfigError(
+                    f"data.features: {feature.name}: last={feature.last} is for models trained on "
+                    f"users; set trainer.loss=softmax, or leave last out"
+                )
         self.collate = Collator(dataset)
         self.id_dropout = IdDropout(id_dropout, seed)
         self._seed = seed

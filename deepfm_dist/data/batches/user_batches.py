@@ -43,7 +43,7 @@ class UserBatches:
 
     The global batch of a step is a function of (seed, step) alone. An epoch goes over all users
     with training items. Of a model with a history field, a user's items are cut in two in every
-    epoch: the bag that the model sees, and the targets, which were left out of it.
+    epoch: the bag that the model sees, and the targets, which are not in it.
 
     Args:
         dataset: the prepared dataset.
@@ -187,7 +187,8 @@ def _check(dataset: PreparedDataset) -> None:
             f"{setting}: ranks the catalogue for users, and {context[0]} belongs to single rows; "
             f"leave the field out, or use trainer.loss=bce"
         )
-    if manifest.has_history and manifest.data.history.dropout == 0:
+    history = manifest.data.history
+    if manifest.has_history and history.targets == "random" and history.dropout == 0:
         raise ConfigError(
             f"{setting}: the loss predicts items dropped from a user's history; set "
             f"data.history.dropout, to 0.5 for example"

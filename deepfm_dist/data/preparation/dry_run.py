@@ -133,7 +133,8 @@ def _kind(feature: Feature, fit: Fitter) -> str:
         rows = fit.vocabularies[feature.table_name].rows
     kind = f"table {feature.table_name}, {plural(rows, 'row')}"
     if feature.history is not None:
-        return f"{kind}; bag of the user's {feature.history}s"
+        latest = "" if feature.last is None else f"{feature.last} latest "
+        return f"{kind}; bag of the user's {latest}{feature.history}s"
     return f"{kind}; several values" if feature.multi_valued else kind
 
 
