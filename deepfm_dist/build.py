@@ -74,7 +74,7 @@ def build_model(
         world: the ranks.
         seed: of the initial weights.
         half: whether tables are kept in float16.
-        target_weights: of several targets in the loss.
+        target_weights: of several targets in the loss; default: equal ones.
 
     Raises:
         ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
@@ -117,7 +117,7 @@ def build_model(
     )
     if config.init_at_mean:
         model.interaction_arch.start_at(manifest.log_odds)
-    return DeepFMTrain(model, target_weights)
+    return DeepFMTrain(model, target_weights or [1.0] * len(manifest.targets))
 
 
 def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:

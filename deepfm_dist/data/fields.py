@@ -67,7 +67,8 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
         if (name := getattr(spec, role)) is not None
     ]
     columns += [
-        Column(name, "label", required=False, purpose=f"{LABEL_OF}{name}") for name in spec.labels
+        Column(name, "label", False, ("", "nan", "NaN"), purpose=f"{LABEL_OF}{name}")
+        for name in spec.labels
     ]
     for name, words in spec.order.items():
         known = Check(

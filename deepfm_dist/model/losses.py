@@ -99,7 +99,7 @@ class DeepFMTrain(nn.Module):
 
     Args:
         model: the DeepFM.
-        target_weights: of several targets in the loss, in proportion.
+        target_weights: of several targets in the loss, in proportion; empty for one target.
 
     Attributes:
         catalogue_loss: what the model is trained by on batches of users; None: on batches of
@@ -129,9 +129,12 @@ class DeepFMTrain(nn.Module):
             sums_HFW, divisors_HF = arch.sums(batch.sparse), arch.divisors(batch.sparse)
             return self.catalogue_loss(sums_HFW, divisors_HF, batch), None
         logits = self.model(batch.sparse, batch.dense, batch.weights)
-        loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
-        if self.target_weights_T is not None:
-            loss = loss @ self.target_weights_T
+        # TorchRec's pipeline traces this: what happens cannot depend on a tensor, nor on its shape.
+        if self.target_weights_T is None:
+            loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
+        else:
+            sums_T = known_bce_sums(logits, batch.labels, batch.weights)
+            loss = (sums_T / batch.global_weight) @ self.target_weights_T
         return loss, logits.detach()
 
 
@@ -196,20 +199,31 @@ def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum of the rows' binary cross-entropies, each times its weight.
 
     Args:
-        logits: ``[B]``, or ``[B, T]`` of several targets.
-        labels: of the same shape, in [0, 1]; of several targets -1 where one is not known.
+        logits: ``[B]``.
+        labels: ``[B]`` in [0, 1].
         weights: ``[B]``.
 
     Returns:
-        ``[]``: ``sum_i w_i (log(1 + exp(z_i)) - y_i z_i)``; of several targets ``[T]``, each over
-        the rows whose label is known.
+        ``[]``: ``sum_i w_i (log(1 + exp(z_i)) - y_i z_i)``.
     """
-    if logits.dim() == 2:
-        is_known = labels >= 0
-        known = weights[:, None] * is_known
-        return torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, labels.where(is_known, 0.0), known, reduction="none"
-        ).sum(0)
     return torch.nn.functional.binary_cross_entropy_with_logits(
         logits, labels, weights, reduction="sum"
     )
+
+
+def known_bce_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """`weighted_bce_sum` of each of several targets, over the rows whose label is known.
+
+    Args:
+        logits: ``[B, T]``.
+        labels: ``[B, T]`` in [0, 1]; -1 where one is not known.
+        weights: ``[B]``.
+
+    Returns:
+        ``[T]``.
+    """
+    is_known = labels >= 0
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, labels.where(is_known, 0.0), weights[:, None] * is_known, reduction="none"
+    )
+    return losses.sum(0)

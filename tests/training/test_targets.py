@@ -15,21 +15,24 @@ from sklearn.metrics import log_loss, roc_auc_score
 from deepfm_dist.config import Config, config_from, with_settings
 from deepfm_dist.data.batches.device_batches import DeviceBatches
 from deepfm_dist.data.batches.row_batches import TrainingBatches
+from deepfm_dist.data.compatibility import check_start
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.preparation.local import prepare
+from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.process_group import process_group
-from deepfm_dist.errors import DataError, DeepFMError
+from deepfm_dist.errors import ConfigError, DataError, DeepFMError
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.export import export
 from deepfm_dist.jobs.predict import predict
 from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
-from deepfm_dist.model.deepfm import InteractionArch
-from deepfm_dist.model.losses import weighted_bce_sum
+from deepfm_dist.model.deepfm import DeepFM, InteractionArch, Table, build_deepfm
+from deepfm_dist.model.losses import DeepFMTrain, known_bce_sums
 from deepfm_dist.model.targets import MLPTowers, Towers, mlp_towers
 from deepfm_dist.ranking.catalogue import CatalogueScorer
 from deepfm_dist.runs.trained import find_run
+from deepfm_dist.serving.live import Prediction, Recommender, Scored
 from tests.ranks import run_in_fork, run_ranks
 from tests.steps import Run, difference
 
@@ -190,6 +193,16 @@ def test_a_label_that_is_always_the_same_is_warned_of(
     assert "click labels" not in caplog.text
 
 
+def test_a_model_of_other_targets_is_no_start(tmp_path: Path) -> None:
+    log_of_clicks(tmp_path)
+    config = config_of(tmp_path)
+    tree = config.data.model_dump(mode="json")
+    tree["interactions"] |= {"labels": [], "label": "click"}
+    alone = DataConfig.model_validate(tree)
+    with pytest.raises(ConfigError, match=r"was trained on one target, and .*labels=click,buy"):
+        check_start("start", {}, alone, prepared(config).manifest)
+
+
 def test_the_loss_counts_known_labels_alone() -> None:
     rng = np.random.default_rng(2)
     z, w = rng.normal(size=(9, 2)), rng.random(9)
@@ -197,7 +210,7 @@ def test_the_loss_counts_known_labels_alone() -> None:
     losses = w[:, None] * np.log1p(np.exp(np.where(y == 1, -z, z)))
     expected = [losses[y[:, t] >= 0, t].sum() for t in range(2)]
     logits = torch.tensor(z, requires_grad=True)
-    sums = weighted_bce_sum(logits, torch.tensor(y, dtype=torch.float64), torch.tensor(w))
+    sums = known_bce_sums(logits, torch.tensor(y, dtype=torch.float64), torch.tensor(w))
     np.testing.assert_allclose(sums.detach(), expected)
     sums.sum().backward()
     assert logits.grad is not None
@@ -228,6 +241,17 @@ def test_batches_have_the_labels_of_their_rows_wherever_they_are_made(tmp_path: 
     assert actual.to_dict() == expected.to_dict()
 
 
+@pytest.mark.parametrize("weights", [[], [1.0, 3.0]])
+def test_torchrecs_pipeline_can_trace_the_task(weights: list[float]) -> None:
+    class AboveTheModel(torch.fx.Tracer):
+        def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, DeepFM)
+
+    tables = {"user": Table(3, ("user",))}
+    model = build_deepfm(tables, ["user"], 0, 4, n_targets=max(1, len(weights)))
+    AboveTheModel().trace(DeepFMTrain(model, weights))
+
+
 def _losses(config: Config) -> list[float]:
     with process_group("cpu") as world:
         return Run(config.prepared_dir, config, world).losses(1, 20)
@@ -244,14 +268,40 @@ def test_losses_are_the_same_at_any_world_size(tmp_path: Path) -> None:
         assert difference(losses, alone) <= 1e-6
 
 
-def _trained(config: Config, folder: Path) -> dict[str, float]:
+def _trained(config: Config, folder: Path) -> tuple[dict[str, float], list[Prediction], Any]:
+    """Figures, what the service says of one row, and whom it recommends what."""
     train(config)
     result = evaluate(config)
     assert result is not None and result.report is not None
     predict(config, str(folder / "log.csv"), folder / "scores.parquet")
     recommend(config, output=str(folder / "ranked.parquet"))
-    export(find_run(config, []), folder / "export")
-    return result.rows
+    explained = {"recommend.explain": 2, "recommend.users": ["1"]}
+    recommend(with_settings(config, explained), output=str(folder / "explained.parquet"))
+    run = find_run(config, [])
+    export(run, folder / "export")
+    with process_group("cpu") as world:
+        service = Recommender(run, folder / "export", world)
+        predictions, _ = service.predict([{"user": 1, "item": 2, "device": "desk", "hour": 3}])
+        return result.rows, predictions, service.recommend("1", N_ITEMS)
+
+
+def check_service(prediction: Prediction, ranking: list[Scored], folder: Path) -> None:
+    """Compares the answers of `_trained` with the files of predict and recommend."""
+    assert prediction.targets is not None and prediction.probability is None
+    together = sum(COMBINED[name] * (of.score or 0) for name, of in prediction.targets.items())
+    assert prediction.score == pytest.approx(together, abs=1e-5)
+    for one in prediction.targets.values():
+        assert one.score is not None
+        assert one.probability == pytest.approx(1 / (1 + np.exp(-one.score)), rel=1e-5)
+    ranked = pd.read_parquet(folder / "ranked.parquet").query("user_id == 1")
+    assert [s.card.id for s in ranking] == ranked["item_id"].tolist()
+    np.testing.assert_allclose([s.score for s in ranking], ranked["score"], atol=1e-5)
+    assert all(s.probability is None for s in ranking)
+    for row in pd.read_parquet(folder / "explained.parquet").itertuples():
+        told: Any = row.explanation
+        shares = [told["base"], told["other"], told["remainder"]]
+        shares += [reason["share"] for reason in told["reasons"]]
+        assert sum(shares) == pytest.approx(row.score, abs=1e-4)
 
 
 def _recommended(config: Config, target: Path) -> None:
@@ -261,8 +311,9 @@ def _recommended(config: Config, target: Path) -> None:
 def test_rankings_are_the_weighted_sum_of_the_targets_logits(tmp_path: Path) -> None:
     log = log_of_clicks(tmp_path)
     config = config_of(tmp_path, shared_layers=1, batch_norm=True, fm_pairs="across")
-    figures = run_in_fork(_trained, config, tmp_path)
+    figures, [prediction], ranking = run_in_fork(_trained, config, tmp_path)
     scores = pd.read_parquet(tmp_path / "scores.parquet")
+    check_service(prediction, ranking, tmp_path)
     test = log["split"] == "test"
     shares = {"click": 0.25, "buy": 0.75}
     for target in TARGETS:

@@ -53,7 +53,7 @@ CASES = {
     "clicks by time": CLICKS | {"split": {"method": "temporal", **SHARES}},
     "clicks of users": CLICKS
     | {
-        "interactions": {"file": "rows*", "label": "y", "user": "u", "item": "i"},
+        "interactions": {"file": "rows*", "labels": ["y", "z"], "user": "u", "item": "i"},
         "features": FEATURES,
         "split": {"method": "random", **SHARES},
     },
@@ -72,6 +72,7 @@ def log_of(n: int, seed: int = 3) -> pd.DataFrame:
             "w": rng.normal(1e6, 1, n).round(3),
             "x": rng.choice([0.1, 0.7, 1.3], n),
             "y": rng.integers(0, 2, n),
+            "z": rng.choice(["0", "1", ""], n),
         }
     )
     return pd.concat([rows, rows.sample(n // 10, random_state=1)], ignore_index=True)
