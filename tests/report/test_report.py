@@ -343,6 +343,13 @@ def test_the_page_is_complete(page: Path) -> None:
         "Figures on test rows", "Training", "Rankings in detail", "What the model recommends",
         "The log", "Tables, time and memory", "Configuration", "What to type next",
     ]  # fmt: skip
+    assert re.findall(r'<th scope="col"[^>]*>(.*?)</th>', text) == [
+        "figure", "value", "meaning",
+        "ranking", "ndcg", "coverage",
+        "field", "without a value",
+        "table", "rows", "row width", "sharding", "ranks", "kernel",
+        "setting", "value", "because",
+    ]  # fmt: skip
     anchors = re.findall(r'<a href="#(\w+)">(\w+)</a>', text)
     assert anchors == [
         ("figures", "Figures"), ("training", "Training"), ("rankings", "Rankings"),
@@ -658,4 +665,5 @@ def test_notes_say_what_the_figures_refer_to(
 
 
 def test_groups_are_labelled_by_their_bounds() -> None:
-    assert page_module._labels([(1, 1), (2, 3000)]) == ["1", "2-3,000"]
+    bounds = [(1, 1), (2, 3000), (5000, 5000)]
+    assert page_module._labels(bounds) == ["1", "2-3,000", "5,000"]
