@@ -195,6 +195,7 @@ def bpr_sum(
     return (weights_T[:, None] * share[user_T] * pair_losses).sum()
 
 
+@torch.fx.wrap  # TorchRec's pipeline traces the code around the lookup
 def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum of the rows' binary cross-entropies, each times its weight.
 
