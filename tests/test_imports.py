@@ -20,6 +20,7 @@ LEVELS = [
         "messages",
         "section",
         "compiled",
+        "vector_code",
         "float_order",
         "terminal",
         "events",
@@ -41,7 +42,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 """From the bottom up; rooms of one level do not import each other."""
-_BELOW_MODEL = {"model", "errors", "section", "seeding", "compiled"}
+_BELOW_MODEL = {"model", "errors", "section", "seeding", "compiled", "vector_code"}
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 EDGES = COMMANDS | {"report", "build", "runs", "api"}
 """Where tables are made for people."""

@@ -193,7 +193,7 @@ class FactorizationMachine(nn.Module):
         On CPU the gradients of both are then summed without a tensor for each.
         """
         if self.sides_2F is None:
-            if _has_kernel(rows_BFW):
+            if kernels.serve(rows_BFW):
                 result: tuple[Tensor, Tensor] = _InteractionsOnCPU.apply(  # type: ignore[no-untyped-call]
                     rows_BFW, self.dim, self.first_order
                 )
@@ -251,11 +251,6 @@ class _Interactions(torch.autograd.Function):
         if gradient_sum_BD is not None:
             gradient[:, :, : ctx.dim] += gradient_sum_BD[:, None]
         return gradient, None, None
-
-
-def _has_kernel(rows_BFW: Tensor) -> bool:
-    is_float = rows_BFW.device.type == "cpu" and rows_BFW.dtype == torch.float32
-    return is_float and rows_BFW.shape[2] % 4 == 0 and not torch.compiler.is_compiling()
 
 
 class _InteractionsOnCPU(torch.autograd.Function):

@@ -6,11 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deepfm_dist.model import kernels
 from deepfm_dist.model.norm import Gather, GlobalBatchNorm
+from deepfm_dist.vector_code import HAS_FMA
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not needed again
@@ -18,6 +21,33 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+_KERNEL_UNITS = 256
+"""Of a layer: in wider ones torch's matrix products are as fast as `kernels` on one core."""
+
+
+class _MLPOnCPU(torch.autograd.Function):
+    """The over-arch by `kernels`, from the rows to its output."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BFW: Tensor, dropout: float, *parameters: Tensor) -> Tensor:
+        rows = rows_BFW.detach().contiguous()
+        sizes = np.array([weight.shape[1] for weight in parameters[::2]])
+        flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        seed = tuple(torch.randint(2**31, (2,)).tolist()) if dropout else (0, 0)
+        outputs, state = kernels.mlp(rows.numpy(), sizes, flat.numpy(), dropout, seed)
+        ctx.state, ctx.rows_shape = state, rows.shape
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return torch.from_numpy(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor | None, ...]:
+        sizes = [shape.numel() for shape in ctx.shapes]
+        by_rows, flat = torch.zeros(ctx.rows_shape), torch.empty(sum(sizes))
+        gradient = gradient_B.contiguous().numpy()
+        kernels.mlp_gradient(gradient, ctx.state, by_rows.numpy(), flat.numpy())
+        parts = zip(flat.split(sizes), ctx.shapes, strict=True)
+        return by_rows, None, *(part.view(shape) for part, shape in parts)
 
 
 class OverArch(nn.Module):
@@ -88,12 +118,32 @@ class OverArch(nn.Module):
 
         They are not copied next to each other: the other columns meet weights of 0.
         """
+        if self._has_kernel and kernels.serve(rows_BFW):
+            return self._by_kernel(rows_BFW)
         _, fields, width = rows_BFW.shape
         first = self.layers[0]
         weight = first.weight.view(first.out_features, fields, -1)
         padded = functional.pad(weight, (0, width - weight.shape[2]))
         x_BH = functional.linear(rows_BFW.flatten(1), padded.flatten(1), first.bias)
         return self.above_first(x_BH, weights_B)
+
+    @property
+    def _has_kernel(self) -> bool:
+        return (
+            self.output is not None
+            and isinstance(self.activation, nn.ReLU)
+            and not any(isinstance(norm, GlobalBatchNorm) for norm in self.norms)
+            and max(linear.out_features for linear in self.layers) <= _KERNEL_UNITS
+            and torch.get_num_threads() == 1
+            and HAS_FMA
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _by_kernel(self, rows_BFW: Tensor) -> Tensor:
+        dropout = float(self.dropout.p) if self.training else 0.0
+        parameters = [p for linear in self.layers for p in (linear.weight, linear.bias)]
+        output: Tensor = _MLPOnCPU.apply(rows_BFW, dropout, *parameters)  # type: ignore[no-untyped-call]
+        return output
 
     def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""

@@ -18,7 +18,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
-from deepfm_dist.model import deepfm
+from deepfm_dist.model import kernels
 from deepfm_dist.seeding import derive_seed
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
@@ -201,7 +201,7 @@ class Operations(TorchDispatchMode):
 
 def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
     """Of the sixth step, as CUDA takes it: without the kernels that only a CPU has."""
-    deepfm._has_kernel = lambda _: False
+    kernels.serve = lambda _: False
     with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
         sharded, optimizer = shard_for_training(config, dataset.manifest, world)

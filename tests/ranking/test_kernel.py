@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepfm_dist import vector_code
 from deepfm_dist.data.jagged import Jagged
-from deepfm_dist.ranking.engines import numba_kernel as kernel
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from tests.kernel_cases import Case, Ranking, error_of
 
-pytestmark = pytest.mark.skipif(not kernel.HAS_FMA, reason="the kernel needs multiply-add")
+pytestmark = pytest.mark.skipif(not vector_code.HAS_FMA, reason="the kernel needs multiply-add")
 
 
 def compiled(case: Case, n_users: int, n_items: int, threads: int = 1) -> Ranking:

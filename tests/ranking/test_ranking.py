@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepfm_dist import vector_code
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from
 from deepfm_dist.data.dataset import PreparedDataset
@@ -40,7 +41,6 @@ from deepfm_dist.ranking.baselines import (
     distinct,
 )
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engines import numba_kernel as kernel
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.engines.selection import engine_for
 from deepfm_dist.ranking.engines.torch import TorchEngine
@@ -163,7 +163,7 @@ def test_the_kernel_is_taken_where_it_can_be(
 ) -> None:
     arch = random_arch(5, hidden, custom, activation=activation)
     scorer = CatalogueScorer(arch, OF_ITEM, N_CATEGORICAL)
-    expected = kind if kernel.HAS_FMA else TorchEngine
+    expected = kind if vector_code.HAS_FMA else TorchEngine
     assert type(engine_for(scorer, torch.device("cpu"))) is expected
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from deepfm_dist import vector_code
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.config import Config, config_from, load_config
 from deepfm_dist.data.batches.collation import Collator
@@ -23,7 +24,6 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking import chunks, lookup, ranker
-from deepfm_dist.ranking.engines import numba_kernel
 from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.output import ResumableOutput
 from deepfm_dist.ranking.recommendation import recommend
@@ -58,7 +58,7 @@ def _recommended(
     logger.setLevel(logging.INFO)
     lookup.ITEM_BLOCK = item_block
     if by_torch:
-        numba_kernel.HAS_FMA = False
+        vector_code.HAS_FMA = False
     written = 0
     write = ResumableOutput.write
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
+from deepfm_dist import vector_code
 from deepfm_dist.build import deepfm_of, shard_for_training
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.negative_rate import NegativeRate
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.ranking import subsets
-from deepfm_dist.ranking.engines import numba_kernel
 from deepfm_dist.ranking.filters import ItemFilters, parse_filter
 from deepfm_dist.ranking.items import Catalogue
 from deepfm_dist.ranking.recommendation import recommend
@@ -145,7 +145,7 @@ def _answered(
     logging.getLogger("deepfm_dist").addHandler(handler)
     logging.getLogger("deepfm_dist").setLevel(logging.INFO)
     if by_torch:
-        numba_kernel.HAS_FMA = False
+        vector_code.HAS_FMA = False
     dataset = PreparedDataset(folder)
     with process_group("cpu", threads=1) as world:
         model = deepfm_of(shard_for_training(CONFIG, dataset.manifest, world)[0].eval())

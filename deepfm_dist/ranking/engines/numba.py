@@ -11,6 +11,7 @@ from deepfm_dist.data.jagged import Int64Array, Jagged
 from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.engines import numba_kernel as kernel
 from deepfm_dist.ranking.types import Best
+from deepfm_dist.vector_code import BLOCK, LANES, ROWS
 
 USERS_PER_TASK = 64
 """Users that a thread takes at a time."""
@@ -26,7 +27,7 @@ class NumbaEngine:
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], threads: int) -> None:
         self.work_bytes = 0
-        self.name = f"compiled kernel, {kernel.LANES * 32}-bit vectors"
+        self.name = f"compiled kernel, {LANES * 32}-bit vectors"
         self._network = kernel.network_of([(w.numpy(), b.numpy()) for w, b in layers])
         self._pairwise = kernel.network_of([])
         self._threads = threads
@@ -39,13 +40,13 @@ class NumbaEngine:
         """Puts items into their place; ``begin`` is that of a block of the kernel's."""
         n = min(items.n - begin, len(side.constant))
         items.constant[begin : begin + n] = side.constant[:n].numpy()
-        first, blocks = begin // kernel.BLOCK, -(-n // kernel.BLOCK)
+        first, blocks = begin // BLOCK, -(-n // BLOCK)
         for packed, values in ((items.factors, side.factor_sum), (items.hidden, side.hidden)):
             size = values.shape[1]
-            room = torch.from_numpy(packed).view(-(-items.n // kernel.BLOCK), size, kernel.BLOCK)
-            rows = values.new_zeros(blocks * kernel.BLOCK, size)
+            room = torch.from_numpy(packed).view(-(-items.n // BLOCK), size, BLOCK)
+            rows = values.new_zeros(blocks * BLOCK, size)
             rows[:n] = values[:n]
-            room[first : first + blocks] = rows.view(blocks, kernel.BLOCK, size).transpose(1, 2)
+            room[first : first + blocks] = rows.view(blocks, BLOCK, size).transpose(1, 2)
 
     def take(self, items: kernel.Items, places: Int64Array) -> kernel.Items:
         """Some of the items; see `Engine`."""
@@ -57,7 +58,7 @@ class NumbaEngine:
         """Prepares users."""
         n = sum(len(s.constant) for s in sides)
         dim, units = sides[0].factor_sum.shape[1], sides[0].hidden.shape[1]
-        height = -(-n // kernel.ROWS) * kernel.ROWS
+        height = -(-n // ROWS) * ROWS
         users = kernel.Users(
             kernel.aligned_zeros(height),
             kernel.aligned_zeros(height * dim),
@@ -68,9 +69,7 @@ class NumbaEngine:
         users.hidden[: n * units] = side.hidden.flatten().numpy()
         factors = np.zeros((height, dim), np.float32)
         factors[:n] = side.factor_sum.numpy()
-        users.factors[:] = (
-            factors.reshape(height // kernel.ROWS, kernel.ROWS, dim).transpose(0, 2, 1).ravel()
-        )
+        users.factors[:] = factors.reshape(height // ROWS, ROWS, dim).transpose(0, 2, 1).ravel()
         return users
 
     def update(
@@ -136,10 +135,10 @@ class NumbaEngine:
         return torch.from_numpy(out)
 
     def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
-        return kernel.aligned_zeros((network.rows + kernel.ROWS) * kernel.BLOCK)
+        return kernel.aligned_zeros((network.rows + ROWS) * BLOCK)
 
     def _over_users(self, work: Callable[[int, int], None], n: int) -> None:
-        step = -(-USERS_PER_TASK // kernel.ROWS) * kernel.ROWS
+        step = -(-USERS_PER_TASK // ROWS) * ROWS
         begins = range(0, n, step)
         if self._threads == 1 or len(begins) < 2:
             work(0, n)

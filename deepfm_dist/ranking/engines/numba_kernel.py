@@ -10,37 +10,24 @@ A score is one fixed chain of fused multiply-adds. Which user, item, block, thre
 it is computed with does not change a bit of it.
 """
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from deepfm_dist.compiled import compiled
 from deepfm_dist.data.jagged import Int64Array
+from deepfm_dist.vector_code import BLOCK, INDEX, LANES, ROWS, VECTORS, Code
 
 FloatArray = npt.NDArray[np.float32]
 Layer = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Weights ``[out, in]`` and biases ``[out]``."""
 
-_HAS = binding.get_host_cpu_features()
-LANES, VECTORS, ROWS = (
-    (16, 2, 10) if _HAS.get("avx512f") else (8, 2, 5) if _HAS.get("avx2") else (4, 4, 6)
-)
-"""Floats in a vector, vectors in a block, rows of a block's outputs held in registers together."""
-BLOCK = LANES * VECTORS
-"""Items scored at a time."""
-HAS_FMA = bool(_HAS.get("fma")) or platform.machine() in ("aarch64", "arm64")
-"""Whether this processor multiplies and adds in one instruction; without, the kernel crawls."""
-
-_FLOAT, _INDEX, _BIT = ir.FloatType(), ir.IntType(64), ir.IntType(1)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-
+_BIT = ir.IntType(1)
 
 GROUP = ("outputs", "inputs", "first weight", "first bias", "input row", "output row")
 """What describes a group of a layer's units."""
@@ -161,116 +148,12 @@ def empty_items(n: int, dim: int, units: int) -> Items:
     return Items(constant, factors, hidden, n, dim, units)
 
 
-_Typed = tuple[Any, Any]
-"""A numba type and a value of it in LLVM."""
-
-
-class _Code:
-    """The few instructions the kernel is made of."""
-
-    def __init__(self, context: Any, builder: Any) -> None:
-        self.context, self.b = context, builder
-
-    def index(self, value: int) -> Any:
-        return ir.Constant(_INDEX, value)
-
-    def field(self, value: _Typed, name: str) -> _Typed:
-        """A field of a named tuple."""
-        number = value[0].fields.index(name)
-        return value[0].types[number], self.b.extract_value(value[1], number)
-
-    def address(self, array: _Typed, element: Any = None) -> Any:
-        """Address of an element of an array, by default its first."""
-        data = self.context.make_array(array[0])(self.context, self.b, value=array[1]).data
-        return data if element is None else self.forward(data, element)
-
-    def length(self, array: _Typed) -> Any:
-        """An array's first dimension."""
-        shape = self.context.make_array(array[0])(self.context, self.b, value=array[1]).shape
-        return self.b.extract_value(shape, 0)
-
-    def forward(self, address: Any, elements: Any) -> Any:
-        return self.b.gep(address, [elements])
-
-    def row(self, address: Any, number: Any) -> Any:
-        """Address of row ``number`` of `BLOCK` floats."""
-        return self.forward(address, self.b.mul(number, self.index(BLOCK)))
-
-    def _vectors(self, address: Any) -> list[Any]:
-        places = [self.forward(address, self.index(v * LANES)) for v in range(VECTORS)]
-        return [self.b.bitcast(place, _VECTOR.as_pointer()) for place in places]
-
-    def load(self, address: Any) -> list[Any]:
-        """The `VECTORS` vectors of a row."""
-        return [self.b.load(place, align=4) for place in self._vectors(address)]
-
-    def store(self, values: list[Any], address: Any) -> None:
-        for value, place in zip(values, self._vectors(address), strict=True):
-            self.b.store(value, place, align=4)
-
-    def splat(self, scalar: Any) -> Any:
-        """A vector of one value."""
-        empty = ir.Constant(_VECTOR, ir.Undefined)
-        first = ir.Constant(ir.IntType(32), 0)
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return self.b.shuffle_vector(self.b.insert_element(empty, scalar, first), empty, lanes)
-
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        name = f"llvm.fma.v{LANES}f32"
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [a, b, c])
-
-    def relu(self, value: Any) -> Any:
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        return self.b.select(self.b.fcmp_ordered(">", value, zero), value, zero)
-
-    def loop(
-        self, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
-    ) -> list[Any]:
-        """Runs ``body(j, values) -> values`` for j in [0, count); the values stay in registers."""
-        before = self.b.block
-        head, inside, after = (self.b.append_basic_block() for _ in range(3))
-        self.b.branch(head)
-        self.b.position_at_end(head)
-        j = self.b.phi(_INDEX)
-        j.add_incoming(self.index(0), before)
-        values = [self.b.phi(_VECTOR) for _ in start]
-        for phi, value in zip(values, start, strict=True):
-            phi.add_incoming(value, before)
-        self.b.cbranch(self.b.icmp_signed("<", j, count), inside, after)
-        self.b.position_at_end(inside)
-        for phi, value in zip(values, body(j, values), strict=True):
-            phi.add_incoming(value, self.b.block)
-        j.add_incoming(self.b.add(j, self.index(1)), self.b.block)
-        self.b.branch(head)
-        self.b.position_at_end(after)
-        return values
-
-    def product(self, rows: int, weights: Any, biases: Any, inputs: Any, n: Any) -> list[list[Any]]:
-        """``biases[r] + sum_j weights[j, r] inputs[j]`` for some rows r: `VECTORS` vectors each."""
-
-        def step(j: Any, sums: list[Any]) -> list[Any]:
-            x = self.load(self.row(inputs, j))
-            line = self.forward(weights, self.b.mul(j, self.index(rows)))
-            products = []
-            for r in range(rows):
-                weight = self.splat(self.b.load(self.forward(line, self.index(r))))
-                products += [self.fma(weight, x[v], sums[r * VECTORS + v]) for v in range(VECTORS)]
-            return products
-
-        start = []
-        for r in range(rows):
-            start += [self.splat(self.b.load(self.forward(biases, self.index(r))))] * VECTORS
-        sums = self.loop(n, start, step)
-        return [sums[r * VECTORS : (r + 1) * VECTORS] for r in range(rows)]
-
-
 @intrinsic
 def _pairwise(typing: Any, users: Any, chunk: Any, items: Any, block: Any, n: Any, s: Any) -> Any:
     """Scores from the constants and factors of `ROWS` users from ``chunk`` on, into ``s``."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        code = _Code(context, builder)
+        code = Code(context, builder)
         users, chunk, items, block, network, scratch = zip(signature.args, arguments, strict=True)
         dim = code.field(items, "dim")[1]
         sums = code.product(
@@ -295,7 +178,7 @@ def _complete(
     """Adds the over-arch and the items' constants to a user's row; the bits above ``least``."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        code = _Code(context, builder)
+        code = Code(context, builder)
         users, user, items, block, network, scratch, least = zip(
             signature.args, arguments, strict=True
         )
@@ -361,7 +244,7 @@ def _complete(
         above = code.index(0)
         for v, total in enumerate(sums):
             bits = builder.fcmp_ordered(">", total, code.splat(least[1]))
-            mask = builder.zext(builder.bitcast(bits, ir.IntType(LANES)), _INDEX)
+            mask = builder.zext(builder.bitcast(bits, ir.IntType(LANES)), INDEX)
             above = builder.or_(above, builder.shl(mask, code.index(v * LANES)))
         return above
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from deepfm_dist import vector_code
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.ranking.catalogue import CatalogueScorer
-from deepfm_dist.ranking.engines import numba_kernel
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.engines.torch import TorchEngine
 from deepfm_dist.ranking.types import Engine, Precision
@@ -35,7 +35,7 @@ def engine_for(
         reason = "the over-arch cannot be split into a user's and an item's part"
     elif layers and not isinstance(scorer.activation, nn.ReLU):
         reason = f"the activation is {type(scorer.activation).__name__}, not ReLU"
-    elif device.type == "cpu" and not numba_kernel.HAS_FMA:
+    elif device.type == "cpu" and not vector_code.HAS_FMA:
         reason = "this processor has no fused multiply-add"
     elif device.type != "cpu" and find_spec("triton") is None:
         reason = "triton is not installed"
