@@ -16,6 +16,7 @@ what they are asked on the connections they have, and end.
 """
 
 import asyncio
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -56,6 +57,7 @@ LEAVE_S = 2.0
 """Seconds that connections to the worker without a model may delay those of the first model."""
 RESTART_S = 1.0
 """Seconds from the start of a worker until another may replace it."""
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end a process of the service."""
 FORK = multiprocessing.get_context("fork")
@@ -104,6 +106,7 @@ class Generation:
     ) -> None:
         self.number, self._load = number, load
         self._n_workers, self._options = n_workers, options
+        self._command = os.getpid()
         self._pipe, pipe = FORK.Pipe()
         lifeline, held = os.pipe()
         self._lifeline: int | None = held
@@ -163,18 +166,24 @@ class Generation:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        _signal_at_end_of_parent(signal.SIGTERM)  # loading does not look at the lifeline
+        if os.getppid() != self._command:
+            return
         try:
             recommender = self._load()
         except Exception as error:
             pipe.send(_portable(error))
             return
+        _signal_at_end_of_parent(0)
         signal.signal(signal.SIGTERM, _exit)
         gc.collect()
         gc.freeze()
         try:
-            with suppress(EOFError, ConnectionError):  # the lifeline says that the command ended
+            try:
                 pipe.send(None)
                 pipe.recv()
+            except (EOFError, ConnectionError):  # the command has ended meanwhile
+                return
             self._keep_workers(recommender, lifeline)
         finally:
             self._options.listening.close()
@@ -399,6 +408,11 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _signal_at_end_of_parent(number: int) -> None:
+    """Has the kernel send this process a signal when its parent ends; 0: none."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

@@ -147,8 +147,15 @@ def test_what_dies_is_replaced(service: Service) -> None:
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_the_command(service: Service, signal_: int) -> None:
+@pytest.mark.parametrize("is_loading", [False, True])  # another model meanwhile
+def test_no_process_outlives_the_command(service: Service, signal_: int, is_loading: bool) -> None:
     loader, both = service.loader_and_workers()
+    others = []
+    if is_loading:
+        (service.folder / "wait").touch()
+        service.point_to("tuesday")
+        service.until(lambda: len(service.below(service.process.pid)) == 2)
+        others = service.below(service.process.pid)
     head = "POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
     with socket.create_connection(service.address, timeout=20) as begun:
         begun.sendall(
@@ -161,7 +168,8 @@ def test_no_process_outlives_the_command(service: Service, signal_: int) -> None
         assert begun.recv(1000).startswith(b"HTTP/1.1 400 ")  # that is no JSON
     service.process.join(20)
     assert service.process.exitcode == (0 if signal_ == signal.SIGTERM else -signal_)
-    service.until(lambda: not any(map(_is_running, [loader, *both])))
+    (service.folder / "wait").unlink(missing_ok=True)
+    service.until(lambda: not any(map(_is_running, [loader, *both, *others])))
 
 
 def test_a_kept_connection_gets_an_answer_from_a_model_that_retires(service: Service) -> None:
