@@ -15,7 +15,7 @@ behind the choices are in docs/quality.md.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepfm_dist.data.manifest import Manifest
@@ -92,6 +92,13 @@ class Choice:
         """The value as it would be typed."""
         value = self.value
         return str(value) if isinstance(value, str | float) else json.dumps(value)
+
+
+def with_choice(choices: Sequence[Choice], choice: Choice) -> list[Choice]:
+    """Adds a choice; its reason follows those of the same setting, which it replaces."""
+    reasons = [each.reason for each in choices if each.setting == choice.setting]
+    others = [each for each in choices if each.setting != choice.setting]
+    return [*others, replace(choice, reason="; ".join([*reasons, choice.reason]))]
 
 
 def choices_in(state: Mapping[str, Any]) -> tuple[Choice, ...]:

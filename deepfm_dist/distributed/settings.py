@@ -212,10 +212,10 @@ class CheckpointConfig(Section):
     optimizer or another task."""
     use: Literal["auto", "latest", "best", "selected", "refit"] | int = "auto"
     """The checkpoint to read: a step; latest; best by ``trainer.monitor``; selected, the best one
-    with the closed-form part (``model.linear``); refit, trained on validation rows too
-    (``trainer.refit_best``). auto: the latest to continue training; otherwise refit, selected, the
-    best one, or the latest, whichever is there first. Training
-    that continues from an earlier one moves later ones aside, as ``resume`` says."""
+    with the closed-form part, or weighed against the fitted start (``model.linear``); refit,
+    trained on validation rows too (``trainer.refit_best``). auto: the latest to continue training;
+    otherwise refit, selected, the best one, or the latest, whichever is there first. Training that
+    continues from an earlier one moves later ones aside, as ``resume`` says."""
 
     @model_validator(mode="after")
     def _weights_come_from_somewhere(self) -> Self:

@@ -4,6 +4,8 @@ Tables of few labelled rows take too few steps for their first-order weights to 
 regression settles in seconds, and how strongly a field is held back need not be guessed: the
 variance of a field's weights is estimated from the training rows themselves. A field without
 influence then gets weights near 0, and so does an item's id that adds nothing to its attributes.
+Where positives are few, such estimates may be off; how much of the regression to use instead of a
+constant is decided by cross-validation.
 
 Source: MacKay, "Bayesian Interpolation", 1992, for the estimate; Breslow and Clayton, "Approximate
 Inference in Generalized Linear Mixed Models", 1993, for its use where labels are binary.
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from deepfm_dist.data.batches.collation import Collator
 from deepfm_dist.data.dataset import PreparedDataset, Rows
+from deepfm_dist.interop.shares import log_loss, mean_shares
 from deepfm_dist.model.deepfm import POWERS
 
 Float64Array = npt.NDArray[np.float64]
@@ -32,6 +35,8 @@ _ROUNDS, _UNCHANGED = 40, 0.05
 _SOLVER_STEPS, _SOLVED = 50, 1e-6
 """Of conjugate gradients in each; the share of the residual that ends them."""
 _SMALLEST_STEP = 1e-4
+FOLDS = 5
+"""Of the cross-validation that compares the regression with a constant."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,20 @@ class FirstOrder:
         numbers: ``[n_dense]`` float32.
         vectors: ``[dim]`` float32 by vector field.
         bias: log-odds of a row whose other terms are 0.
+        share: of the regression's log-odds that the weights give; the rest is a constant.
+        log_loss: cross-validated, on the training rows, of the regression without the constant.
+        constant_log_loss: likewise, of the constant alone.
         deviations: standard deviation of the weights of each table, of the numeric fields and of
-            each vector field.
+            each vector field, before they are multiplied by ``share``.
     """
 
     tables: Mapping[str, Tensor]
     numbers: Tensor
     vectors: Mapping[str, Tensor]
     bias: float
+    share: float
+    log_loss: float
+    constant_log_loss: float
     deviations: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -153,7 +164,10 @@ def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
         vectors=_vector_inputs(dataset, train, int(offsets[-1]) + n_dense),
     )
     row_weights = np.ones(train.n) if train.weights is None else train.weights.astype(np.float64)
-    weights, precisions = fit(inputs, train.labels.astype(np.float64), row_weights)
+    labels = train.labels.astype(np.float64)
+    weights, precisions = fit(inputs, labels, row_weights)
+    held_out, constants = cross_validate(inputs, labels, row_weights, weights, precisions)
+    weights, share = _with_constant(weights, held_out, constants, labels, row_weights)
     groups = dict(zip([*names, "numbers", *lengths_of_vectors], range(len(sizes)), strict=False))
     if not n_dense:
         del groups["numbers"]
@@ -167,8 +181,11 @@ def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
             name: torch.from_numpy(weights[block.columns]).float()
             for name, block in zip(lengths_of_vectors, inputs.vectors, strict=True)
         },
-        float(weights[-1]),
-        {name: float(precisions[g] ** -0.5) for name, g in groups.items()},
+        bias=float(weights[-1]),
+        share=share,
+        log_loss=log_loss(held_out, labels, row_weights),
+        constant_log_loss=log_loss(constants, labels, row_weights),
+        deviations={name: float(precisions[g] ** -0.5) for name, g in groups.items()},
     )
 
 
@@ -203,9 +220,8 @@ def fit(
     """
     n_groups = int(inputs.groups[-1]) + 1
     weights = np.zeros(len(inputs.groups))
-    positive, total = float(row_weights @ labels), float(row_weights.sum())
-    weights[-1] = math.log((positive + 0.5) / (total - positive + 0.5))
-    if not 0 < positive < total:
+    weights[-1] = _log_odds(labels, row_weights)
+    if not 0 < row_weights @ labels < row_weights.sum():
         return weights, np.full(n_groups, PRECISIONS[1])
     own_groups, one_group = inputs.groups, (inputs.groups == n_groups - 1).astype(np.int64)
     estimates = []
@@ -218,6 +234,70 @@ def fit(
     weights, _ = _newton(inputs, labels, row_weights, weights, precisions, None)
     first = np.searchsorted(own_groups, np.arange(n_groups))  # groups are in order
     return weights, precisions[np.minimum(first, len(precisions) - 1)]
+
+
+def cross_validate(
+    inputs: Inputs,
+    labels: Float64Array,
+    row_weights: Float64Array,
+    weights: Float64Array,
+    precisions: Float64Array,
+) -> tuple[Float64Array, Float64Array]:
+    """Log-odds of each row by the regression, and by a constant, that do not know its label.
+
+    Both are fitted to the other folds; the priors stay.
+
+    Args:
+        inputs: of the rows.
+        labels: ``[B]`` 0 or 1.
+        row_weights: ``[B]``.
+        weights: ``[W]`` of the regression on all rows, from which each fit starts.
+        precisions: ``[G]`` of its priors.
+
+    Returns:
+        ``[B]`` by the regression and ``[B]`` by the constant.
+    """
+    held_out, constants = np.zeros(inputs.n_rows), np.zeros(inputs.n_rows)
+    fold_of = np.random.default_rng(0).permutation(inputs.n_rows) % FOLDS
+    for fold in range(FOLDS):
+        is_in_fold = fold_of == fold
+        others = row_weights * ~is_in_fold
+        held_out[is_in_fold] = constants[is_in_fold] = _log_odds(labels, others)
+        if 0 < others @ labels < others.sum():
+            fitted, _ = _newton(inputs, labels, others, weights, precisions[inputs.groups], None)
+            held_out[is_in_fold] = inputs.logits(fitted)[is_in_fold]
+    return held_out, constants
+
+
+def _with_constant(
+    weights: Float64Array,
+    held_out: Float64Array,
+    constants: Float64Array,
+    labels: Float64Array,
+    row_weights: Float64Array,
+) -> tuple[Float64Array, float]:
+    """The share of a regression that the rows support, next to a constant.
+
+    Args:
+        weights: ``[W]`` of the regression.
+        held_out: as `cross_validate` gives it.
+        constants: likewise.
+        labels: ``[B]`` 0 or 1.
+        row_weights: ``[B]``.
+
+    Returns:
+        ``[W]`` weights of both, and the share.
+    """
+    [share] = mean_shares(constants, [held_out - constants], labels, row_weights)
+    both = share * weights
+    both[-1] += (1 - share) * _log_odds(labels, row_weights)
+    return both, share
+
+
+def _log_odds(labels: Float64Array, row_weights: Float64Array) -> float:
+    """Of a positive, with half a row more of either kind."""
+    positive, total = float(row_weights @ labels), float(row_weights.sum())
+    return math.log((positive + 0.5) / (total - positive + 0.5))
 
 
 def _newton(

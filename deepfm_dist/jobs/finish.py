@@ -1,17 +1,23 @@
-"""What follows the training loop of a model that ranks: one checkpoint that everything reads.
+"""What follows the training loop: one checkpoint that everything reads.
 
-The best checkpoint of the loop gets EASE's columns (`deepfm_dist.interop.linear`), with settings
-that are measured on the validation rows: ``runs/NAME/selected``. Then the same is done once more
-without measuring anything: the model is trained on training and
-validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
-Each is a run of one checkpoint. Where there are no validation rows, some training items that the
-loop has not seen (``trainer.hold_out``) take their place.
+Of a model of labelled rows that began with a logistic regression, ``runs/NAME/selected`` is the
+regression plus a share of each part that was trained (`deepfm_dist.jobs.first_order`).
+
+Of a model that ranks, the best checkpoint of the loop gets EASE's columns
+(`deepfm_dist.interop.linear`), with settings that are measured on the validation rows:
+``runs/NAME/selected``. Then the same is done once more without measuring anything: the model is
+trained on training and validation rows for as long as the best one was, and EASE is fitted to
+both: ``runs/NAME/refit``. Where there are no validation rows, some training items that the loop has
+not seen (``trainer.hold_out``) take their place.
+
+Each is a run of one checkpoint.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,6 +40,7 @@ from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import FACTORS_BYTES, ease_tables, groups_of_items
 from deepfm_dist.interop.linear import Linear, Validation, search
+from deepfm_dist.jobs import first_order
 from deepfm_dist.jobs.new_run import save_new_run
 from deepfm_dist.jobs.widen import add_model, empty_model, put_ease, shard_to_widen
 from deepfm_dist.log import MetricsLog
@@ -41,7 +48,7 @@ from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import POWERS
 from deepfm_dist.ranking.baselines import USABLE, distinct
 from deepfm_dist.ranking.evaluation import RankingEvaluator
-from deepfm_dist.recipe import Choice
+from deepfm_dist.recipe import Choice, with_choice
 from deepfm_dist.runs.start import read_start
 from deepfm_dist.storage import folder_of
 from deepfm_dist.training.state import LoopState
@@ -52,15 +59,16 @@ SEARCHED_LOGITS = 30_000_000
 """Logits of validation users that the search holds, at most: fewer users of a larger catalogue."""
 
 
-def parts_of(config: Config) -> list[str]:
+def parts_of(config: Config, manifest: Manifest) -> list[str]:
     """Which runs of one checkpoint a finished run has."""
-    parts = [SELECTED] if config.model.linear == "ease" else []
+    is_selected = config.model.linear == "ease" or first_order.is_blended(config, manifest)
+    parts = [SELECTED] if is_selected else []
     return [*parts, REFIT] if config.trainer.refit_best else parts
 
 
-def is_finished(config: Config) -> bool:
+def is_finished(config: Config, manifest: Manifest) -> bool:
     """Whether a run whose training loop is over is complete."""
-    return all(complete_steps(config.run_dir / part) for part in parts_of(config))
+    return all(complete_steps(config.run_dir / part) for part in parts_of(config, manifest))
 
 
 def check(config: Config, manifest: Manifest) -> None:
@@ -69,14 +77,15 @@ def check(config: Config, manifest: Manifest) -> None:
     Raises:
         ConfigError: there are no validation rows, or the closed-form part is for another model.
     """
-    parts = parts_of(config)
-    if parts and config.trainer.loss == "bce":
-        option = "model.linear=ease" if SELECTED in parts else "trainer.refit_best=true"
+    has_ease = config.model.linear == "ease"
+    has_end = has_ease or config.trainer.refit_best
+    option = "model.linear=ease" if has_ease else "trainer.refit_best=true"
+    if has_end and config.trainer.loss == "bce":
         raise ConfigError(
             f"{option}: for models that are trained on users; leave it out, or use "
             f"trainer.loss=softmax"
         )
-    if SELECTED in parts and (config.model.deep or not config.model.fm):
+    if has_ease and (config.model.deep or not config.model.fm):
         raise ConfigError(
             "model.linear=ease: its columns need a model without a deep part; set "
             "model.deep=false and leave model.fm on"
@@ -86,13 +95,12 @@ def check(config: Config, manifest: Manifest) -> None:
     if share and (has_validation or config.trainer.loss == "bce"):
         why = "there are validation rows" if has_validation else "rows are held out by data.split"
         raise ConfigError(f"trainer.hold_out={share:g}: {why}; leave it out, or set 0")
-    if parts and not (has_validation or share):
-        option = "model.linear=ease" if SELECTED in parts else "trainer.refit_best=true"
+    if has_end and not (has_validation or share):
         raise ConfigError(
             f"{option}: there are no validation rows to choose by; hold some out "
             f"(data.split.valid=0.1), or leave it out"
         )
-    if SELECTED in parts and manifest.item_fields_of_closed_form is None:
+    if has_ease and manifest.item_fields_of_closed_form is None:
         raise ConfigError(
             "model.linear=ease: EASE needs the items' own id and a history of items with a table "
             "of its own among data.features: {name: item, entity: item}, {name: seen, entity: "
@@ -122,9 +130,13 @@ class Finish:
 
     def run(self) -> bool:
         """Makes the missing parts; False if a signal stopped it."""
-        parts = parts_of(self.config)
+        parts = parts_of(self.config, self.dataset.manifest)
         choices, linear = [*self.choices], None
         step = self.state.step if self.state.best_step is None else self.state.best_step
+        if self.config.model.linear == "logistic":
+            if SELECTED in parts:
+                self._blend(step)
+            return True
         if SELECTED in parts:
             model, _ = shard_to_widen(self.config, self.dataset.manifest, self.world)
             path = find_checkpoint(self.config.run_dir, step)
@@ -147,6 +159,29 @@ class Finish:
             self._say(choices[-1])
             self._save(REFIT, model, later, linear, step, choices)
         return True
+
+    def _blend(self, step: int) -> None:
+        """Weighs the best checkpoint against the fitted start, and saves the result."""
+        model, optimizer, added = first_order.blend(self.config, self.dataset, self.world, step)
+        choice = Choice("model.linear", "logistic", added)
+        self._say(choice)
+        target = self._target(SELECTED)
+        marker = self._marker(SELECTED, step, with_choice(self.choices, choice))
+        manifest, world = self.dataset.manifest, self.world
+        save_new_run(target, manifest, world, model, optimizer, step=step, more=marker)
+
+    def _target(self, part: str) -> Config:
+        """Settings of a run within this one's folder."""
+        return self.config.with_run_name_on_same_data(f"{self.config.run.name}/{part}")
+
+    def _marker(self, part: str, step: int, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What the marker of a part's checkpoint has besides that of any new run."""
+        return {
+            "trainer": asdict(replace(self.state, step=step)),
+            "trained_config": self.config.model_dump(mode="json"),
+            "chosen": [asdict(choice) for choice in choices],
+            "part": part,
+        }
 
     def _say(self, choice: Choice) -> None:
         if self.world.is_first:
@@ -244,8 +279,7 @@ class Finish:
         """Writes the model, with EASE's columns fitted to a dataset, as a run of one checkpoint."""
         config, world, manifest = self.config, self.world, dataset.manifest
         columns = linear.columns if linear is not None and linear.weight else 0
-        target = config.with_run_name_on_same_data(f"{config.run.name}/{part}")
-        target = target.with_columns(config.model.embedding_dim + columns)
+        target = self._target(part).with_columns(config.model.embedding_dim + columns)
         wide, optimizer = empty_model(target, manifest, world)
         column = add_model(model, wide, 0, 1.0)
         if linear is not None and columns:
@@ -253,12 +287,7 @@ class Finish:
                 ease_tables, dataset, columns, linear.l2, linear.weight, linear.field_weight
             )
             put_ease(wide, world, column, fit)
-        marker = {
-            "trainer": asdict(replace(self.state, step=step)),
-            "trained_config": config.model_dump(mode="json"),
-            "chosen": [asdict(choice) for choice in choices],
-            "part": part,
-        }
+        marker = self._marker(part, step, choices)
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 

@@ -1,25 +1,38 @@
-"""Training that starts from a logistic regression: see `deepfm_dist.interop.logistic`."""
+"""Training that starts from a logistic regression, and how much of what it adds is used.
+
+See `deepfm_dist.interop.logistic` for the start and `deepfm_dist.interop.shares` for the shares.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
+from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
-from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, load
+from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import put_columns
 from deepfm_dist.interop.logistic import fit_first_order
-from deepfm_dist.model.deepfm import VECTOR_FIRST_ORDER
+from deepfm_dist.interop.shares import log_loss, mean_shares
+from deepfm_dist.jobs.widen import shard_to_widen
+from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER
+from deepfm_dist.model.over_arch import OverArch
+from deepfm_dist.recipe import Choice
+from deepfm_dist.training.evaluation import RowEvaluator, ScoredRows
 
 log = logging.getLogger(__name__)
-MIN_LIKELIHOOD_GAIN = 3.0
-"""By how much a trained checkpoint has to raise the log-likelihood of the validation rows over that
-of the start. A checkpoint that is no better does so less than once in 100 times."""
+SMALLEST_SHARE = 1e-4
+"""Of the pairs: with factors of 0, training that continues would not move them."""
 
 
 def check(config: Config, manifest: Manifest) -> None:
@@ -44,23 +57,30 @@ def check(config: Config, manifest: Manifest) -> None:
         raise ConfigError(f"model.linear=logistic: {against}; set model.linear=none")
 
 
-def margin(config: Config, manifest: Manifest) -> float | None:
-    """By how much a trained checkpoint's figure has to beat the start's; None: it is not measured.
+def is_blended(config: Config, manifest: Manifest) -> bool:
+    """Whether a run whose training loop is over is to be weighed against its start; see `blend`.
 
-    For the log loss: `MIN_LIKELIHOOD_GAIN` over all validation rows; for other figures, any
-    improvement is enough.
+    It is not where another figure than the log loss decides; nor with an over-arch of the user's
+    own, whose input cannot be rescaled; nor where the start was not saved.
     """
-    n = manifest.splits["valid"].rows
-    if config.model.linear != "logistic" or config.monitor is None or not n:
-        return None
-    return MIN_LIKELIHOOD_GAIN / n if config.monitor == "log_loss" else 0.0
+    return (
+        config.model.linear == "logistic"
+        and config.monitor == "log_loss"
+        and manifest.splits["valid"].rows > 0
+        and (not config.model.deep or config.model.over_arch == "mlp")
+        and 0 in complete_steps(config.run_dir)
+    )
 
 
 @torch.no_grad()
 def put_first_order(
     dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
-) -> None:
-    """Fits the first-order weights on rank 0 and writes them into the model. All ranks."""
+) -> Choice:
+    """Fits the first-order weights on rank 0 and writes them into the model. All ranks.
+
+    Returns:
+        The start as a choice, with figures.
+    """
     fitted = world.broadcast(world.run_on_rank0("logistic", lambda: fit_first_order(dataset)))
     assert fitted is not None
     above = deepfm_of(sharded).interaction_arch
@@ -70,12 +90,128 @@ def put_first_order(
         above.dense_first_order.copy_(fitted.numbers)
     for name, weights in fitted.vectors.items():
         above.get_parameter(f"{VECTOR_FIRST_ORDER}{name}").copy_(weights)
+    choice = Choice(
+        "model.linear",
+        "logistic",
+        f"first-order weights start at {fitted.share:.2f} of a logistic regression, whose "
+        f"cross-validated log loss is {fitted.log_loss:.4f}, a constant's "
+        f"{fitted.constant_log_loss:.4f}",
+    )
     if world.is_first:
-        log.info(
-            "first-order weights start from a logistic regression; standard deviations: %s",
-            _shown(fitted.deviations),
-        )
+        deviations = ", ".join(f"{name} {value:.3g}" for name, value in fitted.deviations.items())
+        log.info("%s; standard deviations: %s", choice.reason, deviations)
+    return choice
 
 
-def _shown(deviations: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {deviation:.3g}" for name, deviation in deviations.items())
+def blend(
+    config: Config, dataset: PreparedDataset, world: World, best_step: int
+) -> tuple[DistributedModelParallel, CombinedOptimizer, str]:
+    """The start plus a share of each part that training added. All ranks.
+
+    The parts are the FM, with the change of the first-order weights, and the over-arch; the shares
+    are posterior means given the validation rows (`deepfm_dist.interop.shares`).
+
+    Args:
+        config: the settings.
+        dataset: the data.
+        world: the ranks.
+        best_step: of the best checkpoint of the training loop.
+
+    Returns:
+        The model, its optimizer, and the shares in words, with figures.
+    """
+    model, optimizer = shard_to_widen(config, dataset.manifest, world)
+    model.eval()
+    over_arch = deepfm_of(model).interaction_arch.over_arch
+    rows = RowEvaluator(dataset, "valid")
+    load(find_checkpoint(config.run_dir, 0), world, model)
+    start_weights = [weights.clone() for weights in _first_order_weights(model)]
+    scored = [rows.scored_rows(model, world)]
+    if best_step:
+        load(find_checkpoint(config.run_dir, best_step), world, model)
+        if isinstance(over_arch, OverArch):
+            with _without_output(over_arch):
+                scored.append(rows.scored_rows(model, world))
+        scored.append(rows.scored_rows(model, world))
+    choose = partial(_shares, scored, dataset.manifest.log_odds[0])
+    result = world.broadcast(world.run_on_rank0("shares", choose))
+    assert result is not None
+    shares, text = result
+    if best_step:
+        _apply(model, start_weights, shares)
+    return model, optimizer, text
+
+
+def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[float], str]:
+    """The share of each part, and a sentence on them. Rank 0.
+
+    Args:
+        scored: the same rows, by the start, by it and what the FM has learned, and by the trained
+            model.
+        log_odds: of the constant that they are compared with.
+    """
+    rows = [each for each in scored if each is not None]
+    labels, weights = rows[0].labels, rows[0].weights
+    logits = np.stack([each.logits for each in rows])
+    additions = [*np.diff(logits, axis=0)]
+    shares = mean_shares(logits[0], additions, labels, weights)
+    blended = logits[0] + sum(s * part for s, part in zip(shares, additions, strict=True))
+    constant = np.full(len(labels), log_odds)
+    parts = ("what the factors and first-order weights learned", "the over-arch")
+    added = " and ".join(f"{s:.2f} of {part}" for s, part in zip(shares, parts, strict=False))
+    losses = [log_loss(each, labels, weights) for each in (blended, *logits[[0, -1]], constant)]
+    return shares, (
+        f"training adds {added or 'nothing'}: validation log loss {losses[0]:.4f}; of the start "
+        f"{losses[1]:.4f}, with all of it {losses[2]:.4f}, of a constant {losses[3]:.4f}"
+    )
+
+
+@torch.no_grad()
+def _apply(
+    model: DistributedModelParallel, start_weights: Sequence[Tensor], shares: Sequence[float]
+) -> None:
+    """Takes the trained model back towards the start.
+
+    The pairs are scaled by their factors; the over-arch gets the input that it had. The start's own
+    pairs, of untrained factors, do not count.
+
+    Args:
+        model: as trained.
+        start_weights: as `_first_order_weights` gives them.
+        shares: of what the FM has learned and, with an over-arch, of its output.
+    """
+    arch = deepfm_of(model).interaction_arch
+    for weights, start in zip(_first_order_weights(model), start_weights, strict=True):
+        weights.copy_(start + shares[0] * (weights - start))
+    scale = 1.0 if arch.fm is None else max(shares[0], SMALLEST_SHARE) ** 0.5
+    for *_, shard in local_shards(model):
+        shard[:, : arch.embedding_dim] *= scale
+    for name, parameter in arch.named_parameters():
+        if name.startswith(("dense_factors", VECTOR_FACTORS)):
+            parameter.mul_(scale)
+    if isinstance(arch.over_arch, OverArch):
+        first, output = arch.over_arch.layers[0], arch.over_arch.layers[-1]
+        first.weight.div_(scale)
+        output.weight.mul_(shares[1])
+        output.bias.mul_(shares[1])
+
+
+@contextmanager
+def _without_output(over_arch: OverArch) -> Iterator[None]:
+    """The over-arch gives 0 inside."""
+    output = over_arch.layers[-1]
+    weights = [output.weight.data, output.bias.data]
+    kept = [each.clone() for each in weights]
+    for each in weights:
+        each.zero_()
+    yield
+    for each, values in zip(weights, kept, strict=True):
+        each.copy_(values)
+
+
+def _first_order_weights(model: DistributedModelParallel) -> list[Tensor]:
+    """Views of this rank's first-order weights and bias, in the same order at every call."""
+    arch = deepfm_of(model).interaction_arch
+    weights = [shard.detach()[:, arch.embedding_dim] for *_, shard in local_shards(model)]
+    names = ("bias", "dense_first_order", VECTOR_FIRST_ORDER)
+    return [*weights, *(p.data for name, p in arch.named_parameters() if name.startswith(names))]

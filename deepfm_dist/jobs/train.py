@@ -27,7 +27,7 @@ from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.messages import plural
-from deepfm_dist.recipe import Choice
+from deepfm_dist.recipe import Choice, with_choice
 from deepfm_dist.runs.folder import run_lock, write_plan
 from deepfm_dist.runs.start import (
     Start,
@@ -120,11 +120,15 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     last_step = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last_step)
     start = world.broadcast(
-        world.run_on_rank0("begin", lambda: begin(config, manifest, last_step, is_finished(config)))
+        world.run_on_rank0(
+            "begin", lambda: begin(config, manifest, last_step, is_finished(config, manifest))
+        )
         or Start(None, LoopState())
     )
     if start.is_over:
-        done = is_finished(config) or _finish(config, world, dataset, start.state, start.chosen)
+        done = is_finished(config, manifest) or _finish(
+            config, world, dataset, start.state, start.chosen
+        )
         return Trained(start.state, stopped=not done)
     sharded, optimizer = shard_for_training(config, manifest, world)
     validate = make_validate(config, dataset, sharded, world)
@@ -140,18 +144,19 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
             sharded=sharded,
             optimizer=optimizer,
             state=start.state,
-            choices=start.chosen or choices,
+            choices=[*(start.chosen or choices)],
         )
         run.make_ready(start)
         hooks = Hooks(validate, on_validation, asked_to_stop=asked_to_stop)
         if start.path is None and config.model.linear == "logistic":
-            first_order.put_first_order(dataset, sharded, world)
-            hooks = replace(hooks, start_margin=first_order.margin(config, manifest))
+            run.put_first_order()
+            hooks = replace(hooks, measure_start=config.monitor is not None)
         run.fit(batches, hooks)
+    choices = run.choices
     del sharded, validate, run
     stopped = not start.state.is_over(config.trainer.patience, last_step)
     if not stopped:
-        stopped = not _finish(config, world, dataset, start.state, start.chosen or choices)
+        stopped = not _finish(config, world, dataset, start.state, choices)
     if stopped and world.is_first:
         text = "Stopped by signal at step %d; rerun the same command to resume"
         log.warning(text, start.state.step)
@@ -220,7 +225,7 @@ class _Run:
     sharded: DistributedModelParallel
     optimizer: CombinedOptimizer
     state: LoopState
-    choices: Sequence[Choice]
+    choices: list[Choice]
 
     def make_ready(self, start: Start) -> None:
         """Makes the run's folder ready, and reads the weights that training starts from."""
@@ -234,6 +239,11 @@ class _Run:
             load(start.path, world, self.sharded, self.optimizer)
         else:
             read_start(start.path, config, self.dataset, world, self.sharded, self.optimizer)
+
+    def put_first_order(self) -> None:
+        """Makes a logistic regression the start."""
+        choice = first_order.put_first_order(self.dataset, self.sharded, self.world)
+        self.choices[:] = with_choice(self.choices, choice)
 
     def fit(self, batches: Batches, hooks: Hooks) -> None:
         """Trains to the end, or until a signal; checkpoints are complete afterwards."""
@@ -273,6 +283,8 @@ class _Run:
         metrics.flush()
         # The best one, that of a longer run, and the last before steps were skipped.
         kept = [state.best_step, (state.before_end or state.best_state)[1], state.saved_step]
+        if self.config.model.linear == "logistic":
+            kept.append(0)  # the fitted start, which the best one is weighed against
         marker = {
             **self.dataset.manifest.marks,
             "config": self.config.model_dump(mode="json"),

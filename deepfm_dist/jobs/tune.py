@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from deepfm_dist.config import Config, with_settings
-from deepfm_dist.distributed.checkpoint import keep_checkpoints
+from deepfm_dist.distributed.checkpoint import SELECTED, keep_checkpoints
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
@@ -139,7 +139,8 @@ def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> No
         if past.name == trial.name:
             log.info("%s: %s, %s %s", past.name, outcome, config.monitor, past.best)
         if past != search.best():
-            keep_checkpoints(search_folder(config) / past.name, ())
+            for part in ("", SELECTED):
+                keep_checkpoints(search_folder(config) / past.name / part, ())
 
 
 def _result(config: Config, search: Search) -> SearchResult:

@@ -39,10 +39,11 @@ class ModelConfig(Section):
     the items' fields, as further columns of the factors when training is over. Its L2, its weight
     next to the trained part, the number of its columns and the weight of the fields are measured on
     the validation rows. For an FM of the users' histories. logistic starts the first-order weights
-    from a logistic regression, whose L2 is estimated for each field from the training rows; a
-    trained checkpoint is used only where the validation rows are clearly likelier by it. For rows
-    with labels. auto: ease where that can be done and there are no more than 20,000 items; logistic
-    below 100,000 labelled rows."""
+    from a logistic regression, whose L2 is estimated for each field from the training rows. How
+    much of it is used instead of a constant is decided by cross-validation, and how much of what
+    the FM and the over-arch learn from there by the validation rows.
+    For rows with labels. auto: ease where that can be done and there are no more than 20,000 items;
+    logistic below 100,000 labelled rows."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"

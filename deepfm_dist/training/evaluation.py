@@ -60,6 +60,21 @@ class Unknown:
 
 
 @dataclass(frozen=True)
+class ScoredRows:
+    """Held-out rows with a model's scores.
+
+    Attributes:
+        logits: ``[B]`` float64.
+        labels: ``[B]`` float64.
+        weights: ``[B]`` float64.
+    """
+
+    logits: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Measured:
     """A model's figures on held-out rows.
 
@@ -114,19 +129,12 @@ class RowEvaluator:
             model: the sharded task in eval mode.
             world: the ranks.
         """
-        block = self._reader.read(0, 0)
-
-        def collate(begin: int, end: int) -> Batch:
-            nonlocal block
-            block = self._reader.read(begin, end)
-            return collate_rows(self._collate, block, 0, block.n, BLOCK_ROWS)
-
         with ExitStack() as stack:
             files = [stack.enter_context(tempfile.TemporaryFile()) for _ in self._weights or "1"]
             # By block, and in the order of blocks: the same at any world size.
             sums: list[list[FloatArray]] = [[] for _ in files]
             unknown = np.zeros(1 + len(self._fields), np.int64)
-            for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collate):
+            for block, logits in self._scored_blocks(model, world):
                 assert block.labels is not None
                 unknown += self._count_unknown(block)
                 by_target = zip(_columns(logits), _columns(block.labels), strict=True)
@@ -165,6 +173,35 @@ class RowEvaluator:
         if self._has_cold_items and not self._only_positives:
             figures |= self._auc_apart(records, world)
         return figures, bins
+
+    def scored_rows(self, model: nn.Module, world: World) -> ScoredRows | None:
+        """Scores all rows, and returns them on rank 0, in order; None elsewhere. All ranks.
+
+        Args:
+            model: the sharded task in eval mode.
+            world: the ranks.
+        """
+        blocks = [np.zeros((3, 0))]
+        for block, logits in self._scored_blocks(model, world):
+            assert block.labels is not None
+            weights = np.ones(block.n) if block.weights is None else block.weights
+            blocks.append(np.stack([logits, block.labels, weights]).astype(np.float64))
+        gathered = world.gather_object(np.concatenate(blocks, 1))
+        return None if gathered is None else ScoredRows(*np.concatenate(gathered, 1))
+
+    def _scored_blocks(
+        self, model: nn.Module, world: World
+    ) -> Iterator[tuple[Rows, npt.NDArray[np.float32]]]:
+        """This rank's rows and their logits, block by block; rank 0 has the first rows."""
+        block = self._reader.read(0, 0)
+
+        def collate(begin: int, end: int) -> Batch:
+            nonlocal block
+            block = self._reader.read(begin, end)
+            return collate_rows(self._collate, block, 0, block.n, BLOCK_ROWS)
+
+        for _, logits in score_rows(model, world, self._reader.n, BLOCK_ROWS, collate):
+            yield block, logits
 
     def _auc_apart(self, records: _Records, world: World) -> dict[str, float]:
         """AUC of the rows whose items have training rows, and of those whose items have none.

@@ -182,8 +182,8 @@ class LoopState:
         expected = patience is not None or self.validations_since_best < WARN_AFTER
         if self.best_step == 0:
             log.info(
-                "no checkpoint is clearly better on the validation rows than the fitted start: %s "
-                "%.4f at the start, %.4f at the last step, %s; step 0 is used",
+                "no checkpoint is better on the validation rows than the fitted start: %s %.4f at "
+                "the start, %.4f at the last step, %s; step 0 is used",
                 self.monitor,
                 self.best,
                 figures[self.monitor],
@@ -227,23 +227,19 @@ class LoopState:
         is_of_rows = self.best_step == self.step and "@" not in (self.monitor or "")
         return figures["ne"] if is_of_rows else math.nan
 
-    def update_best(
-        self, figures: Mapping[str, float], trainer: TrainerConfig, start_margin: float = 0.0
-    ) -> None:
+    def update_best(self, figures: Mapping[str, float], trainer: TrainerConfig) -> None:
         """Compares the monitored figure with the best one; one that is not finite is no better.
 
         Args:
             figures: of this validation.
             trainer: says what counts as an improvement, and what follows without one.
-            start_margin: improvement that counts as one on the weights of step 0.
         """
         if self.monitor is None:
             return
         value = figures[self.monitor]
         sign = -1 if is_lower_better(self.monitor) else 1
         gain = sign * (value - self.best) if self.best is not None else math.inf
-        needed = max(trainer.min_delta, start_margin if self.best_step == 0 else 0.0)
-        if math.isfinite(value) and gain > needed:
+        if math.isfinite(value) and gain > trainer.min_delta:
             self.best, self.best_step, self.validations_since_best = value, self.step, 0
         else:
             self.validations_since_best += 1

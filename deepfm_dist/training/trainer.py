@@ -81,8 +81,8 @@ class Hooks:
         on_validation: gets the figures of every validation and its epoch; it may raise `Pruned`,
             on all ranks.
         save: writes a checkpoint.
-        start_margin: by how much the monitored figure has to beat that of the weights that training
-            starts from, which are measured and saved as step 0. None: they are not.
+        measure_start: whether the weights that training starts from are measured, and saved as
+            step 0.
         asked_to_stop: whether this process was asked to; one is enough for all to stop.
         profiler: stepped with the loop.
         sent_bytes: bytes that the ranks send each other for a micro-batch, by kind.
@@ -91,7 +91,7 @@ class Hooks:
     validate: Callable[[], Mapping[str, float]] | None = None
     on_validation: Callable[[Mapping[str, float], int], None] | None = None
     save: Callable[[LoopState], None] | None = None
-    start_margin: float | None = None
+    measure_start: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     profiler: torch.profiler.profile | None = None
     sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {}
@@ -161,7 +161,7 @@ class Trainer:
         if state.step < self.last_step:
             state.resume(self._config.monitor)
         step, save_due, stop, figures = state.step, False, self._is_over, dict[str, float]()
-        if step == 0 and state.best is None and hooks.start_margin is not None:
+        if step == 0 and state.best is None and hooks.measure_start:
             self._measure_start()
         micro_batches = self._micro_batches(step + 1)
         self._model.train()
@@ -274,7 +274,7 @@ class Trainer:
         if not self._is_validation_due(step, is_last_due=False):
             state.before_end = state.best_state
         trainer, is_first = self._config.trainer, self._world.is_first
-        state.update_best(figures, trainer, self._hooks.start_margin or 0.0)
+        state.update_best(figures, trainer)
         state.check_monitored(figures, trainer.needs_monitor is not None, is_first)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         if self._last is None:

@@ -1,5 +1,6 @@
 """First-order weights that start from a logistic regression with one prior for each field."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,26 @@ from deepfm_dist.config import Config, config_from, resolve, with_settings
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.data.preparation.local import prepare
-from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint
+from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, load, read_state
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import local_shards
+from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import ValidEvent, read_events
-from deepfm_dist.interop.logistic import Inputs, VectorInputs, _newton, fit, fit_first_order
+from deepfm_dist.interop.logistic import (
+    Inputs,
+    VectorInputs,
+    _newton,
+    cross_validate,
+    fit,
+    fit_first_order,
+)
+from deepfm_dist.interop.shares import log_loss
 from deepfm_dist.jobs.first_order import put_first_order
 from deepfm_dist.jobs.train import train
-from deepfm_dist.training.settings import TrainerConfig
-from deepfm_dist.training.state import LoopState
+from deepfm_dist.recipe import choices_in
+from deepfm_dist.runs.trained import find_run
+from deepfm_dist.training.evaluation import RowEvaluator, ScoredRows
 from tests.ranks import run_in_fork, run_ranks
 
 
@@ -119,14 +130,22 @@ def test_labels_that_are_all_the_same_give_a_bias_alone() -> None:
     assert weights[-1] == pytest.approx(np.log(0.5 / 100.5))
 
 
-def _clicks(folder: Path, effect: float, **sections: Any) -> Config:
-    """A log of 1,200 rows: a field, a bag of values, a number, weights."""
+def _clicks(folder: Path, effect: float, pairs: float = 0.0, **sections: Any) -> Config:
+    """A log of 1,200 rows: a field, a bag of values, a number, weights.
+
+    Args:
+        folder: where it is written.
+        effect: how far the log-odds hang on the field and the number.
+        pairs: how far they hang on a number whose sign depends on the field.
+        sections: of settings.
+    """
     rng = np.random.default_rng(5)
     log = pd.DataFrame({"a": rng.integers(0, 9, 1_200)})
     log["tags"] = ["|".join(map(str, rng.integers(0, 6, 1 + k % 3))) for k in range(1_200)]
     log["x"] = rng.normal(2, 3, 1_200).round(3)
     log["w"] = rng.integers(1, 4, 1_200)
     logits = effect * (rng.normal(size=9)[log["a"]] + 0.3 * (log["x"] - 2)) - 0.5
+    logits += pairs * np.where(log["a"] % 2, 1, -1) * (log["x"] - 2)
     log["y"] = (rng.random(1_200) < 1 / (1 + np.exp(-logits))).astype(int)
     log.to_csv(folder / "log.csv", index=False)
     roots = {f"{kind}_root": str(folder / kind) for kind in ("prepared", "runs")}
@@ -171,9 +190,12 @@ def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None
     assert isinstance(values, np.ndarray)
     logits = fitted.tables["a"][torch.tensor(values), 0].numpy() + np.array(mean) + fitted.bias
     logits += fitted.numbers[0].item() * np.asarray(train_rows.context["x"])
+    positive = train_rows.weights @ train_rows.labels + 0.5
+    constant = np.log(positive / (train_rows.weights.sum() + 1 - positive))
+    logits = constant + (logits - constant) / fitted.share  # the regression itself
     residual = train_rows.weights * (train_rows.labels - 1 / (1 + np.exp(-logits)))
     by_value = np.bincount(np.asarray(values), residual)
-    held_back = fitted.tables["a"][:, 0].numpy() / fitted.deviations["a"] ** 2
+    held_back = fitted.tables["a"][:, 0].numpy() / fitted.share / fitted.deviations["a"] ** 2
     assert by_value == pytest.approx(held_back[: len(by_value)], abs=0.05)
     assert residual.sum() == pytest.approx(0, abs=0.05)
     alone, [one, two] = (
@@ -188,12 +210,96 @@ def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None
         assert one[1].get(table, []) + two[1].get(table, []) == alone[1][table]
 
 
-def _trains(folder: Path) -> None:
-    config = _clicks(folder, 0.0, trainer={"max_steps": 6, "validate_every_epochs": 1})
+def test_cross_validated_rows_do_not_know_their_labels() -> None:
+    inputs, labels, _ = _drawn(300, 6, 1.0)
+    ones = np.ones(300)
+    weights, precisions = fit(inputs, labels, ones)
+    held_out, constants = cross_validate(inputs, labels, ones, weights, precisions)
+    for row in (0, 17):
+        flipped = labels.copy()
+        flipped[row] = 1 - flipped[row]
+        again = cross_validate(inputs, flipped, ones, weights, precisions)
+        assert again[0][row] == pytest.approx(held_out[row], abs=1e-3)
+        assert again[1][row] == constants[row]
+        assert np.abs(again[0] - held_out).max() > 0.01  # other folds do know it
+    assert log_loss(held_out, labels, ones) < log_loss(constants, labels, ones)
+    same = cross_validate(inputs, np.zeros(300), ones, weights, precisions)
+    assert (same[0] == same[1]).all()
+
+
+def _scores(config: Config, world: World, path: Path, over_arch: bool = True) -> ScoredRows:
+    """Validation rows by a checkpoint, with or without what its over-arch adds. One rank."""
+    dataset = PreparedDataset(config.prepared_dir)
+    sharded, _ = shard_for_training(config, dataset.manifest, world)
+    load(path, world, sharded)
+    sharded.eval()
+    if not over_arch:
+        for parameter in deepfm_of(sharded).interaction_arch.over_arch.output.parameters():
+            parameter.data.zero_()
+    rows = RowEvaluator(dataset, "valid").scored_rows(sharded, world)
+    assert rows is not None
+    return rows
+
+
+def _blended(config: Config) -> str:
     state = train(config).state
-    assert state.best_step == 0  # nothing is to be learned from noise
+    assert state.best_step
+    path = find_checkpoint(config.run_dir, "auto")
+    assert path.parents[1].name == "selected"
+    [choice] = [c for c in choices_in(read_state(path)) if c.setting == "model.linear"]
+    return choice.reason
+
+
+def _with_pairs(folder: Path) -> Config:
+    trainer = {"max_steps": 30, "validate_every_epochs": 1}
+    sections = {"trainer": trainer, "optimizer": {"tables": {"lr": 0.05}}}
+    return _clicks(folder, 0.5, 0.4, model={"dropout": 0}, **sections)  # which depends on the rank
+
+
+def _blends(folder: Path) -> str:
+    config = _with_pairs(folder)
+    reason = _blended(config)
+    with process_group("cpu") as world:
+        run = find_run(config, ())
+        used = _scores(run.config, world, run.checkpoint)
+        loop = run.config
+        start = _scores(loop, world, find_checkpoint(config.run_dir, 0))
+        best = find_checkpoint(config.run_dir, "best")
+        trained, fm = _scores(loop, world, best), _scores(loop, world, best, over_arch=False)
+    shares = [float(share) for share in re.findall(r"(\d\.\d\d) of (?:what|the)", reason)]
+    assert all(0 < share < 1 for share in shares)
+    parts = [fm.logits - start.logits, trained.logits - fm.logits]
+    exact = np.linalg.lstsq(np.stack(parts, 1), used.logits - start.logits, rcond=None)[0]
+    assert exact == pytest.approx(shares, abs=0.006)
+    # Up to the products of the start's factors, of a standard deviation of 0.01.
+    assert used.logits - start.logits == pytest.approx(exact @ np.stack(parts), abs=5e-3)
+    figures = [float(f) for f in re.findall(r"0\.\d{4}", reason)][-4:]
+    assert len(np.unique(used.weights)) == 3
+    prior = PreparedDataset(config.prepared_dir).manifest.log_odds[0]
+    for figure, logits in zip(
+        figures, (used.logits, start.logits, trained.logits, np.full(240, prior)), strict=True
+    ):
+        losses = np.log1p(np.exp(np.where(used.labels == 1, -logits, logits)))
+        assert figure == pytest.approx(np.average(losses, weights=used.weights), abs=6e-5)
+    return reason
+
+
+def test_a_finished_run_uses_a_share_of_what_training_added(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    reason = run_in_fork(_blends, tmp_path / "one")
+    config = _with_pairs(tmp_path / "two")
+    assert run_ranks(_blended, 2, config) == [reason, reason]
+
+
+def _trains(folder: Path) -> None:
+    settings = {"max_steps": 6, "validate_every_epochs": 1}
+    config = _clicks(folder, 0.0, trainer=settings, optimizer={"tables": {"lr": 1.0}})
+    state = train(config).state
+    assert state.best_step == 0  # at such a rate, nothing good is learned
     assert 0 in complete_steps(config.run_dir)
-    assert find_checkpoint(config.run_dir, "auto").name == "step_00000000"
+    path = find_checkpoint(config.run_dir, "auto")
+    assert (path.parents[1].name, path.name) == ("selected", "step_00000000")
     first = next(
         e for e in read_events(config.run_dir / "metrics.jsonl") if isinstance(e, ValidEvent)
     )
@@ -201,6 +307,11 @@ def _trains(folder: Path) -> None:
     assert first.figures["ne"] < 1.01
     again = with_settings(config, {"trainer.max_steps": 9})
     assert train(again).state.best == state.best
+    with process_group("cpu") as world:
+        run = find_run(config, ())
+        used = _scores(run.config, world, run.checkpoint)
+        start = _scores(run.config, world, find_checkpoint(config.run_dir, 0))
+        assert (used.logits == start.logits).all()
     for settings, message in (
         ({"model.first_order": False}, "model.first_order is off"),
         ({"model.linear": "ease"}, "model.linear=ease: for models that are trained on users"),
@@ -210,10 +321,5 @@ def _trains(folder: Path) -> None:
             train(with_settings(config, tree))
 
 
-def test_a_trained_checkpoint_has_to_beat_the_start_clearly(tmp_path: Path) -> None:
-    state = LoopState(monitor="log_loss")
-    for step, value, best_step in ((0, 0.5, 0), (1, 0.49, 0), (2, 0.47, 2), (3, 0.469, 3)):
-        state.step = step
-        state.update_best({"log_loss": value}, TrainerConfig(), start_margin=0.02)
-        assert state.best_step == best_step
+def test_what_was_learned_badly_leaves_the_start(tmp_path: Path) -> None:
     run_in_fork(_trains, tmp_path)
