@@ -397,6 +397,8 @@ def test_a_ranking_has_its_colour_on_every_plot() -> None:
         plotter.learning("d", "", "", [(1, 0.5), (2, 0.25)], []),  # on training rows alone
     ):
         assert set(re.findall(r"--series-(\d)", plot.svg)) == {"1"}, plot.name
+    bars = plotter.groups("b", "", "", "", ["2-30", "31-3,000"], values).svg
+    assert ">2-30</text>" in bars and ">31-3,000</text>" in bars
     for plot in (
         plotter.over_k("a", "", "", {"model": [0.25, 0.5]}),
         plotter.shares("c", "", "", {"ease": 0.5}, per_ranking=False),
