@@ -44,24 +44,32 @@ def config_error(
     problems = describe(error, section)
     if len(problems) == 1:
         [(name, problem)] = problems.items()
-        cause = _override_of(name, overrides, section)
+        cause = _override_of(name, problem, overrides, section)
         where = "" if name in ("", (cause or "").partition("=")[0]) else f"{name}: "
         return ConfigError(f"{cause or origin}: {where}{problem}")
     lines = [f"{origin}: {len(problems)} problems"]
     for name, problem in problems.items():
-        cause = _override_of(name, overrides, section)
+        cause = _override_of(name, problem, overrides, section)
         lines.append(f"{name or 'config'}: {problem}" + (f" [{cause}]" if cause else ""))
     return ConfigError("\n  ".join(lines))
 
 
-def _override_of(setting: str, overrides: Sequence[str], section: type[Section]) -> str | None:
-    """The last override that has set a setting, or part of it."""
-    where = f"{setting}."
-    for override in reversed(overrides):
+def _override_of(
+    setting: str, problem: str, overrides: Sequence[str], section: type[Section]
+) -> str | None:
+    """The last override that has set a setting; or a part of it, which the problem names.
+
+    An only one that has set some part is to blame as well.
+    """
+    where, of_parts = f"{setting}.", []
+    for override in reversed(overrides if setting else ()):
         names = [f"{name}." for name in settings_of(override, section)]
-        if any(where.startswith(name) or name.startswith(where) for name in names if setting):
+        parts = [name.removeprefix(where) for name in names if name.startswith(where)]
+        named = any(re.search(rf"\b{part.partition('.')[0]}\b", problem) for part in parts if part)
+        if named or any(where.startswith(name) for name in names):
             return override
-    return None
+        of_parts += [override] * bool(parts)
+    return of_parts[0] if len(of_parts) == 1 else None
 
 
 def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> list[Problem]:

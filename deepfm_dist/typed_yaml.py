@@ -110,6 +110,11 @@ def kind_below(kinds: list[Any], key: str) -> Any:
     return Any
 
 
+def _takes_mapping(kind: Any) -> bool:
+    is_section = isinstance(kind, type) and issubclass(kind, Section)
+    return kind is Any or get_origin(kind) is dict or is_section
+
+
 def _scalar(text: Plain, kinds: list[Any]) -> Any:
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if text in words:
@@ -143,8 +148,11 @@ def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
     kinds: list[Any] = [section]
     for part in name.split("."):
         kinds = kinds_of(kind_below(kinds, part))
-    if set(kinds) <= {str, type(None)} and text.strip()[:1] not in ("'", '"'):
-        return name, Plain(text.strip())
+    plain = text.strip()
+    if set(kinds) <= {str, type(None)} and plain[:1] not in ("'", '"'):
+        return name, Plain(plain)
+    if str in kinds and plain[:1] == "{" and not any(map(_takes_mapping, kinds)):
+        return name, Plain(plain)  # such as {2026-11-01..2026-11-07}.csv
     try:
         return name, load(text)
     except DuplicateKeyError as error:

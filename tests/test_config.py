@@ -502,10 +502,24 @@ def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
         (["recommend.k=-1", "recommend.k=0"], "recommend.k=0"),
         (["data.nme=x"], "data.nme=x"),
         (["optimizer.dense.decay=linear"], "optimizer.dense.decay=linear"),
+        (
+            ["recommend.diversity=0.5", "recommend.candidates=20", "recommend.k=5"],
+            "recommend.candidates=20: recommend",
+        ),
+        (["recommend.users=[a]", "recommend.requests=a", "recommend.k=5"], "recommend.requests=a"),
     ]:
         with pytest.raises(ConfigError) as caught:
             load_config("sample", overrides)
         assert str(caught.value).startswith(f"{cause}: ")
+
+
+def test_names_of_files_in_braces_are_names() -> None:
+    for text in ("{2026-11-01..2026-11-07}.csv", "{day}", "{day-1..day}.parquet"):
+        assert (
+            load_config("sample", [f"data.interactions.file={text}"]).data.interactions.file == text
+        )
+        with pytest.raises(ConfigError):  # a mapping where one is expected
+            load_config("sample", [f"data.split={text}"])
 
 
 def test_a_pair_without_a_space_is_told_to_have_one() -> None:

@@ -94,7 +94,8 @@ def check_texts(n: int, n_bytes: int) -> None:
     if n_bytes > MOST_TEXT_BYTES:
         raise DataError(
             f"{n:,} distinct values of one table are {n_bytes:,} bytes of text, more than the "
-            f"{MOST_TEXT_BYTES:,} allowed; set hash_rows for its fields"
+            f"{MOST_TEXT_BYTES:,} allowed; set hash_rows for its fields, or, if they are ids of "
+            f"users or items, write shorter ones"
         )
 
 

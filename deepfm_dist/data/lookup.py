@@ -15,7 +15,7 @@ from deepfm_dist.data.schema import Feature
 from deepfm_dist.data.sources import Column
 from deepfm_dist.data.spelling import Unseen
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.messages import nearest, short
+from deepfm_dist.messages import nearest, plural, short
 
 _NEARLY_ALL = 0.95
 
@@ -55,6 +55,7 @@ class RowEncoder:
         self._words = _with_vocabulary(self._encoders)
         self.unknown |= {name: words.unseen for name, words in self._words.items()}
         self._n_rows, self._n_empty = 0, Counter[str]()
+        self._unused: dict[str, str | float] = {}
 
     @property
     def columns(self) -> list[Column]:
@@ -94,15 +95,18 @@ class RowEncoder:
             place = pc.index_in(table[name], value_set=ids).fill_null(-1)
             entity_rows[name] = place.to_numpy().astype(np.int32) + np.int32(1)
             self.unknown[name].add(table[name], entity_rows[name] > 0)
-        self._n_rows += table.num_rows
-        for feature in self._context:
-            self._n_empty[feature.name] += _count_empty(table[column_of(feature).key])
+        self._count_empty(self._context, table)
         context = self.encode_context(table)
         return Rows(entity_rows.get("user"), entity_rows.get("item"), None, context, table.num_rows)
 
     def encode_context(self, table: pa.Table) -> dict[str, Values]:
         """The context fields of a table that has their `columns`."""
         return {f.name: self._column(f, table) for f in self._context}
+
+    def _count_empty(self, features: Iterable[Feature], table: pa.Table) -> None:
+        self._n_rows += table.num_rows
+        for feature in features:
+            self._n_empty[feature.name] += _count_empty(table[column_of(feature).key])
 
     def _column(self, feature: Feature, table: pa.Table) -> Values:
         return self._encoders[feature.name].encode(table[column_of(feature).key], table.num_rows)
@@ -112,6 +116,12 @@ class RowEncoder:
         reports = [self.unknown[name].report(ids) for name, (_, ids) in self._entities.items()]
         reports += [words.report() for words in self._words.values()]
         reports += map(self._report_empty, self._context)
+        reports += [
+            f"{name}: {plural(n, 'row')} without a value: recommend.context.{name}={value} is for "
+            f"files without the column"
+            for name, value in self._unused.items()
+            if (n := self._n_empty[name])
+        ]
         return [text for text in reports if text is not None]
 
     def _report_empty(self, feature: Feature) -> str | None:
@@ -145,6 +155,8 @@ class RowEncoder:
         given = {f.name for f in self._context if column_of(f).key in table.column_names}
         others = {name: value for name, value in fixed.items() if name not in given}
         constant = self.fixed_context(others, given)
+        self._unused = {name: value for name, value in fixed.items() if name in given}
+        self._count_empty([f for f in self._context if f.name in given], table)
         nowhere = np.zeros(table.num_rows, np.int32)
         return {
             f.name: self._column(f, table) if f.name in given else taken(constant[f.name], nowhere)

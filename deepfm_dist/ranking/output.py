@@ -36,6 +36,8 @@ Probability = Callable[[Int64Array, Int64Array, FloatArray], FloatArray]
 
 MATRIX_USERS = 512
 """Users whose scores of the whole catalogue are in memory at once."""
+_COUNTS = ("rows", "full", "some")
+"""What the summary of complete parts counts."""
 _CELLS = {"int8": pa.int8(), "fp16": pa.float16(), "fp32": pa.float32()}
 
 
@@ -51,6 +53,7 @@ class RankingFiles:
         rows: number of rows.
         k: items per owner asked for; where they ask for different numbers, the largest.
         full: owners who got as many as asked for.
+        none: owners who got none.
         figures: measurements taken while ranking; see `recommend`.
     """
 
@@ -61,6 +64,7 @@ class RankingFiles:
     rows: int
     k: int
     full: int
+    none: int = 0
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,7 +107,7 @@ class ResumableOutput:
         self._n_parts = -(-n_users // self._size)
         self.missing = [s for s in range(self._n_parts) if s not in self.parts.present]
         self.reused = self._n_parts - len(self.missing)
-        self._rows = self._full = 0
+        self._rows = self._full = self._some = 0
 
     def log_reuse(self) -> None:
         """Logs how much of the work an earlier run has left to do."""
@@ -151,6 +155,7 @@ class ResumableOutput:
             there = (positions >= 0) & (np.arange(positions.shape[1]) < wanted)
             self._rows += int(there.sum())
             self._full += int((there.sum(1) == wanted[:, 0]).sum())
+            self._some += int(there.any(1).sum())
             owner, rank = np.nonzero(there)
             columns = {
                 name: column.take(pa.array(begin + owner))
@@ -227,8 +232,8 @@ class ResumableOutput:
         Raises:
             DeepFMError: the disk is full, for example.
         """
-        rows, full = self._counts()
-        self._finish(csv_columns, 1 << 20, {"owners": self._n_users, "rows": rows, "full": full})
+        counts = self._counts()
+        self._finish(csv_columns, 1 << 20, {"owners": self._n_users, **counts})
         if not self._world.is_first:
             return None
         first = self.parts.path(0) if self._in_parts else self.target
@@ -238,23 +243,25 @@ class ResumableOutput:
             csv,
             first,
             owners=self._n_users,
-            rows=rows,
+            rows=counts["rows"],
             k=int(self._k.max(initial=1)),
-            full=full,
+            full=counts["full"],
+            none=self._n_users - counts["some"],
         )
 
     def finish_matrix(self) -> None:
         """Completes what `write_matrix` wrote. All ranks."""
         self._finish({}, MATRIX_USERS, {"users": self._n_users})
 
-    def _counts(self) -> tuple[int, int]:
-        """Rows of all parts, and owners with all they asked for; reused parts are read.
+    def _counts(self) -> dict[str, int]:
+        """Rows of all parts, owners with all they asked for, and with some; reused parts are read.
 
         All ranks.
         """
-        if self.parts.summary is not None:
-            return self.parts.summary["rows"], self.parts.summary["full"]
-        rows, full = self._rows, self._full
+        if (summary := self.parts.summary) is not None:
+            # Earlier versions did not count who got some.
+            return {"some": self._n_users} | {n: summary[n] for n in _COUNTS if n in summary}
+        rows, full, some = self._rows, self._full, self._some
         name, ids = self._owners
         reused = sorted(self.parts.present)[self._world.rank :: self._world.world_size]
         for path in map(self.parts.path, reused):
@@ -262,9 +269,11 @@ class ResumableOutput:
                 table = pq.read_table(file, columns=[name, "rank"])
             owners = np.asarray(pc.index_in(table[name].combine_chunks(), value_set=ids))
             rows += table.num_rows
-            full += int((np.asarray(table["rank"]) == self._k[owners]).sum())
-        counts = self._world.all_gather_object((rows, full))
-        return sum(rows for rows, _ in counts), sum(full for _, full in counts)
+            ranks = np.asarray(table["rank"])
+            full += int((ranks == self._k[owners]).sum())
+            some += int((ranks == 1).sum())
+        of_ranks = self._world.all_gather_object((rows, full, some))
+        return dict(zip(_COUNTS, np.sum(of_ranks, 0).tolist(), strict=True))
 
     def _finish(
         self, csv_columns: Mapping[str, str], rows: int, summary: Mapping[str, Any]

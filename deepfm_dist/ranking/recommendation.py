@@ -124,7 +124,11 @@ def recommend(
 def _with_figures(
     files: RankingFiles, figures: Mapping[str, Any], asked: "_SelectedUsers"
 ) -> RankingFiles:
-    if short := files.owners - files.full:
+    if files.none:
+        owners = plural(files.owners, "user" if asked.requests is None else "request")
+        text = "no item left to recommend to %s of %s: all are seen, blocked or filtered out"
+        log.warning(text, f"{files.none:,}", owners)
+    if short := files.owners - files.full - files.none:
         if asked.requests is None:
             candidates, users = plural(files.k, "candidate"), plural(short, "user")
             log.info("fewer than %s to recommend to %s", candidates, users)

@@ -1,6 +1,7 @@
 """Requests from a file: a user, a choice of items and a context each."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,9 +197,12 @@ class _Reader:
                 f"{self._path}: the column items: this model knows its users by id, not by their "
                 f"items; {how_to_know_users_by_items(self._dataset)}"
             )
+        user_column = id_column(self._dataset, "user", present)
         user = self._dataset.manifest.data.interactions.user or "user"
         fields = [column.name for column in self._attributes.all_columns]
         ways = list(dict.fromkeys([user, "user", *["items"] * has_history, *fields]))
+        if not {*ways} & {*names} and len(present) == 1 and re.search(r"[;|\t]", present[0]):
+            read_table(self._path, [replace(user_column, name=user)])  # says what it looks like
         if not {*ways} & {*names}:
             raise DataError(
                 f"{self._path}: no column identifies the user: {', '.join(ways)}; it has: "

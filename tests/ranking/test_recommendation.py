@@ -339,7 +339,13 @@ def test_parts_are_the_same_at_any_world_size_and_after_a_kill(
     assert pq.read_table(tmp_path / "one/recommendations").equals(whole)
     summary = json.loads((tmp_path / "killed/recommendations/_SUCCESS").read_text())
     owners = whole["user_id"].unique()
-    assert summary == {"parts": 2, "owners": 700, "rows": len(whole), "full": len(owners)}
+    assert summary == {
+        "parts": 2,
+        "owners": 700,
+        "rows": len(whole),
+        "full": len(owners),
+        "some": 700,
+    }
 
     written, lines, _ = run_alone(work, out=tmp_path / "one", in_parts=True)
     assert written == 0

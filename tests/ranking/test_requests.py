@@ -300,6 +300,7 @@ def test_new_users_of_a_file_are_known_by_items_attributes_or_both(
             "where\ngenre=X\n",
             r"no column identifies the user: who, .*, city; it has: where",
         ),
+        ("who;k\n1;2\n", r"its cells seem to be separated by ';'"),
         ("who\nzz\n", r"only requests whose user is not .* \(such as 'zz'\)"),
         ("who,allow\n1,[]\n", r"row 1: allow is a list without items"),
         ("who,allow\n1,\n2,|\n", r"row 2: allow is a list without items"),
@@ -336,6 +337,30 @@ def test_a_list_of_nulls_does_not_allow_all_items(
         read_requests(shop[1], Catalogue(shop[1]), file, config)
 
 
+def _none_left(folder: Path, file: Path, out: Path) -> tuple[int, str]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("deepfm_dist").addHandler(handler)
+    dataset = PreparedDataset(folder)
+    with process_group("cpu", threads=1) as world:
+        model = deepfm_of(shard_for_training(CONFIG, dataset.manifest, world)[0].eval())
+        config = RecommendConfig(requests=str(file), context={"device": "phone", "hour": "3"})
+        files = recommend(model, world, dataset, config, out)
+    assert files is not None
+    return files.none, "\n".join(records)
+
+
+def test_requests_that_get_no_item_are_counted(
+    shop: tuple[Shop, PreparedDataset], tmp_path: Path
+) -> None:
+    everything = "|".join(map(str, range(N_ITEMS)))
+    (tmp_path / "r.csv").write_text(f"who,block\n1,{everything}\n2,1\n")
+    none, said = run_alone(_none_left, shop[1].folder, tmp_path / "r.csv", tmp_path / "out")
+    assert none == 1
+    assert "no item left to recommend to 1 of 2 requests: all are seen, blocked or filt" in said
+
+
 def test_a_missing_file_is_named(shop: tuple[Shop, PreparedDataset], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"recommend\.requests=.*nowhere\.csv: no such file; write"):
         read_requests(shop[1], Catalogue(shop[1]), tmp_path / "nowhere.csv", RecommendConfig())
@@ -344,7 +369,7 @@ def test_a_missing_file_is_named(shop: tuple[Shop, PreparedDataset], tmp_path: P
 def test_context_comes_from_a_column_or_from_the_settings(
     shop: tuple[Shop, PreparedDataset], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "r.csv").write_text("who,device,allow\n3,desk,1|2|01\n4,radio,3\n")
+    (tmp_path / "r.csv").write_text("who,device,allow\n3,desk,1|2|01\n4,radio,3\n5,,\n")
     catalogue = Catalogue(shop[1])
     with pytest.raises(ConfigError, match=r"context\.hour=VALUE, or give the requests a column"):
         read_requests(shop[1], catalogue, tmp_path / "r.csv", RecommendConfig())
@@ -352,12 +377,14 @@ def test_context_comes_from_a_column_or_from_the_settings(
     requests = read_requests(shop[1], catalogue, tmp_path / "r.csv", config)
     assert requests.users.context is not None
     devices = shop[1].vocabulary("device").ids.to_pylist()
-    assert requests.users.context["device"].tolist() == [devices.index("desk") + 1, 0]
+    assert requests.users.context["device"].tolist() == [devices.index("desk") + 1, 0, 0]
     np.testing.assert_allclose(
-        requests.users.context["hour"], dense_of(shop[1], np.array([3.0, 3.0])), rtol=1e-6
+        requests.users.context["hour"], dense_of(shop[1], np.full(3, 3.0)), rtol=1e-6
     )
     assert "device: 1 of 2 values were never seen in training and are scored as" in caplog.text
     assert "such as '01'; 1 differ only in leading zeros: '01' and '1'" in caplog.text
+    unused = "device: 1 row without a value: recommend.context.device=phone is for files without"
+    assert unused in caplog.text
     ids = catalogue.ids.to_pylist()
     assert [[ids[p] for p in s] for s in requests.sets.positions] == [["1", "2"], ["3"]]
 

@@ -103,8 +103,9 @@ class DelimitedReader(Reader):
             other, n = "", len(present)
             if n == 1 and counts[mark]:
                 other, n = f"delimiter: {_DELIMITERS[mark]}, ", 1 + counts[mark]
-            cure = self.source.cure("name them", f"{other}columns: [first, second, ...]", "add one")
-            return f"; if it has no header line, {cure}, {n} of them"
+            add = f"add one of {plural(n, 'name')}"
+            cure = self.source.cure("name them", f"{other}columns: [first, second, ...]", add)
+            return f"; if it has no header line, {cure}" + f", {n} of them" * (cure != add)
         return ""
 
     def _is_separated_by(self, mark: str, header: str, wanted: set[str]) -> bool:
