@@ -4,7 +4,8 @@ The notebook's shape, generated: 31,360 users, 6,807 items, dim 10, 30-20-10, tr
 steps, with the hour of a row as context. The plain catalogue is every user's top 10 at one hour.
 There is a request for each user, with its own hour and one of some filters by genre, or with a list
 of 500 items that no other request has. Pairs are those that are scored: of a request, the items
-that its filter or list keeps. The time is that of ranking and writing its parts; ways take turns.
+that its filter or list keeps. Requests per second count requests, however few items each has. The
+time is that of ranking and writing its parts; ways take turns.
 
     python benchmarks/request_files.py
 """
@@ -81,14 +82,21 @@ def main() -> int:
         for name, path in write_requests(home, arguments.filters).items():
             ways[name] = [f"recommend.requests={path}"]
         speeds: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(arguments.repeats + 1):
             for name, settings in ways.items():
                 figures = recommended(run, 1, settings)
                 if turn:  # the first one compiles and fills the disk's cache
                     speeds[name].append(figures["pairs_per_s"])
+                    seconds[name].append(figures["seconds"])
     report = {name: round(statistics.median(values)) for name, values in speeds.items()}
+    took = {name: statistics.median(values) for name, values in seconds.items()}
     for name, speed in report.items():
-        print(f"{name}: {speed / 1e6:.1f} M pairs/s, {speed / report['plain']:.2f} times the plain")
+        print(
+            f"{name}: {speed / 1e6:.1f} M pairs/s, {speed / report['plain']:.2f} times the plain; "
+            f"{NOTEBOOK.n_users / took[name]:,.0f} requests/s, "
+            f"{took['plain'] / took[name]:.2f} times the plain"
+        )
     print(json.dumps(report))
     return 0
 

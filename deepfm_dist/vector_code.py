@@ -75,12 +75,36 @@ class Code:
         for value, place in zip(values, self._vectors(address), strict=True):
             self.b.store(value, place, align=4)
 
+    def load_vector(self, address: Any) -> Any:
+        """`LANES` floats."""
+        return self.b.load(self.b.bitcast(address, _VECTOR.as_pointer()), align=4)
+
+    def store_vector(self, value: Any, address: Any) -> None:
+        """Writes `LANES` floats."""
+        self.b.store(value, self.b.bitcast(address, _VECTOR.as_pointer()), align=4)
+
+    def transposed(self, vectors: list[Any]) -> list[Any]:
+        """`LANES` vectors, so that lane j of vector i is lane i of vector j."""
+        distance, lanes = 1, range(LANES)
+        while distance < LANES:
+            # Of each two vectors this far apart, the quarters off the diagonal change places.
+            near = [j if not j & distance else LANES + j - distance for j in lanes]
+            far = [j + distance if not j & distance else LANES + j for j in lanes]
+            swapped = list(vectors)
+            for i in lanes:
+                if not i & distance:
+                    pair = vectors[i], vectors[i | distance]
+                    swapped[i] = self.b.shuffle_vector(*pair, _lanes(near))
+                    swapped[i | distance] = self.b.shuffle_vector(*pair, _lanes(far))
+            vectors, distance = swapped, 2 * distance
+        return vectors
+
     def splat(self, scalar: Any) -> Any:
         """A vector of one value."""
         empty = ir.Constant(_VECTOR, ir.Undefined)
         first = ir.Constant(ir.IntType(32), 0)
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return self.b.shuffle_vector(self.b.insert_element(empty, scalar, first), empty, lanes)
+        vector = self.b.insert_element(empty, scalar, first)
+        return self.b.shuffle_vector(vector, empty, _lanes([0] * LANES))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """``a b + c``, rounded once."""
@@ -196,3 +220,8 @@ class Code:
             )
             vector = self.b.fadd(*(self.b.shuffle_vector(vector, vector, half) for half in halves))
         return self.b.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+
+def _lanes(numbers: Sequence[int]) -> Any:
+    """The lanes that a shuffle takes."""
+    return ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(numbers))

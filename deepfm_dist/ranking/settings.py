@@ -140,7 +140,8 @@ class RecommendConfig(Section):
     """Number of lists of an ``IVF`` index that are searched per user."""
     memory_bytes: int = Field(1 << 30, ge=1)
     """Maximum bytes of the item side that a rank keeps. A larger catalogue is divided over the
-    ranks, and one that still does not fit is processed in blocks. An index is not included."""
+    ranks, and one that still does not fit is processed in blocks. An index is not included, nor are
+    the items that filters, lists of requests and `candidates` pick, which take as much again."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""

@@ -31,6 +31,7 @@ class NumbaEngine:
         self._network = kernel.network_of([(w.numpy(), b.numpy()) for w, b in layers])
         self._pairwise = kernel.network_of([])
         self._threads = threads
+        self._rows: tuple[kernel.FloatArray, kernel.FloatArray] | None = None
 
     def allocate(self, n: int, like: Side) -> kernel.Items:
         """Room for n items."""
@@ -112,13 +113,13 @@ class NumbaEngine:
         best: Best,
     ) -> None:
         """Runs each user's own items past it; see `Engine`."""
-        network, wanted = self._network, candidates.numpy()
+        network, wanted, rows = self._network, candidates.numpy(), self._rows_of(items)
         best_arrays = best.scores.numpy(), best.positions.numpy()
 
         def work(begin: int, end: int) -> None:
             scratch = self._scratch(network)
             kernel.update_top_k_of_candidates(
-                users, begin, end, items, offset, network, wanted, *best_arrays, scratch
+                users, begin, end, items, rows, offset, network, wanted, *best_arrays, scratch
             )
 
         self._over_users(work, len(best.scores))
@@ -133,6 +134,12 @@ class NumbaEngine:
 
         self._over_users(work, n_users)
         return torch.from_numpy(out)
+
+    def _rows_of(self, items: kernel.Items) -> kernel.FloatArray:
+        """`kernel.rows_of`, kept for the next users of the same items."""
+        if self._rows is None or self._rows[0] is not items.factors:
+            self._rows = items.factors, kernel.rows_of(items)
+        return self._rows[1]
 
     def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
         return kernel.aligned_zeros((network.rows + ROWS) * BLOCK)

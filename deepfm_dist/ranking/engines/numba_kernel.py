@@ -172,6 +172,33 @@ def _pairwise(typing: Any, users: Any, chunk: Any, items: Any, block: Any, n: An
 
 
 @intrinsic
+def _pairwise_of_one(typing: Any, users: Any, user: Any, items: Any, n: Any, s: Any) -> Any:
+    """`_pairwise` of one user and a single block: the same multiplications and additions."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        code = Code(context, builder)
+        users, user, items, network, scratch = zip(signature.args, arguments, strict=True)
+        dim, rows = code.field(items, "dim")[1], code.index(ROWS)
+        row = builder.urem(user[1], rows)
+        chunk = builder.mul(builder.sub(user[1], row), dim)
+        weights = code.forward(code.address(code.field(users, "factors"), chunk), row)
+        factors = code.address(code.field(items, "factors"))
+
+        def step(j: Any, sums: list[Any]) -> list[Any]:
+            weight = code.splat(builder.load(code.forward(weights, builder.mul(j, rows))))
+            x = code.load(code.row(factors, j))
+            return [code.fma(weight, x[v], sums[v]) for v in range(VECTORS)]
+
+        constant = builder.load(code.address(code.field(users, "constant"), user[1]))
+        sums = code.loop(dim, [code.splat(constant)] * VECTORS, step)
+        scores = code.row(code.address(scratch), code.field(network, "rows")[1])
+        code.store(sums, code.row(scores, row))
+        return context.get_dummy_value()
+
+    return types.void(users, user, items, n, s), emit
+
+
+@intrinsic
 def _complete(
     typing: Any, users: Any, user: Any, items: Any, block: Any, n: Any, s: Any, least: Any
 ) -> Any:
@@ -354,11 +381,54 @@ def copy_items(items: Items, places: Int64Array, picked: Items) -> None:
 
 
 @compiled
-def _gather(packed: FloatArray, places: Int64Array, n: int, out: FloatArray) -> None:
-    """``n`` rows of `BLOCK` items that lie in different blocks."""
-    for j in range(n):
-        for lane in range(BLOCK):
-            out[j * BLOCK + lane] = packed[places[lane] + j * BLOCK]
+def rows_of(items: Items) -> FloatArray:
+    """``[n, width]``: each item's constant, factors and hidden part, one after the other.
+
+    The width is a multiple of `LANES`, so that whole vectors of an item can be loaded.
+    """
+    dim, units = items.dim, items.units
+    rows = np.zeros((items.n, -(-(1 + dim + units) // LANES) * LANES), np.float32)
+    for at in range(items.n):
+        block, lane = divmod(at, BLOCK)
+        rows[at, 0] = items.constant[at]
+        for j in range(dim):
+            rows[at, 1 + j] = items.factors[(block * dim + j) * BLOCK + lane]
+        for j in range(units):
+            rows[at, 1 + dim + j] = items.hidden[(block * units + j) * BLOCK + lane]
+    return rows
+
+
+@intrinsic
+def _transpose(typing: Any, rows: Any, places: Any, lane: Any, out: Any) -> Any:
+    """Puts `LANES` rows into columns of ``out``, ``[width, BLOCK]`` flat, from a lane on.
+
+    ``places`` are the rows' numbers. A vector of each row is loaded and these are transposed in
+    registers: vectors that are stored number by number would be waited for when they are read.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        code = Code(context, builder)
+        rows, places, lane, out = zip(signature.args, arguments, strict=True)
+        shape = context.make_array(rows[0])(context, builder, value=rows[1]).shape
+        width = builder.extract_value(shape, 1)
+        numbers = code.address(places)
+        starts = [
+            code.address(rows, builder.mul(builder.load(code.forward(numbers, k)), width))
+            for k in map(code.index, range(LANES))
+        ]
+        target = code.forward(code.address(out), lane[1])
+
+        def tile(t: Any, _: list[Any]) -> list[Any]:
+            first = builder.mul(t, code.index(LANES))
+            vectors = [code.load_vector(code.forward(start, first)) for start in starts]
+            for j, vector in enumerate(code.transposed(vectors)):
+                code.store_vector(vector, code.row(target, builder.add(first, code.index(j))))
+            return []
+
+        code.loop(builder.udiv(width, code.index(LANES)), [], tile)
+        return context.get_dummy_value()
+
+    return types.void(rows, places, lane, out), emit
 
 
 @compiled
@@ -367,6 +437,7 @@ def update_top_k_of_candidates(
     begin: int,
     end: int,
     items: Items,
+    rows: FloatArray,
     offset: int,
     network: Network,
     candidates: Int64Array,
@@ -377,35 +448,27 @@ def update_top_k_of_candidates(
     """`update_top_k` for each user's own few items; it documents the other arguments.
 
     ``candidates`` are ``[users, N]`` positions, ascending; others' than these items' are skipped.
+    ``rows`` are `rows_of` the items.
     """
     scores = scratch[network.rows * BLOCK :]
     dim, units, last = items.dim, items.units, best.shape[1] - 1
-    factor_source, hidden_source = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
-    picked = Items(
-        np.empty(BLOCK, np.float32),
-        np.zeros(dim * BLOCK, np.float32),
-        np.zeros(units * BLOCK, np.float32),
-        BLOCK,
-        dim,
-        units,
-    )
+    room, places = np.zeros(rows.shape[1] * BLOCK, np.float32), np.zeros(BLOCK, np.int64)
+    hidden = (1 + dim) * BLOCK
+    picked = Items(room[:BLOCK], room[BLOCK:hidden], room[hidden:], BLOCK, dim, units)
     for user in range(begin, end):
         mine = candidates[user]
         low = np.searchsorted(mine, offset)
         high = np.searchsorted(mine, offset + items.n)
         for start in range(low, high, BLOCK):
-            places = mine[start : min(start + BLOCK, high)]
-            picked.constant[:] = -np.inf
-            for lane in range(len(places)):
-                block, source = divmod(places[lane] - offset, BLOCK)
-                picked.constant[lane] = items.constant[block * BLOCK + source]
-                factor_source[lane] = block * dim * BLOCK + source
-                hidden_source[lane] = block * units * BLOCK + source
-            _gather(items.factors, factor_source, dim, picked.factors)
-            _gather(items.hidden, hidden_source, units, picked.hidden)
-            _pairwise(users, user - user % ROWS, picked, 0, network, scratch)
+            n = high - start if high - start < BLOCK else BLOCK
+            for lane in range(n):
+                places[lane] = mine[start + lane] - offset
+            for lane in range(0, n, LANES):
+                _transpose(rows, places[lane:], lane, room)
+            picked.constant[n:] = -np.inf
+            _pairwise_of_one(users, user, picked, network, scratch)
             above = _complete(users, user, picked, 0, network, scratch, best[user, last])
-            _keep(above, scores, places, user, best, positions)
+            _keep(above, scores, mine[start:], user, best, positions)
 
 
 @compiled
