@@ -23,9 +23,10 @@ from tests.cures.machines import MACHINES
 from tests.cures.mistakes import SPACE, Mistake, exit_code, exit_code_here, write
 from tests.cures.requests import REQUESTS
 from tests.cures.settings import SETTINGS
+from tests.cures.targets import TARGETS
 from tests.ranks import heed_permissions, run_in_fork
 
-ALL = [*SETTINGS, *INPUT, *COMMAND_ORDER, *OTHERS, *REQUESTS, *MACHINES]
+ALL = [*SETTINGS, *INPUT, *COMMAND_ORDER, *OTHERS, *REQUESTS, *MACHINES, *TARGETS]
 READ_ONLY = {
     "recommend": ("--output", "--output OUT/best.parquet"),
     "similar": ("--output", "--output OUT/alike.parquet"),
