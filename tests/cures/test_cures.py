@@ -216,6 +216,7 @@ def test_folders_that_cannot_be_written_have_cures(
     before = ("train", "train run.name=flat model.deep=false data.name=cures")
     shutil.copytree(homes(Mistake("", "", before=before)), home)
     write(home, Mistake("", ""))
+    capfd.readouterr()
     out.mkdir()
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.chdir(home)
