@@ -151,7 +151,7 @@ def _measure(
             config.evaluate.mask_seen,
             cold_items=cold_items,
         )
-    weights = trained.weights_of_targets
+    weights = config.trainer.weights_of(dataset.manifest.targets)
     measured = RowEvaluator(dataset, split, weights).measure(trained.sharded, world)
     comparison = None
     if held_out is not None:

@@ -103,12 +103,6 @@ class LoadedModel:
 
         return negative_rate(self.dataset, self.settings, score, world)
 
-    @property
-    def weights_of_targets(self) -> list[float]:
-        """Of several targets in the loss that the model was trained by, in their order."""
-        weights = self.settings.get("trainer", {}).get("target_weights", {})
-        return [float(weights.get(target, 1)) for target in self.dataset.manifest.targets]
-
     def output(self, name: str, about: Collection[str], given: str | None) -> Path:
         """The parquet file that a command writes; a CSV of the same name may go with it.
 
