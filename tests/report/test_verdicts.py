@@ -200,6 +200,26 @@ def test_a_loss_above_that_of_a_constant_is_named_with_both() -> None:
     )
 
 
+def test_each_of_several_targets_is_judged_by_its_own_figures() -> None:
+    rows = {"click.ne": 0.75, "click.log_loss": 0.5, "click.majority_rate": 0.75}
+    rows |= {"buy.ne": 1.25, "buy.log_loss": 0.25, "buy.majority_rate": 0.9}
+    settings = {"data": {"task": "ctr", "interactions": {"labels": ["click", "buy"]}}}
+    state = {"step": 10, "config": settings, "trainer": {"monitor": None}}
+    verdicts = verdicts_on(state, losses(0.5), rows, Unknown(9, {}), "test", None, 10)
+    assert [(str(verdict), verdict.kind) for verdict in verdicts] == [
+        (
+            "click: Better than a constant: NE 0.7500 on test rows: log loss 0.5000 is 25.0% below "
+            "that of always predicting the mean label",
+            "better",
+        ),
+        (
+            "buy: Worse than a constant: NE 1.2500 on test rows: always predicting the mean label "
+            "has a lower log loss than 0.2500",
+            "worse",
+        ),
+    ]
+
+
 def test_rows_of_one_label_are_named() -> None:
     rows = {"ne": NAN, "log_loss": 0.6, "majority_rate": 1.0}
     [verdict] = row_verdicts(rows, "test", is_ranked=False)
