@@ -176,7 +176,7 @@ def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation
         return with_likely_weight(replace(best, columns=n), scores)[0]
 
     options = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
-    return max(map(cut, options), key=lambda linear: linear.ndcg)
+    return max(map(cut, options), key=lambda linear: (linear.ndcg, linear.ndcg_ease))
 
 
 def _gram(lists: Jagged, rows: Int32Array, n_items: int) -> Tensor:

@@ -86,8 +86,11 @@ def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> N
     assert validation.ndcg(scores) == pytest.approx(actual.ndcg, abs=1e-6)
 
 
-def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Validation]) -> None:
+def test_next_to_one_that_knows_all_it_has_no_weight(
+    users: tuple[Jagged, Validation], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, validation = users
+    monkeypatch.setattr("deepfm_dist.interop.linear.COLUMNS", (4, 32))
     right = torch.zeros(N_USERS, N_ITEMS)
     owner = np.repeat(np.arange(N_USERS), 2)
     right[torch.from_numpy(owner), torch.from_numpy(validation.relevant.values).long()] = 9999.0
@@ -95,6 +98,16 @@ def test_next_to_one_that_knows_all_it_has_no_weight(users: tuple[Jagged, Valida
     actual = search(train, N_ITEMS, None, knowing)
     assert actual.ndcg == actual.ndcg_trained == 1
     assert actual.weight == 0
+    alone = [_ndcg_of_ease(validation, train, actual.l2, n) for n in (4, 32)]
+    assert alone[0] < alone[1]
+    assert actual.ndcg_ease == pytest.approx(max(alone), abs=1e-6)
+
+
+def _ndcg_of_ease(users: Validation, train: Jagged, l2: float, columns: int) -> float:
+    gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
+    weights = ease_weights(gram, l2)
+    vectors = leading_vectors(weights, gram, columns)
+    return users.ndcg(users.scores(weights @ vectors) @ vectors.T)
 
 
 def test_few_users_do_not_decide_on_a_weight_by_chance() -> None:

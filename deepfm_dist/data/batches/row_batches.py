@@ -16,9 +16,24 @@ from deepfm_dist.data.batches.negatives import NegativeSampler
 from deepfm_dist.data.dataset import PreparedDataset, labels_in
 from deepfm_dist.data.jagged import Int32Array, Int64Array, Values, taken
 from deepfm_dist.data.layout import NEGATIVE_USER
+from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.seeding import derive_seed, permuted_range
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuses settings of the order of time: a row would see what its user took after it."""
+    settings: dict[str, int | str] = {
+        f"data.features: {f.name}: last": f.last for f in manifest.features if f.last
+    }
+    if manifest.data.history.targets == "later":
+        settings["data.history.targets"] = "later"
+    for setting, value in settings.items():
+        raise ConfigError(
+            f"{setting}={value} is for models trained on users; set trainer.loss=softmax, or leave "
+            f"{setting.split()[-1]} out"
+        )
 
 
 class TrainingBatches:
@@ -50,8 +65,8 @@ class TrainingBatches:
         first: place of this rank's first row in a global batch.
 
     Raises:
-        ConfigError: the batch is too small to give every rank a row, or a history has only the
-            latest items.
+        ConfigError: the batch is too small to give every rank a row, or histories are in the order
+            of time.
         DataError: no user has an unseen item to draw as a negative.
     """
 
@@ -66,12 +81,7 @@ class TrainingBatches:
         id_dropout: float = 0.0,
     ) -> None:
         manifest = dataset.manifest
-        for feature in manifest.features:
-            if feature.last is not None:  # of a row's own time it would see what comes after
-                raise ConfigError(
-                    f"data.features: {feature.name}: last={feature.last} is for models trained on "
-                    f"users; set trainer.loss=softmax, or leave last out"
-                )
+        _check(manifest)
         self.collate = Collator(dataset)
         self.id_dropout = IdDropout(id_dropout, seed)
         self._seed = seed

@@ -191,8 +191,15 @@ def test_the_last_items_are_held_out_of_histories_in_order(
 def test_training_on_rows_has_no_latest_items(
     ordered: tuple[PreparedDataset, list[list[int]]],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"latest: last=3 .*trainer\.loss=softmax"):
+    with pytest.raises(ConfigError, match=r"latest: last=3 .*trainer\.loss=softmax.* leave last"):
         TrainingBatches(ordered[0], 8, 0, 1, 1)
+    later, manifest = PreparedDataset(ordered[0].folder), ordered[0].manifest
+    all_items = manifest.data.model_copy(update={"features": manifest.data.features[:2]})
+    later.manifest = manifest.model_copy(update={"data": all_items})
+    with pytest.raises(
+        ConfigError, match=r"history\.targets=later .* leave data\.history\.targets"
+    ):
+        TrainingBatches(later, 8, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
