@@ -577,7 +577,7 @@ def test_what_a_short_list_misses_is_under_the_table(
     pq.write_table(pa.table(table), path)
     short = {"candidates": 500, "users": 1000, "overlap": 0.98765, "times_as_fast": 3.25}
     short["deep_share"] = 0.125
-    written = RankingFiles(path, path, path, 1, 1, 10, 1, {"short_list": short})
+    written = RankingFiles(path, path, path, 1, 1, 10, 1, figures={"short_list": short})
     assert (
         "500 candidates: on 1,000 users 0.9877 of the exact top 10, 3.2 times as fast; the "
         "over-arch replaces 0.125 of the pairwise part's top 10"
