@@ -57,19 +57,19 @@ def config_error(
 def _override_of(
     setting: str, problem: str, overrides: Sequence[str], section: type[Section]
 ) -> str | None:
-    """The last override that has set a setting; or a part of it, which the problem names.
+    """The last override of a setting, or of a part of it that the problem names.
 
-    An only one that has set some part is to blame as well.
+    If there is none, but one override alone has set parts of it, that one.
     """
-    where, of_parts = f"{setting}.", []
+    where, setting_parts = f"{setting}.", []
     for override in reversed(overrides if setting else ()):
         names = [f"{name}." for name in settings_of(override, section)]
         parts = [name.removeprefix(where) for name in names if name.startswith(where)]
         named = any(re.search(rf"\b{part.partition('.')[0]}\b", problem) for part in parts if part)
         if named or any(where.startswith(name) for name in names):
             return override
-        of_parts += [override] * bool(parts)
-    return of_parts[0] if len(of_parts) == 1 else None
+        setting_parts += [override] * bool(parts)
+    return setting_parts[0] if len(setting_parts) == 1 else None
 
 
 def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> list[Problem]:

@@ -329,9 +329,9 @@ class DatasetFiles:
                 positives += int(labels.sum())
         self.agree(split, "rows", n, spec.rows)
         self.agree(split, "positives", positives, spec.positives)
-        for column, of_label in zip(known, spec.labels.values(), strict=True):
-            self.agree(split, f"rows with {column}", int(known[column].sum()), of_label.rows)
-            self.agree(split, f"{column} positives", int(known[column][1]), of_label.positives)
+        for column, label_spec in zip(known, spec.labels.values(), strict=True):
+            self.agree(split, f"rows with {column}", int(known[column].sum()), label_spec.rows)
+            self.agree(split, f"{column} positives", int(known[column][1]), label_spec.positives)
 
     def _groups(self, name: str) -> Iterator[tuple[int, dict[str, Values]]]:
         """Rows and columns of each row group, texts left out, once they are checked."""

@@ -410,7 +410,7 @@ class InteractionArch(nn.Module):
         if self.scale is not None:
             whole.scale = nn.Parameter((by_target @ self.scale.double()).float()[None], False)
         if isinstance(self.over_arch, Towers):
-            whole.over_arch = self.over_arch.weighted_sum(weights)
+            whole.over_arch = self.over_arch.weighted_sum(weights).to(self.bias.device)
         return whole.eval()
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Towers(nn.Module):
 
 
 class _WeightedSum(nn.Module):
-    """A weighted sum of towers that nothing is known of."""
+    """A weighted sum of towers of any kind."""
 
     weights_T: Tensor
 
@@ -107,7 +107,7 @@ class MLPTowers(Towers):
         layers: list[tuple[Tensor, Tensor | None]] = []
         layers += [] if shared is None else [(m.weight, m.bias) for m in shared.layers]
         norms = [] if shared is None else [[norm] for norm in shared.norms]
-        norms += [list(of_layer) for of_layer in zip(*(m.norms for m in mlps), strict=True)]
+        norms += map(list, zip(*(m.norms for m in mlps), strict=True))
         for place, linears in enumerate(zip(*(m.layers for m in mlps), strict=True)):
             parts = [linear.weight for linear in linears]
             weight = torch.block_diag(*parts) if place else torch.cat(parts)

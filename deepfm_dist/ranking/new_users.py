@@ -326,6 +326,8 @@ def _rows_that_stay(
         times = [-part for part in times]
     users = np.asarray(table["user"].combine_chunks().dictionary_encode().indices)
     by_rule = [*strengths, *times] if rule == "strongest" else [*times, *strengths]
+    if not times and rule != "earliest":  # the order of the file is that of time
+        by_rule.append(-np.arange(table.num_rows))
     order = np.lexsort((*reversed(by_rule), items, users))
     again = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
     stays[order[1:][again]] = False

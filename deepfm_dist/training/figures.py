@@ -65,10 +65,9 @@ class TrainingFigures:
         counts = [_histogram(*of_target) for of_target in _by_target(*columns)]
         window = step_sums.sum(0).split(4)
         figures = []
-        for sums, of_bins in zip(
-            window, world.to_host(world.sum(torch.stack(counts))), strict=True
-        ):
-            negative, positive = of_bins.numpy().T
+        histograms = world.to_host(world.sum(torch.stack(counts))).numpy()
+        for sums, histogram in zip(window, histograms, strict=True):
+            negative, positive = histogram.T
             bins = np.arange(_BINS, dtype=np.float32)
             area = AreaUnderCurve()
             area.add(Tally(np.zeros(_BINS, np.int64), bins, positive, negative))

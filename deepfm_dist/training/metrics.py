@@ -171,7 +171,9 @@ def with_means(
         )
         means[ne] = means[log_loss] / constants
     each = {
-        of_target(t, name): value for t, of_t in figures.items() for name, value in of_t.items()
+        of_target(target, name): value
+        for target, by_name in figures.items()
+        for name, value in by_name.items()
     }
     return means | each
 

@@ -217,6 +217,13 @@ def test_a_model_of_attributes_takes_no_items(tmp_path: Path, text: str, message
         read_new_users(dataset, tmp_path / "new.csv")
 
 
+def test_a_repeated_item_without_times_has_its_last_place(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, time="at")
+    (tmp_path / "new.csv").write_text("who,what\na,7\na,2\na,7\n")
+    [bag] = read_new_users(dataset, tmp_path / "new.csv").histories.lists()
+    assert dataset.entity_ids("item").take(bag).to_pylist() == ["2", "7"]
+
+
 @pytest.mark.parametrize("has_times", [True, False])
 def test_items_of_new_users_are_in_order(tmp_path: Path, has_times: bool) -> None:
     dataset = _dataset(tmp_path, time="at")

@@ -391,16 +391,30 @@ def brute_force(folder: Path, config: Config, manifest: Manifest) -> pd.DataFram
     )
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("n_shared", [0, 1, 3])
-def test_one_over_arch_gives_the_weighted_sum_of_the_towers(n_shared: int) -> None:
+def test_one_over_arch_gives_the_weighted_sum_of_the_towers(
+    n_shared: int, batch_norm: bool
+) -> None:
     torch.manual_seed(1)
-    towers = mlp_towers(12, [7, 6, 5], n_targets=3, n_shared=n_shared, activation="tanh")
+    options = {"activation": "tanh", "batch_norm": batch_norm}
+    towers = mlp_towers(12, [7, 6, 5], n_targets=3, n_shared=n_shared, **options)
     assert isinstance(towers, MLPTowers)
     weights, x = [0.5, 0.0, -2.0], torch.randn(40, 12)
+    towers(x + 1)  # moves the running means and variances
     whole = towers.eval().weighted_sum(weights)
     np.testing.assert_allclose(
         whole(x).detach(), (towers(x) @ torch.tensor(weights)).detach(), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", [MLPTowers, Towers])
+def test_the_weighted_sum_is_on_the_models_device(kind: type[Towers]) -> None:
+    deep: Any = mlp_towers(8, [7, 5], n_targets=2, n_shared=0)
+    deep = deep if kind is MLPTowers else Towers(list(deep.towers))
+    arch = InteractionArch(0, 4, over_arch=deep, n_targets=2).to("meta")
+    model = arch.weighted_sum([0.7, -1.2])
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 @pytest.mark.parametrize("over_arch", ["mlp", "of the user's own", "none"])

@@ -112,8 +112,8 @@ class WriteResult:
                 positives=int(counts.positives[:, s].sum()),
                 size_bytes=int(self.sizes[s]),
                 labels={
-                    label: LabelSpec(rows=int(of_label.sum()), positives=int(of_label[1]))
-                    for label, of_label in zip(labels, self.labelled[s], strict=True)
+                    label: LabelSpec(rows=int(counted.sum()), positives=int(counted[1]))
+                    for label, counted in zip(labels, self.labelled[s], strict=True)
                 },
             )
             for s, name in enumerate(SPLITS)

@@ -137,9 +137,10 @@ class NumbaEngine:
 
     def _rows_of(self, items: kernel.Items) -> kernel.FloatArray:
         """`kernel.rows_of`, kept for the next users of the same items."""
-        if self._rows is None or self._rows[0] is not items.factors:
-            self._rows = items.factors, kernel.rows_of(items)
-        return self._rows[1]
+        kept = self._rows
+        if kept is None or kept[0] is not items.factors:
+            self._rows = kept = items.factors, kernel.rows_of(items)
+        return kept[1]
 
     def _scratch(self, network: kernel.Network) -> kernel.FloatArray:
         return kernel.aligned_zeros((network.rows + ROWS) * BLOCK)
