@@ -151,7 +151,8 @@ def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
     plain = text.strip()
     if set(kinds) <= {str, type(None)} and plain[:1] not in ("'", '"'):
         return name, Plain(plain)
-    if str in kinds and plain[:1] == "{" and not any(map(_takes_mapping, kinds)):
+    is_mapping = ": " in plain or any(map(_takes_mapping, kinds))
+    if str in kinds and plain[:1] == "{" and not is_mapping:
         return name, Plain(plain)  # such as {2026-11-01..2026-11-07}.csv
     try:
         return name, load(text)
