@@ -1,5 +1,6 @@
 """Plots as SVG that takes its colours from the page it stands in."""
 
+import html
 import io
 import logging
 import re
@@ -218,6 +219,7 @@ class Plotter:
         return self._plot(name, title, caption, draw)
 
     def _plot(self, name: str, title: str, caption: str, draw: Callable[[Axes], None]) -> Plot:
+        name = re.sub(r"[^\w-]", "-", name)  # a part of it may be the name of a label's column
         with rc_context(_STYLE):
             figure = Figure(layout="constrained")
             axes = figure.subplots()
@@ -236,8 +238,13 @@ def _for_page(svg: str, name: str, title: str) -> str:
     """An SVG file as an element of a page, its ids and colours the page's."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    frame = rf'<svg viewBox="\1" role="img" aria-label="{title}">'
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', frame, svg, count=1)
+    label = html.escape(title)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        lambda match: f'<svg viewBox="{match[1]}" role="img" aria-label="{label}">',
+        svg,
+        count=1,
+    )
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg

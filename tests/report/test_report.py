@@ -495,6 +495,14 @@ def test_the_caption_of_calibration_follows_the_ratio(ratio: float, text: str | 
     assert (plot.caption == first) if text is None else (text in plot.caption)
 
 
+def test_names_of_targets_may_have_any_characters() -> None:
+    curve = Calibration([0.1, 0.7], [0.2, 0.6], [1234, 1233])
+    plot = Plotter().calibration(curve, "", 'buy "now" \\d <b>')
+    assert re.fullmatch(r"[\w-]+", plot.name)
+    [label] = re.findall(r'^<svg [^>]* aria-label="([^"]*)">', plot.svg)
+    assert html.unescape(label) == plot.title == 'Calibration of buy "now" \\d <b>'
+
+
 def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     events = [
         TrainEvent(step=50, log_loss=0.5, ne=None, seconds={"data": 1.0, "forward": 0.0}),
