@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def generate(n: int, seed: int) -> pd.DataFrame:
-    """``n`` rows with a click in a fifth and a purchase in some 1 % of them."""
+    """``n`` rows with a click in a fifth and a purchase in 1.4 % of them."""
     rng = np.random.default_rng(seed)
     n_users, n_items = n // 20, n // 80
     taste, kind = rng.normal(size=(n_users, 4)), rng.normal(size=(n_items, 4))

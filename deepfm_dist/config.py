@@ -96,7 +96,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _model_fits_the_loss(self) -> Self:
         setting = f"trainer.loss={self.trainer.loss}"
-        if self.trainer.loss == "bce" or not self.model.deep:
+        if self.trainer.loss == "bce":
+            return self
+        if self.data.task == "ctr":
+            raise ValueError(f"{setting}: needs positives (data.task=implicit), not labelled rows")
+        if not self.model.deep:
             return self
         if self.model.over_arch != "mlp":
             raise ValueError(

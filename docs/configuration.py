@@ -25,9 +25,9 @@ Every setting, its default and what it does. This page is made from the code by
 A YAML file gives the settings of a run, and `section.field=value` on the command line overrides it;
 the value is YAML as well. An unknown name is refused with the nearest known one.
 What is `auto` is [chosen from the data](training.md#chosen-from-the-data). What is resolved
-from both is printed by `--print-config` and kept in `runs/<name>/config.yaml`, from which
-`--run runs/<name>` takes it (under torchrun, which takes `--run` for an option of its own, write
-`--config runs/<name>`).
+from both is printed by `--print-config` and kept in `runs/<name>/config.yaml`; the option
+`--run runs/<name>` reads it from there. Under torchrun, write `--config runs/<name>` instead:
+torchrun has options `--run-path` and `--run_path`, and stops at `--run` with `ambiguous option`.
 
 ```sh
 python -m deepfm_dist.train --config sample --print-config model.embedding_dim=32

@@ -195,9 +195,9 @@ class Plotter:
             axes.bar(begins.astype(object), counts, 0.9 * days, align="edge", color=_SERIES[0])
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.grid(False, axis="x")
-            figure = axes.get_figure()
-            assert isinstance(figure, Figure)
-            figure.autofmt_xdate(rotation=0, ha="center")
+            labelled = begins[:: -(-len(counts) // 4)]  # there is room for four dates
+            axes.set_xticks(labelled.astype(object), labels=labelled.astype(str).tolist())
+            axes.tick_params("x", pad=7)  # below the 0 of the other axis
 
         return self._plot(name, title, caption, draw)
 

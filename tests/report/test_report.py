@@ -637,6 +637,21 @@ def test_dated_rows_are_drawn_by_period(
 
 
 @pytest.mark.parametrize(
+    ("days", "n_bars", "dates"),
+    [
+        (1, 2, ["2026-01-01", "2026-01-02"]),
+        (1, 8, ["2026-01-01", "2026-01-03", "2026-01-05", "2026-01-07"]),
+        (7, 9, ["2026-01-01", "2026-01-22", "2026-02-12"]),
+    ],
+)
+def test_dates_under_bars_leave_room_for_each_other(
+    days: int, n_bars: int, dates: list[str]
+) -> None:
+    svg = Plotter().periods("rows", "Rows", "", "2026-01-01", days, [1] * n_bars).svg
+    assert re.findall(r">(\d{4}-\d\d-\d\d)<", svg) == dates
+
+
+@pytest.mark.parametrize(
     ("task", "positives", "loss", "beginnings"),
     [
         (

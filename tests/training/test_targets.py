@@ -149,6 +149,7 @@ def test_settings_that_do_not_go_with_several_labels_are_refused(
         ("model.shared_layers", 3, "over_arch_layer_sizes has 2"),
         ("model.linear", "logistic", "fits one label"),
         ("data.task", "implicit", "interactions.labels needs task: ctr"),
+        ("trainer.loss", "softmax", "trainer.loss=softmax: needs positives (data.task=implicit)"),
     ],
 )
 def test_what_targets_cannot_do_is_refused_by_name(
