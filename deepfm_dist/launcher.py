@@ -199,7 +199,7 @@ def _number(
 ) -> int:
     text = given.get(name, str(default))
     # int() refuses thousands of digits with an error of its own.
-    if text.isdecimal() and len(text) <= 20 and low <= int(text) <= high:
+    if text.isascii() and text.isdecimal() and len(text) <= 20 and low <= int(text) <= high:
         return int(text)
     where, names = "", name
     if name in (*_LAUNCH, *_LOCAL):

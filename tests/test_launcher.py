@@ -76,6 +76,7 @@ def test_leftovers_of_another_tool_are_no_launch(
     [
         (TORCHRUN | {"RANK": "x"}, "RANK=x must be a whole number from 0 to 3"),
         (TORCHRUN | {"RANK": "4"}, "RANK=4 must be"),
+        (TORCHRUN | {"RANK": "\N{FULLWIDTH DIGIT ONE}"}, "RANK=. must be"),
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1 must be"),
         (TORCHRUN | {"RANK": "1.0"}, r"RANK=1\.0 must be"),
         (

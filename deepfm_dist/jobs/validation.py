@@ -62,8 +62,8 @@ def make_validate(
             raise ConfigError(
                 f"trainer.monitor={config.monitor}: no user with training rows has an item to rank "
                 f"in the validation rows; hold out rows of users who have others "
-                f"(data.split.method=per_user), or set trainer.monitor=null to train for "
-                f"trainer.epochs"
+                f"(data.split.method=per_user), or, where each user has one row, set "
+                f"trainer.monitor=null to train for trainer.epochs"
             )
 
     def validate() -> Mapping[str, float]:

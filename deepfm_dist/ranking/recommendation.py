@@ -118,18 +118,29 @@ def recommend(
         _write_matrix(matrix, ranker, asked, catalogue, config.matrix)
     files = parts.finish_ranked(asked.csv_columns)
     figures |= _speed(asked.n_pairs(catalogue), seconds, world)
-    return None if files is None else _with_figures(files, figures, asked)
+    return None if files is None else _with_figures(files, figures, asked, config)
 
 
 def _with_figures(
-    files: RankingFiles, figures: Mapping[str, Any], asked: "_SelectedUsers"
+    files: RankingFiles,
+    figures: Mapping[str, Any],
+    asked: "_SelectedUsers",
+    config: RecommendConfig,
 ) -> RankingFiles:
     if files.none:
         owners = plural(files.owners, "user" if asked.requests is None else "request")
         text = "no item left to recommend to %s of %s: all are seen, blocked or filtered out"
         log.warning(text, f"{files.none:,}", owners)
     if short := files.owners - files.full - files.none:
-        if asked.requests is None:
+        if config.at_most:
+            log.warning(
+                "recommend.at_most: %s of %s get fewer items than asked for; raise "
+                "recommend.rerank=%d, the number that they are chosen from, or the limits",
+                f"{short:,}",
+                plural(files.owners, "user" if asked.requests is None else "request"),
+                config.rerank,
+            )
+        elif asked.requests is None:
             candidates, users = plural(files.k, "candidate"), plural(short, "user")
             log.info("fewer than %s to recommend to %s", candidates, users)
         else:

@@ -1,6 +1,5 @@
 """The sections `evaluate`, `recommend` and `similar`."""
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
@@ -12,6 +11,8 @@ from deepfm_dist.storage import LocalPath
 
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
 """An id or a value, as files have it."""
+_LARGEST_WEIGHT = 1e6
+"""Of a target: logits times it are far from the largest float32."""
 
 
 BaselineName = Literal["popularity", "item_knn", "ease", "ials"]
@@ -196,8 +197,8 @@ class RecommendConfig(Section):
     @field_validator("targets")
     @classmethod
     def _something_to_rank_by(cls, targets: dict[str, float]) -> dict[str, float]:
-        if not all(map(math.isfinite, targets.values())):
-            raise ValueError(f"weights must be finite (got {targets})")
+        if not all(abs(weight) <= _LARGEST_WEIGHT for weight in targets.values()):
+            raise ValueError(f"weights must be from -1000000 to 1000000 (got {targets})")
         if targets and not any(targets.values()):
             raise ValueError(f"all weights are 0 ({', '.join(targets)}): nothing to rank by")
         return targets

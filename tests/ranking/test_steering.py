@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,9 @@ from deepfm_dist.ranking.evaluation import (
     evaluate_ranking,
 )
 from deepfm_dist.ranking.items import Catalogue
+from deepfm_dist.ranking.output import RankingFiles
 from deepfm_dist.ranking.ranker import ModelRanker, Users
-from deepfm_dist.ranking.recommendation import recommend
+from deepfm_dist.ranking.recommendation import _with_figures, recommend
 from deepfm_dist.ranking.settings import RecommendConfig
 from deepfm_dist.ranking.steering import Limits
 from deepfm_dist.report.verdicts import ranking_verdicts
@@ -225,3 +227,27 @@ def test_figures_at_a_cutoff_are_those_of_recommendations_of_that_many(
             together.differences[STEERED][f"ndcg@{k}"] == expected.differences[STEERED][f"ndcg@{k}"]
         )
     assert together.figures["model"].keys() == together.figures[STEERED].keys()
+
+
+@pytest.mark.parametrize(
+    ("at_most", "expected"),
+    [
+        (
+            {"genre": 1},
+            (
+                "WARNING",
+                "recommend.at_most: 3 of 9 users get fewer items than asked for; raise "
+                "recommend.rerank=100, the number that they are chosen from, or the limits",
+            ),
+        ),
+        ({}, ("INFO", "fewer than 10 candidates to recommend to 3 users")),
+    ],
+)
+def test_limits_that_leave_users_too_few_items_are_warned_of(
+    at_most: dict[str, int], expected: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, asked = Path("a.parquet"), SimpleNamespace(requests=None)
+    files = RankingFiles(path, None, path, owners=9, rows=70, k=10, full=6)
+    with caplog.at_level("INFO", "deepfm_dist"):
+        _with_figures(files, {}, cast(Any, asked), RecommendConfig(at_most=at_most))
+    assert [(line.levelname, line.getMessage()) for line in caplog.records] == [expected]

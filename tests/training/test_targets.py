@@ -144,6 +144,7 @@ def test_settings_that_do_not_go_with_several_labels_are_refused(
         ("trainer.target_weights", {"buy": 0}, "the weight of buy must be above 0 (got 0)"),
         ("recommend.targets", {"sale": 1}, "available: click, buy"),
         ("recommend.targets", {"buy": 0}, "all weights are 0"),
+        ("recommend.targets", {"buy": 1e308}, "weights must be from -1000000 to 1000000"),
         ("recommend.probability", True, "is no log-odds; rank by one of them"),
         ("recommend.matrix", "int8", "recommend.targets={buy: 1}"),
         ("model.shared_layers", 3, "over_arch_layer_sizes has 2"),
