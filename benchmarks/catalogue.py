@@ -29,12 +29,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import binding
 from torch import Tensor
 
 from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.model.deepfm import InteractionArch, OverArch
 from deepfm_dist.ranking.catalogue import CatalogueScorer, Side
-from deepfm_dist.ranking.engines import numba_kernel as kernel
 from deepfm_dist.ranking.engines.numba import NumbaEngine
 from deepfm_dist.ranking.engines.torch import TorchEngine
 from deepfm_dist.ranking.types import USER_BLOCK, Best, Engine
@@ -133,7 +133,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{platform.machine()}, {kernel.binding.get_host_cpu_name()}, {options.threads} threads")
+    print(f"{platform.machine()}, {binding.get_host_cpu_name()}, {options.threads} threads")
     if device.type == "cuda":
         print(torch.cuda.get_device_name())
     print(f"torch {torch.__version__}, numba {numba.__version__}, numpy {np.__version__}")

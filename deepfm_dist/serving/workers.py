@@ -106,7 +106,6 @@ class Generation:
     ) -> None:
         self.number, self._load = number, load
         self._n_workers, self._options = n_workers, options
-        self._command = os.getpid()
         self._pipe, pipe = FORK.Pipe()
         lifeline, held = os.pipe()
         self._lifeline: int | None = held
@@ -167,7 +166,8 @@ class Generation:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _signal_at_end_of_parent(signal.SIGTERM)  # loading does not look at the lifeline
-        if os.getppid() != self._command:
+        command = multiprocessing.parent_process()
+        if command is None or not command.is_alive():
             return
         try:
             recommender = self._load()
