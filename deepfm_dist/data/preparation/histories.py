@@ -86,16 +86,18 @@ class HistoryWriter:
         return list(lists.values())
 
     def _bags(self, name: str, bucket: int, begin: int) -> Jagged:
-        """The distinct items of each row of a bucket, in their order."""
+        """The distinct items of each row of a bucket, in the order of their last occurrence."""
         paths = [self._path(name, bucket, rank) for rank in range(self.crew.size)]
         flat = [np.fromfile(path, np.int32) for path in paths if path.exists()]
         pairs = np.concatenate([np.zeros(0, np.int32), *flat]).reshape(-1, 2)
         n = max(0, min(self.height, self.n_users + self.n_rare - begin))
         offsets, order = grouped(pairs[:, 0] - begin, n)
         items = pairs[order, 1]
-        first = first_pairs(offsets, np.arange(len(items)), items, int(items.max(initial=0)) + 1)
-        kept = np.add.reduceat(np.append(first, False), offsets[:-1]) * (np.diff(offsets) > 0)
-        return Jagged(offsets_of(kept), items[first])
+        lengths = np.diff(offsets)
+        backwards = np.repeat(offsets[:-1] + offsets[1:] - 1, lengths) - np.arange(len(items))
+        last = first_pairs(offsets, backwards, items, int(items.max(initial=0)) + 1)
+        kept = np.add.reduceat(np.append(last, False), offsets[:-1]) * (lengths > 0)
+        return Jagged(offsets_of(kept), items[last])
 
 
 @compiled

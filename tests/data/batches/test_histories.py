@@ -1,6 +1,7 @@
 """Bags of a user's items: what is drawn, what never is, and that draws need no memory."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,18 @@ def ordered(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedDataset, 
     for user, items_of_user in frame.groupby("user").item:
         in_order[users[str(user)]] = [items.get(str(i), 0) for i in items_of_user]
     return dataset, in_order
+
+
+def test_an_item_that_comes_again_has_its_last_place(tmp_path: Path) -> None:
+    rows = [("u", item, at) for at, item in enumerate("abcabd")] + [("v", "a", 9), ("w", "b", 9)]
+    frame = pd.DataFrame(rows, columns=["user", "item", "at"])
+    frame.sample(frac=1, random_state=1).to_csv(tmp_path / "log.csv", index=False)
+    interactions = {**ORDERED["interactions"], "repeated": "all"}
+    split = {"method": "temporal", "valid": 0, "test": 0}
+    dataset = made_of(tmp_path, {**ORDERED, "interactions": interactions, "split": split})
+    items = dataset.entity_ids("item").to_pylist()
+    user = dataset.entity_ids("user").to_pylist().index("u")
+    assert [items[row] for row in dataset.history.lists()[user]] == ["c", "a", "b", "d"]
 
 
 def test_later_items_are_predicted_from_all_before_them(

@@ -69,7 +69,7 @@ def test_a_grown_vocabulary_keeps_the_rows_of_old_ids(
     for user in range(13):
         liked = [r[1] for r in (*day1, *day2) if r[0] == f"u{user}"]
         bag = bag_of(new.history, users.index(f"u{user}"))
-        assert [items[v] for v in bag] == [*dict.fromkeys(liked)]
+        assert [items[v] for v in bag] == [*dict.fromkeys(reversed(liked))][::-1]
     counts = dict(zip(items, new.popularity().tolist(), strict=True))
     pairs = [p for day in (day1, day2) for p in {r[:2] for r in day}]
     assert all(counts[f"i{k}"] == sum(p[1] == f"i{k}" for p in pairs) for k in range(20))
