@@ -294,7 +294,7 @@ MACHINES = [
         )
         for cure, typed in (
             ("data.split.method=per_user", "data.split.method=per_user"),
-            ("or set trainer.monitor=null", "trainer.monitor=null"),
+            ("set trainer.monitor=null", "trainer.monitor=null"),
         )
     ),
     Mistake(
