@@ -19,7 +19,7 @@ LANES, VECTORS, ROWS = (
 BLOCK = LANES * VECTORS
 """Floats that a row of the kernels' matrices has: items, or rows of a batch, side by side."""
 HAS_FMA = bool(_HAS.get("fma")) or platform.machine() in ("aarch64", "arm64")
-"""Whether this processor multiplies and adds in one instruction; without, the kernel crawls."""
+"""Whether the processor multiplies and adds in one instruction; without it, kernels are slow."""
 TILE = (4, 4) if LANES == 16 else (3, 3)
 """Left and right rows whose inner products are held in registers together."""
 

@@ -283,11 +283,13 @@ def _knows_validation_items(config: Config, settings: list[str], folder: Path) -
         assert found is not None
         ranked[name] = pd.read_parquet(found.files.parquet).sort_values(["user_id", "rank"])
     for row in ranked["users"].itertuples():  # EASE's part, whose columns are factors, included
-        told = row.explanation
-        shares = {(r["field"], r["value"]): r["share"] for r in told["reasons"]}
-        total = told["base"] + sum(shares.values()) + told["other"] + told["remainder"]
+        explained = row.explanation
+        shares = {(r["field"], r["value"]): r["share"] for r in explained["reasons"]}
+        total = (
+            explained["base"] + sum(shares.values()) + explained["other"] + explained["remainder"]
+        )
         assert total == pytest.approx(row.score, abs=1e-4)
-        assert abs(told["remainder"]) < 1e-4  # no over-arch
+        assert abs(explained["remainder"]) < 1e-4  # no over-arch
         assert {field for field, _ in shares} >= {"seen", "item"}
     for column in ("user_id", "item_id"):
         assert ranked["users"][column].tolist() == ranked["histories"][column].tolist()

@@ -193,7 +193,7 @@ class FactorizationMachine(nn.Module):
         On CPU the gradients of both are then summed without a tensor for each.
         """
         if self.sides_2F is None:
-            if kernels.serve(rows_BFW):
+            if kernels.can_take(rows_BFW):
                 result: tuple[Tensor, Tensor] = _InteractionsOnCPU.apply(  # type: ignore[no-untyped-call]
                     rows_BFW, self.dim, self.first_order
                 )

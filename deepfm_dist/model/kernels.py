@@ -18,7 +18,7 @@ CHUNK = 8
 """Blocks that pass backwards through the MLP together; they stay in the core's cache."""
 
 
-def serve(rows_BFW: Tensor) -> bool:
+def can_take(rows_BFW: Tensor) -> bool:
     """Whether the kernels can take these rows, ``[B, F, W]``, as they are and where they are."""
     is_float = rows_BFW.device.type == "cpu" and rows_BFW.dtype == torch.float32
     return is_float and rows_BFW.shape[2] % 4 == 0 and not torch.compiler.is_compiling()

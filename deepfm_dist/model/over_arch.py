@@ -118,7 +118,7 @@ class OverArch(nn.Module):
 
         They are not copied next to each other: the other columns meet weights of 0.
         """
-        if self._has_kernel and kernels.serve(rows_BFW):
+        if self._has_kernel and kernels.can_take(rows_BFW):
             return self._by_kernel(rows_BFW)
         _, fields, width = rows_BFW.shape
         first = self.layers[0]

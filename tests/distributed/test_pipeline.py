@@ -201,7 +201,7 @@ class Operations(TorchDispatchMode):
 
 def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
     """Of the sixth step, as CUDA takes it: without the kernels that only a CPU has."""
-    kernels.serve = lambda _: False
+    kernels.can_take = lambda _: False
     with process_group("cpu") as world:
         dataset = PreparedDataset(folder)
         sharded, optimizer = shard_for_training(config, dataset.manifest, world)

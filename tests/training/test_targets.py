@@ -300,9 +300,9 @@ def check_service(prediction: Prediction, ranking: list[Scored], folder: Path) -
     np.testing.assert_allclose([s.score for s in ranking], ranked["score"], atol=1e-5)
     assert all(s.probability is None for s in ranking)
     for row in pd.read_parquet(folder / "explained.parquet").itertuples():
-        told: Any = row.explanation
-        shares = [told["base"], told["other"], told["remainder"]]
-        shares += [reason["share"] for reason in told["reasons"]]
+        explained: Any = row.explanation
+        shares = [explained["base"], explained["other"], explained["remainder"]]
+        shares += [reason["share"] for reason in explained["reasons"]]
         assert sum(shares) == pytest.approx(row.score, abs=1e-4)
 
 

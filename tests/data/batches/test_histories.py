@@ -71,7 +71,7 @@ def test_a_bag_is_of_the_users_other_items_and_the_rows_own_draw(
         if dropout == 0:
             assert len(bag) == min(len(others), max_length or 40)
     backwards = np.arange(len(users))[::-1]
-    assert bags_of(backwards) == bags[::-1]  # in whatever company
+    assert bags_of(backwards) == bags[::-1]  # whichever users come with them
 
 
 @pytest.mark.parametrize(("dropout", "max_length"), [(0.3, None), (0.0, 12), (0.5, 12)])
@@ -166,7 +166,7 @@ def test_later_items_are_predicted_from_all_before_them(
             assert targets[user]
         cuts[epoch] = [len(bags[user]) for user in users]
     alone = [sampler.split(users[u : u + 1], 7)[0][0].item() for u in range(40)]
-    assert alone == cuts[7].tolist()  # in whatever company
+    assert alone == cuts[7].tolist()  # whichever users come with them
     lengths = np.array([len(in_order[user]) - 3 for user in users])
     assert (cuts[:, lengths == 1] == 0).all()
     assert set(cuts[:, lengths == 5].ravel().tolist()) == {1, 2, 3, 4}
