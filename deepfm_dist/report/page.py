@@ -26,7 +26,7 @@ from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.metrics import Calibration, of_target
+from deepfm_dist.training.metrics import Calibration, of_target, split_target
 from deepfm_dist.training.state import is_lower_better
 from deepfm_dist.version import __version__
 
@@ -208,11 +208,10 @@ def _variables(report: Report) -> dict[str, Any]:
 
 def _meaning(name: str, targets: Sequence[str]) -> str:
     """What a figure on rows says."""
-    target = next((t for t in targets if name.startswith(of_target(t, ""))), None)
-    if target is not None:
-        return _MEANING.get(name.removeprefix(of_target(target, "")), "")
-    meaning = _MEANING.get(name, "")
-    return f"the targets' weighted mean: {meaning}" if targets and meaning else meaning
+    target, plain_name = split_target(name)
+    meaning = _MEANING.get(plain_name, "")
+    is_mean = targets and target is None and meaning
+    return f"the targets' weighted mean: {meaning}" if is_mean else meaning
 
 
 def _missing(manifest: Manifest) -> dict[str, float]:

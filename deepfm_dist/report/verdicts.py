@@ -10,7 +10,7 @@ from deepfm_dist.ranking.evaluation import STEERED, Comparison
 from deepfm_dist.ranking.settings import BaselineName
 from deepfm_dist.report.curves import trend_of
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.metrics import of_target
+from deepfm_dist.training.metrics import split_target
 from deepfm_dist.training.state import WARN_AFTER, is_lower_better
 
 MODEL = "model"
@@ -168,11 +168,11 @@ def row_verdicts(
         targets: names of several targets.
     """
     if targets:
-        by_target = {
-            t: {n.removeprefix(start): v for n, v in rows.items() if n.startswith(start)}
-            for t in targets
-            for start in [of_target(t, "")]
-        }
+        by_target: dict[str, dict[str, float]] = {target: {} for target in targets}
+        for figure, value in rows.items():
+            target, name = split_target(figure)
+            if target is not None:
+                by_target[target][name] = value
         return [
             replace(verdict, title=f"{target}: {verdict.title}")
             for target, figures in by_target.items()

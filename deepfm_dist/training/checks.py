@@ -6,6 +6,7 @@ from itertools import product
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import plural
+from deepfm_dist.training.metrics import split_target
 
 log = logging.getLogger(__name__)
 LARGE = 1000.0
@@ -61,8 +62,7 @@ def check_monitor(monitor: str | None, manifest: Manifest) -> None:
     Raises:
         ConfigError: it would be NaN at every validation.
     """
-    target = next((t for t in manifest.targets if (monitor or "").startswith(f"{t}.")), None)
-    figure = (monitor or "").removeprefix(f"{target}." if target else "")
+    target, figure = split_target(monitor or "")
     for one in [target] if target or not manifest.targets else manifest.targets:
         label = _only_label(manifest, "valid", one)
         if label is not None and figure in _OF_BOTH_LABELS:

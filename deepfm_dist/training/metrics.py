@@ -142,6 +142,15 @@ def of_target(target: str, name: str) -> str:
     return f"{target}.{name}"
 
 
+def split_target(figure: str) -> tuple[str | None, str]:
+    """A figure's target and plain name, the opposite of `of_target`; no target: None.
+
+    Targets may contain dots and figures do not: ``a.b.auc`` is the AUC of ``a.b``.
+    """
+    target, _, name = figure.rpartition(".")
+    return target or None, name
+
+
 def with_means(
     figures: Mapping[str, Mapping[str, float]], weights: Mapping[str, float], start: str = ""
 ) -> dict[str, float]:

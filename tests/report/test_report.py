@@ -495,6 +495,15 @@ def test_the_caption_of_calibration_follows_the_ratio(ratio: float, text: str | 
     assert (plot.caption == first) if text is None else (text in plot.caption)
 
 
+def test_a_figure_of_a_target_with_a_dot_in_its_name_is_explained() -> None:
+    targets = ["buy", "buy.again"]
+    meaning = page_module._meaning("auc", ())
+    assert meaning
+    assert page_module._meaning("buy.again.auc", targets) == meaning
+    assert page_module._meaning("buy.auc", targets) == meaning
+    assert page_module._meaning("auc", targets) == f"the targets' weighted mean: {meaning}"
+
+
 def test_names_of_targets_may_have_any_characters() -> None:
     curve = Calibration([0.1, 0.7], [0.2, 0.6], [1234, 1233])
     plot = Plotter().calibration(curve, "", 'buy "now" \\d <b>')

@@ -220,6 +220,17 @@ def test_each_of_several_targets_is_judged_by_its_own_figures() -> None:
     ]
 
 
+def test_a_target_may_be_named_like_another_one_with_a_dot() -> None:
+    rows = {"buy.ne": 0.75, "buy.log_loss": 0.5, "buy.majority_rate": 0.75}
+    rows |= {"buy.again.ne": 1.25, "buy.again.log_loss": 0.25, "buy.again.majority_rate": 0.9}
+    for targets in (["buy", "buy.again"], ["buy.again", "buy"]):
+        verdicts = row_verdicts(rows, "test", is_ranked=False, targets=targets)
+        assert [verdict.title for verdict in verdicts] == [
+            f"{target}: {'Better' if target == 'buy' else 'Worse'} than a constant"
+            for target in targets
+        ]
+
+
 def test_rows_of_one_label_are_named() -> None:
     rows = {"ne": NAN, "log_loss": 0.6, "majority_rate": 1.0}
     [verdict] = row_verdicts(rows, "test", is_ranked=False)

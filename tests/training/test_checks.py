@@ -7,7 +7,7 @@ import pytest
 
 from deepfm_dist import prepare, train
 from deepfm_dist.data.dataset import PreparedDataset
-from deepfm_dist.data.manifest import Manifest, NumericSpec
+from deepfm_dist.data.manifest import LabelSpec, Manifest, NumericSpec
 from deepfm_dist.data.schema import Feature
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.training.checks import check_monitor, warn_of_labels, warn_of_numbers
@@ -80,6 +80,23 @@ def test_a_figure_that_would_be_nan_cannot_be_monitored(
     for other in ("log_loss", "ndcg@10", None):
         check_monitor(other, manifest)
     check_monitor(monitor, labelled(sample.manifest, "valid", 30, 1))
+
+
+def test_a_target_with_a_dot_in_its_name_is_checked_by_its_own_labels(
+    sample: PreparedDataset,
+) -> None:
+    manifest = labelled(sample.manifest, "valid", 30, 15)
+    rows = manifest.data.interactions.model_copy(
+        update={"label": None, "labels": ("buy", "buy.again")}
+    )
+    data = manifest.data.model_copy(update={"interactions": rows})
+    labels = {"buy": LabelSpec(rows=30, positives=15), "buy.again": LabelSpec(rows=30, positives=0)}
+    valid = manifest.splits["valid"].model_copy(update={"labels": labels})
+    splits = {**manifest.splits, "valid": valid}
+    manifest = manifest.model_copy(update={"data": data, "splits": splits})
+    check_monitor("buy.auc", manifest)
+    with pytest.raises(ConfigError, match=r"monitor=buy\.again\.auc: all 30 buy\.again validation"):
+        check_monitor("buy.again.auc", manifest)
 
 
 def test_large_numbers_that_are_not_scaled_are_named(
