@@ -291,10 +291,10 @@ class Model:
     @classmethod
     def of(cls, config: Config) -> "Model":
         """The model that a run's ``checkpoint.use`` names now."""
-        from deepfm_dist.distributed.checkpoint import digest_of, find_checkpoint, read_state
+        from deepfm_dist.distributed.checkpoint import digest_of, read_checkpoint
 
-        path = find_checkpoint(config.run_dir, config.checkpoint.use)
-        return cls(config, path, digest_of(read_state(path)))
+        saved = read_checkpoint(config.run_dir, config.checkpoint.use)
+        return cls(config, saved.path, digest_of(saved.state))
 
     @property
     def report(self) -> Path:

@@ -324,10 +324,10 @@ def _on_own_data(config: Config, saved: Config, folder: Path) -> Config:
 
 def _saved_sections(folder: Path) -> Collection[str]:
     """The sections of settings that a run's checkpoint has; none where there is no checkpoint."""
-    from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+    from deepfm_dist.distributed.checkpoint import read_checkpoint
 
     with suppress(DeepFMError):
-        sections: Mapping[str, object] = read_state(find_checkpoint(folder))["config"]
+        sections: Mapping[str, object] = read_checkpoint(folder).state["config"]
         return sections.keys()
     return ()
 
@@ -338,11 +338,11 @@ def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: Config
     Raises:
         ConfigError: there is no checkpoint, or an override is wrong.
     """
-    from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+    from deepfm_dist.distributed.checkpoint import read_checkpoint
 
     try:
-        path = find_checkpoint(folder)
-        settings = config_from(read_state(path)["config"], origin=str(path))
+        saved = read_checkpoint(folder)
+        settings = config_from(saved.state["config"], origin=str(saved.path))
     except DeepFMError:
         raise damage from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -352,7 +352,7 @@ def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: Config
             config = _on_own_data(load_config(str(copy), overrides), settings, folder)
         except ConfigError:
             raise damage from None
-    log.warning("%s; the settings of %s are used", damage, path)
+    log.warning("%s; the settings of %s are used", damage, saved.path)
     return config
 
 

@@ -29,7 +29,7 @@ from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.runs.folder import set_aside
-from deepfm_dist.runs.start import begin, check_settings, make_ready
+from deepfm_dist.runs.start import begin, inherited_settings, make_ready
 from deepfm_dist.runs.trained import find_run, open_trained
 from deepfm_dist.training.state import LoopState
 from tests.ranks import RankFailed, run_alone, run_ranks, variables
@@ -207,14 +207,13 @@ class Folder:
             (path / checkpoint.MARKER).write_text(json.dumps(state))
 
     def begin(self, *overrides: str) -> int:
-        """The step after which training goes on; 0: it begins. The folder is then ready for it."""
+        """Makes the folder ready; returns the step to resume after, 0 for a new run."""
         config = self.config(*overrides)
         start = begin(config, self.manifest, config.trainer.last_step(PER_EPOCH))
         self.is_over = start.is_over
-        assert (start.path is None) == (start.state.step == 0) == (not start.continues)
-        assert start.path is None or start.path == checkpoint.checkpoint_path(
-            config.run_dir, start.state.step
-        )
+        path = None if start.saved is None else start.saved.path
+        assert (path is None) == (start.state.step == 0) == (not start.continues)
+        assert path in (None, checkpoint.checkpoint_path(config.run_dir, start.state.step))
         if not start.is_over:
             make_ready(config, start)
         return start.state.step
@@ -301,7 +300,7 @@ def test_other_settings_under_the_same_name_are_refused_with_cures_that_work(
         folder.begin(override, f"checkpoint.resume={resume}")
     if name != "data.memory_bytes":  # what that changes depends on the data
         with pytest.raises(ConfigError, match=said):
-            check_settings(folder.config(override, f"checkpoint.resume={resume}"))
+            inherited_settings(folder.config(override, f"checkpoint.resume={resume}"))
     assert folder.steps == [20]
     if name == "checkpoint.start_from":
         return  # there is nothing to start from
@@ -320,7 +319,7 @@ def test_other_data_are_refused_by_their_hash(folder: Folder) -> None:
     folder.manifest = folder.manifest.model_copy(update={"data_hash": "other"})
     run_dir = folder.config().run_dir
     grown = folder.config("run.name=new", f"checkpoint.start_from={run_dir}")
-    assert begin(grown, folder.manifest, 9).path is not None
+    assert begin(grown, folder.manifest, 9).saved is not None
     with pytest.raises(ConfigError, match=rf"the data is other \(was {saved}\); set another"):
         folder.begin()
     assert folder.steps == [20]
@@ -410,7 +409,9 @@ def test_settings_that_a_checkpoint_was_made_without_have_their_defaults(
 
     start = f"checkpoint.start_from={config.run_dir}"
     fresh = folder.config("run.name=new", start)
-    assert begin(fresh, folder.manifest, 9).path == marker.parent
+    start_of_fresh = begin(fresh, folder.manifest, 9).saved
+    assert start_of_fresh is not None
+    assert start_of_fresh.path == marker.parent
     other = folder.config("run.name=new", start, "model.fm_pairs=across")
     with pytest.raises(ConfigError, match=r"its model has fm_pairs=all, not across; set model.fm"):
         begin(other, folder.manifest, 9)
@@ -475,7 +476,8 @@ def test_training_starts_from_a_run_or_from_one_of_its_checkpoints(folder: Folde
     for start, step in ((run_dir, 20), (checkpoint.checkpoint_path(run_dir, 10), 10)):
         config = folder.config("run.name=new", f"checkpoint.start_from={start}")
         actual = begin(config, folder.manifest, config.trainer.last_step(PER_EPOCH))
-        assert actual.path == checkpoint.checkpoint_path(run_dir, step)
+        assert actual.saved is not None
+        assert actual.saved.path == checkpoint.checkpoint_path(run_dir, step)
         assert (actual.state.step, actual.continues) == (0, False)
 
 

@@ -12,7 +12,7 @@ from deepfm_dist.api import Model
 from deepfm_dist.config import Config, config_from, load_config, resolve
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
-from deepfm_dist.distributed.checkpoint import complete_steps, find_checkpoint, read_state
+from deepfm_dist.distributed.checkpoint import Saved, complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.combine import combine
@@ -304,9 +304,9 @@ def test_a_longer_run_continues_and_what_is_missing_is_made(
 ) -> None:
     read_from: list[Path] = []
 
-    def recorded(path: Path, *args: Any) -> None:
-        read_from.append(path)
-        read_start(path, *args)
+    def recorded(saved: Saved, *args: Any) -> None:
+        read_from.append(saved.path)
+        read_start(saved, *args)
 
     monkeypatch.setattr(finish, "read_start", recorded)
     run_in_fork(_continues_and_makes_what_is_missing, tmp_path, caplog, read_from)

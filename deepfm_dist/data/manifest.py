@@ -321,17 +321,25 @@ class Manifest(Section):
         Raises:
             DataError: there is no dataset, or one of another layout.
         """
+        return cls.parse(cls.read_bytes(folder), folder)
+
+    @staticmethod
+    def read_bytes(folder: Path) -> bytes:
+        """The text of ``manifest.json``, for `parse`.
+
+        Raises:
+            DataError: there is no dataset.
+        """
         path = folder / MANIFEST
         with storage_errors_to_user(folder):
             if not path.is_file():
                 raise DataError(f"{folder}: no prepared dataset; run python -m deepfm_dist.prepare")
             try:
-                content = path.read_bytes()
+                return path.read_bytes()
             except OSError as error:
                 if is_remote(folder):
                     raise
                 raise _unreadable(folder, error) from None
-        return cls.parse(content, folder)
 
     @classmethod
     def parse(cls, text: bytes, folder: Path) -> "Manifest":

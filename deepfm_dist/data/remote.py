@@ -58,9 +58,8 @@ def local_copy(folder: Path, cache: str | Path) -> Path:
     """
     if not is_remote(folder):
         return folder
-    manifest, copy = Manifest.read(folder), copy_path(folder, cache)
-    with storage_errors_to_user(folder):
-        content = (folder / MANIFEST).read_bytes()
+    content, copy = Manifest.read_bytes(folder), copy_path(folder, cache)
+    manifest = Manifest.parse(content, folder)
     if _is_current(copy, content):
         return copy
     try:

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,19 @@ _OVER_ARCH = "model.interaction_arch.over_arch."
 _TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
 _OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        state: contents of its marker.
+    """
+
+    path: Path
+    state: dict[str, Any]
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -153,6 +167,18 @@ def find_checkpoint(
             f"{', '.join(map(str, steps))}"
         )
     return checkpoint_path(run_dir, step)
+
+
+def read_checkpoint(
+    run_dir: Path, which: str | int = "latest", finished: Collection[str] = (REFIT, SELECTED)
+) -> Saved:
+    """A run's checkpoint with the contents of its marker; arguments as of `find_checkpoint`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, not the requested one, or it is damaged.
+    """
+    path = find_checkpoint(run_dir, which, finished)
+    return Saved(path, read_state(path))
 
 
 def use_of(checkpoint: Path) -> str | int:

@@ -33,6 +33,7 @@ from deepfm_dist.distributed.checkpoint import (
     complete_steps,
     find_checkpoint,
     load,
+    read_checkpoint,
 )
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
@@ -249,8 +250,8 @@ class Finish:
         )
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
         if config.checkpoint.start_from is not None:  # so did the loop, and took fewer steps for it
-            path = find_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
-            read_start(path, config, later, self.world, model, optimizer)
+            saved = read_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
+            read_start(saved, config, later, self.world, model, optimizer)
         trainer = Trainer(
             model,
             optimizer,

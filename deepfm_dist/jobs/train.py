@@ -32,10 +32,9 @@ from deepfm_dist.runs.folder import run_lock, write_plan
 from deepfm_dist.runs.start import (
     Start,
     begin,
-    check_settings,
+    inherited_settings,
     make_ready,
     read_start,
-    saved_settings,
 )
 from deepfm_dist.runs.trained import open_dataset
 from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
@@ -148,7 +147,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         )
         run.make_ready(start)
         hooks = Hooks(validate, on_validation, asked_to_stop=asked_to_stop)
-        if start.path is None and config.model.linear == "logistic":
+        if start.saved is None and config.model.linear == "logistic":
             run.put_first_order()
             hooks = replace(hooks, measure_start=config.monitor is not None)
         run.fit(batches, hooks)
@@ -200,9 +199,9 @@ def _finish(
 
 def _prepare(config: Config) -> dict[str, Any] | None:
     """Prepares the data; returns the settings that the run takes over from an earlier one."""
-    saved = saved_settings(config, check_settings(config))
+    settings = inherited_settings(config)
     prepare_locked(config)
-    return saved
+    return settings
 
 
 @dataclass(frozen=True)
@@ -233,12 +232,12 @@ class _Run:
         world.run_on_rank0("make_ready", lambda: make_ready(config, start))
         if world.is_first:
             write_plan(config.run_dir, self.sharded, world)
-        if start.path is None:
+        if start.saved is None:
             return
         if start.continues:
-            load(start.path, world, self.sharded, self.optimizer)
+            load(start.saved.path, world, self.sharded, self.optimizer)
         else:
-            read_start(start.path, config, self.dataset, world, self.sharded, self.optimizer)
+            read_start(start.saved, config, self.dataset, world, self.sharded, self.optimizer)
 
     def put_first_order(self) -> None:
         """Makes a logistic regression the start."""

@@ -189,10 +189,9 @@ def _runs_on(config: Config, hashes: Mapping[str, str | None]) -> list[Path]:
                 theirs = load_config(str(folder / "config.yaml"))
                 if theirs.prepared_dir.resolve() != config.prepared_dir.resolve():
                     continue
-            steps = checkpoint.complete_steps(folder)
-            if not steps:
+            if not checkpoint.complete_steps(folder):
                 continue
-            state = checkpoint.read_state(checkpoint.checkpoint_path(folder, steps[-1]))
+            state = checkpoint.read_checkpoint(folder).state
             if all(state.get(name) in (hash_, None) for name, hash_ in hashes.items()):
                 runs.append(folder)
     return runs

@@ -14,6 +14,7 @@ from deepfm_dist.data.compatibility import changed_settings, check_start, shared
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed import checkpoint
+from deepfm_dist.distributed.checkpoint import Saved
 from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import CheckpointError, ConfigError
@@ -41,27 +42,27 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        path: the checkpoint to read, or None.
+        saved: the checkpoint to read, or None.
         state: of the loop.
         continues: whether the checkpoint is this run's own.
         is_over: whether nothing is left to train.
         chosen: what was chosen from the data when the run began, if it continues.
     """
 
-    path: Path | None
+    saved: Saved | None
     state: LoopState
     continues: bool = False
     is_over: bool = False
     chosen: tuple[Choice, ...] = ()
 
 
-def check_settings(config: Config) -> Path | None:
-    """Compares the settings with those of the run that the folder holds, if any. Rank 0.
+def inherited_settings(config: Config) -> dict[str, Any] | None:
+    """The settings that a run takes over from an earlier one; None if there is none. Rank 0.
 
-    It comes before the data are prepared, which would replace those of that run.
+    A run that resumes takes all of them. One that starts from another run's weights takes the
+    model, the loss that this was chosen for, and the tables' optimizer.
 
-    Returns:
-        The checkpoint that the run resumes from; None if it starts.
+    Call it before the data are prepared, which would replace those of the run in the folder.
 
     Raises:
         ConfigError: the run was trained with other settings, or is a part of another one.
@@ -69,7 +70,21 @@ def check_settings(config: Config) -> Path | None:
     """
     with write_errors_to_user(config.run_dir):
         _refuse_part(config.run_dir)
-        return _checkpoint_to_continue(config)
+        own = _checkpoint_to_continue(config)
+    if own is not None:
+        return settings_in(own.state)
+    if config.checkpoint.start_from is None:
+        return None
+    settings = settings_in(_other_run(config.checkpoint.start_from).state)
+    tables = {"name": settings["optimizer"]["tables"]["name"]}
+    optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
+    model = {name: settings["model"][name] for name in settings["model"] if name != "linear"}
+    return {"model": model, "trainer": {"loss": settings["trainer"]["loss"]}, **optimizer}
+
+
+def _other_run(start_from: str) -> Saved:
+    """The checkpoint that ``checkpoint.start_from`` names."""
+    return checkpoint.read_checkpoint(folder_of(start_from), "auto", ())
 
 
 def _refuse_part(run_dir: Path) -> None:
@@ -78,35 +93,12 @@ def _refuse_part(run_dir: Path) -> None:
     Raises:
         ConfigError: the folder is such a part of a run.
     """
-    steps = checkpoint.complete_steps(run_dir)
-    if steps and "part" in checkpoint.read_state(checkpoint.checkpoint_path(run_dir, steps[-1])):
+    if checkpoint.complete_steps(run_dir) and "part" in checkpoint.read_checkpoint(run_dir).state:
         raise ConfigError(
             f"{run_dir}: part of the run {run_dir.parent} and not trained separately; train that "
             f"run, or another one from its weights: run.name=NAME "
             f"checkpoint.start_from={run_dir.parent}"
         )
-
-
-def saved_settings(config: Config, path: Path | None) -> dict[str, Any] | None:
-    """The settings that a run takes over from an earlier one. Rank 0.
-
-    A run that resumes takes all of them. One that starts from another run's weights takes the
-    model, the loss that this was chosen for, and the tables' optimizer.
-
-    Args:
-        config: the settings.
-        path: the checkpoint that the run resumes from; None if it starts.
-    """
-    if path is not None:
-        return settings_in(checkpoint.read_state(path))
-    if config.checkpoint.start_from is None:
-        return None
-    path = checkpoint.find_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
-    settings = settings_in(checkpoint.read_state(path))
-    tables = {"name": settings["optimizer"]["tables"]["name"]}
-    optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
-    model = {name: settings["model"][name] for name in settings["model"] if name != "linear"}
-    return {"model": model, "trainer": {"loss": settings["trainer"]["loss"]}, **optimizer}
 
 
 def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool = True) -> Start:
@@ -133,38 +125,44 @@ def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool 
             f"run.name"
         )
     with write_errors_to_user(config.run_dir):
-        path, state = _checkpoint_to_continue(config, manifest), LoopState()
-        if path is not None:
-            state = _loop_state(path)
-            if state.step < last_step:
-                state.resume(config.monitor)  # what ended it once may be no reason now
-            is_over = state.is_over(config.trainer.patience, last_step)
-            if is_over and is_complete:
-                log.warning("%s", _finished(config, path, state.step, last_step))
-            elif is_over:
-                log.info("%s: resuming after the training loop", path)
-            else:
-                log.info("%s: resuming training after step %s", path, f"{state.step:,}")
-            chosen = choices_in(checkpoint.read_state(path))
-            return Start(path, state, continues=True, is_over=is_over, chosen=chosen)
-        if elsewhere is not None:
-            path = checkpoint.find_checkpoint(folder_of(elsewhere), "auto", ())
-            _check_start(config, manifest, path, checkpoint.read_state(path))
-            if not config.checkpoint.start_weights_only:
-                state.earlier_steps = checkpoint.steps_in(checkpoint.read_state(path))
-            log.info("%s: training starts from its weights", path)
-        return Start(path, state)
+        own = _checkpoint_to_continue(config, manifest)
+        if own is not None:
+            return _resume(config, own, last_step, is_complete)
+        if elsewhere is None:
+            return Start(None, LoopState())
+        other, state = _other_run(elsewhere), LoopState()
+        _check_start(config, manifest, other)
+        if not config.checkpoint.start_weights_only:
+            state.earlier_steps = checkpoint.steps_in(other.state)
+        log.info("%s: training starts from its weights", other.path)
+        return Start(other, state)
 
 
-def _check_start(config: Config, manifest: Manifest, path: Path, state: Mapping[str, Any]) -> None:
+def _resume(config: Config, own: Saved, last_step: int, is_complete: bool) -> Start:
+    """Where a run resumes from a checkpoint of its own."""
+    state = _loop_state(own)
+    if state.step < last_step:
+        state.resume(config.monitor)  # what ended it once may be no reason now
+    is_over = state.is_over(config.trainer.patience, last_step)
+    if is_over and is_complete:
+        log.warning("%s", _finished(config, own, state.step, last_step))
+    elif is_over:
+        log.info("%s: resuming after the training loop", own.path)
+    else:
+        log.info("%s: resuming training after step %s", own.path, f"{state.step:,}")
+    return Start(own, state, continues=True, is_over=is_over, chosen=choices_in(own.state))
+
+
+def _check_start(config: Config, manifest: Manifest, other: Saved) -> None:
     """Refuses a checkpoint whose weights would mean something else to this run's model."""
+    state = other.state
     option = f"checkpoint.start_from={config.checkpoint.start_from}"
     saved = settings_in(state)
     loop = state.get("trained_config", saved)
     if loop["model"]["embedding_dim"] != saved["model"]["embedding_dim"]:
         raise ConfigError(
             f"{option}: it holds the closed form too, which is fitted when training is over and "
-            f"would be in the model twice; set checkpoint.start_from={path.parents[2]}"
+            f"would be in the model twice; set checkpoint.start_from={other.path.parents[2]}"
         )
     for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
         if name not in _OF_ANY_MODEL:
@@ -193,7 +191,7 @@ def _check_start(config: Config, manifest: Manifest, path: Path, state: Mapping[
 
 
 def read_start(
-    path: Path,
+    saved: Saved,
     config: Config,
     dataset: PreparedDataset,
     world: World,
@@ -203,19 +201,18 @@ def read_start(
     """Reads the weights of another run, and the optimizer's state if wanted. All ranks.
 
     Args:
-        path: the checkpoint that `begin` has found.
+        saved: the checkpoint that `begin` has found.
         config: the settings.
         dataset: the data.
         world: the ranks.
         sharded: the model.
         optimizer: its optimizer.
     """
-    state = checkpoint.read_state(path)
-    trained = config_from(state["config"], origin=str(path)).data
+    trained = config_from(saved.state["config"], origin=str(saved.path)).data
     transfer = weight_transfer(trained, dataset.manifest, config.model)
     wanted = None if config.checkpoint.start_weights_only else optimizer
-    reused = dataset.reused_rows(state["vocabulary_hash"])
-    checkpoint.load(path, world, sharded, wanted, transfer, reused)
+    reused = dataset.reused_rows(saved.state["vocabulary_hash"])
+    checkpoint.load(saved.path, world, sharded, wanted, transfer, reused)
 
 
 def make_ready(config: Config, start: Start) -> None:
@@ -242,7 +239,7 @@ def make_ready(config: Config, start: Start) -> None:
         (run_dir / "config.yaml").write_text(config.to_yaml())
 
 
-def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
+def _finished(config: Config, own: Saved, step: int, last_step: int) -> str:
     """What a command says that has nothing left to train."""
     asked = f" (asked for: {last_step:,})" if last_step != step else ""
     cure = "raise trainer.epochs or trainer.max_steps"
@@ -253,7 +250,7 @@ def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
         f"to train again, set another run.name, or checkpoint.resume=never, which moves this run "
         f"aside"
     )
-    saved = settings_in(checkpoint.read_state(path))["trainer"]
+    saved = settings_in(own.state)["trainer"]
     changed = [
         f"trainer.{name}={new} (was {old})"
         for name, old, new in changed_settings(saved, config.model_dump(mode="json")["trainer"])
@@ -262,17 +259,17 @@ def _finished(config: Config, path: Path, step: int, last_step: int) -> str:
     return f"{text}. Changed without effect: {', '.join(changed)}" if changed else text
 
 
-def _loop_state(path: Path) -> LoopState:
+def _loop_state(saved: Saved) -> LoopState:
     try:
-        return LoopState(**checkpoint.read_state(path)["trainer"])
+        return LoopState(**saved.state["trainer"])
     except TypeError as error:
         raise CheckpointError(
-            f"{path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); train again "
-            f"with checkpoint.resume=never"
+            f"{saved.path / checkpoint.MARKER}: of another version of deepfm_dist ({error}); "
+            f"train again with checkpoint.resume=never"
         ) from None
 
 
-def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Path | None:
+def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Saved | None:
     """The checkpoint from which the run continues.
 
     A process restarted by a launcher continues from the latest: ``checkpoint.use=STEP`` and
@@ -295,10 +292,10 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
         return None
     of_loop = use not in ("auto", checkpoint.SELECTED, checkpoint.REFIT)
     which = use if of_loop and not again else "latest"
-    path = checkpoint.find_checkpoint(config.run_dir, which)
-    differing = _differing(config, checkpoint.read_state(path), manifest)
+    saved = checkpoint.read_checkpoint(config.run_dir, which)
+    differing = _differing(config, saved.state, manifest)
     if not differing:
-        return path
+        return saved
     if resume == "never":  # the first start ended before it moved the other run aside
         return None
     aside = name_aside(config)

@@ -224,8 +224,8 @@ def open_weights(
     Raises:
         CheckpointError: there is no complete checkpoint, or the dataset does not extend its own.
     """
-    path = checkpoint.find_checkpoint(run_dir, "auto", finished)
-    state = checkpoint.read_state(path)
+    saved = checkpoint.read_checkpoint(run_dir, "auto", finished)
+    path, state = saved.path, saved.state
     settings, manifest = settings_in(state), onto.dataset.manifest
     trained = config_from(state["config"], origin=str(path)).data
     check_start(str(path), state, trained, manifest)
@@ -267,8 +267,8 @@ def find_run(
         ConfigError: an override asks for other data or another model than were trained.
     """
     with storage_errors_to_user(config.run_dir):
-        path = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.use, finished)
-        state = checkpoint.read_state(path)
+        saved = checkpoint.read_checkpoint(config.run_dir, config.checkpoint.use, finished)
+    path, state = saved.path, saved.state
     trained_with = settings_in(state)
     asked_for = state.get("trained_config", trained_with)  # without the closed form's columns
     merged = config.model_dump(mode="json")

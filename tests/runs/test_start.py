@@ -82,8 +82,8 @@ def _started(config: Config) -> dict[str, Any]:
     with process_group("cpu") as world:
         run = Run(config.prepared_dir, config, world)
         fresh = _weights(run, world)
-        path = checkpoint.find_checkpoint(Path(str(config.checkpoint.start_from)))
-        read_start(path, config, run.dataset, world, run.sharded, run.optimizer)
+        saved = checkpoint.read_checkpoint(Path(str(config.checkpoint.start_from)))
+        read_start(saved, config, run.dataset, world, run.sharded, run.optimizer)
         batch = run.batches.batch(1)
         logits = run.sharded.eval()(batch)[1].numpy()
         run.sharded.train()
