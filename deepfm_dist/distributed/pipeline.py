@@ -27,7 +27,11 @@ from deepfm_dist.distributed.optimizers import (
     torch_optimizers,
 )
 from deepfm_dist.distributed.settings import OptimizerConfig
-from deepfm_dist.distributed.sharding import fused_kernels, unlock_cached_rows
+from deepfm_dist.distributed.sharding import (
+    average_copies,
+    fused_kernels,
+    unlock_cached_rows,
+)
 from deepfm_dist.distributed.world import World
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
@@ -252,6 +256,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         deferred: bool | None = None,
     ) -> None:
         super().__init__(model, _NoOptimizer(), world.device, custom_model_fwd=self._forward)
+        self._dmp_collection_sync_interval_batches = None  # `average_copies`, once per step
         on_device = world.device.type != "cpu"
         self._world, self.micro_batches, self._asked_to_stop = world, micro_batches, asked_to_stop
         self._config = config or OptimizerConfig()
@@ -316,6 +321,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 )
                 for optimizer in self._optimizers:
                     optimizer.step()
+                average_copies(self._model)
         if self.deferred:
             for buffer, value in zip(self._buffers, before, strict=True):
                 torch.where(self._is_finite, buffer, value, out=buffer)

@@ -20,7 +20,9 @@ from deepfm_dist.distributed.sharding import (
     ROW_WISE,
     TABLE_ROW_WISE,
     DoesNotFit,
+    group_of,
     place,
+    sharding_group,
     table_collection,
 )
 from deepfm_dist.distributed.world import World
@@ -72,10 +74,11 @@ class TableDemand:
         weight_bytes: of all its rows.
         state_bytes: of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise, row_wise, table_row_wise or replicated.
-        ranks: that hold it.
+        ranks: that hold it, counted within their group.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
-            gradients; of a replicated table its gradient.
+            gradients; of a replicated table its gradient; of a table of which each group of ranks
+            has a copy, also what averaging takes.
     """
 
     table: str
@@ -191,8 +194,22 @@ def _row_wise(job: Job) -> Job:
 
 
 def _place(job: Job) -> dict[str, TablePlan]:
-    replicable = job.optimizer.replicable
-    return place(job.task, job.world, job.sharding, job.batch_size, job.hbm_bytes, replicable)
+    group = _group(job)
+    return place(
+        job.task,
+        group.world,
+        job.sharding,
+        group.batch_size,
+        job.hbm_bytes,
+        job.optimizer.replicable,
+    )
+
+
+def _group(job: Job) -> Job:
+    """The part of a job that one group of ranks does, where each has a copy of the tables."""
+    world = sharding_group(job.world, job.sharding, job.optimizer)
+    n_groups = job.world.world_size // world.world_size
+    return replace(job, world=world, batch_size=-(-job.batch_size // n_groups))
 
 
 def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
@@ -215,7 +232,16 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
     tables = []
     for config in arch.ebc.embedding_bag_configs():
         weight_bytes = width * arch.ebc.embedding_bags[config.name].weight.itemsize
-        table, rank_demands = _table_demand(job, config, placed[config.name], width, weight_bytes)
+        placement = placed[config.name]
+        table, rank_demands = _table_demand(
+            job if placement.kind == REPLICATED else _group(job),
+            config,
+            placement,
+            width,
+            weight_bytes,
+        )
+        if placement.kind != REPLICATED:
+            table, rank_demands = _copied(job, table, rank_demands)
         tables.append(table)
         demands = [demand + added for demand, added in zip(demands, rank_demands, strict=True)]
     return Plan(job, tables, demands)
@@ -281,6 +307,24 @@ def _table_demand(
     )
     columns = zip(held, buffers, sent, local, strict=True)
     return table, [RankDemand(h, b, 0, s, stays) for h, b, s, stays in columns]
+
+
+def _copied(
+    job: Job, table: TableDemand, demands: Sequence[RankDemand]
+) -> tuple[TableDemand, list[RankDemand]]:
+    """What a table needs of which each group of ranks has a copy, given the needs of one group."""
+    n_groups = job.world.world_size // len(demands)
+    if n_groups == 1:
+        return table, list(demands)
+    local = min(n_groups, job.world.local_world_size)  # neighbors hold the same rows
+    replicas = hypothetical_world(n_groups, local)
+    copied = []
+    for demand in demands:
+        averaged = _all_reduced(demand.table_bytes, n_groups)
+        stays = averaged * _local_share(replicas)
+        copied += [demand + RankDemand(0, 0, 0, averaged, stays)] * n_groups
+    traffic_bytes = sum(demand.sent_bytes for demand in copied)
+    return replace(table, traffic_bytes=traffic_bytes), copied
 
 
 def _state_floats(optimizer: TableOptimizer, width: int) -> int:
@@ -358,7 +402,9 @@ def sent_bytes(
     Returns:
         ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
     """
-    ranks, local = world.world_size, sparse.stride()
+    group = group_of(sharded, world)  # averaging over groups belongs to a step, not to a batch
+    ranks, local = group.world_size, sparse.stride()
+    n_groups = world.world_size // ranks
     ids = dict(zip(sparse.keys(), sparse.length_per_key(), strict=True))
     [plan] = sharded.plan.plan.values()
     total = [0, 0, 0]
@@ -366,10 +412,10 @@ def sent_bytes(
         placed = plan[config.name]
         if kind_of(placed) == REPLICATED:
             table_bytes = FLOAT_BYTES * config.num_embeddings * config.embedding_dim
-            total[2] += ranks * _all_reduced(table_bytes, ranks)
+            total[2] += world.world_size * _all_reduced(table_bytes, world.world_size)
             continue
-        owner = None if placed.sharding_type == ROW_WISE else placed.ranks[0]
-        holders = _holders(placed.sharding_type, owner, world)
+        owner = None if placed.sharding_type == ROW_WISE else placed.ranks[0] // n_groups
+        holders = _holders(placed.sharding_type, owner, group)
         n_ids = ranks * local * len(config.feature_names)
         looked_up = ranks * sum(ids[name] for name in config.feature_names)
         for rank in range(ranks):
@@ -381,10 +427,11 @@ def sent_bytes(
                 looked_up * ID_BYTES,
                 n_ids * ID_BYTES,
             )
-            total = [a + b for a, b in zip(total, sent, strict=True)]
+            total = [a + n_groups * b for a, b in zip(total, sent, strict=True)]
     dense = sum(p.numel() for k, p in sharded.named_parameters() if ".ebc." not in k)
     names = ("ids", "embeddings", "embedding_gradients", "dense_gradients")
-    return dict(zip(names, [*total, ranks * _all_reduced(FLOAT_BYTES * dense, ranks)], strict=True))
+    dense_bytes = world.world_size * _all_reduced(FLOAT_BYTES * dense, world.world_size)
+    return dict(zip(names, [*total, dense_bytes], strict=True))
 
 
 def _remedies(job: Job) -> Iterator[str]:
@@ -393,6 +440,8 @@ def _remedies(job: Job) -> Iterator[str]:
     def fits(changed: Job, row_width: int | None = None) -> bool:
         changed = _row_wise(changed)
         return _estimate(changed, _place(changed), row_width).fits
+
+    size, ranks = job.sharding.group_size, job.world.world_size
 
     def remedy(setting: str, changed: Job | None = None) -> str:
         as_asked = changed and _plan_if_possible(changed)
@@ -406,8 +455,16 @@ def _remedies(job: Job) -> Iterator[str]:
         free = replace(job, sharding=job.sharding.model_copy(update={"tables": {}}))
         if fits(free):
             yield remedy(f"no sharding.tables ({', '.join(tables)})", free)
+    for larger in range((size or ranks) + 1, ranks + 1):
+        grouped = {"group_size": larger if larger < ranks else None}
+        changed = replace(job, sharding=job.sharding.model_copy(update=grouped))
+        if ranks % larger == 0 and fits(changed):
+            yield remedy(f"sharding.group_size={grouped['group_size'] or 'null'}", changed)
+            break
     local = job.world.local_world_size
-    sizes = range(job.world.world_size + local, MOST_RANKS + 1, local)
+    # More groups would leave each rank's part of the tables as large as it is.
+    most = MOST_RANKS if size is None else 0
+    sizes = range(ranks + local, most + 1, local)
     enough = bisect_left(
         sizes, True, key=lambda n: fits(replace(job, world=hypothetical_world(n, local)))
     )

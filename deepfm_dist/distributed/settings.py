@@ -176,6 +176,11 @@ class ShardingConfig(Section):
     """auto replicates tables with no more rows than a rank looks up in a step, and lets TorchRec's
     planner choose between the other kinds for the rest; table_row_wise, which keeps the sums of
     rows within a machine, only on CUDA and several machines."""
+    group_size: int | None = Field(None, ge=2)
+    """2D parallelism (TorchRec's DMPCollection): ranks of a group that shares one copy of the
+    tables; it must divide the number of ranks. The groups' copies and optimizer states are averaged
+    after each step, so losses depend on the number of groups. Default: one group of all ranks. CUDA
+    only."""
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     """Explicit placement of single tables; the others follow ``kind``."""
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"

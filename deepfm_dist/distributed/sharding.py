@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import (
     QCommsConfig,
     get_qcomm_codecs_registry,
 )
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DMPCollection
 from torchrec.distributed.model_parallel import (
     DistributedModelParallel as DistributedModelParallel,
 )
@@ -64,7 +64,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from deepfm_dist.distributed.optimizers import TableOptimizer
-from deepfm_dist.distributed.replicated import REPLICATED, kind_of, table_of
+from deepfm_dist.distributed.replicated import REPLICABLE, REPLICATED, kind_of, table_of
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
 from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import memory_bytes
@@ -77,6 +77,8 @@ log = logging.getLogger(__name__)
 ROW_WISE, TABLE_ROW_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
 _WITHIN_MACHINES = ("cuda",)
 """Devices whose tables may be cut over the ranks of one machine."""
+_IN_GROUPS = ("cuda",)
+"""Devices for which TorchRec makes a `DMPCollection`."""
 _INIT_ROWS = 4096  # rows drawn from one seed
 BATCH_SIZE = 8192
 RESERVED = 0.15
@@ -311,29 +313,157 @@ def shard(
         },
         qcomm_codecs_registry=_codecs(config.communication, world),
     )
+    wrapper = _DataParallelWrapper(static_graph=False, find_unused_parameters=some_unused)
     hbm_bytes = 0
     if world.device.type == "cuda":
         hbm_bytes = torch.cuda.get_device_properties(world.device).total_memory
     replicable = optimizer is None or optimizer.replicable
-    placed = place(module, world, config, batch_size, hbm_bytes, replicable)
+    group = sharding_group(world, config, optimizer)
+    n_groups = world.world_size // group.world_size
+    placed = place(module, group, config, batch_size // n_groups, hbm_bytes, replicable)
     kernel = optimizer.kernel if optimizer else EmbeddingComputeKernel.DENSE
-    module_plan = _module_plan(ebc, placed, kernel, sharder, world)
-    sharded = DistributedModelParallel(
-        module,
-        env=ShardingEnv(world.world_size, world.rank, dist.group.WORLD, output_dtensor=True),
-        device=world.device,
-        plan=ShardingPlan({path: module_plan}),
-        sharders=[sharder],
-        # One rank has no other to average gradients with; DDP would cost a small model a fifth.
-        init_data_parallel=world.world_size > 1,
-        data_parallel_wrapper=_DataParallelWrapper(
-            static_graph=False, find_unused_parameters=some_unused
-        ),
-    )
+    module_plan = _module_plan(ebc, placed, kernel, sharder, group)
+    sharded = _distribute(module, world, group, ShardingPlan({path: module_plan}), sharder, wrapper)
     if world.world_size == 1:
         # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
         sharded.module.to(world.device)
     return sharded, placed_tables(sharded)
+
+
+def _distribute(
+    module: nn.Module,
+    world: World,
+    group: World,
+    plan: ShardingPlan,
+    sharder: _Sharder,
+    wrapper: _DataParallelWrapper,
+) -> DistributedModelParallel:
+    """Shards a module over all ranks, or over each group of ranks. All ranks."""
+    options: dict[str, Any] = {
+        "device": world.device,
+        "plan": plan,
+        "sharders": [sharder],
+        # One rank has no other to average gradients with; DDP would cost a small model a fifth.
+        "init_data_parallel": world.world_size > 1,
+        "data_parallel_wrapper": wrapper,
+    }
+    if group is world:
+        env = ShardingEnv(world.world_size, world.rank, dist.group.WORLD, output_dtensor=True)
+        return DistributedModelParallel(module, env=env, **options)
+    _set_machine_size(world)
+    with _without_root_logger():
+        return DMPCollection(
+            module,
+            world_size=world.world_size,
+            sharding_group_size=group.world_size,
+            global_pg=dist.group.WORLD,
+            **options,
+        )
+
+
+@contextmanager
+def _without_root_logger() -> Iterator[None]:
+    """For `DMPCollection`, which logs its process groups as warnings of the root logger.
+
+    The first such line would give that logger a handler, which would print all later lines again.
+    """
+    handlers = logging.root.handlers[:]
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = handlers
+
+
+def sharding_group(
+    world: World, config: ShardingConfig, optimizer: TableOptimizer | None = None
+) -> World:
+    """The ranks that share one copy of the tables: all of them, or this rank's group.
+
+    Group ``g`` of ``n`` has the ranks ``g, g + n, g + 2 n, ...``, as TorchRec forms them: the
+    ranks that hold the same rows are neighbors, on one machine if possible, because averaging
+    tables takes more bytes than exchanging embeddings.
+
+    Args:
+        world: all ranks; may be hypothetical.
+        config: names the size of a group.
+        optimizer: of the tables; None: they are only read.
+
+    Returns:
+        ``world`` itself if there is only one group.
+
+    Raises:
+        ConfigError: groups are not available on this device, of this size, or together with
+            another setting.
+    """
+    size = config.group_size
+    if size is None or size == world.world_size:
+        return world
+    setting = f"sharding.group_size={size}"
+    if world.device.type not in _IN_GROUPS:
+        raise ConfigError(
+            f"{setting}: only on CUDA, not on a {world.device.type}; leave it out, and tables are "
+            f"sharded over all ranks"
+        )
+    if world.world_size % size:
+        sizes = [n for n in range(2, world.world_size + 1) if world.world_size % n == 0]
+        raise ConfigError(
+            f"{setting}: does not divide the {plural(world.world_size, 'rank')}; use "
+            f"{' or '.join(map(str, sizes)) or 'null'}"
+        )
+    if world.world_size % world.local_world_size:
+        raise ConfigError(
+            f"{setting}: {plural(world.world_size, 'rank')} on machines of "
+            f"{world.local_world_size} each; start as many on every machine, or leave it out"
+        )
+    _check_groups(setting, config, optimizer)
+    return _group_of_size(world, size)
+
+
+def group_of(sharded: DistributedModelParallel, world: World) -> World:
+    """The `sharding_group` that a model was sharded over."""
+    if isinstance(sharded, DMPCollection):
+        return _group_of_size(world, sharded.device_mesh.size(1))
+    return world
+
+
+def _group_of_size(world: World, size: int) -> World:
+    n_groups = world.world_size // size
+    return replace(
+        world,
+        rank=world.rank // n_groups,
+        world_size=size,
+        local_world_size=max(1, world.local_world_size // n_groups),
+    )
+
+
+def _check_groups(setting: str, config: ShardingConfig, optimizer: TableOptimizer | None) -> None:
+    """Raises a ConfigError for what cannot be averaged over groups of ranks."""
+    if optimizer is not None and optimizer.name not in REPLICABLE:
+        raise ConfigError(
+            f"{setting}: TorchRec averages the state of Adagrad only, not of "
+            f"optimizer.tables.name={optimizer.name}; use {', '.join(REPLICABLE[:-1])} or "
+            f"{REPLICABLE[-1]}"
+        )
+    for name, kind in _kinds_by_setting(config).items():
+        if kind == TABLE_ROW_WISE:
+            raise ConfigError(
+                f"{setting}: {name}=table_row_wise needs all ranks of a machine in one group; use "
+                f"row_wise"
+            )
+    for name, placement in config.tables.items():
+        if placement.cached is not None:
+            raise ConfigError(
+                f"{setting}: sharding.tables.{name}.cached={placement.cached:g}: rows in the cache "
+                f"would not be averaged; use one of the two"
+            )
+
+
+def average_copies(sharded: nn.Module) -> None:
+    """Averages tables and their optimizer's state over the groups of ranks, if any. All ranks."""
+    if isinstance(sharded, DMPCollection):
+        sharded.sync()
 
 
 def _module_plan(
@@ -352,8 +482,7 @@ def _module_plan(
         elif placement.rank is None:
             plan[name] = row_wise()
         elif placement.kind == TABLE_ROW_WISE:
-            # TorchRec asks the environment for the size of a machine, and takes 8 for an answer.
-            os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
+            _set_machine_size(world)
             plan[name] = table_row_wise(host_index=placement.rank // world.local_world_size)
         else:
             plan[name] = table_wise(rank=placement.rank)
@@ -369,6 +498,11 @@ def _module_plan(
         module_plan[name].compute_kernel = _kernel_of(name, placement, kernel, world.device).value
         module_plan[name].cache_params = _cache_of(placement)
     return module_plan
+
+
+def _set_machine_size(world: World) -> None:
+    """TorchRec asks the environment for the size of a machine; without an answer it takes 8."""
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
 
 
 def _keep_in_fp32(ebc: EmbeddingBagCollection, table: str) -> None:
@@ -446,7 +580,9 @@ def place(
         }
     if any(p.kind == "auto" for p in wanted.values()) and world.world_size > 1:
         left = {name: p for name, p in wanted.items() if p.kind != REPLICATED}
-        wanted |= _plan(_only(ebc, left), world, left, batch_size, hbm_bytes)
+        wanted |= _plan(
+            _only(ebc, left), world, left, batch_size, hbm_bytes, config.group_size is not None
+        )
     return {name: _with_rank(p, turn, world) for turn, (name, p) in enumerate(wanted.items())}
 
 
@@ -469,9 +605,7 @@ def _check_placements(
     replicable: bool,
 ) -> None:
     """Raises a ConfigError for a placement that cannot be, as `place` says."""
-    kinds: dict[str, str] = {"sharding.kind": config.kind}
-    kinds |= {f"sharding.tables.{name}.kind": p.kind for name, p in config.tables.items()}
-    for setting, kind in kinds.items():
+    for setting, kind in _kinds_by_setting(config).items():
         if kind == TABLE_ROW_WISE and world.device.type not in _WITHIN_MACHINES:
             raise ConfigError(
                 f"{setting}=table_row_wise: only on CUDA, not on a {world.device.type}; use "
@@ -507,6 +641,11 @@ def _check_placements(
             )
 
 
+def _kinds_by_setting(config: ShardingConfig) -> dict[str, str]:
+    by_table = {f"sharding.tables.{name}.kind": p.kind for name, p in config.tables.items()}
+    return {"sharding.kind": config.kind, **by_table}
+
+
 def _replicated_if_small(
     tables: Mapping[str, EmbeddingBagConfig],
     wanted: Mapping[str, TablePlan],
@@ -521,7 +660,7 @@ def _replicated_if_small(
         bound = int(REPLICATED_ROWS * per_rank * len(table.feature_names))
         if placement == TablePlan() and table.num_embeddings <= bound:
             placed[name] = TablePlan(kind="replicated")
-            if world.is_first and dist.is_initialized():
+            if dist.is_initialized() and dist.get_rank() == 0:
                 log.info(
                     "table %s is replicated: %s, at most the %s that a rank looks up in a step",
                     name,
@@ -616,6 +755,7 @@ def _plan(
     wanted: Mapping[str, TablePlan],
     batch_size: int,
     hbm_bytes: int,
+    grouped: bool,
 ) -> dict[str, TablePlan]:
     """Asks TorchRec's planner about the tables left to it; it agrees on all ranks."""
     topology = Topology(
@@ -628,7 +768,7 @@ def _plan(
     )
     kinds = ["table_wise", ROW_WISE]
     machines, left = divmod(world.world_size, world.local_world_size)
-    if world.device.type in _WITHIN_MACHINES and machines > 1 and not left:
+    if world.device.type in _WITHIN_MACHINES and machines > 1 and not left and not grouped:
         kinds.append(TABLE_ROW_WISE)
     constraints = {
         name: ParameterConstraints(

@@ -145,8 +145,15 @@ def plan_table(plan: Plan) -> str:
     )
     size = job.world.world_size
     machines = size // job.world.local_world_size
+    group_size = job.sharding.group_size or size
+    groups = ""
+    if group_size < size:
+        tables = tables.rename(columns={"ranks": "ranks of group"})
+        groups = (
+            f"{size // group_size} groups of {group_size} ranks, each with a copy of all tables\n"
+        )
     return (
-        f"{tables.to_string(index=False)}\n\n{ranks.to_string(index=False)}\n\n"
+        f"{tables.to_string(index=False)}\n\n{ranks.to_string(index=False)}\n\n{groups}"
         f"{plural(size, 'GPU')} on {plural(machines, 'machine')}, "
         f"{format_bytes(job.hbm_bytes)} each, {RESERVED:.0%} of it to stay free; "
         f"{job.optimizer.name}; {plural(job.batch_size, 'row')} a step\n"
