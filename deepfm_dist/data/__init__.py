@@ -1,1 +1,1 @@
-"""Tables on disk -> batches."""
+"""Input files -> prepared dataset -> batches."""

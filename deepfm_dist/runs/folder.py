@@ -1,4 +1,4 @@
-"""A run's folder: its lock, and runs and checkpoints that are moved aside."""
+"""A run's folder: its lock, and moving runs and checkpoints aside."""
 
 import json
 import logging
@@ -33,20 +33,20 @@ _WITHOUT_RESULTS = ("checkpoints", "config.yaml", "metrics.jsonl", PLAN, "tensor
 def run_lock(
     config: Config, cure: str = "choose another run.name", elsewhere: str = ANOTHER_ROOT
 ) -> Lock:
-    """The lock of whoever writes checkpoints into the run's folder; cures as of `Lock`."""
+    """The lock to hold while writing checkpoints into the run's folder; see `Lock`."""
     return Lock(config.run_dir, str(config.run_dir), cure, elsewhere)
 
 
 def before_replacing(config: Config, old: Manifest | None, new: Manifest) -> Path | None:
-    """Keeps runs from losing the dataset that they were trained on. Rank 0.
+    """Protects the dataset that runs were trained on. Rank 0.
 
     Args:
         config: of the command that prepares.
-        old: the manifest of the dataset that is about to be replaced; None: it cannot be read.
-        new: the one that takes its place.
+        old: the manifest of the dataset about to be replaced; None if it cannot be read.
+        new: its replacement.
 
     Returns:
-        Where to move the old dataset, if a run needs it; None: no run does.
+        Where to move the old dataset if a run needs it; None if no run does.
 
     Raises:
         DataError: runs need it.
@@ -79,15 +79,15 @@ def _named(runs: Sequence[Path]) -> str:
 
 
 def set_aside(config: Config, with_dataset: bool = False) -> Path:
-    """Moves a run to the next free name: ``runs/NAME.1``, ``runs/NAME.2``, ... Rank 0.
+    """Renames a run to the next free name: ``runs/NAME.1``, ``runs/NAME.2``, ... Rank 0.
 
     Its ``config.yaml`` gets the new name, so that ``--run runs/NAME.1`` finds all of it. A study
     that `tune` keeps in the folder stays.
 
     Args:
-        config: of the run that takes its place.
-        with_dataset: whether its dataset is to move likewise, which is left to the caller; else
-            both runs share it.
+        config: of the new run.
+        with_dataset: whether the caller will move the dataset to the matching name; otherwise both
+            runs share it.
 
     Returns:
         The folder of its dataset.
@@ -129,7 +129,7 @@ def set_steps_aside(config: Config, steps: Sequence[int]) -> None:
 def _rename_in_config(aside: Path, config: Config, data_name: str | None = None) -> None:
     """Gives a run's ``config.yaml`` the name of the folder next to ``config``'s that it is in now.
 
-    Its dataset keeps its name, unless that is given.
+    Its dataset keeps its name unless ``data_name`` is given.
     """
     file, run_name = aside / "config.yaml", Path(config.run.name).with_name(aside.name).as_posix()
     with suppress(ConfigError):  # of another version, say
@@ -156,9 +156,9 @@ def _numbered_name(folder: Path, number: int) -> Path:
 
 
 def _folders(config: Config) -> list[Path]:
-    """The run's folder and, if that is behind a URL, the local one of what other commands write.
+    """The run's folder and, if that is behind a URL, the local one for other commands' output.
 
-    A local run of that name is none of its.
+    A separate local run of that name is not included.
     """
     local = config.output_dir
     is_run = (local / "config.yaml").exists() or (local / "checkpoints").exists()
@@ -166,7 +166,7 @@ def _folders(config: Config) -> list[Path]:
 
 
 def has_results(config: Config) -> bool:
-    """Whether the folder holds more than a run leaves that ended before its first checkpoint."""
+    """Whether the folder holds results, not just what a run leaves before its first checkpoint."""
     for folder in _folders(config):
         with suppress(FileNotFoundError, NotADirectoryError):
             for path in folder.iterdir():
@@ -176,9 +176,9 @@ def has_results(config: Config) -> bool:
 
 
 def _runs_on(config: Config, hashes: Mapping[str, str | None]) -> list[Path]:
-    """Runs whose latest checkpoint was trained on the dataset in ``prepared_dir`` of these hashes.
+    """Runs whose latest checkpoint was trained on the dataset with these hashes.
 
-    Looked for are this run and, on a local disk, its neighbours.
+    Checks this run and, on a local disk, its neighbours.
     """
     root, own = config.run_dir.parent, config.run_dir
     others = [] if is_remote(root) else [f.parent for f in root.glob("*/config.yaml")]

@@ -1,4 +1,4 @@
-"""Where the training of a run begins or continues."""
+"""Decides where a run starts or resumes, and prepares its folder."""
 
 import logging
 from collections.abc import Mapping
@@ -33,20 +33,20 @@ from deepfm_dist.training.state import LoopState
 log = logging.getLogger(__name__)
 _OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
 _OF_ANY_MODEL = ("dropout", "init_std", "init_at_mean", "over_arch_init", "linear")
-"""Settings of the model that change no trained weight's meaning."""
+"""Model settings that do not change what trained weights mean."""
 _OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Where a run starts.
 
     Attributes:
         saved: the checkpoint to read, or None.
         state: of the loop.
         continues: whether the checkpoint is this run's own.
         is_over: whether nothing is left to train.
-        chosen: what was chosen from the data when the run began, if it continues.
+        chosen: what was chosen from the data when the run started, if it resumes.
     """
 
     saved: Saved | None
@@ -88,10 +88,10 @@ def _other_run(start_from: str) -> Saved:
 
 
 def _refuse_part(run_dir: Path) -> None:
-    """Refuses to train what another run has made at its end and reads.
+    """Refuses to train a folder that is part of another run.
 
     Raises:
-        ConfigError: the folder is such a part of a run.
+        ConfigError: it is.
     """
     if checkpoint.complete_steps(run_dir) and "part" in checkpoint.read_checkpoint(run_dir).state:
         raise ConfigError(
@@ -102,19 +102,19 @@ def _refuse_part(run_dir: Path) -> None:
 
 
 def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool = True) -> Start:
-    """Decides where a run begins; changes nothing. Rank 0.
+    """Decides where a run starts; changes nothing. Rank 0.
 
     Args:
         config: the settings.
         manifest: of the data.
         last_step: of the loop.
-        is_complete: whether the run has all that follows the loop, if that is over.
+        is_complete: whether everything after the training loop is done, if the loop is over.
 
     Raises:
-        CheckpointError: ``checkpoint.start_from`` has none, or one of data that this run's data
-            does not extend.
-        ConfigError: it is of another model, or this run itself; or the folder holds a run of other
-            settings or data.
+        CheckpointError: ``checkpoint.start_from`` has no checkpoint, or one of data that this run's
+            data does not extend.
+        ConfigError: ``checkpoint.start_from`` is a different model or this run itself; or the
+            folder holds a run with other settings or data.
         DeepFMError: the run folder cannot be read.
     """
     elsewhere = config.checkpoint.start_from
@@ -139,10 +139,10 @@ def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool 
 
 
 def _resume(config: Config, own: Saved, last_step: int, is_complete: bool) -> Start:
-    """Where a run resumes from a checkpoint of its own."""
+    """Where a run resumes from its own checkpoint."""
     state = _loop_state(own)
     if state.step < last_step:
-        state.resume(config.monitor)  # what ended it once may be no reason now
+        state.resume(config.monitor)  # the reason it ended may no longer apply
     is_over = state.is_over(config.trainer.patience, last_step)
     if is_over and is_complete:
         log.warning("%s", _finished(config, own, state.step, last_step))
@@ -154,7 +154,7 @@ def _resume(config: Config, own: Saved, last_step: int, is_complete: bool) -> St
 
 
 def _check_start(config: Config, manifest: Manifest, other: Saved) -> None:
-    """Refuses a checkpoint whose weights would mean something else to this run's model."""
+    """Refuses a checkpoint whose weights would mean something different in this run's model."""
     state = other.state
     option = f"checkpoint.start_from={config.checkpoint.start_from}"
     saved = settings_in(state)
@@ -198,10 +198,10 @@ def read_start(
     sharded: DistributedModelParallel,
     optimizer: CombinedOptimizer,
 ) -> None:
-    """Reads the weights of another run, and the optimizer's state if wanted. All ranks.
+    """Loads the weights of another run, and its optimizer state if configured. All ranks.
 
     Args:
-        saved: the checkpoint that `begin` has found.
+        saved: the checkpoint that `begin` found.
         config: the settings.
         dataset: the data.
         world: the ranks.
@@ -218,8 +218,8 @@ def read_start(
 def make_ready(config: Config, start: Start) -> None:
     """Makes the run's folder ready for training. Rank 0.
 
-    A run that this one does not continue is moved aside, and so are checkpoints of later steps than
-    the one that it continues from. Incomplete ones are deleted.
+    A run that this one does not resume is moved aside, and so are checkpoints later than the one it
+    resumes from. Incomplete checkpoints are deleted.
 
     Raises:
         DeepFMError: the folder cannot be written.
@@ -240,7 +240,7 @@ def make_ready(config: Config, start: Start) -> None:
 
 
 def _finished(config: Config, own: Saved, step: int, last_step: int) -> str:
-    """What a command says that has nothing left to train."""
+    """The message if nothing is left to train."""
     asked = f" (asked for: {last_step:,})" if last_step != step else ""
     cure = "raise trainer.epochs or trainer.max_steps"
     if step < last_step:  # early stopping ended it
@@ -270,21 +270,21 @@ def _loop_state(saved: Saved) -> LoopState:
 
 
 def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) -> Saved | None:
-    """The checkpoint from which the run continues.
+    """The checkpoint from which the run resumes.
 
-    A process restarted by a launcher continues from the latest: ``checkpoint.use=STEP`` and
-    ``checkpoint.resume=never`` were for the first start, and would undo what was trained since.
+    A process restarted by a launcher resumes from the latest: ``checkpoint.use=STEP`` and
+    ``checkpoint.resume=never`` applied to the first start, and would undo what was trained since.
 
     Args:
         config: the settings.
         manifest: of the data; None before they are prepared, when only settings are compared.
 
     Returns:
-        The latest complete checkpoint; None without one, or where the run is to begin again.
+        The latest complete checkpoint; None if there is none, or if the run starts over.
 
     Raises:
-        ConfigError: it is of other settings or data.
-        CheckpointError: the checkpoint that was asked for is not there.
+        ConfigError: its settings or data differ.
+        CheckpointError: the requested checkpoint does not exist.
     """
     resume, use = config.checkpoint.resume, config.checkpoint.use
     again = read_launch().restarted
@@ -296,7 +296,7 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
     differing = _differing(config, saved.state, manifest)
     if not differing:
         return saved
-    if resume == "never":  # the first start ended before it moved the other run aside
+    if resume == "never":  # the first attempt ended before it moved the other run aside
         return None
     aside = name_aside(config)
     raise ConfigError(
@@ -307,7 +307,7 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
 
 
 def _differing(config: Config, state: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
-    """What keeps a run from continuing from a checkpoint, each with both values."""
+    """The differences that keep a run from resuming, each with both values."""
     train_bytes = None if manifest is None else manifest.splits["train"].size_bytes
     differing = [
         f"{name}={_brief(new)} (was {_brief(old)})"
@@ -329,7 +329,7 @@ def _brief(value: Any) -> str:
 
 
 def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool:
-    """Whether another value trains something else, not longer, elsewhere, or to other reports."""
+    """Whether changing a setting trains a different model, not just longer or elsewhere."""
     if AUTO in (old, new):  # left to the recipe, which takes the run's own
         return False
     if name == "data.memory_bytes":  # rows that are streamed come in another order

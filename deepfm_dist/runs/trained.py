@@ -1,4 +1,4 @@
-"""Trained runs, read back from their folders."""
+"""Opens trained runs from their folders."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -40,14 +40,14 @@ from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
 WHERE_DATA_ARE = ("data.root", "data.name")
-_OF_TRAINING = ("data", "model")  # sections whose settings a checkpoint knows
+_OF_TRAINING = ("data", "model")  # sections whose settings come from the checkpoint
 _OF_A_COMMAND = (*WHERE_DATA_ARE, "data.memory_bytes", "data.on_device", "data.files")
-"""Settings of data that a command may change: where files are, and how they are read."""
+"""Data settings that a command may change: where files are, and how they are read."""
 
 
 @dataclass(frozen=True)
 class RunOnDisk:
-    """What a run has left on disk.
+    """A trained run on disk.
 
     Attributes:
         config: the settings in force: the run's own for data and model, the command's otherwise.
@@ -63,9 +63,10 @@ class RunOnDisk:
 
     @property
     def identity(self) -> dict[str, int | str | None]:
-        """What tells the checkpoint from any other, also from one of the same step, and the data.
+        """Identifies the checkpoint, even among those of the same step, and its data.
 
-        An export holds the values of users and items, which may have changed in the dataset since.
+        The data is included because an export holds values of users and items, which may change in
+        the dataset.
         """
         return {
             "step": self.state["step"],
@@ -106,13 +107,13 @@ class LoadedModel:
     def output(self, name: str, about: Collection[str], given: str | None) -> Path:
         """The parquet file that a command writes; a CSV of the same name may go with it.
 
-        By default it is ``NAME.parquet`` in the run's folder for the run's own settings. Others are
-        added to the name (``NAME-k20-users.parquet``), so that a small or a special result does not
-        take the place of the full one.
+        By default it is ``NAME.parquet`` in the run's folder. Settings that differ from the run's
+        own are added to the name (``NAME-k20-users.parquet``), so that a partial result does not
+        overwrite the full one.
 
         Args:
             name: of the default file.
-            about: settings, by dotted name, that decide what the result is of.
+            about: settings, by dotted name, that affect the result.
             given: the value of ``--output``.
 
         Raises:
@@ -132,12 +133,12 @@ def parquet_output(given: str, config: Config, *sources: str) -> Path:
     """The file that ``--output`` names.
 
     Args:
-        given: what it says.
-        config: of the run, whose input files are not to be written over.
+        given: its value.
+        config: of the run, whose input files must not be overwritten.
         sources: other files that the command reads.
 
     Raises:
-        ConfigError: it is no parquet file, or one that is read.
+        ConfigError: it is not a parquet file, or is one of the inputs.
     """
     path = Path(option_of("--output", given))
     if not path.name or path.is_dir():
@@ -166,7 +167,7 @@ def parts_output(given: str) -> Path:
 
 
 def output_lock(target: Path, in_parts: bool) -> Lock:
-    """The lock of whoever writes a result."""
+    """The lock to hold while writing a result."""
     option = "--output-parts" if in_parts else "--output"
     elsewhere = f"give {option} a writable place"
     return Lock(target, str(target), f"choose another {option}", elsewhere)
@@ -185,8 +186,8 @@ def open_trained(
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
         world: the ranks.
-        same_rows: as `find_run` takes it.
-        finished: likewise.
+        same_rows: see `find_run`.
+        finished: see `find_run`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of other data.
@@ -212,14 +213,14 @@ def open_weights(
 ) -> LoadedModel:
     """Loads a run's weights for the dataset of another one, which extends its own. All ranks.
 
-    Ids that the run does not know get the weights of its unknown id, as they would if it scored
-    them. In users' histories they count for nothing.
+    Ids that the run does not know get the weights of its unknown id, as if it had scored them. In
+    users' histories they are ignored.
 
     Args:
         run_dir: folder of the run with the weights.
         onto: the other run.
         world: the ranks.
-        finished: as `find_run` takes it.
+        finished: see `find_run`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or the dataset does not extend its own.
@@ -251,15 +252,15 @@ def find_run(
 ) -> RunOnDisk:
     """Finds a run's latest checkpoint and its dataset.
 
-    A checkpoint knows its data and model, and these settings are taken from it, except where files
-    lie, how they are laid out and how much memory they may take.
+    The settings of data and model come from the checkpoint, except where files are, how they are
+    laid out and how much memory they may take.
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
         overrides: of the command line.
-        same_rows: whether a dataset with other rows than were trained on is refused; else a
-            warning says so.
-        finished: which of the checkpoints of a finished run may be the one.
+        same_rows: whether to refuse a dataset whose rows differ from those trained on; otherwise
+            only warn.
+        finished: which parts of a finished run may be used.
         world: the ranks, if all of them call this.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What a model has yet to learn of how active users are: corrects `NegativeRate` for it.
+"""Corrects `NegativeRate` for what a model has not yet learned about how active users are.
 
-A converged model predicts as many positives among a user's training rows as there are. Few steps
-leave the weights of users with few rows near those of all others, so that the model's odds are too
-high for the least active users. Here the odds are shifted by activity until they add up.
+A converged model predicts as many positives among a user's training rows as there are. After few
+steps the weights of users with few rows are still near the average, so the model's odds are too
+high for the least active users. `fit_to_activity` shifts the odds by activity until they add up.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ BLOCK_ROWS = 8192
 MOST_BLOCKS, MOST_EPOCHS = 16, 4
 """Bounds of the training rows that are scored: blocks, and draws of negatives."""
 MOST_KNOTS, POSITIVES_PER_KNOT = 8, 400
-"""Groups of users by activity, and the positives of each, at least: 5 % standard error."""
+"""Number of groups of users by activity, and minimum positives per group (5 % standard error)."""
 PRECISION = 10.0
 """1 / variance of the normal prior on each shift."""
 _DIGITS = 3
@@ -39,14 +39,14 @@ def fit_to_activity(
     world: World,
     seed: int,
 ) -> NegativeRate:
-    """Shifts the log-odds so that users of any activity have the positives that they have.
+    """Shifts the log-odds so that predicted positives match actual ones at every level of activity.
 
     With the log rate x of a row's user, the scores z and labels y of training rows, positives and
     newly drawn negatives, it fits ``y ~ sigmoid(z + shift(x))``, piecewise linear in x, by
     maximum likelihood. All ranks.
 
     Args:
-        rate: as it is drawn.
+        rate: at which negatives are drawn.
         dataset: of the training rows.
         score: a batch's logits, in eval mode; collective where the model is sharded.
         world: the ranks.

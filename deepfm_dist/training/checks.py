@@ -1,4 +1,4 @@
-"""What can be wrong with a prepared dataset before a model is trained or measured on it."""
+"""Warnings and errors about a prepared dataset, before a model is trained or measured on it."""
 
 import logging
 from itertools import product
@@ -10,12 +10,12 @@ from deepfm_dist.training.metrics import split_target
 
 log = logging.getLogger(__name__)
 LARGE = 1000.0
-"""Magnitude from which numbers that enter the model unscaled are warned about."""
+"""Unscaled numbers of this magnitude or more trigger a warning."""
 _OF_BOTH_LABELS = ("auc", "user_auc", "ne")
 
 
 def warn_of_labels(manifest: Manifest) -> None:
-    """Warns of splits in which all labels are the same. Rank 0."""
+    """Warns about splits in which all labels are the same. Rank 0."""
     for split, target in product(manifest.splits, manifest.targets or [None]):
         label = _only_label(manifest, split, target)
         if label is None:
@@ -44,7 +44,7 @@ def warn_of_labels(manifest: Manifest) -> None:
 
 
 def _warn_of_missing_labels(manifest: Manifest) -> None:
-    """Warns of held-out rows of which none has one of several labels."""
+    """Warns if no held-out row has one of several labels."""
     for split, target in product(manifest.splits, manifest.targets):
         rows = manifest.splits[split].rows
         if rows and not _rows_with(manifest, split, target):
@@ -57,7 +57,7 @@ def _warn_of_missing_labels(manifest: Manifest) -> None:
 
 
 def check_monitor(monitor: str | None, manifest: Manifest) -> None:
-    """Refuses a monitored figure that needs both labels where validation rows have one.
+    """Refuses a monitored figure that needs both labels if all validation rows have the same one.
 
     Raises:
         ConfigError: it would be NaN at every validation.
@@ -75,7 +75,7 @@ def check_monitor(monitor: str | None, manifest: Manifest) -> None:
 
 
 def warn_of_numbers(manifest: Manifest) -> None:
-    """Warns of numeric fields that enter the model unscaled and are large. Rank 0."""
+    """Warns about large numeric fields that enter the model unscaled. Rank 0."""
     for field in manifest.dense:
         spec = manifest.numeric[field.name]
         if field.transform == "none" and max(abs(spec.mean), spec.std) >= LARGE:
@@ -90,7 +90,7 @@ def warn_of_numbers(manifest: Manifest) -> None:
 
 
 def _only_label(manifest: Manifest, split: str, target: str | None = None) -> int | None:
-    """The label that all rows of a split have; None: both occur, or there are no labelled rows.
+    """The only label in a split; None if both occur or no row has a label.
 
     Args:
         manifest: of the data.

@@ -34,7 +34,7 @@ from deepfm_dist.training.metrics import (
 
 BLOCK_ROWS = 8192
 RANKED_ROWS = 1 << 21
-"""Scored rows that rank 0 sorts at a time."""
+"""Maximum number of scored rows that rank 0 sorts at a time."""
 _RECORD = np.dtype(
     [("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("user", "i4"), ("item", "i4")]
 )
@@ -45,14 +45,14 @@ _Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Unknown:
-    """Counts of held-out rows whose users, items or values have no separate embedding.
+    """Counts of held-out rows whose users, items or values have no embedding of their own.
 
     Attributes:
         n: number of rows counted: the positives if negatives are sampled (from known items),
             otherwise all rows.
-        rows: by "user", "item" and context field, the number of rows without a known value: one
-            that is missing from training, below ``min_count``, or empty. Cold items, of which
-            attributes are known, are not among them.
+        rows: by "user", "item" and context field, the number of rows without a known value: it is
+            missing from training, below ``min_count``, or empty. Cold items with known attributes
+            are not counted.
     """
 
     n: int
@@ -79,10 +79,11 @@ class Measured:
     """A model's figures on held-out rows.
 
     Attributes:
-        figures: auc, user_auc where rows have users, and `figures_of`; of several targets as
-            `metrics.with_means` has them.
-        calibrations: predicted against observed probabilities, by target; of one by "".
-        unknown: values of the rows that training rows do not have.
+        figures: auc, user_auc if rows have users, and `figures_of`; for several targets, as in
+            `metrics.with_means`.
+        calibrations: predicted against observed probabilities, by target; the key of a single
+            target is "".
+        unknown: counts of values that training rows do not have.
     """
 
     figures: dict[str, float]
@@ -91,15 +92,15 @@ class Measured:
 
 
 class RowEvaluator:
-    """Scores the labelled rows of a split, as often as is wanted.
+    """Scores the labelled rows of a split; can be used repeatedly.
 
-    Rows are read from disk when they are needed and written back with their scores, so memory does
-    not grow with them.
+    Rows are read from disk when needed and written back with their scores, so memory use does not
+    grow with the number of rows.
 
     Args:
         dataset: the prepared dataset.
         split: valid or test.
-        target_weights: of several targets in the figures of all together; default: equal ones.
+        target_weights: weights of several targets in their combined figures; default: equal.
     """
 
     def __init__(
@@ -162,10 +163,7 @@ class RowEvaluator:
     def _measure_records(
         self, records: _Records, world: World
     ) -> tuple[dict[str, float], FloatArray]:
-        """AUC of all, of each user's and of cold items' rows; and what `calibration_curve` takes.
-
-        On rank 0. All ranks.
-        """
+        """AUC over all rows, per user and for cold items, and calibration; on rank 0. All ranks."""
         area, bins = _auc(records, world)
         figures = {"auc": area}
         if self._n_users:
@@ -221,7 +219,7 @@ class RowEvaluator:
         return figures
 
     def _count_unknown(self, block: Rows) -> Int64Array:
-        """``[1 + fields]`` int64: rows that count, and those of them without a known value."""
+        """``[1 + fields]`` int64: counted rows, then by field those without a known value."""
         counts = np.ones(block.n, bool)
         if self._only_positives:
             assert block.labels is not None
@@ -254,7 +252,7 @@ def _mapped(file: IO[bytes]) -> _Records:
 
 
 def _has_no_known_value(column: Values | None) -> npt.NDArray[np.bool_]:
-    """``[n]``: row 0 of a table stands for values that training rows do not have."""
+    """``[n]`` bool: whether the value is unknown, that is, row 0 of its table."""
     assert column is not None
     if not isinstance(column, Jagged):
         return np.asarray(column == OUT_OF_VOCABULARY)
@@ -276,12 +274,12 @@ def _auc(
     world: World,
     counts: Callable[[_Records], npt.NDArray[np.bool_]] = _all,
 ) -> tuple[float, FloatArray]:
-    """Area under the ROC curve of all ranks' rows, on rank 0, some scores at a time.
+    """Area under the ROC curve over all ranks' rows, on rank 0, a range of scores at a time.
 
     Args:
         records: this rank's.
         world: the ranks.
-        counts: which of some rows count.
+        counts: selects the rows that count.
 
     Returns:
         It, NaN where all labels are the same, and what `metrics.calibration_curve` takes.
@@ -297,7 +295,7 @@ def _auc(
 
 
 def _user_auc(records: _Records, n_users: int, world: World) -> float:
-    """Mean AUC of known users by their rows, on rank 0, some users at a time."""
+    """Mean AUC of known users, weighted by rows, on rank 0, a range of users at a time."""
     height = -(-n_users // _BINS)
     total = weight = 0.0
     for tally in _tallies(records, world, lambda rows: rows["user"] // height, True, _known_users):
@@ -313,14 +311,14 @@ def _tallies(
     by_user: bool,
     is_counted: Callable[[_Records], npt.NDArray[np.bool_]],
 ) -> Iterator[Tally]:
-    """The tally of all ranks' rows, some bins at a time; empty off rank 0. All ranks."""
+    """The tally of all ranks' rows, a range of bins at a time; empty off rank 0. All ranks."""
     counts = np.zeros(_BINS, np.int64)
     for rows in _chunks(records):
         counts += np.bincount(bins_of(rows), minlength=_BINS)
     world.sum(torch.from_numpy(counts))
     below = np.r_[0, np.cumsum(counts)]
     low = 0
-    while low < _BINS:  # as many bins as have no more rows than that, and one in any case
+    while low < _BINS:  # as many bins as fit into that many rows, and at least one
         high = max(low + 1, int(np.searchsorted(below, below[low] + RANKED_ROWS, "right")) - 1)
         pieces = []
         for rows in _chunks(records):

@@ -1,4 +1,4 @@
-"""Figures on the rows that training has just seen, before it learned from them."""
+"""Metrics on training rows, computed before the step that learns from them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,11 +16,11 @@ _BINS = 1 << 16
 
 
 class TrainingFigures:
-    """Mean loss of a window of steps.
+    """Mean loss over a window of steps; for rows, also log loss, NE, AUC and calibration.
 
-    Of rows also log loss, NE, AUC and calibration, of the window and of all steps so far.
-    Rows count by their weight, so that padding does not. The AUC of a window takes logits that
-    agree in sign, exponent and the first 7 bits of the fraction (bfloat16) for tied.
+    These are computed for the window and for all steps so far. Rows count by their weight, so that
+    padding does not. The AUC of a window treats logits as tied if they round to the same bfloat16
+    (sign, exponent and 7 bits of fraction).
 
     Args:
         lifetime: sums over all earlier steps, as `lifetime` holds them.
@@ -38,13 +38,13 @@ class TrainingFigures:
         self._losses: list[float] = []
 
     def add(self, step: Step) -> None:
-        """Counts a step's rows in; those of a skipped step are not learned from and not counted."""
+        """Adds a step's rows. Rows of a skipped step are not learned from and not counted."""
         if step.is_finite:
             self._rows += step.rows
             self._losses.append(step.loss)
 
     def line(self, world: World) -> dict[str, float]:
-        """The figures since the last call, and in all; begins a new window. All ranks."""
+        """The figures since the last call and over the whole run; starts a window. All ranks."""
         losses, self._losses = self._losses, []
         loss = {"loss": sum(losses) / len(losses) if losses else float("nan")}
         if losses and not self._rows:
@@ -56,8 +56,8 @@ class TrainingFigures:
         if not rows:  # on all ranks, then
             nothing = torch.zeros(0, *self._shape, device=world.device)
             rows = [(nothing, nothing, nothing)]
-        # Sums of each step by itself, added in their order: what a run is in all must not depend on
-        # where its windows end, that is, where it was stopped and went on.
+        # Steps are summed one by one, in order: a run's totals must not depend on where its windows
+        # end, that is, on where it was stopped and resumed.
         step_sums = world.to_host(world.sum(torch.stack([_sums(*values) for values in rows])))
         for sums in step_sums:
             self.lifetime += sums
@@ -122,10 +122,9 @@ def _figures(sums: Tensor) -> dict[str, float]:
 
 
 def _histogram(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """``[bins, 2]`` float64: weight by bin, in the order of the logits, and label."""
-    upper = sortable((logits + 0.0).view(torch.int32)) >> 16  # + 0.0: there are two zeros
+    """``[bins, 2]`` float64: weight by bin (ascending logits) and label."""
+    upper = sortable((logits + 0.0).view(torch.int32)) >> 16  # + 0.0: makes -0.0 and 0.0 equal
     cell = (upper + _BINS // 2) * 2 + (labels > 0.5)
     counts = torch.zeros(2 * _BINS, dtype=torch.float64, device=logits.device)
-    # Not bincount, which may give another sum every time on CUDA, and is refused there if it must
-    # not.
+    # Not bincount: on CUDA it is nondeterministic, and refused where determinism is required.
     return counts.index_add_(0, cell, weights.double()).view(_BINS, 2)

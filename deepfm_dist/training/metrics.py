@@ -17,7 +17,7 @@ IntArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Tally:
-    """Weights of labelled rows by group and score: all that AUC asks of them.
+    """Weights of labelled rows by group and score: all that AUC needs.
 
     Attributes:
         groups: ``[m]`` ascending.
@@ -68,7 +68,7 @@ class Tally:
 
 
 class AreaUnderCurve:
-    """Area under the ROC curve of rows that come in the order of their scores.
+    """Area under the ROC curve, computed from rows in the order of their scores.
 
     A positive row and a negative one that share a score count one half.
     """
@@ -77,7 +77,7 @@ class AreaUnderCurve:
         self._wins = self._positive = self._negative = 0.0
 
     def add(self, tally: Tally) -> None:
-        """Takes in rows of one group, whose scores are above those of all earlier rows."""
+        """Adds rows of one group; their scores must be above those of all earlier rows."""
         wins, positive, negative = (float(v.sum()) for v in tally.by_group())
         self._wins += wins + positive * self._negative
         self._positive, self._negative = self._positive + positive, self._negative + negative
@@ -122,9 +122,9 @@ def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None)
 
 
 def figures_of(sums: FloatArray) -> dict[str, float]:
-    """Log loss, NE, calibration, accuracy, and that of always giving the more frequent label."""
+    """Log loss, NE, calibration, accuracy, and the accuracy of the more frequent label."""
     weight, label, entropy, probability, correct = sums.tolist()
-    if weight == 0:  # one of several labels is known of no row
+    if weight == 0:  # no row has this label
         names = ("log_loss", "ne", "calibration", "accuracy", "majority_rate")
         return dict.fromkeys(names, float("nan"))
     loss, rate = entropy / weight, label / weight
@@ -138,7 +138,7 @@ def figures_of(sums: FloatArray) -> dict[str, float]:
 
 
 def of_target(target: str, name: str) -> str:
-    """What a figure of one of several targets is called: ``buy.auc``."""
+    """Name of a figure of one of several targets: ``buy.auc``."""
     return f"{target}.{name}"
 
 
@@ -154,15 +154,15 @@ def split_target(figure: str) -> tuple[str | None, str]:
 def with_means(
     figures: Mapping[str, Mapping[str, float]], weights: Mapping[str, float], start: str = ""
 ) -> dict[str, float]:
-    """Figures of several targets, and of all together under their plain names.
+    """Figures by target, and their means under the plain names.
 
-    The latter are the targets' means by weight, of the figures that each has. Only ``ne`` is the
-    mean log loss as a share of the mean of what always answering the mean labels would give.
+    The means are weighted, over the targets that have the figure. The exception is ``ne``: the mean
+    log loss divided by the mean log loss of always predicting the mean labels.
 
     Args:
         figures: by target and name.
         weights: by target.
-        start: what all names begin with.
+        start: prefix of all names.
     """
     ne, log_loss = f"{start}ne", f"{start}log_loss"
     first, *others = figures.values()
@@ -188,11 +188,11 @@ def with_means(
 
 
 def normalized_entropy(log_loss: float, rate: float) -> float:
-    """Log loss as a share of what always answering the mean label would give; below 1 is better.
+    """Log loss divided by that of always predicting the mean label; below 1 is better.
 
     Args:
         log_loss: mean cross-entropy, in nats.
-        rate: mean label; where it is 0 or 1 the answer is NaN.
+        rate: mean label; if it is 0 or 1, the result is NaN.
 
     Source: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", 2014.
     """
@@ -203,7 +203,7 @@ def normalized_entropy(log_loss: float, rate: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows in the order of their logits, cut into bins of about equal weight.
+    """Rows in the order of their logits, divided into bins of about equal weight.
 
     Attributes:
         predicted: mean probability of each bin.
@@ -217,12 +217,12 @@ class Calibration:
 
 
 def calibration_curve(sums: FloatArray, n_bins: int = 20) -> Calibration:
-    """Compares probabilities with what happened.
+    """Compares predicted probabilities with observed labels.
 
     Args:
-        sums: ``[3, bins]`` of the rows whose logit falls into a bin, the lowest bin first: their
-            weight; and, times the weight, their probability and their label.
-        n_bins: at most; each holds whole ones of the given bins.
+        sums: ``[3, bins]`` by bin of logits, lowest first: sums of weight, weight * probability and
+            weight * label.
+        n_bins: maximum number of result bins; each joins whole given bins.
 
     Source: DeGroot, Fienberg, "The Comparison and Evaluation of Forecasters", 1983.
     """

@@ -52,18 +52,18 @@ def predict(
 
     Writes a parquet file with the columns that were read, ``score`` (float32 logit) and
     ``probability`` (of several targets ``score_buy``, ``probability_buy``, ...); the same bytes at
-    any world size. It appears when it is whole.
+    any world size. The file appears only when it is complete.
 
     Args:
         model: the sharded task in eval mode.
         world: the ranks.
         dataset: the prepared dataset the model was trained on.
         source: path or URL of a file with the columns of the interactions.
-        files: layouts by name. A source that is not among them is like the interactions file, but
-            may have a header where that has none.
+        files: layouts by name. A source without one is read like the interactions file, but may
+            have a header if that has none.
         target: the parquet file to write.
         rate: of drawn negatives, which ``probability`` is corrected for.
-        log_odds: whether scores are; if not, ``probability`` is null.
+        log_odds: whether scores are log-odds; if not, ``probability`` is null.
 
     Returns:
         Number of rows.
@@ -120,7 +120,7 @@ def predict_in_parts(
         dataset: the prepared dataset the model was trained on.
         source: path or URL of the file, as for `predict`.
         files: layouts by name.
-        parts: where they go; those that are there already are kept.
+        parts: the output folder; existing parts are kept.
         rate: as for `predict`.
         log_odds: as for `predict`.
 
@@ -162,7 +162,7 @@ def _write_parts(
     parts: PartFolder,
     not_finite: "_NotFinite",
 ) -> None:
-    """Scores and writes a part on each rank; one without a part takes part in look-ups. All ranks.
+    """Scores and writes one part per rank; others still join the look-ups. All ranks.
 
     Args:
         waiting: number, first row and rows of at most one part for each rank.
@@ -186,7 +186,7 @@ def _write_parts(
 
 @dataclass(frozen=True)
 class _RowsOfFile:
-    """The rows of a file, as a model takes them.
+    """The rows of a file, encoded for a model.
 
     Attributes:
         source: path or URL.
@@ -195,7 +195,7 @@ class _RowsOfFile:
         encoder: looks its values up.
         collate: makes batches of them.
         rate: of the negatives drawn in training, if some are.
-        log_odds: whether scores are.
+        log_odds: whether scores are log-odds.
     """
 
     source: str
@@ -228,9 +228,9 @@ class _RowsOfFile:
     def encode(
         self, table: pa.Table
     ) -> tuple[int, Callable[[int, int], Batch], npt.NDArray[np.float64] | None]:
-        """The number of rows, what makes a batch of some of them, and their `log_rates` (or 0).
+        """Encodes rows: their number, a function that collates some of them, and `log_rates`.
 
-        These are None where scores are not log-odds.
+        The latter are 0 without drawn negatives, and None if scores are not log-odds.
         """
         rows = self.encoder.encode(table)
         log_rates = np.zeros(rows.n) if self.log_odds else None
@@ -280,14 +280,14 @@ class _RowsOfFile:
 
 
 class _NotFinite:
-    """Counts scores that are not numbers."""
+    """Counts scores that are NaN or infinite."""
 
     def __init__(self) -> None:
         self._rows = self._count = 0
         self._first: int | None = None
 
     def add(self, logits: npt.NDArray[np.float32], begin: int) -> None:
-        """Takes in the scores of rows from ``begin`` on."""
+        """Adds the scores of rows from ``begin`` on."""
         where = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(1))
         self._rows += len(logits)
         self._count += len(where)
@@ -295,14 +295,14 @@ class _NotFinite:
             self._first = min(begin + int(where[0]) + 1, self._first or sys.maxsize)
 
     def merge(self, other: "_NotFinite") -> None:
-        """Takes in what another rank counted."""
+        """Adds the counts of another rank."""
         self._rows += other._rows
         self._count += other._count
         if other._first is not None:
             self._first = min(other._first, self._first or sys.maxsize)
 
     def warn(self, name: str) -> None:
-        """Logs how many there are, if any; ``name``: of the file that was read."""
+        """Logs how many there are, if any; ``name`` is the input file's."""
         if self._first is not None:
             log.warning(
                 "%s: %s of %s scores are not numbers, the first that of row %s: a number of that "
@@ -315,7 +315,7 @@ class _NotFinite:
 
 
 class _Writer:
-    """Appends scored rows to a parquet file that appears at the end."""
+    """Appends scored rows to a parquet file, which appears when it is complete."""
 
     def __init__(self, target: Path, aside: Path) -> None:
         self._target, self._aside = target, aside
@@ -323,7 +323,7 @@ class _Writer:
         self.not_finite = _NotFinite()
 
     def write(self, table: pa.Table) -> DeepFMError | None:
-        """Appends scored rows; returns why it cannot."""
+        """Appends scored rows; returns the error if that fails."""
         try:
             with write_errors_to_user(self._target, ANOTHER_OUTPUT):
                 if self._writer is None:
@@ -335,7 +335,7 @@ class _Writer:
         return None
 
     def finish(self) -> None:
-        """Puts the file in its place, where something was written."""
+        """Moves the file into place if something was written."""
         if self._writer is not None:
             with write_errors_to_user(self._target, ANOTHER_OUTPUT):
                 self._writer.close()

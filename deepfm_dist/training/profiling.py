@@ -1,4 +1,4 @@
-"""A trace of some steps, by torch's profiler."""
+"""Traces a few steps with torch's profiler."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from deepfm_dist.storage import atomic_write, write_errors_to_user
 def profiler(
     steps: tuple[int, int] | None, done: int, folder: Path, world: World
 ) -> profile | None:
-    """A profiler that is to be stepped with the training loop.
+    """A profiler; call its ``step`` once per training step.
 
     Args:
         steps: first and last step to be traced; None: no trace.

@@ -1,4 +1,4 @@
-"""A search over settings that is kept on disk, by the library ``optuna``."""
+"""A hyperparameter search by optuna, kept on disk."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from deepfm_dist.training.settings import SpanConfig, TuneConfig
 
 log = logging.getLogger(__name__)
 _CHOOSING_S = 60.0
-"""Seconds for which a process waits until others have chosen what to try."""
+"""Seconds to wait while other processes choose what to try."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trial:
         name: of the trial.
         values: by setting.
         outcome: complete, pruned, failed, or None while it is open.
-        best: of the watched figure; None if it never was finite.
+        best: best value of the watched figure; None if it was never finite.
     """
 
     name: str
@@ -42,22 +42,22 @@ class Trial:
 
 
 class Search:
-    """A study: which settings were tried, how well they did, what to try next. Rank 0.
+    """A study: the settings tried, their results, and what to try next. Rank 0.
 
-    What a trial tries depends on the seed and the trials before it, so that a search that was
-    stopped and resumed tries the same as one that was not. Several processes may search in one
-    study: each holds a lock on the trial that it trains, and a trial whose lock is free although it
-    is open has lost its process; the next that asks takes it over, under the same name.
+    What a trial tries depends on the seed and the earlier trials, so a resumed search tries the
+    same settings as an uninterrupted one. Several processes may search in one
+    study: each holds a lock on the trial that it trains. An open trial whose lock is free has lost
+        its process; the next process that asks takes it over, under the same name.
 
     Args:
         folder: of the study's file; an existing study is resumed.
         config: what to vary, and whether a trial ends when its best figure so far is worse than the
             median of the earlier trials' at the same epoch; the first four trials, and the first
             epoch of each, are left alone.
-        lower_is_better: whether the monitored figure is to be small.
+        lower_is_better: whether a smaller monitored figure is better.
         seed: of the suggestions.
-        of: what else the trials have in common, as JSON values: only trials alike in that can be
-            compared.
+        of: the other settings that trials share, as JSON values; trials that differ in them cannot
+            be compared.
 
     Raises:
         ConfigError: the library is not installed, or the existing study is of another search.
@@ -110,12 +110,12 @@ class Search:
             log.warning(text, self.path, plural(len(journal.skipped), "damaged line"))
         self._open: Any = None
         self._lock: Lock | None = None  # of the open trial
-        self._told: set[int] = set()  # epochs of the open trial whose figures are known
+        self._told: set[int] = set()  # epochs of the open trial that were reported
 
     def next(self, trials: int) -> Trial | None:
-        """What to try next; None when that many trials are over or open in other processes.
+        """The next trial; None when that many trials are over or open in other processes.
 
-        A trial that has lost its process comes first.
+        Trials that lost their process come first.
         """
         state = self._optuna.trial.TrialState
         with self._alone():
@@ -152,36 +152,36 @@ class Search:
         return Trial(name, drawn)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """Holds off other processes that choose what to try."""
+        """Keeps other processes from choosing a trial meanwhile."""
         return Lock(self.path, str(self.path), "choose another run.name").waiting(_CHOOSING_S)
 
     def _lock_of(self, name: str) -> Lock:
         return Lock(self.path.with_name(f"{name}.worker"), name, "choose another run.name")
 
     def close(self) -> None:
-        """Leaves the open trial, if any, to whoever searches next."""
+        """Leaves the open trial, if any, to the next process that searches."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def n_elsewhere(self) -> int:
-        """How many trials are open in other processes."""
+        """Number of trials open in other processes."""
         state = self._optuna.trial.TrialState
         open_ones = self._study.get_trials(deepcopy=False, states=(state.RUNNING, state.WAITING))
         return len({_name(trial) for trial in open_ones})
 
     def report(self, epoch: int, figure: float) -> bool:
-        """Takes a validation's figure, after ``epoch`` epochs.
+        """Reports the monitored figure after ``epoch`` epochs.
 
         Returns:
-            Whether the trial is not worth going on with.
+            Whether to prune the trial.
         """
         if np.isfinite(figure):
             self._report(figure, epoch)
         return bool(self._open.should_prune())
 
     def _report(self, figure: float, epoch: int) -> None:
-        """A resumed trial takes some validations again, with the same figures."""
+        """A resumed trial reports some validations twice, with the same figures."""
         if epoch not in self._told:
             self._told.add(epoch)
             self._open.report(figure, epoch)
@@ -196,13 +196,13 @@ class Search:
         self.close()
 
     def best(self) -> Trial | None:
-        """The complete trial with the best figure; None where no trial is complete."""
+        """The complete trial with the best figure; None if no trial is complete."""
         complete = [t for t in self.past() if t.outcome == "complete" and t.best is not None]
         sign = -1 if self._lower else 1
         return max(complete, key=lambda t: sign * (t.best or 0.0), default=None)
 
     def past(self) -> list[Trial]:
-        """All trials that are over, in the order of their names."""
+        """All finished trials, in the order of their names."""
         latest = {_name(t): t for t in self._study.get_trials(deepcopy=False) if _name(t)}
         outcomes = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         return [
@@ -232,7 +232,7 @@ class Search:
 
 
 def _journal(path: Path) -> Any:
-    """Optuna's journal in a file, read across lines that a crash or a full disk cut short."""
+    """Optuna's journal in a file; tolerates lines that a crash or a full disk cut short."""
     from optuna.storages.journal import BaseJournalBackend, JournalFileSymlinkLock
 
     guard = JournalFileSymlinkLock(str(path.resolve()))
@@ -250,7 +250,7 @@ def _journal(path: Path) -> Any:
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        return  # another process is writing it, or has died of it
+                        return  # another process is writing it, or died while writing it
                     event = _parse(line)
                     if event is None:
                         self.skipped |= {offset} if line.strip() else set()

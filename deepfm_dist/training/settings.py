@@ -94,7 +94,7 @@ class TrainerConfig(Section):
     """First and last step to record with torch's profiler; the trace goes to the run's folder."""
 
     def check_targets(self, labels: Sequence[str]) -> None:
-        """Refuses weights of what is not among several labels; raises ValueError."""
+        """Refuses weights of unknown targets; raises ValueError."""
         check_names("trainer.target_weights", self.target_weights, labels)
 
     def weights_of(self, targets: Sequence[str]) -> list[float]:
@@ -113,7 +113,7 @@ class TrainerConfig(Section):
         return weights
 
     def on_ranks(self, world_size: int) -> Self:
-        """The same settings with the batch size of all ranks together, and none per rank."""
+        """The same settings with the global batch size set and batch_size_per_rank resolved."""
         if self.batch_size_per_rank is None:
             return self
         size = self.batch_size_per_rank * world_size
@@ -150,7 +150,7 @@ class TrainerConfig(Section):
 
     @property
     def needs_monitor(self) -> str | None:
-        """The first setting that has no meaning without a monitored figure; or None."""
+        """The first setting that requires a monitored figure; None if there is none."""
         if self.monitor not in (None, "auto"):
             return f"monitor={self.monitor}"
         for name in ("patience", "plateau_factor", "min_delta"):
@@ -168,13 +168,13 @@ class TrainerConfig(Section):
         return self
 
     def last_step(self, steps_per_epoch: int) -> int:
-        """The step after which training ends, if nothing ends it before."""
+        """The last step, unless training ends earlier."""
         steps = self.epochs * steps_per_epoch
         return min(steps, self.max_steps or steps)
 
 
 class SpanConfig(Section):
-    """Numbers between two bounds; whole ones where both bounds are."""
+    """A range of numbers; integers if both bounds are."""
 
     low: int | float
     """Lower bound."""
@@ -193,7 +193,7 @@ class SpanConfig(Section):
 
 
 class NightlyConfig(Section):
-    """When a night's model replaces the one in use, and how many nights are kept."""
+    """When a night's model replaces the one in use, and how many nights to keep."""
 
     metric: str | None = None
     """Metric on the day's held-out rows that decides. Default: NDCG at the largest ``evaluate.k``,

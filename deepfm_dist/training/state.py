@@ -1,4 +1,4 @@
-"""What the training loop remembers from step to step, and checkpoints hold."""
+"""The state of the training loop, which checkpoints hold."""
 
 import logging
 import math
@@ -14,44 +14,45 @@ from deepfm_dist.training.settings import TrainerConfig
 log = logging.getLogger(__name__)
 HIGHER_IS_BETTER = ("auc", "user_auc", "accuracy")
 LOWER_IS_BETTER = ("log_loss", "ne")
-"""Figures on rows that can be monitored; of rankings all can, and higher is better."""
+"""Row figures that can be monitored. All ranking figures can; higher is better for them."""
 
 
 def is_lower_better(figure: str) -> bool:
-    """Of a figure's name, which may begin with that of one of several targets."""
+    """Whether a lower figure is better; its name may begin with a target's."""
     return figure.rpartition(".")[2] in LOWER_IS_BETTER
 
 
 WARN_AFTER = 2
-"""Validations in a row without a better figure that are more than chance."""
+"""Validations in a row without improvement that are unlikely to be noise."""
 
 
 class NonFiniteLoss(DeepFMError):
-    """The losses of several steps in a row, or of a validation, were NaN or infinite.
+    """The loss of several steps in a row, or of a validation, was NaN or infinite.
 
-    No weight was touched by such steps.
+    Such steps change no weight.
     """
 
 
 @dataclass
 class LoopState:
-    """What the loop knows besides its step: everything else follows from the step.
+    """What the loop has to remember: everything else is a function of the step.
 
     Attributes:
         step: optimizer steps taken or skipped.
-        skipped: steps that were skipped, in all.
-        skipped_in_a_row: of these, the last ones.
+        skipped: total number of skipped steps.
+        skipped_in_a_row: number of skipped steps since the last good one.
         logged_step: step of the last line of training figures.
         saved_step: step of the last checkpoint.
         best: best value of the monitored figure.
         best_step: step it was measured at.
-        monitor: the figure it is of.
+        monitor: name of the monitored figure.
         validations_since_best: validations since.
-        lr_scale: what plateaus have left of the learning rates.
+        lr_scale: factor on the learning rates, lowered at plateaus.
         lifetime: sums of `TrainingFigures`.
         before_end: best, best_step, validations_since_best and lr_scale before a validation that
             ran only because training ended; they are restored when training is resumed.
-        earlier_steps: steps of the runs before, whose weights and optimizer state it began with.
+        earlier_steps: steps of earlier runs whose weights and optimizer state this run started
+            from.
     """
 
     step: int = 0
@@ -69,7 +70,7 @@ class LoopState:
     earlier_steps: int = 0
 
     def resume(self, monitor: str | None) -> None:
-        """Makes it the state of a run that did not end here, and monitors a figure.
+        """Prepares the state of a run that ended or stopped for further training.
 
         Args:
             monitor: the validation figure that decides which checkpoint is best; or None.
@@ -82,7 +83,7 @@ class LoopState:
             self.monitor = monitor
 
     def count(self, outcome: Step, max_skipped: int) -> None:
-        """Counts a step in.
+        """Counts a step.
 
         Raises:
             NonFiniteLoss: too many in a row were skipped.
@@ -99,7 +100,7 @@ class LoopState:
             )
 
     def not_finite(self, what: str) -> NonFiniteLoss:
-        """The error that says so, and what there is to go back to."""
+        """The error to raise; it names the last checkpoint."""
         saved = "none" if self.saved_step is None else f"that of step {self.saved_step}"
         return NonFiniteLoss(
             f"step {self.step}: {what}; the last checkpoint is {saved}; lower the learning rates "
@@ -108,18 +109,18 @@ class LoopState:
         )
 
     def is_over(self, patience: int | None, last: int) -> bool:
-        """Whether nothing is left to do.
+        """Whether the training loop is over.
 
         Args:
             patience: validations without a better figure that end the run.
-            last: the step after which it ends.
+            last: the last step.
         """
         out_of_patience = patience is not None and self.validations_since_best >= patience
         return self.step >= last or out_of_patience
 
     @property
     def best_state(self) -> list[Any]:
-        """What `update_best` changes."""
+        """The part of the state that `update_best` changes."""
         return [self.best, self.best_step, self.validations_since_best, self.lr_scale]
 
     def check_monitored(
@@ -134,7 +135,7 @@ class LoopState:
             is_first: whether this is rank 0.
 
         Raises:
-            ConfigError: it is NaN, and so it will stay.
+            ConfigError: it is NaN, and will stay NaN.
         """
         if self.monitor is None or self.best is not None:
             return
@@ -157,7 +158,7 @@ class LoopState:
         """
         if self.monitor is None or self.best is None or self.validations_since_best != WARN_AFTER:
             return
-        if self.best_step == 0:  # what a fitted start leaves to learn may take longer to show
+        if self.best_step == 0:  # after a fitted start, improvement may take longer to show
             return
         log.warning(
             "validation %s has not improved since epoch %.4g: %.4f now, %.4f at step %s; more "
@@ -170,7 +171,7 @@ class LoopState:
         )
 
     def summarize(self, figures: Mapping[str, float], per_epoch: int, patience: int | None) -> None:
-        """Says which checkpoint of a run that has ended is the best one. Rank 0.
+        """Logs which checkpoint of a finished run is the best one. Rank 0.
 
         Args:
             figures: of the last validation.
@@ -213,7 +214,7 @@ class LoopState:
             )
 
     def best_step_in_epochs(self, per_epoch: int) -> float:
-        """Epochs up to the best step."""
+        """Epochs from the start to the best step."""
         assert self.best_step is not None
         return self.best_step / per_epoch
 
@@ -228,11 +229,11 @@ class LoopState:
         return figures["ne"] if is_of_rows else math.nan
 
     def update_best(self, figures: Mapping[str, float], trainer: TrainerConfig) -> None:
-        """Compares the monitored figure with the best one; one that is not finite is no better.
+        """Compares the monitored figure with the best one so far; NaN and infinity never improve.
 
         Args:
             figures: of this validation.
-            trainer: says what counts as an improvement, and what follows without one.
+            trainer: defines what counts as an improvement and what happens without one.
         """
         if self.monitor is None:
             return

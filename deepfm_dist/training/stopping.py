@@ -1,4 +1,4 @@
-"""Reasons to stop: a scheduler's signal, or a validation metric."""
+"""Signals that ask training to stop."""
 
 import signal
 import threading
@@ -9,12 +9,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGUSR1 ask training to stop instead of ending the process.
+    """Context in which SIGTERM and SIGUSR1 ask training to stop instead of ending the process.
 
-    Both are what schedulers send before they take a machine away. A launcher may pass on what each
-    process has received already, so that a second signal means no more than the first.
-
-    Python leaves signals to a process' main thread; in another one, nothing changes.
+    Schedulers send both before they take a machine away. A launcher may forward a signal that the
+    process has already received, so a second one means the same as the first. Python delivers
+    signals to the main thread only; in other threads this does nothing.
     """
 
     def __init__(self) -> None:
@@ -22,7 +21,7 @@ class StopSignals:
         """Name of the first signal."""
 
     def __call__(self) -> bool:
-        """Whether one has come."""
+        """Whether a signal has arrived."""
         return self.received is not None
 
     def __enter__(self) -> Self:

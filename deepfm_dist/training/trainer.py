@@ -30,8 +30,8 @@ from deepfm_dist.training.state import LoopState
 
 log = logging.getLogger(__name__)
 READ_AFTER = 8
-"""Steps after which the outcome of one is read, where the device alone decides on it: the host runs
-at most so far ahead. The same number on all ranks, so that all stop after the same step."""
+"""Number of steps that the host may run ahead of the device before it reads a step's outcome. The
+same on all ranks, so that all stop after the same step."""
 
 
 class Batches(Protocol):
@@ -42,10 +42,10 @@ class Batches(Protocol):
     threads: int
 
     def batch(self, step: int) -> Any:
-        """This rank's part of a step, counted from 1; `steps` calls it."""
+        """This rank's slice of a step's batch, counted from 1; `steps` calls it."""
 
     def steps(self, first: int, last: int) -> Iterator[Any]:
-        """Batches of steps ``first`` to ``last``, both included."""
+        """Batches of steps ``first`` to ``last``, inclusive."""
 
 
 class Pruned(Exception):
@@ -53,7 +53,7 @@ class Pruned(Exception):
 
 
 class Settings(Protocol):
-    """The settings that the loop reads; `deepfm_dist.config.Config` has them."""
+    """The settings that the loop reads; `deepfm_dist.config.Config` provides them."""
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -78,14 +78,13 @@ class Hooks:
 
     Attributes:
         validate: figures on held-out rows, the same on all ranks; None: no validations.
-        on_validation: gets the figures of every validation and its epoch; it may raise `Pruned`,
-            on all ranks.
+        on_validation: receives the figures of each validation and its epoch; may raise `Pruned`, on
+            all ranks.
         save: writes a checkpoint.
-        measure_start: whether the weights that training starts from are measured, and saved as
-            step 0.
-        asked_to_stop: whether this process was asked to; one is enough for all to stop.
-        profiler: stepped with the loop.
-        sent_bytes: bytes that the ranks send each other for a micro-batch, by kind.
+        measure_start: whether to validate the initial weights and save them as step 0.
+        asked_to_stop: whether this process was asked to stop; if any was, all ranks stop.
+        profiler: its ``step`` is called once per step.
+        sent_bytes: bytes sent between ranks for a micro-batch, by kind.
     """
 
     validate: Callable[[], Mapping[str, float]] | None = None
@@ -98,7 +97,7 @@ class Hooks:
 
 
 class Trainer:
-    """Trains a model from where ``state`` says. All ranks call every method.
+    """Trains a model, starting from ``state``. All ranks call every method.
 
     Args:
         model: the sharded task.
@@ -110,7 +109,7 @@ class Trainer:
         state: of the loop; changed in place.
         metrics: where events are written.
         hooks: what the loop calls.
-        target_weights: of several targets by name, in their figures.
+        target_weights: weights of several targets, by name, in their figures.
     """
 
     def __init__(
@@ -147,14 +146,14 @@ class Trainer:
         self._clock = _Clock(self._pipeline.seconds)
 
     def fit(self) -> LoopState:
-        """Trains until the last step, out of patience, or until a rank is asked to stop.
+        """Trains until the last step, until patience runs out, or until a rank is asked to stop.
 
         Returns:
             The state.
 
         Raises:
-            NonFiniteLoss: more than ``trainer.max_skipped`` steps in a row had a loss that is not
-                finite, or a validation had.
+            NonFiniteLoss: more than ``trainer.max_skipped`` steps in a row, or a validation, had a
+                loss that is not finite.
             ConfigError: the monitored figure is NaN at the first validation.
         """
         state, trainer, hooks = self.state, self._config.trainer, self._hooks
@@ -190,10 +189,12 @@ class Trainer:
                 stop |= self._is_over
                 if stop:
                     self._read_outcomes(0)
-                # While steps are skipped, nothing is saved that would push out older checkpoints.
+                # While steps are being skipped, no checkpoint is saved: it would push out older,
+                # good ones.
                 saving = hooks.save is not None and (stop or (save_due and self._is_finite))
                 if saving or stop or log_due:
-                    # A checkpoint ends a window, so that a resumed run begins one here as well.
+                    # A checkpoint ends a window, so that a resumed run starts its window at the
+                    # same step.
                     bar.set_postfix(self._log(), refresh=False)
                 if saving:
                     self._save()
@@ -202,7 +203,7 @@ class Trainer:
         return state
 
     def _begin(self, step: int) -> None:
-        """Sets what depends on the step alone: dropout of a step on a rank, and learning rates."""
+        """Sets what depends on the step alone: the seed of dropout, and learning rates."""
         self._world.seed(derive_seed(self._seed, "dropout", step, self._world.rank))
         config, scale = self._config.optimizer, self.state.lr_scale
         tables, dense = config.tables.at(step) * scale, config.dense.at(step) * scale
@@ -210,7 +211,7 @@ class Trainer:
         set_learning_rates(self._optimizer, tables, dense)
 
     def _micro_batches(self, first: int) -> Iterator[Any]:
-        """Micro-batches up to the next validation, before which the pipeline has to be empty."""
+        """Micro-batches up to the next validation; the pipeline must be empty by then."""
         parts, every = self._config.trainer.accumulate_steps, self.last_step
         if self._hooks.validate:
             every = self._config.trainer.validate_every_epochs * self.per_epoch
@@ -219,9 +220,9 @@ class Trainer:
             yield from batch.split(parts)
 
     def _read_outcomes(self, unread: int) -> bool:
-        """Counts steps in, all but the last ``unread``; whether any rank was asked to stop.
+        """Counts all steps but the last ``unread``; returns whether any rank was asked to stop.
 
-        Only the read-back waits for the device.
+        Only reading the outcome waits for the device.
         """
         stop = False
         while len(self._unread) > (unread if self._pipeline.deferred else 0):
@@ -250,7 +251,7 @@ class Trainer:
         return any(n > 0 and step % n == 0 for n in every)
 
     def _measure_start(self) -> None:
-        """Validates and saves the weights that training starts from."""
+        """Validates and saves the initial weights."""
         if self._hooks.validate is not None:
             self._validate()
             if self._hooks.save is not None:
@@ -287,7 +288,7 @@ class Trainer:
         return figures
 
     def _log(self) -> dict[str, str]:
-        """Writes the training figures since the last line; those that the progress bar shows."""
+        """Writes the training figures since the last line; returns those for the progress bar."""
         state, step = self.state, self.state.step
         assert self._last is not None
         line = self._figures.line(self._world)
@@ -309,7 +310,7 @@ class Trainer:
             self._hooks.save(self.state)
 
     def _finish(self, figures: Mapping[str, float]) -> None:
-        """Takes the pipeline from the model, and summarises the run.
+        """Detaches the pipeline from the model and summarises the run.
 
         Args:
             figures: of the last validation, if any.
@@ -328,7 +329,7 @@ class Trainer:
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Keeps the garbage collector from going through what was imported and built before."""
+    """Keeps the garbage collector from scanning everything imported and built so far."""
     gc.freeze()
     try:
         yield
@@ -337,7 +338,7 @@ def _frozen_heap() -> Iterator[None]:
 
 
 class _Clock:
-    """Where the time between two lines went; host seconds."""
+    """Host seconds between two log lines, by phase."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds, self._begun = seconds, time.perf_counter()
@@ -345,7 +346,7 @@ class _Clock:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds what happens inside to a phase."""
+        """Adds the time spent inside to a phase."""
         begun = time.perf_counter()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - begun

@@ -1,1 +1,1 @@
-"""Rows of a prepared dataset -> what a training step needs."""
+"""Prepared dataset -> batches: order, negatives, histories and collation."""

@@ -1,4 +1,4 @@
-"""What the model consumes in one step on one rank."""
+"""The model's input for one step on one rank."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -14,7 +14,7 @@ from deepfm_dist.messages import plural
 
 
 class _OnDevice(Pipelineable):
-    """A dataclass of tensors, and of numbers that need no device."""
+    """A dataclass of tensors and plain numbers that can be moved between devices."""
 
     def _changed(self, change: Callable[[Any], Any]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -30,7 +30,7 @@ class _OnDevice(Pipelineable):
         return self._changed(lambda value: value.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory alive until ``stream`` has used it."""
+        """Marks the tensors as used by ``stream``, so that their memory is not reused too early."""
 
         def record(value: Any) -> Any:
             value.record_stream(stream)
@@ -61,17 +61,18 @@ def local_batch_size(batch_size: int, world_size: int, unit: str) -> int:
 
 @dataclass
 class Batch(_OnDevice):
-    """One rank's rows of a global batch; rows that pad it have weight 0 and empty bags.
+    """One rank's rows of a global batch; padding rows have weight 0 and empty bags.
 
     Attributes:
         sparse: table rows of every categorical field, keys in the manifest's order; int32
             ``lengths [F * b]`` and ``values [sum]``, field-major.
         dense: ``[b, n_dense + sum of dims]`` float32: numeric fields, then vectors.
-        labels: ``[b]`` float32, 0 or 1; of several targets ``[b, T]``, -1 where one is not known.
+        labels: ``[b]`` float32, 0 or 1; with several targets ``[b, T]``, -1 if unknown.
         weights: ``[b]`` float32, 1 in the mean of training rows; 0 for padding.
-        global_weight: ``[]`` float32, what the loss is divided by: the rows of all ranks, padding
-            aside; of several targets ``[T]``, this times the share of training rows that have the
-            label. It is the sum of weights in the mean, and a rank knows it without asking.
+        global_weight: ``[]`` float32, the divisor of the loss: number of rows on all ranks without
+            padding; with several targets ``[T]``, that number times the share of training rows that
+            have the label. It equals the expected sum of weights, and every rank can compute it
+            without communication.
     """
 
     sparse: KeyedJaggedTensor
@@ -81,9 +82,10 @@ class Batch(_OnDevice):
     global_weight: Tensor
 
     def split(self, pieces: int) -> Iterator["Batch"]:
-        """The same rows in several batches, the last ones shorter where they do not divide.
+        """The same rows in several batches; the last ones are shorter if they do not divide evenly.
 
-        ``global_weight`` stays the whole batch's, so that the pieces' losses add up to its loss.
+        ``global_weight`` stays that of the full batch, so that the losses of the pieces add up to
+        its loss.
 
         Raises:
             ConfigError: there are more pieces than rows.
@@ -114,29 +116,29 @@ class Batch(_OnDevice):
 
 @dataclass
 class UserBatch(_OnDevice):
-    """One rank's users of a step, the items they are to prefer, and those they are to prefer to.
+    """One rank's users of a step, their target items, and the candidate items to compare with.
 
     Everything is looked up at once: row r of ``sparse`` has the fields of the r-th user and those
-    of the r-th item, so that one collective serves both sides; the shorter side ends in empty bags.
-    Of the items, the first ``n_shared`` are this rank's share of the candidates, which the ranks
-    exchange; behind them may stand the targets' own rows, one for each.
+    of the r-th item, so that one collective serves both sides; the shorter side is padded with
+    empty bags. The first ``n_shared`` items are this rank's share of the candidates, which the
+    ranks exchange; rows of the targets may follow, one per target.
 
     Attributes:
         sparse: as a `Batch`'s, of ``height`` rows.
         dense: ``[height, n_dense + sum of dims]`` float32: numeric fields, then vectors.
         n_users: number of this rank's users, padding included.
         n_shared: candidates that this rank looks up.
-        n_candidates: candidates of all ranks together, without what pads the last rank's.
-        target_users: ``[T]`` int64: whose target it is, a place among this rank's users.
-        target_items: ``[T]`` int64: places among the candidates; empty where the targets have rows
-            of their own.
+        n_candidates: candidates of all ranks together, without the last rank's padding.
+        target_users: ``[T]`` int64: index of the target's user among this rank's users.
+        target_items: ``[T]`` int64: indices among the candidates; empty if the targets have rows of
+            their own.
         target_weights: ``[T]`` float32.
-        known_users: ``[M]`` int64: a user,
-        known_items: ``[M]`` int64: and a place among the candidates that is one of its training
-            items: no negative for it.
-        log_expected: ``[n_candidates]`` float32: log of how often the candidate was to be expected
-            in this step; 0 where every item is a candidate.
-        global_weight: ``[]`` float32: the sum of target weights over all ranks; 1 where it is 0.
+        known_users: ``[M]`` int64: users of (user, candidate) pairs where the candidate is a
+            training item and so no negative.
+        known_items: ``[M]`` int64: the candidates of these pairs.
+        log_expected: ``[n_candidates]`` float32: log of the candidate's expected count in this
+            step; 0 if every item is a candidate.
+        global_weight: ``[]`` float32: the sum of target weights over all ranks; 1 if that is 0.
     """
 
     sparse: KeyedJaggedTensor
@@ -153,6 +155,6 @@ class UserBatch(_OnDevice):
     global_weight: Tensor
 
     def split(self, pieces: int) -> Iterator["UserBatch"]:
-        """The batch itself: the candidates of a step belong to all of its users."""
+        """The batch itself: all users of a step share its candidates, so it cannot be split."""
         assert pieces == 1
         yield self

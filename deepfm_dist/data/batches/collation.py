@@ -1,4 +1,4 @@
-"""Users, items and context of some rows -> a batch."""
+"""Collates table rows of users, items and context into a batch."""
 
 from collections.abc import Mapping
 from copy import copy
@@ -18,11 +18,11 @@ from deepfm_dist.data.jagged import FloatArray, Int32Array, Jagged, Values, offs
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY, Feature
 
 ABSENT = -1
-"""Row number that stands for "nobody": all of its bags are empty."""
+"""Row number of a missing user or item: all of its bags are empty."""
 
 
 class Collator:
-    """Users, items and context of some rows -> a batch.
+    """Collates table rows of users, items and context into a batch.
 
     Attributes:
         keys: names of the categorical fields.
@@ -49,7 +49,7 @@ class Collator:
         self._histories = HistorySampler(dataset) if manifest.has_history else None
 
     def for_new_users(self, fields: Mapping[str, Values]) -> "Collator":
-        """The same for users from outside the dataset, who have no ids.
+        """A collator for users from outside the dataset, who have no ids.
 
         Args:
             fields: every field that describes users; element r belongs to row r.
@@ -79,14 +79,14 @@ class Collator:
             items: ``[b]`` rows of the item table, or of cold items behind them (`Manifest.cold`);
                 `ABSENT` leaves the item's fields empty.
             context: context fields of many rows; None leaves them empty.
-            context_rows: ``[b]`` which of these rows; `ABSENT` leaves the context empty.
+            context_rows: ``[b]`` indices of these rows; `ABSENT` leaves the context empty.
             labels: ``[b]``, or ``[b, T]`` of several targets; default zeros.
-            n_real: how many leading rows are no padding; default all.
+            n_real: number of leading rows that are not padding; default: all.
             global_weight: weights that the loss is divided by; default ``n_real``.
             weights: ``[n_real]`` of the rows; default ones.
             bags: each row's bag of items, latest last, for history fields; default: the user's
                 training items, nothing left out.
-            hidden: rows whose user or item is to look unknown, attributes aside.
+            hidden: rows whose user or item id is replaced by the unknown id; attributes stay.
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
@@ -123,7 +123,7 @@ class Collator:
             else:
                 n, v = self._bags(feature, index[feature.entity], context)
                 if hidden is not None and feature.names_entity and feature.entity in hidden:
-                    known = index[feature.entity] >= 0  # each of these has one id
+                    known = index[feature.entity] >= 0  # each of these fields has one id per row
                     v = np.where(hidden[feature.entity][known], np.int32(OUT_OF_VOCABULARY), v)
             lengths.append(n)
             values.append(v)
@@ -131,12 +131,13 @@ class Collator:
             self.keys,
             torch.from_numpy(np.concatenate(values)),
             lengths=torch.from_numpy(np.concatenate(lengths)),
-            # Known here; TorchRec would add the lengths up, on CUDA waiting for the sums.
+            # Passed since it is known here: TorchRec would sum the lengths, and wait for that on
+            # CUDA.
             length_per_key=[len(of_field) for of_field in values],
         )
 
     def history(self, field: Feature, users: Int32Array) -> Jagged:
-        """A history field's bags of some users outside training, where no item is left out.
+        """A history field's bags of some users outside training: no item is left out.
 
         Args:
             field: one of `categorical` with a history.
@@ -179,7 +180,7 @@ class Collator:
         return numbers
 
     def _history_values(self, history: Feature, bags: Bags) -> Bags:
-        """Bags of items -> bags of all that a history's field says of these items."""
+        """Bags of items -> bags of all values that a history field has for these items."""
         field = self._source_of(history)
         if history.last is not None:
             bags = latest(bags, history.last)
@@ -190,7 +191,7 @@ class Collator:
         return np.diff(running[offsets_of(bags[0])]).astype(np.int32), values
 
     def _without_cold(self, bags: Bags) -> Bags:
-        """Bags of items without those that the item table has no row for."""
+        """Bags of items without the items that have no row in the item table."""
         lengths, items = bags
         if not self._cold.get("item") or not (items >= self._n_rows["item"]).any():
             return bags
@@ -216,7 +217,7 @@ class Collator:
         if source is None and not has_ids:
             return np.zeros(len(rows), np.int32), np.zeros(0, np.int32)
         lengths = (rows >= 0).astype(np.int32)
-        if not lengths.all():  # seldom: only the last batch of an epoch is padded
+        if not lengths.all():  # rare: only the last batch of an epoch is padded
             rows = rows[rows >= 0]
         values = rows if source is None else source[rows]
         if source is None and self._cold.get(feature.entity):

@@ -1,7 +1,7 @@
-"""Batches made on the device from a dataset that lies there: bit for bit those of the host.
+"""Batches made on the device from a dataset stored there, bit for bit equal to the host's.
 
-Order and negatives are integer functions of (seed, step), here in tensor operations that run on any
-device; `deepfm_dist.seeding` and `deepfm_dist.data.negatives` have the same for one CPU core.
+Order and negatives are integer functions of (seed, step), written here as tensor operations for any
+device; `deepfm_dist.seeding` and `deepfm_dist.data.negatives` are the versions for one CPU core.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,13 @@ from deepfm_dist.data.schema import Feature
 from deepfm_dist.seeding import half_bits, mix, round_keys
 
 BLOCK_ROWS = 1 << 24
-"""Rows of a rank that are made at a time: a block of any size costs about 4,000 launches."""
+"""Rows of a rank made at a time: a block of any size costs about 4,000 kernel launches."""
 WORK_BYTES = 120
-"""Per row of a block: the integers that are mixed, and the block itself."""
+"""Bytes per row of a block: the integers being mixed, and the block itself."""
 
 
 def _signed(word: int) -> int:
-    """A 64-bit word as torch holds it: integers there have a sign, and wrap."""
+    """A 64-bit word as a torch int64: signed, wrapping."""
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
@@ -39,7 +39,7 @@ _GOLDEN, _FIRST, _SECOND = map(
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """A shift to the right that fills with zeros; torch's fills with the sign."""
+    """A logical right shift; torch's is arithmetic."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -54,7 +54,7 @@ def mixed(words: Tensor) -> Tensor:
 def permuted(places: Tensor, n: int, seed: int) -> Tensor:
     """`deepfm_dist.seeding.permute` of ``[m]`` int64 places in ``[0, n)``.
 
-    The host waits for the device: how often a place is sent on depends on where it arrives.
+    The host waits for the device: the number of rounds depends on the values.
     """
     keys, bits = [_signed(int(key)) for key in round_keys(seed)], int(half_bits(n))
     words = _rounds(places, keys, bits)
@@ -76,12 +76,12 @@ def _rounds(words: Tensor, keys: list[int], bits: int) -> Tensor:
 
 
 def _below(words: Tensor, bounds: Tensor | int) -> Tensor:
-    """Draws in ``[0, bound)`` from random 64-bit words."""
+    """Maps random 64-bit words to ``[0, bound)``."""
     return (_shifted(words, 32) * bounds) >> 32
 
 
 class _Lists:
-    """`Jagged` on a device."""
+    """A `Jagged` on a device."""
 
     def __init__(self, lists: Jagged, device: torch.device) -> None:
         self.offsets = _move(lists.offsets, device)
@@ -94,14 +94,14 @@ class _Lists:
         known = torch.where(there, rows, 0)
         lengths = torch.where(there, self.lengths[known], 0)
         total = int(lengths.sum())
-        # Where a row's values begin, less where they come to stand.
+        # Source offset minus destination offset of each row's values.
         begins = self.offsets[known] - (lengths.cumsum(0) - lengths)
         places = torch.repeat_interleave(begins, lengths, output_size=total)
         return lengths, self.values[places + torch.arange(total, device=rows.device)]
 
 
 class _Drawn:
-    """`NegativeSampler` on a device: the rank-th unseen item of a user is found by one search."""
+    """A `NegativeSampler` on a device: one binary search finds a user's n-th unseen item."""
 
     def __init__(self, negatives: NegativeSampler, device: torch.device) -> None:
         self._of_host = negatives
@@ -111,19 +111,20 @@ class _Drawn:
         users = torch.arange(len(seen.lengths), device=device)
         owners = torch.repeat_interleave(users, seen.lengths, output_size=len(seen.values))
         inside = torch.arange(len(seen.values), device=device) - self._begins[owners]
-        # Unseen items below each seen one: ascending in a user, and from user to user.
+        # Number of unseen items below each seen one: ascending within a user, and from user to
+        # user.
         self._unseen_below = owners * self._stride + seen.values - inside
 
     def put(
         self, items: Tensor, rows: Tensor, slots: Tensor, negative_users: Tensor, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        """Items with the negatives of an epoch among them, and which rows have none.
+        """Puts an epoch's negatives among the items; also returns which rows have none.
 
         Args:
             items: ``[m]`` int64: the rows' positives.
             rows: ``[m]`` int64: training rows.
             slots: ``[m]`` int64: 0 for the positive, k for its k-th negative.
-            negative_users: ``[m]`` int64: whose negatives.
+            negative_users: ``[m]`` int64: users to draw negatives for.
             epoch: from 0.
         """
         free = self._of_host.n_items - self._lengths[negative_users]
@@ -147,8 +148,8 @@ class _Field:
 
     Attributes:
         lengths: ``[steps, rows]`` of the bags; None: one value each.
-        values: of all steps, one after the other.
-        ends: where in ``values`` each step's begin, and the end of all.
+        values: of all steps, concatenated.
+        ends: offsets of the steps in ``values``, and their end.
     """
 
     lengths: Tensor | None
@@ -158,7 +159,7 @@ class _Field:
 
 @dataclass
 class _Block:
-    """Some full steps of an epoch.
+    """The batches of consecutive full steps of an epoch.
 
     Attributes:
         first: global step of its first batch, from 1.
@@ -185,11 +186,11 @@ class _Block:
 class DeviceBatches:
     """The batches of a `TrainingBatches`, made on the device.
 
-    The batches of many steps are made at a time, and each is then a slice of them: in between the
-    host waits for nothing. Only an epoch's last batch, where it is shorter, comes from the host.
+    The batches of many steps are made at once, and each batch is a slice: the host does not wait in
+    between. An epoch's last batch, if shorter, comes from the host.
 
     Args:
-        host: whose batches they are; `reason_for_host` must find none against it.
+        host: the batches to reproduce; `reason_for_host` must return None for it.
         device: where they are made.
     """
 
@@ -231,7 +232,7 @@ class DeviceBatches:
             return short.to(self._device, non_blocking=True)
         block = self._block
         if block is None or not block.first <= step < block.first + block.steps:
-            self._block = None  # its memory serves the next one
+            self._block = None  # its memory is reused for the next one
             first = at // self._most * self._most
             steps = min(self._most, self._full_steps - first)
             block = self._block = self._made(epoch, first, steps)
@@ -252,7 +253,7 @@ class DeviceBatches:
         return map(self.batch, range(first, last + 1))
 
     def _made(self, epoch: int, first: int, steps: int) -> _Block:
-        """The batches of an epoch's steps ``first``, from 0, to ``first + steps`` (excluded)."""
+        """Makes the batches of ``steps`` steps of an epoch from step ``first`` (from 0) on."""
         device, order = self._device, self._order
         begins = (first + torch.arange(steps, device=device)) * self.batch_size + self._first
         places = (begins[:, None] + torch.arange(self._real, device=device)).flatten()
@@ -354,7 +355,7 @@ class DeviceBatches:
         return numbers
 
     def _with_vectors(self, dense: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """A step's numbers with the vectors of its users and items behind them."""
+        """A step's numeric fields, followed by the vectors of its users and items."""
         if not self._vectors:
             return dense
         columns = [dense]
@@ -371,13 +372,13 @@ class DeviceBatches:
         return column_values
 
     def _pad(self, values: Tensor, value: int = 0) -> Tensor:
-        """``[steps, rows, ...]`` -> ``[steps, height, ...]`` by a value."""
+        """Pads ``[steps, rows, ...]`` to ``[steps, height, ...]`` with a value."""
         inner = [0, 0] * (values.dim() - 2)
         return torch.nn.functional.pad(values, (*inner, 0, self._height - self._real), value=value)
 
 
 def reason_for_host(dataset: PreparedDataset, loss: str, accumulate_steps: int) -> str | None:
-    """What keeps batches from being made on the device; None: nothing does.
+    """Why batches cannot be made on the device; None if they can.
 
     Args:
         dataset: the prepared dataset.
@@ -399,7 +400,7 @@ def reason_for_host(dataset: PreparedDataset, loss: str, accumulate_steps: int) 
 
 
 def device_bytes(host: TrainingBatches) -> int:
-    """Bytes that `DeviceBatches` of some batches takes on a device."""
+    """Bytes of device memory that `DeviceBatches` needs."""
     assert isinstance(host.source, InMemoryRows)
     held = [*host.source.columns.values(), *host.collate.fields.values()]
     total = sum(_bytes(values) for values in held)
@@ -417,7 +418,7 @@ def _bytes(values: Values) -> int:
 
 def _move(values: Any, device: torch.device) -> Tensor:
     array = np.ascontiguousarray(values)
-    if not array.flags.writeable:  # mapped from a file
+    if not array.flags.writeable:  # memory-mapped
         array = array.copy()
     return torch.from_numpy(array).to(device)
 

@@ -1,4 +1,4 @@
-"""Held-out rows, read by number."""
+"""Reads held-out rows by row number."""
 
 from collections import OrderedDict
 
@@ -9,9 +9,9 @@ from deepfm_dist.data.jagged import Values, from_arrow, joined, offsets_of, take
 
 
 class SplitReader:
-    """The rows of a split in their order, a stretch at a time.
+    """Reads the rows of a split in order, a range at a time.
 
-    Holds what fits into the dataset's ``memory_bytes``, and one row group in any case.
+    Keeps in memory what fits the dataset's ``memory_bytes``, at least one row group.
 
     Args:
         dataset: the prepared dataset.

@@ -1,9 +1,9 @@
-"""Ids that a training step replaces by the unknown id: draws without memory.
+"""Replaces ids by the unknown id in training, as a pure function of seed and step.
 
-A model that never meets an unknown id learns nothing about it: its table row keeps its first
-random values, and the attributes leave to the id what the id explains as well. With a share of
-ids replaced, the unknown row becomes the average user or item, and the attributes have to say the
-rest, as they must for an item that has no training rows.
+A model that never sees an unknown id learns nothing about it: its table row keeps its random
+initial values, and attributes do not learn what the id already explains. With a share of ids
+replaced, the unknown row becomes the average user or item, and attributes have to explain the rest,
+as they must for an item without training rows.
 
 Source: Volkovs, Yu, Poutanen, "DropoutNet: Addressing Cold Start in Recommender Systems", 2017,
 which drops the inputs of users and items in this way.
@@ -20,7 +20,7 @@ from deepfm_dist.data.jagged import Int64Array
 from deepfm_dist.seeding import derive_seed, mix
 
 Hidden = dict[str, npt.NDArray[np.bool_]]
-"""By entity, ``[b]`` whether a row's id is replaced."""
+"""By entity, ``[b]`` bool: whether a row's id is replaced."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class IdDropout:
 
     @property
     def threshold(self) -> int:
-        """Ids whose word's upper 32 bits are below this are replaced."""
+        """An id is replaced if the upper 32 bits of its random word are below this."""
         return round(self.share * 2**32)
 
     def key(self, entity: str, step: int) -> int:
-        """What a row's number is mixed with in a step, 63 bits."""
+        """The 63-bit key that a step mixes row numbers with."""
         return derive_seed(self.seed, "id_dropout", entity, step)
 
     def hidden(self, step: int, **numbers: npt.NDArray[np.integer] | None) -> Hidden | None:
-        """Which ids a step replaces; None: none at all.
+        """Which ids a step replaces; None if the share is 0.
 
         Args:
             step: from 1.
-            numbers: by entity, ``[m]`` what stands for each row in the draw: of rows with labels
-                their place in the epoch's list, of users and candidates their table row; None for
-                an entity that the rows lack.
+            numbers: by entity, ``[m]`` the number that the draw of each row depends on: for
+                labelled rows the position in the epoch's list, for users and candidates the table
+                row; None for an entity that the rows lack.
         """
         if not self.share:
             return None

@@ -1,13 +1,13 @@
-"""Training rows read from disk: lanes, each a shuffled stream of groups of rows.
+"""Training rows read from disk in lanes: shuffled streams of groups of rows.
 
 Group g of the training rows belongs to lane g mod L. In every epoch a lane goes through its groups
 in another order, and through the rows of a group in another order. All lanes advance together, and
-a global batch takes its share from each: laid out lane by lane, it is then sliced by rank, so that
-a rank reads about L / ranks lanes and the batch is the same at any number of ranks.
+a global batch takes its share from each. It is laid out lane by lane and sliced by rank, so that a
+rank reads about L / ranks lanes and the batch is the same at any number of ranks.
 
-How well this shuffles: a batch is mixed from L groups at a time, drawn from all over the data, of
-up to 2**22 / L rows each. Two rows of one group come within about 2**22 rows of each other, all
-other rows in any distance.
+Quality of the shuffle: a batch mixes L groups from all over the data, of up to 2**22 / L rows each.
+Two rows of one group come within about 2**22 rows of each other; any other two rows can be any
+distance apart.
 """
 
 from bisect import bisect_right
@@ -32,13 +32,13 @@ _OPEN_FILES = 32
 
 
 def consumed(rows: int, lanes: int, copies: int, total: int) -> Int64Array:
-    """How far each lane is after ``total`` rows of an epoch: they take turns, one row at a time.
+    """Rows that each lane has supplied after ``total`` rows of an epoch, one row per lane in turn.
 
     Args:
-        rows: rows over all lanes; each of the first ``rows mod lanes`` has one more.
+        rows: rows over all lanes; the first ``rows mod lanes`` lanes have one more.
         lanes: number of lanes.
-        copies: times that each row comes, with its negatives.
-        total: rows taken, copies counted.
+        copies: occurrences of each row, counting its negatives.
+        total: rows taken, counting copies.
 
     Returns:
         ``[lanes]`` int64, adding up to ``total``.
@@ -56,12 +56,13 @@ def consumed(rows: int, lanes: int, copies: int, total: int) -> Int64Array:
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """Some rows of a batch.
+    """Selected rows of a batch.
 
     Attributes:
-        columns: the rows' columns, as they stand in the files.
-        index: ``[m]`` which of their rows.
-        row: ``[m]`` int64: place among all training rows.
+        columns: columns as read from the files.
+        index: ``[m]`` selected rows of these.
+        row: ``[m]``
+            int64: number among all training rows.
         slot: ``[m]`` int64: 0 for the row itself, k for its k-th negative.
     """
 
@@ -73,7 +74,7 @@ class SelectedRows:
 
 @dataclass(frozen=True)
 class _Order:
-    """A lane's groups in an epoch's order, where each ends in the lane's stream, and its seed."""
+    """A lane's groups in an epoch's order, their ends in the lane's stream, and their seeds."""
 
     groups: list[int]
     ends: list[int]
@@ -81,19 +82,19 @@ class _Order:
 
 
 class Lanes:
-    """The training rows as lanes; holds the groups in use, and reads ahead.
+    """The training rows as lanes; keeps the groups in use in memory, and reads ahead.
 
     Args:
         files: opens the files of the prepared dataset.
         manifest: of it.
         columns: which to read.
-        copies: times that each row comes: once, and once for each negative.
-        share: greatest part of a batch that is asked for at once, such as 1 / ranks.
-        batch_size: rows of a batch over all ranks, copies counted.
+        copies: occurrences of each row: once, and once per negative.
+        share: largest share of a batch that is requested at once, such as 1 / ranks.
+        batch_size: rows of a batch over all ranks, counting copies.
         seed: of the order.
 
     Raises:
-        DataError: a file is missing, damaged or not laid out as it has to be; `take` raises it too.
+        DataError: a file is missing, damaged or has the wrong layout; `take` raises it, too.
     """
 
     def __init__(
@@ -116,14 +117,14 @@ class Lanes:
         # Groups of a lane that one batch may need: the one it leaves, some inside, one it enters.
         of_lane = -(-batch_size // self._lanes) + copies
         self._depth = 1 + -(-of_lane // least)
-        self._here: OrderedDict[int, int] = OrderedDict()  # lane -> its first place
-        # An epoch's last batch, being short, may want more lanes of a rank: it takes several turns.
+        self._here: OrderedDict[int, int] = OrderedDict()  # lane -> its first slot
+        # An epoch's short last batch may need more lanes of a rank: it takes several turns.
         self._width = min(self._lanes, int(np.ceil(self._lanes * share)) + 3)
         self._free = list(range(self._width))
         self._height = height
         self._holds = np.full(len(self._free) * self._depth, -1, np.int64)
         self._coming: dict[int, Future[None]] = {}
-        self._columns: dict[str, Any] = {}  # one flat array each, a stretch for each place
+        self._columns: dict[str, Any] = {}  # one flat array each, with a section per slot
         self._lists: dict[str, list[Jagged]] = {}
         self._allocate(columns)
         self._orders: OrderedDict[tuple[int, int], _Order] = OrderedDict()
@@ -164,7 +165,7 @@ class Lanes:
     def _lane_rows(
         self, epoch: int, lanes: Int64Array, low: Int64Array, high: Int64Array
     ) -> SelectedRows:
-        """Rows ``low[l]`` to ``high[l]`` of the streams of no more lanes than there is room for."""
+        """Rows ``low[l]`` to ``high[l]`` of the streams of as many lanes as fit at once."""
         pieces = [
             piece
             for lane in lanes
@@ -182,7 +183,7 @@ class Lanes:
     def _pieces(
         self, epoch: int, lane: int, low: int, high: int
     ) -> list[tuple[int, int, int, int, int]]:
-        """(place, group, low, high, seed) of rows ``low`` to ``high`` of a lane's stream."""
+        """(slot, group, low, high, seed) of rows ``low`` to ``high`` of a lane's stream."""
         stretches = []
         order = self._order(epoch, lane)
         ordinal = bisect_right(order.ends, low)
@@ -213,14 +214,14 @@ class Lanes:
     def _place(self, epoch: int, lane: int, ordinal: int) -> int:
         in_lane = (epoch * self._per_lane + ordinal) % self._depth
         if lane not in self._here:
-            if not self._free:  # the lane that was not needed for longest gives way
+            if not self._free:  # evict the least recently used lane
                 self._free.append(self._here.popitem(last=False)[1])
             self._here[lane] = self._free.pop()
         self._here.move_to_end(lane)
         return self._here[lane] * self._depth + in_lane
 
     def _hold(self, place: int, group: int) -> None:
-        """Makes sure that a place holds a group."""
+        """Loads a group into a slot unless it is there."""
         coming = self._coming.pop(place, None)
         if coming is not None:
             coming.result()
@@ -239,7 +240,7 @@ class Lanes:
         self._holds[place] = group
 
     def _read_ahead(self, epoch: int, table: Int64Array) -> None:
-        """Begins to read the group that follows one whose second half has begun."""
+        """Starts to read a lane's next group once half of the current one is used."""
         for _, group, low, high, _ in table:
             size = int(self._cuts[group + 1] - self._cuts[group]) * self._copies
             if not low <= size // 2 < high:
@@ -288,7 +289,7 @@ class _GroupFiles:
     def __init__(self, files: DatasetFiles, manifest: Manifest, columns: list[str]) -> None:
         self._dataset, self._columns = files, columns
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._one_at_a_time = Lock()  # Arrow's reader of a file is not for two threads
+        self._one_at_a_time = Lock()  # Arrow's file reader is not thread-safe
         of_groups: list[tuple[int, int, int]] = []
         for number in range(manifest.files):
             metadata = self._file(number).metadata
@@ -311,7 +312,7 @@ class _GroupFiles:
         return self._open[number]
 
     def read(self, begin: int, end: int) -> dict[str, Values]:
-        """Rows ``begin`` to ``end`` of training, which lie between two cuts."""
+        """Training rows ``begin`` to ``end``, which lie between two cuts."""
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right")
         wanted = self._groups[first : last + 1] if end > begin else []
         tables = [pa.schema([self._schema.field(c) for c in self._columns]).empty_table()]

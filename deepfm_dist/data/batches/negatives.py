@@ -1,4 +1,4 @@
-"""The negatives of training rows, drawn while training."""
+"""Negatives for training rows, drawn during training."""
 
 import logging
 
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class NegativeSampler:
-    """Draws the negatives of training rows, as the configuration says.
+    """Draws the negatives of training rows as configured.
 
     Attributes:
         n_items: number of items.
-        seen: what each user's negatives avoid, items from 0.
-        some_are_short: whether some users have fewer unseen items than negatives are wanted.
+        seen: what each user's negatives avoid, counted from 0.
+        some_are_short: whether some users have fewer unseen items than configured negatives.
 
     Raises:
         DataError: no user has an unseen item.
@@ -62,13 +62,14 @@ class NegativeSampler:
         negative_users: Int32Array,
         epoch: int,
     ) -> None:
-        """Overwrites items, rows of the item table, with the negatives of an epoch.
+        """Overwrites item rows with the negatives of an epoch.
 
         Args:
-            items: ``[m]``; those with slot 0 stay, and those that are `absent`.
+            items: ``[m]`` rows of the item table; those with slot 0 and those that are `absent`
+                stay.
             rows: ``[m]`` training rows.
-            slots: ``[m]`` which of a row's negatives, from 1.
-            negative_users: ``[m]`` whose negatives.
+            slots: ``[m]`` number of the negative of its row, from 1.
+            negative_users: ``[m]`` users to draw negatives for.
             epoch: from 0.
         """
         put_negatives(
@@ -86,7 +87,7 @@ class NegativeSampler:
 
     @property
     def per_positive(self) -> int:
-        """Negatives of a positive."""
+        """Number of negatives per positive."""
         return self._spec.per_positive
 
     def seed_of(self, epoch: int) -> int:
@@ -96,7 +97,7 @@ class NegativeSampler:
     def absent(
         self, slots: Int64Array, negative_users: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.bool_]:
-        """``[m]`` bool: which rows stand for a negative that does not exist; see `put`."""
+        """``[m]`` bool: rows whose negative does not exist; see `put`."""
         if self._n_unseen is None:
             return np.zeros(len(slots), bool)
         return slots > self._n_unseen[negative_users]

@@ -1,4 +1,4 @@
-"""A prepared dataset -> batches of rows, which do not depend on the world size."""
+"""Batches of rows of a prepared dataset; they do not depend on the world size."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ from deepfm_dist.seeding import derive_seed, permuted_range
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuses settings of the order of time: a row would see what its user took after it."""
+    """Refuses time-ordered histories: a row would see what its user took later."""
     settings: dict[str, int | str] = {
         f"data.features: {f.name}: last": f.last for f in manifest.features if f.last
     }
@@ -39,11 +39,11 @@ def _check(manifest: Manifest) -> None:
 class TrainingBatches:
     """The batches of a training run: a pure function of (seed, step, rank, world size).
 
-    The global batch of a step, all ranks' rows together, is one of (seed, step) alone.
+    The global batch of a step, over all ranks, depends on (seed, step) alone.
 
     Where negatives are sampled, a positive is followed by its ``per_positive`` negatives in a
-    virtual list of rows, and it is that list which is shuffled: a batch has exactly
-    ``batch_size`` rows, and every epoch draws new negatives unless they are to stay.
+    virtual list of rows, and it is that list which is shuffled: a batch has exactly ``batch_size``
+    rows, and every epoch draws new negatives unless they are fixed.
 
     Training rows are kept in memory and fully shuffled if they fit; otherwise they are streamed
     from disk (`deepfm_dist.data.batches.lanes`).
@@ -54,19 +54,17 @@ class TrainingBatches:
         rank: this rank.
         world_size: number of ranks.
         seed: of order and negatives.
-        threads: that make batches ahead; of a streamed dataset's one at most.
-        id_dropout: share of user and item ids that a step replaces by the unknown one.
+        threads: that prefetch batches; at most one for a streamed dataset.
+        id_dropout: share of user and item ids that each step replaces by the unknown id.
 
     Attributes:
         source: the training rows.
         collate: makes batches of them.
-        negatives: what draws them; None where rows are labelled.
-        id_dropout: what replaces ids.
-        first: place of this rank's first row in a global batch.
+        negatives: the sampler; None if rows are labelled.
+        id_dropout: replaces ids. first: position of this rank's first row in a global batch.
 
     Raises:
-        ConfigError: the batch is too small to give every rank a row, or histories are in the order
-            of time.
+        ConfigError: the batch is too small to give every rank a row, or histories are time-ordered.
         DataError: no user has an unseen item to draw as a negative.
     """
 
@@ -123,7 +121,7 @@ class TrainingBatches:
     def _collate(
         self, selected: SelectedRows, step: int, n_rows: int
     ) -> tuple[Int32Array | None, Batch]:
-        """The users and the batch of this rank's rows, of ``n_rows`` rows over all ranks."""
+        """The users and the batch of this rank's rows; ``n_rows`` counts all ranks' rows."""
         epoch = (step - 1) // self.steps_per_epoch
         index, columns = selected.index, selected.columns
         users, negative_users = (
@@ -142,7 +140,7 @@ class TrainingBatches:
         if self.negatives is not None:
             assert users is not None
             negative_users = users if negative_users is None else negative_users
-            if items is None:  # only those that no negative takes the place of
+            if items is None:  # only rows that no negative replaces
                 positive = np.flatnonzero(selected.slot == 0)
                 items = np.empty(len(index), np.int32)
                 items[positive] = _take(columns["item"], index[positive])
@@ -173,7 +171,7 @@ class TrainingBatches:
         )
 
     def global_weight(self, n_rows: int) -> Tensor:
-        """`Batch.global_weight` of a global batch of this many rows."""
+        """`Batch.global_weight` for a global batch of this many rows."""
         shares = 1.0 if self._label_shares is None else self._label_shares
         return torch.tensor(n_rows * shares, dtype=torch.float32)
 
@@ -195,11 +193,11 @@ class InMemoryRows:
 
     Args:
         columns: the rows' columns.
-        copies: times that each row comes: once, and once for each negative.
+        copies: occurrences of each row: once, and once per negative.
         seed: of the order.
 
     Attributes:
-        n: rows of an epoch, copies counted.
+        n: rows of an epoch, counting copies.
     """
 
     def __init__(self, columns: Mapping[str, Values], copies: int, seed: int) -> None:

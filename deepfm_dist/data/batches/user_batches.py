@@ -1,4 +1,4 @@
-"""A prepared dataset -> batches of users, for losses over the items of a catalogue."""
+"""Batches of users of a prepared dataset, for losses over the catalogue (bpr, softmax)."""
 
 import logging
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """Which items a step's users are to prefer their targets to.
+    """The items that a step's targets are compared with.
 
     Attributes:
-        sampled: drawn in every step, with replacement; None: the whole catalogue.
-        popularity_power: in proportion to (training positives) ** this.
-        targets_per_user: targets of a user in a step, at most, where candidates are sampled.
+        sampled: number drawn in every step, with replacement; None: the whole catalogue.
+            popularity_power: they are drawn in proportion to (training positives) ** this.
+            targets_per_user: maximum number of a user's targets in a step with sampled candidates.
     """
 
     sampled: int | None = None
@@ -39,11 +39,11 @@ class Candidates:
 
 
 class UserBatches:
-    """The batches of a training run whose unit is the user, not the row.
+    """The batches of a training run on users instead of rows.
 
-    The global batch of a step is a function of (seed, step) alone. An epoch goes over all users
-    with training items. Of a model with a history field, a user's items are cut in two in every
-    epoch: the bag that the model sees, and the targets, which are not in it.
+    The global batch of a step is a function of (seed, step) alone. An epoch visits every user with
+    training items. If the model has a history field, each epoch splits a user's items into the bag
+    that the model sees and the targets, which are not in it.
 
     Args:
         dataset: the prepared dataset.
@@ -51,12 +51,12 @@ class UserBatches:
         rank: this rank.
         world_size: number of ranks.
         seed: of order, bags and candidates.
-        candidates: see there.
-        threads: that make batches ahead.
+        candidates: see `Candidates`.
+        threads: that prefetch batches.
         id_dropout: share of user and item ids that a step replaces by the unknown one.
 
     Raises:
-        ConfigError: the data cannot be trained on in this way, or a rank would have no user.
+        ConfigError: the data does not fit this kind of training, or a rank would have no user.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class UserBatches:
         order = derive_seed(self._seed, "order", epoch)
         users = self._users[permute(places, len(self._users), order)]
         bags, targets = self._cut(users, epoch)
-        global_weight = float(max(1, targets[0].sum()))  # few users may have no target at all
+        global_weight = float(max(1, targets[0].sum()))  # a small batch of users may have no target
         first = self._rank * self._local
         mine = slice(first, first + self._local)
         users, bags, targets = users[mine], _rows(bags, mine), _rows(targets, mine)
@@ -150,7 +150,7 @@ class UserBatches:
         return read_ahead(self.batch, first, last, self.threads)
 
     def _cut(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
-        """Bags and targets."""
+        """Splits users' items into bags and targets."""
         if self._drawn is not None:
             bags, targets = self._drawn.split(users, epoch)
         else:
@@ -162,7 +162,7 @@ class UserBatches:
         return bags, targets
 
     def _drawn_candidates(self, step: int) -> tuple[Int32Array, npt.NDArray[np.float32]]:
-        """Item rows of the step's candidates, and the log of their expected number."""
+        """Item rows of the step's candidates, and the log of their expected counts."""
         if self._weights is None:
             rows = np.arange(1, self._n_items + 1, dtype=np.int32)
             return rows, np.zeros(self._n_items, np.float32)
@@ -212,7 +212,7 @@ def at_most(bags: Bags, users: Int32Array, n: int, seed: int) -> Bags:
 def _places_of(
     lengths: Int32Array, items: Int32Array, candidates: Int32Array
 ) -> tuple[Int64Array, Int64Array]:
-    """Where rows' items stand among the candidates: (row, place) of each time."""
+    """(row, index) of each occurrence of the rows' items among the candidates."""
     order = np.argsort(candidates, kind="stable")
     low = np.searchsorted(candidates, items, "left", order)
     times = np.searchsorted(candidates, items, "right", order) - low

@@ -263,7 +263,8 @@ class Counts:
         liked: training positives by item code; threads share them.
         numeric: of each numeric field that stands in context.
         of_entities: of each field of users and items that stands in the rows.
-        rows: ``[partitions, splits]``; positives: the same.
+        rows: ``[partitions, splits]``;
+        positives: the same.
         weights: of the training rows, where they are known.
         ties: see `Splitter.ties`.
         repeated: rows dropped because another one has their user and item.
