@@ -1,1 +1,1 @@
-"""The whole catalogue: scores, top-K, ranking metrics, baselines."""
+"""Ranking the whole catalogue: scores, top-K, metrics, baselines."""

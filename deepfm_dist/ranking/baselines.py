@@ -27,34 +27,34 @@ _FIT_BYTES = 12
 """Bytes per cell of EASE's item-item matrix while it is fitted."""
 
 Fitted = Callable[[Jagged, Int32Array], Tensor]
-"""(each user's training items, ``[n]`` users) -> ``[n, I]`` float32 scores. Picklable."""
+"""Maps (each user's training items, ``[n]`` users) to ``[n, I]`` float32 scores. Picklable."""
 
 
 class Baseline(Protocol):
-    """A way to rank."""
+    """A ranking method that needs no gradient descent."""
 
     def fit(self, train: Jagged, n_items: int) -> Fitted:
-        """Learns from each user's training items, numbers below ``n_items``, each once."""
+        """Fits to each user's distinct training items, numbered below ``n_items``."""
         ...
 
     def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
-        """The baseline that memory has room for.
+        """A variant of the baseline that fits into memory.
 
         Args:
             n_items: of the catalogue.
             room_bytes: of memory.
 
         Returns:
-            It, and what its name in tables says of how it differs: empty, if it does not.
+            The variant, and a suffix for its name in tables; empty if it is unchanged.
 
         Raises:
-            ConfigError: there is no room for it.
+            ConfigError: no variant fits.
         """
         ...
 
 
 class AnySize:
-    """A baseline whose memory grows with the items only, as the model's own does."""
+    """A baseline whose memory grows linearly with the number of items."""
 
     def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple["Baseline", str]:
         """See `Baseline`."""
@@ -63,7 +63,7 @@ class AnySize:
 
 @dataclass(frozen=True)
 class Popularity(AnySize):
-    """Items by their number of training positives, for everyone the same."""
+    """Items by their number of training positives, the same for all users."""
 
     def fit(self, train: Jagged, n_items: int) -> Fitted:
         """See `Baseline`."""
@@ -76,7 +76,8 @@ class ItemKNN:
     """Every training item of a user votes for the items most similar to it.
 
     Attributes:
-        neighbours: items that one item votes for; the weight is the cosine of both items' users.
+        neighbours: number of items that each item votes for, weighted by the cosine of the two
+            items' users.
 
     Source: Deshpande, Karypis, "Item-Based Top-N Recommendation Algorithms", 2004.
     """
@@ -107,15 +108,14 @@ class ItemKNN:
 
 @dataclass(frozen=True)
 class Ease:
-    """The item-item matrix with a zero diagonal that best rebuilds the training positives.
+    """The item-item matrix with a zero diagonal that best reconstructs the training positives.
 
-    Its memory grows with the square of the items, and its time with the cube. Where memory has no
-    room for all of them, it is fitted on the most popular ones, and the others follow behind these
-    by popularity.
+    Its memory grows with the square of the items, and its time with the cube. If memory does not
+    suffice, it is fitted on the most popular items, and the others follow by popularity.
 
     Attributes:
-        l2: weight of its squared norm.
-        n_fitted: items that it is fitted on, the most popular ones; None: all.
+        l2: L2 regularisation.
+        n_fitted: number of most popular items to fit; None: all.
 
     Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019: with
     ``P = (X'X + l2 I)^-1``, ``B_ij = -P_ij / P_jj`` off the diagonal.
@@ -141,7 +141,7 @@ class Ease:
         )
         kept = distinct(Jagged(train.offsets, place[train.values]))
         weights = self.weights(co_counts(kept, len(popular)))
-        # Whole numbers that float32 holds, below every score.
+        # Integers that float32 represents exactly, below every score.
         behind = torch.from_numpy(counts - float(2**24)).float()
         return partial(_linear_among, weights, popular, place, behind)
 
@@ -150,7 +150,7 @@ class Ease:
         room = int(math.sqrt(USABLE * room_bytes / _FIT_BYTES))
         if n_items <= room:
             return self, ""
-        step = 10_000 if room >= 10_000 else 1_000  # not another number for every free page
+        step = 10_000 if room >= 10_000 else 1_000  # stable despite small changes of free memory
         n_fitted = room // step * step
         if n_fitted == 0:
             raise ConfigError(
@@ -161,13 +161,10 @@ class Ease:
         return replace(self, n_fitted=n_fitted), f" on {plural(n_fitted, 'item')}"
 
     def weights(self, together: npt.NDArray[np.float64]) -> Tensor:
-        """``[I, I]`` B in float32, from `co_counts`.
-
-        The counts are overwritten: the matrix may fill the memory.
-        """
+        """``[I, I]`` B in float32, from `co_counts`, which are overwritten to save memory."""
         gram = torch.from_numpy(together)
         gram.diagonal().add_(self.l2)
-        columns = gram.T  # as LAPACK lays a matrix out; it is symmetric
+        columns = gram.T  # column-major for LAPACK; the matrix is symmetric
         torch.linalg.cholesky(columns, out=columns)
         inverse = torch.cholesky_inverse(columns, out=columns)
         inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
@@ -176,11 +173,11 @@ class Ease:
 
 @dataclass(frozen=True)
 class Ials(AnySize):
-    """Weighted matrix factorisation by alternating least squares, by the library ``implicit``.
+    """Weighted matrix factorisation by alternating least squares, with the library implicit.
 
     Attributes:
         config: its settings.
-        seed: of the first vectors.
+        seed: of the initial vectors.
 
     Source: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", 2008.
     """
@@ -216,14 +213,14 @@ class Ials(AnySize):
 
 
 def distinct(jagged: Jagged) -> Jagged:
-    """The same rows, each value once and in ascending order; negative ones are left out."""
+    """The rows with their distinct non-negative values in ascending order."""
     owner = np.repeat(np.arange(len(jagged)), jagged.lengths)[jagged.values >= 0]
     pairs = np.unique(np.stack([owner, jagged.values[jagged.values >= 0]], 1), axis=0)
     return Jagged.from_pairs(pairs[:, 0], pairs[:, 1], len(jagged))
 
 
 def co_counts(train: Jagged, n_items: int) -> npt.NDArray[np.float64]:
-    """``[I, I]`` number of users who have both items."""
+    """``[I, I]`` number of users with both items."""
     counts: npt.NDArray[np.float64] = _co_counts(train.offsets, train.values, n_items)
     return counts
 
@@ -279,7 +276,7 @@ def _neighbours(
             counts[other] = 0
         n_kept = min(k, n)
         bound = np.partition(cosine, n - n_kept)[n - n_kept] if n_kept else np.float32(0)
-        n_tied = n_kept - (cosine > bound).sum()  # of those at the bound, the first ones
+        n_tied = n_kept - (cosine > bound).sum()  # among equal values at the cut, the first ones
         place = 0
         for at, other in enumerate(candidates):
             tied = cosine[at] == bound
@@ -291,7 +288,7 @@ def _neighbours(
 
 @compiled
 def _vote(offsets: Int64Array, items: Int32Array, nearest: Any, cosines: Any, scores: Any) -> None:
-    """Adds to each user's scores what the neighbours of the user's items have."""
+    """Adds the votes of each user's items for their neighbours to the scores."""
     for user in range(len(offsets) - 1):
         for item in items[offsets[user] : offsets[user + 1]]:
             for place in range(nearest.shape[1]):
@@ -315,7 +312,7 @@ def _linear_among(
     train: Jagged,
     users: Int32Array,
 ) -> Tensor:
-    """Scores of the fitted items by the weights among them, and of the others as given."""
+    """Scores of the fitted items by their weights; the others keep the given scores."""
     lengths, items = train.take(users)
     owner = np.repeat(np.arange(len(users)), lengths)[place[items] >= 0]
     among = Jagged.from_pairs(owner, place[items][place[items] >= 0], len(users))

@@ -14,7 +14,7 @@ from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.model.pairs import Fields, Layer, Side, side_of
 
 PAIRS_PER_STEP = {"cpu": 8192, "cuda": 1 << 21}
-"""Pairs whose hidden layers are in memory at once; on CPU they should stay in the cache."""
+"""Pairs whose hidden layers are in memory at once; on CPU they should fit the cache."""
 
 
 class CatalogueScorer:
@@ -22,8 +22,8 @@ class CatalogueScorer:
 
     Args:
         arch: the trained InteractionArch, in eval mode.
-        item_fields: for each categorical field, then each numeric one, then each vector, whether it
-            describes the item (else the user or the context).
+        item_fields: whether each field describes the item (otherwise the user or the context):
+            categorical, then numeric, then vector fields.
         n_categorical: number of categorical fields.
 
     Attributes:
@@ -55,7 +55,7 @@ class CatalogueScorer:
             first_BF: ``[n, F]`` first-order weights.
             dense_BN: ``[n, n_dense + sum of lengths]`` numeric fields, then vectors.
         """
-        # In float64: these sums are few, and their rounding would reach every pair.
+        # In float64: there are few of these sums, and their rounding would affect every pair.
         fields = self._fields[which]
         rows = torch.cat([factors_BFD, first_BF[:, :, None]], 2)[:, fields.categorical]
         side = side_of(
@@ -148,7 +148,7 @@ class CatalogueScorer:
         return scores
 
     def _deep(self, user: Tensor, item: Tensor) -> Tensor:
-        """The over-arch but its output's bias: ``[u, 1, H]``, ``[u or 1, i, H]`` -> ``[u, i]``."""
+        """The over-arch without output bias: ``[u, 1, H]``, ``[u or 1, i, H]`` -> ``[u, i]``."""
         shape = len(user), item.shape[1]
         if self.layers is None:
             return self._unsplit(user, item).view(shape)
@@ -158,7 +158,7 @@ class CatalogueScorer:
         return (x @ self.layers[-1][0].float()[0]).view(shape)
 
     def _unsplit(self, user: Tensor, item: Tensor) -> Tensor:
-        """An over-arch of the user's own: its input is put together for each pair."""
+        """A custom over-arch: its input is assembled for each pair."""
         over_arch = self._arch.over_arch
         assert over_arch is not None
         n_fields = sum(len(fields.places) for fields in self._fields.values())

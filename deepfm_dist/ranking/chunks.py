@@ -1,4 +1,4 @@
-"""Users ranked in chunks, dealt to ranks."""
+"""Ranks users in chunks that are dealt to the ranks."""
 
 import logging
 import math
@@ -18,14 +18,14 @@ from deepfm_dist.ranking.types import USER_BLOCK
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30.0
-"""Seconds between two lines of progress where there is no progress bar."""
+"""Seconds between progress log lines if there is no progress bar."""
 
 Ranked = tuple[int, Int64Array, npt.NDArray[np.float32]]
 """(first user, positions ``[m, K]``, scores ``[m, K]``)"""
 
 
 def users_per_chunk(n_users: int) -> int:
-    """Users that are ranked and written together: about 64 chunks of 512 to 65,536 users.
+    """Number of users to rank and write together: about 64 chunks of 512 to 65,536 users.
 
     It is the same at every world size.
     """
@@ -75,7 +75,7 @@ def deal_chunks(
     chunks: Sequence[int] | None = None,
     description: str = "rank items",
 ) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of this rank's chunks; ranks with fewer get empty ones, so all get as many.
+    """(first, last + 1) of this rank's chunks; padded with empty ones to the same number per rank.
 
     Args:
         n_users: of all ranks.
@@ -105,7 +105,7 @@ def deal_chunks(
 
 
 def _my_chunks(n_users: int, world: World, chunks: Sequence[int] | None) -> list[tuple[int, int]]:
-    """What `deal_chunks` yields."""
+    """Implements `deal_chunks`."""
     size = users_per_chunk(n_users)
     numbers = list(range(-(-n_users // size))) if chunks is None else list(chunks)
     per_rank = -(-len(numbers) // world.world_size)

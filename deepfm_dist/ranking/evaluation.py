@@ -1,4 +1,4 @@
-"""How well the whole catalogue is ranked for users with held-out items."""
+"""Evaluates rankings of the whole catalogue for users with held-out items."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -51,25 +51,25 @@ from deepfm_dist.ranking.steering import (
 
 log = logging.getLogger(__name__)
 STEERED = "model, steered"
-"""Name of the model's ranking with the penalty, the diversity and the limits of `recommend`."""
+"""Name of the model's ranking with popularity penalty, diversity and limits of `recommend`."""
 REASONS_SHOWN = 3
-"""Reasons for each item of an example."""
+"""Number of reasons for each item of an example."""
 RANKING_FIGURES = ("recall", "ndcg")
-"""What validation while training says of rankings."""
+"""Ranking figures reported by validation during training."""
 LOGGED = ("figures", "intervals", "differences")
-"""Of a comparison, what a run's metrics keep."""
+"""Figures of a comparison that a run's metrics keep."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How well several rankings serve the same users.
+    """Figures of several rankings for the same users.
 
     Attributes:
         figures: by ranking, `means` of `user_metrics`, and `coverage`.
         intervals: by ranking, the 95 % bootstrap interval of each mean over users.
-        differences: by ranking but the model's, the same of the model's mean minus this ranking's,
-            user by user.
-        insight: what lies behind the figures.
+        differences: by ranking other than the model's, the same interval of the model's mean minus
+            this ranking's, paired by user.
+        insight: details behind the figures.
     """
 
     figures: dict[str, dict[str, float]]
@@ -79,25 +79,25 @@ class Comparison:
 
 
 class RankingEvaluator:
-    """What rankings of the whole catalogue are measured on.
+    """Measures rankings of the whole catalogue on held-out items.
 
-    Users are those known from training with a held-out positive. Masked is what they have met in
-    the splits that come before, liked or not: in train, and for the test also in valid. A held-out
-    item that they have met there is not relevant.
+    Users are those with training rows and a held-out positive. Items of earlier splits, liked or
+    not, are masked: those of train, and for the test split also of valid. A held-out item that
+    appears there is not relevant.
 
     Args:
         dataset: the prepared dataset.
         split: valid or test.
-        context: values of the context fields, where the model looks at some.
-        mask_seen: whether what was met before is masked; default: unless repeated rows are asked
-            for (`DataConfig.seen_is_masked`).
-        most_users: an evenly spaced sample of this size, if there are more; None: all.
-        cold_items: what becomes of items without training rows. Held-out items that are not ranked
-            count as missed, except with "only", which looks at no others.
+        context: values of the model's context fields.
+        mask_seen: whether items of earlier splits are masked; default: true unless repeated rows
+            are kept (`DataConfig.seen_is_masked`).
+        most_users: size of an evenly spaced sample of the users; None: all.
+        cold_items: how to treat items without training rows. Held-out items that are not ranked
+            count as missed, except with "only", which measures cold items alone.
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
-        DataError: only items without training rows are to be ranked, and none is held out.
+        DataError: only items without training rows are ranked, and none is held out.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class RankingEvaluator:
         )
         self.counts = np.pad(dataset.popularity(), (0, dataset.manifest.cold.get("item", 0)))
         self.is_divided = cold_items == "include" and "item" in dataset.manifest.cold
-        """Whether some of the ranked items have training rows and others have none."""
+        """Whether the ranked items are a mix of items with and without training rows."""
         self._n_active = int((dataset.training_history.lengths > 0).sum())
         self._strong = dataset.manifest.data.split.method == "users"
 
@@ -201,7 +201,7 @@ class RankingEvaluator:
         return figures, ranked
 
     def _figures_apart(self, ranked: Int64Array, cutoffs: Sequence[int]) -> dict[str, FloatArray]:
-        """Recall and NDCG of the relevant items with training rows, and of those without.
+        """Recall and NDCG of relevant items with and without training rows.
 
         The ranking is that of all items; ``[U]`` each, NaN for users without such an item.
         """
@@ -220,7 +220,7 @@ class RankingEvaluator:
     def ranker(
         self, model: DeepFM, world: World, penalties: npt.NDArray[np.float32] | None = None
     ) -> ModelRanker:
-        """Ranks for the users by a model in eval mode. All ranks.
+        """A ranker for the users by a model in eval mode. All ranks.
 
         Args:
             model: the DeepFM, sharded, in eval mode.
@@ -256,22 +256,22 @@ class RankingEvaluator:
 
 
 def _part(lists: Jagged, is_of_part: npt.NDArray[np.bool_]) -> Jagged:
-    """Some values of each of several lists; ``is_of_part``: ``[values]``."""
+    """Selects values of each list; ``is_of_part``: ``[values]`` bool."""
     owners = np.repeat(np.arange(len(lists)), lists.lengths)
     return Jagged.from_pairs(owners[is_of_part], lists.values[is_of_part], len(lists))
 
 
 def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]:
-    """Each user's positives, each item once, without those met before, and how many these are.
+    """Each user's distinct positives that are not in earlier splits, and how many are dropped.
 
     Args:
         positives: item rows of all users, those of unknown users in row 0.
-        before: items that users have met before.
+        before: users' items of earlier splits.
     """
     n_items = 1 + max((int(bags.values.max(initial=0)) for bags in (positives, *before)), default=0)
     rows = np.repeat(np.arange(len(positives)), positives.lengths)
     pairs = rows * n_items + positives.values
-    # Items without a row are all 0: which of them are the same is not known.
+    # Items without a row are all 0, so duplicates among them cannot be told.
     repeated = np.ones(len(pairs), bool)
     repeated[np.unique(pairs, return_index=True)[1]] = False
     repeated &= (positives.values > 0) & (rows > 0)
@@ -294,7 +294,7 @@ def evaluate_ranking(
     reference: str | None = None,
     steering: RecommendConfig | None = None,
 ) -> Comparison | None:
-    """Compares the model's ranking with others of the same users. All ranks.
+    """Compares the model's ranking with other rankings for the same users. All ranks.
 
     Args:
         model: the DeepFM, sharded, in eval mode.
@@ -303,7 +303,7 @@ def evaluate_ranking(
         cutoffs: values of K.
         baselines: by name; fitted here on the training positives.
         reference: path or URL of a parquet file ``user, item, score`` with another system's scores.
-        steering: of another ranking by the model, `STEERED`, if these settings steer.
+        steering: settings of an additional ranking by the model, `STEERED`, if they change it.
 
     Returns:
         On rank 0 the rankings' figures, the model's first; None elsewhere.
@@ -345,10 +345,10 @@ def evaluate_ranking(
 
 
 def _cutoffs_at_once(ranker: Ranker, cutoffs: Sequence[int]) -> list[list[int]]:
-    """Cut-offs of one ranking each.
+    """Groups of cut-offs that one ranking can serve.
 
-    A larger K than a reranking starts from changes the items that it chooses from, so that the
-    ranking for it has another beginning.
+    A K larger than the number of items that a reranking starts from changes its choices, so that
+    ranking does not begin with the one for a smaller K.
     """
     first = ranker.reranking.first if isinstance(ranker, RerankingRanker) else max(cutoffs)
     within = [k for k in cutoffs if k <= first]
@@ -363,7 +363,7 @@ def _rankers(
     baselines: Mapping[str, Baseline],
     reference: str | None,
 ) -> dict[str, Callable[[], Ranker]]:
-    """What makes the rankings to compare, by name; arguments as of `evaluate_ranking`."""
+    """Functions that make the rankings to compare, by name; arguments as for `evaluate_ranking`."""
     rankers: dict[str, Callable[[], Ranker]] = {"model": lambda: held_out.ranker(model, world)}
     rankers |= _baseline_rankers(held_out, baselines, world)
     if reference is not None:
@@ -400,14 +400,14 @@ def _with_reasons(
 def _intervals(
     samples: Mapping[str, Mapping[str, FloatArray]],
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """By ranking and metric, where 95% of the resampled means are."""
+    """95 % intervals of the resampled means, by ranking and metric."""
     return {name: {m: interval(v) for m, v in of.items()} for name, of in samples.items()}
 
 
 def _differences(
     samples: Mapping[str, Mapping[str, FloatArray]],
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """The same of the model's mean less another ranking's, of the same users."""
+    """95 % intervals of the model's mean minus another ranking's, for the same users."""
     model = samples["model"]
     return _intervals(
         {
@@ -421,7 +421,7 @@ def _differences(
 def _reference_ranker(
     reference: str, held_out: RankingEvaluator, world: World
 ) -> Callable[[], Ranker]:
-    """Another system's scores, read at once, before other rankings take hours."""
+    """Another system's scores, read first so that errors show before long rankings."""
     scores = _reference_scores(reference, held_out.dataset, held_out.catalogue, held_out.users)
     n_items = len(held_out.catalogue)
     return lambda: FixedRanker(lambda begin, end: scores(begin, end).to(world.device), n_items)
@@ -429,7 +429,7 @@ def _reference_ranker(
 
 @dataclass(frozen=True)
 class RankedUsers:
-    """Whom a baseline ranks for.
+    """The users that a baseline ranks for.
 
     Attributes:
         history: each user's items, as positions in the catalogue.
@@ -443,7 +443,7 @@ class RankedUsers:
 def _baseline_rankers(
     held_out: RankingEvaluator, baselines: Mapping[str, Baseline], world: World
 ) -> dict[str, Callable[[], Ranker]]:
-    """By name, what fits a baseline on the training positives. All ranks."""
+    """Functions that fit a baseline on the training positives, by name. All ranks."""
     if not baselines:
         return {}
     dataset, catalogue = held_out.dataset, held_out.catalogue
@@ -451,8 +451,7 @@ def _baseline_rankers(
     def places(items: Jagged) -> Jagged:
         return catalogue.seen_by(np.arange(len(items), dtype=np.int32), [items])(0, len(items))
 
-    # Users below min_count come behind the others: nobody is ranked for them, but their rows are
-    # training rows.
+    # Users below min_count come last: they are not ranked for, but their rows are training rows.
     positives = [places(dataset.training_history), places(dataset.rare_history)]
     train = distinct(Jagged.concatenated(positives))
     known = train
@@ -483,7 +482,7 @@ def _fit_on_rank0(
     users: RankedUsers,
     world: World,
 ) -> FixedRanker:
-    """Fitted on rank 0, so that all ranks score by the same numbers."""
+    """Fits on rank 0, so that all ranks use the same numbers."""
     log.info("%s: fitting on %s", name, plural(len(train.values), "positive"))
     fitted = world.broadcast(
         world.run_on_rank0(f"fit_{name}", lambda: baseline.fit(train, n_items))
@@ -499,7 +498,7 @@ def _fit_on_rank0(
 def _reference_scores(
     path: str, dataset: PreparedDataset, catalogue: Catalogue, users: Int32Array
 ) -> Callable[[int, int], Tensor]:
-    """(first user, last + 1) -> ``[n, I]`` float32 scores of another system; -inf without one."""
+    """Maps (first user, last + 1) to ``[n, I]`` scores of another system; -inf if missing."""
     table = read_table(path, [Column("user"), Column("item"), Column("score", "number")])
     user_ids = dataset.entity_ids("user").take(pa.array(users))
     rows = np.asarray(pc.index_in(table["user"], value_set=user_ids).fill_null(-1))

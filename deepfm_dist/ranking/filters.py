@@ -20,7 +20,7 @@ from deepfm_dist.ranking.items import Catalogue, attribute_pairs, item_attribute
 _CONDITION = re.compile(r"\s*([^\s!=<>]+)\s*(!?=)\s*(\S.*?)\s*", re.DOTALL)
 _AND = re.compile(r"\s+and\s+(?=[^\s!=<>]+\s*!?=)", re.IGNORECASE)
 FILTERS_KEPT = 4096
-"""Filters whose items stay in memory."""
+"""Number of filters whose items are cached."""
 
 
 class Condition(NamedTuple):
@@ -56,7 +56,7 @@ def parse_filter(where: str) -> list[Condition]:
 
 
 class ItemFilters:
-    """Finds the items of a catalogue that have some attributes.
+    """Finds the items of a catalogue by attributes.
 
     Args:
         dataset: the prepared dataset.

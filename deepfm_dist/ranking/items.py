@@ -19,16 +19,16 @@ from deepfm_dist.messages import plural
 log = logging.getLogger(__name__)
 
 ColdItems = Literal["include", "exclude", "only"]
-"""What becomes of items without training rows (`Manifest.cold`) in a ranking."""
+"""How a ranking treats items without training rows (`Manifest.cold`)."""
 
 Seen = Callable[[int, int], Jagged]
-"""(first user, last + 1) -> each one's masked positions. A rank asks for its own users only."""
+"""Maps (first user, last + 1) to their masked positions; called for a rank's own users only."""
 
 
 def cold_items_to_rank(
     wanted: ColdItems | None, id_dropout: float, manifest: Manifest
 ) -> ColdItems:
-    """What becomes of items without training rows.
+    """Decides how to treat items without training rows.
 
     Args:
         wanted: ``recommend.cold_items``.
@@ -36,7 +36,7 @@ def cold_items_to_rank(
         manifest: of the dataset.
 
     Raises:
-        ConfigError: only cold items are to be ranked, and the data has none.
+        ConfigError: only cold items are ranked, and the data has none.
     """
     n = manifest.cold.get("item", 0)
     if n == 0:
@@ -66,10 +66,10 @@ class Catalogue:
     Args:
         dataset: the prepared dataset.
         rows: item rows that can be recommended; default: all.
-        cold_items: what becomes of items without training rows.
+        cold_items: how to treat items without training rows.
 
     Raises:
-        DataError: its rows have no users or no items, or no item is left.
+        DataError: the rows have no users or no items, or no item is left.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Catalogue:
             )
         n_items = dataset.manifest.n_rows("item")
         self.first_cold = dataset.manifest.entities["item"]
-        """Row from which on items have no training rows."""
+        """First row of the items without training rows."""
         rows = np.arange(1, n_items, dtype=np.int32) if rows is None else rows
         if cold_items != "include":
             rows = rows[(rows >= self.first_cold) == (cold_items == "only")]
@@ -98,7 +98,7 @@ class Catalogue:
         return len(self.rows)
 
     def seen_by(self, users: Int32Array, positives: list[Jagged]) -> Seen:
-        """Positions of the items that users have in any of several lists.
+        """Positions of users' items in any of several lists.
 
         Args:
             users: ``[n]`` rows of the user table, in ranking order.
@@ -107,10 +107,10 @@ class Catalogue:
         return self.seen_in([(users, bags) for bags in positives])
 
     def seen_in(self, lists: Sequence[tuple[Int32Array, Jagged]]) -> Seen:
-        """`seen_by` of lists that users have different rows in.
+        """`seen_by` for lists with different row numbers per user.
 
         Args:
-            lists: each user's row in some item rows, negative where there is none, and these.
+            lists: pairs of each user's row, negative if there is none, and the lists of item rows.
         """
         return lambda begin, end: self._seen([b.take(r[begin:end]) for r, b in lists], end - begin)
 
@@ -127,7 +127,7 @@ class Catalogue:
         values = np.empty(offsets[-1], np.int32)
         room = offsets[:-1].copy()
         for lengths, items in parts:
-            # A value goes to its user's next free place plus its number within the list.
+            # A value goes to its user's next free slot plus its index within the list.
             first = np.repeat(room - (np.cumsum(lengths) - lengths), lengths)
             values[first + np.arange(len(items))] = self._position[items]
             room += lengths
@@ -146,7 +146,7 @@ def item_attributes(manifest: Manifest) -> dict[str, Feature]:
 def attribute_pairs(
     dataset: PreparedDataset, catalogue: Catalogue, name: str
 ) -> npt.NDArray[np.int32]:
-    """``[n, 2]`` int32: (table row of a value, position of an item with it), each once, ascending.
+    """``[n, 2]`` int32: distinct (table row of a value, position of an item with it), ascending.
 
     Args:
         dataset: the prepared dataset.

@@ -39,7 +39,7 @@ class SideEncoder:
 
     Attributes:
         model: the DeepFM.
-        scorer: scores pairs of the two sides, penalties aside.
+        scorer: scores pairs of the two sides, without penalties.
         world: the ranks.
     """
 
@@ -76,7 +76,7 @@ class SideEncoder:
         """Looks users up together and returns their sides in blocks of one size.
 
         Args:
-            rows: see `user_batch`, as for all others but ``block``.
+            rows: see `user_batch`, also for the other arguments.
             block: number of users per block.
             histories: of users from outside the dataset.
             attributes: of these users.
@@ -100,8 +100,8 @@ class SideEncoder:
             rows: ``[n]`` rows of the user table or of ``histories``; `ABSENT` for padding.
             histories: item rows of users from outside the dataset.
             attributes: fields of these users, by row of ``histories``; None: they have none.
-            context: context fields of some rows; default: the encoder's one.
-            context_rows: ``[n]`` each user's row of these; default: the first.
+            context: rows of context fields; default: the encoder's.
+            context_rows: ``[n]`` row of each user; default: the first.
         """
         known, bags, collate = rows, None, self._collate
         if histories is not None:
@@ -144,7 +144,7 @@ class ItemStore:
     """The items of a catalogue, prepared by an engine and kept in memory if they fit.
 
     If the catalogue exceeds the limit, each rank keeps a share and ranks all users for it. If the
-    shares exceed it too, items are computed in blocks, again for every chunk of users.
+    shares exceed it, too, items are recomputed in blocks for every chunk of users.
 
     Args:
         encoder: encodes items with the model. All ranks.
@@ -166,7 +166,7 @@ class ItemStore:
         item_bytes = sum(t[0].nbytes for t in encoder.items(rows[:1]).tensors) + engine.work_bytes
         self.most_kept = max(1, memory_bytes // item_bytes)
         self._per_block = max(1, self.most_kept // ITEM_BLOCK) * ITEM_BLOCK
-        # Whole blocks of the kernels, so that an item's place in one is the same everywhere.
+        # Full kernel blocks, so that an item's place within its block is the same everywhere.
         self._share = -(-n // (size * ITEM_BLOCK)) * ITEM_BLOCK
         self.is_shared = self._per_block < n and self._share <= self._per_block
         kept = self._share if self.is_shared else min(self._per_block, n)
@@ -214,7 +214,7 @@ class ItemStore:
         return min(begin + self._per_block, len(self._rows))
 
     def sides(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Side]]:
-        """Items computed by all ranks and gathered on each, one block of each rank's at a time.
+        """Items computed by all ranks and gathered on each, one block per rank at a time.
 
         The padding of the last one comes after all items. All ranks.
         """
@@ -234,7 +234,7 @@ class ItemStore:
         return items
 
     def _my_share(self) -> Any:
-        """This rank's items, looked up in as many steps as every rank takes."""
+        """This rank's items, looked up in the same number of steps on every rank."""
         begin = min(self._world.rank * self._share, len(self._rows))
         mine = self._rows[begin : begin + self._share]
         items = None

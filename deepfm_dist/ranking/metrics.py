@@ -1,4 +1,4 @@
-"""Ranking metrics over the whole catalogue, user by user, and how sure their means are."""
+"""Per-user ranking metrics over the whole catalogue, and bootstrap intervals of their means."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,24 +18,22 @@ def hits(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
     """Which ranked items are relevant.
 
     Args:
-        ranked: ``[U, K]`` items, best first; negative ones are empty places.
-        relevant: each user's relevant items.
-
-    Returns:
-        ``[U, K]``.
+        ranked: ``[U, K]`` items, best first; negative ones are empty slots.
+        relevant: each user's
+        relevant items. Returns: ``[U, K]``.
     """
     shown, wanted = _pairs(ranked, relevant)
     return np.isin(shown, wanted) & (ranked >= 0)
 
 
 def found_items(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
-    """Which of ``relevant.values`` their user's ranking shows; arguments as of `hits`."""
+    """Which of ``relevant.values`` appear in their user's ranking; arguments as for `hits`."""
     shown, wanted = _pairs(ranked, relevant)
     return np.isin(wanted, shown[ranked >= 0])
 
 
 def _pairs(ranked: Int64Array, relevant: Jagged) -> tuple[Int64Array, Int64Array]:
-    """Ranked and relevant items, each as one number with its user."""
+    """Ranked and relevant items, each combined with its user into one number."""
     n = int(max(ranked.max(initial=0), relevant.values.max(initial=0))) + 1
     owner = np.repeat(np.arange(len(relevant), dtype=np.int64), relevant.lengths)
     return np.arange(len(ranked), dtype=np.int64)[:, None] * n + ranked, owner * n + relevant.values
@@ -87,7 +85,7 @@ def user_metrics(
     n_users: int,
     strong: bool = False,
 ) -> dict[str, FloatArray]:
-    """Every user's figures; a ranking's are their means.
+    """Figures per user; a ranking's figures are their means.
 
     Args:
         ranked: ``[U, K]`` items, best first, K at least the largest cut-off; negative ones are
@@ -140,7 +138,7 @@ def user_metrics(
 
 
 def coverage(ranked: Int64Array, cutoffs: Sequence[int], n_items: int) -> dict[str, float]:
-    """``coverage@K``: share of the catalogue's ``n_items`` items that some user is recommended.
+    """``coverage@K``: share of the catalogue's ``n_items`` items recommended to at least one user.
 
     Args:
         ranked: as `user_metrics` takes it.
@@ -152,7 +150,7 @@ def coverage(ranked: Int64Array, cutoffs: Sequence[int], n_items: int) -> dict[s
 
 
 def means(by_metric: Mapping[str, FloatArray]) -> dict[str, float]:
-    """Means over the users that have a figure; NaN if none has."""
+    """Means over the users with a figure; NaN if there are none."""
     return {name: float(_means(values[:, None])[0]) for name, values in by_metric.items()}
 
 
@@ -163,8 +161,8 @@ def resampled_means(by_metric: Mapping[str, FloatArray]) -> dict[str, FloatArray
         by_metric: ``[U]`` figures by name.
 
     Returns:
-        ``[RESAMPLES]`` by name. The draws depend on U alone, so that those of two rankings of the
-        same users are pairs: the percentiles of their differences are a paired bootstrap.
+        ``[RESAMPLES]`` by name. The draws depend on U alone, so that two rankings of the same users
+        are resampled alike: the percentiles of their differences are a paired bootstrap.
 
     Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """

@@ -1,4 +1,4 @@
-"""Short lists from an index of the items' vectors, which does not look at all of them."""
+"""Candidates from an approximate nearest-neighbour index of item vectors."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,15 +15,15 @@ from deepfm_dist.ranking.topk import NO_ITEM
 
 
 class NearestItems:
-    """A faiss index that ranks items by the model without its over-arch, more or less.
+    """A faiss index that approximately ranks items by the model without its over-arch.
 
-    An item's point is its sum of factor vectors and its constant: the inner product with a user's
-    sum and a one is what is ranked by, less the user's constant.
+    An item's point is its summed factor vector and its constant. The inner product with a user's
+    summed vector and 1 is the score minus the user's constant.
 
     Args:
         points: ``[I, D + 1]`` float32 of all items, the same on all ranks.
-        kind: of index, as faiss's factory has it: ``IVF1024,Flat``, ``HNSW32``.
-        probes: lists of an inverted file that are looked through.
+        kind: faiss factory string: ``IVF1024,Flat``, ``HNSW32``.
+        probes: number of lists searched in an inverted file.
 
     Raises:
         ConfigError: faiss is missing, or cannot make such an index of these points.
@@ -47,13 +47,13 @@ class NearestItems:
             raise ConfigError(
                 f"recommend.index={kind}: faiss cannot make it of {len(points):,} items: {text}"
             ) from None
-        inverted = faiss.try_extract_index_ivf(index)  # it may lie inside: PCA32,IVF1024,Flat,RFlat
+        inverted = faiss.try_extract_index_ivf(index)  # it may be nested: PCA32,IVF1024,Flat,RFlat
         if inverted is not None:
             inverted.nprobe = probes
         self._index = index
 
     def candidates(self, users: Sequence[Tensor], n: int, seen: Jagged, count: int) -> Tensor:
-        """``[n, count]`` positions of unseen items; `NO_ITEM` in places that were not filled.
+        """``[n, count]`` positions of unseen items; `NO_ITEM` in empty slots.
 
         Args:
             users: ``[b, D]`` blocks of their sums of factor vectors, on the CPU.
@@ -68,7 +68,7 @@ class NearestItems:
             if here > 0:
                 points = np.concatenate([block[:here].numpy(), np.ones((here, 1), np.float32)], 1)
                 lengths = seen.lengths[begin : begin + here]
-                # Seen items tend to be the best: that many more, or the list would be short.
+                # Seen items tend to rank high: fetch that many more, or the list would be short.
                 wanted = min(count + int(lengths.max(initial=0)), self._index.ntotal)
                 nearest = self._index.search(points, wanted)[1]
                 low, high = seen.offsets[begin], seen.offsets[begin + here]

@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NewUsers:
-    """Users and their items.
+    """Users from outside the training data, and their items.
 
     Attributes:
-        ids: ``[n]`` string, in their order.
-        histories: ``[n]`` rows of the items that are positives, each once, in order of time, or of
-            the file where it has no times.
-        seen: ``[n]`` rows of the items that are not, such as those with a low rating.
-        attributes: the users' fields, where the file has columns of some.
+        ids: ``[n]`` string, sorted.
+        histories: ``[n]`` rows of distinct positive items, in order of time, or of the file if it
+            has no times.
+        seen: ``[n]`` rows of the other items, such as those with a low rating.
+        attributes: the users' fields, if the file has such columns.
     """
 
     ids: pa.Array
@@ -51,22 +51,23 @@ class NewUsers:
 
 
 def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
-    """Users from a file of ``user`` and ``item``, or with the log's columns, or of attributes.
+    """Reads users from a file of ``user`` and ``item``, of the log's columns, or of attributes.
 
-    Where it has the log's rating or label, a row counts as it would in the log: it is a positive
-    from ``min_rating`` on, or with the label 1, and of several rows with the same user and item
-    the same one stays. Where it has columns of users' fields, each user has the values of the first
-    row with one; users who have some need no items.
+    If it has the log's rating or label, rows are treated as in the log: a row is a positive if
+    rated at least ``min_rating`` or labelled 1, and repeated rows are resolved by the same rule. If
+    it has columns of user fields, each user gets the first value in each; users with values need no
+    items.
 
     Args:
         dataset: the prepared dataset.
         path: of any format that preparation reads.
 
     Returns:
-        The users who have a known item as a positive, or a value of a field.
+        The users with a known positive item or a value of a field.
 
     Raises:
-        DataError: the model knows users by id alone, there is no such file, or it describes nobody.
+        DataError: the model knows users by id alone, the file does not exist, or it describes no
+            user.
     """
     fields = UserAttributes(dataset)
     if not dataset.manifest.has_history and not fields.names:
@@ -114,7 +115,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
 
 @dataclass(frozen=True)
 class _Described:
-    """The users of a file that have values of users' fields.
+    """The users of a file with values of user fields.
 
     Attributes:
         fields: of the model.
@@ -150,7 +151,7 @@ class _Described:
         return pc.unique(self.everyone.filter(pa.array(given)))
 
     def fields_of(self, ids: pa.Array, path: Path) -> dict[str, Values] | None:
-        """The fields of some users, as their first rows with a value say; None: no columns."""
+        """Each user's first value of each field; None if there are no such columns."""
         if not self.columns:
             return None
         users = np.asarray(pc.index_in(self.everyone, value_set=ids).fill_null(-1), np.int64)
@@ -222,7 +223,7 @@ def _read_items(dataset: PreparedDataset, path: Path, are_described: bool) -> pa
 
 
 def _check_takes_items(dataset: PreparedDataset, path: Path) -> None:
-    """Refuses items for a model that has no use for them."""
+    """Refuses items for a model that cannot use them."""
     if not dataset.manifest.has_history:
         names = ", ".join(UserAttributes(dataset).names)
         raise DataError(
@@ -233,7 +234,7 @@ def _check_takes_items(dataset: PreparedDataset, path: Path) -> None:
 
 
 def how_to_know_users_by_items(dataset: PreparedDataset) -> str:
-    """What to do so that users can be recommended to who are not in the training data."""
+    """Advice for recommending to users outside the training data, for error messages."""
     return (
         f"train a model that knows users by their items, {{name: seen, entity: user, history: "
         f"item}} among data.features, and pass recommend.histories=FILE; or add their rows to "
@@ -244,7 +245,7 @@ def how_to_know_users_by_items(dataset: PreparedDataset) -> str:
 def id_column(dataset: PreparedDataset, entity: str, present: Sequence[str]) -> Column:
     """The column of a file with the ids of users or items, read for ``user`` or ``item``.
 
-    It is called as in the interactions, or else ``user`` or ``item``.
+    It has the name used in the interactions, or else ``user`` or ``item``.
 
     Args:
         dataset: the prepared dataset.
@@ -257,18 +258,18 @@ def id_column(dataset: PreparedDataset, entity: str, present: Sequence[str]) -> 
 
 
 def spelling_hint(dataset: PreparedDataset, entity: str, unknown: Sequence[str]) -> str:
-    """What to say of unknown ids that are known ones, written in another way; may be empty."""
+    """A hint if unknown ids look like known ones in another notation; may be empty."""
     how = difference(pa.array(unknown, pa.string()), dataset.entity_ids(entity, cold=True).slice(1))
     return f"; {how}" if how else ""
 
 
 def _columns(dataset: PreparedDataset, path: Path) -> list[Column]:
-    """What to read: ids, and those columns of the log that say what a row is."""
+    """The columns to read: ids, and the log's columns that define what a row is."""
     present = column_names(path)
     ids = [id_column(dataset, entity, present) for entity in ("user", "item")]
     columns = row_columns(dataset.manifest.data, with_split=False)
     roles = ("time", *STRENGTHS, *dataset.manifest.data.interactions.label_columns)
-    # The dataset has been prepared: its words can no longer be changed.
+    # The dataset is prepared: its missing-value words can no longer change.
     return ids + [
         replace(c, checks=tuple(replace(check, cure=None) for check in c.checks))
         for c in columns
@@ -315,7 +316,7 @@ def _check_some_are_known(
 def _rows_that_stay(
     data: DataConfig, path: Path, table: pa.Table, items: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.bool_]:
-    """``[n]`` bool: which of several rows of a user and an item stays, by the log's rule."""
+    """``[n]`` bool: which of several rows of a user and an item to keep, by the log's rule."""
     rule, stays = data.repeated, np.ones(table.num_rows, bool)
     if rule == "all":
         return stays
@@ -326,7 +327,7 @@ def _rows_that_stay(
         times = [-part for part in times]
     users = np.asarray(table["user"].combine_chunks().dictionary_encode().indices)
     by_rule = [*strengths, *times] if rule == "strongest" else [*times, *strengths]
-    if not times and rule != "earliest":  # the order of the file is that of time
+    if not times and rule != "earliest":  # the file is in order of time
         by_rule.append(-np.arange(table.num_rows))
     order = np.lexsort((*reversed(by_rule), items, users))
     again = (np.diff(users[order]) == 0) & (np.diff(items[order]) == 0)
@@ -345,7 +346,7 @@ def _rows_that_stay(
 
 
 def _in_time_order(table: pa.Table) -> pa.Table:
-    """Rows in order of time; those of one time, or all without times, in the order of the file."""
+    """Rows in order of time; ties, or all rows without times, in the order of the file."""
     times = _times(table)
     order = np.lexsort((np.arange(table.num_rows), *reversed(times)))
     return table.take(pa.array(order)).combine_chunks() if times else table
@@ -360,7 +361,7 @@ def _times(table: pa.Table) -> list[Int64Array]:
 
 
 def _strength(name: str, cells: pa.ChunkedArray, data: DataConfig) -> npt.NDArray[np.float64]:
-    """``[n]`` what rows are compared by, of one of `STRENGTHS`."""
+    """``[n]`` the strength that rows are compared by, one of `STRENGTHS`."""
     if name == "strength":
         [words] = data.interactions.order.values()
         cells = pc.index_in(cells, value_set=pa.array(words))
@@ -374,7 +375,7 @@ def _report(
     n_without: int,
     unknown: pa.Array,
 ) -> None:
-    """Logs what is left out: rows of unknown items, and users of whom nothing is known."""
+    """Logs what is left out: rows of unknown items, and users without known items or values."""
     n_strange = int((~is_known).sum())
     if n_strange:
         hint = spelling_hint(dataset, "item", unknown.to_pylist())

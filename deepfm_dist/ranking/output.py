@@ -1,4 +1,4 @@
-"""Rankings in files: a parquet part per chunk of users, left as they are or merged by rank 0."""
+"""Writes rankings: one Parquet part per chunk of users, kept as parts or merged by rank 0."""
 
 import hashlib
 import json
@@ -32,18 +32,18 @@ FloatArray = npt.NDArray[np.float32]
 MatrixKind = Literal["int8", "fp16", "fp32"]
 
 Probability = Callable[[Int64Array, Int64Array, FloatArray], FloatArray]
-"""(places of owners, positions of items, logits) -> probabilities, ``[n]`` float32 each."""
+"""Maps (indices of owners, positions of items, logits) to probabilities, ``[n]`` float32 each."""
 
 MATRIX_USERS = 512
-"""Users whose scores of the whole catalogue are in memory at once."""
+"""Number of users whose scores of the whole catalogue are in memory at once."""
 _COUNTS = ("rows", "full", "some")
-"""What the summary of complete parts counts."""
+"""Counts in the summary of complete parts."""
 _CELLS = {"int8": pa.int8(), "fp16": pa.float16(), "fp32": pa.float32()}
 
 
 @dataclass(frozen=True)
 class RankingFiles:
-    """What was written.
+    """The written files and their counts.
 
     Attributes:
         parquet: owner (user or item), item, score, rank; the file, or the folder of its parts.
@@ -51,9 +51,9 @@ class RankingFiles:
         first: the file with the first rows.
         owners: number of owners.
         rows: number of rows.
-        k: items per owner asked for; where they ask for different numbers, the largest.
-        full: owners who got as many as asked for.
-        none: owners who got none.
+        k: items per owner requested; the largest if requests differ.
+        full: number of owners with all requested items.
+        none: number of owners without any.
         figures: measurements taken while ranking; see `recommend`.
     """
 
@@ -77,14 +77,14 @@ class ResumableOutput:
     Args:
         target: the parquet file or, for parts, the folder.
         n_users: users of all ranks; each `users_per_chunk` of them has a part.
-        inputs: what the parts depend on, as JSON values; None: earlier parts are never reused.
+        inputs: everything that the parts depend on, as JSON values; None: never reuse earlier
+            parts.
         world: the ranks.
         content: what the parts hold, for error messages.
         in_parts: whether ``target`` is the folder of the parts.
 
     Attributes:
-        missing: numbers of the chunks left to do.
-        reused: how many parts were there already.
+        missing: chunks left to do. reused: number of existing parts.
 
     Raises:
         ConfigError: the folder holds other files, or parts of something else.
@@ -110,7 +110,7 @@ class ResumableOutput:
         self._rows = self._full = self._some = 0
 
     def log_reuse(self) -> None:
-        """Logs how much of the work an earlier run has left to do."""
+        """Logs how many parts of an earlier run are reused."""
         if self.parts.summary is not None:
             log.info("%s: already complete, from the same inputs", self.target)
         elif self.reused:
@@ -143,8 +143,8 @@ class ResumableOutput:
                 items or requests) ranked for, in ranking order.
             items: the item column's name, and ``[I]`` external ids by position.
             k: items per owner asked for, of all or of each.
-            probability: makes a column of that name.
-            explanations: makes one of (place of the owner in the chunk, place in its ranking).
+            probability: computes a column of that name.
+            explanations: computes one from (index of the owner in the chunk, index in its ranking).
         """
         columns_of_owner = {name: external(column) for name, column in owners.items()}
         item_ids = external(items[1])
@@ -183,11 +183,12 @@ class ResumableOutput:
     ) -> None:
         """Writes chunks of users as ``user_id`` and ``scores``, a list of one length. All ranks.
 
-        A column for each item would take thousands of times as many pages as one of lists. The
+        One column per item would take thousands of times as many pages as one list column. The
         item ids are in the schema's metadata: JSON under ``item_ids``.
 
         Args:
-            scores: (first user, last + 1, users that any rank asks for) -> ``[users, I]`` logits.
+            scores: maps (first user, last + 1, maximum number of users on any rank) to ``[users,
+                I]`` logits.
             users: ``[U]`` external ids.
             items: ``[I]`` external ids by position.
             kind: of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in int8.
@@ -215,7 +216,7 @@ class ResumableOutput:
             if end > begin:
                 self.write(begin, schema, tables(begin, end))
             else:
-                list(tables(begin, end))  # looking up is for all ranks
+                list(tables(begin, end))  # look-ups involve all ranks
 
     def finish_ranked(self, csv_columns: Mapping[str, str]) -> RankingFiles | None:
         """Completes what `write_ranked` wrote. All ranks.
@@ -254,12 +255,9 @@ class ResumableOutput:
         self._finish({}, MATRIX_USERS, {"users": self._n_users})
 
     def _counts(self) -> dict[str, int]:
-        """Rows of all parts, owners with all they asked for, and with some; reused parts are read.
-
-        All ranks.
-        """
+        """Rows of all parts, owners with all requested items, and with any. All ranks."""
         if (summary := self.parts.summary) is not None:
-            # Earlier versions did not count who got some.
+            # Earlier versions did not count owners with any items.
             return {"some": self._n_users} | {n: summary[n] for n in _COUNTS if n in summary}
         rows, full, some = self._rows, self._full, self._some
         name, ids = self._owners
@@ -307,10 +305,10 @@ class ResumableOutput:
             pq.ParquetWriter(merged, schema, **write_options(schema)) as writer,
             text.open("wb") as file,
         ):
-            # Arrow would put the names into quotes.
+            # Arrow would quote the names.
             file.write((",".join(csv_columns) + "\n").encode())
             with pa_csv.CSVWriter(file, narrow, write_options=options) as lines:
-                # Of one size: the merged bytes do not depend on how users were dealt.
+                # Equal row groups: the merged bytes do not depend on how users were dealt.
                 for table in in_tables(batches, rows):
                     writer.write_table(table)
                     if csv_columns:

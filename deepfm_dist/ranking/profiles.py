@@ -13,7 +13,7 @@ from deepfm_dist.ranking.reasons import Reason
 
 FloatArray = npt.NDArray[np.float64]
 GROUPS, EXAMPLES = 5, 5
-"""Number of groups of users and of items, about equally large; number of example users."""
+"""Number of groups of users and of items, of about equal size; number of example users."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Example:
         ranked: item rows, best first.
         history: item rows of training, latest last if times are known.
         held_out: rows of the relevant items.
-        reasons: for each of the ranking, what the item is recommended for.
+        reasons: reasons for each recommended item.
     """
 
     user: int
@@ -142,14 +142,15 @@ def _row(lists: Jagged, row: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Insight:
-    """What lies behind a comparison's figures.
+    """Details behind a comparison's figures.
 
     Attributes:
         profiles: by ranking.
-        n_users: users ranked for.
+        n_users: number of users ranked for.
         activity: bounds of their groups by training positives.
-        n_held_out: held-out items.
-        popularity: bounds of their groups by training positives.
+        n_held_out: number of held-out items.
+        popularity: bounds of their groups by training
+            positives.
         examples: some users with the model's ranking.
     """
 

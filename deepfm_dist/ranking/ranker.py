@@ -27,10 +27,12 @@ from deepfm_dist.ranking.topk import best_of_keys, keys_of, mask_of, masked_top_
 from deepfm_dist.ranking.types import USER_BLOCK, Best, Engine, Precision
 
 USERS_AT_ONCE = 8192
-"""Users looked up together, at most. Ranks wait for each other at a look-up: one a second costs
-little, one every 60 ms kept two ranks at 1.6 times the speed of one (benchmarks/recommend.py)."""
+"""Maximum number of users looked up together. Ranks synchronise at each look-up: one per second
+costs little, but with one every 60 ms two ranks were only 1.6 times as fast as one
+(benchmarks/recommend.py).
+"""
 MEMORY_BYTES = 1 << 30
-"""Default limit of what a rank keeps of the items."""
+"""Default limit of the item side's bytes on a rank."""
 
 Group = tuple[Any, int, Jagged]
 """(users prepared by the engine, their number, their masked positions)"""
@@ -40,10 +42,10 @@ class Ranker(Protocol):
     """Ranks the catalogue for chunks of users."""
 
     def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> Sequence[Any]:
-        """What `best` takes for each of some chunks of users. All ranks.
+        """Prepares the input of `best` for several chunks of users. All ranks.
 
         Args:
-            chunks: (first user, last + 1) of each; equally many on all ranks. Empty for a rank
+            chunks: (first user, last + 1) of each; the same number on all ranks; empty for a rank
                 that has run out of users.
             height: users of the longest chunk of any rank.
         """
@@ -63,14 +65,14 @@ class Ranker(Protocol):
 
 @dataclass(frozen=True)
 class Users:
-    """Whom to rank for, in order.
+    """The users to rank for, in order.
 
     Attributes:
         rows: ``[n]`` rows of the user table, or of ``histories``.
         histories: item rows of users from outside the dataset.
         attributes: fields of these users; None: they are known by their items alone.
-        is_known: ``[n]`` bool, if some rows are of the user table and the others of ``histories``.
-        context: context fields of each of the n; None: all have the ranker's.
+        is_known: ``[n]`` bool, if some rows refer to the user table and others to ``histories``.
+        context: context fields of each user; None: all use the ranker's.
     """
 
     rows: Int32Array
@@ -101,12 +103,12 @@ class ModelRanker:
 
     Attributes:
         encoder: of users and items.
-        engine: that scores and ranks.
+        engine: scores and ranks.
         items: of the catalogue.
-        users: whom to rank for.
-        candidates: number of items, the best without the over-arch, that are scored in full for
-            each user; None: all.
-        index: finds the candidates; None: all items are scored without the over-arch.
+        users: to rank for.
+        candidates: number of items per user to score in full, the best without the over-arch; None:
+            all.
+        index: finds the candidates; None: by scoring all items without the over-arch.
     """
 
     encoder: SideEncoder
@@ -130,16 +132,16 @@ class ModelRanker:
         precision: Precision = "fp32",
         penalties: npt.NDArray[np.float32] | None = None,
     ) -> Self:
-        """Ranks a catalogue.
+        """Makes a ranker of a catalogue.
 
         Args:
             model: the DeepFM, sharded, in eval mode.
             world: the ranks.
             dataset: the prepared dataset.
             catalogue: its items.
-            users: whom to rank for.
+            users: to rank for.
             context: one row of context fields.
-            memory_bytes: limit of what a rank keeps of the items; see `ItemStore`.
+            memory_bytes: limit of the item side on a rank; see `ItemStore`.
             precision: of the over-arch's products on CUDA.
             penalties: by item row, subtracted from scores; None: nothing.
         """
@@ -164,7 +166,7 @@ class ModelRanker:
     def for_users(
         self, rows: Int32Array, candidates: int | None, index: NearestItems | None = None
     ) -> Self:
-        """The same for other users of the same kind; arguments as the attributes."""
+        """The same ranker for other users of the same kind; arguments as the attributes."""
         return replace(
             self, users=replace(self.users, rows=rows), candidates=candidates, index=index
         )
@@ -172,7 +174,7 @@ class ModelRanker:
     def prepare(self, chunks: Sequence[tuple[int, int]], height: int) -> list[UserChunk]:
         """Looks the users of several chunks up together; see `Ranker`."""
         per_chunk = math.ceil(height / USER_BLOCK)
-        # Of each user the place in `users`.
+        # Index of each user in `users`.
         places = np.concatenate(
             [
                 padded(np.arange(b, e, dtype=np.int32), per_chunk * USER_BLOCK, ABSENT)
@@ -192,7 +194,7 @@ class ModelRanker:
         return prepared
 
     def _look_up(self, places: Int32Array) -> list[Side]:
-        """Sides of ``[n]`` places in `users`, in blocks. All ranks."""
+        """Sides of the users at ``[n]`` indices, in blocks. All ranks."""
         batches = self.user_batches(places)
         sides = [self.encoder.user_sides(batch) for _, batch in batches]
         if len(batches) == 1:
@@ -203,10 +205,10 @@ class ModelRanker:
         return [a.where(flag, b) for flag, a, b in zip(flags, *sides, strict=True)]
 
     def user_batches(self, places: Int32Array) -> list[tuple[npt.NDArray[np.bool_] | None, Batch]]:
-        """The fields of ``[n]`` places in `users`; `ABSENT` for padding.
+        """The fields of the users at ``[n]`` indices; `ABSENT` for padding.
 
         Returns:
-            Batches of n users each, and of which of these each is; None: of all.
+            Batches of n users each, with flags of the users that each batch describes; None: all.
         """
         users, rows = self.users, np.full(len(places), ABSENT, np.int32)
         there = places >= 0
@@ -250,7 +252,7 @@ class ModelRanker:
         return self._world.to_host(torch.cat(blocks, 1)).numpy()
 
     def item_vectors(self) -> Tensor:
-        """``[I, D]`` each item's sum of factor vectors, which users' sums are multiplied with."""
+        """``[I, D]`` each item's summed factor vector, to multiply with users' sums."""
         return torch.cat([side.factor_sum for _, side in self.items.sides()])[: len(self)]
 
     def make_index(self, kind: str, probes: int) -> NearestItems:
@@ -284,7 +286,7 @@ class ModelRanker:
         ]
 
     def _from_all_ranks(self, chunk: UserChunk, seen: Jagged) -> list[Group]:
-        """All ranks' users, brought here for this rank's share of the items."""
+        """All ranks' users, gathered for this rank's share of the items."""
         world, height = self._world, chunk.height
         gather = world.all_gather_tensor
         mine = Side(*map(torch.cat, zip(*(s.tensors for s in chunk.sides), strict=True)))
@@ -303,7 +305,7 @@ class ModelRanker:
         return groups
 
     def _update(self, groups: list[Group], k: int, deep: bool = True) -> list[Best]:
-        """The best items here of each of some groups."""
+        """This rank's best items for each group of users."""
         results = [Best.none(n, k, self._world.device) for _, n, _ in groups]
         for offset, items in self.items.blocks():
             for (users, _, seen), best in zip(groups, results, strict=True):
@@ -321,7 +323,7 @@ class ModelRanker:
         return results
 
     def _merge(self, results: list[Best], users: UserChunk) -> Best:
-        """Sends each rank its users' best of this rank's share, and merges those received."""
+        """Sends each rank its users' best items of this share, and merges those received."""
         if not self.items.is_shared:
             return results[0]
         height = users.height
@@ -333,7 +335,7 @@ class ModelRanker:
 
 
 def _with_rows(tensor: Tensor, n: int) -> Tensor:
-    """With rows of zeros up to n."""
+    """Pads with rows of zeros up to n."""
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, n - len(tensor)])
 
 

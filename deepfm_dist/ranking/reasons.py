@@ -1,4 +1,4 @@
-"""Why an item is recommended: how a logit divides among values of user, item and context."""
+"""Explains recommendations: divides a logit among the values of user, item and context."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from deepfm_dist.data.schema import OUT_OF_VOCABULARY
 from deepfm_dist.ranking.ranker import ModelRanker, Ranker
 
 STEPS = 32
-"""Points of the path that the over-arch's gradient is averaged over."""
+"""Number of points on the path over which the over-arch's gradient is averaged."""
 USERS_AT_ONCE = 64
-"""Users whose values are looked up together."""
+"""Number of users whose values are looked up together."""
 PENALTY = "popularity_penalty"
 """The field name of the reason for the penalty of popular items."""
 NO_ROW = -1
@@ -49,10 +49,10 @@ class Reason:
 
     Attributes:
         field: name of the field.
-        value: as in the input files: of a history, the item; None for numbers and vectors, hashed
-            values, and what training has never seen.
+        value: as in the input files; for a history, the item; None for numbers, vectors, hashed
+            values, and values unknown to training.
         share: of the logit.
-        item: row of the item that the value names; None: it names no item.
+        item: row of the item that the value names; None if it is not an item.
     """
 
     field: str
@@ -91,13 +91,14 @@ class Explanation:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The values of some users or items, looked up one by one.
+    """Individual values of users or items, each looked up separately.
 
     Attributes:
-        owner: ``[v]`` int64: which user or item has the value.
-        field: ``[v]`` int64: place of its field among all.
+        owner: ``[v]`` int64: index of the user or item.
+        field: ``[v]`` int64: index of its field.
         row: ``[v]`` int64: its row of the field's table, or `NO_ROW`.
-        vectors: ``[v, W]`` float64: what it adds to its field's row.
+        vectors: ``[v, W]``
+            float64: its contribution to its field's row.
     """
 
     owner: Tensor
@@ -111,7 +112,7 @@ class _Parts:
 
     @staticmethod
     def joined(parts: Sequence["_Parts"]) -> "_Parts":
-        """Those of all, one after the other."""
+        """Concatenates parts."""
         columns = zip(*((p.owner, p.field, p.row, p.vectors) for p in parts), strict=True)
         return _Parts(*map(torch.cat, columns))
 
@@ -126,12 +127,12 @@ class Explainer:
     """Divides logits among the values that produced them. All ranks.
 
     A logit is ``bias + sum_f w_f + sum_{f<g} <v_f, v_g> + deep(v)``. A field's share is its
-    first-order weight, half of each of its pairs, and the over-arch's integrated gradient
-    ``<v_f, int_0^1 d deep(a v) / d v_f da>``: from the point where all vectors are 0 they sum to
-    ``deep(v) - deep(0)``. Halves are what pairs have as Shapley values. All of it is linear in what
-    a value adds to its field's vector, so the share of a history is that of its items; the
-    closed-form columns are columns of the pairs. The integral is a mean over `STEPS` points; its
-    error is the remainder.
+    first-order weight, half of each of its pairs, and the over-arch's integrated gradient ``<v_f,
+    int_0^1 d deep(a v) / d v_f da>``: from the point where all vectors are 0 they sum to ``deep(v)
+    - deep(0)``. The halves are the pairs' Shapley values. Everything is linear in a value's
+    contribution to its field's vector, so the share of a history is the sum of its items' shares;
+    the closed-form columns are columns of the pairs. The integral is a mean over `STEPS` points;
+    its error is the remainder.
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", 2017, eq. 1 and 3,
     proposition 1.
@@ -167,10 +168,10 @@ class Explainer:
         """Explains pairs. All ranks.
 
         Args:
-            users: batches of n users each, with the flags of the users that each batch describes;
-                None: all.
+            users: batches of n users each, with flags of the users that each batch describes; None:
+                all.
             items: each user's item rows.
-            most: reasons of each.
+            most: maximum number of reasons per item.
         """
         n, n_fields = len(items), len(self._names)
         of_users = []
@@ -279,9 +280,9 @@ class Explainer:
         sparse, n_tables = batch.sparse, self._n_tables
         lengths_FB = sparse.lengths().view(n_tables, len(batch.dense)).long()
         counts = lengths_FB.sum(1)
-        # A bag for each value; equally many on all ranks.
+        # One bag per value; the same number on all ranks.
         height = max([1, *counts.tolist()])
-        if world.world_size > 1:  # a service has a world of one rank and no process group
+        if world.world_size > 1:  # a service has one rank and no process group
             height = max(world.all_gather_object(height))
         alone = (torch.arange(height) < counts[:, None]).to(sparse.lengths().dtype)
         each = KeyedJaggedTensor(sparse.keys(), sparse.values(), lengths=alone.flatten())
@@ -323,18 +324,19 @@ def _by_owner(parts: _Parts, n: int) -> list[_Parts]:
 
 
 class ExplainingRanker:
-    """A ranker that explains what it ranks. All ranks. A `Ranker`.
+    """A ranker that explains its results. All ranks. A `Ranker`.
 
     Args:
-        ranker: that ranks.
+        ranker: ranks.
         model_ranker: of the same users.
         explainer: of the model.
         rows: ``[I]`` item rows by position.
-        most: reasons of each pair.
-        wanted: ``[users]`` number of items of each; None: all that are ranked.
+        most: maximum number of reasons per item.
+        wanted: ``[users]`` number of items to explain;
+            None: all ranked items.
 
     Attributes:
-        latest: explanations of the users ranked last, an item after the other.
+        latest: explanations for the users ranked last, item by item.
     """
 
     def __init__(
@@ -382,11 +384,11 @@ class ExplainingRanker:
         return positions, scores
 
     def column(self, owners: Int64Array, ranks: Int64Array) -> pa.Array:
-        """``[n]`` of `COLUMN`: explanations of the users ranked last.
+        """``[n]`` of `COLUMN`: explanations for the users ranked last.
 
         Args:
-            owners: ``[n]`` places of users in their chunk.
-            ranks: ``[n]`` places of items in their rankings.
+            owners: ``[n]`` indices of users in their chunk.
+            ranks: ``[n]`` indices of items in their rankings.
         """
         cells = [self.latest[o][r].as_dict() for o, r in zip(owners, ranks, strict=True)]
         return pa.array(cells, COLUMN)

@@ -1,4 +1,4 @@
-"""Every user's top-K items, written to files."""
+"""Writes every user's top-K items to files."""
 
 import logging
 import resource
@@ -53,7 +53,7 @@ from deepfm_dist.ranking.subsets import SubsetRanker
 log = logging.getLogger(__name__)
 
 SAMPLE_PAIRS, SAMPLE_USERS = 2_000_000, (16, 512)
-"""Pairs that are scored to see what a short list misses, and the fewest and most users for it."""
+"""Number of pairs scored to measure what a short list misses; fewest and most users for it."""
 
 Ids = str | Sequence[str]
 """A file with a column of ids, or the ids themselves."""
@@ -81,14 +81,13 @@ def recommend(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        config: whom and what to recommend.
+        config: what to recommend to whom.
         folder: where the files go.
-        checkpoint: where the weights are from; a run that was killed is continued if they have
-            not changed.
-        name: of the files, without their endings. The matrix is ``score_matrix`` then: a name that
-            begins with ``recommendations`` gives it its ending, another is added.
-        in_parts: whether each rank's parts stay as they are, in a folder of that name.
-        rate: of drawn negatives, to correct probabilities; None: they are not corrected.
+        checkpoint: of the weights; an interrupted command is resumed if they have not changed.
+        name: of the files, without suffix. The matrix is called ``score_matrix`` plus what
+            follows ``recommendations`` in the name, or plus the name.
+        in_parts: whether to keep each rank's parts, in a folder of that name.
+        rate: rate of drawn negatives, to correct probabilities; None: no correction.
 
     Returns:
         On rank 0 what was written, with the figures of `_speed` and, for a short list, those of
@@ -111,7 +110,7 @@ def recommend(
     parts = output(folder / f"{name}{ending}", inputs=key, content="recommendations")
     seconds = _write_ranked(parts, ranker, asked, catalogue, config, world=world, dataset=dataset)
     if config.matrix is not None:
-        # Before anything is merged: a run that is killed here resumes with both files' parts.
+        # Before anything is merged, so that an interrupted run resumes with both files' parts.
         matrix_key = key and {**key, "matrix": config.matrix}
         file = f"score_matrix{f'-{name}'.removeprefix('-recommendations')}{ending}"
         matrix = output(folder / file, inputs=matrix_key, content="a score matrix")
@@ -178,11 +177,12 @@ class _SelectedUsers:
 
     Attributes:
         users: in ranking order.
-        ids: their external ids; of requests, the requests'.
-        masked: rows of the users in some lists of items, and these lists: what is not recommended.
-        rate: of the negatives that training draws for their pairs, by place in ``users``; None: it
+        ids: their external ids, or those of their requests.
+        masked: lists of items not to recommend, each with the users' rows in it.
+        rate: rate at which training draws their pairs as negatives, by index in ``users``; None: it
             draws none.
-        requests: what they ask for; None: all ask for the same.
+        requests: the requests;
+            None: all users get the same.
     """
 
     users: Users
@@ -198,7 +198,7 @@ class _SelectedUsers:
         return columns if self.requests is None else {"request": "request", **columns}
 
     def n_pairs(self, catalogue: Catalogue) -> int:
-        """Users and items that are scored."""
+        """Number of scored pairs."""
         if self.requests is None:
             return len(self.ids) * len(catalogue)
         return int(self.requests.sets.sizes(len(catalogue)).sum())
@@ -289,10 +289,10 @@ def _write_ranked(
     world: World,
     dataset: PreparedDataset,
 ) -> float | None:
-    """Writes the parts of the rankings that are missing. All ranks.
+    """Writes the missing parts of the rankings. All ranks.
 
     Returns:
-        Seconds that all of it took; None where some parts were there.
+        Seconds taken; None if some parts existed already.
     """
     output.log_reuse()
     start = time.monotonic()
@@ -333,7 +333,7 @@ def _final_ranker(
     config: RecommendConfig,
     dataset: PreparedDataset,
 ) -> Ranker:
-    """The model's ranking with filters, steering and reasons where asked for. All ranks."""
+    """The model's ranking with the requested filters, steering and reasons. All ranks."""
     final, wanted = cast(Ranker, ranker), None
     if asked.requests is not None:
         final, wanted = SubsetRanker(ranker, asked.requests.sets), asked.requests.k
@@ -359,7 +359,7 @@ def _write_matrix(
 def _key(
     dataset: PreparedDataset, catalogue: Catalogue, asked: _SelectedUsers, config: RecommendConfig
 ) -> dict[str, Any]:
-    """What rankings depend on besides weights and engine, as JSON values."""
+    """Everything that rankings depend on besides weights and engine, as JSON values."""
     users: Any = hash_of(asked.users.rows)
     if asked.requests is not None:
         users = [external(ids).to_pylist() for ids in (asked.ids, asked.requests.user_ids)] + [
@@ -394,7 +394,7 @@ def _with_short_list(
     config: RecommendConfig,
     world: World,
 ) -> tuple[ModelRanker, dict[str, Any]]:
-    """A ranker that scores only candidates in full where they are asked for, and its figures."""
+    """A ranker that scores only candidates in full, if configured, and its figures."""
     if config.candidates is not None and not ranker.has_deep_part:
         log.info("recommend.candidates: without an over-arch every item is scored in full anyway")
         return ranker, {}
@@ -413,8 +413,8 @@ def _speed(pairs: int, seconds: float | None, world: World) -> dict[str, Any]:
     """``peak_memory_gib`` of each rank; ``pairs``, ``seconds`` and ``pairs_per_s``. All ranks.
 
     Args:
-        pairs: that were scored.
-        seconds: that took; None for a run that was resumed, which has no speed.
+        pairs: number of scored pairs.
+        seconds: time taken; None for a resumed run, which has no speed.
         world: the ranks.
     """
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -437,7 +437,7 @@ def _rate(per_s: float) -> str:
 
 
 def masked_splits(dataset: PreparedDataset, mask: Sequence[str] | None) -> Sequence[str]:
-    """Splits whose items are not recommended to their users; None: as the data says."""
+    """Splits whose items are not recommended to their users; None: depends on the data."""
     if mask is not None:
         return mask
     return SPLITS if dataset.manifest.data.seen_is_masked else ()
@@ -488,7 +488,7 @@ def _items(dataset: PreparedDataset, allow: Ids | None, block: Ids | None) -> In
 def _rows_of(
     dataset: PreparedDataset, entity: str, ids: Ids, option: str
 ) -> tuple[Int32Array, list[str]]:
-    """Rows of the known ids, each once, and the unknown ids."""
+    """Rows of the distinct known ids, and the unknown ids."""
     if isinstance(ids, str):
         if not Path(ids).exists():
             raise DataError(
@@ -508,7 +508,7 @@ def _rows_of(
 
 
 def _sample(n_users: int, n_items: int) -> npt.NDArray[np.int64]:
-    """Users, evenly spaced, to compare a short list with the whole catalogue for."""
+    """Evenly spaced users for comparing a short list with the whole catalogue."""
     fewest, most = SAMPLE_USERS
     n = min(n_users, max(fewest, min(most, SAMPLE_PAIRS // n_items)))
     return np.unique(np.linspace(0, n_users - 1, n).astype(np.int64))
@@ -523,16 +523,15 @@ def _compare(
     index: NearestItems | None,
     world: World,
 ) -> dict[str, float] | None:
-    """What the short list misses, what it saves and what the over-arch changes. All ranks.
+    """Measures what the short list misses and saves and what the over-arch changes. All ranks.
 
     Returns:
-        On rank 0 the number of ``candidates``; on how many ``users`` they were compared with the
-        whole catalogue; ``overlap``, the share of the exact top K that they have;
-        ``times_as_fast``; ``deep_share``, the share of the pairwise part's top K that the over-arch
-        replaces. None elsewhere.
+        On rank 0 the number of ``candidates``; the number of ``users`` compared; ``overlap``, the
+        share of the exact top K that they contain; ``times_as_fast``; ``deep_share``, the share of
+        the pairwise part's top K that the over-arch replaces. None elsewhere.
     """
     ranked, took = {}, {}
-    # With K candidates their order alone is the over-arch's: the set is that of the pairwise part.
+    # With K candidates, the over-arch only orders them: the set is the pairwise part's.
     for name, n, of in (
         ("exact", None, None),
         ("short", candidates, index),
@@ -561,6 +560,6 @@ def _compare(
 
 
 def _overlap(wanted: npt.NDArray[np.int64], retrieved: npt.NDArray[np.int64]) -> float:
-    """Which share of the items of some users' rankings, ``[n, K]``, is in others' too."""
+    """Share of items in some rankings, ``[n, K]``, that are also in others."""
     both = (wanted[:, :, None] == retrieved[:, None, :]) & (wanted >= 0)[:, :, None]
     return float(both.sum() / max(1, (wanted >= 0).sum()))

@@ -35,7 +35,7 @@ from deepfm_dist.ranking.subsets import EVERYTHING, ItemSets
 log = logging.getLogger(__name__)
 
 LIST_SEPARATOR = "|"
-"""Between the items of a cell of text."""
+"""Separator of items in a text cell."""
 COLUMNS = (
     Column("request"),
     Column("items", "texts", required=False, separator=LIST_SEPARATOR),
@@ -44,20 +44,20 @@ COLUMNS = (
     Column("where", required=False),
     Column("k", "number", required=False),
 )
-"""Columns of a request, besides its user and the model's fields."""
+"""Columns of a request other than its user and the model's fields."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What n requests ask for.
+    """n requests.
 
     Attributes:
-        ids: ``[n]`` what results are joined by.
-        user_ids: ``[n]`` string; null for users who are described.
+        ids: ``[n]`` keys to join results by.
+        user_ids: ``[n]`` string; null for users described by items or attributes.
         users: the users.
         k: ``[n]`` int32: number of items.
         sets: items that may be ranked.
-        blocked: item rows of each that may not.
+        blocked: excluded item rows of each request.
     """
 
     ids: pa.Array
@@ -69,7 +69,7 @@ class Requests:
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """All numbers that rankings depend on."""
+        """All arrays that rankings depend on."""
         users = self.users
         fields = [*(users.attributes or {}).values(), *(users.context or {}).values()]
         arrays: list[npt.NDArray[Any]] = [users.rows, self.k, self.sets.number]
@@ -88,7 +88,7 @@ class BadFilter(ConfigError):
 
     Args:
         place: of its request.
-        problem: what is wrong.
+        problem: description of the error.
     """
 
     def __init__(self, place: int, problem: str) -> None:
@@ -102,7 +102,7 @@ def item_sets(
     where: Sequence[str | None],
     allow: Sequence[Int32Array | None],
 ) -> ItemSets:
-    """The items that each of n requests may get; those that ask for the same share a set.
+    """The items that each of n requests may get; equal requests share a set.
 
     Args:
         filters: of the catalogue.
@@ -133,7 +133,7 @@ def item_sets(
 def _positions(
     filters: ItemFilters, catalogue: Catalogue, where: str | None, rows: Int32Array | None
 ) -> Int32Array:
-    """Ascending positions of the items that a filter and a list, or one of these, keep."""
+    """Ascending positions of the items that a filter, a list or both keep."""
     kept = None if where is None else filters.positions(where)
     if rows is None:
         assert kept is not None
@@ -146,19 +146,19 @@ def _positions(
 def read_requests(
     dataset: PreparedDataset, catalogue: Catalogue, path: Path, config: RecommendConfig
 ) -> Requests:
-    """Requests from a file with a row for each.
+    """Reads requests from a file, one per row.
 
     Args:
         dataset: the prepared dataset.
         catalogue: the items that can be recommended.
         path: of any format that preparation reads.
-        config: ``k`` and ``context`` of requests that name none.
+        config: ``k`` and ``context`` for requests without their own.
 
     Returns:
-        Those whose user is known, or described by items or attributes.
+        The requests whose user is known or described by items or attributes.
 
     Raises:
-        DataError: the file or a filter cannot be read, or it has no request that can be answered.
+        DataError: the file or a filter cannot be read, or no request can be answered.
         ConfigError: a context field has neither a column nor a value.
     """
     if not path.is_file():
@@ -167,7 +167,7 @@ def read_requests(
 
 
 class _Reader:
-    """Reads a file of requests; arguments as of `read_requests`."""
+    """Reads a file of requests; arguments as for `read_requests`."""
 
     def __init__(self, dataset: PreparedDataset, path: Path) -> None:
         self._dataset, self._path = dataset, path
@@ -183,7 +183,7 @@ class _Reader:
         self._check_columns(present)
 
     def _check_columns(self, present: Sequence[str]) -> None:
-        """Refuses a file without users, and names the columns that are not used."""
+        """Refuses a file without users, and warns about unused columns."""
         names = [column.name for column in self._columns]
         own = {column.name for column in COLUMNS}
         if (twice := next((n for n in names if n in own and names.count(n) > 1), None)) is not None:
@@ -216,7 +216,7 @@ class _Reader:
             log.warning(text, self._path, ", ".join(unused), "".join(hints))
 
     def read(self, catalogue: Catalogue, config: RecommendConfig) -> Requests:
-        """The requests; arguments as of `read_requests`."""
+        """Reads the requests; arguments as for `read_requests`."""
         table = read_table(self._path, self._columns).combine_chunks()
         table = table.append_column("row", pa.array(np.arange(table.num_rows)))
         table = self._with_ids(table)
@@ -252,7 +252,7 @@ class _Reader:
         return f"{self._path}, row {table['row'][place].as_py() + 1}"
 
     def _with_ids(self, table: pa.Table) -> pa.Table:
-        """A table with ``request``: the file's column, or else the rows' numbers from 0."""
+        """The table with ``request``: the file's column, or else row numbers from 0."""
         if "request" not in table.column_names:
             return table.append_column("request", table["row"])
         counts = pc.value_counts(table["request"].combine_chunks())
@@ -266,9 +266,9 @@ class _Reader:
         return table
 
     def _users_of(self, table: pa.Table) -> tuple[Int32Array, pa.Table]:
-        """Rows of the user table, 0 for users who are described, and the requests that have either.
+        """Rows of the user table, 0 for described users, and the requests with either kind of user.
 
-        Logs how many have neither.
+        Logs the number of requests with neither.
         """
         user_ids = _cells(table, "user", pa.string())
         place = pc.index_in(user_ids, value_set=self._dataset.entity_ids("user").slice(1))
@@ -302,7 +302,7 @@ class _Reader:
         return rows[kept], table.filter(pa.array(kept))
 
     def _described_users(self, table: pa.Table, rows: Int32Array) -> Users:
-        """The users without their context; ``rows`` as of `_users_of`."""
+        """The users without their context; ``rows`` as for `_users_of`."""
         is_known = rows > 0
         if is_known.all():
             return Users(rows)
@@ -321,7 +321,7 @@ class _Reader:
         return [text or None for text in _cells(table, "where", pa.string()).to_pylist()]
 
     def _allowed(self, table: pa.Table) -> list[Int32Array | None]:
-        """Rows of the items that each request allows; None where it has no list."""
+        """Rows of the items that each request allows; None without a list."""
         if "allow" not in table.column_names:
             return [None] * table.num_rows
         if (row := find_empty_list(self._path, "allow")) is not None:
@@ -344,8 +344,7 @@ class _Reader:
         Args:
             table: of requests.
             name: of the column.
-            count: whether to log how many ids are not in the training data; default: unless they
-                are the items of users.
+            count: whether to log the number of unknown ids; default: yes, except for users' items.
         """
         if name not in table.column_names:
             return Jagged.empty(table.num_rows)
@@ -368,7 +367,7 @@ class _Reader:
         return Jagged.from_pairs(owners[is_known], rows, table.num_rows)
 
     def _k(self, table: pa.Table, default: int, n_items: int) -> Int32Array:
-        """``[n]`` items wanted, at most as many as there are."""
+        """``[n]`` requested number of items, at most the size of the catalogue."""
         wanted = np.asarray(_cells(table, "k", pa.float64()).fill_null(default), np.float64)
         wrong = np.flatnonzero(~((wanted >= 1) & (wanted == np.floor(wanted)) & (wanted < np.inf)))
         if len(wrong):

@@ -1,4 +1,4 @@
-"""Every item's most similar items, by the vectors with which users meet it."""
+"""Finds every item's most similar items, by the vectors that users' vectors are multiplied with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from deepfm_dist.ranking.types import Best
 
 
 class _VectorRanker:
-    """Ranks items by inner products with items."""
+    """Ranks items by inner products with other items."""
 
     def __init__(self, vectors: torch.Tensor, threads: int) -> None:
         n = len(vectors)
@@ -74,8 +74,8 @@ def similar_items(
 ) -> RankingFiles | None:
     """Ranks all other items for every item. All ranks.
 
-    Compared are sums of an item's factor vectors, its side features' included: what a user's
-    vector is multiplied with in the pairwise part.
+    It compares items' summed factor vectors, side features included, which the pairwise part
+    multiplies with a user's vector.
 
     Writes ``similar_items.parquet`` (``item_id, similar_item_id, score, rank``) and
     ``similar_items.csv`` (``item,similar_item``).
@@ -84,13 +84,13 @@ def similar_items(
         model: the DeepFM, sharded, in eval mode.
         world: the ranks.
         dataset: the prepared dataset.
-        config: how many of them, by which measure.
+        config: number of items and measure.
         folder: where the files go.
-        checkpoint: where the weights are from; a run that was killed is continued if they have
-            not changed.
-        name: of the files, without their endings.
-        in_parts: whether each rank's parts stay as they are, in a folder of that name.
-        cold_items: what becomes of items without training rows.
+        checkpoint: of the weights; an interrupted command is resumed if they have not changed.
+        name: of the files, without suffix.
+        in_parts: whether to keep each rank's parts, in a
+            folder of that name.
+        cold_items: how to treat items without training rows.
 
     Returns:
         On rank 0 what was written; None elsewhere.
@@ -126,7 +126,7 @@ def similar_items(
 def _inputs(
     dataset: PreparedDataset, config: SimilarConfig, checkpoint: Path, cold_items: ColdItems
 ) -> dict[str, Any]:
-    """What similar items depend on, as JSON values."""
+    """Everything that similar items depend on, as JSON values."""
     data = [dataset.manifest.fingerprint, *dataset.past]
     settings = config.model_dump(mode="json") | {"cold_items": cold_items}
     return {"weights": fingerprint_of(checkpoint), "data": data, **settings}

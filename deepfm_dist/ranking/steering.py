@@ -1,4 +1,4 @@
-"""Rankings steered away from popular items, towards diverse ones, and kept within limits."""
+"""Adjusts rankings: popularity penalty, diversity, and limits per attribute value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from deepfm_dist.ranking.similarity import unit_length
 
 
 def ranked_by(model: DeepFM, manifest: Manifest, config: RecommendConfig) -> DeepFM:
-    """The model whose logit items are ranked by: of several targets the weighted sum of theirs."""
+    """The model to rank by: with several targets, their logits' weighted sum."""
     if not manifest.targets:
         return model
     return model.weighted_sum(config.weights_of(manifest.targets))
@@ -30,8 +30,8 @@ def ranked_by(model: DeepFM, manifest: Manifest, config: RecommendConfig) -> Dee
 def popularity_penalties(dataset: PreparedDataset, weight: float) -> FloatArray | None:
     """``[items]`` float32, subtracted from scores: ``weight * log(training positives + 1)``.
 
-    None if the weight is 0. The penalty is a part of the items' side of the scores, so that the
-    ranking by penalised scores is exact. Items without training rows have none.
+    None if the weight is 0. The penalty is part of the item side, so the ranking by penalised
+    scores is exact. Items without training rows get no penalty.
     """
     if not weight:
         return None
@@ -42,11 +42,11 @@ def popularity_penalties(dataset: PreparedDataset, weight: float) -> FloatArray 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many items with the same value a ranking may have.
+    """Limits on the number of items with the same attribute value in a ranking.
 
     Attributes:
         values: numbers of each position's values; the fields' numbers do not overlap.
-        most: ``[values]`` int64: items with each.
+        most: ``[values]`` int64: maximum number of items per value.
     """
 
     values: Jagged
@@ -56,10 +56,10 @@ class Limits:
     def from_settings(
         cls, dataset: PreparedDataset, catalogue: Catalogue, at_most: Mapping[str, int]
     ) -> "Limits":
-        """Limits by name of an item field.
+        """Makes limits from settings by item field.
 
         Raises:
-            ConfigError: a name is no item field with a vocabulary.
+            ConfigError: a name is not an item field with a vocabulary.
         """
         fields = item_attributes(dataset.manifest)
         owners, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -81,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reranking:
-    """Chooses a ranking from the first N of another one.
+    """Reranks the first N items of a ranking.
 
     Items are chosen one after the other: the one with the highest
     ``(1 - diversity) * relevance - diversity * (largest cosine with a chosen item)`` among those
@@ -111,7 +111,7 @@ class Reranking:
         catalogue: Catalogue,
         config: RecommendConfig,
     ) -> Self | None:
-        """The diversity and the limits of the settings; None without any. All ranks.
+        """Reads diversity and limits from the settings; None if neither is set. All ranks.
 
         Raises:
             ConfigError: a limit is for an unknown field, or the model has no vectors to compare.
@@ -138,7 +138,7 @@ class Reranking:
         Args:
             positions: ``[users, N]`` of the other ranking.
             scores: ``[users, N]`` float32, descending.
-            firsts: ``[users]`` how many of these to choose from.
+            firsts: ``[users]`` number of these to choose from.
             k: K.
         """
         chosen = np.full((len(positions), k), -1, np.int64)
@@ -160,13 +160,12 @@ class Reranking:
 
 @dataclass(frozen=True)
 class RerankingRanker:
-    """Ranks the first items of another ranking again. All ranks. A `Ranker`.
+    """Reranks the first items of another ranker's results. All ranks. A `Ranker`.
 
     Attributes:
-        ranker: whose rankings are ranked again.
-        reranking: how.
-        wanted: ``[users]`` number of items of each, who chooses from at least that many; None: k
-            of all.
+        ranker: provides the first ranking.
+        reranking: chooses from it.
+        wanted: ``[users]`` requested number of items, the minimum to choose from; None: k for all.
     """
 
     ranker: Ranker
@@ -195,7 +194,7 @@ class RerankingRanker:
 
 
 def is_steered(config: RecommendConfig) -> bool:
-    """Whether settings change what the model's scores alone would rank."""
+    """Whether settings change the ranking by the model's scores."""
     return bool(config.popularity_penalty or config.diversity or config.at_most)
 
 
@@ -207,9 +206,9 @@ def with_reranking(
     config: RecommendConfig,
     wanted: Int32Array | None = None,
 ) -> Ranker:
-    """A ranker with the `Reranking` of the settings; itself without any. All ranks.
+    """The ranker with the settings' `Reranking`, or unchanged without one. All ranks.
 
-    ``wanted`` is as of `RerankingRanker`.
+    ``wanted`` is as in `RerankingRanker`.
     """
     reranking = Reranking.from_settings(model_ranker, dataset, catalogue, config)
     return ranker if reranking is None else RerankingRanker(ranker, reranking, wanted)

@@ -1,4 +1,4 @@
-"""Every user's best items among a set of the user's own, such as the items that pass a filter."""
+"""Ranks each user's best items within a set of items, such as those that pass a filter."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,26 +20,27 @@ from deepfm_dist.ranking.types import Best
 EVERYTHING = -1
 """Number of the set of all items."""
 SHARED_BY = 4
-"""Users of a chunk from which on their common set is packed for them; others' items are picked pair
-by pair."""
+"""Minimum number of users in a chunk for which their common set is packed; items of other users are
+picked pair by pair.
+"""
 CELLS = 1 << 22
-"""Pairs that are picked at a time."""
+"""Number of pairs picked at a time."""
 
 
 @dataclass(frozen=True)
 class ItemSets:
-    """Which items each of n users may get.
+    """The items that each of n users may get.
 
     Attributes:
         number: ``[n]`` int32: the set of each user; `EVERYTHING` for the whole catalogue.
-        positions: of each set, ascending int32.
+        positions: positions in each set, ascending int32.
     """
 
     number: Int32Array
     positions: Sequence[Int32Array]
 
     def sizes(self, n_items: int) -> Int64Array:
-        """``[n]`` int64: how many items each user may get, of a catalogue of ``n_items``."""
+        """``[n]`` int64: number of items that each user may get, of a catalogue of ``n_items``."""
         of_sets = np.array([*map(len, self.positions), n_items], np.int64)
         sizes: Int64Array = of_sets[self.number]
         return sizes
@@ -50,13 +51,13 @@ class _Group:
     """Users of a chunk who are ranked together.
 
     Attributes:
-        members: their places in the chunk.
+        members: their indices in the chunk.
         users: prepared by the engine.
-        best: filled as items are run past.
-        number: of the set that they have in common.
-        seen: their masked places in the set.
-        candidates: ``[n, N]`` positions of each one's own items, ascending, seen ones left out,
-            `NO_ITEM` first; None: they have a set in common.
+        best: their best items so far.
+        number: of their common set.
+        seen: their masked indices in the set.
+        candidates: ``[n, N]`` positions of each user's
+            own items, ascending, without seen ones, `NO_ITEM` first; None: they have a common set.
     """
 
     members: Int64Array
@@ -68,10 +69,10 @@ class _Group:
 
 
 class SubsetRanker:
-    """Ranks for each user the items of a set. All ranks. A `Ranker`.
+    """Ranks each user's items within a set. All ranks. A `Ranker`.
 
     Users with the same set are ranked together: its items are packed once, and the engine's kernel
-    runs as it does over the catalogue. The scores are the same bits.
+    runs as over the whole catalogue, with bit-identical scores.
 
     Args:
         ranker: of the catalogue.
@@ -98,7 +99,7 @@ class SubsetRanker:
     def best(
         self, users: tuple[Int32Array, UserChunk], seen: Jagged, k: int
     ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
-        """Ranks a chunk of users, each with the number of a set; see `Ranker`."""
+        """Ranks a chunk of users within their sets; see `Ranker`."""
         numbers, chunk = users
         device, to_host = self._ranker.encoder.world.device, self._ranker.encoder.world.to_host
         side = Side(*map(torch.cat, zip(*(s.tensors for s in chunk.sides), strict=True)))
@@ -107,7 +108,7 @@ class SubsetRanker:
             *self._picking(numbers, side, seen, k),
         ]
         store = self._ranker.items
-        for begin, items in store.all_blocks():  # on all ranks alike, whether they have users
+        for begin, items in store.all_blocks():  # on all ranks alike, with or without users
             for group in groups:
                 self._update(group, items, begin, store.end_of_block(begin))
         best = Best.none(chunk.n, k, device)
@@ -122,7 +123,7 @@ class SubsetRanker:
         return to_host(best.positions).numpy(), to_host(best.scores).numpy()
 
     def _update(self, group: _Group, items: Any, begin: int, end: int) -> None:
-        """Runs a block of items past some users.
+        """Updates some users' best with a block of items.
 
         Args:
             group: the users.
@@ -145,7 +146,7 @@ class SubsetRanker:
             engine.update(group.users, some, first, group.seen, group.best)
 
     def _sharing(self, numbers: Int32Array, side: Side, seen: Jagged, k: int) -> Iterator[_Group]:
-        """The users of a chunk who share a set with enough others; arguments as of `_picking`."""
+        """The users of a chunk who share a set with enough others; arguments as for `_picking`."""
         for members in _by_number(numbers):
             number = int(numbers[members[0]])
             if not self._is_shared(number, members):
@@ -184,10 +185,10 @@ class SubsetRanker:
     def _candidates(
         self, few: Sequence[Int64Array], numbers: Int32Array, seen: Jagged
     ) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """Some users at a time, those with the fewest items first, and `_Group.candidates`.
+        """Groups of users, those with the fewest items first, and their `_Group.candidates`.
 
         Args:
-            few: places of users.
+            few: indices of users.
             numbers: of the sets of all users.
             seen: masked positions of all users.
         """
@@ -205,7 +206,7 @@ class SubsetRanker:
             begin = end
 
     def _pack(self, number: int, items: Any, begin: int, part: slice) -> Any:
-        """A set's items among those of a block; kept as long as memory has room for them."""
+        """A set's items within a block; cached while memory allows."""
         positions = self._sets.positions[number][part]
         take = self._ranker.engine.take
         store = self._ranker.items
@@ -222,14 +223,14 @@ class SubsetRanker:
 
 
 def _by_number(numbers: Int32Array) -> list[Int64Array]:
-    """Places of equal numbers."""
+    """Indices of equal numbers."""
     order = np.argsort(numbers, kind="stable")
     cuts = np.flatnonzero(np.diff(numbers[order])) + 1
     return np.split(order, cuts) if len(order) else []
 
 
 def _places_in(positions: Int32Array, wanted: Int32Array) -> Int32Array:
-    """Where some positions are in an ascending list of them; -1 for those that are not."""
+    """Index of each position in an ascending list; -1 if it is not there."""
     if len(positions) == 0:
         return np.full(len(wanted), -1, np.int32)
     place = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)
@@ -237,12 +238,12 @@ def _places_in(positions: Int32Array, wanted: Int32Array) -> Int32Array:
 
 
 def _without(sets: Sequence[Int32Array], lengths: Int32Array, seen: Int32Array) -> Int64Array:
-    """``[n, N]`` int64: ascending lists without what is seen, `NO_ITEM` in front.
+    """``[n, N]`` int64: ascending lists without seen items, padded with `NO_ITEM` in front.
 
     Args:
         sets: n ascending lists.
-        lengths: ``[n]`` how much is seen of each.
-        seen: one after the other; negative ones stand for nothing.
+        lengths: ``[n]`` number of seen items of each.
+        seen: concatenated; negative ones are ignored.
     """
     bounds = offsets_of(np.array([len(positions) for positions in sets]))
     positions = np.concatenate(sets).astype(np.int64)

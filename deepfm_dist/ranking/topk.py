@@ -9,12 +9,12 @@ from deepfm_dist.data.jagged import Jagged
 from deepfm_dist.float_order import sortable
 
 NO_ITEM = -1
-"""Position that fills the places of users with fewer than K candidates."""
+"""Position in the empty slots of users with fewer than K candidates."""
 NO_KEY = -(2**63)
-"""Key of no item: below that of any."""
+"""Key of an empty slot, below that of any item."""
 _LAST = 2**32 - 1
 _LEAST = -0x7F800000
-"""The order of the least finite float32."""
+"""Sort key of the smallest finite float32."""
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -25,8 +25,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: K.
 
     Returns:
-        positions ``[U, K]`` int64 and scores ``[U, K]``, best first; places without a candidate
-        hold `NO_ITEM` and ``-inf``.
+        positions ``[U, K]`` int64 and scores ``[U, K]``, best first; slots without a candidate hold
+        `NO_ITEM` and ``-inf``.
     """
     n_items = scores.shape[1]
     keys = keys_of(scores, torch.arange(n_items, device=scores.device))
@@ -39,8 +39,8 @@ def keys_of(scores: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         scores: float32; ``-inf`` excludes an item.
-        positions: int64 in [0, 2^32), of the same shape or one that broadcasts to it; any where
-            there is no candidate.
+        positions: int64 in [0, 2^32), of the same shape or one that broadcasts to it; ignored for
+            excluded items.
     """
     ordered = sortable((scores + 0.0).view(torch.int32)).to(torch.int64)
     return (ordered << 32) | ((_LAST - positions) & _LAST)
@@ -50,12 +50,12 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K highest of each row of keys.
 
     Args:
-        keys: ``[U, n]`` of `keys_of`; a key below that of every score stands for no item.
+        keys: ``[U, n]`` of `keys_of`; a key below that of every score is an empty slot.
         k: K.
 
     Returns:
-        scores ``[U, K]`` float32 and positions ``[U, K]`` int64, best first; places without an
-        item hold ``-inf`` and `NO_ITEM`.
+        scores ``[U, K]`` float32 and positions ``[U, K]`` int64, best first; slots without an item
+        hold ``-inf`` and `NO_ITEM`.
     """
     top = keys.topk(min(k, keys.shape[1]), dim=1).values
     if top.shape[1] < k:
@@ -70,7 +70,7 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def masked_top_k(scores: Tensor, masked: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """`top_k` after taking some pairs out of the running.
+    """`top_k` with some pairs masked.
 
     Args:
         scores: ``[U, I]`` float32; changed in place.
@@ -82,13 +82,13 @@ def masked_top_k(scores: Tensor, masked: tuple[Tensor, Tensor], k: int) -> tuple
 
 
 Mask = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first, last + 1) of some users -> (rows, positions) of their masked pairs, int64 each."""
+"""Maps (first, last + 1) of some users to (rows, positions) of their masked pairs, int64 each."""
 
 
 def mask_of(seen: Jagged, device: torch.device, offset: int, n_items: int) -> Mask:
     """Masks each user's seen items among some items.
 
-    They are picked on the host: on a GPU the number of pairs would have to be read back.
+    They are selected on the host: on a GPU the number of pairs would have to be read back.
 
     Args:
         seen: item positions of each user, in the users' order; negative ones are left out.

@@ -1,4 +1,4 @@
-"""What a ranking engine is, and what it takes and gives."""
+"""The interface of ranking engines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from deepfm_dist.model.pairs import Side
 from deepfm_dist.ranking.topk import NO_ITEM
 
 USER_BLOCK = 512
-"""Users looked up and multiplied together: a GEMM's last digits depend on its height."""
+"""Number of users looked up and multiplied together: a GEMM's last digits depend on its height."""
 Precision = Literal["fp32", "tf32", "bf16"]
-"""Of the over-arch's products on CUDA."""
+"""Precision of the over-arch's products on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Best:
     """The best items of some users so far.
 
     Attributes:
-        scores: ``[n, K]`` float32, best first; ``-inf`` in empty places.
-        positions: ``[n, K]`` int64; `NO_ITEM` in empty places.
+        scores: ``[n, K]`` float32, best first; ``-inf`` in empty slots.
+        positions: ``[n, K]`` int64; `NO_ITEM` in empty slots.
     """
 
     scores: Tensor
@@ -31,7 +31,7 @@ class Best:
 
     @classmethod
     def none(cls, n: int, k: int, device: torch.device) -> Self:
-        """No item for any of n users."""
+        """Empty slots for n users."""
         scores = torch.full((n, k), float("-inf"), device=device)
         return cls(scores, torch.full((n, k), NO_ITEM, dtype=torch.int64, device=device))
 
@@ -40,21 +40,21 @@ class Engine(Protocol):
     """Ranks items for users, both prepared by it.
 
     Attributes:
-        name: what it is.
-        work_bytes: memory it works in, besides the item itself, for every item of a block.
+        name: of the engine.
+        work_bytes: working memory per item of a block, besides the item itself.
     """
 
     name: str
     work_bytes: int
 
     def allocate(self, n: int, like: Side) -> Any:
-        """Room for n items."""
+        """Allocates space for n items."""
 
     def fill(self, items: Any, begin: int, side: Side) -> None:
         """Writes items into their places; those past the end are left out."""
 
     def take(self, items: Any, places: Int64Array) -> Any:
-        """Some of the items: ``[n]`` places in ``items``, ascending, at least one."""
+        """Selects items at ``[n]`` ascending indices, at least one."""
 
     def users(self, sides: Sequence[Side]) -> Any:
         """Prepares users, in blocks of `USER_BLOCK`."""
@@ -62,7 +62,7 @@ class Engine(Protocol):
     def update(
         self, users: Any, items: Any, offset: int, seen: Jagged, best: Best, deep: bool = True
     ) -> None:
-        """Runs items past the first ``len(best.scores)`` users.
+        """Updates the best items of the first ``len(best.scores)`` users.
 
         Args:
             users: from `users`.

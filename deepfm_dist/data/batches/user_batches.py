@@ -29,8 +29,8 @@ class Candidates:
 
     Attributes:
         sampled: number drawn in every step, with replacement; None: the whole catalogue.
-            popularity_power: they are drawn in proportion to (training positives) ** this.
-            targets_per_user: maximum number of a user's targets in a step with sampled candidates.
+        popularity_power: they are drawn in proportion to (training positives) ** this.
+        targets_per_user: maximum number of a user's targets in a step with sampled candidates.
     """
 
     sampled: int | None = None

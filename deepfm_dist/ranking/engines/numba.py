@@ -1,4 +1,4 @@
-"""Ranks on CPU with the kernel that numba compiles."""
+"""Ranks on CPU with a kernel compiled by numba."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from deepfm_dist.ranking.types import Best
 from deepfm_dist.vector_code import BLOCK, LANES, ROWS
 
 USERS_PER_TASK = 64
-"""Users that a thread takes at a time."""
+"""Users per thread at a time."""
 
 
 class NumbaEngine:
@@ -22,7 +22,7 @@ class NumbaEngine:
 
     Args:
         layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
-        threads: how many users are worked on at a time.
+        threads: number of threads.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], threads: int) -> None:
@@ -38,7 +38,7 @@ class NumbaEngine:
         return kernel.empty_items(n, like.factor_sum.shape[1], like.hidden.shape[1])
 
     def fill(self, items: kernel.Items, begin: int, side: Side) -> None:
-        """Puts items into their place; ``begin`` is that of a block of the kernel's."""
+        """Writes items into place; ``begin`` is the start of one of the kernel's blocks."""
         n = min(items.n - begin, len(side.constant))
         items.constant[begin : begin + n] = side.constant[:n].numpy()
         first, blocks = begin // BLOCK, -(-n // BLOCK)
@@ -82,7 +82,7 @@ class NumbaEngine:
         best: Best,
         deep: bool = True,
     ) -> None:
-        """Runs items past users; see `Engine`."""
+        """Updates users' best items; see `Engine`."""
         network = self._network if deep else self._pairwise
         if not deep:
             items = items._replace(units=0)
@@ -112,7 +112,7 @@ class NumbaEngine:
         candidates: Tensor,
         best: Best,
     ) -> None:
-        """Runs each user's own items past it; see `Engine`."""
+        """Updates users' best from their own candidates; see `Engine`."""
         network, wanted, rows = self._network, candidates.numpy(), self._rows_of(items)
         best_arrays = best.scores.numpy(), best.positions.numpy()
 
@@ -136,7 +136,7 @@ class NumbaEngine:
         return torch.from_numpy(out)
 
     def _rows_of(self, items: kernel.Items) -> kernel.FloatArray:
-        """`kernel.rows_of`, kept for the next users of the same items."""
+        """`kernel.rows_of`, cached for the next users with the same items."""
         kept = self._rows
         if kept is None or kept[0] is not items.factors:
             self._rows = kept = items.factors, kernel.rows_of(items)

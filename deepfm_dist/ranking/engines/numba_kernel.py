@@ -6,8 +6,8 @@ register blocking of the products, so these are written as LLVM IR: `ROWS` outpu
 items in registers, one broadcast weight and one fused multiply-add for each vector. Layer sizes
 are arguments, so that one compilation serves every model.
 
-A score is one fixed chain of fused multiply-adds. Which user, item, block, thread or vector width
-it is computed with does not change a bit of it.
+A score is one fixed chain of fused multiply-adds. Its bits do not depend on the user, item, block,
+thread or vector width that it is computed with.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ Layer = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 _BIT = ir.IntType(1)
 
 GROUP = ("outputs", "inputs", "first weight", "first bias", "input row", "output row")
-"""What describes a group of a layer's units."""
+"""Columns that describe a group of a layer's units."""
 
 
 class Network(NamedTuple):
@@ -102,7 +102,7 @@ def network_of(layers: Sequence[Layer]) -> Network:
             np.zeros((0, len(GROUP)), np.int64), none, none, none, first=0, last=0, rows=0
         )
     sizes = [weight.shape[1] for weight, _ in layers]
-    # Two halves in turn, so that no layer overwrites its own input.
+    # Layers alternate between two halves, so that none overwrites its own input.
     starts = [index % 2 * max(sizes) for index in range(len(sizes))]
     groups: list[tuple[int, ...]] = []
     weights: list[FloatArray] = []
@@ -110,7 +110,7 @@ def network_of(layers: Sequence[Layer]) -> Network:
     n_weights = n_biases = 0
     for index, (weight, bias) in enumerate(layers[:-1]):
         begin = 0
-        # As even as can be: a group of few rows leaves registers idle.
+        # As evenly as possible: a group of few rows leaves registers idle.
         for rows in np.array_split(np.arange(len(bias)), -(-len(bias) // ROWS)):
             source, target = starts[index], starts[index + 1] + begin
             groups.append((len(rows), weight.shape[1], n_weights, n_biases, source, target))
@@ -132,7 +132,7 @@ def network_of(layers: Sequence[Layer]) -> Network:
 
 
 def aligned_zeros(*shape: int) -> FloatArray:
-    """Zeros that begin on a cache line, so that no vector of theirs crosses one."""
+    """Zeros aligned to a cache line, so that no vector crosses one."""
     size = int(np.prod(shape))
     room = np.zeros(size + 16, np.float32)
     skip = -(room.ctypes.data // 4) % 16
@@ -173,7 +173,7 @@ def _pairwise(typing: Any, users: Any, chunk: Any, items: Any, block: Any, n: An
 
 @intrinsic
 def _pairwise_of_one(typing: Any, users: Any, user: Any, items: Any, n: Any, s: Any) -> Any:
-    """`_pairwise` of one user and a single block: the same multiplications and additions."""
+    """`_pairwise` for one user and one block, with the same operations in the same order."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         code = Code(context, builder)
@@ -297,7 +297,7 @@ def _keep(
     best: FloatArray,
     positions: Int64Array,
 ) -> None:
-    """Puts marked scores into their places among a user's best, each after equal ones."""
+    """Inserts marked scores into a user's best, each after equal ones."""
     first, last = user % ROWS * BLOCK, best.shape[1] - 1
     while above:
         lane = _lowest_bit(above)
@@ -327,7 +327,7 @@ def update_top_k(
     positions: Int64Array,
     scratch: FloatArray,
 ) -> None:
-    """Runs items past some users and keeps each one's K best.
+    """Scores items for some users and keeps each user's K best.
 
     Args:
         users: the user side.

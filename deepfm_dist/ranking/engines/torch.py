@@ -17,12 +17,12 @@ class TorchEngine:
 
     def __init__(self, scorer: CatalogueScorer) -> None:
         self.name = "torch"
-        # Scores, and in the top-K keys of eight bytes, their shifted halves and the mask's copy.
+        # Scores; and for the top-K, 8-byte keys, their shifted halves and a copy of the mask.
         self.work_bytes = USER_BLOCK * (4 + 3 * 8)
         self._scorer = scorer
 
     def allocate(self, n: int, like: Side) -> Side:
-        """Room for n items."""
+        """Allocates space for n items."""
         return Side(*(t.new_empty(n, *t.shape[1:]) for t in like.tensors))
 
     def fill(self, items: Side, begin: int, side: Side) -> None:
@@ -42,7 +42,7 @@ class TorchEngine:
     def update(
         self, users: Side, items: Side, offset: int, seen: Jagged, best: Best, deep: bool = True
     ) -> None:
-        """Runs items past users; see `Engine`."""
+        """Updates users' best items; see `Engine`."""
         n, k = best.scores.shape
         mask = mask_of(seen, best.scores.device, offset, len(items.constant))
         for begin in range(0, n, USER_BLOCK):
@@ -54,7 +54,7 @@ class TorchEngine:
     def update_of_candidates(
         self, users: Side, items: Side, offset: int, candidates: Tensor, best: Best
     ) -> None:
-        """Runs each user's own items past it; see `Engine`."""
+        """Updates users' best from their own candidates; see `Engine`."""
         for begin in range(0, len(best.scores), USER_BLOCK):
             block = slice(begin, min(begin + USER_BLOCK, len(best.scores)))
             places = candidates[block] - offset
@@ -64,7 +64,7 @@ class TorchEngine:
             self._merge(best, block, scores, candidates[block])
 
     def _merge(self, best: Best, users: slice, scores: Tensor, positions: Tensor) -> None:
-        """Equal scores stay in the order of their positions: those before come first."""
+        """Merges new items into the best; ties stay in the order of positions."""
         joined = torch.cat([best.scores[users], scores], 1)
         order, merged = top_k(joined, best.scores.shape[1])
         positions = torch.cat([best.positions[users], positions], 1)
