@@ -11,7 +11,7 @@ __all__ = ["Model", "__version__", "fit"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the Python API, and with it torch, when it is asked for."""
+    """Imports the Python API, and with it torch, on first use."""
     if name in ("Model", "fit"):
         from deepfm_dist import api
 

@@ -1,4 +1,4 @@
-"""``deepfm COMMAND``, or ``python -m deepfm_dist COMMAND``: one entry to all commands."""
+"""``deepfm COMMAND``, or ``python -m deepfm_dist COMMAND``: the entry point of all commands."""
 
 import argparse
 import ast
@@ -14,11 +14,11 @@ from deepfm_dist.terminal import coloured
 from deepfm_dist.version import __version__
 
 _FIRST = ("prepare", "train", "evaluate", "recommend", "similar", "predict", "serve")
-"""In the order in which users meet them; the others follow by name."""
+"""In the order of a typical session; the others follow by name."""
 
 
 def commands() -> dict[str, str]:
-    """Every command and its line, from the first line of its module, none of which is imported."""
+    """Every command with its one-line help, read from the modules without importing them."""
     lines = {}
     for path in Path(__file__).parent.glob("*.py"):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -30,7 +30,7 @@ def commands() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Lists the commands, or runs the one that is named first.
+    """Runs the command named first, or lists the commands.
 
     Returns:
         The command's exit code; 2 for an unknown name.
@@ -62,7 +62,7 @@ def _complete(known: dict[str, str]) -> None:
     """Completes the name of a command, or leaves the rest of the line to the command."""
     words = os.environ.get("COMP_LINE", "").split()
     if len(words) > 1 and words[1] in known:
-        os.environ["_ARGCOMPLETE"] = "2"  # number of the word that counts as the program
+        os.environ["_ARGCOMPLETE"] = "2"  # index of the word to treat as the program
         _run(words[1], [])
     parser = argparse.ArgumentParser(prog="deepfm")
     parser.add_argument("--version", action="store_true")

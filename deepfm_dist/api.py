@@ -1,8 +1,8 @@
-"""Data frames in, data frames out, by the same code as the commands.
+"""The Python API: data frames in, data frames out, by the same jobs as the commands.
 
 `fit` writes the frames as Parquet into a folder, with a configuration next to them, and trains as
-``python -m deepfm_dist.train --config FOLDER/NAME.yaml`` would: the commands can continue what was
-begun here, on more ranks, and the other way round.
+``python -m deepfm_dist.train --config FOLDER/NAME.yaml`` would: the commands can continue a run
+that was started here, on more ranks, and vice versa.
 """
 
 import io
@@ -71,14 +71,14 @@ def fit(
         time: its column of times (numbers or timestamps).
         label: its column of labels, 0 or 1, or several, ``["click", "buy"]``, all of which are
             predicted, and whose cells may be empty; without one every row is a positive.
-        users: fields of the users: a column ``user`` and others. In all frames of fields, text and
-            whole numbers are categories, fractions are numbers; a list holds several, or a vector.
-        items: fields of the items, in the same way; a column ``title`` is only shown.
+        users: fields of the users: a column ``user`` and others. In all frames, text and integers
+            are categories, floats are numbers; lists are several values, or a vector.
+        items: fields of the items, in the same way; a column ``title`` is for display only.
         context: further columns of ``interactions`` that are fields of the model.
         folder: where everything is written.
         name: of the model in the folder. Default: ``model``, ``model-2`` and so on, a new one for
-            every call. A name that exists is trained further, or returned if it is finished, but
-            only with the same frames and settings; ``trainer.epochs`` may be larger.
+            every call. An existing model is resumed, or returned if it is finished, but only with
+            the same frames and settings; ``trainer.epochs`` may be larger.
         sections: settings, such as ``model={"embedding_dim": 32}``; see docs/configuration.md.
 
     Returns:
@@ -102,7 +102,7 @@ def fit(
         root = Path(folder)
         settings = partial(_settings, root, inputs.data, sections)
         name = name or sections.get("run", {}).get("name")
-        config = settings(name or "model")  # mistakes come out before anything is written
+        config = settings(name or "model")  # errors are raised before anything is written
         config = _claim(root, settings) if name is None else config
         where = _input(root, config.run.name)
         names |= {str(where / file): Path(file).stem for file in inputs.frames}
@@ -112,7 +112,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Data frames, and how they are described to the commands.
+    """Data frames and the settings that describe them.
 
     Attributes:
         data: the section ``data`` of the settings, without its root.
@@ -124,12 +124,12 @@ class _Inputs:
 
 
 def _train(config: Config, file: Path) -> "Model":
-    """Trains, and keeps the settings in a file; those of a trained model until training is over."""
+    """Trains and saves the settings; an existing model's are replaced at the end."""
     from deepfm_dist.distributed.checkpoint import complete_steps
 
     if not complete_steps(config.run_dir):
         file.write_text(config.to_yaml())
-    model = Model.train(config)  # refused if a trained model has other settings
+    model = Model.train(config)  # refused if the trained model has other settings
     file.write_text(config.to_yaml())
     return model
 
@@ -154,7 +154,7 @@ def _inputs(
     context: Sequence[str],
     given: Mapping[str, Any],
 ) -> _Inputs:
-    """Describes data frames as files.
+    """Describes data frames as input files.
 
     Args:
         interactions: one row each.
@@ -220,10 +220,10 @@ class Evaluation:
     """What `Model.evaluate` measured.
 
     Attributes:
-        rows: figures on the rows of the split: a line, named after the split.
-        rankings: a line per ranking, the model's first; ``recall@10`` and others as columns. Empty
+        rows: figures on the rows of the split: one row, named after the split.
+        rankings: one row per ranking, the model's first; ``recall@10`` and others as columns. Empty
             where rows have labels.
-        verdicts: how good that is, in words.
+        verdicts: an assessment in words.
     """
 
     rows: pd.DataFrame
@@ -246,8 +246,8 @@ class Model:
     """A trained model, on disk: one checkpoint of one run.
 
     Attributes:
-        config: its settings, as the commands take them.
-        checkpoint: the folder of its weights. Another one in its place is refused.
+        config: its settings, as for the commands.
+        checkpoint: the folder of its weights; if it is replaced, the model refuses to use it.
         digest: of its files.
     """
 
@@ -257,11 +257,11 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path) -> "Model":
-        """The model of a configuration file (of `fit`, or of a run), or of a run's folder.
+        """Loads a model by the configuration file that `fit` wrote or by the folder of a run.
 
         Raises:
             ConfigError: the file does not exist.
-            CheckpointError: it is not trained yet.
+            CheckpointError: there is no checkpoint yet.
         """
         with _in_python():
             run = follow_pointer(Path(path))
@@ -273,14 +273,14 @@ class Model:
                     f"deepfm/model.yaml, or the folder of a run"
                 )
             config = load_config(str(file))
-            if is_run:  # wherever it was when it was trained
+            if is_run:  # even if it was moved since training
                 where = {"run.runs_root": str(file.parent.parent), "run.name": file.parent.name}
                 config = with_settings(config, where)
             return cls.of(config)
 
     @classmethod
     def train(cls, config: Config) -> "Model":
-        """Trains what a configuration describes."""
+        """Trains a model from a configuration."""
         from deepfm_dist.jobs.train import train
 
         with _in_python():
@@ -290,7 +290,7 @@ class Model:
 
     @classmethod
     def of(cls, config: Config) -> "Model":
-        """The model that a run's ``checkpoint.use`` names now."""
+        """The model selected by ``checkpoint.use``."""
         from deepfm_dist.distributed.checkpoint import digest_of, read_checkpoint
 
         saved = read_checkpoint(config.run_dir, config.checkpoint.use)
@@ -298,7 +298,7 @@ class Model:
 
     @property
     def report(self) -> Path:
-        """The page that `evaluate` writes."""
+        """The HTML report that `evaluate` writes."""
         return self.config.run_dir / "report.html"
 
     def __repr__(self) -> str:
@@ -377,13 +377,12 @@ class Model:
         return pd.read_parquet(result.files.parquet)
 
     def predict(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """``logit`` and ``probability`` of rows with the columns of the interactions.
+        """Scores rows with the columns of the interactions: ``logit`` and ``probability``.
 
-        Of several targets ``logit_buy``, ``probability_buy`` and so on.
+        With several targets, ``logit_buy``, ``probability_buy`` and so on.
 
         Args:
-            rows: in any order, which the result keeps along with their index; unknown ids are
-                allowed.
+            rows: in any order; the result keeps the order and index. Unknown ids are allowed.
         """
         from deepfm_dist.jobs.predict import predict
 
@@ -403,7 +402,7 @@ class Model:
         """The settings of a command on this checkpoint.
 
         Raises:
-            CheckpointError: the run has another checkpoint in its place, or none.
+            CheckpointError: the checkpoint was replaced or deleted.
             ConfigError: a setting is unknown or has a bad value.
         """
         from deepfm_dist.distributed.checkpoint import digest_of, read_state, use_of
@@ -429,10 +428,10 @@ def _ready(config: Config) -> None:
 
 @contextmanager
 def _in_python(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """Puts errors and log lines of the commands into the words of this module.
+    """Rewrites errors and log lines of the commands in terms of this module.
 
     Args:
-        names: what to call files that the caller does not know.
+        names: replacements for the names of files that the caller does not know.
     """
 
     def translated(message: str) -> str:
@@ -447,7 +446,7 @@ def _in_python(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None
             made.msg, made.args = translated(made.getMessage()), ()
         return made
 
-    factory = logging.getLogRecordFactory()  # a caller's handlers take what it makes
+    factory = logging.getLogRecordFactory()  # a caller's handlers see these records
     logging.setLogRecordFactory(record)
     try:
         yield
@@ -483,7 +482,7 @@ def _input(root: Path, name: str) -> Path:
 
 
 def _claim(root: Path, settings: Callable[[str], Config]) -> Config:
-    """The settings under the first free name; its folder of input marks it as taken."""
+    """The settings with the first free name; creating its input folder claims the name."""
     for number in count(1):
         config = settings("model" if number == 1 else f"model-{number}")
         if config.run_dir.exists():
@@ -497,7 +496,7 @@ def _claim(root: Path, settings: Callable[[str], Config]) -> Config:
 
 
 def _write_frames(folder: Path, config: Config, frames: Mapping[str, pd.DataFrame]) -> None:
-    """Writes the frames, unless a model is trained on others.
+    """Writes the frames; refused if the model was trained on others.
 
     Raises:
         ConfigError: a trained model of this name has other frames.
@@ -513,7 +512,7 @@ def _write_frames(folder: Path, config: Config, frames: Mapping[str, pd.DataFram
             f"checkpoint.resume=never"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in others:  # only these: the preparation looks at the files' times
+    for path in others:  # only changed ones: preparation compares modification times
         path.write_bytes(files[path])
 
 
@@ -525,7 +524,7 @@ def _parquet(frame: pd.DataFrame | pa.Table, name: str) -> bytes:
     """A frame or table as a Parquet file.
 
     Raises:
-        DataError: a column holds values of several kinds, or several columns have one name.
+        DataError: a column mixes types, or several columns have the same name.
     """
     buffer = io.BytesIO()
     if isinstance(frame, pa.Table):
@@ -544,7 +543,7 @@ def _parquet(frame: pd.DataFrame | pa.Table, name: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Settings with numpy's and pandas' values as those of Python that they stand for."""
+    """Settings with numpy and pandas scalars converted to Python's."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -553,10 +552,10 @@ def _plain(value: Any) -> Any:
 
 
 def _check_frame(frame: object, what: str, optional: bool = False) -> None:
-    """Refuses anything but a pandas DataFrame whose columns have different names.
+    """Requires a pandas DataFrame with unique column names.
 
     Raises:
-        DataError: it is something else.
+        DataError: it is not.
     """
     if optional and frame is None:
         return
@@ -580,7 +579,7 @@ def _check_columns(frame: pd.DataFrame, wanted: Sequence[str], what: str) -> Non
 def _field(
     frame: pd.DataFrame, entity: str, key: str, column: str, frames: dict[str, pd.DataFrame]
 ) -> dict[str, Any]:
-    """A field in a file of its own, a line for each value; the file is added to ``frames``."""
+    """A field in a separate file, one row per value; the file is added to ``frames``."""
     file = f"{entity}-{column}.parquet"
     if _holds_vectors(frame[column]):
         frames[file] = frame[[key, column]]
@@ -604,7 +603,7 @@ def _kind(values: "pd.Series[Any]") -> dict[str, str]:
 
 
 def _holds_vectors(cells: "pd.Series[Any]") -> bool:
-    """Whether all cells with a value are lists or arrays, and some number in them is a float."""
+    """Whether all non-empty cells are lists or arrays and at least one number is a float."""
     if cells.dtype != object:
         return False
     lists = cells[[isinstance(cell, Sequence | np.ndarray) for cell in cells]]

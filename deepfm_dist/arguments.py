@@ -1,4 +1,4 @@
-"""Command lines: help with examples, mistakes on one line, completion. Nothing heavy is imported.
+"""Command-line parsing: help with examples, one-line errors, completion; imports nothing heavy.
 
 argparse takes 10 ms to import, click 35 ms; completion, which argparse lacks, is argcomplete's.
 """
@@ -21,11 +21,11 @@ EXAMPLES = (
     "--config sample run.threads=2",
     "torchrun --config mine.yaml data.root=/data",
 )
-"""Arguments worth showing; with several ranks where torchrun comes first."""
+"""Arguments of examples for --help; those that begin with torchrun show several ranks."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command, with examples in its help and mistakes on one line.
+    """A command's parser, with examples in its help and one-line errors.
 
     Args:
         name: of the command.
@@ -42,18 +42,18 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2 and the mistake on one line."""
+        """Prints a one-line error and exits with code 2."""
         kind = coloured(ConfigError.__name__, "red", sys.stderr)
         self.exit(2, f"{kind}: {message}; see {self.prog} --help\n")
 
 
 def command_line(name: str) -> str:
-    """What runs a command: ``deepfm NAME`` if that was typed, otherwise Python's module."""
+    """How to run a command: ``deepfm NAME`` if the user typed that, otherwise the Python module."""
     return f"deepfm {name}" if by_script() else f"python -m deepfm_dist.{name}"
 
 
 def as_typed(text: str) -> str:
-    """A message that names commands, ``python -m deepfm_dist.NAME``, as this user types them."""
+    """Rewrites ``python -m deepfm_dist.NAME`` in a message to the form this user typed."""
     if not by_script():
         return text
     return re.sub(
@@ -67,7 +67,7 @@ def by_script() -> bool:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answers a shell that asks how to complete a line, and ends the process; else returns."""
+    """Answers a shell's completion request and exits; otherwise returns."""
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 
@@ -75,7 +75,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def complete_config(prefix: str, **_: object) -> list[str]:
-    """What may follow ``--config``, for argcomplete."""
+    """Completions of ``--config``, for argcomplete."""
     from argcomplete.completers import FilesCompleter
 
     files = FilesCompleter(("yaml", "yml"))(prefix)

@@ -1,4 +1,4 @@
-"""Configuration + manifest -> the model, sharded, and its batches."""
+"""Builds the sharded model, its optimizer and its batches from configuration and manifest."""
 
 import importlib
 import logging
@@ -49,13 +49,17 @@ from deepfm_dist.training.trainer import Batches
 log = logging.getLogger(__name__)
 
 FEW_ROWS = 8192
-"""Rows per GPU in a step below which training warns: launching a step takes the host longer than a
-GPU needs for so few."""
+"""Training warns below this many rows per GPU and step: the host then takes longer to launch a step
+than the GPU to compute it.
+"""
 ON_DEVICE_SHARE = 1 / 8
-"""Of a GPU's free memory that training data may take by default; tables and activations come on
-top."""
+"""Share of a GPU's free memory that training data may take by default, in addition to tables and
+activations.
+"""
 MOST_READING_THREADS = 4
-"""By default; one makes some 13 M rows/s of a small schema (benchmarks/reading.py)."""
+"""Default number of threads; one prepares about 13 M rows/s of a small schema
+(benchmarks/reading.py).
+"""
 
 
 def build_model(
@@ -73,8 +77,9 @@ def build_model(
         manifest: of the data.
         world: the ranks.
         seed: of the initial weights.
-        half: whether tables are kept in float16.
-        target_weights: of several targets in the loss; default: equal ones.
+        half: whether tables are in float16.
+        target_weights: of several targets in the loss;
+            default: equal.
 
     Raises:
         ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
@@ -121,16 +126,16 @@ def build_model(
 
 
 def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig) -> Transfer:
-    """What a model takes from one that was trained on other fields.
+    """Maps a trained model's weights to a model with other fields.
 
     Args:
-        trained: the data settings of the trained one.
-        manifest: of the data of the other.
+        trained: data settings of the trained model.
+        manifest: of the new model's data.
         model: settings of both.
 
     Raises:
-        ConfigError: the fields are not the same, and the over-arch is the user's own, of whose
-            weights nobody else knows which belong to which field.
+        ConfigError: the fields differ and the over-arch is custom, so that it is not known which
+            weights belong to which field.
     """
     names = {f.name for f in trained.features}
     shared = [f for f in manifest.categorical if f.name in names]
@@ -157,10 +162,10 @@ def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig)
 
 
 def _check_memory(config: ModelConfig, manifest: Manifest, world: World, half: bool) -> None:
-    """Looks at the weights' size before anything is allocated.
+    """Checks the size of the weights before anything is allocated.
 
     Raises:
-        ConfigError: the weights that this machine has to hold exceed its memory.
+        ConfigError: the weights exceed this machine's memory.
     """
     dim, memory = config.embedding_dim, memory_bytes()
     fields = len(manifest.is_item_field)
@@ -188,21 +193,21 @@ def _gigabytes(size: int) -> str:
 
 
 def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTrain:
-    """The unsharded model with its tables in the precision that they are trained in."""
+    """The unsharded model, with tables in their training precision."""
     half = config.trainer.table_precision == "fp16"
     weights = config.trainer.weights_of(manifest.targets)
     return build_model(config.model, manifest, world, config.run.seed, half, weights)
 
 
 def _custom_over_arch(config: ModelConfig, in_features: int, n_targets: int) -> nn.Module:
-    """The over-arch of an import path, or one for each of several targets."""
+    """The over-arch given by import path, or one per target."""
     if n_targets == 1:
         return _imported_over_arch(config, in_features)
     return Towers([_imported_over_arch(config, in_features) for _ in range(n_targets)])
 
 
 def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
-    """An over-arch of an import path, tried on two rows; its exceptions are user errors."""
+    """Builds an over-arch given by import path and tries it; its exceptions are user errors."""
     where = f"model.over_arch={config.over_arch}"
     kind = _import(config.over_arch, where, "mlp or package.module:Class")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -223,7 +228,7 @@ def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
 
 
 def _import(path: str, where: str, form: str) -> Any:
-    """What ``package.module:name`` names."""
+    """Imports ``package.module:name``."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -238,7 +243,7 @@ def _one_line(error: Exception) -> str:
 def shard_for_training(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The model as the configuration places it, initialised, and its optimizer. All ranks.
+    """Shards and initialises the model; returns it with its optimizer. All ranks.
 
     Logs the plan.
     """
@@ -264,8 +269,8 @@ def shard_for_training(
     if _is_compiled(config, world.device, log if world.is_first else None):
         above.compile()
     if task.catalogue_loss is not None:
-        # They cancel in a loss of rankings. What rounding leaves of their gradient differs from one
-        # number of ranks to another, and Adam, which divides by its size, would follow it.
+        # They cancel in a ranking loss. Only rounding errors remain of their gradient; these depend
+        # on the number of ranks, and Adam, which normalises gradients, would follow them.
         for constant in deepfm_of(sharded).interaction_arch.constants:
             constant.register_hook(torch.zeros_like)
     init_tables(
@@ -294,11 +299,11 @@ def _catalogue_loss(
 
 
 def training_batches(config: Config, dataset: PreparedDataset, world: World) -> Batches:
-    """The batches that the loss is made for.
+    """The training batches that the loss requires.
 
     Raises:
-        ConfigError: they cannot be made of this data, or give a rank nothing.
-        DataError: a user has fewer unseen items than negatives are wanted.
+        ConfigError: the data does not fit the loss, or a rank would get no rows.
+        DataError: a user has fewer unseen items than configured negatives.
     """
     trainer = config.trainer
     threads = trainer.reading_threads
@@ -325,7 +330,7 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         )
         batches = UserBatches(dataset, candidates=candidates, **slice_of_rank)
     if world.device.type == "cuda" and not isinstance(batches, DeviceBatches):
-        # In the threads that make them: a copy from other memory would hold the host up.
+        # Pinned in the threads that make them: a copy from pageable memory would block the host.
         make = batches.batch
         batches.batch = lambda step: make(step).pin_memory()  # type: ignore[method-assign]
     if world.is_first:
@@ -350,10 +355,10 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
 def _is_on_device(
     config: Config, dataset: PreparedDataset, batches: TrainingBatches, world: World
 ) -> bool:
-    """Whether ``data.on_device`` is to be; the same on all ranks. All ranks.
+    """Resolves ``data.on_device``, the same for all ranks. All ranks.
 
     Raises:
-        ConfigError: it was asked for and cannot be.
+        ConfigError: it is set to true and impossible.
     """
     wanted, device = config.data.on_device, world.device.type
     if wanted is False or (wanted == "auto" and device != "cuda"):
@@ -363,7 +368,7 @@ def _is_on_device(
         free = torch.cuda.mem_get_info(world.device)[0] if device == "cuda" else available_bytes()
         needed = device_bytes(batches)
         limit = free if wanted is True else free * ON_DEVICE_SHARE
-        # The GPUs may differ: what one has no room for, all leave to the host.
+        # The GPUs may differ: if one lacks the memory, all leave batches to the host.
         if any(world.all_gather_object(needed > limit)):
             reason = f"batches of {_gigabytes(needed)} of data, with {_gigabytes(free)} free,"
     if reason is not None and wanted is True:
@@ -384,7 +389,7 @@ def loggers(config: Config, world: World, from_step: int) -> list[Logger]:
         from_step: the step that training continues after.
 
     Raises:
-        ConfigError: an import path of ``run.loggers`` leads nowhere.
+        ConfigError: an import path of ``run.loggers`` cannot be imported.
     """
     if not world.is_first:
         return []
@@ -399,11 +404,11 @@ def loggers(config: Config, world: World, from_step: int) -> list[Logger]:
 def shard_for_inference(
     config: Config, manifest: Manifest, world: World
 ) -> DistributedModelParallel:
-    """The model without optimizers, for scores that do not depend on the world size. All ranks.
+    """Shards the model for inference, so that scores do not depend on the world size. All ranks.
 
-    A table read by several values at once lies whole on one rank: cut by rows, the ranks'
-    partial sums would be added in another order at every world size. Look-ups of single rows are
-    exact under any plan.
+    Tables of multi-valued fields are placed on one rank: with rows sharded, the order in which
+    partial sums are added would depend on the world size. Look-ups of single rows are exact under
+    any plan.
     """
     torch.set_float32_matmul_precision("highest")  # an earlier run here may have changed it
     task = build_model(config.model, manifest, world, config.run.seed)
@@ -418,15 +423,15 @@ def shard_for_inference(
 
 
 def _is_compiled(config: Config, device: torch.device, log: logging.Logger | None) -> bool:
-    """Whether the part above the tables is compiled: fewer kernels, less for the host to launch.
+    """Whether to compile the part above the tables: fewer kernels for the host to launch.
 
     Logs what ``auto`` chose on CUDA.
 
     Raises:
-        EnvironmentProblem: the compiler is missing that torch.compile would miss at the first step.
+        EnvironmentProblem: the compiler that torch.compile needs is missing.
     """
     wanted, on_cuda = config.trainer.compile, device.type == "cuda"
-    if on_cuda:  # Triton compiles what launches its kernels
+    if on_cuda:  # Triton compiles its kernel launchers with it
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
         names = [os.environ.get("CXX", "g++")]
@@ -449,7 +454,7 @@ def _is_compiled(config: Config, device: torch.device, log: logging.Logger | Non
 
 
 def deepfm_of(sharded: DistributedModelParallel) -> DeepFM:
-    """The DeepFM inside the wrappers."""
-    task = sharded.module  # TorchRec takes DDP's wrapper off as well
+    """Unwraps the DeepFM."""
+    task = sharded.module  # TorchRec removes DDP's wrapper, too
     assert isinstance(task, DeepFMTrain)
     return task.model

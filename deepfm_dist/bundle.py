@@ -1,4 +1,4 @@
-"""Files that the commands need by default: in the wheel, or next to the package in a clone."""
+"""The bundled configurations and sample data: in the wheel, or next to the package in a clone."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What every command shares: arguments, start-up check, exit codes."""
+"""Code shared by all commands: arguments, start-up check, exit codes."""
 
 import argparse
 import atexit
@@ -38,7 +38,7 @@ from deepfm_dist.typed_yaml import settings_of
 if TYPE_CHECKING:
     from deepfm_dist.jobs.ranking_files import Rankings
 
-# The interpreter's last garbage collection would visit all of torch's objects: a second or more.
+# Garbage collection at exit would visit all of torch's objects, which takes a second or more.
 atexit.register(gc.freeze)
 
 log = logging.getLogger("deepfm_dist")
@@ -68,7 +68,7 @@ SETTINGS_USED = {
     "recommend": (*_INFERENCE, "recommend"),
     "similar": (*_INFERENCE, "similar", "recommend.cold_items"),
     "predict": _INFERENCE,
-    # Those of recommend and similar that a service would ignore are refused.
+    # Settings of recommend and similar that a service would ignore are refused.
     "serve": (*_ALWAYS, "run.timeout_s", "model", "checkpoint.use", "recommend", "similar"),
     "export": (*_ALWAYS, "model", "checkpoint.use"),
     "import_weights": _TRAINING,
@@ -77,11 +77,11 @@ SETTINGS_USED = {
     "tune": (*_TRAINING, "tune"),
     "nightly": (*_TRAINING, "evaluate", "recommend.cold_items", "nightly"),
 }
-"""The settings, or their sections, that change what a command does."""
+"""The settings or sections that affect each command."""
 
 
 def uses_setting(command: str, setting: str) -> bool:
-    """Whether a setting, by its dotted name, changes what a command does."""
+    """Whether a setting, by its dotted name, affects a command."""
     used = SETTINGS_USED.get(command, Config.model_fields)
     return any(f"{setting}.".startswith(f"{name}.") for name in used)
 
@@ -94,7 +94,7 @@ def run(
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     examples: Sequence[str] = EXAMPLES,
 ) -> int:
-    """Parses the command line, checks the installation, calls the work.
+    """Parses the command line, checks the installation, and does the work.
 
     Args:
         name: of the command.
@@ -105,7 +105,7 @@ def run(
         examples: of its arguments, for --help; see `deepfm_dist.arguments.EXAMPLES`.
 
     Returns:
-        0 done, 2 the user's mistake (one line on stderr). A bug leaves its traceback, and 1.
+        0: done; 2: user error (one line on stderr). A bug raises, with exit code 1.
     """
     parser = _command_parser(name, description, examples)
     if add_arguments:
@@ -122,7 +122,7 @@ def run(
         watch_torchrun(launch)
         _run_on_rank(name, launch, arguments, work)
     except DeepFMError as error:
-        # Usually every rank makes the same mistake, which rank 0 reports.
+        # Usually all ranks fail for the same reason, which rank 0 reports.
         if not isinstance(error, RankLost):
             wait_for_the_end(launch)
         if not report_to_torchrun(launch, error):
@@ -146,7 +146,7 @@ def _run_on_rank(
     arguments: argparse.Namespace,
     work: Callable[[Config, argparse.Namespace], None],
 ) -> None:
-    """Resolves the configuration, and prints it or does the work."""
+    """Resolves the configuration, then prints it or does the work."""
     if launch.rank != 0:
         log.setLevel(logging.WARNING)
     config = _config_of(arguments)
@@ -167,7 +167,7 @@ def _run_on_rank(
 
 
 def _command_parser(name: str, description: str, examples: Sequence[str]) -> Parser:
-    """A parser with what every command that takes a configuration has."""
+    """A parser with the arguments of all commands that take a configuration."""
     parser = Parser(name, description, examples)
     parser.epilog = f"bundled configurations:\n{bundled_as_text()}\n\n{parser.epilog}"
     source = parser.add_mutually_exclusive_group()
@@ -191,7 +191,7 @@ def _command_parser(name: str, description: str, examples: Sequence[str]) -> Par
 
 
 def add_output(description: str, parser: argparse.ArgumentParser) -> None:
-    """Adds ``--output`` and ``--output-parts`` of a command that writes a table.
+    """Adds ``--output`` and ``--output-parts`` for a command that writes a table.
 
     Args:
         description: what ``--output`` names.
@@ -208,7 +208,7 @@ def add_output(description: str, parser: argparse.ArgumentParser) -> None:
 
 
 def add_rankings_output(default: str, parser: argparse.ArgumentParser) -> None:
-    """`add_output` of a command that writes rankings; ``default``: the name of its file."""
+    """`add_output` for a command that writes rankings; ``default`` is the file's name."""
     description = (
         f"parquet file; a CSV file is written next to it (default: {default} of the run; "
         f"settings that differ from the run's own are added to the name)"
@@ -217,7 +217,7 @@ def add_rankings_output(default: str, parser: argparse.ArgumentParser) -> None:
 
 
 def print_rankings(result: "Rankings | None") -> None:
-    """Prints the first of the rankings that were written. Rank 0, which alone has any."""
+    """Prints the first rankings of the result. Only rank 0 has a result."""
     from deepfm_dist.report.tables import ranking_table
 
     if result is not None:
@@ -226,10 +226,10 @@ def print_rankings(result: "Rankings | None") -> None:
 
 @contextmanager
 def memory_errors_to_user() -> Iterator[None]:
-    """Around work whose size follows from settings.
+    """Turns failed allocations into user errors, for work whose size depends on settings.
 
     Raises:
-        OutOfMemory: numpy, Arrow or torch cannot allocate what it needs.
+        OutOfMemory: numpy, Arrow or torch cannot allocate enough memory.
     """
     try:
         yield
@@ -263,7 +263,7 @@ def _config_of(arguments: argparse.Namespace) -> Config:
 
 
 def _run_of(arguments: argparse.Namespace) -> Path | None:
-    """The run, or the pointer to one, that --run or --config names; None: a file of settings."""
+    """The run (or pointer) that --run or --config names; None if it is a settings file."""
     run = arguments.run
     if run is None and arguments.config and _is_run(arguments.config):
         run = arguments.config
@@ -271,7 +271,7 @@ def _run_of(arguments: argparse.Namespace) -> Path | None:
 
 
 def pointer_of(arguments: argparse.Namespace) -> Path | None:
-    """The file ``current`` that --run or --config names; None: they name a run or settings."""
+    """The pointer file ``current`` that --run or --config names; None if it is something else."""
     run = _run_of(arguments)
     return None if run is None or follow_pointer(run) == run else run
 
@@ -300,7 +300,7 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
             text = file.read_text(encoding="utf-8")
     except ConfigError as error:
         return _config_of_checkpoint(folder, overrides, error)
-    # Sections that were cut off would have their defaults; an earlier version may have had fewer.
+    # A truncated file would silently use defaults; an earlier version may have had fewer sections.
     missing = [s for s in Config.model_fields if not re.search(rf"^{s}:.*\n", text, re.MULTILINE)]
     if missing and (cut := [s for s in missing if s in _saved_sections(folder)]):
         with suppress(ConfigError):
@@ -312,8 +312,8 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> Config:
 def _on_own_data(config: Config, saved: Config, folder: Path) -> Config:
     """A run's settings with the dataset it was trained on, even if its folder was renamed.
 
-    The dataset has the run's name where it has none of its own; a folder such as ``shop/monday``,
-    or one that was copied, ends in another. A name that was typed is that of another run.
+    By default the dataset has the name of the run, which a renamed or copied folder no longer
+    shows. An overridden run.name belongs to another run.
     """
     is_own = config.run.name == folder.name != saved.run.name
     if config.data.name is not None or not is_own:
@@ -323,7 +323,7 @@ def _on_own_data(config: Config, saved: Config, folder: Path) -> Config:
 
 
 def _saved_sections(folder: Path) -> Collection[str]:
-    """The sections of settings that a run's checkpoint has; none where there is no checkpoint."""
+    """The sections of settings in a run's checkpoint; empty without a checkpoint."""
     from deepfm_dist.distributed.checkpoint import read_checkpoint
 
     with suppress(DeepFMError):
@@ -333,7 +333,7 @@ def _saved_sections(folder: Path) -> Collection[str]:
 
 
 def _config_of_checkpoint(folder: Path, overrides: Sequence[str], damage: ConfigError) -> Config:
-    """The settings that a run's latest checkpoint has, where its config.yaml is damaged.
+    """The settings from a run's latest checkpoint, for a damaged config.yaml.
 
     Raises:
         ConfigError: there is no checkpoint, or an override is wrong.
@@ -363,14 +363,14 @@ def _is_run(config: str) -> bool:
 
 
 class _Formatter(logging.Formatter):
-    """Names commands as the user types them."""
+    """Formats commands in messages as the user types them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return as_typed(super().format(record))
 
 
 def _log_to_stderr(quiet: bool) -> None:
-    """Our lines at INFO, others' from WARNING on."""
+    """Logs our messages from INFO on, others from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

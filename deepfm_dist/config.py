@@ -43,7 +43,7 @@ from deepfm_dist.typed_yaml import (
 )
 
 NAMED = [BUNDLE / "configs"]
-"""Folders of the configurations that are found by name, in the order of search."""
+"""Folders searched for configurations by name, in order."""
 
 
 class Config(Section):
@@ -113,7 +113,7 @@ class Config(Section):
 
     @property
     def monitor(self) -> str | None:
-        """The validation figure that decides which checkpoint is best; or None."""
+        """The validation figure that selects the best checkpoint, or None."""
         if self.trainer.monitor != "auto":
             return self.trainer.monitor
         if self.trainer.validate_every_epochs == 0:
@@ -123,7 +123,7 @@ class Config(Section):
 
     @property
     def prepared_dir(self) -> Path:
-        """Folder of the prepared dataset; one behind a URL has `Path`'s methods, too.
+        """Folder of the prepared dataset; for a URL, an object with `Path`'s methods.
 
         Raises:
             ConfigError: a library for such URLs is not installed.
@@ -132,7 +132,7 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of the run; one behind a URL has `Path`'s methods, too.
+        """Folder of the run; for a URL, an object with `Path`'s methods.
 
         Raises:
             ConfigError: a library for such URLs is not installed.
@@ -141,14 +141,14 @@ class Config(Section):
 
     @property
     def output_dir(self) -> Path:
-        """Folder of what commands after training write: a local one, even if the run's is not."""
+        """Local folder for the output of commands after training, even if the run is remote."""
         if is_remote(self.run_dir):
             return Path(RunConfig().runs_root) / self.run.name
         return self.run_dir
 
     @property
     def input_root(self) -> Path | str:
-        """Folder of the input files, or its URL (``s3://bucket/logs``), variables filled in.
+        """Folder or URL (``s3://bucket/logs``) of the input files, with variables expanded.
 
         Raises:
             ConfigError: a variable of ``data.root`` is not set.
@@ -166,7 +166,7 @@ class Config(Section):
 
     @property
     def data_root(self) -> Path:
-        """`input_root` of files on this machine."""
+        """`input_root` as a local path."""
         return Path(self.input_root)
 
     @property
@@ -189,7 +189,7 @@ class Config(Section):
         return self.model_copy(update={"model": model})
 
     def to_yaml(self) -> str:
-        """The resolved configuration, as YAML that loads back to it."""
+        """The configuration as YAML that loads back to it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -199,11 +199,11 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     Args:
         path: a YAML file or its URL, or the name of a bundled one (``sample``); default: the
             sample.
-        overrides: ``section.field=value`` each; the value is YAML, or text as it stands where the
-            setting is text.
+        overrides: ``section.field=value`` each; the value is YAML, or taken verbatim if the setting
+            is text.
 
     Raises:
-        ConfigError: the file is missing or no YAML, or a field is unknown or has a bad value.
+        ConfigError: the file is missing or not YAML, or a field is unknown or has a bad value.
     """
     file = _find(path or "sample")
     try:
@@ -223,15 +223,16 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 def config_from(
     tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()
 ) -> Config:
-    """Checks a tree of settings and fills in the defaults.
+    """Validates a tree of settings and fills in defaults.
 
     Args:
         tree: sections of settings.
-        origin: where it comes from, for messages.
-        overrides: those that are in it, which are named instead where they are to blame.
+        origin: its source, for messages.
+        overrides: overrides contained in it, which messages name instead if they are at fault.
 
     Raises:
-        ConfigError: names each bad field, its value, and for an unknown field the nearest one.
+        ConfigError: names each bad field and its value, and suggests the nearest name for unknown
+            ones.
     """
     try:
         return Config.model_validate(tree)
@@ -243,7 +244,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
     """The configuration with some settings changed.
 
     Args:
-        config: stays as it is.
+        config: not modified.
         settings: values by dotted name.
         origin: of the settings, for messages.
 
@@ -259,16 +260,16 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
 def resolve(
     config: Config, manifest: Manifest, saved: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[Choice]]:
-    """The configuration with all that was left to the recipe decided.
+    """The configuration with all ``auto`` settings decided by the recipe.
 
     Args:
-        config: stays as it is.
+        config: not modified.
         manifest: of the prepared data.
-        saved: settings of the run that is continued, which come before the recipe: its data may
-            have been measured on another machine or by another version.
+        saved: settings of the resumed run, which take precedence over the recipe: another machine
+            or version may choose differently.
 
     Returns:
-        It, and what was chosen, with the reasons.
+        The configuration, and the choices with their reasons.
     """
     if saved is not None:
         earlier = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}

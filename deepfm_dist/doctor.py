@@ -1,7 +1,7 @@
 """``python -m deepfm_dist.doctor``: check the installation and suggest fixes.
 
-Unlike the start-up check it imports torchrec and fbgemm and runs them. Exit 0 if all is fine, 2 if
-something has to be cured first.
+Unlike the start-up check it imports torchrec and fbgemm and runs them. Exit code 0 if all is fine,
+2 if something has to be fixed first.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from deepfm_dist.version import __version__
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "numba")
 _GIB = 2**30
-_LIMIT_S = 300  # of the self-test; compiling kernels for the first time takes a minute
+_LIMIT_S = 300  # limit for the self-test; compiling kernels for the first time takes a minute
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """Observe this machine, then import and run what training needs.
+    """Inspects this machine, then imports and runs what training needs.
 
     Args:
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``, the one training is meant for.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``, the device to train on.
 
     Returns:
-        What ``--json`` prints: ``versions``, ``variant``, ``devices``, ``backends``, ``self_test``
-        and ``problems`` (each ``what``, ``cure``, ``fatal``).
+        The content of ``--json``: ``versions``, ``variant``, ``devices``, ``backends``,
+        ``self_test`` and ``problems`` (each ``what``, ``cure``, ``fatal``).
     """
     installation = environment.observe()
     problems = environment.problems(installation, device)
@@ -65,7 +65,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
     wants_gpu = installation.variant == "cuda" and device != "cpu"
     try:
         failure = _try_torch(report, problems, wants_gpu, must_have_gpu=device == "cuda")
-    # A broken binary raises ImportError, OSError, RuntimeError or AttributeError as it likes.
+    # A broken binary may raise ImportError, OSError, RuntimeError or AttributeError.
     except Exception as error:
         failure = _in_one_line(error)
     if failure is not None:
@@ -80,10 +80,10 @@ def examine(device: str = "auto") -> dict[str, Any]:
 def _try_torch(
     report: dict[str, Any], problems: list[Problem], wants_gpu: bool, must_have_gpu: bool
 ) -> str | None:
-    """Adds what torch sees to the report and the problems, then runs the self-test.
+    """Adds torch's view of the devices to the report and problems, then runs the self-test.
 
     Returns:
-        How the self-test failed; None: it passed.
+        How the self-test failed; None if it passed.
     """
     report["backends"] = _backends()
     report["devices"] |= _torch_devices()
@@ -100,7 +100,7 @@ def _try_torch(
 
 
 def self_test(device: str) -> None:
-    """Runs one small example of everything that training and ranking need.
+    """Runs a small example of everything that training and ranking need.
 
     The name of each check is printed when it begins.
 
@@ -137,7 +137,7 @@ def _check_lookup(device: str) -> None:
 
 
 def _check_collectives(device: str) -> None:
-    """Joins a process group of one rank, and sums in it on the device and on the host."""
+    """Joins a process group of one rank and sums in it on device and host."""
     import torch
 
     from deepfm_dist.distributed.process_group import process_group
@@ -221,7 +221,7 @@ _CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def _failure_of_self_test(device: str) -> str | None:
-    """Runs `self_test` in a process of its own, which a broken binary may kill; None: it passed."""
+    """Runs `self_test` in a subprocess, since a broken binary may crash it; None if it passed."""
     program = f"from deepfm_dist.doctor import run_self_test; run_self_test({device!r})"
     joining = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     environ = {k: v for k, v in os.environ.items() if k not in joining}
@@ -246,8 +246,8 @@ def _failure_of_self_test(device: str) -> str | None:
 
 
 def run_self_test(device: str) -> None:
-    """`self_test` as a process: exit code 1 and what failed as the last line, or 0."""
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # torchrec's call to it is deprecated
+    """Runs `self_test` as a process: exit code 0, or 1 with the failure as the last line."""
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # torchrec's use of it is deprecated
     try:
         self_test(device)
     except Exception as error:
@@ -264,14 +264,14 @@ def _last_line(text: str) -> str:
 
 
 def _gpu_problems(gpus: Sequence[dict[str, Any]]) -> list[Problem]:
-    """Each kind of GPU that tables cannot be on."""
+    """Problems of each kind of GPU here that cannot hold tables."""
     kinds = {(gpu["name"], tuple(map(int, gpu["capability"].split(".")))) for gpu in gpus}
     detected = [environment.gpu_problem(*kind) for kind in sorted(kinds)]
     return [problem for problem in detected if problem is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the examination; 0 if all is fine, 2 if a fatal problem was found."""
+    """Prints the examination; returns 0 if all is fine, 2 if there is a fatal problem."""
     description = "Check the installation of this machine."
     parser = Parser("doctor", description, ["--device cuda --json"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

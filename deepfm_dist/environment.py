@@ -1,7 +1,7 @@
-"""The start-up check: do Python, torch, fbgemm, torchrec and the driver go together?
+"""The start-up check: are Python, torch, fbgemm, torchrec and the driver compatible?
 
-TorchRec names no torch version and neither does fbgemm, so pip installs sets that die at import
-with an ``undefined symbol``. Only package metadata is read here, nothing heavy is imported: call
+Neither TorchRec nor fbgemm pins a torch version, so pip may install sets that fail at import with
+an ``undefined symbol``. Only package metadata is read here, nothing heavy is imported: call
 :func:`require` before the first ``import torchrec``.
 
 Source: FBGEMM's release compatibility table, and trying the pairs.
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 Version = tuple[int, ...]
 
-# torch -> fbgemm, whose number torchrec carries too. A torch that is not here is too old for us, or
-# too new: no fbgemm has been built against it.
+# torch -> fbgemm, which has the same number as torchrec. A torch version that is missing here is
+# too old for us or too new for any fbgemm release.
 FBGEMM_OF_TORCH: dict[Version, Version] = {
     (2, 11): (1, 6),
     (2, 12): (1, 7),
@@ -37,7 +37,7 @@ FBGEMM_OF_TORCH: dict[Version, Version] = {
 }
 TESTED_TORCH = (2, 13)
 FBGEMM_CODE = ("sm_80", "sm_90a", "sm_100a")
-"""What FBGEMM's wheels hold machine code for, without any that a driver could translate."""
+"""GPU architectures with machine code in FBGEMM's wheels; they contain no PTX for others."""
 
 _TAKE_CPU = "take the CPU build: `make clean`, then `make VARIANT=cpu demo`"
 _TAKE_CUDA = "take the CUDA build: `make clean`, then `make VARIANT=cuda demo`"
@@ -45,7 +45,7 @@ _TAKE_CUDA = "take the CUDA build: `make clean`, then `make VARIANT=cuda demo`"
 
 @dataclass(frozen=True)
 class Installation:
-    """What was observed of the machine and its Python.
+    """Facts about the machine and its Python.
 
     Attributes:
         python: Version of the interpreter, such as ``(3, 11, 7)``.
@@ -64,19 +64,19 @@ class Installation:
 
     @property
     def fbgemm(self) -> str | None:
-        """The build here, ``"fbgemm-gpu"`` or ``"fbgemm-gpu-cpu"``; ``None`` for none or both."""
+        """The installed ``"fbgemm-gpu"`` or ``"fbgemm-gpu-cpu"``; ``None`` for none or both."""
         builds = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if self.versions.get(name)]
         return builds[0] if len(builds) == 1 else None
 
     @property
     def variant(self) -> str | None:
-        """Where tables can live, ``"cuda"`` or ``"cpu"``; ``None`` without one clear fbgemm."""
+        """Where tables can be, ``"cuda"`` or ``"cpu"``; ``None`` without exactly one fbgemm."""
         return {"fbgemm-gpu": "cuda", "fbgemm-gpu-cpu": "cpu"}.get(self.fbgemm or "")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, what to do about it, and whether nothing can run before that is done."""
+    """A problem, its cure, and whether it is fatal."""
 
     what: str
     cure: str
@@ -95,7 +95,7 @@ def has_fbgemm_code(capability: Version) -> bool:
 
 
 def gpu_problem(name: str, capability: Version) -> Problem | None:
-    """What keeps tables off a GPU; None: nothing does."""
+    """Why tables cannot be on a GPU; None if they can."""
     if has_fbgemm_code(capability):
         return None
     return Problem(
@@ -135,7 +135,7 @@ def available_bytes() -> int:
 
 
 def observe() -> Installation:
-    """Look at the interpreter, the packages' metadata and the driver."""
+    """Inspects the interpreter, the packages' metadata and the driver."""
     names = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec")
     versions = {name: installed_version(name) for name in names}
     tag = re.search(r"\+(cpu|cu\d+)", versions["torch"] or "")
@@ -149,7 +149,7 @@ def observe() -> Installation:
 
 
 def problems(installation: Installation, device: str = "auto") -> list[Problem]:
-    """Everything that keeps ``installation`` from running on ``device``, causes before effects.
+    """Everything that prevents ``installation`` from running on ``device``, causes before effects.
 
     Args:
         installation: As :func:`observe` returns it.
@@ -163,7 +163,7 @@ def problems(installation: Installation, device: str = "auto") -> list[Problem]:
 
 
 def require(device: str = "auto") -> None:
-    """Stops with one line if nothing can run on ``device``; warns of anything unusual.
+    """Raises a one-line error if nothing can run on ``device``; warns about anything unusual.
 
     Raises:
         EnvironmentProblem: The first fatal problem and its cure.
@@ -197,7 +197,7 @@ def _version_problems(installation: Installation) -> Iterator[Problem]:
             "are both installed and overwrite each other",
             "run `make clean`, then `make demo` (removing one of them would break the other)",
         )
-        return  # what else is seen may come from either
+        return  # further problems may be caused by either
 
     can_use_gpu = installation.has_nvidia_driver and installation.torch_cuda != "cpu"
     build = installation.fbgemm or ("fbgemm-gpu" if can_use_gpu else "fbgemm-gpu-cpu")
@@ -217,10 +217,10 @@ def _version_problems(installation: Installation) -> Iterator[Problem]:
             f"take torch {_version_text(TESTED_TORCH)} with fbgemm {tested} and torchrec {tested}: "
             "`make clean`, then `make demo`",
         )
-        return  # that cure replaces the rest too
+        return  # that cure replaces the other packages, too
 
     series = FBGEMM_OF_TORCH[minor]
-    # --no-deps: pip must not follow torchrec's own wish for fbgemm-gpu of any version.
+    # --no-deps: pip must not follow torchrec's unpinned dependency on fbgemm-gpu.
     same = f"{_version_text(series)}.*"
     cure = f'pip install --no-deps "{build}=={same}" "torchrec=={same}"'
     for name, package, version in (("fbgemm", build, fbgemm), ("torchrec", "torchrec", torchrec)):
@@ -277,7 +277,7 @@ def _has_nvidia_driver() -> bool:
 
 
 def _minor(version: str) -> Version:
-    """``"2.13.0+cpu"`` -> ``(2, 13)``: what decides whether binaries fit; patches do not."""
+    """``"2.13.0+cpu"`` -> ``(2, 13)``, which binary compatibility depends on."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
@@ -286,9 +286,9 @@ def _version_text(version: Version) -> str:
 
 
 def quieten_libraries() -> None:
-    """Hides messages of torch and torchrec that are harmless, or reach the user as exceptions."""
+    """Hides messages of torch and torchrec that are harmless or also raised as exceptions."""
     for noisy in ("torchrec", "fbgemm_gpu", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
-        # The user cannot fix what torch and torchrec warn about in each other.
+        # Users cannot fix what torch and torchrec warn about in each other.
         warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)")

@@ -2,13 +2,13 @@
 
 
 class DeepFMError(Exception):
-    """A mistake of the user's or the machine's; commands print it as one line and exit 2."""
+    """An error of the user or the machine; commands print it on one line and exit with code 2."""
 
     exit_code = 2
 
 
 class ConfigError(DeepFMError):
-    """A configuration that cannot work: an unknown field, a bad value, options at odds."""
+    """A configuration that cannot work: an unknown field, a bad value, contradicting options."""
 
 
 class DataError(DeepFMError):
@@ -20,7 +20,7 @@ class CheckpointError(DeepFMError):
 
 
 class InUse(DeepFMError):
-    """A folder or file that another process is writing; says which process."""
+    """A folder or file that another process is writing; names the process."""
 
 
 class EnvironmentProblem(DeepFMError):
@@ -28,7 +28,7 @@ class EnvironmentProblem(DeepFMError):
 
 
 class RankLost(DeepFMError):
-    """Other ranks were killed or hang; says which. Raised on one rank, nobody's mistake."""
+    """Other ranks were killed or hang; names them. Raised on one rank."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""The events of a run: what a line of ``metrics.jsonl`` holds, and the one reader of that file.
+"""The events in a run's ``metrics.jsonl``, and the reader of that file.
 
 Writers construct the models below, readers get them back. Figures whose names depend on the task
 (``log_loss``, ``auc``, ``ndcg@10``) are extra fields: numbers, or None for NaN, which JSON lacks.
@@ -16,23 +16,23 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 log = logging.getLogger(__name__)
 
 Figure = int | float | None
-"""None: NaN, a figure that its rows do not define."""
+"""None stands for NaN: the figure is undefined on its rows."""
 Interval = tuple[Figure, Figure]
 
 
 class _Event(BaseModel):
-    """What all events share: they are immutable and know their line."""
+    """The base of all events, which are immutable."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     event: str
 
     def values(self) -> dict[str, Any]:
-        """What was given, without the name: what loggers get."""
+        """The fields without the event's name, for loggers."""
         return self.model_dump(exclude={"event"}, exclude_unset=True)
 
     def line(self) -> str:
-        """The line of the file; NaN becomes null."""
+        """The event as a line of the file; NaN becomes null."""
         return json.dumps({"event": self.event} | _without_nan(self.values())) + "\n"
 
 
@@ -55,15 +55,15 @@ class _StepEvent(_Event):
 
 
 class TrainEvent(_StepEvent):
-    """Training rows since the event before, scored before they were learned from."""
+    """Figures on training rows since the previous event, scored before they were learned from."""
 
     event: Literal["train"] = "train"
     rows_per_s: Figure = None
-    """Rows per second of training, validation and checkpoints left out."""
+    """Rows per second of training, excluding validation and checkpoints."""
     seconds: dict[str, Figure] = Field(default_factory=dict)
     """Host seconds of rank 0 by phase."""
     sent_bytes: dict[str, int] = Field(default_factory=dict)
-    """Bytes of a step that the ranks send each other, by what they are."""
+    """Bytes sent between ranks per step, by kind."""
 
 
 class ValidEvent(_StepEvent):
@@ -75,7 +75,7 @@ class ValidEvent(_StepEvent):
 
 
 class EndEvent(_Event):
-    """The end of training, or of its part before a stop."""
+    """The end of training, or a stop."""
 
     event: Literal["end"] = "end"
     step: int
@@ -91,11 +91,11 @@ class EvaluateEvent(_Event):
 
     event: Literal["evaluate"] = "evaluate"
     step: int | None = None
-    """Of the checkpoint that was measured."""
+    """Step of the measured checkpoint."""
     split: str
     """valid or test."""
     rows: dict[str, Figure]
-    """Of the split's rows."""
+    """Figures on the split's rows."""
     unknown: dict[str, int] = Field(default_factory=dict)
     """Rows without a known user, item or value of a context field, by its name; of implicit data
     only positives count."""
@@ -104,7 +104,7 @@ class EvaluateEvent(_Event):
     intervals: dict[str, dict[str, Interval]] = Field(default_factory=dict)
     """95 % bootstrap intervals of these."""
     differences: dict[str, dict[str, Interval]] = Field(default_factory=dict)
-    """The same of the model's figure minus another ranking's."""
+    """The same intervals for the model's figure minus another ranking's."""
 
 
 class RecommendEvent(_Event):
@@ -112,16 +112,16 @@ class RecommendEvent(_Event):
 
     event: Literal["recommend"] = "recommend"
     step: int | None = None
-    """Of the checkpoint that ranked."""
+    """Step of the checkpoint."""
     peak_memory_gib: list[float] = Field(default_factory=list)
     """Resident memory of each rank."""
     pairs: int | None = None
-    """Users times items; None where an interrupted command was continued."""
+    """Users times items; None if an interrupted command was resumed."""
     seconds: float | None = None
-    """What scoring them took."""
+    """Seconds that scoring took."""
     pairs_per_s: float | None = None
     short_list: dict[str, float] | None = None
-    """What scoring only the best candidates in full misses and saves."""
+    """Recall lost and time saved by scoring only the best candidates in full."""
 
 
 Event = TrainEvent | ValidEvent | EndEvent | EvaluateEvent | RecommendEvent
@@ -132,8 +132,8 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="e
 def read_events(path: Path) -> list[Event]:
     """Reads a run's ``metrics.jsonl``; a missing file has no events.
 
-    Lines that a crash cut short, damaged ones, and events of another version are skipped and
-    counted in a warning: no command fails because of what an earlier one left in its log.
+    Damaged lines, such as those cut short by a crash, and events of another version are skipped and
+    counted in a warning, so that no command fails because of an old log.
     """
     if not path.is_file():
         return []

@@ -1,13 +1,13 @@
-"""Bits of floating-point numbers in the order of the numbers."""
+"""Sortable integer representations of floating-point numbers."""
 
 from typing import Any
 
 
 def sortable(bits: Any) -> Any:
-    """Bits of float32 as integers that sort as the numbers do, and such integers as bits again.
+    """Maps float32 bits to integers that sort like the numbers; its own inverse.
 
-    Negative numbers have their exponent and fraction flipped, which is its own inverse. Add 0.0 to
-    the numbers first where -0.0 and 0.0 have to be equal.
+    It flips exponent and fraction of negative numbers. Add 0.0 to the numbers first if -0.0 and 0.0
+    must be equal.
 
     Args:
         bits: int32, of NumPy or torch.

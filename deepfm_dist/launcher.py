@@ -1,7 +1,7 @@
-"""A rank and its launcher: the variables one sets and the other reads, and how either ends.
+"""The launcher's environment variables, and how a rank and its launcher end together.
 
 torchrun describes a rank by environment variables. Other tools set some of the same names and leave
-them behind, so they are read here only, and checked.
+them behind, so they are read and checked here only.
 """
 
 import json
@@ -17,35 +17,35 @@ from threading import Thread
 from deepfm_dist.errors import EnvironmentProblem
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What every launcher sets; fewer of them describe no process group."""
+"""Variables that every launcher sets; all are required for a process group."""
 _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""What tools that start a command several times set, without making a process group of it."""
+"""Variables set by tools that start several copies of a command without a process group."""
 
 _INT32_MAX = 2**31 - 1
 """The largest number that torch takes as a rank."""
 
 GRACE_S = 5.0
-"""Seconds in which a launcher ends the other ranks after one has failed."""
+"""Seconds within which a launcher ends the other ranks after one has failed."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher's variables say of this process; the defaults are a process on its own.
+    """This process as described by its launcher; the defaults are those of a single process.
 
     Attributes:
         rank: of this process, from 0.
         world_size: number of processes.
         local_rank: of this process on its machine.
         local_world_size: processes on this machine.
-        master: host and port of the store; None for a process on its own.
-        agents: number of torchruns, one per machine.
-        restarts: how often torchrun has restarted the ranks.
-        max_restarts: how often it may.
+        master: host and port of the store; None for a single process.
+        agents: number of torchrun agents, one per machine.
+        restarts: number of times that torchrun restarted the ranks.
+        max_restarts: maximum number of restarts.
         restarted: whether torchrun or Slurm started this process again after an earlier attempt.
-        agent_holds_store: whether torchrun itself serves the store, else rank 0 does.
+        agent_holds_store: whether torchrun serves the store; otherwise rank 0 does.
         error_file: where torchrun looks for the reason of a failure; None without torchrun.
-        ignored: variables that are set, but belong to no launch: ``NAME=value`` each.
+        ignored: ignored variables, ``NAME=value`` each: they are set, but not by a launcher.
     """
 
     rank: int = 0
@@ -70,15 +70,15 @@ class Launch:
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Reads the launcher's variables; an empty one counts as unset.
 
-    ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` together are a launch. Some of
-    them are leftovers of another tool and are ignored, unless they say that there are other ranks.
+    ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` together describe a launch. An
+    incomplete set is left over from another tool and ignored, unless it implies other ranks.
 
     Args:
         environment: variables by name; default: the process's.
 
     Raises:
         EnvironmentProblem: a launch has a malformed or contradictory variable, or several processes
-            were started that would not know of each other.
+            were started that would run independently.
     """
     variables = os.environ if environment is None else environment
     given = {name: text.strip() for name, text in variables.items() if text.strip()}
@@ -114,7 +114,7 @@ def report_to_torchrun(launch: Launch, error: Exception) -> bool:
     """Leaves an error's text where torchrun looks for the root cause.
 
     Returns:
-        Whether torchrun ends now and shows the text on this process' stderr, below its own summary.
+        Whether torchrun will end now and show the text on this process' stderr, below its summary.
     """
     if launch.error_file is None:
         return False
@@ -128,15 +128,15 @@ def report_to_torchrun(launch: Launch, error: Exception) -> bool:
         ours, theirs = os.fstat(sys.stderr.fileno()), os.stat(f"/proc/{os.getppid()}/fd/2")
     except (OSError, ValueError):
         return False
-    # Where stderr goes to a log of this rank, that log is to have the text, too.
+    # If stderr goes to a log of this rank, the text belongs there, too.
     return os.path.samestat(ours, theirs) and launch.restarts >= launch.max_restarts
 
 
 def wait_for_the_end(launch: Launch) -> None:
-    """Gives the launcher time to end this rank because rank 0 has failed and reported the reason.
+    """Gives the launcher time to end this rank in case rank 0 failed and reported the reason.
 
-    All ranks usually fail for one reason. Where this function returns on a rank other than 0, rank
-    0 has not failed, and the reason is this rank's alone.
+    Ranks usually fail for the same reason. If this function returns on a rank other than 0, rank 0
+    has not failed, and the failure is this rank's own.
     """
     if launch.rank != 0:
         if launch.by_torchrun:  # whose summary lists every rank that ends with another code
@@ -145,9 +145,9 @@ def wait_for_the_end(launch: Launch) -> None:
 
 
 def watch_torchrun(launch: Launch) -> None:
-    """Ends this process when torchrun is killed: no one would end it, and it would hold its port.
+    """Ends this process if torchrun is killed: otherwise it would stay and hold its port.
 
-    The kernel reports the parent's end, so that watching takes no time.
+    The kernel reports the parent's end, so watching costs nothing.
     """
     if not launch.by_torchrun:
         return
@@ -172,7 +172,7 @@ def watch_torchrun(launch: Launch) -> None:
 
 
 def _refuse_separate_ranks(given: Mapping[str, str], missing: list[str]) -> None:
-    """Refuses processes that would each take themselves for the only one.
+    """Refuses several processes that would each run as the only one.
 
     Raises:
         EnvironmentProblem: there are others.
@@ -198,7 +198,7 @@ def _number(
     given: Mapping[str, str], name: str, default: int, low: int = 0, high: int = _INT32_MAX
 ) -> int:
     text = given.get(name, str(default))
-    # int() refuses thousands of digits with an error of its own.
+    # int() raises a different error for thousands of digits.
     if text.isascii() and text.isdecimal() and len(text) <= 20 and low <= int(text) <= high:
         return int(text)
     where, names = "", name

@@ -1,11 +1,11 @@
-"""One writer at a time: a lock on a run's folder or on an output file.
+"""Locks that allow one writer at a time to a run's folder or an output file.
 
-The lock file ``.NAME.lock`` is next to what it protects, names the host and the process that hold
-it, and is deleted when they are done. Where the file system has ``flock``, the kernel holds the
-lock and drops it however the process ends. Elsewhere (an object store, some network mounts) the
-holder rewrites the file every `BEAT_S` seconds: one whose process is gone from this host, or that
-has not changed for `STALE_S` seconds while somebody waited, is left over from a crash and taken.
-Two processes that lock an object store's folder within `SETTLE_S` may miss each other.
+The lock file ``.NAME.lock`` is next to what it protects, names the host and process that hold it,
+and is deleted afterwards. If the file system supports ``flock``, the kernel holds the lock and
+releases it however the process ends. Elsewhere (an object store, some network mounts) the holder
+rewrites the file every `BEAT_S` seconds: if the process is gone from this host, or the file has not
+changed for `STALE_S` seconds while another process waited, the lock is stale and may be taken. Two
+processes that lock a folder in an object store within `SETTLE_S` may both succeed.
 """
 
 import errno
@@ -29,9 +29,9 @@ from deepfm_dist.storage import ANOTHER_ROOT, is_of_storage, is_remote, write_er
 log = logging.getLogger(__name__)
 
 BEAT_S = 10.0
-"""Seconds between two signs of life of a holder without ``flock``."""
+"""Seconds between heartbeats of a holder without ``flock``."""
 STALE_S = 35.0
-"""Seconds without one after which its lock is left over."""
+"""Seconds without a heartbeat after which its lock is stale."""
 SETTLE_S = 0.5
 """Seconds after which a lock without ``flock`` is read again, in case two were written at once."""
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -40,7 +40,7 @@ _tokens: set[str] = set()
 
 
 def _close_in_child() -> None:
-    """A forked child must not hold on to locks of a parent that crashes."""
+    """A forked child must not keep the locks of a parent that crashes."""
     for descriptor in _descriptors:
         with suppress(OSError):
             os.close(descriptor)
@@ -51,12 +51,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Lock:
-    """The right to write to a folder or file, for one process at a time.
+    """An exclusive lock on a folder or file.
 
     Args:
-        target: the folder or file; its parent folder is made if missing.
-        what: the target in words, for messages.
-        cure: what else to do than wait, for messages.
+        target: the folder or file; its parent folder is created if missing.
+        what: name of the target, for messages.
+        cure: alternative to waiting, for messages.
         elsewhere: what to do if the lock file cannot be written, for messages.
     """
 
@@ -71,7 +71,7 @@ class Lock:
         """Takes the lock.
 
         Args:
-            wait_s: how long to wait for whoever holds it.
+            wait_s: how long to wait for another holder.
 
         Raises:
             InUse: another process holds it.
@@ -95,7 +95,7 @@ class Lock:
             time.sleep(min(0.2, wait_s - waited))
 
     def release(self) -> None:
-        """Gives the lock back; without effect where it is not held."""
+        """Releases the lock; without effect if it is not held."""
         if self._released is not None:
             self._released.set()
             self._released = None
@@ -103,18 +103,18 @@ class Lock:
             try:
                 if self._read().get("token") == self._token:
                     self._unlink()
-            except Exception as error:  # nothing keeps it alive any more
+            except Exception as error:  # without heartbeats it becomes stale
                 if not is_of_storage(error):
                     raise
         if self._descriptor is not None:
-            self._unlink()  # while it is held: whoever waits for it looks whether it is still there
+            self._unlink()  # while it is held: waiting processes check that it still exists
             _descriptors.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 
     @contextmanager
     def waiting(self, wait_s: float) -> Iterator[None]:
-        """Holds the lock inside, after waiting for whoever holds it; see `acquire`."""
+        """Holds the lock inside the block, after waiting for another holder; see `acquire`."""
         self.acquire(wait_s)
         try:
             yield
@@ -129,7 +129,7 @@ class Lock:
         self.release()
 
     def _try(self) -> dict[str, Any] | None:
-        """Takes the lock; returns its holder where that is another process."""
+        """Tries to take the lock; returns its holder if that is another process."""
         if is_remote(self.path):
             return self._try_without_flock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class Lock:
         return None
 
     def _is_left_over(self, holder: dict[str, Any]) -> bool:
-        """Waits whether a holder shows that it is alive."""
+        """Waits for a holder's heartbeat; True if there is none."""
         log.info("%s: waiting to see whether %s is alive", self.path, _describe(holder))
         until = time.monotonic() + STALE_S
         while time.monotonic() < until:
@@ -229,7 +229,7 @@ class Lock:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a holder was a process of this host that has ended, or an earlier one of our pid."""
+    """Whether a holder was a process of this host that has ended, maybe with our pid."""
     if holder.get("host") != socket.gethostname() or holder.get("token") in _tokens:
         return False
     pid = holder.get("pid")

@@ -1,4 +1,4 @@
-"""A run's output while it works: progress bars, metrics.jsonl, TensorBoard. Rank 0 only."""
+"""Output during a run: progress bars, metrics.jsonl, TensorBoard. Rank 0 only."""
 
 import json
 import logging
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 def progress(
     total: int, description: str, unit: str, is_first: bool, done: int = 0
 ) -> Iterator[Any]:
-    """A progress bar on stderr, log lines above it.
+    """A progress bar on stderr, with log lines above it.
 
     Args:
-        total: units to go.
+        total: number of units.
         description: label of the bar.
         unit: of the count, such as ``step``.
-        is_first: whether this is rank 0; the others show nothing, nor does rank 0 where stderr is
-            neither a terminal nor a notebook's, or the log is quiet.
-        done: units done before.
+        is_first: whether this is rank 0; other ranks show nothing, nor does rank 0 if stderr is
+            neither a terminal nor a notebook, or logging is quiet.
+        done: units already done.
 
     Yields:
         The bar; ``update(n)`` moves it.
@@ -51,8 +51,8 @@ def progress(
         # Notebooks have no cursor to move up from the line of a bar within another.
         position=0 if notebook else None,
     )
-    # It replaces the root logger's handlers, and puts back those that it met: several threads at
-    # once would leave one another's behind, so that it is for the one thread that shows a bar.
+    # It replaces the root logger's handlers and restores them afterwards. That is not thread-safe,
+    # so it is done only by the one thread that shows a bar.
     with logging_redirect_tqdm() if shown else nullcontext(), bar:
         yield bar
 
@@ -86,7 +86,7 @@ class TensorBoard:
 
     Args:
         folder: of TensorBoard's files.
-        from_step: what earlier files have of later steps is shown no more.
+        from_step: later steps in earlier files are no longer shown.
 
     Raises:
         DeepFMError: it cannot be written.
@@ -98,7 +98,7 @@ class TensorBoard:
         self._folder = folder
         with write_errors_to_user(folder):
             self._writer: Any = SummaryWriter(str(folder), purge_step=from_step + 1)
-        self._flushes = not is_remote(folder)  # an upload each would hold training up
+        self._flushes = not is_remote(folder)  # one upload per event would delay training
 
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
         """Writes ``event/name`` at ``step``."""
@@ -117,17 +117,17 @@ class TensorBoard:
 
 
 class MetricsLog:
-    """Events of a run: one line each in ``metrics.jsonl``, and calls of the other loggers.
+    """Writes a run's events to ``metrics.jsonl``, one per line, and to the other loggers.
 
-    An object store cannot append. There the whole file is uploaded, but not for each line of
-    training figures: only with other events and by `flush`.
+    An object store cannot append. There the full file is uploaded, by `flush` and with every event
+    other than training figures.
 
     Args:
-        folder: of the run; made if missing.
+        folder: of the run; created if missing.
         is_first: whether this rank writes.
-        from_step: events of later steps are dropped: a resumed run writes them again; None: keep
-            all.
-        loggers: what else gets the events.
+        from_step: events of later steps are dropped, since a resumed run writes them again; None:
+            keep all.
+        loggers: further loggers of the events.
 
     Raises:
         DeepFMError: the folder cannot be written.
@@ -163,7 +163,7 @@ class MetricsLog:
         """Appends one event; NaN, which JSON does not know, becomes null.
 
         Raises:
-            DeepFMError: the disk is full, say.
+            DeepFMError: the disk is full, for example.
         """
         if not self._is_first:
             return
@@ -180,7 +180,7 @@ class MetricsLog:
                 logger(event.event, event.values())
             except DeepFMError:
                 raise
-            except Exception as error:  # somebody else's code, or the network's fault
+            except Exception as error:  # custom code or a network error
                 name = getattr(logger, "__name__", type(logger).__name__)
                 log.warning(
                     "run.loggers: %s failed and is not called again: %s", name, brief(error)
@@ -194,7 +194,7 @@ class MetricsLog:
                 self.path.write_bytes(self._text)
 
     def close(self) -> None:
-        """Nothing comes any more: loggers write what they hold."""
+        """Flushes and closes the loggers."""
         for logger in self._loggers:
             if close := getattr(logger, "close", None):
                 with _storage_errors_to_warnings(
@@ -205,7 +205,7 @@ class MetricsLog:
 
 @contextmanager
 def _storage_errors_to_warnings(what: str) -> Iterator[None]:
-    """A file system's failure becomes a warning: nothing else depends on these files."""
+    """Turns a file system's failure into a warning: nothing else depends on these files."""
     try:
         yield
     except Exception as error:
@@ -215,7 +215,7 @@ def _storage_errors_to_warnings(what: str) -> Iterator[None]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of an event's line, 0 where it has none; None: a cut or damaged line."""
+    """The step of an event's line, 0 if it has none; None for a damaged line."""
     try:
         event = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Parts of error messages: errors and values on one line, and the name that may be meant."""
+"""Building blocks of messages: one-line errors, short values, plurals, suggestions."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 def brief(error: object) -> str:
     """An error, or its text, on one line of at most 300 characters; never empty."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
-    text = re.sub(r"^.*Detail: \[errno \d+\] ", "", text)  # Arrow's words around the system's
+    text = re.sub(r"^.*Detail: \[errno \d+\] ", "", text)  # Arrow's prefix
     return text or type(error).__name__
 
 

@@ -42,7 +42,7 @@ def _prepare(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _preview(preview: "DryRun") -> str:
-    """What a dry run has found, for people."""
+    """Formats the result of a dry run."""
     splits = ", ".join(f"{name} {rows:,}" for name, rows in preview.splits.items())
     lines = [f"{plural(preview.rows, 'row')} kept of the first {preview.limit:,}: {splits}"]
     lines += [f"dropped {reason}: {count:,}" for reason, count in preview.dropped.items()]

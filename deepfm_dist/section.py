@@ -13,17 +13,17 @@ from pydantic import (
 )
 
 AUTO = "auto"
-"""Value of a setting that is left to the recipe (`deepfm_dist.recipe`)."""
+"""Value of a setting that the recipe decides (`deepfm_dist.recipe`)."""
 
 DEFAULTS = "defaults"
-"""Context of ``model_dump`` in which a setting that was left out has its default, not ``auto``."""
+"""Context for ``model_dump`` that writes the default instead of ``auto``."""
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown field is an error, a field's docstring its help.
+    """A frozen group of settings; unknown fields are errors, docstrings of fields are their help.
 
-    A setting among ``chosen`` that is left out, or is ``auto``, has its default for code that asks
-    for it directly, and is written as ``auto``: `deepfm_dist.recipe` chooses it from the data.
+    A setting in ``chosen`` that is missing or ``auto`` reads as its default and is saved as
+    ``auto``: `deepfm_dist.recipe` chooses it from the data.
     """
 
     model_config = ConfigDict(
@@ -34,14 +34,14 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
     chosen: ClassVar[frozenset[str]] = frozenset()
-    """Settings that the recipe chooses where the user does not."""
+    """Settings that the recipe chooses unless the user sets them."""
 
     def is_auto(self, name: str) -> bool:
-        """Whether a setting is left to the recipe."""
+        """Whether the recipe decides a setting."""
         return name in self.chosen and name not in self.model_fields_set
 
     def auto_settings(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """Settings left to the recipe, by dotted name, with the defaults that code sees."""
+        """Settings that the recipe decides, by dotted name, with their defaults."""
         for name, value in self:
             if isinstance(value, Section):
                 yield from value.auto_settings(f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Seeds and shuffles that are pure functions: the same on any rank, at any time, without memory."""
+"""Stateless seeds and shuffles: pure functions, the same on every rank and after a resume."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ _ROUNDS = 6
 
 @partial(compiled, signature=numba.uint64(numba.uint64))
 def mix(x: Any) -> Any:
-    """SplitMix64's finaliser: a well-mixing bijection of 64-bit words.
+    """SplitMix64's finaliser, a bijection of 64-bit words with good mixing.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
@@ -28,7 +28,7 @@ def mix(x: Any) -> Any:
 
 @compiled
 def round_keys(seed: int) -> Any:
-    """``[6]`` uint64: the keys of the rounds that `permute` takes words through."""
+    """``[6]`` uint64 round keys of `permute`."""
     keys = np.empty(_ROUNDS, np.uint64)
     key = mix(np.uint64(seed))
     for r in range(_ROUNDS):
@@ -39,7 +39,7 @@ def round_keys(seed: int) -> Any:
 
 @compiled
 def half_bits(n: int) -> int:
-    """Half of the bits of the words that `permute` takes through its rounds, for ``range(n)``."""
+    """Half the number of bits of the words in `permute`, for ``range(n)``."""
     bits = 0
     while (n - 1) >> bits > 0:
         bits += 1
@@ -48,7 +48,7 @@ def half_bits(n: int) -> int:
 
 @compiled
 def _rounds(words: Any, keys: Any, shift: Any) -> None:
-    """One pass through the network for all words; without branches, so that it vectorises."""
+    """One pass through the Feistel network for all words; branch-free, so that it vectorises."""
     mask = (np.uint64(1) << shift) - np.uint64(1)
     k0, k1, k2, k3, k4, k5 = keys[0], keys[1], keys[2], keys[3], keys[4], keys[5]
     for i in range(len(words)):
@@ -70,13 +70,13 @@ def _permuted(words: Any, n: int, seed: int) -> IntArray:
     outside = np.empty(len(words), np.int64)
     left = 0
     for i in range(len(words)):
-        outside[left] = i  # written over by the next one unless it stays: no branch to foresee
+        outside[left] = i  # overwritten by the next one unless kept: no branch to predict
         left += words[i] >= end
     while left:  # walk the cycle until it is back inside: at most 4 steps on average
         walking = words[outside[:left]]
         _rounds(walking, keys, shift)
         n_walked, left = left, 0
-        for i in range(n_walked):  # numba compiles an assignment to a slice for seconds
+        for i in range(n_walked):  # numba takes seconds to compile a slice assignment
             words[outside[i]] = walking[i]
             outside[left] = outside[i]
             left += walking[i] >= end
@@ -85,7 +85,7 @@ def _permuted(words: Any, n: int, seed: int) -> IntArray:
 
 @compiled
 def permuted_range(low: int, high: int, n: int, seed: int) -> IntArray:
-    """`permute` of ``low`` to ``high`` (excluded), unchecked, for compiled code."""
+    """`permute` of ``low`` to ``high`` (excluded), without checks, for compiled code."""
     return _permuted(np.arange(low, high).view(np.uint64), n, seed)
 
 
@@ -95,10 +95,10 @@ def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
     Args:
         indices: ``[m]`` integers in ``[0, n)``.
         n: size of the range.
-        seed: any 64-bit non-negative integer; another seed, another bijection.
+        seed: any non-negative 64-bit integer; different seeds give different bijections.
 
     Returns:
-        ``[m]`` int64 in ``[0, n)``; over all of ``range(n)`` each value comes once.
+        ``[m]`` int64 in ``[0, n)``; over all of ``range(n)``, each value occurs once.
 
     Raises:
         ValueError: an index lies outside ``[0, n)``.
@@ -114,12 +114,12 @@ def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """One 63-bit seed from several values, so that purposes, epochs and rows never share draws."""
+    """A 63-bit seed from several values, for independent draws by purpose, epoch and row."""
     seed = 0
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(part.encode(), "little")
-        while True:  # eat long values 64 bits at a time
+        while True:  # consume long values 64 bits at a time
             seed = int(mix(np.uint64(seed ^ (part & 0xFFFFFFFFFFFFFFFF))))
             part >>= 64
             if part == 0:

@@ -37,7 +37,7 @@ SERVED = (
     *("context", "mask", "memory_bytes", "cold_items"),
     *("popularity_penalty", "diversity", "at_most", "rerank"),
 )
-"""Settings of ``recommend`` that a service looks at."""
+"""Settings of ``recommend`` that a service uses."""
 LOOPBACK = ("127.0.0.1", "localhost")
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     def load(folder: Path | None) -> "Recommender":
         if folder is None:
             return _loaded(config, arguments.overrides)
-        # Opened in this process: connections to a store do not survive a fork.
+        # Opened in this process: connections to an object store do not survive a fork.
         theirs = config_of_run(folder_of(str(folder)), arguments.overrides)
         return _loaded(theirs, arguments.overrides)
 
@@ -141,13 +141,13 @@ def _loaded(config: Config, overrides: Sequence[str]) -> "Recommender":
     _check_settings(config, overrides)
     source = find_run(config, overrides)
     folder = up_to_date_export(source)
-    # One thread: OpenMP's threads, once started, would be missing in the workers forked later.
+    # One thread: OpenMP threads started now would be missing in workers forked later.
     with memory_errors_to_user(), process_group("cpu", config.run.timeout_s, threads=1) as world:
         return Recommender(source, folder, world)
 
 
 def _exit_with(code: int) -> Callable[[int, FrameType | None], NoReturn]:
-    """A signal handler that ends the command, which then ends the workers."""
+    """A signal handler that exits the command, which then stops the workers."""
 
     def end(signum: int, frame: FrameType | None) -> NoReturn:
         sys.exit(code)
@@ -156,7 +156,7 @@ def _exit_with(code: int) -> Callable[[int, FrameType | None], NoReturn]:
 
 
 def _check_settings(config: Config, overrides: Sequence[str]) -> None:
-    """Looks at what was typed, and at what would leave items out.
+    """Refuses overrides that the service would ignore, and settings that exclude items.
 
     Raises:
         ConfigError: the service would ignore it.

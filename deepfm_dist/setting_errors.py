@@ -1,4 +1,4 @@
-"""Validation errors of settings in YAML's terms, with the setting that may be meant."""
+"""Formats validation errors of settings in terms of YAML, with suggestions."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from deepfm_dist.section import Section
 from deepfm_dist.typed_yaml import kinds_of, settings_of
 
 Problem = Mapping[str, Any]
-"""A validation error as pydantic has it: ``type``, ``loc``, ``msg``, ``input``."""
+"""A validation error from pydantic: ``type``, ``loc``, ``msg``, ``input``."""
 
 
 def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
-    """What is wrong with each setting, and its value, by the setting's dotted name.
+    """Describes what is wrong with each setting, with its value, by dotted name.
 
-    The name is empty where settings of several sections contradict each other.
+    The name is empty if settings of several sections contradict each other.
 
     Args:
         error: of validating ``section``.
@@ -33,13 +33,13 @@ def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
 def config_error(
     error: ValidationError, section: type[Section], origin: str, overrides: Sequence[str]
 ) -> ConfigError:
-    """A `ConfigError` that names each bad setting, and the override that has set it.
+    """A `ConfigError` that names each bad setting and the override that set it.
 
     Args:
         error: pydantic's.
         section: the whole configuration.
-        origin: where the settings come from.
-        overrides: ``section.field=value`` each, which are among the settings.
+        origin: source of the settings.
+        overrides: ``section.field=value`` each, included in the settings.
     """
     problems = describe(error, section)
     if len(problems) == 1:
@@ -57,9 +57,9 @@ def config_error(
 def _override_of(
     setting: str, problem: str, overrides: Sequence[str], section: type[Section]
 ) -> str | None:
-    """The last override of a setting, or of a part of it that the problem names.
+    """The last override of a setting or of a part that the problem names.
 
-    If there is none, but one override alone has set parts of it, that one.
+    If there is none, but exactly one override set parts of it, that one.
     """
     where, setting_parts = f"{setting}.", []
     for override in reversed(overrides if setting else ()):
@@ -84,7 +84,7 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
     """
     merged: dict[tuple[str | int, ...], list[Problem]] = {}
     misspelled = _misspelled(problems, section)
-    members: set[tuple[str | int, ...]] = set()  # settings whose union has members at odds
+    members: set[tuple[str | int, ...]] = set()  # unions with several problems
     kinds: dict[tuple[str | int, ...], Any] = {}
     for problem in problems:
         path: tuple[str | int, ...] = ()
@@ -101,8 +101,8 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
     for path, group in merged.items():
         deeper = any(other[: len(path)] == path and other != path for other in merged)
         if path in members and deeper:
-            continue  # the member that the value is of has a problem of its own
-        # What a check of ours says is more than that the value is of no other type either.
+            continue  # the union member of the value's own type reports a better problem
+        # A message of our own check is more helpful than one about another type.
         chosen = next((p for p in group if p["type"] == "value_error"), group[0])
         if len(group) > 1 and chosen["type"] != "value_error":
             message = f"Input should be {_in_words(kinds[path])}"
@@ -112,7 +112,7 @@ def _one_per_setting(problems: Sequence[Problem], section: type[Section]) -> lis
 
 
 def _misspelled(problems: Sequence[Problem], section: type[Section]) -> set[tuple[str | int, ...]]:
-    """The settings that unknown fields are probably meant to be."""
+    """Guesses the settings that unknown fields were meant to be."""
     unknown = (p["loc"] for p in problems if p["type"] == "extra_forbidden")
     return {
         (*loc[:-1], near)
@@ -122,7 +122,7 @@ def _misspelled(problems: Sequence[Problem], section: type[Section]) -> set[tupl
 
 
 def _settings_on(loc: Sequence[Any], section: Any) -> Iterator[tuple[str | int | None, Any]]:
-    """The names and places in an error's location, and their types; None for a union's member."""
+    """The names and indices in an error's location, and their types; None for a union's member."""
     kind = section
     for part in loc:
         if part == "[key]":
@@ -149,7 +149,7 @@ def _inside(kind: Any, part: str | int) -> Any:
 
 
 def _is_member(part: str | int, kind: Any) -> bool:
-    """Whether a part of an error's location names a member of a union, as pydantic writes it."""
+    """Whether a part of pydantic's error location names a member of a union."""
     several = len([m for m in kinds_of(kind) if m is not type(None)]) > 1
     sections = [m.__name__ for m in kinds_of(kind) if isinstance(m, type)]
     return several and isinstance(part, str) and ("[" in part or part in sections)
@@ -186,7 +186,7 @@ def _describe(problem: Problem, section: type[Section]) -> str:
         return _needs_space(key, text)
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    message = re.sub(r"\btuple\b", "list", message)  # in the words of YAML
+    message = re.sub(r"\btuple\b", "list", message)  # in terms of YAML
     message = re.sub(r"valid dictionary( or instance of \w+)?$", "section of fields", message)
     if problem["type"] in ("missing", "value_error"):
         return message
@@ -194,7 +194,7 @@ def _describe(problem: Problem, section: type[Section]) -> str:
 
 
 def _needs_space(key: str, text: str) -> str:
-    """What YAML's ``{a:1}``, whose key is ``a:1``, should have been."""
+    """Corrects YAML's ``{a:1}``, whose key is ``a:1``."""
     return f"YAML needs a space after the colon: write {key}: {text}"
 
 

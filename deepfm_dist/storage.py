@@ -1,7 +1,7 @@
-"""Folders of a run: on a disk, or behind a URL that fsspec opens (``s3://bucket/runs``).
+"""Local and remote folders: paths, or URLs that fsspec opens (``s3://bucket/runs``).
 
-Both are `Path` to the rest of the code: a URL becomes a `UPath`, which has the same methods. What
-an object store does otherwise is here.
+Both are `Path` to the rest of the code: a URL becomes a `UPath`, which has the same methods. The
+differences of object stores are handled here.
 """
 
 import errno
@@ -27,7 +27,7 @@ _SCHEMES = (
     *("s3", "s3a", "gs", "gcs", "az", "adl", "abfs", "abfss", "hdfs", "oss"),
     *("http", "https", "ftp", "sftp", "memory", "file"),
 )
-"""URLs, also where slashes are missing; a folder's name may hold a colon, too."""
+"""Prefixes that mark a URL, even if slashes are missing; folder names may also contain a colon."""
 
 
 def path_or_url(text: str) -> str:
@@ -70,7 +70,7 @@ def folder_name(text: str) -> str:
     """The name of a folder below a root, such as ``ml1m`` or ``shop/monday``.
 
     Raises:
-        ValueError: the folder would lie elsewhere, or the text is no name.
+        ValueError: the folder would be elsewhere, or the text is not a name.
     """
     if not text.isprintable() or {"", ".", ".."} & {*text.split("/")}:
         raise ValueError(
@@ -102,7 +102,7 @@ def option_of(option: str, text: str, check: Callable[[str], str] = local_path) 
     """The path that an option of a command names.
 
     Raises:
-        ConfigError: as ``check`` says.
+        ConfigError: ``check`` refuses it.
     """
     try:
         return check(text)
@@ -125,7 +125,7 @@ def folder_of(text: str) -> Path:
     try:
         from upath import UPath
 
-        # Other ranks write there, so that a listing may be old as soon as it is there.
+        # Other ranks write there, so cached listings may be stale.
         folder = UPath(text, use_listings_cache=False)
         _ = folder.fs
     except (ImportError, ValueError) as error:
@@ -137,14 +137,14 @@ def folder_of(text: str) -> Path:
 
 
 CURRENT = "current"
-"""A file that names the run in use among those of its folder; see `follow_pointer`."""
+"""A pointer file: it names the run in use among those in its folder; see `follow_pointer`."""
 
 
 def follow_pointer(run: Path) -> Path:
-    """The run that a file ``current`` names; any other path is itself.
+    """Resolves a pointer file ``current`` to its run; returns other paths unchanged.
 
     Raises:
-        ConfigError: the file cannot be read, or holds something else than a name.
+        ConfigError: the file cannot be read or does not contain a name.
     """
     if run.name != CURRENT:
         return run
@@ -166,13 +166,13 @@ def is_remote(path: Path) -> bool:
 
 
 def delete_tree(folder: Path) -> None:
-    """Deletes a folder as far as that can be done; nothing may be there."""
+    """Deletes a folder as far as possible; it may be missing."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
     remote: Any = folder
     try:
-        for file in remote.fs.find(remote.path):  # fs.rm would take a * in a name for a pattern
+        for file in remote.fs.find(remote.path):  # fs.rm would treat a * in a name as a pattern
             remote.fs.rm_file(file)
     except Exception as error:
         if not is_of_storage(error):
@@ -197,11 +197,11 @@ def move_tree(folder: Path, new: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Gives a file another name in its folder."""
+    """Renames a file within its folder."""
     if not is_remote(path):
         path.rename(new)
         return
-    remote: Any = path  # its `rename` would take a * in a name for a pattern
+    remote: Any = path  # its `rename` would treat a * in a name as a pattern
     remote.fs.cp_file(remote.path, cast(Any, new).path)
     remote.fs.rm_file(remote.path)
 
@@ -209,15 +209,15 @@ def rename(path: Path, new: Path) -> None:
 def work_folder(folder: Path) -> Path:
     """This process' temporary folder next to a local folder; renamed to it when complete.
 
-    Machines that share the disk have processes of the same number.
+    The name includes the host: machines that share a disk may have equal process ids.
     """
     return folder.with_name(f".{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the work folders of processes of this machine that were killed.
+    """Deletes work folders left by killed processes of this machine.
 
-    Processes of other machines cannot be seen from here: their folders stay.
+    Processes of other machines cannot be checked, so their folders stay.
     """
     prefix = f".{folder.name}.part-"
     for aside in folder.parent.glob(f"{glob.escape(prefix)}*"):
@@ -232,11 +232,11 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a local file to write; it appears as ``path`` when the block ends without an error."""
+    """Yields a local file to write; it becomes ``path`` if the block ends without an error."""
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        aside = work_folder(path)  # two processes may write it at once
+        aside = work_folder(path)  # two processes may write it at the same time
         try:
             yield aside
             aside.rename(path)
@@ -254,7 +254,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors_to_user(path: Path) -> Iterator[None]:
-    """Around calls that may go over a network.
+    """Turns errors of remote storage into user errors.
 
     Raises:
         DeepFMError: the URL cannot be reached, read or written.
@@ -271,22 +271,21 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
 
 
 ANOTHER_ROOT = "set run.runs_root to a writable folder with enough space"
-"""What to do if a run's folder cannot be written."""
+"""Advice if a run's folder cannot be written."""
 ANOTHER_OUTPUT = "give --output or --output-parts a writable place with enough space"
-"""The same of a result."""
+"""Advice if a result cannot be written."""
 
 
 @contextmanager
 def write_errors_to_user(folder: Path, cure: str = ANOTHER_ROOT) -> Iterator[None]:
-    """Around what writes to a folder.
+    """Turns errors of writing to a folder into user errors.
 
     Args:
-        folder: of a run, or the place of a result.
+        folder: of a run, or of a result.
         cure: what to do if it cannot be written, for the message.
 
     Raises:
-        DeepFMError: it cannot be written: it is somebody else's, the disk is full, or a URL leads
-            nowhere.
+        DeepFMError: it cannot be written: no permission, the disk is full, or the URL is wrong.
     """
     try:
         with storage_errors_to_user(folder):
@@ -310,7 +309,7 @@ def _is_of_this_disk(error: Exception) -> bool:
 
 
 def is_of_storage(error: Exception) -> bool:
-    """Whether a file system failed: an object store's library has errors that are no OSError."""
+    """Whether an error comes from storage: object store libraries raise more than OSError."""
     libraries = ("aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google")
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or not kinds.isdisjoint(libraries)

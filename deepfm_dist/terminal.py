@@ -1,4 +1,4 @@
-"""Colours, on terminals only. It imports nothing: the doctor runs where nothing is installed."""
+"""Terminal colours. Imports nothing else, since the doctor must run where nothing is installed."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ _CODES = {"bold": 1, "red": 31, "yellow": 33}
 
 
 def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
-    """The text in a colour where the stream is a terminal, and as it is elsewhere.
+    """The text, coloured if the stream is a terminal.
 
     Args:
         text: to print.

@@ -52,7 +52,7 @@ def _count(text: str) -> int:
 
 
 def _without_workers(argv: Sequence[str]) -> list[str]:
-    """The arguments of a command line that each of its workers gets."""
+    """The command's arguments for each of its workers."""
     parser = argparse.ArgumentParser(add_help=False)
     for option in ("--workers", "--ranks"):
         parser.add_argument(option)

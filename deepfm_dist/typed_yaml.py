@@ -1,7 +1,7 @@
-"""YAML that keeps text as typed: ``0074``, ``1e3``, ``NO`` are ids, not 60, 1000, False.
+"""YAML that keeps text verbatim: ``0074``, ``1e3``, ``NO`` are ids, not 60, 1000, False.
 
-What a word without quotes means depends on the setting it is for. So words are kept as they are
-read, and `parse_scalars` makes numbers, booleans and nulls of those whose setting takes no text.
+The meaning of an unquoted scalar depends on its setting. So scalars are kept as text, and
+`parse_scalars` converts those whose setting takes no text to numbers, booleans and nulls.
 """
 
 import datetime
@@ -18,15 +18,15 @@ from deepfm_dist.section import Section
 
 
 class Plain(str):
-    """A scalar that is written without quotes."""
+    """An unquoted scalar."""
 
 
 class DuplicateKeyError(yaml.YAMLError):
-    """A mapping has a key twice, of which YAML would keep the last one."""
+    """A mapping has a duplicate key; YAML would silently keep the last one."""
 
 
 class _Loader(yaml.SafeLoader):
-    # Of what YAML makes of words without quotes, only the merge key << stays.
+    # Of YAML's implicit tags, only the merge key << is kept.
     yaml_implicit_resolvers = {  # noqa: RUF012
         "<": yaml.SafeLoader.yaml_implicit_resolvers["<"],
     }
@@ -51,12 +51,12 @@ def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
     return Plain(node.value) if node.style is None else str(node.value)
 
 
-for _tag in ("str", "merge"):  # << as a value is text, too
+for _tag in ("str", "merge"):  # << as a value is text
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_text)
 
 
 def load(text: str) -> Any:
-    """YAML -> dicts, lists and strings, those without quotes as `Plain`.
+    """Parses YAML to dicts, lists and strings; unquoted ones are `Plain`.
 
     Raises:
         yaml.YAMLError: not valid YAML, or a duplicate key.
@@ -65,7 +65,7 @@ def load(text: str) -> Any:
 
 
 def parse_scalars(value: Any, kind: Any) -> Any:
-    """A value of `load`, its plain scalars turned into what a setting takes.
+    """Converts plain scalars in a value of `load` to the types that settings take.
 
     Args:
         value: dicts, lists and scalars.
@@ -125,7 +125,7 @@ def _scalar(text: Plain, kinds: list[Any]) -> Any:
 
 
 def parse_plain(text: str) -> Any:
-    """What a plain scalar is where no text is expected: null, a boolean, a number, else itself."""
+    """Converts a plain scalar to null, a boolean or a number if possible."""
     if re.fullmatch(r"[-+]?0[0-9]+", text):  # octal in YAML 1.1
         return int(text)
     try:
@@ -137,10 +137,10 @@ def parse_plain(text: str) -> Any:
 
 
 def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
-    """``section.field=value`` -> dotted name and value, as `load` gives values.
+    """Parses ``section.field=value`` to a dotted name and a value like those of `load`.
 
     Raises:
-        ConfigError: it does not look like that, or the value is not YAML.
+        ConfigError: it has another form, or the value is not YAML.
     """
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -160,12 +160,12 @@ def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
         raise ConfigError(f"{override!r}: {error}") from None
     except yaml.YAMLError as error:
         if str in kinds and text[:1] not in ("[", "{", "'", '"'):
-            return name, Plain(text)  # such as %d/%m/%Y, which YAML wants in quotes
+            return name, Plain(text)  # such as %d/%m/%Y, which YAML requires to be quoted
         raise ConfigError(f"{override!r}: the value is not YAML: {one_line(error)}") from None
 
 
 def settings_of(override: str, section: type[Section]) -> list[str]:
-    """Names of the settings that ``section.field=value`` or ``section={field: value}`` sets."""
+    """Dotted names that ``section.field=value`` or ``section={field: value}`` sets."""
     name = override.partition("=")[0]
     value = None if "." in name else parse_override(override, section)[1]
     return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
@@ -201,6 +201,6 @@ def set_value(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What is wrong with YAML, on one line."""
+    """A YAML error on one line."""
     text = brief(error)
     return f"{text}; put the value in quotes" if "cannot start any token" in text else text

@@ -1,7 +1,7 @@
 """Vector instructions for compiled kernels, written as LLVM IR.
 
-What the compilers' loops do not give is the register blocking of matrix products: outputs in
-registers, one broadcast weight and one fused multiply-add for each vector.
+Compilers do not generate register-blocked matrix products from loops: outputs in registers, one
+broadcast weight and one fused multiply-add per vector.
 """
 
 import platform
@@ -15,13 +15,13 @@ _HAS = binding.get_host_cpu_features()
 LANES, VECTORS, ROWS = (
     (16, 2, 10) if _HAS.get("avx512f") else (8, 2, 5) if _HAS.get("avx2") else (4, 4, 6)
 )
-"""Floats in a vector, vectors in a block, rows of a block's outputs held in registers together."""
+"""Floats per vector, vectors per block, and output rows of a block held in registers."""
 BLOCK = LANES * VECTORS
-"""Floats that a row of the kernels' matrices has: items, or rows of a batch, side by side."""
+"""Floats per row of the kernels' matrices: items, or rows of a batch."""
 HAS_FMA = bool(_HAS.get("fma")) or platform.machine() in ("aarch64", "arm64")
-"""Whether the processor multiplies and adds in one instruction; without it, kernels are slow."""
+"""Whether the processor has fused multiply-add; without it, the kernels are slow."""
 TILE = (4, 4) if LANES == 16 else (3, 3)
-"""Left and right rows whose inner products are held in registers together."""
+"""Numbers of left and right rows whose inner products are held in registers."""
 
 FLOAT, INDEX = ir.FloatType(), ir.IntType(64)
 _VECTOR = ir.VectorType(FLOAT, LANES)
@@ -30,7 +30,7 @@ _Typed = tuple[Any, Any]
 
 
 class Code:
-    """The few instructions that the kernels are made of."""
+    """Emits the few instructions that the kernels consist of."""
 
     def __init__(self, context: Any, builder: Any) -> None:
         self.context, self.b = context, builder
@@ -87,7 +87,7 @@ class Code:
         """`LANES` vectors, so that lane j of vector i is lane i of vector j."""
         distance, lanes = 1, range(LANES)
         while distance < LANES:
-            # Of each two vectors this far apart, the quarters off the diagonal change places.
+            # For each two vectors this far apart, swap the off-diagonal quarters.
             near = [j if not j & distance else LANES + j - distance for j in lanes]
             far = [j + distance if not j & distance else LANES + j for j in lanes]
             swapped = list(vectors)
@@ -155,13 +155,13 @@ class Code:
         """``biases[r] + sum_j weights[r, j] inputs[j]`` for some rows r: `VECTORS` vectors each.
 
         Args:
-            rows: how many; at most `ROWS` of them fit the registers.
+            rows: number of rows; at most `ROWS` fit the registers.
             weights: address of the first weight.
             biases: address of the biases; None: 0.
             inputs: address of ``[n, BLOCK]``.
             n: number of inputs.
-            strides: how far the weights of two rows, and of two inputs, lie apart. None: an input's
-                weights are side by side.
+            strides: distance between the weights of two rows and of two inputs; None: an input's
+                weights are contiguous.
         """
         by_row, by_input = strides or (self.index(1), self.index(rows))
 
@@ -192,7 +192,7 @@ class Code:
         Args:
             lefts: addresses of rows in the first block.
             rights: the same.
-            strides: how far the rows of two blocks lie apart, left and right.
+            strides: distance between the rows of two blocks, left and right.
             blocks: number of blocks.
         """
 
@@ -223,5 +223,5 @@ class Code:
 
 
 def _lanes(numbers: Sequence[int]) -> Any:
-    """The lanes that a shuffle takes."""
+    """The lane indices of a shuffle."""
     return ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(numbers))

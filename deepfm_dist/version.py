@@ -1,3 +1,3 @@
-"""The package's version, for modules that the package itself imports."""
+"""The package's version, importable without the rest of the package."""
 
 __version__ = "0.1.0"

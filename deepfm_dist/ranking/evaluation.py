@@ -271,7 +271,7 @@ def _relevant(positives: Jagged, before: Sequence[Jagged]) -> tuple[Jagged, int]
     n_items = 1 + max((int(bags.values.max(initial=0)) for bags in (positives, *before)), default=0)
     rows = np.repeat(np.arange(len(positives)), positives.lengths)
     pairs = rows * n_items + positives.values
-    # Items without a row are all 0, so duplicates among them cannot be told.
+    # Items without a row are all 0, so duplicates among them cannot be detected.
     repeated = np.ones(len(pairs), bool)
     repeated[np.unique(pairs, return_index=True)[1]] = False
     repeated &= (positives.values > 0) & (rows > 0)
