@@ -1,4 +1,4 @@
-"""What is displayed of an item: id, title, genres."""
+"""Display data of items: id, title, genres."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Card:
 
 
 class Cards:
-    """Cards of items by their row."""
+    """Looks up items' cards by row."""
 
     def __init__(self, dataset: PreparedDataset) -> None:
         self._ids = external(dataset.entity_ids("item", cold=True).slice(1))
@@ -38,7 +38,7 @@ class Cards:
         ]
 
     def __call__(self, row: int) -> Card:
-        """The card of an item row; the row of unknown items has none."""
+        """The card of an item row; None for the row of unknown items."""
         tags: list[str] = []
         for values, words in self._tags:
             row_values = (

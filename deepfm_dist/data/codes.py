@@ -1,4 +1,4 @@
-"""Texts -> small integers, as they stream by; and a hash of texts that never changes."""
+"""Maps streamed texts to small integers; and a stable hash of texts."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ _FEW_WORDS = 32
 
 
 class Codes:
-    """Numbers texts in the order of their first appearance: an exact hash table in flat arrays.
+    """Numbers texts in order of first appearance: an exact hash table in flat arrays.
 
-    Its memory grows with the distinct texts alone: about 24 bytes each, and the text itself.
+    Memory grows with distinct texts only: about 24 bytes plus the text for each.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Codes:
         """``[n]`` string: the text of each code.
 
         Raises:
-            DataError: they are too many for Arrow's offsets.
+            DataError: they exceed Arrow's 32-bit offsets.
         """
         offsets = self._ends[: self._n + 1]
         check_texts(self._n, self._used)
@@ -86,10 +86,10 @@ class Codes:
 
 
 def check_texts(n: int, n_bytes: int) -> None:
-    """Refuses more text than Arrow's offsets reach.
+    """Refuses more text than Arrow's 32-bit offsets can address.
 
     Raises:
-        DataError: ``n_bytes`` are too many.
+        DataError: ``n_bytes`` is too large.
     """
     if n_bytes > MOST_TEXT_BYTES:
         raise DataError(
@@ -109,14 +109,14 @@ def hash_texts(texts: pa.Array) -> Hashes:
 
 
 def seeded(words: Hashes, seed: int) -> Hashes:
-    """``[n]`` words mixed with a seed."""
+    """Mixes ``[n]`` words with a seed."""
     keys = np.full(len(words), seed, np.uint64)
     mix_into(keys, words)
     return keys
 
 
 def hash_order(texts: pa.Array, hashes: Hashes) -> Int64Array:
-    """``[n]`` int64: the order of texts by hash; different texts of one hash by code point.
+    """``[n]`` int64: the order of texts by hash, ties by code point.
 
     Equal texts keep their order.
     """
@@ -135,7 +135,7 @@ def hash_order(texts: pa.Array, hashes: Hashes) -> Int64Array:
 
 
 def argsort_words(words: Hashes) -> Int64Array:
-    """``[n]`` int64: the stable order of 64-bit words, fast where they are spread like hashes.
+    """``[n]`` int64: a stable argsort of 64-bit words, fast if they are distributed like hashes.
 
     They are dealt by their upper bits to about n / 4 groups, which are sorted one by one.
     """
@@ -149,12 +149,12 @@ def argsort_words(words: Hashes) -> Int64Array:
 
 
 def equal_texts(texts: pa.Array, one: Int64Array, other: Int64Array) -> npt.NDArray[np.bool_]:
-    """``[m]`` bool: whether texts at some places are those at other places.
+    """``[m]`` bool: whether the texts at two lists of indices are equal.
 
     Args:
         texts: ``[n]`` string without nulls.
-        one: ``[m]`` places.
-        other: ``[m]`` places.
+        one: ``[m]`` indices.
+        other: ``[m]`` indices.
     """
     offsets, data, _ = _buffers(texts)
     equal: npt.NDArray[np.bool_] = _equal_texts(offsets, data, one, other)
@@ -255,7 +255,7 @@ def _encode(
     used: int,
     out: Int32Array,
 ) -> tuple[int, int, int]:
-    """Continues at row ``at`` until the end, or until something is full; open addressing."""
+    """Encodes from row ``at`` until the end or until the table is full; open addressing."""
     mask = np.uint64(len(slots) - 1)
     while at < len(out):
         if valid[at]:

@@ -1,7 +1,7 @@
-"""Whether a dataset is the one that a model was trained on.
+"""Checks whether a dataset is compatible with the one that a model was trained on.
 
-A model knows the fields by their places and the values by their table rows. A dataset in which
-these differ still gives logits, only wrong ones, so everything is compared first.
+A model identifies fields by position and values by table row. With a dataset in which these differ,
+it would silently give wrong logits, so everything is compared first.
 """
 
 import logging
@@ -19,7 +19,7 @@ _UNNAMED = "the input or the version of deepfm_dist has changed"
 _OF_FILES = ("file", "key", "npy")  # settings of a field that say where its values come from
 _OF_READING = ("min_count",)  # and those that vocabularies show
 _MOST_CHANGES = 3
-"""Changes that a message lists at most."""
+"""Maximum number of changes in a message."""
 _FREE = {"name", "root", "files", "memory_bytes", "on_device", "lanes", "titles"}
 _FREE |= {"vocabulary_from", "forget_after", "features", "id_dropout"}
 
@@ -32,7 +32,7 @@ def check_match(
     manifest: Manifest,
     same_rows: bool = False,
 ) -> None:
-    """Compares what a checkpoint was trained on with a prepared dataset.
+    """Compares a checkpoint's data with a prepared dataset.
 
     Args:
         checkpoint: its folder, for messages.
@@ -40,10 +40,11 @@ def check_match(
         trained: the data settings of its run.
         folder: of the dataset, for messages.
         manifest: of the dataset.
-        same_rows: whether other rows are refused; else a warning says so.
+        same_rows: whether to refuse different rows; otherwise warn.
 
     Raises:
-        CheckpointError: the dataset is another; it names what differs, both values and a cure.
+        CheckpointError: the dataset differs; the message names the difference, both values and a
+            cure.
     """
     cure = (
         f"prepare the data with the settings it was trained with: "
@@ -86,9 +87,9 @@ def check_match(
 
 
 def changed_fields(state: Mapping[str, Any], manifest: Manifest) -> list[str]:
-    """Fields whose values have other rows or numbers in a dataset than in a checkpoint's.
+    """Fields whose values have different rows or numbers than in the checkpoint's data.
 
-    Fields of which either says nothing are not among them.
+    Fields for which either side has no hash are not included.
     """
     before, now = state.get("field_hashes") or {}, manifest.field_hashes
     return [name for name in before if name in now and before[name] != now[name]]
@@ -97,7 +98,7 @@ def changed_fields(state: Mapping[str, Any], manifest: Manifest) -> list[str]:
 def check_start(
     option: str, state: Mapping[str, Any], trained: DataConfig, manifest: Manifest
 ) -> None:
-    """Makes sure that the fields that a model shares with the one it starts from mean the same.
+    """Checks that fields shared with the model to start from mean the same.
 
     Args:
         option: the setting that names the checkpoint, and its value, for messages.
@@ -106,8 +107,8 @@ def check_start(
         manifest: of the data that the new model is trained on.
 
     Raises:
-        CheckpointError: ids have other rows, or numbers another scale.
-        ConfigError: a field is of another kind.
+        CheckpointError: ids have different rows, or numbers a different scale.
+        ConfigError: a field's kind differs.
     """
     ours, theirs = manifest.data.interactions.labels, trained.interactions.labels
     if ours != theirs:
@@ -144,7 +145,7 @@ def _targets(labels: Sequence[str]) -> str:
 
 
 def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
-    """What changes the meaning of a logit, though vocabularies be the same."""
+    """Differences that change the meaning of a logit even with equal vocabularies."""
     for one, other in shared_fields(trained, prepared):
         yield from field_differences(one, other)
     ours, others = (
@@ -162,7 +163,7 @@ def _differences(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[st
 
 
 def shared_fields(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[Feature, Feature]]:
-    """Fields of one name of a run's settings and of a dataset's; see `Feature.settled_by`."""
+    """Pairs of fields with the same name in a run's settings and in a dataset."""
     theirs = {f.name: f for f in prepared.features}
     for one in trained.features:
         other = theirs.get(one.name)
@@ -173,12 +174,12 @@ def shared_fields(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[F
 def field_differences(
     one: Feature, other: Feature, free: Sequence[str] = (*_OF_FILES, *_OF_READING)
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Settings of two fields of one name that differ: ``data.features.NAME.SETTING``, both values.
+    """Differing settings of two fields: ``data.features.NAME.SETTING``, both values.
 
     Args:
         one: a field.
         other: the field it is compared with.
-        free: settings that may differ.
+        free: settings that are allowed to differ.
     """
     ours, theirs = (
         f.model_dump(mode="json", exclude={*free, "table"})
@@ -191,7 +192,7 @@ def field_differences(
 
 
 def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that change which rows there are, or where they belong."""
+    """Settings that change the rows or their splits."""
     ours, theirs = (
         data.model_dump(mode="json", exclude=_FREE, context=DEFAULTS)
         for data in (trained, prepared)
@@ -202,7 +203,7 @@ def _other(trained: DataConfig, prepared: DataConfig) -> Iterator[tuple[str, Any
 
 
 def changes_between(old: Manifest, new: Manifest) -> str:
-    """What made a dataset another one: settings, input files, or the program that prepared it."""
+    """Describes what changed a dataset: settings, input files, or the program's version."""
     theirs, ours = old.data, new.data
     differing = [*_differences(theirs, ours), *_other(theirs, ours)]
     files = [

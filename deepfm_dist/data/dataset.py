@@ -1,4 +1,4 @@
-"""A prepared dataset, opened: its rows, vocabularies, and what describes users and items."""
+"""Reads a prepared dataset: rows, vocabularies, and fields of users and items."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
@@ -40,10 +40,10 @@ class Rows:
     """Rows of a split, in file order.
 
     Attributes:
-        users: ``[n]`` int32 rows of the user table, or None where the data has no users.
+        users: ``[n]`` int32 rows of the user table, or None if the data has no users.
         items: ``[n]`` int32 rows of the item table, or None.
-        labels: ``[n]`` float32, ``[n, T]`` of several targets; None where every row is a positive.
-        weights: ``[n]`` float32, 1 in the mean of training rows; None where all are 1.
+        labels: ``[n]`` float32, ``[n, T]`` for several targets; None if every row is a positive.
+        weights: ``[n]`` float32, 1 in the mean of training rows; None if all are 1.
         context: values of the context fields, ``[n]`` each.
         n: number of rows.
     """
@@ -75,11 +75,11 @@ def labels_in(
 
     Args:
         columns: of many rows.
-        rows: ``[n]`` which of them; None: all.
+        rows: ``[n]`` selected rows; None: all.
 
     Returns:
-        ``[n]`` float32, or ``[n, T]`` of several targets, `NO_LABEL` where one is not known; None
-        without a label.
+        ``[n]`` float32, or ``[n, T]`` for several targets, `NO_LABEL` if unknown; None without a
+        label.
     """
     by_target: list[Any] = [
         columns[name] if rows is None else taken(columns[name], rows)
@@ -89,7 +89,7 @@ def labels_in(
 
 
 def label_columns_in(names: Iterable[str]) -> list[str]:
-    """Those of some columns that hold labels, in the order of the targets."""
+    """The label columns among these, in the order of the targets."""
     return [name for name in names if name == "label" or name.startswith(LABEL_OF)]
 
 
@@ -98,13 +98,13 @@ class PreparedDataset:
 
     Args:
         folder: ``prepared/<name>``.
-        memory_bytes: up to which size something is held in memory; larger training rows are
-            streamed, larger histories and columns of users and items mapped. Default: as it was
+        memory_bytes: limit of what is held in memory: larger training rows are streamed, larger
+            histories and columns of users and items memory-mapped. Default: the setting it was
             prepared with.
 
     Raises:
-        DataError: there is no dataset, or a file of it is missing, damaged or at odds with the
-            manifest. Readers raise it too, for ids that are not rows of their table.
+        DataError: there is no dataset, or a file is missing, damaged or inconsistent with the
+            manifest. Readers raise it, too, for ids that are not rows of their table.
     """
 
     def __init__(self, folder: Path, memory_bytes: int | None = None) -> None:
@@ -115,21 +115,21 @@ class PreparedDataset:
         wanted = self.manifest.data.memory_bytes if memory_bytes is None else memory_bytes
         self.memory_bytes = wanted
         self.past: tuple[str, ...] = ("train",)
-        """Splits whose positives are in `history`: see `with_validation`."""
+        """Splits whose positives are in `history`; see `with_validation`."""
         self.held_out: Jagged | None = None
-        """Training items that serve as those of validation rows: see `holding_out`."""
+        """Training items that serve as validation items; see `holding_out`."""
         self._whole: Self | None = None
 
     def holding_out(self, held_out: Jagged) -> Self:
-        """The same dataset with validation items where it has no validation rows.
+        """The same dataset with some training items held out for validation.
 
         `with_validation` undoes it.
 
         Args:
-            held_out: each user's training items that count as those of validation rows.
+            held_out: each user's training items to use for validation.
         """
         cut = copy(self)
-        for name in ("history", "training_history"):  # what was computed of the whole one
+        for name in ("history", "training_history"):  # cached values of the full dataset
             cut.__dict__.pop(name, None)
         cut.__dict__["_train_history"] = _without(self._train_history, held_out)
         cut.held_out, cut._whole = held_out, self
@@ -137,14 +137,14 @@ class PreparedDataset:
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is something to validate on."""
+        """Whether there are validation rows or held-out items."""
         return self.held_out is not None or self.manifest.splits["valid"].rows > 0
 
     def with_validation(self) -> Self:
-        """The same dataset at a later time, when the validation rows belong to the past.
+        """The same dataset with validation rows treated as past interactions.
 
-        They are then part of the users' histories, and nobody has to be taught to avoid them. What
-        was fitted to training rows, such as vocabularies and popularity, stays.
+        They become part of the users' histories. What was fitted to training rows, such as
+        vocabularies and popularity, stays.
         """
         if self._whole is not None:
             return self._whole
@@ -152,13 +152,13 @@ class PreparedDataset:
         if not (known and self.manifest.splits["valid"].positives):
             return self
         later = copy(self)
-        for name in ("history", "training_history"):  # what was computed of the earlier one
+        for name in ("history", "training_history"):  # cached values of the original dataset
             later.__dict__.pop(name, None)
         later.past = ("train", "valid")
         return later
 
     def row_columns(self, split: str) -> list[str]:
-        """What the model and the sampler need of a split's rows."""
+        """The columns of a split's rows that model and sampler need."""
         present = self.files.open(f"{split}/part-00000.parquet").schema_arrow.names
         context_fields = [f.name for f in self.manifest.features if f.entity == "context"]
         labels = self.manifest.data.interactions.label_columns
@@ -181,7 +181,7 @@ class PreparedDataset:
         return Rows.of(self.columns(split, self.row_columns(split)))
 
     def vocabulary(self, table: str) -> Vocabulary:
-        """External ids of a table's rows."""
+        """A table's vocabulary."""
         return Vocabulary.from_table(self._read(f"vocabulary/{table}.parquet"))
 
     @cached_property
@@ -191,7 +191,7 @@ class PreparedDataset:
 
     @cached_property
     def entity_fields_with_cold(self) -> dict[str, Values]:
-        """`entity_fields` with cold items (`Manifest.cold`), behind those of the item table."""
+        """`entity_fields` with cold items (`Manifest.cold`) appended to the item table."""
         return self._fields(cold=True) if self.manifest.cold else self.entity_fields
 
     def _fields(self, cold: bool) -> dict[str, Values]:
@@ -210,10 +210,10 @@ class PreparedDataset:
         return fields
 
     def reused_rows(self, vocabulary_hash: str) -> dict[str, Int64Array]:
-        """Rows that belonged to other ids in an earlier dataset, by table.
+        """Rows that belonged to different ids in an earlier dataset, by table.
 
         Args:
-            vocabulary_hash: of that dataset, which this one may have grown from.
+            vocabulary_hash: of the earlier dataset.
         """
         chain = (*self.manifest.grown_from, self.manifest.vocabulary_hash)
         if vocabulary_hash not in chain:
@@ -247,7 +247,7 @@ class PreparedDataset:
         return pa.concat_arrays([self._read(n, [column])[column].combine_chunks() for n in names])
 
     def titles(self, cold: bool = False) -> pa.Array | None:
-        """``[rows]`` string: titles of the items, where the configuration names them.
+        """``[rows]`` string: titles of the items, if configured.
 
         Args:
             cold: whether those of cold items (`Manifest.cold`) follow.
@@ -257,14 +257,14 @@ class PreparedDataset:
         return self._entity_texts("item", "title", cold)
 
     def popularity(self) -> Int64Array:
-        """``[rows]`` int64: training positives of each item; cold items have none and no row."""
+        """``[rows]`` int64: training positives of each item, without cold items."""
         return np.asarray(self._read("entities/item.parquet", ["count"])["count"], np.int64)
 
     @cached_property
     def history(self) -> Jagged:
-        """Each user's training items, in time order where times are known.
+        """Each user's training items, in order of time if times are known.
 
-        Of a dataset `with_validation` the items of the validation rows follow.
+        For a dataset `with_validation`, followed by the items of validation rows.
         """
         if self.past == ("train",):
             return self._train_history
@@ -296,7 +296,7 @@ class PreparedDataset:
 
     @cached_property
     def training_history(self) -> Jagged:
-        """`history`, empty for users who are held out entirely (``split.method=users``)."""
+        """`history`, but empty for held-out users (``split.method=users``)."""
         data = self.manifest.data
         if data.split.method != "users" or data.refit:
             return self.history
@@ -308,14 +308,14 @@ class PreparedDataset:
         return Jagged(offsets_of(lengths), values)
 
     def met(self, split: str) -> list[Jagged]:
-        """What users have met in a split, whether they liked it or not.
+        """All items of users' rows in a split, liked or not.
 
         Args:
             split: train, valid or test.
 
         Returns:
-            Lists that together hold each user's items, those with a row in the item table; of
-            train the positives, and what else was seen.
+            Lists that together hold each user's items with a row in the item table; for train, the
+            positives and the others.
         """
         self._check_users_and_items()
         return [
@@ -326,14 +326,14 @@ class PreparedDataset:
         ]
 
     def seen(self, held_out: bool) -> Jagged:
-        """What the sampler avoids: all that users have met, whether they liked it or not.
+        """The items that the sampler avoids: all items of users' rows, liked or not.
 
         Args:
-            held_out: whether what they met in valid and test is avoided too.
+            held_out: whether to include valid and test.
 
         Returns:
-            Row r: distinct items, ascending, from 0 (row - 1), of user r; behind the users, of
-            those without a row (see `layout.NEGATIVE_USER`).
+            Row r: distinct ascending items of user r, counted from 0 (row - 1); rows for users
+            without a table row follow (see `layout.NEGATIVE_USER`).
         """
         splits = ("train", "valid", "test") if held_out else self.past
         names = [name for split in splits for name in SEEN[split]]
@@ -358,10 +358,7 @@ class PreparedDataset:
         return (self.folder / "entities" / "rare.parquet").exists()
 
     def positives(self, split: str) -> Jagged:
-        """Each user's positive items in a split, in time order where times are known.
-
-        Items without a row are item 0.
-        """
+        """Each user's positive items in a split, in order of time if known; unknown items are 0."""
         if split == "train":
             return self.training_history
         if split == "valid" and self.held_out is not None:
@@ -387,9 +384,9 @@ class PreparedDataset:
         change: Callable[[list[Jagged]], Jagged],
         cold: bool = False,
     ) -> Jagged:
-        """List columns of an entity table as one; large ones are unpacked once and then mapped.
+        """List columns of an entity table, joined; large ones are unpacked once and memory-mapped.
 
-        Every rank of a machine maps the same pages, where otherwise each would hold a copy.
+        The ranks of a machine share the pages.
         """
         names = self.files.entity_files(entity, cold)
         groups, n_values = [], 0
@@ -423,9 +420,9 @@ class PreparedDataset:
         return bags
 
     def _values_mapped_if_large(self, entity: str, column: str, cold: bool) -> Values:
-        """A plain column of an entity table, or one of vectors; see `_mapped_if_large`.
+        """A column of scalars or vectors of an entity table; see `_mapped_if_large`.
 
-        Vectors are mapped beyond a few MiB: each rank's copy of them would be the largest it has.
+        Vectors are mapped beyond a few MiB: copies per rank would dominate memory.
         """
         names = self.files.entity_files(entity, cold)
         groups = [(name, g, n) for name in names for g, n in enumerate(self.group_rows(name))]
@@ -466,7 +463,7 @@ class PreparedDataset:
 
 
 def _with_new(lists: Jagged, more: Jagged) -> Jagged:
-    """Lists with what others have and they have not, each once, behind."""
+    """Appends to each list the distinct values that only the other list has."""
     n_values = 1 + max(int(part.values.max(initial=0)) for part in (lists, more))
     owners, others = (np.repeat(np.arange(len(part)), part.lengths) for part in (lists, more))
     pairs = others * n_values + more.values
@@ -481,7 +478,7 @@ def _with_new(lists: Jagged, more: Jagged) -> Jagged:
 
 
 def _without(lists: Jagged, others: Jagged) -> Jagged:
-    """Lists without what others of the same owners have."""
+    """Removes from each list the values of the other list."""
     n_values = 1 + max(int(part.values.max(initial=0)) for part in (lists, others))
     owners, theirs = (np.repeat(np.arange(len(part)), part.lengths) for part in (lists, others))
     kept = ~np.isin(owners * n_values + lists.values, theirs * n_values + others.values)
@@ -489,7 +486,7 @@ def _without(lists: Jagged, others: Jagged) -> Jagged:
 
 
 def _stretch(lists: Jagged, begin: int, end: int) -> Jagged:
-    """Some consecutive ones of many lists."""
+    """Consecutive lists."""
     offsets = lists.offsets[begin : end + 1]
     return Jagged(offsets - offsets[0], lists.values[offsets[0] : offsets[-1]])
 
@@ -499,9 +496,9 @@ def _as_it_is(bags: list[Jagged]) -> Jagged:
 
 
 def drawable_items(bags: list[Jagged], n_items: int) -> Jagged:
-    """Rows of the item table in any of several lists -> items from 0, each once, ascending.
+    """Item rows in several lists -> distinct ascending items, counted from 0.
 
-    Cold items, from row ``n_items`` on, are left out: they are never drawn.
+    Cold items, from row ``n_items`` on, are left out: they are never sampled.
     """
     joint = union(bags)
     if len(joint.values) and int(joint.values.max()) >= n_items:

@@ -1,4 +1,4 @@
-"""Values of one field from outside the dataset -> what the model takes, by the field's kind."""
+"""Encodes values of one field from outside the dataset, by the field's kind."""
 
 import math
 from typing import Protocol
@@ -24,7 +24,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import plural
 
 Cell = str | float | list[str | float]
-"""A value of a field, or several."""
+"""One or several values of a field."""
 
 
 class FieldEncoder(Protocol):
@@ -34,19 +34,19 @@ class FieldEncoder(Protocol):
         """Values of n rows.
 
         Args:
-            cells: ``[n]``, as the field's column is read; None: no row has a value.
+            cells: ``[n]``, as read from the field's column; None: all empty.
             n: number of rows.
         """
 
     def encode_one(self, value: Cell | None, where: str) -> Values:
-        """The value of one row.
+        """Encodes the value of one row.
 
         Args:
-            value: as the configuration or a request gives it; None: it has none.
-            where: what gives it, as an error names it.
+            value: from the configuration or a request; None: empty.
+            where: its source, for messages.
 
         Raises:
-            ConfigError: it is of another kind, or was never seen in training.
+            ConfigError: it has the wrong type, or is unknown.
         """
 
 
@@ -62,7 +62,7 @@ class NumberEncoder:
         return transformed(numbers, self._feature, self._spec)
 
     def encode_one(self, value: Cell | None, where: str) -> Values:
-        """See `FieldEncoder`; a text that is a number counts as one."""
+        """See `FieldEncoder`; numeric text is accepted."""
         if value is None:
             return self.encode(None, 1)
         try:
@@ -87,7 +87,7 @@ class VectorEncoder:
         return scaled(vectors, self._feature, self._spec)
 
     def encode_one(self, value: Cell | None, where: str) -> Values:
-        """See `FieldEncoder`; an empty list is no vector."""
+        """See `FieldEncoder`; an empty list counts as missing."""
         if value is None or value == []:
             return self.encode(None, 1)
         numbers = value if isinstance(value, list) else []
@@ -109,26 +109,26 @@ class WordEncoder:
         vocabulary: of its table; None for a hashed field.
 
     Attributes:
-        unseen: values of `encode` so far that training never saw; none of a hashed field.
+        unseen: unknown values encoded so far; empty for a hashed field.
     """
 
     def __init__(self, feature: Feature, vocabulary: Vocabulary | None) -> None:
         self._feature, self._vocabulary = feature, vocabulary
-        # Users and items are gathered from jagged columns, even where each has one value.
+        # Users and items are gathered from jagged columns, even if each has one value.
         self._is_single = feature.entity == "context" and not feature.multi_valued
         self.unseen = Unseen(feature.name)
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether the rows of its table stand for values seen in training."""
+        """Whether its table has a vocabulary."""
         return self._vocabulary is not None
 
     def report(self) -> str | None:
-        """What to say of the values encoded so far that training never saw."""
+        """A report of unknown values encoded so far."""
         return None if self._vocabulary is None else self.unseen.report(self._vocabulary.ids)
 
     def encode(self, cells: pa.Array | pa.ChunkedArray | None, n: int) -> Values:
-        """See `FieldEncoder`; values that training never saw get row 0, and are counted."""
+        """See `FieldEncoder`; unknown values get row 0 and are counted."""
         if cells is None:
             return self._packed(np.zeros(0, np.int64), np.zeros(0, np.int32), n)
         if isinstance(cells, pa.ChunkedArray):
@@ -139,17 +139,17 @@ class WordEncoder:
         return self._packed(owners, rows, n)
 
     def encode_one(self, value: Cell | None, where: str) -> Values:
-        """See `FieldEncoder`; a text may hold several values, as a cell of a file may."""
+        """See `FieldEncoder`; text may hold several values, like a cell of a file."""
         if value is None:
             return self.encode(None, 1)
         feature, words = self._feature, value if isinstance(value, list) else [value]
         if len(words) > 1 and not feature.multi_valued:
             raise ConfigError(f"{where}: the field has one value")
-        if isinstance(value, list):  # whose elements are whole values, which no separator splits
+        if isinstance(value, list):  # elements are complete values and not split
             feature = feature.model_copy(update={"separator": None, "several": None})
         _, texts = split_cells(pa.array([str(word) for word in words], pa.string()), feature)
         rows = self._rows(texts)
-        nothing = self._is_single and not len(rows)  # as of a word for "missing"
+        nothing = self._is_single and not len(rows)  # such as a word for "missing"
         if self._vocabulary is not None and (nothing or (rows == 0).any()):
             unknown = str(value) if nothing else texts[int(np.argmin(rows))].as_py()
             which = "" if unknown == str(value) else f"{unknown!r} was "
@@ -158,7 +158,7 @@ class WordEncoder:
         return self._packed(np.zeros(len(rows), np.int64), rows, 1)
 
     def _rows(self, texts: pa.Array) -> Int32Array:
-        """``[m]`` rows of the table; 0 for values that training never saw."""
+        """``[m]`` rows of the table; 0 for unknown values."""
         if self._vocabulary is None:
             return hashed_rows(texts, self._feature)
         return self._vocabulary.lookup(texts)

@@ -1,4 +1,4 @@
-"""A field's cells -> values: columns to read, several values in one cell, numbers, statistics."""
+"""Turns a field's cells into values: columns to read, multi-valued cells, numbers, statistics."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,12 +30,12 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.float_order import sortable
 
 STRENGTHS = ("strength", "rating", "label", "weight")
-"""Purposes of columns that say how much a row counts, the most significant first."""
+"""Purposes of columns that rank the strength of a row, most significant first."""
 _BINS = 1 << 16
 
 
 def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
-    """What is read of the interactions, by purpose: ``user``, ``time``, ..., ``field NAME``.
+    """Columns to read from the interactions, by purpose: ``user``, ``time``, ..., ``field NAME``.
 
     A column of the file may serve several purposes.
     """
@@ -85,9 +85,9 @@ def row_columns(data: DataConfig, with_split: bool) -> list[Column]:
 def labels_of(
     rows: pa.RecordBatch | pa.Table, names: Sequence[str]
 ) -> dict[str, npt.NDArray[np.int8]]:
-    """Several labels of rows, ``[n]`` int8 each: 0, 1, or `NO_LABEL` where the cell is empty.
+    """Several labels of rows, ``[n]`` int8 each: 0, 1, or `NO_LABEL` for an empty cell.
 
-    ``label`` among them says whether any is 1: whether the user did anything with the item.
+    An additional ``label`` is 1 if any label is 1, that is, if the user did anything with the item.
 
     Args:
         rows: as `row_columns` reads them.
@@ -102,7 +102,7 @@ def labels_of(
 
 
 def _none_of(words: tuple[str, ...], cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` string -> ``[n]`` bool: cells with another text than these."""
+    """``[n]`` string -> ``[n]`` bool: cells with other text."""
     known = pc.or_(pc.is_in(cells, value_set=pa.array(words)), pc.is_null(cells))
     return ~np.asarray(known, bool)
 
@@ -112,7 +112,7 @@ def impressions_column(name: str, labelled: bool) -> Column:
 
     Args:
         name: of the column.
-        labelled: whether an item without its label makes the row a bad one.
+        labelled: whether an item without a label makes the row invalid.
     """
     checks = (Check(_is_unlabelled, "a list of items with labels, such as N1-1 N2-0"),)
     return Column(
@@ -121,7 +121,7 @@ def impressions_column(name: str, labelled: bool) -> Column:
 
 
 def _is_unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` list of string -> ``[n]`` bool: cells of which some item has no label, or of none."""
+    """``[n]`` list of string -> ``[n]`` bool: cells without items or with an unlabelled item."""
     owners, items = _shown(cells)
     wrong = np.asarray(pc.equal(cells.is_valid(), True)).copy()
     wrong[owners] = False
@@ -132,7 +132,7 @@ def _is_unlabelled(cells: pa.Array) -> npt.NDArray[np.bool_]:
 
 
 def _shown(cells: pa.Array) -> tuple[Int64Array, pa.Array]:
-    """The items of each cell, empty ones between two spaces left out: (row, item and label)."""
+    """The non-empty items of each cell: (row, item with label)."""
     owners = np.asarray(pc.list_parent_indices(cells), np.int64)
     items = pc.utf8_trim_whitespace(cells.flatten())
     there = np.asarray(pc.not_equal(items, "").fill_null(False)).astype(bool)
@@ -140,9 +140,9 @@ def _shown(cells: pa.Array) -> tuple[Int64Array, pa.Array]:
 
 
 def exploded(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row for each item of ``impressions``: its columns are ``item``, ``label`` and all others.
+    """One row per item of ``impressions``: the columns ``item``, ``label`` and all others.
 
-    Where an item of the batch has no label, those of all are missing, and items are as they stand.
+    If an item of the batch has no label, labels are omitted and items are not parsed.
     """
     owners, items = _shown(batch["impressions"])
     labels = pa.nulls(len(items), pa.int8())
@@ -154,7 +154,7 @@ def exploded(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def in_rows(data: DataConfig) -> list[Feature]:
-    """Fields whose values stand in the interactions, ids aside."""
+    """Fields with values in the interactions, other than ids."""
     return [f for f in data.features if f.file is None and not f.names_entity and f.history is None]
 
 
@@ -202,18 +202,18 @@ def column_of(feature: Feature) -> Column:
 
 
 def split_cells(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
-    """Cells -> (row of each value, value): empty and missing cells gone, several values split.
+    """Splits cells into (row, value) pairs; drops empty and missing cells.
 
     Args:
         cells: ``[n]`` string, or list of string.
-        feature: its separator, its words for "missing" and what is put for them, and what it
-            derives; where it keeps the first value only, a row has at most one.
+        feature: defines separator, words for "missing", fill and derived value; if it keeps the
+            first value only, a row has at most one.
 
     Returns:
         rows ``[m]`` int64 ascending, and values ``[m]`` string.
 
     Raises:
-        DataError: nothing can be derived from a cell; those of files were refused when read.
+        DataError: no value can be derived from a cell. Reading files already refuses such cells.
     """
     owners, cells = _split(cells, feature)
     return owners, cells if feature.derive is None else _derive(cells, feature)
@@ -241,7 +241,7 @@ def _split(cells: pa.Array, feature: Feature) -> tuple[Int64Array, pa.Array]:
 
 
 def _derive(cells: pa.Array, feature: Feature) -> pa.Array:
-    """``[m]`` string -> ``[m]`` string by ``feature.derive``; every distinct cell once."""
+    """``[m]`` string -> ``[m]`` string by ``feature.derive``; computed once per distinct cell."""
     distinct = cells.dictionary_encode()
     values = _derivable(distinct.dictionary, feature)
     if values.null_count:
@@ -252,7 +252,7 @@ def _derive(cells: pa.Array, feature: Feature) -> pa.Array:
 
 
 def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` cells -> ``[n]`` bool: those with a value from which nothing can be derived."""
+    """``[n]`` cells -> ``[n]`` bool: non-empty cells from which nothing can be derived."""
     if feature.in_lists:
         owners, texts = _split(cells, feature)
         bad = np.zeros(len(cells), bool)
@@ -260,18 +260,18 @@ def _underivable(feature: Feature, cells: pa.Array) -> npt.NDArray[np.bool_]:
         return bad
     distinct = cells.dictionary_encode()
     owners, texts = _split(distinct.dictionary, feature.model_copy(update={"fill": None}))
-    wrong = np.zeros(len(distinct.dictionary) + 1, bool)  # the last one stands for null
+    wrong = np.zeros(len(distinct.dictionary) + 1, bool)  # the last one represents null
     wrong[owners[np.asarray(pc.is_null(_derivable(texts, feature)))]] = True
     return wrong[np.asarray(distinct.indices.fill_null(-1))]
 
 
 def _formats(feature: Feature) -> tuple[str, ...]:
-    """How the times are written that a field derives something from."""
+    """Formats of the times that a field derives values from."""
     return feature.time_formats or (ISO,)
 
 
 def times_of(cells: pa.Array, feature: Feature) -> pa.StructArray:
-    """The times that a field derives something from.
+    """The times that a field derives values from.
 
     Args:
         cells: ``[n]`` string, or list of string.
@@ -286,7 +286,7 @@ def times_of(cells: pa.Array, feature: Feature) -> pa.StructArray:
 
 
 def _source(feature: Feature) -> str:
-    """What a field's cells are to be so that something can be derived from them."""
+    """The type of cells that the field derives values from."""
     kind = "a number"
     if feature.derives_time:
         kind = " or ".join(["a time", *feature.time_formats]).replace(" or ", " like ", 1)
@@ -329,15 +329,16 @@ def _number(text: pa.Scalar) -> float | None:
 
 
 def coded(cells: pa.Array, feature: Feature, codes: Codes | None) -> Values:
-    """A categorical field's cells as codes, one or several a row.
+    """A categorical field's cells as codes, one or several per row.
 
     Args:
         cells: ``[n]`` string.
         feature: the field.
-        codes: of the field's table, added to; None for a hashed field, which has table rows.
+        codes: codes of the field's table, extended in place; None for a hashed field, which returns
+            table rows.
 
     Returns:
-        ``[n]`` int32, -1 where there is no value; jagged for a field of several values.
+        ``[n]`` int32, -1 for no value; jagged for a multi-valued field.
     """
     owners, texts = split_cells(cells, feature)
     numbers = hashed_rows(texts, feature) if codes is None else codes.encode(texts)
@@ -363,14 +364,14 @@ def numbers_of(cells: pa.Array | pa.ChunkedArray, feature: Feature) -> npt.NDArr
         numbers = numbers.combine_chunks()
     numbers = numbers.to_numpy(zero_copy_only=False)
     for word in feature.missing:
-        with suppress(ValueError):  # words that are no numbers were missing from the start
+        with suppress(ValueError):  # non-numeric words were already treated as missing
             numbers = np.where(numbers == float(word), np.nan, numbers)
     result: npt.NDArray[np.float64] = numbers
     return result
 
 
 def _other_vectors(dim: int | None, cells: pa.Array) -> npt.NDArray[np.bool_]:
-    """``[n]`` list of float32 -> ``[n]`` bool: cells that are not ``dim`` finite numbers."""
+    """``[n]`` list of float32 -> ``[n]`` bool: cells other than ``dim`` finite numbers."""
     lengths = np.asarray(pc.list_value_length(cells).fill_null(0), np.int64)
     wrong = (lengths != dim) & (lengths > 0)
     finite = np.asarray(pc.is_finite(cells.flatten()).fill_null(False)).astype(bool)
@@ -391,7 +392,7 @@ def vectors_in(cells: pa.Array | pa.ChunkedArray, dim: int) -> FloatArray:
 
 
 def scaled(vectors: FloatArray, feature: Feature, spec: NumericSpec) -> HalfArray:
-    """Vectors as the model takes them: divided by ``spec.std``, missing ones as zeros.
+    """The model's input vectors: divided by ``spec.std``, zeros for missing ones.
 
     Args:
         vectors: ``[n, dim]`` float32; NaN in rows without a vector.
@@ -402,7 +403,8 @@ def scaled(vectors: FloatArray, feature: Feature, spec: NumericSpec) -> HalfArra
         ``[n, dim]`` float16.
 
     Raises:
-        DataError: a vector is too long for float16, more than 65,504 times those of training.
+        DataError: a vector overflows float16: it is more than 65,504 times as long as those of
+            training.
     """
     out = np.empty(vectors.shape, np.float16)
     for begin in range(0, len(vectors), VECTORS_AT_ONCE):
@@ -426,14 +428,14 @@ def transformed(
     1 + the number of boundaries at or below x, and 0 for NaN.
 
     Args:
-        numbers: ``[n]`` float64: of times in seconds, float32 keeps nothing below two minutes.
+        numbers: ``[n]`` float64: float32 would resolve times in seconds to two minutes only.
         feature: the field.
         spec: its statistics.
 
     Returns:
         ``[n]`` float32; for buckets int32.
     """
-    if feature.transform == "bucket":  # in float32, as they were counted
+    if feature.transform == "bucket":  # in float32, as in the histogram
         bounds, numbers32 = np.array(spec.boundaries, np.float32), numbers.astype(np.float32)
         rows = 1 + np.searchsorted(bounds, numbers32, side="right")
         return np.where(np.isnan(numbers), 0, rows).astype(np.int32)
@@ -464,7 +466,7 @@ class NumericFit:
     histogram: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, numbers: npt.NDArray[np.float64]) -> None:
-        """Takes in raw numbers; NaN does not count."""
+        """Adds raw numbers; ignores NaN."""
         values = _log(numbers) if self.feature.transform == "log" else numbers
         values = values[~np.isnan(values)]
         if self.feature.transform == "bucket":
@@ -488,7 +490,7 @@ class NumericFit:
         return NumericSpec(mean=self.moments.mean, std=std or 1.0)
 
     def _boundaries(self) -> tuple[float, ...]:
-        """Quantiles, at the lower edge of a bin: exact to 1 part in 128."""
+        """Quantiles, at the lower edges of bins: accurate to 1 part in 128."""
         if not self.histogram.sum():
             return ()
         below = np.cumsum(self.histogram)
@@ -501,12 +503,12 @@ class NumericFit:
 
 def upper_bits(values: npt.NDArray[np.floating]) -> Int64Array:
     """The upper half of each number's float32 bits: ``[n]`` in [0, 2^16), in their order."""
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
+    bits = (values.astype(np.float32) + np.float32(0)).view(np.int32)  # makes -0 and 0 equal
     return (sortable(bits) >> 16).astype(np.int64) + _BINS // 2
 
 
 def lookup_rows(values: Values, row_of_code: Int32Array) -> Values:
-    """Codes -> table rows; -1, no value, finds the last element, which is 0."""
+    """Codes -> table rows; -1 (no value) indexes the last element, which is 0."""
     if isinstance(values, Jagged):
         return Jagged(values.offsets, row_of_code[values.values])
     return row_of_code[values]

@@ -1,4 +1,4 @@
-"""Rows of different lengths in two flat arrays."""
+"""Rows of variable length in two flat arrays."""
 
 import json
 import logging
@@ -27,12 +27,13 @@ FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 
 VECTORS_AT_ONCE = 1 << 14
-"""Rows of vectors that are computed with at a time, to bound temporary memory."""
+"""Rows of vectors processed at a time, to bound temporary memory."""
 _SUMS = "sums.json"
 """Checksums by file of a mapped folder."""
 _AT_ONCE = 4
-"""Values of a row that are copied without checking its length: the next row writes over
-what it has not, which costs less than a branch that the processor cannot foresee."""
+"""Number of values copied per row regardless of its length: the next row overwrites the excess,
+which is cheaper than an unpredictable branch.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Jagged:
 
     @classmethod
     def from_pairs(cls, rows: npt.ArrayLike, values: npt.ArrayLike, n_rows: int) -> Self:
-        """Groups (row, value) pairs by row, pairs of one row in their given order."""
+        """Groups (row, value) pairs by row, keeping their order within a row."""
         offsets, order = grouped(np.asarray(rows, dtype=np.int64), n_rows)
         return cls(offsets, np.asarray(values, dtype=np.int32)[order])
 
@@ -80,10 +81,10 @@ class Jagged:
         return np.diff(self.offsets)
 
     def take(self, rows: npt.NDArray[np.integer]) -> tuple[Int32Array, Int32Array]:
-        """Some rows, one after the other.
+        """Gathers rows, concatenated.
 
         Args:
-            rows: ``[m]`` row numbers; a negative one stands for an empty row.
+            rows: ``[m]`` row numbers; negative ones are empty rows.
 
         Returns:
             lengths ``[m]`` int32 and values ``[sum(lengths)]`` int32.
@@ -100,7 +101,7 @@ class Jagged:
         return [self.values[a:b].tolist() for a, b in pairwise(self.offsets.tolist())]
 
     def each_once(self) -> Self:
-        """The same with each value of a row once, at its first place."""
+        """The same with duplicates within a row removed, keeping the first."""
         n = 1 + int(self.values.max(initial=0))
         owners = np.repeat(np.arange(len(self)), self.lengths)
         _, kept = np.unique(owners * n + self.values, return_index=True)
@@ -114,14 +115,14 @@ class Jagged:
 
     @classmethod
     def concatenated(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts, one after the other."""
+        """Concatenates the rows of all parts."""
         lengths = np.concatenate([p.lengths for p in parts])
         values = [p.values[p.offsets[0] : p.offsets[-1]] for p in parts]
         return cls(offsets_of(lengths), np.concatenate(values))
 
 
 def union(parts: Sequence[Jagged]) -> Jagged:
-    """The values that each row has in any of several parts: each once, ascending."""
+    """Each row's distinct ascending values over all parts."""
     if len(parts) == 1:
         joint = parts[0].sorted()
     else:
@@ -138,9 +139,9 @@ def union(parts: Sequence[Jagged]) -> Jagged:
 
 
 Values = Int32Array | FloatArray | HalfArray | npt.NDArray[np.float64] | Jagged
-"""A field of many rows: one table row each, one number each (float64 until it is transformed),
-several table rows each, or one vector each, ``[rows, dim]`` (float32 until it is scaled, then
-float16)."""
+"""A field's values: per row, one table row, one number (float64 until transformed), several table
+rows, or one vector ``[rows, dim]`` (float32 until scaled, then float16).
+"""
 
 
 def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:
@@ -152,7 +153,7 @@ def taken(values: Values, rows: npt.NDArray[np.integer]) -> Values:
 
 
 def joined(parts: Sequence[Values]) -> Values:
-    """A field's rows from several places, one after the other."""
+    """Concatenates a field's rows."""
     if len(parts) == 1:
         return parts[0]
     lists = [p for p in parts if isinstance(p, Jagged)]
@@ -173,7 +174,7 @@ def to_arrow(values: Values) -> pa.Array:
 
 
 def from_arrow(column: pa.ChunkedArray | pa.Array) -> Values:
-    """What `to_arrow` made."""
+    """Inverse of `to_arrow`."""
     if pa.types.is_list(column.type):
         return Jagged.from_arrow(column)
     if pa.types.is_fixed_size_binary(column.type):
@@ -196,7 +197,7 @@ def _vectors_of_bytes(column: pa.ChunkedArray | pa.Array) -> HalfArray:
 
 
 def offsets_of(lengths: npt.ArrayLike) -> Int64Array:
-    """``[n]`` lengths -> ``[n + 1]`` int64: where each begins, and the end of all."""
+    """``[n]`` lengths -> ``[n + 1]`` int64 offsets."""
     lengths = np.asarray(lengths, np.int64)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -219,7 +220,7 @@ def grouped(groups: npt.NDArray[np.integer], n_groups: int) -> tuple[Int64Array,
 
 
 def counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
-    """``[n]`` int64: how often each of the codes 0 to n - 1 comes; negative ones do not count."""
+    """``[n]`` int64: occurrences of each code 0 to n - 1; negative codes are ignored."""
     counts = np.zeros(n, np.int64)
     count_into(counts, codes)
     return counts
@@ -227,7 +228,7 @@ def counted(codes: npt.NDArray[np.integer], n: int) -> Int64Array:
 
 @compiled
 def count_into(counts: Int64Array, codes: npt.NDArray[np.integer]) -> None:
-    """Adds to ``[n]`` counts how often each of the codes comes; negative ones do not count."""
+    """Adds the occurrences of each code to ``[n]`` counts; negative codes are ignored."""
     for code in codes:
         if code >= 0:
             counts[code] += 1
@@ -281,11 +282,11 @@ def _gather(
 
 
 def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
-    """Rows in files mapped into memory, which all processes of a machine share.
+    """Rows in memory-mapped files, shared by all processes of a machine.
 
     Args:
-        folder: of the files; made from ``pieces`` where it is missing, whole or not at all.
-        pieces: the rows, stretch by stretch.
+        folder: of the files; created atomically from ``pieces`` if it is missing.
+        pieces: the rows, in consecutive pieces.
     """
 
     def write(aside: Path) -> None:
@@ -310,8 +311,8 @@ def mapped_values(
 
     Args:
         folder: of the file; see `mapped`.
-        n: rows in all.
-        pieces: the values, stretch by stretch, all of one type.
+        n: total number of rows.
+        pieces: the values, in consecutive pieces of one type.
 
     Returns:
         ``[n]`` values of that type, or ``[n, dim]``, read-only.
@@ -332,9 +333,9 @@ def mapped_values(
 
 
 def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder, whole or not at all, though several processes may be at it.
+    """Creates a folder atomically, even if several processes try at once.
 
-    Its files carry checksums, which each process compares once; a damaged folder is made again.
+    Its files have checksums, which each process verifies once; a damaged folder is created again.
     """
     if folder.is_dir():
         if _is_undamaged(folder):
@@ -360,7 +361,7 @@ def _is_undamaged(folder: Path) -> bool:
     try:
         sums = json.loads((folder / _SUMS).read_text())
         return {name: _sum_of(folder / name) for name in sums} == sums
-    except (OSError, ValueError, AttributeError):  # also a version that kept no checksums
+    except (OSError, ValueError, AttributeError):  # also a folder of a version without checksums
         return False
 
 

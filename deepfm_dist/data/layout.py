@@ -1,12 +1,12 @@
-"""What the files of a prepared dataset hold; above all, that every id is a row of its table.
+"""Validates the files of a prepared dataset; above all, that every id is a row of its table.
 
-No kernel is relied on to notice another id: FBGEMM's dense ones read what lies behind the table.
-The sizes of tables are compared when a dataset is opened, and values when they are read: once for
-arrays kept in memory, and once per row group for streamed rows.
+Kernels do not check ids: FBGEMM's dense ones read past the end of the table. Sizes of tables are
+checked when a dataset is opened, values when they are read: once for arrays kept in memory, and
+once per row group for streamed rows.
 
-Every file is the one that was prepared: its footer is compared with the manifest's checksum when it
-is opened, and its pages carry checksums of their own, which Arrow compares when it reads them. It
-stays open, so that a dataset prepared again under the same name takes nobody's rows away.
+Files are verified, too: a file's footer is compared with the manifest's checksum when it is opened,
+and Arrow verifies the checksums of its pages on reading. Files stay open, so that readers are not
+affected when a dataset of the same name is prepared again.
 """
 
 import zlib
@@ -25,27 +25,30 @@ from deepfm_dist.data.schema import NO_LABEL, Feature
 from deepfm_dist.errors import DataError
 
 COLD = "cold_"
-"""What the name of an entity's file begins with that describes the cold ones; see
-`Manifest.cold`."""
+"""Prefix of the file that describes an entity's cold ones; see `Manifest.cold`."""
 HISTORY = "history"
 SEEN = {"train": (HISTORY, "seen_train"), "valid": ("seen_valid",), "test": ("seen_test",)}
-"""By split, the columns of the user table that together hold the items of a user's rows there.
-``history`` has the training positives, and the others what else was seen."""
+"""By split, the columns of the user table that together hold a user's items. ``history`` has the
+training positives, the others the remaining items.
+"""
 LISTS = tuple(name for names in SEEN.values() for name in names)
 LAST_DAY, GENERATION = "row.last_day", "row.generation"
-"""int32 columns of users and items, where ids are forgotten: the last day of the latest log with an
-id, since 1970; and how many datasets had grown before it got its row. No field has such a name."""
+"""int32 columns of users and items for datasets that forget ids: the last day (since 1970) of the
+latest log with an id, and the number of datasets in the chain before it got its row. Fields cannot
+have these names.
+"""
 NEGATIVE_USER = "drawer"
-"""Column of the training rows: whose items a row's sampled negatives avoid, where users without a
-row of their own share row 0."""
+"""Column of the training rows: the user whose items the row's negatives avoid, if users without a
+table row share row 0.
+"""
 _Columns = Mapping[str, tuple[pa.DataType, float, float]]
-"""Of each: its type, its least value, and the least value that is too large."""
+"""Of each column: type, minimum, and exclusive maximum."""
 _INT32S = pa.list_(pa.int32())
 _NUMBER = (pa.float32(), -np.inf, np.inf)
 _COUNT = (pa.int64(), 0, np.inf)
 _TEXT = (pa.string(), 0, 0)
 _HELD_FILES = 128
-"""That a process keeps open; some systems allow it 256."""
+"""Maximum number of open files per process; some systems allow 256."""
 
 
 class DatasetFiles:
@@ -61,8 +64,7 @@ class DatasetFiles:
         """A file of the dataset; several readers of one file may be in use at a time.
 
         Raises:
-            DataError: it is missing or damaged, not the one that was prepared, or the dataset has
-                been replaced.
+            DataError: it is missing, damaged or replaced.
         """
         try:
             with self._one_at_a_time:
@@ -79,10 +81,10 @@ class DatasetFiles:
             raise self.damaged(name, error) from None
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Some columns of a file, or all, once their values are checked.
+        """Reads columns of a file and checks their values.
 
         Raises:
-            DataError: as `open` and `check`.
+            DataError: see `open` and `check`.
         """
         try:
             table = self.open(name).read(columns)
@@ -91,10 +93,10 @@ class DatasetFiles:
         return self.check(name, table)
 
     def check_current(self) -> None:
-        """Makes sure that what was opened by its path belongs to this dataset.
+        """Checks that files opened by path belong to this dataset.
 
         Raises:
-            DataError: another one has taken its place.
+            DataError: it was replaced.
         """
         if _identity(self._folder) != self._opened:
             raise DataError(
@@ -109,7 +111,7 @@ class DatasetFiles:
             raise pa.ArrowInvalid("not the file that was prepared: its checksum differs")
 
     def damaged(self, name: str, error: Exception) -> DataError:
-        """What to raise about a file that cannot be read."""
+        """The error for an unreadable file."""
         self.check_current()
         return DataError(
             f"{self._folder / name}: missing or damaged ({' '.join(str(error).split())[:80]}); "
@@ -138,27 +140,27 @@ class DatasetFiles:
             self.agree(name, "rows", self._height(name), rows)
 
     def entity_files(self, entity: str, cold: bool = True) -> list[str]:
-        """The files whose rows, one after the other, describe users or items.
+        """The files with the rows of users or items.
 
         Args:
             entity: user or item.
-            cold: whether cold ones are wanted, too.
+            cold: whether to include cold ones.
         """
         names = [entity, *([f"{COLD}{entity}"] if cold and entity in self._manifest.cold else [])]
         return [f"entities/{name}.parquet" for name in names]
 
     def check(self, name: str, table: pa.Table) -> pa.Table:
-        """Looks at the types and values of what was read.
+        """Checks types and values.
 
         Args:
             name: of the file.
-            table: all of its rows or some, all of its columns or some.
+            table: any of its rows and columns.
 
         Returns:
             ``table``.
 
         Raises:
-            DataError: a value is out of its bounds: no row of the table that it is looked up in.
+            DataError: a value is out of bounds, such as an id beyond its table.
         """
         for column, (kind, low, high) in self._columns(name).items():
             if column not in table.column_names:
@@ -194,7 +196,7 @@ class DatasetFiles:
         """Reads every file once, a row group at a time.
 
         Raises:
-            DataError: names the first file that is not as ``docs/data.md`` says.
+            DataError: names the first file that violates ``docs/data.md``.
         """
         self.check_sizes()
         for table in self._manifest.vocabularies:
@@ -228,7 +230,7 @@ class DatasetFiles:
         return tables[table].rows if table in tables else 0
 
     def _rows_for(self, feature: Feature) -> int:
-        """The rows that a field's table has to have."""
+        """The required number of rows of a field's table."""
         manifest = self._manifest
         if feature.transform == "bucket":
             return 2 + len(manifest.numeric[feature.name].boundaries)
@@ -241,7 +243,7 @@ class DatasetFiles:
         return self._rows_of(feature.table_name)
 
     def _columns(self, name: str) -> _Columns:
-        """What a file has to hold; it may hold more."""
+        """The required columns of a file; it may have more."""
         manifest, (kind, file) = self._manifest, name.split("/")
         history_spec = (_INT32S, 1, manifest.entities.get("item", 0))
         seen_spec = (_INT32S, 1, manifest.n_rows("item") if "item" in manifest.entities else 0)
@@ -282,7 +284,7 @@ class DatasetFiles:
 
     @property
     def _labels(self) -> tuple[str, ...]:
-        """Columns of several labels; ``label`` then says whether any is 1."""
+        """Columns of several labels; ``label`` is 1 if any of them is."""
         spec = self._manifest.data.interactions
         return spec.label_columns if spec.labels else ()
 
@@ -334,7 +336,7 @@ class DatasetFiles:
             self.agree(split, f"{column} positives", int(known[column][1]), label_spec.positives)
 
     def _groups(self, name: str) -> Iterator[tuple[int, dict[str, Values]]]:
-        """Rows and columns of each row group, texts left out, once they are checked."""
+        """Checks each row group, without texts; yields its rows and columns."""
         columns = self._columns(name)
         try:
             with self.open(name) as file:
@@ -354,7 +356,7 @@ class DatasetFiles:
         return int(self.open(name).metadata.num_rows)
 
     def wrong(self, name: str, what: str) -> DataError:
-        """What to raise about a file."""
+        """The error for an invalid file."""
         return DataError(
             f"{self._folder / name}: {what}; delete {self._folder} and prepare it again, laid out "
             f"as docs/data.md says"
@@ -371,16 +373,16 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def signed_table(table: pa.Table, path: Path, total: int = 0) -> pa.Table:
-    """A table with its file's name and a checksum of its values in its metadata.
+    """A table with its file's name and a checksum of its values in the metadata.
 
-    They get into the footer, which without them may be that of another file of as many values.
+    They end up in the footer, which could otherwise equal that of another file of the same size.
     """
     name = f"{path.parent.name}/{path.name}"
     return table.replace_schema_metadata({"file": name, "crc32": str(total)})
 
 
 def footer_sum(source: pa.NativeFile) -> int:
-    """CRC-32 of a Parquet file's size and its footer, which tells where pages lie and what of."""
+    """CRC-32 of a Parquet file's size and footer, which describes its pages."""
     size = source.size()
     length = int.from_bytes(source.read_at(4, size - 8), "little")
     footer = source.read_at(length + 8, size - length - 8)

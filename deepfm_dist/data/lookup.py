@@ -1,4 +1,4 @@
-"""Rows from outside the dataset -> rows in its indices."""
+"""Encodes rows from outside the dataset with its vocabularies and statistics."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ _NEARLY_ALL = 0.95
 
 
 def _count_empty(cells: pa.ChunkedArray) -> int:
-    """Cells without a value: null, empty text, or an empty list."""
+    """Counts cells without a value: null, empty text, or an empty list."""
     is_list, is_text = pa.types.is_list(cells.type), pa.types.is_string(cells.type)
     sizes = pc.list_value_length(cells) if is_list else pc.utf8_length(cells) if is_text else None
     n_zero = 0 if sizes is None else pc.sum(pc.equal(sizes, 0)).as_py() or 0
@@ -35,11 +35,10 @@ class RowEncoder:
     training.
 
     Args:
-        dataset: whose vocabularies and statistics are used.
+        dataset: provides vocabularies and statistics.
 
-    Attributes:
-        unknown: by field, the values encoded so far that training never saw.
-        targets: of the model, where there are several; see `Manifest.targets`.
+            Attributes: unknown: by field, the unknown values encoded so far. targets: of the model,
+            if there are several; see `Manifest.targets`.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -59,7 +58,7 @@ class RowEncoder:
 
     @property
     def columns(self) -> list[Column]:
-        """What a file of rows must hold."""
+        """The required columns of a file of rows."""
         impressions = self._manifest.data.interactions.impressions
         if impressions is None:
             return self.pair_columns
@@ -70,17 +69,17 @@ class RowEncoder:
 
     @property
     def pair_columns(self) -> list[Column]:
-        """What a row for one item must hold: ids by their roles, and the context fields."""
+        """The required columns of a row for one item: ids by role, and context fields."""
         ids = [Column(column, purpose=name) for name, (column, _) in self._entities.items()]
         return [*ids, *map(column_of, self._context)]
 
     def in_rows(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """A file's batches with a row for each that is scored: of impressions each item."""
+        """A file's batches with one row per scored item: impressions are expanded."""
         for batch in batches:
             yield exploded(batch) if "impressions" in batch.schema.names else batch
 
     def as_in_the_file(self, table: pa.Table) -> pa.Table:
-        """The columns that were read, each once, by their names in the file."""
+        """The distinct columns that were read, by their names in the file."""
         columns = [(c.name, c.key) for c in self.columns if c.key != "impressions"]
         if len(columns) < len(self.columns):
             columns.append((self._entities["item"][0], "item"))
@@ -112,7 +111,7 @@ class RowEncoder:
         return self._encoders[feature.name].encode(table[column_of(feature).key], table.num_rows)
 
     def unseen(self) -> list[str]:
-        """What to say of the values encoded so far that training never saw, field by field."""
+        """Reports of unknown values encoded so far, by field."""
         reports = [self.unknown[name].report(ids) for name, (_, ids) in self._entities.items()]
         reports += [words.report() for words in self._words.values()]
         reports += map(self._report_empty, self._context)
@@ -125,7 +124,7 @@ class RowEncoder:
         return [text for text in reports if text is not None]
 
     def _report_empty(self, feature: Feature) -> str | None:
-        """What to say of a field that nearly all rows leave empty, unlike those of training."""
+        """A warning if nearly all rows leave a field empty, unlike in training."""
         n_empty, trained = self._n_empty[feature.name], self._manifest.profile.missing
         share = trained.get(feature.name, 0.0)
         if not n_empty or n_empty < _NEARLY_ALL * self._n_rows or share > 0.5:
@@ -137,7 +136,7 @@ class RowEncoder:
         )
 
     def context_columns(self, present: Sequence[str]) -> list[Column]:
-        """Those of the context fields' columns that a file has."""
+        """The context fields' columns that a file has."""
         return [c for c in map(column_of, self._context) if c.name in present]
 
     def context_of_requests(
@@ -147,7 +146,7 @@ class RowEncoder:
 
         Args:
             table: may have `context_columns`.
-            fixed: values of the fields without a column, for all rows.
+            fixed: values for fields without a column.
 
         Raises:
             ConfigError: see `fixed_context`.
@@ -170,11 +169,10 @@ class RowEncoder:
 
         Args:
             values: by name of the field.
-            given: fields that a file of requests has a column of; None: there is no such file.
+            given: fields that a file of requests has columns for; None without such a file.
 
         Raises:
-            ConfigError: a context field has no value, an unknown field has one, or a value was
-                never seen in training.
+            ConfigError: a context field has no value, or a field or value is unknown.
         """
         known = [feature.name for feature in self._context]
         for name in values:
@@ -207,10 +205,9 @@ class UserAttributes:
     """Looks up the attributes of users from outside the dataset.
 
     Args:
-        dataset: whose vocabularies and statistics are used.
+        dataset: provides vocabularies and statistics.
 
-    Attributes:
-        names: of the fields, in the model's order.
+            Attributes: names: of the fields, in the model's order.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -221,14 +218,13 @@ class UserAttributes:
         self.names = list(self._fields)
 
     def encode(self, values: Mapping[str, Cell]) -> dict[str, Values]:
-        """One user's fields; those without a value are empty, and so is a hashed id.
+        """Encodes one user's fields; those without a value are empty, and so is a hashed id.
 
         Args:
             values: by name of the field.
 
         Raises:
-            ConfigError: a name is no field, or a value is of another kind or was never seen in
-                training.
+            ConfigError: a field or value is unknown, or a value has the wrong type.
         """
         for name in values:
             if name not in self._fields:
@@ -246,11 +242,11 @@ class UserAttributes:
         return [column_of(feature) for feature in self._fields.values()]
 
     def columns(self, present: Sequence[str]) -> list[Column]:
-        """Those of `all_columns` that a file has."""
+        """The columns of `all_columns` that a file has."""
         return [column for column in self.all_columns if column.name in present]
 
     def encode_columns(self, columns: Mapping[str, pa.Array], n: int) -> dict[str, Values]:
-        """Fields of n users; values that training has never seen are unknown ones, and counted.
+        """Encodes the fields of n users; unknown values are counted.
 
         Args:
             columns: ``[n]`` cells by the key of `columns`; fields without one are empty.
@@ -262,7 +258,7 @@ class UserAttributes:
         return fields
 
     def unseen(self) -> list[str]:
-        """What to say of the values of `encode_columns` that training never saw."""
+        """Reports of unknown values in `encode_columns`."""
         reports = [words.report() for words in _with_vocabulary(self._encoders).values()]
         return [text for text in reports if text is not None]
 

@@ -1,4 +1,4 @@
-"""The manifest: what a prepared dataset holds, where it came from, whether it is still current."""
+"""The manifest of a prepared dataset: contents, origin, fingerprint."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from deepfm_dist.section import Section
 from deepfm_dist.storage import is_remote, storage_errors_to_user
 
 TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
-"""Where rows go. FOLD_IN: into the history of a user who is held out entirely, and nowhere else."""
+"""Codes of splits. FOLD_IN: rows that only enter the history of a held-out user."""
 SPLITS = ("train", "valid", "test")
 FORMAT = 4
 """Version of the layout; a dataset of another version is prepared again."""
@@ -37,31 +37,31 @@ class TableSpec(Section):
     """One embedding table."""
 
     rows: int
-    """Rows, the out-of-vocabulary row 0 included."""
+    """Number of rows, including the out-of-vocabulary row 0."""
     features: tuple[str, ...]
-    """The fields that read it."""
+    """Fields that use it."""
 
 
 class LabelSpec(Section):
     """One of several labels in a split."""
 
     rows: int
-    """Rows that have it."""
+    """Number of rows with the label."""
     positives: int
-    """Those with label 1."""
+    """Number of rows with label 1."""
 
 
 class SplitSpec(Section):
     """One split."""
 
     rows: int
-    """Rows on disk."""
+    """Number of rows."""
     positives: int
-    """Rows with label 1; of several labels, with any."""
+    """Number of rows with label 1; with several labels, with any."""
     size_bytes: int
-    """What training needs of them, in memory."""
+    """Size of the rows in memory, as needed for training."""
     labels: dict[str, LabelSpec] = Field(default_factory=dict)
-    """By target; empty if the rows have one label or none."""
+    """By target; empty with one label or none."""
 
 
 class NumericSpec(Section):
@@ -70,23 +70,22 @@ class NumericSpec(Section):
     mean: float
     """Subtracted by the ``standard`` transform; 0 for vectors."""
     std: float
-    """Divided by in the ``standard`` transform; for vectors: the root mean square of their lengths,
-    which all of them are divided by."""
+    """Divisor of the ``standard`` transform; for vectors, the root mean square of their lengths."""
     boundaries: tuple[float, ...] = ()
-    """Least values of the second bucket and those above, ascending."""
+    """Lower bounds of all buckets but the first, ascending."""
 
 
 class Profile(Section):
-    """What the log is like; it decides nothing."""
+    """A description of the log, for reports only."""
 
     first_day: str | None = None
     """Day of the first row, in UTC; none if the log has no dates."""
     days_per_period: int = 1
-    """Length of the periods that rows are counted in."""
+    """Length of the periods of `rows_by_period`."""
     rows_by_period: tuple[int, ...] = ()
-    """Rows of all splits, period by period; undated ones are left out."""
+    """Number of dated rows of all splits, by period."""
     missing: dict[str, float] = Field(default_factory=dict)
-    """Of each field, the share of the training rows, users or items without a value."""
+    """By field, the share of training rows, users or items without a value."""
 
 
 class Manifest(Section):
@@ -95,16 +94,19 @@ class Manifest(Section):
     format: int
     """Layout version."""
     fingerprint: str
-    """Of the configuration and the input files; decides whether the dataset is current."""
+    """Hash of configuration and input files; decides whether the dataset is up to date."""
     vocabulary_hash: str
-    """Of every table's ids in row order, the rows of hashed tables and the statistics of numeric
-    fields; a checkpoint fits only the same one."""
+    """Hash of every table's ids in row order, the sizes of hashed tables and the statistics of
+    numeric fields; a checkpoint requires the same one.
+    """
     data_hash: str | None = None
-    """Of the rows of all splits and of users' and items' fields; a run resumes only with the
-    same one. None: another tool wrote the dataset, or an earlier version."""
+    """Hash of the rows of all splits and the fields of users and items; a run resumes only with the
+    same one. None: the dataset was written by another tool or an earlier version.
+    """
     grown_from: tuple[str, ...] = ()
-    """Vocabulary hashes of the datasets whose ids keep their rows here, the latest last: tables of
-    their checkpoints are the first rows of this one's."""
+    """Vocabulary hashes of earlier datasets whose ids keep their rows, the latest last: the tables
+    of their checkpoints are the first rows of these tables.
+    """
     seed: int
     """Seed of splits, negatives and row order."""
     data: DataConfig
@@ -112,40 +114,47 @@ class Manifest(Section):
     tables: dict[str, TableSpec]
     """Embedding tables by name."""
     entities: dict[str, int]
-    """Rows of the entity tables (user, item), row 0 included."""
+    """Number of rows of the entity tables (user, item), including row 0."""
     cold: dict[str, int] = Field(default_factory=dict)
-    """Items without a row of their own in the item table, by entity: files of attributes describe
-    them. Their rows follow those of the entity table; another tool need not give them."""
+    """By entity, the number of items without training rows that attribute files describe. Their
+    rows follow those of the entity table. Optional for other tools.
+    """
     numeric: dict[str, NumericSpec]
     """Numeric and vector fields by name."""
     mean_weight: float = 1.0
-    """Of the training rows; weights are divided by it, so that they do not change the step size."""
+    """Mean weight of training rows; weights are divided by it, so that they do not change the step
+    size.
+    """
     time_scale: int = 1
-    """What the times in the rows were multiplied by to make whole numbers of all of them: dates and
-    timestamps, which are seconds since 1970 (UTC) with 1, or the input's numbers."""
+    """Factor that makes all times in the rows integers. With 1, dates and timestamps are seconds
+    since 1970 (UTC), and numbers are the input's.
+    """
     splits: dict[str, SplitSpec]
     """train, valid, test."""
     files: int
-    """Files that each split is written in."""
+    """Number of files per split."""
     lanes: int
-    """Streams that training rows are dealt to."""
+    """Number of streams of training rows."""
     groups: int
-    """Groups of training rows, a multiple of ``lanes``; group g belongs to lane g mod lanes."""
+    """Number of groups of training rows, a multiple of ``lanes``; group g belongs to lane g mod
+    lanes.
+    """
     dropped: dict[str, int]
-    """What was left out of the input, by reason."""
+    """Number of dropped input rows, by reason."""
     noted: dict[str, int] = Field(default_factory=dict)
-    """What else to know of the input, by reason: ties, users without enough negatives."""
+    """Counts of other remarks on the input: ties, users without enough negatives."""
     inputs: dict[str, int]
-    """Input files and their bytes."""
+    """Input files and their sizes."""
     profile: Profile = Profile()
-    """What the log is like; another tool need not give it."""
+    """Description of the log. Optional for other tools."""
     versions: dict[str, str]
     """Software that wrote it."""
     field_hashes: dict[str, str] = Field(default_factory=dict)
-    """Of what says which row or number a value of a field becomes, by its name; another tool need
-    not give them."""
+    """By field, hash of everything that maps its values to rows or numbers. Optional for other
+    tools.
+    """
     sums: dict[str, int] = Field(default_factory=dict)
-    """`layout.footer_sum` of every Parquet file, by its name; another tool need not give them."""
+    """`layout.footer_sum` of every Parquet file, by name. Optional for other tools."""
 
     @model_validator(mode="after")
     def _splits_count_labels(self) -> Self:
@@ -156,22 +165,22 @@ class Manifest(Section):
 
     @property
     def hashes(self) -> dict[str, str | None]:
-        """What a checkpoint remembers of its data."""
+        """The hashes that a checkpoint stores."""
         return {"vocabulary_hash": self.vocabulary_hash, "data_hash": self.data_hash}
 
     @property
     def marks(self) -> dict[str, Any]:
-        """`hashes` and those of the fields, for a checkpoint that another run may start from."""
+        """`hashes` and those of the fields, for a checkpoint to start other runs from."""
         return self.hashes | {"field_hashes": self.field_hashes}
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Names of the targets, where there are several; empty: the model has one."""
+        """Names of the targets if there are several; empty for a single one."""
         return self.data.interactions.labels
 
     @property
     def label_shares(self) -> npt.NDArray[np.float64] | None:
-        """``[targets]`` share of the training rows that have each label; None: there is one."""
+        """``[targets]`` share of training rows with each label; None for a single target."""
         train = self.splits["train"]
         rows = [train.labels[target].rows for target in self.targets]
         return np.array(rows) / max(1, train.rows) if rows else None
@@ -209,20 +218,20 @@ class Manifest(Section):
 
     @property
     def vocabularies(self) -> tuple[str, ...]:
-        """Tables whose rows stand for ids, which lie in ``vocabulary/``, in order."""
+        """Tables with a vocabulary in ``vocabulary/``, in order."""
         of_ids = [f for f in self.features if f.kind == "categorical" and f.hash_rows is None]
         return tuple(dict.fromkeys(f.table_name for f in of_ids))
 
     @property
     def has_history(self) -> bool:
-        """Whether some field is a bag of the user's training items, or of what describes them."""
+        """Whether some field is a bag of the user's training items or of their values."""
         return any(f.history is not None for f in self.features)
 
     @property
     def item_fields_of_closed_form(self) -> tuple[Feature, Feature] | None:
-        """The history of items with a table of its own, and the items' own id; None: not both.
+        """The history of items with a separate table, and the item id field; or None.
 
-        A ranking that is computed from the users' items, as EASE is, can stand in their tables.
+        Their tables can represent a ranking that is linear in the users' items, such as EASE.
         """
         histories = [
             f
@@ -239,16 +248,16 @@ class Manifest(Section):
     def cuts(self) -> npt.NDArray[np.int64]:
         """``[groups + 1]``: group g holds the training rows from cut g to cut g + 1.
 
-        The groups differ by a row at most, and so do the lanes.
+        Group sizes differ by at most one row, and so do lanes.
         """
         return cuts_of(self.splits["train"].rows, self.groups)
 
     def composition(self, split: str) -> str:
-        """What the rows of a split are: ``3,601 positives and 14,404 sampled negatives``.
+        """Describes a split's rows: ``3,601 positives and 14,404 sampled negatives``.
 
-        Of several labels: ``20,000 rows (click in 3,601 of 20,000, buy in 210 of 3,601)``.
+        With several labels: ``20,000 rows (click in 3,601 of 20,000, buy in 210 of 3,601)``.
 
-        Training rows whose negatives are drawn in training are positives only.
+        If negatives are drawn during training, training rows are positives only.
         """
         spec = self.splits[split]
         if spec.labels:
@@ -261,18 +270,18 @@ class Manifest(Section):
         return f"{positives} and {plural(spec.rows - spec.positives, kind)}"
 
     def n_rows(self, entity: str) -> int:
-        """Rows that describe users or items: the entity table's, and those of cold items."""
+        """Number of described users or items, including cold items."""
         return self.entities[entity] + self.cold.get(entity, 0)
 
     @property
     def density(self) -> float | None:
-        """Training positives per user and item; None where the rows lack one of them."""
+        """Training positives per pair of user and item; None if the rows lack either."""
         pairs = (self.entities.get("user", 1) - 1) * (self.entities.get("item", 1) - 1)
         return self.splits["train"].positives / pairs if pairs else None
 
     @property
     def log_odds(self) -> list[float]:
-        """By target, of the mean label in training, half a row of each label added."""
+        """By target, log-odds of the mean training label, with half a row of each label added."""
         train = self.splits["train"]
         counts = [(spec.rows, spec.positives) for spec in train.labels.values()]
         if self.sampled:
@@ -285,7 +294,7 @@ class Manifest(Section):
 
     @property
     def sampled(self) -> bool:
-        """Whether training draws fresh negatives (else every training row carries a label)."""
+        """Whether training draws negatives; otherwise every training row has a label."""
         return self.data.task == "implicit" and self.data.negatives.fixed_per_user is None
 
     def write(self, folder: Path) -> None:
@@ -294,7 +303,7 @@ class Manifest(Section):
 
     @staticmethod
     def is_given(folder: Path) -> bool:
-        """Whether a folder's manifest says that another tool wrote the dataset."""
+        """Whether another tool wrote the dataset, according to its manifest."""
         path = folder / MANIFEST
         try:
             with storage_errors_to_user(folder):
@@ -305,10 +314,9 @@ class Manifest(Section):
 
     @classmethod
     def find(cls, folder: Path) -> "Manifest | None":
-        """Reads ``manifest.json``, if there is one.
+        """Reads ``manifest.json`` if it exists.
 
-        Raises:
-            DataError: it is of another layout.
+        Raises: DataError: it has another layout version.
         """
         with storage_errors_to_user(folder):
             exists = (folder / MANIFEST).is_file()
@@ -319,13 +327,13 @@ class Manifest(Section):
         """Reads ``manifest.json``.
 
         Raises:
-            DataError: there is no dataset, or one of another layout.
+            DataError: there is no dataset, or it has another layout version.
         """
         return cls.parse(cls.read_bytes(folder), folder)
 
     @staticmethod
     def read_bytes(folder: Path) -> bytes:
-        """The text of ``manifest.json``, for `parse`.
+        """The contents of ``manifest.json``, for `parse`.
 
         Raises:
             DataError: there is no dataset.
@@ -343,10 +351,9 @@ class Manifest(Section):
 
     @classmethod
     def parse(cls, text: bytes, folder: Path) -> "Manifest":
-        """The manifest of a folder from its text.
+        """Parses the contents of a folder's ``manifest.json``.
 
-        Raises:
-            DataError: it is of another layout.
+        Raises: DataError: it has another layout version.
         """
         try:
             content = json.loads(text)
@@ -375,17 +382,17 @@ def _unreadable(folder: Path, error: Exception) -> DataError:
 
 
 def cuts_of(rows: int, groups: int) -> npt.NDArray[np.int64]:
-    """Cuts rows into groups of the same size, the first ``rows mod groups`` larger by one."""
+    """Divides rows into groups of equal size; the first ``rows mod groups`` have one more."""
     size, larger = divmod(rows, groups)
     g = np.arange(groups + 1)
     return g * size + np.minimum(g, larger)
 
 
 def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]]:
-    """Every file a configuration reads, by the `label_of` its setting.
+    """All input files of a configuration, by `label_of` their setting.
 
     Raises:
-        ConfigError: ``files`` describes a file that it does not read.
+        ConfigError: ``files`` describes a file that is not an input.
         DataError: the file does not exist.
     """
     patterns = [pattern for files in _files_of(data) for pattern in names_of(files)]
@@ -399,9 +406,9 @@ def input_files(data: DataConfig, root: str | Path) -> dict[str, list[InputFile]
 
 
 def is_input(path: Path, data: DataConfig, root: str | Path) -> bool:
-    """Whether a local file is one that a configuration reads."""
+    """Whether a local file is an input of a configuration."""
     for files in _files_of(data):
-        with suppress(DataError):  # others may be gone
+        with suppress(DataError):  # other inputs may be missing
             for file in find_files(root, files):
                 if "://" not in file.path and path.exists() and path.samefile(file.path):
                     return True
@@ -409,14 +416,13 @@ def is_input(path: Path, data: DataConfig, root: str | Path) -> bool:
 
 
 def check_formats(data: DataConfig, *others: str) -> None:
-    """Refuses the description of a file that is not read.
+    """Refuses ``files`` entries for files that are not inputs.
 
     Args:
         data: the configuration.
-        others: names of further files that are read.
+        others: names of further inputs.
 
-    Raises:
-        ConfigError: ``files`` has it.
+            Raises: ConfigError: there is such an entry.
     """
     names = [*dict.fromkeys(name for files in _files_of(data) for name in names_of(files))]
     for name in data.files:
@@ -441,7 +447,7 @@ def fingerprint(
 ) -> str:
     """A hash that changes when the configuration or an input file does.
 
-    Files count by name, size and time of change; where they lie does not.
+    Files are identified by name, size and modification time, not by location.
 
     Args:
         data: the configuration.
@@ -455,10 +461,10 @@ def fingerprint(
 
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
-    """What decides about the dataset's contents, as JSON values."""
+    """The settings that affect the dataset's contents, as JSON values."""
     elsewhere = {"name", "root", "seed", "memory_bytes", "on_device", "vocabulary_from"}
     elsewhere.add("id_dropout")
-    if data.catalogue is None:  # so are datasets of versions that did not have it
+    if data.catalogue is None:  # as in versions without this setting
         elsewhere.add("catalogue")
     if data.forget_after is None:  # likewise
         elsewhere.add("forget_after")

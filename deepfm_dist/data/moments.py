@@ -1,4 +1,4 @@
-"""Sums of floating-point numbers that do not depend on the order of the numbers."""
+"""Exact, order-independent sums of floating-point numbers."""
 
 from fractions import Fraction
 from typing import Self
@@ -18,14 +18,13 @@ _SPLITTER = 134217729.0  # 2**27 + 1, of Dekker's product
 
 
 class Moments:
-    """Number, sum and sum of squares of finite float64 numbers, exact.
+    """Exact count, sum and sum of squares of finite float64 numbers.
 
-    Mantissas are added up as integers, those of each exponent apart, so that any order of the
-    numbers and any division into pieces gives the same sums. There is room for 2**36 numbers. A
-    square counts as 1e300 where it is more.
+    Mantissas are summed as integers, separately for each exponent, so that the sums do not depend
+    on order or division into pieces. The capacity is 2**36 numbers. Squares are capped at 1e300.
 
     Attributes:
-        n: how many numbers.
+        n: count.
 
     Source: the superaccumulator of Kulisch, "Computer Arithmetic and Validity", 2008; squares by
     Dekker's product, "A floating-point technique for extending the available precision", 1971.
@@ -36,7 +35,7 @@ class Moments:
         self._sums = np.zeros((2, _EXPONENTS, 2), np.int64)
 
     def add(self, numbers: npt.NDArray[np.float64]) -> None:
-        """Takes in ``[n]`` finite numbers."""
+        """Adds ``[n]`` finite numbers."""
         self.n += len(numbers)
         _add(self._sums, np.ascontiguousarray(numbers))
 
@@ -78,7 +77,7 @@ def _put(sums: Int64Array, word: int, sign: int) -> None:
 
 @compiled
 def _add(sums: Int64Array, numbers: npt.NDArray[np.float64]) -> None:
-    of_number = np.empty(3, np.float64)  # the number, its rounded square, and what that lacks
+    of_number = np.empty(3, np.float64)  # the number, its rounded square, and the rounding error
     words = of_number.view(np.int64)
     for i in range(len(numbers)):
         x = numbers[i]

@@ -1,4 +1,4 @@
-"""How often training draws a pair as a negative, and what its log-odds are off by for it."""
+"""Corrects log-odds for the rate at which training draws pairs as negatives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,27 +16,27 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class NegativeRate:
-    """How often an unseen pair is drawn as a negative in an epoch, where each positive comes once.
+    """Expected draws of an unseen pair as a negative per epoch, relative to one of each positive.
 
-    Training on positives and drawn negatives fits the log-odds of its own mixture. Of a user with P
-    positives, each followed by k negatives from the user's unseen items, item i is drawn
-    ``r = P k w_i / W`` times an epoch, with the items' weights w and W their sum over the unseen
-    items. A pair that is a positive with the odds o is one in the mixture with the odds o / r, so
-    its own log-odds are the logit + log r.
+    Training on positives and drawn negatives fits the log-odds of that mixture. For a user with P
+    positives, each followed by k negatives from the user's unseen items, item i is drawn ``r = P k
+    w_i / W`` times an epoch, with the items' weights w and W their sum over the unseen items. A
+    pair with odds o of being a positive has odds o / r in the mixture, so its log-odds are the
+    logit + log r.
 
     Source: King, Zeng, "Logistic Regression in Rare Events Data", 2001, section 4.1 (prior
     correction); He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook", 2014,
     section 6.3, which has one rate for all pairs.
 
     Attributes:
-        log_of_user: ``[users]`` float64: log(P k / W); row 0, and users for whom nothing is drawn,
-            have that of all users together.
+        log_of_user: ``[users]`` float64: log(P k / W); row 0 and users without draws have the value
+            of all users together.
         log_of_item: ``[items]`` float64: log(w_i), cold items included.
         per_positive: k.
-        n_items: that are drawn.
+        n_items: number of items to draw from.
         log_of_all: float: log(P k / W) of all users together.
-        shifts: ``[2, n]`` float64: ascending values of log(P k / W), and what is added to
-            ``log_of_user`` there, linearly in between; see `shifted`.
+        shifts: ``[2, n]`` float64: ascending values of log(P k / W), and the shifts of
+            ``log_of_user`` there, interpolated linearly; see `shifted`.
     """
 
     log_of_user: FloatArray
@@ -48,10 +48,10 @@ class NegativeRate:
 
     @classmethod
     def from_dataset(cls, dataset: PreparedDataset) -> Self | None:
-        """The rate of a dataset's training; None where the rows have labels.
+        """The rate for training on a dataset; None if the rows have labels.
 
-        So do negatives that are drawn before the split (``data.negatives.fixed_per_user``): they
-        are rows of the dataset, and scores are comparable with them.
+        Negatives drawn before the split (``data.negatives.fixed_per_user``) are labelled rows of
+        the dataset, too.
         """
         manifest = dataset.manifest
         if not manifest.sampled:
@@ -78,11 +78,11 @@ class NegativeRate:
         )
 
     def shifted(self, log_rates: FloatArray, shifts: FloatArray) -> Self:
-        """The same with the log-odds of users shifted by how active they are.
+        """The same with users' log-odds shifted by activity.
 
         Args:
             log_rates: ``[n]`` ascending values of ``log_of_user``.
-            shifts: ``[n]`` what is added there; in between, linear; beyond, the last one.
+            shifts: ``[n]`` shifts there; interpolated linearly in between, constant beyond.
         """
         log_of_user = self.log_of_user + np.interp(self.log_of_user, log_rates, shifts)
         return replace(self, log_of_user=log_of_user, shifts=np.stack([log_rates, shifts]))
@@ -92,9 +92,9 @@ class NegativeRate:
 
         Args:
             histories: rows of each user's positives.
-            others: rows of other items they have interacted with, which are not drawn either.
+            others: rows of other items they interacted with, which are never drawn.
         """
-        trained = histories.values <= self.n_items  # cold items are neither trained on nor drawn
+        trained = histories.values <= self.n_items  # cold items are neither in training nor drawn
         owners = np.repeat(np.arange(len(histories)), histories.lengths)[trained]
         n_positives = np.bincount(owners, minlength=len(histories))
         seen = drawable_items([histories, *others], self.n_items + 1)
@@ -108,9 +108,9 @@ class NegativeRate:
         users: npt.NDArray[np.integer],
         items: npt.NDArray[np.integer],
     ) -> FloatArray:
-        """``[n]`` log r of pairs of a user row and an item row: what logits are too high by.
+        """``[n]`` log r of pairs of a user row and an item row, to add to logits.
 
-        A probability of the pair itself is the sigmoid of logit + log r.
+        The probability of the pair is the sigmoid of logit + log r.
         """
         rates: FloatArray = self.log_of_user[users] + self.log_of_item[items]
         return rates
@@ -119,7 +119,7 @@ class NegativeRate:
 def _wanted_and_unseen(
     n_positives: npt.NDArray[np.integer], seen: Jagged, weights: FloatArray, per_positive: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Negatives of each user in an epoch, and the weight of the items that they are drawn from."""
+    """Each user's number of negatives per epoch, and the total weight of the items to draw from."""
     n_unseen = len(weights) - seen.lengths
     running = np.append(0, np.cumsum(weights[seen.values]))
     unseen = weights.sum() - np.diff(running[seen.offsets])

@@ -11,7 +11,7 @@ from deepfm_dist.seeding import mix
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of a counter whose mixed values are independent words
 _WINDOW = 15
-"""Seen items about the place where the one wanted is guessed; four looks tell them apart."""
+"""Seen items around the guessed position; four comparisons resolve them."""
 
 
 def draw_per_positive(
@@ -24,23 +24,22 @@ def draw_per_positive(
     seed: int,
     weights: Int64Array | None = None,
 ) -> Int32Array:
-    """The negatives of some (positive, slot) pairs: a pure function of its arguments.
+    """Draws the negatives of (positive, slot) pairs: a pure function of its arguments.
 
     The ``per_positive`` negatives of one positive are distinct. The user's unseen items, in item
-    order, are cut into that many stretches, rotated by a random offset, and one item is drawn
-    from each: every unseen item is equally likely. Of a user with fewer unseen items, each is the
-    negative of one slot, and the slots above their number have none.
+    order and rotated by a random offset, are divided into that many ranges, and one item is drawn
+    from each: every unseen item is equally likely. If a user has fewer unseen items, each is the
+    negative of one slot, and the remaining slots have none.
 
     Args:
         positives: ``[m]`` number of the positive each negative belongs to.
-        slots: ``[m]`` which of its negatives, in ``[0, per_positive)``.
+        slots: ``[m]`` number of the negative, in ``[0, per_positive)``.
         users: ``[m]`` the positive's user, a row of ``history``.
         per_positive: negatives per positive.
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of this epoch's draws.
-        weights: ``[n_items]`` int64 of `item_weights`, to draw in proportion to; default: all
-            items alike.
+        weights: ``[n_items]`` int64 of `item_weights`, to draw in proportion to; default: uniform.
 
     Returns:
         ``[m]`` int32 items; -1 for a slot that has none.
@@ -72,13 +71,13 @@ def put_negatives(
     weights: Int64Array | None = None,
     first_item: int = 0,
 ) -> None:
-    """Writes `draw_per_positive` into the rows of a batch that want negatives.
+    """Writes the results of `draw_per_positive` into a batch.
 
     Args:
         out: ``[m]`` int32: the batch's items, those of its positives given.
         positives: ``[m]`` number of the positive that each row is or belongs to.
-        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k. Where the user
-            has fewer than k + 1 unseen items, the row stays as it is, too.
+        slots: ``[m]`` 0 for a positive, which stays, and k + 1 for its negative k. If the user has
+            fewer than k + 1 unseen items, the row stays, too.
         users: ``[m]`` the positive's user, a row of ``history``.
         per_positive: negatives per positive.
         history: as above.
@@ -87,7 +86,7 @@ def put_negatives(
         weights: as above.
         first_item: offset added to the drawn items.
     """
-    # Where nobody has seen anything, there still is a place to look at.
+    # Keeps the array non-empty if no user has seen any item.
     values = history.values if len(history.values) else np.zeros(1, np.int32)
     flat = (history.offsets, values)
     if weights is not None:
@@ -102,7 +101,7 @@ def put_negatives(
 def item_weights(counts: Int64Array, power: float) -> Int64Array:
     """``[items]`` training positives -> ``[items]`` int64 in proportion to counts ** power.
 
-    They are at least 1 and add up to less than 2**31 + items, so that sums are exact.
+    They are at least 1 and their sum is below 2**31 + items, so that sums are exact.
     """
     raw = np.maximum(counts, 1).astype(np.float64) ** power
     scaled: Int64Array = np.maximum(1, np.floor(raw * (2.0**31 / raw.sum()))).astype(np.int64)
@@ -126,14 +125,14 @@ def draw_distinct(
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
         seed: of the draws.
-        users: ``[users]`` number of each row of ``history``, which its draws depend on; default:
-            its place.
+        users: ``[users]`` number of each row of ``history`` that seeds its draws; default: its
+            index.
 
     Returns:
-        ``[users, per_user]`` int32 items; -1 behind the last of a user with fewer unseen ones.
+        ``[users, per_user]`` int32 items; -1 after the last one if a user has fewer unseen items.
 
-    Source: rejection where most items are free; else sampling without replacement by Floyd's
-    algorithm (Bentley, Floyd, 1987) over the ranks of the unseen items.
+    Source: rejection if most items are unseen; otherwise sampling without replacement by Floyd's
+        algorithm (Bentley, Floyd, 1987) over the ranks of the unseen items.
     """
     keys = np.arange(len(history)) if users is None else users
     out: Int32Array = _draw_distinct(per_user, history.offsets, history.values, n_items, seed, keys)
@@ -143,12 +142,12 @@ def draw_distinct(
 def users_short_of_negatives(
     wanted: int, history: Jagged, users: npt.NDArray[np.integer], n_items: int
 ) -> int:
-    """How many of some users have fewer unseen items than negatives are wanted.
+    """Number of users with fewer unseen items than requested negatives.
 
     Args:
-        wanted: distinct negatives to draw at a time.
-        history: each user's items to avoid, each once.
-        users: ``[m]`` users that negatives are drawn for; each counts once.
+        wanted: number of distinct negatives.
+        history: each user's distinct items to avoid.
+        users: ``[m]`` users to draw for; counted once each.
         n_items: number of items.
     """
     short = n_items - history.lengths[users] < wanted
@@ -157,7 +156,7 @@ def users_short_of_negatives(
 
 @compiled
 def _below(word: Any, bound: int) -> Any:
-    """A draw in [0, bound) from a random 64-bit word; off uniform by less than bound / 2**32."""
+    """Maps a random 64-bit word to [0, bound); deviates from uniform by less than bound / 2**32."""
     return np.int64(((word >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
@@ -173,7 +172,7 @@ def _targets(n: int, bound: int, seed: int) -> Int64Array:
 
 @compiled
 def _guess(rank: int, n: int, n_items: int) -> Any:
-    """How many of n evenly spread seen items would come before the rank-th unseen one."""
+    """Estimates the number of seen items before the rank-th unseen one, as if evenly spread."""
     place = np.int64(np.float64(rank) * n / (n_items - n))
     return max(0, min(place, n - 1))
 
@@ -193,8 +192,8 @@ def _unseen_near(
 ) -> Any:
     """The same, searched from ``seen[guess]``, which is ``at_guess``.
 
-    Below the j-th seen item lie ``seen[j] - j`` unseen ones; a search finds how many seen items
-    come before the one wanted: binary, in steps that grow away from the guess.
+    There are ``seen[j] - j`` unseen items below the j-th seen one; a galloping binary search from
+    the guess finds the number of seen items before the requested one.
     """
     low, high = begin, end
     if high - low > 8:
@@ -222,7 +221,7 @@ def _unseen_near(
 
 @compiled
 def _quotient(a: int, b: int) -> Any:
-    """The floor of a / b for 0 <= a < 2**53, exact; the processor divides floats many at a time."""
+    """The exact floor of a / b for 0 <= a < 2**53, by float division, which vectorises."""
     return np.int64(np.float64(a) / np.float64(b))
 
 
@@ -239,11 +238,11 @@ def _draw_per_positive(
     seed: int,
     first_item: int,
 ) -> None:
-    """In many passes, each of arithmetic or of memory, and none but the last with branches.
+    """Works in several passes, each arithmetic or memory-bound, all but the last branch-free.
 
-    The processor takes several rows of a pass at a time. For arithmetic, a pass has to have few
-    arrays, since LLVM gives up where it would have to compare many for overlaps. Searched one row
-    after the other, each look at a seen item would be waited for.
+    Each pass is vectorised over rows. Arithmetic passes use few arrays, since LLVM does not
+    vectorise if it would need too many overlap checks. Searching row by row would wait for memory
+    at every comparison.
     """
     size, n, last = len(slots), 0, len(seen) - 1
     rows, begins, ends = np.empty_like(slots), np.empty_like(slots), np.empty_like(slots)
@@ -252,7 +251,7 @@ def _draw_per_positive(
         begins[n], ends[n] = offsets[users[i]], offsets[users[i] + 1]
         rows[n], words[n], stretches[n] = i, positives[i], slots[i]
         free = n_items - (ends[n] - begins[n])
-        n += (slots[i] > 0) & (slots[i] <= free)  # other rows' places are written over
+        n += (slots[i] > 0) & (slots[i] <= free)  # slots of other rows are overwritten
     key = mix(np.uint64(seed))
     again, ranks = np.empty(n, np.uint64), np.empty(n, np.int64)
     for i in range(n):
@@ -273,7 +272,7 @@ def _draw_per_positive(
         guesses[i] = min(begins[i] + _guess(ranks[i], ends[i] - begins[i], n_items), last)
     for i in range(n):
         looked[i] = seen[guesses[i]]
-    for i in range(n):  # a window about a better guess, from how far off the first one was
+    for i in range(n):  # a window around a better guess, corrected by the error of the first one
         begin, end = begins[i], ends[i]
         off = ranks[i] - (looked[i] - (guesses[i] - begin))
         better = guesses[i] + np.int64(np.float64(off) * (end - begin) / (n_items - (end - begin)))
@@ -290,7 +289,7 @@ def _draw_per_positive(
         rank, begin, end, place = ranks[i], begins[i], ends[i], places[i]
         item = rank + place - begin
         left, right = place == guesses[i], place == guesses[i] + _WINDOW
-        if (left and place > begin) or (right and place < end):  # perhaps beyond the window
+        if (left and place > begin) or (right and place < end):  # possibly beyond the window
             place = min(place, end - 1)
             item = _unseen_near(rank, seen, begin, end, place, seen[place])
         out[rows[i]] = first_item + item
@@ -309,7 +308,7 @@ def _draw_distinct(
         free = n_items - (end - begin)
         n_drawn = min(per_user, free)
         word = mix(key ^ np.uint64(keys[user]))
-        if 2 * (end - begin + per_user) <= n_items:  # try again: seldom, most items are free
+        if 2 * (end - begin + per_user) <= n_items:  # rare, since most items are unseen
             for j in range(begin, end):
                 taken_by[seen[j]] = user
             for k in range(per_user):
@@ -334,11 +333,11 @@ def _draw_distinct(
 
 @compiled
 def _weighted(target: int, seen: Int32Array, begin: int, end: int, total: Int64Array) -> int:
-    """The unseen item that ``target``, a point on the line of the unseen items' weights, lies in.
+    """The unseen item at ``target`` on the cumulative weights of unseen items.
 
     ``total[i]`` is the weight of the items below i.
     """
-    for j in range(begin, end):  # what lies at or above a seen item moves up by its weight
+    for j in range(begin, end):  # targets at or above a seen item move up by its weight
         if target < total[seen[j]]:
             break
         target += total[seen[j] + 1] - total[seen[j]]
@@ -364,7 +363,7 @@ def _draw_weighted(
     seed: int,
     first_item: int,
 ) -> None:
-    """Without replacement: what a positive's earlier slots drew is seen by its later ones."""
+    """Draws without replacement: later slots avoid the draws of earlier slots of the positive."""
     key = mix(np.uint64(seed))
     for i in range(len(positives)):
         if slots[i] == 0:

@@ -1,4 +1,4 @@
-"""Batches that are made while others train."""
+"""Prefetches batches in threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,17 +9,16 @@ T = TypeVar("T")
 
 
 def read_ahead(make: Callable[[int], T], first: int, last: int, threads: int) -> Iterator[T]:
-    """``make(first)`` to ``make(last)``, both included, in this order.
+    """Yields ``make(first)`` to ``make(last)``, inclusive and in order.
 
     Args:
-        make: a step's batch; called by several threads at once where there are several.
+        make: makes a step's batch; called concurrently by several threads.
         first: step.
         last: step.
-        threads: that make batches, each one at a time, before they are asked for; 0: each batch
-            is made when it is asked for.
+        threads: number of batches made ahead at a time; 0: each batch is made on request.
 
     Raises:
-        Exception: what ``make`` raised, at the step that it raised it for.
+        Exception: an error of ``make``, raised at its step.
     """
     if threads == 0:
         yield from map(make, range(first, last + 1))
@@ -33,5 +32,5 @@ def read_ahead(make: Callable[[int], T], first: int, last: int, threads: int) ->
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
-    finally:  # also where no more are asked for; then none is being made any more
+    finally:  # also if the consumer stops early; afterwards no batch is in progress
         pool.shutdown(cancel_futures=True)

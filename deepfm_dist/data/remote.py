@@ -1,9 +1,9 @@
-"""Prepared datasets behind a URL: everything else reads a copy of them on this machine.
+"""Remote prepared datasets: downloads, local copies and uploads.
 
-A dataset at a URL is complete once its ``manifest.json`` exists, which is written last, and never
-changes afterwards. Its copy is current if it has the same manifest, byte for byte. Copies appear
-complete or not at all, and one that is no longer current is replaced: a URL takes the space of one
-dataset.
+All other code reads local copies. A remote dataset is complete once its ``manifest.json`` exists,
+which is written last, and never changes afterwards. A copy is up to date if its manifest is
+identical. Copies are created atomically, and an outdated copy is replaced, so that each URL takes
+the space of one dataset.
 """
 
 import logging
@@ -34,11 +34,11 @@ from deepfm_dist.storage import (
 log = logging.getLogger(__name__)
 _FOLDERS = ("vocabulary", "entities", "train", "valid", "test")
 _CONNECTIONS = 8
-"""Files that are transferred at a time."""
+"""Number of concurrent transfers."""
 
 
 def copy_path(folder: Path, cache: str | Path) -> Path:
-    """Where on this machine the copy of a dataset behind a URL lies: ``CACHE/s3/bucket/mine``."""
+    """Path of the local copy of a remote dataset: ``CACHE/s3/bucket/mine``."""
     scheme, _, rest = str(folder).partition("://")
     return Path(cache, scheme, *(part for part in rest.split("/") if part not in ("", ".", "..")))
 
@@ -46,7 +46,7 @@ def copy_path(folder: Path, cache: str | Path) -> Path:
 def local_copy(folder: Path, cache: str | Path) -> Path:
     """Returns a local folder unchanged, or a current local copy of a URL's contents.
 
-    Several processes may ask for the same copy: one of them downloads it, the others wait.
+    Several processes may request the same copy: one downloads it, the others wait.
 
     Args:
         folder: of the dataset.
@@ -66,7 +66,7 @@ def local_copy(folder: Path, cache: str | Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         other = "set another run.cache_root"
         with Lock(copy, str(copy), other, other).waiting(math.inf):
-            if not _is_current(copy, content):  # by another process, meanwhile
+            if not _is_current(copy, content):  # another process may have downloaded it
                 _download(folder, manifest, content, copy)
     except OSError as error:
         raise DataError(
@@ -77,10 +77,11 @@ def local_copy(folder: Path, cache: str | Path) -> Path:
 
 
 def published(folder: Path, fingerprint: str) -> Manifest | None:
-    """The manifest of what a folder holds, if that is the dataset of a fingerprint.
+    """The manifest of a published dataset if it has the given fingerprint.
 
     Raises:
-        DataError: it is another dataset, which must not be replaced: others may be reading it.
+        DataError: the folder holds a different dataset, which is not replaced since others may read
+            it.
     """
     with storage_errors_to_user(folder):
         if not (folder / MANIFEST).is_file():
@@ -99,16 +100,14 @@ def published(folder: Path, fingerprint: str) -> Manifest | None:
 def publish(source: Path, folder: Path) -> None:
     """Writes a prepared dataset to a URL or a shared disk, the manifest last.
 
-    It can be repeated after a failure: files that are already there are not sent again. Files of
-    the dataset that only ``folder`` has are kept, those of others that were left half written are
-    deleted.
+    After a failure it can be repeated: existing files are not sent again. Other files of the
+    dataset in ``folder`` are kept; leftovers of other datasets are deleted.
 
     Args:
-        source: folder of the dataset, or of some of its files if the others are there already.
-        folder: where to.
+        source: folder of the dataset, or of the files still missing in ``folder``.
+        folder: the destination.
 
-    Raises:
-        DataError: the folder holds another dataset.
+            Raises: DataError: the folder holds a different dataset.
         DeepFMError: the folder cannot be written.
     """
     begun, manifest = time.perf_counter(), Manifest.read(source)
@@ -139,7 +138,7 @@ def _is_current(copy: Path, content: bytes) -> bool:
 
 
 def _download(folder: Path, manifest: Manifest, content: bytes, copy: Path) -> None:
-    """Downloads a dataset, checks its files, and puts it in the place of its copy."""
+    """Downloads a dataset, verifies its files, and replaces the copy."""
     begun, sums = time.perf_counter(), manifest.sums
     with storage_errors_to_user(folder):
         there = _files_of(folder)
@@ -178,7 +177,7 @@ def _download(folder: Path, manifest: Manifest, content: bytes, copy: Path) -> N
 
 
 def _files_of(folder: Path) -> dict[str, int]:
-    """Bytes of a dataset's files by name, the manifest and files of other kinds left out."""
+    """Sizes of a dataset's Parquet files by name."""
     if is_remote(folder):
         remote: Any = folder
         root = f"{remote.path.rstrip('/')}/"
@@ -196,7 +195,7 @@ def _files_of(folder: Path) -> dict[str, int]:
 
 
 def _footer_sum(path: Path) -> int | None:
-    """`footer_sum` of a file; None: it is damaged."""
+    """`footer_sum` of a file; None if it is damaged."""
     with suppress(pa.ArrowInvalid, OSError, OverflowError, ValueError), path.open("rb") as file:
         return footer_sum(pa.PythonFile(file, "r"))
     return None
@@ -217,7 +216,7 @@ def _put(local: Path, path: Path) -> None:
 
 
 def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
-    """Calls ``work`` for every name on some threads; its first error ends all."""
+    """Calls ``work`` for every name in threads; the first error cancels the rest."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         try:
             for _ in pool.map(work, names):

@@ -1,4 +1,4 @@
-"""What the input is: files, columns, features, splits and negatives."""
+"""The section `data`: files, columns, features, splits and negatives."""
 
 import codecs
 import re
@@ -14,18 +14,18 @@ from deepfm_dist.storage import FolderName, PathOrUrl
 Entity = Literal["user", "item", "context"]
 
 OUT_OF_VOCABULARY = 0
-"""The row of every table that stands for ids not seen in training."""
+"""The out-of-vocabulary row of every table."""
 
 LABEL_OF = "label:"
-"""What the name of a column of one of several labels begins with; no field's name can."""
+"""Prefix of the columns of several labels; no field name can start with it."""
 NO_LABEL = -1
-"""Stands for a label that is not known."""
+"""Value of an unknown label."""
 _NOT_FOR_THE_MODEL = ("label", "rating", "split", "weight")
-"""Columns of the interactions that say what a row is: no fields of the model."""
+"""Settings of columns that define the rows; these are not model fields."""
 
 
 def _named(text: str) -> str:
-    # A table's name is also that of a file and of a torch module, which may hold no dot.
+    # A table's name is also that of a file and of a torch module, so it cannot contain a dot.
     if not re.fullmatch(r"\w[\w -]*", text):
         raise ValueError(
             f"{text!r} is not a valid name; use letters, digits, underscores, hyphens, spaces"
@@ -55,7 +55,7 @@ def names_of(files: Files) -> tuple[str, ...]:
 
 
 def label_of(files: Files) -> str:
-    """What the files of a setting are called together."""
+    """A label for the files of a setting."""
     return ", ".join(names_of(files))
 
 
@@ -63,7 +63,7 @@ _TimeFormat = Annotated[str, AfterValidator(check_format)]
 
 
 def _as_tree(section: Any) -> dict[str, Any]:
-    """A section as users may give it: a dict or a model; other types are refused elsewhere."""
+    """A section given as a dict or a model; other types are refused elsewhere."""
     if isinstance(section, Section):
         return section.model_dump(exclude_unset=True)
     return section if isinstance(section, dict) else {}
@@ -244,7 +244,7 @@ class Interactions(Section):
         return self
 
     def _check_labels(self) -> None:
-        """Refuses what does not go with several labels."""
+        """Refuses settings that are incompatible with several labels."""
         names = list(self.labels)
         if self.impressions is not None:
             raise ValueError("impressions have one label for each item; leave labels out")
@@ -335,12 +335,12 @@ class Feature(Section):
 
     @property
     def in_table(self) -> bool:
-        """Whether the field is looked up in a table (else its numbers enter the model)."""
+        """Whether the field is looked up in a table; otherwise its numbers enter the model."""
         return self.kind == "categorical" or self.transform == "bucket"
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether the rows of its table stand for values seen in training."""
+        """Whether its table has a vocabulary."""
         return self.kind == "categorical" and self.hash_rows is None and self.history is None
 
     @property
@@ -350,18 +350,18 @@ class Feature(Section):
 
     @property
     def is_id(self) -> bool:
-        """Whether the field is the user's or item's own id, with a row of its own for each."""
+        """Whether the field is the id of the user or item, with a vocabulary."""
         return self.names_entity and self.hash_rows is None
 
     @property
     def names_entity(self) -> bool:
-        """Whether the field is the user's or item's own id, hashed or not."""
+        """Whether the field is the id of the user or item, hashed or not."""
         plain = self.file is None and self.column is None and self.history is None
         return self.entity != "context" and plain
 
     @property
     def describes_entity(self) -> bool:
-        """Whether its values are kept once for each user or item."""
+        """Whether its values are stored once per user or item."""
         return self.entity != "context" and not self.is_id and self.history is None
 
     @property
@@ -381,7 +381,7 @@ class Feature(Section):
         return self.history is not None or (many and self.keep == "all")
 
     def settled_by(self, prepared: "Feature") -> "Feature":
-        """The field with what preparation found in its files, where the settings left it open."""
+        """The field with open settings filled in by what preparation detected."""
         found = {
             option: getattr(prepared, option)
             for option in ("several", "dim")
@@ -391,13 +391,13 @@ class Feature(Section):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What says which row or number a value becomes, by setting.
+        """The settings that map values to rows or numbers.
 
-        The rest says where and how files have the values, which new ones earn rows, and what the
-        model makes of them: a later dataset that keeps these rows may have it otherwise.
+        Other settings describe files, which new values get rows, and how the model uses them; they
+        may differ in a later dataset that keeps these rows.
         """
         free = {"name", "file", "key", "column", "missing", "time_format", "min_count", "pooling"}
-        free |= {"last", "several", "npy"}  # `multi_valued` says what became of `several`
+        free |= {"last", "several", "npy"}  # `multi_valued` covers `several`
         if self.transform != "bucket":
             free.add("buckets")
         said = self.model_dump(exclude=free)
@@ -554,7 +554,7 @@ class Split(Section):
         return self
 
     def number(self, value: float, n: int) -> int:
-        """Of ``n`` rows or users, how many ``valid`` or ``test`` stands for."""
+        """Number of ``n`` rows or users that ``valid`` or ``test`` selects."""
         return int(value) if value >= 1 else round(n * value)
 
 
@@ -652,7 +652,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fields_of_the_time_are_written_like_it(cls, tree: Any) -> Any:
-        """A field derived from the column of times has its ``time_format``, if it names none."""
+        """A field derived from the time column inherits its ``time_format``."""
         if not isinstance(tree, dict):
             return tree
         rows, features = _as_tree(tree.get("interactions")), tree.get("features")
@@ -747,15 +747,15 @@ class DataConfig(Section):
 
     @property
     def repeated(self) -> Literal["latest", "earliest", "strongest", "all"]:
-        """Which of several rows with the same user and item stays."""
+        """Which of several rows with the same user and item to keep."""
         default: Literal["latest", "all"] = "latest" if self.task == "implicit" else "all"
         return self.interactions.repeated or default
 
     @property
     def seen_is_masked(self) -> bool:
-        """Whether what a user has met is left out of the user's rankings by default.
+        """Whether users' seen items are left out of their rankings by default.
 
-        Not where repeated rows are asked for: a user may take an item again.
+        False if repeated rows are kept: users may choose an item again.
         """
         return self.interactions.repeated != "all"
 
@@ -788,13 +788,13 @@ class DataConfig(Section):
             )
 
     def source_of(self, history: Feature) -> Feature:
-        """The item's field that a history is of: one with a vocabulary, or the item itself."""
+        """The item field that a history refers to: one with a vocabulary, or the item id."""
         named = (f for f in self.features if f.entity == "item" and f.name == history.history)
         itself = Feature(name="item", entity="item")
         return next((f for f in named if f.has_vocabulary), itself)
 
     def _check_cold_items(self) -> None:
-        """Refuses settings of ids that the model does not have."""
+        """Refuses settings of cold items that need ids which the model lacks."""
         if self.id_dropout and not any(f.names_entity for f in self.features):
             raise ValueError(
                 f"id_dropout={self.id_dropout:g}: no field of data.features is the id of users or "
@@ -827,7 +827,7 @@ class DataConfig(Section):
                     )
 
     def _check_order_of_time(self, histories: Sequence[Feature]) -> None:
-        """Settings that need histories in order of time, validation items at their end."""
+        """Checks settings that need time-ordered histories with validation items at the end."""
         settings = [f"{f.name}: last={f.last}" for f in histories if f.last is not None]
         if self.history.targets == "later":
             settings.append("history.targets=later")
@@ -843,7 +843,7 @@ class DataConfig(Section):
             )
 
     def _check_held_out_users(self) -> None:
-        """Users without training rows have to be known by something else than their id."""
+        """Requires a field other than the id for users without training rows."""
         self._check_only_interactions("split.method=users")
         for feature in self.features:
             if feature.names_entity and feature.entity == "user":
@@ -859,7 +859,7 @@ class DataConfig(Section):
             )
 
     def _check_only_interactions(self, setting: str) -> None:
-        """Refuses what does not go with rules that look at all rows of a user or an item."""
+        """Refuses settings that are incompatible with rules over all rows of a user or item."""
         if self.task != "implicit":
             raise ValueError(f"{setting} is for implicit data (data.task=implicit)")
         if self.interactions.split or self.split.valid_file or self.split.test_file:
@@ -902,7 +902,7 @@ def check_names(setting: str, names: Iterable[str], labels: Sequence[str]) -> No
 
 
 def _reserved(name: str, features: Sequence[Feature]) -> str:
-    """How to name a field whose name a prepared dataset has another use for."""
+    """Explains which names are reserved in a prepared dataset, for messages."""
     feature = next(f for f in features if f.name == name)
     is_plain = feature.column is None and feature.history is None
     column = f", column: {name}" if is_plain else ""
@@ -916,7 +916,7 @@ def _check_shared_tables(features: Sequence[Feature]) -> None:
             continue
         first = first_of.setdefault(feature.table_name, feature)
         if first is not feature and not (feature.history is None is first.history):
-            continue  # `DataConfig._check_histories` has seen to it
+            continue  # checked by `DataConfig._check_histories`
         if first is not feature and first.is_id:
             if feature.is_id or not feature.has_vocabulary:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether two sides of a join write their ids alike, and how those differ that do not match."""
+"""Detects ids that differ only in notation: case, spaces, leading zeros and the like."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from deepfm_dist.messages import nearest
 
 _MOST_TEXTS = 10_000
-"""Texts without a match that are looked at."""
+"""Maximum number of unmatched texts to examine."""
 _FEW_TEXTS = 100_000
-"""That a similar one is looked for among."""
+"""Maximum number of known texts to search for similar ones."""
 
 
 def _replace(pattern: str, replacement: str, texts: pa.Array) -> pa.Array:
@@ -40,21 +40,21 @@ _CANDIDATES = (
     r"[\x{FF01}-\x{FF5E}\x{00A0}\x{202F}\x{3000}]",  # full width, and spaces of other kinds
     r"^\d{1,3}(?:[,_']\d{3})+$",
 )
-"""What texts look like that each of `_WAYS` changes."""
+"""Patterns of texts that each of `_WAYS` changes."""
 _CASE = 3
 SPELLED_OTHERWISE = "|".join(p for n, p in enumerate(_CANDIDATES) if n != _CASE)
-"""Matches texts that `written_twice` may find, case aside."""
+"""Matches candidates of `written_twice`, apart from case."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """In what most texts differ from known ones that mean the same.
+    """How most texts differ from known ones that mean the same.
 
     Attributes:
         what: the difference, after "differ only in".
-        count: of the texts that were looked at.
-        text: one of them.
-        known: the known one that it is meant to be.
+        count: number of texts examined.
+        text: an example.
+        known: the known text that it probably means.
     """
 
     what: str
@@ -67,10 +67,10 @@ class Difference:
 
 
 def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
-    """In what texts without a match differ from known ones, if it is how they are written.
+    """How unmatched texts differ from known ones, if only in notation.
 
     Args:
-        texts: string, none of them among the known ones; each once.
+        texts: distinct strings, none of them known.
         known: string.
     """
     texts, best = texts.drop_null()[:_MOST_TEXTS], None
@@ -78,7 +78,7 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
         return None
     alike = [texts, known]
     for what, way in (*_WAYS, ("the way they are written", None)):
-        if way is None:  # all ways, one after the other
+        if way is None:  # all ways combined
             for _, each in _WAYS:
                 alike = [each(side) for side in alike]
             ours, theirs = alike
@@ -95,7 +95,7 @@ def difference(texts: pa.Array, known: pa.Array) -> Difference | None:
 
 
 def suggest_known(known: pa.Array, value: str) -> str:
-    """A hint for an unknown value: the known one that may be meant, or some of them.
+    """A hint for an unknown value: the most similar known value, or examples.
 
     Args:
         known: texts.
@@ -111,12 +111,13 @@ def suggest_known(known: pa.Array, value: str) -> str:
 
 
 def written_twice(some: pa.Array, texts: pa.Array, ignore_case: bool) -> Difference | None:
-    """In what some texts of a vocabulary differ from others that most likely mean the same.
+    """How some texts of a vocabulary differ from others that most likely mean the same.
 
     Args:
-        some: string: those of the texts that match `SPELLED_OTHERWISE`, or all.
-        texts: string, each once.
-        ignore_case: whether upper and lower case counts; ids such as YouTube's differ only in it.
+        some: string: the texts that match `SPELLED_OTHERWISE`, or all.
+        texts: distinct strings.
+        ignore_case: whether to treat upper and lower case as equal; ids such as YouTube's are
+            case-sensitive.
     """
     best: Difference | None = None
     for number, ((what, way), pattern) in enumerate(zip(_WAYS, _CANDIDATES, strict=True)):
@@ -145,18 +146,18 @@ def check_join(
     """Compares the keys of a side file with the users or items of the rows.
 
     Args:
-        source: the file and the column of its keys, as a message names them.
+        source: the file and its key column, for messages.
         keys: string.
         wanted: ``[m]`` distinct ids of the training rows.
-        others: ids that may be there as well, such as an earlier dataset's.
+        others: other acceptable ids, such as an earlier dataset's.
         entity: user or item.
-        cure: what to do where nothing matches.
+        cure: advice if nothing matches.
 
     Returns:
-        What to warn of: that few match, or that ids are written in different ways.
+        A warning: few keys match, or ids are written in different ways.
 
     Raises:
-        ValueError: says that no key matches.
+        ValueError: no key matches.
     """
     distinct = pc.unique(keys).drop_null()
     if isinstance(distinct, pa.ChunkedArray):
@@ -181,18 +182,17 @@ def check_join(
 
 
 def _least(texts: pa.Array) -> str | None:
-    """The first in order, so that messages do not depend on the order of rows."""
+    """The smallest, so that messages do not depend on the order of rows."""
     least: str | None = pc.min(texts).as_py()
     return least
 
 
 class Unseen:
-    """Counts the values of one field that a model does not know.
+    """Counts unknown values of a field.
 
     Attributes:
         name: of the field.
-        count: of the values that are not known.
-        total: of all values.
+        count: number of unknown values. total: number of values.
     """
 
     def __init__(self, name: str) -> None:
@@ -200,7 +200,7 @@ class Unseen:
         self._texts: dict[str, None] = {}
 
     def add(self, texts: pa.Array | pa.ChunkedArray, is_known: np.ndarray) -> None:
-        """Takes in values, and which of them are known."""
+        """Adds values, with flags of known ones."""
         self.total += len(texts)
         if is_known.all():
             return
@@ -210,14 +210,14 @@ class Unseen:
             self._texts |= dict.fromkeys(_as_list(unknown.unique()))
 
     def merge(self, other: "Unseen") -> None:
-        """Takes in what was counted elsewhere."""
+        """Adds other counts."""
         self.total += other.total
         self.count += other.count
         if len(self._texts) < _MOST_TEXTS:
             self._texts |= other._texts
 
     def report(self, known: pa.Array) -> str | None:
-        """What to say of them, if there are any.
+        """A report of the unknown values; None without any.
 
         Args:
             known: the texts that the model knows.

@@ -1,8 +1,8 @@
-"""Times as files write them -> exact integers; which unit and notation a column has.
+"""Parses times exactly, and detects a column's unit and notation.
 
-A time is a whole number and billionths: seconds since 1970 and nanoseconds where the cell is a date
-or a timestamp, the number itself where it is one. The preparation then chooses one unit for all
-rows of a dataset, the coarsest that holds each of them exactly.
+A time is an integer and billionths: seconds since 1970 and nanoseconds for a date or timestamp, the
+number itself for a number. Preparation then chooses one unit for all rows of a dataset, the
+coarsest that represents all times exactly.
 """
 
 import re
@@ -32,28 +32,31 @@ TIME = pa.struct(
         ("contested", pa.bool_()),
     ]
 )
-"""A time as it is read: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``; dated: in
-seconds since 1970, UTC, else a number without a unit; zone: `_UNZONED`, `_LOCAL` or
-`_ZONED`; contested: a later format reads another time in `USUAL` from the cell."""
+"""Arrow type of a parsed time: ``whole + billionths * 1e-9``, ``billionths`` in ``[0, 10**9)``;
+dated: in seconds since 1970, UTC, else a number without a unit; zone: `_UNZONED`, `_LOCAL` or
+`_ZONED`; contested: a later format reads another time in `USUAL` from the cell.
+"""
 _UNZONED, _LOCAL, _ZONED = range(3)
-"""A number; a date or timestamp without a time zone, taken for UTC; one with a zone."""
+"""Kinds of time zone: a number has none; a date or timestamp without one is UTC; one with a
+zone.
+"""
 ISO = "iso"
-"""Stands for ISO 8601 among formats."""
+"""The format ISO 8601."""
 EPOCH_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-"""Units of numbers that count from 1970, each with how many make a second."""
+"""Units of numbers that count from 1970, with their number per second."""
 
 BILLION = 10**9
 _INT64 = np.iinfo(np.int64)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CALENDAR = (-62135596800, 253402300800)
-"""Seconds since 1970 of the years 1 to 9999: milliseconds read as seconds lie beyond."""
+"""Seconds since 1970 of the years 1 to 9999; milliseconds misread as seconds are outside."""
 _DIRECTIVES = frozenset("aAbBdfHIjmMpSyYzZ")
 _ALIASES = {"%T": "%H:%M:%S", "%D": "%m/%d/%y", "%F": "%Y-%m-%d", "%R": "%H:%M", "%e": "%d"}
 _ZONE = r"(:\d\d(?:[.,]\d+)?)\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 _NAMED_ZONE = re.compile(r"\s*(?:UTC|GMT|utc|Z|z)$")
 _FRACTION = re.compile(r"^(.*:\d\d(?::\d\d)?|\S*T\d{6})[.,](\d+)(.*)$")
 
-# Numbers that are most likely one notation of dates between 1990 and 2100: (what, least, most).
+# Numbers that are most likely dates between 1990 and 2100 in some notation: (name, min, max).
 _ERAS = (
     ("a date such as 20200131", 19900101, 21001231),
     ("seconds since 1970", 631152000, 4133980799),
@@ -65,7 +68,7 @@ _ERAS = (
 )
 _ERA_FORMATS = ("%Y%m%d", "s", "%Y%m%d%H%M", "ms", "%Y%m%d%H%M%S", "us", "ns")
 USUAL = (631152000, 4133980799)
-"""Seconds since 1970 of the years 1990 to 2100, in which nearly all logs lie."""
+"""Seconds since 1970 of the years 1990 to 2100, the range of nearly all logs."""
 _BOUNDS = np.array([b for _, low, high in _ERAS for b in (low, high + 1)], np.int64)
 
 _DATES = (
@@ -87,10 +90,9 @@ _GUESSES = (
 
 
 def check_format(text: str) -> str:
-    """Returns a time format, if it is one: strptime's codes, `ISO`, or one of `EPOCH_UNITS`.
+    """Validates and returns a time format: strptime codes, `ISO`, or one of `EPOCH_UNITS`.
 
-    Raises:
-        ValueError: it is something else.
+    Raises: ValueError: it is not a time format.
     """
     if text in (ISO, *EPOCH_UNITS):
         return text
@@ -108,7 +110,7 @@ def check_format(text: str) -> str:
 
 
 def _fault(codes: Sequence[str]) -> str | None:
-    """Why a format would read other times than are written, if it would."""
+    """Why a format would misread times; None if it would not."""
     twice = next((code for code in codes if codes.count(code) > 1), None)
     if twice is not None:
         also = "; %m is the month, %M the minute" if twice in "mM" else ""
@@ -125,14 +127,14 @@ def _fault(codes: Sequence[str]) -> str | None:
 
 
 def guess_formats(*texts: str) -> list[str]:
-    """Formats that all of some cells may be written in, at most two, most likely first."""
+    """Formats that all of these cells match, at most two, most likely first."""
 
     def fits(guess: str) -> bool:
         try:
             moments = [datetime.strptime(text.strip(), guess) for text in texts]
         except ValueError:
             return False
-        # Python takes 1991 for January 1 of 199 where a format has no separators.
+        # Without separators, Python parses 1991 as January 1 of 199.
         return guess not in _COMPACT or all(
             moment.strftime(guess) == text.strip()
             for moment, text in zip(moments, texts, strict=True)
@@ -145,12 +147,12 @@ def guess_formats(*texts: str) -> list[str]:
 
 
 def cure_for(cells: Sequence[str], setting: str, others: Sequence[str] = ()) -> str | None:
-    """How to make cells readable that are no times by themselves; None if no format fits.
+    """The setting that makes unreadable cells readable; None if no format fits.
 
     Args:
-        cells: some that cannot be read.
-        setting: of their format.
-        others: formats of the column's other cells, which stay in force.
+        cells: examples that cannot be read.
+        setting: name of the format setting.
+        others: formats of the column's other cells, to keep.
     """
     guesses = guess_formats(*cells) or guess_formats(cells[0])
     if not guesses:
@@ -158,13 +160,13 @@ def cure_for(cells: Sequence[str], setting: str, others: Sequence[str] = ()) -> 
     shown = [f'"{guess}"' for guess in guesses]
     if others:
         shown = [f"[{', '.join(map(_in_yaml, (*others, guess)))}]" for guess in guesses]
-    if " " in setting:  # of a field, in YAML
+    if " " in setting:  # a field's setting, in YAML
         return f"set {setting} to {' or '.join(shown)}"
     return f"set {setting}=" + " or ".join(f'"{text}"' if others else text for text in shown)
 
 
 def formats_of(times: pa.StructArray) -> tuple[str, ...]:
-    """Formats that read some times which were read without one: `ISO`, and that of numbers."""
+    """Explicit formats of times that were read without one: `ISO`, and that of numbers."""
     times = times.drop_null()
     dated = np.asarray(times.field("dated")).astype(bool)
     if dated.all():
@@ -183,15 +185,15 @@ def read_times(cells: pa.Array, formats: Sequence[str] = ()) -> pa.StructArray:
 
     Args:
         cells: ``[n]`` text, numbers, dates or timestamps.
-        formats: how text and numbers are written, tried in this order. None: text is ISO 8601 or a
-            number, and numbers stay as they are.
+        formats: formats of text and numbers, tried in this order. None: text is ISO 8601 or a
+            number, and numbers are not converted.
 
     Returns:
-        ``[n]`` `TIME`, null where the cell is null or cannot be read; what is finer than a
-        billionth is cut off.
+        ``[n]`` `TIME`, null where the cell is null or cannot be read; digits beyond nanoseconds are
+        cut off.
 
     Raises:
-        pa.ArrowNotImplementedError, pa.ArrowInvalid: the type of the cells holds no times.
+        pa.ArrowNotImplementedError, pa.ArrowInvalid: the cells' type cannot hold times.
     """
     if pa.types.is_timestamp(cells.type) or pa.types.is_date(cells.type):
         return _from_timestamps(cells)
@@ -204,11 +206,11 @@ def read_times(cells: pa.Array, formats: Sequence[str] = ()) -> pa.StructArray:
 
 
 def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
-    """What calendar and clock show in the time zone that a cell is written in.
+    """Local date and time of each cell, in its own time zone.
 
     Args:
         texts: ``[n]`` string.
-        formats: as in `read_times`; without one, numbers cannot be read.
+        formats: as in `read_times`; numbers need one.
 
     Returns:
         ``[n]`` timestamp[s], null where the cell cannot be read.
@@ -219,11 +221,11 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
     if any("%z" in f for f in formats):
         times = _one_by_one(values, lambda text: _by_formats(text, formats, in_utc=False))
     else:
-        if ISO in formats:  # the cell's local time is read as UTC, its zone ignored
+        if ISO in formats:  # the local time is read as UTC, ignoring the zone
             values = pc.replace_substring_regex(values, _ZONE, r"\1")
         times = _from_formats(values, formats)
     seconds = times.field("whole")
-    # Arrow's calendar does not reach further than this.
+    # the limits of Arrow's calendar
     shown = pc.and_(times.field("dated"), pc.less(pc.abs(seconds), 10**12))
     shown = pc.and_(shown, times.is_valid()).fill_null(False)
     return pc.if_else(shown, seconds, None).cast(pa.timestamp("s")).take(distinct.indices)
@@ -231,21 +233,21 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
 
 @dataclass
 class TimeColumn:
-    """What the times of a dataset are like, added up over batches, files and ranks.
+    """Statistics of a dataset's times, merged over batches, files and ranks.
 
     Attributes:
         name: of the column.
-        examples: the first time of each notation, with its file: "dated", "number", and for
-            numbers the places in `_ERAS`.
-        eras: how many numbers lie below, in and between the bounds of `_ERAS`.
-        dates: how many dated times lie before, in and after `USUAL`.
-        zones: how many times have each kind of zone.
-        unset: how many times are 0 or -1, which often stand for an unknown time.
-        contested: how many times another of the formats given reads differently.
-        decimals: digits behind the point that are needed: 0, 3, 6 or 9.
-        low: the least whole number.
-        high: the largest one.
-        feature: the field that derives its values from them; None: they are the rows' times.
+        examples: the first time of each notation, with its file: "dated", "number", and for numbers
+            the indices in `_ERAS`.
+        eras: counts of numbers below, in and between the bounds of `_ERAS`.
+        dates: counts of dated times before, in and after `USUAL`.
+        zones: counts by kind of zone.
+        unset: count of times 0 or -1, which often mean an unknown time.
+        contested: count of times that another given format reads differently.
+        decimals: required decimals: 0, 3, 6 or 9.
+        low: the smallest integer part.
+        high: the largest.
+        feature: the field that derives its values from them; None for the rows' times.
     """
 
     name: str
@@ -261,7 +263,7 @@ class TimeColumn:
     feature: str | None = None
 
     def add(self, times: pa.StructArray, file: str) -> None:
-        """Takes in the times of a batch."""
+        """Adds the times of a batch."""
         times = times.drop_null()
         if not len(times):
             return
@@ -312,16 +314,16 @@ class TimeColumn:
 
     @property
     def _setting(self) -> str:
-        """What says how the times are written."""
+        """Name of the setting that gives the format."""
         if self.feature is not None:
             return f"time_format of the field {self.feature}"
         return "data.interactions.time_format"
 
     def check(self) -> None:
-        """Refuses times of two notations, which would be read as two eras.
+        """Refuses a mix of two notations, which would be read as two eras.
 
         Raises:
-            DataError: names a time of each, and what to do.
+            DataError: names an example of each, and a cure.
         """
         if "dated" in self.examples and "number" in self.examples:
             number = self.examples["number"][0]
@@ -333,9 +335,9 @@ class TimeColumn:
             raise self._mixed_times_error("dated", "number", f"whose order is unknown; {cure}")
         eras = np.flatnonzero(self.eras[1::2])
         if len(eras) > 1 and not self.eras[2 * eras[0] + 2 : 2 * eras[-1] + 1 : 2].any():
-            # Were they counts of something else, some would lie in between.
+            # Counts of something else would also fall in between.
             one, two = eras[:2]
-            # Dates first: counted from 1970, they are times, too. Then the longest unit.
+            # Dates first, since as counts from 1970 they are times, too; then the longest unit.
             units = sorted((_ERA_FORMATS[k] for k in eras), key=lambda name: name in EPOCH_UNITS)
             formats = ", ".join(map(_in_yaml, units))
             what = (
@@ -345,7 +347,7 @@ class TimeColumn:
             raise self._mixed_times_error(str(2 * one + 1), str(2 * two + 1), what)
 
     def warnings(self) -> list[str]:
-        """What is worth a warning: times far from all others, and time zones in some cells only."""
+        """Warnings: times far from all others, and time zones in some cells only."""
         texts_shown = []
         if (text := self._outliers()) is not None:
             texts_shown.append(text)
@@ -376,7 +378,7 @@ class TimeColumn:
         return texts_shown
 
     def _outliers(self) -> str | None:
-        """Times outside of `USUAL`, or of the unit of most numbers, where most are inside."""
+        """Warns about times outside `USUAL`, or outside the range of most numbers."""
         groups = {"early": int(self.dates[0]), "late": int(self.dates[2])}
         n, usual = int(self.dates.sum()), int(self.dates[1])
         if not n:
@@ -423,10 +425,10 @@ class TimeColumn:
 
     @property
     def scale(self) -> int:
-        """What times are multiplied by to make whole numbers of all of them: 1 to 10**9.
+        """The factor, 1 to 10**9, that makes all times integers.
 
         Raises:
-            DataError: 64 bits do not hold times so fine and so far apart.
+            DataError: the times' range and precision exceed 64 bits.
         """
         scale = 10**self.decimals
         if (self.low - 1) * scale < _INT64.min or (self.high + 1) * scale > _INT64.max:
@@ -442,7 +444,7 @@ class TimeColumn:
 
 
 def scaled(whole: Int64Array, billionths: npt.NDArray[np.int32], scale: int) -> Int64Array:
-    """Times as one integer each, in units of ``1 / scale``."""
+    """Times as integers in units of ``1 / scale``."""
     if scale == 1:
         return whole
     ticks: Int64Array = whole * scale + billionths // (BILLION // scale)
@@ -459,7 +461,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _struct(
     whole: pa.Array, billionths: pa.Array, dated: bool, zone: int = _UNZONED
 ) -> pa.StructArray:
-    """Columns -> `TIME`, null where ``whole`` is."""
+    """Columns -> `TIME`, null if ``whole`` is null."""
     of_all = [
         pa.repeat(pa.scalar(v, t), len(whole))
         for v, t in ((dated, pa.bool_()), (zone, pa.int8()), (False, pa.bool_()))
@@ -493,7 +495,7 @@ def _in_seconds(counts: pa.Array, per_second: int, zone: int = _UNZONED) -> pa.S
 
 
 def _from_numbers(cells: pa.Array) -> pa.StructArray:
-    """Numbers as they are, of which NaN and those beyond 64 bits are null."""
+    """Numbers -> times; NaN and numbers beyond 64 bits are null."""
     if pa.types.is_uint64(cells.type):
         cells = pc.if_else(pc.less(cells, pa.scalar(2**63, pa.uint64())), cells, None)
     if pa.types.is_integer(cells.type):
@@ -507,7 +509,7 @@ def _from_numbers(cells: pa.Array) -> pa.StructArray:
     numbers = np.where(inside, numbers, 0)
     whole = np.floor(numbers)
     rest, billionths = numbers - whole, np.zeros(len(numbers), np.int64)
-    # A float is the shortest decimal that it is nearest to: 0.7, not 0.69999999999999996.
+    # A float means its shortest decimal representation: 0.7, not 0.69999999999999996.
     left = rest > 0
     for decimals in range(1, 10):
         if not left.any():
@@ -524,7 +526,7 @@ def _from_numbers(cells: pa.Array) -> pa.StructArray:
 
 
 def _number_texts(cells: pa.Array) -> pa.Array:
-    """Numbers -> text, whole ones without a point or an exponent."""
+    """Numbers -> text, integers without decimal point or exponent."""
     if pa.types.is_floating(cells.type):
         exact = cells.cast(pa.float64())
         is_whole = pc.and_(pc.less(pc.abs(exact), 2.0**63), pc.equal(pc.floor(exact), exact))
@@ -546,7 +548,7 @@ def _from_text(cells: pa.Array) -> pa.StructArray:
     ways: list[Callable[[pa.Array], pa.StructArray]] = [_integers, *_TIMESTAMPS, _decimals]
     for read in ways:
         try:
-            read(probe)  # Arrow's casts do not stop at the first cell that is wrong
+            read(probe)  # unlike a cast, it does not fail at the first bad cell
             return read(cells)
         except pa.ArrowInvalid:
             pass
@@ -589,7 +591,7 @@ _Time = tuple[int, int, bool, int]
 
 
 def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.StructArray:
-    """Every distinct cell by Python."""
+    """Parses each distinct cell in Python."""
     distinct = cells.dictionary_encode()
     times = [None if text is None else read(text) for text in distinct.dictionary.to_pylist()]
     names = TIME.names
@@ -600,7 +602,7 @@ def _one_by_one(cells: pa.Array, read: Callable[[str], _Time | None]) -> pa.Stru
 
 
 def _by_itself(text: str) -> _Time | None:
-    """A number or an ISO 8601 time."""
+    """Parses a number or an ISO 8601 time."""
     if (number := _number(text)) is not None:
         return (*number, False, _UNZONED)
     text, billionths = _NAMED_ZONE.sub("+00:00", text), 0
@@ -614,7 +616,7 @@ def _by_itself(text: str) -> _Time | None:
 
 
 def _number(text: str) -> tuple[int, int] | None:
-    """Whole part and billionths of a number as files have it: Python would also take 1_000."""
+    """Integer part and billionths of a number; unlike Python, refuses 1_000."""
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text, re.ASCII):
         return None
     try:
@@ -633,7 +635,7 @@ def _zone(moment: datetime) -> int:
 
 
 def _seconds(moment: datetime) -> int:
-    """Whole seconds since 1970; a time without zone is UTC."""
+    """Whole seconds since 1970; times without zone are UTC."""
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return (moment - _EPOCH) // timedelta(seconds=1)
 
@@ -642,19 +644,19 @@ def _seconds(moment: datetime) -> int:
 
 
 def _plain_codes(text: str) -> str:
-    """A format without abbreviations that Python lacks."""
+    """Expands abbreviations that Python's strptime lacks."""
     for short, codes in _ALIASES.items():
         text = re.sub(rf"(?<!%)((?:%%)*){short}", rf"\g<1>{codes}", text)
     return text
 
 
 def _from_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
-    """Text by the first format that fits; `contested` where a later one disagrees."""
+    """Parses text by the first matching format; sets `contested` if a later one disagrees."""
     parsed = _from_format(texts, formats[0])
     contested = np.zeros(len(texts), bool)
     for name in formats[1:]:
         read = _from_format(texts, name)
-        # Unlike StructArray.field, this is null wherever the struct is.
+        # Unlike StructArray.field, this respects the struct's nulls.
         whole, other = (pc.struct_field(times, "whole") for times in (parsed, read))
         usual = pc.and_(pc.greater_equal(other, USUAL[0]), pc.less_equal(other, USUAL[1]))
         differs = pc.and_(pc.not_equal(whole, other), usual)
@@ -667,7 +669,7 @@ def _from_formats(texts: pa.Array, formats: Sequence[str]) -> pa.StructArray:
 
 
 def _from_format(texts: pa.Array, name: str) -> pa.StructArray:
-    """Text by one format."""
+    """Parses text by one format."""
     if name in EPOCH_UNITS:
         return _from_unit(texts, EPOCH_UNITS[name])
     return _from_iso(texts) if name == ISO else _strptime(texts, name)
@@ -691,11 +693,11 @@ def _from_unit(texts: pa.Array, per_second: int) -> pa.StructArray:
 
 
 def _strptime(texts: pa.Array, name: str) -> pa.StructArray:
-    """Arrow's strptime, which is fast, and Python's for what that does not know."""
+    """Arrow's fast strptime, and Python's for codes that Arrow lacks."""
     if "%f" in name or "%Z" in name:
         return _one_by_one(texts, lambda text: _by_formats(text, (name,)))
     times = pc.strptime(texts, _plain_codes(name), "s", error_is_null=True)
-    # February 31 is March 3 for Arrow; with a zone, the day is another one.
+    # Arrow turns February 31 into March 3; zones may change the day.
     days = np.asarray(pc.day(times).fill_null(0))
     zoned = "%z" in name
     doubtful = (days <= 4) | (days >= 28) if zoned else (days >= 1) & (days <= 3)

@@ -1,4 +1,4 @@
-"""External ids <-> rows of a table; row 0 is out-of-vocabulary."""
+"""Maps external ids to table rows and back; row 0 is out-of-vocabulary."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from deepfm_dist.data.layout import signed_table
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What stands in each row of a table.
+    """The ids of a table's rows.
 
     Attributes:
         ids: ``[rows - 1]`` string: the external id of row ``r`` is ``ids[r - 1]``.
-        counts: ``[rows - 1]`` int64: how often it came in training.
+        counts: ``[rows - 1]`` int64: number of occurrences in training.
     """
 
     ids: pa.Array
@@ -36,15 +36,15 @@ class Vocabulary:
         earlier: Self | None = None,
         free: Int32Array | None = None,
     ) -> tuple[Self, Int32Array]:
-        """Gives rows to the ids seen at least ``min_count`` times.
+        """Assigns rows to the ids seen at least ``min_count`` times.
 
-        They are ordered by a seeded hash of the id: the same ids get the same rows, in any
-        order they come, and no stretch of rows is hot for a row-wise shard.
+        They are ordered by a seeded hash of the id: rows do not depend on the order of ids, and no
+        range of rows is hot for a row-wise shard.
 
         Args:
             ids: ``[n]`` distinct strings.
             counts: ``[n]`` int64.
-            min_count: least count that earns a row; an id never seen gets none.
+            min_count: minimum count for a row; an unseen id gets none.
             seed: of the order.
             earlier: a vocabulary whose ids keep their rows regardless of counts; new ids are
                 appended, spread over the new rows.
@@ -78,7 +78,7 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Rows of the table, the out-of-vocabulary one included."""
+        """Number of rows, including the out-of-vocabulary one."""
         return len(self.ids) + 1
 
     def lookup(self, ids: pa.Array | pa.ChunkedArray) -> Int32Array:
@@ -89,7 +89,7 @@ class Vocabulary:
         return np.asarray(places, dtype=np.int32) + np.int32(1)
 
     def write(self, path: Path) -> None:
-        """Writes ``row, id, count`` as parquet, the out-of-vocabulary row (a null id) included."""
+        """Writes ``row, id, count`` as Parquet, including the out-of-vocabulary row (a null id)."""
         ids = pa.concat_arrays([pa.nulls(1, pa.string()), self.ids])
         counts = np.concatenate([[0], self.counts])
         columns = {"row": pa.array(np.arange(self.rows, dtype=np.int32)), "id": ids}
@@ -100,13 +100,13 @@ class Vocabulary:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
-        """The columns that `write` wrote."""
+        """Reads the columns that `write` wrote."""
         table = table.slice(1)
         return cls(table["id"].combine_chunks(), np.asarray(table["count"], dtype=np.int64))
 
 
 def external(ids: pa.Array) -> pa.Array:
-    """Ids as they go out: int64 where every one is a plain integer, else strings."""
+    """Ids for output: int64 if all are plain integers, otherwise strings."""
     try:
         numbers = ids.cast(pa.int64())
     except pa.ArrowInvalid:
@@ -115,7 +115,7 @@ def external(ids: pa.Array) -> pa.Array:
 
 
 def id_order(ids: pa.Array) -> Int64Array:
-    """``[n]`` int64: each id's place among all, numbers by value, texts by code point."""
+    """``[n]`` int64: the rank of each id, numbers by value, texts by code point."""
     order = np.asarray(pc.sort_indices(external(ids)), dtype=np.int64)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
